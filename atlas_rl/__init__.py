@@ -1,0 +1,29 @@
+"""atlas_rl: fast rollouts for RL post-training, by speculative decoding that follows the policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atlas_rl.rollout.engine import AtlasRolloutEngine, GenerationOutput
+    from atlas_rl.rollout.report import StepReport
+    from atlas_rl.rollout.sampling import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["AtlasRolloutEngine", "GenerationOutput", "SamplingParams", "StepReport", "__version__"]
+
+_HOME = {
+    "AtlasRolloutEngine": "atlas_rl.rollout.engine",
+    "GenerationOutput": "atlas_rl.rollout.engine",
+    "SamplingParams": "atlas_rl.rollout.sampling",
+    "StepReport": "atlas_rl.rollout.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load public names on first use: `import atlas_rl` itself loads neither torch nor transformers."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'atlas_rl' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,80 @@
+"""The interface between the decode loop and whatever runs the policy's forward pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(slots=True)
+class Segments:
+    """New tokens of consecutive batch rows, packed without padding.
+
+    Row `first_row + i` gets `lengths[i]` tokens at positions `starts[i], starts[i] + 1, ...` of its sequence.
+
+    Attributes:
+        token_ids: int64 `[num_tokens]`, the rows' tokens one after the other.
+        first_row: First cache row.
+        starts: int64 `[rows]`, position of each row's first new token; everything before it is cached.
+        lengths: int64 `[rows]`, at least 1 each.
+    """
+
+    token_ids: np.ndarray
+    first_row: int
+    starts: np.ndarray
+    lengths: np.ndarray
+
+
+class Backend(ABC):
+    """Runs the policy over packed segments of ragged rows and keeps one attention cache row per request.
+
+    Cells beyond a row's valid length may hold rejected drafts; they are overwritten by the next `forward` of the row and
+    are never attended to before that.
+    """
+
+    vocab_size: int
+    max_context: int | None
+    """Longest sequence the policy can take (tokens), or None when it has no limit of its own."""
+
+    @abstractmethod
+    def new_cache(self, num_rows: int, capacity: int) -> Any:
+        """An attention cache of `num_rows` rows of `capacity` tokens; its memory goes when it is dropped."""
+
+    @abstractmethod
+    def session(self, cache: Any) -> AbstractContextManager[None]:
+        """Get the policy ready to generate into `cache`, and put it back as it was whatever happens inside.
+
+        Inside: no dropout, no gradient. Afterwards training mode, attention implementation, cache settings and every
+        module are as before. Sessions of different models may be nested.
+        """
+
+    @abstractmethod
+    def forward(self, segments: Segments, keep: np.ndarray) -> torch.Tensor:
+        """Append the segments to the cache and return float32 logits `[len(keep), vocab]`, contiguous.
+
+        Args:
+            segments: Tokens to run.
+            keep: int64 indices into the packed tokens whose logits are wanted.
+        """
+
+    @abstractmethod
+    def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the first `length` cached tokens of row `source` to each of `targets`."""
+
+    @abstractmethod
+    def row_bytes(self, capacity: int) -> int:
+        """Bytes of cache that one row of `capacity` tokens takes."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Bytes that the cache may take now without starving the rest of the process."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for queued device work, so that a clock read afterwards means something. Does nothing on a CPU."""

@@ -1,0 +1,53 @@
+"""Linear layers for small batches on a CPU.
+
+A decode step multiplies a few rows by every weight: it is bound by reading the weights. `F.linear(x, W)` hands BLAS the
+few rows as the tall operand, and the library repacks all of W on every call. `(W @ x.T).T` is the same product with W as
+the tall operand, which is streamed once. Measured on a 2-core Xeon (AVX-512, fp32, MKL of torch 2.13), LM head of 49,152
+x 576, ms:
+
+    rows       1     2     4     8    12    16    24    32    48    64
+    F.linear   6.8   6.9  20.1  22.8  28.9  42.3  38.4  46.1  56.2  38.3
+    W @ x.T    6.6  14.1  14.3  15.2  12.9  14.4  20.2  20.9  26.5  36.3
+
+The weights stay where they are: no packed copy that would have to follow every policy update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+MIN_ROWS, MAX_ROWS = 3, 63
+
+
+def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    rows = x.numel() // x.shape[-1]
+    if not MIN_ROWS <= rows <= MAX_ROWS:
+        return nn.functional.linear(x, linear.weight, linear.bias)
+    out = (linear.weight @ x.reshape(rows, -1).t()).t()
+    if linear.bias is not None:
+        out = out + linear.bias
+    return out.view(*x.shape[:-1], -1)
+
+
+@contextmanager
+def streamed_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, float32 CPU `nn.Linear` layers of `model` take the route above; afterwards they are as before."""
+    patched = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+    ]
+    try:
+        for module in patched:
+            module.forward = _forward.__get__(module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in patched:
+            module.__dict__.pop("forward", None)

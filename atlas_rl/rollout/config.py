@@ -1,0 +1,77 @@
+"""The engine's options. Defaults work for any policy, batch and machine; what is here is for experiments."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from atlas_rl.rollout.controller import Controller
+    from atlas_rl.speculators.base import Speculator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Options of `AtlasRolloutEngine`.
+
+    Attributes:
+        speculation: False decodes plainly: the baseline, same tokens.
+        verification: `invariant` (drafter-invariant sampling) or `rejection`.
+        draft_model: The static draft LM: a loaded causal LM, or the folder of a checkpoint.
+        speculators: Speculators to use instead of the defaults (history index, and the draft LM where given).
+        controller: Controller to use instead of `GoodputController`.
+        max_batch_size: Most requests decoded together; None takes what memory allows.
+        output_dir: Folder that gets `rollouts.jsonl`, one report per line; None writes none.
+        console: Print one line per report.
+        spare_importance_sampling: In process the sampled logprobs are the trainer's own, so its importance-sampling
+            correction multiplies by one at the price of a forward pass. True checks that on the first step and then
+            switches the correction off; False leaves it alone.
+        backend: `auto` or `in_process`.
+
+    Raises:
+        ValueError: A value that no option takes.
+    """
+
+    speculation: bool = True
+    verification: str = "invariant"
+    draft_model: nn.Module | str | Path | None = None
+    speculators: Sequence[Speculator] | None = None
+    controller: Controller | None = None
+    max_batch_size: int | None = None
+    output_dir: str | Path | None = None
+    console: bool = True
+    spare_importance_sampling: bool = True
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.verification not in ("invariant", "rejection"):
+            raise ValueError(f"verification must be 'invariant' or 'rejection', got {self.verification!r}")
+        if self.backend not in ("auto", "in_process"):
+            raise ValueError(f"backend must be 'auto' or 'in_process', got {self.backend!r}")
+        if self.max_batch_size is not None and self.max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1 or None, got {self.max_batch_size}")
+        if self.speculators is not None and self.draft_model is not None:
+            raise ValueError("give either draft_model or speculators: add DraftLM(...) to the speculators yourself")
+        names = [speculator.name for speculator in self.speculators or ()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"speculators need different names, got {names}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """The config of keyword options; `ValueError` names the nearest option for one that does not exist."""
+        reject_unknown(options, [field.name for field in fields(cls)], "AtlasRolloutEngine")
+        return cls(**options)
+
+
+def reject_unknown(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise `ValueError` for options that are not `known`, with the nearest known name."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise ValueError(f"{where} has no option '{name}': {hint}it takes {', '.join(known)}")

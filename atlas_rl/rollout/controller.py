@@ -1,0 +1,241 @@
+"""The controller: which speculator drafts how many tokens for each request, so that tokens per second are most.
+
+Expected goodput of a step is expected committed tokens over time:
+
+    G = (batch + sum of survival probabilities of the admitted draft slots) / (draft time + forward time(batch + slots))
+
+A slot's survival probability is the product of the calibrated acceptance probabilities up to it. Slots are ranked over
+the whole batch and the best n are admitted, with n where G peaks; n = 0 is an answer. Acceptance (`acceptance.py`) and
+cost (`cost.py`) are learned in the run. Pure logic over numpy arrays: no tensors, and no clock but the times it is told.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from atlas_rl.rollout.acceptance import AcceptanceModel
+from atlas_rl.rollout.cost import CostModel
+from atlas_rl.speculators.base import Draft, Verified
+
+_MAX_LOOKAHEAD = 16
+_CHEAP = 0.03  # a speculator that proposes within this share of a forward is asked on every step
+_TRIALS = 3  # steps that a costly speculator gets before it is judged
+_RETRY_STEPS = 64  # idle steps after which a costly speculator that lost gets another trial, doubling with each loss
+_PLAIN_EVERY = 100  # forwards after which a plain step measures anew what no speculation costs
+
+
+@dataclass(slots=True)
+class Admission:
+    """What is verified in one step.
+
+    Attributes:
+        arms: int64 `[batch]`, index of the speculator whose draft is used; meaningless where the length is 0.
+        lengths: int64 `[batch]`, admitted draft tokens.
+    """
+
+    arms: np.ndarray
+    lengths: np.ndarray
+
+
+class Controller(ABC):
+    """Plans every decode step. The same object serves the whole run and learns from it."""
+
+    @abstractmethod
+    def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
+        """Most draft tokens to ask of each speculator.
+
+        Args:
+            batch: Active requests.
+            room: int64 `[batch]`, most draft tokens each request can still use.
+
+        Returns:
+            Speculator name to int64 `[batch]`; speculators that are not asked are absent.
+        """
+
+    @abstractmethod
+    def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
+        """Pick, per request, the draft to use and how much of it. Uses confidences only, never the drafted tokens."""
+
+    @abstractmethod
+    def observe(
+        self,
+        drafts: Mapping[str, Draft],
+        admission: Admission,
+        verified: Verified,
+        draft_s: Mapping[str, float],
+        forward_s: float,
+    ) -> None:
+        """Learn from a step: what was drafted, admitted and committed, and the seconds it took."""
+
+    @abstractmethod
+    def policy_updated(self) -> None:
+        """The policy moved on."""
+
+    @abstractmethod
+    def plain_forward_s(self, batch: int) -> float | None:
+        """Estimated seconds of a forward that decodes one token for each of `batch` requests; None if unknown."""
+
+
+@dataclass(slots=True)
+class _Arm:
+    """What is known of one speculator."""
+
+    acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
+    call_s: float | None = None  # one call to propose, as it is asked now
+    depth_s: float | None = None  # one draft position of the batch
+    survival: np.ndarray = field(default_factory=lambda: np.full(_MAX_LOOKAHEAD, np.nan))
+    goodput: float | None = None
+    trials: int = 0
+    losses: int = 0
+    idle_steps: int = 0
+
+
+class GoodputController(Controller):
+    """Goodput maximisation as in the module's docstring, for any number of speculators.
+
+    Speculators that cost next to nothing are asked on every step, and each request uses the most promising draft. A
+    costly speculator is asked while its expected goodput beats that of the others, and gets a rare trial otherwise.
+
+    Args:
+        speculators: Names, in the order that `Admission.arms` refers to.
+    """
+
+    def __init__(self, speculators: Sequence[str]) -> None:
+        self._names = tuple(speculators)
+        self._arms = {name: _Arm() for name in self._names}
+        self._cost = CostModel()
+        self._lookahead = 4
+        self._without_goodput: float | None = None  # of steps without any costly speculator
+
+    def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
+        if not self._names or self._cost.age(batch) > _PLAIN_EVERY:
+            return {}
+        return {
+            name: np.minimum(room, lookahead) for name in self._names if (lookahead := self._wanted(name, batch)) > 0
+        }
+
+    def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
+        arms, lengths = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
+        width = max((draft.confidence.shape[1] for draft in drafts.values()), default=0)
+        if width == 0:
+            return Admission(arms, lengths)
+        survival = np.zeros((batch, width))
+        expected = np.zeros(batch)
+        for name, draft in drafts.items():
+            own = self._survival(name, draft)
+            gain = own.sum(axis=1)
+            better = gain > expected
+            survival[better] = 0
+            survival[better, : own.shape[1]] = own[better]
+            expected[better] = gain[better]
+            arms[better] = self._names.index(name)
+        lengths = self._best_lengths(survival, batch)
+        return Admission(arms, lengths)
+
+    def observe(
+        self,
+        drafts: Mapping[str, Draft],
+        admission: Admission,
+        verified: Verified,
+        draft_s: Mapping[str, float],
+        forward_s: float,
+    ) -> None:
+        batch = len(verified.requests)
+        slots = int(admission.lengths.sum())
+        self._cost.observe(batch + slots, forward_s)
+        self._lookahead = int(np.clip(max(self._lookahead - 1, admission.lengths.max() + 2), 4, _MAX_LOOKAHEAD))
+        goodput = float(verified.num_committed.sum()) / (forward_s + sum(draft_s.values()))
+        costly = [name for name in drafts if not self._cheap(name, forward_s)]
+        for name, draft in drafts.items():
+            self._learn(name, draft, admission, verified, draft_s[name])
+        for name, arm in self._arms.items():
+            arm.idle_steps = 0 if name in drafts else arm.idle_steps + 1
+        for name in costly:
+            arm = self._arms[name]
+            arm.trials += 1
+            arm.goodput = _blend(arm.goodput, goodput)
+        if not costly:
+            self._without_goodput = _blend(self._without_goodput, goodput)
+
+    def policy_updated(self) -> None:
+        for arm in self._arms.values():
+            arm.acceptance.policy_updated()
+            arm.losses = 0
+
+    def plain_forward_s(self, batch: int) -> float | None:
+        table = self._cost.predict(batch)
+        return None if table is None else float(table[batch])
+
+    def _learn(self, name: str, draft: Draft, admission: Admission, verified: Verified, seconds: float) -> None:
+        arm = self._arms[name]
+        used = (admission.arms == self._names.index(name)) & (admission.lengths > 0)
+        arm.acceptance.observe(draft.confidence[used], verified.num_drafted[used], verified.num_accepted[used])
+        depth = int(draft.lengths.max(initial=0))
+        arm.call_s = _blend(arm.call_s, seconds)
+        if depth:
+            arm.depth_s = _blend(arm.depth_s, seconds / depth)
+        expected = self._survival(name, draft).mean(axis=0)
+        for position, value in enumerate(expected[:_MAX_LOOKAHEAD]):
+            known = arm.survival[position]
+            arm.survival[position] = value if np.isnan(known) else known + 0.2 * (value - known)
+
+    def _survival(self, name: str, draft: Draft) -> np.ndarray:
+        """Survival probability of every slot: float64 `[batch, draft_len]`, zero past a row's length."""
+        estimate = self._arms[name].acceptance.estimate(draft.confidence)
+        present = np.arange(draft.confidence.shape[1])[None] < draft.lengths[:, None]
+        return np.cumprod(np.where(present, estimate, 0.0), axis=1)
+
+    def _best_lengths(self, survival: np.ndarray, batch: int) -> np.ndarray:
+        """Admit the n likeliest slots of the batch, n where goodput peaks: int64 `[batch]`."""
+        rows, positions = np.nonzero(survival > 0)
+        values = survival[rows, positions]
+        order = np.lexsort((positions, -values))  # a row's slots stay in order: survival never rises along a row
+        seconds = self._cost.predict(batch + len(values))
+        if seconds is None:
+            return np.zeros(batch, np.int64)
+        tokens = batch + np.concatenate([[0.0], np.cumsum(values[order])])
+        goodput = tokens / seconds[batch : batch + len(values) + 1]
+        admitted = order[: int(np.argmax(goodput))]
+        return np.bincount(rows[admitted], minlength=batch).astype(np.int64)
+
+    def _cheap(self, name: str, forward_s: float) -> bool:
+        call_s = self._arms[name].call_s
+        return call_s is not None and call_s <= _CHEAP * forward_s
+
+    def _wanted(self, name: str, batch: int) -> int:
+        """Draft tokens to ask of one speculator now; 0 not to ask."""
+        arm, seconds = self._arms[name], self._cost.predict(batch * (_MAX_LOOKAHEAD + 1))
+        if seconds is None:
+            return 0
+        if self._cheap(name, float(seconds[batch])):
+            return self._lookahead
+        if arm.depth_s is None or arm.trials < _TRIALS:
+            return self._lookahead
+        best, goodput = self._best_depth(arm, batch, seconds)
+        rival = max(self._without_goodput or 0.0, batch / float(seconds[batch]))
+        if goodput > rival:
+            return best
+        if arm.idle_steps > _RETRY_STEPS << min(arm.losses, 6):
+            arm.losses += 1
+            return max(best, 1)
+        return 0
+
+    def _best_depth(self, arm: _Arm, batch: int, seconds: np.ndarray) -> tuple[int, float]:
+        """Depth with the most expected goodput when every request drafts alike, and that goodput."""
+        assert arm.depth_s is not None
+        known = int(np.count_nonzero(~np.isnan(arm.survival)))
+        depth = np.arange(1, known + 1)
+        tokens = batch * (1 + np.cumsum(arm.survival[:known]))
+        goodput = tokens / (seconds[batch * (depth + 1)] + depth * arm.depth_s)
+        if known == 0:
+            return 0, 0.0
+        best = int(np.argmax(goodput))
+        return int(depth[best]), float(goodput[best])
+
+
+def _blend(old: float | None, new: float) -> float:
+    return new if old is None else old + 0.1 * (new - old)

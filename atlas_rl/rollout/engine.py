@@ -1,0 +1,309 @@
+"""`AtlasRolloutEngine`: the public face. Generates rollouts with the current policy, fast, and reports what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from atlas_rl.rollout import watch
+from atlas_rl.rollout.backends.in_process import InProcessBackend, unwrap_policy
+from atlas_rl.rollout.config import EngineConfig, reject_unknown
+from atlas_rl.rollout.controller import Controller, GoodputController
+from atlas_rl.rollout.loop import DecodeLoop
+from atlas_rl.rollout.recorder import StepRecorder
+from atlas_rl.rollout.report import Mode, StepReport
+from atlas_rl.rollout.requests import build_sequences
+from atlas_rl.rollout.sampling import SamplingParams
+from atlas_rl.rollout.sinks import JsonlSink, console_line, console_warnings
+from atlas_rl.rollout.verification import VERIFIERS
+from atlas_rl.speculators.base import Rollouts, Sequences, Speculator
+from atlas_rl.speculators.history import HistorySpeculator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """What `AtlasRolloutEngine.generate` returns, one row per request: prompt by prompt, its generations in order.
+
+    Attributes:
+        prompt_ids: The prompts, repeated per generation.
+        completion_ids: Generated tokens, the ending token included.
+        logprobs: Log-probability of each generated token under the processed distribution (at temperature 0: under the
+            policy's own, temperature 1).
+        report: What the call did and what it cost.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]
+    report: StepReport
+
+
+class AtlasRolloutEngine:
+    """Rollouts by speculative decoding that follows the policy.
+
+        AtlasRolloutEngine().attach(trainer)                                 # GRPOTrainer, RLOOTrainer
+        GRPOTrainer(..., rollout_func=AtlasRolloutEngine())                  # the second way in
+        AtlasRolloutEngine(model=policy, tokenizer=tok).generate(prompts, max_new_tokens=64)
+
+    Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off.
+
+    Args:
+        model: The policy, a causal LM; only needed for stand-alone use. Its weights are shared, never copied.
+        tokenizer: Gives the ending tokens; may be None when `generate` is told `eos_token_ids`.
+        options: See `EngineConfig`.
+
+    Raises:
+        ValueError: An unknown option, or a value it does not take.
+    """
+
+    def __init__(
+        self, *, model: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> None:
+        self.config = EngineConfig.of(options)
+        self.tokenizer = tokenizer
+        self.policy_version = 0
+        self.reports: list[StepReport] = []
+        self.last_sequences: Sequences | None = None
+        self._model = model
+        self._backend: InProcessBackend | None = None
+        self._speculators: dict[str, Speculator] | None = None
+        self._controller: Controller | None = None
+        self._verifier = VERIFIERS[self.config.verification]()
+        self._refresh_s = 0.0
+        self._calls = 0
+        self._adapter: Any = None
+        self._sink = JsonlSink(Path(self.config.output_dir) / "rollouts.jsonl") if self.config.output_dir else None
+        if model is not None:
+            self._speculators_for(self._backend_for(model))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_generations: int = 1,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        eos_token_ids: Sequence[int] | None = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> GenerationOutput:
+        """Generate stand-alone.
+
+        Args:
+            prompts: Token ids, at least one per prompt.
+            num_generations: Completions per prompt; the prompt is run once for all of them.
+            max_new_tokens: Most tokens per completion. A completion also ends when the policy's context is full.
+            temperature, top_k, top_p, min_p, repetition_penalty: See `SamplingParams`.
+            eos_token_ids: Tokens that end a completion; None takes the tokenizer's and the policy's.
+            seed: Equal seeds give equal tokens; None draws one from torch's generator.
+            unknown: Refused, with the nearest option's name.
+
+        Raises:
+            ValueError: Anything the arguments have wrong; nothing has been generated then.
+        """
+        known = ("num_generations", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        reject_unknown(unknown, (*known, "eos_token_ids", "seed"), "generate()")
+        if self._model is None:
+            raise ValueError(
+                "this engine has no policy: use AtlasRolloutEngine(model=..., tokenizer=...).generate(...) stand-alone, "
+                "or AtlasRolloutEngine().attach(trainer) in training"
+            )
+        sampling = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            eos_token_ids=tuple(self._default_eos() if eos_token_ids is None else eos_token_ids),
+            seed=int(torch.randint(2**62, ()).item()) if seed is None else seed,
+        )
+        output = self.rollout(self._model, prompts, sampling, num_generations=num_generations)
+        self.publish(output.report)
+        return output
+
+    def rollout(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        num_generations: int = 1,
+        mode: Mode = "standalone",
+        step: int | None = None,
+        speculation: bool | None = None,
+    ) -> GenerationOutput:
+        """Generate with `model` and report, without publishing the report. For integrations.
+
+        Args:
+            model: The policy or a wrapper of it.
+            prompts: Token ids.
+            sampling: Sampling parameters.
+            num_generations: Completions per prompt.
+            mode: For the report.
+            step: For the report; None counts calls.
+            speculation: None follows the engine's option.
+        """
+        backend = self._backend_for(model)
+        sequences, max_lengths = build_sequences(
+            prompts, num_generations, sampling, backend.vocab_size, backend.max_context, self.policy_version
+        )
+        use = self.config.speculation if speculation is None else speculation
+        speculators = self._speculators_for(backend) if use else {}
+        controller = self._controller if use and self._controller is not None else GoodputController(())
+        recorder = StepRecorder(speculators=tuple(speculators))
+        num_rows = self._num_rows(backend, sequences)
+        cache = backend.new_cache(num_rows, sequences.token_ids.shape[1])
+        with backend.session(cache):
+            loop = DecodeLoop(
+                backend, self._verifier, speculators, controller, sequences, num_rows, max_lengths, recorder
+            )
+            loop.run()
+        if use:
+            self.last_sequences = sequences
+        for message in watch.findings(recorder, loop.num_proposed):
+            recorder.warn(message)
+        report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
+        self._calls += 1
+        completions = [sequences.completion(request) for request in range(len(sequences.lengths))]
+        prompt_ids = [list(prompt) for prompt in prompts for _ in range(num_generations)]
+        return GenerationOutput(prompt_ids, completions, loop.logprobs, report)
+
+    def policy_updated(self, version: int | None = None) -> None:
+        """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
+
+        Trainers call it through the integration; stand-alone users call it after their own optimizer step.
+        """
+        self.policy_version = self.policy_version + 1 if version is None else version
+        if self._speculators is None or self.last_sequences is None:
+            return
+        recorder = StepRecorder()
+        with recorder.time("refresh"):
+            for speculator in self._speculators.values():
+                speculator.refresh(Rollouts(self.last_sequences), self.policy_version)
+            if self._controller is not None:
+                self._controller.policy_updated()
+        self.last_sequences = None
+        self._refresh_s += recorder.seconds("refresh")
+
+    def attach(self, trainer: Trainer, *, baseline_every: int = 0) -> AtlasRolloutEngine:
+        """Make `trainer` (GRPOTrainer, RLOOTrainer) generate with this engine; returns the engine.
+
+        Args:
+            trainer: Built as usual, with `use_vllm=False`.
+            baseline_every: Repeat every n-th training generation without speculation, check that the tokens are the
+                same, and put its tokens/s into the report; 0 never. For measurements: it costs the time it measures.
+
+        Raises:
+            ValueError: A trainer that cannot be attached to, or sampling options that cannot be honoured; the trainer
+                is then as it was.
+        """
+        from atlas_rl.integrations.trl import attach
+
+        self._adapter = attach(self, trainer, baseline_every)
+        return self
+
+    def __call__(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
+        """TRL's `rollout_func`: prompts already repeated per generation in, token ids and logprobs out."""
+        from atlas_rl.integrations.trl import rollout_func
+
+        if self._adapter is None:
+            self._adapter = rollout_func(self, trainer)
+        return self._adapter.rollout_func(prompts)
+
+    def publish(self, report: StepReport) -> None:
+        """Keep a report, print its line, and append it to the JSONL file."""
+        self.reports.append(report)
+        if self.config.console:
+            print(console_line(report), flush=True)
+            for line in console_warnings(report):
+                print(line, flush=True)
+        if self._sink is not None:
+            self._sink.write(report)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every speculator, by name: what a resumed run needs to draft as well as this one."""
+        return {name: speculator.state_dict() for name, speculator in (self._speculators or {}).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`; `ValueError` for a speculator that this engine does not have."""
+        own = self._speculators or {}
+        missing = sorted(set(state) - set(own))
+        if missing:
+            raise ValueError(f"the state has speculators {missing} that this engine lacks; it has {sorted(own)}")
+        for name, values in state.items():
+            own[name].load_state_dict(values)
+
+    def _backend_for(self, model: nn.Module) -> InProcessBackend:
+        if self._backend is None or self._backend.model is not unwrap_policy(model):
+            self._backend = InProcessBackend(model)
+        return self._backend
+
+    def _speculators_for(self, backend: InProcessBackend) -> dict[str, Speculator]:
+        if self._speculators is None:
+            chosen = list(self.config.speculators) if self.config.speculators is not None else [HistorySpeculator()]
+            if self.config.draft_model is not None:
+                chosen.append(self._draft_lm(backend))
+            for speculator in chosen:
+                speculator.couples_noise = self._verifier.couples_noise
+            self._speculators = {speculator.name: speculator for speculator in chosen}
+            self._controller = self.config.controller or GoodputController(tuple(self._speculators))
+        return self._speculators
+
+    def _draft_lm(self, backend: InProcessBackend) -> Speculator:
+        from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model
+
+        model = self.config.draft_model
+        assert model is not None
+        if not isinstance(model, nn.Module):
+            model = load_draft_model(Path(model), self.tokenizer, like=backend.model)
+        return DraftLM(model, backend.vocab_size)
+
+    def _num_rows(self, backend: InProcessBackend, sequences: Sequences) -> int:
+        num_requests, capacity = sequences.token_ids.shape
+        fits = max(1, backend.free_bytes() // max(1, backend.row_bytes(capacity)))
+        return int(min(num_requests, fits, self.config.max_batch_size or num_requests))
+
+    def _default_eos(self) -> list[int]:
+        found: list[int] = []
+        generation_config = getattr(unwrap_policy(self._model), "generation_config", None) if self._model else None
+        for source in (self.tokenizer, generation_config):
+            value = getattr(source, "eos_token_id", None)
+            found += value if isinstance(value, list) else [] if value is None else [value]
+        if self.tokenizer is None and not found:
+            raise ValueError("no ending token is known: give the engine a tokenizer, or generate() eos_token_ids=[...]")
+        return list(dict.fromkeys(found))
+
+    def _report(
+        self, recorder: StepRecorder, loop: DecodeLoop, sequences: Sequences, mode: Mode, step: int
+    ) -> StepReport:
+        report = recorder.finish(
+            step=step,
+            policy_version=sequences.policy_version,
+            mode=mode,
+            num_prompt_tokens=int(sequences.prompt_lengths.sum()),
+            completion_lengths=sequences.lengths - sequences.prompt_lengths,
+        )
+        refresh_s, self._refresh_s = self._refresh_s, 0.0
+        # Plain decoding draws as many tokens (sample_s) but needs as many more turns of the loop as tokens were
+        # accepted per turn (commit_s, other_s), and none of what speculation adds.
+        turns_s = (report.commit_s + report.other_s) * report.accepted_length
+        plain_s = report.prefill_s + report.sample_s + turns_s + loop.no_speculation_forward_s
+        return replace(
+            report,
+            refresh_s=refresh_s,
+            generate_s=report.generate_s + refresh_s,
+            no_speculation_s=plain_s if recorder.speculates else None,
+        )

@@ -1,0 +1,27 @@
+"""Fail loud: drafters that have died are named on the step it happens. Their death costs speed, never correctness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from atlas_rl.rollout.recorder import StepRecorder
+
+_ENOUGH = 200  # drafts without a single hit: chance does that to a living drafter less than once in 10^8 steps
+
+
+def findings(recorder: StepRecorder, num_proposed: Mapping[str, int]) -> Iterator[str]:
+    """Warnings about one generation step.
+
+    Args:
+        recorder: What was verified.
+        num_proposed: Per speculator that was asked, draft tokens it proposed, admitted or not.
+    """
+    for name, (drafted, accepted) in recorder.draft_counts().items():
+        if drafted >= _ENOUGH and accepted == 0:
+            yield (
+                f"{name}: none of {drafted} verified drafts was accepted; its state was lost or belongs to another "
+                "policy or tokenizer"
+            )
+    for name, proposed in num_proposed.items():
+        if proposed == 0:
+            yield f"{name}: asked for drafts during the whole step and proposed none"

@@ -1,0 +1,156 @@
+"""The interface of every speculator, and the values that pass through it.
+
+All arrays on this seam are numpy: the decode loop is host code, and a draft is a handful of integers. A speculator that
+runs a network keeps its tensors to itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from atlas_rl.rollout.sampling import SamplingParams
+
+
+@dataclass(slots=True)
+class Sequences:
+    """Every request of one generation call, in arrays that never move: a request's index is its name.
+
+    The decode loop owns them and appends; speculators read.
+
+    Attributes:
+        token_ids: int32 `[num_requests, capacity]`, prompt then completion; cells past the length are undefined.
+        lengths: int64 `[num_requests]`, prompt plus committed completion tokens.
+        prompt_lengths: int64 `[num_requests]`.
+        prompt_keys: int64 `[num_requests]`, equal for equal prompts (a hash of the prompt's tokens).
+        noise_keys: uint64 `[num_requests]`, keys of the counter-based noise (`rollout/noise.py`).
+        sampling: Sampling parameters of the call.
+        vocab_size: Size of the policy's vocabulary.
+        policy_version: Version of the policy that generates.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    prompt_keys: np.ndarray
+    noise_keys: np.ndarray
+    sampling: SamplingParams
+    vocab_size: int
+    policy_version: int
+
+    def completion(self, request: int) -> list[int]:
+        """The committed completion tokens of one request."""
+        return self.token_ids[request, self.prompt_lengths[request] : self.lengths[request]].tolist()
+
+
+@dataclass(slots=True)
+class Draft:
+    """Draft tokens for a batch of requests, ragged rows padded to the longest.
+
+    Attributes:
+        token_ids: int64 `[batch, draft_len]`; cells past `lengths` are undefined.
+        lengths: int64 `[batch]`; 0 means that the speculator has nothing to say about the request.
+        confidence: float32 `[batch, draft_len]` in (0, 1): the speculator's own estimate that the position is accepted,
+            given that the positions before it were. Under rejection verification it must be a function of the prefix
+            alone, never of the drawn token; under drafter-invariant verification it may also read the noise.
+        draft_probs: Only for engines that verify by rejection, float32 `[batch, draft_len, vocab]` on the policy's
+            device: the distribution each draft token was drawn from. `None` means one-hot drafts.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    confidence: np.ndarray
+    draft_probs: torch.Tensor | None = None
+
+    @staticmethod
+    def empty(batch: int) -> Draft:
+        """A draft without a token for any of `batch` requests."""
+        return Draft(np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), np.zeros((batch, 0), np.float32))
+
+
+@dataclass(slots=True)
+class Verified:
+    """What one target forward settled, handed to every speculator whether or not its draft was used.
+
+    By the time it is handed over, the tokens have been appended to `Sequences`.
+
+    Attributes:
+        requests: int64 `[batch]`, indices into `Sequences`.
+        token_ids: int64 `[batch, max_committed]`, committed tokens: accepted drafts, then recovered or bonus token.
+        num_committed: int64 `[batch]`, at least 1.
+        num_accepted: int64 `[batch]`, accepted draft tokens.
+        num_drafted: int64 `[batch]`, draft tokens that were verified.
+        finished: bool `[batch]`, requests that end with this step; they never appear again.
+    """
+
+    requests: np.ndarray
+    token_ids: np.ndarray
+    num_committed: np.ndarray
+    num_accepted: np.ndarray
+    num_drafted: np.ndarray
+    finished: np.ndarray
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """Finished rollouts of one generation call, for `Speculator.refresh`."""
+
+    sequences: Sequences
+
+
+class Speculator(ABC):
+    """Proposes continuations that the policy verifies.
+
+    Nothing a speculator does can change what is generated, only how fast: under drafter-invariant verification a draft
+    is accepted exactly when it is the token the policy would have drawn. A speculator never touches the policy's
+    weights, training mode or random state. Implementations raise on internal failure; the loop never hides it.
+    """
+
+    name: str
+    """Short name used in reports, such as `history` or `draft_lm`."""
+
+    couples_noise: bool = True
+    """Whether drafts are drawn with the policy's own noise (`Stream.TARGET`). Engines that verify by rejection set it
+    to False, and the speculator then draws from `Stream.DRAFT` or proposes its likeliest token."""
+
+    @abstractmethod
+    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+        """Requests enter the batch: int64 `[n]` indices into `sequences`, whose prompts are in place.
+
+        Called before the first `propose` that names them; mutates only the speculator's state.
+        """
+
+    @abstractmethod
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        """Draft for each request.
+
+        Args:
+            sequences: All requests of the call; the context of request `r` is `token_ids[r, :lengths[r]]`.
+            requests: int64 `[batch]`.
+            max_draft_tokens: int64 `[batch]`, most tokens wanted per request; 0 asks for nothing.
+
+        Returns:
+            A `Draft` of the same batch order, each row at most `max_draft_tokens` long.
+        """
+
+    @abstractmethod
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        """Learn from verified tokens and let go of the state of finished requests."""
+
+    @abstractmethod
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
+        """The policy moved on to `policy_version`; `rollouts` are the newest finished ones, made by an earlier one."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draft as well as this one: numpy arrays, tensors, numbers and strings."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`; raises `ValueError` when the state belongs to another kind of speculator or policy."""

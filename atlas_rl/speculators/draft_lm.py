@@ -1,0 +1,165 @@
+"""Draft LM: any causal LM with the policy's tokenizer drafts token by token (arXiv 2211.17192).
+
+The static arm: heavyweight, trained before the run, never changed by it. It keeps an attention cache of its own and
+catches up with what was committed since it last drafted, whoever drafted that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from atlas_rl.rollout.backends.in_process import InProcessBackend
+from atlas_rl.rollout.backends.base import Segments
+from atlas_rl.rollout.loop import retire
+from atlas_rl.rollout.noise import Stream
+from atlas_rl.rollout.processing import process
+from atlas_rl.rollout.verification import choose
+from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class DraftLM(Speculator):
+    """Drafts with a small causal LM, under the sampling parameters of the call.
+
+    Coupled to the policy's noise, each draft token is the one that the draft LM would commit itself at that position
+    (acceptance close to 1 - TV). Without coupling it is an independent draw, and `Draft.draft_probs` says from what.
+
+    Args:
+        model: The draft LM; only read.
+        vocab_size: The policy's vocabulary size.
+
+    Raises:
+        ValueError: The draft LM has another vocabulary.
+    """
+
+    name = "draft_lm"
+
+    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+        self._backend = InProcessBackend(model)
+        if self._backend.vocab_size != vocab_size:
+            raise ValueError(
+                f"the draft LM has a vocabulary of {self._backend.vocab_size} tokens, the policy one of {vocab_size}: "
+                "a draft LM needs the policy's tokenizer"
+            )
+        self._sequences: Sequences | None = None
+
+    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+        """Give the new requests a cache row; their prompts are run when the first draft is asked for."""
+        if sequences is not self._sequences:
+            num_requests, capacity = sequences.token_ids.shape
+            self._sequences = sequences
+            self._cache = self._backend.new_cache(num_requests, capacity)
+            self._active = np.zeros(0, np.int64)
+            self._cached = np.zeros(num_requests, np.int64)  # valid cached tokens of each request
+            self._drafted: dict[int, np.ndarray] = {}  # tokens of its last draft
+        self._active = np.concatenate([self._active, requests])
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
+        assert sequences is self._sequences, "propose() before start()"
+        depth = int(max_draft_tokens.max(initial=0))
+        if depth == 0:
+            return Draft.empty(len(requests))
+        active, lengths = self._active, sequences.lengths[self._active]
+        depth = min(depth, self._room(lengths))
+        tokens = np.zeros((len(active), max(depth, 0)), np.int64)
+        confidence = np.zeros(tokens.shape, np.float32)
+        probs: list[torch.Tensor] = []
+        with self._backend.session(self._cache):
+            fresh = [sequences.token_ids[r, self._cached[r] : n] for r, n in zip(active, lengths, strict=True)]
+            for position in range(depth):
+                new = np.array([len(row) for row in fresh], np.int64)
+                segments = Segments(np.concatenate(fresh).astype(np.int64), 0, lengths + position - new, new)
+                logits = self._backend.forward(segments, np.cumsum(new) - 1)
+                tokens[:, position], confidence[:, position], q = self._draw(logits, sequences, tokens[:, :position])
+                probs.append(q)
+                fresh = list(tokens[:, position : position + 1])
+        self._cached[active] = lengths + max(depth - 1, 0)
+        self._drafted = dict(zip(active.tolist(), tokens, strict=True))
+        row_of = {request: row for row, request in enumerate(active.tolist())}
+        rows = np.array([row_of[int(request)] for request in requests], np.int64)
+        draft_probs = None if self.couples_noise or not probs else torch.stack(probs, dim=1)[torch.from_numpy(rows)]
+        return Draft(tokens[rows], np.minimum(max_draft_tokens, depth), confidence[rows], draft_probs)
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        """Keep the cached drafts that were committed and let finished requests go."""
+        assert sequences is self._sequences, "observe() before start()"
+        for row, request in enumerate(verified.requests.tolist()):
+            count = int(verified.num_committed[row])
+            before = int(sequences.lengths[request]) - count
+            drafted = self._drafted.pop(request, np.zeros(0, np.int64))[:count]
+            same = drafted == verified.token_ids[row, : len(drafted)]
+            stood = len(same) if same.all() else int(same.argmin())
+            self._cached[request] = min(int(self._cached[request]), before + stood, before + count - 1)
+        ended = np.isin(self._active, verified.requests[verified.finished])
+        if ended.any():
+            with self._backend.session(self._cache):
+                self._active = retire(self._active, ended, lambda request: int(self._cached[request]), self._backend)
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
+        """Nothing: the static arm does not follow the policy. Its cache of the call before is released."""
+        self._sequences = None
+        self._cache = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: its weights are the user's file."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `ValueError` unless `state` is what `state_dict` gives."""
+        if state:
+            raise ValueError(f"a draft LM has no state of its own, got keys {sorted(state)}")
+
+    def _room(self, lengths: np.ndarray) -> int:
+        """Most tokens that every row can still draft within the draft LM's own context."""
+        limit = self._backend.max_context
+        return 1 << 30 if limit is None else int(limit - lengths.max()) + 1
+
+    def _draw(
+        self, logits: torch.Tensor, sequences: Sequences, drafted: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        """Next draft token of every row, its confidence, and the distribution it was drawn from."""
+        active, sampling = self._active, sequences.sampling
+        prefixes = None
+        if sampling.repetition_penalty != 1:
+            prefixes = [
+                torch.from_numpy(np.unique(np.append(sequences.token_ids[r, : sequences.lengths[r]], row)))
+                .long()
+                .to(logits.device)
+                for r, row in zip(active, drafted, strict=True)
+            ]
+        probs = process(logits, sampling, prefixes).softmax(dim=-1)
+        stream = Stream.TARGET if self.couples_noise else Stream.DRAFT
+        positions = sequences.lengths[active] + drafted.shape[1]
+        tokens = choose(probs, sequences.noise_keys[active], positions, stream, sampling.greedy)
+        # A function of the prefix alone, for either verification: how concentrated the draft LM is.
+        confidence = probs.amax(dim=-1).cpu().numpy()
+        if sampling.greedy:
+            probs = torch.nn.functional.one_hot(torch.from_numpy(tokens), probs.shape[1]).to(probs)
+        return tokens, confidence, probs
+
+
+def load_draft_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None, like: nn.Module) -> nn.Module:
+    """Load a draft LM from a checkpoint folder, in the device and number format of `like`.
+
+    Raises:
+        ValueError: No checkpoint there, or its tokenizer is not the policy's.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"draft_model: no checkpoint in '{folder}' (config.json is missing)")
+    if tokenizer is not None and (folder / "tokenizer_config.json").is_file():
+        own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"draft_model: the tokenizer in '{folder}' is not the policy's; drafts are token ids")
+    weight = next(like.parameters())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype, local_files_only=True)
+    return model.to(weight.device).eval()

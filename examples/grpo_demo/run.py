@@ -1,0 +1,294 @@
+"""The demo: GRPO on a real language model, its rollouts made by AtlasRolloutEngine.
+
+    python examples/grpo_demo/run.py                    # warm-started policy, 8 steps
+    python examples/grpo_demo/run.py --raw-policy       # the raw instruct policy: high entropy, little to speculate on
+    python examples/grpo_demo/run.py --steps 30 --plot  # long enough to see the reward rise
+
+Every training step prints the engine's report line and the trainer's reward line. Now and then a generation is repeated
+with speculation off on the same prompts, weights and seed: those reruns are the comparison in the closing table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from policy import load_policy
+from tasks import FAMILIES, build_dataset, reward_func
+
+# transformers renames this option while TRL still defines it by the old name.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+
+
+def main() -> None:
+    args = parse_args()
+    started = time.perf_counter()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    set_seed(args.seed)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_policy(warm=not args.raw_policy)
+    trainer, progress = build_trainer(model, tokenizer, args)
+    engine = attach_engine(trainer, args)
+    announce(args)
+    held_out = [evaluate(trainer, args, "before")]
+    trainer.train()
+    held_out.append(evaluate(trainer, args, "after"))
+    summary = summarize(args, engine, progress.rows, held_out) | {"total_s": time.perf_counter() - started}
+    print_table(summary)
+    path = args.output_dir / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\nwritten: {path}" + (f" and {args.output_dir / 'rollouts.jsonl'}" if engine else ""))
+    if args.plot:
+        plot_rewards(progress.rows, args.output_dir / "reward.png")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps, each on freshly generated completions")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
+    parser.add_argument("--num-generations", type=int, default=8, help="completions per prompt (the group)")
+    parser.add_argument("--max-new-tokens", type=int, default=160, help="completion tokens at most")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--raw-policy", action="store_true", help="leave the warm start out")
+    parser.add_argument("--engine", choices=("atlas", "trl"), default="atlas", help="trl: TRL's own generation")
+    parser.add_argument("--baseline-every", type=int, default=4, help="rerun every N-th generation without speculation")
+    parser.add_argument("--eval-prompts", type=int, default=0, help="held-out questions answered before and after")
+    parser.add_argument("--plot", action="store_true", help="draw the reward curve (needs matplotlib)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
+    args = parser.parse_args()
+    for name in ("steps", "prompts", "max_new_tokens", "baseline_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.num_generations < 2:
+        parser.error("--num-generations must be at least 2: GRPO compares the completions of a group")
+    return args
+
+
+def build_trainer(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[GRPOTrainer, Progress]:
+    """A GRPO trainer with quiet logging, and the callback that prints and keeps one row per step."""
+    completions = args.prompts * args.num_generations
+    config = GRPOConfig(
+        output_dir=str(args.output_dir / "trainer"),
+        max_steps=args.steps,
+        # The update runs in slices of one group, so that the logits of a slice (about 0.3 GB) and not of all rows
+        # are held at once.
+        per_device_train_batch_size=args.num_generations,
+        gradient_accumulation_steps=args.prompts,
+        generation_batch_size=completions,
+        per_device_eval_batch_size=32,
+        num_generations_eval=1,
+        num_generations=args.num_generations,
+        max_completion_length=args.max_new_tokens,
+        temperature=1.0,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        beta=0.0,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=args.seed,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=reward_func,
+        args=config,
+        train_dataset=build_dataset("train", args.steps * args.prompts, args.seed, args.families),
+        eval_dataset=build_dataset("eval", max(1, args.eval_prompts), args.seed, args.families),
+        processing_class=tokenizer,
+    )
+    progress = Progress()
+    trainer.remove_callback(PrinterCallback)  # it would print every log as one long dict
+    trainer.add_callback(progress)
+    return trainer, progress
+
+
+class Progress(TrainerCallback):
+    """Prints one line per step and keeps it; ``rows`` holds reward, length (tokens), entropy (nats) and seconds."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._step_began = self._began = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_began = self._began = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "reward" not in logs:
+            return
+        now = time.perf_counter()
+        row = {"step": state.global_step, "step_s": now - self._step_began, "reward": float(logs["reward"])}
+        row |= {"length": float(logs["completions/mean_length"]), "entropy": float(logs["entropy"])}
+        self.rows.append(row)
+        self._step_began = now
+        left_s = (now - self._began) / state.global_step * (state.max_steps - state.global_step)
+        print(
+            f"train step {state.global_step}/{state.max_steps} | reward {row['reward']:.2f} | "
+            f"{row['length']:.0f} tok/completion | step {row['step_s']:.0f} s | about {left_s / 60:.1f} min left",
+            flush=True,
+        )
+
+
+def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
+    """Put the engine into the trainer; None with ``--engine trl``."""
+    if args.engine == "trl":
+        return None
+    from atlas_rl import AtlasRolloutEngine
+
+    engine = AtlasRolloutEngine(output_dir=args.output_dir)
+    engine.attach(trainer, baseline_every=args.baseline_every)
+    return engine
+
+
+def announce(args: argparse.Namespace) -> None:
+    """Say what is about to run."""
+    policy = "raw" if args.raw_policy else "warm-started"
+    print(
+        f"GRPO, {policy} SmolLM2-135M on {', '.join(args.families)}: {args.steps} steps of {args.prompts} prompts x "
+        f"{args.num_generations} completions, rollouts by {args.engine}, {torch.get_num_threads()} threads",
+        flush=True,
+    )
+
+
+def evaluate(trainer: GRPOTrainer, args: argparse.Namespace, when: str) -> float | None:
+    """Mean reward on the held-out questions, one sampled completion each; None without ``--eval-prompts``."""
+    if args.eval_prompts < 1:
+        return None
+    print(f"answering {args.eval_prompts} held-out questions {when} training ...", flush=True)
+    # The same draws before and after leave the change of the policy as the only difference.
+    set_seed(args.seed)
+    reward = float(trainer.evaluate()["eval_reward"])
+    print(f"held-out reward {when} training: {reward:.3f}", flush=True)
+    return reward
+
+
+def summarize(
+    args: argparse.Namespace, engine: Any | None, rows: list[dict[str, float]], held_out: list[float | None]
+) -> dict[str, Any]:
+    """Everything the closing table shows, as plain JSON values; speeds in tokens per second."""
+    rewards = [row["reward"] for row in rows]
+    edge = max(1, min(5, len(rewards) // 2))
+    summary: dict[str, Any] = {
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "architecture": platform.machine()},
+        "rewards": rewards,
+        "reward_first": statistics.fmean(rewards[:edge]),
+        "reward_last": statistics.fmean(rewards[-edge:]),
+        "reward_window_steps": edge,
+        "held_out_reward_before_after": held_out,
+        "train_s": sum(row["step_s"] for row in rows),
+        "steps": rows,
+    }
+    return summary | ({"rollouts": summarize_rollouts(engine)} if engine else {})
+
+
+def summarize_rollouts(engine: Any) -> dict[str, Any]:
+    """The engine's figures over the run, and over the generations that were repeated with speculation off."""
+    reports = [report for report in engine.reports if report.mode == "train"]
+    paired = [report for report in reports if report.baseline_tokens_per_s is not None]
+    num_tokens = sum(report.num_tokens for report in reports)
+    figures: dict[str, Any] = {
+        "generations": len(reports),
+        "num_tokens": num_tokens,
+        "generate_s": sum(report.generate_s for report in reports),
+        "tokens_per_s": num_tokens / sum(report.generate_s for report in reports),
+        "accepted_length": _weighted_mean(reports, "accepted_length"),
+        "acceptance_rate": _weighted_mean(reports, "acceptance_rate"),
+        "entropy": _weighted_mean(reports, "entropy"),
+        "estimated_tokens_per_s_without": _weighted_mean(reports, "no_speculation_tokens_per_s"),
+        "estimated_speedup": _weighted_mean(reports, "speedup_estimate"),
+        "paired_generations": len(paired),
+    }
+    if paired:
+        # Speeds are compared over equal tokens: total tokens over total seconds, on each side.
+        tokens = sum(report.num_tokens for report in paired)
+        with_s = sum(report.num_tokens / report.tokens_per_s for report in paired)
+        without_s = sum(report.num_tokens / report.baseline_tokens_per_s for report in paired)
+        figures |= {
+            "paired_tokens": tokens,
+            "paired_tokens_per_s": tokens / with_s,
+            "paired_tokens_per_s_without": tokens / without_s,
+            "paired_speedup": without_s / with_s,
+        }
+    return figures
+
+
+def _weighted_mean(reports: list[Any], name: str) -> float | None:
+    """Mean of a report's figure over the run's tokens; None where no report has it."""
+    rows = [(getattr(r, name), r.num_tokens) for r in reports if getattr(r, name) is not None]
+    weight = sum(tokens for _, tokens in rows)
+    return sum(value * tokens for value, tokens in rows) / weight if weight else None
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """The closing table."""
+    rollouts = summary.get("rollouts")
+    print()
+    if rollouts:
+        paired = rollouts.get("paired_tokens_per_s")
+        print(f"{'rollouts':<38}{'speculation on':>16}{'off':>12}")
+        if paired:
+            label = f"tokens/s, same {rollouts['paired_generations']} generations"
+            print(f"{label:<38}{paired:>16.1f}{rollouts['paired_tokens_per_s_without']:>12.1f}")
+            print(f"{'speedup, measured':<38}{rollouts['paired_speedup']:>15.2f}x{1:>11.2f}x")
+        without = _number(rollouts["estimated_tokens_per_s_without"], ".1f")
+        print(f"{'tokens/s, whole run (off: estimated)':<38}{rollouts['tokens_per_s']:>16.1f}{without:>12}")
+        print(f"{'accepted length':<38}{_number(rollouts['accepted_length'], '.2f'):>16}{1:>12.2f}")
+        print(f"{'entropy of the policy, nats/token':<38}{_number(rollouts['entropy'], '.3f'):>16}")
+        print(f"{'tokens generated':<38}{rollouts['num_tokens']:>16}")
+        print(f"{'generation seconds':<38}{rollouts['generate_s']:>16.1f}")
+    window = summary["reward_window_steps"]
+    print(f"{f'mean reward, first {window} steps':<38}{summary['reward_first']:>16.3f}")
+    print(f"{f'mean reward, last {window} steps':<38}{summary['reward_last']:>16.3f}")
+    before, after = summary["held_out_reward_before_after"]
+    if before is not None and after is not None:
+        print(f"{'held-out reward, before':<38}{before:>16.3f}")
+        print(f"{'held-out reward, after':<38}{after:>16.3f}")
+    print(f"{'training seconds':<38}{summary['train_s']:>16.1f}")
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def plot_rewards(rows: list[dict[str, float]], path: Path, window: int = 5) -> None:
+    """Draw mean reward per step and its rolling mean over ``window`` steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, rewards = [row["step"] for row in rows], [row["reward"] for row in rows]
+    rolling = [statistics.fmean(rewards[max(0, i + 1 - window) : i + 1]) for i in range(len(rewards))]
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    axes.plot(steps, rewards, "o", markersize=3, alpha=0.5, label="one step")
+    axes.plot(steps, rolling, label=f"mean of {window} steps")
+    axes.set(xlabel="training step", ylabel="mean reward (share of right answers)", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

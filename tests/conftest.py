@@ -1,0 +1,58 @@
+"""Fixtures that every test may use, and the order of the tests: fast first, those with the 135M policy last."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test reaches a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.models import FACTORIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parent.parent
+_EXPENSIVE_FIXTURES = {"smollm2"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that use the demo policy as slow, and order slow tests after all others."""
+    for item in items:
+        if _EXPENSIVE_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    """A tiny Llama shared by all tests: leave weights and modes as they are, or build your own (tests/models.py)."""
+    return FACTORIES["llama"]()
+
+
+@pytest.fixture(scope="session", params=sorted(FACTORIES))
+def tiny_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """One tiny model of each family in turn, shared like `llama`."""
+    return FACTORIES[request.param]()
+
+
+@pytest.fixture(scope="session")
+def demo() -> Any:
+    """Imports modules of the demo as its own scripts do: `demo("policy").load_policy(...)`."""
+    folder = str(ROOT / "examples" / "grpo_demo")
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2(demo: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32 and its tokenizer, without the warm start; shared, so leave it unchanged."""
+    model, tokenizer = demo("policy").load_policy(warm=False)
+    return model, tokenizer
