@@ -237,5 +237,48 @@ class GoodputController(Controller):
         return int(depth[best]), float(goodput[best])
 
 
+class FixedController(Controller):
+    """One speculator, always the same number of draft tokens: an arm of a comparison, not a policy for a run.
+
+    Args:
+        speculators: Names, in the order that `Admission.arms` refers to.
+        arm: The one that drafts.
+        num_draft_tokens: Draft tokens per request and step, as far as the speculator has them.
+    """
+
+    def __init__(self, speculators: Sequence[str], arm: str, num_draft_tokens: int) -> None:
+        if arm not in speculators:
+            raise ValueError(f"no speculator '{arm}' among {list(speculators)}")
+        if num_draft_tokens < 1:
+            raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}: 0 is speculation=False")
+        self._arm = arm
+        self._index = list(speculators).index(arm)
+        self._num_draft_tokens = num_draft_tokens
+        self._cost = CostModel()
+
+    def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
+        return {self._arm: np.minimum(room, self._num_draft_tokens)}
+
+    def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
+        return Admission(np.full(batch, self._index), drafts[self._arm].lengths.copy())
+
+    def observe(
+        self,
+        drafts: Mapping[str, Draft],
+        admission: Admission,
+        verified: Verified,
+        draft_s: Mapping[str, float],
+        forward_s: float,
+    ) -> None:
+        self._cost.observe(len(verified.requests) + int(admission.lengths.sum()), forward_s)
+
+    def policy_updated(self) -> None:
+        """Nothing to do: it learns nothing about speculators."""
+
+    def plain_forward_s(self, batch: int) -> float | None:
+        table = self._cost.predict(batch)
+        return None if table is None else float(table[batch])
+
+
 def _blend(old: float | None, new: float) -> float:
     return new if old is None else old + 0.1 * (new - old)

@@ -62,7 +62,8 @@ def mix64(x: int) -> int:
 def request_keys(seed: int, num_requests: int) -> np.ndarray:
     """Philox keys of requests `0 .. num_requests - 1` under `seed`: uint64 `[num_requests]`."""
     base = mix64(seed)
-    return np.array([mix64(base ^ mix64(request + 1)) for request in range(num_requests)], dtype=np.uint64)
+    # Not mixed on both sides: `mix64(seed) ^ mix64(request)` would give seed and request in exchanged roles the same key.
+    return np.array([mix64(base ^ request) for request in range(num_requests)], dtype=np.uint64)
 
 
 # ------------------------------------------------------------------------------------------------- numba, on the CPU

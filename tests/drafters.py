@@ -1,0 +1,88 @@
+"""Drafters and controllers that tests plug into the real engine: reckless ones, and ones that cheat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlas_rl.rollout.controller import Admission, FixedController
+from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
+
+
+class Stateless(Speculator):
+    """A speculator without state."""
+
+    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+        """Nothing to prepare."""
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        """Nothing to learn."""
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
+        """Nothing to refresh."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
+class RandomDrafter(Stateless):
+    """Drafts independent tokens: one-hot, or with the probabilities they were drawn from."""
+
+    name = "random"
+
+    def __init__(self, *, with_probs: bool = False, seed: int = 0) -> None:
+        self.with_probs = with_probs
+        self.rng = np.random.default_rng(seed)
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        batch, width, vocab = len(requests), int(max_draft_tokens.max(initial=0)), sequences.vocab_size
+        if width == 0:
+            return Draft.empty(batch)
+        probs = self.rng.dirichlet(np.full(vocab, 0.7), size=(batch, width)).astype(np.float32)
+        gumbel = self.rng.gumbel(size=probs.shape)
+        tokens = (np.log(probs) + gumbel).argmax(axis=-1)
+        confidence = np.full((batch, width), 0.5, np.float32)
+        return Draft(tokens, max_draft_tokens, confidence, torch.from_numpy(probs) if self.with_probs else None)
+
+
+class Parrot(Stateless):
+    """Drafts a known continuation, right except at random places: exercises every accepted length."""
+
+    name = "parrot"
+
+    def __init__(self, completions: list[list[int]], *, error_rate: float, seed: int = 0) -> None:
+        self.completions = completions
+        self.error_rate = error_rate
+        self.rng = np.random.default_rng(seed)
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        width = int(max_draft_tokens.max(initial=0))
+        tokens = np.zeros((len(requests), width), np.int64)
+        lengths = np.zeros(len(requests), np.int64)
+        for row, request in enumerate(requests):
+            done = int(sequences.lengths[request] - sequences.prompt_lengths[request])
+            known = self.completions[request][done : done + int(max_draft_tokens[row])]
+            lengths[row] = len(known)
+            tokens[row, : len(known)] = known
+        wrong = self.rng.random(tokens.shape) < self.error_rate
+        tokens[wrong] = self.rng.integers(sequences.vocab_size, size=int(wrong.sum()))
+        return Draft(tokens, lengths, np.full(tokens.shape, 0.5, np.float32))
+
+
+class TrimByDrawnToken(FixedController):
+    """Cheats: cuts each draft before the first token with an odd id, so that what is verified depends on the draw."""
+
+    def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
+        admission = super().admit(drafts, batch)
+        draft = drafts[self._arm]
+        if draft.token_ids.shape[1] == 0:
+            return admission
+        odd = (draft.token_ids % 2 == 1) & (np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])
+        first_odd = np.where(odd.any(axis=1), odd.argmax(axis=1), draft.lengths)
+        return Admission(admission.arms, np.minimum(admission.lengths, first_odd))
