@@ -25,7 +25,7 @@ _MAX_LOOKAHEAD = 16
 _CHEAP = 0.03  # a speculator that proposes within this share of a forward is asked on every step
 _TRIALS = 3  # steps that a costly speculator gets before it is judged
 _RETRY_STEPS = 64  # idle steps after which a costly speculator that lost gets another trial, doubling with each loss
-_PLAIN_EVERY = 100  # forwards after which a plain step measures anew what no speculation costs
+_PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
 
 
 @dataclass(slots=True)
@@ -110,9 +110,10 @@ class GoodputController(Controller):
         self._cost = CostModel()
         self._lookahead = 4
         self._without_goodput: float | None = None  # of steps without any costly speculator
+        self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
 
     def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
-        if not self._names or self._cost.age(batch) > _PLAIN_EVERY:
+        if not self._names or self._steps_since_plain >= _PLAIN_EVERY:
             return {}
         return {
             name: np.minimum(room, lookahead) for name in self._names if (lookahead := self._wanted(name, batch)) > 0
@@ -146,6 +147,7 @@ class GoodputController(Controller):
     ) -> None:
         batch = len(verified.requests)
         slots = int(admission.lengths.sum())
+        self._steps_since_plain = self._steps_since_plain + 1 if slots else 0
         self._cost.observe(batch + slots, forward_s)
         self._lookahead = int(np.clip(max(self._lookahead - 1, admission.lengths.max() + 2), 4, _MAX_LOOKAHEAD))
         goodput = float(verified.num_committed.sum()) / (forward_s + sum(draft_s.values()))

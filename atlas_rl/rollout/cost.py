@@ -22,17 +22,13 @@ class CostModel:
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
-        self._last_seen: dict[int, int] = {}
-        self._step = 0
         self._line: tuple[float, float] | None = None
         self._table = np.zeros(0)
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """One forward of `num_tokens` took `seconds`."""
-        self._step += 1
         size = _bucket(num_tokens)
         self._samples.setdefault(size, deque(maxlen=_SAMPLES)).append(seconds)
-        self._last_seen[size] = self._step
         self._line = None
 
     def predict(self, max_tokens: int) -> np.ndarray | None:
@@ -44,11 +40,6 @@ class CostModel:
         if len(self._table) <= max_tokens:
             self._tabulate(max_tokens)
         return self._table[: max_tokens + 1]
-
-    def age(self, num_tokens: int) -> int:
-        """Forwards since this size was last seen; a large number when it never was."""
-        last = self._last_seen.get(_bucket(num_tokens))
-        return 1 << 30 if last is None else self._step - last
 
     def _fit(self) -> None:
         size = np.array(list(self._samples), dtype=np.float64)

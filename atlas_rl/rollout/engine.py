@@ -21,8 +21,9 @@ from atlas_rl.rollout.requests import build_sequences
 from atlas_rl.rollout.sampling import SamplingParams
 from atlas_rl.rollout.sinks import JsonlSink, console_line, console_warnings
 from atlas_rl.rollout.verification import VERIFIERS
-from atlas_rl.speculators.base import Rollouts, Sequences, Speculator
+from atlas_rl.speculators.base import Sequences, Speculator
 from atlas_rl.speculators.history import HistorySpeculator
+from atlas_rl.sync.policy import PolicyTracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -69,15 +70,13 @@ class AtlasRolloutEngine:
     ) -> None:
         self.config = EngineConfig.of(options)
         self.tokenizer = tokenizer
-        self.policy_version = 0
         self.reports: list[StepReport] = []
-        self.last_sequences: Sequences | None = None
         self._model = model
         self._backend: InProcessBackend | None = None
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
         self._verifier = VERIFIERS[self.config.verification]()
-        self._refresh_s = 0.0
+        self._policy = PolicyTracker()
         self._calls = 0
         self._adapter: Any = None
         self._sink = JsonlSink(Path(self.config.output_dir) / "rollouts.jsonl") if self.config.output_dir else None
@@ -172,7 +171,7 @@ class AtlasRolloutEngine:
             )
             loop.run()
         if use:
-            self.last_sequences = sequences
+            self._policy.finished(sequences)
         for message in watch.findings(recorder, loop.num_proposed):
             recorder.warn(message)
         report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
@@ -186,17 +185,12 @@ class AtlasRolloutEngine:
 
         Trainers call it through the integration; stand-alone users call it after their own optimizer step.
         """
-        self.policy_version = self.policy_version + 1 if version is None else version
-        if self._speculators is None or self.last_sequences is None:
-            return
-        recorder = StepRecorder()
-        with recorder.time("refresh"):
-            for speculator in self._speculators.values():
-                speculator.refresh(Rollouts(self.last_sequences), self.policy_version)
-            if self._controller is not None:
-                self._controller.policy_updated()
-        self.last_sequences = None
-        self._refresh_s += recorder.seconds("refresh")
+        self._policy.advance(self._speculators or {}, self._controller, version)
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the policy that the next rollouts are made by."""
+        return self._policy.version
 
     def attach(self, trainer: Trainer, *, baseline_every: int = 0) -> AtlasRolloutEngine:
         """Make `trainer` (GRPOTrainer, RLOOTrainer) generate with this engine; returns the engine.
@@ -296,7 +290,7 @@ class AtlasRolloutEngine:
             num_prompt_tokens=int(sequences.prompt_lengths.sum()),
             completion_lengths=sequences.lengths - sequences.prompt_lengths,
         )
-        refresh_s, self._refresh_s = self._refresh_s, 0.0
+        refresh_s = self._policy.take_refresh_s()
         # Plain decoding draws as many tokens (sample_s) but needs as many more turns of the loop as tokens were
         # accepted per turn (commit_s, other_s), and none of what speculation adds.
         turns_s = (report.commit_s + report.other_s) * report.accepted_length

@@ -51,11 +51,10 @@ EXPONENTS = np.array([1.0, 1.5, 2.5, 5.0])
 BIAS, RAW, SHARE, ESCAPE, MARGIN, EVIDENCE, MATCH, COUNT = range(8)
 NUM_FEATURES = 8
 
-_WEIGHT_RATE = 0.02
+_WEIGHT_RATE = 0.2
 _CONFIDENCE_RATE = 0.03
 _MEMORY = 0.998  # forgetting per trial: the policy moves
 _PRIOR_TRIALS = 4.0
-_PRIOR_EXPONENT = 2  # index into EXPONENTS
 _MAX_MARGIN = 4.0
 _NEVER = 1e30
 
@@ -65,7 +64,7 @@ class Model(NamedTuple):
 
     log_weights: np.ndarray  # float64 [NUM_SOURCES, NUM_BUCKETS]
     escapes: np.ndarray  # float64 [NUM_KINDS, NUM_BUCKETS, 2]: hits, trials
-    exponent_hits: np.ndarray  # float64 [NUM_KINDS, len(EXPONENTS)], running frequency
+    exponents: np.ndarray  # float64 [NUM_KINDS, len(EXPONENTS)], decayed counts of hits
     confidence: np.ndarray  # float64 [2, 2, NUM_FEATURES]: per draft mode, coefficients and squared gradients
 
 
@@ -92,17 +91,18 @@ class Position(NamedTuple):
 
 def new_model() -> Model:
     """A model whose priors say: a longer match is better, and a confidence is what it is derived to be."""
-    log_weights = np.tile(0.7 * np.arange(NUM_BUCKETS), (NUM_SOURCES, 1))
+    log_weights = np.tile(0.5 * np.arange(NUM_BUCKETS), (NUM_SOURCES, 1))
     escapes = np.full((NUM_KINDS, NUM_BUCKETS, 2), _PRIOR_TRIALS)
     for kind in range(NUM_KINDS):
         count, different = 2.0 ** (kind % 4), min(2.0 ** (kind // 4 % 4), 2.0 ** (kind % 4))
         escapes[kind, :, 0] *= different / (count + different)
-    exponent_hits = np.full((NUM_KINDS, len(EXPONENTS)), 0.5)
-    exponent_hits[:, _PRIOR_EXPONENT] += 0.01
+    exponents = np.zeros((NUM_KINDS, len(EXPONENTS)))
+    for kind in range(NUM_KINDS):
+        exponents[kind, 1 if kind % 4 == 3 else 2] += 0.5  # few counts call for a higher exponent
     confidence = np.zeros((2, 2, NUM_FEATURES))
     confidence[:, 0, RAW] = 1.0
     confidence[:, 1] = 1.0
-    return Model(log_weights, escapes, exponent_hits, confidence)
+    return Model(log_weights, escapes, exponents, confidence)
 
 
 @numba.njit
@@ -189,7 +189,7 @@ def _pick_arrivals(at, scratch, key, position):
 def _choose_coupled(at, model, scratch, key, position):
     """First arrival under the policy's own noise; returns its index and fills its features."""
     _pick_arrivals(at, scratch, key, position)
-    best = scratch.picks[np.argmax(model.exponent_hits[at.kind])]
+    best = scratch.picks[np.argmax(model.exponents[at.kind])]
     times, masses = scratch.times, scratch.masses
     raw, margin = math.exp(-at.escape * times[best]), _MAX_MARGIN
     for x in range(at.different):
@@ -259,9 +259,9 @@ def learn(cursors, count, token, drafted, at, model, scratch, mode):
     if right < 0 or at.different == 1:
         return
     if mode == COUPLED:
-        hits = model.exponent_hits[at.kind]
         for g in range(len(EXPONENTS)):
-            hits[g] += (1 - _MEMORY) * ((scratch.picks[g] == right) - hits[g])
+            hits = model.exponents[at.kind, g]
+            model.exponents[at.kind, g] = hits * _MEMORY + (scratch.picks[g] == right)
     for i in range(count):
         gain = at.total / scratch.masses[right] - 1 if cursors[i, NEXT] == token else -1.0
         category = cursors[i, SOURCE], LENGTH_BUCKET[cursors[i, LENGTH]]

@@ -61,7 +61,13 @@ class InProcessBackend(Backend):
         head = self.model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(self.model).__name__} has no LM head: load it with AutoModelForCausalLM")
+        if getattr(config, "is_encoder_decoder", False) or not self.model.can_generate():
+            raise ValueError(f"{type(self.model).__name__} is not a causal LM: load one with AutoModelForCausalLM")
         self.config = config.get_text_config()
+        if not hasattr(self.config, "num_attention_heads"):
+            raise ValueError(
+                f"{type(self.model).__name__} has no standard attention cache: generate with the trainer's own engine"
+            )
         self.vocab_size = int(head.weight.shape[0]) if head.weight.numel() else int(self.config.vocab_size)
         self.max_context = getattr(self.config, "max_position_embeddings", None)
         self._cache: RaggedBatch | None = None
