@@ -3,10 +3,10 @@
     python -m benchmarks.history_index            # 10k, 100k and 1M tokens
     python -m benchmarks.history_index --huge     # and 10M
 
-The archive is filled with rollouts of a branching source: every prompt has 32 points with four phrasings of eight tokens
-each, drawn from a vocabulary that prompts share. A batch of requests, eight siblings of each of four archived prompts, then
-decodes new rollouts, so that every proposal follows chains of live siblings, of the same prompt and of other prompts. Every
-call brings other prompts, whose part of the archive no cache holds.
+The archive is filled with rollouts of a branching source: every prompt has 32 points with four phrasings of eight
+tokens each, drawn from a vocabulary that prompts share. A batch of requests, eight siblings of each of four archived
+prompts, then decodes new rollouts, so that every proposal follows chains of live siblings, of the same prompt and of
+other prompts. Every call brings other prompts, whose part of the archive no cache holds.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ SETTINGS = {
     "penalty": {"repetition_penalty": 1.4},
     "everything": {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 0.8},
 }
-EOS = [17, 40]
+EOS = [17, 40, 35, 12]
 
 
 @cache
@@ -75,7 +75,7 @@ def reference(name="plain"):
     """What the engine gives without speculation."""
     output = generate(engine_of(speculation=False), **SETTINGS[name])
     assert len({tuple(row) for row in output.completion_ids}) > 5
-    assert min(map(len, output.completion_ids)) < max(map(len, output.completion_ids))  # some stop early, some do not
+    assert len({len(row) for row in output.completion_ids}) > 1  # some stop early, some do not
     return output
 
 
@@ -90,7 +90,7 @@ def state_of(model):
 
 
 def processed_logprobs(model, prompt, completion, options):
-    """Log-softmax of the processed logits at every completion token `[len(completion), vocab]`, by transformers' own means."""
+    """Log-softmax of the processed logits at every completion token, by transformers' own means: `[tokens, vocab]`."""
     tokens = torch.tensor([[*prompt, *completion]])
     with torch.no_grad():
         logits = model(tokens).logits[0].float()
@@ -286,14 +286,10 @@ def test_a_prefill_in_chunks_gives_the_same_tokens(monkeypatch):
 
 
 def test_a_batch_of_one():
-    for row, prompt in ((0, PROMPTS[0]), (0, [7])):
-        alone = generate(engine_of(), [prompt], num_generations=1)
-        assert len(alone.completion_ids) == 1
-    assert (
-        alone.completion_ids[row] == generate(engine_of(speculation=False), [[7]], num_generations=1).completion_ids[0]
-    )
-    # Request 0 of a call has the same noise whatever the rest of the batch is.
-    assert generate(engine_of(), [PROMPTS[0]], num_generations=1).completion_ids[0] == reference().completion_ids[0]
+    """Request 0 of a call has the same noise whatever the rest of the batch is."""
+    output = generate(engine_of(), PROMPTS[:1], num_generations=1)
+    assert output.completion_ids == reference().completion_ids[:1]
+    assert output.report.num_requests == 1
 
 
 def test_a_completion_ends_with_its_first_ending_token():
@@ -323,9 +319,9 @@ def test_one_token(speculation):
     assert not output.report.warnings
 
 
-def test_no_false_alarm_where_there_is_no_room_for_a_draft():
-    engine = fixed(RandomDrafter(), 3)
-    assert not generate(engine, max_new_tokens=2).report.warnings
+def test_no_false_alarm_where_there_is_little_to_draft():
+    assert not generate(fixed(RandomDrafter(), 3), max_new_tokens=2).report.warnings  # no room for a draft at all
+    assert not generate(fixed(Mute(), 3), [[1]], max_new_tokens=6).report.warnings
 
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 5])
@@ -426,7 +422,7 @@ def test_a_report_without_speculation():
     assert report.acceptance_rate is None
     assert report.no_speculation_s is None
     assert report.num_forwards == max(report.completion_lengths) - 1
-    assert report.draft_s == 0
+    assert report.draft_s < 0.02 * report.generate_s
 
 
 def test_reports_are_kept_printed_and_written(tmp_path, capsys):
@@ -563,6 +559,19 @@ def test_state_makes_a_resumed_run_draft_as_well():
     assert generate(cold).report.accepted["history"] < again.report.accepted["history"]
 
 
+def test_state_waits_for_an_engine_that_has_not_met_its_policy():
+    engine = engine_of()
+    generate(engine)
+    state = engine.state_dict()
+    attached = AtlasRolloutEngine(console=False)
+    attached.load_state_dict(state)
+    assert attached.state_dict() == state
+    attached._model = policy()  # what `attach` passes with every rollout
+    generate(attached, [[1]], max_new_tokens=1)
+    history = attached._speculators["history"]
+    assert history.num_archived_tokens == engine._speculators["history"].num_archived_tokens > 0
+
+
 def test_the_state_of_another_speculator_is_refused():
     with pytest.raises(ValueError, match=r"\['mute'\].*lacks.*history"):
         engine_of().load_state_dict({"mute": {}})
@@ -610,7 +619,7 @@ def test_a_bad_call_says_what_to_do_and_does_nothing(case):
     with pytest.raises(ValueError, match=message):
         generate(engine, **options)
     assert engine.reports == []
-    assert engine.last_sequences is None
+    assert engine._calls == 0
     assert state_of(policy()) == before
     assert generate(engine).completion_ids == reference().completion_ids
 

@@ -166,6 +166,36 @@ def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) ->
         policy.find_gguf()
 
 
+def test_merged_policy_is_plain_changed_and_trainable(tmp_path: Path) -> None:
+    """The base weights that PEFT froze must come out trainable, else GRPO has nothing to update."""
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    base = LlamaForCausalLM(config)
+    before = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(tmp_path)
+    fresh = LlamaForCausalLM(config)
+    fresh.load_state_dict(state)
+    merged = policy.merge_adapter(fresh, tmp_path)
+    assert type(merged) is LlamaForCausalLM
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    assert not torch.equal(merged.model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_missing_adapter_says_how_to_train_one(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"warm_start\.py"):
+        policy.merge_adapter(None, tmp_path)
+
+
 def test_warm_start_is_small_and_within_its_targets() -> None:
     adapter = WARM_START / "adapter_model.safetensors"
     assert adapter.stat().st_size <= 6_000_000

@@ -75,6 +75,7 @@ class AtlasRolloutEngine:
         self._backend: InProcessBackend | None = None
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
+        self._restored: dict[str, Any] = {}  # state that waits for the speculators, which the first rollout makes
         self._verifier = VERIFIERS[self.config.verification]()
         self._policy = PolicyTracker()
         self._calls = 0
@@ -172,7 +173,7 @@ class AtlasRolloutEngine:
             loop.run()
         if use:
             self._policy.finished(sequences)
-        for message in watch.findings(recorder, loop.num_proposed):
+        for message in watch.findings(recorder, loop.num_asked, loop.num_proposed):
             recorder.warn(message)
         report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
         self._calls += 1
@@ -229,11 +230,19 @@ class AtlasRolloutEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """State of every speculator, by name: what a resumed run needs to draft as well as this one."""
-        return {name: speculator.state_dict() for name, speculator in (self._speculators or {}).items()}
+        if self._speculators is None:
+            return dict(self._restored)
+        return {name: speculator.state_dict() for name, speculator in self._speculators.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict()`; `ValueError` for a speculator that this engine does not have."""
-        own = self._speculators or {}
+        """Restore `state_dict()`; `ValueError` for a speculator that this engine does not have.
+
+        Before an attached engine's first rollout, which makes its speculators, the state waits for them.
+        """
+        own = self._speculators
+        if own is None:
+            self._restored = dict(state)
+            return
         missing = sorted(set(state) - set(own))
         if missing:
             raise ValueError(f"the state has speculators {missing} that this engine lacks; it has {sorted(own)}")
@@ -254,6 +263,7 @@ class AtlasRolloutEngine:
                 speculator.couples_noise = self._verifier.couples_noise
             self._speculators = {speculator.name: speculator for speculator in chosen}
             self._controller = self.config.controller or GoodputController(tuple(self._speculators))
+            self.load_state_dict(self._restored)
         return self._speculators
 
     def _draft_lm(self, backend: InProcessBackend) -> Speculator:

@@ -58,6 +58,7 @@ class DecodeLoop:
         self.active = np.zeros(0, np.int64)
         self.waiting = deque(range(num_requests))
         self.no_speculation_forward_s = 0.0
+        self.num_asked: dict[str, int] = {}
         self.num_proposed: dict[str, int] = {}
         self._names = list(speculators)
         self._limits = max_lengths
@@ -102,6 +103,7 @@ class DecodeLoop:
             before = self.recorder.clock()
             drafts[name] = self.speculators[name].propose(self.sequences, requests, max_draft_tokens)
             seconds[name] = self.recorder.clock() - before
+            self.num_asked[name] = self.num_asked.get(name, 0) + int(max_draft_tokens.sum())
             self.num_proposed[name] = self.num_proposed.get(name, 0) + int(drafts[name].lengths.sum())
         return drafts, seconds
 

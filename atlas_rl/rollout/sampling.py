@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,19 +40,28 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}"),
+            (
+                isinstance(self.max_new_tokens, Integral) and self.max_new_tokens >= 1,
+                f"max_new_tokens must be at least 1, and whole, got {self.max_new_tokens}",
+            ),
             (
                 math.isfinite(self.temperature) and self.temperature >= 0,
                 f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}",
             ),
-            (self.top_k >= 0, f"top_k must be >= 0 (0 keeps every token), got {self.top_k}"),
+            (
+                isinstance(self.top_k, Integral) and self.top_k >= 0,
+                f"top_k must be a whole number >= 0 (0 keeps every token), got {self.top_k}",
+            ),
             (0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}"),
             (0 <= self.min_p <= 1, f"min_p must be in [0, 1] (0 keeps every token), got {self.min_p}"),
             (
                 math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
                 f"repetition_penalty must be a finite number > 0 (1 is off), got {self.repetition_penalty}",
             ),
-            (0 <= self.seed < 2**63, f"seed must be in [0, 2**63), got {self.seed}"),
+            (
+                isinstance(self.seed, Integral) and 0 <= self.seed < 2**63,
+                f"seed must be a whole number in [0, 2**63), got {self.seed}",
+            ),
         )
         for ok, message in checks:
             if not ok:

@@ -9,11 +9,14 @@ from atlas_rl.rollout.recorder import StepRecorder
 _ENOUGH = 200  # drafts without a single hit: chance does that to a living drafter less than once in 10^8 steps
 
 
-def findings(recorder: StepRecorder, num_proposed: Mapping[str, int]) -> Iterator[str]:
+def findings(
+    recorder: StepRecorder, num_asked: Mapping[str, int], num_proposed: Mapping[str, int]
+) -> Iterator[str]:
     """Warnings about one generation step.
 
     Args:
         recorder: What was verified.
+        num_asked: Per speculator, most draft tokens it was asked for.
         num_proposed: Per speculator that was asked, draft tokens it proposed, admitted or not.
     """
     for name, (drafted, accepted) in recorder.draft_counts().items():
@@ -23,5 +26,5 @@ def findings(recorder: StepRecorder, num_proposed: Mapping[str, int]) -> Iterato
                 "policy or tokenizer"
             )
     for name, proposed in num_proposed.items():
-        if proposed == 0:
+        if proposed == 0 and num_asked[name] >= _ENOUGH:
             yield f"{name}: asked for drafts during the whole step and proposed none"

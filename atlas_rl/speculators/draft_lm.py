@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.rollout.backends.in_process import InProcessBackend
 from atlas_rl.rollout.backends.base import Segments
+from atlas_rl.rollout.backends.in_process import InProcessBackend
 from atlas_rl.rollout.loop import retire
 from atlas_rl.rollout.noise import Stream
 from atlas_rl.rollout.processing import process
@@ -23,6 +23,10 @@ from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Ve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from atlas_rl.rollout.backends.attention import RaggedBatch
+
+_DRAFT_ROOM = 32  # cells past the longest text: all rows run to the longest draft wanted, also those about to end
 
 
 class DraftLM(Speculator):
@@ -49,13 +53,14 @@ class DraftLM(Speculator):
                 "a draft LM needs the policy's tokenizer"
             )
         self._sequences: Sequences | None = None
+        self._cache: RaggedBatch | None = None
 
     def start(self, sequences: Sequences, requests: np.ndarray) -> None:
         """Give the new requests a cache row; their prompts are run when the first draft is asked for."""
         if sequences is not self._sequences:
             num_requests, capacity = sequences.token_ids.shape
             self._sequences = sequences
-            self._cache = self._backend.new_cache(num_requests, capacity)
+            self._cache = self._backend.new_cache(num_requests, capacity + _DRAFT_ROOM)
             self._active = np.zeros(0, np.int64)
             self._cached = np.zeros(num_requests, np.int64)  # valid cached tokens of each request
             self._drafted: dict[int, np.ndarray] = {}  # tokens of its last draft
@@ -64,12 +69,11 @@ class DraftLM(Speculator):
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
         assert sequences is self._sequences, "propose() before start()"
-        depth = int(max_draft_tokens.max(initial=0))
-        if depth == 0:
-            return Draft.empty(len(requests))
         active, lengths = self._active, sequences.lengths[self._active]
-        depth = min(depth, self._room(lengths))
-        tokens = np.zeros((len(active), max(depth, 0)), np.int64)
+        depth = min(int(max_draft_tokens.max(initial=0)), self._room(lengths))
+        if depth <= 0:
+            return Draft.empty(len(requests))
+        tokens = np.zeros((len(active), depth), np.int64)
         confidence = np.zeros(tokens.shape, np.float32)
         probs: list[torch.Tensor] = []
         with self._backend.session(self._cache):
@@ -79,13 +83,14 @@ class DraftLM(Speculator):
                 segments = Segments(np.concatenate(fresh).astype(np.int64), 0, lengths + position - new, new)
                 logits = self._backend.forward(segments, np.cumsum(new) - 1)
                 tokens[:, position], confidence[:, position], q = self._draw(logits, sequences, tokens[:, :position])
-                probs.append(q)
+                if not self.couples_noise:
+                    probs.append(q)
                 fresh = list(tokens[:, position : position + 1])
-        self._cached[active] = lengths + max(depth - 1, 0)
+        self._cached[active] = lengths + depth - 1
         self._drafted = dict(zip(active.tolist(), tokens, strict=True))
         row_of = {request: row for row, request in enumerate(active.tolist())}
         rows = np.array([row_of[int(request)] for request in requests], np.int64)
-        draft_probs = None if self.couples_noise or not probs else torch.stack(probs, dim=1)[torch.from_numpy(rows)]
+        draft_probs = None if self.couples_noise else torch.stack(probs, dim=1)[torch.from_numpy(rows)]
         return Draft(tokens[rows], np.minimum(max_draft_tokens, depth), confidence[rows], draft_probs)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
@@ -118,9 +123,10 @@ class DraftLM(Speculator):
             raise ValueError(f"a draft LM has no state of its own, got keys {sorted(state)}")
 
     def _room(self, lengths: np.ndarray) -> int:
-        """Most tokens that every row can still draft within the draft LM's own context."""
-        limit = self._backend.max_context
-        return 1 << 30 if limit is None else int(limit - lengths.max()) + 1
+        """Most tokens that every row can still draft within the cache and the draft LM's own context."""
+        assert self._cache is not None
+        limit = min(self._cache.capacity, self._backend.max_context or self._cache.capacity)
+        return int(limit - lengths.max(initial=0)) + 1
 
     def _draw(
         self, logits: torch.Tensor, sequences: Sequences, drafted: np.ndarray

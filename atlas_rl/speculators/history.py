@@ -1,13 +1,14 @@
 """History index: drafts what followed the same tokens in recent rollouts.
 
-The light half of the adaptive arm. Everything a run has generated lately is text that the next rollout may repeat: the
-siblings of its group, which answer the same prompt now; rollouts of the same prompt in earlier epochs; the prompt itself;
-the request's own earlier words. The index finds places where the same tokens stood before (`history_store.py`,
-`history_match.py`) and weighs what followed them by how reliable such places have proved (`history_mixture.py`).
+The light half of the adaptive arm. Everything a run has generated lately is text that the next rollout may repeat:
+the siblings of its group, which answer the same prompt now; rollouts of the same prompt in earlier epochs; the prompt
+itself; the request's own earlier words. The index finds places where the same tokens stood before
+(`history_store.py`, `history_match.py`) and weighs what followed them by how reliable such places have proved
+(`history_mixture.py`).
 
-Where the policy branches, the counts approximate its distribution, and with `couples_noise` the draft is drawn from them
-with the policy's own noise: the draft is then right with probability near 1 - TV(counts, policy), where the likeliest
-token alone would be right with probability max p.
+Where the policy branches, the counts approximate its distribution, and with `couples_noise` the draft is drawn from
+them with the policy's own noise: the draft is then right with probability near 1 - TV(counts, policy), where the
+likeliest token alone would be right with probability max p.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numba
 import numpy as np
 
 from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
-from atlas_rl.speculators.history_match import MAX_CURSORS, advance, new_cursors, refill
+from atlas_rl.speculators.history_match import advance, new_cursors, refill
 from atlas_rl.speculators.history_mixture import (
     COUPLED,
     ONE_HOT,
@@ -123,8 +124,11 @@ class HistorySpeculator(Speculator):
         self.policy_version = -1
         self._archive = Archive(max_tokens)
         self._model = new_model()
-        self._archived: Sequences | None = None
-        self._close_call()
+        self._archived: Sequences | None = None  # the call archived last, lest `refresh` archive it again
+        self._sequences: Sequences | None = None
+        self._live: LiveIndex | None = None
+        self._finished: list[int] = []
+        self._cursors, self._counts, self._observed = new_cursors(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def start(self, sequences: Sequences, requests: np.ndarray) -> None:
         """Index the prompts of new requests; a new `Sequences` ends the call before it."""
@@ -221,7 +225,8 @@ class HistorySpeculator(Speculator):
     def _end_call(self) -> None:
         """Archive the finished requests of the present call and drop its index."""
         self._archive_finished()
-        self._archived = self._sequences
+        if self._sequences is not None:
+            self._archived = self._sequences
         self._close_call()
 
     def _archive_finished(self) -> None:
@@ -245,6 +250,4 @@ class HistorySpeculator(Speculator):
             seen.add(tag)
 
     def _close_call(self) -> None:
-        self._sequences: Sequences | None = None
-        self._live: LiveIndex | None = None
-        self._finished: list[int] = []
+        self._sequences, self._live, self._finished = None, None, []

@@ -1,8 +1,8 @@
 """Cursors: the places in history whose preceding tokens equal a request's latest ones.
 
-A request keeps its cursors from token to token. A token that a cursor predicted moves the cursor on, one token longer; any
-other token drops it; the chains supply new ones. So the longest matches are never lost to the bound on how far a chain is
-followed, and following an agreed continuation touches memory in sequence.
+A request keeps its cursors from token to token. A token that a cursor predicted moves the cursor on, one token
+longer; any other token drops it; the chains supply new ones. So the longest matches are never lost to the bound on
+how far a chain is followed, and following an agreed continuation touches memory in sequence.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ and where the policy branches evenly, cursors of equal reliability count as what
 mass is the running frequency of "none of these" among positions that looked alike (best category, how many cursors, how
 many different tokens), as in PPM's secondary escape estimation.
 
-**Coupled draft.** The policy takes argmax p(x) / E(x): the first arrival of processes with times T(x) = E(x) / p(x). E is
-known beforehand, so the draft is the first arrival under P(x)^g. With many counts g = 1 is right, and the draft is the
-policy's own choice but for the error of P. With few, the likely token wins more often than P says: a rate known from n
-counts is Gamma(n), whose median falls short of its mean by more the smaller n is. How much is not assumed: every g of
-a grid is scored at every token that comes, and the best for positions of this kind is used (full information, so no
-exploration). The draft is wrong if
+**Coupled draft.** The policy takes argmax p(x) / E(x): the first arrival of processes with times T(x) = E(x) / p(x).
+E is known beforehand, so the draft is the first arrival under P(x)^g. With many counts g = 1 is right, and the draft
+is the policy's own choice but for the error of P. With few, the likely token wins more often than P says: a rate
+known from n counts is Gamma(n), whose median falls short of its mean by more the smaller n is. How much is not
+assumed: every g of a grid is scored at every token that comes, and the best for positions of this kind is used (full
+information, so no exploration). The draft is wrong if
 
  *  an unseen token arrives earlier. Unseen tokens have rate m together and none of their noise is known to matter: none
     arrives before time t with probability exp(-m t);
@@ -44,7 +44,8 @@ COUPLED, ONE_HOT = 0, 1
 # Match length 0..24 -> bucket: fine where one more token of context says most.
 LENGTH_BUCKET = np.array([0, 0, 1, 2, 3, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 8, 8, 8, 8, 8, 8, 8, 8, 9], np.int64)
 NUM_BUCKETS = 10
-# A kind of position: (the best cursor is of the same prompt or not, different tokens in 4 classes, cursors in 4 classes).
+# A kind of position: (the best cursor is of the same prompt or not, different tokens in 4 classes, cursors in 4
+# classes).
 NUM_KINDS = 2 * 4 * 4
 EXPONENTS = np.array([1.0, 1.5, 2.5, 5.0])
 # Features of a draft token from which its confidence is regressed; RAW is the logit of the derived probability.
@@ -286,6 +287,7 @@ def model_state(model: Model) -> dict[str, Any]:
 def model_from_state(state: dict[str, Any]) -> Model:
     """Inverse of `model_state`; raises `ValueError` on arrays of another shape."""
     for name, value in new_model()._asdict().items():
-        if np.shape(state.get(name)) != value.shape:
-            raise ValueError(f"history index: {name} has shape {np.shape(state.get(name))}, expected {value.shape}")
+        shape = np.shape(state[name]) if name in state else None
+        if shape != value.shape:
+            raise ValueError(f"history index: {name} has shape {shape}, expected {value.shape}")
     return Model(**{name: np.array(state[name], np.float64) for name in Model._fields})

@@ -1,13 +1,13 @@
 """Where the tokens of the history index live: an archive of finished rollouts and the running requests themselves.
 
 Both are indexed by hash chains, as in LZ77: an *entry* is a token, filed under the hash of the few tokens before it;
-`heads[family, bucket]` names the newest entry of a bucket, and every entry links to the next older one. Following a chain
-from the hash of the current context therefore visits continuations of that context, newest first, and its cost depends on
-how many are looked at, never on how many there are. Two chain families share the entries: GLOBAL chains run through
-all text, PROMPT chains through rollouts of one prompt and hash a shorter context.
+`heads[family, bucket]` names the newest entry of a bucket, and every entry links to the next older one. Following a
+chain from the hash of the current context therefore visits continuations of that context, newest first, and its cost
+depends on how many are looked at, never on how many there are. Two chain families share the entries: GLOBAL chains
+run through all text, PROMPT chains through rollouts of one prompt and hash a shorter context.
 
-Links and heads hold `code + 1`, so that 0 ends a chain and fresh tables are zero pages. A hash is never trusted: who walks
-a chain compares tokens.
+Links and heads hold `code + 1`, so that 0 ends a chain and fresh tables are zero pages. A hash is never trusted: who
+walks a chain compares tokens.
 
     store    code                         bytes per token
     archive  ring position                16 (one node: token, two links, tag) + 8 (heads)
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GLOBAL, PROMPT = 0, 1
 # Tokens of context an entry is filed under, and so the shortest match a chain of the family can find.
-ORDERS = (4, 2)
+ORDERS = (4, 1)
 MAX_MATCH = 24
 """Matches are measured up to this many tokens."""
 

@@ -64,7 +64,9 @@ def merge_adapter(model: LlamaForCausalLM, adapter_dir: Path) -> LlamaForCausalL
 
     if not (adapter_dir / "adapter_model.safetensors").exists():
         raise RuntimeError(f"no warm-start adapter in {adapter_dir}: train it with examples/grpo_demo/warm_start.py")
-    return PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    # PEFT froze the weights it adapted, and merging leaves them frozen: GRPO is about to train them.
+    return merged.requires_grad_(True)
 
 
 def prepare(cache_dir: str | os.PathLike[str] | None = None) -> Path:

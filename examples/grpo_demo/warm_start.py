@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from policy import ADAPTER_DIR, load_policy
+from policy import ADAPTER_DIR, load_policy, merge_adapter
 from tasks import SYSTEM_PROMPT, Task, describe, make_tasks, score, write_solution
 
 Example = tuple[list[int], list[int]]  # token ids of the prompt, of the solution (end of turn included)
@@ -38,19 +39,29 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model, tokenizer = load_policy(warm=False, cache_dir=args.cache_dir)
-    record: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed, **environment()}
-    if args.steps:
-        model, record["training"] = train(model, tokenizer, args)
-        save_adapter(model, args.output_dir)
-        # Measured as shipped: rounded to half precision and merged.
-        model, tokenizer = load_policy(warm=False, cache_dir=args.cache_dir)
-    model = PeftModel.from_pretrained(model, args.output_dir).merge_and_unload().eval()
-    record["measured"] = measure(model, tokenizer, args)
     path = args.output_dir / "record.json"
-    if not args.steps and path.exists():
-        record = json.loads(path.read_text()) | {"measured": record["measured"]}
+    if args.steps:
+        model, training = train(model, tokenizer, args)
+        save_adapter(model, args.output_dir)
+        record = {
+            "command": shlex.join(["python", *sys.argv]),
+            "seed": args.seed,
+            **environment(),
+            "training": training,
+        }
+        # Written before the measurement too, so that an interruption there loses nothing of the training.
+        write_record(path, record)
+        model, tokenizer = load_policy(warm=False, cache_dir=args.cache_dir)
+    # Measured as shipped: rounded to half precision and merged.
+    model = merge_adapter(model, args.output_dir).eval()
+    measured = measure(model, tokenizer, args)
+    write_record(path, json.loads(path.read_text()) | {"measured": measured})
+    print(json.dumps(measured, indent=2))
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write ``record`` as indented JSON."""
     path.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record["measured"], indent=2))
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="solutions per step")
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--eval-prompts", type=int, default=192, help="held-out questions sampled at temperature 1")
+    parser.add_argument("--eval-prompts", type=int, default=144, help="held-out questions sampled at temperature 1")
     parser.add_argument("--max-new-tokens", type=int, default=224)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
@@ -138,6 +149,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any, di
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_then_cosine(step, len(batches)))
     losses: list[float] = []
+    curve: dict[str, float] = {}  # step -> mean loss of the last five steps
     num_tokens, started = 0, time.perf_counter()
     for step, batch in enumerate(batches, start=1):
         loss = solution_loss(model, batch, tokenizer.pad_token_id)
@@ -146,19 +158,20 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any, di
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(round(loss.item(), 4))
+        losses.append(loss.item())
         num_tokens += sum(len(prompt) + len(solution) for prompt, solution in batch)
         if step % 5 == 0 or step == len(batches):
             seconds = time.perf_counter() - started
             left_s = seconds / step * (len(batches) - step)
             recent = sum(losses[-5:]) / len(losses[-5:])
+            curve[str(step)] = round(recent, 3)
             rate = num_tokens / seconds
             print(
                 f"step {step}/{len(batches)}  loss {recent:.3f}  {rate:.0f} tokens/s  {left_s:.0f} s left", flush=True
             )
     settings = {"steps": args.steps, "batch_size": args.batch_size, "rank": args.rank, "lr": args.learning_rate}
     seconds = round(time.perf_counter() - started, 1)
-    return model, settings | {"seconds": seconds, "tokens": num_tokens, "loss_per_step_nats": losses}
+    return model, settings | {"seconds": seconds, "tokens": num_tokens, "loss_nats_by_step": curve}
 
 
 def _warmup_then_cosine(step: int, total: int) -> float:
@@ -189,54 +202,81 @@ def save_adapter(model: Any, output_dir: Path) -> None:
 # --- measurement -----------------------------------------------------------------------------------------------------
 
 
+class PolicyStatistics(LogitsProcessor):
+    """Keeps the policy's entropy (nats) and largest probability at every step of a generation, changing nothing."""
+
+    def __init__(self) -> None:
+        self.entropy: list[torch.Tensor] = []  # per step: [batch]
+        self.peak: list[torch.Tensor] = []  # per step: [batch]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Record ``scores`` [batch, vocabulary] and hand them on."""
+        logprobs = scores.log_softmax(-1)
+        probs = logprobs.exp()
+        self.entropy.append(-(probs * logprobs).sum(-1))
+        self.peak.append(probs.amax(-1))
+        return scores
+
+
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Entropy, accuracy and lengths of completions sampled at temperature 1 on held-out questions."""
     torch.manual_seed(args.seed + 1)
-    tasks = make_tasks("eval", args.eval_prompts, args.seed)
+    # Families have different lengths: a batch of one family waits less for its longest row.
+    tasks = sorted(make_tasks("eval", args.eval_prompts, args.seed), key=lambda task: task.family)
     right: dict[str, list[float]] = {task.family: [] for task in tasks}
     lengths: list[int] = []
-    entropies: list[torch.Tensor] = []
-    peaks: list[torch.Tensor] = []
+    entropies: list[float] = []
+    peaks: list[float] = []
     samples: list[dict[str, Any]] = []
     for start in range(0, len(tasks), 32):
         rows = tasks[start : start + 32]
+        statistics = PolicyStatistics()
         prompts = [encode(task, "", tokenizer)[0] for task in rows]
-        completions = sample(model, prompts, tokenizer, args.max_new_tokens)
-        for task, prompt, completion in zip(rows, prompts, completions, strict=True):
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]  # [tokens, vocabulary]
-            logprobs = logits.log_softmax(-1)
-            entropies.append(-(logprobs.exp() * logprobs).sum(-1))
-            peaks.append(logprobs.exp().amax(-1))
+        completions = sample(model, prompts, tokenizer, args.max_new_tokens, statistics)
+        entropy, peak = torch.stack(statistics.entropy, 1), torch.stack(statistics.peak, 1)  # [batch, steps]
+        for index, (task, completion) in enumerate(zip(rows, completions, strict=True)):
+            entropies += entropy[index, : len(completion)].tolist()
+            peaks += peak[index, : len(completion)].tolist()
             lengths.append(len(completion))
             text = tokenizer.decode(completion, skip_special_tokens=True)
             right[task.family].append(score(text, task.family, task.answer))
             samples.append({"family": task.family, "reward": right[task.family][-1], "text": text})
         print(f"measured {start + len(rows)}/{len(tasks)} completions", flush=True)
-    quantiles = {f"p{q}": float(torch.tensor(lengths).float().quantile(q / 100)) for q in (5, 25, 50, 75, 95)}
+    quantiles = {f"p{q}": round(torch.tensor(lengths).float().quantile(q / 100).item(), 1) for q in (5, 25, 50, 75, 95)}
     return {
         "prompts": len(tasks),
         "temperature": 1.0,
         "system_prompt": SYSTEM_PROMPT,
-        "entropy_nats_per_token": round(torch.cat(entropies).mean().item(), 4),
-        "mean_max_probability": round(torch.cat(peaks).mean().item(), 4),
+        "entropy_nats_per_token": round(sum(entropies) / len(entropies), 4),
+        "mean_max_probability": round(sum(peaks) / len(peaks), 4),
         "accuracy": round(sum(sum(v) for v in right.values()) / len(tasks), 4),
         "accuracy_per_family": {k: round(v, 4) for k, v in describe(right).items()},
         "completion_tokens": {"mean": round(sum(lengths) / len(lengths), 1), **quantiles},
         "truncated_fraction": round(sum(n >= args.max_new_tokens for n in lengths) / len(lengths), 4),
-        "samples": samples[:9],
+        "samples": samples[:: max(1, len(samples) // 9)],
     }
 
 
-def sample(model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int) -> list[list[int]]:
+def sample(
+    model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int, statistics: PolicyStatistics
+) -> list[list[int]]:
     """One completion per prompt from the unmodified distribution, cut after its end-of-turn token."""
     width, pad_id = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     output = model.generate(
-        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_id,
+        logits_processor=LogitsProcessorList([statistics]),
+    )
     completions = [row[width:].tolist() for row in output]
     eos = tokenizer.eos_token_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in completions]
