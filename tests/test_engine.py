@@ -42,7 +42,8 @@ SETTINGS = {
     "penalty": {"repetition_penalty": 1.4},
     "everything": {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 0.8},
 }
-EOS = [17, 40, 35, 12]
+EOS = [17, 40, 35]
+MAX_NEW = 18
 
 
 @cache
@@ -66,7 +67,7 @@ def fixed(speculator, k, controller=FixedController):
 
 def generate(engine, prompts=PROMPTS, **options):
     return engine.generate(
-        prompts, **({"max_new_tokens": 24, "eos_token_ids": EOS, "seed": 3, "num_generations": 2} | options)
+        prompts, **({"max_new_tokens": MAX_NEW, "eos_token_ids": EOS, "seed": 3, "num_generations": 2} | options)
     )
 
 
@@ -112,28 +113,27 @@ def processed_logprobs(model, prompt, completion, options):
 # --------------------------------------------------------------------------------------------------------- invariance
 
 
+def parrot(error_rate):
+    return Parrot(reference().completion_ids, error_rate=error_rate)
+
+
 ARMS = {
-    **{f"random, k={k}": (lambda k=k: fixed(RandomDrafter(), k)) for k in (1, 2, 3, 5, 8)},
-    **{
-        f"parrot, {rate:.0%} wrong, k={k}": (
-            lambda rate=rate, k=k: fixed(Parrot(reference().completion_ids, error_rate=rate), k)
-        )
-        for rate in (0, 0.1, 0.5, 1)
-        for k in (1, 3, 8)
-    },
-    **{f"draft LM, k={k}": (lambda k=k: fixed(DraftLM(draft_model(), VOCAB), k)) for k in (1, 2, 3, 5, 8)},
+    **{f"random, k={k}": (lambda k=k: fixed(RandomDrafter(), k)) for k in (1, 5)},
+    **{f"parrot, 30% wrong, k={k}": (lambda k=k: fixed(parrot(0.3), k)) for k in (1, 2, 3, 5, 8)},
+    **{f"parrot, {rate:.0%} wrong, k=5": (lambda rate=rate: fixed(parrot(rate), 5)) for rate in (0, 0.1, 0.6, 1)},
+    **{f"draft LM, k={k}": (lambda k=k: fixed(DraftLM(draft_model(), VOCAB), k)) for k in (1, 3, 8)},
     "draft LM that is the policy": lambda: fixed(DraftLM(policy(), VOCAB), 4),
     "history, k=5": lambda: fixed(HistorySpeculator(), 5),
     "trimmed by the drawn token": lambda: fixed(RandomDrafter(), 5, TrimByDrawnToken),
-    "trimmed parrot": lambda: fixed(Parrot(reference().completion_ids, error_rate=0.2), 8, TrimByDrawnToken),
+    "trimmed parrot": lambda: fixed(parrot(0.2), 8, TrimByDrawnToken),
     "controller, history": lambda: engine_of(),
     "controller, history and draft LM": lambda: engine_of(draft_model=draft_model()),
     "controller, random": lambda: engine_of(speculators=[RandomDrafter()]),
-    "controller, parrot": lambda: engine_of(speculators=[Parrot(reference().completion_ids, error_rate=0.1)]),
+    "controller, parrot": lambda: engine_of(speculators=[parrot(0.1)]),
     "controller, four": lambda: engine_of(
         speculators=[
             RandomDrafter(),
-            Parrot(reference().completion_ids, error_rate=0.1),
+            parrot(0.1),
             HistorySpeculator(),
             DraftLM(draft_model(), VOCAB),
         ]
@@ -144,17 +144,19 @@ ARMS = {
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_tokens_do_not_depend_on_what_is_drafted(arm):
     engine = ARMS[arm]()
-    for _ in range(2):  # the second time, the history has all of it
+    output = generate(engine)
+    assert output.completion_ids == reference().completion_ids
+    if "history" in arm:  # the second time, the history has all of it
+        engine.policy_updated()
         output = generate(engine)
         assert output.completion_ids == reference().completion_ids
-        engine.policy_updated()
     assert np.allclose(np.concatenate(output.logprobs), np.concatenate(reference().logprobs), atol=1e-4)
     if "controller" not in arm:
         assert sum(output.report.drafted.values()) > 0
 
 
 def test_a_perfect_drafter_is_always_accepted_and_shortens_the_run():
-    engine = fixed(Parrot(reference().completion_ids, error_rate=0), 8)
+    engine = fixed(parrot(0), 8)
     report = generate(engine).report
     assert report.accepted == report.drafted
     assert report.num_forwards < reference().report.num_forwards / 4
@@ -178,8 +180,8 @@ def test_the_tokens_do_not_depend_on_drafts_under_any_sampling(setting):
 def test_the_tokens_do_not_depend_on_drafts_in_any_family(name):
     model = FACTORIES[name](seed=13)
     wanted = generate(engine_of(model, speculation=False)).completion_ids
-    parrot = Parrot(wanted, error_rate=0.3)
-    engine = engine_of(model, speculators=[parrot], controller=FixedController(["parrot"], "parrot", 5))
+    drafter = Parrot(wanted, error_rate=0.3)
+    engine = engine_of(model, speculators=[drafter], controller=FixedController(["parrot"], "parrot", 5))
     output = generate(engine)
     assert output.completion_ids == wanted
     assert 0 < output.report.acceptance_rate < 1
@@ -192,9 +194,9 @@ def test_greedy_tokens_do_not_depend_on_drafts_either():
 
 
 def test_a_draft_lm_with_a_shorter_context_stops_drafting_where_it_ends():
-    short = tiny_gpt2(context=16, seed=14)
+    short = tiny_gpt2(context=24, seed=14)
     engine = fixed(DraftLM(short, VOCAB), 4)
-    prompts = [[1, 2, 3], list(range(20)), [4] * 14]
+    prompts = [[1, 2, 3], list(range(30)), [4] * 18]
     wanted = generate(engine_of(speculation=False), prompts).completion_ids
     assert generate(engine, prompts).completion_ids == wanted
     # Alone, a short prompt is drafted for until the draft LM's context is full, and then no more.
@@ -205,7 +207,7 @@ def test_a_draft_lm_with_a_shorter_context_stops_drafting_where_it_ends():
             engine_of(speculation=False), [[1, 2, 3]], max_new_tokens=40, num_generations=1, eos_token_ids=[]
         ).completion_ids
     )
-    assert 0 < output.report.drafted["draft_lm"] <= 13 * 4
+    assert 0 < output.report.drafted["draft_lm"] <= 21 * 4
 
 
 # ------------------------------------------------------------------------------------------------------------- seeds
@@ -260,13 +262,13 @@ def test_rows_come_back_prompt_by_prompt():
     assert by_hand.completion_ids == output.completion_ids
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 3, 4, 9])
+@pytest.mark.parametrize("max_batch_size", [1, 3, 9])
 @pytest.mark.parametrize("speculation", [False, True])
 def test_waves_give_the_same_tokens(max_batch_size, speculation):
     engine = engine_of(max_batch_size=max_batch_size, speculation=speculation)
     output = generate(engine)
     assert output.completion_ids == reference().completion_ids
-    assert max(active for _, active in output.report.active_batch_curve) == max_batch_size
+    assert max(active for _, active in output.report.active_batch_curve) <= max_batch_size
 
 
 def test_waves_give_the_same_tokens_with_a_draft_lm():
@@ -294,13 +296,13 @@ def test_a_batch_of_one():
 
 def test_a_completion_ends_with_its_first_ending_token():
     endless = generate(engine_of(), eos_token_ids=[])
-    assert {len(row) for row in endless.completion_ids} == {24}
+    assert {len(row) for row in endless.completion_ids} == {MAX_NEW}
     stopped = 0
     for row, full in zip(reference().completion_ids, endless.completion_ids, strict=True):
         ends = [i for i, token in enumerate(full) if token in EOS]
         assert row == full[: ends[0] + 1 if ends else None]
         stopped += bool(ends)
-    assert 2 <= stopped < len(PROMPTS) * 2
+    assert 2 <= stopped < len(PROMPTS) * 2  # both happen
 
 
 def test_drafts_behind_an_ending_token_are_dropped():
@@ -332,8 +334,8 @@ def test_a_prompt_that_fills_the_context(family, spare):
     prompt = np.random.default_rng(0).integers(VOCAB, size=32 - spare).tolist()
     plain = generate(engine_of(model, speculation=False), [prompt, [1]], eos_token_ids=[], max_new_tokens=50)
     assert [len(row) for row in plain.completion_ids] == [spare + 1] * 2 + [32] * 2
-    parrot = Parrot(plain.completion_ids, error_rate=0.2)
-    engine = engine_of(model, speculators=[parrot], controller=FixedController(["parrot"], "parrot", 8))
+    drafter = Parrot(plain.completion_ids, error_rate=0.2)
+    engine = engine_of(model, speculators=[drafter], controller=FixedController(["parrot"], "parrot", 8))
     output = generate(engine, [prompt, [1]], eos_token_ids=[], max_new_tokens=50)
     assert output.completion_ids == plain.completion_ids
 
@@ -354,8 +356,8 @@ def test_greedy_is_what_transformers_generates():
 
 def test_ending_tokens_come_from_tokenizer_and_policy():
     model = tiny_llama(seed=11)
-    model.generation_config.eos_token_id = EOS[:1]
-    engine = AtlasRolloutEngine(model=model, tokenizer=tokenizer(eos=EOS[1]), console=False)
+    model.generation_config.eos_token_id = EOS[:2]
+    engine = AtlasRolloutEngine(model=model, tokenizer=tokenizer(eos=EOS[2]), console=False)
     assert generate(engine, eos_token_ids=None).completion_ids == reference().completion_ids
 
 
@@ -386,7 +388,7 @@ def test_greedy_logprobs_are_the_policys_own():
 # ----------------------------------------------------------------------------------------------------------- reports
 
 
-@pytest.mark.parametrize("arm", ["controller, four", "parrot, 50% wrong, k=3", "draft LM, k=3"])
+@pytest.mark.parametrize("arm", ["controller, four", "parrot, 30% wrong, k=3", "draft LM, k=3"])
 def test_a_report_adds_up(arm):
     engine = ARMS[arm]()
     output = generate(engine)
@@ -467,7 +469,7 @@ def test_a_drafter_that_proposes_nothing_is_named():
 
 
 def test_a_living_drafter_is_not_warned_of():
-    assert not generate(fixed(Parrot(reference().completion_ids, error_rate=0.5), 4)).report.warnings
+    assert not generate(fixed(parrot(0.5), 4)).report.warnings
 
 
 # ---------------------------------------------------------------------------------------- state, versions, exceptions

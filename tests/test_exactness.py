@@ -112,7 +112,9 @@ def test_noise_shared_between_draft_and_recovery_is_caught(monkeypatch: pytest.M
     """The class of bug of vLLM#54282: the drafter draws with the noise that recovery uses."""
     original = verification.choose
 
-    def shared(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, stream: Stream, greedy: bool) -> np.ndarray:
+    def shared(
+        probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, stream: Stream, greedy: bool
+    ) -> np.ndarray:
         return original(probs, keys, positions, Stream.DRAFT if stream == Stream.RECOVER else stream, greedy)
 
     monkeypatch.setattr(verification, "choose", shared)

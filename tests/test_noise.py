@@ -5,6 +5,8 @@ Statistical tests use fixed seeds; over fresh seeds each would raise a false ala
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 
 import numpy as np
@@ -296,3 +298,14 @@ def chi_square(counts, p):
         pool = [], []
         expected = expected / expected[common].sum() * counts[common].sum()
     return stats.chisquare([*counts[common], *pool[0]], [*expected[common], *pool[1]]).pvalue
+
+
+def test_the_kernels_leave_torchs_threads_alone():
+    """In a process of its own: numba and torch share an OpenMP runtime, whose size numba sets when it starts."""
+    code = (
+        "import torch, numpy as np; torch.set_num_threads(1); from atlas_rl.rollout import noise;"
+        "p = np.ones((4, 8), np.float32);"
+        "noise.choose_rows(p, p[:, :1], noise.request_keys(0, 4), np.arange(4), 0); print(torch.get_num_threads())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["1"]

@@ -65,7 +65,9 @@ def arguments(kind: type, folder: Path, **options: Any) -> Any:
 DATA = Dataset.from_list([{"prompt": text} for text in ("a b c", "d e", "f g h i", "c a")] * 4)
 
 
-def build(kind: str, tokenizer: Any, folder: Path, *, rollout_func: Any = None, peft: bool = False, **options: Any) -> Any:
+def build(
+    kind: str, tokenizer: Any, folder: Path, *, rollout_func: Any = None, peft: bool = False, **options: Any
+) -> Any:
     trainer_class, config_class = (GRPOTrainer, GRPOConfig) if kind == "grpo" else (RLOOTrainer, RLOOConfig)
     extra: dict[str, Any] = {"rollout_func": rollout_func} if rollout_func is not None else {}
     eval_dataset, reward_funcs = options.pop("eval_dataset", None), options.pop("reward_funcs", rewards)
@@ -138,7 +140,9 @@ def test_rows_and_rewards_line_up(tokenizer: Any, tmp_path: Path) -> None:
     reference = AtlasRolloutEngine(model=policy(), tokenizer=tokenizer, speculation=False, console=False)
     checked = []
 
-    def check(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    def check(
+        prompts: list[str], completions: list[str], completion_ids: list[list[int]], **kwargs: Any
+    ) -> list[float]:
         for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
             expected = reference.generate([tokenizer(prompt)["input_ids"]], max_new_tokens=12, temperature=0.0)
             assert ids == expected.completion_ids[0]
@@ -176,7 +180,13 @@ def test_importance_sampling_is_spared_in_process_and_kept_where_it_matters(toke
 
 def test_evaluation_is_reported_apart(tokenizer: Any, tmp_path: Path) -> None:
     trainer = build(
-        "grpo", tokenizer, tmp_path, eval_dataset=DATA.select(range(4)), eval_strategy="steps", eval_steps=2, max_steps=2
+        "grpo",
+        tokenizer,
+        tmp_path,
+        eval_dataset=DATA.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=2,
     )
     engine = AtlasRolloutEngine(console=False)
     engine.attach(trainer)

@@ -184,7 +184,10 @@ class TrainerAdapter:
             **extra,
         }
         return SamplingParams(
-            max_new_tokens=trainer.max_completion_length, eos_token_ids=tuple(trainer.eos_token_ids), seed=seed, **options
+            max_new_tokens=trainer.max_completion_length,
+            eos_token_ids=tuple(trainer.eos_token_ids),
+            seed=seed,
+            **options,
         )
 
     def _seed(self, step: int, mode: str) -> int:
@@ -267,9 +270,7 @@ class ReportCallback(TrainerCallback):
         """Start the clock of the first step."""
         self._step_began = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish what was generated for this optimizer step, if anything was."""
         now = time.perf_counter()
         report = self._take("train", step_s=now - self._step_began)
@@ -279,9 +280,7 @@ class ReportCallback(TrainerCallback):
             if self._trainer.accelerator.is_main_process:
                 self._engine.publish(report)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish the evaluation apart from training."""
         report = self._take("eval", step_s=None)
         self._step_began = time.perf_counter()

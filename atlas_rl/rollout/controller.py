@@ -12,8 +12,10 @@ cost (`cost.py`) are learned in the run. Pure logic over numpy arrays: no tensor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from atlas_rl.speculators.base import Draft, Verified
 
 _MAX_LOOKAHEAD = 16
 _CHEAP = 0.03  # a speculator that proposes within this share of a forward is asked on every step
+_RECENT = 9  # draft times whose median counts: one call that compiled or was interrupted does not
 _TRIALS = 3  # steps that a costly speculator gets before it is judged
 _RETRY_STEPS = 64  # idle steps after which a costly speculator that lost gets another trial, doubling with each loss
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
@@ -85,8 +88,8 @@ class _Arm:
     """What is known of one speculator."""
 
     acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
-    call_s: float | None = None  # one call to propose, as it is asked now
-    depth_s: float | None = None  # one draft position of the batch
+    calls_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))  # seconds of calls to propose
+    depths_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))  # the same, per draft position
     survival: np.ndarray = field(default_factory=lambda: np.full(_MAX_LOOKAHEAD, np.nan))
     goodput: float | None = None
     trials: int = 0
@@ -177,9 +180,9 @@ class GoodputController(Controller):
         used = (admission.arms == self._names.index(name)) & (admission.lengths > 0)
         arm.acceptance.observe(draft.confidence[used], verified.num_drafted[used], verified.num_accepted[used])
         depth = int(draft.lengths.max(initial=0))
-        arm.call_s = _blend(arm.call_s, seconds)
+        arm.calls_s.append(seconds)
         if depth:
-            arm.depth_s = _blend(arm.depth_s, seconds / depth)
+            arm.depths_s.append(seconds / depth)
         expected = self._survival(name, draft).mean(axis=0)
         for position, value in enumerate(expected[:_MAX_LOOKAHEAD]):
             known = arm.survival[position]
@@ -205,8 +208,8 @@ class GoodputController(Controller):
         return np.bincount(rows[admitted], minlength=batch).astype(np.int64)
 
     def _cheap(self, name: str, forward_s: float) -> bool:
-        call_s = self._arms[name].call_s
-        return call_s is not None and call_s <= _CHEAP * forward_s
+        calls_s = self._arms[name].calls_s
+        return len(calls_s) > 0 and median(calls_s) <= _CHEAP * forward_s
 
     def _wanted(self, name: str, batch: int) -> int:
         """Draft tokens to ask of one speculator now; 0 not to ask."""
@@ -215,10 +218,13 @@ class GoodputController(Controller):
             return 0
         if self._cheap(name, float(seconds[batch])):
             return self._lookahead
-        if arm.depth_s is None or arm.trials < _TRIALS:
+        if not arm.depths_s or arm.trials < _TRIALS:
             return self._lookahead
         best, goodput = self._best_depth(arm, batch, seconds)
         rival = max(self._without_goodput or 0.0, batch / float(seconds[batch]))
+        # Steps without it may be too few to tell what the cheap ones achieve alone: expect it of them likewise.
+        cheap = (self._arms[n] for n in self._names if n != name and self._cheap(n, float(seconds[batch])))
+        rival = max(rival, *(self._best_depth(other, batch, seconds)[1] for other in cheap if other.depths_s), 0.0)
         if goodput > rival:
             return best
         if arm.idle_steps > _RETRY_STEPS << min(arm.losses, 6):
@@ -228,11 +234,10 @@ class GoodputController(Controller):
 
     def _best_depth(self, arm: _Arm, batch: int, seconds: np.ndarray) -> tuple[int, float]:
         """Depth with the most expected goodput when every request drafts alike, and that goodput."""
-        assert arm.depth_s is not None
         known = int(np.count_nonzero(~np.isnan(arm.survival)))
         depth = np.arange(1, known + 1)
         tokens = batch * (1 + np.cumsum(arm.survival[:known]))
-        goodput = tokens / (seconds[batch * (depth + 1)] + depth * arm.depth_s)
+        goodput = tokens / (seconds[batch * (depth + 1)] + depth * median(arm.depths_s))
         if known == 0:
             return 0, 0.0
         best = int(np.argmax(goodput))

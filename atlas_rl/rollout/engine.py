@@ -21,6 +21,7 @@ from atlas_rl.rollout.requests import build_sequences
 from atlas_rl.rollout.sampling import SamplingParams
 from atlas_rl.rollout.sinks import JsonlSink, console_line, console_warnings
 from atlas_rl.rollout.verification import VERIFIERS
+from atlas_rl.rollout.warmup import compile_kernels
 from atlas_rl.speculators.base import Sequences, Speculator
 from atlas_rl.speculators.history import HistorySpeculator
 from atlas_rl.sync.policy import PolicyTracker
@@ -105,7 +106,11 @@ class AtlasRolloutEngine:
             prompts: Token ids, at least one per prompt.
             num_generations: Completions per prompt; the prompt is run once for all of them.
             max_new_tokens: Most tokens per completion. A completion also ends when the policy's context is full.
-            temperature, top_k, top_p, min_p, repetition_penalty: See `SamplingParams`.
+            temperature: See `SamplingParams`, here and for the next four.
+            top_k: Tokens kept; 0 all.
+            top_p: Probability kept.
+            min_p: Least probability kept, relative to the likeliest.
+            repetition_penalty: 1 is off.
             eos_token_ids: Tokens that end a completion; None takes the tokenizer's and the policy's.
             seed: Equal seeds give equal tokens; None draws one from torch's generator.
             unknown: Refused, with the nearest option's name.
@@ -256,7 +261,10 @@ class AtlasRolloutEngine:
 
     def _speculators_for(self, backend: InProcessBackend) -> dict[str, Speculator]:
         if self._speculators is None:
-            chosen = list(self.config.speculators) if self.config.speculators is not None else [HistorySpeculator()]
+            compile_kernels()
+            chosen: list[Speculator] = [HistorySpeculator()]
+            if self.config.speculators is not None:
+                chosen = list(self.config.speculators)
             if self.config.draft_model is not None:
                 chosen.append(self._draft_lm(backend))
             for speculator in chosen:

@@ -234,9 +234,7 @@ class DecodeLoop:
         return request
 
 
-def retire(
-    active: np.ndarray, finished: np.ndarray, cached: Callable[[int], int], backend: Backend
-) -> np.ndarray:
+def retire(active: np.ndarray, finished: np.ndarray, cached: Callable[[int], int], backend: Backend) -> np.ndarray:
     """Drop finished rows and move the last rows into the gaps, so that the long tail runs as a small batch.
 
     Args:

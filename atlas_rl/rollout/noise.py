@@ -42,6 +42,13 @@ _ROUNDS = 10
 _U_SCALE = 2.0**-32
 
 
+# One OpenMP runtime serves torch and numba: left alone, numba's first parallel call raises torch's threads to every core,
+# against OMP_NUM_THREADS (which torchrun sets to 1) and torch.set_num_threads. So numba adopts torch's number.
+_threads = torch.get_num_threads()
+numba.set_num_threads(min(_threads, numba.get_num_threads()))
+torch.set_num_threads(_threads)
+
+
 class Stream(enum.IntEnum):
     """Disjoint noise streams; drawing from one says nothing about another."""
 

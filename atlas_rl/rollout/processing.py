@@ -54,12 +54,25 @@ def _truncate(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     return logits
 
 
-def entropies(logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of every row: float32 `[rows]`, from processed logits and their softmax `[rows, vocab]`."""
-    peak = probs.argmax(dim=-1, keepdim=True)
-    log_normaliser = logits.gather(1, peak) - probs.gather(1, peak).log()
-    mean = torch.linalg.vecdot(probs, logits.clamp(min=torch.finfo(logits.dtype).min / 2))
-    return log_normaliser[:, 0] - mean
+def entropies(
+    logits: torch.Tensor, probs: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, truncated: bool
+) -> torch.Tensor:
+    """Entropy in nats of every row: log Z - sum p l, with log Z read off one token whose logprob is known.
+
+    Args:
+        logits: Processed logits `[rows, vocab]`.
+        probs: Their softmax `[rows, vocab]`.
+        tokens: int64 `[rows]`, tokens of non-zero probability.
+        logprobs: float32 `[rows]`, their logprobs.
+        truncated: Whether some logits are `-inf`.
+
+    Returns:
+        float32 `[rows]`.
+    """
+    log_normaliser = logits.gather(1, tokens[:, None])[:, 0] - logprobs
+    # Excluded tokens have probability 0 and logit -inf: their product must be 0, not NaN.
+    finite = logits.masked_fill(probs == 0, 0.0) if truncated else logits
+    return log_normaliser - torch.linalg.vecdot(probs, finite)
 
 
 def block_maxima(probs: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from numbers import Integral
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the next token is drawn from the policy's logits.
@@ -41,7 +45,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checks = (
             (
-                isinstance(self.max_new_tokens, Integral) and self.max_new_tokens >= 1,
+                _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
                 f"max_new_tokens must be at least 1, and whole, got {self.max_new_tokens}",
             ),
             (
@@ -49,7 +53,7 @@ class SamplingParams:
                 f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}",
             ),
             (
-                isinstance(self.top_k, Integral) and self.top_k >= 0,
+                _whole(self.top_k) and self.top_k >= 0,
                 f"top_k must be a whole number >= 0 (0 keeps every token), got {self.top_k}",
             ),
             (0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}"),
@@ -59,7 +63,7 @@ class SamplingParams:
                 f"repetition_penalty must be a finite number > 0 (1 is off), got {self.repetition_penalty}",
             ),
             (
-                isinstance(self.seed, Integral) and 0 <= self.seed < 2**63,
+                _whole(self.seed) and 0 <= self.seed < 2**63,
                 f"seed must be a whole number in [0, 2**63), got {self.seed}",
             ),
         )

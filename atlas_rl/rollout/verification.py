@@ -106,9 +106,11 @@ class Verifier(ABC):
             keys, indices = sequences.noise_keys[requests[going]], sequences.lengths[requests[going]] + depth
             tokens, accepted = self.decide(Positions(probs, keys, indices, drafts, draft_probs), sampling)
             outcome.token_ids[going, depth] = tokens
-            chosen = probs.gather(1, torch.from_numpy(tokens).to(logits.device)[:, None])[:, 0]
-            outcome.logprobs[going, depth] = chosen.log().cpu().numpy()
-            outcome.entropies[going, depth] = entropies(processed, probs).cpu().numpy()
+            chosen = torch.from_numpy(tokens).to(logits.device)
+            logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
+            outcome.logprobs[going, depth] = logprobs.cpu().numpy()
+            entropy = entropies(processed, probs, chosen, logprobs, sampling.truncates)
+            outcome.entropies[going, depth] = entropy.cpu().numpy()
             outcome.max_probs[going, depth] = probs.amax(dim=-1).cpu().numpy()
             going = going[accepted]
             outcome.num_accepted[going] += 1
@@ -185,9 +187,7 @@ def choose(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, stream:
     if greedy:
         return probs.argmax(dim=-1).cpu().numpy()
     if probs.device.type == "cpu":
-        return noise.choose_rows(
-            probs.contiguous().numpy(), block_maxima(probs).numpy(), keys, positions, int(stream)
-        )
+        return noise.choose_rows(probs.contiguous().numpy(), block_maxima(probs).numpy(), keys, positions, int(stream))
     device_keys = torch.from_numpy(keys.view(np.int64)).to(probs.device)
     e = noise.exponentials(device_keys, torch.from_numpy(positions).to(probs.device), stream, probs.shape[1])
     return (probs / e).argmax(dim=-1).cpu().numpy()

@@ -9,9 +9,7 @@ from atlas_rl.rollout.recorder import StepRecorder
 _ENOUGH = 200  # drafts without a single hit: chance does that to a living drafter less than once in 10^8 steps
 
 
-def findings(
-    recorder: StepRecorder, num_asked: Mapping[str, int], num_proposed: Mapping[str, int]
-) -> Iterator[str]:
+def findings(recorder: StepRecorder, num_asked: Mapping[str, int], num_proposed: Mapping[str, int]) -> Iterator[str]:
     """Warnings about one generation step.
 
     Args:

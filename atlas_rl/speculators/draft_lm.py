@@ -167,5 +167,5 @@ def load_draft_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None, li
         if own.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"draft_model: the tokenizer in '{folder}' is not the policy's; drafts are token ids")
     weight = next(like.parameters())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype, local_files_only=True)
     return model.to(weight.device).eval()

@@ -160,7 +160,14 @@ def ragged_attention(
     return out.view(1, num_tokens, heads, -1), None
 
 
-def _softcapped(query, key, value, mask, scaling, softcap):
+def _softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
     """Attention whose scores are squashed to `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap)) * softcap

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ _PROBE_TOLERANCE = 2e-2  # of the logits' spread; a wrong cache or mask is off b
 _MEMORY_SHARE = {"cuda": 0.6, "cpu": 0.3}
 
 
-def unwrap_policy(model: nn.Module) -> nn.Module:
+def unwrap_policy(model: Any) -> Any:
     """The causal LM inside PEFT and parallel wrappers; adapters stay in place, injected into its layers.
 
     Raises:
@@ -51,7 +52,7 @@ class InProcessBackend(Backend):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = unwrap_policy(model)
+        self.model: Any = unwrap_policy(model)
         config = getattr(self.model, "config", None)
         if config is None or not hasattr(self.model, "get_output_embeddings"):
             raise ValueError(
