@@ -303,9 +303,8 @@ def chi_square(counts, p):
 def test_the_kernels_leave_torchs_threads_alone():
     """In a process of its own: numba and torch share an OpenMP runtime, whose size numba sets when it starts."""
     code = (
-        "import torch, numpy as np; torch.set_num_threads(1); from atlas_rl.rollout import noise;"
-        "p = np.ones((4, 8), np.float32);"
-        "noise.choose_rows(p, p[:, :1], noise.request_keys(0, 4), np.arange(4), 0); print(torch.get_num_threads())"
+        "import numba, torch; torch.set_num_threads(1); import atlas_rl.rollout.noise;"
+        "print(numba.get_num_threads(), torch.get_num_threads())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["1"]
+    assert result.stdout.split() == ["1", "1"]

@@ -58,21 +58,27 @@ class CostModel:
     def _tabulate(self, max_tokens: int) -> None:
         assert self._line is not None
         intercept, slope = self._line
+        max_tokens = max(max_tokens, *self._samples)
         sizes = np.arange(max_tokens + 1)
         table = intercept + slope * sizes
+        seen = np.full(max_tokens + 1, np.inf)
         for bucket, samples in self._samples.items():
-            own = np.array([_bucket(n) == bucket for n in range(bucket, min(max_tokens + 1, 2 * bucket + 1))])
-            where = np.flatnonzero(own) + bucket
+            where = slice(bucket, bucket + _width(bucket))
             trust = len(samples) / (len(samples) + _TRUST)
             ratio = float(np.median(samples)) / (intercept + slope * bucket)
             table[where] *= 1 + trust * (ratio - 1)
-        # More tokens are never cheaper; a noisy bucket must not make it look so.
+            seen[where] = table[where]
+        # More tokens are never cheaper: neither may a guess exceed what more tokens were seen to cost, nor a noisy bucket
+        # fall below what fewer did.
+        table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
         self._table = np.maximum.accumulate(np.maximum(table, 1e-9))
 
 
 def _bucket(num_tokens: int) -> int:
-    """The smallest size of the bucket: exact up to 16, then eighths of an octave."""
-    if num_tokens <= 16:
-        return num_tokens
-    width = 1 << (num_tokens.bit_length() - 4)
-    return num_tokens // width * width
+    """The smallest size of the bucket: exact below 16, then eighths of an octave."""
+    return num_tokens // _width(num_tokens) * _width(num_tokens)
+
+
+def _width(num_tokens: int) -> int:
+    """Sizes in the bucket of `num_tokens`."""
+    return 1 if num_tokens < 16 else 1 << (num_tokens.bit_length() - 4)

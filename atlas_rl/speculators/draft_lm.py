@@ -69,6 +69,7 @@ class DraftLM(Speculator):
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
         assert sequences is self._sequences, "propose() before start()"
+        assert self._cache is not None
         active, lengths = self._active, sequences.lengths[self._active]
         depth = min(int(max_draft_tokens.max(initial=0)), self._room(lengths))
         if depth <= 0:
@@ -96,6 +97,7 @@ class DraftLM(Speculator):
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the cached drafts that were committed and let finished requests go."""
         assert sequences is self._sequences, "observe() before start()"
+        assert self._cache is not None
         for row, request in enumerate(verified.requests.tolist()):
             count = int(verified.num_committed[row])
             before = int(sequences.lengths[request]) - count
