@@ -27,6 +27,7 @@ def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     rows = x.numel() // x.shape[-1]
     if not MIN_ROWS <= rows <= MAX_ROWS:
         return nn.functional.linear(x, linear.weight, linear.bias)
+    # Contiguous again, because every elementwise operation downstream would walk the transposed layout.
     out = (linear.weight @ x.reshape(rows, -1).t()).t().contiguous()
     if linear.bias is not None:
         out = out + linear.bias
