@@ -12,6 +12,7 @@ Tokens/s count generated tokens of all requests over the wall-clock of one gener
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -35,13 +36,13 @@ GENERATIONS = 4
 
 def main() -> None:
     args = parse_args()
-    cells = []
+    cells = kept_cells(args)
     for name in args.policies:
         model, tokenizer = demo_policy.load_policy(warm=name == "warm")
         model = model.to(args.device, getattr(torch, args.dtype))
         for batch in args.batches:
             cells += measure_cell(name, batch, model, tokenizer, args)
-            write_result(args.output, {**environment(), "settings": settings(args), "cells": cells})
+            write_result(args.output, {**environment(), "cells": cells})
     print(f"written: {args.output}")
 
 
@@ -52,11 +53,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--keep", action="store_true", help="keep the cells of the output file that are not measured")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     result = f"rollout_{'gpu' if on_gpu else 'cpu'}.json"
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / result)
     return parser.parse_args()
+
+
+def kept_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """With `--keep`, the cells of an earlier run that this one does not measure anew."""
+    if not args.keep or not args.output.exists():
+        return []
+    earlier = json.loads(args.output.read_text())
+    return [
+        {"commit": earlier["commit"], "settings": earlier.get("settings"), **cell}
+        for cell in earlier["cells"]
+        if not (cell["policy"] in args.policies and cell["batch"] in args.batches)
+    ]
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,6 +118,7 @@ def measure_cell(name: str, batch: int, model: Any, tokenizer: Any, args: argpar
             # TRL reports no entropy; it samples the same policy on the same prompts as `atlas_off`.
             "entropy": mean(reports[arm if arm in engines else "atlas_off"], "entropy"),
             "seconds": breakdown(reports[arm]) if arm in engines else None,
+            "settings": settings(args),
         }
         for arm in ARMS
     ]
