@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps, each on freshly generated completions")
     parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
-    parser.add_argument("--num-generations", type=int, default=8, help="completions per prompt (the group)")
+    parser.add_argument("--num-generations", type=int, default=4, help="completions per prompt (the group)")
     parser.add_argument("--max-new-tokens", type=int, default=160, help="completion tokens at most")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
@@ -154,6 +154,7 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
         return None
     from atlas_rl import AtlasRolloutEngine
 
+    (args.output_dir / "rollouts.jsonl").unlink(missing_ok=True)  # the engine appends; a demo starts afresh
     engine = AtlasRolloutEngine(output_dir=args.output_dir)
     engine.attach(trainer, baseline_every=args.baseline_every)
     return engine
