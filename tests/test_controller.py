@@ -44,6 +44,7 @@ class World:
     cost: Callable[[int], float]
     arms: dict[str, Arm]
     noise: float = 0.02
+    drafting_costs_s: float = 0.0  # seconds of a drafting step that neither forward nor drafter shows
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     asked: list[dict[str, np.ndarray]] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
@@ -70,7 +71,8 @@ class World:
         verified = Verified(
             np.arange(batch), tokens, accepted + 1, accepted, admission.lengths.copy(), np.zeros(batch, bool)
         )
-        self.controller.observe(drafts, admission, verified, draft_s, forward_s)
+        step_s = forward_s + sum(draft_s.values()) + (self.drafting_costs_s if admission.lengths.any() else 0.0)
+        self.controller.observe(drafts, admission, verified, draft_s, forward_s, step_s)
         self.asked.append(plan)
         self.admissions.append(admission)
         self.seconds.append(forward_s + sum(draft_s.values()))
@@ -454,3 +456,12 @@ def test_the_fixed_controller_is_fixed():
     assert (run.admissions[-1].lengths == 2).all()
     run.controller.policy_updated()
     assert run.controller.plain_forward_s(4) > 0
+
+
+def test_costs_that_no_model_sees_are_noticed_and_stop_drafting():
+    """Each drafting step takes longer than it shows: what it keeps of its promise says so."""
+    hidden = world(affine, history=sure(0.5))
+    hidden.drafting_costs_s = 0.1
+    open_ = world(affine, history=sure(0.5))
+    assert open_.run(300, 8).mean_length(100) > 0.5
+    assert hidden.run(300, 8).mean_length(100) < 0.2 * open_.mean_length(100)

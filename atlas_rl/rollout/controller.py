@@ -28,6 +28,8 @@ _CHEAP = 0.03  # a speculator that proposes within this share of a forward is as
 _RECENT = 9  # draft times whose median counts: one call that compiled or was interrupted does not
 _TRIALS = 3  # steps that a costly speculator gets before it is judged
 _RETRY_STEPS = 64  # idle steps after which a costly speculator that lost gets another trial, doubling with each loss
+_KEPT_RATE = 0.05  # about the last twenty steps tell how much of the predicted goodput is kept
+_DOUBT_FADES = 0.01  # per plain step: a hundred of them forget most of what spoke against drafting
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
 
 
@@ -71,8 +73,18 @@ class Controller(ABC):
         verified: Verified,
         draft_s: Mapping[str, float],
         forward_s: float,
+        step_s: float,
     ) -> None:
-        """Learn from a step: what was drafted, admitted and committed, and the seconds it took."""
+        """Learn from a step: what was drafted, admitted and committed, and the seconds it took.
+
+        Args:
+            drafts: What was proposed.
+            admission: What of it was verified.
+            verified: What was committed.
+            draft_s: Seconds of each speculator's proposal.
+            forward_s: Seconds of the target forward.
+            step_s: Seconds of the whole step so far: planning, proposals, forward, sampling and commit.
+        """
 
     @abstractmethod
     def policy_updated(self) -> None:
@@ -114,6 +126,8 @@ class GoodputController(Controller):
         self._lookahead = 4
         self._without_goodput: float | None = None  # of steps without any costly speculator
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
+        self._predicted: float | None = None  # goodput that the last decision expected
+        self._kept = {True: 0.0, False: 0.0}  # log of realised over predicted goodput, of drafting and plain steps
 
     def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
         if not self._names or self._steps_since_plain >= _PLAIN_EVERY:
@@ -125,6 +139,8 @@ class GoodputController(Controller):
     def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
         arms, lengths = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
         width = max((draft.confidence.shape[1] for draft in drafts.values()), default=0)
+        plain_s = self.plain_forward_s(batch)
+        self._predicted = batch / plain_s if plain_s else None
         if width == 0:
             return Admission(arms, lengths)
         survival = np.zeros((batch, width))
@@ -147,11 +163,13 @@ class GoodputController(Controller):
         verified: Verified,
         draft_s: Mapping[str, float],
         forward_s: float,
+        step_s: float,
     ) -> None:
         batch = len(verified.requests)
         slots = int(admission.lengths.sum())
         self._steps_since_plain = self._steps_since_plain + 1 if slots else 0
         self._cost.observe(batch + slots, forward_s)
+        self._compare(slots > 0, float(verified.num_committed.sum()) / step_s, bool(drafts))
         self._lookahead = int(np.clip(max(self._lookahead - 1, admission.lengths.max() + 2), 4, _MAX_LOOKAHEAD))
         goodput = float(verified.num_committed.sum()) / (forward_s + sum(draft_s.values()))
         costly = [name for name in drafts if not self._cheap(name, forward_s)]
@@ -174,6 +192,15 @@ class GoodputController(Controller):
     def plain_forward_s(self, batch: int) -> float | None:
         table = self._cost.predict(batch)
         return None if table is None else float(table[batch])
+
+    def _compare(self, drafted: bool, goodput: float, had_choice: bool) -> None:
+        """Note how much of its predicted goodput a step kept."""
+        if self._predicted is not None:
+            surprise = float(np.clip(np.log(goodput / self._predicted), -1.0, 1.0))
+            self._kept[drafted] += _KEPT_RATE * (surprise - self._kept[drafted])
+        if had_choice and not drafted:
+            # Nothing is learned about drafting while nothing is drafted: doubt fades, and drafting is tried again.
+            self._kept[True] += _DOUBT_FADES * (self._kept[False] - self._kept[True])
 
     def _learn(self, name: str, draft: Draft, admission: Admission, verified: Verified, seconds: float) -> None:
         arm = self._arms[name]
@@ -204,7 +231,12 @@ class GoodputController(Controller):
             return np.zeros(batch, np.int64)
         tokens = batch + np.concatenate([[0.0], np.cumsum(values[order])])
         goodput = tokens / seconds[batch : batch + len(values) + 1]
-        admitted = order[: int(np.argmax(goodput))]
+        # What drafting steps have kept of their promise, against what plain steps have: what the two models do not see
+        # (sampling rounds, bookkeeping, optimism where n was chosen because it looked best) is in there, and only there.
+        goodput[1:] *= np.exp(min(0.0, self._kept[True] - self._kept[False]))
+        best = int(np.argmax(goodput))
+        self._predicted = float(tokens[best] / seconds[batch + best])
+        admitted = order[:best]
         return np.bincount(rows[admitted], minlength=batch).astype(np.int64)
 
     def _cheap(self, name: str, forward_s: float) -> bool:
@@ -276,6 +308,7 @@ class FixedController(Controller):
         verified: Verified,
         draft_s: Mapping[str, float],
         forward_s: float,
+        step_s: float,
     ) -> None:
         self._cost.observe(len(verified.requests) + int(admission.lengths.sum()), forward_s)
 

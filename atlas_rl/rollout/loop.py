@@ -74,7 +74,7 @@ class DecodeLoop:
 
     def step(self) -> None:
         """One target forward over the active batch."""
-        requests = self.active
+        requests, began = self.active, self.recorder.clock()
         with self.recorder.time("controller"):
             plan = self.controller.plan(len(requests), self._limits[requests] - self.sequences.lengths[requests] - 1)
         with self.recorder.time("draft"):
@@ -91,7 +91,8 @@ class DecodeLoop:
         with self.recorder.time("commit"):
             verified = self.commit(requests, outcome, draft.lengths)
         with self.recorder.time("observe"):
-            self.controller.observe(drafts, admission, verified, draft_s, forward_s)
+            step_s = self.recorder.clock() - began
+            self.controller.observe(drafts, admission, verified, draft_s, forward_s, step_s)
             self._observe(verified)
         with self.recorder.time("commit"):
             self._account(verified, admission, forward_s)
