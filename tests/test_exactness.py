@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from transformers import PreTrainedModel
 
 from atlas_rl import AtlasRolloutEngine, SamplingParams
 from atlas_rl.rollout import verification
 from atlas_rl.rollout.controller import FixedController
-from atlas_rl.rollout.noise import Stream
+from atlas_rl.rollout.noise import Stream, request_keys
 from atlas_rl.rollout.verification import Positions, RejectionSampling, choose
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.draft_lm import DraftLM
@@ -49,12 +50,6 @@ def drafter() -> PreTrainedModel:
 def enumerated(name: str) -> dict[tuple[int, ...], float]:
     sampling = SamplingParams(max_new_tokens=NEW, eos_token_ids=(0,), **SAMPLINGS[name])
     return sequence_probabilities(policy(), PROMPT, sampling)
-
-
-@cache
-def stranger() -> PreTrainedModel:
-    """Sharper than the policy and of another mind: most drafts are rejected, so recovery decides."""
-    return tiny_llama(vocab=VOCAB, layers=1, seed=9, logit_std=2.5)
 
 
 SPECULATORS = {
@@ -114,18 +109,19 @@ def test_trimming_by_the_drawn_token_cannot_bias_invariant_sampling() -> None:
     assert p_value(samples, enumerated("plain")) > FALSE_ALARM
 
 
-def test_noise_shared_between_draft_and_recovery_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_noise_shared_between_draft_and_recovery_is_caught(shared: bool) -> None:
     """The class of bug of vLLM#54282: the drafter draws with the noise that recovery uses."""
-    original = verification.choose
-
-    def shared(
-        probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, stream: Stream, greedy: bool
-    ) -> np.ndarray:
-        return original(probs, keys, positions, Stream.DRAFT if stream == Stream.RECOVER else stream, greedy)
-
-    monkeypatch.setattr(verification, "choose", shared)
-    samples = sample(DraftLM(stranger(), VOCAB), "rejection", {}, num_samples=5 * SAMPLES)
-    assert p_value(samples, enumerated("plain")) < CERTAIN
+    rows = 200_000
+    p, q = torch.tensor([0.45, 0.35, 0.15, 0.05]), torch.tensor([0.05, 0.15, 0.2, 0.6])
+    keys, indices = request_keys(seed=2, num_requests=rows), np.full(rows, 7)
+    stream = Stream.RECOVER if shared else Stream.DRAFT
+    drafts = choose(q.repeat(rows, 1), keys, indices, stream, greedy=False)
+    positions = Positions(p.repeat(rows, 1), keys, indices, drafts, q.repeat(rows, 1))
+    tokens, accepted = RejectionSampling().decide(positions, SamplingParams(max_new_tokens=1))
+    assert accepted.mean() == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.01)
+    value = stats.chisquare(np.bincount(tokens, minlength=4), p.numpy() * rows).pvalue
+    assert value < CERTAIN if shared else value > FALSE_ALARM
 
 
 def test_a_rejection_sampler_that_recovers_from_p_itself_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
