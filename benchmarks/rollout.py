@@ -4,8 +4,9 @@
     python -m benchmarks.rollout --policies warm --batches 8 --repeats 5
 
 Every repeat takes prompts that no arm has seen, the same for all three arms, which run one after the other in rotating
-order. The speculating engine has seen one batch of rollouts of *other* prompts before the first repeat, as it has after
-the first step of a training run; no prompt is ever repeated, so this is the first epoch, where history helps least.
+order. The speculating engine has generated a few batches of *other* prompts before, as it has after the first steps of a
+training run, and lives through all cells of a policy; no prompt is ever repeated to it but by the group, so this is the
+first epoch, where history helps least.
 Tokens/s count generated tokens of all requests over the wall-clock of one generation call.
 """
 
@@ -40,8 +41,9 @@ def main() -> None:
     for name in args.policies:
         model, tokenizer = demo_policy.load_policy(warm=name == "warm")
         model = model.to(args.device, getattr(torch, args.dtype))
+        engines = warmed_engines(model, tokenizer, args)
         for batch in args.batches:
-            cells += measure_cell(name, batch, model, tokenizer, args)
+            cells += measure_cell(name, batch, model, tokenizer, engines, args)
             write_result(args.output, {**environment(), "cells": cells})
     print(f"written: {args.output}")
 
@@ -52,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=["warm", "raw"], choices=["warm", "raw"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warm-up-steps", type=int, default=4, help="batches of 16 before anything is measured")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--keep", action="store_true", help="keep the cells of the output file that are not measured")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
@@ -74,23 +77,35 @@ def kept_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    keys = ("repeats", "max_new_tokens", "device", "dtype")
+    keys = ("repeats", "warm_up_steps", "max_new_tokens", "device", "dtype")
     return {"temperature": 1.0, "generations": GENERATIONS, **{key: getattr(args, key) for key in keys}}
 
 
-def measure_cell(name: str, batch: int, model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The three arms of one policy and batch size."""
-    group = min(GENERATIONS, batch)
-    prompts = unseen_prompts(tokenizer, batch // group, args.repeats, seed=batch)
+def warmed_engines(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, AtlasRolloutEngine]:
+    """One engine per arm for all batch sizes, as a run has one; the speculating one has seen its first steps."""
     engines = {
         "atlas_off": AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False),
         "atlas_on": AtlasRolloutEngine(model=model, tokenizer=tokenizer, console=False),
     }
+    for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
+        engines["atlas_on"].generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=step)
+        engines["atlas_on"].policy_updated()
+    return engines
+
+
+def measure_cell(
+    name: str,
+    batch: int,
+    model: Any,
+    tokenizer: Any,
+    engines: dict[str, AtlasRolloutEngine],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """The three arms of one policy and batch size."""
+    group = min(GENERATIONS, batch)
+    prompts = unseen_prompts(tokenizer, batch // group, args.repeats, seed=batch)
     arms = {arm: engine_arm(engine, group, args) for arm, engine in engines.items()}
     arms["trl_transformers"] = trl_arm(model, tokenizer, group, args)
-    earlier = unseen_prompts(tokenizer, 8, 1, seed=10_000 + batch)[0]
-    engines["atlas_on"].generate(earlier, num_generations=4, max_new_tokens=args.max_new_tokens, seed=1)
-    engines["atlas_on"].policy_updated()
     for arm in arms.values():  # compilation, allocation, caches
         arm(prompts[0][:1], 0)
     speed: dict[str, list[float]] = {arm: [] for arm in ARMS}
