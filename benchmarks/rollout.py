@@ -88,7 +88,7 @@ def warmed_engines(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict
         "atlas_on": AtlasRolloutEngine(model=model, tokenizer=tokenizer, console=False),
     }
     for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
-        engines["atlas_on"].generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=step)
+        engines["atlas_on"].generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=10_000 + step)
         engines["atlas_on"].policy_updated()
     return engines
 
@@ -106,13 +106,16 @@ def measure_cell(
     prompts = unseen_prompts(tokenizer, batch // group, args.repeats, seed=batch)
     arms = {arm: engine_arm(engine, group, args) for arm, engine in engines.items()}
     arms["trl_transformers"] = trl_arm(model, tokenizer, group, args)
-    for arm in arms.values():  # compilation, allocation, caches
-        arm(prompts[0][:1], 0)
+    # Compilation, allocation, caches. With prompts and a seed of its own: rollouts that the history has seen, or that share
+    # their noise with some it has seen, would be drafted from memory.
+    other = unseen_prompts(tokenizer, 1, 1, seed=20_000 + batch)[0]
+    for arm in arms.values():
+        arm(other, 20_000 + batch)
     speed: dict[str, list[float]] = {arm: [] for arm in ARMS}
     reports: dict[str, list[Any]] = {arm: [] for arm in ARMS}
     for repeat, batch_prompts in enumerate(prompts):
         for arm in rotated(ARMS, repeat):
-            num_tokens, seconds, report = arms[arm](batch_prompts, repeat)
+            num_tokens, seconds, report = arms[arm](batch_prompts, 100 * batch + repeat)
             speed[arm].append(num_tokens / seconds)
             reports[arm].append(report)
     print(
@@ -150,9 +153,9 @@ def unseen_prompts(tokenizer: Any, num_prompts: int, repeats: int, seed: int) ->
 
 
 def engine_arm(engine: AtlasRolloutEngine, group: int, args: argparse.Namespace) -> Callable[..., Any]:
-    def run(prompts: list[list[int]], repeat: int) -> tuple[int, float, Any]:
+    def run(prompts: list[list[int]], seed: int) -> tuple[int, float, Any]:
         began = time.perf_counter()
-        output = engine.generate(prompts, num_generations=group, max_new_tokens=args.max_new_tokens, seed=repeat)
+        output = engine.generate(prompts, num_generations=group, max_new_tokens=args.max_new_tokens, seed=seed)
         return output.report.num_tokens, time.perf_counter() - began, output.report
 
     return run
@@ -181,8 +184,8 @@ def trl_arm(model: Any, tokenizer: Any, group: int, args: argparse.Namespace) ->
         processing_class=tokenizer,
     )
 
-    def run(prompts: list[list[int]], repeat: int) -> tuple[int, float, Any]:
-        torch.manual_seed(repeat)
+    def run(prompts: list[list[int]], seed: int) -> tuple[int, float, Any]:
+        torch.manual_seed(seed)
         rows = [prompt for prompt in prompts for _ in range(group)]
         began = time.perf_counter()
         completion_ids, _ = trainer._generate_single_turn(rows, None, {}, group)
