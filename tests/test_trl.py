@@ -98,9 +98,8 @@ def test_attached_trainers_train(kind: str, peft: bool, tokenizer: Any, tmp_path
         assert (report.step, report.policy_version, report.mode) == (index, index, "train")
         assert report.num_requests == 8
         assert report.num_tokens == sum(report.completion_lengths)
-        assert report.baseline_tokens_per_s is not None
-        assert report.step_s is not None
-        assert report.step_s > 0
+        assert (report.baseline_tokens_per_s or 0) > 0
+        assert (report.step_s or 0) > report.generate_s
         assert not report.warnings, "tokens must be the same without speculation"
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [row["num_tokens"] for row in rows] == [report.num_tokens for report in engine.reports]
@@ -240,7 +239,7 @@ def test_bad_trainers_get_a_sentence_and_stay_as_they_were(tokenizer: Any, tmp_p
         AtlasRolloutEngine(console=False).attach(build("grpo", tokenizer, tmp_path), baseline_every=-1)
 
 
-def test_tools_run_through_the_engine(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_adapter_speaks_what_the_tool_loop_asks_for(tokenizer: Any, tmp_path: Path) -> None:
     """The tool loop asks the engine's adapter for the context length and for further turns."""
     trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
     AtlasRolloutEngine(console=False).attach(trainer)
