@@ -28,7 +28,8 @@ _CHEAP = 0.03  # a speculator that proposes within this share of a forward is as
 _RECENT = 9  # draft times whose median counts: one call that compiled or was interrupted does not
 _TRIALS = 3  # steps that a costly speculator gets before it is judged
 _RETRY_STEPS = 64  # idle steps after which a costly speculator that lost gets another trial, doubling with each loss
-_KEPT_RATE = 0.05  # about the last twenty steps tell how much of the predicted goodput is kept
+_KEPT_STEPS = 20.0  # about the last twenty steps tell how much of the predicted goodput is kept
+_KEPT_PRIOR_STEPS, _KEPT_PRIOR_SPREAD = 3.0, 0.1  # before any evidence, as if three steps had missed by a tenth
 _DOUBT_FADES = 0.01  # per plain step: a hundred of them forget most of what spoke against drafting
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
 
@@ -96,6 +97,21 @@ class Controller(ABC):
 
 
 @dataclass(slots=True)
+class _Kept:
+    """Log of realised over predicted goodput of one kind of step: mean and variance over the recent ones."""
+
+    mean: float = 0.0
+    variance: float = _KEPT_PRIOR_SPREAD**2
+    num_steps: float = _KEPT_PRIOR_STEPS
+
+    def observe(self, surprise: float) -> None:
+        self.num_steps = min(self.num_steps + 1, _KEPT_STEPS)
+        deviation = surprise - self.mean
+        self.mean += deviation / self.num_steps
+        self.variance += (deviation**2 - self.variance) / self.num_steps
+
+
+@dataclass(slots=True)
 class _Arm:
     """What is known of one speculator."""
 
@@ -127,7 +143,7 @@ class GoodputController(Controller):
         self._without_goodput: float | None = None  # of steps without any costly speculator
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
         self._predicted: float | None = None  # goodput that the last decision expected
-        self._kept = {True: 0.0, False: 0.0}  # log of realised over predicted goodput, of drafting and plain steps
+        self._kept = {True: _Kept(), False: _Kept()}  # of steps with drafts, and of plain ones
 
     def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
         if not self._names or self._steps_since_plain >= _PLAIN_EVERY:
@@ -169,10 +185,12 @@ class GoodputController(Controller):
         slots = int(admission.lengths.sum())
         self._steps_since_plain = self._steps_since_plain + 1 if slots else 0
         self._cost.observe(batch + slots, forward_s)
-        self._compare(slots > 0, float(verified.num_committed.sum()) / step_s, bool(drafts))
+        costly = [name for name in drafts if not self._cheap(name, forward_s)]
+        # Whether a costly draft was worth its time is for `_wanted`; here only what was promised after it was there.
+        admitted_s = step_s - sum(draft_s[name] for name in costly)
+        self._compare(slots > 0, float(verified.num_committed.sum()) / admitted_s, bool(drafts))
         self._lookahead = int(np.clip(max(self._lookahead - 1, admission.lengths.max() + 2), 4, _MAX_LOOKAHEAD))
         goodput = float(verified.num_committed.sum()) / (forward_s + sum(draft_s.values()))
-        costly = [name for name in drafts if not self._cheap(name, forward_s)]
         for name, draft in drafts.items():
             self._learn(name, draft, admission, verified, draft_s[name])
         for name, arm in self._arms.items():
@@ -196,11 +214,24 @@ class GoodputController(Controller):
     def _compare(self, drafted: bool, goodput: float, had_choice: bool) -> None:
         """Note how much of its predicted goodput a step kept."""
         if self._predicted is not None:
-            surprise = float(np.clip(np.log(goodput / self._predicted), -1.0, 1.0))
-            self._kept[drafted] += _KEPT_RATE * (surprise - self._kept[drafted])
+            self._kept[drafted].observe(float(np.clip(np.log(goodput / self._predicted), -1.0, 1.0)))
         if had_choice and not drafted:
             # Nothing is learned about drafting while nothing is drafted: doubt fades, and drafting is tried again.
-            self._kept[True] += _DOUBT_FADES * (self._kept[False] - self._kept[True])
+            self._kept[True].mean += _DOUBT_FADES * (self._kept[False].mean - self._kept[True].mean)
+
+    def _discount(self) -> float:
+        """Factor on the predicted goodput of drafting: what drafting steps have kept of it, against what plain steps have.
+
+        What the two models do not see (sampling rounds, bookkeeping, a ragged batch, optimism where n was chosen because
+        it looked best) is in there, and only there. The standard error is taken off as well: a gain that this machine's
+        step times cannot tell from noise is not worth the risk of a loss.
+        """
+        drafted, plain = self._kept[True], self._kept[False]
+        # Noise of step times is the machine's, whatever the step: one variance, so that plain steps tell it as well.
+        num_steps = drafted.num_steps + plain.num_steps
+        variance = (drafted.variance * drafted.num_steps + plain.variance * plain.num_steps) / num_steps
+        error = np.sqrt(variance / drafted.num_steps + variance / plain.num_steps)
+        return float(np.exp(min(0.0, drafted.mean - plain.mean) - error))
 
     def _learn(self, name: str, draft: Draft, admission: Admission, verified: Verified, seconds: float) -> None:
         arm = self._arms[name]
@@ -231,9 +262,7 @@ class GoodputController(Controller):
             return np.zeros(batch, np.int64)
         tokens = batch + np.concatenate([[0.0], np.cumsum(values[order])])
         goodput = tokens / seconds[batch : batch + len(values) + 1]
-        # What drafting steps have kept of their promise, against what plain steps have: what the two models do not see
-        # (sampling rounds, bookkeeping, optimism where n was chosen because it looked best) is in there, and only there.
-        goodput[1:] *= np.exp(min(0.0, self._kept[True] - self._kept[False]))
+        goodput[1:] *= self._discount()
         best = int(np.argmax(goodput))
         self._predicted = float(tokens[best] / seconds[batch + best])
         admitted = order[:best]
@@ -265,7 +294,7 @@ class GoodputController(Controller):
         return 0
 
     def _best_depth(self, arm: _Arm, batch: int, seconds: np.ndarray) -> tuple[int, float]:
-        """Depth with the most expected goodput when every request drafts alike, and that goodput."""
+        """Depth with the most expected goodput when every request drafts alike, and that goodput, discounted."""
         known = int(np.count_nonzero(~np.isnan(arm.survival)))
         depth = np.arange(1, known + 1)
         tokens = batch * (1 + np.cumsum(arm.survival[:known]))
@@ -273,7 +302,7 @@ class GoodputController(Controller):
         if known == 0:
             return 0, 0.0
         best = int(np.argmax(goodput))
-        return int(depth[best]), float(goodput[best])
+        return int(depth[best]), float(goodput[best]) * self._discount()
 
 
 class FixedController(Controller):
