@@ -62,6 +62,17 @@ def tiny_llama(
     return build(LlamaForCausalLM, config, seed=seed, logit_std=logit_std)
 
 
+def tiny_bigram(*, seed: int = 0, logit_std: float = 4.0, **shape: int) -> PreTrainedModel:
+    """Llama whose next token depends on the last one more than on all others: something that a drafter can learn."""
+    model = tiny_llama(seed=seed, **shape)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.02)
+        logits = model(torch.arange(model.config.vocab_size)[None]).logits
+        model.get_output_embeddings().weight.mul_(logit_std / logits.std(dim=-1).mean())
+    return model
+
+
 def tiny_qwen2(
     *, vocab: int = 64, layers: int = 2, hidden: int = 32, context: int = 128, seed: int = 0
 ) -> PreTrainedModel:

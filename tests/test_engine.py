@@ -661,7 +661,7 @@ def test_a_checkpoint_folder_serves_as_draft_lm(tmp_path):
         tokenizer=tokenizer(),
         draft_model=tmp_path,
         console=False,
-        controller=FixedController(["history", "draft_lm"], "draft_lm", 3),
+        controller=FixedController(["history", "recurrent", "draft_lm"], "draft_lm", 3),
     )
     output = generate(engine)
     assert output.completion_ids == reference().completion_ids
@@ -674,6 +674,11 @@ def test_a_draft_lm_with_another_tokenizer_is_refused(tmp_path):
     tokenizer(words="x").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer"):
         AtlasRolloutEngine(model=policy(), tokenizer=tokenizer(), draft_model=str(tmp_path), console=False)
+
+
+def test_a_controller_for_other_speculators_is_refused():
+    with pytest.raises(ValueError, match=r"made for speculators \['a'\], the engine has \['history', 'recurrent'\]"):
+        engine_of(controller=FixedController(["a"], "a", 2))
 
 
 def test_a_fixed_controller_refuses_what_it_cannot_do():

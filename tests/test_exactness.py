@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,10 @@ from atlas_rl.rollout.noise import Stream, request_keys
 from atlas_rl.rollout.verification import Positions, RejectionSampling, choose
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.draft_lm import DraftLM
+from atlas_rl.speculators.eagle3 import Eagle3Speculator
+from atlas_rl.speculators.eagle3_training import TrainSettings, new_head
 from atlas_rl.speculators.history import HistorySpeculator
+from atlas_rl.speculators.recurrent import RecurrentSpeculator
 from tests.drafters import RandomDrafter, TrimByDrawnToken
 from tests.exact import CERTAIN, FALSE_ALARM, p_value, sequence_probabilities
 from tests.models import tiny_llama
@@ -55,6 +59,9 @@ def enumerated(name: str) -> dict[tuple[int, ...], float]:
 SPECULATORS = {
     "history": HistorySpeculator,
     "draft_lm": lambda: DraftLM(drafter(), VOCAB),
+    # Both know three of the five tokens: the policy samples what they cannot propose.
+    "recurrent": lambda: RecurrentSpeculator(max_vocab=3, budget_share=20.0, clock=itertools.count().__next__),
+    "eagle3": lambda: Eagle3Speculator(new_head(policy(), TrainSettings(layers=(0, 1)), np.array([1, 2, 4]))),
     "random": RandomDrafter,
     "random_with_probs": lambda: RandomDrafter(with_probs=True),
 }
@@ -73,6 +80,7 @@ def sample(
         )
         # Rollouts to draft from: a history without them has nothing to say in three tokens.
         engine.generate([PROMPT], num_generations=300, max_new_tokens=NEW, eos_token_ids=[0], seed=5, **sampling)
+        engine.policy_updated()
     output = engine.generate(
         [PROMPT], num_generations=num_samples, max_new_tokens=NEW, eos_token_ids=[0], seed=11, **sampling
     )

@@ -17,6 +17,7 @@ from scipy import stats
 from atlas_rl.rollout import noise
 from atlas_rl.rollout.noise import BLOCK, Stream, mix64, request_keys
 from atlas_rl.rollout.processing import block_maxima
+from atlas_rl.speculators.reduced_draft import choose_among
 from tests.exact import CERTAIN, FALSE_ALARM
 
 MASK = 0xFFFFFFFF
@@ -107,6 +108,21 @@ def test_numba_and_torch_draw_the_same_exponentials(vocab):
         reference = dense(keys, np.full(2, position), stream, vocab)[1, list(tokens)]
         # A wrong word would be off by the number itself; the libraries' log1p differ in a last place at most.
         np.testing.assert_allclose(own, reference, rtol=3e-7)
+
+
+def test_the_noise_of_some_tokens_is_that_of_all():
+    keys, positions = request_keys(5, 3), np.array([4, 90, 7])
+    ids = torch.tensor([0, 3, 127, 128, 700, 1002])
+    some = noise.exponentials_of(as_int64(keys), torch.from_numpy(positions), Stream.TARGET, ids).numpy()
+    assert np.array_equal(some, dense(keys, positions, Stream.TARGET, 1003)[:, ids.numpy()])
+
+
+def test_a_choice_among_some_tokens_is_the_dense_argmax():
+    keys, positions = request_keys(6, 40), np.arange(40)
+    ids = np.array([2, 5, 130, 131, 900])
+    probs = np.random.default_rng(0).dirichlet(np.ones(5), size=40).astype(np.float32)
+    scores = probs / dense(keys, positions, Stream.TARGET, 1003)[:, ids]
+    assert np.array_equal(choose_among(probs, ids, keys, positions, int(Stream.TARGET)), scores.argmax(axis=1))
 
 
 def test_noise_is_a_function_of_the_token_not_of_the_vocabulary():

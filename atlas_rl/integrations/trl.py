@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import unwrap_model_for_generation
 
 from atlas_rl.rollout.noise import mix64
 from atlas_rl.rollout.report import Mode, StepReport, concatenate, merge
 from atlas_rl.rollout.sampling import SamplingParams
 from atlas_rl.rollout.sinks import trainer_metrics
+from atlas_rl.sync.checkpoint import FILE_NAME, load_state, save_state
 
 if TYPE_CHECKING:
     from atlas_rl.rollout.engine import AtlasRolloutEngine, GenerationOutput
@@ -267,8 +270,20 @@ class ReportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of the first step."""
+        """Start the clock of the first step; a resumed run gets its drafters back from the checkpoint's folder."""
+        saved = self._saved_state(args, state)
+        if state.global_step > 0 and saved.is_file():
+            self._engine.load_state_dict(load_state(saved))
         self._step_began = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save what the drafters know beside the trainer's checkpoint."""
+        if self._trainer.accelerator.is_main_process:
+            save_state(self._saved_state(args, state), self._engine.state_dict())
+
+    @staticmethod
+    def _saved_state(args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FILE_NAME
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish what was generated for this optimizer step, if anything was."""

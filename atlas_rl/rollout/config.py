@@ -23,7 +23,8 @@ class EngineConfig:
         speculation: False decodes plainly: the baseline, same tokens.
         verification: `invariant` (drafter-invariant sampling) or `rejection`.
         draft_model: The static draft LM: a loaded causal LM, or the folder of a checkpoint.
-        speculators: Speculators to use instead of the defaults (history index, and the draft LM where given).
+        speculators: Speculators to use instead of the defaults (history index, recurrent head, and the draft LM where
+            given).
         controller: Controller to use instead of `GoodputController`.
         max_batch_size: Most requests decoded together; None takes what memory allows.
         output_dir: Folder that gets `rollouts.jsonl`, one report per line; None writes none.

@@ -50,6 +50,9 @@ class Admission:
 class Controller(ABC):
     """Plans every decode step. The same object serves the whole run and learns from it."""
 
+    speculators: tuple[str, ...]
+    """Names of the engine's speculators, in the order that `Admission.arms` refers to."""
+
     @abstractmethod
     def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
         """Most draft tokens to ask of each speculator.
@@ -64,7 +67,12 @@ class Controller(ABC):
 
     @abstractmethod
     def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
-        """Pick, per request, the draft to use and how much of it. Uses confidences only, never the drafted tokens."""
+        """Pick, per request, the draft to use and how much of it. Uses confidences only, never the drafted tokens.
+
+        Args:
+            drafts: Of the speculators that were asked and ready.
+            batch: Active requests.
+        """
 
     @abstractmethod
     def observe(
@@ -136,7 +144,7 @@ class GoodputController(Controller):
     """
 
     def __init__(self, speculators: Sequence[str]) -> None:
-        self._names = tuple(speculators)
+        self.speculators = self._names = tuple(speculators)
         self._arms = {name: _Arm() for name in self._names}
         self._cost = CostModel()
         self._lookahead = 4
@@ -206,6 +214,7 @@ class GoodputController(Controller):
         for arm in self._arms.values():
             arm.acceptance.policy_updated()
             arm.losses = 0
+            arm.trials = min(arm.trials, _TRIALS - 1)  # its refresh may have made a loser good: one step shows
 
     def plain_forward_s(self, batch: int) -> float | None:
         table = self._cost.predict(batch)
@@ -319,6 +328,7 @@ class FixedController(Controller):
             raise ValueError(f"no speculator '{arm}' among {list(speculators)}")
         if num_draft_tokens < 1:
             raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}: 0 is speculation=False")
+        self.speculators = tuple(speculators)
         self._arm = arm
         self._index = list(speculators).index(arm)
         self._num_draft_tokens = num_draft_tokens
@@ -328,7 +338,8 @@ class FixedController(Controller):
         return {self._arm: np.minimum(room, self._num_draft_tokens)}
 
     def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
-        return Admission(np.full(batch, self._index), drafts[self._arm].lengths.copy())
+        drafted = drafts.get(self._arm, Draft.empty(batch))  # a drafter that is not ready was not asked
+        return Admission(np.full(batch, self._index), drafted.lengths.copy())
 
     def observe(
         self,

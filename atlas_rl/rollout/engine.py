@@ -24,6 +24,7 @@ from atlas_rl.rollout.verification import VERIFIERS
 from atlas_rl.rollout.warmup import compile_kernels
 from atlas_rl.speculators.base import Sequences, Speculator
 from atlas_rl.speculators.history import HistorySpeculator
+from atlas_rl.speculators.recurrent import RecurrentSpeculator
 from atlas_rl.sync.policy import PolicyTracker
 
 if TYPE_CHECKING:
@@ -257,20 +258,27 @@ class AtlasRolloutEngine:
     def _backend_for(self, model: nn.Module) -> InProcessBackend:
         if self._backend is None or self._backend.model is not unwrap_policy(model):
             self._backend = InProcessBackend(model)
+            for speculator in (self._speculators or {}).values():
+                speculator.bind(self._backend.model)
         return self._backend
 
     def _speculators_for(self, backend: InProcessBackend) -> dict[str, Speculator]:
         if self._speculators is None:
             compile_kernels()
-            chosen: list[Speculator] = [HistorySpeculator()]
+            chosen: list[Speculator] = [HistorySpeculator(), RecurrentSpeculator()]
             if self.config.speculators is not None:
                 chosen = list(self.config.speculators)
             if self.config.draft_model is not None:
                 chosen.append(self._draft_lm(backend))
             for speculator in chosen:
                 speculator.couples_noise = self._verifier.couples_noise
+                speculator.bind(backend.model)
             self._speculators = {speculator.name: speculator for speculator in chosen}
             self._controller = self.config.controller or GoodputController(tuple(self._speculators))
+            given, names = list(self._controller.speculators), list(self._speculators)
+            if names[: len(given)] != given:  # further ones are never asked
+                self._speculators = None
+                raise ValueError(f"the controller was made for speculators {given}, the engine has {names}")
             self.load_state_dict(self._restored)
         return self._speculators
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from atlas_rl.rollout.backends.base import Backend, Segments
+from atlas_rl.rollout.backends.base import Backend, Segments, Taps
 from atlas_rl.rollout.controller import Admission, Controller
 from atlas_rl.rollout.recorder import StepRecorder
 from atlas_rl.rollout.verification import Outcome, Verifier
-from atlas_rl.speculators.base import Draft, Sequences, Speculator, Verified
+from atlas_rl.speculators.base import Draft, Hidden, Sequences, Speculator, Verified
 
 PREFILL_TOKENS = 4096  # packed prompt tokens per forward: bounds the activations of a wave of long prompts
 
@@ -84,12 +84,13 @@ class DecodeLoop:
             draft = _merge(drafts, self._names, admission, self.backend.vocab_size)
         forward_s = -self.recorder.seconds("verify")
         with self.recorder.time("verify"):
-            logits = self._forward(requests, draft)
+            logits, hidden = self._forward(requests, draft)
         forward_s += self.recorder.seconds("verify")
         with self.recorder.time("sample"):
             outcome = self.verifier.verify(logits, draft, self.sequences, requests)
         with self.recorder.time("commit"):
             verified = self.commit(requests, outcome, draft.lengths)
+            verified.hidden = hidden
         with self.recorder.time("observe"):
             step_s = self.recorder.clock() - began
             self.controller.observe(drafts, admission, verified, draft_s, forward_s, step_s)
@@ -101,6 +102,8 @@ class DecodeLoop:
     def _propose(self, requests: np.ndarray, plan: Mapping[str, np.ndarray]) -> tuple[dict[str, Draft], dict]:
         drafts, seconds = {}, {}
         for name, max_draft_tokens in plan.items():
+            if not self.speculators[name].ready:
+                continue
             before = self.recorder.clock()
             drafts[name] = self.speculators[name].propose(self.sequences, requests, max_draft_tokens)
             seconds[name] = self.recorder.clock() - before
@@ -108,8 +111,8 @@ class DecodeLoop:
             self.num_proposed[name] = self.num_proposed.get(name, 0) + int(drafts[name].lengths.sum())
         return drafts, seconds
 
-    def _forward(self, requests: np.ndarray, draft: Draft) -> torch.Tensor:
-        """Logits after the last committed token and after every draft token of each request, packed."""
+    def _forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden | None]:
+        """Logits and hidden states of the last committed token and of every draft token of each request, packed."""
         lengths = draft.lengths + 1
         starts = self.sequences.lengths[requests] - 1
         tokens = np.empty(int(lengths.sum()), np.int64)
@@ -117,9 +120,16 @@ class DecodeLoop:
         tokens[first] = self.sequences.token_ids[requests, starts]
         row, position = np.nonzero(np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])
         tokens[first[row] + 1 + position] = draft.token_ids[row, position]
-        logits = self.backend.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)))
+        taps = self._taps()
+        logits = self.backend.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), taps)
         self.backend.synchronize()
-        return logits
+        return logits, Hidden(first, taps.last, taps.layers) if taps else None
+
+    def _taps(self) -> Taps | None:
+        """What the speculators want to see of the next forward."""
+        wants_last = any(speculator.reads_hidden for speculator in self.speculators.values())
+        wants_layers = sorted({layer for speculator in self.speculators.values() for layer in speculator.reads_layers})
+        return Taps(wants_last, tuple(wants_layers)) if wants_last or wants_layers else None
 
     def commit(self, requests: np.ndarray, outcome: Outcome, num_drafted: np.ndarray) -> Verified:
         """Append what verification settled, up to an ending token, and say which requests end."""
@@ -183,7 +193,7 @@ class DecodeLoop:
         first_row = len(self.active)
         requests = np.concatenate([leaders, np.array(followers, np.int64)])
         with self.recorder.time("prefill"):
-            logits = self._prefill(leaders, first_row)
+            logits, hidden = self._prefill(leaders, first_row)
             row = first_row + len(leaders)
             for index, (leader, group) in enumerate(groups.items()):
                 targets = list(range(row, row + len(group) - 1))
@@ -194,17 +204,25 @@ class DecodeLoop:
         with self.recorder.time("observe"):
             for speculator in self.speculators.values():
                 speculator.start(self.sequences, requests)
-        self._first_tokens(requests, logits, groups)
+                if hidden is not None and speculator.reads_layers:
+                    speculator.read_prompts(self.sequences, [np.array(group) for group in groups.values()], hidden)
+        self._first_tokens(requests, logits, hidden, groups)
 
-    def _first_tokens(self, requests: np.ndarray, logits: torch.Tensor, groups: Mapping[int, list[int]]) -> None:
+    def _first_tokens(
+        self, requests: np.ndarray, logits: torch.Tensor, hidden: Hidden | None, groups: Mapping[int, list[int]]
+    ) -> None:
         """Draw each request's first token from its prompt's logits and let it into the batch."""
         leader_of = {request: index for index, group in enumerate(groups.values()) for request in group}
-        index = torch.tensor([leader_of[int(request)] for request in requests], device=logits.device)
+        index = np.array([leader_of[int(request)] for request in requests])
         draft = Draft.empty(len(requests))
         with self.recorder.time("sample"):
-            outcome = self.verifier.verify(logits[index], draft, self.sequences, requests)
+            drawn_from = logits[torch.from_numpy(index).to(logits.device)]
+            outcome = self.verifier.verify(drawn_from, draft, self.sequences, requests)
         with self.recorder.time("commit"):
             verified = self.commit(requests, outcome, draft.lengths)
+            if hidden is not None:
+                ends = hidden.first + self.sequences.prompt_lengths[list(groups)] - 1
+                verified.hidden = Hidden(index, hidden.last, {n: states[ends] for n, states in hidden.layers.items()})
         with self.recorder.time("observe"):
             self._observe(verified)
         with self.recorder.time("commit"):
@@ -212,16 +230,27 @@ class DecodeLoop:
             self.active = np.concatenate([self.active, requests])
             self._retire(np.concatenate([np.zeros(veterans, bool), verified.finished]))
 
-    def _prefill(self, leaders: np.ndarray, first_row: int) -> torch.Tensor:
-        """Fill the cache with one prompt per row; float32 logits after each prompt's last token `[leaders, vocab]`."""
-        sequences, logits = self.sequences, []
-        for chunk in _chunks(sequences.prompt_lengths[leaders], PREFILL_TOKENS):
-            requests = leaders[chunk]
-            lengths = sequences.prompt_lengths[requests]
+    def _prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden | None]:
+        """Fill the cache with one prompt per row.
+
+        Returns:
+            float32 logits after each prompt's last token `[leaders, vocab]`, and hidden states: of the last tokens only
+            for the LM head's input, of all tokens for the layers.
+        """
+        sequences, logits, caught = self.sequences, [], []
+        prompt_lengths = sequences.prompt_lengths[leaders]
+        for chunk in _chunks(prompt_lengths, PREFILL_TOKENS):
+            requests, lengths = leaders[chunk], prompt_lengths[chunk]
             tokens = np.concatenate([sequences.token_ids[r, :n] for r, n in zip(requests, lengths, strict=True)])
             segments = Segments(tokens.astype(np.int64), first_row + chunk.start, np.zeros_like(lengths), lengths)
-            logits.append(self.backend.forward(segments, np.cumsum(lengths) - 1))
-        return torch.cat(logits)
+            taps = self._taps()
+            logits.append(self.backend.forward(segments, np.cumsum(lengths) - 1, taps))
+            caught += [taps] if taps else []
+        if not caught:
+            return torch.cat(logits), None
+        last = torch.cat([taps.last for taps in caught if taps.last is not None]) if caught[0].wants_last else None
+        layers = {layer: torch.cat([taps.layers[layer] for taps in caught]) for layer in caught[0].wants_layers}
+        return torch.cat(logits), Hidden(np.cumsum(prompt_lengths) - prompt_lengths, last, layers)
 
     def _prompt_group(self, request: int, groups: Mapping[int, list[int]]) -> int:
         """The request that leads this one's group: the first in the wave with the same prompt, or itself."""

@@ -212,6 +212,17 @@ def exponentials(keys: torch.Tensor, positions: torch.Tensor, stream: int, vocab
     return e.flatten(1)[:, :vocab_size]
 
 
+def exponentials_of(keys: torch.Tensor, positions: torch.Tensor, stream: int, token_ids: torch.Tensor) -> torch.Tensor:
+    """E of some tokens (int64 `[tokens]`): float32 `[rows, tokens]`; `exponentials` has the same numbers."""
+    minimum_words = philox_words(keys, token_ids // BLOCK, positions, 2 * stream)
+    minimum = (_exponential_of_words(minimum_words[..., 0]) / BLOCK).to(torch.float32)
+    lane = minimum_words[..., 1] % BLOCK
+    words = philox_words(keys, token_ids >> 2, positions, 2 * stream + 1)
+    word = words.gather(2, (token_ids & 3)[None, :, None].expand(len(keys), -1, 1))[..., 0]
+    excess = _exponential_of_words(word).to(torch.float32)
+    return torch.where(lane == token_ids % BLOCK, minimum, minimum + excess)
+
+
 def uniforms(keys: torch.Tensor, positions: torch.Tensor, stream: int) -> torch.Tensor:
     """One uniform variate in (0, 1) per row: float64 `[rows]` (for streams that draw no tokens)."""
     words = philox_words(keys, torch.zeros(1, dtype=torch.int64, device=keys.device), positions, 2 * stream)

@@ -14,6 +14,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from atlas_rl.rollout.sampling import SamplingParams
 
@@ -75,6 +76,24 @@ class Draft:
 
 
 @dataclass(slots=True)
+class Hidden:
+    """The policy's hidden states at the positions of one forward, for speculators that ask for them.
+
+    Request (or prompt) `i` of the call that hands them over has its positions at `first[i]`, `first[i] + 1`, ...
+
+    Attributes:
+        first: int64 `[batch]`.
+        last: `[num_positions, hidden]`, input of the policy's LM head; None where no speculator reads it.
+        layers: Per layer that a speculator asked for, `[num_positions, hidden]`: the input of decoder layer `i`, which is
+            what `i` layers have made of the embedding.
+    """
+
+    first: np.ndarray
+    last: torch.Tensor | None
+    layers: dict[int, torch.Tensor]
+
+
+@dataclass(slots=True)
 class Verified:
     """What one target forward settled, handed to every speculator whether or not its draft was used.
 
@@ -87,6 +106,8 @@ class Verified:
         num_accepted: int64 `[batch]`, accepted draft tokens.
         num_drafted: int64 `[batch]`, draft tokens that were verified.
         finished: bool `[batch]`, requests that end with this step; they never appear again.
+        hidden: Hidden states at the verified positions: entry `first[i] + j` is what token `j` of request `i` was drawn
+            from. None where no speculator reads them. Entries past the committed tokens mean nothing.
     """
 
     requests: np.ndarray
@@ -95,6 +116,7 @@ class Verified:
     num_accepted: np.ndarray
     num_drafted: np.ndarray
     finished: np.ndarray
+    hidden: Hidden | None = None
 
 
 @dataclass(slots=True)
@@ -118,6 +140,32 @@ class Speculator(ABC):
     couples_noise: bool = True
     """Whether drafts are drawn with the policy's own noise (`Stream.TARGET`). Engines that verify by rejection set it
     to False, and the speculator then draws from `Stream.DRAFT` or proposes its likeliest token."""
+
+    reads_hidden: bool = False
+    """Whether `Verified.hidden.last` is wanted."""
+
+    reads_layers: tuple[int, ...] = ()
+    """Decoder layers whose inputs are wanted, of prompts (`read_prompts`) and of verified positions."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can draft yet; until then it is not asked."""
+        return True
+
+    def bind(self, policy: nn.Module) -> None:  # noqa: B027 - most need nothing
+        """The policy to draft for, before anything else and again whenever the engine gets another one.
+
+        A speculator may read its weights while a call runs (`start`, `propose`, `observe`), when they are whole on every
+        rank; at a refresh they may be sharded away.
+        """
+
+    def read_prompts(  # noqa: B027 - most need nothing
+        self, sequences: Sequences, groups: list[np.ndarray], hidden: Hidden
+    ) -> None:
+        """Hidden states of whole prompts: prompt `i` is that of every request in `groups[i]` (int64 `[n]`).
+
+        Called for speculators with `reads_layers`, after the `start` of those requests and before their first `observe`.
+        """
 
     @abstractmethod
     def start(self, sequences: Sequences, requests: np.ndarray) -> None:

@@ -27,6 +27,8 @@ from trl import GRPOConfig, GRPOTrainer
 from policy import load_policy
 from tasks import FAMILIES, build_dataset, reward_func
 
+RECORDED_LAYERS = (2, 15, 27)  # low, middle and high of the policy's 30: what its EAGLE-3 head reads
+
 # transformers renames this option while TRL still defines it by the old name.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
 
@@ -66,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--engine", choices=("atlas", "trl"), default="atlas", help="trl: TRL's own generation")
     parser.add_argument("--baseline-every", type=int, default=4, help="rerun every N-th generation without speculation")
     parser.add_argument("--eval-prompts", type=int, default=0, help="held-out questions answered before and after")
+    parser.add_argument("--record", type=Path, help="folder that gets every rollout with its hidden states, for replay")
     parser.add_argument("--plot", action="store_true", help="draw the reward curve (needs matplotlib)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
@@ -153,9 +156,17 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
     if args.engine == "trl":
         return None
     from atlas_rl import AtlasRolloutEngine
+    from atlas_rl.rollout.replay import RolloutRecorder
+    from atlas_rl.speculators.base import Speculator
+    from atlas_rl.speculators.history import HistorySpeculator
+    from atlas_rl.speculators.recurrent import RecurrentSpeculator
 
     (args.output_dir / "rollouts.jsonl").unlink(missing_ok=True)  # the engine appends; a demo starts afresh
-    engine = AtlasRolloutEngine(output_dir=args.output_dir)
+    speculators: list[Speculator] | None = None
+    if args.record:
+        recorder = RolloutRecorder(args.record, layers=RECORDED_LAYERS)
+        speculators = [HistorySpeculator(), RecurrentSpeculator(), recorder]
+    engine = AtlasRolloutEngine(output_dir=args.output_dir, speculators=speculators)
     engine.attach(trainer, baseline_every=args.baseline_every)
     return engine
 

@@ -44,6 +44,7 @@ class RaggedBatch:
     query_len: int = 0
     context: int = 0
     fresh: bool = False
+    rows: torch.Tensor | None = None  # [batch] cache rows, unless they are consecutive
     token_rows: torch.Tensor | None = None  # [num_tokens] cache row of each packed token
     token_positions: torch.Tensor | None = None  # [num_tokens]
     pad_index: torch.Tensor | None = None  # [batch * query_len] packed index of each padded query; None if even
@@ -51,8 +52,14 @@ class RaggedBatch:
     query_positions: torch.Tensor | None = None  # [batch, query_len]
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
-    def place(self, segments: Segments, device: torch.device) -> None:
-        """Set the index tensors for the next forward."""
+    def place(self, segments: Segments, device: torch.device, rows: np.ndarray | None = None) -> None:
+        """Set the index tensors for the next forward.
+
+        Args:
+            segments: What will be run.
+            device: Of the cache.
+            rows: int64 `[rows]`, cache rows of the segments instead of consecutive ones; reading them costs a copy.
+        """
         lengths, starts = segments.lengths, segments.starts
         self.first_row, self.batch = segments.first_row, len(lengths)
         self.query_len = int(lengths.max())
@@ -61,7 +68,9 @@ class RaggedBatch:
         row = np.repeat(np.arange(self.batch), lengths)
         offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         position = starts[row] + offset
-        self.token_rows = torch.from_numpy(row + self.first_row).to(device)
+        cache_row = row + self.first_row if rows is None else rows[row]
+        self.token_rows = torch.from_numpy(cache_row).to(device)
+        self.rows = None if rows is None else torch.from_numpy(rows).to(device)
         self.token_positions = torch.from_numpy(position).to(device)
         self.masks.clear()
         if (lengths == self.query_len).all():
@@ -83,7 +92,9 @@ class RaggedBatch:
             self.values[layer] = value.new_zeros(*shape, value.shape[3])
         self.keys[layer][self.token_rows, :, self.token_positions] = key[0].transpose(0, 1)
         self.values[layer][self.token_rows, :, self.token_positions] = value[0].transpose(0, 1)
-        rows = slice(self.first_row, self.first_row + self.batch)
+        rows: slice | torch.Tensor = slice(self.first_row, self.first_row + self.batch)
+        if self.rows is not None:
+            rows = self.rows
         return self.keys[layer][rows, :, : self.context], self.values[layer][rows, :, : self.context]
 
     def mask(self, group: int, window: int | None) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,23 @@ class Segments:
     first_row: int
     starts: np.ndarray
     lengths: np.ndarray
+
+
+@dataclass(slots=True)
+class Taps:
+    """Hidden states to catch on the way of one forward.
+
+    Attributes:
+        wants_last: Whether to catch the input of the LM head.
+        wants_layers: Decoder layers whose input to catch.
+        last: Filled by the forward: `[len(keep), hidden]`.
+        layers: Filled by the forward: per layer `[num_tokens, hidden]`, of all packed tokens.
+    """
+
+    wants_last: bool
+    wants_layers: tuple[int, ...]
+    last: torch.Tensor | None = None
+    layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Backend(ABC):
@@ -55,12 +72,13 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def forward(self, segments: Segments, keep: np.ndarray) -> torch.Tensor:
+    def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
         """Append the segments to the cache and return float32 logits `[len(keep), vocab]`, contiguous.
 
         Args:
             segments: Tokens to run.
             keep: int64 indices into the packed tokens whose logits are wanted.
+            taps: Hidden states to catch, filled in place.
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from atlas_rl.rollout.backends import attention
 from atlas_rl.rollout.backends.attention import RaggedBatch
-from atlas_rl.rollout.backends.base import Backend, Segments
+from atlas_rl.rollout.backends.base import Backend, Segments, Taps
 from atlas_rl.rollout.backends.cpu_linear import streamed_weights
 
 _PROBE_TOLERANCE = 2e-2  # of the logits' spread; a wrong cache or mask is off by the spread itself
@@ -92,12 +92,12 @@ class InProcessBackend(Backend):
             with self._ragged(cache):
                 yield
 
-    def forward(self, segments: Segments, keep: np.ndarray) -> torch.Tensor:
+    def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
         batch = self._cache
         assert batch is not None, "forward() outside of session()"
         batch.place(segments, self.device)
         assert batch.token_positions is not None
-        with attention.active(batch):
+        with attention.active(batch), _tapped(self.model, self.config.num_hidden_layers, taps):
             output = self.model(
                 input_ids=torch.from_numpy(segments.token_ids)[None].to(self.device),
                 position_ids=batch.token_positions[None],
@@ -168,6 +168,47 @@ class InProcessBackend(Backend):
                 f"difference {error:.3g}): it has no standard attention cache. Generate with the trainer's own engine."
             )
         self._probed = True
+
+
+@contextmanager
+def _tapped(model: nn.Module, num_layers: int, taps: Taps | None) -> Iterator[None]:
+    """Inside, `taps` catches the inputs of the LM head and of the decoder layers it asks for."""
+    if taps is None:
+        yield
+        return
+
+    def catch_last(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        taps.last = args[0].reshape(-1, args[0].shape[-1])
+
+    def catch_layer(layer: int) -> Callable[..., None]:
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            taps.layers[layer] = states.reshape(-1, states.shape[-1])
+
+        return catch
+
+    handles = []
+    try:
+        if taps.wants_last:
+            handles.append(model.get_output_embeddings().register_forward_pre_hook(catch_last))  # type: ignore[operator]
+        if taps.wants_layers:
+            layers = decoder_layers(model, num_layers)
+            for layer in taps.wants_layers:
+                handles.append(layers[layer].register_forward_pre_hook(catch_layer(layer), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The policy's stack of decoder layers; `ValueError` if it has none that can be told."""
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} stacks of {num_layers} layers: hidden states need one"
+        )
+    return found[0]
 
 
 @contextmanager

@@ -1,0 +1,161 @@
+"""EAGLE-3 as a speculator: the static arm, trained before the run and never changed by it.
+
+The head keeps one layer's attention cache of its own, in rows like the policy's. Committed positions enter it with the
+policy's features; drafted ones with the head's own, and are overwritten when the policy has run there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from atlas_rl.rollout.backends import attention
+from atlas_rl.rollout.backends.attention import RaggedBatch, ragged_attention
+from atlas_rl.rollout.backends.base import Segments
+from atlas_rl.speculators.base import Draft, Hidden, Rollouts, Sequences, Speculator, Verified
+from atlas_rl.speculators.eagle3_checkpoint import load_eagle3
+from atlas_rl.speculators.eagle3_head import Eagle3Head
+from atlas_rl.speculators.reduced_draft import ReducedDraft
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_DRAFT_ROOM = 32  # cache cells past the longest text, for drafts that reach beyond a request's end
+
+
+class Eagle3Speculator(Speculator):
+    """Drafts with an EAGLE-3 head, under the sampling parameters of the call.
+
+    Args:
+        head: A loaded head, or the folder of a checkpoint, which is then read when the policy is known.
+
+    Raises:
+        ValueError: At `bind`: the checkpoint is damaged or belongs to another policy.
+    """
+
+    name = "eagle3"
+
+    def __init__(self, head: Eagle3Head | str | Path) -> None:
+        self._given = head
+        self._sequences: Sequences | None = None
+        self._cache: RaggedBatch | None = None
+
+    def bind(self, policy: nn.Module) -> None:
+        """Load the head for this policy."""
+        self._policy = policy
+        self.head = self._given if isinstance(self._given, Eagle3Head) else load_eagle3(self._given, policy)
+        self.reads_layers = self.head.config.layers
+        self._device = self.head.fc.weight.device
+        self._token_ids = self.head.token_ids.cpu().numpy()
+
+    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+        """Give new requests a cache row each."""
+        if sequences is not self._sequences:
+            num_requests, capacity = sequences.token_ids.shape
+            self._sequences = sequences
+            self._cache = RaggedBatch(num_requests, capacity + _DRAFT_ROOM, honour_softcap=False)
+            self._cached = np.zeros(num_requests, np.int64)
+            self._features: list[list[torch.Tensor]] = [[] for _ in range(num_requests)]  # not in the cache yet
+
+    def read_prompts(self, sequences: Sequences, groups: list[np.ndarray], hidden: Hidden) -> None:
+        """Features of the prompts; their last position waits for the token that follows."""
+        with torch.no_grad():
+            features = self.head.fuse(hidden.layers)
+        for group, first in zip(groups, hidden.first, strict=True):
+            for request in group:
+                self._features[request].append(features[first : first + sequences.prompt_lengths[request]])
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
+        assert sequences is self._sequences, "propose() before start()"
+        lengths, capacity = sequences.lengths[requests], sequences.token_ids.shape[1]
+        depth = min(int(max_draft_tokens.max(initial=0)), int(capacity + _DRAFT_ROOM - lengths.max(initial=0)))
+        if depth <= 0:
+            return Draft.empty(len(requests))
+        draft = ReducedDraft(sequences, requests, depth, self._token_ids, couples_noise=self.couples_noise)
+        one = np.ones(len(requests), np.int64)
+        with torch.no_grad():
+            features = self._catch_up(sequences, requests)
+            draft.draw(self.head.logits(features))
+            for position in range(depth - 1):
+                tokens = draft.token_ids[:, position]
+                features = self._forward(tokens, features, requests, lengths - 1 + position, one)
+                draft.draw(self.head.logits(features))
+        return draft.finish(max_draft_tokens)
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        """Keep the features of committed positions until the head next runs."""
+        assert verified.hidden is not None
+        starts = sequences.lengths[verified.requests] - verified.num_committed
+        # What the first token was drawn from is the prompt's last position, which `read_prompts` has seen.
+        rows = np.flatnonzero((starts > sequences.prompt_lengths[verified.requests]) & ~verified.finished)
+        for request in verified.requests[verified.finished]:
+            self._features[request] = []
+        if not len(rows):
+            return
+        counts = verified.num_committed[rows]
+        index = np.concatenate(
+            [np.arange(first, first + n) for first, n in zip(verified.hidden.first[rows], counts, strict=True)]
+        )
+        taken = torch.from_numpy(index).to(self._device)
+        with torch.no_grad():
+            features = self.head.fuse({n: states[taken] for n, states in verified.hidden.layers.items()})
+        for row, part in zip(rows, features.split(counts.tolist()), strict=True):
+            self._features[verified.requests[row]].append(part)
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
+        """Nothing: the static arm does not follow the policy. The cache of the call before is released."""
+        self._sequences, self._cache, self._features = None, None, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: its weights are the user's file."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `ValueError` unless `state` is what `state_dict` gives."""
+        if state:
+            raise ValueError(f"an EAGLE-3 head has no state of its own, got keys {sorted(state)}")
+
+    def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
+        """Run the committed positions that are not cached yet; features of the last one of each request."""
+        fresh, tokens, starts = [], [], self._cached[requests]
+        for request, start in zip(requests, starts, strict=True):
+            features = torch.cat(self._features[request])
+            self._features[request] = []
+            fresh.append(features)
+            tokens.append(sequences.token_ids[request, start + 1 : start + 1 + len(features)])
+        counts = np.array([len(features) for features in fresh], np.int64)
+        assert (starts + counts == sequences.lengths[requests] - 1).all(), "a feature for every position but the last"
+        self._cached[requests] = starts + counts
+        out = self._forward(np.concatenate(tokens).astype(np.int64), torch.cat(fresh), requests, starts, counts)
+        return out[torch.from_numpy(np.cumsum(counts) - 1).to(self._device)]
+
+    def _forward(
+        self, tokens: np.ndarray, features: torch.Tensor, requests: np.ndarray, starts: np.ndarray, counts: np.ndarray
+    ) -> torch.Tensor:
+        """Packed `[tokens, hidden]` through the head, its keys and values into the requests' cache rows."""
+        cache = self._cache
+        assert cache is not None
+        cache.place(Segments(tokens, 0, starts, counts), self._device, rows=requests)
+        table = self.head.embed_tokens or self._policy.get_input_embeddings()  # type: ignore[operator]
+        embeddings = table(torch.from_numpy(tokens).to(self._device)).to(features.dtype)
+        positions = cache.token_positions
+        assert positions is not None
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return ragged_attention(_LAYER, query, key, value, None)[0]
+
+        with attention.active(cache):
+            return self.head(embeddings[None], features[None], positions[None], attend)[0]
+
+
+class _Layer:
+    """The head has one layer, and the cache calls it 0."""
+
+    layer_idx = 0
+
+
+_LAYER: Any = _Layer()

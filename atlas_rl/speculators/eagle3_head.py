@@ -1,0 +1,157 @@
+"""The EAGLE-3 head (Li et al., arXiv 2503.01840): one decoder layer that continues the policy's own features.
+
+At position i the head sees the embedding of token x_{i+1} and a feature of position i, and predicts x_{i+2}. The feature is
+`fc` of the policy's hidden states below three of its layers (low, middle, high) where the policy has run, and the head's own
+output of the step before where it has not. Its output layer covers a reduced vocabulary; `d2t` maps it to the policy's.
+
+Module and tensor names are those of the vLLM project's `speculators` layout, so that a state dict is a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From rotated queries, keys and values `[batch, heads, tokens, dim]` to `[batch, tokens, heads, dim]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Config:
+    """Shape of a head.
+
+    Attributes:
+        layer: The decoder layer, as a Llama configuration; its `vocab_size` is the policy's.
+        draft_vocab_size: Tokens the head can propose.
+        layers: Decoder layers of the policy whose inputs are fused.
+        norm_before_residual: Whether the residual stream starts from the normed feature (some checkpoints) or the raw one.
+        target_hidden_size: Of the policy, where it differs from the head's own.
+    """
+
+    layer: LlamaConfig
+    draft_vocab_size: int
+    layers: tuple[int, ...]
+    norm_before_residual: bool = False
+    target_hidden_size: int | None = None
+
+    @property
+    def read_size(self) -> int:
+        """Hidden size of the policy."""
+        return self.target_hidden_size or self.layer.hidden_size
+
+
+class Eagle3Head(nn.Module):
+    """See the module's docstring. `embed_tokens` is the checkpoint's own, or None for the policy's.
+
+    Args:
+        config: Shape.
+        own_embeddings: Whether the checkpoint has an input embedding of its own.
+    """
+
+    d2t: torch.Tensor
+    t2d: torch.Tensor
+
+    def __init__(self, config: Eagle3Config, own_embeddings: bool = False) -> None:
+        super().__init__()
+        layer = config.layer
+        self.config = config
+        self.fc = nn.Linear(len(config.layers) * config.read_size, layer.hidden_size, bias=False)
+        self.layers = nn.ModuleList([Eagle3Layer(layer, config.norm_before_residual)])
+        self.norm = LlamaRMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
+        self.lm_head = nn.Linear(layer.hidden_size, config.draft_vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(layer.vocab_size, layer.hidden_size) if own_embeddings else None
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.zeros(layer.vocab_size, dtype=torch.bool))
+        self.rotary = LlamaRotaryEmbedding(layer)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """The policy's id of every draft token: int64 `[draft_vocab]`."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def set_vocabulary(self, token_ids: torch.Tensor) -> None:
+        """Take these tokens of the policy, sorted: int64 `[draft_vocab]`."""
+        self.d2t.copy_(token_ids - torch.arange(len(token_ids), device=token_ids.device))
+        self.t2d.zero_()
+        self.t2d[token_ids] = True
+
+    def fuse(self, states: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Features `[tokens, hidden]` of positions where the policy has run, from `[tokens, hidden]` per layer."""
+        return self.fc(torch.cat([states[layer] for layer in self.config.layers], dim=-1).to(self.fc.weight.dtype))
+
+    def forward(
+        self, embeddings: torch.Tensor, features: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """Features for the next step.
+
+        Args:
+            embeddings: `[batch, tokens, hidden]`, of the token after each position.
+            features: `[batch, tokens, hidden]`, of each position.
+            positions: int64 `[batch, tokens]`.
+            attend: Attention over what the caller keeps of earlier positions.
+
+        Returns:
+            `[batch, tokens, hidden]`; `logits` turns them into predictions.
+        """
+        cos, sin = self.rotary(features, positions)
+        return self.layers[0](embeddings, features, cos, sin, attend)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits over the reduced vocabulary `[..., draft_vocab]`."""
+        return self.lm_head(self.norm(features))
+
+
+class Eagle3Layer(nn.Module):
+    """A Llama layer whose attention reads the embedding and the feature side by side."""
+
+    def __init__(self, config: LlamaConfig, norm_before_residual: bool) -> None:
+        super().__init__()
+        self.norm_before_residual = norm_before_residual
+        self.self_attn = _Projections(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, embeddings: torch.Tensor, features: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """See `Eagle3Head.forward`; `cos` and `sin` are the rotary tables of the positions."""
+        normed = self.hidden_norm(features)
+        residual = normed if self.norm_before_residual else features
+        hidden = residual + self.self_attn(
+            torch.cat([self.input_layernorm(embeddings), normed], dim=-1), cos, sin, attend
+        )
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class _Projections(nn.Module):
+    """Queries, keys and values from twice the hidden size, and the output projection."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        num_kv_heads = config.num_key_value_heads or config.num_attention_heads
+        heads, kv_heads = config.num_attention_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, heads, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, kv_heads, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, kv_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        query, key, value = (
+            projection(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        return self.o_proj(attend(query, key, value).flatten(2))

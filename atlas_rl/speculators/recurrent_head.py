@@ -1,0 +1,76 @@
+"""The recurrent head: a gated recurrent network from the policy's last hidden state over a reduced vocabulary.
+
+In the family of ReDrafter (arXiv 2403.09919), MLP speculators (arXiv 2404.19124) and Hydra (arXiv 2402.05109): the state
+starts from the hidden state that the newest committed token was drawn from, absorbs that token, and then every drafted one.
+
+    s_0     = tanh(R norm(h))                       h: input of the policy's LM head
+    s_{j+1} = GRU(E norm(e(x_j)), s_j)              e: the policy's own input embedding, x_0 the newest committed token
+    q_{j+1} = softmax((U W norm(s_{j+1}) + b) / T)  U: the policy's own output embedding, scaled to rows of norm one
+
+Only R, E, GRU, W and b are learned: with the policy's own tables the head starts out knowing which tokens are alike, which
+is what lets it learn within a few policy updates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class RecurrentHead(nn.Module):
+    """See the module's docstring.
+
+    Args:
+        hidden_size: Of the policy.
+        state_size: Of the recurrent state.
+        seed: Of the initial weights; torch's own random state is left alone.
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+    def __init__(self, hidden_size: int, state_size: int, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.read = nn.Linear(hidden_size, state_size, bias=False)
+            self.embed = nn.Linear(hidden_size, state_size, bias=False)
+            self.cell = nn.GRUCell(state_size, state_size)
+            self.write = nn.Linear(state_size, hidden_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(0))
+        # The policy's, not learned and not saved: they are read anew from whatever policy the head drafts for.
+        self.register_buffer("inputs", torch.zeros(1, hidden_size), persistent=False)
+        self.register_buffer("outputs", torch.zeros(0, hidden_size), persistent=False)
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the policy."""
+        return self.read.in_features
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the head can propose."""
+        return len(self.bias)
+
+    def set_tables(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Give the policy's embeddings of the reduced vocabulary: float32 `[vocab, hidden]` each."""
+        # One more row for every token outside the reduced vocabulary: their mean, which says nothing in particular.
+        inputs = _normed(torch.cat([inputs, inputs.mean(dim=0, keepdim=True)]))
+        self.inputs, self.outputs = inputs, outputs / outputs.norm(dim=-1).mean()
+
+    def begin(self, hidden: torch.Tensor) -> torch.Tensor:
+        """State `[rows, state]` from the policy's hidden states `[rows, hidden]`."""
+        return torch.tanh(self.read(_normed(hidden.float())))
+
+    def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The state after one more token: int64 `[rows]` indices into the reduced vocabulary, `vocab_size` for others."""
+        return self.cell(self.embed(self.inputs[tokens]), state)
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """Logits of the next token over the reduced vocabulary `[rows, vocab]`."""
+        return functional.linear(self.write(_normed(state)), self.outputs, self.bias)
+
+
+def _normed(x: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(x, x.shape[-1:])

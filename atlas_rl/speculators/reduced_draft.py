@@ -1,0 +1,117 @@
+"""A draft that is drawn position by position over a reduced vocabulary: what the learned heads have in common."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numba
+import numpy as np
+import torch
+
+from atlas_rl.rollout import noise
+from atlas_rl.rollout.noise import Stream
+from atlas_rl.rollout.processing import process
+from atlas_rl.speculators.base import Draft, Sequences
+
+_CONFIDENCE = (0.01, 0.99)
+
+
+class ReducedDraft:
+    """Draws draft tokens under the call's sampling parameters.
+
+    Args:
+        sequences: All requests of the call.
+        requests: int64 `[batch]`.
+        depth: Draft tokens per request, for all alike.
+        token_ids: int64 `[reduced vocab]`, the policy's ids.
+        couples_noise: Draw with the policy's own noise; otherwise independently, and keep the probabilities.
+        argmax: Take the likeliest token instead of drawing.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        depth: int,
+        token_ids: np.ndarray,
+        *,
+        couples_noise: bool,
+        argmax: bool = False,
+    ) -> None:
+        # A penalty would need the whole prefix at every drafted token: left out, it costs acceptance and nothing else.
+        self._sampling = replace(sequences.sampling, repetition_penalty=1.0)
+        self._sequences, self._requests, self._token_ids = sequences, requests, token_ids
+        self._stream = Stream.TARGET if couples_noise else Stream.DRAFT
+        self._couples_noise, self._likeliest = couples_noise, argmax or sequences.sampling.greedy
+        self._position = 0
+        self._probs: list[torch.Tensor] = []
+        self.token_ids = np.zeros((len(requests), depth), np.int64)
+        self._confidence = np.zeros((len(requests), depth), np.float32)
+
+    def draw(self, logits: torch.Tensor) -> np.ndarray:
+        """The next token of every request: int64 `[batch]`, indices into the reduced vocabulary.
+
+        Args:
+            logits: `[batch, reduced vocab]`; may be changed in place.
+        """
+        q = process(logits.float(), self._sampling, None).softmax(dim=-1)
+        chosen = self._choose(q)
+        self.token_ids[:, self._position] = self._token_ids[chosen]
+        self._confidence[:, self._position] = q.amax(dim=-1).clamp(*_CONFIDENCE).cpu().numpy()
+        if not self._couples_noise:
+            self._probs.append(_one_hot(chosen, q) if self._likeliest else q)
+        self._position += 1
+        return chosen
+
+    def finish(self, max_draft_tokens: np.ndarray) -> Draft:
+        """The draft, each row cut to int64 `[batch]` tokens and behind its first ending token."""
+        ends = np.isin(self.token_ids, self._sequences.sampling.eos_token_ids)
+        lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, self.token_ids.shape[1])
+        draft_probs = None
+        if self._probs:
+            stacked = torch.stack(self._probs, dim=1)
+            draft_probs = stacked.new_zeros(*self.token_ids.shape, self._sequences.vocab_size)
+            draft_probs[:, :, torch.from_numpy(self._token_ids).to(stacked.device)] = stacked
+        return Draft(self.token_ids, np.minimum(max_draft_tokens, lengths), self._confidence, draft_probs)
+
+    def _choose(self, q: torch.Tensor) -> np.ndarray:
+        if self._likeliest:
+            return q.argmax(dim=-1).cpu().numpy()
+        keys = self._sequences.noise_keys[self._requests]
+        positions = self._sequences.lengths[self._requests] + self._position
+        if q.device.type == "cpu":
+            return choose_among(q.numpy(), self._token_ids, keys, positions, int(self._stream))
+        device_keys = torch.from_numpy(keys.view(np.int64)).to(q.device)
+        device_ids = torch.from_numpy(self._token_ids).to(q.device)
+        e = noise.exponentials_of(device_keys, torch.from_numpy(positions).to(q.device), self._stream, device_ids)
+        return (q / e).argmax(dim=-1).cpu().numpy()
+
+
+@numba.njit(cache=True, nogil=True)
+def choose_among(probs, token_ids, keys, positions, stream):
+    """`argmax p(x) / E(x)` of every row over some tokens.
+
+    Args:
+        probs: float32 `[rows, tokens]`.
+        token_ids: int64 `[tokens]`, whose noise counts.
+        keys: uint64 `[rows]`.
+        positions: int64 `[rows]`.
+        stream: The noise stream.
+
+    Returns:
+        int64 `[rows]`, indices into `token_ids`.
+    """
+    choice = np.zeros(len(probs), np.int64)
+    for row in range(len(probs)):
+        best = -1.0
+        for index in range(len(token_ids)):
+            p = probs[row, index]
+            if p > 0:
+                score = p / noise.exponential(keys[row], positions[row], token_ids[index], stream)
+                if score > best:
+                    best, choice[row] = score, index
+    return choice
+
+
+def _one_hot(index: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.from_numpy(index).to(like.device), like.shape[1]).to(like)

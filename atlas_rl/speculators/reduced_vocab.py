@@ -1,0 +1,89 @@
+"""The tokens that a drafter's output layer knows: those that the rollouts use.
+
+A rollout of one task uses a few hundred of the policy's tokens; an output layer over all of them would cost more than the
+rest of a small drafter. What the drafter cannot propose, the policy still samples: that is a rejected draft, never a bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+_COVERAGE = 0.999  # share of the rollouts' tokens, so that the rarest do not widen the layer
+_HALVED_AFTER_UPDATES = 8
+
+
+class TokenCounts:
+    """How often the rollouts used each token, the oldest fading with every policy update.
+
+    Args:
+        vocab_size: The policy's vocabulary.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.counts = np.zeros(vocab_size, np.float64)
+
+    def add(self, token_ids: np.ndarray) -> None:
+        """Count tokens: int `[n]`."""
+        self.counts += np.bincount(token_ids, minlength=len(self.counts))
+
+    def fade(self) -> None:
+        """The policy was updated."""
+        self.counts *= 0.5 ** (1 / _HALVED_AFTER_UPDATES)
+
+    def most_used(self, max_size: int) -> np.ndarray:
+        """The fewest tokens that cover `_COVERAGE` of what was counted, at most `max_size`: sorted int64 ids."""
+        order = np.argsort(-self.counts, kind="stable")
+        order = order[: np.count_nonzero(self.counts > 0)]
+        covered = np.cumsum(self.counts[order])
+        enough = int(np.searchsorted(covered, _COVERAGE * covered[-1])) + 1 if len(covered) else 0
+        return np.sort(order[: min(enough, max_size)])
+
+
+@dataclass(slots=True)
+class TokenRows:
+    """The policy's input and output embeddings of the tokens seen so far.
+
+    A copy, because the drafter learns when the policy's weights may be sharded away, and small, because it holds only what
+    the rollouts used. `reread` follows the policy.
+
+    Attributes:
+        slots: int64 `[vocab]`, row of each token, -1 for tokens without one.
+        token_ids: int64 `[rows]`.
+        inputs, outputs: float32 `[rows, hidden]`.
+    """
+
+    slots: np.ndarray
+    token_ids: np.ndarray
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+    @classmethod
+    def empty(cls, vocab_size: int, hidden_size: int, device: torch.device) -> TokenRows:
+        """No rows yet."""
+        rows = torch.zeros(0, hidden_size, device=device)
+        return cls(np.full(vocab_size, -1, np.int64), np.zeros(0, np.int64), rows, rows)
+
+    def add(self, token_ids: np.ndarray, policy: nn.Module) -> None:
+        """Make sure that tokens have rows: int `[n]`."""
+        new = np.unique(token_ids)
+        new = new[self.slots[new] < 0].astype(np.int64)
+        if len(new):
+            self.slots[new] = np.arange(len(new)) + len(self.token_ids)
+            self.token_ids = np.concatenate([self.token_ids, new])
+            inputs, outputs = _rows_of(policy, new)
+            self.inputs, self.outputs = torch.cat([self.inputs, inputs]), torch.cat([self.outputs, outputs])
+
+    def reread(self, policy: nn.Module) -> None:
+        """The policy's weights may have changed: take the rows anew."""
+        self.inputs, self.outputs = _rows_of(policy, self.token_ids)
+
+
+def _rows_of(policy: nn.Module, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    tables = (policy.get_input_embeddings().weight, policy.get_output_embeddings().weight)  # type: ignore[operator]
+    index = torch.from_numpy(token_ids).to(tables[0].device)
+    inputs, outputs = (table.detach()[index].float().clone() for table in tables)
+    return inputs, outputs

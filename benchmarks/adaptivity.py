@@ -1,0 +1,249 @@
+"""How well each drafter follows the policy: accepted length per training step, by replay of recorded runs.
+
+    python -m benchmarks.adaptivity record --scenario grpo --seed 0      # one live run: rollouts, hidden states, times
+    python -m benchmarks.adaptivity replay                               # every arm over every recorded run, and the plots
+
+Rollouts do not depend on the drafter, so one recorded run per seed answers for every arm, exactly; only times need the live
+run. `grpo` is the demo's training; `shift` trains on one task family, then on another, then on the first again. Arms draft
+`LOOKAHEAD` tokens per request and step, so that accepted lengths compare drafters and not decisions; `all` asks every
+drafter and takes the most promising draft of each request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import concatenate_datasets
+
+from atlas_rl.rollout.acceptance import AcceptanceModel
+from atlas_rl.rollout.controller import Admission, FixedController
+from atlas_rl.rollout.replay import Recorded, ReplayPolicy, recorded_calls, replay
+from atlas_rl.speculators.base import Draft, Speculator
+from atlas_rl.speculators.eagle3 import Eagle3Speculator
+from atlas_rl.speculators.history import HistorySpeculator
+from atlas_rl.speculators.recurrent import RecurrentSpeculator
+from benchmarks.common import environment, write_result
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "examples" / "grpo_demo"
+sys.path.insert(0, str(DEMO))
+
+import run as demo  # noqa: E402
+import tasks as demo_tasks  # noqa: E402
+from policy import load_policy  # noqa: E402
+
+LOOKAHEAD = 5
+FREEZE_AFTER = 5
+SHIFT_FAMILIES = ("chain_sum", "leg_counting", "chain_sum")
+EAGLE3 = DEMO / "eagle3"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    record_ = commands.add_parser("record")
+    record_.add_argument("--scenario", choices=("grpo", "shift"), default="grpo")
+    record_.add_argument("--steps", type=int, default=30)
+    record_.add_argument("--seed", type=int, default=0)
+    record_.add_argument("--eval-prompts", type=int, default=0, help="held-out questions answered before and after")
+    record_.add_argument("--learning-rate", type=float, default=2e-5)
+    replay_ = commands.add_parser("replay")
+    replay_.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "adaptivity_cpu.json")
+    for command in (record_, replay_):
+        command.add_argument("--runs", type=Path, default=ROOT / "runs" / "adaptivity")
+        command.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    {"record": record, "replay": replay_all}[args.command](args)
+
+
+def record(args: argparse.Namespace) -> None:
+    """A live run of the demo's training, recorded into RUNS/SCENARIO-SEED."""
+    folder = args.runs / f"{args.scenario}-{args.seed}"
+    sys.argv = ["run.py", "--steps", str(args.steps), "--seed", str(args.seed), "--output-dir", str(folder)]
+    sys.argv += ["--record", str(folder / "record"), "--learning-rate", str(args.learning_rate)]
+    sys.argv += ["--baseline-every", "1000000", "--eval-prompts", str(args.eval_prompts)]
+    options = demo.parse_args()
+    folder.mkdir(parents=True, exist_ok=True)
+    demo.set_seed(options.seed)
+    model, tokenizer = load_policy(warm=True)
+    trainer, progress = demo.build_trainer(model, tokenizer, options)
+    if args.scenario == "shift":
+        per_phase = -(-args.steps // len(SHIFT_FAMILIES))
+        trainer.train_dataset = concatenate_datasets(
+            demo_tasks.build_dataset("train", per_phase * options.prompts, options.seed + phase, [family])
+            for phase, family in enumerate(SHIFT_FAMILIES)
+        )
+        trainer.args.shuffle_dataset = trainer.shuffle_dataset = False
+    engine = demo.attach_engine(trainer, options)
+    held_out = [demo.evaluate(trainer, options, "before")]
+    trainer.train()
+    engine.policy_updated()  # writes the last call
+    write_steps(folder, engine, progress.rows)
+    held_out.append(demo.evaluate(trainer, options, "after"))
+    summary = demo.summarize(options, engine, progress.rows, held_out)
+    (folder / "summary.json").write_text(json.dumps(environment() | summary, indent=2) + "\n")
+    demo.plot_rewards(progress.rows, folder / "reward.png")
+
+
+def write_steps(folder: Path, engine: Any, rows: list[dict[str, float]]) -> None:
+    """What only the live run knows: rewards, entropies and times."""
+    reports = [report for report in engine.reports if report.mode == "train"]
+    steps = [
+        {
+            "reward": row["reward"],
+            "entropy": report.entropy,
+            "step_s": row["step_s"],
+            "generate_s": report.generate_s,
+            "refresh_s": report.refresh_s,
+            "live_accepted_length": report.accepted_length,
+        }
+        for row, report in zip(rows, reports, strict=True)
+    ]
+    (folder / "steps.json").write_text(json.dumps({"environment": environment(), "steps": steps}, indent=2) + "\n")
+
+
+class MostPromising(FixedController):
+    """Every speculator drafts; each request uses the draft with the most expected accepted tokens."""
+
+    def __init__(self, speculators: list[str], num_draft_tokens: int) -> None:
+        super().__init__(speculators, speculators[0], num_draft_tokens)
+        self._all = speculators
+        self._calibrated = {name: AcceptanceModel() for name in speculators}
+
+    def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: np.minimum(room, self._num_draft_tokens) for name in self._all}
+
+    def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
+        arms, lengths, best = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.zeros(batch)
+        for name, draft in drafts.items():
+            present = np.arange(draft.confidence.shape[1])[None] < draft.lengths[:, None]
+            estimate = self._calibrated[name].estimate(draft.confidence)
+            gain = np.cumprod(np.where(present, estimate, 0.0), axis=1).sum(axis=1)
+            better = gain > best
+            arms[better], lengths[better], best[better] = self._all.index(name), draft.lengths[better], gain[better]
+        return Admission(arms, lengths)
+
+    def observe(self, drafts: Any, admission: Admission, verified: Any, draft_s: Any, forward_s: float, step_s: float):
+        super().observe(drafts, admission, verified, draft_s, forward_s, step_s)
+        for name, draft in drafts.items():
+            used = (admission.arms == self._all.index(name)) & (admission.lengths > 0)
+            self._calibrated[name].observe(
+                draft.confidence[used], verified.num_drafted[used], verified.num_accepted[used]
+            )
+
+    def policy_updated(self) -> None:
+        for model in self._calibrated.values():
+            model.policy_updated()
+
+
+class StepClock:
+    """Gives a replayed speculator the live run's refresh budgets: training time is real, waiting time is the record's."""
+
+    def __init__(self) -> None:
+        self.waited_s = 0.0
+
+    def __call__(self) -> float:
+        return time.perf_counter() + self.waited_s
+
+
+def replay_all(args: argparse.Namespace) -> None:
+    """Every arm over every recorded run; `recurrent` starts from what another run's cold one had learned."""
+    folders = sorted(path.parent for path in args.runs.glob("*/steps.json"))
+    if not folders:
+        raise SystemExit(f"nothing recorded in {args.runs}: run `record` first")
+    runs: list[dict[str, Any]] = []
+    learned = {}
+    for folder in folders:
+        learned[folder] = measure(runs, "recurrent_cold", folder, args.output, state=None)["recurrent"].state_dict()
+    for folder in folders:
+        others = [other for other in folders if other != folder]
+        state = learned[others[(folders.index(folder)) % len(others)]] if others else None
+        for arm in ("history", "recurrent", "recurrent_frozen", "eagle3", "all"):
+            if (arm == "eagle3" and not EAGLE3.is_dir()) or (arm == "recurrent" and state is None):
+                continue
+            measure(runs, arm, folder, args.output, state if arm == "recurrent" else None)
+    print(f"written: {args.output}")
+
+
+def measure(
+    runs: list[dict[str, Any]], arm: str, folder: Path, output: Path, state: dict[str, Any] | None
+) -> dict[str, Speculator]:
+    """One arm over one run, added to `runs` and written; returns its speculators."""
+    scenario, seed = folder.name.rsplit("-", 1)
+    steps = json.loads((folder / "steps.json").read_text())["steps"]
+    speculators, lengths, refresh_share = replay_arm(arm, folder / "record", steps, state)
+    runs.append(
+        {
+            "scenario": scenario,
+            "arm": arm,
+            "seed": int(seed),
+            "accepted_length_per_step": lengths,
+            "reward_per_step": [step["reward"] for step in steps],
+            "entropy_per_step": [step["entropy"] for step in steps],
+            "refresh_share": refresh_share,
+            "lookahead": LOOKAHEAD,
+        }
+    )
+    print(f"{folder.name} {arm:>16}: " + " ".join(f"{value:.2f}" for value in lengths), flush=True)
+    write_result(output, {**environment(), "runs": runs})
+    return speculators
+
+
+def replay_arm(
+    arm: str, folder: Path, steps: list[dict[str, float]], state: dict[str, Any] | None
+) -> tuple[dict[str, Speculator], list[float], float]:
+    """Its speculators, the accepted length per step, and the refreshes' share of the live steps' time."""
+    clock = StepClock()
+    speculators = arm_speculators(arm, clock)
+    names = list(speculators)
+    controller = MostPromising(names, LOOKAHEAD) if len(names) > 1 else FixedController(names, names[0], LOOKAHEAD)
+    lengths, policy, refresh_s = [], None, 0.0
+    for index, (path, step) in enumerate(zip(recorded_calls(folder), steps, strict=True)):
+        recorded = Recorded.load(path)
+        if policy is None:
+            policy = ReplayPolicy(recorded)
+            for speculator in speculators.values():
+                speculator.bind(policy)
+            if state is not None:
+                speculators["recurrent"].load_state_dict(state)
+        policy.follow(recorded)
+        began = time.perf_counter()
+        report, rollouts = replay(recorded, speculators, controller)
+        clock.waited_s += step["step_s"] - (time.perf_counter() - began)
+        lengths.append(report.accepted_length)
+        began = time.perf_counter()
+        for name, speculator in speculators.items():
+            if not (arm == "recurrent_frozen" and name == "recurrent" and index >= FREEZE_AFTER):
+                speculator.refresh(rollouts, index + 1)
+        refresh_s += time.perf_counter() - began
+        controller.policy_updated()
+    return speculators, lengths, refresh_s / sum(step["step_s"] for step in steps)
+
+
+def arm_speculators(arm: str, clock: StepClock) -> dict[str, Speculator]:
+    recurrent = RecurrentSpeculator(clock=clock)
+    chosen: dict[str, list[Speculator]] = {
+        "history": [HistorySpeculator()],
+        "recurrent": [recurrent],
+        "recurrent_frozen": [recurrent],
+        "recurrent_cold": [recurrent],
+        "all": [HistorySpeculator(), recurrent],
+    }
+    if EAGLE3.is_dir():
+        chosen["eagle3"] = [Eagle3Speculator(EAGLE3)]
+        chosen["all"].append(Eagle3Speculator(EAGLE3))
+    return {speculator.name: speculator for speculator in chosen[arm]}
+
+
+if __name__ == "__main__":
+    main()
