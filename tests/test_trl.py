@@ -253,3 +253,38 @@ def test_the_adapter_speaks_what_the_tool_loop_asks_for(tokenizer: Any, tmp_path
         assert all(len(value) == 1 and value[0] <= 0 for value in values)
     with pytest.raises(ValueError, match="images"):
         trainer.vllm_generation.generate(prompts=[[2]], images=[["picture"]], num_generations=1)
+
+
+def test_a_resumed_run_gets_its_drafters_back(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def trainer(max_steps: int) -> Any:
+        made = build("grpo", tokenizer, tmp_path, max_steps=max_steps)
+        made.args.save_strategy, made.args.save_steps = "steps", 2
+        return made
+
+    first = trainer(2)
+    engine = AtlasRolloutEngine(console=False).attach(first)
+    first.train()
+    saved = tmp_path / "checkpoint-2" / "atlas_rl.safetensors"
+    assert saved.is_file()
+    second = trainer(3)
+    resumed = AtlasRolloutEngine(console=False).attach(second)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    before, after = engine.state_dict(), resumed.state_dict()
+    assert resumed.policy_version == 2
+    # Steps 0 and 1 came out of the checkpoint, step 2 was made since.
+    assert len(after["history"]["archive"]["tokens"]) > len(before["history"]["archive"]["tokens"]) > 100
+    assert after["recurrent"]["trained"]
+    assert after["recurrent"]["counts"].sum() > before["recurrent"]["counts"].sum() / 2
+
+
+def test_a_damaged_drafter_state_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    AtlasRolloutEngine(console=False).attach(trainer)
+    trainer.train()
+    saved = tmp_path / "checkpoint-1" / "atlas_rl.safetensors"
+    saved.write_bytes(saved.read_bytes()[:50])
+    again = build("grpo", tokenizer, tmp_path, max_steps=2)
+    AtlasRolloutEngine(console=False).attach(again)
+    with pytest.raises(ValueError, match="is damaged"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
