@@ -42,7 +42,7 @@ from policy import load_policy  # noqa: E402
 
 LOOKAHEAD = 5
 FREEZE_AFTER = 5
-SHIFT_FAMILIES = ("chain_sum", "leg_counting", "chain_sum")
+SHIFT = (("chain_sum", 15), ("leg_counting", 8), ("chain_sum", 7))  # task family and training steps
 EAGLE3 = DEMO / "eagle3"
 
 
@@ -69,6 +69,8 @@ def main() -> None:
 def record(args: argparse.Namespace) -> None:
     """A live run of the demo's training, recorded into RUNS/SCENARIO-SEED."""
     folder = args.runs / f"{args.scenario}-{args.seed}"
+    if args.scenario == "shift":
+        args.steps = sum(steps for _, steps in SHIFT)
     sys.argv = ["run.py", "--steps", str(args.steps), "--seed", str(args.seed), "--output-dir", str(folder)]
     sys.argv += ["--record", str(folder / "record"), "--learning-rate", str(args.learning_rate)]
     sys.argv += ["--baseline-every", "1000000", "--eval-prompts", str(args.eval_prompts)]
@@ -78,10 +80,9 @@ def record(args: argparse.Namespace) -> None:
     model, tokenizer = load_policy(warm=True)
     trainer, progress = demo.build_trainer(model, tokenizer, options)
     if args.scenario == "shift":
-        per_phase = -(-args.steps // len(SHIFT_FAMILIES))
         trainer.train_dataset = concatenate_datasets(
-            demo_tasks.build_dataset("train", per_phase * options.prompts, options.seed + phase, [family])
-            for phase, family in enumerate(SHIFT_FAMILIES)
+            demo_tasks.build_dataset("train", steps * options.prompts, options.seed + phase, [family])
+            for phase, (family, steps) in enumerate(SHIFT)
         )
         trainer.args.shuffle_dataset = trainer.shuffle_dataset = False
     engine = demo.attach_engine(trainer, options)

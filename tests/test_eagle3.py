@@ -174,6 +174,14 @@ def test_a_checkpoint_comes_back(head, tmp_path):
     )
 
 
+def test_a_folder_is_all_the_engine_needs(head, tmp_path):
+    save_eagle3(tmp_path, head, policy())
+    engine = AtlasRolloutEngine(model=policy(), draft_model=tmp_path, console=False)
+    report = rollout(engine).report
+    assert report.drafted["eagle3"] > 0
+    assert set(report.drafted) == {"history", "recurrent", "eagle3"}
+
+
 def test_the_original_layout_is_read(head, tmp_path):
     save_eagle3(tmp_path, head, policy())
     described = json.loads((tmp_path / "config.json").read_text())

@@ -13,6 +13,7 @@ import torch
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.controller import FixedController
 from atlas_rl.speculators.recurrent import RecurrentSpeculator
+from atlas_rl.speculators.recurrent_head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.speculators.replay_buffer import ReplayBuffer
 from atlas_rl.sync.checkpoint import load_state, save_state
@@ -216,11 +217,37 @@ def test_a_reduced_vocabulary_never_hides_a_token():
     assert len(set(itertools.chain(*drafted.completion_ids))) > 20
 
 
+def test_a_call_larger_than_the_buffer_is_sampled():
+    """Whole rollouts of every n-th request are kept, and no more than the bound."""
+    speculator = drafter(max_tokens=200)
+    engine = engine_of(policy(), speculator)
+    output = rollout(engine, seed=0)
+    engine.policy_updated()
+    kept = [len(row) for row in output.completion_ids[::4]]  # 32 requests of at most 24 tokens against 200
+    assert len(speculator._buffer) == sum(kept) <= 200
+    assert speculator.ready
+
+
 def test_softcapped_logits_are_matched():
     speculator = drafter()
     engine = trained(tiny_gemma2(seed=3), speculator)
     assert speculator.refreshes[-1].agreement_after > speculator.refreshes[0].agreement_before
     assert rollout(engine, seed=8).report.drafted["recurrent"] > 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9, 70])
+def test_a_folded_head_is_the_same_function(rows):
+    generator = torch.Generator().manual_seed(0)
+    head = RecurrentHead(hidden_size=24, state_size=16)
+    head.bias.data = torch.randn(11, generator=generator)
+    head.set_tables(torch.randn(11, 24, generator=generator), torch.randn(11, 24, generator=generator))
+    folded = FoldedHead(head)
+    hidden, tokens = torch.randn(rows, 24, generator=generator), torch.arange(rows) % 12
+    with torch.no_grad():
+        state = head.absorb(head.begin(hidden), tokens)
+        own = folded.absorb(folded.begin(hidden), tokens)
+        assert torch.allclose(own, state, atol=1e-5)
+        assert torch.allclose(folded.logits(own), head.logits(state), atol=1e-4)
 
 
 def test_the_vocabulary_is_what_the_rollouts_use():

@@ -22,8 +22,9 @@ class EngineConfig:
     Attributes:
         speculation: False decodes plainly: the baseline, same tokens.
         verification: `invariant` (drafter-invariant sampling) or `rejection`.
-        draft_model: The static draft LM: a loaded causal LM, or the folder of a checkpoint.
-        speculators: Speculators to use instead of the defaults (history index, recurrent head, and the draft LM where
+        draft_model: The static arm: the folder of an EAGLE-3 head or of a causal LM with the policy's tokenizer, or a loaded
+            causal LM.
+        speculators: Speculators to use instead of the defaults (history index, recurrent head, and the static arm where
             given).
         controller: Controller to use instead of `GoodputController`.
         max_batch_size: Most requests decoded together; None takes what memory allows.

@@ -127,7 +127,6 @@ class _Arm:
     calls_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))  # seconds of calls to propose
     depths_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))  # the same, per draft position
     survival: np.ndarray = field(default_factory=lambda: np.full(_MAX_LOOKAHEAD, np.nan))
-    goodput: float | None = None
     trials: int = 0
     losses: int = 0
     idle_steps: int = 0
@@ -148,7 +147,7 @@ class GoodputController(Controller):
         self._arms = {name: _Arm() for name in self._names}
         self._cost = CostModel()
         self._lookahead = 4
-        self._without_goodput: float | None = None  # of steps without any costly speculator
+        self._without_gain: float | None = None  # goodput over that of a plain step, of steps without any costly arm
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
         self._predicted: float | None = None  # goodput that the last decision expected
         self._kept = {True: _Kept(), False: _Kept()}  # of steps with drafts, and of plain ones
@@ -198,17 +197,16 @@ class GoodputController(Controller):
         admitted_s = step_s - sum(draft_s[name] for name in costly)
         self._compare(slots > 0, float(verified.num_committed.sum()) / admitted_s, bool(drafts))
         self._lookahead = int(np.clip(max(self._lookahead - 1, admission.lengths.max() + 2), 4, _MAX_LOOKAHEAD))
-        goodput = float(verified.num_committed.sum()) / (forward_s + sum(draft_s.values()))
         for name, draft in drafts.items():
             self._learn(name, draft, admission, verified, draft_s[name])
         for name, arm in self._arms.items():
             arm.idle_steps = 0 if name in drafts else arm.idle_steps + 1
         for name in costly:
-            arm = self._arms[name]
-            arm.trials += 1
-            arm.goodput = _blend(arm.goodput, goodput)
-        if not costly:
-            self._without_goodput = _blend(self._without_goodput, goodput)
+            self._arms[name].trials += 1
+        plain_s = self.plain_forward_s(batch)
+        if not costly and plain_s is not None:
+            gain = float(verified.num_committed.mean()) * plain_s / (forward_s + sum(draft_s.values()))
+            self._without_gain = _blend(self._without_gain, gain)
 
     def policy_updated(self) -> None:
         for arm in self._arms.values():
@@ -291,7 +289,7 @@ class GoodputController(Controller):
         if not arm.depths_s or arm.trials < _TRIALS:
             return self._lookahead
         best, goodput = self._best_depth(arm, batch, seconds)
-        rival = max(self._without_goodput or 0.0, batch / float(seconds[batch]))
+        rival = max(self._without_gain or 0.0, 1.0) * batch / float(seconds[batch])
         # Steps without it may be too few to tell what the cheap ones achieve alone: expect it of them likewise.
         cheap = (self._arms[n] for n in self._names if n != name and self._cheap(n, float(seconds[batch])))
         rival = max(rival, *(self._best_depth(other, batch, seconds)[1] for other in cheap if other.depths_s), 0.0)

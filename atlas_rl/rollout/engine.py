@@ -269,7 +269,7 @@ class AtlasRolloutEngine:
             if self.config.speculators is not None:
                 chosen = list(self.config.speculators)
             if self.config.draft_model is not None:
-                chosen.append(self._draft_lm(backend))
+                chosen.append(self._static(self.config.draft_model, backend))
             for speculator in chosen:
                 speculator.couples_noise = self._verifier.couples_noise
                 speculator.bind(backend.model)
@@ -282,14 +282,17 @@ class AtlasRolloutEngine:
             self.load_state_dict(self._restored)
         return self._speculators
 
-    def _draft_lm(self, backend: InProcessBackend) -> Speculator:
+    def _static(self, model: nn.Module | str | Path, backend: InProcessBackend) -> Speculator:
+        """The static arm: an EAGLE-3 head where the folder holds one, else a draft LM."""
         from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model
+        from atlas_rl.speculators.eagle3 import Eagle3Speculator
+        from atlas_rl.speculators.eagle3_checkpoint import is_eagle3
 
-        model = self.config.draft_model
-        assert model is not None
-        if not isinstance(model, nn.Module):
-            model = load_draft_model(Path(model), self.tokenizer, like=backend.model)
-        return DraftLM(model, backend.vocab_size)
+        if isinstance(model, nn.Module):
+            return DraftLM(model, backend.vocab_size)
+        if is_eagle3(model):
+            return Eagle3Speculator(model)
+        return DraftLM(load_draft_model(Path(model), self.tokenizer, like=backend.model), backend.vocab_size)
 
     def _num_rows(self, backend: InProcessBackend, sequences: Sequences) -> int:
         num_requests, capacity = sequences.token_ids.shape

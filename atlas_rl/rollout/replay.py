@@ -158,7 +158,7 @@ class RolloutRecorder(Speculator):
                 end = first + sequences.prompt_lengths[request]
                 for layer, states in hidden.layers.items():
                     if layer in self._layers:
-                        self._layers[layer][request].append(states[first:end].half().clone())
+                        self._layers[layer][request].append(_half(states[first:end]))
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Nothing."""
@@ -173,10 +173,10 @@ class RolloutRecorder(Speculator):
             count, first = int(verified.num_committed[row]), int(hidden.first[row])
             begin = int(sequences.lengths[request]) - count
             for offset in range(count):
-                self._last[request][begin + offset] = hidden.last[first + offset].half().clone()
+                self._last[request][begin + offset] = _half(hidden.last[first + offset])
             if begin > sequences.prompt_lengths[request]:  # else the prompt's own states hold them already
                 for layer, per_request in self._layers.items():
-                    per_request[request].append(hidden.layers[layer][first : first + count].half().clone())
+                    per_request[request].append(_half(hidden.layers[layer][first : first + count]))
         self._rows.add(np.unique(verified.token_ids), self._policy)
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
@@ -189,7 +189,9 @@ class RolloutRecorder(Speculator):
         config = self._policy.config.get_text_config()  # type: ignore[operator, union-attr]
         options = {name: getattr(config, name, None) for name in _LOGIT_OPTIONS}
         rows = self._rows
-        recorded = Recorded(sequences, torch.stack(last), layers, rows.token_ids, rows.inputs, rows.outputs, options)
+        recorded = Recorded(
+            sequences, torch.stack(last), layers, rows.token_ids, rows.inputs.cpu(), rows.outputs.cpu(), options
+        )
         recorded.save(self._folder / f"call_{self._num_calls:04d}.safetensors")
         self._num_calls += 1
         self._sequences = None
@@ -202,6 +204,11 @@ class RolloutRecorder(Speculator):
         """Nothing to restore; `ValueError` for a state that is not empty."""
         if state:
             raise ValueError(f"a recorder has no state, got keys {sorted(state)}")
+
+
+def _half(states: torch.Tensor) -> torch.Tensor:
+    """A float16 copy on the host; the residual stream of some families has entries beyond its range."""
+    return states.detach().float().clamp(-65504, 65504).to("cpu", torch.float16, copy=True)
 
 
 def recorded_calls(folder: str | Path) -> list[Path]:

@@ -27,6 +27,12 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
     return (2, num_layers // 2, num_layers - 3)
 
 
+def is_eagle3(folder: str | Path) -> bool:
+    """Whether a folder holds an EAGLE-3 head rather than a causal LM: its config names a draft vocabulary."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and "draft_vocab_size" in path.read_text()
+
+
 def load_eagle3(folder: str | Path, policy: nn.Module) -> Eagle3Head:
     """The head in `folder`, on the policy's device and in its number format.
 

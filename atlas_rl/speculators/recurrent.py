@@ -17,7 +17,7 @@ import torch
 
 from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
 from atlas_rl.speculators.distill import Distilled, Loss, Target, distill, new_optimizer
-from atlas_rl.speculators.recurrent_head import RecurrentHead
+from atlas_rl.speculators.recurrent_head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.reduced_draft import ReducedDraft
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.speculators.replay_buffer import ReplayBuffer
@@ -75,6 +75,7 @@ class RecurrentSpeculator(Speculator):
         self._clock, self._argmax = clock, argmax
         self._policy: nn.Module | None = None
         self._sequences: Sequences | None = None
+        self._folded: FoldedHead | None = None  # made when first needed after a refresh
         self._counts: TokenCounts
         self._rows: TokenRows
         self._trained = False
@@ -107,7 +108,11 @@ class RecurrentSpeculator(Speculator):
         self._sequences = sequences
         self._rows.reread(self._bound())
         self._set_tables()
-        self._newest = torch.zeros(len(sequences.lengths), self._head.hidden_size, device=self._device)
+        num_requests = len(sequences.lengths)
+        self._newest = torch.zeros(num_requests, self._head.hidden_size, device=self._device)
+        # A call that could overflow the buffer is sampled: every n-th request, hence all prompts, and whole rollouts.
+        stride = -(-num_requests * sequences.sampling.max_new_tokens // self._max_tokens)
+        self._kept = np.arange(num_requests) % stride == 0
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
@@ -117,12 +122,15 @@ class RecurrentSpeculator(Speculator):
         draft = ReducedDraft(
             sequences, requests, depth, self._ids, couples_noise=self.couples_noise, argmax=self._argmax
         )
+        if self._folded is None:
+            self._folded = FoldedHead(self._head)
+        head = self._folded
         with torch.no_grad():
-            state = self._head.begin(self._newest[torch.from_numpy(requests).to(self._device)])
+            state = head.begin(self._newest[torch.from_numpy(requests).to(self._device)])
             newest = self._index_of[sequences.token_ids[requests, sequences.lengths[requests] - 1]]
             for _ in range(depth):
-                state = self._head.absorb(state, torch.from_numpy(newest).to(self._device))
-                newest = draft.draw(self._head.logits(state))
+                state = head.absorb(state, torch.from_numpy(newest).to(self._device))
+                newest = draft.draw(head.logits(state))
         return draft.finish(max_draft_tokens)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
@@ -136,9 +144,14 @@ class RecurrentSpeculator(Speculator):
         hidden = verified.hidden.last[index].detach()
         ends = torch.from_numpy(np.cumsum(count) - 1).to(self._device)
         self._newest[torch.from_numpy(requests).to(self._device)] = hidden[ends].float()
+        kept = np.flatnonzero(self._kept[requests[row]])
+        if not len(kept):
+            return
+        row, offset = row[kept], offset[kept]
         tokens = verified.token_ids[row, offset]
         positions = (sequences.lengths[requests] - count)[row] + offset
-        self._log.append((requests[row], positions, tokens, hidden.to(torch.float16)))
+        states = hidden[torch.from_numpy(kept).to(self._device)].to(torch.float16)
+        self._log.append((requests[row], positions, tokens, states))
         self._rows.add(tokens, self._bound())
 
     @_trainable
@@ -156,7 +169,7 @@ class RecurrentSpeculator(Speculator):
             budget_s=budget_s, loss=self._loss, rng=self._rng, clock=self._clock,
         )  # fmt: skip
         self.refreshes.append(done)
-        self._trained = True
+        self._trained, self._folded = True, None
         self._began = self._clock()
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,6 +232,7 @@ class RecurrentSpeculator(Speculator):
         policy = self._bound()
         self._device = policy.get_output_embeddings().weight.device  # type: ignore[operator]
         self._head = RecurrentHead(hidden_size, min(hidden_size, _MAX_STATE_SIZE), self._seed).to(self._device)
+        self._folded = None
         self._optimizer = new_optimizer(self._head)
         self._counts = TokenCounts(vocab_size)
         self._rows = TokenRows.empty(vocab_size, hidden_size, self._device)
@@ -226,6 +240,7 @@ class RecurrentSpeculator(Speculator):
         self._rng = np.random.default_rng(self._seed)
         self._sequences = None
         self._newest = torch.zeros(0, hidden_size, device=self._device)
+        self._kept = np.zeros(0, bool)
         self._log: list[tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor]] = []
         self._trained = False
         self._set_ids(np.zeros(0, np.int64))
@@ -278,6 +293,7 @@ class RecurrentSpeculator(Speculator):
             return
         self._rows.add(self._ids, self._bound())
         slots = torch.from_numpy(self._rows.slots[self._ids]).to(self._device)
+        self._folded = None
         self._head.set_tables(self._rows.inputs[slots], self._rows.outputs[slots])
 
     def _target(self, sequences: Sequences) -> Target:

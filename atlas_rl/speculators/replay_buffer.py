@@ -34,13 +34,14 @@ class ReplayBuffer:
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._hidden: list[torch.Tensor] = []  # per call [tokens, hidden], float16
-        self._tokens: list[np.ndarray] = []
-        self._left: list[np.ndarray] = []  # tokens of the rollout that follow each position
-        self._versions: list[int] = []
+        self._sizes: list[int] = []  # tokens of each call, the oldest first
+        self._hidden = torch.zeros(0, 0, dtype=torch.float16)  # [tokens, hidden]
+        self._tokens = np.zeros(0, np.int64)
+        self._left = np.zeros(0, np.int64)  # tokens of the rollout that follow each one
+        self._versions = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
-        return sum(len(tokens) for tokens in self._tokens)
+        return len(self._tokens)
 
     def add(
         self, requests: np.ndarray, positions: np.ndarray, tokens: np.ndarray, hidden: torch.Tensor, version: int
@@ -58,40 +59,36 @@ class ReplayBuffer:
         requests, tokens = requests[order], tokens[order]
         last = np.flatnonzero(np.append(requests[1:] != requests[:-1], True))
         left = last[np.searchsorted(last, np.arange(len(requests)))] - np.arange(len(requests))
-        self._hidden.append(hidden[torch.from_numpy(order).to(hidden.device)])
-        self._tokens.append(tokens)
-        self._left.append(left)
-        self._versions.append(version)
-        while len(self) > self._max_tokens and len(self._tokens) > 1:
-            for kept in (self._hidden, self._tokens, self._left, self._versions):
-                kept.pop(0)
+        self._sizes.append(len(tokens))
+        dropped = 0
+        while sum(self._sizes) > self._max_tokens and len(self._sizes) > 1:
+            dropped += self._sizes.pop(0)
+        fresh = hidden[torch.from_numpy(order).to(hidden.device)]
+        self._hidden = torch.cat([self._hidden[dropped:], fresh]) if len(self) > dropped else fresh
+        self._tokens = np.concatenate([self._tokens[dropped:], tokens])
+        self._left = np.concatenate([self._left[dropped:], left])
+        self._versions = np.concatenate([self._versions[dropped:], np.full(len(tokens), version)])
 
     def sample(self, num_windows: int, unroll: int, version: int, rng: np.random.Generator) -> Windows:
         """Windows from all over the buffer, rollouts of recent policies more often."""
-        weights = [
-            np.where(left > 0, 0.5 ** ((version - made_by) / _HALVED_AFTER_UPDATES), 0.0)
-            for left, made_by in zip(self._left, self._versions, strict=True)
-        ]
-        cumulative = np.cumsum(np.concatenate(weights))
+        age = version - self._versions
+        cumulative = np.cumsum(np.where(self._left > 0, 0.5 ** (age / _HALVED_AFTER_UPDATES), 0.0))
         starts = np.searchsorted(cumulative, rng.random(num_windows) * cumulative[-1], side="right")
         return self._windows(starts, unroll)
 
     def newest(self, num_windows: int, unroll: int, rng: np.random.Generator) -> Windows:
         """Windows of the newest call only: what the policy is like now."""
-        offset = len(self) - len(self._tokens[-1])
-        starts = np.flatnonzero(self._left[-1] > 0) + offset
+        starts = np.flatnonzero(self._left[-self._sizes[-1] :] > 0) + len(self) - self._sizes[-1]
         return self._windows(rng.choice(starts, size=min(num_windows, len(starts)), replace=False), unroll)
 
     @property
     def has_windows(self) -> bool:
         """Whether the newest call holds anything to learn from: a rollout of two tokens."""
-        return bool(self._left) and bool((self._left[-1] > 0).any())
+        return bool(self._sizes) and bool((self._left[-self._sizes[-1] :] > 0).any())
 
     def _windows(self, starts: np.ndarray, unroll: int) -> Windows:
-        tokens, left = np.concatenate(self._tokens), np.concatenate(self._left)
         offsets = np.arange(unroll + 1)[None]
-        valid = offsets <= left[starts][:, None]
+        valid = offsets <= self._left[starts][:, None]
         index = np.where(valid, starts[:, None] + offsets, starts[:, None])
-        hidden = torch.cat(self._hidden) if len(self._hidden) > 1 else self._hidden[0]
-        gathered = hidden[torch.from_numpy(index.reshape(-1)).to(hidden.device)].view(*index.shape, -1)
-        return Windows(gathered, tokens[index], valid[:, 1:])
+        gathered = self._hidden[torch.from_numpy(index.reshape(-1)).to(self._hidden.device)]
+        return Windows(gathered.view(*index.shape, -1), self._tokens[index], valid[:, 1:])

@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 from policy import load_policy
 from tasks import FAMILIES, build_dataset, reward_func
 
+EAGLE3 = Path(__file__).resolve().parent / "eagle3"  # the static drafter, trained for the warm-started policy
 RECORDED_LAYERS = (2, 15, 27)  # low, middle and high of the policy's 30: what its EAGLE-3 head reads
 
 # transformers renames this option while TRL still defines it by the old name.
@@ -157,16 +158,16 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
         return None
     from atlas_rl import AtlasRolloutEngine
     from atlas_rl.rollout.replay import RolloutRecorder
-    from atlas_rl.speculators.base import Speculator
     from atlas_rl.speculators.history import HistorySpeculator
     from atlas_rl.speculators.recurrent import RecurrentSpeculator
 
     (args.output_dir / "rollouts.jsonl").unlink(missing_ok=True)  # the engine appends; a demo starts afresh
-    speculators: list[Speculator] | None = None
     if args.record:
-        recorder = RolloutRecorder(args.record, layers=RECORDED_LAYERS)
-        speculators = [HistorySpeculator(), RecurrentSpeculator(), recorder]
-    engine = AtlasRolloutEngine(output_dir=args.output_dir, speculators=speculators)
+        speculators = [HistorySpeculator(), RecurrentSpeculator(), RolloutRecorder(args.record, layers=RECORDED_LAYERS)]
+        engine = AtlasRolloutEngine(output_dir=args.output_dir, speculators=speculators)
+    else:
+        static = EAGLE3 if EAGLE3.is_dir() and not args.raw_policy else None
+        engine = AtlasRolloutEngine(output_dir=args.output_dir, draft_model=static)
     engine.attach(trainer, baseline_every=args.baseline_every)
     return engine
 
