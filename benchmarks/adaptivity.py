@@ -80,10 +80,11 @@ def record(args: argparse.Namespace) -> None:
     model, tokenizer = load_policy(warm=True)
     trainer, progress = demo.build_trainer(model, tokenizer, options)
     if args.scenario == "shift":
-        trainer.train_dataset = concatenate_datasets(
+        phases = [
             demo_tasks.build_dataset("train", steps * options.prompts, options.seed + phase, [family])
             for phase, (family, steps) in enumerate(SHIFT)
-        )
+        ]
+        trainer.train_dataset = concatenate_datasets(phases)
         trainer.args.shuffle_dataset = trainer.shuffle_dataset = False
     engine = demo.attach_engine(trainer, options)
     held_out = [demo.evaluate(trainer, options, "before")]
