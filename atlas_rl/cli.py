@@ -84,8 +84,7 @@ def train_speculator(args: argparse.Namespace) -> None:
     )
     head = train(policy, calls, work, settings, say=lambda line: print(line, flush=True))
     save_eagle3(args.output, head, policy)
-    log = json.loads((work / "training.json").read_text()) | {"arguments": {k: str(v) for k, v in vars(args).items()}}
-    del log["arguments"]["run"]
+    log = json.loads((work / "training.json").read_text()) | {"max_new_tokens": args.max_new_tokens}
     (args.output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
     print(f"written: {args.output}")
 

@@ -6,7 +6,9 @@
 Rollouts do not depend on the drafter, so one recorded run per seed answers for every arm, exactly; only times need the live
 run. `grpo` is the demo's training; `shift` trains on one task family, then on another, then on the first again. Arms draft
 `LOOKAHEAD` tokens per request and step, so that accepted lengths compare drafters and not decisions; `all` asks every
-drafter and takes the most promising draft of each request.
+drafter and takes the most promising draft of each request. The recurrent head comes in kinds: `recurrent` starts from what
+it had learned by the end of another run, `recurrent_cold` from nothing; `recurrent_frozen` is the cold one without refreshes
+after step 5, `recurrent_tv` and `recurrent_argmax` the cold one with the other loss, and without drawn drafts.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from atlas_rl.rollout.acceptance import AcceptanceModel
 from atlas_rl.rollout.controller import Admission, FixedController
 from atlas_rl.rollout.replay import Recorded, ReplayPolicy, recorded_calls, replay
 from atlas_rl.speculators.base import Draft, Speculator
+from atlas_rl.speculators.distill import Loss
 from atlas_rl.speculators.eagle3 import Eagle3Speculator
 from atlas_rl.speculators.history import HistorySpeculator
 from atlas_rl.speculators.recurrent import RecurrentSpeculator
@@ -170,7 +173,7 @@ def replay_all(args: argparse.Namespace) -> None:
     for folder in folders:
         others = [other for other in folders if other != folder]
         state = learned[others[(folders.index(folder)) % len(others)]] if others else None
-        for arm in ("history", "recurrent", "recurrent_frozen", "eagle3", "all"):
+        for arm in ("history", "recurrent", "recurrent_frozen", "recurrent_tv", "recurrent_argmax", "eagle3", "all"):
             if (arm == "eagle3" and not EAGLE3.is_dir()) or (arm == "recurrent" and state is None):
                 continue
             measure(runs, arm, folder, args.output, state if arm == "recurrent" else None)
@@ -233,12 +236,15 @@ def replay_arm(
 
 
 def arm_speculators(arm: str, clock: StepClock) -> dict[str, Speculator]:
-    recurrent = RecurrentSpeculator(clock=clock)
+    loss: Loss = "tv" if arm == "recurrent_tv" else "kl"
+    recurrent = RecurrentSpeculator(clock=clock, loss=loss, argmax=arm == "recurrent_argmax")
     chosen: dict[str, list[Speculator]] = {
         "history": [HistorySpeculator()],
         "recurrent": [recurrent],
         "recurrent_frozen": [recurrent],
         "recurrent_cold": [recurrent],
+        "recurrent_tv": [recurrent],
+        "recurrent_argmax": [recurrent],
         "all": [HistorySpeculator(), recurrent],
     }
     if EAGLE3.is_dir():

@@ -3,7 +3,7 @@
     python -m benchmarks.rollout                      # every cell; about 20 minutes on 2 cores
     python -m benchmarks.rollout --policies warm --batches 8 --repeats 5
 
-Every repeat takes prompts that no arm has seen, the same for all three arms, which run one after the other in rotating
+Every repeat takes prompts that no arm has seen, the same for all three arms, which run one after the other in changing
 order. The speculating engine has generated a few batches of *other* prompts before, as it has after the first steps of a
 training run, and lives through all cells of a policy; no prompt is ever repeated to it but by the group, so this is the
 first epoch, where history helps least.
@@ -195,8 +195,10 @@ def trl_arm(model: Any, tokenizer: Any, group: int, args: argparse.Namespace) ->
 
 
 def rotated(items: tuple[str, ...], by: int) -> tuple[str, ...]:
-    shift = by % len(items)
-    return items[shift:] + items[:shift]
+    """Another order for every repeat, forwards and backwards in turn: no arm always follows the same other one."""
+    ordered = items if by % 2 == 0 else items[::-1]
+    shift = by // 2 % len(items)
+    return ordered[shift:] + ordered[:shift]
 
 
 def ratios(values: list[float], base: list[float]) -> list[float]:

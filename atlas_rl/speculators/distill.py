@@ -91,7 +91,7 @@ def distill(
         buffer: With at least one window.
         target: What to match.
         version: Present version of the policy: older rollouts count for less.
-        budget_s: Seconds; at least one step is taken.
+        budget_s: Seconds, both checks included; at least one step is taken.
         loss: `kl`, forward KL(p || q), or `tv`, total variation.
         rng: Draws the windows.
         clock: Seconds.
@@ -99,15 +99,17 @@ def distill(
     began = clock()
     check = buffer.newest(_CHECK_WINDOWS, UNROLL, rng)
     before = best = agreement(head, check, target)
-    stale, step = 0, 0
+    now = clock()
+    check_s, stale, step = now - began, 0, 0
     while step < _MAX_STEPS and stale < _PATIENCE:
         _step(head, optimizer, buffer.sample(_WINDOWS_PER_STEP, UNROLL, version, rng), target, loss)
         step += 1
-        if clock() - began >= budget_s:
+        last, now = now, clock()
+        if now - began + (now - last) + check_s > budget_s:  # another step and the closing check would not fit
             break
         if step % _CHECK_EVERY == 0:
-            now = agreement(head, check, target)
-            stale, best = (0, now) if now > best + _WORTH else (stale + 1, best)
+            reached = agreement(head, check, target)
+            stale, best = (0, reached) if reached > best + _WORTH else (stale + 1, best)
     return Distilled(step, before, agreement(head, check, target), clock() - began)
 
 

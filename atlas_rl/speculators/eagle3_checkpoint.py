@@ -99,7 +99,7 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}],
             "verifier": {
-                "name_or_path": getattr(policy.config, "name_or_path", None) or None,
+                "name_or_path": _public_name(policy),
                 "architectures": [type(policy).__name__],
             },
         },
@@ -113,6 +113,12 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / _WEIGHTS)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _public_name(policy: nn.Module) -> str | None:
+    """The policy's name, without the folders of this machine."""
+    name = str(getattr(policy.config, "name_or_path", "") or "")
+    return (Path(name).name if Path(name).exists() else name) or None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
