@@ -47,6 +47,16 @@ LOOKAHEAD = 5
 FREEZE_AFTER = 5
 SHIFT = (("chain_sum", 15), ("leg_counting", 8), ("chain_sum", 7))  # task family and training steps
 EAGLE3 = DEMO / "eagle3"
+ARMS = (
+    "recurrent_cold",
+    "history",
+    "recurrent",
+    "recurrent_frozen",
+    "recurrent_tv",
+    "recurrent_argmax",
+    "eagle3",
+    "all",
+)
 
 
 def main() -> None:
@@ -60,6 +70,8 @@ def main() -> None:
     record_.add_argument("--learning-rate", type=float, default=2e-5)
     replay_ = commands.add_parser("replay")
     replay_.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "adaptivity_cpu.json")
+    replay_.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
+    replay_.add_argument("--keep", action="store_true", help="keep the other arms of the output file")
     for command in (record_, replay_):
         command.add_argument("--runs", type=Path, default=ROOT / "runs" / "adaptivity")
         command.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
@@ -167,13 +179,17 @@ def replay_all(args: argparse.Namespace) -> None:
     if not folders:
         raise SystemExit(f"nothing recorded in {args.runs}: run `record` first")
     runs: list[dict[str, Any]] = []
+    if args.keep and args.output.is_file():
+        runs = [run for run in json.loads(args.output.read_text())["runs"] if run["arm"] not in (args.arms or ARMS)]
     learned = {}
-    for folder in folders:
+    for folder in folders if "recurrent_cold" in (args.arms or ARMS) else []:
         learned[folder] = measure(runs, "recurrent_cold", folder, args.output, state=None)["recurrent"].state_dict()
     for folder in folders:
         others = [other for other in folders if other != folder]
-        state = learned[others[(folders.index(folder)) % len(others)]] if others else None
-        for arm in ("history", "recurrent", "recurrent_frozen", "recurrent_tv", "recurrent_argmax", "eagle3", "all"):
+        state = learned[others[(folders.index(folder)) % len(others)]] if others and learned else None
+        for arm in ARMS:
+            if arm == "recurrent_cold" or arm not in (args.arms or ARMS):
+                continue
             if (arm == "eagle3" and not EAGLE3.is_dir()) or (arm == "recurrent" and state is None):
                 continue
             measure(runs, arm, folder, args.output, state if arm == "recurrent" else None)

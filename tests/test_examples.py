@@ -204,3 +204,11 @@ def test_warm_start_is_small_and_within_its_targets() -> None:
     assert 0.2 <= measured["entropy_nats_per_token"] <= 0.6
     assert 0.2 <= measured["accuracy"] <= 0.6
     assert measured["system_prompt"] == tasks.SYSTEM_PROMPT, "the prompt changed after the warm start was trained"
+
+
+def test_the_static_drafters_prompts_keep_the_demos_families_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DEMO))
+    broad = load_example("broad_prompts")
+    families = set(broad.broad_families())
+    assert len(families) > 50
+    assert not families & (set(tasks.FAMILIES) | broad.RELATIVES)

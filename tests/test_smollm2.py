@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.controller import FixedController
 from atlas_rl.speculators.draft_lm import DraftLM
+from atlas_rl.speculators.eagle3 import Eagle3Speculator
 from atlas_rl.speculators.history import HistorySpeculator
+from atlas_rl.speculators.recurrent import RecurrentSpeculator
 from tests.drafters import Parrot, RandomDrafter, TrimByDrawnToken
 from tests.models import tiny_llama
 
 NEW = 24
+EAGLE3 = Path(__file__).resolve().parent.parent / "examples" / "grpo_demo" / "eagle3"
 TEXTS = ["What is 12 + 7?", "List three colours and say which you like best.", "Hi"]
 
 
@@ -47,8 +51,14 @@ def test_one_seed_gives_one_text_whatever_is_drafted(smollm2: Any, prompts: list
     request: dict[str, Any] = {"num_generations": 2, "max_new_tokens": NEW, "seed": 5}
     expected = plain.generate(prompts, **request)
     small = tiny_llama(vocab=model.config.vocab_size, context=512)
+    recurrent = RecurrentSpeculator(budget_share=0.2)
+    learning = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculators=[recurrent], console=False)
+    learning.generate(prompts, num_generations=2, max_new_tokens=NEW, seed=6)
+    learning.policy_updated()
     arms = {
         "history": (HistorySpeculator(), None),
+        "recurrent": (recurrent, FixedController),
+        "eagle3": (Eagle3Speculator(EAGLE3), FixedController),
         "draft_lm": (DraftLM(small, model.config.vocab_size), FixedController),
         "random": (RandomDrafter(), FixedController),
         "trimmed": (Parrot(expected.completion_ids, error_rate=0.2), TrimByDrawnToken),
@@ -74,3 +84,19 @@ def test_logprobs_are_those_of_a_plain_forward_pass(smollm2: Any, prompts: list[
             logits = model(tokens).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = logits.log_softmax(dim=-1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
         assert torch.tensor(logprobs) == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_the_shipped_eagle3_head_drafts_for_the_demo(demo: Any) -> None:
+    """On task families that it was not trained on, at temperature 1."""
+    policy, tokenizer = demo("policy").load_policy(warm=True)
+    rows = demo("tasks").build_dataset("eval", 4, seed=3)["prompt"]
+    ids = [tokenizer.apply_chat_template(r, add_generation_prompt=True, tokenize=True, return_dict=True) for r in rows]
+    engine = AtlasRolloutEngine(
+        model=policy,
+        tokenizer=tokenizer,
+        speculators=[Eagle3Speculator(EAGLE3)],
+        controller=FixedController(["eagle3"], "eagle3", 3),
+        console=False,
+    )
+    output = engine.generate([row["input_ids"] for row in ids], num_generations=2, max_new_tokens=40, seed=0)
+    assert output.report.accepted_length > 1.3

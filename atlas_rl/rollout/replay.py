@@ -226,7 +226,9 @@ class ReplayPolicy(nn.Module):
         super().__init__()
         vocab_size, hidden_size = recorded.sequences.vocab_size, recorded.inputs.shape[1]
         self._inputs, self._outputs = nn.Embedding(vocab_size, hidden_size), nn.Embedding(vocab_size, hidden_size)
-        options = SimpleNamespace(**recorded.logit_options)
+        # As many layers as were read: whoever reads more is told.
+        num_layers = max(recorded.layers, default=-1) + 1
+        options = SimpleNamespace(**recorded.logit_options, num_hidden_layers=num_layers)
         self.config = SimpleNamespace(get_text_config=lambda: options)
         self.follow(recorded)
 

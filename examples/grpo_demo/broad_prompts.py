@@ -43,11 +43,16 @@ def main() -> None:
     print(f"{len(prompts)} prompts of {len({family for family, _ in prompts})} families, and the policy: {args.output}")
 
 
+def broad_families() -> list[str]:
+    """The families that are drawn from."""
+    return sorted(set(DATASETS) - set(FAMILIES) - RELATIVES)
+
+
 def broad_prompts(size: int, seed: int) -> list[tuple[str, list[dict[str, str]]]]:
-    """`size` prompts as (family, messages), the families in turn; the same arguments give the same prompts."""
+    """`size` prompts as (family, messages), the families in turn."""
     rng = random.Random(seed)
     streams = {}
-    for family in sorted(set(DATASETS) - set(FAMILIES) - RELATIVES):
+    for family in broad_families():
         try:
             streams[family] = iter(reasoning_gym.create_dataset(family, size=size, seed=seed))
         except (ImportError, OSError, ValueError) as error:  # needs a package or data that are not there
