@@ -248,6 +248,9 @@ def test_a_folded_head_is_the_same_function(rows):
         own = folded.absorb(folded.begin(hidden), tokens)
         assert torch.allclose(own, state, atol=1e-5)
         assert torch.allclose(folded.logits(own), head.logits(state), atol=1e-4)
+        after = head.absorb(state, tokens.flip(0))
+        unrolled = head.unroll(hidden, torch.stack([tokens, tokens.flip(0)], dim=1))
+        assert torch.allclose(unrolled, torch.stack([state, after], dim=1), atol=1e-5)
 
 
 def test_the_vocabulary_is_what_the_rollouts_use():

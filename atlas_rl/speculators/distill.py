@@ -140,11 +140,7 @@ def _step(head: RecurrentHead, optimizer: torch.optim.Optimizer, windows: Window
 def _unrolled(head: RecurrentHead, windows: Windows, target: Target) -> torch.Tensor:
     """Log of the head's distribution after each of the first `unroll` tokens: `[n, unroll, vocab]`."""
     tokens = torch.from_numpy(target.index_of[windows.token_ids[:, :-1]]).to(windows.hidden.device)
-    state, states = head.begin(windows.hidden[:, 0]), []
-    for position in range(tokens.shape[1]):
-        state = head.absorb(state, tokens[:, position])
-        states.append(state)
-    return (head.logits(torch.stack(states, dim=1)) / target.temperature).log_softmax(dim=-1)
+    return (head.logits(head.unroll(windows.hidden[:, 0], tokens)) / target.temperature).log_softmax(dim=-1)
 
 
 def new_optimizer(head: RecurrentHead) -> torch.optim.Optimizer:

@@ -69,6 +69,18 @@ class RecurrentHead(nn.Module):
         """The state after one more token: int64 `[rows]` indices into the reduced vocabulary, `vocab_size` for others."""
         return self.cell(self.embed(self.inputs[tokens]), state)
 
+    def unroll(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """States after each token of int64 `[rows, unroll]`, begun from `[rows, hidden]`: `[rows, unroll, state]`."""
+        # A token's part in the gates does not depend on where it stands: once per different token, not once per position.
+        used, index = tokens.unique(return_inverse=True)
+        gates = functional.linear(self.embed(self.inputs[used]), self.cell.weight_ih, self.cell.bias_ih)
+        state, states = self.begin(hidden), []
+        for position in range(tokens.shape[1]):
+            own = functional.linear(state, self.cell.weight_hh, self.cell.bias_hh)
+            state = _gated(gates[index[:, position]], own, state)
+            states.append(state)
+        return torch.stack(states, dim=1)
+
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """Logits of the next token over the reduced vocabulary `[rows, vocab]`."""
         return functional.linear(self.write(_normed(state)), self.outputs, self.bias)
@@ -98,14 +110,19 @@ class FoldedHead:
 
     def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """As `RecurrentHead.absorb`."""
-        reset_in, update_in, new_in = self._input_gates[tokens].chunk(3, dim=-1)
-        reset, update, new = self._linear(state, self._state_gates, self._state_bias).chunk(3, dim=-1)
-        new = torch.tanh(new_in + torch.sigmoid(reset_in + reset) * new)
-        return torch.lerp(new, state, torch.sigmoid(update_in + update))
+        return _gated(self._input_gates[tokens], self._linear(state, self._state_gates, self._state_bias), state)
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """As `RecurrentHead.logits`."""
         return self._linear(_normed(state), self._outputs, self._bias)
+
+
+def _gated(input_gates: torch.Tensor, state_gates: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.GRUCell`, the products with its weights given: `[rows, 3 * state]` each."""
+    reset_in, update_in, new_in = input_gates.chunk(3, dim=-1)
+    reset, update, new = state_gates.chunk(3, dim=-1)
+    new = torch.tanh(new_in + torch.sigmoid(reset_in + reset) * new)
+    return torch.lerp(new, state, torch.sigmoid(update_in + update))
 
 
 def _normed(x: torch.Tensor) -> torch.Tensor:
