@@ -76,6 +76,7 @@ class RecurrentSpeculator(Speculator):
         self._policy: nn.Module | None = None
         self._sequences: Sequences | None = None
         self._folded: FoldedHead | None = None  # made when first needed after a refresh
+        self._num_read = 0  # entries of the log whose tokens have rows
         self._counts: TokenCounts
         self._rows: TokenRows
         self._trained = False
@@ -145,14 +146,20 @@ class RecurrentSpeculator(Speculator):
         ends = torch.from_numpy(np.cumsum(count) - 1).to(self._device)
         self._newest[torch.from_numpy(requests).to(self._device)] = hidden[ends].float()
         kept = np.flatnonzero(self._kept[requests[row]])
-        if not len(kept):
-            return
-        row, offset = row[kept], offset[kept]
+        if len(kept):
+            self._keep(sequences, verified, row[kept], offset[kept], hidden[torch.from_numpy(kept).to(self._device)])
+        fresh = self._log[self._num_read :]
+        if verified.finished.any() and fresh:  # not on every step: each new token copies all rows
+            self._rows.add(np.concatenate([entry[2] for entry in fresh]), self._bound())
+            self._num_read = len(self._log)
+
+    def _keep(
+        self, sequences: Sequences, verified: Verified, row: np.ndarray, offset: np.ndarray, hidden: torch.Tensor
+    ) -> None:
+        """Log tokens, by row and offset in what was verified, with what they were drawn from."""
+        begins = sequences.lengths[verified.requests] - verified.num_committed
         tokens = verified.token_ids[row, offset]
-        positions = (sequences.lengths[requests] - count)[row] + offset
-        states = hidden[torch.from_numpy(kept).to(self._device)].to(torch.float16)
-        self._log.append((requests[row], positions, tokens, states))
-        self._rows.add(tokens, self._bound())
+        self._log.append((verified.requests[row], begins[row] + offset, tokens, hidden.to(torch.float16)))
 
     @_trainable
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
@@ -242,6 +249,7 @@ class RecurrentSpeculator(Speculator):
         self._newest = torch.zeros(0, hidden_size, device=self._device)
         self._kept = np.zeros(0, bool)
         self._log: list[tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor]] = []
+        self._num_read = 0
         self._trained = False
         self._set_ids(np.zeros(0, np.int64))
 
@@ -257,7 +265,7 @@ class RecurrentSpeculator(Speculator):
             hidden = torch.cat([entry[3] for entry in self._log])
             self._buffer.add(requests, positions, tokens, hidden, self._sequences.policy_version)
             self._counts.add(tokens)
-        self._log, self._sequences = [], None
+        self._log, self._num_read, self._sequences = [], 0, None
 
     def _revise_vocabulary(self) -> None:
         """Take the tokens that the rollouts use by now; what was learned about those that stay is kept."""
