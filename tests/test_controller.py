@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 
 from atlas_rl.rollout.acceptance import AcceptanceModel
 from atlas_rl.rollout.controller import Admission, Controller, FixedController, GoodputController
@@ -44,6 +45,7 @@ class World:
     cost: Callable[[int], float]
     arms: dict[str, Arm]
     noise: float = 0.02
+    draft_probs: torch.Tensor | None = None  # as drafts have them that rejection verifies
     drafting_costs_s: float = 0.0  # seconds of a drafting step that neither forward nor drafter shows
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     asked: list[dict[str, np.ndarray]] = field(default_factory=list)
@@ -58,7 +60,7 @@ class World:
             depth, arm = int(most.max()), self.arms[name]
             confidence = arm.confidence(batch, depth).astype(np.float32)
             right[name] = self.rng.random((batch, depth)) < arm.truth(confidence)
-            drafts[name] = Draft(np.where(right[name], RIGHT, WRONG), most.copy(), confidence)
+            drafts[name] = Draft(np.where(right[name], RIGHT, WRONG), most.copy(), confidence, self.draft_probs)
             draft_s[name] = arm.draft_s(depth)
         admission = self.controller.admit(drafts, batch)
         accepted = np.zeros(batch, np.int64)
@@ -465,3 +467,51 @@ def test_costs_that_no_model_sees_are_noticed_and_stop_drafting():
     open_ = world(affine, history=sure(0.5))
     assert open_.run(300, 8).mean_length(100) > 0.5
     assert hidden.run(300, 8).mean_length(100) < 0.2 * open_.mean_length(100)
+
+
+# ------------------------------------------------------------------------------------------------------ prefix alone
+
+
+def plateau(tokens: int) -> float:
+    """One more token than the batch costs as much as many more: slots pay together or not at all."""
+    return 0.050 if tokens <= 4 else 0.062
+
+
+def depends_on_the_drawn_token(draft_probs: torch.Tensor | None) -> int:
+    """How often a slot's fate changes with confidences of later positions, which a drawn token decides."""
+    rng = np.random.default_rng(5)
+    controller = world(plateau, a=sure(0.8), b=sure(0.8)).run(60, batch=4).controller
+    changes = 0
+    for _ in range(150):
+        confidence = {name: rng.uniform(0.02, 0.98, (4, 5)).astype(np.float32) for name in ("a", "b")}
+
+        def admit(confidence=confidence):
+            tokens, lengths = np.zeros((4, 5), np.int64), np.full(4, 5)
+            drafts = {name: Draft(tokens, lengths, values, draft_probs) for name, values in confidence.items()}
+            return controller.admit(drafts, 4)
+
+        before = admit()
+        row, position = int(rng.integers(4)), int(rng.integers(4))
+        for values in confidence.values():
+            values[row, position + 1 :] = rng.uniform(0.02, 0.98, 4 - position)
+        after = admit()
+        changes += min(before.lengths[row], position + 1) != min(after.lengths[row], position + 1)
+        changes += bool(min(before.lengths[row], after.lengths[row])) and before.arms[row] != after.arms[row]
+    return changes
+
+
+def test_whether_a_draw_is_verified_depends_on_its_prefix_alone():
+    """Rejection sampling is exact only then. A later position's confidence is a function of the drawn token."""
+    assert depends_on_the_drawn_token(torch.zeros(4, 5, 2)) == 0
+
+
+def test_the_test_itself_catches_a_controller_that_looks_ahead():
+    """As it may where one seed gives one text whatever is drafted, and drafts carry no probabilities."""
+    assert depends_on_the_drawn_token(None) > 10
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.8, 0.95])
+def test_drawn_drafts_are_still_worth_their_while(chance):
+    arms = {"cheap": sure(chance)}
+    run = World(GoodputController(("cheap",)), affine, arms, draft_probs=torch.zeros(8, 16, 2)).run(300, batch=8)
+    assert run.goodput(last=200) > 0.85 * world(affine, **arms).run(300, batch=8).goodput(last=200)

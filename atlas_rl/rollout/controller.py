@@ -166,17 +166,20 @@ class GoodputController(Controller):
         self._predicted = batch / plain_s if plain_s else None
         if width == 0:
             return Admission(arms, lengths)
+        # Draws that rejection verifies: whether a token is verified must not depend on the token. A later position's
+        # confidence is computed from it, so a row's arm is chosen by first positions, and slots are admitted one by one.
+        drawn = any(draft.draft_probs is not None for draft in drafts.values())
         survival = np.zeros((batch, width))
         expected = np.zeros(batch)
         for name, draft in drafts.items():
             own = self._survival(name, draft)
-            gain = own.sum(axis=1)
+            gain = (own[:, :1] if drawn else own).sum(axis=1)
             better = gain > expected
             survival[better] = 0
             survival[better, : own.shape[1]] = own[better]
             expected[better] = gain[better]
             arms[better] = self._names.index(name)
-        lengths = self._best_lengths(survival, batch)
+        lengths = self._best_lengths(survival, batch, one_by_one=drawn)
         return Admission(arms, lengths)
 
     def observe(
@@ -259,8 +262,15 @@ class GoodputController(Controller):
         present = np.arange(draft.confidence.shape[1])[None] < draft.lengths[:, None]
         return np.cumprod(np.where(present, estimate, 0.0), axis=1)
 
-    def _best_lengths(self, survival: np.ndarray, batch: int) -> np.ndarray:
-        """Admit the n likeliest slots of the batch, n where goodput peaks: int64 `[batch]`."""
+    def _best_lengths(self, survival: np.ndarray, batch: int, *, one_by_one: bool) -> np.ndarray:
+        """Admit the n likeliest slots of the batch, n where goodput peaks: int64 `[batch]`.
+
+        Args:
+            survival: float64 `[batch, draft_len]`.
+            batch: Active requests.
+            one_by_one: Take n where goodput first fails to rise. Slots come in falling order of survival, so whether one
+                is admitted then depends on likelier slots alone, never on a later one of its own row.
+        """
         rows, positions = np.nonzero(survival > 0)
         values = survival[rows, positions]
         order = np.lexsort((positions, -values))  # a row's slots stay in order: survival never rises along a row
@@ -268,10 +278,17 @@ class GoodputController(Controller):
         if seconds is None:
             return np.zeros(batch, np.int64)
         tokens = batch + np.concatenate([[0.0], np.cumsum(values[order])])
-        goodput = tokens / seconds[batch : batch + len(values) + 1]
-        goodput[1:] *= self._discount()
-        best = int(np.argmax(goodput))
-        self._predicted = float(tokens[best] / seconds[batch + best])
+        seconds = seconds[batch : batch + len(values) + 1]
+        if one_by_one:
+            # The discount goes on what each slot brings: on the sum it would let later slots decide about earlier ones.
+            goodput = (batch + self._discount() * (tokens - batch)) / seconds
+            stops = np.flatnonzero(np.diff(goodput) <= 0)
+            best = int(stops[0]) if len(stops) else len(values)
+        else:
+            goodput = tokens / seconds
+            goodput[1:] *= self._discount()
+            best = int(np.argmax(goodput))
+        self._predicted = float(tokens[best] / seconds[best])
         admitted = order[:best]
         return np.bincount(rows[admitted], minlength=batch).astype(np.int64)
 
