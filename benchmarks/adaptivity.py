@@ -45,6 +45,7 @@ from policy import load_policy  # noqa: E402
 
 LOOKAHEAD = 5
 FREEZE_AFTER = 5
+NEVER = 1_000_000  # steps between reruns without speculation
 STEP_S = 0.2  # a distillation step on one core of the machine that recorded (2.5 GHz Xeon): measured 0.17 to 0.28
 SHIFT = (("chain_sum", 15), ("leg_counting", 8), ("chain_sum", 7))  # task family and training steps
 EAGLE3 = DEMO / "eagle3"
@@ -87,10 +88,9 @@ def record(args: argparse.Namespace) -> None:
     folder = args.runs / f"{args.scenario}-{args.seed}"
     if args.scenario == "shift":
         args.steps = sum(steps for _, steps in SHIFT)
-    sys.argv = ["run.py", "--steps", str(args.steps), "--seed", str(args.seed), "--output-dir", str(folder)]
-    sys.argv += ["--record", str(folder / "record"), "--learning-rate", str(args.learning_rate)]
-    sys.argv += ["--baseline-every", "1000000", "--eval-prompts", str(args.eval_prompts)]
-    options = demo.parse_args()
+    given = {"steps": args.steps, "seed": args.seed, "learning-rate": args.learning_rate, "output-dir": folder}
+    given |= {"record": folder / "record", "eval-prompts": args.eval_prompts, "baseline-every": NEVER}
+    options = demo.parse_args([f"--{name}={value}" for name, value in given.items()])
     folder.mkdir(parents=True, exist_ok=True)
     demo.set_seed(options.seed)
     model, tokenizer = load_policy(warm=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +22,6 @@ class Stateless(Speculator):
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
         """Nothing to refresh."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state
 
 
 class RandomDrafter(Stateless):

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.cli import main
@@ -225,6 +225,13 @@ def test_a_truncated_file_is_named(head, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged"):
         load_eagle3(tmp_path, policy())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(load(whole), tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    for kept in (0, 100, len(whole) // 2):
+        (tmp_path / "pytorch_model.bin").write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="damaged"):
+            load_eagle3(tmp_path, policy())
 
 
 def test_a_head_of_another_policy_is_named(head, tmp_path):

@@ -576,7 +576,8 @@ def test_state_waits_for_an_engine_that_has_not_met_its_policy():
 
 def test_the_state_of_another_speculator_is_refused():
     with pytest.raises(ValueError, match=r"\['mute'\].*lacks.*history"):
-        engine_of().load_state_dict({"mute": {}})
+        engine_of().load_state_dict({"mute": {"depth": 3}})
+    engine_of().load_state_dict({"mute": {}})  # it had nothing to restore
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

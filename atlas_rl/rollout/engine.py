@@ -249,6 +249,7 @@ class AtlasRolloutEngine:
         if own is None:
             self._restored = dict(state)
             return
+        state = {name: values for name, values in state.items() if values}  # stateless ones may come and go
         missing = sorted(set(state) - set(own))
         if missing:
             raise ValueError(f"the state has speculators {missing} that this engine lacks; it has {sorted(own)}")

@@ -143,7 +143,7 @@ class RolloutRecorder(Speculator):
         """Note the prompts' tokens."""
         if sequences is not self._sequences:
             self._sequences = sequences
-            self._last: list[dict[int, torch.Tensor]] = [{} for _ in sequences.lengths]
+            self._last: list[list[torch.Tensor]] = [[] for _ in sequences.lengths]
             self._layers: dict[int, list[list[torch.Tensor]]] = {
                 layer: [[] for _ in sequences.lengths] for layer in self.reads_layers
             }
@@ -172,38 +172,26 @@ class RolloutRecorder(Speculator):
         for row, request in enumerate(verified.requests):
             count, first = int(verified.num_committed[row]), int(hidden.first[row])
             begin = int(sequences.lengths[request]) - count
-            for offset in range(count):
-                self._last[request][begin + offset] = _half(hidden.last[first + offset])
+            self._last[request].append(_half(hidden.last[first : first + count]))
             if begin > sequences.prompt_lengths[request]:  # else the prompt's own states hold them already
                 for layer, per_request in self._layers.items():
                     per_request[request].append(_half(hidden.layers[layer][first : first + count]))
-        self._rows.add(np.unique(verified.token_ids), self._policy)
+            self._rows.add(verified.token_ids[row, :count], self._policy)
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
         """Write the call that made `rollouts`."""
         sequences = rollouts.sequences
         if sequences is not self._sequences:
             return
-        last = [states[position] for states in self._last for position in sorted(states)]
+        last = torch.cat([torch.cat(parts) for parts in self._last])
         layers = {layer: torch.cat([torch.cat(parts) for parts in rows]) for layer, rows in self._layers.items()}
         config = self._policy.config.get_text_config()  # type: ignore[operator, union-attr]
         options = {name: getattr(config, name, None) for name in _LOGIT_OPTIONS}
         rows = self._rows
-        recorded = Recorded(
-            sequences, torch.stack(last), layers, rows.token_ids, rows.inputs.cpu(), rows.outputs.cpu(), options
-        )
+        recorded = Recorded(sequences, last, layers, rows.token_ids, rows.inputs.cpu(), rows.outputs.cpu(), options)
         recorded.save(self._folder / f"call_{self._num_calls:04d}.safetensors")
         self._num_calls += 1
         self._sequences = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore; `ValueError` for a state that is not empty."""
-        if state:
-            raise ValueError(f"a recorder has no state, got keys {sorted(state)}")
 
 
 def _half(states: torch.Tensor) -> torch.Tensor:

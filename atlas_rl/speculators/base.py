@@ -195,10 +195,11 @@ class Speculator(ABC):
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
         """The policy moved on to `policy_version`; `rollouts` are the newest finished ones, made by an earlier one."""
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draft as well as this one: numpy arrays, tensors, numbers and strings."""
+        """What a resumed run needs to draft as well as this one: arrays, tensors, numbers, strings; none by default."""
+        return {}
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`; raises `ValueError` when the state belongs to another kind of speculator or policy."""
+        if state:
+            raise ValueError(f"the speculator '{self.name}' has no state of its own, got keys {sorted(state)}")

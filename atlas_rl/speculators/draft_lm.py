@@ -115,15 +115,6 @@ class DraftLM(Speculator):
         self._sequences = None
         self._cache = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: its weights are the user's file."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises `ValueError` unless `state` is what `state_dict` gives."""
-        if state:
-            raise ValueError(f"a draft LM has no state of its own, got keys {sorted(state)}")
-
     def _room(self, lengths: np.ndarray) -> int:
         """Most tokens that every row can still draft within the cache and the draft LM's own context."""
         assert self._cache is not None

@@ -110,15 +110,6 @@ class Eagle3Speculator(Speculator):
         """Nothing: the static arm does not follow the policy. The cache of the call before is released."""
         self._sequences, self._cache, self._features = None, None, []
 
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: its weights are the user's file."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises `ValueError` unless `state` is what `state_dict` gives."""
-        if state:
-            raise ValueError(f"an EAGLE-3 head has no state of its own, got keys {sorted(state)}")
-
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
         """Run the committed positions that are not cached yet; features of the last one of each request."""
         fresh, tokens, starts = [], [], self._cached[requests]

@@ -7,6 +7,7 @@ The original one (SafeAILab/EAGLE) is a flat Llama configuration with `draft_voc
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,10 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         except SafetensorError as error:
             raise ValueError(f"'{folder / _WEIGHTS}' is damaged ({error}): download the checkpoint again") from error
     if (folder / _PICKLE).is_file():
-        return torch.load(folder / _PICKLE, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(folder / _PICKLE, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"'{folder / _PICKLE}' is damaged ({error}): download the checkpoint again") from error
     raise ValueError(f"no EAGLE-3 checkpoint in '{folder}': neither {_WEIGHTS} nor {_PICKLE} is there")
 
 

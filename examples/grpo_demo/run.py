@@ -57,7 +57,7 @@ def main() -> None:
         plot_rewards(progress.rows, args.output_dir / "reward.png")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps, each on freshly generated completions")
     parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for name in ("steps", "prompts", "max_new_tokens", "baseline_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
