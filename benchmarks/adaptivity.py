@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from datasets import concatenate_datasets
 
-from atlas_rl.rollout.acceptance import AcceptanceModel
-from atlas_rl.rollout.controller import Admission, FixedController
+from atlas_rl.rollout.acceptance import AcceptanceModel, outcome_of
+from atlas_rl.rollout.controller import Admission, FixedController, Step
 from atlas_rl.rollout.replay import Recorded, ReplayPolicy, recorded_calls, replay
-from atlas_rl.speculators.base import Draft, Speculator
+from atlas_rl.speculators.base import Speculator, Verified
 from atlas_rl.speculators.distill import Loss
 from atlas_rl.speculators.eagle3 import Eagle3Speculator
 from atlas_rl.speculators.history import HistorySpeculator
@@ -138,12 +138,13 @@ class MostPromising(FixedController):
         self._all = speculators
         self._calibrated = {name: AcceptanceModel() for name in speculators}
 
-    def plan(self, batch: int, room: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: np.minimum(room, self._num_draft_tokens) for name in self._all}
+    def plan(self, step: Step) -> dict[str, np.ndarray]:
+        left = [name for name in self._all if name in step.ready and name not in step.drafts]
+        return {name: np.minimum(step.room, self._num_draft_tokens) for name in left}
 
-    def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
-        arms, lengths, best = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.zeros(batch)
-        for name, draft in drafts.items():
+    def admit(self, step: Step) -> Admission:
+        arms, lengths, best = np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64), np.zeros(step.batch)
+        for name, draft in step.drafts.items():
             present = np.arange(draft.confidence.shape[1])[None] < draft.lengths[:, None]
             estimate = self._calibrated[name].estimate(draft.confidence)
             gain = np.cumprod(np.where(present, estimate, 0.0), axis=1).sum(axis=1)
@@ -151,15 +152,14 @@ class MostPromising(FixedController):
             arms[better], lengths[better], best[better] = self._all.index(name), draft.lengths[better], gain[better]
         return Admission(arms, lengths)
 
-    def observe(self, drafts: Any, admission: Admission, verified: Any, draft_s: Any, forward_s: float, step_s: float):
-        super().observe(drafts, admission, verified, draft_s, forward_s, step_s)
-        for name, draft in drafts.items():
-            used = (admission.arms == self._all.index(name)) & (admission.lengths > 0)
-            self._calibrated[name].observe(
-                draft.confidence[used], verified.num_drafted[used], verified.num_accepted[used]
-            )
+    def observe(
+        self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
+    ) -> dict[str, Any] | None:
+        for name, draft in step.drafts.items():
+            self._calibrated[name].observe(draft.confidence, *outcome_of(draft, verified))
+        return super().observe(step, admission, verified, forward_s, step_s)
 
-    def policy_updated(self) -> None:
+    def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
         for model in self._calibrated.values():
             model.policy_updated()
 
@@ -252,7 +252,7 @@ def replay_arm(
             if not (arm == "recurrent_frozen" and name == "recurrent" and index >= FREEZE_AFTER):
                 speculator.refresh(rollouts, index + 1)
         refresh_s += time.perf_counter() - began
-        controller.policy_updated()
+        controller.policy_updated({})
     return speculators, lengths, refresh_s / sum(step["step_s"] for step in steps)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
-from atlas_rl.rollout.controller import Admission, FixedController
+from atlas_rl.rollout.controller import Admission, FixedController, Step
 from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
 
 
@@ -71,9 +69,9 @@ class Parrot(Stateless):
 class TrimByDrawnToken(FixedController):
     """Cheats: cuts each draft before the first token with an odd id, so that what is verified depends on the draw."""
 
-    def admit(self, drafts: Mapping[str, Draft], batch: int) -> Admission:
-        admission = super().admit(drafts, batch)
-        draft = drafts[self._arm]
+    def admit(self, step: Step) -> Admission:
+        admission = super().admit(step)
+        draft = step.drafts[self._arm]
         if draft.token_ids.shape[1] == 0:
             return admission
         odd = (draft.token_ids % 2 == 1) & (np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])

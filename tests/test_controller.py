@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from atlas_rl.rollout.acceptance import AcceptanceModel
-from atlas_rl.rollout.controller import Admission, Controller, FixedController, GoodputController
-from atlas_rl.rollout.cost import CostModel, _bucket
+from atlas_rl.rollout.acceptance import AcceptanceModel, outcome_of
+from atlas_rl.rollout.controller import Admission, Controller, FixedController, Step
+from atlas_rl.rollout.cost import CostModel, DraftCost, _bucket
+from atlas_rl.rollout.depth_search import search
+from atlas_rl.rollout.goodput import GoodputController
 from atlas_rl.speculators.base import Draft, Verified
 
 RIGHT, WRONG = 1, 0
 ROOM = 64
+CONTEXT = 100  # tokens per request
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Arm:
     confidence: Callable[[int, int], np.ndarray]
     truth: Callable[[np.ndarray], np.ndarray]
     draft_s: Callable[[int], float] = lambda depth: 1e-5 * depth
+    per_request_s: float = 0.0  # on top, for every request and position
 
 
 def sure(confidence: float, truth: float | None = None, **options) -> Arm:
@@ -50,19 +55,24 @@ class World:
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     asked: list[dict[str, np.ndarray]] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
+    records: list[dict | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
     def step(self, batch: int, room: int = ROOM) -> None:
-        plan = self.controller.plan(batch, np.full(batch, room))
-        drafts, draft_s, right = {}, {}, {}
-        for name, most in plan.items():
-            depth, arm = int(most.max()), self.arms[name]
-            confidence = arm.confidence(batch, depth).astype(np.float32)
-            right[name] = self.rng.random((batch, depth)) < arm.truth(confidence)
-            drafts[name] = Draft(np.where(right[name], RIGHT, WRONG), most.copy(), confidence, self.draft_probs)
-            draft_s[name] = arm.draft_s(depth)
-        admission = self.controller.admit(drafts, batch)
+        step = Step(np.full(batch, room), batch * CONTEXT, list(self.arms))
+        right = {}
+        while plan := self.controller.plan(step):
+            for name, most in plan.items():
+                depth, arm = int(most.max(initial=0)), self.arms[name]
+                confidence = arm.confidence(batch, depth).astype(np.float32)
+                right[name] = self.rng.random((batch, depth)) < arm.truth(confidence)
+                step.asked[name] = most
+                step.drafts[name] = Draft(
+                    np.where(right[name], RIGHT, WRONG), most.copy(), confidence, self.draft_probs
+                )
+                step.draft_s[name] = arm.draft_s(depth) + arm.per_request_s * depth * int((most > 0).sum())
+        admission = self.controller.admit(step)
         accepted = np.zeros(batch, np.int64)
         for row, (arm, length) in enumerate(zip(admission.arms, admission.lengths, strict=True)):
             if length:
@@ -73,11 +83,12 @@ class World:
         verified = Verified(
             np.arange(batch), tokens, accepted + 1, accepted, admission.lengths.copy(), np.zeros(batch, bool)
         )
-        step_s = forward_s + sum(draft_s.values()) + (self.drafting_costs_s if admission.lengths.any() else 0.0)
-        self.controller.observe(drafts, admission, verified, draft_s, forward_s, step_s)
-        self.asked.append(plan)
+        draft_s = sum(step.draft_s.values())
+        step_s = forward_s + draft_s + (self.drafting_costs_s if admission.lengths.any() else 0.0)
+        self.records.append(self.controller.observe(step, admission, verified, forward_s, step_s))
+        self.asked.append(step.asked)
         self.admissions.append(admission)
-        self.seconds.append(forward_s + sum(draft_s.values()))
+        self.seconds.append(forward_s + draft_s)
         self.tokens.append(int(accepted.sum()) + batch)
 
     def run(self, steps: int, batch: int) -> World:
@@ -100,6 +111,10 @@ def world(cost: Callable[[int], float], **arms: Arm) -> World:
 
 def affine(tokens: int) -> float:
     return 0.050 + 0.002 * tokens
+
+
+def shallow(tokens: int) -> float:
+    return 0.050 + 0.0005 * tokens
 
 
 def proportional(tokens: int) -> float:
@@ -206,7 +221,90 @@ def test_a_longer_table_begins_with_the_shorter_one():
     assert np.array_equal(model.predict(10), short)
 
 
+def test_what_reading_the_context_costs_is_told_apart_from_the_tokens():
+    rng, model = np.random.default_rng(0), CostModel()
+    for _ in range(60):
+        for size in (4, 8, 16):
+            context = int(rng.integers(500, 20_000))
+            model.observe(size, affine(size) + 2e-6 * context, context)
+    for context in (1000, 15_000):
+        assert model.predict(16, context)[8] == pytest.approx(affine(8) + 2e-6 * context, rel=0.1)
+
+
+def test_contexts_that_cost_nothing_stay_free():
+    rng, model = np.random.default_rng(0), CostModel()
+    for _ in range(200):
+        model.observe(8, affine(8) * (1 + 0.05 * rng.normal()), int(rng.integers(500, 20_000)))
+    assert model.predict(8, 20_000)[8] == pytest.approx(model.predict(8, 500)[8], rel=0.05)
+
+
+def drafted(seconds, calls, seed=0, outliers=0.05):
+    rng, model = np.random.default_rng(seed), DraftCost()
+    for rows, depth in calls:
+        slow = 20.0 if rng.random() < outliers else 1.0
+        model.observe(rows, depth, seconds(rows, depth) * slow * (1 + 0.03 * rng.normal()))
+    return model
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_cost_of_drafting_is_recovered_under_noise_and_outliers(seed):
+    def seconds(rows, depth):
+        return 0.002 + 0.001 * depth + 0.0002 * rows * depth
+
+    rng = np.random.default_rng(seed)
+    model = drafted(seconds, [(int(rng.integers(1, 17)), int(rng.integers(1, 9))) for _ in range(64)], seed)
+    for rows, depth in ((1, 1), (4, 4), (16, 2), (16, 8)):
+        assert model.predict(rows, depth) == pytest.approx(seconds(rows, depth), rel=0.35)
+
+
+def test_one_draft_says_in_proportion_to_its_depth():
+    model = drafted(lambda rows, depth: 0.01 * depth, [(8, 4)], outliers=0)
+    assert model.predict(8, np.array([2, 4, 8])) == pytest.approx([0.02, 0.04, 0.08], rel=0.15)
+    with pytest.raises(ValueError, match="no call"):
+        DraftCost().predict(8, 4)
+
+
+def test_no_draft_is_predicted_to_take_less_than_nothing():
+    rng = np.random.default_rng(0)
+    model = drafted(lambda rows, depth: float(rng.exponential(0.01)), [(i % 7 + 1, i % 5 + 1) for i in range(40)])
+    assert (model.predict(1, np.arange(17)) >= 0).all()
+
+
 # --------------------------------------------------------------------------------------------------- acceptance model
+
+
+def test_boasting_at_far_positions_is_found_out_there():
+    rng, model = np.random.default_rng(0), AcceptanceModel()
+    confidence = np.full((8, 6), 0.8, np.float32)
+    truth = np.array([0.8, 0.8, 0.3, 0.3, 0.3, 0.3])
+    for _ in range(400):
+        model.observe(confidence, *verify(confidence, truth, rng))
+    assert model.estimate(confidence)[0] == pytest.approx(truth, abs=0.08)
+
+
+def test_the_calibration_error_is_that_of_estimates_made_before_the_outcome():
+    rng, model = np.random.default_rng(0), AcceptanceModel()
+    assert model.take_calibration() == (0, 0.0)
+    confidence = np.full((500, 1), 0.9, np.float32)
+    model.observe(confidence, *verify(confidence, 0.4, rng))
+    scored, error = model.take_calibration()
+    assert scored == 500
+    assert error == pytest.approx(0.5, abs=0.05)
+    model.observe(confidence, *verify(confidence, 0.4, rng))
+    assert model.take_calibration()[1] < 0.1
+    assert model.take_calibration() == (0, 0.0)
+
+
+def test_the_committed_tokens_judge_every_draft():
+    verified = Verified(np.arange(4), np.array([[5, 6, 7], [5, 6, 7], [5, 0, 0], [5, 6, 0]]), np.array([3, 3, 1, 2]),
+                        np.array([2, 2, 0, 1]), np.array([2, 2, 0, 1]), np.zeros(4, bool))  # fmt: skip
+    draft = Draft(
+        np.array([[5, 6, 7, 8], [5, 9, 7, 8], [5, 6, 7, 8], [9, 0, 0, 0]]), np.array([4, 4, 4, 1]),
+        np.full((4, 4), 0.5, np.float32),
+    )  # fmt: skip
+    tried, accepted = outcome_of(draft, verified)
+    assert tried.tolist() == [3, 2, 1, 1]
+    assert accepted.tolist() == [3, 1, 1, 0]
 
 
 def verify(confidence, truth, rng):
@@ -300,10 +398,10 @@ def test_a_policy_update_discounts_what_was_learned():
 
 def test_nothing_is_drafted_before_a_plain_forward_is_known():
     run = world(affine, cheap=sure(0.9))
-    assert run.controller.plain_forward_s(4) is None
+    assert run.controller.plain_forward_s(4, 0) is None
     run.step(batch=4)
     assert run.admissions[0].lengths.sum() == 0
-    assert run.controller.plain_forward_s(4) == pytest.approx(affine(4), rel=0.1)
+    assert run.controller.plain_forward_s(4, 0) == pytest.approx(affine(4), rel=0.1)
 
 
 def test_no_more_is_asked_or_admitted_than_there_is_room_for():
@@ -425,7 +523,7 @@ def test_a_run_is_nearly_as_fast_as_with_the_best_fixed_length(cost, chance, bat
 def test_what_plain_decoding_costs_stays_known_while_everything_is_drafted():
     run = world(affine, cheap=sure(0.95)).run(400, batch=8)
     assert run.mean_length(last=300) > 2
-    assert run.controller.plain_forward_s(8) == pytest.approx(affine(8), rel=0.1)
+    assert run.controller.plain_forward_s(8, 8 * CONTEXT) == pytest.approx(affine(8), rel=0.1)
 
 
 def test_outliers_do_not_confuse_it():
@@ -444,7 +542,7 @@ def test_a_policy_update_gives_a_failed_drafter_another_chance():
     assert run.mean_length(last=20) == 0
     arm.truth = lambda c: np.full(c.shape, 0.9)  # its refresh has cured it
     for _ in range(20):
-        run.controller.policy_updated()
+        run.controller.policy_updated({})
         run.run(20, batch=8)
     assert run.mean_length(last=20) > 1
 
@@ -456,8 +554,8 @@ def test_the_fixed_controller_is_fixed():
     assert all((admission.lengths == 3).all() and (admission.arms == 1).all() for admission in run.admissions)
     run.step(batch=4, room=2)
     assert (run.admissions[-1].lengths == 2).all()
-    run.controller.policy_updated()
-    assert run.controller.plain_forward_s(4) > 0
+    run.controller.policy_updated({})
+    assert run.controller.plain_forward_s(4, 0) > 0
 
 
 def test_costs_that_no_model_sees_are_noticed_and_stop_drafting():
@@ -467,6 +565,102 @@ def test_costs_that_no_model_sees_are_noticed_and_stop_drafting():
     open_ = world(affine, history=sure(0.5))
     assert open_.run(300, 8).mean_length(100) > 0.5
     assert hidden.run(300, 8).mean_length(100) < 0.2 * open_.mean_length(100)
+
+
+def test_a_costly_arm_is_asked_for_the_requests_that_the_cheap_one_leaves():
+    """The history knows half of the requests by heart; the head is worth its price for the others alone."""
+    known = np.arange(8) % 2 == 0
+    cheap = Arm(lambda batch, depth: np.repeat(np.where(known, 0.9, 0.02)[:, None], depth, axis=1), lambda c: c)
+    costly = Arm(
+        lambda batch, depth: np.full((batch, depth), 0.85),
+        lambda c: c,
+        draft_s=lambda depth: 0.0003 * depth,
+        per_request_s=0.0002,
+    )
+    run = world(shallow, cheap=cheap, costly=costly).run(400, batch=8)
+    asked = np.array([step["costly"] for step in run.asked[200:] if "costly" in step])
+    assert len(asked) > 150
+    assert (asked[:, ~known] > 0).mean() > 0.9
+    assert (asked[:, known] > 0).mean() < 0.1
+    assert run.goodput(last=200) > 1.1 * world(shallow, cheap=cheap).run(400, batch=8).goodput(last=200)
+
+
+def test_a_refresh_that_measured_its_speculator_needs_no_gamble():
+    """A useless head becomes good: asked again in the next step, where without a measurement it waits for its turn."""
+
+    def after_update(measured):
+        arm = sure(0.3, draft_s=lambda depth: 0.01 * depth)
+        run = world(affine, head=arm)
+        run.controller.policy_updated({"head": np.full(5, 0.1)})
+        run.run(200, batch=8)
+        assert np.mean([bool(step) for step in run.asked[100:]]) < 0.1
+        arm.truth, arm.confidence = lambda c: np.full(c.shape, 0.95), lambda batch, depth: np.full((batch, depth), 0.95)
+        run.controller.policy_updated({"head": np.cumprod(np.full(5, 0.95))} if measured else {})
+        run.run(5, batch=8)
+        return np.mean([bool(step) for step in run.asked[-4:]])
+
+    assert after_update(measured=True) == 1
+    assert after_update(measured=False) < 1
+
+
+def test_a_drafter_that_was_not_verified_is_judged_all_the_same():
+    """`b` is never admitted beside the confident `a`, yet what it would have got right is known."""
+    boaster = sure(0.5, truth=0.95)
+    run = world(affine, a=sure(0.9, truth=0.9), b=boaster).run(100, batch=8)
+    used = np.concatenate([admission.arms[admission.lengths > 0] for admission in run.admissions[-20:]])
+    assert (used == 1).mean() > 0.9
+
+
+def test_every_step_can_be_explained():
+    arms = {"cheap": sure(0.8)}
+    run = World(GoodputController(("cheap",), explain=True), affine, arms).run(60, batch=4)
+    silent = world(affine, cheap=sure(0.8)).run(60, batch=4)
+    assert silent.records == [None] * 60
+    assert run.tokens == silent.tokens
+    json.dumps(run.records)
+    first, last = run.records[0], run.records[-1]
+    assert first["asked"] == first["admitted"] == {}
+    assert last["asked"]["cheap"]["requests"] == 4
+    assert sum(last["admitted"].values()) == run.admissions[-1].lengths.sum()
+    assert last["longest"] == run.admissions[-1].lengths.max()
+    assert last["tokens"] == run.tokens[-1]
+    expected, came = (np.sum([r[key] for r in run.records[30:]]) for key in ("expected_tokens", "tokens"))
+    assert expected == pytest.approx(came, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------- depth search
+
+
+def slow_search(there, expected, better, table, draft_s, depths, discount):
+    """The same by sorting every answer's slots."""
+
+    def goodput(survival, seconds):
+        values = np.sort(survival[survival > 0])[::-1]
+        tokens = len(there) + np.cumsum(values)
+        drafting = discount * tokens / (table[len(there) + 1 : len(there) + 1 + len(values)] + seconds)
+        return max(len(there) / (table[len(there)] + seconds), drafting.max(initial=0))
+
+    answers = {(0, 0): goodput(there, draft_s[0, 0])}
+    for whom, rows in ((1, better), (2, np.ones(len(there), bool))):
+        for index, depth in enumerate(depths):
+            cut = np.where(np.arange(there.shape[1]) < depth, expected, 0)
+            taken = rows & (cut.sum(axis=1) > there.sum(axis=1))
+            answers[whom, index] = goodput(np.where(taken[:, None], cut, there), draft_s[whom, index])
+    return answers
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_compiled_search_finds_what_sorting_finds(seed):
+    rng = np.random.default_rng(seed)
+    batch, depths = int(rng.integers(1, 20)), np.array([1, 2, 3, 4, 6, 8, 12, 16])
+    there, expected = (np.cumprod(rng.uniform(low, 1, (batch, 16)), axis=1) for low in rng.uniform(0, 0.9, 2))
+    there[rng.random(batch) < 0.3] = 0
+    better = expected.sum(axis=1) > there.sum(axis=1)
+    table = np.array([affine(n) for n in range(batch * 17 + 1)])
+    draft_s = np.concatenate([np.zeros((1, 8)), np.outer([better.mean(), 1], depths) * rng.uniform(0, 0.01)])
+    answers = slow_search(there, expected, better, table, draft_s, depths, 0.97)
+    found = search(there, expected, better, table, draft_s, depths, 0.97)
+    assert answers[found] > 0.985 * max(answers.values())  # survival is ranked in steps of 1/64
 
 
 # ------------------------------------------------------------------------------------------------------ prefix alone
@@ -488,7 +682,9 @@ def depends_on_the_drawn_token(draft_probs: torch.Tensor | None) -> int:
         def admit(confidence=confidence):
             tokens, lengths = np.zeros((4, 5), np.int64), np.full(4, 5)
             drafts = {name: Draft(tokens, lengths, values, draft_probs) for name, values in confidence.items()}
-            return controller.admit(drafts, 4)
+            asked = dict.fromkeys(drafts, lengths)
+            step = Step(np.full(4, ROOM), 4 * CONTEXT, list(drafts), asked, drafts, dict.fromkeys(drafts, 1e-5))
+            return controller.admit(step)
 
         before = admit()
         row, position = int(rng.integers(4)), int(rng.integers(4))

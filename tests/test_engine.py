@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from atlas_rl import AtlasRolloutEngine, StepReport
-from atlas_rl.rollout.controller import FixedController, GoodputController
+from atlas_rl.rollout.controller import FixedController, Step
+from atlas_rl.rollout.goodput import GoodputController
 from atlas_rl.rollout.report import PHASES
 from atlas_rl.rollout.sinks import read_jsonl
 from atlas_rl.speculators.base import Draft
@@ -690,4 +691,4 @@ def test_a_fixed_controller_refuses_what_it_cannot_do():
 
 
 def test_a_goodput_controller_without_speculators_plans_nothing():
-    assert GoodputController(()).plan(4, np.full(4, 9)) == {}
+    assert GoodputController(()).plan(Step(np.full(4, 9), 0, [])) == {}

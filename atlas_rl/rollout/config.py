@@ -29,6 +29,8 @@ class EngineConfig:
         controller: Controller to use instead of `GoodputController`.
         max_batch_size: Most requests decoded together; None takes what memory allows.
         output_dir: Folder that gets `rollouts.jsonl`, one report per line; None writes none.
+        trace: Append one line per decode step to `controller.jsonl` in `output_dir`: whom the controller asked, what it
+            expected, and what came.
         console: Print one line per report.
         spare_importance_sampling: In process the sampled logprobs are the trainer's own, so its importance-sampling
             correction multiplies by one at the price of a forward pass. True checks that on the first step and then
@@ -46,6 +48,7 @@ class EngineConfig:
     controller: Controller | None = None
     max_batch_size: int | None = None
     output_dir: str | Path | None = None
+    trace: bool = False
     console: bool = True
     spare_importance_sampling: bool = True
     backend: str = "auto"
@@ -59,6 +62,8 @@ class EngineConfig:
             raise ValueError(f"max_batch_size must be at least 1 or None, got {self.max_batch_size}")
         if self.speculators is not None and self.draft_model is not None:
             raise ValueError("give either draft_model or speculators: add DraftLM(...) to the speculators yourself")
+        if self.trace and (self.output_dir is None or self.controller is not None):
+            raise ValueError("trace=True needs output_dir, the folder it writes to, and the engine's own controller")
         names = [speculator.name for speculator in self.speculators or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"speculators need different names, got {names}")

@@ -1,8 +1,9 @@
-"""What a target forward costs, learned from the run's own step times: no table, no calibration pass."""
+"""What forwards and drafts cost, learned from the run's own step times: no table, no calibration pass."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -10,68 +11,153 @@ _SAMPLES = 15  # per size; their median shrugs off outliers and follows a machin
 _TRUST = 3.0  # samples at which a size's own median and the fitted line weigh the same
 _PRIOR_DOUBLING_TOKENS = 64.0  # before any evidence: this many more tokens double a forward's time
 _PRIOR_WEIGHT = 0.05
+_CONTEXT_DOUBT = 2000.0  # context tokens: a spread of contexts this wide counts half against "context is free"
+_CONTEXT_FADES = 0.995  # of the evidence on it, per forward
+_OUTLIER = 0.2  # a forward that misses its size's mean by more teaches no more than this about the context
+_DRAFTS = 32  # latest draft calls of a speculator that its cost is fitted to
+_PRIOR_CALLS = 0.1  # what "in proportion to the depth" weighs against them
+_SLOW = 4.0  # times the usual seconds per draft position: no call counts as slower than that
 
 
 class CostModel:
-    """Seconds of a forward over `num_tokens` packed tokens.
+    """Seconds of a forward over `num_tokens` packed tokens whose requests have `context_tokens` in the cache altogether.
 
     Sizes are bucketed finely when small and by eighths of an octave beyond. The prediction blends a bucket's median with
     a line fitted through all buckets, so that steps in the true cost (kernel choices, captured graph sizes) show where
-    they have been seen and everything else is interpolated.
+    they have been seen and everything else is interpolated. Reading the context adds a share of its own, linear in it,
+    which is fitted to how forwards of one size differ.
     """
 
     def __init__(self) -> None:
-        self._samples: dict[int, deque[float]] = {}
-        self._line: tuple[float, float] | None = None
+        self._samples: dict[int, deque[tuple[float, int]]] = {}
+        self._means: dict[int, tuple[float, float]] = {}  # running mean of seconds and context, per bucket
+        self._covariance, self._variance = 0.0, 0.0  # of context and seconds within buckets
+        self._observed = 0
         self._table = np.zeros(0)
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """One forward of `num_tokens` took `seconds`."""
+    def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
+        """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
         size = _bucket(num_tokens)
-        self._samples.setdefault(size, deque(maxlen=_SAMPLES)).append(seconds)
-        self._line = None
+        self._learn_context(size, seconds, context_tokens)
+        self._samples.setdefault(size, deque(maxlen=_SAMPLES)).append((seconds, context_tokens))
+        self._observed += 1
+        if _due(self._observed):
+            self._table = np.zeros(0)
 
-    def predict(self, max_tokens: int) -> np.ndarray | None:
+    def predict(self, max_tokens: int, context_tokens: int = 0) -> np.ndarray | None:
         """Seconds of forwards over 0, 1, ... `max_tokens` tokens: float64 `[max_tokens + 1]`; None without evidence."""
         if not self._samples:
             return None
-        if self._line is None:
-            self._fit()
         if len(self._table) <= max_tokens:
             self._tabulate(max_tokens)
-        return self._table[: max_tokens + 1]
+        return self._table[: max_tokens + 1] + self._context_s * context_tokens
 
-    def _fit(self) -> None:
-        size = np.array(list(self._samples), dtype=np.float64)
-        weight = np.array([len(samples) for samples in self._samples.values()], dtype=np.float64)
-        median = np.array([np.median(samples) for samples in self._samples.values()])
-        mean_size, mean = np.average(size, weights=weight), np.average(median, weights=weight)
-        prior_slope = mean / (mean_size + _PRIOR_DOUBLING_TOKENS)
-        centred = size - mean_size
-        # A ridge towards the prior slope: it decides while only one size has been seen and fades as sizes spread.
-        ridge = _PRIOR_WEIGHT * (mean_size + 1) ** 2
-        slope = (weight @ (centred * (median - mean)) + ridge * prior_slope) / (weight @ centred**2 + ridge)
-        slope = min(max(slope, 0.0), mean / max(mean_size, 1.0))
-        self._line = (mean - slope * mean_size, slope)
-        self._table = np.zeros(0)
+    @property
+    def _context_s(self) -> float:
+        """Seconds per context token."""
+        return max(0.0, self._covariance / (self._variance + _CONTEXT_DOUBT**2))
+
+    def _learn_context(self, size: int, seconds: float, context_tokens: int) -> None:
+        known, context = self._means.get(size, (seconds, float(context_tokens)))
+        off, deviation = np.clip(seconds - known, -_OUTLIER * known, _OUTLIER * known), context_tokens - context
+        self._covariance = _CONTEXT_FADES * self._covariance + off * deviation
+        self._variance = _CONTEXT_FADES * self._variance + deviation**2
+        self._means[size] = known + 0.1 * off, context + 0.1 * deviation
 
     def _tabulate(self, max_tokens: int) -> None:
-        assert self._line is not None
-        intercept, slope = self._line
+        context_s = self._context_s
+        medians = {size: _median(s - context_s * c for s, c in samples) for size, samples in self._samples.items()}
+        weight = np.array([len(samples) for samples in self._samples.values()], dtype=np.float64)
+        median = np.maximum(np.array(list(medians.values())), 1e-9)
+        size = np.array(list(medians), dtype=np.float64)
+        intercept, slope = _line(size, median, weight)
         max_tokens = max(max_tokens, *self._samples)
-        sizes = np.arange(max_tokens + 1)
-        table = intercept + slope * sizes
+        table = intercept + slope * np.arange(max_tokens + 1)
         seen = np.full(max_tokens + 1, np.inf)
-        for bucket, samples in self._samples.items():
+        trust = weight / (weight + _TRUST)
+        factor = 1 + trust * (median / (intercept + slope * size) - 1)
+        for bucket, times in zip(medians, factor, strict=True):
             where = slice(bucket, bucket + _width(bucket))
-            trust = len(samples) / (len(samples) + _TRUST)
-            ratio = float(np.median(samples)) / (intercept + slope * bucket)
-            table[where] *= 1 + trust * (ratio - 1)
+            table[where] *= times
             seen[where] = table[where]
         # More tokens are never cheaper: neither may a guess exceed what more tokens were seen to cost, nor a noisy bucket
         # fall below what fewer did.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
         self._table = np.maximum.accumulate(np.maximum(table, 1e-9))
+
+
+class DraftCost:
+    """Seconds of a speculator's proposal for `rows` requests to `depth` tokens: `a + b * depth + c * rows * depth`.
+
+    Fitted to the latest calls by least squares, weighted against outliers, with a ridge towards "in proportion to the
+    depth", which decides while rows and depth hardly vary. No share is ever negative.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[int, int, float]] = deque(maxlen=_DRAFTS)
+        self._observed = 0
+        self._shares: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def observe(self, rows: int, depth: int, seconds: float) -> None:
+        """One call took `seconds`."""
+        self._calls.append((rows, max(depth, 1), seconds))
+        self._observed += 1
+        if _due(self._observed):
+            self._shares = None
+
+    def predict(self, rows: int, depth: np.ndarray | int) -> np.ndarray:
+        """Seconds of calls of these depths: float64, shape of `depth`; raises `ValueError` before any call was observed."""
+        if not self._calls:
+            raise ValueError("no call was observed yet")
+        if self._shares is None:
+            self._shares = self._fit()
+        fixed, per_depth, per_token = self._shares
+        return fixed + (per_depth + per_token * rows) * np.asarray(depth, np.float64)
+
+    def _fit(self) -> np.ndarray:
+        rows, depth, seconds = np.array(self._calls, np.float64).T
+        per_depth = _median(seconds / depth)
+        seconds = np.minimum(seconds, _SLOW * per_depth * depth)  # a call that compiled, or was interrupted
+        prior = np.array([0.0, per_depth, 0.0])
+        features = np.stack([np.ones_like(depth), depth, rows * depth], axis=1)
+        scale = np.maximum(features.mean(axis=0), 1.0)
+        features = features / scale
+        rest = seconds - features @ (prior * scale)
+        weight = np.ones_like(rest)
+        for _ in range(4):  # calls that missed by far count for little the next time
+            weighted = features * weight[:, None]
+            shares = np.linalg.solve(weighted.T @ features + _PRIOR_CALLS * np.eye(3), weighted.T @ rest)
+            missed = np.abs(rest - features @ shares)
+            weight = 1 / (1 + (missed / (2 * _median(missed) + 1e-9)) ** 2)
+        return np.maximum(prior + shares / scale, 0.0)
+
+
+def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    """Intercept and slope of seconds over tokens."""
+    total = weight.sum()
+    mean_size, mean = float(weight @ size / total), float(weight @ median / total)
+    prior_slope = mean / (mean_size + _PRIOR_DOUBLING_TOKENS)
+    centred = size - mean_size
+    # A ridge towards the prior slope: it decides while only one size has been seen and fades as sizes spread.
+    ridge = _PRIOR_WEIGHT * (mean_size + 1) ** 2
+    slope = float((weight @ (centred * (median - mean)) + ridge * prior_slope) / (weight @ centred**2 + ridge))
+    slope = min(max(slope, 0.0), mean / max(mean_size, 1.0))
+    return mean - slope * mean_size, slope
+
+
+def _due(num_observed: int) -> bool:
+    """Whether to fit anew: always at first, later every fourth time, which no decision notices and the step does."""
+    return num_observed < 16 or num_observed % 4 == 0
+
+
+def _median(values: Iterable[float]) -> float:
+    """Of a handful of numbers, where numpy's would spend ten times as long on the call alone."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else 0.5 * (ordered[middle - 1] + ordered[middle])
 
 
 def _bucket(num_tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import nn
 from atlas_rl.rollout import watch
 from atlas_rl.rollout.backends.in_process import InProcessBackend, unwrap_policy
 from atlas_rl.rollout.config import EngineConfig, reject_unknown
-from atlas_rl.rollout.controller import Controller, GoodputController
+from atlas_rl.rollout.controller import Controller
+from atlas_rl.rollout.goodput import GoodputController
 from atlas_rl.rollout.loop import DecodeLoop
 from atlas_rl.rollout.recorder import StepRecorder
 from atlas_rl.rollout.report import Mode, StepReport
@@ -179,6 +181,8 @@ class AtlasRolloutEngine:
             loop.run()
         if use:
             self._policy.finished(sequences)
+        if loop.trace:
+            self._write_trace(loop.trace)
         for message in watch.findings(recorder, loop.num_asked, loop.num_proposed):
             recorder.warn(message)
         report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
@@ -275,7 +279,9 @@ class AtlasRolloutEngine:
                 speculator.couples_noise = self._verifier.couples_noise
                 speculator.bind(backend.model)
             self._speculators = {speculator.name: speculator for speculator in chosen}
-            self._controller = self.config.controller or GoodputController(tuple(self._speculators))
+            self._controller = self.config.controller or GoodputController(
+                tuple(self._speculators), explain=self.config.trace
+            )
             given, names = list(self._controller.speculators), list(self._speculators)
             if names[: len(given)] != given:  # further ones are never asked
                 self._speculators = None
@@ -294,6 +300,11 @@ class AtlasRolloutEngine:
         if is_eagle3(model):
             return Eagle3Speculator(model)
         return DraftLM(load_draft_model(Path(model), self.tokenizer, like=backend.model), backend.vocab_size)
+
+    def _write_trace(self, steps: list[dict[str, Any]]) -> None:
+        assert self.config.output_dir is not None
+        with (Path(self.config.output_dir) / "controller.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"call": self._calls, "step": i, **s}) + "\n" for i, s in enumerate(steps))
 
     def _num_rows(self, backend: InProcessBackend, sequences: Sequences) -> int:
         num_requests, capacity = sequences.token_ids.shape
@@ -325,8 +336,11 @@ class AtlasRolloutEngine:
         # accepted per turn (commit_s, other_s), and none of what speculation adds.
         turns_s = (report.commit_s + report.other_s) * report.accepted_length
         plain_s = report.prefill_s + report.sample_s + turns_s + loop.no_speculation_forward_s
+        calibration = {name: (n, error) for name, (n, error) in loop.controller.take_calibration().items() if n}
         return replace(
             report,
+            scored={name: n for name, (n, _) in calibration.items()},
+            calibration_error={name: error for name, (_, error) in calibration.items()},
             refresh_s=refresh_s,
             generate_s=report.generate_s + refresh_s,
             no_speculation_s=plain_s if recorder.speculates else None,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from atlas_rl.rollout.backends.base import Backend, Segments, Taps
-from atlas_rl.rollout.controller import Admission, Controller
+from atlas_rl.rollout.controller import Admission, Controller, Step
 from atlas_rl.rollout.recorder import StepRecorder
 from atlas_rl.rollout.verification import Outcome, Verifier
 from atlas_rl.speculators.base import Draft, Hidden, Sequences, Speculator, Verified
@@ -60,6 +61,7 @@ class DecodeLoop:
         self.no_speculation_forward_s = 0.0
         self.num_asked: dict[str, int] = {}
         self.num_proposed: dict[str, int] = {}
+        self.trace: list[dict[str, Any]] = []  # of a controller that explains itself, one record per step
         self._names = list(speculators)
         self._limits = max_lengths
         self._eos = np.array(sequences.sampling.eos_token_ids, np.int64)
@@ -75,13 +77,10 @@ class DecodeLoop:
     def step(self) -> None:
         """One target forward over the active batch."""
         requests, began = self.active, self.recorder.clock()
+        step = self._propose(requests)
         with self.recorder.time("controller"):
-            plan = self.controller.plan(len(requests), self._limits[requests] - self.sequences.lengths[requests] - 1)
-        with self.recorder.time("draft"):
-            drafts, draft_s = self._propose(requests, plan)
-        with self.recorder.time("controller"):
-            admission = self.controller.admit(drafts, len(requests))
-            draft = _merge(drafts, self._names, admission, self.backend.vocab_size)
+            admission = self.controller.admit(step)
+            draft = _merge(step.drafts, self._names, admission, self.backend.vocab_size)
         forward_s = -self.recorder.seconds("verify")
         with self.recorder.time("verify"):
             logits, hidden = self._forward(requests, draft)
@@ -93,23 +92,36 @@ class DecodeLoop:
             verified.hidden = hidden
         with self.recorder.time("observe"):
             step_s = self.recorder.clock() - began
-            self.controller.observe(drafts, admission, verified, draft_s, forward_s, step_s)
+            record = self.controller.observe(step, admission, verified, forward_s, step_s)
+            if record is not None:
+                self.trace.append(record | {"step_s": step_s})
             self._observe(verified)
         with self.recorder.time("commit"):
-            self._account(verified, admission, forward_s)
+            self._account(step, verified, admission, forward_s)
             self._retire(verified.finished)
 
-    def _propose(self, requests: np.ndarray, plan: Mapping[str, np.ndarray]) -> tuple[dict[str, Draft], dict]:
-        drafts, seconds = {}, {}
-        for name, max_draft_tokens in plan.items():
-            if not self.speculators[name].ready:
-                continue
-            before = self.recorder.clock()
-            drafts[name] = self.speculators[name].propose(self.sequences, requests, max_draft_tokens)
-            seconds[name] = self.recorder.clock() - before
-            self.num_asked[name] = self.num_asked.get(name, 0) + int(max_draft_tokens.sum())
-            self.num_proposed[name] = self.num_proposed.get(name, 0) + int(drafts[name].lengths.sum())
-        return drafts, seconds
+    def _propose(self, requests: np.ndarray) -> Step:
+        """Ask speculators for drafts, one after the other, until the controller has what it wants."""
+        lengths = self.sequences.lengths[requests]
+        ready = [name for name, speculator in self.speculators.items() if speculator.ready]
+        step = Step(self._limits[requests] - lengths - 1, int(lengths.sum()), ready)
+        while True:
+            with self.recorder.time("controller"):
+                plan = self.controller.plan(step)
+            if not plan:
+                return step
+            with self.recorder.time("draft"):
+                for name, wanted in plan.items():
+                    self._ask(name, requests, wanted, step)
+
+    def _ask(self, name: str, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
+        before = self.recorder.clock()
+        asked = np.flatnonzero(wanted > 0)
+        draft = self.speculators[name].propose(self.sequences, requests[asked], wanted[asked])
+        step.asked[name], step.drafts[name] = wanted, draft.spread(asked, len(requests))
+        step.draft_s[name] = self.recorder.clock() - before
+        self.num_asked[name] = self.num_asked.get(name, 0) + int(wanted.sum())
+        self.num_proposed[name] = self.num_proposed.get(name, 0) + int(draft.lengths.sum())
 
     def _forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden | None]:
         """Logits and hidden states of the last committed token and of every draft token of each request, packed."""
@@ -161,7 +173,7 @@ class DecodeLoop:
         for speculator in self.speculators.values():
             speculator.observe(self.sequences, verified)
 
-    def _account(self, verified: Verified, admission: Admission, forward_s: float) -> None:
+    def _account(self, step: Step, verified: Verified, admission: Admission, forward_s: float) -> None:
         drafted = verified.num_drafted if self._names else None
         self.recorder.forward(
             num_committed=verified.num_committed,
@@ -169,10 +181,11 @@ class DecodeLoop:
             num_accepted=verified.num_accepted if self._names else None,
             arms=admission.arms if self._names else None,
         )
-        batch = len(verified.requests)
-        plain_s = self.controller.plain_forward_s(batch) if verified.num_drafted.any() else forward_s
+        plain_s = forward_s
+        if admission.lengths.any():
+            plain_s = self.controller.plain_forward_s(step.batch, step.context_tokens) or forward_s
         # Plain decoding needs one forward of this batch for every token per request that this step committed.
-        self.no_speculation_forward_s += (plain_s or forward_s) * float(verified.num_committed.mean())
+        self.no_speculation_forward_s += plain_s * float(verified.num_committed.mean())
 
     def _retire(self, finished: np.ndarray) -> None:
         lengths = self.sequences.lengths

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -148,6 +149,7 @@ class StepRecorder:
         accepted_by_position = _reached(self._accepted_lengths)
         missing = len(drafted_by_position) - len(accepted_by_position)
         names = self._speculators
+        phases: dict[str, Any] = {f"{phase}_s": seconds for phase, seconds in self._seconds.items()}
         return StepReport(
             step=step,
             policy_version=policy_version,
@@ -163,7 +165,7 @@ class StepRecorder:
             drafted_by_position=drafted_by_position,
             accepted_by_position=accepted_by_position + (0,) * missing,
             generate_s=sum(self._seconds.values()),
-            **{f"{phase}_s": seconds for phase, seconds in self._seconds.items()},
+            **phases,
             entropy=self._entropy_sum / scored if scored else None,
             mean_max_prob=self._max_prob_sum / scored if scored else None,
             num_scored_tokens=scored,

@@ -2,15 +2,17 @@
 
 Under drafter-invariant sampling the rollouts do not depend on what is drafted. So a recorded run (tokens, the policy's
 hidden states, the embeddings of the tokens it used) answers for every drafter, draft length and controller how much would
-have been accepted: the decode loop runs as it is, only that tokens come from the record. What a replay cannot tell is time.
+have been accepted: the decode loop runs as it is, only that tokens come from the record. Time it takes from `Costs`, which
+are fitted to a live run's trace.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from atlas_rl.rollout.backends.base import Backend, Segments, Taps
-from atlas_rl.rollout.controller import Controller
+from atlas_rl.rollout.controller import Controller, Step
+from atlas_rl.rollout.cost import CostModel, DraftCost
 from atlas_rl.rollout.loop import DecodeLoop
 from atlas_rl.rollout.recorder import StepRecorder
 from atlas_rl.rollout.report import StepReport
@@ -236,7 +239,10 @@ class ReplayPolicy(nn.Module):
 
 
 def replay(
-    recorded: Recorded, speculators: Mapping[str, Speculator], controller: Controller
+    recorded: Recorded,
+    speculators: Mapping[str, Speculator],
+    controller: Controller,
+    costs: Costs | None = None,
 ) -> tuple[StepReport, Rollouts]:
     """Run the decode loop over a recorded call.
 
@@ -244,10 +250,12 @@ def replay(
         recorded: The call; the speculators must be bound to a `ReplayPolicy` that follows it.
         speculators: By name, in the controller's order.
         controller: Plans each step.
+        costs: What forwards and drafts take. The controller is told these seconds and the report adds them up, prefill and
+            sampling aside; without them both get those of the replay itself, which runs no policy.
 
     Returns:
-        What the live run would have reported, but for times and entropies; and the rollouts, for the refreshes between
-        calls, which are the caller's.
+        What the live run would have reported, but for entropies, and for times as said; and the rollouts, for the refreshes
+        between calls, which are the caller's.
     """
     true = recorded.sequences
     token_ids = np.zeros_like(true.token_ids)
@@ -257,7 +265,8 @@ def replay(
         token_ids, true.prompt_lengths.copy(), true.prompt_lengths, true.prompt_keys, true.noise_keys, true.sampling,
         true.vocab_size, true.policy_version,
     )  # fmt: skip
-    recorder = StepRecorder(speculators=tuple(speculators))
+    clock: Any = _Clock() if costs else time.perf_counter
+    recorder = StepRecorder(speculators=tuple(speculators), clock=clock)
     # A rollout that stopped by itself could have gone on: drafts reach as far as they did when it was made.
     stopped = np.isin(true.token_ids[np.arange(len(true.lengths)), true.lengths - 1], true.sampling.eos_token_ids)
     limits = np.minimum(true.prompt_lengths + true.sampling.max_new_tokens, true.token_ids.shape[1])
@@ -266,7 +275,7 @@ def replay(
         _NoBackend(true.vocab_size), _FromRecord(true), speculators, controller, sequences, len(true.lengths), limits,
         recorder,
     )  # fmt: skip
-    loop.play(recorded)
+    loop.play(recorded, costs, clock)
     loop.run()
     assert (sequences.lengths == true.lengths).all()
     report = recorder.finish(
@@ -279,18 +288,66 @@ def replay(
     return report, Rollouts(sequences)
 
 
+@dataclass(slots=True)
+class Costs:
+    """What a machine takes for the policy's forwards and for drafts, as fitted to a live run.
+
+    Attributes:
+        forward: Of target forwards.
+        drafts: Of each speculator's proposals.
+    """
+
+    forward: CostModel = field(default_factory=CostModel)
+    drafts: dict[str, DraftCost] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trace: Iterable[Mapping[str, Any]]) -> Costs:
+        """From the lines of a controller's trace (`EngineConfig.trace`)."""
+        costs = cls()
+        for step in trace:
+            slots = sum(step["admitted"].values())
+            costs.forward.observe(step["batch"] + slots, step["forward_s"], step["context_tokens"])
+            for name, asked in step["asked"].items():
+                known = costs.drafts.setdefault(name, DraftCost())
+                known.observe(asked["requests"], asked["depth"], asked["seconds"])
+        return costs
+
+
+class _Clock:
+    """Time that passes only when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 class _ReplayLoop(DecodeLoop):
     """The decode loop, its forwards answered by the record."""
 
-    def play(self, recorded: Recorded) -> None:
+    def play(self, recorded: Recorded, costs: Costs | None, clock: Any) -> None:
+        self._costs, self._clock = costs, clock
         completions = recorded.sequences.lengths - recorded.sequences.prompt_lengths
         self._recorded = recorded
         self._last_at = np.cumsum(completions) - completions - recorded.sequences.prompt_lengths
         lengths = recorded.sequences.lengths - 1
         self._layers_at = np.cumsum(lengths) - lengths
 
+    def _ask(self, name: str, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
+        super()._ask(name, requests, wanted, step)
+        if self._costs is not None:
+            known = self._costs.drafts[name]
+            step.draft_s[name] = float(known.predict(int((wanted > 0).sum()), int(wanted.max())))
+            self._clock.now_s += step.draft_s[name]
+
     def _forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden | None]:
         lengths, starts = draft.lengths + 1, self.sequences.lengths[requests]
+        if self._costs is not None:
+            num_tokens, context = int(lengths.sum()), int(starts.sum())
+            table = self._costs.forward.predict(num_tokens, context)
+            assert table is not None, "costs were fitted to forwards"
+            self._clock.now_s += float(table[num_tokens])
         first = np.cumsum(lengths) - lengths
         row = np.repeat(np.arange(len(requests)), lengths)
         # Position of the token that is drawn; past the end of the rollout there is nothing, and nothing is read.

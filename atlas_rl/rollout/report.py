@@ -37,6 +37,9 @@ class StepReport:
         accepted: Accepted draft tokens per speculator, same keys.
         drafted_by_position: Draft tokens verified at draft position 0, 1, ...
         accepted_by_position: Draft tokens accepted at draft position 0, 1, ...
+        scored: Draft tokens per speculator whose acceptance is known, those that were drafted but not verified included.
+        calibration_error: Per speculator, how far off the controller's estimates of their acceptance were, in [0, 1]: the
+            expected calibration error of estimates made before the outcome was known.
         generate_s: Wall-clock seconds of the step as the trainer feels them: generation, sync and refresh.
         prefill_s: Seconds of target forwards over prompts.
         draft_s: Seconds in which speculators propose.
@@ -73,6 +76,8 @@ class StepReport:
     accepted: dict[str, int] = field(default_factory=dict)
     drafted_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()
+    scored: dict[str, int] = field(default_factory=dict)
+    calibration_error: dict[str, float] = field(default_factory=dict)
     generate_s: float
     prefill_s: float = 0.0
     draft_s: float = 0.0
@@ -287,6 +292,8 @@ def _added_counts(reports: Sequence[StepReport]) -> dict[str, Any]:
         "accepted": _added_dicts(report.accepted for report in reports),
         "drafted_by_position": _added_tuples([report.drafted_by_position for report in reports]),
         "accepted_by_position": _added_tuples([report.accepted_by_position for report in reports]),
+        "scored": _added_dicts(report.scored for report in reports),
+        "calibration_error": _mean_dicts([(report.calibration_error, report.scored) for report in reports]),
         "entropy": _weighted_mean((report.entropy, report.num_scored_tokens) for report in reports),
         "mean_max_prob": _weighted_mean((report.mean_max_prob, report.num_scored_tokens) for report in reports),
         "num_scored_tokens": sum(report.num_scored_tokens for report in reports),
@@ -307,6 +314,15 @@ def _added_dicts(dicts: Iterable[Mapping[str, int]]) -> dict[str, int]:
         for name, count in counts.items():
             total[name] = total.get(name, 0) + count
     return total
+
+
+def _mean_dicts(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, int]]]) -> dict[str, float]:
+    """Per key, the mean of the values weighted by the counts."""
+    names = dict.fromkeys(name for values, _ in pairs for name in values)
+    means = {
+        name: _weighted_mean((values.get(name), counts.get(name, 0)) for values, counts in pairs) for name in names
+    }
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def _added_tuples(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -64,6 +64,8 @@ def trainer_metrics(report: StepReport) -> dict[str, float]:
     for name, count in report.drafted.items():
         metrics[f"drafted/{name}"] = count
         metrics[f"accepted/{name}"] = report.accepted[name]
+    for name, error in report.calibration_error.items():
+        metrics[f"calibration_error/{name}"] = error
     for phase in ("generate", *PHASES, "other"):
         metrics[f"time/{phase}_s"] = getattr(report, f"{phase}_s")
     return {f"atlas/{name}": float(value) for name, value in metrics.items() if value is not None}

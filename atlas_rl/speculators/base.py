@@ -74,6 +74,20 @@ class Draft:
         """A draft without a token for any of `batch` requests."""
         return Draft(np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), np.zeros((batch, 0), np.float32))
 
+    def spread(self, rows: np.ndarray, batch: int) -> Draft:
+        """This draft as one for a batch of which it covers `rows` (int64, one per row of the draft); none elsewhere."""
+        if len(rows) == batch:
+            return self
+        width = self.token_ids.shape[1]
+        token_ids, lengths = np.zeros((batch, width), np.int64), np.zeros(batch, np.int64)
+        confidence = np.full((batch, width), 0.5, np.float32)
+        token_ids[rows], lengths[rows], confidence[rows] = self.token_ids, self.lengths, self.confidence
+        draft_probs = None
+        if self.draft_probs is not None:
+            draft_probs = self.draft_probs.new_zeros(batch, *self.draft_probs.shape[1:])
+            draft_probs[rows] = self.draft_probs
+        return Draft(token_ids, lengths, confidence, draft_probs)
+
 
 @dataclass(slots=True)
 class Hidden:
@@ -151,6 +165,15 @@ class Speculator(ABC):
     def ready(self) -> bool:
         """Whether it can draft yet; until then it is not asked."""
         return True
+
+    @property
+    def expected_survival(self) -> np.ndarray | None:
+        """Mean probability that draft position 0, 1, ... is accepted together with all before it: float64 `[n]`.
+
+        As measured at the last refresh on the newest rollouts, for speculators that can; None otherwise. It tells the
+        controller that a speculator has become good, or bad, without asking it for drafts.
+        """
+        return None
 
     def bind(self, policy: nn.Module) -> None:  # noqa: B027 - most need nothing
         """The policy to draft for, before anything else and again whenever the engine gets another one.

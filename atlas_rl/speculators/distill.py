@@ -36,12 +36,14 @@ class Distilled:
         num_steps: Optimizer steps.
         agreement_before, agreement_after: Mean over positions of `sum_x min(p(x), q(x))` on the newest rollouts: the
             acceptance that the best use of the head could reach.
+        by_position: The latter at each position of a draft, float64 `[UNROLL]`.
         seconds: Spent.
     """
 
     num_steps: int
     agreement_before: float
     agreement_after: float
+    by_position: np.ndarray
     seconds: float
 
 
@@ -98,7 +100,7 @@ def distill(
     """
     began = clock()
     check = buffer.newest(_CHECK_WINDOWS, UNROLL, rng)
-    before = best = agreement(head, check, target)
+    before = best = _mean(agreement(head, check, target), check)
     now = clock()
     check_s, stale, step = now - began, 0, 0
     while step < _MAX_STEPS and stale < _PATIENCE:
@@ -108,18 +110,33 @@ def distill(
         if now - began + (now - last) + check_s > budget_s:  # another step and the closing check would not fit
             break
         if step % _CHECK_EVERY == 0:
-            reached = agreement(head, check, target)
+            reached = _mean(agreement(head, check, target), check)
             stale, best = (0, reached) if reached > best + _WORTH else (stale + 1, best)
-    return Distilled(step, before, agreement(head, check, target), clock() - began)
+    after = agreement(head, check, target)
+    return Distilled(step, before, _mean(after, check), after, clock() - began)
 
 
-def agreement(head: RecurrentHead, windows: Windows, target: Target) -> float:
-    """Mean of `sum_x min(p(x), q(x))` over the windows' positions, the windows' own tokens absorbed (teacher forcing)."""
+def agreement(head: RecurrentHead, windows: Windows, target: Target) -> np.ndarray:
+    """Mean of `sum_x min(p(x), q(x))` over the windows at each position, the windows' own tokens absorbed (teacher forcing).
+
+    Returns:
+        float64 `[unroll]`; a position that no window reaches has that of the one before.
+    """
     with torch.no_grad():
         q = _unrolled(head, windows, target).exp()
         p = target.log_probs(windows.hidden[:, 1:]).exp()
-        valid = torch.from_numpy(windows.valid).to(q.device)
-        return float(torch.minimum(p, q).sum(dim=-1)[valid].mean())
+        overlap = torch.minimum(p, q).sum(dim=-1).cpu().numpy()
+    counts = windows.valid.sum(axis=0)
+    means = (overlap * windows.valid).sum(axis=0, dtype=np.float64) / np.maximum(counts, 1)
+    for position in range(1, len(means)):
+        means[position] = means[position] if counts[position] else means[position - 1]
+    return means
+
+
+def _mean(by_position: np.ndarray, windows: Windows) -> float:
+    """Over all positions that exist."""
+    counts = windows.valid.sum(axis=0)
+    return float(by_position @ counts / counts.sum())
 
 
 def _step(head: RecurrentHead, optimizer: torch.optim.Optimizer, windows: Windows, target: Target, loss: Loss) -> None:

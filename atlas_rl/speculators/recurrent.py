@@ -87,6 +87,11 @@ class RecurrentSpeculator(Speculator):
         """Whether it has learned anything yet."""
         return self._trained
 
+    @property
+    def expected_survival(self) -> np.ndarray | None:
+        """From the agreement with the policy that the last refresh measured."""
+        return np.cumprod(self.refreshes[-1].by_position) if self.refreshes else None
+
     def bind(self, policy: nn.Module) -> None:
         """Draft for this policy: as learned where its sizes are those of the policy before, else from nothing."""
         vocab_size, hidden_size = policy.get_output_embeddings().weight.shape  # type: ignore[operator]

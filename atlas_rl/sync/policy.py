@@ -40,7 +40,8 @@ class PolicyTracker:
         for speculator in speculators.values():
             speculator.refresh(Rollouts(self._newest), self.version)
         if controller is not None:
-            controller.policy_updated()
+            measured = {name: speculator.expected_survival for name, speculator in speculators.items()}
+            controller.policy_updated({name: survival for name, survival in measured.items() if survival is not None})
         self._newest = None
         self._refresh_s += self._clock() - began
 

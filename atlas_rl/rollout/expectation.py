@@ -1,0 +1,94 @@
+"""What to expect of a speculator's draft before it is made: what it lately drafted where the others had as much to say."""
+
+from __future__ import annotations
+
+import numpy as np
+
+MAX_LOOKAHEAD = 16
+_EDGES = np.array(
+    [1e-9, 0.3, 0.6, 0.85]
+)  # survival of the first draft token that is there already: none, unlikely, ...
+_PROFILES = 32  # latest drafts kept per class
+_OPTIMISM = 0.7  # acceptance of a speculator that nothing is known of: enough to be tried where drafting pays at all
+
+
+class Expectation:
+    """Latest survival profiles of a speculator's drafts, by how promising the draft was that others had made there.
+
+    A profile is the survival probability at each draft position of one draft. Whole profiles and not their means are kept: a
+    speculator that is sure of one request in ten is worth asking for a long draft, one that is a little sure of all is not.
+    """
+
+    def __init__(self) -> None:
+        self._profiles = np.zeros((len(_EDGES) + 1, _PROFILES, MAX_LOOKAHEAD))
+        self._counts = np.zeros(len(_EDGES) + 1, np.int64)
+        self._measured: np.ndarray | None = None
+
+    def survival(self, there: np.ndarray) -> np.ndarray:
+        """Profiles to expect: float64 `[batch, MAX_LOOKAHEAD]`.
+
+        Args:
+            there: float64 `[batch]`, survival of the first token of the best draft that each request has; 0 for none.
+        """
+        survival = np.empty((len(there), MAX_LOOKAHEAD))
+        group = np.searchsorted(_EDGES, there, side="right")
+        known = np.flatnonzero(self._counts)
+        for index in np.unique(group):
+            rows = np.flatnonzero(group == index)
+            if not len(known):
+                survival[rows] = (
+                    _OPTIMISM ** np.arange(1, MAX_LOOKAHEAD + 1) if self._measured is None else self._measured
+                )
+                continue
+            nearest = known[np.abs(known - index).argmin()]
+            count = min(int(self._counts[nearest]), _PROFILES)
+            survival[rows] = self._profiles[nearest, np.arange(len(rows)) % count]
+        return survival
+
+    def observe(self, there: np.ndarray, survival: np.ndarray, asked: np.ndarray, lengths: np.ndarray) -> None:
+        """Note drafts.
+
+        Args:
+            there: As for `survival`, when they were asked for.
+            survival: float64 `[batch, MAX_LOOKAHEAD]`.
+            asked: int64 `[batch]`, most tokens wanted; rows with 0 say nothing.
+            lengths: int64 `[batch]`, tokens drafted. A draft that ends before what was wanted has nothing beyond; one that
+                is as long is taken to go on as it went.
+        """
+        rows = np.flatnonzero(asked > 0)
+        profiles = _prolonged(survival[rows], lengths[rows], lengths[rows] >= np.minimum(asked[rows], MAX_LOOKAHEAD))
+        group = np.searchsorted(_EDGES, there[rows], side="right")
+        for index in np.unique(group):
+            new = profiles[group == index][-_PROFILES:]
+            slots = (self._counts[index] + np.arange(len(new))) % _PROFILES
+            self._profiles[index, slots] = new
+            self._counts[index] += len(new)
+
+    def policy_updated(self, measured: np.ndarray | None) -> None:
+        """The speculator was refreshed.
+
+        Args:
+            measured: float64 `[n]`, mean survival by position as measured on the newest rollouts, where it was. Profiles
+                change in proportion to it.
+        """
+        if measured is None:
+            return
+        lengths = np.array([min(len(measured), MAX_LOOKAHEAD)])
+        padded = np.pad(measured[:MAX_LOOKAHEAD], (0, MAX_LOOKAHEAD - lengths[0]))
+        new = _prolonged(padded[None], lengths, np.array([True]))[0]
+        if self._measured is not None:
+            factor = new / np.maximum(self._measured, 1e-3)
+            # Survival never rises along a profile, whatever the factors.
+            self._profiles = np.minimum.accumulate(np.clip(self._profiles * factor, 0.0, 1.0), axis=-1)
+        self._measured = new
+
+
+def _prolonged(survival: np.ndarray, lengths: np.ndarray, goes_on: np.ndarray) -> np.ndarray:
+    """Profiles that go on beyond the draft, at the acceptance of its last position."""
+    profiles, last = survival.copy(), np.maximum(lengths - 1, 0)
+    rows = np.arange(len(survival))
+    ends = survival[rows, last]
+    before = np.where(last > 0, survival[rows, np.maximum(last - 1, 0)], 1.0)
+    acceptance = np.where(goes_on & (lengths > 0), ends / np.maximum(before, 1e-9), 0.0)
+    beyond = np.arange(survival.shape[1])[None] - last[:, None]
+    return np.where(beyond > 0, ends[:, None] * acceptance[:, None] ** np.maximum(beyond, 0), profiles)

@@ -1,0 +1,300 @@
+"""The controller: which speculators draft, for whom and how far, so that tokens per second are most.
+
+Expected goodput of a step is expected committed tokens over time:
+
+    G = (batch + sum of survival probabilities of the admitted draft slots) / (draft time + forward time(batch + slots))
+
+A slot's survival probability is the product of the calibrated acceptance probabilities up to it. Slots are ranked over
+the whole batch and the best n are admitted, with n where G peaks; n = 0 is an answer.
+
+Speculators are asked one after the other, the cheapest first, and what is there already counts: a costly one is asked for
+the requests where it is expected to do better than that, as far as it raises G. What to expect of a speculator before it has
+drafted is in `expectation.py`; acceptance (`acceptance.py`) and cost (`cost.py`) are learned in the run. Whoever was asked
+is scored on the tokens that were committed, whether or not its draft was used (full information).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from atlas_rl.rollout.acceptance import AcceptanceModel, outcome_of
+from atlas_rl.rollout.controller import Admission, Controller, Step
+from atlas_rl.rollout.cost import CostModel, DraftCost
+from atlas_rl.rollout.depth_search import search
+from atlas_rl.rollout.expectation import MAX_LOOKAHEAD, Expectation
+from atlas_rl.speculators.base import Verified
+
+_DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
+_TRIALS = 3  # calls before a speculator's cost is believed
+_TRIAL_DEPTH = 4
+_EXPLORED_SHARE = 0.003  # of the time, for asking a speculator that is not expected to pay
+_KEPT_STEPS = 20.0  # about the last twenty steps tell how much of the predicted goodput is kept
+_KEPT_PRIOR_STEPS, _KEPT_PRIOR_SPREAD = 3.0, 0.1  # before any evidence, as if three steps had missed by a tenth
+_DOUBT_FADES = 0.01  # per plain step: a hundred of them forget most of what spoke against drafting
+_PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Log of realised over predicted goodput of one kind of step: mean and variance over the recent ones."""
+
+    mean: float = 0.0
+    variance: float = _KEPT_PRIOR_SPREAD**2
+    num_steps: float = _KEPT_PRIOR_STEPS
+
+    def observe(self, surprise: float) -> None:
+        self.num_steps = min(self.num_steps + 1, _KEPT_STEPS)
+        deviation = surprise - self.mean
+        self.mean += deviation / self.num_steps
+        self.variance += (deviation**2 - self.variance) / self.num_steps
+
+
+@dataclass(slots=True)
+class _Arm:
+    """What is known of one speculator."""
+
+    acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
+    expectation: Expectation = field(default_factory=Expectation)
+    cost: DraftCost = field(default_factory=DraftCost)
+    purse_s: float = 0.0  # seconds it may spend on being asked without being expected to pay
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What the drafts of a step are worth.
+
+    Attributes:
+        survival: float64 `[batch, MAX_LOOKAHEAD]`, of the draft that each request would use.
+        arms: int64 `[batch]`, whose it is.
+    """
+
+    survival: np.ndarray
+    arms: np.ndarray
+
+
+class GoodputController(Controller):
+    """Goodput maximisation as in the module's docstring, for any number of speculators.
+
+    Args:
+        speculators: Names, in the order that `Admission.arms` refers to.
+        explain: Give a record of every step's expectations and outcome from `observe`.
+    """
+
+    def __init__(self, speculators: Sequence[str], *, explain: bool = False) -> None:
+        self.speculators = tuple(speculators)
+        self._arms = {name: _Arm() for name in self.speculators}
+        self._cost = CostModel()
+        self._explain = explain
+        self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
+        self._predicted: tuple[float, float] | None = None  # tokens and seconds that the last decision expected
+        self._kept = {True: _Kept(), False: _Kept()}  # of steps with drafts, and of plain ones
+        self._there: dict[str, np.ndarray] = {}  # what each speculator was asked beside, in the step at hand
+        self._step: Step | None = None
+        self._survivals: dict[str, np.ndarray] = {}  # of the step at hand
+
+    def plan(self, step: Step) -> dict[str, np.ndarray]:
+        if self._steps_since_plain >= _PLAIN_EVERY or any(d.draft_probs is not None for d in step.drafts.values()):
+            # Once a drawn draft is there, whether another is asked for the same request would depend on the drawn tokens.
+            return {}
+        left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
+        if not left:
+            return {}
+        there = self._choose(step)
+        for name in sorted(left, key=lambda n: self._arms[n].cost.predict(step.batch, 1) if self._tried(n) else 0.0):
+            wanted = np.minimum(step.room, self._wanted(name, there, step))
+            if wanted.any():
+                self._there[name] = there.survival[:, 0]
+                return {name: wanted}
+        return {}
+
+    def admit(self, step: Step) -> Admission:
+        there = self._choose(step)
+        plain_s = self.plain_forward_s(step.batch, step.context_tokens)
+        self._predicted = (step.batch, plain_s) if plain_s else None
+        return Admission(there.arms, self._best_lengths(there.survival, step))
+
+    def observe(
+        self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
+    ) -> dict[str, Any] | None:
+        slots = int(admission.lengths.sum())
+        self._steps_since_plain = self._steps_since_plain + 1 if slots else 0
+        self._cost.observe(step.batch + slots, forward_s, step.context_tokens)
+        record = self._record(step, admission, verified, forward_s) if self._explain else None
+        # What drafting costs is for `plan` to weigh; here only what was promised when the drafts were there.
+        admitted_s = step_s - sum(step.draft_s.values())
+        self._compare(slots > 0, float(verified.num_committed.sum()) / admitted_s, bool(step.drafts))
+        for name in step.drafts:
+            self._learn(name, step, admission, verified)
+        for name, arm in self._arms.items():
+            if name in step.ready and name not in step.drafts and len(arm.cost):
+                trial_s = float(arm.cost.predict(step.batch, _TRIAL_DEPTH))
+                arm.purse_s = min(arm.purse_s + _EXPLORED_SHARE * step_s, trial_s)
+        return record
+
+    def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
+        for name, arm in self._arms.items():
+            arm.acceptance.policy_updated()
+            arm.expectation.policy_updated(expected.get(name))
+
+    def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
+        table = self._cost.predict(batch, context_tokens)
+        return None if table is None else float(table[batch])
+
+    def take_calibration(self) -> dict[str, tuple[int, float]]:
+        return {name: arm.acceptance.take_calibration() for name, arm in self._arms.items()}
+
+    # ------------------------------------------------------------------------------------------------------- decisions
+
+    def _tried(self, name: str) -> bool:
+        return len(self._arms[name].cost) > 0
+
+    def _choose(self, step: Step) -> _Choice:
+        """The most promising draft of each request."""
+        survival, arms = np.zeros((step.batch, MAX_LOOKAHEAD)), np.zeros(step.batch, np.int64)
+        # Draws that rejection verifies: whether a token is verified must not depend on the token. A later position's
+        # confidence is computed from it, so a row's arm is chosen by first positions.
+        drawn = any(draft.draft_probs is not None for draft in step.drafts.values())
+        best = np.zeros(step.batch)
+        for name in step.drafts:
+            own = self._survival(name, step)
+            gain = (own[:, :1] if drawn else own).sum(axis=1)
+            better = gain > best
+            survival[better], best[better] = own[better], gain[better]
+            arms[better] = self.speculators.index(name)
+        return _Choice(survival, arms)
+
+    def _survival(self, name: str, step: Step) -> np.ndarray:
+        """Survival probability of every slot: float64 `[batch, MAX_LOOKAHEAD]`, zero past a row's length."""
+        if step is not self._step:
+            self._step, self._survivals = step, {}
+        if name not in self._survivals:
+            draft = step.drafts[name]
+            width = min(draft.confidence.shape[1], MAX_LOOKAHEAD)
+            estimate = self._arms[name].acceptance.estimate(draft.confidence[:, :width])
+            present = np.arange(width)[None] < draft.lengths[:, None]
+            survival = np.zeros((step.batch, MAX_LOOKAHEAD))
+            survival[:, :width] = np.cumprod(np.where(present, estimate, 0.0), axis=1)
+            self._survivals[name] = survival
+        return self._survivals[name]
+
+    def _wanted(self, name: str, there: _Choice, step: Step) -> np.ndarray:
+        """Draft tokens to ask of one speculator per request, given the drafts that are there: int64 `[batch]`."""
+        arm, batch = self._arms[name], step.batch
+        if len(arm.cost) < _TRIALS:
+            return np.full(batch, _TRIAL_DEPTH)
+        spent_s = sum(step.draft_s.values())
+        expected = arm.expectation.survival(there.survival[:, 0])
+        expected[np.arange(MAX_LOOKAHEAD)[None] >= step.room[:, None]] = 0.0
+        better = expected.sum(axis=1) > there.survival.sum(axis=1)
+        table = self._cost.predict(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
+        assert table is not None, "a plain step comes before the first plan"
+        # It costs least for the requests where it is expected to do better; all of them where it costs no more.
+        asked = [int(better.sum()), batch]
+        draft_s = np.stack(
+            [np.full(len(_DEPTHS), spent_s), *(spent_s + arm.cost.predict(rows, _DEPTHS) for rows in asked)]
+        )
+        whom, index = search(there.survival, expected, better, table, draft_s, _DEPTHS, self._discount())
+        wanted = np.zeros(batch, np.int64)
+        if whom:
+            wanted[better if whom == 1 else slice(None)] = _DEPTHS[index]
+        if not wanted.any() and arm.purse_s >= (cost_s := float(arm.cost.predict(batch, _TRIAL_DEPTH))):
+            arm.purse_s -= cost_s
+            wanted[:] = _TRIAL_DEPTH
+        return wanted
+
+    def _best_lengths(self, survival: np.ndarray, step: Step) -> np.ndarray:
+        """Admit the n likeliest slots of the batch, n where goodput peaks: int64 `[batch]`."""
+        if self._predicted is None or not survival.any():
+            return np.zeros(step.batch, np.int64)
+        rows, positions = np.nonzero(survival)
+        order = np.lexsort((positions, -survival[rows, positions]))  # a row's slots stay in order: survival never rises
+        _, best, tokens, seconds = self._goodput(survival, step, 0.0)
+        self._predicted = (tokens, seconds)
+        return np.bincount(rows[order[:best]], minlength=step.batch).astype(np.int64)
+
+    def _goodput(self, survival: np.ndarray, step: Step, draft_s: float) -> tuple[float, int, float, float]:
+        """The best goodput of a step with these slots, drafting of `draft_s` seconds included.
+
+        Returns:
+            Goodput, discounted; how many slots are admitted for it, in falling order of survival; the tokens and the
+            seconds expected of it, as they are.
+        """
+        batch = step.batch
+        values = survival[survival > 0]
+        values[::-1].sort()
+        table = self._cost.predict(batch + len(values), step.context_tokens)
+        assert table is not None, "a plain step comes before the first plan"
+        gained = np.concatenate([[0.0], np.cumsum(values)])
+        seconds = table[batch : batch + len(values) + 1] + draft_s
+        if any(draft.draft_probs is not None for draft in step.drafts.values()):
+            # Slot by slot, until the next one does not pay: whether one is admitted then depends on likelier slots alone,
+            # never on a later one of its own row. The discount goes on what each slot brings, for the same reason.
+            goodput = (batch + self._discount() * gained) / seconds
+            stops = np.flatnonzero(np.diff(goodput) <= 0)
+            best = int(stops[0]) if len(stops) else len(values)
+        else:
+            goodput = (batch + gained) / seconds
+            goodput[1:] *= self._discount()
+            best = int(np.argmax(goodput))
+        return float(goodput[best]), best, float(batch + gained[best]), float(seconds[best])
+
+    def _discount(self) -> float:
+        """Factor on the predicted goodput of drafting: what drafting steps have kept of it, against what plain steps have.
+
+        What the models do not see (sampling rounds, bookkeeping, a ragged batch, optimism where n was chosen because it
+        looked best) is in there, and only there. The standard error is taken off as well: a gain that this machine's
+        step times cannot tell from noise is not worth the risk of a loss.
+        """
+        drafted, plain = self._kept[True], self._kept[False]
+        # Noise of step times is the machine's, whatever the step: one variance, so that plain steps tell it as well.
+        num_steps = drafted.num_steps + plain.num_steps
+        variance = (drafted.variance * drafted.num_steps + plain.variance * plain.num_steps) / num_steps
+        error = np.sqrt(variance / drafted.num_steps + variance / plain.num_steps)
+        return float(np.exp(min(0.0, drafted.mean - plain.mean) - error))
+
+    # -------------------------------------------------------------------------------------------------------- learning
+
+    def _compare(self, drafted: bool, goodput: float, had_choice: bool) -> None:
+        """Note how much of its predicted goodput a step kept."""
+        if self._predicted is not None:
+            tokens, seconds = self._predicted
+            self._kept[drafted].observe(float(np.clip(np.log(goodput * seconds / tokens), -1.0, 1.0)))
+        if had_choice and not drafted:
+            # Nothing is learned about drafting while nothing is drafted: doubt fades, and drafting is tried again.
+            self._kept[True].mean += _DOUBT_FADES * (self._kept[False].mean - self._kept[True].mean)
+
+    def _learn(self, name: str, step: Step, admission: Admission, verified: Verified) -> None:
+        arm, draft, asked = self._arms[name], step.drafts[name], step.asked[name]
+        arm.cost.observe(int((asked > 0).sum()), int(asked.max()), step.draft_s[name])
+        arm.expectation.observe(self._there[name], self._survival(name, step), asked, draft.lengths)
+        tried, accepted = outcome_of(draft, verified)
+        if draft.draft_probs is not None:
+            # Rejection accepts a draw more often than an independent draw equals it: only its own verdicts count.
+            used = (admission.arms == self.speculators.index(name)) & (admission.lengths > 0)
+            tried, accepted = np.where(used, verified.num_drafted, 0), np.where(used, verified.num_accepted, 0)
+        arm.acceptance.observe(draft.confidence, tried, accepted)
+
+    def _record(self, step: Step, admission: Admission, verified: Verified, forward_s: float) -> dict[str, Any]:
+        """What was expected of the step, and what came."""
+        slots = np.bincount(admission.arms, weights=admission.lengths, minlength=len(self.speculators))
+        tokens, seconds = self._predicted or (None, None)
+        return {
+            "batch": step.batch,
+            "context_tokens": step.context_tokens,
+            "asked": {
+                name: {"requests": int((most > 0).sum()), "depth": int(most.max()), "seconds": step.draft_s[name]}
+                for name, most in step.asked.items()
+            },
+            "admitted": {name: int(n) for name, n in zip(self.speculators, slots, strict=True) if n},
+            "longest": int(admission.lengths.max(initial=0)),
+            "discount": self._discount(),
+            "plain_forward_s": self.plain_forward_s(step.batch, step.context_tokens),
+            "expected_tokens": tokens,
+            "expected_forward_s": seconds,
+            "tokens": int(verified.num_committed.sum()),
+            "forward_s": forward_s,
+        }
