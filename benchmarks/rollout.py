@@ -161,7 +161,9 @@ def engine_arm(engine: AtlasRolloutEngine, group: int, args: argparse.Namespace)
     return run
 
 
-def trl_arm(model: Any, tokenizer: Any, group: int, args: argparse.Namespace) -> Callable[..., Any]:
+def trl_arm(
+    model: Any, tokenizer: Any, group: int, args: argparse.Namespace, temperature: float = 1.0
+) -> Callable[..., Any]:
     """TRL's own generation: the method that GRPOTrainer calls when nothing is attached."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -173,7 +175,9 @@ def trl_arm(model: Any, tokenizer: Any, group: int, args: argparse.Namespace) ->
         per_device_train_batch_size=max(group, 2),
         report_to="none",
         bf16=False,
-        use_cpu=args.device == "cpu",
+        use_cpu=model.device.type == "cpu",
+        temperature=temperature or 1.0,
+        generation_kwargs={} if temperature else {"do_sample": False},
         beta=0.0,
     )
     trainer = GRPOTrainer(
