@@ -7,8 +7,9 @@ Rollouts do not depend on the drafter, so one recorded run per seed answers for 
 run. `grpo` is the demo's training; `shift` trains on one task family, then on another, then on the first again. Arms draft
 `LOOKAHEAD` tokens per request and step, so that accepted lengths compare drafters and not decisions; `all` asks every
 drafter and takes the most promising draft of each request. The recurrent head comes in kinds: `recurrent` starts from what
-it had learned by the end of another run, `recurrent_cold` from nothing; `recurrent_frozen` is the cold one without refreshes
-after step 5, `recurrent_tv` and `recurrent_argmax` the cold one with the other loss, and without drawn drafts.
+it had learned by the end of another run, `recurrent_cold` from nothing; the others are cold ones as well: `recurrent_frozen`
+without refreshes after step 5, `recurrent_tv` with the other loss, `recurrent_argmax` without drawn drafts, and
+`recurrent_uniform` without learning more where its drafts were rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from datasets import concatenate_datasets
 
-from atlas_rl.rollout.acceptance import AcceptanceModel, outcome_of
+from atlas_rl.rollout.acceptance import AcceptanceModel
 from atlas_rl.rollout.controller import Admission, FixedController, Step
 from atlas_rl.rollout.replay import Recorded, ReplayPolicy, recorded_calls, replay
 from atlas_rl.speculators.base import Speculator, Verified
@@ -56,6 +57,7 @@ ARMS = (
     "recurrent_frozen",
     "recurrent_tv",
     "recurrent_argmax",
+    "recurrent_uniform",
     "eagle3",
     "all",
 )
@@ -156,7 +158,7 @@ class MostPromising(FixedController):
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
         for name, draft in step.drafts.items():
-            self._calibrated[name].observe(draft.confidence, *outcome_of(draft, verified))
+            self._calibrated[name].observe(draft.confidence, *verified.outcome_of(draft))
         return super().observe(step, admission, verified, forward_s, step_s)
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
@@ -258,7 +260,12 @@ def replay_arm(
 
 def arm_speculators(arm: str, clock: StepClock) -> dict[str, Speculator]:
     loss: Loss = "tv" if arm == "recurrent_tv" else "kl"
-    recurrent = RecurrentSpeculator(clock=clock, loss=loss, argmax=arm == "recurrent_argmax")
+    recurrent = RecurrentSpeculator(
+        clock=clock,
+        loss=loss,
+        argmax=arm == "recurrent_argmax",
+        **({"missed_weight": 1.0} if arm == "recurrent_uniform" else {}),
+    )
     chosen: dict[str, list[Speculator]] = {
         "history": [HistorySpeculator()],
         "recurrent": [recurrent],
@@ -266,6 +273,7 @@ def arm_speculators(arm: str, clock: StepClock) -> dict[str, Speculator]:
         "recurrent_cold": [recurrent],
         "recurrent_tv": [recurrent],
         "recurrent_argmax": [recurrent],
+        "recurrent_uniform": [recurrent],
         "all": [HistorySpeculator(), recurrent],
     }
     if EAGLE3.is_dir():

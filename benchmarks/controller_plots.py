@@ -73,10 +73,8 @@ def drain(cell: dict[str, Any], path: Path) -> None:
     right.fill_between(steps, batch, step="post", alpha=0.15, color="gray", label="active requests")
     right.set_ylabel("active requests")
     right.set_ylim(bottom=0)
-    lines = [
-        sum(pair, []) for pair in zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True)
-    ]
-    axes.legend(*lines, fontsize=8, loc="upper left")
+    left, shade = axes.get_legend_handles_labels(), right.get_legend_handles_labels()
+    axes.legend(left[0] + shade[0], left[1] + shade[1], fontsize=8, loc="upper left")
     axes.grid(alpha=0.3)
     finish(figure, path)
 

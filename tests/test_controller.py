@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlas_rl.rollout.acceptance import AcceptanceModel, outcome_of
+from atlas_rl.rollout.acceptance import AcceptanceModel
 from atlas_rl.rollout.controller import Admission, Controller, FixedController, Step
 from atlas_rl.rollout.cost import CostModel, DraftCost, _bucket
 from atlas_rl.rollout.depth_search import search
@@ -302,7 +302,7 @@ def test_the_committed_tokens_judge_every_draft():
         np.array([[5, 6, 7, 8], [5, 9, 7, 8], [5, 6, 7, 8], [9, 0, 0, 0]]), np.array([4, 4, 4, 1]),
         np.full((4, 4), 0.5, np.float32),
     )  # fmt: skip
-    tried, accepted = outcome_of(draft, verified)
+    tried, accepted = verified.outcome_of(draft)
     assert tried.tolist() == [3, 2, 1, 1]
     assert accepted.tolist() == [3, 1, 1, 0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cache
 
@@ -581,6 +582,55 @@ def test_the_state_of_another_speculator_is_refused():
     engine_of().load_state_dict({"mute": {}})  # it had nothing to restore
 
 
+# ---------------------------------------------------------------------------------------------------- the controller's say
+
+
+class AskSome(FixedController):
+    """Asks for every second request only."""
+
+    def plan(self, step):
+        return {name: np.where(np.arange(step.batch) % 2 == 0, most, 0) for name, most in super().plan(step).items()}
+
+
+class Watched(RandomDrafter):
+    """Keeps the number of requests that each call was about."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def propose(self, sequences, requests, max_draft_tokens):
+        assert (max_draft_tokens > 0).all()
+        self.asked.append(len(requests))
+        return super().propose(sequences, requests, max_draft_tokens)
+
+
+@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+def test_speculators_are_asked_for_the_wanted_requests_only(verification):
+    drafter = Watched()
+    controller = AskSome(["random"], "random", 3)
+    output = generate(engine_of(speculators=[drafter], controller=controller, verification=verification))
+    assert set(drafter.asked) <= {1, 2, 3, 4, 5, 6, 7, 8} - {len(output.completion_ids)}
+    assert output.report.drafted["random"] > 0
+    if verification == "invariant":
+        assert output.completion_ids == reference().completion_ids
+
+
+def test_a_trace_says_what_was_expected_and_what_came(tmp_path):
+    engine = engine_of(output_dir=tmp_path, trace=True, speculators=[parrot(0.1)])
+    reports = [generate(engine).report for _ in range(2)]
+    steps = [json.loads(line) for line in (tmp_path / "controller.jsonl").read_text().splitlines()]
+    for call, report in enumerate(reports):
+        own = [step for step in steps if step["call"] == call]
+        assert [step["step"] for step in own] == list(range(report.num_forwards))
+        assert sum(step["tokens"] for step in own) == report.num_decoded_tokens
+        assert sum(step["forward_s"] for step in own) == pytest.approx(report.verify_s, rel=0.01)
+        assert all(step["step_s"] >= step["forward_s"] for step in own)
+    assert any(step["admitted"] for step in steps)
+    assert sum(reports[-1].scored.values()) > 0
+    assert 0 <= reports[-1].calibration_error["parrot"] < 1
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -636,6 +686,7 @@ BAD_OPTIONS = {
     "a draft LM with another vocabulary": ({"draft_model": tiny_llama(vocab=32)}, "32 tokens.*64.*tokenizer"),
     "a draft LM that is no LM": ({"draft_model": nn.Linear(2, 2)}, "AutoModelForCausalLM"),
     "a draft LM that is not there": ({"draft_model": "/no/such/folder"}, "no checkpoint"),
+    "a trace without a folder": ({"trace": True}, "output_dir"),
     "two names alike": ({"speculators": [RandomDrafter(), RandomDrafter()]}, "different names"),
     "draft LM and speculators": ({"draft_model": nn.Linear(2, 2), "speculators": [RandomDrafter()]}, "either"),
 }

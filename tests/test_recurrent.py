@@ -283,7 +283,8 @@ def test_windows_stay_within_a_rollout():
     # Two rollouts, of 3 and 2 tokens, arriving shuffled; the hidden state of a token is its id.
     requests, positions = np.array([1, 0, 0, 1, 0]), np.array([4, 7, 5, 5, 6])
     tokens = np.array([10, 3, 1, 11, 2])
-    buffer.add(requests, positions, tokens, torch.from_numpy(tokens)[:, None].half(), version=0)
+    none = np.zeros(5, bool)
+    buffer.add(requests, positions, tokens, torch.from_numpy(tokens)[:, None].half(), none, version=0)
     windows = buffer.newest(50, unroll=3, rng=np.random.default_rng(0))
     found = {tuple(row[: 1 + int(valid.sum())]) for row, valid in zip(windows.token_ids, windows.valid, strict=True)}
     assert found == {(1, 2, 3), (2, 3), (10, 11)}
@@ -297,8 +298,30 @@ def test_the_buffer_is_bounded_and_prefers_new_policies():
     for version in range(5):
         n = np.arange(16)
         tokens = np.full(16, version)
-        buffer.add(np.zeros(16, np.int64), n, tokens, torch.zeros(16, 2).half(), version)
+        buffer.add(np.zeros(16, np.int64), n, tokens, torch.zeros(16, 2).half(), np.zeros(16, bool), version)
     assert len(buffer) == 32
     drawn = buffer.sample(4000, 1, version=4, rng=np.random.default_rng(0)).token_ids[:, 0]
     assert set(drawn) == {3, 4}
     assert (drawn == 4).mean() == pytest.approx(1 / (1 + 0.5**0.25), abs=0.03)
+
+
+def test_it_learns_more_often_where_its_drafts_were_rejected():
+    buffer = ReplayBuffer(max_tokens=40, missed_weight=3.0)
+    # Two rollouts of 8 tokens, shuffled; a token is its number, and the sixth of the second rollout was missed.
+    order = np.random.default_rng(0).permutation(16)
+    tokens, missed = np.arange(16), np.arange(16) == 13
+    buffer.add((tokens // 8)[order], (tokens % 8)[order], tokens[order], torch.zeros(16, 2).half(), missed[order], 0)
+    drawn = buffer.sample(8000, 2, version=0, rng=np.random.default_rng(0)).token_ids[:, 0]
+    assert (drawn == 12).mean() == pytest.approx(3 / 16, abs=0.02)  # 14 tokens have a successor; one counts thrice
+    assert (drawn == 13).mean() == pytest.approx(1 / 16, abs=0.02)
+
+
+def test_it_knows_which_of_its_drafts_were_rejected():
+    speculator = drafter()
+    engine = trained(policy(), speculator, updates=1)
+    report = rollout(engine, 7, eos_token_ids=[]).report
+    missed = sum(int(entry[4].sum()) for entry in speculator._log)
+    rejected = report.drafted["recurrent"] - report.accepted["recurrent"]
+    # A rejection ends a draft of three tokens: one to three of them are rejected with it.
+    assert rejected / 3 <= missed <= rejected
+    assert missed > 0

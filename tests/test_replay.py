@@ -8,7 +8,8 @@ import torch
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.controller import FixedController
-from atlas_rl.rollout.replay import Recorded, ReplayPolicy, RolloutRecorder, recorded_calls, replay
+from atlas_rl.rollout.goodput import GoodputController
+from atlas_rl.rollout.replay import Costs, Recorded, ReplayPolicy, RolloutRecorder, recorded_calls, replay
 from atlas_rl.speculators.history import HistorySpeculator
 from tests.models import tiny_bigram
 from tests.test_recurrent import drafter
@@ -62,6 +63,31 @@ def test_a_replay_drafts_and_accepts_what_the_live_run_did(kind, tmp_path):
         assert sum(a.drafted.values()) == pytest.approx(sum(b.drafted.values()), rel=0.02, abs=2)
         assert a.accepted_length == pytest.approx(b.accepted_length, rel=0.02)
     assert sum(made[-1].accepted.values()) > 20
+
+
+def test_costs_give_a_replay_the_time_of_the_machine_they_were_fitted_to(tmp_path):
+    live(policy(), HistorySpeculator(), tmp_path, calls=1)
+    recorded = Recorded.load(recorded_calls(tmp_path)[0])
+    trace = [
+        {
+            "batch": batch, "context_tokens": 20 * batch, "admitted": {"history": slots},
+            "forward_s": 1.0 + 0.1 * (batch + slots), "asked": {"history": {"requests": batch, "depth": 3, "seconds": 0.5}},
+        }
+        for batch in (1, 4, 9) for slots in (0, 3, 9, 27) for _ in range(20)
+    ]  # fmt: skip
+
+    def timed(controller):
+        speculator = HistorySpeculator()
+        speculator.bind(ReplayPolicy(recorded))
+        return replay(recorded, {"history": speculator}, controller, Costs.of(trace))[0]
+
+    drafting = timed(FixedController(["history"], "history", 3))
+    plain = timed(GoodputController(()))
+    assert plain.verify_s == pytest.approx(plain.num_forwards + 0.1 * plain.num_request_forwards, rel=0.05)
+    assert drafting.verify_s > drafting.num_forwards + 0.1 * drafting.num_request_forwards
+    # The last steps have no room to draft.
+    assert 0.5 * (drafting.num_forwards - 3) <= drafting.draft_s + 1e-6 <= 0.5 * drafting.num_forwards + 1e-5
+    assert drafting.num_request_forwards < plain.num_request_forwards
 
 
 def test_the_record_holds_what_a_plain_forward_computes(tmp_path):

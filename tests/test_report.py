@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -265,8 +266,11 @@ def test_merge_of_ranks_is_weight_correct():
         accepted_by_position=(25, 20, 12),
         active_batch_curve=((0, 4), (3, 4)),
         completion_lengths=(90,),
+        scored={"history": 60, "draft_lm": 5},
+        calibration_error={"history": 0.1, "draft_lm": 0.3},
         warnings=("x",),
     )
+    slow = replace(slow, scored={"history": 20}, calibration_error={"history": 0.5})
     both = merge([slow, fast])
     assert both == merge([slow, fast])
     assert both.num_tokens == 100
@@ -277,6 +281,8 @@ def test_merge_of_ranks_is_weight_correct():
     assert both.acceptance_by_position == (35 / 44, 24 / 40, 12 / 21)
     assert both.entropy == pytest.approx(0.46)
     assert both.drafted == {"history": 100, "draft_lm": 5}
+    assert both.scored == {"history": 80, "draft_lm": 5}
+    assert both.calibration_error == pytest.approx({"history": 0.2, "draft_lm": 0.3})
     assert both.active_batch_curve == ((0, 6), (3, 6), (6, 2), (9, 1))
     assert both.completion_lengths == (10, 20, 90)
     assert both.warnings == ("x",)

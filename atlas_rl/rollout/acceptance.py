@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from atlas_rl.speculators.base import Draft, Verified
-
 _EDGES = np.linspace(-5.0, 5.0, 21)  # in logits of the confidence: fine where it is decided whether a draft pays
 _NUM_BINS = len(_EDGES) + 1
 _POSITIONS = np.array([0, 1, 2, 4, 8])  # the first draft position of each class
@@ -87,20 +85,6 @@ class AcceptanceModel:
         bins = np.minimum((estimates * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)
         for row, weights in zip(self._scores, (None, estimates, accepted), strict=True):
             row += np.bincount(bins, weights=weights, minlength=_SCORE_BINS)
-
-
-def outcome_of(draft: Draft, verified: Verified) -> tuple[np.ndarray, np.ndarray]:
-    """What the committed tokens say about a draft, whether or not it was the one that was verified.
-
-    Returns:
-        int64 `[batch]` twice: positions whose fate is known, and how many of them were right.
-    """
-    width = min(draft.token_ids.shape[1], verified.token_ids.shape[1])
-    reach = np.minimum(draft.lengths, verified.num_committed)
-    equal = draft.token_ids[:, :width] == verified.token_ids[:, :width]
-    equal &= np.arange(width)[None] < reach[:, None]
-    accepted = np.cumprod(equal, axis=1).sum(axis=1)
-    return np.minimum(accepted + 1, reach), accepted
 
 
 def _bins(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.rollout.acceptance import AcceptanceModel, outcome_of
+from atlas_rl.rollout.acceptance import AcceptanceModel
 from atlas_rl.rollout.controller import Admission, Controller, Step
 from atlas_rl.rollout.cost import CostModel, DraftCost
 from atlas_rl.rollout.depth_search import search
@@ -271,7 +271,7 @@ class GoodputController(Controller):
         arm, draft, asked = self._arms[name], step.drafts[name], step.asked[name]
         arm.cost.observe(int((asked > 0).sum()), int(asked.max()), step.draft_s[name])
         arm.expectation.observe(self._there[name], self._survival(name, step), asked, draft.lengths)
-        tried, accepted = outcome_of(draft, verified)
+        tried, accepted = verified.outcome_of(draft)
         if draft.draft_probs is not None:
             # Rejection accepts a draw more often than an independent draw equals it: only its own verdicts count.
             used = (admission.arms == self.speculators.index(name)) & (admission.lengths > 0)

@@ -117,7 +117,9 @@ class DecodeLoop:
     def _ask(self, name: str, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         before = self.recorder.clock()
         asked = np.flatnonzero(wanted > 0)
-        draft = self.speculators[name].propose(self.sequences, requests[asked], wanted[asked])
+        draft = Draft.empty(0)
+        if len(asked):
+            draft = self.speculators[name].propose(self.sequences, requests[asked], wanted[asked])
         step.asked[name], step.drafts[name] = wanted, draft.spread(asked, len(requests))
         step.draft_s[name] = self.recorder.clock() - before
         self.num_asked[name] = self.num_asked.get(name, 0) + int(wanted.sum())

@@ -336,7 +336,7 @@ class _ReplayLoop(DecodeLoop):
 
     def _ask(self, name: str, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         super()._ask(name, requests, wanted, step)
-        if self._costs is not None:
+        if self._costs is not None and wanted.any():
             known = self._costs.drafts[name]
             step.draft_s[name] = float(known.predict(int((wanted > 0).sum()), int(wanted.max())))
             self._clock.now_s += step.draft_s[name]

@@ -132,6 +132,25 @@ class Verified:
     finished: np.ndarray
     hidden: Hidden | None = None
 
+    def outcome_of(self, draft: Draft, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What the committed tokens say about a draft, whether or not it was the one that was verified.
+
+        Args:
+            draft: Proposed for the positions that were committed now.
+            rows: int64 `[n]`, rows of this batch that the draft covers; None for all.
+
+        Returns:
+            int64 `[n]` twice: draft positions whose fate is known, and how many of them were right. A position is known
+            while all before it were right and a token was committed there.
+        """
+        covered = slice(None) if rows is None else rows
+        width = min(draft.token_ids.shape[1], self.token_ids.shape[1])
+        reach = np.minimum(draft.lengths, self.num_committed[covered])
+        equal = draft.token_ids[:, :width] == self.token_ids[covered, :width]
+        equal &= np.arange(width)[None] < reach[:, None]
+        right = np.cumprod(equal, axis=1).sum(axis=1)
+        return np.minimum(right + 1, reach), right
+
 
 @dataclass(slots=True)
 class Rollouts:

@@ -31,6 +31,7 @@ _STATE_KIND, _STATE_VERSION = "atlas_rl.recurrent", 1
 _MAX_STATE_SIZE = 1024
 _MAX_VOCAB = 8192
 _MAX_TOKENS = 32_768
+_MISSED_WEIGHT = 3.0
 _BUDGET_SHARE = 0.05  # of the time since the refresh before
 
 
@@ -49,6 +50,7 @@ class RecurrentSpeculator(Speculator):
         budget_share: Most of the time between two refreshes that the later one takes.
         max_vocab: Most tokens it can propose.
         max_tokens: Most rollout tokens kept to learn from, at two bytes per component of a hidden state.
+        missed_weight: How much more often than elsewhere it learns where its drafts were rejected (Draft-OPD); 1 alike.
         seed: Of the initial weights and of the training windows.
         clock: Seconds.
         argmax: Draft the likeliest token instead of drawing: an arm of comparisons.
@@ -64,6 +66,7 @@ class RecurrentSpeculator(Speculator):
         budget_share: float = _BUDGET_SHARE,
         max_vocab: int = _MAX_VOCAB,
         max_tokens: int = _MAX_TOKENS,
+        missed_weight: float = _MISSED_WEIGHT,
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
         argmax: bool = False,
@@ -71,12 +74,13 @@ class RecurrentSpeculator(Speculator):
         self.policy_version = -1
         self.refreshes: list[Distilled] = []
         self._loss, self._budget_share, self._seed = loss, budget_share, seed
-        self._max_vocab, self._max_tokens = max_vocab, max_tokens
+        self._max_vocab, self._max_tokens, self._missed_weight = max_vocab, max_tokens, missed_weight
         self._clock, self._argmax = clock, argmax
         self._policy: nn.Module | None = None
         self._sequences: Sequences | None = None
         self._folded: FoldedHead | None = None  # made when first needed after a refresh
         self._num_read = 0  # entries of the log whose tokens have rows
+        self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
         self._counts: TokenCounts
         self._rows: TokenRows
         self._trained = False
@@ -111,7 +115,7 @@ class RecurrentSpeculator(Speculator):
         if sequences is self._sequences:
             return
         self._end_call()
-        self._sequences = sequences
+        self._sequences, self._proposed = sequences, None
         self._rows.reread(self._bound())
         self._set_tables()
         num_requests = len(sequences.lengths)
@@ -137,7 +141,8 @@ class RecurrentSpeculator(Speculator):
             for _ in range(depth):
                 state = head.absorb(state, torch.from_numpy(newest).to(self._device))
                 newest = draft.draw(head.logits(state))
-        return draft.finish(max_draft_tokens)
+        self._proposed = requests, draft.finish(max_draft_tokens)
+        return self._proposed[1]
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the hidden states that the committed tokens were drawn from."""
@@ -151,20 +156,40 @@ class RecurrentSpeculator(Speculator):
         ends = torch.from_numpy(np.cumsum(count) - 1).to(self._device)
         self._newest[torch.from_numpy(requests).to(self._device)] = hidden[ends].float()
         kept = np.flatnonzero(self._kept[requests[row]])
+        missed = self._missed_at(verified)
         if len(kept):
-            self._keep(sequences, verified, row[kept], offset[kept], hidden[torch.from_numpy(kept).to(self._device)])
+            states = hidden[torch.from_numpy(kept).to(self._device)]
+            self._keep(sequences, verified, row[kept], offset[kept], states, missed[row[kept]] == offset[kept])
         fresh = self._log[self._num_read :]
         if verified.finished.any() and fresh:  # not on every step: each new token copies all rows
             self._rows.add(np.concatenate([entry[2] for entry in fresh]), self._bound())
             self._num_read = len(self._log)
 
+    def _missed_at(self, verified: Verified) -> np.ndarray:
+        """Offset of the committed token that this head drafted otherwise: int64 `[batch]`, -1 for none."""
+        missed = np.full(len(verified.requests), -1)
+        if self._proposed is not None:
+            requests, draft = self._proposed
+            row_of = {int(request): row for row, request in enumerate(verified.requests)}
+            rows = np.array([row_of[int(request)] for request in requests])
+            tried, accepted = verified.outcome_of(draft, rows)
+            missed[rows] = np.where(tried > accepted, accepted, -1)
+            self._proposed = None
+        return missed
+
     def _keep(
-        self, sequences: Sequences, verified: Verified, row: np.ndarray, offset: np.ndarray, hidden: torch.Tensor
+        self,
+        sequences: Sequences,
+        verified: Verified,
+        row: np.ndarray,
+        offset: np.ndarray,
+        hidden: torch.Tensor,
+        missed: np.ndarray,
     ) -> None:
         """Log tokens, by row and offset in what was verified, with what they were drawn from."""
         begins = sequences.lengths[verified.requests] - verified.num_committed
         tokens = verified.token_ids[row, offset]
-        self._log.append((verified.requests[row], begins[row] + offset, tokens, hidden.to(torch.float16)))
+        self._log.append((verified.requests[row], begins[row] + offset, tokens, hidden.to(torch.float16), missed))
 
     @_trainable
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
@@ -248,12 +273,13 @@ class RecurrentSpeculator(Speculator):
         self._optimizer = new_optimizer(self._head)
         self._counts = TokenCounts(vocab_size)
         self._rows = TokenRows.empty(vocab_size, hidden_size, self._device)
-        self._buffer = ReplayBuffer(self._max_tokens)
+        self._buffer = ReplayBuffer(self._max_tokens, self._missed_weight)
         self._rng = np.random.default_rng(self._seed)
         self._sequences = None
         self._newest = torch.zeros(0, hidden_size, device=self._device)
         self._kept = np.zeros(0, bool)
-        self._log: list[tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor]] = []
+        self._log: list[tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor, np.ndarray]] = []
+        self._proposed = None
         self._num_read = 0
         self._trained = False
         self._set_ids(np.zeros(0, np.int64))
@@ -267,8 +293,8 @@ class RecurrentSpeculator(Speculator):
         """Move what the call left into the buffer."""
         if self._log and self._sequences is not None:
             requests, positions, tokens = (np.concatenate([entry[i] for entry in self._log]) for i in range(3))
-            hidden = torch.cat([entry[3] for entry in self._log])
-            self._buffer.add(requests, positions, tokens, hidden, self._sequences.policy_version)
+            hidden, missed = torch.cat([entry[3] for entry in self._log]), np.concatenate([e[4] for e in self._log])
+            self._buffer.add(requests, positions, tokens, hidden, missed, self._sequences.policy_version)
             self._counts.add(tokens)
         self._log, self._num_read, self._sequences = [], 0, None
 

@@ -30,21 +30,29 @@ class ReplayBuffer:
 
     Args:
         max_tokens: Most tokens kept.
+        missed_weight: Of a window whose first prediction the head got wrong when it drafted there; others weigh 1.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, max_tokens: int, missed_weight: float = 1.0) -> None:
+        self._max_tokens, self._missed_weight = max_tokens, missed_weight
         self._sizes: list[int] = []  # tokens of each call, the oldest first
         self._hidden = torch.zeros(0, 0, dtype=torch.float16)  # [tokens, hidden]
         self._tokens = np.zeros(0, np.int64)
         self._left = np.zeros(0, np.int64)  # tokens of the rollout that follow each one
         self._versions = np.zeros(0, np.int64)
+        self._weights = np.zeros(0)
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def add(
-        self, requests: np.ndarray, positions: np.ndarray, tokens: np.ndarray, hidden: torch.Tensor, version: int
+        self,
+        requests: np.ndarray,
+        positions: np.ndarray,
+        tokens: np.ndarray,
+        hidden: torch.Tensor,
+        missed: np.ndarray,
+        version: int,
     ) -> None:
         """Add the tokens of one call.
 
@@ -53,12 +61,15 @@ class ReplayBuffer:
             positions: int64 `[n]`, where it stands.
             tokens: int64 `[n]`.
             hidden: float16 `[n, hidden]`, what each token was drawn from.
+            missed: bool `[n]`, whether the head had drafted another token there, all before it being right.
             version: Of the policy.
         """
         order = np.lexsort((positions, requests))
         requests, tokens = requests[order], tokens[order]
         last = np.flatnonzero(np.append(requests[1:] != requests[:-1], True))
         left = last[np.searchsorted(last, np.arange(len(requests)))] - np.arange(len(requests))
+        # A window starts at the token before the one that it predicts first.
+        weights = np.where(np.append(missed[order][1:], False), self._missed_weight, 1.0) * (left > 0)
         self._sizes.append(len(tokens))
         dropped = 0
         while sum(self._sizes) > self._max_tokens and len(self._sizes) > 1:
@@ -68,11 +79,15 @@ class ReplayBuffer:
         self._tokens = np.concatenate([self._tokens[dropped:], tokens])
         self._left = np.concatenate([self._left[dropped:], left])
         self._versions = np.concatenate([self._versions[dropped:], np.full(len(tokens), version)])
+        self._weights = np.concatenate([self._weights[dropped:], weights])
 
     def sample(self, num_windows: int, unroll: int, version: int, rng: np.random.Generator) -> Windows:
-        """Windows from all over the buffer, rollouts of recent policies more often."""
+        """Windows from all over the buffer: more of recent policies, more of where the head's drafts were rejected.
+
+        The latter as in Draft-OPD: what the head knows already teaches it nothing.
+        """
         age = version - self._versions
-        cumulative = np.cumsum(np.where(self._left > 0, 0.5 ** (age / _HALVED_AFTER_UPDATES), 0.0))
+        cumulative = np.cumsum(self._weights * 0.5 ** (age / _HALVED_AFTER_UPDATES))
         starts = np.searchsorted(cumulative, rng.random(num_windows) * cumulative[-1], side="right")
         return self._windows(starts, unroll)
 
