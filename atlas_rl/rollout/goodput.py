@@ -87,7 +87,8 @@ class GoodputController(Controller):
     def __init__(self, speculators: Sequence[str], *, explain: bool = False) -> None:
         self.speculators = tuple(speculators)
         self._arms = {name: _Arm() for name in self.speculators}
-        self._cost = CostModel()
+        self._cost = CostModel()  # of a step but for drafting: forward, sampling, bookkeeping
+        self._forward_cost = CostModel()  # of the forward alone, for those who ask what plain decoding costs
         self._explain = explain
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
         self._predicted: tuple[float, float] | None = None  # tokens and seconds that the last decision expected
@@ -113,8 +114,8 @@ class GoodputController(Controller):
 
     def admit(self, step: Step) -> Admission:
         there = self._choose(step)
-        plain_s = self.plain_forward_s(step.batch, step.context_tokens)
-        self._predicted = (step.batch, plain_s) if plain_s else None
+        table = self._cost.predict(step.batch, step.context_tokens)
+        self._predicted = None if table is None else (step.batch, float(table[step.batch]))
         return Admission(there.arms, self._best_lengths(there.survival, step))
 
     def observe(
@@ -122,11 +123,12 @@ class GoodputController(Controller):
     ) -> dict[str, Any] | None:
         slots = int(admission.lengths.sum())
         self._steps_since_plain = self._steps_since_plain + 1 if slots else 0
-        self._cost.observe(step.batch + slots, forward_s, step.context_tokens)
-        record = self._record(step, admission, verified, forward_s) if self._explain else None
+        undrafted_s = step_s - sum(step.draft_s.values())
+        self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
+        self._forward_cost.observe(step.batch + slots, forward_s, step.context_tokens)
+        record = self._record(step, admission, verified, forward_s, undrafted_s) if self._explain else None
         # What drafting costs is for `plan` to weigh; here only what was promised when the drafts were there.
-        admitted_s = step_s - sum(step.draft_s.values())
-        self._compare(slots > 0, float(verified.num_committed.sum()) / admitted_s, bool(step.drafts))
+        self._compare(slots > 0, float(verified.num_committed.sum()) / undrafted_s, bool(step.drafts))
         for name in step.drafts:
             self._learn(name, step, admission, verified)
         for name, arm in self._arms.items():
@@ -141,7 +143,7 @@ class GoodputController(Controller):
             arm.expectation.policy_updated(expected.get(name))
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        table = self._cost.predict(batch, context_tokens)
+        table = self._forward_cost.predict(batch, context_tokens)
         return None if table is None else float(table[batch])
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
@@ -212,35 +214,32 @@ class GoodputController(Controller):
             return np.zeros(step.batch, np.int64)
         rows, positions = np.nonzero(survival)
         order = np.lexsort((positions, -survival[rows, positions]))  # a row's slots stay in order: survival never rises
-        _, best, tokens, seconds = self._goodput(survival, step, 0.0)
-        self._predicted = (tokens, seconds)
+        best, tokens, seconds = self._num_admitted(survival, step)
+        self._predicted = tokens, seconds
         return np.bincount(rows[order[:best]], minlength=step.batch).astype(np.int64)
 
-    def _goodput(self, survival: np.ndarray, step: Step, draft_s: float) -> tuple[float, int, float, float]:
-        """The best goodput of a step with these slots, drafting of `draft_s` seconds included.
-
-        Returns:
-            Goodput, discounted; how many slots are admitted for it, in falling order of survival; the tokens and the
-            seconds expected of it, as they are.
-        """
+    def _num_admitted(self, survival: np.ndarray, step: Step) -> tuple[int, float, float]:
+        """How many slots to admit, in falling order of survival; tokens and seconds (but for drafting) expected of it."""
         batch = step.batch
         values = survival[survival > 0]
         values[::-1].sort()
         table = self._cost.predict(batch + len(values), step.context_tokens)
         assert table is not None, "a plain step comes before the first plan"
         gained = np.concatenate([[0.0], np.cumsum(values)])
-        seconds = table[batch : batch + len(values) + 1] + draft_s
+        seconds = table[batch : batch + len(values) + 1]
+        # Drafting is paid for whatever is admitted; like the rest of the step it makes another slot relatively cheaper.
+        whole_s = seconds + sum(step.draft_s.values())
         if any(draft.draft_probs is not None for draft in step.drafts.values()):
             # Slot by slot, until the next one does not pay: whether one is admitted then depends on likelier slots alone,
             # never on a later one of its own row. The discount goes on what each slot brings, for the same reason.
-            goodput = (batch + self._discount() * gained) / seconds
+            goodput = (batch + self._discount() * gained) / whole_s
             stops = np.flatnonzero(np.diff(goodput) <= 0)
             best = int(stops[0]) if len(stops) else len(values)
         else:
-            goodput = (batch + gained) / seconds
+            goodput = (batch + gained) / whole_s
             goodput[1:] *= self._discount()
             best = int(np.argmax(goodput))
-        return float(goodput[best]), best, float(batch + gained[best]), float(seconds[best])
+        return best, float(batch + gained[best]), float(seconds[best])
 
     def _discount(self) -> float:
         """Factor on the predicted goodput of drafting: what drafting steps have kept of it, against what plain steps have.
@@ -278,7 +277,9 @@ class GoodputController(Controller):
             tried, accepted = np.where(used, verified.num_drafted, 0), np.where(used, verified.num_accepted, 0)
         arm.acceptance.observe(draft.confidence, tried, accepted)
 
-    def _record(self, step: Step, admission: Admission, verified: Verified, forward_s: float) -> dict[str, Any]:
+    def _record(
+        self, step: Step, admission: Admission, verified: Verified, forward_s: float, undrafted_s: float
+    ) -> dict[str, Any]:
         """What was expected of the step, and what came."""
         slots = np.bincount(admission.arms, weights=admission.lengths, minlength=len(self.speculators))
         tokens, seconds = self._predicted or (None, None)
@@ -294,7 +295,8 @@ class GoodputController(Controller):
             "discount": self._discount(),
             "plain_forward_s": self.plain_forward_s(step.batch, step.context_tokens),
             "expected_tokens": tokens,
-            "expected_forward_s": seconds,
+            "expected_undrafted_s": seconds,
             "tokens": int(verified.num_committed.sum()),
+            "undrafted_s": undrafted_s,
             "forward_s": forward_s,
         }
