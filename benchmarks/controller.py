@@ -150,7 +150,8 @@ def fixed_engines(
         "off": AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False)
     }
     for name in ("ngram", *state):
-        for lookahead in args.lookaheads if name != "ngram" else args.lookaheads[1:2]:
+        middle = args.lookaheads[len(args.lookaheads) // 2]
+        for lookahead in args.lookaheads if name != "ngram" else [middle]:
             engine = AtlasRolloutEngine(
                 model=model,
                 tokenizer=tokenizer,
@@ -342,7 +343,7 @@ class Oracle(Controller):
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         left = [name for name in step.ready if name not in step.drafts]
-        return {name: np.minimum(step.room, self._longest) for name in left}
+        return {name: np.minimum(step.room, self._longest) for name in left if step.room.any()}
 
     def admit(self, step: Step) -> Admission:
         table = self._costs.forward.predict(step.batch * (1 + self._longest), step.context_tokens)
