@@ -248,6 +248,7 @@ def replay_arm(
         policy.follow(recorded)
         report, rollouts = replay(recorded, speculators, controller)
         clock.now_s += step["step_s"]
+        rollouts.generate_s = step["generate_s"] - step["refresh_s"]
         lengths.append(report.accepted_length)
         began = time.perf_counter()
         for name, speculator in speculators.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from functools import cache
@@ -12,6 +13,7 @@ import torch
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.controller import FixedController
+from atlas_rl.speculators.base import Rollouts
 from atlas_rl.speculators.recurrent import RecurrentSpeculator
 from atlas_rl.speculators.recurrent_head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
@@ -29,12 +31,12 @@ def policy():
 
 
 def ticking():
-    """A clock that advances a second whenever it is read: budgets in calls, the same on every machine."""
-    return itertools.count().__next__
+    """A clock that advances a microsecond whenever it is read: budgets in calls, the same on every machine."""
+    return itertools.count(step=1e-6).__next__
 
 
 def drafter(**options):
-    return RecurrentSpeculator(clock=ticking(), budget_share=options.pop("budget_share", 40.0), **options)
+    return RecurrentSpeculator(**{"clock": ticking(), "budget_share": 40.0} | options)
 
 
 def engine_of(model, speculator, k=3, **options):
@@ -163,6 +165,24 @@ def test_a_budget_is_kept():
     speculator = drafter(budget_share=1e-9)
     trained(policy(), speculator, updates=2)
     assert [done.num_steps for done in speculator.refreshes] == [1, 1]
+
+
+@pytest.mark.parametrize(("generate_s", "pays"), [(1e9, True), (0.0, False)])
+def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
+    """Seconds of generation are what there is to gain from: of a billion any training is worth it, of none no training."""
+    model, speculator = copy.deepcopy(policy()), drafter(budget_share=1.0, clock=itertools.count(step=0.01).__next__)
+    engine, steps = engine_of(model, speculator), []
+    for seed in range(6):
+        rollout(engine, seed)
+        with torch.no_grad():  # the policy moves, so that there is always something to learn
+            for weight in model.parameters():
+                weight.add_(0.02 * torch.randn_like(weight))
+        speculator._began = speculator._clock() - 1.0
+        speculator.refresh(Rollouts(speculator._sequences, generate_s), seed)
+        steps.append(speculator.refreshes[-1].num_steps)
+    assert steps[0] > 20
+    assert (steps[-1] > 20) == pays
+    assert pays or steps[-1] <= steps[0] / 8
 
 
 def test_a_resumed_run_drafts_as_well_as_before(tmp_path):

@@ -24,7 +24,7 @@ from atlas_rl.rollout.sampling import SamplingParams
 from atlas_rl.rollout.sinks import JsonlSink, console_line, console_warnings
 from atlas_rl.rollout.verification import VERIFIERS
 from atlas_rl.rollout.warmup import compile_kernels
-from atlas_rl.speculators.base import Sequences, Speculator
+from atlas_rl.speculators.base import Rollouts, Sequences, Speculator
 from atlas_rl.speculators.history import HistorySpeculator
 from atlas_rl.speculators.recurrent import RecurrentSpeculator
 from atlas_rl.sync.policy import PolicyTracker
@@ -179,13 +179,13 @@ class AtlasRolloutEngine:
                 backend, self._verifier, speculators, controller, sequences, num_rows, max_lengths, recorder
             )
             loop.run()
-        if use:
-            self._policy.finished(sequences)
         if loop.trace:
             self._write_trace(loop.trace)
         for message in watch.findings(recorder, loop.num_asked, loop.num_proposed):
             recorder.warn(message)
         report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
+        if use:
+            self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s))
         self._calls += 1
         completions = [sequences.completion(request) for request in range(len(sequences.lengths))]
         prompt_ids = [list(prompt) for prompt in prompts for _ in range(num_generations)]

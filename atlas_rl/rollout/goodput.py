@@ -34,6 +34,7 @@ _TRIAL_DEPTH = 4
 _EXPLORED_SHARE = 0.003  # of the time, for asking a speculator that is not expected to pay
 _KEPT_STEPS = 20.0  # about the last twenty steps tell how much of the predicted goodput is kept
 _KEPT_PRIOR_STEPS, _KEPT_PRIOR_SPREAD = 3.0, 0.1  # before any evidence, as if three steps had missed by a tenth
+_OUTLIER = 0.25  # log of realised over predicted beyond which a step says no more: the machine was interrupted
 _DOUBT_FADES = 0.01  # per plain step: a hundred of them forget most of what spoke against drafting
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
 
@@ -261,7 +262,8 @@ class GoodputController(Controller):
         """Note how much of its predicted goodput a step kept."""
         if self._predicted is not None:
             tokens, seconds = self._predicted
-            self._kept[drafted].observe(float(np.clip(np.log(goodput * seconds / tokens), -1.0, 1.0)))
+            surprise = float(np.log(goodput * seconds / tokens))
+            self._kept[drafted].observe(min(max(surprise, -_OUTLIER), _OUTLIER))
         if had_choice and not drafted:
             # Nothing is learned about drafting while nothing is drafted: doubt fades, and drafting is tried again.
             self._kept[True].mean += _DOUBT_FADES * (self._kept[False].mean - self._kept[True].mean)

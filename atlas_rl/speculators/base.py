@@ -154,9 +154,15 @@ class Verified:
 
 @dataclass(slots=True)
 class Rollouts:
-    """Finished rollouts of one generation call, for `Speculator.refresh`."""
+    """Finished rollouts of one generation call, for `Speculator.refresh`.
+
+    Attributes:
+        sequences: Every request, complete.
+        generate_s: Seconds that generating them took, refreshes aside; None where nobody measured.
+    """
 
     sequences: Sequences
+    generate_s: float | None = None
 
 
 class Speculator(ABC):

@@ -32,6 +32,8 @@ _MAX_STATE_SIZE = 1024
 _MAX_VOCAB = 8192
 _MAX_TOKENS = 32_768
 _MISSED_WEIGHT = 3.0
+_LASTS_UPDATES = 4.0  # policy updates over which what was learned is worth something
+_LEAST_CUT = 1 / 16  # of the budget: what is always spent, to see whether training pays again
 _BUDGET_SHARE = 0.05  # of the time since the refresh before
 
 
@@ -81,6 +83,7 @@ class RecurrentSpeculator(Speculator):
         self._folded: FoldedHead | None = None  # made when first needed after a refresh
         self._num_read = 0  # entries of the log whose tokens have rows
         self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
+        self._cut = 1.0  # share of the budget that training is worth
         self._counts: TokenCounts
         self._rows: TokenRows
         self._trained = False
@@ -193,19 +196,26 @@ class RecurrentSpeculator(Speculator):
 
     @_trainable
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
-        """Learn from the newest rollouts, within `budget_share` of the time since the last refresh."""
+        """Learn from the newest rollouts, within `budget_share` of the time since the last refresh.
+
+        The budget is halved while training gains less than it costs, and doubled, up to the whole, while it pays.
+        """
         self._end_call()
         self.policy_version = policy_version
         self._counts.fade()
         if not self._buffer.has_windows:
             return
-        budget_s = self._budget_share * (self._clock() - self._began)
+        budget_s = self._budget_share * self._cut * (self._clock() - self._began)
         self._revise_vocabulary()
         done = distill(
             self._head, self._optimizer, self._buffer, self._target(rollouts.sequences), version=policy_version,
             budget_s=budget_s, loss=self._loss, rng=self._rng, clock=self._clock,
         )  # fmt: skip
         self.refreshes.append(done)
+        if rollouts.generate_s is not None:
+            # A point of agreement is about a point of the time that generating takes, in this step and some more.
+            gained_s = (done.agreement_after - done.agreement_before) * rollouts.generate_s * _LASTS_UPDATES
+            self._cut = min(1.0, 2 * self._cut) if gained_s >= done.seconds else max(_LEAST_CUT, self._cut / 2)
         self._trained, self._folded = True, None
         self._began = self._clock()
 
@@ -282,6 +292,7 @@ class RecurrentSpeculator(Speculator):
         self._proposed = None
         self._num_read = 0
         self._trained = False
+        self._cut = 1.0
         self._set_ids(np.zeros(0, np.int64))
 
     def _bound(self) -> nn.Module:

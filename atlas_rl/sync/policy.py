@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from atlas_rl.rollout.controller import Controller
-from atlas_rl.speculators.base import Rollouts, Sequences, Speculator
+from atlas_rl.speculators.base import Rollouts, Speculator
 
 
 class PolicyTracker:
@@ -22,12 +22,12 @@ class PolicyTracker:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.version = 0
         self._clock = clock
-        self._newest: Sequences | None = None
+        self._newest: Rollouts | None = None
         self._refresh_s = 0.0
 
-    def finished(self, sequences: Sequences) -> None:
+    def finished(self, rollouts: Rollouts) -> None:
         """A generation call ended; its rollouts are the newest."""
-        self._newest = sequences
+        self._newest = rollouts
 
     def advance(
         self, speculators: Mapping[str, Speculator], controller: Controller | None, version: int | None = None
@@ -38,7 +38,7 @@ class PolicyTracker:
             return
         began = self._clock()
         for speculator in speculators.values():
-            speculator.refresh(Rollouts(self._newest), self.version)
+            speculator.refresh(self._newest, self.version)
         if controller is not None:
             measured = {name: speculator.expected_survival for name, speculator in speculators.items()}
             controller.policy_updated({name: survival for name, survival in measured.items() if survival is not None})
