@@ -71,8 +71,8 @@ def table() -> list[dict[str, Any]]:
 def own_cpu(measured: dict[str, Any]) -> dict[str, Any]:
     """`benchmarks.rollout` on a CPU: two rates from two cells without speculation, every other cell predicted.
 
-    The rates are those that make the planner right at the smallest batch (bytes) and at the largest (operations) of the warm
-    policy without speculation; these two rows are right by construction and marked.
+    The rates are bytes per second at the smallest batch and operations per second at the largest, of the warm policy without
+    speculation; these two rows are near to right by construction, and marked.
     """
     model = parse_model(CONFIGS[POLICY])
     cells = {(c["policy"], c["batch"], c["arm"]): c for c in measured["cells"]}
