@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="atlas-rl", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train_speculator(commands)
+    _add_plan(commands)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
@@ -48,6 +49,66 @@ def _add_train_speculator(commands: Any) -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=train_speculator)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what speculation would bring on given GPUs",
+        description="A roofline of decoding with and without speculation: tokens/s, best draft length, the batch at which "
+        "it stops paying, and memory. How far to trust it is in docs/planner.md.",
+    )
+    parser.add_argument("--model", required=True, help="config.json of the target, a folder with one, or a model of the "
+                        "hub that is in its cache")  # fmt: skip
+    parser.add_argument("--gpu", required=True, help="a100, h100, h200, b200, gb200, l40s or rtx5090")
+    parser.add_argument("--gpus", type=int, default=1, help="tensor parallelism within one node [1]")
+    parser.add_argument("--batch", type=int, default=1, help="requests at once [1]")
+    parser.add_argument("--context", type=int, default=2048, help="tokens cached per request [2048]")
+    parser.add_argument("--accept", type=float, required=True, help="acceptance of a draft when those before it were "
+                        "accepted, from 0 to 1")  # fmt: skip
+    precisions = ("bf16", "fp8", "fp4")
+    parser.add_argument("--precision", choices=precisions, default="bf16", help="of the weights [bf16]")
+    parser.add_argument("--attention-precision", choices=precisions, help="of the attention's weights [--precision; bf16 "
+                        "beside fp4]")  # fmt: skip
+    parser.add_argument("--cache-precision", choices=precisions, default="bf16", help="of keys and values [bf16]")
+    parser.add_argument("--drafter", default="eagle3", help="eagle3, mtp, recurrent, ngram or draft-lm [eagle3]")
+    parser.add_argument("--draft-model", help="config.json of a draft LM, with --drafter draft-lm")
+    parser.add_argument("--draft-tokens", type=int, help="draft length to show in detail [the best]")
+    parser.add_argument("--max-draft-tokens", type=int, default=16, help="longest draft that is tried [16]")
+    parser.add_argument("--round-overhead-ms", type=float, default=0.0, help="what the engine adds to every round that "
+                        "drafts, if measured [0]")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON in SI units")
+    parser.set_defaults(run=plan)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Work out one setting and print it. Loads neither torch nor transformers."""
+    from atlas_rl.planner.drafters import drafter_model
+    from atlas_rl.planner.hardware import Machine, gpu_named
+    from atlas_rl.planner.model import load_model
+    from atlas_rl.planner.plan import make_plan, render
+    from atlas_rl.planner.roofline import Precision
+    from atlas_rl.planner.speculation import Setting
+
+    model = load_model(args.model)
+    # Published FP4 checkpoints keep the attention in BF16; FP8 ones do not.
+    attention = args.attention_precision or ("bf16" if args.precision == "fp4" else args.precision)
+    setting = Setting(
+        model=model,
+        machine=Machine(gpu=gpu_named(args.gpu), num_gpus=args.gpus),
+        drafter=drafter_model(args.drafter, model, load_model(args.draft_model) if args.draft_model else None),
+        precision=Precision(mlp=args.precision, attention=attention, cache=args.cache_precision),
+        context=args.context,
+        round_overhead_s=args.round_overhead_ms / 1e3,
+    )
+    result = make_plan(
+        setting,
+        batch=args.batch,
+        accept=args.accept,
+        draft_tokens=args.draft_tokens,
+        max_draft_tokens=args.max_draft_tokens,
+    )
+    print(json.dumps(result.as_dict(), indent=2) if args.json else render(result, setting))
 
 
 def train_speculator(args: argparse.Namespace) -> None:

@@ -1,0 +1,105 @@
+"""Drafters as models, so that the same roofline times a draft step; `None` stands for a drafter that costs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from atlas_rl.planner.model import Model
+
+DRAFTERS = ("eagle3", "mtp", "recurrent", "ngram", "draft-lm")
+EAGLE3_VOCAB = 32_000  # of the heads published with arXiv 2503.01840
+RECURRENT_WIDTH, RECURRENT_VOCAB = 512, 4096
+
+
+def drafter_model(kind: str, target: Model, draft_lm: Model | None = None) -> Model | None:
+    """The drafter called `kind` for `target`.
+
+    Args:
+        kind: One of `DRAFTERS`.
+        target: The model that verifies.
+        draft_lm: The counts of the draft LM, for `draft-lm` only.
+
+    Returns:
+        Its counts; None for n-grams, whose search is taken to cost nothing.
+
+    Raises:
+        ValueError: An unknown kind, a draft LM that is missing or not asked for, or no prediction layers in the target.
+    """
+    if (kind == "draft-lm") != (draft_lm is not None):
+        raise ValueError("a draft LM needs both --drafter draft-lm and --draft-model with its config.json")
+    if kind == "eagle3":
+        return eagle3(target)
+    if kind == "mtp":
+        return mtp(target)
+    if kind == "recurrent":
+        return recurrent(target)
+    if kind == "draft-lm":
+        return draft_lm
+    if kind == "ngram":
+        return None
+    raise ValueError(f"unknown drafter '{kind}': known are {', '.join(DRAFTERS)}")
+
+
+def eagle3(target: Model) -> Model:
+    """The EAGLE-3 head (arXiv 2503.01840): one dense layer over [embedding, hidden state], and a reduced vocabulary.
+
+    Its attention reads twice the width, which makes the projections about half as large again; another one brings three of
+    the target's layers down to one.
+    """
+    hidden = target.hidden_size
+    # For a latent attention there is no published head to count: its own projections stand for the head's.
+    return replace(
+        target,
+        name="eagle3",
+        num_dense_layers=1,
+        num_moe_layers=0,
+        num_local_layers=0,
+        vocab_size=min(EAGLE3_VOCAB, target.vocab_size),
+        tied=False,
+        owns_embedding=False,
+        attention_params=1.5 * target.attention_params + 3 * hidden * hidden,
+        shared_params=0.0,
+        expert_params=0.0,
+        num_experts=0,
+        experts_per_token=0,
+        num_mtp_layers=0,
+    )
+
+
+def mtp(target: Model) -> Model:
+    """The model's own layer for multi-token prediction (arXiv 2412.19437), used again for every further token.
+
+    One MoE layer, a projection of two widths to one, and the model's output matrix (which its memory counts once more).
+
+    Raises:
+        ValueError: The target has none.
+    """
+    if not target.num_mtp_layers:
+        raise ValueError(f"this '{target.name}' model has no layer for multi-token prediction: use another --drafter")
+    return replace(
+        target,
+        name="mtp",
+        num_dense_layers=0,
+        num_moe_layers=1,
+        attention_params=target.attention_params + 2 * target.hidden_size * target.hidden_size,
+        owns_embedding=False,
+    )
+
+
+def recurrent(target: Model) -> Model:
+    """A GRU of 512 on the target's hidden state with 4096 tokens to choose from: what `speculators/recurrent.py` trains."""
+    width = RECURRENT_WIDTH
+    return Model(
+        name="recurrent",
+        hidden_size=width,
+        num_dense_layers=1,
+        num_moe_layers=0,
+        vocab_size=min(RECURRENT_VOCAB, target.vocab_size),
+        tied=False,
+        owns_embedding=False,
+        attention_params=2 * target.hidden_size * width,  # hidden state and embedding, brought to its width
+        mlp_params=6 * width * width,
+        kv_values_per_token=0,
+        kv_splits=1,
+        attention_flops_per_key=0.0,
+    )

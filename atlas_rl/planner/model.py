@@ -1,0 +1,240 @@
+"""A decoder as counts: parameters, cache and operations, from a `config.json` of the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+_MOE = ("mixtral", "qwen2_moe", "qwen3_moe")
+_DEEPSEEK = ("deepseek_v3",)
+ARCHITECTURES = _DENSE + _MOE + _DEEPSEEK
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """Counts of one decoder. Norms and biases are left out: less than 0.1% of any model here.
+
+    Attributes:
+        name: The architecture, for messages.
+        hidden_size: Width of the residual stream.
+        num_dense_layers: Layers with one gated MLP.
+        num_moe_layers: Layers with experts.
+        vocab_size: Rows of the output matrix.
+        tied: Whether embedding and output matrix are one.
+        owns_embedding: False for a drafter that uses the target's embedding.
+        attention_params: Weights of one layer's attention projections.
+        mlp_params: Weights of the MLP of a dense layer.
+        shared_params: Weights of an MoE layer that every token uses: router and shared experts.
+        expert_params: Weights of one routed expert.
+        num_experts: Routed experts per MoE layer.
+        experts_per_token: Of those, how many a token uses.
+        kv_values_per_token: Values that one layer caches per token.
+        kv_splits: Into how many parts tensor parallelism can cut the cache: the key-value heads; 1 for a latent cache.
+        attention_flops_per_key: Operations of one layer's attention, per query token and cached token.
+        num_local_layers: Layers that attend to the last `window` tokens only.
+        window: Tokens that those layers see.
+        kernels_attention: Kernels in a layer's attention.
+        num_mtp_layers: Layers for multi-token prediction that come with the model; not counted in the parameters.
+    """
+
+    name: str
+    hidden_size: int
+    num_dense_layers: int
+    num_moe_layers: int
+    vocab_size: int
+    tied: bool
+    owns_embedding: bool = True
+    attention_params: float
+    mlp_params: float = 0.0
+    shared_params: float = 0.0
+    expert_params: float = 0.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    kv_values_per_token: int
+    kv_splits: int
+    attention_flops_per_key: float
+    num_local_layers: int = 0
+    window: int = 0
+    kernels_attention: int = 4
+    num_mtp_layers: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        return self.num_dense_layers + self.num_moe_layers
+
+    @property
+    def head_params(self) -> float:
+        """Weights of the output matrix."""
+        return float(self.vocab_size * self.hidden_size)
+
+    @property
+    def embedding_params(self) -> float:
+        """Weights that are stored for looking tokens up, and of which a forward reads next to nothing."""
+        return 0.0 if self.tied or not self.owns_embedding else self.head_params
+
+    @property
+    def params(self) -> float:
+        """All weights."""
+        moe = self.num_moe_layers * (self.shared_params + self.num_experts * self.expert_params)
+        return self._common_params + moe
+
+    @property
+    def active_params(self) -> float:
+        """Weights that one token uses, embedding and output matrix included, as model cards count."""
+        moe = self.num_moe_layers * (self.shared_params + self.experts_per_token * self.expert_params)
+        return self._common_params + moe
+
+    @property
+    def _common_params(self) -> float:
+        layers = self.num_layers * self.attention_params + self.num_dense_layers * self.mlp_params
+        return layers + self.head_params + self.embedding_params
+
+    def distinct_experts(self, num_tokens: float) -> float:
+        """Expected number of a layer's experts that at least one of `num_tokens` tokens uses.
+
+        `E (1 - (1 - A/E)^n)` for E experts of which each token draws A independently and evenly. Neighbouring tokens draw
+        more alike, so this is the upper end of what has to be read.
+        """
+        if not self.num_experts:
+            return 0.0
+        return self.num_experts * (1.0 - (1.0 - self.experts_per_token / self.num_experts) ** num_tokens)
+
+    def cached_values(self, context: int) -> float:
+        """Values in the cache of one request of `context` tokens, over all layers; local layers keep their window."""
+        return self.kv_values_per_token * self.cached_token_layers(context)
+
+    def cached_token_layers(self, context: int) -> float:
+        """Sum over layers of the cached tokens that a query sees."""
+        num_global = self.num_layers - self.num_local_layers
+        return float(num_global * context + self.num_local_layers * min(context, self.window))
+
+
+def load_model(path: str | Path) -> Model:
+    """The model of a `config.json`, a folder that holds one, or the name of a model in the local hub cache.
+
+    Raises:
+        ValueError: Nothing there, not JSON, or an architecture that the planner does not know.
+    """
+    file = _config_file(Path(path))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{file}' is not JSON: give the config.json of a model on the hub") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"'{file}' is not a JSON object: give the config.json of a model on the hub")
+    return parse_model(config)
+
+
+def _config_file(path: Path) -> Path:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cached = sorted(home.glob(f"hub/models--{str(path).replace('/', '--')}/snapshots/*/config.json"))
+    for file in (path, path / "config.json", *cached):
+        if file.is_file():
+            return file
+    raise ValueError(f"no config at '{path}': give a config.json, a folder with one, or a model in the hub cache")
+
+
+def parse_model(config: Mapping[str, Any]) -> Model:
+    """Counts from a hub config; a multimodal config gives its language model.
+
+    Raises:
+        ValueError: An architecture that the planner does not know, or a field that is missing.
+    """
+    config = config.get("text_config", config)
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture '{kind}': the planner knows {', '.join(ARCHITECTURES)}")
+    try:
+        return _deepseek(config) if kind in _DEEPSEEK else _grouped_query(config)
+    except KeyError as error:
+        raise ValueError(f"the config of this '{kind}' model has no field {error}") from error
+
+
+def _grouped_query(config: Mapping[str, Any]) -> Model:
+    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    is_moe = config["model_type"] in _MOE
+    expert_width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    shared_width = config.get("shared_expert_intermediate_size") or 0
+    num_moe = layers if is_moe else 0
+    if is_moe:
+        step, dense_only = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+        num_moe = sum((index + 1) % step == 0 and index not in dense_only for index in range(layers))
+    num_local = _num_local_layers(config)
+    return Model(
+        name=config["model_type"],
+        hidden_size=hidden,
+        num_dense_layers=layers - num_moe,
+        num_moe_layers=num_moe,
+        vocab_size=config["vocab_size"],
+        tied=_tied(config),
+        attention_params=hidden * head_dim * (2 * heads + 2 * kv_heads),
+        mlp_params=3 * hidden * config["intermediate_size"],
+        shared_params=hidden * experts + 3 * hidden * shared_width if is_moe else 0.0,
+        expert_params=3 * hidden * expert_width if is_moe else 0.0,
+        num_experts=experts if is_moe else 0,
+        experts_per_token=config["num_experts_per_tok"] if is_moe else 0,
+        kv_values_per_token=2 * kv_heads * head_dim,
+        kv_splits=kv_heads,
+        attention_flops_per_key=4 * heads * head_dim,
+        num_local_layers=num_local,
+        window=config["sliding_window"] if num_local else 0,
+    )
+
+
+def _deepseek(config: Mapping[str, Any]) -> Model:
+    """DeepSeek-V3 (arXiv 2412.19437): latent attention, whose cache is one compressed vector and one rotary key per token.
+
+    While decoding, queries are multiplied into the latent space, so that attention runs over the latent vectors.
+    """
+    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+    latent, rotary = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    nope, value, query_rank = config["qk_nope_head_dim"], config["v_head_dim"], config["q_lora_rank"]
+    query = hidden * query_rank + query_rank * heads * (nope + rotary)
+    key_value = hidden * (latent + rotary) + latent * heads * (nope + value)
+    expert = 3 * hidden * config["moe_intermediate_size"]
+    dense = min(config["first_k_dense_replace"], layers)
+    return Model(
+        name=config["model_type"],
+        hidden_size=hidden,
+        num_dense_layers=dense,
+        num_moe_layers=layers - dense,
+        vocab_size=config["vocab_size"],
+        tied=_tied(config),
+        attention_params=query + key_value + heads * value * hidden,
+        mlp_params=3 * hidden * config["intermediate_size"],
+        shared_params=hidden * config["n_routed_experts"] + config["n_shared_experts"] * expert,
+        expert_params=expert,
+        num_experts=config["n_routed_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+        kv_values_per_token=latent + rotary,
+        kv_splits=1,
+        attention_flops_per_key=2 * heads * (latent + rotary + latent),
+        kernels_attention=9,
+        num_mtp_layers=config.get("num_nextn_predict_layers", 0),
+    )
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    # The hub leaves out what equals the default of the class, and the Gemma classes tie by default.
+    return bool(config.get("tie_word_embeddings", str(config["model_type"]).startswith("gemma")))
+
+
+def _num_local_layers(config: Mapping[str, Any]) -> int:
+    kind, layers = config["model_type"], config["num_hidden_layers"]
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        return 0
+    if "layer_types" in config:
+        return sum(kind == "sliding_attention" for kind in config["layer_types"])
+    if kind == "gemma2":
+        return layers // 2  # every second layer is global
+    if kind == "gemma3_text":
+        return layers - layers // config.get("sliding_window_pattern", 6)
+    return layers if kind in ("mistral", "mixtral") else 0

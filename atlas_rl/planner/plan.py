@@ -1,0 +1,181 @@
+"""The answer to `atlas-rl plan`: everything about one setting, and how it is printed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from atlas_rl.planner.roofline import Forward, Memory
+from atlas_rl.planner.speculation import (
+    MAX_BATCH,
+    Setting,
+    accepted_length,
+    best_draft_tokens,
+    crossover_batch,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Length:
+    """One draft length: tokens committed per request and round, tokens/s of the batch, speedup over no speculation."""
+
+    draft_tokens: int
+    accepted_length: float
+    tokens_per_s: float
+    speedup: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What the planner says of one setting.
+
+    `draft` is None where drafting is taken to cost nothing. `max_batch` is the largest batch that fits in memory, and
+    `crossover_batch` the smallest at which no draft length pays; None when speculation pays up to `max_batch`.
+    """
+
+    batch: int
+    context: int
+    accept: float
+    params: float
+    active_params: float
+    memory: Memory
+    max_batch: int
+    target: Forward
+    draft: Forward | None
+    verify: Forward
+    lengths: list[Length]
+    chosen: int
+    best: int
+    crossover_batch: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values in SI units, as `--json` prints them."""
+        forwards = {"target": self.target, "draft": self.draft, "verify": self.verify}
+        totals = {name: asdict(one) | {"total_s": one.total_s} for name, one in forwards.items() if one}
+        used = asdict(self.memory) | {"total_bytes": self.memory.total_bytes}
+        return asdict(self) | {"draft": None} | totals | {"memory": used}
+
+
+def make_plan(
+    setting: Setting, *, batch: int, accept: float, draft_tokens: int | None = None, max_draft_tokens: int = 16
+) -> Plan:
+    """Work out one setting.
+
+    Args:
+        setting: Model, drafter and machine.
+        batch: Requests at once.
+        accept: Acceptance of a draft, given that those before it were accepted.
+        draft_tokens: Draft length to show in detail; None for the best.
+        max_draft_tokens: The longest that is tried.
+
+    Raises:
+        ValueError: Counts out of range, or weights and cache do not fit in memory.
+    """
+    if batch < 1 or setting.context < 1 or max_draft_tokens < 1:
+        raise ValueError("batch, context and the longest draft must be at least 1")
+    if draft_tokens is not None and not 0 <= draft_tokens <= max_draft_tokens:
+        raise ValueError(f"--draft-tokens must be from 0 to {max_draft_tokens}, got {draft_tokens}")
+    accepted_length(accept, 0)  # says what is wrong with `accept`
+    _check_memory(setting, batch)
+    lengths = []
+    for k in range(max_draft_tokens + 1):
+        tau = accepted_length(accept, k)
+        lengths.append(
+            Length(
+                draft_tokens=k,
+                accepted_length=tau,
+                tokens_per_s=setting.tokens_per_s(batch, k, tau),
+                speedup=setting.speedup(batch, k, tau),
+            )
+        )
+    best = best_draft_tokens(setting, batch, accept, max_draft_tokens)
+    chosen = best if draft_tokens is None else draft_tokens
+    max_batch = _max_batch(setting)
+    return Plan(
+        batch=batch,
+        context=setting.context,
+        accept=accept,
+        params=setting.model.params,
+        active_params=setting.model.active_params,
+        memory=setting.memory(batch),
+        max_batch=max_batch,
+        target=setting.target_forward(batch),
+        draft=setting.draft_step(batch),
+        verify=setting.target_forward(batch, chosen + 1),
+        lengths=lengths,
+        chosen=chosen,
+        best=best,
+        crossover_batch=crossover_batch(setting, accept, max_draft_tokens, max_batch),
+    )
+
+
+def render(plan: Plan, setting: Setting) -> str:
+    """The plan as text for a terminal."""
+    gpu, precision, used = setting.machine.gpu, setting.precision, plan.memory
+    drafter = setting.drafter.name if setting.drafter else "ngram (free)"
+    lines = [
+        f"{setting.model.name}: {plan.params / 1e9:.1f}B parameters, {plan.active_params / 1e9:.1f}B active per token",
+        f"{setting.machine.num_gpus}x {gpu.name.upper()}, weights {precision.mlp}, attention {precision.attention}, "
+        f"cache {precision.cache} | batch {plan.batch}, context {plan.context}, drafter {drafter}, "
+        f"acceptance {plan.accept:g}",
+        f"memory per GPU: {used.total_bytes / 1e9:.1f} of {used.usable_bytes / 1e9:.1f} GB (weights "
+        f"{used.weights_bytes / 1e9:.1f}, cache {used.cache_bytes / 1e9:.1f}, drafter {used.drafter_bytes / 1e9:.1f}); "
+        f"up to batch {plan.max_batch}",
+        "",
+        f"{'one forward':<26}{'ms':>8}{'roofline':>10}{'all-reduce':>12}{'kernels':>9}{'GB/GPU':>9}{'TFLOP/GPU':>11}",
+        _forward_line("target, 1 token", plan.target),
+    ]
+    if plan.draft and plan.chosen:
+        lines.append(_forward_line("draft step", plan.draft))
+    if plan.chosen:
+        lines.append(_forward_line(f"target, {plan.chosen + 1} tokens", plan.verify))
+    lines += ["", f"{'drafts':>8}{'accepted length':>17}{'tokens/s':>11}{'speedup':>9}"]
+    for one in plan.lengths:
+        mark = "  best" if one.draft_tokens == plan.best else ""
+        mark += "  chosen" if one.draft_tokens == plan.chosen != plan.best else ""
+        lines.append(
+            f"{one.draft_tokens:>8}{one.accepted_length:>17.2f}{one.tokens_per_s:>11.1f}{one.speedup:>9.2f}{mark}"
+        )
+    return "\n".join([*lines, "", _verdict(plan)])
+
+
+def _verdict(plan: Plan) -> str:
+    plain, best = plan.lengths[0], plan.lengths[plan.best]
+    if not plan.best:
+        text = f"No speculation: {plain.tokens_per_s:.0f} tokens/s; no draft length pays at batch {plan.batch}."
+    else:
+        text = (
+            f"{plain.tokens_per_s:.0f} tokens/s without speculation, {best.tokens_per_s:.0f} with {plan.best} drafts "
+            f"({best.speedup:.2f}x)."
+        )
+    if plan.crossover_batch is None:
+        end = "the most that is tried" if plan.max_batch == MAX_BATCH else "the largest that fits"
+        return f"{text} It pays up to batch {plan.max_batch}, {end}."
+    return text + f" From batch {plan.crossover_batch} on it does not pay."
+
+
+def _forward_line(name: str, one: Forward) -> str:
+    return (
+        f"{name:<26}{1e3 * one.total_s:>8.3f}{1e3 * one.roofline_s:>10.3f}{1e3 * one.communication_s:>12.3f}"
+        f"{1e3 * one.launch_s:>9.3f}{one.num_bytes / 1e9:>9.2f}{one.flops / 1e12:>11.3f}"
+    )
+
+
+def _check_memory(setting: Setting, batch: int) -> None:
+    used = setting.memory(batch)
+    if used.fits:
+        return
+    needed = math.ceil(used.total_bytes / used.usable_bytes * setting.machine.num_gpus)
+    raise ValueError(
+        f"does not fit: {used.total_bytes / 1e9:.1f} GB per GPU (weights {used.weights_bytes / 1e9:.1f}, cache "
+        f"{used.cache_bytes / 1e9:.1f}, drafter {used.drafter_bytes / 1e9:.1f}) of {used.usable_bytes / 1e9:.1f} usable; "
+        f"take about {needed} GPUs, a narrower --precision, a smaller --batch or a shorter --context"
+    )
+
+
+def _max_batch(setting: Setting) -> int:
+    """Largest batch that fits, at most `MAX_BATCH`; the cache grows linearly with it."""
+    one, two = setting.memory(1), setting.memory(2)
+    per_request = two.total_bytes - one.total_bytes
+    return min(MAX_BATCH, int(1 + (one.usable_bytes - one.total_bytes) // per_request))

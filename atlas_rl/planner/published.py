@@ -1,0 +1,307 @@
+"""Published measurements and what the planner says of the same setting.
+
+A row holds what its source states. Where a source is silent on something that the planner needs, `assumed` says what was
+put in its place; nothing is fitted to the published value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from atlas_rl.planner.configs import CONFIGS
+from atlas_rl.planner.drafters import drafter_model
+from atlas_rl.planner.hardware import Machine, gpu_named
+from atlas_rl.planner.model import parse_model
+from atlas_rl.planner.roofline import Precision
+from atlas_rl.planner.speculation import Setting, accepted_length, best_draft_tokens
+
+EAGLE3 = "arXiv 2503.01840"
+# Figure 7: acceptance of a draft on MT-bench after 0, 1 and 2 drafts, read off the plot. It gives the length of a chain.
+_EAGLE3_ACCEPTANCE = (0.79, 0.79, 0.78)
+TRTLLM = (
+    "https://nvidia.github.io/TensorRT-LLM/blogs/tech_blog/"
+    "blog1_Pushing_Latency_Boundaries_Optimizing_DeepSeek-R1_Performance_on_NVIDIA_B200_GPUs.html"
+)
+TRTLLM_LLAMA = (
+    "https://developer.nvidia.com/blog/"
+    "boost-llama-3-3-70b-inference-throughput-3x-with-nvidia-tensorrt-llm-speculative-decoding/"
+)
+ATLAS = "https://www.together.ai/blog/adaptive-learning-speculator-system-atlas"
+GPUSTACK = "https://docs.gpustack.ai/latest/performance-lab/qwen3-8b/h100-latency"
+NEMO_RL = "arXiv 2604.26779"
+QWEN3_EAGLE3 = "https://huggingface.co/Tengyunw/qwen3_8b_eagle3"
+EAGLE_PR = "https://github.com/SafeAILab/EAGLE/pull/173"
+
+Quantity = Literal["tokens/s", "ms/token", "speedup"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """One published figure and the setting it was measured in.
+
+    Attributes:
+        source: Paper or page.
+        quantity: `tokens/s` of the whole batch, `ms/token` of one request, or `speedup` over no speculation.
+        published: The figure.
+        model: A key of `CONFIGS`.
+        gpu: A name of `hardware.GPUS`.
+        num_gpus: Tensor parallelism.
+        precision: Of weights and cache.
+        batch: Requests at once.
+        context: Tokens cached per request, half of the output counted.
+        drafter: A kind of `drafters.DRAFTERS`; None without speculation.
+        draft_tokens: Per round; None lets the planner choose the best up to 16.
+        accepted: Tokens committed per request and round; None where `accept` stands for it.
+        accept: Acceptance of one draft, where the source gives no accepted length.
+        assumed: What the source does not say.
+    """
+
+    source: str
+    quantity: Quantity
+    published: float
+    model: str
+    gpu: str
+    num_gpus: int = 1
+    precision: Precision
+    batch: int = 1
+    context: int
+    drafter: str | None = None
+    draft_tokens: int | None = 0
+    accepted: float | None = 1.0
+    accept: float | None = None
+    assumed: str = ""
+
+    @property
+    def setting(self) -> Setting:
+        model = parse_model(CONFIGS[self.model])
+        return Setting(
+            model=model,
+            machine=Machine(gpu=gpu_named(self.gpu), num_gpus=self.num_gpus),
+            drafter=drafter_model(self.drafter, model) if self.drafter else None,
+            precision=self.precision,
+            context=self.context,
+        )
+
+    def predicted(self) -> float:
+        """What the planner says, in the unit of `quantity`."""
+        setting, draft_tokens, accepted = self.setting, self.draft_tokens, self.accepted
+        if draft_tokens is None:
+            assert self.accept is not None
+            draft_tokens = best_draft_tokens(setting, self.batch, self.accept, 16)
+        if accepted is None:
+            assert self.accept is not None
+            accepted = accepted_length(self.accept, draft_tokens)
+        tokens_per_s = setting.tokens_per_s(self.batch, draft_tokens, accepted)
+        if self.quantity == "speedup":
+            return tokens_per_s / setting.tokens_per_s(self.batch, 0, 1.0)
+        return tokens_per_s if self.quantity == "tokens/s" else 1e3 * self.batch / tokens_per_s
+
+    def describe(self) -> str:
+        """The setting in a few words."""
+        gpus = f"{self.num_gpus}x {self.gpu.upper()}"
+        if not self.drafter:
+            drafts = "no speculation"
+        elif self.draft_tokens is None:
+            drafts = f"{self.drafter}, best k"
+        else:
+            drafts = f"{self.drafter}, k={self.draft_tokens}"
+        return f"{self.model}, {gpus}, {self.precision.mlp.upper()}, batch {self.batch}, {drafts}"
+
+
+def chain_length(acceptance: Sequence[float]) -> float:
+    """Tokens per round of a chain whose i-th draft is accepted with `acceptance[i]` when those before it were."""
+    length = reach = 1.0
+    for accept in acceptance:
+        reach *= accept
+        length += reach
+    return length
+
+
+_BF16 = Precision()
+_FP8 = Precision(mlp="fp8", attention="fp8")
+_FP4_EXPERTS = Precision(mlp="fp4")
+# MT-bench conversations: some hundred tokens of prompt and answer.
+_CHAT = 512
+
+
+def _eagle3_rows() -> list[Published]:
+    sglang = {2: 1.81, 4: 1.82, 8: 1.62, 16: 1.48, 24: 1.39, 32: 1.32, 48: 1.38, 56: 1.34, 64: 1.38}
+    vllm = {2: 1.75, 4: 1.68, 8: 1.58, 16: 1.49, 24: 1.42, 32: 1.36, 48: 1.21, 56: 1.01}
+    rows = [
+        Published(
+            source=f"{EAGLE3}, table 4 (SGLang)",
+            quantity="tokens/s",
+            published=158.34,
+            model="Llama-3.1-8B",
+            gpu="h100",
+            precision=_BF16,
+            context=_CHAT,
+            assumed="context 512",
+        )
+    ]
+    for table, gpu, length, curve in (("3 (SGLang)", "h100", 3, sglang), ("5 (vLLM)", "a100", 2, vllm)):
+        rows += [
+            Published(
+                source=f"{EAGLE3}, table {table}",
+                quantity="speedup",
+                published=speedup,
+                model="Llama-3.1-8B",
+                gpu=gpu,
+                precision=_BF16,
+                batch=batch,
+                context=_CHAT,
+                drafter="eagle3",
+                draft_tokens=length,
+                accepted=chain_length(_EAGLE3_ACCEPTANCE[:length]),
+                assumed="context 512; acceptance of figure 7",
+            )
+            for batch, speedup in curve.items()
+        ]
+    return rows
+
+
+def _trtllm_rows() -> list[Published]:
+    mtp = {0: (1.0, 111.0), 1: (1.92, 198.0), 2: (2.58, 250.0), 3: (2.82, 253.0), 4: (2.99, 245.0), 5: (3.01, 239.0)}
+    return [
+        Published(
+            source=TRTLLM,
+            quantity="tokens/s",
+            published=tokens_per_s,
+            model="DeepSeek-V3",
+            gpu="b200",
+            num_gpus=8,
+            precision=_FP4_EXPERTS,
+            context=2048,
+            drafter="mtp" if draft_tokens else None,
+            draft_tokens=draft_tokens,
+            accepted=accepted,
+        )
+        for draft_tokens, (accepted, tokens_per_s) in mtp.items()
+    ]
+
+
+def _nemo_rows() -> list[Published]:
+    lengths = {3: (3.32, 1.77), 5: (4.35, 1.44), 7: (5.06, 1.21)}
+    return [
+        Published(
+            source=f"{NEMO_RL}, RL-Zero",
+            quantity="speedup",
+            published=speedup,
+            model="Qwen3-8B",
+            gpu="gb200",
+            precision=_BF16,
+            batch=64,
+            context=4096,
+            drafter="eagle3",
+            draft_tokens=draft_tokens,
+            accepted=accepted,
+            assumed="batch 64 and context 4096 on one GPU",
+        )
+        for draft_tokens, (accepted, speedup) in lengths.items()
+    ]
+
+
+def _atlas_rows() -> list[Published]:
+    return [
+        Published(
+            source=f"{ATLAS}: before",
+            quantity="tokens/s",
+            published=105.0,
+            model="DeepSeek-V3",
+            gpu="b200",
+            num_gpus=4,
+            precision=_FP8,
+            context=2048,
+            assumed="FP8; context 2048",
+        ),
+        Published(
+            source=f"{ATLAS}: fully adapted",
+            quantity="tokens/s",
+            published=501.0,
+            model="DeepSeek-V3",
+            gpu="b200",
+            num_gpus=4,
+            precision=_FP4_EXPERTS,
+            context=2048,
+            drafter="eagle3",
+            draft_tokens=None,
+            accepted=None,
+            accept=0.9,
+            assumed="acceptance 0.9 and an EAGLE-3 head: drafter and acceptance are not published; context 2048",
+        ),
+    ]
+
+
+def _plain_rows() -> list[Published]:
+    """Single GPUs without speculation: the ground that every other row stands on."""
+    return [
+        Published(
+            source=EAGLE_PR + " (SGLang)",
+            quantity="tokens/s",
+            published=156.0,
+            model="Llama-2-7B",
+            gpu="h100",
+            precision=_BF16,
+            context=_CHAT,
+            assumed="context 512",
+        ),
+        Published(
+            source=QWEN3_EAGLE3 + " (SGLang)",
+            quantity="tokens/s",
+            published=187.0,
+            model="Qwen3-8B",
+            gpu="h200",
+            precision=_BF16,
+            context=_CHAT,
+            assumed="context 512",
+        ),
+        Published(
+            source=QWEN3_EAGLE3 + " (SGLang)",
+            quantity="tokens/s",
+            published=90.0,
+            model="Qwen3-8B",
+            gpu="rtx5090",
+            precision=_BF16,
+            context=_CHAT,
+            assumed="context 512",
+        ),
+        Published(
+            source=GPUSTACK + " (SGLang)",
+            quantity="ms/token",
+            published=7.14,
+            model="Qwen3-8B",
+            gpu="h100",
+            precision=_BF16,
+            batch=4,
+            context=_CHAT,
+            assumed="context 512",
+        ),
+        Published(
+            source=GPUSTACK + " (SGLang)",
+            quantity="ms/token",
+            published=5.58,
+            model="Qwen3-8B",
+            gpu="h100",
+            precision=_FP8,
+            batch=4,
+            context=_CHAT,
+            assumed="context 512",
+        ),
+        Published(
+            source=TRTLLM_LLAMA,
+            quantity="tokens/s",
+            published=51.14,
+            model="Llama-3.3-70B",
+            gpu="h200",
+            precision=_FP8,
+            context=_CHAT,
+            assumed="context 512",
+        ),
+    ]
+
+
+def published_rows() -> list[Published]:
+    """Every row, by source."""
+    return [*_plain_rows(), *_eagle3_rows(), *_trtllm_rows(), *_atlas_rows(), *_nemo_rows()]

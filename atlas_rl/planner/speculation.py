@@ -1,0 +1,125 @@
+"""Tokens per second with and without speculation: the best draft length, and the batch at which it stops paying.
+
+A round drafts k tokens, one draft step after the other, and verifies k+1 positions in one forward of the target. When each
+draft is accepted with probability a, given that those before it were, it commits
+
+    tau(k) = 1 + a + ... + a^k = (1 - a^(k+1)) / (1 - a)
+
+tokens per request on average (Leviathan et al., arXiv 2211.17192), bonus token included, so that
+
+    tokens/s = batch * tau(k) / (t_verify(k+1) + k t_draft),        k = 0 being no speculation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atlas_rl.planner.hardware import Machine
+from atlas_rl.planner.model import Model
+from atlas_rl.planner.roofline import Forward, Memory, Precision, forward, memory
+
+MAX_BATCH = 4096
+BF16 = Precision()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A target, its drafter (None: drafts cost nothing) and where they run; the drafter in BF16, or FP32 as its target.
+
+    `round_overhead_s` is what an engine adds to every round that drafts (host work between graphs); 0 unless measured.
+    """
+
+    model: Model
+    machine: Machine
+    drafter: Model | None = None
+    precision: Precision = BF16
+    context: int
+    round_overhead_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.round_overhead_s < 0:
+            raise ValueError(f"the overhead of a round must be at least 0, got {self.round_overhead_s} s")
+
+    @property
+    def drafter_precision(self) -> Precision:
+        name = self.precision.head
+        return Precision(mlp=name, attention=name, cache=name)
+
+    def target_forward(self, batch: int, tokens: int = 1) -> Forward:
+        """One forward of the target over `tokens` tokens of each of `batch` requests."""
+        return forward(self.model, self.precision, self.machine, batch=batch, tokens=tokens, context=self.context)
+
+    def draft_step(self, batch: int) -> Forward | None:
+        """One token of each of `batch` requests, or None where drafting costs nothing."""
+        if self.drafter is None:
+            return None
+        return forward(self.drafter, self.drafter_precision, self.machine, batch=batch, context=self.context)
+
+    def memory(self, batch: int) -> Memory:
+        """Bytes per GPU at `batch` requests."""
+        return memory(
+            self.model,
+            self.precision,
+            self.machine,
+            batch=batch,
+            context=self.context,
+            drafter=self.drafter,
+            drafter_precision=self.drafter_precision,
+        )
+
+    def round_s(self, batch: int, draft_tokens: int) -> float:
+        """Seconds of one round of `draft_tokens` drafts per request and their verification."""
+        verify_s = self.target_forward(batch, draft_tokens + 1).total_s
+        if not draft_tokens:
+            return verify_s
+        step = self.draft_step(batch)
+        return verify_s + (draft_tokens * step.total_s if step else 0.0) + self.round_overhead_s
+
+    def tokens_per_s(self, batch: int, draft_tokens: int, accepted_length: float) -> float:
+        """Of the whole batch, when a round commits `accepted_length` tokens per request."""
+        return batch * accepted_length / self.round_s(batch, draft_tokens)
+
+    def speedup(self, batch: int, draft_tokens: int, accepted_length: float) -> float:
+        """Over no speculation, at the same batch."""
+        return self.tokens_per_s(batch, draft_tokens, accepted_length) / self.tokens_per_s(batch, 0, 1.0)
+
+
+def accepted_length(accept: float, draft_tokens: int) -> float:
+    """`tau(k)`: tokens committed per request and round.
+
+    Raises:
+        ValueError: `accept` is no probability, or `draft_tokens` below zero.
+    """
+    if not 0.0 <= accept <= 1.0 or draft_tokens < 0:
+        raise ValueError(f"acceptance must be in [0, 1] and drafts at least 0, got {accept} and {draft_tokens}")
+    return sum(accept**position for position in range(draft_tokens + 1))
+
+
+def best_draft_tokens(setting: Setting, batch: int, accept: float, max_draft_tokens: int) -> int:
+    """The draft length of most tokens per second; 0 when none pays, the shortest among equals."""
+    return max(
+        range(max_draft_tokens + 1),
+        key=lambda k: (setting.tokens_per_s(batch, k, accepted_length(accept, k)), -k),
+    )
+
+
+def crossover_batch(setting: Setting, accept: float, max_draft_tokens: int, largest: int = MAX_BATCH) -> int | None:
+    """The smallest batch at which no draft length pays any more.
+
+    With experts a middle batch can lose where a larger one wins: then this is the end of the first stretch that wins.
+
+    Returns:
+        The batch; None where speculation still pays at `largest` requests.
+    """
+    low, high = 0, 1
+    while best_draft_tokens(setting, high, accept, max_draft_tokens):
+        if high == largest:
+            return None
+        low, high = high, min(2 * high, largest)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if best_draft_tokens(setting, middle, accept, max_draft_tokens):
+            low = middle
+        else:
+            high = middle
+    return high

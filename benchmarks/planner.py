@@ -1,0 +1,155 @@
+"""What the planner says of published measurements, and of our own on a CPU.
+
+python -m benchmarks.planner
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atlas_rl.planner.configs import CONFIGS
+from atlas_rl.planner.hardware import MEASURED, Efficiency, Gpu, Machine
+from atlas_rl.planner.model import Model, parse_model
+from atlas_rl.planner.published import published_rows
+from atlas_rl.planner.roofline import Precision, forward
+from atlas_rl.planner.speculation import Setting
+from benchmarks.common import ROOT, environment, write_result
+
+RESULTS = ROOT / "benchmarks" / "results"
+CONTEXT = 128  # about half of prompt and completion in `benchmarks.rollout`
+POLICY = "SmolLM2-135M"
+FP32 = Precision(mlp="fp32", attention="fp32", cache="fp32")
+# A CPU core has no kernels to launch; what its caches and cores reach is in the two calibrated rates.
+NO_OVERHEAD = Efficiency(bandwidth_share=1.0, flops_share=1.0, kernel_s=0.0, all_reduce_s=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS / "planner.json")
+    args = parser.parse_args()
+    rows = table()
+    ratios = np.array([row["ratio"] for row in rows])
+    payload = environment() | {
+        "efficiency": asdict(MEASURED),
+        "rows": rows,
+        "median_ratio": float(np.median(ratios)),
+        "median_error": float(np.median(np.abs(ratios - 1))),
+        "own_cpu": own_cpu(json.loads((RESULTS / "rollout_cpu.json").read_text(encoding="utf-8"))),
+    }
+    print(markdown(rows))
+    print(markdown(payload["own_cpu"]["rows"]))
+    print(f"median ratio {payload['median_ratio']:.2f}, median |ratio - 1| {payload['median_error']:.2f}")
+    print(f"written: {write_result(args.output, payload)}")
+
+
+def table() -> list[dict[str, Any]]:
+    """Every published row with its prediction; `ratio` is predicted / published."""
+    rows = []
+    for row in published_rows():
+        predicted = row.predicted()
+        rows.append(
+            {
+                "source": row.source,
+                "setting": row.describe(),
+                "quantity": row.quantity,
+                "published": row.published,
+                "predicted": predicted,
+                "ratio": predicted / row.published,
+                "assumed": row.assumed,
+            }
+        )
+    return rows
+
+
+def own_cpu(measured: dict[str, Any]) -> dict[str, Any]:
+    """`benchmarks.rollout` on a CPU: two rates from two cells without speculation, every other cell predicted.
+
+    The rates are bytes per second at the smallest batch and operations per second at the largest, of the warm policy without
+    speculation; these two rows are near to right by construction, and marked.
+    """
+    model = parse_model(CONFIGS[POLICY])
+    cells = {(c["policy"], c["batch"], c["arm"]): c for c in measured["cells"]}
+    batches = sorted({batch for _, batch, _ in cells})
+    step_s = {b: b / cells["warm", b, "atlas_off"]["tokens_per_s"]["median"] for b in batches}
+    unit = forward(model, FP32, _cpu(1.0, 1.0), batch=batches[0], context=CONTEXT)
+    bandwidth = unit.num_bytes / step_s[batches[0]]
+    flops = forward(model, FP32, _cpu(1.0, 1.0), batch=batches[-1], context=CONTEXT).flops / step_s[batches[-1]]
+    machine = _cpu(bandwidth, flops)
+    rows = []
+    for (policy, batch, arm), cell in sorted(cells.items()):
+        if arm == "trl_transformers":
+            continue
+        rows.append(_cpu_row(model, machine, policy, batch, cell, calibrated=(policy, arm) == ("warm", "atlas_off")
+                             and batch in (batches[0], batches[-1])))  # fmt: skip
+    return {
+        "measured": "benchmarks/results/rollout_cpu.json",
+        "bandwidth_bytes_per_s": bandwidth,
+        "flops_per_s": flops,
+        "rows": rows,
+    }
+
+
+def _cpu(bandwidth_bytes_per_s: float, flops_per_s: float) -> Machine:
+    gpu = Gpu(
+        name="cpu",
+        memory_bytes=1.0,
+        bandwidth_bytes_per_s=bandwidth_bytes_per_s,
+        flops_per_s={"fp32": flops_per_s},
+        link_bytes_per_s=1.0,
+        source="calibrated on benchmarks/results/rollout_cpu.json",
+    )
+    return Machine(gpu=gpu, efficiency=NO_OVERHEAD)
+
+
+def _cpu_row(
+    model: Model, machine: Machine, policy: str, batch: int, cell: dict[str, Any], calibrated: bool
+) -> dict[str, Any]:
+    # The controller's draft lengths vary and are not in the file: the shortest uniform draft that could have brought the
+    # measured accepted length stands for them, which is the least that can have been verified.
+    setting = Setting(model=model, machine=machine, precision=FP32, context=CONTEXT)
+    accepted = cell["accepted_length"]
+    draft_tokens = math.ceil(round(accepted - 1, 3))
+    on = cell["arm"] == "atlas_on"
+    if on:
+        published, predicted = cell["ratio_to_off"]["median"], setting.speedup(batch, draft_tokens, accepted)
+    else:
+        published, predicted = cell["tokens_per_s"]["median"], setting.tokens_per_s(batch, 0, 1.0)
+    return {
+        "source": "calibrated" if calibrated else "predicted",
+        "setting": f"{policy}, batch {batch}, {'speculation' if on else 'no speculation'}",
+        "quantity": "speedup" if on else "tokens/s",
+        "batch": batch,
+        "draft_tokens": draft_tokens,
+        "accepted_length": accepted,
+        "published": published,
+        "predicted": predicted,
+        "ratio": predicted / published,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of the docs."""
+    lines = ["| setting | quantity | published | predicted | ratio | source |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        source = row["source"]
+        if source.startswith("https://"):
+            url, _, rest = source.partition(" ")
+            url, rest = url.rstrip(":"), rest or ""
+            source = f"[{url.split('/')[2]}]({url})" + (f" {rest}" if rest else "")
+        decimals = 2 if row["published"] < 10 else 0
+        lines.append(
+            f"| {row['setting']} | {row['quantity']} | {row['published']:.{decimals}f} "
+            f"| {row['predicted']:.{decimals}f} | {row['ratio']:.2f} | {source} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
