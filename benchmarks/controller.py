@@ -71,8 +71,12 @@ def main() -> None:
     for policy in dict.fromkeys(cell.policy for cell in cells):
         model, tokenizer = demo_policy.load_policy(warm=policy == "warm")
         state = warm_up(model, tokenizer, policy, args)
-        for cell in (cell for cell in cells if cell.policy == policy):
+        own = [cell for cell in cells if cell.policy == policy]
+        for cell in own:
             rows += measure(cell, model, tokenizer, state, args)
+            write_result(args.output, {**environment(), "cells": rows})
+        if args.vllm:
+            rows += vllm_rows([cell for cell in own if cell.kind == "even"], model, tokenizer, args)
             write_result(args.output, {**environment(), "cells": rows})
     print(f"written: {args.output}")
 
@@ -200,8 +204,6 @@ def measure(
     rows.append(row(cell, "hindsight", speed | {"hindsight": speed[best]}, reports[best], args) | {"fixed_arm": best})
     record(cell, model, tokenizer, prompts, folder, args)
     rows.append(oracle(cell, folder, state, steps, speed, reports["controller"], args))
-    if args.vllm and cell.kind == "even":
-        rows += vllm_rows(cell, model, tokenizer, prompts, speed, args)
     print_cell(cell, rows)
     return rows
 
@@ -421,38 +423,50 @@ def oracle(
 # ------------------------------------------------------------------------------------------------------------------ vLLM
 
 
-def vllm_rows(
-    cell: Cell, model: Any, tokenizer: Any, prompts: list[Any], speed: dict[str, list[float]], args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """vLLM's own methods on the same prompts, in its own environment and process."""
+def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """vLLM's own methods on the cells' prompts, in its own environment and process.
+
+    It starts once for all cells; our engine without speculation then generates them again, so that ratios are of runs that
+    were not far apart.
+    """
+    prompts = {cell: [cell_prompts(cell, tokenizer, repeat) for repeat in range(args.repeats)] for cell in cells}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model.save_pretrained(folder / "policy")
         tokenizer.save_pretrained(folder / "policy")
-        job = {
-            "policy": str(folder / "policy"),
-            "prompts": prompts,
-            "generations": group_of(cell),
-            "temperature": cell.temperature,
-            "max_new_tokens": args.max_new_tokens,
-            "seeds": [seed_of(cell, repeat) for repeat in range(len(prompts))],
-        }
-        (folder / "job.json").write_text(json.dumps(job))
+        jobs = [
+            {
+                "prompts": prompts[cell],
+                "generations": group_of(cell),
+                "temperature": cell.temperature,
+                "max_new_tokens": args.max_new_tokens,
+                "seeds": [seed_of(cell, repeat) for repeat in range(args.repeats)],
+            }
+            for cell in cells
+        ]
+        (folder / "jobs.json").write_text(json.dumps({"policy": str(folder / "policy"), "jobs": jobs}))
         script = ROOT / "benchmarks" / "controller_vllm.py"
-        subprocess.run([str(args.vllm), str(script), str(folder / "job.json"), str(folder / "out.json")], check=True)
+        subprocess.run([str(args.vllm), str(script), str(folder / "jobs.json"), str(folder / "out.json")], check=True)
         found = json.loads((folder / "out.json").read_text())
-    return [
-        {
-            **asdict(cell),
-            "arm": arm,
-            "tokens_per_s": quantiles(values["tokens_per_s"]),
-            "ratio_to_off": quantiles(ratios(values["tokens_per_s"], speed["off"])),
-            "accepted_length": values["accepted_length"],
-            "entropy": None,
-            "vllm": found["version"],
-        }
-        for arm, values in found["arms"].items()
-    ]
+    off, rows = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False), []
+    for index, cell in enumerate(cells):
+        run = engine_run(off, cell, args)
+        timed = [run(batch, seed_of(cell, repeat)) for repeat, batch in enumerate(prompts[cell])]
+        base = [num_tokens / seconds for num_tokens, seconds, _ in timed]
+        for arm, values in found["arms"].items():
+            rows.append(
+                {
+                    **asdict(cell),
+                    "arm": arm,
+                    "tokens_per_s": quantiles(values[index]["tokens_per_s"]),
+                    "ratio_to_off": quantiles(ratios(values[index]["tokens_per_s"], base)),
+                    "accepted_length": values[index]["accepted_length"],
+                    "entropy": None,
+                    "vllm": found["version"],
+                }
+            )
+        print_cell(cell, rows[-len(found["arms"]) :])
+    return rows
 
 
 def print_cell(cell: Cell, rows: list[dict[str, Any]]) -> None:

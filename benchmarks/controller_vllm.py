@@ -25,7 +25,7 @@ LOOKAHEAD = 5
 def main() -> None:
     import vllm
 
-    job = json.loads(Path(sys.argv[1]).read_text())
+    given = json.loads(Path(sys.argv[1]).read_text())
     repair_sampler()
     methods: dict[str, dict[str, Any] | None] = {
         "vllm": None,
@@ -33,7 +33,7 @@ def main() -> None:
     }
     if importlib.util.find_spec("arctic_inference"):
         methods["vllm_suffix"] = {"method": "suffix", "num_speculative_tokens": LOOKAHEAD}
-    arms = {arm: measure(job, config) for arm, config in methods.items()}
+    arms = {arm: measure(given["policy"], given["jobs"], config) for arm, config in methods.items()}
     Path(sys.argv[2]).write_text(json.dumps({"version": vllm.__version__, "arms": arms}))
 
 
@@ -52,12 +52,12 @@ def repair_sampler() -> None:
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
-def measure(job: dict[str, Any], speculative: dict[str, Any] | None) -> dict[str, Any]:
-    """Tokens/s of every repeat, and the accepted length of all."""
+def measure(policy: str, jobs: list[dict[str, Any]], speculative: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Of every job, tokens/s of each repeat and the accepted length of all."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        model=job["policy"],
+        model=policy,
         dtype="float32",
         max_model_len=1024,
         max_num_seqs=64,
@@ -65,23 +65,30 @@ def measure(job: dict[str, Any], speculative: dict[str, Any] | None) -> dict[str
         **({"speculative_config": speculative} if speculative else {}),
     )
 
-    def run(prompts: list[list[int]], seed: int) -> float:
+    def run(job: dict[str, Any], prompts: list[list[int]], seed: int) -> tuple[int, float]:
         sampling = SamplingParams(
             n=job["generations"], temperature=job["temperature"], max_tokens=job["max_new_tokens"], seed=seed
         )
         began = time.perf_counter()
         outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         seconds = time.perf_counter() - began
-        return sum(len(sample.token_ids) for output in outputs for sample in output.outputs) / seconds
+        return sum(len(sample.token_ids) for output in outputs for sample in output.outputs), seconds
 
-    run([prompt[::-1] for prompt in job["prompts"][0]], 1)  # compilation and caches, on a text that nobody else uses
-    speeds = [run(prompts, seed) for prompts, seed in zip(job["prompts"], job["seeds"], strict=True)]
-    counts = {
-        metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics() if "spec_decode" in metric.name
-    }
-    drafts = counts.get("vllm:spec_decode_num_drafts", 0)
-    accepted = counts.get("vllm:spec_decode_num_accepted_tokens", 0)
-    return {"tokens_per_s": speeds, "accepted_length": 1 + accepted / drafts if drafts else 1.0}
+    def accepted() -> int:
+        found = [m.value for m in engine.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"]
+        return int(sum(found))
+
+    results = []
+    for job in jobs:
+        run(job, [prompt[::-1] for prompt in job["prompts"][0]], 1)  # compilation and caches, on a text of its own
+        before = accepted()
+        timed = [run(job, prompts, seed) for prompts, seed in zip(job["prompts"], job["seeds"], strict=True)]
+        num_tokens, num_accepted = sum(count for count, _ in timed), accepted() - before
+        # Every forward of a request commits one token and what it accepts.
+        accepted_length = num_tokens / (num_tokens - num_accepted)
+        speeds = [count / seconds for count, seconds in timed]
+        results.append({"tokens_per_s": speeds, "accepted_length": accepted_length})
+    return results
 
 
 if __name__ == "__main__":
