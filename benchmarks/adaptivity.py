@@ -221,6 +221,8 @@ def measure(
             "entropy_per_step": [step["entropy"] for step in steps],
             "refresh_share": refresh_share,
             "lookahead": LOOKAHEAD,
+            # Steps before which the task changed.
+            "shifts": np.cumsum([steps for _, steps in SHIFT])[:-1].tolist() if scenario == "shift" else [],
         }
     )
     print(f"{folder.name} {arm:>16}: " + " ".join(f"{value:.2f}" for value in lengths), flush=True)

@@ -42,6 +42,9 @@ def draw(scenario: str, runs: list[dict[str, Any]], path: Path) -> None:
             mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
             (line,) = upper.plot(smoothed(mean), label=label)
             upper.plot(mean, "o", markersize=2, alpha=0.4, color=line.get_color())
+    for at in runs[0]["shifts"]:
+        for axes in (upper, lower):
+            axes.axvline(at - 0.5, color="gray", linestyle="--", linewidth=0.8)
     seeds = sorted({run["seed"] for run in runs})
     upper.set(ylabel=f"accepted length, {runs[0]['lookahead']} drafts", ylim=(1, None))
     upper.set_title(f"{scenario}: mean of {len(seeds)} seed(s), lines average {WINDOW} steps", fontsize=10)

@@ -1,4 +1,4 @@
-"""Print a result as a Markdown table: of `benchmarks.rollout` for the README, of `benchmarks.controller` for its page.
+"""Print a result as a Markdown table: of `benchmarks.rollout` for the README, of `.controller` and `.adaptivity` for theirs.
 
 python -m benchmarks.table benchmarks/results/rollout_cpu.json
 """
@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 
 def main() -> None:
-    cells = json.loads(Path(sys.argv[1]).read_text())["cells"]
-    for line in controller(cells) if "kind" in cells[0] else rollout(cells):
+    result = json.loads(Path(sys.argv[1]).read_text())
+    cells = result.get("cells")
+    for line in (
+        adaptivity(result["runs"]) if cells is None else controller(cells) if "kind" in cells[0] else rollout(cells)
+    ):
         print(line)
 
 
@@ -59,6 +63,30 @@ def controller(cells: list[dict[str, Any]]) -> list[str]:
             f"| {ratio['hindsight']} ({best['fixed_arm']}) | {ratio['controller']} | {share:.2f} | {ratio['oracle']} "
             f"| {chosen['accepted_length']:.2f} | {errors or '-'} |"
         )
+    return lines
+
+
+def adaptivity(runs: list[dict[str, Any]]) -> list[str]:
+    """A row per scenario and arm, means over the seeds; of `shift` also what is left of the level after each change."""
+    lines = []
+    for scenario in dict.fromkeys(run["scenario"] for run in runs):
+        shifts = [run["shifts"] for run in runs if run["scenario"] == scenario and run["shifts"]]
+        after = "".join(f" steps {at + 1}-{at + 3} over the three before |" for at in (shifts[0] if shifts else []))
+        lines += [f"| {scenario} | seeds | steps 1-5 | last 5 steps | mean |{after} refreshes, share of step time |"]
+        lines += ["|" + "---|" * (6 + after.count("|"))]
+        for arm in dict.fromkeys(run["arm"] for run in runs if run["scenario"] == scenario):
+            own = [run for run in runs if (run["scenario"], run["arm"]) == (scenario, arm)]
+            steps = [fmean(column) for column in zip(*(run["accepted_length_per_step"] for run in own), strict=True)]
+            spread = [fmean(run["accepted_length_per_step"][-5:]) for run in own]
+            ends = f" ({min(spread):.2f} to {max(spread):.2f})" if len(own) > 1 else ""
+            back = "".join(
+                f" {' '.join(f'{steps[at + i] / fmean(steps[at - 3 : at]):.2f}' for i in range(3))} |"
+                for at in (shifts[0] if shifts else [])
+            )
+            share = fmean(run["refresh_share"] for run in own)
+            levels = f"{fmean(steps[:5]):.2f} | {fmean(steps[-5:]):.2f}{ends} | {fmean(steps):.2f}"
+            lines.append(f"| {arm} | {len(own)} | {levels} |{back} {share:.1%} |")
+        lines.append("")
     return lines
 
 
