@@ -242,7 +242,8 @@ def replay_arm(
     for index, (path, step) in enumerate(zip(recorded_calls(folder), steps, strict=True)):
         recorded = Recorded.load(path)
         if policy is None:
-            policy = ReplayPolicy(recorded)
+            # One that learned in another run may know tokens that this one has not used yet.
+            policy = ReplayPolicy(recorded, like=load_policy(warm=True)[0] if state is not None else None)
             for speculator in speculators.values():
                 speculator.bind(policy)
             if state is not None:

@@ -185,6 +185,24 @@ def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
     assert pays or steps[-1] <= steps[0] / 8
 
 
+def test_a_jump_of_the_policy_gives_the_whole_budget_back():
+    model, speculator = copy.deepcopy(policy()), drafter(budget_share=1.0, clock=itertools.count(step=0.01).__next__)
+    engine = engine_of(model, speculator)
+
+    def refreshed(seed, generate_s):
+        rollout(engine, seed)
+        speculator._began = speculator._clock() - 1.0
+        speculator.refresh(Rollouts(speculator._sequences, generate_s), seed)
+        return speculator.refreshes[-1].num_steps
+
+    first = [refreshed(seed, 1.0) for seed in range(12)]
+    assert first[-1] < first[0] / 4  # an unchanged policy has nothing left to teach
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.roll(3, dims=0))
+    assert refreshed(12, 1.0) > first[0] / 2
+
+
 def test_a_resumed_run_drafts_as_well_as_before(tmp_path):
     old = drafter()
     engine = trained(policy(), old)

@@ -211,12 +211,20 @@ def recorded_calls(folder: str | Path) -> list[Path]:
 
 
 class ReplayPolicy(nn.Module):
-    """What speculators read of a policy: its embeddings, as far as the record holds them, and its configuration."""
+    """What speculators read of a policy: its embeddings, as far as the record holds them, and its configuration.
 
-    def __init__(self, recorded: Recorded) -> None:
+    Args:
+        recorded: Any call of the run.
+        like: The policy of the run, of any version: for tokens that the record does not know, which a drafter with a past of
+            its own may. Without it their embeddings are zero.
+    """
+
+    def __init__(self, recorded: Recorded, like: nn.Module | None = None) -> None:
         super().__init__()
         vocab_size, hidden_size = recorded.sequences.vocab_size, recorded.inputs.shape[1]
         self._inputs, self._outputs = nn.Embedding(vocab_size, hidden_size), nn.Embedding(vocab_size, hidden_size)
+        for own, name in ((self._inputs, "get_input_embeddings"), (self._outputs, "get_output_embeddings")):
+            own.weight.data.zero_() if like is None else own.weight.data.copy_(getattr(like, name)().weight)
         # As many layers as were read: whoever reads more is told.
         num_layers = max(recorded.layers, default=-1) + 1
         options = SimpleNamespace(**recorded.logit_options, num_hidden_layers=num_layers)

@@ -80,7 +80,7 @@ def distill(
     target: Target,
     *,
     version: int,
-    budget_s: float,
+    budget_s: Callable[[float], float],
     loss: Loss,
     rng: np.random.Generator,
     clock: Callable[[], float],
@@ -93,7 +93,7 @@ def distill(
         buffer: With at least one window.
         target: What to match.
         version: Present version of the policy: older rollouts count for less.
-        budget_s: Seconds, both checks included; at least one step is taken.
+        budget_s: From the agreement before training to seconds, both checks included; at least one step is taken.
         loss: `kl`, forward KL(p || q), or `tv`, total variation.
         rng: Draws the windows.
         clock: Seconds.
@@ -101,13 +101,13 @@ def distill(
     began = clock()
     check = buffer.newest(_CHECK_WINDOWS, UNROLL, rng)
     before = best = _mean(agreement(head, check, target), check)
-    now = clock()
+    limit_s, now = budget_s(before), clock()
     check_s, stale, step = now - began, 0, 0
     while step < _MAX_STEPS and stale < _PATIENCE:
         _step(head, optimizer, buffer.sample(_WINDOWS_PER_STEP, UNROLL, version, rng), target, loss)
         step += 1
         last, now = now, clock()
-        if now - began + (now - last) + check_s > budget_s:  # another step and the closing check would not fit
+        if now - began + (now - last) + check_s > limit_s:  # another step and the closing check would not fit
             break
         if step % _CHECK_EVERY == 0:
             reached = _mean(agreement(head, check, target), check)

@@ -198,14 +198,23 @@ class RecurrentSpeculator(Speculator):
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
         """Learn from the newest rollouts, within `budget_share` of the time since the last refresh.
 
-        The budget is halved while training gains less than it costs, and doubled, up to the whole, while it pays.
+        The budget is halved while training gains less than it costs, and doubled, up to the whole, while it pays. It is
+        whole again at once where what was lost since the last refresh is worth it: the policy jumped, or has a new task.
         """
         self._end_call()
         self.policy_version = policy_version
         self._counts.fade()
         if not self._buffer.has_windows:
             return
-        budget_s = self._budget_share * self._cut * (self._clock() - self._began)
+        whole_s = self._budget_share * (self._clock() - self._began)
+        # A point of agreement is about a point of the time that generating takes, in this step and some more.
+        worth_s = (rollouts.generate_s or 0.0) * _LASTS_UPDATES
+
+        def budget_s(agreement: float) -> float:
+            if self.refreshes and (self.refreshes[-1].agreement_after - agreement) * worth_s > whole_s:
+                self._cut = 1.0
+            return whole_s * self._cut
+
         self._revise_vocabulary()
         done = distill(
             self._head, self._optimizer, self._buffer, self._target(rollouts.sequences), version=policy_version,
@@ -213,8 +222,7 @@ class RecurrentSpeculator(Speculator):
         )  # fmt: skip
         self.refreshes.append(done)
         if rollouts.generate_s is not None:
-            # A point of agreement is about a point of the time that generating takes, in this step and some more.
-            gained_s = (done.agreement_after - done.agreement_before) * rollouts.generate_s * _LASTS_UPDATES
+            gained_s = (done.agreement_after - done.agreement_before) * worth_s
             self._cut = min(1.0, 2 * self._cut) if gained_s >= done.seconds else max(_LEAST_CUT, self._cut / 2)
         self._trained, self._folded = True, None
         self._began = self._clock()
