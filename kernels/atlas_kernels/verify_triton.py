@@ -1,0 +1,259 @@
+"""The Triton kernels of `verify`: a pass over the vocabulary in splits, then one program per request that joins them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from atlas_kernels.noise_triton import BLOCK, block_minima, excesses
+from atlas_rl.rollout.noise import BLOCK as NOISE_BLOCK
+from atlas_rl.rollout.noise import Stream
+
+BLOCKS = 16
+"""Noise blocks per step: 2,048 tokens, 16 per thread."""
+NUM_WARPS = 4
+_INTERPRETED_SPLITS = 2
+# log of float64 need not be monotone in the last place; a bound that is this much too high costs nothing.
+_SLACK = tl.constexpr(1e-9)
+
+
+@triton.jit
+def processed_logits(logits, allowed, ids, vocab, temperature, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr):
+    """Logits of the sampled distribution for some tokens of a row: float32, `-inf` for what is excluded or outside."""
+    inside = ids < vocab
+    x = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    if SCALED:
+        x = tl.div_rn(x, temperature)
+    if HAS_ALLOWED:
+        x = tl.where(tl.load(allowed + ids, mask=inside, other=0) != 0, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def choose_splits(
+    logits,
+    allowed,
+    keys,
+    positions,
+    scores,
+    tokens,
+    sums,
+    temperature,
+    vocab,
+    logits_stride,
+    allowed_stride,
+    tiles_per_split,
+    STREAM: tl.constexpr,
+    GREEDY: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Best score and sums of one split of one row; grid `[rows, splits]`.
+
+    Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: logit of the best
+    token, largest logit, and with it as m: sum exp(l - m), sum exp(l - m) (l - m).
+    """
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    key, position = tl.load(keys + row), tl.load(positions + row)
+    logits += row * logits_stride
+    allowed += row * allowed_stride
+    lanes = tl.arange(0, BLOCK)
+    blocks = tl.arange(0, BLOCKS)
+    negative_infinity = float("-inf")
+
+    best_score, best_token, best_logit = tl.full([], negative_infinity, tl.float64), 0, negative_infinity
+    peak = negative_infinity
+    total = tl.zeros([BLOCKS, BLOCK], tl.float32)
+    moment = tl.zeros([BLOCKS, BLOCK], tl.float32)
+    begin = split * tiles_per_split * BLOCKS * BLOCK
+    end = tl.minimum(begin + tiles_per_split * BLOCKS * BLOCK, vocab)
+    for start in range(begin, end, BLOCKS * BLOCK):
+        ids = blocks[:, None] * BLOCK + lanes[None, :] + start
+        x = processed_logits(logits, allowed, ids, vocab, temperature, SCALED, HAS_ALLOWED)
+        top = tl.max(x, axis=1)
+
+        new_peak = tl.maximum(peak, tl.max(top, axis=0))
+        # While nothing is allowed the peak is -inf, and -inf - -inf is not a number.
+        shift = tl.where(new_peak == negative_infinity, 0.0, new_peak)
+        scale = tl.exp(peak - shift)
+        drift = tl.where(peak == negative_infinity, 0.0, peak - shift)
+        weight = tl.exp(x - shift)
+        moment = scale * (moment + total * drift) + weight * tl.where(weight > 0, x - shift, 0.0)
+        total = total * scale + weight
+        peak = new_peak
+
+        if GREEDY:
+            tile_best = tl.max(top, axis=0)
+            if tile_best > best_logit:
+                best_logit = tile_best
+                best_token = tl.min(tl.where(x == tile_best, ids, vocab))
+                best_score = tile_best.to(tl.float64)
+        else:
+            minima, lane_of_minimum = block_minima(key, position, blocks + start // BLOCK, STREAM)
+            bounds = top.to(tl.float64) - tl.log(minima.to(tl.float64)) + _SLACK
+            bound = tl.max(bounds, axis=0)
+            while bound > best_score:
+                # The most promising block first. Its logits are read again, from cache: keeping them would cost registers.
+                block = tl.min(tl.where(bounds == bound, blocks, BLOCKS), axis=0)
+                first = block * BLOCK + start
+                least = tl.sum(tl.where(blocks == block, minima, 0.0), axis=0)
+                lane = tl.sum(tl.where(blocks == block, lane_of_minimum, 0), axis=0)
+                e = tl.where(lanes == lane, least, least + excesses(key, position, first, STREAM, BLOCK))
+                x_block = processed_logits(logits, allowed, lanes + first, vocab, temperature, SCALED, HAS_ALLOWED)
+                score = x_block.to(tl.float64) - tl.log(e.to(tl.float64))
+                block_best = tl.max(score, axis=0)
+                token = tl.min(tl.where(score == block_best, lanes, BLOCK), axis=0) + first
+                if (block_best > best_score) | ((block_best == best_score) & (token < best_token)):
+                    best_score = block_best
+                    best_token = token
+                    best_logit = tl.max(tl.where(lanes + first == token, x_block, negative_infinity), axis=0)
+                bounds = tl.where(blocks == block, negative_infinity, bounds)
+                bound = tl.max(bounds, axis=0)
+
+    slot = row * tl.num_programs(1) + split
+    tl.store(scores + slot, best_score)
+    tl.store(tokens + slot, best_token)
+    tl.store(sums + 4 * slot, best_logit)
+    tl.store(sums + 4 * slot + 1, peak)
+    tl.store(sums + 4 * slot + 2, tl.sum(total))
+    tl.store(sums + 4 * slot + 3, tl.sum(moment))
+
+
+@triton.jit
+def join_sums(sums, slots, inside):
+    """`(m, sum exp(l - m), sum exp(l - m) (l - m))` of a row from those of its splits."""
+    peaks = tl.load(sums + 4 * slots + 1, mask=inside, other=float("-inf"))
+    totals = tl.load(sums + 4 * slots + 2, mask=inside, other=0.0)
+    moments = tl.load(sums + 4 * slots + 3, mask=inside, other=0.0)
+    peak = tl.max(peaks, axis=0)
+    weight = tl.exp(peaks - peak)
+    drift = tl.where(weight > 0, peaks - peak, 0.0)
+    return peak, tl.sum(totals * weight, axis=0), tl.sum(weight * (moments + totals * drift), axis=0)
+
+
+@triton.jit
+def finish(
+    scores,
+    tokens,
+    sums,
+    draft_token_ids,
+    row_starts,
+    token_ids,
+    num_accepted,
+    logprobs,
+    entropies,
+    max_probs,
+    splits,
+    SPLITS: tl.constexpr,
+):
+    """Choice and figures of every row of one request, and its accepted count; grid `[batch]`."""
+    request = tl.program_id(0)
+    split = tl.arange(0, SPLITS)
+    inside = split < splits
+    accepted, standing = 0, 1
+    for row in range(tl.load(row_starts + request), tl.load(row_starts + request + 1)):
+        slots = row * splits + split
+        score = tl.load(scores + slots, mask=inside, other=float("-inf"))
+        candidates = tl.load(tokens + slots, mask=inside, other=0)
+        # Splits are in the order of the vocabulary: the first of equal ones has the first token.
+        winner = tl.min(tl.where(score == tl.max(score, axis=0), split, SPLITS), axis=0)
+        token = tl.sum(tl.where(split == winner, candidates, 0), axis=0)
+        logit = tl.load(sums + 4 * (row * splits + winner))
+        peak, total, moment = join_sums(sums, slots, inside)
+        tl.store(token_ids + row, token.to(tl.int64))
+        tl.store(logprobs + row, logit - peak - tl.log(total))
+        tl.store(entropies + row, tl.log(total) - moment / total)
+        tl.store(max_probs + row, 1.0 / total)
+        standing = tl.where(tl.load(draft_token_ids + row) == token, standing, 0)
+        accepted += standing
+    tl.store(num_accepted + request, accepted.to(tl.int64))
+
+
+def verify_triton(
+    logits: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    row_starts: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float,
+    allowed: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Arguments and results as in `atlas_kernels.verify.verify`."""
+    rows, device = len(logits), logits.device
+    batch = len(row_starts) - 1
+    scores, tokens, sums = launch_splits(logits, keys, positions, temperature, allowed, Stream.TARGET)
+    splits = scores.shape[1]
+    token_ids = torch.empty(rows, dtype=torch.int64, device=device)
+    num_accepted = torch.empty(batch, dtype=torch.int64, device=device)
+    logprobs, entropies, max_probs = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
+    if batch:
+        finish[(batch,)](
+            scores,
+            tokens,
+            sums,
+            draft_token_ids.contiguous(),
+            row_starts.contiguous(),
+            token_ids,
+            num_accepted,
+            logprobs,
+            entropies,
+            max_probs,
+            splits,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=1,
+        )
+    return token_ids, num_accepted, logprobs, entropies, max_probs
+
+
+def launch_splits(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float,
+    allowed: torch.Tensor | None,
+    stream: Stream,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`choose_splits` over all rows: its `(scores, tokens, sums)`."""
+    rows, vocab = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    # A pointer must be passed even where nothing is read through it.
+    mask = logits if allowed is None else allowed.contiguous().view(torch.uint8)
+    splits, tiles_per_split = split_vocab(rows, vocab, logits.device)
+    scores = torch.empty(rows, splits, dtype=torch.float64, device=logits.device)
+    tokens = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    sums = torch.empty(rows, splits, 4, dtype=torch.float32, device=logits.device)
+    if rows:
+        choose_splits[(rows, splits)](
+            logits,
+            mask,
+            keys.contiguous(),
+            positions.contiguous(),
+            scores,
+            tokens,
+            sums,
+            float(temperature),
+            vocab,
+            logits.stride(0),
+            mask.stride(0),
+            tiles_per_split,
+            STREAM=int(stream),
+            GREEDY=temperature == 0,
+            SCALED=temperature not in (0, 1),
+            HAS_ALLOWED=allowed is not None,
+            BLOCKS=BLOCKS,
+            num_warps=NUM_WARPS,
+        )
+    return scores, tokens, sums
+
+
+def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
+    """`(splits, steps per split)`: about four programs per multiprocessor, so that few rows use the whole device too."""
+    tiles = triton.cdiv(vocab, BLOCKS * NOISE_BLOCK)
+    splits = _INTERPRETED_SPLITS
+    if device.type == "cuda":
+        splits = triton.cdiv(4 * torch.cuda.get_device_properties(device).multi_processor_count, max(rows, 1))
+    tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
+    return triton.cdiv(tiles, tiles_per_split), tiles_per_split
