@@ -57,10 +57,9 @@ def first_argmax(scores: torch.Tensor) -> torch.Tensor:
 
 
 def count_accepted(stands: torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:
-    """Drafts that stand before the first that does not: int64 `[batch]` (`stands` bool `[rows]`, False in last rows)."""
-    starts = row_starts[:-1]
-    # Standing rows counted up to each row; a request's run ends at its first row that does not stand.
-    rows = torch.arange(len(stands), device=stands.device)
-    fallen = torch.where(stands, len(stands), rows)
-    ahead = fallen.flip(0).cummin(0).values.flip(0)
-    return ahead[starts] - starts
+    """Drafts that stand before the first that does not: int64 `[batch]` (`stands` bool `[rows]`)."""
+    num_rows = len(stands)
+    rows = torch.arange(num_rows + 1, device=stands.device)
+    fallen = torch.where(torch.nn.functional.pad(stands, (0, 1)), num_rows, rows)
+    first_fallen = fallen.flip(0).cummin(0).values.flip(0)
+    return torch.minimum(first_fallen[row_starts[:-1]], row_starts[1:]) - row_starts[:-1]

@@ -13,7 +13,8 @@ from atlas_rl.rollout.noise import Stream
 BLOCKS = 16
 """Noise blocks per step: 2,048 tokens, 16 per thread."""
 NUM_WARPS = 4
-_INTERPRETED_SPLITS = 2
+# The interpreter pays per operation, not per element: larger steps, and splits only so that they are tested.
+_INTERPRETED = (64, 2)
 # log of float64 need not be monotone in the last place; a bound that is this much too high costs nothing.
 _SLACK = tl.constexpr(1e-9)
 
@@ -168,7 +169,7 @@ def finish(
         tl.store(max_probs + row, 1.0 / total)
         standing = tl.where(tl.load(draft_token_ids + row) == token, standing, 0)
         accepted += standing
-    tl.store(num_accepted + request, accepted.to(tl.int64))
+    tl.store(num_accepted + request, accepted)
 
 
 def verify_triton(
@@ -221,7 +222,7 @@ def launch_splits(
         logits = logits.contiguous()
     # A pointer must be passed even where nothing is read through it.
     mask = logits if allowed is None else allowed.contiguous().view(torch.uint8)
-    splits, tiles_per_split = split_vocab(rows, vocab, logits.device)
+    blocks, splits, tiles_per_split = split_vocab(rows, vocab, logits.device)
     scores = torch.empty(rows, splits, dtype=torch.float64, device=logits.device)
     tokens = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
     sums = torch.empty(rows, splits, 4, dtype=torch.float32, device=logits.device)
@@ -243,17 +244,21 @@ def launch_splits(
             GREEDY=temperature == 0,
             SCALED=temperature not in (0, 1),
             HAS_ALLOWED=allowed is not None,
-            BLOCKS=BLOCKS,
+            BLOCKS=blocks,
             num_warps=NUM_WARPS,
         )
     return scores, tokens, sums
 
 
-def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
-    """`(splits, steps per split)`: about four programs per multiprocessor, so that few rows use the whole device too."""
-    tiles = triton.cdiv(vocab, BLOCKS * NOISE_BLOCK)
-    splits = _INTERPRETED_SPLITS
+def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int, int]:
+    """`(noise blocks per step, splits, steps per split)`.
+
+    About four programs per multiprocessor, so that few rows use the whole device too.
+    """
+    blocks, splits = _INTERPRETED
     if device.type == "cuda":
-        splits = triton.cdiv(4 * torch.cuda.get_device_properties(device).multi_processor_count, max(rows, 1))
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        blocks, splits = BLOCKS, triton.cdiv(4 * processors, max(rows, 1))
+    tiles = triton.cdiv(vocab, blocks * NOISE_BLOCK)
     tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
-    return triton.cdiv(tiles, tiles_per_split), tiles_per_split
+    return blocks, triton.cdiv(tiles, tiles_per_split), tiles_per_split
