@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from atlas_kernels import verify_triton
+import triton.language as tl
+from atlas_kernels import nvfp4_triton, verify_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -22,7 +23,17 @@ from benchmarks.common import ROOT, environment, write_result
 
 RESULTS = ROOT / "benchmarks" / "results"
 TARGETS = (90, 100)
-_TYPES = {"b": "*bf16", "f": "*fp32", "d": "*fp64", "u": "*u8", "i": "*i32", "l": "*i64", "F": "fp32", "I": "i32", "L": "i64"}
+_TYPES = {
+    "b": "*bf16",
+    "f": "*fp32",
+    "d": "*fp64",
+    "u": "*u8",
+    "i": "*i32",
+    "l": "*i64",
+    "F": "fp32",
+    "I": "i32",
+    "L": "i64",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +74,21 @@ CASES = {
     ),
     "verify.finish": Case(
         kernel=verify_triton.finish, types="difllllfffI", constants={"SPLITS": 64}, num_warps=1, max_registers=128
+    ),
+    "nvfp4.quantize_weight": Case(
+        kernel=nvfp4_triton.quantize_weight,
+        types="bfuuiIIIL",
+        constants={"ROWS": nvfp4_triton.QUANTIZE_TILE[0], "GROUPS": nvfp4_triton.QUANTIZE_TILE[1]},
+        num_warps=nvfp4_triton.QUANTIZE_WARPS,
+        max_registers=168,
+    ),
+    "nvfp4.linear_rows": Case(
+        kernel=nvfp4_triton.linear_rows,
+        types="buufbIIII",
+        constants=dict(zip(("OUTPUTS", "ROWS", "GROUPS"), nvfp4_triton.LINEAR_TILE, strict=True))
+        | {"COMPUTE": tl.bfloat16},
+        num_warps=nvfp4_triton.LINEAR_WARPS,
+        max_registers=168,
     ),
 }
 

@@ -19,7 +19,12 @@ def in_a_compiling_process(code: str) -> str:
     """Output of `code` in a process whose kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -42,8 +47,12 @@ def test_every_kernel_compiles_within_its_bounds():
 
 def test_the_recorded_report_is_of_these_kernels():
     recorded = json.loads((ROOT / "benchmarks" / "results" / "kernels_aot.json").read_text(encoding="utf-8"))
-    cases = json.loads(in_a_compiling_process("import json; from benchmarks.kernels_aot import CASES; print(json.dumps([*CASES]))"))
-    assert {(row["kernel"], row["sm"]) for row in recorded["rows"]} == {(case, sm) for case in cases for sm in (90, 100)}
+    cases = json.loads(
+        in_a_compiling_process("import json; from benchmarks.kernels_aot import CASES; print(json.dumps([*CASES]))")
+    )
+    assert {(row["kernel"], row["sm"]) for row in recorded["rows"]} == {
+        (case, sm) for case in cases for sm in (90, 100)
+    }
 
 
 def test_the_package_works_without_triton():

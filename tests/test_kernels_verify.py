@@ -37,7 +37,9 @@ def rows_of(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, torch.arange(rows) * 1_000_003 % 2**31
 
 
-def run(logits: torch.Tensor, implementation: str, drafts=None, row_starts=None, seed: int = 0, **options) -> Verification:
+def run(
+    logits: torch.Tensor, implementation: str, drafts=None, row_starts=None, seed: int = 0, **options
+) -> Verification:
     rows = len(logits)
     keys, positions = rows_of(rows, seed)
     drafts = torch.full((rows,), -1) if drafts is None else drafts

@@ -11,7 +11,7 @@ import triton.language as tl
 
 QUANTIZE_TILE = (8, 32)
 """Rows and groups of 16 per program of the quantizer."""
-LINEAR_TILE = (64, 16, 8)
+LINEAR_TILE = (32, 16, 8)
 """Outputs, rows and groups of 16 per step of the linear layer (16 rows are the least `tl.dot` takes)."""
 QUANTIZE_WARPS, LINEAR_WARPS = 4, 4
 _COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -115,7 +115,9 @@ def linear_rows(
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for first in range(0, groups, GROUPS):
         inside = (output[:, None] < out_features) & (first * 8 + byte[None, :] < groups * 8)
-        pairs = tl.load(packed + output[:, None] * groups * 8 + first * 8 + byte[None, :], mask=inside, other=0).to(tl.int16)
+        pairs = tl.load(packed + output[:, None] * groups * 8 + first * 8 + byte[None, :], mask=inside, other=0).to(
+            tl.int16
+        )
         group = first + tl.arange(0, GROUPS)
         inside_groups = (output[:, None] < out_features) & (group[None, :] < groups)
         codes = tl.load(scales + output[:, None] * groups + group[None, :], mask=inside_groups, other=0).to(tl.int16)
@@ -135,7 +137,9 @@ def linear_rows(
     tl.store(target, (total * tl.load(tensor_scale)).to(outputs.dtype.element_ty), mask=inside)
 
 
-def quantize_triton(weight: torch.Tensor, tensor_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_triton(
+    weight: torch.Tensor, tensor_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`(packed, scales, amax)` of `atlas_kernels.nvfp4.NVFP4Weight`."""
     out_features, in_features = weight.shape
     groups = triton.cdiv(in_features, 16)
