@@ -15,10 +15,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from atlas_kernels import nvfp4_triton, verify_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from atlas_kernels import nvfp4_triton, verify_triton
 from benchmarks.common import ROOT, environment, write_result
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from atlas_kernels.nvfp4 import NVFP4Weight, dequantize, linear, quantize, tensor_scale_for
 from atlas_kernels.nvfp4_reference import e2m1_codes
 

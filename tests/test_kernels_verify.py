@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from atlas_kernels.verify import Verification, verify
-from atlas_kernels.verify_reference import noisy_scores, processed_logits
 from scipy import stats
 
+from atlas_kernels.verify import Verification, verify
+from atlas_kernels.verify_reference import noisy_scores, processed_logits
 from atlas_rl.rollout.noise import Stream, exponentials, request_keys
 from atlas_rl.rollout.verification import choose
 from tests.exact import CERTAIN, FALSE_ALARM

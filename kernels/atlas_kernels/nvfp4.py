@@ -6,11 +6,11 @@ one E4M3 scale per 16 values along the inputs, one float32 scale per tensor,
     w[n, k] ~ e2m1[n, k] * e4m3[n, k // 16] * tensor_scale          4.5 bits per value
 
 **Rounding**, the same in kernel and reference, bit for bit: `block_scale = e4m3(max |w| / (6 tensor_scale))`, saturating;
-`value = e2m1(w / (block_scale * tensor_scale))`, each a correctly rounded float32 operation, each format to the nearest, ties to
-even. A block whose scale rounds to zero is zero.
+`value = e2m1(w / (block_scale * tensor_scale))`: every operation is correctly rounded float32, every format rounds to the
+nearest, ties to even. A block whose scale rounds to zero is zero.
 
-**One pass.** The tensor scale must be known before the first value is rounded. `quantize` without one reads the weight twice;
-but a policy moves little between two syncs, so a refresh passes the former scale and reads the weight once, and the largest
+**One pass.** The tensor scale must be known before the first value is rounded. `quantize` without one reads the weight
+twice; but a policy moves little between two syncs, so a refresh passes the former scale and reads the weight once, and the largest
 magnitude, found in the same pass, says whether it still fits (`saturated`).
 
 The product of an E2M1 and an E4M3 number has six significant bits, so bfloat16 and float16 hold it exactly: the linear layer

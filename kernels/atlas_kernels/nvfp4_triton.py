@@ -106,8 +106,8 @@ def linear_rows(
 ):
     """`[OUTPUTS, ROWS]` of the transposed product; grid over outputs and rows.
 
-    The weight is the left operand, so that the few rows are the small side of the matrix instruction. Even and odd inputs are
-    two products: the two values of a byte never have to be interleaved.
+    The weight is the left operand, so that the few rows are the small side of the matrix instruction. Even and odd inputs
+    are two products: the two values of a byte never have to be interleaved.
     """
     output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
