@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atlas_kernels import nvfp4_triton, verify_triton
+from atlas_kernels import nvfp4_triton, rejection_triton, verify_triton
 from benchmarks.common import ROOT, environment, write_result
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,25 +55,66 @@ class Case:
     max_registers: int
 
 
-_FULL = {"STREAM": 0, "GREEDY": False, "SCALED": True, "HAS_ALLOWED": True, "BLOCKS": verify_triton.BLOCKS}
+_FULL = {
+    "STREAM": 0,
+    "GREEDY": False,
+    "SCALED": True,
+    "HAS_ALLOWED": True,
+    "EXCLUDE": 0,
+    "BLOCKS": verify_triton.BLOCKS,
+}
 CASES = {
     # 168 registers of 128 threads: three programs fit on a multiprocessor, and hide each other's latency.
     "verify.choose_splits": Case(
         kernel=verify_triton.choose_splits,
-        types="bulldifFILLI",
+        types="bullldifFILLI",
         constants=_FULL,
         num_warps=verify_triton.NUM_WARPS,
         max_registers=168,
     ),
     "verify.choose_splits greedy": Case(
         kernel=verify_triton.choose_splits,
-        types="bulldifFILLI",
+        types="bullldifFILLI",
         constants=_FULL | {"GREEDY": True, "SCALED": False, "HAS_ALLOWED": False},
         num_warps=verify_triton.NUM_WARPS,
         max_registers=168,
     ),
     "verify.finish": Case(
         kernel=verify_triton.finish, types="difllllfffI", constants={"SPLITS": 64}, num_warps=1, max_registers=128
+    ),
+    "rejection.choose_splits": Case(
+        kernel=verify_triton.choose_splits,
+        types="builldifFILLI",
+        constants=_FULL | {"STREAM": 2, "EXCLUDE": 2},
+        num_warps=verify_triton.NUM_WARPS,
+        max_registers=168,
+    ),
+    "rejection.residual_splits": Case(
+        kernel=rejection_triton.residual_splits,
+        types="bulflllfdiFIILLI",
+        constants={
+            "STREAM": 2,
+            "SCALED": True,
+            "HAS_ALLOWED": True,
+            "TILE": rejection_triton.RESIDUAL_TILE,
+            "SPLITS": 64,
+        },
+        num_warps=rejection_triton.RESIDUAL_WARPS,
+        max_registers=168,
+    ),
+    "rejection.finish_rejection": Case(
+        kernel=rejection_triton.finish_rejection,
+        types="budifdilfillllllfffFIILLII",
+        constants={
+            "ACCEPT_STREAM": 1,
+            "ONE_HOT": False,
+            "SCALED": True,
+            "HAS_ALLOWED": True,
+            "SPLITS": 64,
+            "TILES": 32,
+        },
+        num_warps=1,
+        max_registers=128,
     ),
     "nvfp4.quantize_weight": Case(
         kernel=nvfp4_triton.quantize_weight,

@@ -60,3 +60,10 @@ def excess(key, position, tokens, STREAM: tl.constexpr):
     lane = tokens % 4
     word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
     return exponential_of_word(word).to(tl.float32)
+
+
+@triton.jit
+def uniform(key, position, STREAM: tl.constexpr):
+    """One uniform variate in (0, 1): float64, of a stream that draws no tokens."""
+    word, _, _, _ = _words(key, tl.zeros([], tl.int32), position, 2 * STREAM)
+    return (word.to(tl.float64) + 0.5) * _U_SCALE

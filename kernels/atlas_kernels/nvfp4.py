@@ -10,8 +10,8 @@ one E4M3 scale per 16 values along the inputs, one float32 scale per tensor,
 nearest, ties to even. A block whose scale rounds to zero is zero.
 
 **One pass.** The tensor scale must be known before the first value is rounded. `quantize` without one reads the weight
-twice; but a policy moves little between two syncs, so a refresh passes the former scale and reads the weight once, and the largest
-magnitude, found in the same pass, says whether it still fits (`saturated`).
+twice; but a policy moves little between two syncs, so a refresh passes the former scale and reads the weight once, and the
+largest magnitude, found in the same pass, says whether it still fits (`saturated`).
 
 The product of an E2M1 and an E4M3 number has six significant bits, so bfloat16 and float16 hold it exactly: the linear layer
 unpacks weights in registers without rounding, sums in float32, and applies the tensor scale to the sums.

@@ -77,17 +77,7 @@ def verify(
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.
     """
-    check_rows(logits, keys=keys, positions=positions, draft_token_ids=draft_token_ids)
-    if row_starts.ndim != 1 or len(row_starts) < 1 or row_starts.dtype != torch.int64:
-        raise ValueError(f"row_starts must be int64 [batch + 1], got {row_starts.dtype} {list(row_starts.shape)}")
-    check_temperature(temperature)
-    if allowed is not None and (allowed.shape != logits.shape or allowed.dtype != torch.bool):
-        raise ValueError(
-            f"allowed must be bool {list(logits.shape)} like logits, got {allowed.dtype} {list(allowed.shape)}"
-        )
-    for name, tensor in (("row_starts", row_starts), ("allowed", allowed)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}: move them together")
+    check_verify(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed)
     if use_triton(logits, implementation):
         from atlas_kernels.verify_triton import verify_triton as run
     else:
@@ -95,22 +85,36 @@ def verify(
     return Verification(*run(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed))
 
 
-def check_rows(logits: torch.Tensor, **per_row: torch.Tensor) -> None:
-    """Raise ValueError unless `logits` are floats `[rows, vocab]` and the others int64 `[rows]` beside them."""
+def check_verify(
+    logits: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    row_starts: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float,
+    allowed: torch.Tensor | None,
+) -> None:
+    """Raise the `ValueError`s of `verify`."""
     if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _LOGIT_DTYPES:
         raise ValueError(
             f"logits must be float32, bfloat16 or float16 [rows, vocab], got {logits.dtype} {list(logits.shape)}"
         )
+    per_row = {"draft_token_ids": draft_token_ids, "keys": keys, "positions": positions}
     for name, tensor in per_row.items():
         if tensor.shape != logits.shape[:1] or tensor.dtype != torch.int64:
             raise ValueError(
                 f"{name} must be int64 [{len(logits)}], one per row, got {tensor.dtype} {list(tensor.shape)}"
             )
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}: move them together")
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless the temperature is one that can be sampled at."""
+    if row_starts.ndim != 1 or len(row_starts) < 1 or row_starts.dtype != torch.int64:
+        raise ValueError(f"row_starts must be int64 [batch + 1], got {row_starts.dtype} {list(row_starts.shape)}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
+    if allowed is not None and (allowed.shape != logits.shape or allowed.dtype != torch.bool):
+        raise ValueError(
+            f"allowed must be bool {list(logits.shape)} like logits, got {allowed.dtype} {list(allowed.shape)}"
+        )
+    for name, tensor in (
+        per_row | {"row_starts": row_starts, "allowed": logits if allowed is None else allowed}
+    ).items():
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}: move them together")

@@ -21,13 +21,17 @@ def verify_reference(
     processed = processed_logits(logits, temperature, allowed)
     scores = processed if temperature == 0 else noisy_scores(processed, keys, positions, Stream.TARGET)
     token_ids = first_argmax(scores)
-    log_probs = processed.log_softmax(dim=-1)
+    num_accepted = count_accepted(token_ids == draft_token_ids, row_starts)
+    return token_ids, num_accepted, *summarise(processed.log_softmax(dim=-1), token_ids)
+
+
+def summarise(log_probs: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(logprobs, entropies, max_probs)` of a `Verification`, from float64 `[rows, vocab]`."""
     probs = log_probs.exp()
     # Excluded tokens have probability 0 and log-probability -inf: their product must be 0, not NaN.
     entropies = -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(dim=-1)
-    num_accepted = count_accepted(token_ids == draft_token_ids, row_starts)
     logprobs = log_probs.gather(1, token_ids[:, None])[:, 0]
-    return token_ids, num_accepted, logprobs.float(), entropies.float(), probs.amax(dim=-1).float()
+    return logprobs.float(), entropies.float(), probs.amax(dim=-1).float()
 
 
 def processed_logits(logits: torch.Tensor, temperature: float, allowed: torch.Tensor | None) -> torch.Tensor:

@@ -32,9 +32,20 @@ def processed_logits(logits, allowed, ids, vocab, temperature, SCALED: tl.conste
 
 
 @triton.jit
+def without_excluded(x, ids, vocab, excluded, EXCLUDE: tl.constexpr):
+    """`x`, but `-inf` for the token `excluded` points at (EXCLUDE 1), or where `excluded[id] >= 0` (EXCLUDE 2)."""
+    if EXCLUDE == 1:
+        x = tl.where(ids == tl.load(excluded), float("-inf"), x)
+    if EXCLUDE == 2:
+        x = tl.where(tl.load(excluded + ids, mask=ids < vocab, other=-1) >= 0, float("-inf"), x)
+    return x
+
+
+@triton.jit
 def choose_splits(
     logits,
     allowed,
+    excluded,
     keys,
     positions,
     scores,
@@ -49,17 +60,21 @@ def choose_splits(
     GREEDY: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
+    EXCLUDE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """Best score and sums of one split of one row; grid `[rows, splits]`.
 
     Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: logit of the best
-    token, largest logit, and with it as m: sum exp(l - m), sum exp(l - m) (l - m).
+    token, largest logit, and with it as m: sum exp(l - m), sum exp(l - m) (l - m). Excluded tokens (see `without_excluded`)
+    are in the sums, but are not chosen.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)
     logits += row * logits_stride
     allowed += row * allowed_stride
+    if EXCLUDE == 1:
+        excluded += row
     lanes = tl.arange(0, BLOCK)
     blocks = tl.arange(0, BLOCKS)
     negative_infinity = float("-inf")
@@ -93,6 +108,8 @@ def choose_splits(
                 best_score = tile_best.to(tl.float64)
         else:
             minima, lane_of_minimum = block_minima(key, position, blocks + start // BLOCK, STREAM)
+            if EXCLUDE:
+                top = tl.max(without_excluded(x, ids, vocab, excluded, EXCLUDE), axis=1)
             bounds = top.to(tl.float64) - tl.log(minima.to(tl.float64)) + _SLACK
             bound = tl.max(bounds, axis=0)
             while bound > best_score:
@@ -103,6 +120,7 @@ def choose_splits(
                 lane = tl.sum(tl.where(blocks == block, lane_of_minimum, 0), axis=0)
                 e = tl.where(lanes == lane, least, least + excesses(key, position, first, STREAM, BLOCK))
                 x_block = processed_logits(logits, allowed, lanes + first, vocab, temperature, SCALED, HAS_ALLOWED)
+                x_block = without_excluded(x_block, lanes + first, vocab, excluded, EXCLUDE)
                 score = x_block.to(tl.float64) - tl.log(e.to(tl.float64))
                 block_best = tl.max(score, axis=0)
                 token = tl.min(tl.where(score == block_best, lanes, BLOCK), axis=0) + first
@@ -123,14 +141,29 @@ def choose_splits(
 
 
 @triton.jit
-def join_sums(sums, slots, inside):
-    """`(m, sum exp(l - m), sum exp(l - m) (l - m))` of a row from those of its splits."""
-    peaks = tl.load(sums + 4 * slots + 1, mask=inside, other=float("-inf"))
-    totals = tl.load(sums + 4 * slots + 2, mask=inside, other=0.0)
-    moments = tl.load(sums + 4 * slots + 3, mask=inside, other=0.0)
+def best_split(scores, tokens, row, splits, SPLITS: tl.constexpr):
+    """Best score of a row over its splits, its token, and the split that has it."""
+    split = tl.arange(0, SPLITS)
+    inside = split < splits
+    candidates = tl.load(scores + row * splits + split, mask=inside, other=float("-inf"))
+    score = tl.max(candidates, axis=0)
+    # Splits are in the order of the vocabulary: the first of equal ones has the first token.
+    winner = tl.min(tl.where(candidates == score, split, SPLITS), axis=0)
+    return score, tl.load(tokens + row * splits + winner), winner
+
+
+@triton.jit
+def join_sums(sums, row, splits, SPLITS: tl.constexpr):
+    """With a row's largest logit m: `m, sum exp(l - m), sum exp(l - m) (l - m)`."""
+    split = tl.arange(0, SPLITS)
+    inside = split < splits
+    at = sums + 4 * (row * splits + split)
+    peaks = tl.load(at + 1, mask=inside, other=float("-inf"))
     peak = tl.max(peaks, axis=0)
     weight = tl.exp(peaks - peak)
     drift = tl.where(weight > 0, peaks - peak, 0.0)
+    totals = tl.load(at + 2, mask=inside, other=0.0)
+    moments = tl.load(at + 3, mask=inside, other=0.0)
     return peak, tl.sum(totals * weight, axis=0), tl.sum(weight * (moments + totals * drift), axis=0)
 
 
@@ -151,18 +184,11 @@ def finish(
 ):
     """Choice and figures of every row of one request, and its accepted count; grid `[batch]`."""
     request = tl.program_id(0)
-    split = tl.arange(0, SPLITS)
-    inside = split < splits
     accepted, standing = 0, 1
     for row in range(tl.load(row_starts + request), tl.load(row_starts + request + 1)):
-        slots = row * splits + split
-        score = tl.load(scores + slots, mask=inside, other=float("-inf"))
-        candidates = tl.load(tokens + slots, mask=inside, other=0)
-        # Splits are in the order of the vocabulary: the first of equal ones has the first token.
-        winner = tl.min(tl.where(score == tl.max(score, axis=0), split, SPLITS), axis=0)
-        token = tl.sum(tl.where(split == winner, candidates, 0), axis=0)
-        logit = tl.load(sums + 4 * (row * splits + winner))
-        peak, total, moment = join_sums(sums, slots, inside)
+        _, token, split = best_split(scores, tokens, row, splits, SPLITS)
+        logit = tl.load(sums + 4 * (row * splits + split))
+        peak, total, moment = join_sums(sums, row, splits, SPLITS)
         tl.store(token_ids + row, token.to(tl.int64))
         tl.store(logprobs + row, logit - peak - tl.log(total))
         tl.store(entropies + row, tl.log(total) - moment / total)
@@ -182,30 +208,30 @@ def verify_triton(
     allowed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """Arguments and results as in `atlas_kernels.verify.verify`."""
-    rows, device = len(logits), logits.device
-    batch = len(row_starts) - 1
-    scores, tokens, sums = launch_splits(logits, keys, positions, temperature, allowed, Stream.TARGET)
+    scores, tokens, sums = launch_splits(logits, keys, positions, temperature, allowed)
+    results = empty_results(len(logits), len(row_starts) - 1, logits.device)
     splits = scores.shape[1]
-    token_ids = torch.empty(rows, dtype=torch.int64, device=device)
-    num_accepted = torch.empty(batch, dtype=torch.int64, device=device)
-    logprobs, entropies, max_probs = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
-    if batch:
-        finish[(batch,)](
+    if len(row_starts) > 1:
+        finish[(len(row_starts) - 1,)](
             scores,
             tokens,
             sums,
             draft_token_ids.contiguous(),
             row_starts.contiguous(),
-            token_ids,
-            num_accepted,
-            logprobs,
-            entropies,
-            max_probs,
+            *results,
             splits,
             SPLITS=triton.next_power_of_2(splits),
             num_warps=1,
         )
-    return token_ids, num_accepted, logprobs, entropies, max_probs
+    return results
+
+
+def empty_results(rows: int, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Unwritten fields of a `Verification`."""
+    token_ids = torch.empty(rows, dtype=torch.int64, device=device)
+    num_accepted = torch.empty(batch, dtype=torch.int64, device=device)
+    figures = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
+    return token_ids, num_accepted, *figures
 
 
 def launch_splits(
@@ -214,7 +240,10 @@ def launch_splits(
     positions: torch.Tensor,
     temperature: float,
     allowed: torch.Tensor | None,
-    stream: Stream,
+    *,
+    stream: Stream = Stream.TARGET,
+    exclude: int = 0,
+    excluded: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`choose_splits` over all rows: its `(scores, tokens, sums)`."""
     rows, vocab = logits.shape
@@ -230,6 +259,7 @@ def launch_splits(
         choose_splits[(rows, splits)](
             logits,
             mask,
+            logits if excluded is None else excluded,
             keys.contiguous(),
             positions.contiguous(),
             scores,
@@ -244,6 +274,7 @@ def launch_splits(
             GREEDY=temperature == 0,
             SCALED=temperature not in (0, 1),
             HAS_ALLOWED=allowed is not None,
+            EXCLUDE=exclude,
             BLOCKS=blocks,
             num_warps=NUM_WARPS,
         )
