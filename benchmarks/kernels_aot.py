@@ -104,7 +104,7 @@ CASES = {
     ),
     "rejection.finish_rejection": Case(
         kernel=rejection_triton.finish_rejection,
-        types="budifdilfillllllfffFIILLII",
+        types="budifdilfilllllfffFIILLII",
         constants={
             "ACCEPT_STREAM": 1,
             "ONE_HOT": False,

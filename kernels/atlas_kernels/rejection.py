@@ -5,10 +5,10 @@ Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 230
 token is drawn from `(p - q)+`, normalised, where it does not. Without draft probabilities drafts are one-hot: x stands with
 p(x), and is replaced by a draw from p without x.
 
-**Passes.** One-hot: one pass over the vocabulary draws the replacement among the other tokens, whatever becomes of the draft,
-and needs no normaliser for that. With draft probabilities over a reduced vocabulary: that pass draws among the tokens outside of
-it, where q is 0 and `(p - q)+` is p; a second one, over the reduced vocabulary alone, gathers its logits and draws from
-`exp(l - m) - q sum exp(l - m)`, which needs the first pass's sums. The better of the two scores is the draw from the whole.
+**Passes.** One-hot: one pass over the vocabulary draws the replacement among the other tokens, whatever becomes of the
+draft, and needs no normaliser for that. With draft probabilities over a reduced vocabulary: that pass draws among the tokens
+outside of it, where q is 0 and `(p - q)+` is p; a second one, over the reduced vocabulary alone, gathers its logits and draws
+from `exp(l - m) - q sum exp(l - m)`, which needs the first pass's sums. The better score of the two is the draw from all.
 
 Where `(p - q)+` is zero everywhere, q is p up to rounding, and the draft stands.
 """
