@@ -174,6 +174,21 @@ def test_the_linear_layer_is_its_reference(rows, shape, dtype):
     assert (difference <= last_place * reference.float().abs() + 2e-6 * scale).all()
 
 
+@pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 10,
+    reason="Triton's interpreter reads E4M3 scales as E8M0",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_native_path_is_the_reference_too(dtype):
+    weight = quantize(random_weight((35, 150), seed=5), implementation="reference")
+    inputs = torch.randn(3, 150, generator=torch.Generator().manual_seed(6)).to(dtype).to(DEVICE)
+    kernel = nvfp4_triton.linear_triton(inputs, weight.packed, weight.scales, weight.tensor_scale, native=True)
+    reference = linear(inputs, weight, implementation="reference")
+    scale = inputs.float().abs() @ dequantize(weight).abs().T
+    difference = (kernel.float() - reference.float()).abs()
+    assert (difference <= torch.finfo(dtype).eps * reference.float().abs() + 2e-6 * scale).all()
+
+
 def test_no_rows_and_no_outputs():
     weight = quantize(random_weight((5, 20)), implementation="reference")
     assert linear(torch.empty(0, 20, device=DEVICE), weight, implementation="triton").shape == (0, 5)

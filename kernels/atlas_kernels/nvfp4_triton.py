@@ -15,6 +15,7 @@ LINEAR_TILE = (32, 16, 8)
 """Outputs, rows and groups of 16 per step of the linear layer (16 rows are the least `tl.dot` takes)."""
 QUANTIZE_WARPS, LINEAR_WARPS = 4, 4
 _COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_NATIVE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @triton.jit
@@ -103,11 +104,13 @@ def linear_rows(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """`[OUTPUTS, ROWS]` of the transposed product; grid over outputs and rows.
 
     The weight is the left operand, so that the few rows are the small side of the matrix instruction. Even and odd inputs
-    are two products: the two values of a byte never have to be interleaved.
+    are two products: the two values of a byte never have to be interleaved. `NATIVE` is the name of the inputs' format for
+    `tl.dot_scaled`, which converts the weight by Blackwell's own instruction; the empty string unpacks it by shifts.
     """
     output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -115,23 +118,28 @@ def linear_rows(
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for first in range(0, groups, GROUPS):
         inside = (output[:, None] < out_features) & (first * 8 + byte[None, :] < groups * 8)
-        pairs = tl.load(packed + output[:, None] * groups * 8 + first * 8 + byte[None, :], mask=inside, other=0).to(
-            tl.int16
-        )
+        packed_at = packed + output[:, None] * groups * 8 + first * 8 + byte[None, :]
+        pairs = tl.load(packed_at, mask=inside, other=0)
         group = first + tl.arange(0, GROUPS)
         inside_groups = (output[:, None] < out_features) & (group[None, :] < groups)
-        codes = tl.load(scales + output[:, None] * groups + group[None, :], mask=inside_groups, other=0).to(tl.int16)
-        scale = e4m3_value(codes).to(tl.float32) * 4194304.0  # 2**8 of E4M3, 2**14 of E2M1
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [OUTPUTS, GROUPS, 8]), [OUTPUTS, GROUPS * 8])
-        low = (e2m1_value(pairs & 15).to(tl.float32) * scale).to(COMPUTE)
-        high = (e2m1_value(pairs >> 4).to(tl.float32) * scale).to(COMPUTE)
-        even = 2 * (first * 8 + byte)[:, None]
-        source = inputs + row[None, :] * in_features + even
-        x0 = tl.load(source, mask=(row[None, :] < rows) & (even < in_features), other=0.0).to(COMPUTE)
-        x1 = tl.load(source + 1, mask=(row[None, :] < rows) & (even + 1 < in_features), other=0.0).to(COMPUTE)
-        # "ieee" is for float32 inputs, which tf32 would round.
-        total = tl.dot(low, x0, total, input_precision="ieee")
-        total = tl.dot(high, x1, total, input_precision="ieee")
+        codes = tl.load(scales + output[:, None] * groups + group[None, :], mask=inside_groups, other=0)
+        if NATIVE != "":
+            feature = (first * 16 + tl.arange(0, GROUPS * 16))[:, None]
+            source = inputs + row[None, :] * in_features + feature
+            x = tl.load(source, mask=(row[None, :] < rows) & (feature < in_features), other=0.0)
+            total = tl.dot_scaled(pairs, codes.to(tl.float8e4nv, bitcast=True), "e2m1", x, None, NATIVE, total)
+        else:
+            scale = e4m3_value(codes.to(tl.int16)).to(tl.float32) * 4194304.0  # 2**8 of E4M3, 2**14 of E2M1
+            scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [OUTPUTS, GROUPS, 8]), [OUTPUTS, GROUPS * 8])
+            low = (e2m1_value(pairs.to(tl.int16) & 15).to(tl.float32) * scale).to(COMPUTE)
+            high = (e2m1_value(pairs.to(tl.int16) >> 4).to(tl.float32) * scale).to(COMPUTE)
+            even = 2 * (first * 8 + byte)[:, None]
+            source = inputs + row[None, :] * in_features + even
+            x0 = tl.load(source, mask=(row[None, :] < rows) & (even < in_features), other=0.0).to(COMPUTE)
+            x1 = tl.load(source + 1, mask=(row[None, :] < rows) & (even + 1 < in_features), other=0.0).to(COMPUTE)
+            # "ieee" is for float32 inputs, which tf32 would round.
+            total = tl.dot(low, x0, total, input_precision="ieee")
+            total = tl.dot(high, x1, total, input_precision="ieee")
     target = outputs + row[None, :] * out_features + output[:, None]
     inside = (row[None, :] < rows) & (output[:, None] < out_features)
     tl.store(target, (total * tl.load(tensor_scale)).to(outputs.dtype.element_ty), mask=inside)
@@ -168,9 +176,18 @@ def quantize_triton(
 
 
 def linear_triton(
-    inputs: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor
+    inputs: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    *,
+    native: bool = False,
 ) -> torch.Tensor:
-    """`inputs @ w.T`: `[rows, out_features]` in the type of `inputs`."""
+    """`inputs @ w.T`: `[rows, out_features]` in the type of `inputs`.
+
+    `native` converts by Blackwell's instructions. It is not the default, because it has not run yet: the interpreter takes
+    every scale of `tl.dot_scaled` for a power of two.
+    """
     rows, in_features = inputs.shape
     out_features, groups = scales.shape
     outputs = torch.empty(rows, out_features, dtype=inputs.dtype, device=inputs.device)
@@ -193,6 +210,7 @@ def linear_triton(
             ROWS=tile_rows,
             GROUPS=tile_groups,
             COMPUTE=compute,
+            NATIVE=_NATIVE.get(inputs.dtype, "") if native else "",
             num_warps=LINEAR_WARPS,
         )
     return outputs

@@ -1,14 +1,14 @@
 """Verification by rejection, beside `verify`: for engines and drafters whose noise is not shared.
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), as in
-`atlas_rl.rollout.verification.RejectionSampling`: a draft x drawn from q stands with probability `min(1, p(x) / q(x))`; another
-token is drawn from `(p - q)+`, normalised, where it does not. Without draft probabilities drafts are one-hot: x stands with
-p(x), and is replaced by a draw from p without x.
+`atlas_rl.rollout.verification.RejectionSampling`: a draft x drawn from q stands with probability `min(1, p(x) / q(x))`;
+another token is drawn from `(p - q)+`, normalised, where it does not. Without draft probabilities drafts are one-hot: x
+stands with p(x), and is replaced by a draw from p without x.
 
 **Passes.** One-hot: one pass over the vocabulary draws the replacement among the other tokens, whatever becomes of the
-draft, and needs no normaliser for that. With draft probabilities over a reduced vocabulary: that pass draws among the tokens
-outside of it, where q is 0 and `(p - q)+` is p; a second one, over the reduced vocabulary alone, gathers its logits and draws
-from `exp(l - m) - q sum exp(l - m)`, which needs the first pass's sums. The better score of the two is the draw from all.
+draft, and needs no normaliser for that. With draft probabilities over a reduced vocabulary: that pass draws among the
+tokens outside of it, where q is 0 and `(p - q)+` is p; a second one, over the reduced vocabulary alone, gathers its logits
+and draws from `exp(l - m) - q sum exp(l - m)`, which needs the first pass's sums. The better score of the two is the draw.
 
 Where `(p - q)+` is zero everywhere, q is p up to rounding, and the draft stands.
 """
