@@ -210,7 +210,7 @@ def test_float32_probabilities_and_float64_scores_differ_in_near_ties_only():
     best = scores.topk(2, dim=-1)
     engine = choose(logits.softmax(-1), keys.numpy().view(np.uint64), positions.numpy(), Stream.TARGET, greedy=False)
     differs = torch.from_numpy(engine) != best.indices[:, 0]
-    assert (best.values[:, 0] - best.values[:, 1])[differs].le(4e-7).all()
+    assert (best.values[:, 0] - best.values[:, 1])[differs].le(1e-6).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -27,7 +27,6 @@ import torch
 from atlas_kernels import nvfp4_reference
 from atlas_kernels.dispatch import Implementation, use_triton
 
-GROUP = 16
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -136,8 +135,9 @@ def linear(inputs: torch.Tensor, weight: NVFP4Weight, *, implementation: Impleme
         )
     if inputs.device != weight.packed.device:
         raise ValueError(f"inputs are on {inputs.device} and the weight on {weight.packed.device}: move them together")
+    operands = (inputs, weight.packed, weight.scales, weight.tensor_scale)
     if use_triton(inputs, implementation):
-        from atlas_kernels.nvfp4_triton import linear_triton as run
-    else:
-        run = nvfp4_reference.linear_reference
-    return run(inputs, weight.packed, weight.scales, weight.tensor_scale)
+        from atlas_kernels.nvfp4_triton import linear_triton
+
+        return linear_triton(*operands)
+    return nvfp4_reference.linear_reference(*operands)

@@ -11,7 +11,7 @@ No softmax is written out either: the log-normaliser, the entropy and the larges
 
 **Which choice.** Scores are float64 from float32 `l` and float32 E, in the kernel and in the reference. So both choose the
 same token, and so does `atlas_rl.rollout.noise.choose_rows`, which draws the same E, unless the two best scores differ by
-less than its float32 probabilities resolve (about 4e-7, in log units). `l` is the correctly rounded float32 quotient.
+less than its float32 probabilities resolve (about 1e-6, in log units). `l` is the correctly rounded float32 quotient.
 """
 
 from __future__ import annotations
