@@ -55,14 +55,14 @@ class Case:
     max_registers: int
 
 
-def _linear(native: str, max_registers: int) -> Case:
+def _linear(native: str) -> Case:
     tile = dict(zip(("OUTPUTS", "ROWS", "GROUPS"), nvfp4_triton.LINEAR_TILE, strict=True))
     return Case(
         kernel=nvfp4_triton.linear_rows,
         types="buufbIIII",
         constants=tile | {"COMPUTE": tl.bfloat16, "NATIVE": native},
         num_warps=nvfp4_triton.LINEAR_WARPS,
-        max_registers=max_registers,
+        max_registers=168,
     )
 
 
@@ -134,8 +134,8 @@ CASES = {
         num_warps=nvfp4_triton.QUANTIZE_WARPS,
         max_registers=168,
     ),
-    "nvfp4.linear_rows": _linear("", 168),
-    "nvfp4.linear_rows native": _linear("bf16", 168),
+    "nvfp4.linear_rows": _linear(""),
+    "nvfp4.linear_rows native": _linear("bf16"),
 }
 
 

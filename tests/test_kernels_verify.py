@@ -111,7 +111,7 @@ def test_saturated_rows():
     tokens = [0, 127, 128, 256]
     logits = torch.full((5, 257), -1e30)
     logits[range(4), tokens] = 1e30
-    logits[4] = 1e30  # all of the same huge logit: uniform, not NaN
+    logits[4] = 1e30  # all of the same huge logit: the entropy is that of a uniform row, not NaN
     verified = assert_same(logits)
     assert verified.token_ids[:4].tolist() == tokens
     assert verified.logprobs[:4].tolist() == [0.0] * 4

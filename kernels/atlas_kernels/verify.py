@@ -62,7 +62,7 @@ def verify(
     Args:
         logits: float32, bfloat16 or float16 `[rows, vocab]`: request by request, after its last committed token, then
             after each of its drafts. Penalties are applied before; what top-k, top-p or min-p exclude is `-inf`, or not
-            `allowed`. Left unchanged.
+            `allowed`. Left unchanged. Beyond 1e8 in magnitude float64 scores begin to lose the noise.
         draft_token_ids: int64 `[rows]`: the draft at the position that the row decides, -1 in a request's last row.
         row_starts: int64 `[batch + 1]`: request i has the rows `row_starts[i] .. row_starts[i + 1] - 1`.
         keys: int64 `[rows]`, the bits of the noise keys (`request_keys(seed, ...)`).
