@@ -13,6 +13,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test reaches a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any import of triton: its kernels then run on the CPU
+
 from tests.models import FACTORIES
 
 if TYPE_CHECKING:

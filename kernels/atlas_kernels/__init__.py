@@ -1,4 +1,11 @@
-"""Triton kernels of atlas_rl, each beside its eager reference.
+"""Triton kernels of atlas_rl, each beside its eager reference; `docs/kernels.md` says what each computes and costs.
+
+    verify          the policy's own choice at every drafted position, accepted counts and logprobs
+    rejection       the same decisions by rejection sampling, with or without draft probabilities
+    nvfp4           a weight in NVFP4, and a linear layer that reads it
+
+A module `x` checks its arguments and dispatches: to `x_triton` for CUDA tensors, to `x_reference` elsewhere. Only modules
+named `*_triton` import Triton, and only when they are used.
 
 The folder `kernels/` is deliberately not a package: PyPI has a package named `kernels` that transformers imports, and a
 `kernels/__init__.py` here would shadow it whenever the repository is on `sys.path`. This package is installed as

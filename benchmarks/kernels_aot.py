@@ -1,0 +1,189 @@
+"""Registers, shared memory and spills of every Triton kernel, compiled ahead of time; needs Triton, no GPU.
+
+python -m benchmarks.kernels_aot
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from atlas_kernels import nvfp4_triton, rejection_triton, verify_triton
+from benchmarks.common import ROOT, environment, write_result
+
+RESULTS = ROOT / "benchmarks" / "results"
+TARGETS = (90, 100)
+_TYPES = {
+    "b": "*bf16",
+    "f": "*fp32",
+    "d": "*fp64",
+    "u": "*u8",
+    "i": "*i32",
+    "l": "*i64",
+    "F": "fp32",
+    "I": "i32",
+    "L": "i64",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One kernel as it is launched.
+
+    Attributes:
+        kernel: The `@triton.jit` function.
+        types: A letter of `_TYPES` per argument that is not constant, in order.
+        constants: The constant arguments.
+        num_warps: Warps per program.
+        max_registers: Registers per thread that the launch was planned with.
+    """
+
+    kernel: Any
+    types: str
+    constants: dict[str, Any]
+    num_warps: int
+    max_registers: int
+
+
+def _linear(native: str) -> Case:
+    tile = dict(zip(("OUTPUTS", "ROWS", "GROUPS"), nvfp4_triton.LINEAR_TILE, strict=True))
+    return Case(
+        kernel=nvfp4_triton.linear_rows,
+        types="buufbIIII",
+        constants=tile | {"COMPUTE": tl.bfloat16, "NATIVE": native},
+        num_warps=nvfp4_triton.LINEAR_WARPS,
+        max_registers=168,
+    )
+
+
+_FULL = {
+    "STREAM": 0,
+    "GREEDY": False,
+    "SCALED": True,
+    "HAS_ALLOWED": True,
+    "EXCLUDE": 0,
+    "BLOCKS": verify_triton.BLOCKS,
+}
+CASES = {
+    # 168 registers of 128 threads: three programs fit on a multiprocessor, and hide each other's latency.
+    "verify.choose_splits": Case(
+        kernel=verify_triton.choose_splits,
+        types="bullldifFILLI",
+        constants=_FULL,
+        num_warps=verify_triton.NUM_WARPS,
+        max_registers=168,
+    ),
+    "verify.choose_splits greedy": Case(
+        kernel=verify_triton.choose_splits,
+        types="bullldifFILLI",
+        constants=_FULL | {"GREEDY": True, "SCALED": False, "HAS_ALLOWED": False},
+        num_warps=verify_triton.NUM_WARPS,
+        max_registers=168,
+    ),
+    "verify.finish": Case(
+        kernel=verify_triton.finish, types="difllllfffI", constants={"SPLITS": 64}, num_warps=1, max_registers=128
+    ),
+    "rejection.choose_splits": Case(
+        kernel=verify_triton.choose_splits,
+        types="builldifFILLI",
+        constants=_FULL | {"STREAM": 2, "EXCLUDE": 2},
+        num_warps=verify_triton.NUM_WARPS,
+        max_registers=168,
+    ),
+    "rejection.residual_splits": Case(
+        kernel=rejection_triton.residual_splits,
+        types="bulflllfdiFIILLI",
+        constants={
+            "STREAM": 2,
+            "SCALED": True,
+            "HAS_ALLOWED": True,
+            "TILE": rejection_triton.RESIDUAL_TILE,
+            "SPLITS": 64,
+        },
+        num_warps=rejection_triton.RESIDUAL_WARPS,
+        max_registers=168,
+    ),
+    "rejection.finish_rejection": Case(
+        kernel=rejection_triton.finish_rejection,
+        types="budifdilfilllllfffFIILLII",
+        constants={
+            "ACCEPT_STREAM": 1,
+            "ONE_HOT": False,
+            "SCALED": True,
+            "HAS_ALLOWED": True,
+            "SPLITS": 64,
+            "TILES": 32,
+        },
+        num_warps=1,
+        max_registers=128,
+    ),
+    "nvfp4.quantize_weight": Case(
+        kernel=nvfp4_triton.quantize_weight,
+        types="bfuuiIIIL",
+        constants={"ROWS": nvfp4_triton.QUANTIZE_TILE[0], "GROUPS": nvfp4_triton.QUANTIZE_TILE[1]},
+        num_warps=nvfp4_triton.QUANTIZE_WARPS,
+        max_registers=168,
+    ),
+    "nvfp4.linear_rows": _linear(""),
+    "nvfp4.linear_rows native": _linear("bf16"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels_aot.json")
+    args = parser.parse_args()
+    rows = [compiled(name, sm) for name in CASES for sm in TARGETS]
+    print(f"{'kernel':<32} {'sm':>4} {'warps':>5} {'registers':>9} {'shared_bytes':>12} {'spill_bytes':>11}")
+    for row in rows:
+        print(
+            f"{row['kernel']:<32} {row['sm']:>4} {row['num_warps']:>5} {row['registers']:>9} {row['shared_bytes']:>12} "
+            f"{row['spill_bytes']:>11}"
+        )
+    payload = environment() | {"triton": triton.__version__, "rows": rows}
+    print(f"written: {write_result(args.output, payload)}")
+
+
+def compiled(name: str, sm: int) -> dict[str, Any]:
+    """The row of one case for one target: what `ptxas -v` says of it.
+
+    Raises:
+        RuntimeError: Triton runs in its interpreter, or ptxas did not say what is asked.
+    """
+    case = CASES[name]
+    if not isinstance(case.kernel, triton.JITFunction):
+        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
+    free = [argument for argument in case.kernel.arg_names if argument not in case.constants]
+    signature = {argument: _TYPES[letter] for argument, letter in zip(free, case.types, strict=True)}
+    source = ASTSource(case.kernel, signature | dict.fromkeys(case.constants, "constexpr"), constexprs=case.constants)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True  # a cached kernel has no log
+        kernel = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": case.num_warps})
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    if registers is None or spills is None:
+        raise RuntimeError(f"ptxas does not say what {name} uses:\n{log.getvalue()}")
+    return {
+        "kernel": name,
+        "sm": sm,
+        "num_warps": case.num_warps,
+        "registers": int(registers[1]),
+        "shared_bytes": int(kernel.metadata.shared),
+        "spill_bytes": int(spills[1]) + int(spills[2]),
+    }
+
+
+if __name__ == "__main__":
+    main()

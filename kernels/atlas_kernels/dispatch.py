@@ -1,0 +1,35 @@
+"""Which implementation runs: the kernel on CUDA, the reference elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+
+Implementation = Literal["auto", "triton", "reference"]
+
+
+def use_triton(tensor: torch.Tensor, implementation: Implementation) -> bool:
+    """Whether the kernel takes `tensor`.
+
+    Args:
+        tensor: The largest argument of the call.
+        implementation: "auto" takes the kernel for CUDA tensors; "triton" and "reference" insist.
+
+    Raises:
+        ValueError: The implementation is unknown, or Triton is wanted where it cannot run.
+    """
+    if implementation not in ("auto", "triton", "reference"):
+        raise ValueError(f"implementation must be 'auto', 'triton' or 'reference', got {implementation!r}")
+    if implementation == "reference" or (implementation == "auto" and tensor.device.type != "cuda"):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("the kernels need Triton: `pip install triton` (Linux), or pass implementation='reference'")
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"Triton does not run on {tensor.device.type}: move the tensors to CUDA, pass implementation='reference', "
+            "or set TRITON_INTERPRET=1 before Triton is first imported (slow; for tests)"
+        )
+    return True

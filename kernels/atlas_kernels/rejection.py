@@ -1,0 +1,97 @@
+"""Verification by rejection, beside `verify`: for engines and drafters whose noise is not shared.
+
+Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), as in
+`atlas_rl.rollout.verification.RejectionSampling`: a draft x drawn from q stands with probability `min(1, p(x) / q(x))`;
+another token is drawn from `(p - q)+`, normalised, where it does not. Without draft probabilities drafts are one-hot: x
+stands with p(x), and is replaced by a draw from p without x.
+
+**Passes.** One-hot: one pass over the vocabulary draws the replacement among the other tokens, whatever becomes of the
+draft, and needs no normaliser for that. With draft probabilities over a reduced vocabulary: that pass draws among the
+tokens outside of it, where q is 0 and `(p - q)+` is p; a second one, over the reduced vocabulary alone, gathers its logits
+and draws from `exp(l - m) - q sum exp(l - m)`, which needs the first pass's sums. The better score of the two is the draw.
+
+Where `(p - q)+` is zero everywhere, q is p up to rounding, and the draft stands.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from atlas_kernels.dispatch import Implementation, use_triton
+from atlas_kernels.rejection_reference import rejection_reference
+from atlas_kernels.verify import Verification, check_verify, verify
+
+
+def verify_by_rejection(
+    logits: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    row_starts: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    allowed: torch.Tensor | None = None,
+    draft_probs: torch.Tensor | None = None,
+    draft_vocab: torch.Tensor | None = None,
+    implementation: Implementation = "auto",
+) -> Verification:
+    """Verify packed drafts by rejection. Reads nothing back from the device.
+
+    Args:
+        logits: As in `verify`, like the next four and `temperature`, `allowed` and `implementation`. At temperature 0 both
+            forms are the same.
+        draft_token_ids: As in `verify`.
+        row_starts: As in `verify`.
+        keys: As in `verify`; the streams are those of acceptance and recovery, which no drafter draws from.
+        positions: As in `verify`.
+        temperature: As in `verify`.
+        allowed: As in `verify`.
+        draft_probs: float32 `[rows, draft_vocab]`, the distribution each draft was drawn from; rows without a draft are
+            not read. None for one-hot drafts.
+        draft_vocab: int64 `[draft_vocab]`, distinct token ids of the columns of `draft_probs`; None for the whole
+            vocabulary in order. A token outside has draft probability 0.
+        implementation: As in `verify`.
+
+    Returns:
+        What is committed: in `token_ids` the draft where it stands, else the recovered token, in a request's last row the
+        bonus token. Rows behind the first rejection are to be ignored.
+
+    Raises:
+        ValueError: A shape, type or device does not fit, or the implementation cannot run here.
+    """
+    check_verify(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed)
+    if temperature == 0:
+        return verify(
+            logits,
+            draft_token_ids,
+            row_starts,
+            keys,
+            positions,
+            temperature=0,
+            allowed=allowed,
+            implementation=implementation,
+        )
+    if draft_probs is None:
+        if draft_vocab is not None:
+            raise ValueError("draft_vocab names the columns of draft_probs: pass both, or neither for one-hot drafts")
+    else:
+        if draft_vocab is None:
+            draft_vocab = torch.arange(logits.shape[1], device=logits.device)
+        if draft_vocab.ndim != 1 or draft_vocab.dtype != torch.int64 or draft_vocab.device != logits.device:
+            raise ValueError(
+                f"draft_vocab must be int64 [draft_vocab] on {logits.device}, "
+                f"got {draft_vocab.dtype} {list(draft_vocab.shape)} on {draft_vocab.device}"
+            )
+        shape = (len(logits), len(draft_vocab))
+        if draft_probs.shape != shape or draft_probs.dtype != torch.float32 or draft_probs.device != logits.device:
+            raise ValueError(
+                f"draft_probs must be float32 {list(shape)} on {logits.device}, "
+                f"got {draft_probs.dtype} {list(draft_probs.shape)} on {draft_probs.device}"
+            )
+    if use_triton(logits, implementation):
+        from atlas_kernels.rejection_triton import rejection_triton as run
+    else:
+        run = rejection_reference
+    return Verification(
+        *run(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed, draft_probs, draft_vocab)
+    )

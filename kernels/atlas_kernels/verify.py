@@ -1,0 +1,120 @@
+"""Verification in one pass over the vocabulary: the policy's own choice at every drafted position.
+
+Drafter-invariant sampling (Daliri, Musco, Suresh, arXiv 2408.07978). With processed logits `l = logits / T` and the keyed
+exponentials E of `atlas_rl.rollout.noise`,
+
+    choice = argmax_x l(x) - log E(x)          a draft is accepted exactly when it is the choice
+
+A row's noise is not written out, and hardly drawn: `l` of a noise block of 128 tokens is bounded by its largest logit minus
+the log of the block's least exponential, so one Philox block serves 128 tokens until that bound beats the best score so far.
+No softmax is written out either: the log-normaliser, the entropy and the largest probability come from the same pass.
+
+**Which choice.** Scores are float64 from float32 `l` and float32 E, in the kernel and in the reference. So both choose the
+same token, and so does `atlas_rl.rollout.noise.choose_rows`, which draws the same E, unless the two best scores differ by
+less than its float32 probabilities resolve (about 1e-6, in log units). `l` is the correctly rounded float32 quotient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from atlas_kernels.dispatch import Implementation, use_triton
+from atlas_kernels.verify_reference import verify_reference
+
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What every row of a packed batch of drafts draws. Of a request's rows the first `num_accepted + 1` are committed.
+
+    Attributes:
+        token_ids: int64 `[rows]`, the policy's own choice: the accepted draft, the recovered or the bonus token.
+        num_accepted: int64 `[batch]`.
+        logprobs: float32 `[rows]`, of the choice under the processed distribution.
+        entropies: float32 `[rows]`, nats, of the processed distribution.
+        max_probs: float32 `[rows]`, probability of the likeliest token.
+    """
+
+    token_ids: torch.Tensor
+    num_accepted: torch.Tensor
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
+    max_probs: torch.Tensor
+
+
+def verify(
+    logits: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    row_starts: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    allowed: torch.Tensor | None = None,
+    implementation: Implementation = "auto",
+) -> Verification:
+    """Verify packed drafts, drafter-invariantly. Reads nothing back from the device.
+
+    Args:
+        logits: float32, bfloat16 or float16 `[rows, vocab]`: request by request, after its last committed token, then
+            after each of its drafts. Penalties are applied before; what top-k, top-p or min-p exclude is `-inf`, or not
+            `allowed`. Left unchanged. Beyond 1e8 in magnitude float64 scores begin to lose the noise.
+        draft_token_ids: int64 `[rows]`: the draft at the position that the row decides, -1 in a request's last row.
+        row_starts: int64 `[batch + 1]`: request i has the rows `row_starts[i] .. row_starts[i + 1] - 1`.
+        keys: int64 `[rows]`, the bits of the noise keys (`request_keys(seed, ...)`).
+        positions: int64 `[rows]`, index in the whole sequence of the token that is drawn.
+        temperature: `> 0`; 0 takes the likeliest token (the first of equals) and gives logprobs at temperature 1.
+        allowed: bool `[rows, vocab]`; tokens that are False have probability zero. None allows all.
+        implementation: "auto" is the kernel on CUDA and the reference elsewhere.
+
+    Returns:
+        The choice of every row. A row without any allowed token gives token 0 with logprob NaN.
+
+    Raises:
+        ValueError: A shape, type or device does not fit, or the implementation cannot run here.
+    """
+    check_verify(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed)
+    if use_triton(logits, implementation):
+        from atlas_kernels.verify_triton import verify_triton as run
+    else:
+        run = verify_reference
+    return Verification(*run(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed))
+
+
+def check_verify(
+    logits: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    row_starts: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float,
+    allowed: torch.Tensor | None,
+) -> None:
+    """Raise the `ValueError`s of `verify`."""
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _LOGIT_DTYPES:
+        raise ValueError(
+            f"logits must be float32, bfloat16 or float16 [rows, vocab], got {logits.dtype} {list(logits.shape)}"
+        )
+    per_row = {"draft_token_ids": draft_token_ids, "keys": keys, "positions": positions}
+    for name, tensor in per_row.items():
+        if tensor.shape != logits.shape[:1] or tensor.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 [{len(logits)}], one per row, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if row_starts.ndim != 1 or len(row_starts) < 1 or row_starts.dtype != torch.int64:
+        raise ValueError(f"row_starts must be int64 [batch + 1], got {row_starts.dtype} {list(row_starts.shape)}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
+    if allowed is not None and (allowed.shape != logits.shape or allowed.dtype != torch.bool):
+        raise ValueError(
+            f"allowed must be bool {list(logits.shape)} like logits, got {allowed.dtype} {list(allowed.shape)}"
+        )
+    for name, tensor in (
+        per_row | {"row_starts": row_starts, "allowed": logits if allowed is None else allowed}
+    ).items():
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}: move them together")

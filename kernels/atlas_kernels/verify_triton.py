@@ -1,0 +1,295 @@
+"""The Triton kernels of `verify`: a pass over the vocabulary in splits, then one program per request that joins them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from atlas_kernels.noise_triton import BLOCK, block_minima, excesses
+from atlas_rl.rollout.noise import BLOCK as NOISE_BLOCK
+from atlas_rl.rollout.noise import Stream
+
+BLOCKS = 16
+"""Noise blocks per step: 2,048 tokens, 16 per thread."""
+NUM_WARPS = 4
+# The interpreter pays per operation, not per element: larger steps, and splits only so that they are tested.
+_INTERPRETED = (64, 2)
+# log of float64 need not be monotone in the last place; a bound that is this much too high costs nothing.
+_SLACK = tl.constexpr(1e-9)
+
+
+@triton.jit
+def processed_logits(logits, allowed, ids, vocab, temperature, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr):
+    """Logits of the sampled distribution for some tokens of a row: float32, `-inf` for what is excluded or outside."""
+    inside = ids < vocab
+    x = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    if SCALED:
+        x = tl.div_rn(x, temperature)
+    if HAS_ALLOWED:
+        x = tl.where(tl.load(allowed + ids, mask=inside, other=0) != 0, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def without_excluded(x, ids, vocab, excluded, EXCLUDE: tl.constexpr):
+    """`x`, but `-inf` for the token `excluded` points at (EXCLUDE 1), or where `excluded[id] >= 0` (EXCLUDE 2)."""
+    if EXCLUDE == 1:
+        x = tl.where(ids == tl.load(excluded), float("-inf"), x)
+    if EXCLUDE == 2:
+        x = tl.where(tl.load(excluded + ids, mask=ids < vocab, other=-1) >= 0, float("-inf"), x)
+    return x
+
+
+@triton.jit
+def choose_splits(
+    logits,
+    allowed,
+    excluded,
+    keys,
+    positions,
+    scores,
+    tokens,
+    sums,
+    temperature,
+    vocab,
+    logits_stride,
+    allowed_stride,
+    tiles_per_split,
+    STREAM: tl.constexpr,
+    GREEDY: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Best score and sums of one split of one row; grid `[rows, splits]`.
+
+    Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: logit of the best
+    token, largest logit, and with it as m: sum exp(l - m), sum exp(l - m) (l - m). Excluded tokens (see `without_excluded`)
+    are in the sums, but are not chosen.
+    """
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    key, position = tl.load(keys + row), tl.load(positions + row)
+    logits += row * logits_stride
+    allowed += row * allowed_stride
+    if EXCLUDE == 1:
+        excluded += row
+    lanes = tl.arange(0, BLOCK)
+    blocks = tl.arange(0, BLOCKS)
+    negative_infinity = float("-inf")
+
+    best_score, best_token, best_logit = tl.full([], negative_infinity, tl.float64), 0, negative_infinity
+    peak = negative_infinity
+    total = tl.zeros([BLOCKS, BLOCK], tl.float32)
+    moment = tl.zeros([BLOCKS, BLOCK], tl.float32)
+    begin = split * tiles_per_split * BLOCKS * BLOCK
+    end = tl.minimum(begin + tiles_per_split * BLOCKS * BLOCK, vocab)
+    for start in range(begin, end, BLOCKS * BLOCK):
+        ids = blocks[:, None] * BLOCK + lanes[None, :] + start
+        x = processed_logits(logits, allowed, ids, vocab, temperature, SCALED, HAS_ALLOWED)
+        top = tl.max(x, axis=1)
+
+        new_peak = tl.maximum(peak, tl.max(top, axis=0))
+        # While nothing is allowed the peak is -inf, and -inf - -inf is not a number.
+        shift = tl.where(new_peak == negative_infinity, 0.0, new_peak)
+        scale = tl.exp(peak - shift)
+        drift = tl.where(peak == negative_infinity, 0.0, peak - shift)
+        weight = tl.exp(x - shift)
+        moment = scale * (moment + total * drift) + weight * tl.where(weight > 0, x - shift, 0.0)
+        total = total * scale + weight
+        peak = new_peak
+
+        if GREEDY:
+            tile_best = tl.max(top, axis=0)
+            if tile_best > best_logit:
+                best_logit = tile_best
+                best_token = tl.min(tl.where(x == tile_best, ids, vocab))
+                best_score = tile_best.to(tl.float64)
+        else:
+            minima, lane_of_minimum = block_minima(key, position, blocks + start // BLOCK, STREAM)
+            if EXCLUDE:
+                top = tl.max(without_excluded(x, ids, vocab, excluded, EXCLUDE), axis=1)
+            bounds = top.to(tl.float64) - tl.log(minima.to(tl.float64)) + _SLACK
+            bound = tl.max(bounds, axis=0)
+            while bound > best_score:
+                # The most promising block first. Its logits are read again, from cache: keeping them would cost registers.
+                block = tl.min(tl.where(bounds == bound, blocks, BLOCKS), axis=0)
+                first = block * BLOCK + start
+                least = tl.sum(tl.where(blocks == block, minima, 0.0), axis=0)
+                lane = tl.sum(tl.where(blocks == block, lane_of_minimum, 0), axis=0)
+                e = tl.where(lanes == lane, least, least + excesses(key, position, first, STREAM, BLOCK))
+                x_block = processed_logits(logits, allowed, lanes + first, vocab, temperature, SCALED, HAS_ALLOWED)
+                x_block = without_excluded(x_block, lanes + first, vocab, excluded, EXCLUDE)
+                score = x_block.to(tl.float64) - tl.log(e.to(tl.float64))
+                block_best = tl.max(score, axis=0)
+                token = tl.min(tl.where(score == block_best, lanes, BLOCK), axis=0) + first
+                if (block_best > best_score) | ((block_best == best_score) & (token < best_token)):
+                    best_score = block_best
+                    best_token = token
+                    best_logit = tl.max(tl.where(lanes + first == token, x_block, negative_infinity), axis=0)
+                bounds = tl.where(blocks == block, negative_infinity, bounds)
+                bound = tl.max(bounds, axis=0)
+
+    slot = row * tl.num_programs(1) + split
+    tl.store(scores + slot, best_score)
+    tl.store(tokens + slot, best_token)
+    tl.store(sums + 4 * slot, best_logit)
+    tl.store(sums + 4 * slot + 1, peak)
+    tl.store(sums + 4 * slot + 2, tl.sum(total))
+    tl.store(sums + 4 * slot + 3, tl.sum(moment))
+
+
+@triton.jit
+def best_split(scores, tokens, row, splits, SPLITS: tl.constexpr):
+    """Best score of a row over its splits, its token, and the split that has it."""
+    split = tl.arange(0, SPLITS)
+    inside = split < splits
+    candidates = tl.load(scores + row * splits + split, mask=inside, other=float("-inf"))
+    score = tl.max(candidates, axis=0)
+    # Splits are in the order of the vocabulary: the first of equal ones has the first token.
+    winner = tl.min(tl.where(candidates == score, split, SPLITS), axis=0)
+    return score, tl.load(tokens + row * splits + winner), winner
+
+
+@triton.jit
+def join_sums(sums, row, splits, SPLITS: tl.constexpr):
+    """With a row's largest logit m: `m, sum exp(l - m), sum exp(l - m) (l - m)`."""
+    split = tl.arange(0, SPLITS)
+    inside = split < splits
+    at = sums + 4 * (row * splits + split)
+    peaks = tl.load(at + 1, mask=inside, other=float("-inf"))
+    peak = tl.max(peaks, axis=0)
+    weight = tl.exp(peaks - peak)
+    drift = tl.where(weight > 0, peaks - peak, 0.0)
+    totals = tl.load(at + 2, mask=inside, other=0.0)
+    moments = tl.load(at + 3, mask=inside, other=0.0)
+    return peak, tl.sum(totals * weight, axis=0), tl.sum(weight * (moments + totals * drift), axis=0)
+
+
+@triton.jit
+def finish(
+    scores,
+    tokens,
+    sums,
+    draft_token_ids,
+    row_starts,
+    token_ids,
+    num_accepted,
+    logprobs,
+    entropies,
+    max_probs,
+    splits,
+    SPLITS: tl.constexpr,
+):
+    """Choice and figures of every row of one request, and its accepted count; grid `[batch]`."""
+    request = tl.program_id(0)
+    accepted, standing = 0, 1
+    for row in range(tl.load(row_starts + request), tl.load(row_starts + request + 1)):
+        _, token, split = best_split(scores, tokens, row, splits, SPLITS)
+        logit = tl.load(sums + 4 * (row * splits + split))
+        peak, total, moment = join_sums(sums, row, splits, SPLITS)
+        tl.store(token_ids + row, token.to(tl.int64))
+        tl.store(logprobs + row, logit - peak - tl.log(total))
+        tl.store(entropies + row, tl.log(total) - moment / total)
+        tl.store(max_probs + row, 1.0 / total)
+        standing = tl.where(tl.load(draft_token_ids + row) == token, standing, 0)
+        accepted += standing
+    tl.store(num_accepted + request, accepted)
+
+
+def verify_triton(
+    logits: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    row_starts: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float,
+    allowed: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Arguments and results as in `atlas_kernels.verify.verify`."""
+    scores, tokens, sums = launch_splits(logits, keys, positions, temperature, allowed)
+    results = empty_results(len(logits), len(row_starts) - 1, logits.device)
+    splits = scores.shape[1]
+    if len(row_starts) > 1:
+        finish[(len(row_starts) - 1,)](
+            scores,
+            tokens,
+            sums,
+            draft_token_ids.contiguous(),
+            row_starts.contiguous(),
+            *results,
+            splits,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=1,
+        )
+    return results
+
+
+def empty_results(rows: int, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Unwritten fields of a `Verification`."""
+    token_ids = torch.empty(rows, dtype=torch.int64, device=device)
+    num_accepted = torch.empty(batch, dtype=torch.int64, device=device)
+    figures = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
+    return token_ids, num_accepted, *figures
+
+
+def launch_splits(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float,
+    allowed: torch.Tensor | None,
+    *,
+    stream: Stream = Stream.TARGET,
+    exclude: int = 0,
+    excluded: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`choose_splits` over all rows: its `(scores, tokens, sums)`."""
+    rows, vocab = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    # A pointer must be passed even where nothing is read through it.
+    mask = logits if allowed is None else allowed.contiguous().view(torch.uint8)
+    blocks, splits, tiles_per_split = split_vocab(rows, vocab, logits.device)
+    scores = torch.empty(rows, splits, dtype=torch.float64, device=logits.device)
+    tokens = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    sums = torch.empty(rows, splits, 4, dtype=torch.float32, device=logits.device)
+    if rows:
+        choose_splits[(rows, splits)](
+            logits,
+            mask,
+            logits if excluded is None else excluded,
+            keys.contiguous(),
+            positions.contiguous(),
+            scores,
+            tokens,
+            sums,
+            float(temperature),
+            vocab,
+            logits.stride(0),
+            mask.stride(0),
+            tiles_per_split,
+            STREAM=int(stream),
+            GREEDY=temperature == 0,
+            SCALED=temperature not in (0, 1),
+            HAS_ALLOWED=allowed is not None,
+            EXCLUDE=exclude,
+            BLOCKS=blocks,
+            num_warps=NUM_WARPS,
+        )
+    return scores, tokens, sums
+
+
+def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int, int]:
+    """`(noise blocks per step, splits, steps per split)`.
+
+    About four programs per multiprocessor, so that few rows use the whole device too.
+    """
+    blocks, splits = _INTERPRETED
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        blocks, splits = BLOCKS, triton.cdiv(4 * processors, max(rows, 1))
+    tiles = triton.cdiv(vocab, blocks * NOISE_BLOCK)
+    tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
+    return blocks, triton.cdiv(tiles, tiles_per_split), tiles_per_split
