@@ -3,11 +3,11 @@
     python -m benchmarks.rollout                      # every cell; about 20 minutes on 2 cores
     python -m benchmarks.rollout --policies warm --batches 8 --repeats 5
 
-Every repeat takes prompts that no arm has seen, the same for all three arms, which run one after the other in changing
-order. The speculating engine has generated a few batches of *other* prompts before, as it has after the first steps of a
-training run, and lives through all cells of a policy; no prompt is ever repeated to it but by the group, so this is the
-first epoch, where history helps least.
-Tokens/s count generated tokens of all requests over the wall-clock of one generation call.
+Every repeat takes prompts that no arm has seen, the same for all three arms, which decode in turns, a step each, so that
+they meet the same machine (`benchmarks/turns.py`). The speculating engine has generated a few batches of *other* prompts
+before, as it has after the first steps of a training run, and lives through all cells of a policy; no prompt is repeated to
+it but by the group, so this is the first epoch, where history helps least.
+Tokens/s count generated tokens of all requests over the seconds of one generation call that were its own.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.rollout.controller import Controller
+from atlas_rl.rollout.goodput import GoodputController
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.history import HistorySpeculator
+from atlas_rl.speculators.recurrent import RecurrentSpeculator
 from benchmarks.common import environment, quantiles, write_result
+from benchmarks.turns import InTurns, Outcome, Turns, shell
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "grpo_demo"))
@@ -33,6 +39,7 @@ import tasks as demo_tasks  # noqa: E402
 
 ARMS = ("trl_transformers", "atlas_off", "atlas_on")
 GENERATIONS = 4
+Arm = Callable[[list[list[int]], int], tuple[int, Any]]  # prompts and a seed in; generated tokens and the report out
 
 
 def main() -> None:
@@ -41,9 +48,10 @@ def main() -> None:
     for name in args.policies:
         model, tokenizer = demo_policy.load_policy(warm=name == "warm")
         model = model.to(args.device, getattr(torch, args.dtype))
-        engines = warmed_engines(model, tokenizer, args)
+        turns = Turns()
+        engines = warmed_engines(model, tokenizer, turns, args)
         for batch in args.batches:
-            cells += measure_cell(name, batch, model, tokenizer, engines, args)
+            cells += measure_cell(name, batch, model, tokenizer, engines, turns, args)
             write_result(args.output, {**environment(), "cells": cells})
     print(f"written: {args.output}")
 
@@ -81,11 +89,26 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"temperature": 1.0, "generations": GENERATIONS, **{key: getattr(args, key) for key in keys}}
 
 
-def warmed_engines(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, AtlasRolloutEngine]:
+def engine_in_turns(
+    model: Any, tokenizer: Any, turns: Turns, speculators: list[Speculator], controller: Controller | None = None
+) -> AtlasRolloutEngine:
+    """An engine that lets others run before each of its steps; `controller` None is the engine's own."""
+    chosen = controller or GoodputController([speculator.name for speculator in speculators], explain=True)
+    return AtlasRolloutEngine(
+        model=shell(model),
+        tokenizer=tokenizer,
+        speculators=speculators,
+        controller=InTurns(chosen, turns),
+        clock=turns.clock,
+        console=False,
+    )
+
+
+def warmed_engines(model: Any, tokenizer: Any, turns: Turns, args: argparse.Namespace) -> dict[str, AtlasRolloutEngine]:
     """One engine per arm for all batch sizes, as a run has one; the speculating one has seen its first steps."""
     engines = {
-        "atlas_off": AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False),
-        "atlas_on": AtlasRolloutEngine(model=model, tokenizer=tokenizer, console=False),
+        "atlas_off": engine_in_turns(model, tokenizer, turns, []),
+        "atlas_on": engine_in_turns(model, tokenizer, turns, [HistorySpeculator(), RecurrentSpeculator()]),
     }
     for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
         engines["atlas_on"].generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=10_000 + step)
@@ -99,28 +122,26 @@ def measure_cell(
     model: Any,
     tokenizer: Any,
     engines: dict[str, AtlasRolloutEngine],
+    turns: Turns,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """The three arms of one policy and batch size."""
     group = min(GENERATIONS, batch)
     prompts = unseen_prompts(tokenizer, batch // group, args.repeats, seed=batch)
-    arms = {arm: engine_arm(engine, group, args) for arm, engine in engines.items()}
-    arms["trl_transformers"] = trl_arm(model, tokenizer, group, args)
+    arms = {arm: engine_arm(engine, group, args.max_new_tokens) for arm, engine in engines.items()}
+    arms["trl_transformers"] = trl_arm(shell(model), tokenizer, group, turns, args.max_new_tokens)
     # Compilation, allocation, caches. With prompts and a seed of its own: rollouts that the history has seen, or that share
     # their noise with some it has seen, would be drafted from memory.
-    other = unseen_prompts(tokenizer, 1, 1, seed=20_000 + batch)[0]
-    for arm in arms.values():
-        arm(other, 20_000 + batch)
-    speed: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    reports: dict[str, list[Any]] = {arm: [] for arm in ARMS}
+    other = unseen_prompts(tokenizer, batch // group, 1, seed=20_000 + batch)[0]
+    runs = [run_in_turns(turns, arms, other, 20_000 + batch, dict.fromkeys(arms, 1.0))]
     for repeat, batch_prompts in enumerate(prompts):
-        for arm in rotated(ARMS, repeat):
-            num_tokens, seconds, report = arms[arm](batch_prompts, 100 * batch + repeat)
-            speed[arm].append(num_tokens / seconds)
-            reports[arm].append(report)
+        runs.append(run_in_turns(turns, arms, batch_prompts, 100 * batch + repeat, seconds_of(runs[-1])))
+    speed = {arm: [run[arm].value[0] / run[arm].seconds for run in runs[1:]] for arm in ARMS}
+    reports = {arm: [run[arm].value[1] for run in runs[1:]] for arm in ARMS}
     print(
         f"{name:>4} batch {batch:>2} | "
         + " | ".join(f"{arm} {quantiles(speed[arm])['median']:7.1f} tok/s" for arm in ARMS)
+        + f" | on/off {quantiles(ratios(speed['atlas_on'], speed['atlas_off']))['median']:.3f}"
         + f" | accepted length {mean(reports['atlas_on'], 'accepted_length'):.2f}",
         flush=True,
     )
@@ -142,6 +163,17 @@ def measure_cell(
     ]
 
 
+def run_in_turns(
+    turns: Turns, arms: dict[str, Arm], prompts: list[list[int]], seed: int, expected_s: dict[str, float]
+) -> dict[str, Outcome]:
+    """All arms over the same prompts; values are generated tokens and the report, None for TRL."""
+    return turns.run({name: partial(arm, prompts, seed) for name, arm in arms.items()}, expected_s)
+
+
+def seconds_of(outcomes: dict[str, Outcome]) -> dict[str, float]:
+    return {name: outcome.seconds for name, outcome in outcomes.items()}
+
+
 def unseen_prompts(tokenizer: Any, num_prompts: int, repeats: int, seed: int) -> list[list[list[int]]]:
     """`repeats` batches of `num_prompts` different prompts as token ids."""
     rows = demo_tasks.build_dataset("train", num_prompts * repeats, seed=seed)["prompt"]
@@ -152,25 +184,24 @@ def unseen_prompts(tokenizer: Any, num_prompts: int, repeats: int, seed: int) ->
     return [ids[i * num_prompts : (i + 1) * num_prompts] for i in range(repeats)]
 
 
-def engine_arm(engine: AtlasRolloutEngine, group: int, args: argparse.Namespace) -> Callable[..., Any]:
-    def run(prompts: list[list[int]], seed: int) -> tuple[int, float, Any]:
-        began = time.perf_counter()
-        output = engine.generate(prompts, num_generations=group, max_new_tokens=args.max_new_tokens, seed=seed)
-        return output.report.num_tokens, time.perf_counter() - began, output.report
+def engine_arm(engine: AtlasRolloutEngine, group: int, max_new_tokens: int, temperature: float = 1.0) -> Arm:
+    def run(prompts: list[list[int]], seed: int) -> tuple[int, Any]:
+        output = engine.generate(
+            prompts, num_generations=group, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+        return output.report.num_tokens, output.report
 
     return run
 
 
-def trl_arm(
-    model: Any, tokenizer: Any, group: int, args: argparse.Namespace, temperature: float = 1.0
-) -> Callable[..., Any]:
+def trl_arm(model: Any, tokenizer: Any, group: int, turns: Turns, max_new_tokens: int, temperature: float = 1.0) -> Arm:
     """TRL's own generation: the method that GRPOTrainer calls when nothing is attached."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     config = GRPOConfig(
         output_dir="runs/benchmark",
-        max_completion_length=args.max_new_tokens,
+        max_completion_length=max_new_tokens,
         num_generations=max(group, 2),
         per_device_train_batch_size=max(group, 2),
         report_to="none",
@@ -187,22 +218,15 @@ def trl_arm(
         train_dataset=Dataset.from_list([{"prompt": "unused"}] * 4),
         processing_class=tokenizer,
     )
+    model.register_forward_pre_hook(lambda *_: turns.pass_on())
 
-    def run(prompts: list[list[int]], seed: int) -> tuple[int, float, Any]:
+    def run(prompts: list[list[int]], seed: int) -> tuple[int, Any]:
         torch.manual_seed(seed)
         rows = [prompt for prompt in prompts for _ in range(group)]
-        began = time.perf_counter()
         completion_ids, _ = trainer._generate_single_turn(rows, None, {}, group)
-        return sum(len(row) for row in completion_ids), time.perf_counter() - began, None
+        return sum(len(row) for row in completion_ids), None
 
     return run
-
-
-def rotated(items: tuple[str, ...], by: int) -> tuple[str, ...]:
-    """Another order for every repeat, forwards and backwards in turn: no arm always follows the same other one."""
-    ordered = items if by % 2 == 0 else items[::-1]
-    shift = by // 2 % len(items)
-    return ordered[shift:] + ordered[:shift]
 
 
 def ratios(values: list[float], base: list[float]) -> list[float]:

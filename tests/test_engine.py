@@ -631,6 +631,13 @@ def test_a_trace_says_what_was_expected_and_what_came(tmp_path):
     assert 0 <= reports[-1].calibration_error["parrot"] < 1
 
 
+def test_a_trace_of_plain_decoding_says_that_nothing_was_asked(tmp_path):
+    report = generate(engine_of(output_dir=tmp_path, trace=True, speculators=[])).report
+    steps = [json.loads(line) for line in (tmp_path / "controller.jsonl").read_text().splitlines()]
+    assert len(steps) == report.num_forwards
+    assert not any(step["asked"] or step["admitted"] for step in steps)
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

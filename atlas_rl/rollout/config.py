@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class EngineConfig:
             correction multiplies by one at the price of a forward pass. True checks that on the first step and then
             switches the correction off; False leaves it alone.
         backend: `auto` or `in_process`.
+        clock: Seconds since some fixed moment: what reports and the controller's costs are measured with.
 
     Raises:
         ValueError: A value that no option takes.
@@ -52,6 +54,7 @@ class EngineConfig:
     console: bool = True
     spare_importance_sampling: bool = True
     backend: str = "auto"
+    clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         if self.verification not in ("invariant", "rejection"):

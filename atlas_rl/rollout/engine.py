@@ -171,7 +171,7 @@ class AtlasRolloutEngine:
         use = self.config.speculation if speculation is None else speculation
         speculators = self._speculators_for(backend) if use else {}
         controller = self._controller if use and self._controller is not None else GoodputController(())
-        recorder = StepRecorder(speculators=tuple(speculators))
+        recorder = StepRecorder(speculators=tuple(speculators), clock=self.config.clock)
         num_rows = self._num_rows(backend, sequences)
         cache = backend.new_cache(num_rows, sequences.token_ids.shape[1])
         with backend.session(cache):

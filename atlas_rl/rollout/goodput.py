@@ -292,7 +292,7 @@ class GoodputController(Controller):
                 name: {"requests": int((most > 0).sum()), "depth": int(most.max()), "seconds": step.draft_s[name]}
                 for name, most in step.asked.items()
             },
-            "admitted": {name: int(n) for name, n in zip(self.speculators, slots, strict=True) if n},
+            "admitted": {name: int(n) for name, n in zip(self.speculators, slots, strict=False) if n},
             "longest": int(admission.lengths.max(initial=0)),
             "discount": self._discount(),
             "plain_forward_s": self.plain_forward_s(step.batch, step.context_tokens),

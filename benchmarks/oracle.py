@@ -1,0 +1,144 @@
+"""The oracle of `benchmarks.controller`: what whole-batch choices could have reached had every draft's fate been known.
+
+In each step it takes the one speculator and length for the whole batch that yields most tokens per second, at the costs that
+the cell's arms measured, all of their steps taken together. It pays for the drafts that it uses only. The controller may
+draft for some requests and not for others, and so can pass it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atlas_rl.rollout.controller import Admission, Controller, Step
+from atlas_rl.rollout.replay import Costs, Recorded, ReplayPolicy, recorded_calls, replay
+from atlas_rl.speculators.base import Draft, Sequences, Speculator, Verified
+from benchmarks.cells import Cell
+from benchmarks.common import quantiles
+from benchmarks.rollout import mean, ratios
+
+
+class Foreseen(Speculator):
+    """Another speculator, with the fate of every draft known: `right` holds accepted tokens per row of the last draft."""
+
+    def __init__(self, wrapped: Speculator, truth: Sequences) -> None:
+        self.name, self.reads_hidden = wrapped.name, wrapped.reads_hidden
+        self.reads_layers = wrapped.reads_layers
+        self._wrapped, self._truth = wrapped, truth
+        self.right = np.zeros(0, np.int64)
+
+    @property
+    def ready(self) -> bool:
+        return self._wrapped.ready
+
+    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+        self._wrapped.start(sequences, requests)
+
+    def read_prompts(self, sequences: Sequences, groups: Any, hidden: Any) -> None:
+        self._wrapped.read_prompts(sequences, groups, hidden)
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        draft = self._wrapped.propose(sequences, requests, max_draft_tokens)
+        width = draft.token_ids.shape[1]
+        column = sequences.lengths[requests][:, None] + np.arange(width)[None]
+        inside = column < self._truth.lengths[requests][:, None]
+        true = self._truth.token_ids[requests[:, None], np.where(inside, column, 0)]
+        stands = inside & (draft.token_ids == true) & (np.arange(width)[None] < draft.lengths[:, None])
+        self.right = np.cumprod(stands, axis=1).sum(axis=1)
+        return draft
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        self._wrapped.observe(sequences, verified)
+
+    def refresh(self, rollouts: Any, policy_version: int) -> None:
+        self._wrapped.refresh(rollouts, policy_version)
+
+
+class Oracle(Controller):
+    """Per step the one speculator and length for the whole batch that yields most, every draft's fate being known."""
+
+    def __init__(self, foreseen: dict[str, Foreseen], costs: Costs, longest: int) -> None:
+        self.speculators = tuple(foreseen)
+        self._foreseen, self._costs, self._longest = foreseen, costs, longest
+        self.tokens, self.seconds = 0.0, 0.0
+
+    def plan(self, step: Step) -> dict[str, np.ndarray]:
+        left = [name for name in step.ready if name not in step.drafts]
+        return {name: np.minimum(step.room, self._longest) for name in left if step.room.any()}
+
+    def admit(self, step: Step) -> Admission:
+        table = self._costs.forward.predict(step.batch * (1 + self._longest), step.context_tokens)
+        assert table is not None
+        best = (
+            step.batch / table[step.batch],
+            float(step.batch),
+            float(table[step.batch]),
+            0,
+            np.zeros(step.batch, int),
+        )
+        for index, name in enumerate(self.speculators):
+            if name not in step.drafts:
+                continue
+            lengths, right = step.drafts[name].lengths, np.zeros(step.batch, np.int64)
+            right[step.asked[name] > 0] = self._foreseen[name].right
+            for depth in range(1, self._longest + 1):
+                admitted = np.minimum(lengths, depth)
+                tokens = step.batch + float(np.minimum(right, depth).sum())
+                seconds = float(
+                    table[step.batch + int(admitted.sum())] + self._costs.drafts[name].predict(step.batch, depth)
+                )
+                if tokens / seconds > best[0]:
+                    best = (tokens / seconds, tokens, seconds, index, admitted)
+        _, tokens, seconds, index, admitted = best
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        return Admission(np.full(step.batch, index), admitted)
+
+    def observe(self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float) -> None:
+        """It knows already."""
+
+    def policy_updated(self, expected: Any) -> None:
+        """It knows already."""
+
+    def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
+        return None
+
+
+def oracle_rows(
+    cell: Cell,
+    folder: Path,
+    speculators: Mapping[str, Callable[[], Speculator]],
+    state: Mapping[str, Any],
+    costs: Costs,
+    longest: int,
+    speed: Mapping[str, list[float]],
+    reports: Mapping[str, list[Any]],
+) -> dict[str, Any]:
+    """The oracle's row: its drafting and forwards from `costs`, everything else as plain decoding had it, per step."""
+    lengths, speeds, policy = [], [], None
+    chosen = [make() for make in speculators.values()]
+    for path, off in zip(recorded_calls(folder), reports["off"], strict=True):
+        recorded = Recorded.load(path)
+        if policy is None:
+            policy = ReplayPolicy(recorded)
+            for speculator in chosen:
+                speculator.bind(policy)
+                speculator.load_state_dict(state[speculator.name])
+        policy.follow(recorded)
+        foreseen = {speculator.name: Foreseen(speculator, recorded.sequences) for speculator in chosen}
+        controller = Oracle(foreseen, costs, longest)
+        report = replay(recorded, foreseen, controller, costs)[0]
+        lengths.append(report.accepted_length)
+        # Per token what plain decoding spent on drawing it, per step what it spent on bookkeeping.
+        turns_s = (off.commit_s + off.other_s) * report.num_forwards / off.num_forwards
+        speeds.append(off.num_tokens / (controller.seconds + off.prefill_s + off.sample_s + turns_s))
+    return {
+        **cell.names,
+        "arm": "oracle",
+        "tokens_per_s": quantiles(speeds),
+        "ratio_to_off": quantiles(ratios(speeds, speed["off"])),
+        "accepted_length": float(np.mean(lengths)),
+        "entropy": mean(reports["off"], "entropy"),
+    }

@@ -1,0 +1,87 @@
+"""The process with vLLM that `benchmarks.vllm_peers` speaks to, in vLLM's own environment.
+
+    PYTHON_WITH_VLLM benchmarks/vllm_peer.py MODEL_FOLDER METHOD_AS_JSON
+
+A line of JSON says which vLLM this is; then every line that comes in is a generation call and is answered by a line. vLLM
+0.32's CPU backend samples wrongly under every speculative method at temperature above 0: its stand-in for the kernel that
+spreads temperatures over the draft positions writes into a copy. A wrong engine is not compared, so that is repaired here
+first. `suffix` needs the package arctic-inference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints goes where its messages go
+
+    def answer(values: dict[str, Any]) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    import vllm
+
+    method = json.loads(sys.argv[2])
+    if method and method["method"] == "suffix" and not importlib.util.find_spec("arctic_inference"):
+        answer({"version": vllm.__version__, "refusal": "arctic-inference is not installed there"})
+        return
+    repair_sampler()
+    engine = vllm.LLM(
+        model=sys.argv[1],
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=64,
+        disable_log_stats=False,
+        **({"speculative_config": method} if method else {}),
+    )
+    answer({"version": vllm.__version__, "refusal": ""})
+    for line in sys.stdin:
+        answer(generate(engine, json.loads(line)))
+
+
+def repair_sampler() -> None:
+    """Spread per-request values over each request's draft positions with a plain repeat."""
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    def expand_batch_to_tokens(
+        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+        values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+        return torch.repeat_interleave(values, counts.long(), output_size=num_tokens)
+
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, seconds and accepted draft tokens of one call."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        n=job["generations"], temperature=job["temperature"], max_tokens=job["max_new_tokens"], seed=job["seed"]
+    )
+    before, began = accepted(engine), time.perf_counter()
+    outputs = engine.generate([{"prompt_token_ids": p} for p in job["prompts"]], sampling, use_tqdm=False)
+    seconds = time.perf_counter() - began
+    num_tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+    return {"tokens": num_tokens, "seconds": seconds, "accepted": accepted(engine) - before}
+
+
+def accepted(engine: Any) -> int:
+    """Draft tokens accepted so far."""
+    return int(sum(m.value for m in engine.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"))
+
+
+if __name__ == "__main__":
+    main()

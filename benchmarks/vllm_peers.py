@@ -1,0 +1,117 @@
+"""vLLM's own methods over the cells of `benchmarks.controller`, in vLLM's own environment and process.
+
+Each repeat of vLLM is followed at once by our engine without speculation on the same prompts, while vLLM waits: ratios are
+of runs that lie seconds apart. They cannot take turns by steps as the other arms do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from atlas_rl import AtlasRolloutEngine
+from benchmarks.cells import Cell, cell_prompts, group_of, print_cell, seed_of
+from benchmarks.common import ROOT, quantiles
+from benchmarks.rollout import engine_arm, ratios
+
+METHODS: dict[str, dict[str, Any] | None] = {
+    "vllm": None,
+    "vllm_ngram": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5},
+    "vllm_suffix": {"method": "suffix", "num_speculative_tokens": 5},
+}
+
+
+def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, python: Path, repeats: int) -> list[dict[str, Any]]:
+    """The rows of every method that the other environment can run; it starts once per method."""
+    off = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="atlas_rl_vllm_") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for arm, method in METHODS.items():
+            peer = Peer(python, folder, method)
+            try:
+                if peer.refusal:
+                    print(f"{arm} left out: {peer.refusal}", flush=True)
+                    continue
+                for cell in cells:
+                    rows.append(measure(cell, arm, peer, off, tokenizer, repeats))
+            finally:
+                peer.close()
+    return rows
+
+
+def measure(cell: Cell, arm: str, peer: Peer, off: AtlasRolloutEngine, tokenizer: Any, repeats: int) -> dict[str, Any]:
+    plain = engine_arm(off, group_of(cell), cell.max_new_tokens, cell.temperature)
+    peer.generate(cell, cell_prompts(cell, tokenizer, 20_000), 20_000)  # compilation and caches, on prompts of its own
+    found, base = [], []
+    for repeat in range(repeats):
+        prompts = cell_prompts(cell, tokenizer, repeat)
+        found.append(peer.generate(cell, prompts, seed_of(cell, repeat)))
+        began = time.perf_counter()
+        num_tokens, _ = plain(prompts, seed_of(cell, repeat))
+        base.append(num_tokens / (time.perf_counter() - began))
+    speeds = [answer["tokens"] / answer["seconds"] for answer in found]
+    num_tokens, num_accepted = (sum(answer[key] for answer in found) for key in ("tokens", "accepted"))
+    row = {
+        **cell.names,
+        "arm": arm,
+        "tokens_per_s": quantiles(speeds),
+        "ratio_to_off": quantiles(ratios(speeds, base)),
+        # Every forward of a request commits one token and what it accepts.
+        "accepted_length": num_tokens / (num_tokens - num_accepted),
+        "entropy": None,
+        "vllm": peer.version,
+    }
+    print_cell(cell, [row])
+    return row
+
+
+class Peer:
+    """A process with vLLM, spoken to in lines of JSON.
+
+    Attributes:
+        version: vLLM's.
+        refusal: Why the method cannot be run there; empty if it can.
+    """
+
+    def __init__(self, python: Path, model: str, method: dict[str, Any] | None) -> None:
+        self._process = subprocess.Popen(
+            [str(python), str(ROOT / "benchmarks" / "vllm_peer.py"), model, json.dumps(method)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        hello = self._read()
+        self.version, self.refusal = hello["version"], hello["refusal"]
+
+    def generate(self, cell: Cell, prompts: list[list[int]], seed: int) -> dict[str, Any]:
+        """Tokens, seconds and accepted draft tokens of one call."""
+        assert self._process.stdin is not None
+        job = {
+            "prompts": prompts,
+            "generations": group_of(cell),
+            "temperature": cell.temperature,
+            "max_new_tokens": cell.max_new_tokens,
+            "seed": seed,
+        }
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the vLLM process ended with status {self._process.wait()}: its messages are above")
+        return json.loads(line)
