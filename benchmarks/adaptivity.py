@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -233,7 +232,7 @@ def measure(
 def replay_arm(
     arm: str, folder: Path, steps: list[dict[str, float]], state: dict[str, Any] | None
 ) -> tuple[dict[str, Speculator], list[float], float]:
-    """Its speculators, the accepted length per step, and the refreshes' share of the live steps' time."""
+    """Its speculators, the accepted length per step, and the refreshes' share of the live steps' time (`StepClock`)."""
     clock = StepClock()
     speculators = arm_speculators(arm, clock)
     names = list(speculators)
@@ -253,11 +252,11 @@ def replay_arm(
         clock.now_s += step["step_s"]
         rollouts.generate_s = step["generate_s"] - step["refresh_s"]
         lengths.append(report.accepted_length)
-        began = time.perf_counter()
+        began_s = clock.now_s
         for name, speculator in speculators.items():
             if not (arm == "recurrent_frozen" and name == "recurrent" and index >= FREEZE_AFTER):
                 speculator.refresh(rollouts, index + 1)
-        refresh_s += time.perf_counter() - began
+        refresh_s += clock.now_s - began_s
         controller.policy_updated({})
     return speculators, lengths, refresh_s / sum(step["step_s"] for step in steps)
 

@@ -1,4 +1,4 @@
-"""Print a result as a Markdown table: of `benchmarks.rollout` for the README, of `.controller` and `.adaptivity` for theirs.
+"""Print a result as a Markdown table: of `benchmarks.rollout` for the README, of the others for their pages.
 
 python -m benchmarks.table benchmarks/results/rollout_cpu.json
 """
@@ -14,10 +14,12 @@ from typing import Any
 
 def main() -> None:
     result = json.loads(Path(sys.argv[1]).read_text())
-    cells = result.get("cells")
-    for line in (
-        adaptivity(result["runs"]) if cells is None else controller(cells) if "kind" in cells[0] else rollout(cells)
-    ):
+    tables = {
+        "runs": adaptivity,
+        "steps": floor,
+        "cells": controller if "kind" in result.get("cells", [{}])[0] else rollout,
+    }
+    for line in next(make(result[key]) for key, make in tables.items() if key in result):
         print(line)
 
 
@@ -62,6 +64,25 @@ def controller(cells: list[dict[str, Any]]) -> list[str]:
             f"| {arm['off']['tokens_per_s']['median']:.0f} | {' | '.join(ratio.get(name, '-') for name in peers.values())} "
             f"| {ratio['hindsight']} ({best['fixed_arm']}) | {ratio['controller']} | {share:.2f} | {ratio['oracle']} "
             f"| {chosen['accepted_length']:.2f} | {errors or '-'} |"
+        )
+    return lines
+
+
+def floor(steps: list[dict[str, Any]]) -> list[str]:
+    """A row per batch size."""
+    kinds = ("linear", "attention", "layout", "rest")
+    lines = [
+        "| batch | step, ms | floor, ms | ratio | GB/s | GFLOP/s | outside of the forward | of the operators: "
+        + " | ".join(kinds)
+        + " |",
+        "|" + "---|" * (7 + len(kinds)),
+    ]
+    for step in steps:
+        shares = " | ".join(f"{step['forward_shares'][kind]:.0%}" for kind in kinds)
+        lines.append(
+            f"| {step['batch']} | {step['step_ms']['median']:.0f} | {step['floor_ms']:.0f} | {step['ratio_to_floor']:.2f} "
+            f"| {step['sustained_bytes_per_s'] / 1e9:.1f} | {step['sustained_flops_per_s'] / 1e9:.0f} "
+            f"| {1 - step['shares']['verify']:.1%} | {shares} |"
         )
     return lines
 
