@@ -14,6 +14,9 @@ _PRIOR_WEIGHT = 0.05
 _CONTEXT_DOUBT = 2000.0  # context tokens: a spread of contexts this wide counts half against "context is free"
 _CONTEXT_FADES = 0.995  # of the evidence on it, per forward
 _OUTLIER = 0.2  # a forward that misses its size's mean by more teaches no more than this about the context
+_INTERRUPTED = 2.0  # times what was expected: no forward counts as slower (or faster) than that
+_KNOWN = 8  # samples of a size from which on it can tell an interruption and the machine's level
+_LEVEL_FORWARDS = 9  # latest forwards, of any size, whose median surprise is the machine's level
 _DRAFTS = 32  # latest draft calls of a speculator that its cost is fitted to
 _PRIOR_CALLS = 0.1  # what "in proportion to the depth" weighs against them
 _SLOW = 4.0  # times the usual seconds per draft position: no call counts as slower than that
@@ -24,49 +27,69 @@ class CostModel:
 
     Sizes are bucketed finely when small and by eighths of an octave beyond. The prediction blends a bucket's median with
     a line fitted through all buckets, so that steps in the true cost (kernel choices, captured graph sizes) show where
-    they have been seen and everything else is interpolated. Reading the context adds a share of its own, linear in it,
-    which is fitted to how forwards of one size differ.
+    they have been seen and everything else is interpolated.
+
+    Two factors stand before that table, the same for all sizes: what reading the context adds, fitted to how forwards of one
+    size differ, and the machine's level, which follows the latest forwards of any size. What is compared in a decision are
+    sizes; a machine that slows down, or a context that grows while it does, must not make the sizes lately seen look dear
+    beside those that were seen before.
     """
 
     def __init__(self) -> None:
-        self._samples: dict[int, deque[tuple[float, int]]] = {}
+        self._samples: dict[int, deque[float]] = {}  # seconds over both factors
         self._means: dict[int, tuple[float, float]] = {}  # running mean of seconds and context, per bucket
-        self._covariance, self._variance = 0.0, 0.0  # of context and seconds within buckets
+        self._covariance, self._variance = 0.0, 0.0  # of context and relative seconds within buckets
+        self._ratios: deque[float] = deque(maxlen=_LEVEL_FORWARDS)
+        self._level = 1.0
         self._observed = 0
         self._table = np.zeros(0)
 
     def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
         """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
         size = _bucket(num_tokens)
+        samples = self._samples.setdefault(size, deque(maxlen=_SAMPLES))
         self._learn_context(size, seconds, context_tokens)
-        self._samples.setdefault(size, deque(maxlen=_SAMPLES)).append((seconds, context_tokens))
+        scaled = seconds / self._factor(context_tokens)
+        if len(samples) >= _KNOWN:
+            expected = float(self._predicted(size)[size])
+            scaled = min(max(scaled, expected / _INTERRUPTED), expected * _INTERRUPTED)
+            self._ratios.append(self._level * scaled / expected)
+            self._level = _median(self._ratios)
+        samples.append(scaled)
         self._observed += 1
-        if _due(self._observed):
+        if len(samples) <= _KNOWN or _due(self._observed):
             self._table = np.zeros(0)
 
     def predict(self, max_tokens: int, context_tokens: int = 0) -> np.ndarray | None:
         """Seconds of forwards over 0, 1, ... `max_tokens` tokens: float64 `[max_tokens + 1]`; None without evidence."""
         if not self._samples:
             return None
+        return self._predicted(max_tokens) * self._factor(context_tokens)
+
+    def num_samples(self, num_tokens: int) -> int:
+        """Forwards of about this size seen, of those that are remembered."""
+        return len(self._samples.get(_bucket(num_tokens), ()))
+
+    def _predicted(self, max_tokens: int) -> np.ndarray:
         if len(self._table) <= max_tokens:
             self._tabulate(max_tokens)
-        return self._table[: max_tokens + 1] + self._context_s * context_tokens
+        return self._table[: max_tokens + 1]
 
-    @property
-    def _context_s(self) -> float:
-        """Seconds per context token."""
-        return max(0.0, self._covariance / (self._variance + _CONTEXT_DOUBT**2))
+    def _factor(self, context_tokens: int) -> float:
+        """What stands before the table."""
+        relative = max(0.0, self._covariance / (self._variance + _CONTEXT_DOUBT**2))
+        return self._level * (1 + relative * context_tokens)
 
     def _learn_context(self, size: int, seconds: float, context_tokens: int) -> None:
         known, context = self._means.get(size, (seconds, float(context_tokens)))
-        off, deviation = np.clip(seconds - known, -_OUTLIER * known, _OUTLIER * known), context_tokens - context
+        off = min(max(seconds / known - 1, -_OUTLIER), _OUTLIER)
+        deviation = context_tokens - context
         self._covariance = _CONTEXT_FADES * self._covariance + off * deviation
         self._variance = _CONTEXT_FADES * self._variance + deviation**2
-        self._means[size] = known + 0.1 * off, context + 0.1 * deviation
+        self._means[size] = known * (1 + 0.1 * off), context + 0.1 * deviation
 
     def _tabulate(self, max_tokens: int) -> None:
-        context_s = self._context_s
-        medians = {size: _median(s - context_s * c for s, c in samples) for size, samples in self._samples.items()}
+        medians = {size: _median(samples) for size, samples in self._samples.items()}
         weight = np.array([len(samples) for samples in self._samples.values()], dtype=np.float64)
         median = np.maximum(np.array(list(medians.values())), 1e-9)
         size = np.array(list(medians), dtype=np.float64)
