@@ -84,7 +84,9 @@ class AtlasRolloutEngine:
         self._policy = PolicyTracker()
         self._calls = 0
         self._adapter: Any = None
-        self._sink = JsonlSink(Path(self.config.output_dir) / "rollouts.jsonl") if self.config.output_dir else None
+        folder = Path(self.config.output_dir) if self.config.output_dir else None
+        self._sink = JsonlSink(folder / "rollouts.jsonl") if folder else None
+        self._trace_path = folder / "controller.jsonl" if folder and self.config.trace else None
         if model is not None:
             self._speculators_for(self._backend_for(model))
 
@@ -179,8 +181,8 @@ class AtlasRolloutEngine:
                 backend, self._verifier, speculators, controller, sequences, num_rows, max_lengths, recorder
             )
             loop.run()
-        if loop.trace:
-            self._write_trace(loop.trace)
+        if self._trace_path is not None:
+            self._write_trace(self._trace_path, loop.trace)
         for message in watch.findings(recorder, loop.num_asked, loop.num_proposed):
             recorder.warn(message)
         report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
@@ -301,9 +303,9 @@ class AtlasRolloutEngine:
             return Eagle3Speculator(model)
         return DraftLM(load_draft_model(Path(model), self.tokenizer, like=backend.model), backend.vocab_size)
 
-    def _write_trace(self, steps: list[dict[str, Any]]) -> None:
-        assert self.config.output_dir is not None
-        with (Path(self.config.output_dir) / "controller.jsonl").open("a", encoding="utf-8") as file:
+    def _write_trace(self, path: Path, steps: list[dict[str, Any]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"call": self._calls, "step": i, **s}) + "\n" for i, s in enumerate(steps))
 
     def _num_rows(self, backend: InProcessBackend, sequences: Sequences) -> int:
