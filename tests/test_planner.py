@@ -201,8 +201,8 @@ def test_eagle3_head_has_the_size_of_the_published_one():
 
 def test_crossover_is_where_the_best_length_becomes_zero():
     base = setting(CONFIGS["Llama-3.1-8B"], drafter="eagle3", context=64)
-    found = crossover_batch(base, 0.4, 8)
-    assert found is not None
+    found = crossover_batch(base, 0.4, 8) or 0  # 0: there is none, which no batch size may be
+    assert found > 1
     assert best_draft_tokens(base, found, 0.4, 8) == 0 < best_draft_tokens(base, found - 1, 0.4, 8)
     assert crossover_batch(base, 0.0, 8) == 1
     assert crossover_batch(base, 0.4, 8, largest=found - 1) is None

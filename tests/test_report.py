@@ -290,6 +290,31 @@ def test_merge_of_ranks_is_weight_correct():
     assert merge([make_report(entropy=None, num_scored_tokens=0), fast]).entropy == 0.5
 
 
+def test_audits_of_ranks_and_of_steps_add_up():
+    first = make_report(
+        num_audited_tokens=10,
+        audit_score_nats=-4.0,
+        audit_score_variance_nats2=9.0,
+        audit_logprob_error_nats=0.1,
+        audit_evidence_nats=5.0,
+    )
+    second = replace(
+        first, num_audited_tokens=30, audit_score_nats=14.0, audit_score_variance_nats2=16.0, audit_evidence_nats=1.0
+    )
+    none = make_report()
+    assert first.audit_z == pytest.approx(-4 / 3)
+    assert none.audit_z is None
+    for both, evidence in ((merge([first, none, second]), 5.0), (concatenate([first, none, second]), 1.0)):
+        assert both.num_audited_tokens == 40
+        assert both.audit_z == pytest.approx(10 / 5)
+        assert both.audit_evidence_nats == evidence
+    second = replace(second, audit_logprob_error_nats=0.3)
+    assert merge([first, none, second]).audit_logprob_error_nats == pytest.approx(0.25)
+    assert console_line(replace(first, entropy=None)).endswith("| 30 tok in 2.0 s | audit z -1.3")
+    assert trainer_metrics(first)["atlas/audit/evidence_nats"] == 5.0
+    assert "atlas/audit/z" not in trainer_metrics(none)
+
+
 def test_merge_of_unlike_reports_is_refused():
     with pytest.raises(ValueError, match="policy_version"):
         merge([make_report(), make_report(policy_version=11)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from atlas_rl.planner.configs import CONFIGS
@@ -52,9 +53,10 @@ class Published:
         batch: Requests at once.
         context: Tokens cached per request, half of the output counted.
         drafter: A kind of `drafters.DRAFTERS`; None without speculation.
-        draft_tokens: Per round; None lets the planner choose the best up to 16.
-        accepted: Tokens committed per request and round; None where `accept` stands for it.
-        accept: Acceptance of one draft, where the source gives no accepted length.
+        draft_tokens: Per round.
+        accepted: Tokens committed per request and round.
+        accept: Acceptance of one draft, where the source gives neither of the two: the planner then takes the best
+            draft length up to 16, and the accepted length that follows. None elsewhere.
         assumed: What the source does not say.
     """
 
@@ -68,8 +70,8 @@ class Published:
     batch: int = 1
     context: int
     drafter: str | None = None
-    draft_tokens: int | None = 0
-    accepted: float | None = 1.0
+    draft_tokens: int = 0
+    accepted: float = 1.0
     accept: float | None = None
     assumed: str = ""
 
@@ -87,11 +89,8 @@ class Published:
     def predicted(self) -> float:
         """What the planner says, in the unit of `quantity`."""
         setting, draft_tokens, accepted = self.setting, self.draft_tokens, self.accepted
-        if draft_tokens is None:
-            assert self.accept is not None
+        if self.accept is not None:
             draft_tokens = best_draft_tokens(setting, self.batch, self.accept, 16)
-        if accepted is None:
-            assert self.accept is not None
             accepted = accepted_length(self.accept, draft_tokens)
         tokens_per_s = setting.tokens_per_s(self.batch, draft_tokens, accepted)
         if self.quantity == "speedup":
@@ -103,7 +102,7 @@ class Published:
         gpus = f"{self.num_gpus}x {self.gpu.upper()}"
         if not self.drafter:
             drafts = "no speculation"
-        elif self.draft_tokens is None:
+        elif self.accept is not None:
             drafts = f"{self.drafter}, best k"
         else:
             drafts = f"{self.drafter}, k={self.draft_tokens}"
@@ -125,60 +124,41 @@ _FP4_EXPERTS = Precision(mlp="fp4")
 # MT-bench conversations: some hundred tokens of prompt and answer.
 _CHAT = 512
 
+_deepseek = partial(Published, quantity="tokens/s", model="DeepSeek-V3", gpu="b200", context=2048)
+
 
 def _eagle3_rows() -> list[Published]:
     sglang = {2: 1.81, 4: 1.82, 8: 1.62, 16: 1.48, 24: 1.39, 32: 1.32, 48: 1.38, 56: 1.34, 64: 1.38}
     vllm = {2: 1.75, 4: 1.68, 8: 1.58, 16: 1.49, 24: 1.42, 32: 1.36, 48: 1.21, 56: 1.01}
-    rows = [
-        Published(
-            source=f"{EAGLE3}, table 4 (SGLang)",
-            quantity="tokens/s",
-            published=158.34,
-            model="Llama-3.1-8B",
-            gpu="h100",
-            precision=_BF16,
-            context=_CHAT,
-            assumed="context 512",
-        )
-    ]
+    llama = partial(Published, model="Llama-3.1-8B", precision=_BF16, context=_CHAT)
+    plain = llama(
+        source=f"{EAGLE3}, table 4 (SGLang)", quantity="tokens/s", published=158.34, gpu="h100", assumed="context 512"
+    )
+    rows = [plain]
     for table, gpu, length, curve in (("3 (SGLang)", "h100", 3, sglang), ("5 (vLLM)", "a100", 2, vllm)):
-        rows += [
-            Published(
-                source=f"{EAGLE3}, table {table}",
-                quantity="speedup",
-                published=speedup,
-                model="Llama-3.1-8B",
-                gpu=gpu,
-                precision=_BF16,
-                batch=batch,
-                context=_CHAT,
-                drafter="eagle3",
-                draft_tokens=length,
-                accepted=chain_length(_EAGLE3_ACCEPTANCE[:length]),
-                assumed="context 512; acceptance of figure 7",
-            )
-            for batch, speedup in curve.items()
-        ]
+        speedup_at = partial(
+            llama,
+            source=f"{EAGLE3}, table {table}",
+            quantity="speedup",
+            gpu=gpu,
+            drafter="eagle3",
+            draft_tokens=length,
+            accepted=chain_length(_EAGLE3_ACCEPTANCE[:length]),
+            assumed="context 512; acceptance of figure 7",
+        )
+        rows += [speedup_at(batch=batch, published=speedup) for batch, speedup in curve.items()]
     return rows
 
 
 def _trtllm_rows() -> list[Published]:
-    mtp = {0: (1.0, 111.0), 1: (1.92, 198.0), 2: (2.58, 250.0), 3: (2.82, 253.0), 4: (2.99, 245.0), 5: (3.01, 239.0)}
+    mtp = {1: (1.92, 198.0), 2: (2.58, 250.0), 3: (2.82, 253.0), 4: (2.99, 245.0), 5: (3.01, 239.0)}
+    plain = partial(_deepseek, source=TRTLLM, num_gpus=8, precision=_FP4_EXPERTS)
     return [
-        Published(
-            source=TRTLLM,
-            quantity="tokens/s",
-            published=tokens_per_s,
-            model="DeepSeek-V3",
-            gpu="b200",
-            num_gpus=8,
-            precision=_FP4_EXPERTS,
-            context=2048,
-            drafter="mtp" if draft_tokens else None,
-            draft_tokens=draft_tokens,
-            accepted=accepted,
-        )
-        for draft_tokens, (accepted, tokens_per_s) in mtp.items()
+        plain(published=111.0),
+        *(
+            plain(published=tokens_per_s, drafter="mtp", draft_tokens=draft_tokens, accepted=accepted)
+            for draft_tokens, (accepted, tokens_per_s) in mtp.items()
+        ),
     ]
 
 
@@ -204,101 +184,37 @@ def _nemo_rows() -> list[Published]:
 
 
 def _atlas_rows() -> list[Published]:
-    return [
-        Published(
-            source=f"{ATLAS}: before",
-            quantity="tokens/s",
-            published=105.0,
-            model="DeepSeek-V3",
-            gpu="b200",
-            num_gpus=4,
-            precision=_FP8,
-            context=2048,
-            assumed="FP8; context 2048",
-        ),
-        Published(
-            source=f"{ATLAS}: fully adapted",
-            quantity="tokens/s",
-            published=501.0,
-            model="DeepSeek-V3",
-            gpu="b200",
-            num_gpus=4,
-            precision=_FP4_EXPERTS,
-            context=2048,
-            drafter="eagle3",
-            draft_tokens=None,
-            accepted=None,
-            accept=0.9,
-            assumed="acceptance 0.9 and an EAGLE-3 head: drafter and acceptance are not published; context 2048",
-        ),
-    ]
+    before = _deepseek(
+        source=f"{ATLAS}: before", published=105.0, num_gpus=4, precision=_FP8, assumed="FP8; context 2048"
+    )
+    adapted = _deepseek(
+        source=f"{ATLAS}: fully adapted",
+        published=501.0,
+        num_gpus=4,
+        precision=_FP4_EXPERTS,
+        drafter="eagle3",
+        accept=0.9,
+        assumed="acceptance 0.9 and an EAGLE-3 head: drafter and acceptance are not published; context 2048",
+    )
+    return [before, adapted]
 
 
 def _plain_rows() -> list[Published]:
     """Single GPUs without speculation: the ground that every other row stands on."""
+    plain = partial(Published, context=_CHAT, assumed="context 512")
+    measured: tuple[tuple[str, Quantity, float, str, str, Precision, int], ...] = (
+        (f"{EAGLE_PR} (SGLang)", "tokens/s", 156.0, "Llama-2-7B", "h100", _BF16, 1),
+        (f"{QWEN3_EAGLE3} (SGLang)", "tokens/s", 187.0, "Qwen3-8B", "h200", _BF16, 1),
+        (f"{QWEN3_EAGLE3} (SGLang)", "tokens/s", 90.0, "Qwen3-8B", "rtx5090", _BF16, 1),
+        (f"{GPUSTACK} (SGLang)", "ms/token", 7.14, "Qwen3-8B", "h100", _BF16, 4),
+        (f"{GPUSTACK} (SGLang)", "ms/token", 5.58, "Qwen3-8B", "h100", _FP8, 4),
+        (TRTLLM_LLAMA, "tokens/s", 51.14, "Llama-3.3-70B", "h200", _FP8, 1),
+    )
     return [
-        Published(
-            source=EAGLE_PR + " (SGLang)",
-            quantity="tokens/s",
-            published=156.0,
-            model="Llama-2-7B",
-            gpu="h100",
-            precision=_BF16,
-            context=_CHAT,
-            assumed="context 512",
-        ),
-        Published(
-            source=QWEN3_EAGLE3 + " (SGLang)",
-            quantity="tokens/s",
-            published=187.0,
-            model="Qwen3-8B",
-            gpu="h200",
-            precision=_BF16,
-            context=_CHAT,
-            assumed="context 512",
-        ),
-        Published(
-            source=QWEN3_EAGLE3 + " (SGLang)",
-            quantity="tokens/s",
-            published=90.0,
-            model="Qwen3-8B",
-            gpu="rtx5090",
-            precision=_BF16,
-            context=_CHAT,
-            assumed="context 512",
-        ),
-        Published(
-            source=GPUSTACK + " (SGLang)",
-            quantity="ms/token",
-            published=7.14,
-            model="Qwen3-8B",
-            gpu="h100",
-            precision=_BF16,
-            batch=4,
-            context=_CHAT,
-            assumed="context 512",
-        ),
-        Published(
-            source=GPUSTACK + " (SGLang)",
-            quantity="ms/token",
-            published=5.58,
-            model="Qwen3-8B",
-            gpu="h100",
-            precision=_FP8,
-            batch=4,
-            context=_CHAT,
-            assumed="context 512",
-        ),
-        Published(
-            source=TRTLLM_LLAMA,
-            quantity="tokens/s",
-            published=51.14,
-            model="Llama-3.3-70B",
-            gpu="h200",
-            precision=_FP8,
-            context=_CHAT,
-            assumed="context 512",
-        ),
+        plain(
+            source=source, quantity=quantity, published=figure, model=model, gpu=gpu, precision=precision, batch=batch
+        )
+        for source, quantity, figure, model, gpu, precision, batch in measured
     ]
 
 

@@ -36,6 +36,8 @@ class EngineConfig:
         spare_importance_sampling: In process the sampled logprobs are the trainer's own, so its importance-sampling
             correction multiplies by one at the price of a forward pass. True checks that on the first step and then
             switches the correction off; False leaves it alone.
+        audit_share: Share of the tokens that is put through a plain forward pass as well, to see that samples and logprobs
+            are the policy's (`rollout/audit.py`); in [0, 1], 0 never.
         backend: `auto` or `in_process`.
         clock: Seconds since some fixed moment: what reports and the controller's costs are measured with.
 
@@ -53,6 +55,7 @@ class EngineConfig:
     trace: bool = False
     console: bool = True
     spare_importance_sampling: bool = True
+    audit_share: float = 0.01
     backend: str = "auto"
     clock: Callable[[], float] = time.perf_counter
 
@@ -61,6 +64,8 @@ class EngineConfig:
             raise ValueError(f"verification must be 'invariant' or 'rejection', got {self.verification!r}")
         if self.backend not in ("auto", "in_process"):
             raise ValueError(f"backend must be 'auto' or 'in_process', got {self.backend!r}")
+        if not 0 <= self.audit_share <= 1:
+            raise ValueError(f"audit_share must be in [0, 1] (0 never audits), got {self.audit_share}")
         if self.max_batch_size is not None and self.max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1 or None, got {self.max_batch_size}")
         if self.speculators is not None and self.draft_model is not None:

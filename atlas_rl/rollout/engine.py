@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from atlas_rl.rollout import watch
+from atlas_rl.rollout.audit import Audit, Auditor
 from atlas_rl.rollout.backends.in_process import InProcessBackend, unwrap_policy
 from atlas_rl.rollout.config import EngineConfig, reject_unknown
 from atlas_rl.rollout.controller import Controller
@@ -82,9 +83,12 @@ class AtlasRolloutEngine:
         self._restored: dict[str, Any] = {}  # state that waits for the speculators, which the first rollout makes
         self._verifier = VERIFIERS[self.config.verification]()
         self._policy = PolicyTracker()
+        self._auditor = Auditor(self.config.audit_share)
         self._calls = 0
         self._adapter: Any = None
-        self._sink = JsonlSink(Path(self.config.output_dir) / "rollouts.jsonl") if self.config.output_dir else None
+        folder = Path(self.config.output_dir) if self.config.output_dir else None
+        self._sink = JsonlSink(folder / "rollouts.jsonl") if folder else None
+        self._trace_path = folder / "controller.jsonl" if folder and self.config.trace else None
         if model is not None:
             self._speculators_for(self._backend_for(model))
 
@@ -162,7 +166,7 @@ class AtlasRolloutEngine:
             num_generations: Completions per prompt.
             mode: For the report.
             step: For the report; None counts calls.
-            speculation: None follows the engine's option.
+            speculation: None follows the engine's option. Reruns that set it to False, to measure, are not audited.
         """
         backend = self._backend_for(model)
         sequences, max_lengths = build_sequences(
@@ -179,11 +183,19 @@ class AtlasRolloutEngine:
                 backend, self._verifier, speculators, controller, sequences, num_rows, max_lengths, recorder
             )
             loop.run()
-        if loop.trace:
-            self._write_trace(loop.trace)
+        if self._trace_path is not None:
+            self._write_trace(self._trace_path, loop.trace)
         for message in watch.findings(recorder, loop.num_asked, loop.num_proposed):
             recorder.warn(message)
+        audit = None
+        if self.config.audit_share and speculation is not False:
+            with recorder.time("audit"):
+                audit = self._audit(backend, sequences, loop)
+            for message in audit.findings:
+                recorder.warn(message)
         report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
+        if audit is not None:
+            report = replace(report, **audit.figures())
         if use:
             self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s))
         self._calls += 1
@@ -301,9 +313,25 @@ class AtlasRolloutEngine:
             return Eagle3Speculator(model)
         return DraftLM(load_draft_model(Path(model), self.tokenizer, like=backend.model), backend.vocab_size)
 
-    def _write_trace(self, steps: list[dict[str, Any]]) -> None:
-        assert self.config.output_dir is not None
-        with (Path(self.config.output_dir) / "controller.jsonl").open("a", encoding="utf-8") as file:
+    def _audit(self, backend: InProcessBackend, sequences: Sequences, loop: DecodeLoop) -> Audit:
+        """Some of the call's rollouts against a plain forward pass, through the policy's own attention and linear layers.
+
+        Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
+        leaves it the distribution.
+        """
+        rows = range(len(sequences.lengths))
+        return self._auditor.audit(
+            backend.model,
+            [sequences.token_ids[row, : sequences.prompt_lengths[row]].tolist() for row in rows],
+            [sequences.completion(row) for row in rows],
+            sequences.sampling,
+            logprobs=loop.logprobs,
+            noise_keys=sequences.noise_keys if self.config.verification == "invariant" else None,
+        )
+
+    def _write_trace(self, path: Path, steps: list[dict[str, Any]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"call": self._calls, "step": i, **s}) + "\n" for i, s in enumerate(steps))
 
     def _num_rows(self, backend: InProcessBackend, sequences: Sequences) -> int:

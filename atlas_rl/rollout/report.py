@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 Mode = Literal["train", "eval", "standalone"]
-PHASES = ("prefill", "draft", "verify", "sample", "commit", "controller", "observe", "refresh", "sync")
+PHASES = ("prefill", "draft", "verify", "sample", "commit", "controller", "observe", "refresh", "sync", "audit")
 """Named shares of a step's seconds; what belongs to none of them is `other`."""
 CURVE_POINTS = 64
 
@@ -50,6 +50,7 @@ class StepReport:
         observe_s: Seconds in which controller and speculators learn from verified tokens.
         refresh_s: Seconds of refreshing speculators after a policy update.
         sync_s: Seconds of bringing policy weights into the engine.
+        audit_s: Seconds of auditing some of the rollouts.
         other_s: `generate_s` less the named seconds.
         entropy: Mean entropy of the processed distribution in nats per token; None if not measured.
         mean_max_prob: Mean probability of the likeliest token; None if not measured.
@@ -60,6 +61,13 @@ class StepReport:
         step_s: Seconds of the whole training step, generation included; None until known.
         active_batch_curve: (decoding forward, active requests) pairs, at most 64: the long tail.
         completion_lengths: Generated tokens of each request.
+        num_audited_tokens: Tokens that were held against a plain forward pass of the policy (`rollout/audit.py`).
+        audit_score_nats: Sum over them of log-probability plus entropy: 0 on average, negative where samples are more random
+            than the policy, positive where they are greedier.
+        audit_score_variance_nats2: Variance of that sum.
+        audit_logprob_error_nats: Mean absolute difference between their logprobs and the plain forward's; None without.
+        audit_evidence_nats: The run's evidence against the sampler after this step, log R of `rollout/audit_bets.py`; of
+            several ranks the most. None where nothing has been audited yet.
         warnings: What went wrong, in words that name the cause.
     """
 
@@ -88,6 +96,7 @@ class StepReport:
     observe_s: float = 0.0
     refresh_s: float = 0.0
     sync_s: float = 0.0
+    audit_s: float = 0.0
     other_s: float = 0.0
     entropy: float | None = None
     mean_max_prob: float | None = None
@@ -97,6 +106,11 @@ class StepReport:
     step_s: float | None = None
     active_batch_curve: tuple[tuple[int, int], ...] = ()
     completion_lengths: tuple[int, ...] = ()
+    num_audited_tokens: int = 0
+    audit_score_nats: float = 0.0
+    audit_score_variance_nats2: float = 0.0
+    audit_logprob_error_nats: float | None = None
+    audit_evidence_nats: float | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -165,6 +179,12 @@ class StepReport:
             return None
         rest_s = max(0.0, self.step_s - self.generate_s)
         return amdahl_bound(plain_s / (plain_s + rest_s), self.accepted_length)
+
+    @property
+    def audit_z(self) -> float | None:
+        """`audit_score_nats` in standard deviations; None where nothing random was audited."""
+        variance = self.audit_score_variance_nats2
+        return self.audit_score_nats / math.sqrt(variance) if variance > 0 else None
 
     @property
     def completion_length_mean(self) -> float | None:
@@ -237,6 +257,7 @@ def merge(reports: Sequence[StepReport]) -> StepReport:
         **_added_counts(reports),
         **{name: getattr(slowest, name) for name in _SECONDS_NAMES},
         num_forwards=max(report.num_forwards for report in reports),
+        audit_evidence_nats=max((e for r in reports if (e := r.audit_evidence_nats) is not None), default=None),
         no_speculation_s=_all_or_none(max, (report.no_speculation_s for report in reports)),
         baseline_tokens_per_s=_all_or_none(sum, (report.baseline_tokens_per_s for report in reports)),
         step_s=_all_or_none(max, (report.step_s for report in reports)),
@@ -265,6 +286,7 @@ def concatenate(reports: Sequence[StepReport]) -> StepReport:
         step=last.step,
         policy_version=last.policy_version,
         mode=last.mode,
+        audit_evidence_nats=last.audit_evidence_nats,
         num_forwards=sum(report.num_forwards for report in reports),
         no_speculation_s=_all_or_none(sum, (report.no_speculation_s for report in reports)),
         baseline_tokens_per_s=sum(report.num_tokens for report in reports) / rerun_s if rerun_s else None,
@@ -285,7 +307,10 @@ _SECONDS_NAMES = ("generate_s", *(f"{phase}_s" for phase in PHASES), "other_s")
 
 def _added_counts(reports: Sequence[StepReport]) -> dict[str, Any]:
     """What adds up alike over ranks and over time."""
-    counts = ("num_requests", "num_prompt_tokens", "num_tokens", "num_request_forwards", "num_decoded_tokens")
+    counts = (
+        *("num_requests", "num_prompt_tokens", "num_tokens", "num_request_forwards", "num_decoded_tokens"),
+        *("num_audited_tokens", "audit_score_nats", "audit_score_variance_nats2"),
+    )
     return {
         **{name: sum(getattr(report, name) for report in reports) for name in counts},
         "drafted": _added_dicts(report.drafted for report in reports),
@@ -297,6 +322,7 @@ def _added_counts(reports: Sequence[StepReport]) -> dict[str, Any]:
         "entropy": _weighted_mean((report.entropy, report.num_scored_tokens) for report in reports),
         "mean_max_prob": _weighted_mean((report.mean_max_prob, report.num_scored_tokens) for report in reports),
         "num_scored_tokens": sum(report.num_scored_tokens for report in reports),
+        "audit_logprob_error_nats": _weighted_mean((r.audit_logprob_error_nats, r.num_audited_tokens) for r in reports),
         "completion_lengths": tuple(n for report in reports for n in report.completion_lengths),
         "warnings": tuple(dict.fromkeys(w for report in reports for w in report.warnings)),
     }

@@ -29,6 +29,8 @@ def console_line(report: StepReport) -> str:
     if report.entropy is not None:
         parts.append(f"H {report.entropy:.2f} nats")
     parts.append(f"{report.num_tokens} tok in {report.generate_s:.1f} s")
+    if report.audit_z is not None:
+        parts.append(f"audit z {report.audit_z:+.1f}")
     if report.warnings:
         parts.insert(1, f"{len(report.warnings)} warning{'s' if len(report.warnings) > 1 else ''}")
     while len(" | ".join(parts)) > CONSOLE_WIDTH and len(parts) > 2:
@@ -57,6 +59,10 @@ def trainer_metrics(report: StepReport) -> dict[str, float]:
         "policy_version": report.policy_version,
         "num_tokens": report.num_tokens,
         "num_forwards": report.num_forwards,
+        "audit/num_tokens": report.num_audited_tokens,
+        "audit/z": report.audit_z,
+        "audit/evidence_nats": report.audit_evidence_nats,
+        "audit/logprob_error_nats": report.audit_logprob_error_nats,
         "warnings": len(report.warnings),
     }
     for position, rate in enumerate(report.acceptance_by_position):

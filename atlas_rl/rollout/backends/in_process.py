@@ -86,7 +86,7 @@ class InProcessBackend(Backend):
 
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
-        with torch.no_grad(), _evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.model):
             if not self._probed:
                 self._probe()
             with self._ragged(cache):
@@ -212,7 +212,7 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off, and every module's own training flag put back (they may differ between modules)."""
     training = [module for module in model.modules() if module.training]
     try:

@@ -1,0 +1,59 @@
+"""Under rejection, whether a drawn token is verified depends on its prefix alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from atlas_rl.rollout.controller import Step
+from atlas_rl.rollout.goodput import GoodputController
+from atlas_rl.speculators.base import Draft
+from tests.worlds import CONTEXT, ROOM, World, affine, sure, world
+
+
+def plateau(tokens: int) -> float:
+    """One more token than the batch costs as much as many more: slots pay together or not at all."""
+    return 0.050 if tokens <= 4 else 0.062
+
+
+def depends_on_the_drawn_token(draft_probs: torch.Tensor | None) -> int:
+    """How often a slot's fate changes with confidences of later positions, which a drawn token decides."""
+    rng = np.random.default_rng(5)
+    controller = world(plateau, a=sure(0.8), b=sure(0.8)).run(60, batch=4).controller
+    changes = 0
+    for _ in range(150):
+        confidence = {name: rng.uniform(0.02, 0.98, (4, 5)).astype(np.float32) for name in ("a", "b")}
+
+        def admit(confidence=confidence):
+            tokens, lengths = np.zeros((4, 5), np.int64), np.full(4, 5)
+            drafts = {name: Draft(tokens, lengths, values, draft_probs) for name, values in confidence.items()}
+            asked = dict.fromkeys(drafts, lengths)
+            step = Step(np.full(4, ROOM), 4 * CONTEXT, list(drafts), asked, drafts, dict.fromkeys(drafts, 1e-5))
+            return controller.admit(step)
+
+        before = admit()
+        row, position = int(rng.integers(4)), int(rng.integers(4))
+        for values in confidence.values():
+            values[row, position + 1 :] = rng.uniform(0.02, 0.98, 4 - position)
+        after = admit()
+        changes += min(before.lengths[row], position + 1) != min(after.lengths[row], position + 1)
+        changes += bool(min(before.lengths[row], after.lengths[row])) and before.arms[row] != after.arms[row]
+    return changes
+
+
+def test_whether_a_draw_is_verified_depends_on_its_prefix_alone():
+    """Rejection sampling is exact only then. A later position's confidence is a function of the drawn token."""
+    assert depends_on_the_drawn_token(torch.zeros(4, 5, 2)) == 0
+
+
+def test_the_test_itself_catches_a_controller_that_looks_ahead():
+    """As it may where one seed gives one text whatever is drafted, and drafts carry no probabilities."""
+    assert depends_on_the_drawn_token(None) > 10
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.8, 0.95])
+def test_drawn_drafts_are_still_worth_their_while(chance):
+    arms = {"cheap": sure(chance)}
+    run = World(GoodputController(("cheap",)), affine, arms, draft_probs=torch.zeros(8, 16, 2)).run(300, batch=8)
+    assert run.goodput(last=200) > 0.85 * world(affine, **arms).run(300, batch=8).goodput(last=200)
