@@ -152,6 +152,31 @@ def test_outliers_do_not_confuse_it():
     assert rough.run(400, batch=8).mean_length(200) == pytest.approx(calm.run(400, batch=8).mean_length(200), rel=0.3)
 
 
+def test_one_interrupted_step_of_a_new_batch_size_does_not_make_drafting_look_free():
+    """Nothing contradicts it by itself: drafting everything takes as long as plain decoding was then thought to take."""
+
+    def cost(tokens):
+        return 0.08 + 0.00375 * tokens
+
+    run = world(cost, only=sure(0.35)).run(180, batch=12)
+    run.cost = lambda tokens: 9 * cost(tokens)
+    run.step(24)
+    run.cost = cost
+    run.seconds.clear()
+    run.tokens.clear()
+    run.run(100, batch=32)
+    assert run.goodput() > 0.97 * 32 / cost(32)
+
+
+def test_a_machine_that_slows_down_while_it_drafts_does_not_make_plain_decoding_look_cheap_or_dear():
+    run = world(affine, cheap=sure(0.8)).run(150, batch=4)
+    before = run.mean_length(last=50)
+    run.cost = lambda tokens: 3 * affine(tokens)
+    run.arms["cheap"].draft_s = lambda depth: 3e-5 * depth
+    run.run(100, batch=4)
+    assert run.mean_length(last=50) == pytest.approx(before, rel=0.25)
+
+
 def test_a_policy_update_gives_a_failed_drafter_another_chance():
     arm = sure(0.6, truth=0.02)
     run = world(affine, cheap=arm).run(60, batch=8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atlas_rl.rollout.cost import CostModel, DraftCost, _bucket
-from tests.worlds import affine
+from tests.worlds import affine, proportional
 
 
 def observed(cost, sizes, samples=15, seed=0, noise=0.03, outliers=0.1):
@@ -63,6 +63,27 @@ def test_a_machine_that_slows_down_is_followed():
         for _ in range(15):
             model.observe(size, 2 * affine(size))
     assert model.predict(16)[8] == pytest.approx(2 * affine(8), rel=0.05)
+
+
+def test_sizes_that_are_not_seen_slow_down_with_the_machine():
+    model = observed(affine, [4, 8, 16, 32], outliers=0)
+    for _ in range(15):
+        model.observe(8, 2 * affine(8))
+    table = model.predict(32)
+    for size in (4, 8, 16, 32):
+        assert table[size] == pytest.approx(2 * affine(size), rel=0.1)
+
+
+def test_a_context_that_grows_while_the_machine_slows_down_leaves_the_sizes_as_they_were():
+    """Both look alike; what matters to a decision is how sizes compare, and that neither may touch."""
+    rng, model = np.random.default_rng(0), CostModel()
+    for step in range(400):
+        size = int(rng.choice([8, 16, 32, 64]))
+        slow = 1 + step % 100 / 100
+        model.observe(size, proportional(size) * slow * (1 + 0.03 * rng.normal()), 1000 + 20 * (step % 100))
+    table = model.predict(64, 2000)
+    assert table[64] / table[16] == pytest.approx(4, rel=0.2)
+    assert table[32] / table[8] == pytest.approx(4, rel=0.2)
 
 
 def test_buckets_are_ordered_and_narrow():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -67,8 +68,9 @@ class CostModel:
         return self._predicted(max_tokens) * self._factor(context_tokens)
 
     def num_samples(self, num_tokens: int) -> int:
-        """Forwards of about this size seen, of those that are remembered."""
-        return len(self._samples.get(_bucket(num_tokens), ()))
+        """Forwards seen within a tenth of this size, of those that are remembered."""
+        near = (size for size in self._samples if 0.9 * num_tokens <= size <= 1.1 * num_tokens)
+        return sum(len(self._samples[size]) for size in near)
 
     def _predicted(self, max_tokens: int) -> np.ndarray:
         if len(self._table) <= max_tokens:
@@ -89,22 +91,22 @@ class CostModel:
         self._means[size] = known * (1 + 0.1 * off), context + 0.1 * deviation
 
     def _tabulate(self, max_tokens: int) -> None:
-        medians = {size: _median(samples) for size, samples in self._samples.items()}
-        weight = np.array([len(samples) for samples in self._samples.values()], dtype=np.float64)
-        median = np.maximum(np.array(list(medians.values())), 1e-9)
-        size = np.array(list(medians), dtype=np.float64)
+        sizes = sorted(self._samples)
+        size = np.array(sizes, dtype=np.float64)
+        weight = np.array([len(self._samples[bucket]) for bucket in sizes], dtype=np.float64)
+        # More tokens are never cheaper. Where they seem to be, a size was interrupted: the better known one decides.
+        median = _rising([_median(self._samples[bucket]) for bucket in sizes], weight.tolist())
         intercept, slope = _line(size, median, weight)
         max_tokens = max(max_tokens, *self._samples)
         table = intercept + slope * np.arange(max_tokens + 1)
         seen = np.full(max_tokens + 1, np.inf)
         trust = weight / (weight + _TRUST)
         factor = 1 + trust * (median / (intercept + slope * size) - 1)
-        for bucket, times in zip(medians, factor, strict=True):
+        for bucket, times in zip(sizes, factor, strict=True):
             where = slice(bucket, bucket + _width(bucket))
             table[where] *= times
             seen[where] = table[where]
-        # More tokens are never cheaper: neither may a guess exceed what more tokens were seen to cost, nor a noisy bucket
-        # fall below what fewer did.
+        # A guess may not exceed what more tokens were seen to cost, either.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
         self._table = np.maximum.accumulate(np.maximum(table, 1e-9))
 
@@ -156,6 +158,19 @@ class DraftCost:
             missed = np.abs(rest - features @ shares)
             weight = 1 / (1 + (missed / (2 * _median(missed) + 1e-9)) ** 2)
         return np.maximum(prior + shares / scale, 0.0)
+
+
+def _rising(values: list[float], weights: list[float]) -> np.ndarray:
+    """The nearest sequence that never falls, by weighted least squares of the logarithms (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, members
+    for value, weight in zip(values, weights, strict=True):
+        mean, count = math.log(max(value, 1e-9)), 1
+        while pools and pools[-1][0] > mean:
+            other, other_weight, members = pools.pop()
+            mean = (mean * weight + other * other_weight) / (weight + other_weight)
+            weight, count = weight + other_weight, count + members
+        pools.append((mean, weight, count))
+    return np.exp(np.repeat([mean for mean, _, _ in pools], [count for _, _, count in pools]))
 
 
 def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[float, float]:

@@ -37,6 +37,8 @@ _KEPT_PRIOR_STEPS, _KEPT_PRIOR_SPREAD = 3.0, 0.1  # before any evidence, as if t
 _OUTLIER = 0.25  # log of realised over predicted beyond which a step says no more: the machine was interrupted
 _DOUBT_FADES = 0.01  # per plain step: a hundred of them forget most of what spoke against drafting
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
+_PLAIN_KNOWN = 3  # forwards of about a size after which its cost is known: their median shrugs off one
+_PLAIN_APART = 4  # steps between those that are made for that
 
 
 @dataclass(slots=True)
@@ -99,7 +101,7 @@ class GoodputController(Controller):
         self._survivals: dict[str, np.ndarray] = {}  # of the step at hand
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        if self._steps_since_plain >= _PLAIN_EVERY or any(d.draft_probs is not None for d in step.drafts.values()):
+        if self._plain_due(step) or any(draft.draft_probs is not None for draft in step.drafts.values()):
             # Once a drawn draft is there, whether another is asked for the same request would depend on the drawn tokens.
             return {}
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
@@ -151,6 +153,15 @@ class GoodputController(Controller):
         return {name: arm.acceptance.take_calibration() for name, arm in self._arms.items()}
 
     # ------------------------------------------------------------------------------------------------------- decisions
+
+    def _plain_due(self, step: Step) -> bool:
+        """Whether to measure a step without drafts.
+
+        What drafting is compared with must have been seen. Where it is only inferred, from one step that was interrupted
+        say, drafting may look free; and while everything is drafted, nothing would ever contradict it.
+        """
+        seen = self._cost.num_samples(step.batch)
+        return self._steps_since_plain >= (_PLAIN_EVERY if seen >= _PLAIN_KNOWN else _PLAIN_APART * (seen > 0))
 
     def _tried(self, name: str) -> bool:
         return len(self._arms[name].cost) > 0

@@ -75,11 +75,24 @@ class TokenRows:
             self.slots[new] = np.arange(len(new)) + len(self.token_ids)
             self.token_ids = np.concatenate([self.token_ids, new])
             inputs, outputs = _rows_of(policy, new)
-            self.inputs, self.outputs = torch.cat([self.inputs, inputs]), torch.cat([self.outputs, outputs])
+            self.inputs, self.outputs = _appended(self.inputs, inputs), _appended(self.outputs, outputs)
 
     def reread(self, policy: nn.Module) -> None:
         """The policy's weights may have changed: take the rows anew."""
         self.inputs, self.outputs = _rows_of(policy, self.token_ids)
+
+
+def _appended(rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """`rows` and `new`, in the memory behind `rows` where it has room: a policy of high entropy brings tokens all the time."""
+    old, count, width = len(rows), len(rows) + len(new), rows.shape[1]
+    room = rows.untyped_storage().nbytes() // (rows.element_size() * width)
+    store = rows
+    if room < count:
+        store = rows.new_empty(2 * count, width)
+        store[:old] = rows
+    joined = store.as_strided((count, width), (width, 1), 0)
+    joined[old:] = new
+    return joined
 
 
 def _rows_of(policy: nn.Module, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
