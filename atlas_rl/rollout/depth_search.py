@@ -17,7 +17,8 @@ def search(there, expected, better, forward_s, draft_s, depths, discount):
 
     Args:
         there: float64 `[batch, lookahead]`, survival of the draft that each request has; rows never rise.
-        expected: float64 `[batch, lookahead]`, of what the speculator would draft.
+        expected: float64 `[draws, batch, lookahead]`, of what the speculator might draft: an answer's goodput is that of
+            all draws together, of which each is verified as far as is best for it.
         better: bool `[batch]`, requests where it is expected to do better.
         forward_s: float64 `[n]`, seconds of a forward over 0, 1, ... tokens, to at least `batch * (1 + lookahead)`.
         draft_s: float64 `[3, num_depths]`, draft seconds of the step: if nobody more is asked (the first entry), if it is
@@ -28,36 +29,44 @@ def search(there, expected, better, forward_s, draft_s, depths, discount):
     Returns:
         Whom to ask for (0 nobody, 1 `better`, 2 all), and the index of the depth.
     """
-    batch, lookahead = there.shape
+    draws, batch, lookahead = expected.shape
     sums = np.zeros(batch)
     for row in range(batch):
         for position in range(lookahead):
             sums[row] += there[row, position]
     counts, masses = np.zeros(_LEVELS), np.zeros(_LEVELS)
-    best = _goodput(there, expected, sums, better, 0, 0, forward_s, draft_s[0, 0], discount, counts, masses)
-    answer = (0, 0)
+    nobody = np.zeros((0, batch, lookahead))
+    tokens, seconds = _verified(
+        there, nobody, 0, sums, better, 0, 0, forward_s, draft_s[0, 0], discount, counts, masses
+    )
+    best, answer = tokens / seconds, (0, 0)
     for whom in (1, 2):
         for index in range(len(depths)):
-            value = _goodput(
-                there,
-                expected,
-                sums,
-                better,
-                whom,
-                depths[index],
-                forward_s,
-                draft_s[whom, index],
-                discount,
-                counts,
-                masses,
-            )
-            if value > best:
-                best, answer = value, (whom, index)
+            all_tokens, all_seconds = 0.0, 0.0
+            for draw in range(draws):
+                tokens, seconds = _verified(
+                    there,
+                    expected,
+                    draw,
+                    sums,
+                    better,
+                    whom,
+                    depths[index],
+                    forward_s,
+                    draft_s[whom, index],
+                    discount,
+                    counts,
+                    masses,
+                )
+                all_tokens, all_seconds = all_tokens + tokens, all_seconds + seconds
+            if all_tokens / all_seconds > best:
+                best, answer = all_tokens / all_seconds, (whom, index)
     return answer
 
 
 @numba.njit(cache=True, nogil=True)
-def _goodput(there, expected, sums, better, whom, depth, forward_s, draft_s, discount, counts, masses):
+def _verified(there, expected, draw, sums, better, whom, depth, forward_s, draft_s, discount, counts, masses):
+    """Tokens (discounted where there are drafts) and seconds of one draw, verified as far as is best."""
     batch, lookahead = there.shape
     counts[:] = 0
     masses[:] = 0
@@ -66,19 +75,22 @@ def _goodput(there, expected, sums, better, whom, depth, forward_s, draft_s, dis
         if whom == 2 or (whom == 1 and better[row]):
             total = 0.0
             for position in range(depth):
-                total += expected[row, position]
+                total += expected[draw, row, position]
             fresh = total > sums[row]
         for position in range(depth if fresh else lookahead):
-            value = expected[row, position] if fresh else there[row, position]
+            value = expected[draw, row, position] if fresh else there[row, position]
             if value <= 0:
                 break
             level = min(int((1 - value) * _LEVELS), _LEVELS - 1)
             counts[level] += 1
             masses[level] += value
-    best, num_slots, tokens = batch / (forward_s[batch] + draft_s), 0, float(batch)
+    num_slots, tokens = 0, float(batch)
+    best_tokens, best_seconds = tokens, forward_s[batch] + draft_s
     for level in range(_LEVELS):
         if counts[level] > 0:
             num_slots += int(counts[level])
             tokens += masses[level]
-            best = max(best, discount * tokens / (forward_s[batch + num_slots] + draft_s))
-    return best
+            seconds = forward_s[batch + num_slots] + draft_s
+            if discount * tokens * best_seconds > best_tokens * seconds:
+                best_tokens, best_seconds = discount * tokens, seconds
+    return best_tokens, best_seconds

@@ -22,17 +22,20 @@ class Expectation:
     def __init__(self) -> None:
         self._profiles = np.zeros((len(_EDGES) + 1, _PROFILES, MAX_LOOKAHEAD))
         self._counts = np.zeros(len(_EDGES) + 1, np.int64)
+        self._turn = 0
         self._measured: np.ndarray | None = None
 
     def survival(self, there: np.ndarray) -> np.ndarray:
-        """Profiles to expect: float64 `[batch, MAX_LOOKAHEAD]`.
+        """Profiles to expect, in as many draws as show all that is remembered: float64 `[draws, batch, MAX_LOOKAHEAD]`.
 
         Args:
             there: float64 `[batch]`, survival of the first token of the best draft that each request has; 0 for none.
         """
-        survival = np.empty((len(there), MAX_LOOKAHEAD))
-        group = np.searchsorted(_EDGES, there, side="right")
+        draws = -(-_PROFILES // len(there))
+        survival = np.empty((draws * len(there), MAX_LOOKAHEAD))
+        group = np.tile(np.searchsorted(_EDGES, there, side="right"), draws)
         known = np.flatnonzero(self._counts)
+        self._turn += 1  # where a class has fewer requests than profiles, others the next time
         for index in np.unique(group):
             rows = np.flatnonzero(group == index)
             if not len(known):
@@ -42,8 +45,8 @@ class Expectation:
                 continue
             nearest = known[np.abs(known - index).argmin()]
             count = min(int(self._counts[nearest]), _PROFILES)
-            survival[rows] = self._profiles[nearest, np.arange(len(rows)) % count]
-        return survival
+            survival[rows] = self._profiles[nearest, (self._turn + np.arange(len(rows))) % count]
+        return survival.reshape(draws, len(there), MAX_LOOKAHEAD)
 
     def observe(self, there: np.ndarray, survival: np.ndarray, asked: np.ndarray, lengths: np.ndarray) -> None:
         """Note drafts.

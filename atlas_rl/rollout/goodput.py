@@ -202,8 +202,8 @@ class GoodputController(Controller):
             return np.full(batch, _TRIAL_DEPTH)
         spent_s = sum(step.draft_s.values())
         expected = arm.expectation.survival(there.survival[:, 0])
-        expected[np.arange(MAX_LOOKAHEAD)[None] >= step.room[:, None]] = 0.0
-        better = expected.sum(axis=1) > there.survival.sum(axis=1)
+        expected[:, np.arange(MAX_LOOKAHEAD)[None] >= step.room[:, None]] = 0.0
+        better = expected.mean(axis=0).sum(axis=1) > there.survival.sum(axis=1)
         table = self._cost.predict(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
         assert table is not None, "a plain step comes before the first plan"
         # It costs least for the requests where it is expected to do better; all of them where it costs no more.

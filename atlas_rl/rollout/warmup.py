@@ -28,7 +28,7 @@ def compile_kernels() -> float:
     probs = np.full((2, BLOCK), 1 / BLOCK, np.float32)
     choose_rows(probs, probs[:, :1], request_keys(0, 2), requests, int(Stream.TARGET))
     profiles, depths = np.zeros((2, MAX_LOOKAHEAD)), np.array([1, 2])
-    search(profiles, profiles, np.ones(2, bool), np.ones(2 * MAX_LOOKAHEAD + 3), np.ones((3, 2)), depths, 1.0)
+    search(profiles, profiles[None], np.ones(2, bool), np.ones(2 * MAX_LOOKAHEAD + 3), np.ones((3, 2)), depths, 1.0)
     history = HistorySpeculator()
     for _ in range(2):  # the second call archives the first
         sequences = _toy_sequences()

@@ -83,7 +83,7 @@ class TokenRows:
 
 
 def _appended(rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """`rows` and `new`, in the memory behind `rows` where it has room: a policy of high entropy brings tokens all the time."""
+    """`rows` and `new`, in the memory behind `rows` where it has room: some policies bring new tokens all the time."""
     old, count, width = len(rows), len(rows) + len(new), rows.shape[1]
     room = rows.untyped_storage().nbytes() // (rows.element_size() * width)
     store = rows
