@@ -290,11 +290,14 @@ class AtlasRolloutEngine:
         return self._speculators
 
     def _static(self, model: nn.Module | str | Path, backend: InProcessBackend) -> Speculator:
-        """The static arm: an EAGLE-3 head where the folder holds one, else a draft LM."""
+        """The static arm: the four-bit self-draft by name, an EAGLE-3 head where the folder holds one, else a draft LM."""
         from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model
         from atlas_rl.speculators.eagle3 import Eagle3Speculator
         from atlas_rl.speculators.eagle3_checkpoint import is_eagle3
+        from atlas_rl.speculators.fp4_self import Fp4SelfSpeculator
 
+        if model == "fp4":
+            return Fp4SelfSpeculator()
         if isinstance(model, nn.Module):
             return DraftLM(model, backend.vocab_size)
         if is_eagle3(model):
