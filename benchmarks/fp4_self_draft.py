@@ -4,8 +4,8 @@
 
 Every arm drafts the same number of tokens on every step, for the same prompts and seeds: temperature 1, no ending token;
 under drafter-invariant verification all arms generate the very same text. `acceptance_by_position` is the share of drafts
-that were accepted at a position together with all before it. Nothing is timed: without a GPU the copy is dequantized and runs
-at the policy's own price.
+that were accepted at a position together with all before it. Nothing is timed: without a GPU the copy is dequantized and
+runs at the policy's own price.
 """
 
 from __future__ import annotations

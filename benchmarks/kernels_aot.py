@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atlas_kernels import nvfp4_triton, rejection_triton, verify_triton
+from atlas_kernels import draft_head_triton, nvfp4_triton, rejection_triton, verify_triton
 from benchmarks.common import ROOT, environment, write_result
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,6 +62,22 @@ def _case(kernel: Any, types: str, num_warps: int, constants: dict[str, Any], **
     return Case(
         kernel=kernel, types=types, constants=constants | changed, num_warps=num_warps, max_registers=max_registers
     )
+
+
+def _draft_head(kernel: Any, types: str) -> Case:
+    """bfloat16 weights, coupled draws at a temperature, with probabilities."""
+    constants = draft_head_triton.TILE | {
+        "ELEMENT": tl.bfloat16,
+        "COMPUTE": tl.bfloat16,
+        "STREAM": 0,
+        "GREEDY": False,
+        "SCALED": True,
+        "WITH_PROBS": True,
+        "SPLITS": 128,
+        "CHUNK": draft_head_triton.CHUNK,
+    }
+    own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return _case(kernel, types, draft_head_triton.NUM_WARPS, own)
 
 
 _MASKED = {"SCALED": True, "HAS_ALLOWED": True, "SPLITS": 64}
@@ -107,6 +123,10 @@ CASES = {
         ONE_HOT=False,
         TILES=32,
     ),
+    "draft_head.advance": _draft_head(draft_head_triton.advance, "bbbfldiIIII"),
+    "draft_head.score": _draft_head(draft_head_triton.score, "bblflldiffFIIIIIII"),
+    "draft_head.finish_draft": _draft_head(draft_head_triton.finish_draft, "difflfIIII"),
+    "draft_head.draft_whole": _draft_head(draft_head_triton.draft_whole, "bbbbblfllldifflfFIIIIII"),
     "nvfp4.quantize_weight": _case(
         nvfp4_triton.quantize_weight,
         "bfuuiIIIL",

@@ -15,6 +15,7 @@ from atlas_rl.rollout import watch
 from atlas_rl.rollout.backends.in_process import InProcessBackend, unwrap_policy
 from atlas_rl.rollout.config import EngineConfig, reject_unknown
 from atlas_rl.rollout.controller import Controller
+from atlas_rl.rollout.fused import verifier_on
 from atlas_rl.rollout.goodput import GoodputController
 from atlas_rl.rollout.loop import DecodeLoop
 from atlas_rl.rollout.recorder import StepRecorder
@@ -176,7 +177,14 @@ class AtlasRolloutEngine:
         cache = backend.new_cache(num_rows, sequences.token_ids.shape[1])
         with backend.session(cache):
             loop = DecodeLoop(
-                backend, self._verifier, speculators, controller, sequences, num_rows, max_lengths, recorder
+                backend,
+                verifier_on(backend.device, self._verifier),
+                speculators,
+                controller,
+                sequences,
+                num_rows,
+                max_lengths,
+                recorder,
             )
             loop.run()
         if loop.trace:
