@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,9 @@ def _draft_head(kernel: Any, types: str) -> Case:
         "CHUNK": draft_head_triton.CHUNK,
     }
     own = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return _case(kernel, types, draft_head_triton.NUM_WARPS, own)
+    case = _case(kernel, types, draft_head_triton.NUM_WARPS, own)
+    # One program per 16 rows has a multiprocessor to itself: all registers, so long as none spill.
+    return replace(case, max_registers=255) if kernel is draft_head_triton.draft_whole else case
 
 
 _MASKED = {"SCALED": True, "HAS_ALLOWED": True, "SPLITS": 64}

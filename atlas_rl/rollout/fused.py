@@ -62,13 +62,14 @@ class FusedVerifier(Verifier):
             logits = process(logits, sampling, prefixes)
             temperature = 0.0 if sampling.greedy else 1.0  # it has been applied
         keys, positions = sequences.noise_keys[requests][row].view(np.int64), sequences.lengths[requests][row] + depth
-        arrays = (drafts, starts, keys, positions)
-        packed = (torch.from_numpy(array).to(device) for array in arrays)
-        options = {"temperature": temperature, "implementation": self._implementation}
+        rows = [logits, *(torch.from_numpy(array).to(device) for array in (drafts, starts, keys, positions))]
         if self.couples_noise:
-            verified = verify(logits, *packed, **options)
+            verified = verify(*rows, temperature=temperature, implementation=self._implementation)
         else:
-            verified = verify_by_rejection(logits, *packed, draft_probs=_packed_probs(draft, row, depth), **options)
+            probs = _packed_probs(draft, row, depth)
+            verified = verify_by_rejection(
+                *rows, temperature=temperature, draft_probs=probs, implementation=self._implementation
+            )
         return _outcome(verified, row, depth, int(counts.max()))
 
 

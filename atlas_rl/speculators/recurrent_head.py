@@ -114,8 +114,14 @@ class FoldedHead:
             dtype: float32, bfloat16 or float16.
         """
         if self._packed is None:
-            tables = (self._input_gates, self._state_gates, self._state_bias, self._outputs, self._bias)
-            self._packed = DraftHeadWeights(*(table.to(dtype) for table in tables), token_ids)
+            self._packed = DraftHeadWeights(
+                input_gates=self._input_gates.to(dtype),
+                state_gates=self._state_gates.to(dtype),
+                state_bias=self._state_bias.to(dtype),
+                outputs=self._outputs.to(dtype),
+                bias=self._bias.to(dtype),
+                token_ids=token_ids,
+            )
         return self._packed
 
     def begin(self, hidden: torch.Tensor) -> torch.Tensor:

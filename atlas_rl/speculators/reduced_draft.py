@@ -78,12 +78,13 @@ class ReducedDraft:
         implementation: Implementation = "auto",
     ) -> None:
         """All tokens of every request, by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`."""
-        arrays = (self._sequences.noise_keys[self._requests].view(np.int64), self._sequences.lengths[self._requests])
+        keys = self._sequences.noise_keys[self._requests].view(np.int64)
         drawn = draft_head(
             weights,
             state,
             newest,
-            *(torch.from_numpy(array).to(state.device) for array in arrays),
+            torch.from_numpy(keys).to(state.device),
+            torch.from_numpy(self._sequences.lengths[self._requests]).to(state.device),
             self.token_ids.shape[1],
             temperature=0.0 if self._sampling.greedy else self._sampling.temperature,
             stream=self._stream,

@@ -143,8 +143,9 @@ def draft_head(
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
+    arguments = (weights, state, newest, keys, positions, num_tokens, temperature, stream, with_probs)
     if use_triton(state, implementation):
-        from atlas_kernels.draft_head_triton import draft_head_triton as run
-    else:
-        run = draft_head_reference
-    return HeadDraft(*run(weights, state, newest, keys, positions, num_tokens, temperature, stream, with_probs))
+        from atlas_kernels.draft_head_triton import draft_head_triton
+
+        return HeadDraft(*draft_head_triton(*arguments))
+    return HeadDraft(*draft_head_reference(*arguments))

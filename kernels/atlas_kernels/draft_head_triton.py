@@ -19,8 +19,8 @@ from atlas_rl.rollout.noise import Stream
 if TYPE_CHECKING:
     from atlas_kernels.draft_head import DraftHeadWeights
 
-TILE = {"ROWS": 16, "UNITS": 32, "TOKENS": 64, "INNER": 64}
-"""Rows, state units or tokens, and depth of the products per step (16 rows are the least `tl.dot` takes)."""
+TILE = {"ROWS": 16, "UNITS": 16, "TOKENS": 32, "INNER": 32}
+"""Rows, state units or tokens, and depth of the products per step (16 are the least `tl.dot` takes); 64 tokens spill."""
 _INTERPRETED_TILE = {"ROWS": 16, "UNITS": 256, "TOKENS": 1024, "INNER": 256}
 CHUNK = 1024
 """Tokens per step where logits are turned into probabilities."""
@@ -424,7 +424,7 @@ def draft_head_triton(
     splits, tiles_per_split = split_tokens(batch, tokens, tile, device, whole=whole)
     states = torch.empty(num_tokens + 1, batch, size, device=device)
     states[0] = state
-    arguments = tile | {
+    arguments: dict[str, Any] = tile | {
         **{field.name: getattr(weights, field.name).contiguous() for field in fields(weights)},
         "states": states,
         "newest": newest.contiguous(),
