@@ -75,6 +75,7 @@ def _draft_head(kernel: Any, types: str) -> Case:
         "WITH_PROBS": True,
         "SPLITS": 128,
         "CHUNK": draft_head_triton.CHUNK,
+        "CALLED": False,
     }
     own = {name: value for name, value in constants.items() if name in kernel.arg_names}
     case = _case(kernel, types, draft_head_triton.NUM_WARPS, own)
@@ -125,9 +126,9 @@ CASES = {
         ONE_HOT=False,
         TILES=32,
     ),
-    "draft_head.advance": _draft_head(draft_head_triton.advance, "bbbfldiIIII"),
-    "draft_head.score": _draft_head(draft_head_triton.score, "bblflldiffFIIIIIII"),
-    "draft_head.finish_draft": _draft_head(draft_head_triton.finish_draft, "difflfIIII"),
+    "draft_head.advance": _draft_head(draft_head_triton.advance, "bbbfldiIIIIII"),
+    "draft_head.score": _draft_head(draft_head_triton.score, "bblflldiffFIIIIIIIII"),
+    "draft_head.finish_draft": _draft_head(draft_head_triton.finish_draft, "difflfIIIIII"),
     "draft_head.draft_whole": _draft_head(draft_head_triton.draft_whole, "bbbbblfllldifflfFIIIIII"),
     "nvfp4.quantize_weight": _case(
         nvfp4_triton.quantize_weight,

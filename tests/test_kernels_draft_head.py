@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from atlas_kernels.draft_head import DraftHeadWeights, HeadDraft, draft_head
+from atlas_kernels.draft_head import DraftHeadWeights, HeadCall, HeadDraft, draft_head
 from atlas_kernels.draft_head_reference import absorbed, logits
 from atlas_rl.rollout.noise import Stream, exponentials, request_keys
 from atlas_rl.speculators.recurrent_head import FoldedHead, RecurrentHead
@@ -50,8 +50,8 @@ def case(batch: int, tokens: int, size: int, dtype: torch.dtype = torch.float32,
 
 
 def by_kernel(arguments, num_tokens=3, *, bytes_=SPLIT, temperature=1.0, stream=Stream.TARGET, with_probs=True):
-    run = draft_head_triton.draft_head_triton
-    return HeadDraft(*run(*arguments, num_tokens, temperature, stream, with_probs, whole_bytes=bytes_))
+    call = HeadCall(*arguments, num_tokens, temperature, stream, with_probs)
+    return HeadDraft(*draft_head_triton.draft_head_triton(call, whole_bytes=bytes_))
 
 
 def assert_same(arguments, num_tokens=3, *, bytes_=SPLIT, rtol=1e-4, **options) -> HeadDraft:

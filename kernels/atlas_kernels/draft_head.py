@@ -83,6 +83,42 @@ class DraftHeadWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadCall:
+    """What is asked of the head; the attributes are the arguments of `draft_head`."""
+
+    weights: DraftHeadWeights
+    state: torch.Tensor
+    newest: torch.Tensor
+    keys: torch.Tensor
+    positions: torch.Tensor
+    num_tokens: int
+    temperature: float
+    stream: Stream
+    with_probs: bool
+
+    def checked(self) -> HeadCall:
+        """Itself, unless it raises a `ValueError`: a shape, type, device or number does not fit."""
+        batch, size, device = len(self.newest), self.weights.outputs.shape[1], self.weights.outputs.device
+        per_row = {"newest": self.newest, "keys": self.keys, "positions": self.positions}
+        for name, tensor in per_row.items():
+            if tensor.shape != (batch,) or tensor.dtype != torch.int64:
+                raise ValueError(
+                    f"{name} must be int64 [{batch}], one per row, got {tensor.dtype} {list(tensor.shape)}"
+                )
+        state = self.state
+        if state.shape != (batch, size) or state.dtype != torch.float32:
+            raise ValueError(f"state must be float32 [{batch}, {size}], got {state.dtype} {list(state.shape)}")
+        for name, tensor in (per_row | {"state": state}).items():
+            if tensor.device != device:
+                raise ValueError(f"{name} is on {tensor.device} and the weights on {device}: move them together")
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, got {self.num_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
 class HeadDraft:
     """What the head drafted.
 
@@ -127,25 +163,9 @@ def draft_head(
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.
     """
-    batch, size = len(newest), weights.outputs.shape[1]
-    per_row = {"newest": newest, "keys": keys, "positions": positions}
-    for name, tensor in per_row.items():
-        if tensor.shape != (batch,) or tensor.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64 [{batch}], one per row, got {tensor.dtype} {list(tensor.shape)}")
-    if state.shape != (batch, size) or state.dtype != torch.float32:
-        raise ValueError(f"state must be float32 [{batch}, {size}], got {state.dtype} {list(state.shape)}")
-    for name, tensor in (per_row | {"state": state}).items():
-        if tensor.device != weights.outputs.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and the weights on {weights.outputs.device}: move them together"
-            )
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
-    arguments = (weights, state, newest, keys, positions, num_tokens, temperature, stream, with_probs)
+    call = HeadCall(weights, state, newest, keys, positions, num_tokens, temperature, stream, with_probs).checked()
     if use_triton(state, implementation):
         from atlas_kernels.draft_head_triton import draft_head_triton
 
-        return HeadDraft(*draft_head_triton(*arguments))
-    return HeadDraft(*draft_head_reference(*arguments))
+        return HeadDraft(*draft_head_triton(call))
+    return HeadDraft(*draft_head_reference(call))

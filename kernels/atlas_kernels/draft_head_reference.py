@@ -9,40 +9,30 @@ from torch.nn import functional
 
 from atlas_kernels.verify_reference import first_argmax, processed_logits
 from atlas_rl.rollout import noise
-from atlas_rl.rollout.noise import Stream
 
 if TYPE_CHECKING:
-    from atlas_kernels.draft_head import DraftHeadWeights
+    from atlas_kernels.draft_head import DraftHeadWeights, HeadCall
 
 
-def draft_head_reference(
-    weights: DraftHeadWeights,
-    state: torch.Tensor,
-    newest: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    num_tokens: int,
-    temperature: float,
-    stream: Stream,
-    with_probs: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The fields of `atlas_kernels.draft_head.HeadDraft`; arguments as in `atlas_kernels.draft_head.draft_head`."""
+def draft_head_reference(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The fields of `atlas_kernels.draft_head.HeadDraft`."""
+    weights, state, newest = call.weights, call.state, call.newest
     indices, confidences, distributions = [], [], []
-    for step in range(num_tokens):
+    for step in range(call.num_tokens):
         state = absorbed(weights, state, newest)
-        log_weights = processed_logits(logits(weights, state), temperature, None)
+        log_weights = processed_logits(logits(weights, state), call.temperature, None)
         scores = log_weights
-        if temperature > 0:
-            e = noise.exponentials_of(keys, positions + step, int(stream), weights.token_ids)
+        if call.temperature > 0:
+            e = noise.exponentials_of(call.keys, call.positions + step, int(call.stream), weights.token_ids)
             scores = log_weights - e.double().log()
         newest = first_argmax(scores)
         probs = log_weights.softmax(dim=-1)
         indices.append(newest)
         confidences.append(probs.amax(dim=-1).float())
-        if with_probs:
+        if call.with_probs:
             one_hot = functional.one_hot(newest, probs.shape[1])
-            distributions.append((one_hot if temperature == 0 else probs).float())
-    all_probs = torch.stack(distributions, dim=1) if with_probs else None
+            distributions.append((one_hot if call.temperature == 0 else probs).float())
+    all_probs = torch.stack(distributions, dim=1) if call.with_probs else None
     return torch.stack(indices, dim=1), torch.stack(confidences, dim=1), all_probs
 
 

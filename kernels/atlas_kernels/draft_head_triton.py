@@ -1,4 +1,4 @@
-"""The Triton kernels of `draft_head`: a state step, a scoring step, and both k times over in one program.
+"""The Triton kernels of `draft_head`: a state step, a scoring step, the end, and all of it in one program.
 
 Within one program a step reads what the other has written to memory: a barrier stands between them, and where there are
 several programs a launch does.
@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 
 from atlas_kernels.noise_triton import BLOCK, block_minima, excess
-from atlas_rl.rollout.noise import Stream
 
 if TYPE_CHECKING:
-    from atlas_kernels.draft_head import DraftHeadWeights
+    from atlas_kernels.draft_head import HeadCall
 
 TILE = {"ROWS": 16, "UNITS": 16, "TOKENS": 32, "INNER": 32}
 """Rows, state units or tokens, and depth of the products per step (16 are the least `tl.dot` takes); 64 tokens spill."""
@@ -60,7 +59,7 @@ def joined(scores, tokens, row, inside, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def advance_tile(
+def advance(
     input_gates,
     state_gates,
     state_bias,
@@ -80,8 +79,14 @@ def advance_tile(
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     INNER: tl.constexpr,
+    CALLED: tl.constexpr = False,
 ):
-    """Some units of the state after one more token: `states[step]` to `states[step + 1]`, float32 `[batch, size]` each."""
+    """Some units of the state after one more token: `states[step]` to `states[step + 1]`, float32 `[batch, size]` each.
+
+    Launched over rows and units, or called for one tile of each.
+    """
+    if not CALLED:
+        row_tile, unit_tile = tl.program_id(0), tl.program_id(1)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     unit = unit_tile * UNITS + tl.arange(0, UNITS)
     one_state = batch * size
@@ -122,7 +127,7 @@ def advance_tile(
 
 
 @triton.jit
-def score_split(
+def score(
     outputs,
     bias,
     token_ids,
@@ -152,12 +157,16 @@ def score_split(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     INNER: tl.constexpr,
+    CALLED: tl.constexpr = False,
 ):
     """The best of one split of the reduced vocabulary, and its sums, for `ROWS` rows.
 
     Writes `scores` float64, `tokens` int32 `[num_steps, batch, splits]` and `sums` float32 `[num_steps, batch, splits, 2]`:
-    the largest logit m and sum exp(l - m); and, with probabilities, the logits to `probs`.
+    the largest logit m and sum exp(l - m); and, with probabilities, the logits to `probs`. Launched over rows and splits, or
+    called for one of each.
     """
+    if not CALLED:
+        row_tile, split = tl.program_id(0), tl.program_id(1)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     alive = row < batch
     after = states + (step + 1) * batch * size
@@ -209,7 +218,7 @@ def score_split(
 
 
 @triton.jit
-def finish_row(
+def finish_draft(
     scores,
     tokens,
     sums,
@@ -226,8 +235,14 @@ def finish_row(
     WITH_PROBS: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CALLED: tl.constexpr = False,
 ):
-    """Token and confidence of one row at one step, and with probabilities the logits in `probs` turned into them."""
+    """Token and confidence of one row at one step, and with probabilities the logits in `probs` turned into them.
+
+    Launched over rows and steps, or called for one of each.
+    """
+    if not CALLED:
+        row, step = tl.program_id(0), tl.program_id(1)
     split = tl.arange(0, SPLITS)
     inside = split < splits
     at = (step * batch + row) * splits
@@ -247,98 +262,6 @@ def finish_row(
             x = tl.load(probs + out * num_tokens + index, mask=index < num_tokens, other=float("-inf"))
             q = tl.where(index == token, 1.0, 0.0) if GREEDY else tl.exp(x - peak) / total
             tl.store(probs + out * num_tokens + index, q, mask=index < num_tokens)
-
-
-@triton.jit
-def advance(
-    input_gates,
-    state_gates,
-    state_bias,
-    states,
-    newest,
-    scores,
-    tokens,
-    step,
-    batch,
-    size,
-    splits,
-    ELEMENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """`advance_tile` of one step; grid over rows and units."""
-    row_tile, unit_tile = tl.program_id(0), tl.program_id(1)
-    advance_tile(
-        input_gates, state_gates, state_bias, states, newest, scores, tokens, step, row_tile, unit_tile, batch, size,
-        splits, ELEMENT, COMPUTE, SPLITS, ROWS, UNITS, INNER,
-    )  # fmt: skip
-
-
-@triton.jit
-def score(
-    outputs,
-    bias,
-    token_ids,
-    states,
-    keys,
-    positions,
-    scores,
-    tokens,
-    sums,
-    probs,
-    temperature,
-    step,
-    batch,
-    size,
-    num_tokens,
-    num_steps,
-    splits,
-    tiles_per_split,
-    ELEMENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    STREAM: tl.constexpr,
-    GREEDY: tl.constexpr,
-    SCALED: tl.constexpr,
-    WITH_PROBS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """`score_split` of one step; grid over rows and splits."""
-    row_tile, split = tl.program_id(0), tl.program_id(1)
-    score_split(
-        outputs, bias, token_ids, states, keys, positions, scores, tokens, sums, probs, temperature, step, row_tile, split,
-        batch, size, num_tokens, num_steps, splits, tiles_per_split, ELEMENT, COMPUTE, STREAM, GREEDY, SCALED, WITH_PROBS,
-        ROWS, TOKENS, INNER,
-    )  # fmt: skip
-
-
-@triton.jit
-def finish_draft(
-    scores,
-    tokens,
-    sums,
-    probs,
-    indices,
-    confidence,
-    batch,
-    num_tokens,
-    num_steps,
-    splits,
-    GREEDY: tl.constexpr,
-    WITH_PROBS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """`finish_row` of every row and step; grid over both."""
-    row, step = tl.program_id(0), tl.program_id(1)
-    finish_row(
-        scores, tokens, sums, probs, indices, confidence, step, row, batch, num_tokens, num_steps, splits, GREEDY,
-        WITH_PROBS, SPLITS, CHUNK,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -382,84 +305,75 @@ def draft_whole(
     row_tile = tl.program_id(0)
     for step in range(0, num_steps):
         for unit_tile in range(0, tl.cdiv(size, UNITS)):
-            advance_tile(
+            advance(
                 input_gates, state_gates, state_bias, states, newest, scores, tokens, step, row_tile, unit_tile, batch,
-                size, splits, ELEMENT, COMPUTE, 1, ROWS, UNITS, INNER,
+                size, splits, ELEMENT, COMPUTE, 1, ROWS, UNITS, INNER, True,
             )  # fmt: skip
         tl.debug_barrier()
-        score_split(
+        score(
             outputs, bias, token_ids, states, keys, positions, scores, tokens, sums, probs, temperature, step, row_tile, 0,
             batch, size, num_tokens, num_steps, splits, tiles_per_split, ELEMENT, COMPUTE, STREAM, GREEDY, SCALED,
-            WITH_PROBS, ROWS, TOKENS, INNER,
+            WITH_PROBS, ROWS, TOKENS, INNER, True,
         )  # fmt: skip
         tl.debug_barrier()
     for row in range(row_tile * ROWS, tl.minimum((row_tile + 1) * ROWS, batch)):
         for step in range(0, num_steps):
-            finish_row(
+            finish_draft(
                 scores, tokens, sums, probs, indices, confidence, step, row, batch, num_tokens, num_steps, splits, GREEDY,
-                WITH_PROBS, 1, CHUNK,
+                WITH_PROBS, 1, CHUNK, True,
             )  # fmt: skip
 
 
 def draft_head_triton(
-    weights: DraftHeadWeights,
-    state: torch.Tensor,
-    newest: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    num_tokens: int,
-    temperature: float,
-    stream: Stream,
-    with_probs: bool,
-    *,
-    whole_bytes: int = WHOLE_BYTES,
+    call: HeadCall, *, whole_bytes: int = WHOLE_BYTES
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The fields of `atlas_kernels.draft_head.HeadDraft`; arguments as in `atlas_kernels.draft_head.draft_head`.
-
-    `whole_bytes`: weights up to this size take one launch.
-    """
+    """The fields of `atlas_kernels.draft_head.HeadDraft`. Weights of up to `whole_bytes` take one launch."""
+    weights, state, num_steps = call.weights, call.state, call.num_tokens
     (batch, size), device, tokens = state.shape, state.device, len(weights.token_ids)
     tile, compute = (TILE, _TYPES[weights.outputs.dtype]) if device.type == "cuda" else (_INTERPRETED_TILE, tl.float32)
     whole = weights.num_bytes <= whole_bytes
     splits, tiles_per_split = split_tokens(batch, tokens, tile, device, whole=whole)
-    states = torch.empty(num_tokens + 1, batch, size, device=device)
+    states = torch.empty(num_steps + 1, batch, size, device=device)
     states[0] = state
     arguments: dict[str, Any] = tile | {
         **{field.name: getattr(weights, field.name).contiguous() for field in fields(weights)},
         "states": states,
-        "newest": newest.contiguous(),
-        "keys": keys.contiguous(),
-        "positions": positions.contiguous(),
-        "scores": torch.empty(num_tokens, batch, splits, dtype=torch.float64, device=device),
-        "tokens": torch.empty(num_tokens, batch, splits, dtype=torch.int32, device=device),
-        "sums": torch.empty(num_tokens, batch, splits, 2, device=device),
-        "probs": torch.empty(batch, num_tokens, tokens, device=device) if with_probs else None,
-        "indices": torch.empty(batch, num_tokens, dtype=torch.int64, device=device),
-        "confidence": torch.empty(batch, num_tokens, device=device),
-        "temperature": float(temperature),
+        "newest": call.newest.contiguous(),
+        "keys": call.keys.contiguous(),
+        "positions": call.positions.contiguous(),
+        "scores": torch.empty(num_steps, batch, splits, dtype=torch.float64, device=device),
+        "tokens": torch.empty(num_steps, batch, splits, dtype=torch.int32, device=device),
+        "sums": torch.empty(num_steps, batch, splits, 2, device=device),
+        "probs": torch.empty(batch, num_steps, tokens, device=device) if call.with_probs else None,
+        "indices": torch.empty(batch, num_steps, dtype=torch.int64, device=device),
+        "confidence": torch.empty(batch, num_steps, device=device),
+        "temperature": float(call.temperature),
         "batch": batch,
         "size": size,
         "num_tokens": tokens,
-        "num_steps": num_tokens,
+        "num_steps": num_steps,
         "splits": splits,
         "tiles_per_split": tiles_per_split,
         "ELEMENT": _TYPES[weights.outputs.dtype],
         "COMPUTE": compute,
-        "STREAM": int(stream),
-        "GREEDY": temperature == 0,
-        "SCALED": temperature not in (0, 1),
-        "WITH_PROBS": with_probs,
+        "STREAM": int(call.stream),
+        "GREEDY": call.temperature == 0,
+        "SCALED": call.temperature not in (0, 1),
+        "WITH_PROBS": call.with_probs,
         "SPLITS": triton.next_power_of_2(splits),
         "CHUNK": CHUNK,
+        # What only calls set; launched programs take their tile from the grid.
+        **dict.fromkeys(("row_tile", "unit_tile", "split", "row", "step"), 0),
+        "CALLED": False,
     }
     row_tiles = triton.cdiv(batch, tile["ROWS"])
     if batch and whole:
         _launch(draft_whole, (row_tiles,), arguments)
     elif batch:
-        for step in range(num_tokens):
+        for step in range(num_steps):
             _launch(advance, (row_tiles, triton.cdiv(size, tile["UNITS"])), arguments | {"step": step})
             _launch(score, (row_tiles, splits), arguments | {"step": step})
-        _launch(finish_draft, (batch, num_tokens), arguments)
+        _launch(finish_draft, (batch, num_steps), arguments)
     return arguments["indices"], arguments["confidence"], arguments["probs"]
 
 
