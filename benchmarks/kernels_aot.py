@@ -9,7 +9,8 @@ import argparse
 import contextlib
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atlas_kernels import nvfp4_triton, rejection_triton, verify_triton
+from atlas_kernels import draft_head_triton, nvfp4_triton, rejection_triton, verify_triton
 from benchmarks.common import ROOT, environment, write_result
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,87 +56,88 @@ class Case:
     max_registers: int
 
 
-def _linear(native: str) -> Case:
-    tile = dict(zip(("OUTPUTS", "ROWS", "GROUPS"), nvfp4_triton.LINEAR_TILE, strict=True))
+def _case(kernel: Any, types: str, num_warps: int, constants: dict[str, Any], **changed: Any) -> Case:
+    # 168 registers of 128 threads: three programs fit on a multiprocessor, and hide each other's latency.
+    max_registers = 168 if num_warps == 4 else 128
     return Case(
-        kernel=nvfp4_triton.linear_rows,
-        types="buufbIIII",
-        constants=tile | {"COMPUTE": tl.bfloat16, "NATIVE": native},
-        num_warps=nvfp4_triton.LINEAR_WARPS,
-        max_registers=168,
+        kernel=kernel, types=types, constants=constants | changed, num_warps=num_warps, max_registers=max_registers
     )
 
 
-_FULL = {
-    "STREAM": 0,
-    "GREEDY": False,
-    "SCALED": True,
-    "HAS_ALLOWED": True,
-    "EXCLUDE": 0,
-    "BLOCKS": verify_triton.BLOCKS,
-}
+def _draft_head(kernel: Any, types: str) -> Case:
+    """bfloat16 weights, coupled draws at a temperature, with probabilities."""
+    constants = draft_head_triton.TILE | {
+        "ELEMENT": tl.bfloat16,
+        "COMPUTE": tl.bfloat16,
+        "STREAM": 0,
+        "GREEDY": False,
+        "SCALED": True,
+        "WITH_PROBS": True,
+        "SPLITS": 128,
+        "CHUNK": draft_head_triton.CHUNK,
+        "CALLED": False,
+    }
+    own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    case = _case(kernel, types, draft_head_triton.NUM_WARPS, own)
+    # One program per 16 rows has a multiprocessor to itself: all registers, so long as none spill.
+    return replace(case, max_registers=255) if kernel is draft_head_triton.draft_whole else case
+
+
+_MASKED = {"SCALED": True, "HAS_ALLOWED": True, "SPLITS": 64}
+_CHOOSE = partial(
+    _case,
+    verify_triton.choose_splits,
+    num_warps=verify_triton.NUM_WARPS,
+    constants={
+        "STREAM": 0,
+        "GREEDY": False,
+        "SCALED": True,
+        "HAS_ALLOWED": True,
+        "EXCLUDE": 0,
+        "BLOCKS": verify_triton.BLOCKS,
+    },
+)
+_LINEAR = partial(
+    _case,
+    nvfp4_triton.linear_rows,
+    "buufbIIII",
+    nvfp4_triton.LINEAR_WARPS,
+    dict(zip(("OUTPUTS", "ROWS", "GROUPS"), nvfp4_triton.LINEAR_TILE, strict=True)) | {"COMPUTE": tl.bfloat16},
+)
 CASES = {
-    # 168 registers of 128 threads: three programs fit on a multiprocessor, and hide each other's latency.
-    "verify.choose_splits": Case(
-        kernel=verify_triton.choose_splits,
-        types="bullldifFILLI",
-        constants=_FULL,
-        num_warps=verify_triton.NUM_WARPS,
-        max_registers=168,
+    "verify.choose_splits": _CHOOSE("bullldifFILLI"),
+    "verify.choose_splits greedy": _CHOOSE("bullldifFILLI", GREEDY=True, SCALED=False, HAS_ALLOWED=False),
+    "verify.finish": _case(verify_triton.finish, "difllllfffI", 1, {"SPLITS": 64}),
+    "rejection.choose_splits": _CHOOSE("builldifFILLI", STREAM=2, EXCLUDE=2),
+    "rejection.residual_splits": _case(
+        rejection_triton.residual_splits,
+        "bulflllfdiFIILLI",
+        rejection_triton.RESIDUAL_WARPS,
+        _MASKED,
+        STREAM=2,
+        TILE=rejection_triton.RESIDUAL_TILE,
     ),
-    "verify.choose_splits greedy": Case(
-        kernel=verify_triton.choose_splits,
-        types="bullldifFILLI",
-        constants=_FULL | {"GREEDY": True, "SCALED": False, "HAS_ALLOWED": False},
-        num_warps=verify_triton.NUM_WARPS,
-        max_registers=168,
+    "rejection.finish_rejection": _case(
+        rejection_triton.finish_rejection,
+        "budifdilfilllllfffFIILLII",
+        1,
+        _MASKED,
+        ACCEPT_STREAM=1,
+        ONE_HOT=False,
+        TILES=32,
     ),
-    "verify.finish": Case(
-        kernel=verify_triton.finish, types="difllllfffI", constants={"SPLITS": 64}, num_warps=1, max_registers=128
+    "draft_head.advance": _draft_head(draft_head_triton.advance, "bbbfldiIIIIII"),
+    "draft_head.score": _draft_head(draft_head_triton.score, "bblflldiffFIIIIIIIII"),
+    "draft_head.finish_draft": _draft_head(draft_head_triton.finish_draft, "difflfIIIIII"),
+    "draft_head.draft_whole": _draft_head(draft_head_triton.draft_whole, "bbbbblfllldifflfFIIIIII"),
+    "nvfp4.quantize_weight": _case(
+        nvfp4_triton.quantize_weight,
+        "bfuuiIIIL",
+        nvfp4_triton.QUANTIZE_WARPS,
+        dict(zip(("ROWS", "GROUPS"), nvfp4_triton.QUANTIZE_TILE, strict=True)),
     ),
-    "rejection.choose_splits": Case(
-        kernel=verify_triton.choose_splits,
-        types="builldifFILLI",
-        constants=_FULL | {"STREAM": 2, "EXCLUDE": 2},
-        num_warps=verify_triton.NUM_WARPS,
-        max_registers=168,
-    ),
-    "rejection.residual_splits": Case(
-        kernel=rejection_triton.residual_splits,
-        types="bulflllfdiFIILLI",
-        constants={
-            "STREAM": 2,
-            "SCALED": True,
-            "HAS_ALLOWED": True,
-            "TILE": rejection_triton.RESIDUAL_TILE,
-            "SPLITS": 64,
-        },
-        num_warps=rejection_triton.RESIDUAL_WARPS,
-        max_registers=168,
-    ),
-    "rejection.finish_rejection": Case(
-        kernel=rejection_triton.finish_rejection,
-        types="budifdilfilllllfffFIILLII",
-        constants={
-            "ACCEPT_STREAM": 1,
-            "ONE_HOT": False,
-            "SCALED": True,
-            "HAS_ALLOWED": True,
-            "SPLITS": 64,
-            "TILES": 32,
-        },
-        num_warps=1,
-        max_registers=128,
-    ),
-    "nvfp4.quantize_weight": Case(
-        kernel=nvfp4_triton.quantize_weight,
-        types="bfuuiIIIL",
-        constants={"ROWS": nvfp4_triton.QUANTIZE_TILE[0], "GROUPS": nvfp4_triton.QUANTIZE_TILE[1]},
-        num_warps=nvfp4_triton.QUANTIZE_WARPS,
-        max_registers=168,
-    ),
-    "nvfp4.linear_rows": _linear(""),
-    "nvfp4.linear_rows native": _linear("bf16"),
+    "nvfp4.linear_rows": _LINEAR(NATIVE=""),
+    "nvfp4.linear_rows native": _LINEAR(NATIVE="bf16"),
 }
 
 

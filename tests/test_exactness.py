@@ -21,6 +21,7 @@ from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3 import Eagle3Speculator
 from atlas_rl.speculators.eagle3_training import TrainSettings, new_head
+from atlas_rl.speculators.fp4_self import Fp4SelfSpeculator
 from atlas_rl.speculators.history import HistorySpeculator
 from atlas_rl.speculators.recurrent import RecurrentSpeculator
 from tests.drafters import RandomDrafter, TrimByDrawnToken
@@ -62,6 +63,7 @@ SPECULATORS = {
     # Both know three of the five tokens: the policy samples what they cannot propose.
     "recurrent": lambda: RecurrentSpeculator(max_vocab=3, budget_share=20.0, clock=itertools.count().__next__),
     "eagle3": lambda: Eagle3Speculator(new_head(policy(), TrainSettings(layers=(0, 1)), np.array([1, 2, 4]))),
+    "fp4_self": Fp4SelfSpeculator,
     "random": RandomDrafter,
     "random_with_probs": lambda: RandomDrafter(with_probs=True),
 }

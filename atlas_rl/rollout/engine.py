@@ -16,6 +16,7 @@ from atlas_rl.rollout.audit import Audit, Auditor
 from atlas_rl.rollout.backends.in_process import InProcessBackend, unwrap_policy
 from atlas_rl.rollout.config import EngineConfig, reject_unknown
 from atlas_rl.rollout.controller import Controller
+from atlas_rl.rollout.fused import verifier_on
 from atlas_rl.rollout.goodput import GoodputController
 from atlas_rl.rollout.loop import DecodeLoop
 from atlas_rl.rollout.recorder import StepRecorder
@@ -180,7 +181,14 @@ class AtlasRolloutEngine:
         cache = backend.new_cache(num_rows, sequences.token_ids.shape[1])
         with backend.session(cache):
             loop = DecodeLoop(
-                backend, self._verifier, speculators, controller, sequences, num_rows, max_lengths, recorder
+                backend,
+                verifier_on(backend.device, self._verifier),
+                speculators,
+                controller,
+                sequences,
+                num_rows,
+                max_lengths,
+                recorder,
             )
             loop.run()
         if self._trace_path is not None:
@@ -302,11 +310,14 @@ class AtlasRolloutEngine:
         return self._speculators
 
     def _static(self, model: nn.Module | str | Path, backend: InProcessBackend) -> Speculator:
-        """The static arm: an EAGLE-3 head where the folder holds one, else a draft LM."""
+        """The static arm: the four-bit self-draft by name, an EAGLE-3 head where the folder holds one, else a draft LM."""
         from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model
         from atlas_rl.speculators.eagle3 import Eagle3Speculator
         from atlas_rl.speculators.eagle3_checkpoint import is_eagle3
+        from atlas_rl.speculators.fp4_self import Fp4SelfSpeculator
 
+        if model == "fp4":
+            return Fp4SelfSpeculator()
         if isinstance(model, nn.Module):
             return DraftLM(model, backend.vocab_size)
         if is_eagle3(model):

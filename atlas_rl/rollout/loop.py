@@ -65,6 +65,14 @@ class DecodeLoop:
         self._names = list(speculators)
         self._limits = max_lengths
         self._eos = np.array(sequences.sampling.eos_token_ids, np.int64)
+        for speculator in speculators.values():
+            speculator.share_cache(backend, self.rows_of)
+
+    def rows_of(self, requests: np.ndarray) -> np.ndarray:
+        """Cache rows of active requests: int64 `[n]` for int64 `[n]`."""
+        row_of = np.empty(len(self.sequences.lengths), np.int64)
+        row_of[self.active] = np.arange(len(self.active))
+        return row_of[requests]
 
     def run(self) -> None:
         """Decode until every request has ended."""

@@ -93,7 +93,8 @@ class Verifier(ABC):
         for depth in range(width):
             rows = first[going] + depth
             taken = logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
-            prefixes = _prefixes(sequences, requests[going], draft, going, depth, logits.device)
+            depths = np.full(len(going), depth)
+            prefixes = prefixes_of(sequences, requests[going], draft, going, depths, logits.device)
             processed = process(taken, sampling, prefixes)
             probs = processed.softmax(dim=-1)
             has_draft = draft.lengths[going] > depth
@@ -193,14 +194,28 @@ def choose(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, stream:
     return (probs / e).argmax(dim=-1).cpu().numpy()
 
 
-def _prefixes(
-    sequences: Sequences, requests: np.ndarray, draft: Draft, going: np.ndarray, depth: int, device: torch.device
+def prefixes_of(
+    sequences: Sequences,
+    requests: np.ndarray,
+    draft: Draft,
+    going: np.ndarray,
+    depths: np.ndarray,
+    device: torch.device,
 ) -> list[torch.Tensor] | None:
-    """Tokens before the position of each row: committed ones and the drafts accepted so far."""
+    """Tokens before some positions, committed ones and then drafts; None where no penalty asks for them.
+
+    Args:
+        sequences: All requests.
+        requests: int64 `[rows]`.
+        draft: The drafts.
+        going: int64 `[rows]`, rows of the draft.
+        depths: int64 `[rows]`, drafts before each position.
+        device: Where they are wanted.
+    """
     if sequences.sampling.repetition_penalty == 1:
         return None
     rows = []
-    for request, row in zip(requests, going, strict=True):
+    for request, row, depth in zip(requests, going, depths, strict=True):
         committed = sequences.token_ids[request, : sequences.lengths[request]]
         tokens = np.concatenate([committed.astype(np.int64), draft.token_ids[row, :depth]])
         rows.append(torch.from_numpy(np.unique(tokens)).to(device))

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import nn
 
+    from atlas_rl.rollout.backends.base import Backend
     from atlas_rl.rollout.sampling import SamplingParams
 
 
@@ -205,6 +208,19 @@ class Speculator(ABC):
 
         A speculator may read its weights while a call runs (`start`, `propose`, `observe`), when they are whole on every
         rank; at a refresh they may be sharded away.
+        """
+
+    def share_cache(  # noqa: B027 - most need nothing
+        self, backend: Backend, rows_of: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        """The policy's own cache, before the first `start` of a call, for speculators that run the policy's modules.
+
+        Valid until the call ends, and its session is open meanwhile. A request's last committed token is not cached yet;
+        cells from there on may be written, because the policy's next forward writes them before it reads them.
+
+        Args:
+            backend: Runs the policy over its cache.
+            rows_of: Cache rows, int64 `[n]`, of requests in the batch, int64 `[n]`.
         """
 
     def read_prompts(  # noqa: B027 - most need nothing

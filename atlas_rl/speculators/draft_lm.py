@@ -16,10 +16,8 @@ from torch import nn
 from atlas_rl.rollout.backends.base import Segments
 from atlas_rl.rollout.backends.in_process import InProcessBackend
 from atlas_rl.rollout.loop import retire
-from atlas_rl.rollout.noise import Stream
-from atlas_rl.rollout.processing import process
-from atlas_rl.rollout.verification import choose
 from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
+from atlas_rl.speculators.full_draft import draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +81,9 @@ class DraftLM(Speculator):
                 new = np.array([len(row) for row in fresh], np.int64)
                 segments = Segments(np.concatenate(fresh).astype(np.int64), 0, lengths + position - new, new)
                 logits = self._backend.forward(segments, np.cumsum(new) - 1)
-                tokens[:, position], confidence[:, position], q = self._draw(logits, sequences, tokens[:, :position])
+                tokens[:, position], confidence[:, position], q = draw(
+                    logits, sequences, active, tokens[:, :position], couples_noise=self.couples_noise
+                )
                 if not self.couples_noise:
                     probs.append(q)
                 fresh = list(tokens[:, position : position + 1])
@@ -121,29 +121,6 @@ class DraftLM(Speculator):
         limit = min(self._cache.capacity, self._backend.max_context or self._cache.capacity)
         return int(limit - lengths.max(initial=0)) + 1
 
-    def _draw(
-        self, logits: torch.Tensor, sequences: Sequences, drafted: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        """Next draft token of every row, its confidence, and the distribution it was drawn from."""
-        active, sampling = self._active, sequences.sampling
-        prefixes = None
-        if sampling.repetition_penalty != 1:
-            prefixes = [
-                torch.from_numpy(np.unique(np.append(sequences.token_ids[r, : sequences.lengths[r]], row)))
-                .long()
-                .to(logits.device)
-                for r, row in zip(active, drafted, strict=True)
-            ]
-        probs = process(logits, sampling, prefixes).softmax(dim=-1)
-        stream = Stream.TARGET if self.couples_noise else Stream.DRAFT
-        positions = sequences.lengths[active] + drafted.shape[1]
-        tokens = choose(probs, sequences.noise_keys[active], positions, stream, sampling.greedy)
-        # A function of the prefix alone, for either verification: how concentrated the draft LM is.
-        confidence = probs.amax(dim=-1).cpu().numpy()
-        if sampling.greedy:
-            probs = torch.nn.functional.one_hot(torch.from_numpy(tokens), probs.shape[1]).to(probs)
-        return tokens, confidence, probs
-
 
 def load_draft_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None, like: nn.Module) -> nn.Module:
     """Load a draft LM from a checkpoint folder, in the device and number format of `like`.
@@ -154,7 +131,10 @@ def load_draft_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None, li
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"draft_model: no checkpoint in '{folder}' (config.json is missing)")
+        raise ValueError(
+            f"draft_model: no checkpoint in '{folder}' (config.json is missing); "
+            "a four-bit copy of the policy itself is draft_model='fp4'"
+        )
     if tokenizer is not None and (folder / "tokenizer_config.json").is_file():
         own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if own.get_vocab() != tokenizer.get_vocab():

@@ -130,7 +130,7 @@ class Eagle3Speculator(Speculator):
         """Packed `[tokens, hidden]` through the head, its keys and values into the requests' cache rows."""
         cache = self._cache
         assert cache is not None
-        cache.place(Segments(tokens, 0, starts, counts), self._device, rows=requests)
+        cache.place(Segments(tokens, 0, starts, counts, requests), self._device)
         table = self.head.embed_tokens or self._policy.get_input_embeddings()  # type: ignore[operator]
         embeddings = table(torch.from_numpy(tokens).to(self._device)).to(features.dtype)
         positions = cache.token_positions

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from atlas_kernels.dispatch import kernels_run_on
 from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
 from atlas_rl.speculators.distill import Distilled, Loss, Target, distill, new_optimizer
 from atlas_rl.speculators.recurrent_head import FoldedHead, RecurrentHead
@@ -141,9 +142,14 @@ class RecurrentSpeculator(Speculator):
         with torch.no_grad():
             state = head.begin(self._newest[torch.from_numpy(requests).to(self._device)])
             newest = self._index_of[sequences.token_ids[requests, sequences.lengths[requests] - 1]]
-            for _ in range(depth):
-                state = head.absorb(state, torch.from_numpy(newest).to(self._device))
-                newest = draft.draw(head.logits(state))
+            if kernels_run_on(self._device) and draft.by_kernel:
+                dtype = self._bound().get_output_embeddings().weight.dtype  # type: ignore[operator]
+                weights = head.packed(torch.from_numpy(self._ids).to(self._device), dtype)
+                draft.draw_all(weights, state, torch.from_numpy(newest).to(self._device))
+            else:
+                for _ in range(depth):
+                    state = head.absorb(state, torch.from_numpy(newest).to(self._device))
+                    newest = draft.draw(head.logits(state))
         self._proposed = requests, draft.finish(max_draft_tokens)
         return self._proposed[1]
 

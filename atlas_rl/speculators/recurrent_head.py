@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from atlas_kernels.draft_head import DraftHeadWeights
 from atlas_rl.rollout.backends.cpu_linear import linear_rows
 
 
@@ -103,6 +104,25 @@ class FoldedHead:
             self._outputs, self._bias = head.outputs @ head.write.weight, head.bias.detach().clone()
             self._read = head.read.weight.detach().clone()
         self._linear = linear_rows if self._read.device.type == "cpu" else functional.linear
+        self._packed: DraftHeadWeights | None = None
+
+    def packed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> DraftHeadWeights:
+        """What the draft head kernel reads, in numbers of `dtype`: made once.
+
+        Args:
+            token_ids: int64 `[vocab]`, the policy's ids of the reduced vocabulary.
+            dtype: float32, bfloat16 or float16.
+        """
+        if self._packed is None:
+            self._packed = DraftHeadWeights(
+                input_gates=self._input_gates.to(dtype),
+                state_gates=self._state_gates.to(dtype),
+                state_bias=self._state_bias.to(dtype),
+                outputs=self._outputs.to(dtype),
+                bias=self._bias.to(dtype),
+                token_ids=token_ids,
+            )
+        return self._packed
 
     def begin(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `RecurrentHead.begin`."""

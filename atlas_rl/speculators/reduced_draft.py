@@ -8,6 +8,8 @@ import numba
 import numpy as np
 import torch
 
+from atlas_kernels.dispatch import Implementation
+from atlas_kernels.draft_head import DraftHeadWeights, draft_head
 from atlas_rl.rollout import noise
 from atlas_rl.rollout.noise import Stream
 from atlas_rl.rollout.processing import process
@@ -62,6 +64,36 @@ class ReducedDraft:
             self._probs.append(_one_hot(chosen, q) if self._likeliest else q)
         self._position += 1
         return chosen
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether the draft head kernel draws as this call samples: it truncates nothing."""
+        return not self._sampling.truncates and self._likeliest == self._sampling.greedy
+
+    def draw_all(
+        self,
+        weights: DraftHeadWeights,
+        state: torch.Tensor,
+        newest: torch.Tensor,
+        implementation: Implementation = "auto",
+    ) -> None:
+        """All tokens of every request, by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`."""
+        keys = self._sequences.noise_keys[self._requests].view(np.int64)
+        drawn = draft_head(
+            weights,
+            state,
+            newest,
+            torch.from_numpy(keys).to(state.device),
+            torch.from_numpy(self._sequences.lengths[self._requests]).to(state.device),
+            self.token_ids.shape[1],
+            temperature=0.0 if self._sampling.greedy else self._sampling.temperature,
+            stream=self._stream,
+            with_probs=not self._couples_noise,
+            implementation=implementation,
+        )
+        self.token_ids[:] = self._token_ids[drawn.indices.cpu().numpy()]
+        self._confidence[:] = drawn.confidence.clamp(*_CONFIDENCE).cpu().numpy()
+        self._probs = [] if drawn.probs is None else list(drawn.probs.unbind(dim=1))
 
     def finish(self, max_draft_tokens: np.ndarray) -> Draft:
         """The draft, each row cut to int64 `[batch]` tokens and behind its first ending token."""

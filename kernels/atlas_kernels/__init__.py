@@ -2,6 +2,7 @@
 
     verify          the policy's own choice at every drafted position, accepted counts and logprobs
     rejection       the same decisions by rejection sampling, with or without draft probabilities
+    draft_head      k tokens of the recurrent drafter over its reduced vocabulary
     nvfp4           a weight in NVFP4, and a linear layer that reads it
 
 A module `x` checks its arguments and dispatches: to `x_triton` for CUDA tensors, to `x_reference` elsewhere. Only modules

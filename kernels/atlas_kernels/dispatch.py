@@ -11,6 +11,11 @@ import torch
 Implementation = Literal["auto", "triton", "reference"]
 
 
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether kernels take tensors on `device` of their own accord: on CUDA, where Triton is installed."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def use_triton(tensor: torch.Tensor, implementation: Implementation) -> bool:
     """Whether the kernel takes `tensor`.
 

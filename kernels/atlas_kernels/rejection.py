@@ -19,7 +19,8 @@ import torch
 
 from atlas_kernels.dispatch import Implementation, use_triton
 from atlas_kernels.rejection_reference import rejection_reference
-from atlas_kernels.verify import Verification, check_verify, verify
+from atlas_kernels.rows import PackedRows
+from atlas_kernels.verify import Verification, decide
 
 
 def verify_by_rejection(
@@ -59,39 +60,36 @@ def verify_by_rejection(
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.
     """
-    check_verify(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed)
+    rows = PackedRows(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed).checked()
     if temperature == 0:
-        return verify(
-            logits,
-            draft_token_ids,
-            row_starts,
-            keys,
-            positions,
-            temperature=0,
-            allowed=allowed,
-            implementation=implementation,
-        )
-    if draft_probs is None:
-        if draft_vocab is not None:
-            raise ValueError("draft_vocab names the columns of draft_probs: pass both, or neither for one-hot drafts")
-    else:
-        if draft_vocab is None:
-            draft_vocab = torch.arange(logits.shape[1], device=logits.device)
-        if draft_vocab.ndim != 1 or draft_vocab.dtype != torch.int64 or draft_vocab.device != logits.device:
-            raise ValueError(
-                f"draft_vocab must be int64 [draft_vocab] on {logits.device}, "
-                f"got {draft_vocab.dtype} {list(draft_vocab.shape)} on {draft_vocab.device}"
-            )
-        shape = (len(logits), len(draft_vocab))
-        if draft_probs.shape != shape or draft_probs.dtype != torch.float32 or draft_probs.device != logits.device:
-            raise ValueError(
-                f"draft_probs must be float32 {list(shape)} on {logits.device}, "
-                f"got {draft_probs.dtype} {list(draft_probs.shape)} on {draft_probs.device}"
-            )
+        return decide(rows, implementation)
+    draft_vocab = _checked_vocab(logits, draft_probs, draft_vocab)
     if use_triton(logits, implementation):
         from atlas_kernels.rejection_triton import rejection_triton as run
     else:
         run = rejection_reference
-    return Verification(
-        *run(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed, draft_probs, draft_vocab)
-    )
+    return Verification(*run(rows, draft_probs, draft_vocab))
+
+
+def _checked_vocab(
+    logits: torch.Tensor, draft_probs: torch.Tensor | None, draft_vocab: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Token ids of the columns of `draft_probs`; raises the `ValueError`s of both."""
+    if draft_probs is None:
+        if draft_vocab is not None:
+            raise ValueError("draft_vocab names the columns of draft_probs: pass both, or neither for one-hot drafts")
+        return None
+    if draft_vocab is None:
+        draft_vocab = torch.arange(logits.shape[1], device=logits.device)
+    if draft_vocab.ndim != 1 or draft_vocab.dtype != torch.int64 or draft_vocab.device != logits.device:
+        raise ValueError(
+            f"draft_vocab must be int64 [draft_vocab] on {logits.device}, "
+            f"got {draft_vocab.dtype} {list(draft_vocab.shape)} on {draft_vocab.device}"
+        )
+    shape = (len(logits), len(draft_vocab))
+    if draft_probs.shape != shape or draft_probs.dtype != torch.float32 or draft_probs.device != logits.device:
+        raise ValueError(
+            f"draft_probs must be float32 {list(shape)} on {logits.device}, "
+            f"got {draft_probs.dtype} {list(draft_probs.shape)} on {draft_probs.device}"
+        )
+    return draft_vocab

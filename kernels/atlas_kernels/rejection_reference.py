@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from atlas_kernels.rows import PackedRows
 from atlas_kernels.verify_reference import count_accepted, first_argmax, noisy_scores, processed_logits, summarise
 from atlas_rl.rollout import noise
 from atlas_rl.rollout.noise import Stream
 
 
 def rejection_reference(
-    logits: torch.Tensor,
-    draft_token_ids: torch.Tensor,
-    row_starts: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float,
-    allowed: torch.Tensor | None,
-    draft_probs: torch.Tensor | None,
-    draft_vocab: torch.Tensor | None,
+    rows: PackedRows, draft_probs: torch.Tensor | None, draft_vocab: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """Arguments and results as in `atlas_kernels.rejection.verify_by_rejection`."""
-    log_probs = processed_logits(logits, temperature, allowed).log_softmax(dim=-1)
+    """The fields of `atlas_kernels.verify.Verification`; arguments as in `atlas_kernels.rejection.verify_by_rejection`."""
+    log_probs = processed_logits(rows.logits, rows.temperature, rows.allowed).log_softmax(dim=-1)
     probs = log_probs.exp()
-    has_draft = draft_token_ids >= 0
-    column = draft_token_ids.clamp(min=0)[:, None]
+    has_draft = rows.draft_token_ids >= 0
+    column = rows.draft_token_ids.clamp(min=0)[:, None]
     q = torch.zeros_like(probs)
     if draft_probs is None or draft_vocab is None:
         q.scatter_(1, column, 1.0)
@@ -32,10 +25,10 @@ def rejection_reference(
         q[:, draft_vocab] = draft_probs.double()
     # A row without a draft draws from p: there nothing is taken off it, whatever its draft probabilities hold.
     q = torch.where(has_draft[:, None], q, 0.0)
-    uniforms = noise.uniforms(keys, positions, int(Stream.ACCEPT))
+    uniforms = noise.uniforms(rows.keys, rows.positions, int(Stream.ACCEPT))
     stands = uniforms * q.gather(1, column)[:, 0] < probs.gather(1, column)[:, 0]
     residual = (probs - q).clamp(min=0).nan_to_num(0.0)  # NaN where no token is allowed
     stands = has_draft & (stands | (residual.amax(dim=-1) == 0))
-    recovered = first_argmax(noisy_scores(residual.log(), keys, positions, Stream.RECOVER))
-    token_ids = torch.where(stands, draft_token_ids, recovered)
-    return token_ids, count_accepted(stands, row_starts), *summarise(log_probs, token_ids)
+    recovered = first_argmax(noisy_scores(residual.log(), rows.keys, rows.positions, Stream.RECOVER))
+    token_ids = torch.where(stands, rows.draft_token_ids, recovered)
+    return token_ids, count_accepted(stands, rows.row_starts), *summarise(log_probs, token_ids)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from atlas_kernels.noise_triton import BLOCK, block_minima, excess, uniform
-from atlas_kernels.verify_triton import best_split, empty_results, join_sums, launch_splits, processed_logits
+from atlas_kernels.rows import PackedRows
+from atlas_kernels.verify_triton import (
+    best_split,
+    empty_results,
+    join_sums,
+    launch_splits,
+    processed_logits,
+    row_arguments,
+    store_figures,
+)
 from atlas_rl.rollout.noise import Stream
 
 RESIDUAL_TILE = 1024
@@ -123,112 +134,79 @@ def finish_rejection(
         token = tl.where(stands, draft, recovered)
         logit = processed_logits(row_logits, row_allowed, token, vocab, temperature, SCALED, HAS_ALLOWED)
         tl.store(token_ids + row, token)
-        tl.store(logprobs + row, logit - peak - tl.log(total))
-        tl.store(entropies + row, tl.log(total) - moment / total)
-        tl.store(max_probs + row, 1.0 / total)
+        store_figures(logprobs, entropies, max_probs, row, logit, peak, total, moment)
         standing = tl.where(stands, standing, 0)
         accepted += standing
     tl.store(num_accepted + request, accepted)
 
 
 def rejection_triton(
-    logits: torch.Tensor,
-    draft_token_ids: torch.Tensor,
-    row_starts: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float,
-    allowed: torch.Tensor | None,
-    draft_probs: torch.Tensor | None,
-    draft_vocab: torch.Tensor | None,
+    rows: PackedRows, draft_probs: torch.Tensor | None, draft_vocab: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """Arguments and results as in `atlas_kernels.rejection.verify_by_rejection`."""
-    (rows, vocab), device = logits.shape, logits.device
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    draft_token_ids, row_starts = draft_token_ids.contiguous(), row_starts.contiguous()
-    keys, positions = keys.contiguous(), positions.contiguous()
-    results = empty_results(rows, len(row_starts) - 1, device)
-    if not rows:
+    """The fields of `atlas_kernels.verify.Verification`; arguments as in `atlas_kernels.rejection.verify_by_rejection`."""
+    results = empty_results(rows)
+    if not len(rows.logits):
         return results[0], results[1].zero_(), *results[2:]
+    rows = rows.contiguous()
     one_hot = draft_probs is None or draft_vocab is None
-    # Pointers must be passed even where nothing is read through them.
-    column_of, mask = draft_token_ids, logits
-    residual_scores, residual_tokens, tiles, num_draft_tokens = None, None, 1, 0
-    if allowed is not None:
-        mask = allowed.contiguous().view(torch.uint8)
-    if draft_probs is not None and draft_vocab is not None:
-        draft_probs, draft_vocab = draft_probs.contiguous(), draft_vocab.contiguous()
-        num_draft_tokens = len(draft_vocab)
-        column_of = torch.full((vocab,), -1, dtype=torch.int32, device=device)
-        column_of[draft_vocab] = torch.arange(num_draft_tokens, dtype=torch.int32, device=device)
-        tiles = max(triton.cdiv(num_draft_tokens, RESIDUAL_TILE), 1)
-    scores, tokens, sums = launch_splits(
-        logits,
-        keys,
-        positions,
-        temperature,
-        allowed,
-        stream=Stream.RECOVER,
-        exclude=1 if one_hot else 2,
-        excluded=column_of,
-    )
-    splits = scores.shape[1]
-    options = {
-        "SCALED": temperature != 1,
-        "HAS_ALLOWED": allowed is not None,
-        "SPLITS": triton.next_power_of_2(splits),
+    # A pointer must be passed even where nothing is read through it; a one-hot draft's only column is itself.
+    column_of = rows.draft_token_ids if draft_vocab is None else _inverted(draft_vocab, rows.logits.shape[1])
+    scores, tokens, sums = launch_splits(rows, stream=Stream.RECOVER, exclude=1 if one_hot else 2, excluded=column_of)
+    arguments = row_arguments(rows) | {
+        "draft_token_ids": rows.draft_token_ids,
+        "draft_probs": None if draft_probs is None else draft_probs.contiguous(),
+        "num_draft_tokens": 0 if draft_vocab is None else len(draft_vocab),
+        "sums": sums,
+        "splits": scores.shape[1],
+        "SPLITS": triton.next_power_of_2(scores.shape[1]),
     }
-    if not one_hot:
-        residual_scores = torch.empty(rows, tiles, dtype=torch.float64, device=device)
-        residual_tokens = torch.empty(rows, tiles, dtype=torch.int32, device=device)
-        residual_splits[(rows, tiles)](
-            logits,
-            mask,
-            draft_token_ids,
-            draft_probs,
-            draft_vocab,
-            keys,
-            positions,
-            sums,
-            residual_scores,
-            residual_tokens,
-            float(temperature),
-            vocab,
-            num_draft_tokens,
-            logits.stride(0),
-            mask.stride(0),
-            splits,
-            STREAM=int(Stream.RECOVER),
-            TILE=RESIDUAL_TILE,
-            num_warps=RESIDUAL_WARPS,
-            **options,
-        )
-    finish_rejection[(len(row_starts) - 1,)](
-        logits,
-        mask,
-        scores,
-        tokens,
-        sums,
-        residual_scores,
-        residual_tokens,
-        draft_token_ids,
-        draft_probs,
-        column_of,
-        row_starts,
-        keys,
-        positions,
-        *results,
-        float(temperature),
-        vocab,
-        num_draft_tokens,
-        logits.stride(0),
-        mask.stride(0),
-        splits,
-        tiles,
+    residual_scores, residual_tokens = None, None
+    if draft_vocab is not None:
+        residual_scores, residual_tokens = _launch_residual(arguments, draft_vocab.contiguous(), len(rows.logits))
+    tiles = 1 if residual_scores is None else residual_scores.shape[1]
+    token_ids, num_accepted, logprobs, entropies, max_probs = results
+    finish_rejection[(rows.batch,)](
+        **arguments,
+        scores=scores,
+        tokens=tokens,
+        residual_scores=residual_scores,
+        residual_tokens=residual_tokens,
+        column_of=column_of,
+        row_starts=rows.row_starts,
+        token_ids=token_ids,
+        num_accepted=num_accepted,
+        logprobs=logprobs,
+        entropies=entropies,
+        max_probs=max_probs,
+        tiles=tiles,
         ACCEPT_STREAM=int(Stream.ACCEPT),
         ONE_HOT=one_hot,
         TILES=triton.next_power_of_2(tiles),
         num_warps=1,
-        **options,
     )
     return results
+
+
+def _inverted(draft_vocab: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Column of every token of the vocabulary, -1 for those without: int32 `[vocab]`."""
+    columns = torch.arange(len(draft_vocab), dtype=torch.int32, device=draft_vocab.device)
+    return columns.new_full((vocab,), -1).index_copy_(0, draft_vocab, columns)
+
+
+def _launch_residual(
+    arguments: dict[str, Any], draft_vocab: torch.Tensor, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual_splits` over all rows: its scores and tokens `[rows, tiles]`."""
+    tiles = max(triton.cdiv(len(draft_vocab), RESIDUAL_TILE), 1)
+    scores = torch.empty(num_rows, tiles, dtype=torch.float64, device=draft_vocab.device)
+    tokens = torch.empty(num_rows, tiles, dtype=torch.int32, device=draft_vocab.device)
+    residual_splits[(num_rows, tiles)](
+        **arguments,
+        draft_vocab=draft_vocab,
+        residual_scores=scores,
+        residual_tokens=tokens,
+        STREAM=int(Stream.RECOVER),
+        TILE=RESIDUAL_TILE,
+        num_warps=RESIDUAL_WARPS,
+    )
+    return scores, tokens

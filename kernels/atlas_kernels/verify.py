@@ -16,15 +16,13 @@ less than its float32 probabilities resolve (about 1e-6, in log units). `l` is t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from atlas_kernels.dispatch import Implementation, use_triton
+from atlas_kernels.rows import PackedRows
 from atlas_kernels.verify_reference import verify_reference
-
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,44 +75,14 @@ def verify(
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.
     """
-    check_verify(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed)
-    if use_triton(logits, implementation):
+    rows = PackedRows(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed).checked()
+    return decide(rows, implementation)
+
+
+def decide(rows: PackedRows, implementation: Implementation) -> Verification:
+    """`verify` of checked rows."""
+    if use_triton(rows.logits, implementation):
         from atlas_kernels.verify_triton import verify_triton as run
     else:
         run = verify_reference
-    return Verification(*run(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed))
-
-
-def check_verify(
-    logits: torch.Tensor,
-    draft_token_ids: torch.Tensor,
-    row_starts: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float,
-    allowed: torch.Tensor | None,
-) -> None:
-    """Raise the `ValueError`s of `verify`."""
-    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _LOGIT_DTYPES:
-        raise ValueError(
-            f"logits must be float32, bfloat16 or float16 [rows, vocab], got {logits.dtype} {list(logits.shape)}"
-        )
-    per_row = {"draft_token_ids": draft_token_ids, "keys": keys, "positions": positions}
-    for name, tensor in per_row.items():
-        if tensor.shape != logits.shape[:1] or tensor.dtype != torch.int64:
-            raise ValueError(
-                f"{name} must be int64 [{len(logits)}], one per row, got {tensor.dtype} {list(tensor.shape)}"
-            )
-    if row_starts.ndim != 1 or len(row_starts) < 1 or row_starts.dtype != torch.int64:
-        raise ValueError(f"row_starts must be int64 [batch + 1], got {row_starts.dtype} {list(row_starts.shape)}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
-    if allowed is not None and (allowed.shape != logits.shape or allowed.dtype != torch.bool):
-        raise ValueError(
-            f"allowed must be bool {list(logits.shape)} like logits, got {allowed.dtype} {list(allowed.shape)}"
-        )
-    for name, tensor in (
-        per_row | {"row_starts": row_starts, "allowed": logits if allowed is None else allowed}
-    ).items():
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}: move them together")
+    return Verification(*run(rows))

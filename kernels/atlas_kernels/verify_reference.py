@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from atlas_kernels.rows import PackedRows
 from atlas_rl.rollout import noise
 from atlas_rl.rollout.noise import Stream
 
 
-def verify_reference(
-    logits: torch.Tensor,
-    draft_token_ids: torch.Tensor,
-    row_starts: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float,
-    allowed: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    """Arguments and results as in `atlas_kernels.verify.verify`."""
-    processed = processed_logits(logits, temperature, allowed)
-    scores = processed if temperature == 0 else noisy_scores(processed, keys, positions, Stream.TARGET)
+def verify_reference(rows: PackedRows) -> tuple[torch.Tensor, ...]:
+    """The fields of `atlas_kernels.verify.Verification`."""
+    processed = processed_logits(rows.logits, rows.temperature, rows.allowed)
+    greedy = rows.temperature == 0
+    scores = processed if greedy else noisy_scores(processed, rows.keys, rows.positions, Stream.TARGET)
     token_ids = first_argmax(scores)
-    num_accepted = count_accepted(token_ids == draft_token_ids, row_starts)
+    num_accepted = count_accepted(token_ids == rows.draft_token_ids, rows.row_starts)
     return token_ids, num_accepted, *summarise(processed.log_softmax(dim=-1), token_ids)
 
 

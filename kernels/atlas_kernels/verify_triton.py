@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from atlas_kernels.noise_triton import BLOCK, block_minima, excesses
+from atlas_kernels.rows import PackedRows
 from atlas_rl.rollout.noise import BLOCK as NOISE_BLOCK
 from atlas_rl.rollout.noise import Stream
 
@@ -39,6 +42,65 @@ def without_excluded(x, ids, vocab, excluded, EXCLUDE: tl.constexpr):
     if EXCLUDE == 2:
         x = tl.where(tl.load(excluded + ids, mask=ids < vocab, other=-1) >= 0, float("-inf"), x)
     return x
+
+
+@triton.jit
+def add_weights(x, top, peak, total, moment):
+    """The sums `exp(x - peak)` and `exp(x - peak) (x - peak)`, lane by lane, with one more tile, whose largest is `top`."""
+    new_peak = tl.maximum(peak, top)
+    # While nothing is allowed the peak is -inf, and -inf - -inf is not a number.
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    scale = tl.exp(peak - shift)
+    drift = tl.where(peak == float("-inf"), 0.0, peak - shift)
+    weight = tl.exp(x - shift)
+    moment = scale * (moment + total * drift) + weight * tl.where(weight > 0, x - shift, 0.0)
+    return new_peak, total * scale + weight, moment
+
+
+@triton.jit
+def race(
+    logits,
+    allowed,
+    excluded,
+    key,
+    position,
+    temperature,
+    vocab,
+    start,
+    top,
+    best_score,
+    best_token,
+    best_logit,
+    STREAM: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The best score so far, its token and logit, after the tile from `start`, whose blocks have largest logits `top`."""
+    lanes, blocks = tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
+    minima, lane_of_minimum = block_minima(key, position, blocks + start // BLOCK, STREAM)
+    bounds = top.to(tl.float64) - tl.log(minima.to(tl.float64)) + _SLACK
+    bound = tl.max(bounds, axis=0)
+    while bound > best_score:
+        # The most promising block first. Its logits are read again, from cache: keeping them would cost registers.
+        block = tl.min(tl.where(bounds == bound, blocks, BLOCKS), axis=0)
+        first = block * BLOCK + start
+        least = tl.sum(tl.where(blocks == block, minima, 0.0), axis=0)
+        lane = tl.sum(tl.where(blocks == block, lane_of_minimum, 0), axis=0)
+        e = tl.where(lanes == lane, least, least + excesses(key, position, first, STREAM, BLOCK))
+        x = processed_logits(logits, allowed, lanes + first, vocab, temperature, SCALED, HAS_ALLOWED)
+        x = without_excluded(x, lanes + first, vocab, excluded, EXCLUDE)
+        score = x.to(tl.float64) - tl.log(e.to(tl.float64))
+        block_best = tl.max(score, axis=0)
+        token = tl.min(tl.where(score == block_best, lanes, BLOCK), axis=0) + first
+        if (block_best > best_score) | ((block_best == best_score) & (token < best_token)):
+            best_score = block_best
+            best_token = token
+            best_logit = tl.max(tl.where(lanes + first == token, x, float("-inf")), axis=0)
+        bounds = tl.where(blocks == block, float("-inf"), bounds)
+        bound = tl.max(bounds, axis=0)
+    return best_score, best_token, best_logit
 
 
 @triton.jit
@@ -89,17 +151,7 @@ def choose_splits(
         ids = blocks[:, None] * BLOCK + lanes[None, :] + start
         x = processed_logits(logits, allowed, ids, vocab, temperature, SCALED, HAS_ALLOWED)
         top = tl.max(x, axis=1)
-
-        new_peak = tl.maximum(peak, tl.max(top, axis=0))
-        # While nothing is allowed the peak is -inf, and -inf - -inf is not a number.
-        shift = tl.where(new_peak == negative_infinity, 0.0, new_peak)
-        scale = tl.exp(peak - shift)
-        drift = tl.where(peak == negative_infinity, 0.0, peak - shift)
-        weight = tl.exp(x - shift)
-        moment = scale * (moment + total * drift) + weight * tl.where(weight > 0, x - shift, 0.0)
-        total = total * scale + weight
-        peak = new_peak
-
+        peak, total, moment = add_weights(x, tl.max(top, axis=0), peak, total, moment)
         if GREEDY:
             tile_best = tl.max(top, axis=0)
             if tile_best > best_logit:
@@ -107,29 +159,27 @@ def choose_splits(
                 best_token = tl.min(tl.where(x == tile_best, ids, vocab))
                 best_score = tile_best.to(tl.float64)
         else:
-            minima, lane_of_minimum = block_minima(key, position, blocks + start // BLOCK, STREAM)
             if EXCLUDE:
                 top = tl.max(without_excluded(x, ids, vocab, excluded, EXCLUDE), axis=1)
-            bounds = top.to(tl.float64) - tl.log(minima.to(tl.float64)) + _SLACK
-            bound = tl.max(bounds, axis=0)
-            while bound > best_score:
-                # The most promising block first. Its logits are read again, from cache: keeping them would cost registers.
-                block = tl.min(tl.where(bounds == bound, blocks, BLOCKS), axis=0)
-                first = block * BLOCK + start
-                least = tl.sum(tl.where(blocks == block, minima, 0.0), axis=0)
-                lane = tl.sum(tl.where(blocks == block, lane_of_minimum, 0), axis=0)
-                e = tl.where(lanes == lane, least, least + excesses(key, position, first, STREAM, BLOCK))
-                x_block = processed_logits(logits, allowed, lanes + first, vocab, temperature, SCALED, HAS_ALLOWED)
-                x_block = without_excluded(x_block, lanes + first, vocab, excluded, EXCLUDE)
-                score = x_block.to(tl.float64) - tl.log(e.to(tl.float64))
-                block_best = tl.max(score, axis=0)
-                token = tl.min(tl.where(score == block_best, lanes, BLOCK), axis=0) + first
-                if (block_best > best_score) | ((block_best == best_score) & (token < best_token)):
-                    best_score = block_best
-                    best_token = token
-                    best_logit = tl.max(tl.where(lanes + first == token, x_block, negative_infinity), axis=0)
-                bounds = tl.where(blocks == block, negative_infinity, bounds)
-                bound = tl.max(bounds, axis=0)
+            best_score, best_token, best_logit = race(
+                logits,
+                allowed,
+                excluded,
+                key,
+                position,
+                temperature,
+                vocab,
+                start,
+                top,
+                best_score,
+                best_token,
+                best_logit,
+                STREAM,
+                SCALED,
+                HAS_ALLOWED,
+                EXCLUDE,
+                BLOCKS,
+            )
 
     slot = row * tl.num_programs(1) + split
     tl.store(scores + slot, best_score)
@@ -168,6 +218,14 @@ def join_sums(sums, row, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def store_figures(logprobs, entropies, max_probs, row, logit, peak, total, moment):
+    """Logprob of a token with this logit, and the row's entropy and largest probability, from the sums of `join_sums`."""
+    tl.store(logprobs + row, logit - peak - tl.log(total))
+    tl.store(entropies + row, tl.log(total) - moment / total)
+    tl.store(max_probs + row, 1.0 / total)
+
+
+@triton.jit
 def finish(
     scores,
     tokens,
@@ -190,34 +248,25 @@ def finish(
         logit = tl.load(sums + 4 * (row * splits + split))
         peak, total, moment = join_sums(sums, row, splits, SPLITS)
         tl.store(token_ids + row, token.to(tl.int64))
-        tl.store(logprobs + row, logit - peak - tl.log(total))
-        tl.store(entropies + row, tl.log(total) - moment / total)
-        tl.store(max_probs + row, 1.0 / total)
+        store_figures(logprobs, entropies, max_probs, row, logit, peak, total, moment)
         standing = tl.where(tl.load(draft_token_ids + row) == token, standing, 0)
         accepted += standing
     tl.store(num_accepted + request, accepted)
 
 
-def verify_triton(
-    logits: torch.Tensor,
-    draft_token_ids: torch.Tensor,
-    row_starts: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float,
-    allowed: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    """Arguments and results as in `atlas_kernels.verify.verify`."""
-    scores, tokens, sums = launch_splits(logits, keys, positions, temperature, allowed)
-    results = empty_results(len(logits), len(row_starts) - 1, logits.device)
+def verify_triton(rows: PackedRows) -> tuple[torch.Tensor, ...]:
+    """The fields of `atlas_kernels.verify.Verification`."""
+    rows = rows.contiguous()
+    scores, tokens, sums = launch_splits(rows)
+    results = empty_results(rows)
     splits = scores.shape[1]
-    if len(row_starts) > 1:
-        finish[(len(row_starts) - 1,)](
+    if rows.batch:
+        finish[(rows.batch,)](
             scores,
             tokens,
             sums,
-            draft_token_ids.contiguous(),
-            row_starts.contiguous(),
+            rows.draft_token_ids,
+            rows.row_starts,
             *results,
             splits,
             SPLITS=triton.next_power_of_2(splits),
@@ -226,54 +275,52 @@ def verify_triton(
     return results
 
 
-def empty_results(rows: int, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def empty_results(rows: PackedRows) -> tuple[torch.Tensor, ...]:
     """Unwritten fields of a `Verification`."""
-    token_ids = torch.empty(rows, dtype=torch.int64, device=device)
-    num_accepted = torch.empty(batch, dtype=torch.int64, device=device)
-    figures = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
+    num_rows, device = len(rows.logits), rows.logits.device
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+    num_accepted = torch.empty(rows.batch, dtype=torch.int64, device=device)
+    figures = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(3))
     return token_ids, num_accepted, *figures
 
 
-def launch_splits(
-    logits: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: float,
-    allowed: torch.Tensor | None,
-    *,
-    stream: Stream = Stream.TARGET,
-    exclude: int = 0,
-    excluded: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`choose_splits` over all rows: its `(scores, tokens, sums)`."""
-    rows, vocab = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+def row_arguments(rows: PackedRows) -> dict[str, Any]:
+    """The arguments that kernels over contiguous rows have in common, by name."""
     # A pointer must be passed even where nothing is read through it.
-    mask = logits if allowed is None else allowed.contiguous().view(torch.uint8)
-    blocks, splits, tiles_per_split = split_vocab(rows, vocab, logits.device)
-    scores = torch.empty(rows, splits, dtype=torch.float64, device=logits.device)
-    tokens = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
-    sums = torch.empty(rows, splits, 4, dtype=torch.float32, device=logits.device)
-    if rows:
-        choose_splits[(rows, splits)](
-            logits,
-            mask,
-            logits if excluded is None else excluded,
-            keys.contiguous(),
-            positions.contiguous(),
-            scores,
-            tokens,
-            sums,
-            float(temperature),
-            vocab,
-            logits.stride(0),
-            mask.stride(0),
-            tiles_per_split,
+    mask = rows.logits if rows.allowed is None else rows.allowed.view(torch.uint8)
+    return {
+        "logits": rows.logits,
+        "allowed": mask,
+        "keys": rows.keys,
+        "positions": rows.positions,
+        "temperature": float(rows.temperature),
+        "vocab": rows.logits.shape[1],
+        "logits_stride": rows.logits.stride(0),
+        "allowed_stride": mask.stride(0),
+        "SCALED": rows.temperature not in (0, 1),
+        "HAS_ALLOWED": rows.allowed is not None,
+    }
+
+
+def launch_splits(
+    rows: PackedRows, *, stream: Stream = Stream.TARGET, exclude: int = 0, excluded: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`choose_splits` over contiguous rows: its `(scores, tokens, sums)`."""
+    (num_rows, vocab), device = rows.logits.shape, rows.logits.device
+    blocks, splits, tiles_per_split = split_vocab(num_rows, vocab, device)
+    scores = torch.empty(num_rows, splits, dtype=torch.float64, device=device)
+    tokens = torch.empty(num_rows, splits, dtype=torch.int32, device=device)
+    sums = torch.empty(num_rows, splits, 4, dtype=torch.float32, device=device)
+    if num_rows:
+        choose_splits[(num_rows, splits)](
+            **row_arguments(rows),
+            excluded=rows.logits if excluded is None else excluded,
+            scores=scores,
+            tokens=tokens,
+            sums=sums,
+            tiles_per_split=tiles_per_split,
             STREAM=int(stream),
-            GREEDY=temperature == 0,
-            SCALED=temperature not in (0, 1),
-            HAS_ALLOWED=allowed is not None,
+            GREEDY=rows.temperature == 0,
             EXCLUDE=exclude,
             BLOCKS=blocks,
             num_warps=NUM_WARPS,

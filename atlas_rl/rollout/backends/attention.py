@@ -52,16 +52,17 @@ class RaggedBatch:
     query_positions: torch.Tensor | None = None  # [batch, query_len]
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
-    def place(self, segments: Segments, device: torch.device, rows: np.ndarray | None = None) -> None:
+    def place(self, segments: Segments, device: torch.device) -> None:
         """Set the index tensors for the next forward.
 
         Args:
             segments: What will be run.
             device: Of the cache.
-            rows: int64 `[rows]`, cache rows of the segments instead of consecutive ones; reading them costs a copy.
         """
-        lengths, starts = segments.lengths, segments.starts
+        lengths, starts, rows = segments.lengths, segments.starts, segments.rows
         self.first_row, self.batch = segments.first_row, len(lengths)
+        if rows is not None and (np.diff(rows) == 1).all():  # consecutive after all: read in place
+            self.first_row, rows = int(rows[0]), None
         self.query_len = int(lengths.max())
         self.context = int((starts + lengths).max())
         self.fresh = not starts.any()

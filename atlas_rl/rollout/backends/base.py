@@ -14,21 +14,24 @@ import torch
 
 @dataclass(slots=True)
 class Segments:
-    """New tokens of consecutive batch rows, packed without padding.
+    """New tokens of some batch rows, packed without padding.
 
-    Row `first_row + i` gets `lengths[i]` tokens at positions `starts[i], starts[i] + 1, ...` of its sequence.
+    Cache row `first_row + i`, or `rows[i]`, gets `lengths[i]` tokens at positions `starts[i], starts[i] + 1, ...` of its
+    sequence.
 
     Attributes:
         token_ids: int64 `[num_tokens]`, the rows' tokens one after the other.
-        first_row: First cache row.
+        first_row: First cache row, of consecutive ones.
         starts: int64 `[rows]`, position of each row's first new token; everything before it is cached.
         lengths: int64 `[rows]`, at least 1 each.
+        rows: int64 `[rows]`, cache rows instead of consecutive ones from `first_row`; with gaps, reading them costs a copy.
     """
 
     token_ids: np.ndarray
     first_row: int
     starts: np.ndarray
     lengths: np.ndarray
+    rows: np.ndarray | None = None
 
 
 @dataclass(slots=True)

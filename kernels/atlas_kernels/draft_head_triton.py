@@ -1,0 +1,397 @@
+"""The Triton kernels of `draft_head`: a state step, a scoring step, the end, and all of it in one program.
+
+Within one program a step reads what the other has written to memory: a barrier stands between them, and where there are
+several programs a launch does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from atlas_kernels.noise_triton import BLOCK, block_minima, excess
+
+if TYPE_CHECKING:
+    from atlas_kernels.draft_head import HeadCall
+
+TILE = {"ROWS": 16, "UNITS": 16, "TOKENS": 32, "INNER": 32}
+"""Rows, state units or tokens, and depth of the products per step (16 are the least `tl.dot` takes); 64 tokens spill."""
+_INTERPRETED_TILE = {"ROWS": 16, "UNITS": 256, "TOKENS": 1024, "INNER": 256}
+CHUNK = 1024
+"""Tokens per step where logits are turned into probabilities."""
+NUM_WARPS = 4
+WHOLE_BYTES = 2 << 20
+"""Weights up to this size are read by one program per 16 rows, at all k steps. Planned, not measured."""
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_EPSILON = tl.constexpr(torch.finfo(torch.float32).eps)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, by operations that the interpreter has too."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    return tl.where(x < 0, -1.0, 1.0) * (1.0 - t) / (1.0 + t)
+
+
+@triton.jit
+def state_tile(states, row, inner, batch, size, ELEMENT: tl.constexpr, COMPUTE: tl.constexpr):
+    """`[INNER, ROWS]` of the states, rounded to the weights' type, and the float32 numbers themselves."""
+    at = states + row[None, :].to(tl.int64) * size + inner[:, None]
+    x = tl.load(at, mask=(row[None, :] < batch) & (inner[:, None] < size), other=0.0)
+    return x.to(ELEMENT).to(COMPUTE), x
+
+
+@triton.jit
+def joined(scores, tokens, row, inside, splits, SPLITS: tl.constexpr):
+    """The token of the best score over a row's splits: int32 `[ROWS]`."""
+    split = tl.arange(0, SPLITS)
+    at = row[:, None].to(tl.int64) * splits + split[None, :]
+    candidates = tl.load(scores + at, mask=inside[:, None] & (split[None, :] < splits), other=float("-inf"))
+    best = tl.max(candidates, axis=1)
+    # Splits are in the order of the vocabulary: the first of equal ones has the first token.
+    winner = tl.min(tl.where(candidates == best[:, None], split[None, :], SPLITS), axis=1)
+    winner = tl.minimum(winner, SPLITS - 1)
+    return tl.load(tokens + row.to(tl.int64) * splits + winner, mask=inside, other=0)
+
+
+@triton.jit
+def advance(
+    input_gates,
+    state_gates,
+    state_bias,
+    states,
+    newest,
+    scores,
+    tokens,
+    step,
+    row_tile,
+    unit_tile,
+    batch,
+    size,
+    splits,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    INNER: tl.constexpr,
+    CALLED: tl.constexpr = False,
+):
+    """Some units of the state after one more token: `states[step]` to `states[step + 1]`, float32 `[batch, size]` each.
+
+    Launched over rows and units, or called for one tile of each.
+    """
+    if not CALLED:
+        row_tile, unit_tile = tl.program_id(0), tl.program_id(1)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    unit = unit_tile * UNITS + tl.arange(0, UNITS)
+    one_state = batch * size
+    before = states + step * one_state
+    reset = tl.zeros([UNITS, ROWS], tl.float32)
+    update = tl.zeros([UNITS, ROWS], tl.float32)
+    new = tl.zeros([UNITS, ROWS], tl.float32)
+    for first in range(0, size, INNER):
+        inner = first + tl.arange(0, INNER)
+        x, _ = state_tile(before, row, inner, batch, size, ELEMENT, COMPUTE)
+        at = state_gates + unit[:, None] * size + inner[None, :]
+        inside = (unit[:, None] < size) & (inner[None, :] < size)
+        # "ieee" is for float32 weights, which tf32 would round.
+        w = tl.load(at, mask=inside, other=0.0).to(COMPUTE)
+        reset = tl.dot(w, x, reset, input_precision="ieee")
+        w = tl.load(at + size * size, mask=inside, other=0.0).to(COMPUTE)
+        update = tl.dot(w, x, update, input_precision="ieee")
+        w = tl.load(at + 2 * size * size, mask=inside, other=0.0).to(COMPUTE)
+        new = tl.dot(w, x, new, input_precision="ieee")
+
+    of_step = (step - 1) * batch * splits
+    # The first step absorbs the newest committed token, the others what was drawn before: one of the two masks is empty.
+    given = tl.load(newest + row, mask=row < tl.where(step == 0, batch, 0), other=0).to(tl.int32)
+    drawn = row < tl.where(step == 0, 0, batch)
+    token = given + joined(scores + of_step, tokens + of_step, row, drawn, splits, SPLITS)
+    inside = (unit[:, None] < size) & (row[None, :] < batch)
+    bias = state_bias + unit[:, None]
+    gate = input_gates + token[None, :].to(tl.int64) * 3 * size + unit[:, None]
+    known = unit[:, None] < size
+    reset += tl.load(bias, mask=known, other=0.0).to(tl.float32) + tl.load(gate, mask=inside, other=0.0).to(tl.float32)
+    update += tl.load(bias + size, mask=known, other=0.0).to(tl.float32)
+    update += tl.load(gate + size, mask=inside, other=0.0).to(tl.float32)
+    new += tl.load(bias + 2 * size, mask=known, other=0.0).to(tl.float32)
+    new = tanh(tl.load(gate + 2 * size, mask=inside, other=0.0).to(tl.float32) + tl.sigmoid(reset) * new)
+    own = row[None, :].to(tl.int64) * size + unit[:, None]
+    former = tl.load(before + own, mask=inside, other=0.0)
+    tl.store(before + one_state + own, new + tl.sigmoid(update) * (former - new), mask=inside)
+
+
+@triton.jit
+def score(
+    outputs,
+    bias,
+    token_ids,
+    states,
+    keys,
+    positions,
+    scores,
+    tokens,
+    sums,
+    probs,
+    temperature,
+    step,
+    row_tile,
+    split,
+    batch,
+    size,
+    num_tokens,
+    num_steps,
+    splits,
+    tiles_per_split,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    STREAM: tl.constexpr,
+    GREEDY: tl.constexpr,
+    SCALED: tl.constexpr,
+    WITH_PROBS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INNER: tl.constexpr,
+    CALLED: tl.constexpr = False,
+):
+    """The best of one split of the reduced vocabulary, and its sums, for `ROWS` rows.
+
+    Writes `scores` float64, `tokens` int32 `[num_steps, batch, splits]` and `sums` float32 `[num_steps, batch, splits, 2]`:
+    the largest logit m and sum exp(l - m); and, with probabilities, the logits to `probs`. Launched over rows and splits, or
+    called for one of each.
+    """
+    if not CALLED:
+        row_tile, split = tl.program_id(0), tl.program_id(1)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    alive = row < batch
+    after = states + (step + 1) * batch * size
+    key = tl.load(keys + row, mask=alive, other=0)[None, :]
+    position = (tl.load(positions + row, mask=alive, other=0) + step)[None, :]
+    best = tl.full([ROWS], float("-inf"), tl.float64)
+    best_token = tl.zeros([ROWS], tl.int32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
+        index = tile * TOKENS + tl.arange(0, TOKENS)
+        known = index < num_tokens
+        x = tl.zeros([TOKENS, ROWS], tl.float32)
+        squares = tl.zeros([INNER, ROWS], tl.float32)
+        for first in range(0, size, INNER):
+            inner = first + tl.arange(0, INNER)
+            s, exact = state_tile(after, row, inner, batch, size, ELEMENT, COMPUTE)
+            squares += exact * exact
+            at = outputs + index[:, None].to(tl.int64) * size + inner[None, :]
+            w = tl.load(at, mask=known[:, None] & (inner[None, :] < size), other=0.0).to(COMPUTE)
+            x = tl.dot(w, s, x, input_precision="ieee")
+        inverse = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / size + _EPSILON)
+        x = x * inverse[None, :] + tl.load(bias + index, mask=known, other=0.0).to(tl.float32)[:, None]
+        if SCALED:
+            x = tl.div_rn(x, temperature + tl.zeros_like(x))
+        x = tl.where(known[:, None], x, float("-inf"))
+        if WITH_PROBS:
+            at = probs + (row[None, :].to(tl.int64) * num_steps + step) * num_tokens + index[:, None]
+            tl.store(at, x, mask=known[:, None] & alive[None, :])
+        # A split's first tile has a token inside, so the peak is a number from there on.
+        new_peak = tl.maximum(peak, tl.max(x, axis=0))
+        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak[None, :]), axis=0)
+        peak = new_peak
+        score = x.to(tl.float64)
+        if not GREEDY:
+            ids = tl.load(token_ids + index, mask=known, other=0).to(tl.int32)[:, None] + tl.zeros([1, ROWS], tl.int32)
+            minimum, lane = block_minima(key, position, ids // BLOCK, STREAM)
+            e = tl.where(ids % BLOCK == lane, minimum, minimum + excess(key, position, ids, STREAM))
+            score -= tl.log(e.to(tl.float64))
+        top = tl.max(score, axis=0)
+        token = tl.min(tl.where(score == top[None, :], index[:, None], num_tokens), axis=0)
+        best_token = tl.where(top > best, token, best_token)
+        best = tl.maximum(best, top)
+    slot = (step * batch + row) * splits + split
+    tl.store(scores + slot, best, mask=alive)
+    tl.store(tokens + slot, best_token, mask=alive)
+    tl.store(sums + 2 * slot, peak, mask=alive)
+    tl.store(sums + 2 * slot + 1, total, mask=alive)
+
+
+@triton.jit
+def finish_draft(
+    scores,
+    tokens,
+    sums,
+    probs,
+    indices,
+    confidence,
+    step,
+    row,
+    batch,
+    num_tokens,
+    num_steps,
+    splits,
+    GREEDY: tl.constexpr,
+    WITH_PROBS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CALLED: tl.constexpr = False,
+):
+    """Token and confidence of one row at one step, and with probabilities the logits in `probs` turned into them.
+
+    Launched over rows and steps, or called for one of each.
+    """
+    if not CALLED:
+        row, step = tl.program_id(0), tl.program_id(1)
+    split = tl.arange(0, SPLITS)
+    inside = split < splits
+    at = (step * batch + row) * splits
+    candidates = tl.load(scores + at + split, mask=inside, other=float("-inf"))
+    best = tl.max(candidates, axis=0)
+    token = tl.load(tokens + at + tl.min(tl.where(candidates == best, split, SPLITS - 1), axis=0))
+    peaks = tl.load(sums + 2 * (at + split), mask=inside, other=float("-inf"))
+    peak = tl.max(peaks, axis=0)
+    totals = tl.load(sums + 2 * (at + split) + 1, mask=inside, other=0.0)
+    total = tl.sum(totals * tl.exp(peaks - peak), axis=0)
+    out = tl.cast(row, tl.int64) * num_steps + step
+    tl.store(indices + out, token.to(tl.int64))
+    tl.store(confidence + out, 1.0 / total)
+    if WITH_PROBS:
+        for first in range(0, num_tokens, CHUNK):
+            index = first + tl.arange(0, CHUNK)
+            x = tl.load(probs + out * num_tokens + index, mask=index < num_tokens, other=float("-inf"))
+            q = tl.where(index == token, 1.0, 0.0) if GREEDY else tl.exp(x - peak) / total
+            tl.store(probs + out * num_tokens + index, q, mask=index < num_tokens)
+
+
+@triton.jit
+def draft_whole(
+    input_gates,
+    state_gates,
+    state_bias,
+    outputs,
+    bias,
+    token_ids,
+    states,
+    newest,
+    keys,
+    positions,
+    scores,
+    tokens,
+    sums,
+    probs,
+    indices,
+    confidence,
+    temperature,
+    batch,
+    size,
+    num_tokens,
+    num_steps,
+    splits,
+    tiles_per_split,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    STREAM: tl.constexpr,
+    GREEDY: tl.constexpr,
+    SCALED: tl.constexpr,
+    WITH_PROBS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INNER: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """All steps of `ROWS` rows; grid over rows, one split."""
+    row_tile = tl.program_id(0)
+    for step in range(0, num_steps):
+        for unit_tile in range(0, tl.cdiv(size, UNITS)):
+            advance(
+                input_gates, state_gates, state_bias, states, newest, scores, tokens, step, row_tile, unit_tile, batch,
+                size, splits, ELEMENT, COMPUTE, 1, ROWS, UNITS, INNER, True,
+            )  # fmt: skip
+        tl.debug_barrier()
+        score(
+            outputs, bias, token_ids, states, keys, positions, scores, tokens, sums, probs, temperature, step, row_tile, 0,
+            batch, size, num_tokens, num_steps, splits, tiles_per_split, ELEMENT, COMPUTE, STREAM, GREEDY, SCALED,
+            WITH_PROBS, ROWS, TOKENS, INNER, True,
+        )  # fmt: skip
+        tl.debug_barrier()
+    for row in range(row_tile * ROWS, tl.minimum((row_tile + 1) * ROWS, batch)):
+        for step in range(0, num_steps):
+            finish_draft(
+                scores, tokens, sums, probs, indices, confidence, step, row, batch, num_tokens, num_steps, splits, GREEDY,
+                WITH_PROBS, 1, CHUNK, True,
+            )  # fmt: skip
+
+
+def draft_head_triton(
+    call: HeadCall, *, whole_bytes: int = WHOLE_BYTES
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The fields of `atlas_kernels.draft_head.HeadDraft`. Weights of up to `whole_bytes` take one launch."""
+    weights, state, num_steps = call.weights, call.state, call.num_tokens
+    (batch, size), device, tokens = state.shape, state.device, len(weights.token_ids)
+    tile, compute = (TILE, _TYPES[weights.outputs.dtype]) if device.type == "cuda" else (_INTERPRETED_TILE, tl.float32)
+    whole = weights.num_bytes <= whole_bytes
+    splits, tiles_per_split = split_tokens(batch, tokens, tile, device, whole=whole)
+    states = torch.empty(num_steps + 1, batch, size, device=device)
+    states[0] = state
+    arguments: dict[str, Any] = tile | {
+        **{field.name: getattr(weights, field.name).contiguous() for field in fields(weights)},
+        "states": states,
+        "newest": call.newest.contiguous(),
+        "keys": call.keys.contiguous(),
+        "positions": call.positions.contiguous(),
+        "scores": torch.empty(num_steps, batch, splits, dtype=torch.float64, device=device),
+        "tokens": torch.empty(num_steps, batch, splits, dtype=torch.int32, device=device),
+        "sums": torch.empty(num_steps, batch, splits, 2, device=device),
+        "probs": torch.empty(batch, num_steps, tokens, device=device) if call.with_probs else None,
+        "indices": torch.empty(batch, num_steps, dtype=torch.int64, device=device),
+        "confidence": torch.empty(batch, num_steps, device=device),
+        "temperature": float(call.temperature),
+        "batch": batch,
+        "size": size,
+        "num_tokens": tokens,
+        "num_steps": num_steps,
+        "splits": splits,
+        "tiles_per_split": tiles_per_split,
+        "ELEMENT": _TYPES[weights.outputs.dtype],
+        "COMPUTE": compute,
+        "STREAM": int(call.stream),
+        "GREEDY": call.temperature == 0,
+        "SCALED": call.temperature not in (0, 1),
+        "WITH_PROBS": call.with_probs,
+        "SPLITS": triton.next_power_of_2(splits),
+        "CHUNK": CHUNK,
+        # What only calls set; launched programs take their tile from the grid.
+        **dict.fromkeys(("row_tile", "unit_tile", "split", "row", "step"), 0),
+        "CALLED": False,
+    }
+    row_tiles = triton.cdiv(batch, tile["ROWS"])
+    if batch and whole:
+        _launch(draft_whole, (row_tiles,), arguments)
+    elif batch:
+        for step in range(num_steps):
+            _launch(advance, (row_tiles, triton.cdiv(size, tile["UNITS"])), arguments | {"step": step})
+            _launch(score, (row_tiles, splits), arguments | {"step": step})
+        _launch(finish_draft, (batch, num_steps), arguments)
+    return arguments["indices"], arguments["confidence"], arguments["probs"]
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Launch with those of the arguments that the kernel has."""
+    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=NUM_WARPS)
+
+
+def split_tokens(
+    batch: int, tokens: int, tile: dict[str, int], device: torch.device, *, whole: bool
+) -> tuple[int, int]:
+    """Splits of the reduced vocabulary, and tiles per split: one split, or about two programs per multiprocessor."""
+    tiles = triton.cdiv(tokens, tile["TOKENS"])
+    if whole:
+        return 1, tiles
+    splits = 2
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        splits = triton.cdiv(2 * processors, triton.cdiv(batch, tile["ROWS"]))
+    tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
+    return triton.cdiv(tiles, tiles_per_split), tiles_per_split

@@ -1,0 +1,69 @@
+"""What every verification takes: packed rows of logits with their drafts and noise, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """A packed batch of drafts; the attributes are the arguments of `atlas_kernels.verify.verify`."""
+
+    logits: torch.Tensor
+    draft_token_ids: torch.Tensor
+    row_starts: torch.Tensor
+    keys: torch.Tensor
+    positions: torch.Tensor
+    temperature: float
+    allowed: torch.Tensor | None
+
+    @property
+    def batch(self) -> int:
+        """Requests."""
+        return len(self.row_starts) - 1
+
+    def checked(self) -> PackedRows:
+        """Itself, unless it raises a `ValueError`: a shape, type or device does not fit."""
+        logits, allowed = self.logits, self.allowed
+        if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _LOGIT_DTYPES:
+            raise ValueError(
+                f"logits must be float32, bfloat16 or float16 [rows, vocab], got {logits.dtype} {list(logits.shape)}"
+            )
+        per_row = {"draft_token_ids": self.draft_token_ids, "keys": self.keys, "positions": self.positions}
+        for name, tensor in per_row.items():
+            if tensor.shape != logits.shape[:1] or tensor.dtype != torch.int64:
+                raise ValueError(
+                    f"{name} must be int64 [{len(logits)}], one per row, got {tensor.dtype} {list(tensor.shape)}"
+                )
+        starts = self.row_starts
+        if starts.ndim != 1 or len(starts) < 1 or starts.dtype != torch.int64:
+            raise ValueError(f"row_starts must be int64 [batch + 1], got {starts.dtype} {list(starts.shape)}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
+        if allowed is not None and (allowed.shape != logits.shape or allowed.dtype != torch.bool):
+            raise ValueError(
+                f"allowed must be bool {list(logits.shape)} like logits, got {allowed.dtype} {list(allowed.shape)}"
+            )
+        for name, tensor in (
+            per_row | {"row_starts": starts, "allowed": logits if allowed is None else allowed}
+        ).items():
+            if tensor.device != logits.device:
+                raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}: move them together")
+        return self
+
+    def contiguous(self) -> PackedRows:
+        """The same rows, laid out as kernels read them: any stride between the rows of `logits`, none elsewhere."""
+        return replace(
+            self,
+            logits=self.logits if self.logits.stride(1) == 1 else self.logits.contiguous(),
+            draft_token_ids=self.draft_token_ids.contiguous(),
+            row_starts=self.row_starts.contiguous(),
+            keys=self.keys.contiguous(),
+            positions=self.positions.contiguous(),
+            allowed=None if self.allowed is None else self.allowed.contiguous(),
+        )
