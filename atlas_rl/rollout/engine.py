@@ -181,7 +181,7 @@ class AtlasRolloutEngine:
             loop.run()
         if loop.trace:
             self._write_trace(loop.trace)
-        for message in watch.findings(recorder, loop.num_asked, loop.num_proposed):
+        for message in watch.findings(recorder, loop.proposing):
             recorder.warn(message)
         report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
         if use:
