@@ -35,7 +35,7 @@ class EngineConfig:
         spare_importance_sampling: In process the sampled logprobs are the trainer's own, so its importance-sampling
             correction multiplies by one at the price of a forward pass. True checks that on the first step and then
             switches the correction off; False leaves it alone.
-        backend: `auto` or `in_process`.
+        backend: `in_process`, `vllm`, or `auto`: vLLM for a trainer with `use_vllm=True`, else in process.
 
     Raises:
         ValueError: A value that no option takes.
@@ -56,8 +56,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.verification not in ("invariant", "rejection"):
             raise ValueError(f"verification must be 'invariant' or 'rejection', got {self.verification!r}")
-        if self.backend not in ("auto", "in_process"):
-            raise ValueError(f"backend must be 'auto' or 'in_process', got {self.backend!r}")
+        if self.backend not in ("auto", "in_process", "vllm"):
+            raise ValueError(f"backend must be 'auto', 'in_process' or 'vllm', got {self.backend!r}")
+        if self.backend == "vllm" and self.verification != "invariant":
+            raise ValueError("the vLLM backend verifies by drafter-invariant sampling: leave verification='invariant'")
+        if self.backend == "vllm" and (self.trace or self.max_batch_size is not None):
+            raise ValueError(
+                "trace and max_batch_size are of the in-process backend: vLLM has max_num_seqs for the latter"
+            )
         if self.max_batch_size is not None and self.max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1 or None, got {self.max_batch_size}")
         if self.speculators is not None and self.draft_model is not None:

@@ -39,9 +39,10 @@ class Proposing:
                 return
             with self._recorder.time("draft"):
                 for name, wanted in plan.items():
-                    self._ask(name, sequences, requests, wanted, step)
+                    self.ask(name, sequences, requests, wanted, step)
 
-    def _ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
+    def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
+        """One speculator's drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
         before = self._recorder.clock()
         asked = np.flatnonzero(wanted > 0)
         draft = Draft.empty(0)

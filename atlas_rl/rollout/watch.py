@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from atlas_rl.rollout.proposing import Proposing
 from atlas_rl.rollout.recorder import StepRecorder
@@ -10,7 +10,7 @@ from atlas_rl.rollout.recorder import StepRecorder
 _ENOUGH = 200  # drafts without a single hit: chance does that to a living drafter less than once in 10^8 steps
 
 
-def findings(recorder: StepRecorder, proposing: Proposing) -> Iterator[str]:
+def findings(recorder: StepRecorder, proposing: Proposing) -> Iterable[str]:
     """Warnings about one generation step.
 
     Args:

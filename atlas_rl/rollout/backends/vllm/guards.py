@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from atlas_rl.rollout.config import reject_unknown
+from atlas_rl.rollout.sampling import SamplingParams
 
 PROPOSER = "atlas_rl.rollout.backends.vllm.proposer.AtlasProposer"
 NUM_SPECULATIVE_TOKENS = 16
@@ -49,3 +51,20 @@ def check_engine(vllm_config: Any) -> None:
     for wrong, message in checks:
         if wrong:
             raise ValueError(message)
+
+
+_OUR_OWN = ("n", "seed", "logprobs", "max_tokens", "detokenize", "ignore_eos", "stop", "stop_token_ids", "extra_args")
+_LOST = ("min_p", "logit_bias", "logits_processors", "prompt_logprobs", "logprob_token_ids")
+
+
+def check_sampling(sampling: SamplingParams, extra: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for sampling parameters that vLLM leaves out under speculation, or that we set ourselves."""
+    if sampling.min_p > 0:
+        raise ValueError(
+            "vLLM leaves min_p out under speculative decoding: use top_p, or AtlasRolloutEngine(backend='in_process')"
+        )
+    for name in extra:
+        if name in _LOST:
+            raise ValueError(f"vLLM leaves {name} out under speculative decoding: remove it from generation_kwargs")
+        if name in _OUR_OWN:
+            raise ValueError(f"{name} is set by the engine: remove it from generation_kwargs")

@@ -3,6 +3,7 @@
 What is here and why:
 
     repair_cpu_sampler   the CPU backend of vLLM 0.32 samples wrongly under every speculative method (docs/upstream/)
+    tolerate_numba       its start trips over llvmlite
     install              hooks on the model runner: our sampler in place of vLLM's, timers, hidden states for the drafter
     PolicyView           the embeddings of a loaded model, as drafters read them from a transformers model
     reload_weights       new policy weights into a running engine
@@ -15,10 +16,12 @@ Before adding one, run tests/test_vllm_exactness.py on it.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -84,6 +87,30 @@ def repair_cpu_sampler() -> None:
 
     setattr(expand_batch_to_tokens, _INSTALLED, True)
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def tolerate_numba() -> None:
+    """Let vLLM's CPU backend start in a process that has loaded numba. Call it before an engine is built.
+
+    At start it looks through every attribute of every module for kernels to replace, and trips over the one object of
+    llvmlite that answers to any attribute, `__dict__` included.
+    """
+    from vllm.triton_utils import dispatcher
+
+    original = dispatcher._rebind_kernels
+    if hasattr(original, _INSTALLED):
+        return
+
+    @functools.wraps(original)
+    def rebind_kernels(overrides: Any) -> None:
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "llvmlite.binding.ffi"}
+        try:
+            original(overrides)
+        finally:
+            sys.modules.update(hidden)
+
+    setattr(rebind_kernels, _INSTALLED, True)
+    dispatcher._rebind_kernels = rebind_kernels
 
 
 # ------------------------------------------------------------------------------------------------------ the model runner
@@ -157,6 +184,10 @@ class Hooks:
 
     def ended(self, names: set[str]) -> None:
         """The engine has ended these requests."""
+        raise NotImplementedError
+
+    def weights_changed(self) -> None:
+        """The engine has new weights; called on every rank."""
         raise NotImplementedError
 
     def propose_after(self, forward: Forward) -> list[list[int]]:
@@ -393,26 +424,37 @@ def _logprobs(scored: torch.Tensor, drawn: Drawn, num_logprobs: int, as_logits: 
 class PolicyView(nn.Module):
     """A loaded model as drafters read it: configuration, input and output embeddings `[vocab, hidden]`.
 
-    With tensor parallelism every rank holds a share of the vocabulary; `refresh` then collects whole copies, on all ranks
-    together, and must be called again after new weights.
+    With tensor parallelism every rank holds a share of the vocabulary: `refresh` then collects copies, on all ranks
+    together, before the first use and after new weights (`stale`).
     """
 
     def __init__(self, model: nn.Module, config: Any) -> None:
         super().__init__()
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+        inputs = [table for table in tables if not isinstance(table, ParallelLMHead)] or tables
+        outputs = [table for table in tables if isinstance(table, ParallelLMHead)] or inputs
+        if not tables:
+            raise ValueError(f"{type(model).__name__} has no vocabulary embedding that drafters could read")
         self.config = config
-        self._loaded = [model]  # in a list: its parameters are not this module's
-        self.refresh()
+        self.generation_config = SimpleNamespace(eos_token_id=getattr(config, "eos_token_id", None))
+        self.stale = True
+        self._sharded = inputs[0].tp_size > 1
+        self._inputs, self._outputs = _Table(inputs[0]), _Table(outputs[0])
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """The model has new weights."""
+        self.stale = True
+        if not self._sharded:
+            self.refresh()
 
     def refresh(self) -> None:
         """Read the embeddings anew; collective under tensor parallelism."""
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-        tables = [m for m in self._loaded[0].modules() if isinstance(m, VocabParallelEmbedding)]
-        inputs = [m for m in tables if not isinstance(m, ParallelLMHead)] or tables
-        outputs = [m for m in tables if isinstance(m, ParallelLMHead)] or inputs
-        if not tables:
-            raise ValueError(f"{type(self._loaded[0]).__name__} has no vocabulary embedding that drafters could read")
-        self._inputs, self._outputs = _Table(inputs[0]), _Table(outputs[0])
+        self._inputs.read()
+        self._outputs.read()
+        self.stale = False
 
     def get_input_embeddings(self) -> nn.Module:
         """Token ids to `[..., hidden]`."""
@@ -424,16 +466,25 @@ class PolicyView(nn.Module):
 
 
 class _Table(nn.Module):
+    """One embedding; its weight has a shape, and no values before the first `read`."""
+
     weight: torch.Tensor
 
     def __init__(self, table: Any) -> None:
         super().__init__()
+        self._read_from = [table]  # in a list: not a module of this one
+        weight = table.weight
+        empty = torch.empty(table.org_vocab_size, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        self.register_buffer("weight", empty, persistent=False)
+
+    def read(self) -> None:
+        table = self._read_from[0]
         weight = table.weight.data
         if table.tp_size > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 
             weight = tensor_model_parallel_all_gather(weight, dim=0)
-        self.register_buffer("weight", weight[: table.org_vocab_size], persistent=False)
+        self.weight = weight[: table.org_vocab_size]
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.embedding(token_ids, self.weight)
@@ -468,7 +519,7 @@ def tensor_parallel() -> tuple[int, int, Any]:
 def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load new weights into the running engine and forget what was cached under the old ones.
 
-    Through the layer-wise reload: loading into the live model fails on CPUs, where weights are packed and dropped.
+    On CPUs through the layer-wise reload: loading into the live model fails there, because weights were packed and dropped.
 
     Args:
         llm: An engine in this process.
@@ -477,9 +528,16 @@ def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
     runner = runner_of(llm)
     iterator = iter(weights)
     try:
-        runner.reload_weights(weights_iterator=iterator)
+        if runner.device.type == "cpu":
+            runner.reload_weights(weights_iterator=iterator)
+        else:
+            for pair in iterator:
+                runner.get_model().load_weights([pair])
     finally:
         # TRL merges adapters before the first pair and unmerges them behind the last one.
         for _ in iterator:
             pass
     llm.reset_prefix_cache()
+    drafter = drafter_of(llm)
+    if drafter is not None:
+        drafter.weights_changed()

@@ -1,4 +1,4 @@
-"""The proposer that vLLM loads by name: `{"method": "custom_class", "model": "atlas_rl.rollout.backends.vllm.proposer.AtlasProposer"}`.
+"""The proposer that vLLM loads by name: `speculative_config={"method": "custom_class", "model": <path of AtlasProposer>}`.
 
 vLLM imports this module in every worker, before it loads the policy. Options come in vLLM's own
 `additional_config={"atlas_rl": {"draft_model": FOLDER}}`, the static arm; all else has defaults.
@@ -88,9 +88,16 @@ class AtlasProposer(Hooks):
     def ended(self, names: set[str]) -> None:
         self.drafting.forget(names)
 
+    def weights_changed(self) -> None:
+        if self.policy is not None:
+            self.policy.weights_changed()
+
     def propose_after(self, forward: Forward) -> list[list[int]]:
         rank, size, group = internals.tensor_parallel()
         self.prepare()
+        assert self.policy is not None
+        if self.policy.stale:
+            self.policy.refresh()  # on every rank, in the same step
         if size == 1:
             return self.drafting.step(forward)
         # A controller reads its rank's own clock: rank 0 decides for all.
