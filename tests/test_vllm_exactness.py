@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vllm_engines import completions, engine  # first: it skips this module where there is no vLLM
-
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.backends.vllm import internals
 from atlas_rl.rollout.backends.vllm.guards import speculative_config
@@ -23,6 +21,7 @@ from atlas_rl.rollout.sampling import SamplingParams
 from tests.drafters import RandomDrafter
 from tests.exact import CERTAIN, FALSE_ALARM, p_value, sequence_probabilities
 from tests.models import tiny_llama
+from tests.vllm_engines import completions, engine  # first: it skips this module where there is no vLLM
 
 PROMPT = [1, 2, 1, 2, 1]
 SAMPLES = 3000

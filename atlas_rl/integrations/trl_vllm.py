@@ -39,15 +39,20 @@ _FROM_ARGUMENTS = (
 
 
 @contextmanager
-def drafting_engines(config: EngineConfig) -> Iterator[None]:
-    """Inside, every `LLM` that TRL builds drafts with our proposer. `ValueError` for a vLLM that is missing or unknown."""
+def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
+    """Inside, every `LLM` that TRL builds drafts with our proposer. `ValueError` for a vLLM that is missing or unknown.
+
+    Args:
+        config: Has the static arm.
+        arguments: Further ones of `vllm.LLM`.
+    """
     if isinstance(config.draft_model, nn.Module):
         raise ValueError("with vLLM draft_model is the folder of an EAGLE-3 head, not a loaded model")
     with in_this_process():
         from trl.generation import vllm_generation
 
         own = vllm_generation.LLM
-        vllm_generation.LLM = functools.partial(own, **llm_arguments(config.draft_model))
+        vllm_generation.LLM = functools.partial(own, **llm_arguments(config.draft_model), **arguments)
         try:
             yield
         finally:
@@ -62,6 +67,7 @@ def attach(engine: AtlasRolloutEngine, trainer: Any, baseline_every: int) -> Vll
             "in server mode the drafters live in the server: start it as docs/vllm.md says and attach nothing, or set "
             "vllm_mode='colocate'"
         )
+    _sampling(trainer, seed=0)  # refuse what cannot be honoured before a vLLM engine is built
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:
         generation = _new_generation(engine.config, trainer)
@@ -76,8 +82,10 @@ def attach(engine: AtlasRolloutEngine, trainer: Any, baseline_every: int) -> Vll
 
 def _new_generation(config: EngineConfig, trainer: Any) -> Any:
     """What TRL would have built for `use_vllm=True`, with our proposer."""
-    args = trainer.args
-    with drafting_engines(config):
+    args, exact = trainer.args, {}
+    if not args.bf16 and not args.fp16 and trainer.model.dtype == torch.float32:
+        exact["dtype"] = "float32"  # what the trainer computes in; left alone, vLLM rounds such a policy to 16 bits
+    with drafting_engines(config, **exact):
         from trl.generation.vllm_generation import VLLMGeneration
 
         options: dict[str, Any] = {name: getattr(trainer, name) for name in _FROM_TRAINER}
@@ -185,24 +193,30 @@ class VllmAdapter(TrainerAdapter):
         return super()._noise_rank() // self.backend.tensor_parallel_size
 
     def _sampling(self, seed: int) -> SamplingParams:
-        trainer = self.trainer
-        given = trainer.args.generation_kwargs or {}
-        options = {name: getattr(trainer, name) for name in _OURS} | {n: v for n, v in given.items() if n in _OURS}
-        options["top_k"], options["min_p"] = max(options["top_k"] or 0, 0), options["min_p"] or 0.0
-        sampling = SamplingParams(
-            max_new_tokens=trainer.max_completion_length,
-            eos_token_ids=tuple(trainer.eos_token_ids),
-            seed=seed,
-            **options,
-        )
-        check_sampling(sampling, self._extra())
-        return sampling
+        return _sampling(self.trainer, seed)
 
     def _extra(self) -> dict[str, Any]:
-        extra = {n: v for n, v in (self.trainer.args.generation_kwargs or {}).items() if n not in _OURS}
+        extra = _extra(self.trainer)
         regex = self.generation.structured_outputs_regex
         if regex is not None:
             from vllm.sampling_params import StructuredOutputsParams
 
             extra["structured_outputs"] = StructuredOutputsParams(regex=regex)
         return extra
+
+
+def _sampling(trainer: Any, seed: int) -> SamplingParams:
+    """The trainer's sampling options; `ValueError` for those that cannot be honoured."""
+    given = trainer.args.generation_kwargs or {}
+    options = {name: getattr(trainer, name) for name in _OURS} | {n: v for n, v in given.items() if n in _OURS}
+    options["top_k"], options["min_p"] = max(options["top_k"] or 0, 0), options["min_p"] or 0.0
+    sampling = SamplingParams(
+        max_new_tokens=trainer.max_completion_length, eos_token_ids=tuple(trainer.eos_token_ids), seed=seed, **options
+    )
+    check_sampling(sampling, _extra(trainer))
+    return sampling
+
+
+def _extra(trainer: Any) -> dict[str, Any]:
+    """Sampling parameters that go to vLLM as they are."""
+    return {name: value for name, value in (trainer.args.generation_kwargs or {}).items() if name not in _OURS}

@@ -9,20 +9,22 @@ planned for, speculators from every one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from atlas_rl.rollout.backends.vllm.internals import Forward, Request
-from atlas_rl.rollout.backends.vllm.requests import EXTRA_KEY, EXTRA_REQUEST, arrival_of
+from atlas_rl.rollout.backends.vllm.prompt_states import PromptStates
+from atlas_rl.rollout.backends.vllm.requests import EXTRA_KEY, arrival_of
 from atlas_rl.rollout.backends.vllm.roster import Arrival, Roster
 from atlas_rl.rollout.controller import Admission, Controller, Step
 from atlas_rl.rollout.goodput import GoodputController
 from atlas_rl.rollout.noise import mix64
 from atlas_rl.rollout.proposing import Proposing, merge
 from atlas_rl.rollout.recorder import StepRecorder
+from atlas_rl.rollout.report import StepReport
 from atlas_rl.speculators.base import Hidden, Rollouts, Sequences, Speculator, Verified
 from atlas_rl.sync.policy import PolicyTracker
 
@@ -68,9 +70,12 @@ class Drafting:
     def __init__(self, max_draft_tokens: int, max_length: int, max_batch: int, vocab_size: int, seed: int = 0) -> None:
         self.roster = Roster(max(64, 2 * max_batch), max_length, vocab_size)
         self.tracker = PolicyTracker()
+        self.prompt_states = PromptStates()
         self.speculates = True
         self._max_draft_tokens = max_draft_tokens
         self._seed, self._num_unseeded = seed, 0
+        self._seen_version, self._num_reports = 0, 0
+        self._ended: list[tuple[int, int]] = []  # prompt and completion tokens of requests nobody announced
         self._keys: dict[str, int] = {}
         self._policy: nn.Module | None = None
         self.use({}, GoodputController(()))
@@ -104,6 +109,9 @@ class Drafting:
 
     def begin(self, sequences: Sequences, limits: np.ndarray, recorder: StepRecorder, speculates: bool) -> None:
         """A call of ours begins. Its requests carry their index and key in vLLM's `extra_args`."""
+        if sequences.policy_version != self._seen_version:
+            self.prompt_states.clear()
+            self._seen_version = sequences.policy_version
         self.speculates = speculates
         self.record(recorder)
         self.roster.announce(sequences, limits)
@@ -116,10 +124,30 @@ class Drafting:
     def policy_updated(self, version: int | None = None) -> None:
         """New weights, on an engine whose requests nobody announces: drafters learn from what they have seen."""
         sampling = None if self.roster.sequences is None else self.roster.sequences.sampling
+        self.prompt_states.clear()
         if sampling is None:
             self.tracker.advance(self.speculators, self.controller, version)
         else:
             self._turn(sampling, version)
+
+    def take_report(self) -> StepReport:
+        """What was done for requests that ended since the last call, on an engine whose requests nobody announces.
+
+        `generate_s` is the time in which the worker was busy.
+        """
+        ended, self._ended = self._ended, []
+        report = self.recorder.finish(
+            step=self._num_reports,
+            policy_version=self.tracker.version,
+            mode="standalone",
+            num_prompt_tokens=sum(prompt for prompt, _ in ended),
+            completion_lengths=[completion for _, completion in ended],
+        )
+        plain_s = report.prefill_s + report.sample_s + report.commit_s * report.accepted_length
+        plain_s += self.no_speculation_forward_s
+        self._num_reports += 1
+        self.record(StepRecorder(speculators=tuple(self.speculators)))
+        return replace(report, no_speculation_s=plain_s if self.speculators else None)
 
     def keys(self, requests: list[Request]) -> np.ndarray:
         """Noise keys uint64 `[rows]`: ours, or of the request's seed, or of its turn, which is the same on every rank."""
@@ -132,6 +160,7 @@ class Drafting:
         """The engine has ended these requests, perhaps for a reason that is not seen here (a stop string, a client gone)."""
         for name in names:
             self._keys.pop(name, None)
+            self.prompt_states.drop(name)
             if name in self.roster.request_of:
                 self._abandon(self.roster.request_of[name])
                 self.roster.leave(name)
@@ -167,6 +196,7 @@ class Drafting:
     def _follow(self, forward: Forward) -> list[int]:
         """Rows with new tokens whose requests drafters know, newcomers included."""
         batch, newcomers = forward.batch, []
+        self._read_prompts(forward)
         for row, (request, new) in enumerate(zip(batch.requests, forward.sampled, strict=True)):
             known = request.name in self.roster.request_of
             # Only a request that has just finished its prompt can be entered: drafters want all that follows it.
@@ -175,7 +205,32 @@ class Drafting:
         for row in newcomers:
             self._enter(arrival_of(batch.requests[row], self._keys[batch.requests[row].name]), batch.token_ids[row])
         self._start([batch.requests[row].name for row in newcomers])
+        self._hand_over_prompts(forward, newcomers)
         return [row for row, new in enumerate(forward.sampled) if new and self._is_followed(forward, row)]
+
+    def _read_prompts(self, forward: Forward) -> None:
+        """Keep what the forward says of prompts that are not complete, for drafters that read layers."""
+        for (begin, count, position), request in zip(forward.spans.tolist(), forward.batch.requests, strict=True):
+            if not forward.layers or request.name in self.roster.request_of:
+                continue
+            end = min(count, request.num_prompt_tokens - position)
+            if end > 0:
+                pieces = {n: states[begin : begin + end] for n, states in forward.layers.items()}
+                self.prompt_states.add(request.name, position, pieces)
+
+    def _hand_over_prompts(self, forward: Forward, newcomers: list[int]) -> None:
+        for row in newcomers if forward.layers else ():
+            request = forward.batch.requests[row]
+            tokens = forward.batch.token_ids[row, : request.num_prompt_tokens]
+            states = self.prompt_states.take(request.name, tokens)
+            index = self.roster.request_of.get(request.name)
+            if states is None or index is None or not self.speculates:
+                continue
+            assert self.roster.sequences is not None
+            for speculator in self.speculators.values():
+                if speculator.reads_layers:
+                    hidden = Hidden(np.zeros(1, np.int64), None, states)
+                    speculator.read_prompts(self.roster.sequences, [np.array([index])], hidden)
 
     def _is_followed(self, forward: Forward, row: int) -> bool:
         request = self.roster.request_of.get(forward.batch.requests[row].name)
@@ -232,6 +287,9 @@ class Drafting:
         sequences.lengths[requests] += num_committed
         finished = stopped | (sequences.lengths[requests] >= self.roster.limits[requests])
         for i in np.flatnonzero(finished):
+            if not self.roster.announced:
+                prompt = int(sequences.prompt_lengths[requests[i]])
+                self._ended.append((prompt, int(sequences.lengths[requests[i]]) - prompt))
             self.roster.leave(forward.batch.requests[rows[i]].name)
         accepted = np.minimum(num_new - 1, num_committed)
         # Drafts behind an accepted ending token were neither accepted nor rejected.
@@ -345,6 +403,3 @@ def _hidden(forward: Forward, rows: np.ndarray) -> Hidden:
     at = torch.from_numpy(np.concatenate([np.arange(e - n, e) for e, n in zip(ends, counts, strict=True)]))
     layers = {n: states[at.to(states.device)] for n, states in forward.layers.items()}
     return Hidden(forward.first[rows], forward.hidden, layers)
-
-
-__all__ = ["EXTRA_KEY", "EXTRA_REQUEST", "Drafting"]

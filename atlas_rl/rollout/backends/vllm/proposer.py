@@ -17,8 +17,11 @@ from atlas_rl.rollout.backends.vllm.guards import check_engine, options_of
 from atlas_rl.rollout.backends.vllm.internals import Forward, Hooks, PolicyView, Request
 from atlas_rl.rollout.goodput import GoodputController
 from atlas_rl.rollout.recorder import StepRecorder
+from atlas_rl.rollout.report import StepReport
 from atlas_rl.rollout.warmup import compile_kernels
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.eagle3 import Eagle3Speculator
+from atlas_rl.speculators.eagle3_checkpoint import eagle3_layers
 from atlas_rl.speculators.history import HistorySpeculator
 from atlas_rl.speculators.recurrent import RecurrentSpeculator
 
@@ -50,6 +53,9 @@ class AtlasProposer(Hooks):
             seed=int(model_config.seed or 0),
         )
         self._given = False
+        folder = self.options.get("draft_model")
+        if folder is not None:
+            self.layers = eagle3_layers(folder, self._config.num_hidden_layers)
 
     @property
     def recorder(self) -> StepRecorder:  # type: ignore[override]
@@ -74,6 +80,8 @@ class AtlasProposer(Hooks):
         if not self._given:
             compile_kernels()
             speculators: list[Speculator] = [HistorySpeculator(), RecurrentSpeculator()]
+            if "draft_model" in self.options:
+                speculators.append(Eagle3Speculator(self.options["draft_model"]))
             named = {speculator.name: speculator for speculator in speculators}
             self.drafting.use(named, GoodputController(tuple(named)))
         self.drafting.bind(self.policy)
@@ -87,6 +95,15 @@ class AtlasProposer(Hooks):
 
     def ended(self, names: set[str]) -> None:
         self.drafting.forget(names)
+
+    def policy_updated(self, version: int | None) -> dict[str, Any]:
+        """New weights, on a server."""
+        self.drafting.policy_updated(version)
+        return {"policy_version": self.drafting.tracker.version}
+
+    def take_report(self) -> StepReport:
+        """See `Drafting.take_report`."""
+        return self.drafting.take_report()
 
     def weights_changed(self) -> None:
         if self.policy is not None:
