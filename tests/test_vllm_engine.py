@@ -85,7 +85,7 @@ def test_preempted_requests_go_on_where_they_were(policy: Any, folder: Path) -> 
 
 
 def test_prompts_in_chunks_and_from_the_prefix_cache(policy: Any, folder: Path) -> None:
-    chunked = engine(folder, max_num_seqs=16, max_num_batched_tokens=32, enable_prefix_caching=True, block_size=16)
+    chunked = engine(folder, max_num_seqs=16, max_num_batched_tokens=32, enable_prefix_caching=True, block_size=32)
     reports = both(policy, chunked)
     assert sum(reports[-1].drafted.values()) > 0
 
@@ -120,9 +120,9 @@ def test_the_static_head_sees_what_it_sees_in_process(
             if "norm" not in name:
                 parameter.normal_(std=0.3)
     save_eagle3(tmp_path, head, policy)
-    options: dict[str, Any] = (
-        {"max_num_batched_tokens": chunk, "block_size": 16} if chunk else {"enable_prefix_caching": False}
-    )
+    options: dict[str, Any] = {"enable_prefix_caching": False}
+    if chunk:
+        options = {"max_num_batched_tokens": chunk, "block_size": 32}
     llm = engine(folder, max_num_seqs=32, **options, **llm_arguments(tmp_path))
     given: dict[str, Any] = {"max_new_tokens": 30, "eos_token_ids": [0], "num_generations": 4, "seed": 3}
     reports = []
@@ -185,16 +185,10 @@ class Wrong(Stateless):
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         done = sequences.lengths[requests] - sequences.prompt_lengths[requests]
-        tokens = [
-            self.truth[r][n] if self.truth and n < len(self.truth[r]) else 0
-            for r, n in zip(requests, done, strict=True)
-        ]
-        drafted = np.array(tokens, np.int64)[:, None]
-        return Draft(
-            (drafted + 1) % VOCAB if self.lost else drafted,
-            np.minimum(max_draft_tokens, 1),
-            np.full_like(drafted, 0.5, np.float32),
-        )
+        known = [self.truth[r] if self.truth else [] for r in requests]
+        tokens = [row[n] if n < len(row) else 0 for row, n in zip(known, done, strict=True)]
+        drafted = (np.array(tokens, np.int64)[:, None] + self.lost) % VOCAB
+        return Draft(drafted, np.minimum(max_draft_tokens, 1), np.full(drafted.shape, 0.5, np.float32))
 
 
 class TestWatch:
