@@ -244,6 +244,12 @@ def test_engines_that_cannot_draft_say_what_to_change(arguments: dict[str, Any],
         engine(folder, **arguments)
 
 
+def test_model_runner_v2_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
+        engine(folder)
+
+
 def test_options_of_other_engines_are_refused(folder: Path, llm: Any) -> None:
     with pytest.raises(ValueError, match="invariant"):
         AtlasRolloutEngine(backend="vllm", verification="rejection")

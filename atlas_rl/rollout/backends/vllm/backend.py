@@ -13,7 +13,7 @@ import torch
 
 from atlas_rl.rollout import watch
 from atlas_rl.rollout.backends.vllm import internals
-from atlas_rl.rollout.backends.vllm.guards import check_sampling, speculative_config
+from atlas_rl.rollout.backends.vllm.guards import check_environment, check_sampling, speculative_config
 from atlas_rl.rollout.backends.vllm.lifewatch import Watch
 from atlas_rl.rollout.backends.vllm.requests import EXTRA_KEY, EXTRA_REQUEST
 from atlas_rl.rollout.controller import Controller
@@ -47,6 +47,7 @@ def llm_arguments(draft_model: str | Path | None = None) -> dict[str, Any]:
 def in_this_process() -> Iterator[None]:
     """Engines that are built inside run in this process, where their proposer can be reached."""
     internals.check_version()
+    check_environment()
     name = "VLLM_ENABLE_V1_MULTIPROCESSING"
     before = os.environ.get(name)
     os.environ[name] = "0"

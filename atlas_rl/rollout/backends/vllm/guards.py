@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,13 +29,19 @@ def options_of(vllm_config: Any) -> dict[str, Any]:
     return options
 
 
+_V2 = "atlas_rl drafts through vLLM's model runner V1: unset VLLM_USE_V2_MODEL_RUNNER"
+
+
+def check_environment() -> None:
+    """Raise `ValueError` where the environment asks for what our proposer cannot work in, before an engine is built."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() in ("1", "true"):
+        raise ValueError(_V2)
+
+
 def check_engine(vllm_config: Any) -> None:
     """Raise `ValueError` for an engine configuration that our proposer cannot work in."""
     checks = (
-        (
-            vllm_config.use_v2_model_runner,
-            "atlas_rl drafts through vLLM's model runner V1: unset VLLM_USE_V2_MODEL_RUNNER",
-        ),
+        (vllm_config.use_v2_model_runner, _V2),
         (
             bool(vllm_config.scheduler_config.async_scheduling),
             "atlas_rl drafts between steps, which asynchronous scheduling runs over: set async_scheduling=False",

@@ -1,6 +1,6 @@
 """The proposer that vLLM loads by name: `speculative_config={"method": "custom_class", "model": <path of AtlasProposer>}`.
 
-vLLM imports this module in every worker, before it loads the policy. Options come in vLLM's own
+vLLM builds it in every worker, before it loads the policy. Options come in vLLM's own
 `additional_config={"atlas_rl": {"draft_model": FOLDER}}`, the static arm; all else has defaults.
 """
 
@@ -25,8 +25,6 @@ from atlas_rl.speculators.eagle3_checkpoint import eagle3_layers
 from atlas_rl.speculators.history import HistorySpeculator
 from atlas_rl.speculators.recurrent import RecurrentSpeculator
 
-internals.install()
-
 
 class AtlasProposer(Hooks):
     """History index, recurrent head, static head and controller inside a vLLM worker.
@@ -39,6 +37,7 @@ class AtlasProposer(Hooks):
     """
 
     def __init__(self, vllm_config: Any) -> None:
+        internals.install()  # before the runner that asks for this object loads its model
         check_engine(vllm_config)
         self.options = options_of(vllm_config)
         self.policy: PolicyView | None = None
