@@ -30,11 +30,14 @@ def arrival_of(request: Request, noise_key: int) -> Arrival:
 
 def sampling_of(params: Any) -> SamplingParams:
     """vLLM's sampling parameters as ours; what we do not have costs acceptance, never correctness."""
+    ends = set(params.stop_token_ids or ())
+    if not params.ignore_eos and params.eos_token_id is not None:
+        ends.add(params.eos_token_id)
     return SamplingParams(
         max_new_tokens=params.max_tokens or 1 << 30,
         temperature=params.temperature,
         top_k=max(params.top_k, 0),
         top_p=params.top_p,
         repetition_penalty=params.repetition_penalty,
-        eos_token_ids=tuple(sorted(params.all_stop_token_ids)),
+        eos_token_ids=tuple(sorted(ends)),
     )
