@@ -147,3 +147,16 @@ def test_what_vllm_cannot_honour_is_refused_first(
     with pytest.raises(ValueError, match=message):
         AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
     assert not trainer.use_vllm
+
+
+def test_a_folder_is_enough_stand_alone(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, enforce_eager=True, dtype="float32"))
+    engine = AtlasRolloutEngine(model=folder, tokenizer=tokenizer, backend="vllm", console=False)
+    output = engine.generate([[2, 3, 4], [5, 6]], num_generations=3, max_new_tokens=20, seed=4)
+    assert all(tokens[-1] == 1 or len(tokens) == 20 for tokens in output.completion_ids), "the tokenizer's ending token"
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = AtlasRolloutEngine(model=policy, tokenizer=tokenizer, speculation=False, console=False)
+    expected = plain.generate([[2, 3, 4], [5, 6]], num_generations=3, max_new_tokens=20, seed=4)
+    assert output.completion_ids == expected.completion_ids

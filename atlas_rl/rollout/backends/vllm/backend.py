@@ -24,6 +24,8 @@ from atlas_rl.speculators.base import Sequences, Speculator
 if TYPE_CHECKING:
     from atlas_rl.rollout.backends.vllm.proposer import AtlasProposer
 
+_CPU_CACHE_BYTES = 2 << 30
+
 NO_DRAFTER = (
     "this vLLM engine was built without our drafter. Build the trainer inside the engine, then attach:\n"
     "    with engine.prepare_vllm(): trainer = GRPOTrainer(..., args=GRPOConfig(use_vllm=True, ...))\n"
@@ -62,11 +64,17 @@ def in_this_process() -> Iterator[None]:
 
 
 def build_llm(model: str | Path, draft_model: str | Path | None) -> Any:
-    """A `vllm.LLM` of this process with our proposer and otherwise vLLM's defaults."""
+    """A `vllm.LLM` of this process with our proposer and otherwise vLLM's defaults, but for its cache on a CPU.
+
+    There vLLM would take nearly all memory of the machine. `VLLM_CPU_KVCACHE_SPACE` (GiB) sets another size.
+    """
     with in_this_process():
         from vllm import LLM
 
-        return LLM(model=str(model), logprobs_mode="processed_logprobs", **llm_arguments(draft_model))
+        arguments = llm_arguments(draft_model)
+        if not torch.cuda.is_available() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+        return LLM(model=str(model), logprobs_mode="processed_logprobs", **arguments)
 
 
 class VllmRun:
@@ -112,7 +120,7 @@ class VllmBackend:
             )
         self.llm = llm
         self.drafter: AtlasProposer = drafter  # type: ignore[assignment]
-        self.drafter.prepare()
+        self.drafter.prepare(defaults=False)  # an engine brings its own
         self._watch = Watch()
         self.vocab_size = int(config.get_vocab_size())
         self.max_context = int(config.max_model_len) - 1  # prompt plus completion fill the context, not one more

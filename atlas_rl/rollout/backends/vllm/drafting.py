@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from atlas_rl.rollout.backends.vllm.internals import Forward, Request
 from atlas_rl.rollout.backends.vllm.prompt_states import PromptStates
@@ -25,6 +24,7 @@ from atlas_rl.rollout.noise import mix64
 from atlas_rl.rollout.proposing import Proposing, merge
 from atlas_rl.rollout.recorder import StepRecorder
 from atlas_rl.rollout.report import StepReport
+from atlas_rl.rollout.sampling import SamplingParams
 from atlas_rl.speculators.base import Hidden, Rollouts, Sequences, Speculator, Verified
 from atlas_rl.sync.policy import PolicyTracker
 
@@ -77,26 +77,12 @@ class Drafting:
         self._seen_version, self._num_reports = 0, 0
         self._ended: list[tuple[int, int]] = []  # prompt and completion tokens of requests nobody announced
         self._keys: dict[str, int] = {}
-        self._policy: nn.Module | None = None
         self.use({}, GoodputController(()))
 
     def use(self, speculators: Mapping[str, Speculator], controller: Controller) -> None:
-        """Draft with these from now on; they have been bound to the policy, or will be by `bind`."""
+        """Draft with these from now on; they know the policy."""
         self.speculators, self.controller = dict(speculators), controller
         self.record(StepRecorder(speculators=tuple(speculators)))
-        if self._policy is not None:
-            self.bind(self._policy)
-
-    def bind(self, policy: nn.Module) -> None:
-        """The policy to draft for."""
-        self._policy = policy
-        for speculator in self.speculators.values():
-            speculator.bind(policy)
-
-    @property
-    def bound(self) -> bool:
-        """Whether the policy is known."""
-        return self._policy is not None
 
     def record(self, recorder: StepRecorder) -> None:
         """Count from here on into `recorder`."""
@@ -245,8 +231,8 @@ class Drafting:
         if arrival.request is None:
             if self.roster.is_over(arrival.sampling):
                 self._turn(arrival.sampling, self.tracker.version)
-            if self.roster.announced or not self.roster.belongs(arrival.sampling):
-                return
+            if self.roster.announced or not self.roster.belongs(arrival.sampling) or not self.roster.has_room:
+                return  # served without drafts
         self.roster.enter(arrival, tokens[: arrival.num_prompt_tokens])
 
     def _start(self, names: list[str]) -> None:
@@ -256,13 +242,13 @@ class Drafting:
             for speculator in self.speculators.values():
                 speculator.start(self.roster.sequences, np.array(entered))
 
-    def _turn(self, sampling: object, version: int | None) -> None:
+    def _turn(self, sampling: SamplingParams, version: int | None) -> None:
         """End the epoch: drafters learn from it. Requests that still run move into the next one."""
         old = self.roster.sequences
         if old is not None:
             self.tracker.finished(Rollouts(old, self.recorder.seconds("verify") + self.recorder.seconds("prefill")))
         self.tracker.advance(self.speculators, self.controller, version)
-        self.roster.open(sampling, self.tracker.version)  # type: ignore[arg-type]
+        self.roster.open(sampling, self.tracker.version)
         self._planned = None
         self._start(list(self.roster.request_of))
 

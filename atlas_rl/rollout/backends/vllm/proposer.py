@@ -51,7 +51,6 @@ class AtlasProposer(Hooks):
             vocab_size=model_config.get_vocab_size(),
             seed=int(model_config.seed or 0),
         )
-        self._given = False
         folder = self.options.get("draft_model")
         if folder is not None:
             self.layers = eagle3_layers(folder, self._config.num_hidden_layers)
@@ -66,24 +65,24 @@ class AtlasProposer(Hooks):
         self._model = target_model
 
     def use(self, speculators: dict[str, Speculator], controller: Any) -> None:
-        """Draft with these instead of the defaults."""
-        self._given = True
+        """Draft with these, which know the policy, instead of the defaults."""
         self.drafting.use(speculators, controller)
 
-    def prepare(self) -> None:
-        """Build what needs the loaded policy; called by the first step at the latest."""
+    def prepare(self, *, defaults: bool = True) -> None:
+        """Build what needs the loaded policy, with the default speculators or none; at the first step at the latest."""
         if self.policy is not None:
             return
         assert self._model is not None, "vLLM loads the model before it asks for drafts"
         self.policy = PolicyView(self._model, self._config)
-        if not self._given:
+        if defaults:
             compile_kernels()
             speculators: list[Speculator] = [HistorySpeculator(), RecurrentSpeculator()]
             if "draft_model" in self.options:
                 speculators.append(Eagle3Speculator(self.options["draft_model"]))
             named = {speculator.name: speculator for speculator in speculators}
+            for speculator in speculators:
+                speculator.bind(self.policy)
             self.drafting.use(named, GoodputController(tuple(named)))
-        self.drafting.bind(self.policy)
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """vLLM's own call, which the hooks replace: here only if they were not installed."""

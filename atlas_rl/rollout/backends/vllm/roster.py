@@ -67,12 +67,19 @@ class Roster:
         """Whether a request can join the epoch: drafts are drawn for one way of sampling."""
         return self.sequences is not None and _kind(sampling) == _kind(self.sequences.sampling)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another request that nobody announced gets a row."""
+        return self._num_used < self._num_rows
+
     def is_over(self, sampling: SamplingParams) -> bool:
         """Whether a new request should begin another epoch."""
         if self.announced:
             return False
-        if self.sequences is None or self._num_used == self._num_rows:
+        if self.sequences is None:
             return True
+        if not self.has_room:
+            return len(self.request_of) <= self._num_rows // 2  # those that run need rows in the next one
         return not self.request_of and (self._num_used >= _LEARN_FROM or not self.belongs(sampling))
 
     def open(self, sampling: SamplingParams, policy_version: int) -> None:
