@@ -15,7 +15,6 @@ import torch
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.backends.vllm import internals
-from atlas_rl.rollout.backends.vllm.guards import speculative_config
 from atlas_rl.rollout.controller import FixedController
 from atlas_rl.rollout.sampling import SamplingParams
 from tests.drafters import RandomDrafter
@@ -96,7 +95,17 @@ def test_a_version_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(internals.metadata, "version", lambda name: "0.33.1")
     with pytest.raises(ValueError, match=r"vLLM 0\.33\.1 is not known"):
         internals.check_version()
-    assert speculative_config()["method"] == "custom_class"
+
+
+def test_a_method_that_takes_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, hidden_states: Any) -> None:
+        """As another version might have it."""
+
+    monkeypatch.setattr(GPUModelRunner, "propose_draft_token_ids", propose_draft_token_ids)
+    with pytest.raises(ValueError, match="propose_draft_token_ids than atlas_rl knows"):
+        internals.install()
 
 
 def test_one_seed_gives_one_text_whatever_is_drafted_here_and_in_process(policy: Any, llm: Any) -> None:

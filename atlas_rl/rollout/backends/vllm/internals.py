@@ -16,6 +16,7 @@ Before adding one, run tests/test_vllm_exactness.py on it.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -202,6 +203,8 @@ def install() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    _check_signature(GPUModelRunner.propose_draft_token_ids, _PROPOSE_TAKES)
+    _check_signature(GPUModelRunner._sample, ("self", "logits", "spec_decode_metadata"))
     classes: list[Any] = [GPUModelRunner]
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -214,6 +217,16 @@ def install() -> None:
         for name, hook in _HOOKS.items():
             if name in vars(runner_class):
                 setattr(runner_class, name, _hooked(vars(runner_class)[name], hook))
+
+
+def _check_signature(method: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    """A patch release may have changed what is hooked: then nothing here can be trusted."""
+    found = tuple(inspect.signature(inspect.unwrap(method)).parameters)
+    if found[: len(expected)] != expected:
+        raise ValueError(
+            f"vLLM {installed_version()} has another {method.__qualname__} than atlas_rl knows ({found}): install "
+            f"vLLM {', '.join(KNOWN_VERSIONS)}.0, or use AtlasRolloutEngine(backend='in_process')"
+        )
 
 
 def _hooked(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,6 +312,16 @@ def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: A
         return drafter.propose_after(forward)
 
 
+_PROPOSE_TAKES = (
+    "self",
+    "scheduler_output",
+    "sampled_token_ids",
+    "sampling_metadata",
+    "hidden_states",
+    "sample_hidden_states",
+    "aux_hidden_states",
+    "spec_decode_metadata",
+)
 _GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
 _HOOKS: dict[str, Callable[..., Any]] = {
     "load_model": _load_model,
