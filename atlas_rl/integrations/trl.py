@@ -41,6 +41,18 @@ _CHECKED_ROWS = 2
 
 def attach(engine: AtlasRolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
     """Put the engine in the place of the trainer's vLLM. Raises `ValueError` and changes nothing if it cannot."""
+    check_trainer(trainer, baseline_every)
+    if getattr(trainer, "vllm_generation", None) is not None:
+        raise ValueError("the trainer already generates with vLLM: build it with use_vllm=False and attach once")
+    adapter = TrainerAdapter(engine, trainer, baseline_every)
+    trainer.use_vllm = True
+    trainer.vllm_generation = adapter
+    trainer._last_loaded_step = -1
+    return adapter
+
+
+def check_trainer(trainer: Any, baseline_every: int) -> None:
+    """Raise `ValueError` for a trainer that no engine can be attached to."""
     if baseline_every < 0:
         raise ValueError(f"baseline_every must be >= 0 (0 never), got {baseline_every}")
     if not hasattr(trainer, "_generate_single_turn") or not hasattr(trainer, "_metrics"):
@@ -48,18 +60,12 @@ def attach(engine: AtlasRolloutEngine, trainer: Any, baseline_every: int) -> Tra
             f"{type(trainer).__name__} has no generation seam to attach to: attach to a GRPOTrainer or an RLOOTrainer, "
             "or call engine.generate() yourself"
         )
-    if getattr(trainer, "vllm_generation", None) is not None:
-        what = "this engine" if isinstance(trainer.vllm_generation, TrainerAdapter) else "vLLM"
-        raise ValueError(f"the trainer already generates with {what}: build it with use_vllm=False and attach once")
+    if isinstance(getattr(trainer, "vllm_generation", None), TrainerAdapter):
+        raise ValueError("the trainer already generates with this engine: attach once")
     if getattr(trainer, "rollout_func", None) is not None:
         raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")
     if getattr(trainer, "use_transformers_continuous_batching", False):
         raise ValueError("set use_transformers_continuous_batching=False: the engine batches by itself")
-    adapter = TrainerAdapter(engine, trainer, baseline_every)
-    trainer.use_vllm = True
-    trainer.vllm_generation = adapter
-    trainer._last_loaded_step = -1
-    return adapter
 
 
 def rollout_func(engine: AtlasRolloutEngine, trainer: Any) -> TrainerAdapter:
@@ -146,7 +152,9 @@ class TrainerAdapter:
         mode: Mode = "train" if trainer.model.training else "eval"
         sampling = self._sampling(self._seed(step, mode))
         with self._policy() as model:
-            output = self.engine.rollout(model, prompts, sampling, mode=mode, step=step)
+            output = self.engine.rollout(
+                model, prompts, sampling, mode=mode, step=step, extra=self._extra(), policy=self._audited()
+            )
             report = output.report
             if mode == "train":
                 if self.baseline_every and self._train_calls % self.baseline_every == 0:
@@ -156,8 +164,16 @@ class TrainerAdapter:
         self._callback.add(report)
         return output
 
+    def _extra(self) -> dict[str, Any]:
+        """Sampling parameters that only another backend has."""
+        return {}
+
+    def _audited(self) -> Any:
+        """The policy to audit against, where the backend does not run it itself."""
+        return None
+
     @contextmanager
-    def _policy(self) -> Iterator[nn.Module]:
+    def _policy(self) -> Iterator[Any]:
         """The policy with its weights in one place: DeepSpeed ZeRO-3 and FSDP shards gathered."""
         trainer = self.trainer
         with (
@@ -198,15 +214,19 @@ class TrainerAdapter:
         call = self._calls_at_step.get((step, mode), 0)
         self._calls_at_step = {(step, mode): call + 1}
         seed = int(self.trainer.args.seed)
-        for part in (step, call, int(mode == "eval"), self.trainer.accelerator.process_index):
+        for part in (step, call, int(mode == "eval"), self._noise_rank()):
             seed = mix64(seed ^ mix64(part + 1))
         return seed >> 1
+
+    def _noise_rank(self) -> int:
+        """Ranks that generate the same rollouts share it."""
+        return int(self.trainer.accelerator.process_index)
 
     def _with_baseline(
         self, model: nn.Module, prompts: list[list[int]], sampling: SamplingParams, output: GenerationOutput
     ) -> StepReport:
         """The same rollouts without speculation: the measured price, and the same tokens."""
-        plain = self.engine.rollout(model, prompts, sampling, speculation=False)
+        plain = self.engine.rollout(model, prompts, sampling, speculation=False, extra=self._extra())
         report = replace(output.report, baseline_tokens_per_s=plain.report.tokens_per_s)
         if plain.completion_ids != output.completion_ids and self.engine.config.verification == "invariant":
             pairs = zip(plain.completion_ids, output.completion_ids, strict=True)
@@ -259,6 +279,8 @@ class ReportCallback(TrainerCallback):
         self._trainer = trainer
         self._pending: dict[Mode, list[StepReport]] = {"train": [], "eval": [], "standalone": []}
         self._step_began = time.perf_counter()
+        self.leads = True
+        """Whether this rank's rollouts are counted."""
 
     def add(self, report: StepReport) -> None:
         """A generation of the present step or evaluation."""
@@ -309,7 +331,8 @@ class ReportCallback(TrainerCallback):
         own = replace(concatenate(reports), step_s=step_s)
         if self._trainer.accelerator.num_processes == 1:
             return own
-        return merge(gather_object([own]))
+        # Ranks that generate the same rollouts count once.
+        return merge(gather_object([own] if self.leads else []))
 
     def _log(self, report: StepReport) -> None:
         for name, value in trainer_metrics(report).items():

@@ -75,7 +75,7 @@ class Auditor:
     def __init__(self, share: float, *, engine_dtype: torch.dtype | None = None) -> None:
         self.share = share
         self.detector = ChangeDetector()
-        self._engine_dtype = engine_dtype
+        self.engine_dtype = engine_dtype
         self._credit_tokens = 1.0 if share else 0.0  # the first completion of a run is audited at once, on credit
         self._num_calls = 0
 
@@ -148,7 +148,7 @@ class Auditor:
 
     def _tolerance(self, model: nn.Module) -> Tolerance:
         parameter = next(model.parameters())
-        full = parameter.dtype == torch.float32 and self._engine_dtype in (None, torch.float32)
+        full = parameter.dtype == torch.float32 and self.engine_dtype in (None, torch.float32)
         return FULL_PRECISION if full and not torch.is_autocast_enabled(parameter.device.type) else LOW_PRECISION
 
     def _findings(self, scores: Scores, tolerance: Tolerance, alarm: bool) -> Iterator[str]:

@@ -38,7 +38,7 @@ class EngineConfig:
             switches the correction off; False leaves it alone.
         audit_share: Share of the tokens that is put through a plain forward pass as well, to see that samples and logprobs
             are the policy's (`rollout/audit.py`); in [0, 1], 0 never.
-        backend: `auto` or `in_process`.
+        backend: `in_process`, `vllm`, or `auto`: vLLM for a trainer with `use_vllm=True`, else in process.
         clock: Seconds since some fixed moment: what reports and the controller's costs are measured with.
 
     Raises:
@@ -62,8 +62,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.verification not in ("invariant", "rejection"):
             raise ValueError(f"verification must be 'invariant' or 'rejection', got {self.verification!r}")
-        if self.backend not in ("auto", "in_process"):
-            raise ValueError(f"backend must be 'auto' or 'in_process', got {self.backend!r}")
+        if self.backend not in ("auto", "in_process", "vllm"):
+            raise ValueError(f"backend must be 'auto', 'in_process' or 'vllm', got {self.backend!r}")
+        if self.backend == "vllm" and self.verification != "invariant":
+            raise ValueError("the vLLM backend verifies by drafter-invariant sampling: leave verification='invariant'")
+        if self.backend == "vllm" and (self.trace or self.max_batch_size is not None):
+            raise ValueError(
+                "trace and max_batch_size are of the in-process backend: vLLM has max_num_seqs for the latter"
+            )
         if not 0 <= self.audit_share <= 1:
             raise ValueError(f"audit_share must be in [0, 1] (0 never audits), got {self.audit_share}")
         if self.max_batch_size is not None and self.max_batch_size < 1:

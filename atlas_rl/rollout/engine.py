@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from atlas_rl.rollout import watch
 from atlas_rl.rollout.audit import Audit, Auditor
-from atlas_rl.rollout.backends.in_process import InProcessBackend, unwrap_policy
+from atlas_rl.rollout.backends.in_process import InProcessBackend
+from atlas_rl.rollout.backends.select import new_backend, runs, static_arm
 from atlas_rl.rollout.config import EngineConfig, reject_unknown
 from atlas_rl.rollout.controller import Controller
 from atlas_rl.rollout.fused import verifier_on
@@ -33,6 +37,9 @@ from atlas_rl.sync.policy import PolicyTracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
+
+    from atlas_rl.rollout.backends.select import AnyBackend
+    from atlas_rl.rollout.backends.vllm.backend import VllmRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,9 @@ class AtlasRolloutEngine:
     Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off.
 
     Args:
-        model: The policy, a causal LM; only needed for stand-alone use. Its weights are shared, never copied.
+        model: The policy, only needed for stand-alone use. In process a causal LM, whose weights are shared, never copied;
+            for vLLM a checkpoint's folder or name, or a `vllm.LLM` of this process built with
+            `atlas_rl.rollout.backends.vllm.backend.llm_arguments()`.
         tokenizer: Gives the ending tokens; may be None when `generate` is told `eos_token_ids`.
         options: See `EngineConfig`.
 
@@ -72,13 +81,17 @@ class AtlasRolloutEngine:
     """
 
     def __init__(
-        self, *, model: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+        self,
+        *,
+        model: nn.Module | str | Path | Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
     ) -> None:
         self.config = EngineConfig.of(options)
         self.tokenizer = tokenizer
         self.reports: list[StepReport] = []
         self._model = model
-        self._backend: InProcessBackend | None = None
+        self._backend: AnyBackend | None = None
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
         self._restored: dict[str, Any] = {}  # state that waits for the speculators, which the first rollout makes
@@ -86,6 +99,7 @@ class AtlasRolloutEngine:
         self._policy = PolicyTracker()
         self._auditor = Auditor(self.config.audit_share)
         self._calls = 0
+        self._sync_s = 0.0
         self._adapter: Any = None
         folder = Path(self.config.output_dir) if self.config.output_dir else None
         self._sink = JsonlSink(folder / "rollouts.jsonl") if folder else None
@@ -149,7 +163,7 @@ class AtlasRolloutEngine:
 
     def rollout(
         self,
-        model: nn.Module,
+        model: Any,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
@@ -157,17 +171,21 @@ class AtlasRolloutEngine:
         mode: Mode = "standalone",
         step: int | None = None,
         speculation: bool | None = None,
+        extra: Mapping[str, Any] | None = None,
+        policy: nn.Module | None = None,
     ) -> GenerationOutput:
         """Generate with `model` and report, without publishing the report. For integrations.
 
         Args:
-            model: The policy or a wrapper of it.
+            model: The policy or a wrapper of it; a `VllmBackend` for one that vLLM runs.
             prompts: Token ids.
             sampling: Sampling parameters.
             num_generations: Completions per prompt.
             mode: For the report.
             step: For the report; None counts calls.
             speculation: None follows the engine's option. Reruns that set it to False, to measure, are not audited.
+            extra: Further sampling parameters of vLLM's.
+            policy: The policy in process, for the audit, where vLLM runs a copy of it; None audits nothing there.
         """
         backend = self._backend_for(model)
         sequences, max_lengths = build_sequences(
@@ -177,46 +195,68 @@ class AtlasRolloutEngine:
         speculators = self._speculators_for(backend) if use else {}
         controller = self._controller if use and self._controller is not None else GoodputController(())
         recorder = StepRecorder(speculators=tuple(speculators), clock=self.config.clock)
-        num_rows = self._num_rows(backend, sequences)
-        cache = backend.new_cache(num_rows, sequences.token_ids.shape[1])
-        with backend.session(cache):
-            loop = DecodeLoop(
-                backend,
-                verifier_on(backend.device, self._verifier),
-                speculators,
-                controller,
-                sequences,
-                num_rows,
-                max_lengths,
-                recorder,
+        run: DecodeLoop | VllmRun
+        if isinstance(backend, InProcessBackend):
+            run = self._decode(backend, sequences, max_lengths, speculators, controller, recorder)
+            findings = watch.findings(recorder, run.proposing)
+        else:
+            run = backend.generate(
+                sequences, max_lengths, recorder, controller, speculates=bool(speculators), extra=extra or {}
             )
-            loop.run()
+            findings = backend.findings(recorder, run)
         if self._trace_path is not None:
-            self._write_trace(self._trace_path, loop.trace)
-        for message in watch.findings(recorder, loop.num_asked, loop.num_proposed):
+            self._write_trace(self._trace_path, run.trace)
+        for message in findings:
             recorder.warn(message)
         audit = None
-        if self.config.audit_share and speculation is not False:
+        audited = backend.model if isinstance(backend, InProcessBackend) else policy
+        if self.config.audit_share and speculation is not False and audited is not None and not extra:
             with recorder.time("audit"):
-                audit = self._audit(backend, sequences, loop)
+                audit = self._audit(audited, backend, sequences, run.logprobs)
             for message in audit.findings:
                 recorder.warn(message)
-        report = self._report(recorder, loop, sequences, mode, self._calls if step is None else step)
+        report = self._report(recorder, run, sequences, mode, self._calls if step is None else step)
         if audit is not None:
             report = replace(report, **audit.figures())
-        if use:
-            self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s))
+        if speculators:
+            self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s - report.sync_s))
         self._calls += 1
         completions = [sequences.completion(request) for request in range(len(sequences.lengths))]
         prompt_ids = [list(prompt) for prompt in prompts for _ in range(num_generations)]
-        return GenerationOutput(prompt_ids, completions, loop.logprobs, report)
+        return GenerationOutput(prompt_ids, completions, run.logprobs, report)
 
     def policy_updated(self, version: int | None = None) -> None:
         """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
 
         Trainers call it through the integration; stand-alone users call it after their own optimizer step.
         """
+        watched = None if isinstance(self._backend, InProcessBackend) else self._backend
+        if watched is not None:
+            watched.check_drafters()
         self._policy.advance(self._speculators or {}, self._controller, version)
+        if watched is not None:
+            watched.remember_drafters()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int | None = None) -> None:
+        """New policy weights for a backend that keeps its own, vLLM; `policy_updated` follows by itself.
+
+        Args:
+            weights: (name, tensor) as in a checkpoint of the policy; read to the end whatever happens.
+            version: Of the policy; None counts up by one.
+
+        Raises:
+            ValueError: An engine that generates in process: it reads the policy's own weights.
+        """
+        if self._backend is None or isinstance(self._backend, InProcessBackend):
+            raise ValueError("this engine generates with the policy's own weights: call policy_updated()")
+        began = time.perf_counter()
+        self._backend.load_weights(weights)
+        self.synced(time.perf_counter() - began)
+        self.policy_updated(version)
+
+    def synced(self, seconds: float) -> None:
+        """Bringing the policy's weights into the engine took so long; for integrations. The next report has it."""
+        self._sync_s += seconds
 
     @property
     def policy_version(self) -> int:
@@ -227,7 +267,8 @@ class AtlasRolloutEngine:
         """Make `trainer` (GRPOTrainer, RLOOTrainer) generate with this engine; returns the engine.
 
         Args:
-            trainer: Built as usual, with `use_vllm=False`.
+            trainer: Built as usual: with `use_vllm=False` for generation in process or for `backend="vllm"`, or inside
+                `prepare_vllm()` with `use_vllm=True`.
             baseline_every: Repeat every n-th training generation without speculation, check that the tokens are the
                 same, and put its tokens/s into the report; 0 never. For measurements: it costs the time it measures.
 
@@ -235,13 +276,31 @@ class AtlasRolloutEngine:
             ValueError: A trainer that cannot be attached to, or sampling options that cannot be honoured; the trainer
                 is then as it was.
         """
-        from atlas_rl.integrations.trl import attach
+        from atlas_rl.integrations import trl, trl_vllm
 
+        asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
+        attach = trl_vllm.attach if asks or self.config.backend == "vllm" else trl.attach
         self._adapter = attach(self, trainer, baseline_every)
         return self
 
+    def prepare_vllm(self) -> AbstractContextManager[None]:
+        """For trainers with `use_vllm=True`: the vLLM engine that TRL builds inside drafts with ours.
+
+            with engine.prepare_vllm():
+                trainer = GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate"))
+            engine.attach(trainer)
+
+        Raises:
+            ValueError: vLLM is missing, or of a version that is not known.
+        """
+        from atlas_rl.integrations.trl_vllm import drafting_engines
+
+        return drafting_engines(self.config)
+
     def __call__(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
         """TRL's `rollout_func`: prompts already repeated per generation in, token ids and logprobs out."""
+        if self.config.backend == "vllm":
+            raise ValueError("rollout_func=engine generates in process: with vLLM use engine.attach(trainer)")
         from atlas_rl.integrations.trl import rollout_func
 
         if self._adapter is None:
@@ -280,21 +339,48 @@ class AtlasRolloutEngine:
         for name, values in state.items():
             own[name].load_state_dict(values)
 
-    def _backend_for(self, model: nn.Module) -> InProcessBackend:
-        if self._backend is None or self._backend.model is not unwrap_policy(model):
-            self._backend = InProcessBackend(model)
+    def _decode(
+        self,
+        backend: InProcessBackend,
+        sequences: Sequences,
+        max_lengths: np.ndarray,
+        speculators: Mapping[str, Speculator],
+        controller: Controller,
+        recorder: StepRecorder,
+    ) -> DecodeLoop:
+        num_rows = self._num_rows(backend, sequences)
+        cache = backend.new_cache(num_rows, sequences.token_ids.shape[1])
+        with backend.session(cache):
+            loop = DecodeLoop(
+                backend,
+                verifier_on(backend.device, self._verifier),
+                speculators,
+                controller,
+                sequences,
+                num_rows,
+                max_lengths,
+                recorder,
+            )
+            loop.run()
+        return loop
+
+    def _backend_for(self, model: Any) -> AnyBackend:
+        if self._backend is None or not runs(self._backend, model):
+            self._backend = new_backend(model, self.config)
             for speculator in (self._speculators or {}).values():
                 speculator.bind(self._backend.model)
         return self._backend
 
-    def _speculators_for(self, backend: InProcessBackend) -> dict[str, Speculator]:
+    def _speculators_for(self, backend: AnyBackend) -> dict[str, Speculator]:
+        if not backend.leads:
+            return {}  # another rank drafts for this one
         if self._speculators is None:
             compile_kernels()
             chosen: list[Speculator] = [HistorySpeculator(), RecurrentSpeculator()]
             if self.config.speculators is not None:
                 chosen = list(self.config.speculators)
             if self.config.draft_model is not None:
-                chosen.append(self._static(self.config.draft_model, backend))
+                chosen.append(static_arm(self.config.draft_model, backend, self.tokenizer))
             for speculator in chosen:
                 speculator.couples_noise = self._verifier.couples_noise
                 speculator.bind(backend.model)
@@ -307,36 +393,26 @@ class AtlasRolloutEngine:
                 self._speculators = None
                 raise ValueError(f"the controller was made for speculators {given}, the engine has {names}")
             self.load_state_dict(self._restored)
+            if not isinstance(backend, InProcessBackend):
+                backend.use(self._speculators, self._controller)
         return self._speculators
 
-    def _static(self, model: nn.Module | str | Path, backend: InProcessBackend) -> Speculator:
-        """The static arm: the four-bit self-draft by name, an EAGLE-3 head where the folder holds one, else a draft LM."""
-        from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model
-        from atlas_rl.speculators.eagle3 import Eagle3Speculator
-        from atlas_rl.speculators.eagle3_checkpoint import is_eagle3
-        from atlas_rl.speculators.fp4_self import Fp4SelfSpeculator
-
-        if model == "fp4":
-            return Fp4SelfSpeculator()
-        if isinstance(model, nn.Module):
-            return DraftLM(model, backend.vocab_size)
-        if is_eagle3(model):
-            return Eagle3Speculator(model)
-        return DraftLM(load_draft_model(Path(model), self.tokenizer, like=backend.model), backend.vocab_size)
-
-    def _audit(self, backend: InProcessBackend, sequences: Sequences, loop: DecodeLoop) -> Audit:
+    def _audit(
+        self, policy: nn.Module, backend: AnyBackend, sequences: Sequences, logprobs: list[list[float]]
+    ) -> Audit:
         """Some of the call's rollouts against a plain forward pass, through the policy's own attention and linear layers.
 
         Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
         leaves it the distribution.
         """
         rows = range(len(sequences.lengths))
+        self._auditor.engine_dtype = None if isinstance(backend, InProcessBackend) else backend.dtype
         return self._auditor.audit(
-            backend.model,
+            policy,
             [sequences.token_ids[row, : sequences.prompt_lengths[row]].tolist() for row in rows],
             [sequences.completion(row) for row in rows],
             sequences.sampling,
-            logprobs=loop.logprobs,
+            logprobs=logprobs,
             noise_keys=sequences.noise_keys if self.config.verification == "invariant" else None,
         )
 
@@ -352,7 +428,9 @@ class AtlasRolloutEngine:
 
     def _default_eos(self) -> list[int]:
         found: list[int] = []
-        generation_config = getattr(unwrap_policy(self._model), "generation_config", None) if self._model else None
+        assert self._model is not None
+        policy = self._backend_for(self._model).model
+        generation_config = getattr(policy, "generation_config", None)
         for source in (self.tokenizer, generation_config):
             value = getattr(source, "eos_token_id", None)
             found += value if isinstance(value, list) else [] if value is None else [value]
@@ -361,7 +439,7 @@ class AtlasRolloutEngine:
         return list(dict.fromkeys(found))
 
     def _report(
-        self, recorder: StepRecorder, loop: DecodeLoop, sequences: Sequences, mode: Mode, step: int
+        self, recorder: StepRecorder, run: DecodeLoop | VllmRun, sequences: Sequences, mode: Mode, step: int
     ) -> StepReport:
         report = recorder.finish(
             step=step,
@@ -370,17 +448,19 @@ class AtlasRolloutEngine:
             num_prompt_tokens=int(sequences.prompt_lengths.sum()),
             completion_lengths=sequences.lengths - sequences.prompt_lengths,
         )
-        refresh_s = self._policy.take_refresh_s()
+        refresh_s, sync_s = self._policy.take_refresh_s(), self._sync_s
+        self._sync_s = 0.0
         # Plain decoding draws as many tokens (sample_s) but needs as many more turns of the loop as tokens were
         # accepted per turn (commit_s, other_s), and none of what speculation adds.
         turns_s = (report.commit_s + report.other_s) * report.accepted_length
-        plain_s = report.prefill_s + report.sample_s + turns_s + loop.no_speculation_forward_s
-        calibration = {name: (n, error) for name, (n, error) in loop.controller.take_calibration().items() if n}
+        plain_s = report.prefill_s + report.sample_s + turns_s + run.no_speculation_forward_s
+        calibration = {name: (n, error) for name, (n, error) in run.controller.take_calibration().items() if n}
         return replace(
             report,
             scored={name: n for name, (n, _) in calibration.items()},
             calibration_error={name: error for name, (_, error) in calibration.items()},
             refresh_s=refresh_s,
-            generate_s=report.generate_s + refresh_s,
+            sync_s=sync_s,
+            generate_s=report.generate_s + refresh_s + sync_s,
             no_speculation_s=plain_s if recorder.speculates else None,
         )

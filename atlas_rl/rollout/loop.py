@@ -15,6 +15,7 @@ import torch
 
 from atlas_rl.rollout.backends.base import Backend, Segments, Taps
 from atlas_rl.rollout.controller import Admission, Controller, Step
+from atlas_rl.rollout.proposing import Proposing, merge
 from atlas_rl.rollout.recorder import StepRecorder
 from atlas_rl.rollout.verification import Outcome, Verifier
 from atlas_rl.speculators.base import Draft, Hidden, Sequences, Speculator, Verified
@@ -59,8 +60,7 @@ class DecodeLoop:
         self.active = np.zeros(0, np.int64)
         self.waiting = deque(range(num_requests))
         self.no_speculation_forward_s = 0.0
-        self.num_asked: dict[str, int] = {}
-        self.num_proposed: dict[str, int] = {}
+        self.proposing = Proposing(speculators, controller, recorder)
         self.trace: list[dict[str, Any]] = []  # of a controller that explains itself, one record per step
         self._names = list(speculators)
         self._limits = max_lengths
@@ -88,7 +88,7 @@ class DecodeLoop:
         step = self._propose(requests)
         with self.recorder.time("controller"):
             admission = self.controller.admit(step)
-            draft = _merge(step.drafts, self._names, admission, self.backend.vocab_size)
+            draft = merge(step.drafts, self._names, admission, self.backend.vocab_size)
         forward_s = -self.recorder.seconds("verify")
         with self.recorder.time("verify"):
             logits, hidden = self._forward(requests, draft)
@@ -109,29 +109,11 @@ class DecodeLoop:
             self._retire(verified.finished)
 
     def _propose(self, requests: np.ndarray) -> Step:
-        """Ask speculators for drafts, one after the other, until the controller has what it wants."""
         lengths = self.sequences.lengths[requests]
         ready = [name for name, speculator in self.speculators.items() if speculator.ready]
         step = Step(self._limits[requests] - lengths - 1, int(lengths.sum()), ready)
-        while True:
-            with self.recorder.time("controller"):
-                plan = self.controller.plan(step)
-            if not plan:
-                return step
-            with self.recorder.time("draft"):
-                for name, wanted in plan.items():
-                    self._ask(name, requests, wanted, step)
-
-    def _ask(self, name: str, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
-        before = self.recorder.clock()
-        asked = np.flatnonzero(wanted > 0)
-        draft = Draft.empty(0)
-        if len(asked):
-            draft = self.speculators[name].propose(self.sequences, requests[asked], wanted[asked])
-        step.asked[name], step.drafts[name] = wanted, draft.spread(asked, len(requests))
-        step.draft_s[name] = self.recorder.clock() - before
-        self.num_asked[name] = self.num_asked.get(name, 0) + int(wanted.sum())
-        self.num_proposed[name] = self.num_proposed.get(name, 0) + int(draft.lengths.sum())
+        self.proposing.run(step, self.sequences, requests)
+        return step
 
     def _forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden | None]:
         """Logits and hidden states of the last committed token and of every draft token of each request, packed."""
@@ -319,29 +301,3 @@ def _chunks(lengths: np.ndarray, budget: int) -> list[slice]:
         total += int(length)
     chunks.append(slice(begin, len(lengths)))
     return chunks
-
-
-def _merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, vocab_size: int) -> Draft:
-    """One draft per request, from the arm and to the length that was admitted."""
-    batch, width = len(admission.lengths), int(admission.lengths.max(initial=0))
-    merged = Draft.empty(batch)
-    if width == 0:
-        return merged
-    merged = Draft(np.zeros((batch, width), np.int64), admission.lengths, np.zeros((batch, width), np.float32))
-    with_probs = [draft.draft_probs for draft in drafts.values() if draft.draft_probs is not None]
-    if with_probs:
-        merged.draft_probs = with_probs[0].new_zeros(batch, width, vocab_size)
-    for name, draft in drafts.items():
-        rows = np.flatnonzero((admission.arms == names.index(name)) & (admission.lengths > 0))
-        columns = min(width, draft.token_ids.shape[1])
-        merged.token_ids[rows, :columns] = draft.token_ids[rows, :columns]
-        merged.confidence[rows, :columns] = draft.confidence[rows, :columns]
-        if merged.draft_probs is not None and len(rows):
-            index = torch.from_numpy(rows).to(merged.draft_probs.device)
-            if draft.draft_probs is not None:
-                merged.draft_probs[index, :columns] = draft.draft_probs[index, :columns]
-            else:
-                tokens = torch.from_numpy(merged.token_ids[rows]).to(index.device)
-                one_hot = torch.nn.functional.one_hot(tokens, vocab_size)
-                merged.draft_probs[index] = one_hot.to(merged.draft_probs.dtype)
-    return merged

@@ -72,6 +72,11 @@ class StepRecorder:
         """Whether there are speculators that may draft."""
         return bool(self._speculators)
 
+    @property
+    def num_forwards(self) -> int:
+        """Decoding forwards so far."""
+        return self._num_forwards
+
     def draft_counts(self) -> dict[str, tuple[int, int]]:
         """Verified and accepted draft tokens so far, per speculator."""
         self._count_pending()

@@ -27,6 +27,7 @@ from atlas_rl.rollout.backends.base import Backend, Segments, Taps
 from atlas_rl.rollout.controller import Controller, Step
 from atlas_rl.rollout.cost import CostModel, DraftCost
 from atlas_rl.rollout.loop import DecodeLoop
+from atlas_rl.rollout.proposing import Proposing
 from atlas_rl.rollout.recorder import StepRecorder
 from atlas_rl.rollout.report import StepReport
 from atlas_rl.rollout.sampling import SamplingParams
@@ -331,6 +332,20 @@ class _Clock:
         return self.now_s
 
 
+class _PaidProposing(Proposing):
+    """Drafts take what the costs say."""
+
+    costs: Costs
+    clock: _Clock
+
+    def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
+        super().ask(name, sequences, requests, wanted, step)
+        if wanted.any():
+            known = self.costs.drafts[name]
+            step.draft_s[name] = float(known.predict(int((wanted > 0).sum()), int(wanted.max())))
+            self.clock.now_s += step.draft_s[name]
+
+
 class _ReplayLoop(DecodeLoop):
     """The decode loop, its forwards answered by the record."""
 
@@ -341,13 +356,9 @@ class _ReplayLoop(DecodeLoop):
         self._last_at = np.cumsum(completions) - completions - recorded.sequences.prompt_lengths
         lengths = recorded.sequences.lengths - 1
         self._layers_at = np.cumsum(lengths) - lengths
-
-    def _ask(self, name: str, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
-        super()._ask(name, requests, wanted, step)
-        if self._costs is not None and wanted.any():
-            known = self._costs.drafts[name]
-            step.draft_s[name] = float(known.predict(int((wanted > 0).sum()), int(wanted.max())))
-            self._clock.now_s += step.draft_s[name]
+        if costs is not None:
+            self.proposing = _PaidProposing(self.speculators, self.controller, self.recorder)
+            self.proposing.costs, self.proposing.clock = costs, clock
 
     def _forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden | None]:
         lengths, starts = draft.lengths + 1, self.sequences.lengths[requests]

@@ -46,7 +46,7 @@ def build_sequences(
     token_ids = np.zeros((len(lengths), int(limits.max())), np.int32)
     for index, row in enumerate(rows):
         token_ids[index * num_generations : (index + 1) * num_generations, : len(row)] = row
-    keys = np.repeat(np.array([_prompt_key(row) for row in rows], np.int64), num_generations)
+    keys = np.repeat(np.array([prompt_key(row) for row in rows], np.int64), num_generations)
     sequences = Sequences(
         token_ids=token_ids,
         lengths=lengths.copy(),
@@ -76,6 +76,7 @@ def _checked(index: int, prompt: Sequence[int], vocab_size: int, max_context: in
     return row.astype(np.int32)
 
 
-def _prompt_key(row: np.ndarray) -> int:
+def prompt_key(row: np.ndarray) -> int:
+    """Hash of a prompt, int32 `[n]`: a signed 64-bit number, equal for equal prompts."""
     digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

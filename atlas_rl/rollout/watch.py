@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 
+from atlas_rl.rollout.proposing import Proposing
 from atlas_rl.rollout.recorder import StepRecorder
 
 _ENOUGH = 200  # drafts without a single hit: chance does that to a living drafter less than once in 10^8 steps
 
 
-def findings(recorder: StepRecorder, num_asked: Mapping[str, int], num_proposed: Mapping[str, int]) -> Iterator[str]:
+def findings(recorder: StepRecorder, proposing: Proposing) -> Iterable[str]:
     """Warnings about one generation step.
 
     Args:
         recorder: What was verified.
-        num_asked: Per speculator, most draft tokens it was asked for.
-        num_proposed: Per speculator that was asked, draft tokens it proposed, admitted or not.
+        proposing: What speculators were asked for, and what they proposed, admitted or not.
     """
     for name, (drafted, accepted) in recorder.draft_counts().items():
         if drafted >= _ENOUGH and accepted == 0:
@@ -23,6 +23,6 @@ def findings(recorder: StepRecorder, num_asked: Mapping[str, int], num_proposed:
                 f"{name}: none of {drafted} verified drafts was accepted; its state was lost or belongs to another "
                 "policy or tokenizer"
             )
-    for name, proposed in num_proposed.items():
-        if proposed == 0 and num_asked[name] >= _ENOUGH:
+    for name, proposed in proposing.num_proposed.items():
+        if proposed == 0 and proposing.num_asked[name] >= _ENOUGH:
             yield f"{name}: asked for drafts during the whole step and proposed none"

@@ -77,6 +77,11 @@ class Draft:
         """A draft without a token for any of `batch` requests."""
         return Draft(np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), np.zeros((batch, 0), np.float32))
 
+    def of(self, rows: np.ndarray) -> Draft:
+        """The draft of some rows only, int64 `[n]`."""
+        draft_probs = None if self.draft_probs is None else self.draft_probs[rows]
+        return Draft(self.token_ids[rows], self.lengths[rows], self.confidence[rows], draft_probs)
+
     def spread(self, rows: np.ndarray, batch: int) -> Draft:
         """This draft as one for a batch of which it covers `rows` (int64, one per row of the draft); none elsewhere."""
         if len(rows) == batch:

@@ -59,6 +59,7 @@ class Eagle3Speculator(Speculator):
             self._cache = RaggedBatch(num_requests, capacity + _DRAFT_ROOM, honour_softcap=False)
             self._cached = np.zeros(num_requests, np.int64)
             self._features: list[list[torch.Tensor]] = [[] for _ in range(num_requests)]  # not in the cache yet
+            self._has_prompt = np.zeros(num_requests, bool)
 
     def read_prompts(self, sequences: Sequences, groups: list[np.ndarray], hidden: Hidden) -> None:
         """Features of the prompts; their last position waits for the token that follows."""
@@ -67,10 +68,14 @@ class Eagle3Speculator(Speculator):
         for group, first in zip(groups, hidden.first, strict=True):
             for request in group:
                 self._features[request].append(features[first : first + sequences.prompt_lengths[request]])
+            self._has_prompt[group] = True
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
         assert sequences is self._sequences, "propose() before start()"
+        known = np.flatnonzero(self._has_prompt[requests])
+        if len(known) < len(requests):  # an engine that caches prefixes does not always run a prompt again
+            return self.propose(sequences, requests[known], max_draft_tokens[known]).spread(known, len(requests))
         lengths, capacity = sequences.lengths[requests], sequences.token_ids.shape[1]
         depth = min(int(max_draft_tokens.max(initial=0)), int(capacity + _DRAFT_ROOM - lengths.max(initial=0)))
         if depth <= 0:
@@ -91,7 +96,8 @@ class Eagle3Speculator(Speculator):
         assert verified.hidden is not None
         starts = sequences.lengths[verified.requests] - verified.num_committed
         # What the first token was drawn from is the prompt's last position, which `read_prompts` has seen.
-        rows = np.flatnonzero((starts > sequences.prompt_lengths[verified.requests]) & ~verified.finished)
+        going = self._has_prompt[verified.requests] & ~verified.finished
+        rows = np.flatnonzero((starts > sequences.prompt_lengths[verified.requests]) & going)
         for request in verified.requests[verified.finished]:
             self._features[request] = []
         if not len(rows):

@@ -74,6 +74,12 @@ def load_eagle3(folder: str | Path, policy: nn.Module) -> Eagle3Head:
     return head.to(device=weight.device, dtype=weight.dtype).eval()
 
 
+def eagle3_layers(folder: str | Path, num_layers: int) -> tuple[int, ...]:
+    """Layers of a policy with `num_layers` layers that a checkpoint's head reads; `ValueError` if it holds no head."""
+    folder = Path(folder)
+    return _config(folder, _read_config(folder), num_layers).layers
+
+
 def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_draft_tokens: int = 3) -> None:
     """Write `head` in the `speculators` layout, weights in bfloat16.
 

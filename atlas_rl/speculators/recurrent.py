@@ -180,8 +180,10 @@ class RecurrentSpeculator(Speculator):
         if self._proposed is not None:
             requests, draft = self._proposed
             row_of = {int(request): row for row, request in enumerate(verified.requests)}
-            rows = np.array([row_of[int(request)] for request in requests])
-            tried, accepted = verified.outcome_of(draft, rows)
+            # A serving engine may have put a request off: nothing is known of its draft then.
+            back = np.flatnonzero(np.isin(requests, verified.requests))
+            rows = np.array([row_of[int(request)] for request in requests[back]], np.int64)
+            tried, accepted = verified.outcome_of(draft.of(back), rows)
             missed[rows] = np.where(tried > accepted, accepted, -1)
             self._proposed = None
         return missed

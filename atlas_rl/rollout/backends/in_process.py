@@ -51,6 +51,9 @@ class InProcessBackend(Backend):
         ValueError: Not a causal LM, or one whose attention cannot be run this way.
     """
 
+    leads = True
+    """Every rank generates its own rollouts."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = unwrap_policy(model)
         config = getattr(self.model, "config", None)

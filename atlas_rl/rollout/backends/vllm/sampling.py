@@ -1,0 +1,94 @@
+"""Drafter-invariant verification for an engine that hands over the processed logits of a whole step at once.
+
+The rule is that of `rollout/verification.py`: the token at a position is a function of prefix and noise, and a draft is
+accepted exactly when it is that token. Here every drafted position is drawn, and what follows the first miss is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from atlas_rl.rollout.noise import Stream
+from atlas_rl.rollout.processing import entropies
+from atlas_rl.rollout.verification import choose
+
+NO_TOKEN = -1
+
+
+@dataclass(slots=True)
+class Drawn:
+    """What one step drew.
+
+    Attributes:
+        token_ids: int64 `[batch, draft_len + 1]`: accepted drafts, then the recovered or bonus token, then `NO_TOKEN`.
+        index: int64 `[batch, draft_len + 1]`, the row of logits that each token was drawn from; 0 where there is none.
+        entropies: float32 `[batch, draft_len + 1]`, nats, of the processed distribution; 0 where there is no token.
+        max_probs: float32 `[batch, draft_len + 1]`, likewise.
+    """
+
+    token_ids: np.ndarray
+    index: np.ndarray
+    entropies: np.ndarray
+    max_probs: np.ndarray
+
+
+def draw(
+    logits: torch.Tensor,
+    drafts: np.ndarray,
+    num_drafts: np.ndarray,
+    keys: np.ndarray,
+    starts: np.ndarray,
+    greedy: np.ndarray,
+) -> Drawn:
+    """Draw every position of a step and keep, per request, the tokens up to the first that is no accepted draft.
+
+    Args:
+        logits: float32 `[sum(num_drafts + 1), vocab]`, processed: request by request, the logits after its last committed
+            token, then after each draft token.
+        drafts: int64 `[sum(num_drafts)]`, request by request; a negative one is never accepted.
+        num_drafts: int64 `[batch]`.
+        keys: uint64 `[batch]`, noise keys.
+        starts: int64 `[batch]`, index in the whole sequence of the first token drawn.
+        greedy: bool `[batch]`, requests that take the likeliest token.
+    """
+    counts = num_drafts + 1
+    row = np.repeat(np.arange(len(counts)), counts)
+    first = np.cumsum(counts) - counts
+    offset = np.arange(len(row)) - first[row]
+    probs = logits.softmax(dim=-1)
+    tokens = _choose(probs, keys[row], starts[row] + offset, greedy[row])
+    width = int(counts.max(initial=1))
+    padded = np.full((len(counts), width), NO_TOKEN)
+    padded[row[offset < num_drafts[row]], offset[offset < num_drafts[row]]] = drafts
+    drawn = np.full((len(counts), width), NO_TOKEN)
+    drawn[row, offset] = tokens
+    hits = (padded == drawn) & (drawn != NO_TOKEN)
+    num_accepted = np.cumprod(hits, axis=1).sum(axis=1)
+    kept = np.arange(width)[None] <= num_accepted[:, None]
+    index = np.where(kept, first[:, None] + np.arange(width)[None], 0)
+    outcome = Drawn(
+        np.where(kept, drawn, NO_TOKEN),
+        index,
+        np.zeros((len(counts), width), np.float32),
+        np.zeros_like(index, np.float32),
+    )
+    taken = torch.from_numpy(index[kept]).to(logits.device)
+    chosen = torch.from_numpy(drawn[kept]).to(logits.device)
+    kept_logits, kept_probs = (logits, probs) if len(taken) == len(logits) else (logits[taken], probs[taken])
+    logprobs = kept_probs.gather(1, chosen[:, None])[:, 0].log()
+    outcome.entropies[kept] = entropies(kept_logits, kept_probs, chosen, logprobs, truncated=True).cpu().numpy()
+    outcome.max_probs[kept] = kept_probs.amax(dim=-1).cpu().numpy()
+    return outcome
+
+
+def _choose(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, greedy: np.ndarray) -> np.ndarray:
+    if greedy.all():
+        return choose(probs, keys, positions, Stream.TARGET, greedy=True)
+    tokens = choose(probs, keys, positions, Stream.TARGET, greedy=False)
+    if greedy.any():
+        rows = torch.from_numpy(np.flatnonzero(greedy)).to(probs.device)
+        tokens[greedy] = choose(probs[rows], keys[greedy], positions[greedy], Stream.TARGET, greedy=True)
+    return tokens

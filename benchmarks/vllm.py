@@ -1,0 +1,167 @@
+"""Rollouts in vLLM: plain, its own speculative methods, and ours, on the same prompts in one process and one run.
+
+    python -m benchmarks.vllm                             # every batch size; about an hour on 2 cores
+    python -m benchmarks.vllm --batches 1 8 --repeats 1 --max-new-tokens 32 --output runs/vllm_smoke.json
+
+Every repeat takes prompts that no arm has seen, the same for all arms, which run one after the other in changing order. Ours
+has generated a few batches of other prompts before, as in `benchmarks.rollout`. vLLM's own methods run with its CPU sampler
+repaired: a wrong engine is not compared. `vllm_suffix` needs the package arctic-inference and is left out where that cannot
+be built. Tokens/s count generated tokens over the wall-clock of one `generate` call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB per engine
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from atlas_rl import AtlasRolloutEngine
+from atlas_rl.rollout.backends.vllm import internals
+from atlas_rl.rollout.backends.vllm.backend import in_this_process, llm_arguments
+from benchmarks.common import ROOT, environment, quantiles, write_result
+from benchmarks.rollout import demo_policy, ratios, rotated, unseen_prompts
+
+HEAD = ROOT / "examples" / "grpo_demo" / "eagle3"
+GENERATIONS = 4
+Arm = Callable[
+    [list[list[int]], int, int], tuple[int, float, float]
+]  # prompts, group, seed: tokens, s, accepted length
+
+
+def main() -> None:
+    args = parse_args()
+    model, tokenizer = demo_policy.load_policy(warm=args.policy == "warm")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        arms = build_arms(folder, tokenizer, args)
+        cells: list[dict[str, Any]] = []
+        for batch in args.batches:
+            cells += measure_cell(batch, arms, tokenizer, args)
+            payload = {"settings": settings(args), "left_out": left_out(), "cells": cells}
+            write_result(args.output, {**environment(), "vllm": internals.check_version(), **payload})
+    print(f"written: {args.output}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="warm", choices=["warm", "raw"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16, 32])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warm-up-steps", type=int, default=4, help="batches of 16 before anything is measured")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--lookahead", type=int, default=5, help="draft tokens of vLLM's own methods")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_cpu.json")
+    return parser.parse_args()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    keys = ("policy", "repeats", "warm_up_steps", "max_new_tokens", "lookahead")
+    return {"temperature": 1.0, "generations": GENERATIONS, **{key: getattr(args, key) for key in keys}}
+
+
+def left_out() -> dict[str, str]:
+    """Arms that this machine cannot run, and why."""
+    if importlib.util.find_spec("arctic_inference") is None:
+        return {"vllm_suffix": "arctic-inference is not installed: it has no wheel, and does not build everywhere"}
+    return {}
+
+
+def build_arms(folder: str, tokenizer: Any, args: argparse.Namespace) -> dict[str, Arm]:
+    internals.repair_cpu_sampler()
+    ngram = {
+        "method": "ngram",
+        "num_speculative_tokens": args.lookahead,
+        "prompt_lookup_max": 5,
+        "prompt_lookup_min": 2,
+    }
+    methods: dict[str, dict[str, Any] | None] = {"vllm": None, "vllm_ngram": ngram}
+    if "vllm_suffix" not in left_out():
+        methods["vllm_suffix"] = {"method": "suffix", "num_speculative_tokens": args.lookahead}
+    methods["vllm_eagle3"] = {"method": "eagle3", "model": str(HEAD), "num_speculative_tokens": 3}
+    arms = {arm: vllm_arm(new_llm(folder, speculative_config=method), args) for arm, method in methods.items()}
+    llm = new_llm(folder, logprobs_mode="processed_logprobs", **llm_arguments(HEAD))
+    engine = AtlasRolloutEngine(model=llm, tokenizer=tokenizer, draft_model=HEAD, console=False)
+    for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
+        engine.generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=10_000 + step)
+        engine.policy_updated()
+    return arms | {"atlas_vllm": atlas_arm(engine, args)}
+
+
+def new_llm(folder: str, **arguments: Any) -> Any:
+    with in_this_process():
+        from vllm import LLM
+
+        return LLM(
+            model=folder, dtype="float32", max_model_len=1024, max_num_seqs=64, disable_log_stats=False, **arguments
+        )
+
+
+def vllm_arm(llm: Any, args: argparse.Namespace) -> Arm:
+    from vllm import SamplingParams
+
+    def accepted() -> int:
+        return int(sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"))
+
+    def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float, float]:
+        sampling = SamplingParams(n=group, temperature=1.0, max_tokens=args.max_new_tokens, seed=seed, logprobs=0)
+        before, began = accepted(), time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        num_tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+        # Every forward of a request commits one token and what it accepts; the first token comes from the prompt.
+        decoded = num_tokens - len(prompts) * group
+        return num_tokens, seconds, decoded / max(1, decoded - (accepted() - before))
+
+    return run
+
+
+def atlas_arm(engine: AtlasRolloutEngine, args: argparse.Namespace) -> Arm:
+    def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float, float]:
+        began = time.perf_counter()
+        report = engine.generate(prompts, num_generations=group, max_new_tokens=args.max_new_tokens, seed=seed).report
+        return report.num_tokens, time.perf_counter() - began, report.accepted_length
+
+    return run
+
+
+def measure_cell(batch: int, arms: dict[str, Arm], tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    group = min(GENERATIONS, batch)
+    other = unseen_prompts(tokenizer, 1, 1, seed=20_000 + batch)[0]
+    for arm in arms.values():
+        arm(other, group, 20_000 + batch)  # compilation and caches, on a text of its own
+    speed: dict[str, list[float]] = {arm: [] for arm in arms}
+    lengths: dict[str, list[float]] = {arm: [] for arm in arms}
+    for repeat, prompts in enumerate(unseen_prompts(tokenizer, batch // group, args.repeats, seed=batch)):
+        for name in rotated(tuple(arms), repeat):
+            num_tokens, seconds, accepted_length = arms[name](prompts, group, 100 * batch + repeat)
+            speed[name].append(num_tokens / seconds)
+            lengths[name].append(accepted_length)
+    own = [name for name in arms if name != "atlas_vllm"]
+    best = max(own, key=lambda name: quantiles(speed[name])["median"])
+    print(
+        f"batch {batch:>2} | " + " | ".join(f"{a} {quantiles(s)['median']:.1f}" for a, s in speed.items()), flush=True
+    )
+    return [
+        {
+            "batch": batch,
+            "arm": name,
+            "tokens_per_s": quantiles(speed[name]),
+            "ratio_to_vllm": quantiles(ratios(speed[name], speed["vllm"])),
+            "ratio_to_best_of_vllm": quantiles(ratios(speed[name], speed[best])),
+            "accepted_length": quantiles(lengths[name]),
+        }
+        for name in arms
+    ]
+
+
+if __name__ == "__main__":
+    main()
