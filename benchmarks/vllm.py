@@ -88,7 +88,7 @@ def build_arms(folder: str, tokenizer: Any, args: argparse.Namespace) -> dict[st
     if "vllm_suffix" not in left_out():
         methods["vllm_suffix"] = {"method": "suffix", "num_speculative_tokens": args.lookahead}
     methods["vllm_eagle3"] = {"method": "eagle3", "model": str(HEAD), "num_speculative_tokens": 3}
-    arms = {arm: vllm_arm(new_llm(folder, args, speculative_config=method), args) for arm, method in methods.items()}
+    arms = {arm: vllm_arm(new_llm(folder, args, **of_method(method)), args) for arm, method in methods.items()}
     llm = new_llm(folder, args, logprobs_mode="processed_logprobs", **llm_arguments(HEAD))
     engine = AtlasRolloutEngine(model=llm, tokenizer=tokenizer, draft_model=HEAD, console=False)
     for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
@@ -97,31 +97,34 @@ def build_arms(folder: str, tokenizer: Any, args: argparse.Namespace) -> dict[st
     return arms | {"atlas_vllm": atlas_arm(engine, args)}
 
 
+def of_method(method: dict[str, Any] | None) -> dict[str, Any]:
+    return {"speculative_config": method, "per_request_spec_decode_metrics": "summary"} if method else {}
+
+
 def new_llm(folder: str, args: argparse.Namespace, **arguments: Any) -> Any:
     with in_this_process():
         from vllm import LLM
 
         sizes = {"max_model_len": 1024, "max_num_seqs": 64}
-        return LLM(
-            model=folder, dtype="float32", enforce_eager=args.eager, disable_log_stats=False, **sizes, **arguments
-        )
+        return LLM(model=folder, dtype="float32", enforce_eager=args.eager, **sizes, **arguments)
 
 
 def vllm_arm(llm: Any, args: argparse.Namespace) -> Arm:
     from vllm import SamplingParams
 
-    def accepted() -> int:
-        return int(sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"))
-
     def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float, float]:
         sampling = SamplingParams(n=group, temperature=1.0, max_tokens=args.max_new_tokens, seed=seed, logprobs=0)
-        before, began = accepted(), time.perf_counter()
+        began = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         seconds = time.perf_counter() - began
-        num_tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+        samples = [sample for output in outputs for sample in output.outputs]
+        num_tokens = sum(len(sample.token_ids) for sample in samples)
+        # Not from `get_metrics()`: the counters of a process are those of its newest engine.
+        counts = [sample.spec_decode_metrics.histogram for sample in samples if sample.spec_decode_metrics is not None]
+        accepted = sum(length * count for histogram in counts for length, count in enumerate(histogram))
         # Every forward of a request commits one token and what it accepts; the first token comes from the prompt.
         decoded = num_tokens - len(prompts) * group
-        return num_tokens, seconds, decoded / max(1, decoded - (accepted() - before))
+        return num_tokens, seconds, decoded / max(1, decoded - accepted)
 
     return run
 
