@@ -1,7 +1,7 @@
 """Rollouts in vLLM: plain, its own speculative methods, and ours, on the same prompts in one process and one run.
 
     python -m benchmarks.vllm                             # every batch size; about an hour on 2 cores
-    python -m benchmarks.vllm --batches 1 8 --repeats 1 --max-new-tokens 32 --output runs/vllm_smoke.json
+    python -m benchmarks.vllm --batches 1 8 --repeats 1 --max-new-tokens 32 --eager --output runs/vllm_smoke.json
 
 Every repeat takes prompts that no arm has seen, the same for all arms, which run one after the other in changing order. Ours
 has generated a few batches of other prompts before, as in `benchmarks.rollout`. vLLM's own methods run with its CPU sampler
@@ -59,12 +59,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warm-up-steps", type=int, default=4, help="batches of 16 before anything is measured")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--lookahead", type=int, default=5, help="draft tokens of vLLM's own methods")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: minutes less, for a look")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_cpu.json")
     return parser.parse_args()
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    keys = ("policy", "repeats", "warm_up_steps", "max_new_tokens", "lookahead")
+    keys = ("policy", "repeats", "warm_up_steps", "max_new_tokens", "lookahead", "eager")
     return {"temperature": 1.0, "generations": GENERATIONS, **{key: getattr(args, key) for key in keys}}
 
 
@@ -87,8 +88,8 @@ def build_arms(folder: str, tokenizer: Any, args: argparse.Namespace) -> dict[st
     if "vllm_suffix" not in left_out():
         methods["vllm_suffix"] = {"method": "suffix", "num_speculative_tokens": args.lookahead}
     methods["vllm_eagle3"] = {"method": "eagle3", "model": str(HEAD), "num_speculative_tokens": 3}
-    arms = {arm: vllm_arm(new_llm(folder, speculative_config=method), args) for arm, method in methods.items()}
-    llm = new_llm(folder, logprobs_mode="processed_logprobs", **llm_arguments(HEAD))
+    arms = {arm: vllm_arm(new_llm(folder, args, **of_method(method)), args) for arm, method in methods.items()}
+    llm = new_llm(folder, args, logprobs_mode="processed_logprobs", **llm_arguments(HEAD))
     engine = AtlasRolloutEngine(model=llm, tokenizer=tokenizer, draft_model=HEAD, console=False)
     for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
         engine.generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=10_000 + step)
@@ -96,30 +97,34 @@ def build_arms(folder: str, tokenizer: Any, args: argparse.Namespace) -> dict[st
     return arms | {"atlas_vllm": atlas_arm(engine, args)}
 
 
-def new_llm(folder: str, **arguments: Any) -> Any:
+def of_method(method: dict[str, Any] | None) -> dict[str, Any]:
+    return {"speculative_config": method, "per_request_spec_decode_metrics": "summary"} if method else {}
+
+
+def new_llm(folder: str, args: argparse.Namespace, **arguments: Any) -> Any:
     with in_this_process():
         from vllm import LLM
 
-        return LLM(
-            model=folder, dtype="float32", max_model_len=1024, max_num_seqs=64, disable_log_stats=False, **arguments
-        )
+        sizes = {"max_model_len": 1024, "max_num_seqs": 64}
+        return LLM(model=folder, dtype="float32", enforce_eager=args.eager, **sizes, **arguments)
 
 
 def vllm_arm(llm: Any, args: argparse.Namespace) -> Arm:
     from vllm import SamplingParams
 
-    def accepted() -> int:
-        return int(sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"))
-
     def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float, float]:
         sampling = SamplingParams(n=group, temperature=1.0, max_tokens=args.max_new_tokens, seed=seed, logprobs=0)
-        before, began = accepted(), time.perf_counter()
+        began = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         seconds = time.perf_counter() - began
-        num_tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+        samples = [sample for output in outputs for sample in output.outputs]
+        num_tokens = sum(len(sample.token_ids) for sample in samples)
+        # Not from `get_metrics()`: the counters of a process are those of its newest engine.
+        counts = [sample.spec_decode_metrics.histogram for sample in samples if sample.spec_decode_metrics is not None]
+        accepted = sum(length * count for histogram in counts for length, count in enumerate(histogram))
         # Every forward of a request commits one token and what it accepts; the first token comes from the prompt.
         decoded = num_tokens - len(prompts) * group
-        return num_tokens, seconds, decoded / max(1, decoded - (accepted() - before))
+        return num_tokens, seconds, decoded / max(1, decoded - accepted)
 
     return run
 

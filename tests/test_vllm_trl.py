@@ -109,8 +109,9 @@ def test_attached_trainers_train_and_vllm_follows(
 
 def test_use_vllm_trainers_are_built_inside_the_engine(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     engine = AtlasRolloutEngine(console=False)
-    with engine.prepare_vllm():
+    with engine.prepare_vllm(block_size=64):
         trainer = build("grpo", folder, tokenizer, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=2)
+    assert trainer.vllm_generation.llm.llm_engine.vllm_config.cache_config.block_size == 64
     engine.attach(trainer)  # backend="auto" follows the trainer
     trainer.train()
     assert len(engine.reports) == 2

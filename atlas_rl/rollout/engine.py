@@ -283,19 +283,22 @@ class AtlasRolloutEngine:
         self._adapter = attach(self, trainer, baseline_every)
         return self
 
-    def prepare_vllm(self) -> AbstractContextManager[None]:
+    def prepare_vllm(self, **arguments: Any) -> AbstractContextManager[None]:
         """For trainers with `use_vllm=True`: the vLLM engine that TRL builds inside drafts with ours.
 
             with engine.prepare_vllm():
                 trainer = GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate"))
             engine.attach(trainer)
 
+        Args:
+            arguments: Further ones of `vllm.LLM`, for which TRL has no option, such as `enforce_eager=True`.
+
         Raises:
             ValueError: vLLM is missing, or of a version that is not known.
         """
         from atlas_rl.integrations.trl_vllm import drafting_engines
 
-        return drafting_engines(self.config)
+        return drafting_engines(self.config, **arguments)
 
     def __call__(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
         """TRL's `rollout_func`: prompts already repeated per generation in, token ids and logprobs out."""

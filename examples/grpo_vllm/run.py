@@ -34,7 +34,8 @@ def main() -> None:
     set_seed(args.seed)
     model, tokenizer = load(args)
     engine = AtlasRolloutEngine(draft_model=args.draft_model, output_dir=args.output_dir)
-    with engine.prepare_vllm():  # the vLLM engine that TRL builds here drafts with ours
+    # The vLLM engine that TRL builds here drafts with ours. On a CPU its compilation would outlast the run.
+    with engine.prepare_vllm(enforce_eager=not torch.cuda.is_available()):
         trainer = GRPOTrainer(
             model=model,
             processing_class=tokenizer,
