@@ -97,6 +97,7 @@ def test_attached_trainers_train_and_vllm_follows(
         assert (report.baseline_tokens_per_s or 0) > 0
         assert (report.step_s or 0) > report.generate_s
         assert not report.warnings, "tokens must be the same without speculation"
+    assert sum(report.num_audited_tokens for report in engine.reports) > 0, "against the trainer's own policy"
     assert sum(sum(report.drafted.values()) for report in engine.reports) > 0
     assert all(set(report.drafted) == {"history", "recurrent"} for report in engine.reports)
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
