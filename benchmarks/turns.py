@@ -25,7 +25,7 @@ import torch
 from greenlet import greenlet
 from torch import nn
 
-from atlas_rl.rollout.controller import Admission, Controller, Step
+from atlas_rl.rollout.controller import Admission, Controller, Step, step_record
 from atlas_rl.speculators.base import Verified
 
 
@@ -116,22 +116,8 @@ class InTurns(Controller):
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
         record = self._controller.observe(step, admission, verified, forward_s, step_s)
-        slots = np.bincount(admission.arms, weights=admission.lengths, minlength=len(self.speculators))
-        self.trace.append(
-            {
-                "batch": step.batch,
-                "context_tokens": step.context_tokens,
-                "asked": {
-                    name: {"requests": int((most > 0).sum()), "depth": int(most.max()), "seconds": step.draft_s[name]}
-                    for name, most in step.asked.items()
-                },
-                "admitted": {name: int(n) for name, n in zip(self.speculators, slots, strict=False) if n},
-                "tokens": int(verified.num_committed.sum()),
-                "forward_s": forward_s,
-                "step_s": step_s,
-                **(record or {}),
-            }
-        )
+        own = step_record(step, admission, verified, forward_s, self.speculators)
+        self.trace.append(own | {"step_s": step_s} | (record or {}))
         return None
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:

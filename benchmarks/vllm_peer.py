@@ -1,6 +1,6 @@
-"""The process with vLLM that `benchmarks.vllm_peers` speaks to, in vLLM's own environment.
+"""The process with vLLM that `benchmarks.vllm_peers` speaks to.
 
-    PYTHON_WITH_VLLM benchmarks/vllm_peer.py MODEL_FOLDER METHOD_AS_JSON
+    python -m benchmarks.vllm_peer MODEL_FOLDER METHOD_AS_JSON
 
 A line of JSON says which vLLM this is; then every line that comes in is a generation call and is answered by a line. vLLM
 0.32's CPU backend samples wrongly under every speculative method at temperature above 0: its stand-in for the kernel that
@@ -31,11 +31,14 @@ def main() -> None:
 
     import vllm
 
+    from atlas_rl.rollout.backends.vllm import internals
+
     method = json.loads(sys.argv[2])
     if method and method["method"] == "suffix" and not importlib.util.find_spec("arctic_inference"):
         answer({"version": vllm.__version__, "refusal": "arctic-inference is not installed there"})
         return
-    repair_sampler()
+    internals.tolerate_numba()
+    internals.repair_cpu_sampler()
     engine = vllm.LLM(
         model=sys.argv[1],
         dtype="float32",
@@ -47,21 +50,6 @@ def main() -> None:
     answer({"version": vllm.__version__, "refusal": ""})
     for line in sys.stdin:
         answer(generate(engine, json.loads(line)))
-
-
-def repair_sampler() -> None:
-    """Spread per-request values over each request's draft positions with a plain repeat."""
-    import torch
-    from vllm.v1.sample import rejection_sampler
-
-    def expand_batch_to_tokens(
-        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-    ) -> torch.Tensor:
-        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-        values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
-        return torch.repeat_interleave(values, counts.long(), output_size=num_tokens)
-
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
 def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""vLLM's own methods over the cells of `benchmarks.controller`, in vLLM's own environment and process.
+"""vLLM's own methods over the cells of `benchmarks.controller`, in a process of their own (`make setup-vllm`).
 
 Each repeat of vLLM is followed at once by our engine without speculation on the same prompts, while vLLM waits: ratios are
 of runs that lie seconds apart. They cannot take turns by steps as the other arms do.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from atlas_rl import AtlasRolloutEngine
@@ -25,15 +25,15 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, python: Path, repeats: int) -> list[dict[str, Any]]:
-    """The rows of every method that the other environment can run; it starts once per method."""
+def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, repeats: int) -> list[dict[str, Any]]:
+    """The rows of every method that can be run here; vLLM starts once per method."""
     off = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False)
     rows = []
     with tempfile.TemporaryDirectory(prefix="atlas_rl_vllm_") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for arm, method in METHODS.items():
-            peer = Peer(python, folder, method)
+            peer = Peer(folder, method)
             try:
                 if peer.refusal:
                     print(f"{arm} left out: {peer.refusal}", flush=True)
@@ -79,9 +79,10 @@ class Peer:
         refusal: Why the method cannot be run there; empty if it can.
     """
 
-    def __init__(self, python: Path, model: str, method: dict[str, Any] | None) -> None:
+    def __init__(self, model: str, method: dict[str, Any] | None) -> None:
         self._process = subprocess.Popen(
-            [str(python), str(ROOT / "benchmarks" / "vllm_peer.py"), model, json.dumps(method)],
+            [sys.executable, "-m", "benchmarks.vllm_peer", model, json.dumps(method)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -109,6 +109,24 @@ class Controller(ABC):
         return {}
 
 
+def step_record(
+    step: Step, admission: Admission, verified: Verified, forward_s: float, speculators: Sequence[str]
+) -> dict[str, Any]:
+    """What a step did and took, as JSON values: what every controller can say of it, and `Costs.of` reads."""
+    slots = np.bincount(admission.arms, weights=admission.lengths, minlength=len(speculators))
+    return {
+        "batch": step.batch,
+        "context_tokens": step.context_tokens,
+        "asked": {
+            name: {"requests": int((most > 0).sum()), "depth": int(most.max()), "seconds": step.draft_s[name]}
+            for name, most in step.asked.items()
+        },
+        "admitted": {name: int(n) for name, n in zip(speculators, slots, strict=False) if n},
+        "tokens": int(verified.num_committed.sum()),
+        "forward_s": forward_s,
+    }
+
+
 class FixedController(Controller):
     """One speculator, always the same number of draft tokens: an arm of a comparison, not a policy for a run.
 

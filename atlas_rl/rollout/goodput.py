@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from atlas_rl.rollout.acceptance import AcceptanceModel
-from atlas_rl.rollout.controller import Admission, Controller, Step
+from atlas_rl.rollout.controller import Admission, Controller, Step, step_record
 from atlas_rl.rollout.cost import CostModel, DraftCost
 from atlas_rl.rollout.depth_search import search
 from atlas_rl.rollout.expectation import MAX_LOOKAHEAD, Expectation
@@ -294,22 +294,12 @@ class GoodputController(Controller):
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, undrafted_s: float
     ) -> dict[str, Any]:
         """What was expected of the step, and what came."""
-        slots = np.bincount(admission.arms, weights=admission.lengths, minlength=len(self.speculators))
         tokens, seconds = self._predicted or (None, None)
-        return {
-            "batch": step.batch,
-            "context_tokens": step.context_tokens,
-            "asked": {
-                name: {"requests": int((most > 0).sum()), "depth": int(most.max()), "seconds": step.draft_s[name]}
-                for name, most in step.asked.items()
-            },
-            "admitted": {name: int(n) for name, n in zip(self.speculators, slots, strict=False) if n},
+        return step_record(step, admission, verified, forward_s, self.speculators) | {
             "longest": int(admission.lengths.max(initial=0)),
             "discount": self._discount(),
             "plain_forward_s": self.plain_forward_s(step.batch, step.context_tokens),
             "expected_tokens": tokens,
             "expected_undrafted_s": seconds,
-            "tokens": int(verified.num_committed.sum()),
             "undrafted_s": undrafted_s,
-            "forward_s": forward_s,
         }
