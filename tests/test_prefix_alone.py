@@ -52,6 +52,27 @@ def test_the_test_itself_catches_a_controller_that_looks_ahead():
     assert depends_on_the_drawn_token(None) > 10
 
 
+def depends_on_the_drafts_seconds(draft_probs: torch.Tensor | None) -> bool:
+    """Whether a draft that was done sooner, as one is that drew an ending token, is admitted differently."""
+    controller = world(affine, a=sure(0.8)).run(60, batch=4).controller
+    admitted = set()
+    for draft_s in (1e-6, 1.0):
+        lengths = np.full(4, 5)
+        draft = Draft(np.zeros((4, 5), np.int64), lengths, np.full((4, 5), 0.3, np.float32), draft_probs)
+        step = Step(np.full(4, ROOM), 4 * CONTEXT, ["a"], {"a": lengths}, {"a": draft}, {"a": draft_s})
+        admitted.add(tuple(controller.admit(step).lengths))
+    return len(admitted) > 1
+
+
+def test_the_clock_does_not_tell_what_was_drawn():
+    assert not depends_on_the_drafts_seconds(torch.zeros(4, 5, 2))
+
+
+def test_the_test_of_the_clock_catches_a_controller_that_reads_it():
+    """As it may where drafts carry no probabilities: what was spent on them is spent."""
+    assert depends_on_the_drafts_seconds(None)
+
+
 @pytest.mark.parametrize("chance", [0.5, 0.8, 0.95])
 def test_drawn_drafts_are_still_worth_their_while(chance):
     arms = {"cheap": sure(chance)}

@@ -240,7 +240,7 @@ class GoodputController(Controller):
         gained = np.concatenate([[0.0], np.cumsum(values)])
         seconds = table[batch : batch + len(values) + 1]
         # Drafting is paid for whatever is admitted; like the rest of the step it makes another slot relatively cheaper.
-        whole_s = seconds + sum(step.draft_s.values())
+        whole_s = seconds + self._drafting_s(step)
         if any(draft.draft_probs is not None for draft in step.drafts.values()):
             # Slot by slot, until the next one does not pay: whether one is admitted then depends on likelier slots alone,
             # never on a later one of its own row. The discount goes on what each slot brings, for the same reason.
@@ -252,6 +252,20 @@ class GoodputController(Controller):
             goodput[1:] *= self._discount()
             best = int(np.argmax(goodput))
         return best, float(batch + gained[best]), float(seconds[best])
+
+    def _drafting_s(self, step: Step) -> float:
+        """Seconds that the drafts of a step took.
+
+        Of drawn drafts, what such a call is expected to take: one that drew an ending token may have stopped there, and what
+        the clock then says must not reach the decision whether that token is verified.
+        """
+        if all(draft.draft_probs is None for draft in step.drafts.values()):
+            return sum(step.draft_s.values())
+        return sum(
+            float(self._arms[name].cost.predict(int((asked > 0).sum()), int(asked.max(initial=0))))
+            for name, asked in step.asked.items()
+            if self._tried(name)
+        )
 
     def _discount(self) -> float:
         """Factor on the predicted goodput of drafting: what drafting steps have kept of it, against what plain steps have.
