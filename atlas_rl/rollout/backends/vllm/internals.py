@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -172,28 +173,28 @@ class Forward:
     drawn: Drawn
 
 
-class Hooks:
+class Hooks(ABC):
     """What a proposer implements to be called by the hooks of `install`."""
 
     recorder: StepRecorder
     layers: tuple[int, ...] = ()
     """Layers of the policy whose inputs the drafter reads; known before the model is loaded."""
 
+    @abstractmethod
     def keys(self, requests: list[Request]) -> np.ndarray:
         """Noise keys: uint64 `[rows]`. Equal on every rank of a tensor-parallel group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ended(self, names: set[str]) -> None:
         """The engine has ended these requests."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights_changed(self) -> None:
         """The engine has new weights; called on every rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def propose_after(self, forward: Forward) -> list[list[int]]:
         """Draft tokens for every row, given what the last forward settled."""
-        raise NotImplementedError
 
 
 def install() -> None:
