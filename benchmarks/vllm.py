@@ -3,10 +3,11 @@
     python -m benchmarks.vllm                             # every batch size; about an hour on 2 cores
     python -m benchmarks.vllm --batches 1 8 --repeats 1 --max-new-tokens 32 --eager --output runs/vllm_smoke.json
 
-Every repeat takes prompts that no arm has seen, the same for all arms, which run one after the other in changing order. Ours
-has generated a few batches of other prompts before, as in `benchmarks.rollout`. vLLM's own methods run with its CPU sampler
-repaired: a wrong engine is not compared. `vllm_suffix` needs the package arctic-inference and is left out where that cannot
-be built. Tokens/s count generated tokens over the wall-clock of one `generate` call.
+Every repeat takes prompts that no arm has seen, the same for all arms, which run in turns, an engine step each
+(`benchmarks/turns.py`), so that all meet the same machine. Ours has generated a few batches of other prompts before, as in
+`benchmarks.rollout`. vLLM's own methods run with its CPU sampler repaired: a wrong engine is not compared. `vllm_suffix`
+needs the package arctic-inference and is left out where that cannot be built. Tokens/s count generated tokens over the
+seconds of one `generate` call that were its own.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import argparse
 import importlib.util
 import os
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,12 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.backends.vllm import internals
 from atlas_rl.rollout.backends.vllm.backend import in_this_process, llm_arguments
 from benchmarks.common import ROOT, environment, quantiles, write_result
-from benchmarks.rollout import demo_policy, ratios, rotated, unseen_prompts
+from benchmarks.rollout import demo_policy, ratios, seconds_of, unseen_prompts
+from benchmarks.turns import Outcome, Turns
 
 HEAD = ROOT / "examples" / "grpo_demo" / "eagle3"
 GENERATIONS = 4
-Arm = Callable[
-    [list[list[int]], int, int], tuple[int, float, float]
-]  # prompts, group, seed: tokens, s, accepted length
+Arm = Callable[[list[list[int]], int, int], tuple[int, float]]  # prompts, group, seed: tokens, accepted length
 
 
 def main() -> None:
@@ -42,10 +42,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        arms = build_arms(folder, tokenizer, args)
+        turns = Turns()
+        arms = build_arms(folder, tokenizer, turns, args)
         cells: list[dict[str, Any]] = []
         for batch in args.batches:
-            cells += measure_cell(batch, arms, tokenizer, args)
+            cells += measure_cell(batch, arms, tokenizer, turns, args)
             payload = {"settings": settings(args), "left_out": left_out(), "cells": cells}
             write_result(args.output, {**environment(), "vllm": internals.check_version(), **payload})
     print(f"written: {args.output}")
@@ -76,7 +77,7 @@ def left_out() -> dict[str, str]:
     return {}
 
 
-def build_arms(folder: str, tokenizer: Any, args: argparse.Namespace) -> dict[str, Arm]:
+def build_arms(folder: str, tokenizer: Any, turns: Turns, args: argparse.Namespace) -> dict[str, Arm]:
     internals.repair_cpu_sampler()
     ngram = {
         "method": "ngram",
@@ -88,9 +89,9 @@ def build_arms(folder: str, tokenizer: Any, args: argparse.Namespace) -> dict[st
     if "vllm_suffix" not in left_out():
         methods["vllm_suffix"] = {"method": "suffix", "num_speculative_tokens": args.lookahead}
     methods["vllm_eagle3"] = {"method": "eagle3", "model": str(HEAD), "num_speculative_tokens": 3}
-    arms = {arm: vllm_arm(new_llm(folder, args, **of_method(method)), args) for arm, method in methods.items()}
-    llm = new_llm(folder, args, logprobs_mode="processed_logprobs", **llm_arguments(HEAD))
-    engine = AtlasRolloutEngine(model=llm, tokenizer=tokenizer, draft_model=HEAD, console=False)
+    arms = {arm: vllm_arm(new_llm(folder, turns, args, **of_method(method)), args) for arm, method in methods.items()}
+    llm = new_llm(folder, turns, args, logprobs_mode="processed_logprobs", **llm_arguments(HEAD))
+    engine = AtlasRolloutEngine(model=llm, tokenizer=tokenizer, draft_model=HEAD, clock=turns.clock, console=False)
     for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
         engine.generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=10_000 + step)
         engine.policy_updated()
@@ -101,22 +102,32 @@ def of_method(method: dict[str, Any] | None) -> dict[str, Any]:
     return {"speculative_config": method, "per_request_spec_decode_metrics": "summary"} if method else {}
 
 
-def new_llm(folder: str, args: argparse.Namespace, **arguments: Any) -> Any:
+def new_llm(folder: str, turns: Turns, args: argparse.Namespace, **arguments: Any) -> Any:
+    """A vLLM engine that lets others run before each of its steps."""
     with in_this_process():
         from vllm import LLM
 
         sizes = {"max_model_len": 1024, "max_num_seqs": 64}
-        return LLM(model=folder, dtype="float32", enforce_eager=args.eager, **sizes, **arguments)
+        llm = LLM(model=folder, dtype="float32", enforce_eager=args.eager, **sizes, **arguments)
+    own_step = llm.llm_engine.step
+
+    def step() -> Any:
+        turns.pass_on()
+        return own_step()
+
+    llm.llm_engine.step = step
+    return llm
 
 
 def vllm_arm(llm: Any, args: argparse.Namespace) -> Arm:
     from vllm import SamplingParams
 
-    def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float, float]:
-        sampling = SamplingParams(n=group, temperature=1.0, max_tokens=args.max_new_tokens, seed=seed, logprobs=0)
-        began = time.perf_counter()
+    def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float]:
+        # Without a seed per request: with it vLLM would draw row by row.
+        sampling = SamplingParams(
+            n=group, temperature=1.0, max_tokens=args.max_new_tokens, logprobs=0, detokenize=False
+        )
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-        seconds = time.perf_counter() - began
         samples = [sample for output in outputs for sample in output.outputs]
         num_tokens = sum(len(sample.token_ids) for sample in samples)
         # Not from `get_metrics()`: the counters of a process are those of its newest engine.
@@ -124,32 +135,34 @@ def vllm_arm(llm: Any, args: argparse.Namespace) -> Arm:
         accepted = sum(length * count for histogram in counts for length, count in enumerate(histogram))
         # Every forward of a request commits one token and what it accepts; the first token comes from the prompt.
         decoded = num_tokens - len(prompts) * group
-        return num_tokens, seconds, decoded / max(1, decoded - accepted)
+        return num_tokens, decoded / max(1, decoded - accepted)
 
     return run
 
 
 def atlas_arm(engine: AtlasRolloutEngine, args: argparse.Namespace) -> Arm:
-    def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float, float]:
-        began = time.perf_counter()
+    def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float]:
         report = engine.generate(prompts, num_generations=group, max_new_tokens=args.max_new_tokens, seed=seed).report
-        return report.num_tokens, time.perf_counter() - began, report.accepted_length
+        return report.num_tokens, report.accepted_length
 
     return run
 
 
-def measure_cell(batch: int, arms: dict[str, Arm], tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_cell(
+    batch: int, arms: dict[str, Arm], tokenizer: Any, turns: Turns, args: argparse.Namespace
+) -> list[dict[str, Any]]:
     group = min(GENERATIONS, batch)
-    other = unseen_prompts(tokenizer, 1, 1, seed=20_000 + batch)[0]
-    for arm in arms.values():
-        arm(other, group, 20_000 + batch)  # compilation and caches, on a text of its own
-    speed: dict[str, list[float]] = {arm: [] for arm in arms}
-    lengths: dict[str, list[float]] = {arm: [] for arm in arms}
+
+    def run_all(prompts: list[list[int]], seed: int, expected_s: dict[str, float]) -> dict[str, Outcome]:
+        return turns.run({name: partial(arm, prompts, group, seed) for name, arm in arms.items()}, expected_s)
+
+    # Compilation, caches, what the controller needs to learn of a new batch size, and how long each arm takes.
+    other = unseen_prompts(tokenizer, batch // group, 1, seed=20_000 + batch)[0]
+    runs = [run_all(other, 20_000 + batch, dict.fromkeys(arms, 1.0))]
     for repeat, prompts in enumerate(unseen_prompts(tokenizer, batch // group, args.repeats, seed=batch)):
-        for name in rotated(tuple(arms), repeat):
-            num_tokens, seconds, accepted_length = arms[name](prompts, group, 100 * batch + repeat)
-            speed[name].append(num_tokens / seconds)
-            lengths[name].append(accepted_length)
+        runs.append(run_all(prompts, 100 * batch + repeat, seconds_of(runs[-1])))
+    speed = {name: [run[name].value[0] / run[name].seconds for run in runs[1:]] for name in arms}
+    lengths = {name: [run[name].value[1] for run in runs[1:]] for name in arms}
     own = [name for name in arms if name != "atlas_vllm"]
     best = max(own, key=lambda name: quantiles(speed[name])["median"])
     print(

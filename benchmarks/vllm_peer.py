@@ -56,8 +56,9 @@ def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Tokens, seconds and accepted draft tokens of one call."""
     from vllm import SamplingParams
 
+    # Without a seed per request: with it vLLM would draw row by row.
     sampling = SamplingParams(
-        n=job["generations"], temperature=job["temperature"], max_tokens=job["max_new_tokens"], seed=job["seed"]
+        n=job["generations"], temperature=job["temperature"], max_tokens=job["max_new_tokens"], detokenize=False
     )
     before, began = accepted(engine), time.perf_counter()
     outputs = engine.generate([{"prompt_token_ids": p} for p in job["prompts"]], sampling, use_tqdm=False)

@@ -47,11 +47,11 @@ def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, repeats: int) -> li
 
 def measure(cell: Cell, arm: str, peer: Peer, off: AtlasRolloutEngine, tokenizer: Any, repeats: int) -> dict[str, Any]:
     plain = engine_arm(off, group_of(cell), cell.max_new_tokens, cell.temperature)
-    peer.generate(cell, cell_prompts(cell, tokenizer, 20_000), 20_000)  # compilation and caches, on prompts of its own
+    peer.generate(cell, cell_prompts(cell, tokenizer, 20_000))  # compilation and caches, on prompts of its own
     found, base = [], []
     for repeat in range(repeats):
         prompts = cell_prompts(cell, tokenizer, repeat)
-        found.append(peer.generate(cell, prompts, seed_of(cell, repeat)))
+        found.append(peer.generate(cell, prompts))
         began = time.perf_counter()
         num_tokens, _ = plain(prompts, seed_of(cell, repeat))
         base.append(num_tokens / (time.perf_counter() - began))
@@ -90,7 +90,7 @@ class Peer:
         hello = self._read()
         self.version, self.refusal = hello["version"], hello["refusal"]
 
-    def generate(self, cell: Cell, prompts: list[list[int]], seed: int) -> dict[str, Any]:
+    def generate(self, cell: Cell, prompts: list[list[int]]) -> dict[str, Any]:
         """Tokens, seconds and accepted draft tokens of one call."""
         assert self._process.stdin is not None
         job = {
@@ -98,7 +98,6 @@ class Peer:
             "generations": group_of(cell),
             "temperature": cell.temperature,
             "max_new_tokens": cell.max_new_tokens,
-            "seed": seed,
         }
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
