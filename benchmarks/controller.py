@@ -21,9 +21,11 @@ repeats' ratios.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ import numpy as np
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.controller import FixedController
+from atlas_rl.rollout.goodput import GoodputController
 from atlas_rl.rollout.replay import Costs, RolloutRecorder
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.eagle3 import Eagle3Speculator
@@ -64,10 +67,10 @@ def main() -> None:
     rows = kept_rows(args.output, cells) if args.keep else []
     for policy in dict.fromkeys(cell.policy for cell in cells):
         model, tokenizer = demo_policy.load_policy(warm=policy == "warm")
-        state = warm_state(model, tokenizer, policy, args)
+        start = warm_start(model, tokenizer, policy, args)
         own = [cell for cell in cells if cell.policy == policy]
         for cell in own:
-            rows += measure(cell, model, tokenizer, state, args)
+            rows += measure(cell, model, tokenizer, start, args)
             write_result(args.output, {**environment(), "cells": rows})
         if args.vllm:
             rows += vllm_rows(own, model, tokenizer, args.repeats)
@@ -112,24 +115,43 @@ def speculator(name: str) -> Speculator:
     return made[name]()
 
 
-def warm_state(model: Any, tokenizer: Any, policy: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What the speculators know after a few calls over other prompts, a refresh after each."""
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where every arm of every cell begins: after a few calls over other prompts, a refresh after each.
+
+    Attributes:
+        speculators: Their states, by name.
+        controller: What it has learned in these calls; to be copied, not used.
+    """
+
+    speculators: dict[str, Any]
+    controller: GoodputController
+
+
+def warm_start(model: Any, tokenizer: Any, policy: str, args: argparse.Namespace) -> Start:
+    """The first steps of a run of this policy."""
     # The shipped head was trained for the warm policy; for the raw one it would be an arm that nobody would configure.
     names = ("history", "recurrent", "eagle3") if policy == "warm" else ("history", "recurrent")
+    controller = GoodputController(names, explain=True)
     engine = AtlasRolloutEngine(
-        model=model, tokenizer=tokenizer, speculators=[speculator(name) for name in names], console=False
+        model=model,
+        tokenizer=tokenizer,
+        speculators=[speculator(name) for name in names],
+        controller=controller,
+        console=False,
     )
     for step in range(args.warm_up_steps):
         prompts = tokenized(tokenizer, demo_tasks.build_dataset("train", 4, seed=10_000 + step)["prompt"])
         engine.generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=10_000 + step)
         engine.policy_updated()
-    return engine.state_dict()
+    return Start(engine.state_dict(), controller)
 
 
 def engines_of(
-    model: Any, tokenizer: Any, turns: Turns, state: dict[str, Any], lookaheads: list[int]
+    model: Any, tokenizer: Any, turns: Turns, start: Start, lookaheads: list[int]
 ) -> dict[str, AtlasRolloutEngine]:
     """One engine per arm, `controller` the last, every speculator in the state it had after the warm-up."""
+    state = start.speculators
     arms = {"off": engine_in_turns(model, tokenizer, turns, [])}
     for name in ("ngram", *state):
         for lookahead in lookaheads if name in state else [5]:
@@ -137,7 +159,8 @@ def engines_of(
             engine = engine_in_turns(model, tokenizer, turns, [speculator(name)], controller)
             engine.load_state_dict({name: state[name]} if name in state else {})
             arms[f"{name}_k{lookahead}" if name in state else name] = engine
-    arms["controller"] = engine_in_turns(model, tokenizer, turns, [speculator(name) for name in state])
+    own = copy.deepcopy(start.controller)
+    arms["controller"] = engine_in_turns(model, tokenizer, turns, [speculator(name) for name in state], own)
     arms["controller"].load_state_dict(state)
     return arms
 
@@ -145,12 +168,10 @@ def engines_of(
 # --------------------------------------------------------------------------------------------------------------- measure
 
 
-def measure(
-    cell: Cell, model: Any, tokenizer: Any, state: dict[str, Any], args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def measure(cell: Cell, model: Any, tokenizer: Any, start: Start, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every arm of one cell."""
     turns = Turns()
-    engines = engines_of(model, tokenizer, turns, state, args.lookaheads)
+    engines = engines_of(model, tokenizer, turns, start, args.lookaheads)
     arms = {
         name: engine_arm(engine, group_of(cell), cell.max_new_tokens, cell.temperature)
         for name, engine in engines.items()
@@ -181,8 +202,10 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="atlas_rl_controller_") as folder:
         record(cell, model, tokenizer, prompts, Path(folder))
         costs = Costs.of(itertools.chain.from_iterable(trace.trace for trace in traces.values()))
-        ready = {name: partial(speculator, name) for name in state}
-        rows.append(oracle_rows(cell, Path(folder), ready, state, costs, max(args.lookaheads), speed, reports))
+        ready = {name: partial(speculator, name) for name in start.speculators}
+        rows.append(
+            oracle_rows(cell, Path(folder), ready, start.speculators, costs, max(args.lookaheads), speed, reports)
+        )
     print_cell(cell, rows)
     return rows
 

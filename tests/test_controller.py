@@ -41,6 +41,20 @@ def test_drafts_that_cost_as_much_as_they_bring_are_not_verified():
     assert run.mean_length(last=200) < 0.1
 
 
+def test_where_nothing_pays_planning_is_rare_too():
+    arms = {"cheap": sure(0.02)}
+    run = World(GoodputController(("cheap",), explain=True), proportional, arms).run(300, batch=32)
+    planned = np.array([record["planned"] for record in run.records])
+    assert planned[-100:].mean() < 0.2
+    assert np.diff(np.flatnonzero(planned)).max() <= 10  # what begins to pay is seen soon
+    run.run(2, batch=8)  # the first measures what no speculation costs
+    assert run.records[-1]["planned"], "a batch that shrinks ends the pause"
+    run.arms["cheap"] = sure(0.9)
+    run.cost = flat
+    run.run(60, batch=8)
+    assert all(record["planned"] for record in run.records[-10:])
+
+
 def test_drafts_are_long_where_verification_is_free_and_acceptance_high():
     run = world(flat, cheap=sure(0.95)).run(200, batch=4)
     assert run.mean_length(last=100) > 8
@@ -197,6 +211,14 @@ def test_the_fixed_controller_is_fixed():
     assert (run.admissions[-1].lengths == 2).all()
     run.controller.policy_updated({})
     assert run.controller.plain_forward_s(4, 0) > 0
+
+
+def test_what_a_drafter_cost_for_many_does_not_keep_it_from_few():
+    """Far too dear at 32 requests, it would double the speed of one: nobody knows before it is tried."""
+    dear = sure(0.9, draft_s=lambda depth: 1e-3 * depth, per_request_s=4e-3)
+    run = World(GoodputController(("dear",)), affine, {"dear": dear}).run(200, batch=32)
+    assert run.mean_length(last=100) == 0
+    assert run.run(30, batch=1).mean_length(last=20) > 2
 
 
 def test_costs_that_no_model_sees_are_noticed_and_stop_drafting():

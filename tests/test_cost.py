@@ -165,3 +165,20 @@ def test_no_draft_is_predicted_to_take_less_than_nothing():
     rng = np.random.default_rng(0)
     model = drafted(lambda rows, depth: float(rng.exponential(0.01)), [(i % 7 + 1, i % 5 + 1) for i in range(40)])
     assert (model.predict(1, np.arange(17)) >= 0).all()
+
+
+def test_what_a_drafter_had_missed_is_told_apart_from_drafting():
+    """Asked now and then, it runs long backlogs; asked in every step it would not."""
+    rng, model = np.random.default_rng(0), DraftCost()
+    for _ in range(20):
+        rows, backlog = int(rng.integers(4, 9)), int(rng.integers(50, 500))
+        model.observe(rows, 4, 0.01 + 1e-4 * backlog, backlog)
+    assert model.predict(8, 4, 16) == pytest.approx(0.0116, rel=0.25)
+    assert model.predict(8, 4, 500) == pytest.approx(0.06, rel=0.1)
+
+
+def test_a_large_batch_says_nothing_of_a_small_one():
+    model = drafted(lambda rows, depth: 0.001 * rows * depth, [(16, 4)] * 4, outliers=0)
+    assert model.knows(16)
+    assert model.knows(8)
+    assert not model.knows(1)

@@ -28,6 +28,7 @@ class Step:
         asked: int64 `[batch]` per speculator asked so far in this step: most tokens wanted.
         drafts: What they drafted; every draft has a row for every request.
         draft_s: Seconds that took.
+        backlog: `Speculator.backlog`, of all requests; once a speculator was asked, of those it drafted for.
     """
 
     room: np.ndarray
@@ -36,6 +37,7 @@ class Step:
     asked: dict[str, np.ndarray] = field(default_factory=dict)
     drafts: dict[str, Draft] = field(default_factory=dict)
     draft_s: dict[str, float] = field(default_factory=dict)
+    backlog: dict[str, int] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -118,7 +120,12 @@ def step_record(
         "batch": step.batch,
         "context_tokens": step.context_tokens,
         "asked": {
-            name: {"requests": int((most > 0).sum()), "depth": int(most.max()), "seconds": step.draft_s[name]}
+            name: {
+                "requests": int((most > 0).sum()),
+                "depth": int(most.max()),
+                "backlog": step.backlog.get(name, 0),
+                "seconds": step.draft_s[name],
+            }
             for name, most in step.asked.items()
         },
         "admitted": {name: int(n) for name, n in zip(speculators, slots, strict=False) if n},

@@ -18,8 +18,8 @@ _OUTLIER = 0.2  # a forward that misses its size's mean by more teaches no more 
 _INTERRUPTED = 2.0  # times what was expected: no forward counts as slower (or faster) than that
 _KNOWN = 8  # samples of a size from which on it can tell an interruption and the machine's level
 _LEVEL_FORWARDS = 9  # latest forwards, of any size, whose median surprise is the machine's level
-_DRAFTS = 32  # latest draft calls of a speculator that its cost is fitted to
-_PRIOR_CALLS = 0.1  # what "in proportion to the depth" weighs against them
+_DRAFTS = 12  # latest draft calls of a speculator, for each octave of rows, that its cost is fitted to
+_PRIOR_CALLS = 0.03  # what "in proportion to the depth" weighs against them
 _SLOW = 4.0  # times the usual seconds per draft position: no call counts as slower than that
 
 
@@ -112,52 +112,73 @@ class CostModel:
 
 
 class DraftCost:
-    """Seconds of a speculator's proposal for `rows` requests to `depth` tokens: `a + b * depth + c * rows * depth`.
+    """Seconds of a speculator's proposal: `a + b * depth + c * rows * depth + d * backlog`.
 
-    Fitted to the latest calls by least squares, weighted against outliers, with a ridge towards "in proportion to the
-    depth", which decides while rows and depth hardly vary. No share is ever negative.
+    `rows` are the requests that it drafts for, `backlog` the committed tokens that it has to run first. Fitted to the latest
+    calls of every octave of rows by least squares of relative errors, weighted against outliers, with a ridge towards "in
+    proportion to the depth", which decides while nothing else varies. No share is ever negative.
     """
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[int, int, float]] = deque(maxlen=_DRAFTS)
+        self._calls: dict[int, deque[tuple[int, int, int, float]]] = {}  # by octave of rows
         self._observed = 0
         self._shares: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return sum(len(calls) for calls in self._calls.values())
 
-    def observe(self, rows: int, depth: int, seconds: float) -> None:
+    def knows(self, rows: int) -> bool:
+        """Whether a call for about so many requests was seen: of the same octave, or of one beside it."""
+        octave = rows.bit_length()
+        return any(near in self._calls for near in (octave - 1, octave, octave + 1))
+
+    def observe(self, rows: int, depth: int, seconds: float, backlog: int = 0) -> None:
         """One call took `seconds`."""
-        self._calls.append((rows, max(depth, 1), seconds))
+        calls = self._calls.setdefault(rows.bit_length(), deque(maxlen=_DRAFTS))
+        calls.append((rows, max(depth, 1), backlog, max(seconds, 1e-9)))
         self._observed += 1
         if _due(self._observed):
             self._shares = None
 
-    def predict(self, rows: int, depth: np.ndarray | int) -> np.ndarray:
+    def predict(self, rows: int, depth: np.ndarray | int, backlog: int = 0) -> np.ndarray:
         """Seconds of calls of these depths: float64, shape of `depth`; raises `ValueError` before any call was observed."""
         if not self._calls:
             raise ValueError("no call was observed yet")
         if self._shares is None:
             self._shares = self._fit()
-        fixed, per_depth, per_token = self._shares
-        return fixed + (per_depth + per_token * rows) * np.asarray(depth, np.float64)
+        fixed, per_depth, per_token, per_backlog = self._shares
+        return fixed + per_backlog * backlog + (per_depth + per_token * rows) * np.asarray(depth, np.float64)
 
     def _fit(self) -> np.ndarray:
-        rows, depth, seconds = np.array(self._calls, np.float64).T
+        rows, depth, backlog, seconds = np.array([call for calls in self._calls.values() for call in calls]).T
         per_depth = _median(seconds / depth)
         seconds = np.minimum(seconds, _SLOW * per_depth * depth)  # a call that compiled, or was interrupted
-        prior = np.array([0.0, per_depth, 0.0])
-        features = np.stack([np.ones_like(depth), depth, rows * depth], axis=1)
-        scale = np.maximum(features.mean(axis=0), 1.0)
+        features = np.stack([np.ones_like(depth), depth, rows * depth, backlog], axis=1) / seconds[:, None]
+        scale = np.maximum(features.mean(axis=0), 1e-9)
         features = features / scale
-        rest = seconds - features @ (prior * scale)
-        weight = np.ones_like(rest)
-        for _ in range(4):  # calls that missed by far count for little the next time
+        prior = np.array([0.0, per_depth, 0.0, 0.0]) * scale
+        weight, shares = np.ones_like(seconds), prior
+        ends = np.cumsum([len(calls) for calls in self._calls.values()])[:-1]
+        for _ in range(4):  # calls that lie off those of their octave count for little the next time
             weighted = features * weight[:, None]
-            shares = np.linalg.solve(weighted.T @ features + _PRIOR_CALLS * np.eye(3), weighted.T @ rest)
-            missed = np.abs(rest - features @ shares)
-            weight = 1 / (1 + (missed / (2 * _median(missed) + 1e-9)) ** 2)
-        return np.maximum(prior + shares / scale, 0.0)
+            shares = _not_negative(weighted.T @ features, weighted.sum(axis=0), prior)
+            rest = np.split(1 - features @ shares, ends)
+            off = np.abs(np.concatenate([part - _median(part) for part in rest]))
+            weight = 1 / (1 + (off / (2 * _median(off) + 1e-3)) ** 2)
+        return shares / scale
+
+
+def _not_negative(gram: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """Least squares with a ridge towards `prior`, of shares that are not negative: the most negative is left out in turn."""
+    shares, kept = np.zeros(len(prior)), np.arange(len(prior))
+    while len(kept):
+        square = gram[np.ix_(kept, kept)] + _PRIOR_CALLS * np.eye(len(kept))
+        found = np.linalg.solve(square, moment[kept] + _PRIOR_CALLS * prior[kept])
+        if (found >= 0).all():
+            shares[kept] = found
+            break
+        kept = np.delete(kept, found.argmin())
+    return shares
 
 
 def _rising(values: list[float], weights: list[float]) -> np.ndarray:

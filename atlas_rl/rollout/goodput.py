@@ -31,6 +31,7 @@ from atlas_rl.speculators.base import Verified
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
 _TRIALS = 3  # calls before a speculator's cost is believed
 _TRIAL_DEPTH = 4
+_STEADY_BACKLOG = 2  # committed tokens per request that a speculator has to run if it drafts in every step
 _EXPLORED_SHARE = 0.003  # of the time, for asking a speculator that is not expected to pay
 _KEPT_STEPS = 20.0  # about the last twenty steps tell how much of the predicted goodput is kept
 _KEPT_PRIOR_STEPS, _KEPT_PRIOR_SPREAD = 3.0, 0.1  # before any evidence, as if three steps had missed by a tenth
@@ -39,6 +40,11 @@ _DOUBT_FADES = 0.01  # per plain step: a hundred of them forget most of what spo
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
 _PLAIN_KNOWN = 3  # forwards of about a size after which its cost is known: their median shrugs off one
 _PLAIN_APART = 4  # steps between those that are made for that
+_PATIENCE = 3  # steps in a row without drafts before planning pauses
+_LONGEST_PAUSE = 8  # steps
+_SAME_BATCH = (
+    7 / 8
+)  # a pause ends when fewer of its requests are left than that: a smaller batch may be worth drafting for
 
 
 @dataclass(slots=True)
@@ -64,6 +70,30 @@ class _Arm:
     expectation: Expectation = field(default_factory=Expectation)
     cost: DraftCost = field(default_factory=DraftCost)
     purse_s: float = 0.0  # seconds it may spend on being asked without being expected to pay
+
+
+@dataclass(slots=True)
+class _Pause:
+    """When not even to plan: a plan costs as much as a few draft tokens, and where nothing pays nothing else is lost.
+
+    After some plans in a row that came to nothing it leaves one out, then two, and so on.
+    """
+
+    num_vain: int = 0  # plans in a row
+    steps_left: int = 0  # to the next plan
+    batch: int = 0  # requests when it began
+
+    def holds(self, batch: int) -> bool:
+        """Whether to leave out the plan of a step of `batch` requests; asked once per step."""
+        if not _SAME_BATCH * self.batch <= batch <= self.batch:
+            self.steps_left = 0
+        self.steps_left -= self.steps_left > 0
+        return self.steps_left > 0
+
+    def observe(self, batch: int, drafted: bool) -> None:
+        """A step was planned; whether anything was verified."""
+        self.num_vain = 0 if drafted else self.num_vain + 1
+        self.steps_left, self.batch = min(max(0, self.num_vain - _PATIENCE), _LONGEST_PAUSE) + 1, batch
 
 
 @dataclass(slots=True)
@@ -94,6 +124,8 @@ class GoodputController(Controller):
         self._forward_cost = CostModel()  # of the forward alone, for those who ask what plain decoding costs
         self._explain = explain
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
+        self._pause = _Pause()
+        self._planned: Step | None = None  # the latest step that was
         self._predicted: tuple[float, float] | None = None  # tokens and seconds that the last decision expected
         self._kept = {True: _Kept(), False: _Kept()}  # of steps with drafts, and of plain ones
         self._there: dict[str, np.ndarray] = {}  # what each speculator was asked beside, in the step at hand
@@ -105,8 +137,9 @@ class GoodputController(Controller):
             # Once a drawn draft is there, whether another is asked for the same request would depend on the drawn tokens.
             return {}
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
-        if not left:
+        if not left or (not step.drafts and self._pause.holds(step.batch)):
             return {}
+        self._planned = step
         there = self._choose(step)
         for name in sorted(left, key=lambda n: self._arms[n].cost.predict(step.batch, 1) if self._tried(n) else 0.0):
             wanted = np.minimum(step.room, self._wanted(name, there, step))
@@ -126,6 +159,8 @@ class GoodputController(Controller):
     ) -> dict[str, Any] | None:
         slots = int(admission.lengths.sum())
         self._steps_since_plain = self._steps_since_plain + 1 if slots else 0
+        if step is self._planned:
+            self._pause.observe(step.batch, slots > 0)
         undrafted_s = step_s - sum(step.draft_s.values())
         self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         self._forward_cost.observe(step.batch + slots, forward_s, step.context_tokens)
@@ -136,11 +171,12 @@ class GoodputController(Controller):
             self._learn(name, step, admission, verified)
         for name, arm in self._arms.items():
             if name in step.ready and name not in step.drafts and len(arm.cost):
-                trial_s = float(arm.cost.predict(step.batch, _TRIAL_DEPTH))
+                trial_s = float(arm.cost.predict(step.batch, _TRIAL_DEPTH, step.backlog.get(name, 0)))
                 arm.purse_s = min(arm.purse_s + _EXPLORED_SHARE * step_s, trial_s)
         return record
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
+        self._pause = _Pause()
         for name, arm in self._arms.items():
             arm.acceptance.policy_updated()
             arm.expectation.policy_updated(expected.get(name))
@@ -208,17 +244,28 @@ class GoodputController(Controller):
         assert table is not None, "a plain step comes before the first plan"
         # It costs least for the requests where it is expected to do better; all of them where it costs no more.
         asked = [int(better.sum()), batch]
-        draft_s = np.stack(
-            [np.full(len(_DEPTHS), spent_s), *(spent_s + arm.cost.predict(rows, _DEPTHS) for rows in asked)]
-        )
+        draft_s = np.stack([np.full(len(_DEPTHS), spent_s), *(spent_s + self._draft_s(name, n, step) for n in asked)])
         whom, index = search(there.survival, expected, better, table, draft_s, _DEPTHS, self._discount())
         wanted = np.zeros(batch, np.int64)
         if whom:
             wanted[better if whom == 1 else slice(None)] = _DEPTHS[index]
-        if not wanted.any() and arm.purse_s >= (cost_s := float(arm.cost.predict(batch, _TRIAL_DEPTH))):
+        if wanted.any():
+            return wanted if arm.cost.knows(batch) else np.minimum(wanted, _TRIAL_DEPTH)
+        cost_s = float(arm.cost.predict(batch, _TRIAL_DEPTH, step.backlog.get(name, 0)))
+        if arm.purse_s >= cost_s:
             arm.purse_s -= cost_s
             wanted[:] = _TRIAL_DEPTH
         return wanted
+
+    def _draft_s(self, name: str, rows: int, step: Step) -> np.ndarray:
+        """Seconds of a draft for so many requests, to every depth: float64 `[num_depths]`."""
+        cost = self._arms[name].cost
+        if not cost.knows(step.batch):
+            # What such a call costs is not known, and elsewhere it may have cost more: where it would pay if it were free,
+            # it is tried.
+            return np.zeros(len(_DEPTHS))
+        # What it missed while it was not asked it has to run once, what the last steps committed every time.
+        return cost.predict(rows, _DEPTHS, min(step.backlog.get(name, 0), _STEADY_BACKLOG * rows))
 
     def _best_lengths(self, survival: np.ndarray, step: Step) -> np.ndarray:
         """Admit the n likeliest slots of the batch, n where goodput peaks: int64 `[batch]`."""
@@ -262,7 +309,11 @@ class GoodputController(Controller):
         if all(draft.draft_probs is None for draft in step.drafts.values()):
             return sum(step.draft_s.values())
         return sum(
-            float(self._arms[name].cost.predict(int((asked > 0).sum()), int(asked.max(initial=0))))
+            float(
+                self._arms[name].cost.predict(
+                    int((asked > 0).sum()), int(asked.max(initial=0)), step.backlog.get(name, 0)
+                )
+            )
             for name, asked in step.asked.items()
             if self._tried(name)
         )
@@ -295,7 +346,7 @@ class GoodputController(Controller):
 
     def _learn(self, name: str, step: Step, admission: Admission, verified: Verified) -> None:
         arm, draft, asked = self._arms[name], step.drafts[name], step.asked[name]
-        arm.cost.observe(int((asked > 0).sum()), int(asked.max()), step.draft_s[name])
+        arm.cost.observe(int((asked > 0).sum()), int(asked.max()), step.draft_s[name], step.backlog.get(name, 0))
         arm.expectation.observe(self._there[name], self._survival(name, step), asked, draft.lengths)
         tried, accepted = verified.outcome_of(draft)
         if draft.draft_probs is not None:
@@ -310,6 +361,7 @@ class GoodputController(Controller):
         """What was expected of the step, and what came."""
         tokens, seconds = self._predicted or (None, None)
         return step_record(step, admission, verified, forward_s, self.speculators) | {
+            "planned": step is self._planned,
             "longest": int(admission.lengths.max(initial=0)),
             "discount": self._discount(),
             "plain_forward_s": self.plain_forward_s(step.batch, step.context_tokens),

@@ -32,6 +32,7 @@ class Proposing:
 
     def run(self, step: Step, sequences: Sequences, requests: np.ndarray) -> None:
         """Fill in the drafts of a step over `requests` (int64 `[batch]`)."""
+        step.backlog = {name: self._speculators[name].backlog(sequences, requests) for name in step.ready}
         while True:
             with self._recorder.time("controller"):
                 plan = self._controller.plan(step)
@@ -47,6 +48,7 @@ class Proposing:
         asked = np.flatnonzero(wanted > 0)
         draft = Draft.empty(0)
         if len(asked):
+            step.backlog[name] = self._speculators[name].backlog(sequences, requests[asked])
             draft = self._speculators[name].propose(sequences, requests[asked], wanted[asked])
         step.asked[name], step.drafts[name] = wanted, draft.spread(asked, len(requests))
         step.draft_s[name] = self._recorder.clock() - before

@@ -318,7 +318,7 @@ class Costs:
             costs.forward.observe(step["batch"] + slots, step["forward_s"], step["context_tokens"])
             for name, asked in step["asked"].items():
                 known = costs.drafts.setdefault(name, DraftCost())
-                known.observe(asked["requests"], asked["depth"], asked["seconds"])
+                known.observe(asked["requests"], asked["depth"], asked["seconds"], asked.get("backlog", 0))
         return costs
 
 
@@ -342,7 +342,8 @@ class _PaidProposing(Proposing):
         super().ask(name, sequences, requests, wanted, step)
         if wanted.any():
             known = self.costs.drafts[name]
-            step.draft_s[name] = float(known.predict(int((wanted > 0).sum()), int(wanted.max())))
+            rows, depth = int((wanted > 0).sum()), int(wanted.max())
+            step.draft_s[name] = float(known.predict(rows, depth, step.backlog[name]))
             self.clock.now_s += step.draft_s[name]
 
 

@@ -243,6 +243,13 @@ class Speculator(ABC):
         Called before the first `propose` that names them; mutates only the speculator's state.
         """
 
+    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
+        """Committed tokens that `propose` for these requests (int64 `[n]`) would have to run before it drafts.
+
+        The controller tells their time from that of drafting: a speculator that was not asked for long has more of them.
+        """
+        return 0
+
     @abstractmethod
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for each request.

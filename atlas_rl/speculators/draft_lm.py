@@ -64,6 +64,10 @@ class DraftLM(Speculator):
             self._drafted: dict[int, np.ndarray] = {}  # tokens of its last draft
         self._active = np.concatenate([self._active, requests])
 
+    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
+        """Tokens that are not cached, of all active requests: it runs them together."""
+        return int((sequences.lengths[self._active] - self._cached[self._active]).sum())
+
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
         assert sequences is self._sequences, "propose() before start()"

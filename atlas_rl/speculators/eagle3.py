@@ -70,6 +70,11 @@ class Eagle3Speculator(Speculator):
                 self._features[request].append(features[first : first + sequences.prompt_lengths[request]])
             self._has_prompt[group] = True
 
+    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
+        """Positions whose features wait to be run."""
+        known = requests[self._has_prompt[requests]]
+        return int((sequences.lengths[known] - 1 - self._cached[known]).sum())
+
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
         assert sequences is self._sequences, "propose() before start()"
