@@ -8,8 +8,7 @@ A cell is a policy, a temperature and a batch: of like requests (1 to 32), or `m
 three times as long. Every arm generates the same prompts with the same seeds, hence the same texts, in turns, a decode step
 each (`benchmarks/turns.py`), so that all meet the same machine. Arms: TRL's transformers generation; ours without
 speculation; prompt lookup; every speculator alone at k = 1, 3, 5, 7; the controller with all of them. All start from one
-state, that of an engine after a few calls over other prompts, as after the first steps of a run, and keep their own from
-there. Two more are computed:
+state, that of an engine some steps into a run over other prompts, and keep their own from there. Two more are computed:
 
 - `hindsight`: the fixed arm of the highest median tokens/s, no speculation among them.
 - `oracle`: replays the cell's rollouts with every draft's fate known beforehand (`benchmarks/oracle.py`).
@@ -45,10 +44,12 @@ from benchmarks.common import ROOT, environment, write_result
 from benchmarks.ngram import NgramSpeculator
 from benchmarks.oracle import oracle_rows
 from benchmarks.rollout import (
+    Arm,
     demo_policy,
     demo_tasks,
     engine_arm,
     engine_in_turns,
+    head_of_a_run,
     ratios,
     run_in_turns,
     seconds_of,
@@ -86,7 +87,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-mixed", action="store_true", help="leave the mixed batches out")
     parser.add_argument("--lookaheads", nargs="+", type=int, default=[1, 3, 5, 7])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warm-up-steps", type=int, default=4, help="calls of 16 requests before anything is measured")
+    parser.add_argument(
+        "--warm-up-steps", type=int, default=16, help="calls of 16 requests before anything is measured"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="three times as many in mixed batches")
     parser.add_argument("--vllm", action="store_true", help="vLLM's own methods too (`make setup-vllm`)")
     parser.add_argument("--keep", action="store_true", help="keep the cells of the output file that are not measured")
@@ -117,7 +120,7 @@ def speculator(name: str) -> Speculator:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where every arm of every cell begins: after a few calls over other prompts, a refresh after each.
+    """Where every arm of every cell begins: after some calls over other prompts, a refresh after each.
 
     Attributes:
         speculators: Their states, by name.
@@ -136,7 +139,7 @@ def warm_start(model: Any, tokenizer: Any, policy: str, args: argparse.Namespace
     engine = AtlasRolloutEngine(
         model=model,
         tokenizer=tokenizer,
-        speculators=[speculator(name) for name in names],
+        speculators=[head_of_a_run() if name == "recurrent" else speculator(name) for name in names],
         controller=controller,
         console=False,
     )
@@ -172,17 +175,12 @@ def measure(cell: Cell, model: Any, tokenizer: Any, start: Start, args: argparse
     """Every arm of one cell."""
     turns = Turns()
     engines = engines_of(model, tokenizer, turns, start, args.lookaheads)
-    arms = {
-        name: engine_arm(engine, group_of(cell), cell.max_new_tokens, cell.temperature)
-        for name, engine in engines.items()
-    }
-    arms["trl_transformers"] = trl_arm(
-        shell(model), tokenizer, group_of(cell), turns, cell.max_new_tokens, cell.temperature
-    )
+    arms = arms_of(cell, cell.max_new_tokens, engines, model, tokenizer, turns)
     prompts = [cell_prompts(cell, tokenizer, seed=repeat) for repeat in range(args.repeats)]
-    # A first call that nobody counts, over prompts of its own: compilation, allocation, caches, what the controller needs
-    # to learn of a new batch size, and how long each arm takes.
-    runs = [run_in_turns(turns, arms, cell_prompts(cell, tokenizer, seed=20_000), 20_000, dict.fromkeys(arms, 1.0))]
+    # A first call that nobody counts, shorter and over prompts of its own: compilation, allocation, caches, what the
+    # controller needs to learn of a new batch size, and how long each arm takes.
+    short = arms_of(cell, cell.max_new_tokens // 4, engines, model, tokenizer, turns)
+    runs = [run_in_turns(turns, short, cell_prompts(cell, tokenizer, seed=20_000), 20_000, dict.fromkeys(arms, 1.0))]
     traces: dict[str, InTurns] = {name: engine.config.controller for name, engine in engines.items()}  # type: ignore[misc]
     for trace in traces.values():
         trace.trace.clear()
@@ -208,6 +206,15 @@ def measure(cell: Cell, model: Any, tokenizer: Any, start: Start, args: argparse
         )
     print_cell(cell, rows)
     return rows
+
+
+def arms_of(
+    cell: Cell, max_new_tokens: int, engines: dict[str, AtlasRolloutEngine], model: Any, tokenizer: Any, turns: Turns
+) -> dict[str, Arm]:
+    """Every arm's generation call, TRL's the last."""
+    group, temperature = group_of(cell), cell.temperature
+    arms = {name: engine_arm(engine, group, max_new_tokens, temperature) for name, engine in engines.items()}
+    return arms | {"trl_transformers": trl_arm(shell(model), tokenizer, group, turns, max_new_tokens, temperature)}
 
 
 def record(cell: Cell, model: Any, tokenizer: Any, prompts: list[Any], folder: Path) -> None:

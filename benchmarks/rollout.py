@@ -4,9 +4,9 @@
     python -m benchmarks.rollout --policies warm --batches 8 --repeats 5
 
 Every repeat takes prompts that no arm has seen, the same for all three arms, which decode in turns, a step each, so that
-they meet the same machine (`benchmarks/turns.py`). The speculating engine has generated a few batches of *other* prompts
-before, as it has after the first steps of a training run, and lives through all cells of a policy; no prompt is repeated to
-it but by the group, so this is the first epoch, where history helps least.
+they meet the same machine (`benchmarks/turns.py`). The speculating engine has generated some batches of *other* prompts
+before, a refresh after each, as it has after the first steps of a training run, and lives through all cells of a policy; no
+prompt is repeated to it but by the group, so this is the first epoch, where history helps least.
 Tokens/s count generated tokens of all requests over the seconds of one generation call that were its own.
 """
 
@@ -39,6 +39,9 @@ import tasks as demo_tasks  # noqa: E402
 
 ARMS = ("trl_transformers", "atlas_off", "atlas_on")
 GENERATIONS = 4
+STEP_PER_ROLLOUTS = (
+    3.3  # seconds of a training step over those of its rollouts: examples/grpo_demo on 2 cores, 90 steps
+)
 Arm = Callable[[list[list[int]], int], tuple[int, Any]]  # prompts and a seed in; generated tokens and the report out
 
 
@@ -62,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=["warm", "raw"], choices=["warm", "raw"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warm-up-steps", type=int, default=4, help="batches of 16 before anything is measured")
+    parser.add_argument("--warm-up-steps", type=int, default=16, help="batches of 16 before anything is measured")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--keep", action="store_true", help="keep the cells of the output file that are not measured")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
@@ -104,11 +107,19 @@ def engine_in_turns(
     )
 
 
+def head_of_a_run() -> RecurrentSpeculator:
+    """A recurrent head whose refreshes take what they may take in training.
+
+    They get a share of the time between them. Here that is rollouts alone, in a GRPO run the update as well.
+    """
+    return RecurrentSpeculator(budget_share=0.05 * STEP_PER_ROLLOUTS)
+
+
 def warmed_engines(model: Any, tokenizer: Any, turns: Turns, args: argparse.Namespace) -> dict[str, AtlasRolloutEngine]:
-    """One engine per arm for all batch sizes, as a run has one; the speculating one has seen its first steps."""
+    """One engine per arm for all batch sizes, as a run has one; the speculating one is some steps into it."""
     engines = {
         "atlas_off": engine_in_turns(model, tokenizer, turns, []),
-        "atlas_on": engine_in_turns(model, tokenizer, turns, [HistorySpeculator(), RecurrentSpeculator()]),
+        "atlas_on": engine_in_turns(model, tokenizer, turns, [HistorySpeculator(), head_of_a_run()]),
     }
     for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
         engines["atlas_on"].generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=10_000 + step)

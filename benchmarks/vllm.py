@@ -27,8 +27,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.rollout.backends.vllm import internals
 from atlas_rl.rollout.backends.vllm.backend import in_this_process, llm_arguments
+from atlas_rl.speculators.eagle3 import Eagle3Speculator
+from atlas_rl.speculators.history import HistorySpeculator
 from benchmarks.common import ROOT, environment, quantiles, write_result
-from benchmarks.rollout import demo_policy, ratios, seconds_of, unseen_prompts
+from benchmarks.rollout import demo_policy, head_of_a_run, ratios, seconds_of, unseen_prompts
 from benchmarks.turns import Outcome, Turns
 
 HEAD = ROOT / "examples" / "grpo_demo" / "eagle3"
@@ -57,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--policy", default="warm", choices=["warm", "raw"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warm-up-steps", type=int, default=4, help="batches of 16 before anything is measured")
+    parser.add_argument("--warm-up-steps", type=int, default=16, help="batches of 16 before anything is measured")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--lookahead", type=int, default=5, help="draft tokens of vLLM's own methods")
     parser.add_argument("--eager", action="store_true", help="compile nothing: minutes less, for a look")
@@ -91,7 +93,10 @@ def build_arms(folder: str, tokenizer: Any, turns: Turns, args: argparse.Namespa
     methods["vllm_eagle3"] = {"method": "eagle3", "model": str(HEAD), "num_speculative_tokens": 3}
     arms = {arm: vllm_arm(new_llm(folder, turns, args, **of_method(method)), args) for arm, method in methods.items()}
     llm = new_llm(folder, turns, args, logprobs_mode="processed_logprobs", **llm_arguments(HEAD))
-    engine = AtlasRolloutEngine(model=llm, tokenizer=tokenizer, draft_model=HEAD, clock=turns.clock, console=False)
+    speculators = [HistorySpeculator(), head_of_a_run(), Eagle3Speculator(HEAD)]
+    engine = AtlasRolloutEngine(
+        model=llm, tokenizer=tokenizer, speculators=speculators, clock=turns.clock, console=False
+    )
     for step, prompts in enumerate(unseen_prompts(tokenizer, 4, args.warm_up_steps, seed=10_000)):
         engine.generate(prompts, num_generations=4, max_new_tokens=args.max_new_tokens, seed=10_000 + step)
         engine.policy_updated()
