@@ -14,6 +14,7 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.cli import main
 from atlas_rl.rollout.controller import FixedController
 from atlas_rl.rollout.replay import RolloutRecorder, recorded_calls
+from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3 import Eagle3Speculator
 from atlas_rl.speculators.eagle3_checkpoint import load_eagle3, save_eagle3
 from atlas_rl.speculators.eagle3_training import TrainSettings, _batches, _unrolled, new_head, train
@@ -100,6 +101,24 @@ def test_the_policy_is_not_trained(calls, tmp_path):
     train(model, calls, tmp_path, settings(epochs=1), say=lambda line: None)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [Eagle3Speculator, DraftLM])
+def test_the_backlog_is_what_a_drafter_has_yet_to_run(head, kind):
+    """The prompts at first, then what each step commits."""
+    seen = []
+
+    class Watched(kind):
+        def propose(self, sequences, requests, max_draft_tokens):
+            seen.append((self.backlog(sequences, requests), len(requests)))
+            return super().propose(sequences, requests, max_draft_tokens)
+
+    rollout(engine_of(policy(), Watched(head) if kind is Eagle3Speculator else Watched(policy(), 64)))
+    tokens = 4 * sum(map(len, PROMPTS))
+    first, requests = seen[0]
+    # The head pairs a feature with the token that follows it, so the newest token waits; a language model runs all.
+    assert first == (tokens if kind is Eagle3Speculator else tokens + requests)
+    assert all(requests <= backlog <= 4 * requests for backlog, requests in seen[1:])
 
 
 def test_it_drafts_what_training_unrolled(head, calls):

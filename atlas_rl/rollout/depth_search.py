@@ -27,7 +27,8 @@ def search(there, expected, better, forward_s, draft_s, depths, discount):
         discount: Factor on the goodput of steps with drafts.
 
     Returns:
-        Whom to ask for (0 nobody, 1 `better`, 2 all), and the index of the depth.
+        Whom to ask for (0 nobody, 1 `better`, 2 all), the index of the depth, and the goodput that is expected of it,
+        without the factor.
     """
     draws, batch, lookahead = expected.shape
     sums = np.zeros(batch)
@@ -36,15 +37,15 @@ def search(there, expected, better, forward_s, draft_s, depths, discount):
             sums[row] += there[row, position]
     counts, masses = np.zeros(_LEVELS), np.zeros(_LEVELS)
     nobody = np.zeros((0, batch, lookahead))
-    tokens, seconds = _verified(
+    tokens, seconds, factor = _verified(
         there, nobody, 0, sums, better, 0, 0, forward_s, draft_s[0, 0], discount, counts, masses
     )
-    best, answer = tokens / seconds, (0, 0)
+    best, expected_of_it, answer = factor * tokens / seconds, tokens / seconds, (0, 0)
     for whom in (1, 2):
         for index in range(len(depths)):
-            all_tokens, all_seconds = 0.0, 0.0
+            all_tokens, discounted, all_seconds = 0.0, 0.0, 0.0
             for draw in range(draws):
-                tokens, seconds = _verified(
+                tokens, seconds, factor = _verified(
                     there,
                     expected,
                     draw,
@@ -59,14 +60,15 @@ def search(there, expected, better, forward_s, draft_s, depths, discount):
                     masses,
                 )
                 all_tokens, all_seconds = all_tokens + tokens, all_seconds + seconds
-            if all_tokens / all_seconds > best:
-                best, answer = all_tokens / all_seconds, (whom, index)
-    return answer
+                discounted += factor * tokens
+            if discounted / all_seconds > best:
+                best, expected_of_it, answer = discounted / all_seconds, all_tokens / all_seconds, (whom, index)
+    return answer[0], answer[1], expected_of_it
 
 
 @numba.njit(cache=True, nogil=True)
 def _verified(there, expected, draw, sums, better, whom, depth, forward_s, draft_s, discount, counts, masses):
-    """Tokens (discounted where there are drafts) and seconds of one draw, verified as far as is best."""
+    """Tokens and seconds of one draw, verified as far as is best, and the factor that applies: 1 without drafts."""
     batch, lookahead = there.shape
     counts[:] = 0
     masses[:] = 0
@@ -85,12 +87,12 @@ def _verified(there, expected, draw, sums, better, whom, depth, forward_s, draft
             counts[level] += 1
             masses[level] += value
     num_slots, tokens = 0, float(batch)
-    best_tokens, best_seconds = tokens, forward_s[batch] + draft_s
+    best_tokens, best_seconds, factor = tokens, forward_s[batch] + draft_s, 1.0
     for level in range(_LEVELS):
         if counts[level] > 0:
             num_slots += int(counts[level])
             tokens += masses[level]
             seconds = forward_s[batch + num_slots] + draft_s
-            if discount * tokens * best_seconds > best_tokens * seconds:
-                best_tokens, best_seconds = discount * tokens, seconds
-    return best_tokens, best_seconds
+            if discount * tokens * best_seconds > factor * best_tokens * seconds:
+                best_tokens, best_seconds, factor = tokens, seconds, discount
+    return best_tokens, best_seconds, factor

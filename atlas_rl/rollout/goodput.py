@@ -33,6 +33,9 @@ _TRIALS = 3  # calls before a speculator's cost is believed
 _TRIAL_DEPTH = 4
 _STEADY_BACKLOG = 2  # committed tokens per request that a speculator has to run if it drafts in every step
 _EXPLORED_SHARE = 0.003  # of the time, for asking a speculator that is not expected to pay
+_LEAST_TRIAL = (
+    0.03  # of a plain step: what such a call counts for at least, as it has to be weighed and learned from as well
+)
 _KEPT_STEPS = 20.0  # about the last twenty steps tell how much of the predicted goodput is kept
 _KEPT_PRIOR_STEPS, _KEPT_PRIOR_SPREAD = 3.0, 0.1  # before any evidence, as if three steps had missed by a tenth
 _OUTLIER = 0.25  # log of realised over predicted beyond which a step says no more: the machine was interrupted
@@ -40,7 +43,7 @@ _DOUBT_FADES = 0.01  # per plain step: a hundred of them forget most of what spo
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
 _PLAIN_KNOWN = 3  # forwards of about a size after which its cost is known: their median shrugs off one
 _PLAIN_APART = 4  # steps between those that are made for that
-_PATIENCE = 3  # steps in a row without drafts before planning pauses
+_PATIENCE = 3  # plans in a row that asked nobody before planning pauses
 _LONGEST_PAUSE = 8  # steps
 _SAME_BATCH = (
     7 / 8
@@ -61,6 +64,14 @@ class _Kept:
         self.mean += deviation / self.num_steps
         self.variance += (deviation**2 - self.variance) / self.num_steps
 
+    def fade(self, towards: float) -> None:
+        """A step of this kind was not made."""
+        self.mean += _DOUBT_FADES * (towards - self.mean)
+
+
+def _surprise(goodput: float, predicted: float) -> float:
+    return float(min(max(np.log(goodput / predicted), -_OUTLIER), _OUTLIER))
+
 
 @dataclass(slots=True)
 class _Arm:
@@ -69,6 +80,7 @@ class _Arm:
     acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
     expectation: Expectation = field(default_factory=Expectation)
     cost: DraftCost = field(default_factory=DraftCost)
+    kept: _Kept = field(default_factory=_Kept)  # of what was expected when it was asked, drafting included
     purse_s: float = 0.0  # seconds it may spend on being asked without being expected to pay
 
 
@@ -76,10 +88,10 @@ class _Arm:
 class _Pause:
     """When not even to plan: a plan costs as much as a few draft tokens, and where nothing pays nothing else is lost.
 
-    After some plans in a row that came to nothing it leaves one out, then two, and so on.
+    After some plans in a row that asked nobody it leaves one out, then two, and so on.
     """
 
-    num_vain: int = 0  # plans in a row
+    num_vain: int = 0  # plans in a row that asked nobody
     steps_left: int = 0  # to the next plan
     batch: int = 0  # requests when it began
 
@@ -90,9 +102,9 @@ class _Pause:
         self.steps_left -= self.steps_left > 0
         return self.steps_left > 0
 
-    def observe(self, batch: int, drafted: bool) -> None:
-        """A step was planned; whether anything was verified."""
-        self.num_vain = 0 if drafted else self.num_vain + 1
+    def observe(self, batch: int, asked: bool) -> None:
+        """A step was planned; whether anybody was asked because it was expected to pay."""
+        self.num_vain = 0 if asked else self.num_vain + 1
         self.steps_left, self.batch = min(max(0, self.num_vain - _PATIENCE), _LONGEST_PAUSE) + 1, batch
 
 
@@ -127,6 +139,9 @@ class GoodputController(Controller):
         self._pause = _Pause()
         self._planned: Step | None = None  # the latest step that was
         self._predicted: tuple[float, float] | None = None  # tokens and seconds that the last decision expected
+        self._promised: tuple[str, float] | None = (
+            None  # who was asked last in the step at hand, and goodput expected of it
+        )
         self._kept = {True: _Kept(), False: _Kept()}  # of steps with drafts, and of plain ones
         self._there: dict[str, np.ndarray] = {}  # what each speculator was asked beside, in the step at hand
         self._step: Step | None = None
@@ -137,6 +152,8 @@ class GoodputController(Controller):
             # Once a drawn draft is there, whether another is asked for the same request would depend on the drawn tokens.
             return {}
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
+        if not step.drafts:
+            self._promised = None
         if not left or (not step.drafts and self._pause.holds(step.batch)):
             return {}
         self._planned = step
@@ -160,19 +177,17 @@ class GoodputController(Controller):
         slots = int(admission.lengths.sum())
         self._steps_since_plain = self._steps_since_plain + 1 if slots else 0
         if step is self._planned:
-            self._pause.observe(step.batch, slots > 0)
+            self._pause.observe(step.batch, self._promised is not None)
         undrafted_s = step_s - sum(step.draft_s.values())
         self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         self._forward_cost.observe(step.batch + slots, forward_s, step.context_tokens)
         record = self._record(step, admission, verified, forward_s, undrafted_s) if self._explain else None
-        # What drafting costs is for `plan` to weigh; here only what was promised when the drafts were there.
-        self._compare(slots > 0, float(verified.num_committed.sum()) / undrafted_s, bool(step.drafts))
+        self._compare(step, slots > 0, float(verified.num_committed.sum()), undrafted_s, step_s)
         for name in step.drafts:
             self._learn(name, step, admission, verified)
         for name, arm in self._arms.items():
             if name in step.ready and name not in step.drafts and len(arm.cost):
-                trial_s = float(arm.cost.predict(step.batch, _TRIAL_DEPTH, step.backlog.get(name, 0)))
-                arm.purse_s = min(arm.purse_s + _EXPLORED_SHARE * step_s, trial_s)
+                arm.purse_s = min(arm.purse_s + _EXPLORED_SHARE * step_s, self._trial_s(name, step))
         return record
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
@@ -245,17 +260,29 @@ class GoodputController(Controller):
         # It costs least for the requests where it is expected to do better; all of them where it costs no more.
         asked = [int(better.sum()), batch]
         draft_s = np.stack([np.full(len(_DEPTHS), spent_s), *(spent_s + self._draft_s(name, n, step) for n in asked)])
-        whom, index = search(there.survival, expected, better, table, draft_s, _DEPTHS, self._discount())
+        whom, index, goodput = search(
+            there.survival, expected, better, table, draft_s, _DEPTHS, self._discount(arm.kept)
+        )
         wanted = np.zeros(batch, np.int64)
         if whom:
             wanted[better if whom == 1 else slice(None)] = _DEPTHS[index]
         if wanted.any():
-            return wanted if arm.cost.knows(batch) else np.minimum(wanted, _TRIAL_DEPTH)
-        cost_s = float(arm.cost.predict(batch, _TRIAL_DEPTH, step.backlog.get(name, 0)))
+            if not arm.cost.knows(batch):
+                return np.minimum(wanted, _TRIAL_DEPTH)
+            self._promised = name, goodput
+            return wanted
+        cost_s = self._trial_s(name, step)
         if arm.purse_s >= cost_s:
             arm.purse_s -= cost_s
             wanted[:] = _TRIAL_DEPTH
         return wanted
+
+    def _trial_s(self, name: str, step: Step) -> float:
+        """What a call costs that is made to see what comes."""
+        table = self._cost.predict(step.batch, step.context_tokens)
+        least_s = 0.0 if table is None else _LEAST_TRIAL * float(table[step.batch])
+        draft_s = float(self._arms[name].cost.predict(step.batch, _TRIAL_DEPTH, step.backlog.get(name, 0)))
+        return max(draft_s, least_s)
 
     def _draft_s(self, name: str, rows: int, step: Step) -> np.ndarray:
         """Seconds of a draft for so many requests, to every depth: float64 `[num_depths]`."""
@@ -291,12 +318,12 @@ class GoodputController(Controller):
         if any(draft.draft_probs is not None for draft in step.drafts.values()):
             # Slot by slot, until the next one does not pay: whether one is admitted then depends on likelier slots alone,
             # never on a later one of its own row. The discount goes on what each slot brings, for the same reason.
-            goodput = (batch + self._discount() * gained) / whole_s
+            goodput = (batch + self._discount(self._kept[True]) * gained) / whole_s
             stops = np.flatnonzero(np.diff(goodput) <= 0)
             best = int(stops[0]) if len(stops) else len(values)
         else:
             goodput = (batch + gained) / whole_s
-            goodput[1:] *= self._discount()
+            goodput[1:] *= self._discount(self._kept[True])
             best = int(np.argmax(goodput))
         return best, float(batch + gained[best]), float(seconds[best])
 
@@ -318,14 +345,14 @@ class GoodputController(Controller):
             if self._tried(name)
         )
 
-    def _discount(self) -> float:
-        """Factor on the predicted goodput of drafting: what drafting steps have kept of it, against what plain steps have.
+    def _discount(self, drafted: _Kept) -> float:
+        """Factor on the predicted goodput of drafting: what such steps have kept of it, against what plain steps have.
 
         What the models do not see (sampling rounds, bookkeeping, a ragged batch, optimism where n was chosen because it
         looked best) is in there, and only there. The standard error is taken off as well: a gain that this machine's
         step times cannot tell from noise is not worth the risk of a loss.
         """
-        drafted, plain = self._kept[True], self._kept[False]
+        plain = self._kept[False]
         # Noise of step times is the machine's, whatever the step: one variance, so that plain steps tell it as well.
         num_steps = drafted.num_steps + plain.num_steps
         variance = (drafted.variance * drafted.num_steps + plain.variance * plain.num_steps) / num_steps
@@ -334,15 +361,26 @@ class GoodputController(Controller):
 
     # -------------------------------------------------------------------------------------------------------- learning
 
-    def _compare(self, drafted: bool, goodput: float, had_choice: bool) -> None:
-        """Note how much of its predicted goodput a step kept."""
+    def _compare(self, step: Step, drafted: bool, num_tokens: float, undrafted_s: float, step_s: float) -> None:
+        """Note how much of its predicted goodput a step kept.
+
+        Of what was predicted when the drafts were there, for `admit`; and with drafting, of what was predicted when the last
+        of them was asked for, for `plan`: drafts that come out worse than expected are paid for all the same.
+        """
+        plain = self._kept[False]
         if self._predicted is not None:
             tokens, seconds = self._predicted
-            surprise = float(np.log(goodput * seconds / tokens))
-            self._kept[drafted].observe(min(max(surprise, -_OUTLIER), _OUTLIER))
-        if had_choice and not drafted:
-            # Nothing is learned about drafting while nothing is drafted: doubt fades, and drafting is tried again.
-            self._kept[True].mean += _DOUBT_FADES * (self._kept[False].mean - self._kept[True].mean)
+            self._kept[drafted].observe(_surprise(num_tokens / undrafted_s, tokens / seconds))
+        if self._promised is not None:
+            name, goodput = self._promised
+            self._arms[name].kept.observe(_surprise(num_tokens / step_s, goodput))
+        # Nothing is learned about what is not done: doubt fades, and it is tried again.
+        if step.drafts and not drafted:
+            self._kept[True].fade(plain.mean)
+        if step is self._planned:
+            for name in step.ready:
+                if name not in step.drafts:
+                    self._arms[name].kept.fade(plain.mean)
 
     def _learn(self, name: str, step: Step, admission: Admission, verified: Verified) -> None:
         arm, draft, asked = self._arms[name], step.drafts[name], step.asked[name]
@@ -363,7 +401,7 @@ class GoodputController(Controller):
         return step_record(step, admission, verified, forward_s, self.speculators) | {
             "planned": step is self._planned,
             "longest": int(admission.lengths.max(initial=0)),
-            "discount": self._discount(),
+            "discount": self._discount(self._kept[True]),
             "plain_forward_s": self.plain_forward_s(step.batch, step.context_tokens),
             "expected_tokens": tokens,
             "expected_undrafted_s": seconds,
