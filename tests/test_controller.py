@@ -182,6 +182,14 @@ def test_one_interrupted_step_of_a_new_batch_size_does_not_make_drafting_look_fr
     assert run.goodput() > 0.97 * 32 / cost(32)
 
 
+def test_interrupted_steps_of_a_size_do_not_make_it_look_dear_for_good():
+    """The first two steps with drafts were interrupted: nothing else would ever make that size be tried again."""
+    run = world(shallow, cheap=sure(0.8))
+    drafting = iter(range(10**6))
+    run.cost = lambda tokens: shallow(tokens) * (10 if tokens > 8 and next(drafting) in (0, 2) else 1)
+    assert run.run(150, batch=8).mean_length(last=50) > 2
+
+
 def test_a_machine_that_slows_down_while_it_drafts_does_not_make_plain_decoding_look_cheap_or_dear():
     run = world(affine, cheap=sure(0.8)).run(150, batch=4)
     before = run.mean_length(last=50)

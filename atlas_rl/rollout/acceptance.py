@@ -34,11 +34,7 @@ class AcceptanceModel:
         Args:
             confidence: float32 `[batch, draft_len]`, the columns are draft positions 0, 1, ...
         """
-        own, cell = _bins(confidence)
-        tried, accepted = self._tried.sum(axis=0)[cell], self._accepted.sum(axis=0)[cell]
-        anywhere = (accepted + _PRIOR_WEIGHT * own) / (tried + _PRIOR_WEIGHT)
-        where = (_classes(confidence.shape[1])[None], cell)
-        return (self._accepted[where] + _PRIOR_WEIGHT * anywhere) / (self._tried[where] + _PRIOR_WEIGHT)
+        return self._estimate(*_bins(confidence))
 
     def observe(self, confidence: np.ndarray, num_tried: np.ndarray, num_accepted: np.ndarray) -> None:
         """Learn from drafts whose fate is known.
@@ -54,8 +50,8 @@ class AcceptanceModel:
         position = np.arange(confidence.shape[1])[None]
         accepted = position < num_accepted[:, None]
         tried = position < np.minimum(num_tried, num_accepted + 1)[:, None]
-        self._score(self.estimate(confidence)[tried], accepted[tried])
-        _, cell = _bins(confidence)
+        own, cell = _bins(confidence)
+        self._score(self._estimate(own, cell)[tried], accepted[tried])
         flat = _classes(confidence.shape[1])[None] * _NUM_BINS + cell
         size, shape = self._tried.size, self._tried.shape
         self._tried += np.bincount(flat[tried], minlength=size).reshape(shape)
@@ -80,6 +76,12 @@ class AcceptanceModel:
         error = float(np.abs(estimates - accepted).sum() / total) if total else 0.0
         self._scores = np.zeros_like(self._scores)
         return int(total), error
+
+    def _estimate(self, own: np.ndarray, cell: np.ndarray) -> np.ndarray:
+        tried, accepted = self._tried.sum(axis=0)[cell], self._accepted.sum(axis=0)[cell]
+        anywhere = (accepted + _PRIOR_WEIGHT * own) / (tried + _PRIOR_WEIGHT)
+        where = (_classes(cell.shape[1])[None], cell)
+        return (self._accepted[where] + _PRIOR_WEIGHT * anywhere) / (self._tried[where] + _PRIOR_WEIGHT)
 
     def _score(self, estimates: np.ndarray, accepted: np.ndarray) -> None:
         bins = np.minimum((estimates * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)

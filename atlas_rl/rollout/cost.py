@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
+
+_Depth = TypeVar("_Depth", float, np.ndarray)
 
 _SAMPLES = 15  # per size; their median shrugs off outliers and follows a machine that slows down
 _TRUST = 3.0  # samples at which a size's own median and the fitted line weigh the same
@@ -48,17 +51,19 @@ class CostModel:
     def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
         """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
         size = _bucket(num_tokens)
-        samples = self._samples.setdefault(size, deque(maxlen=_SAMPLES))
         self._learn_context(size, seconds, context_tokens)
         scaled = seconds / self._factor(context_tokens)
+        expected = float(self._predicted(size)[size]) if self._observed else scaled
+        samples = self._samples.setdefault(size, deque(maxlen=_SAMPLES))
+        # Also of a size that is new: interrupted once, it would look dear and not be tried again. If it is, that shows.
+        scaled = min(scaled, expected * _INTERRUPTED)
         if len(samples) >= _KNOWN:
-            expected = float(self._predicted(size)[size])
-            scaled = min(max(scaled, expected / _INTERRUPTED), expected * _INTERRUPTED)
+            scaled = max(scaled, expected / _INTERRUPTED)
             self._ratios.append(self._level * scaled / expected)
             self._level = _median(self._ratios)
         samples.append(scaled)
         self._observed += 1
-        if len(samples) <= _KNOWN or _due(self._observed):
+        if len(samples) <= _KNOWN or _due(self._observed, 4):
             self._table = np.zeros(0)
 
     def predict(self, max_tokens: int, context_tokens: int = 0) -> np.ndarray | None:
@@ -122,7 +127,7 @@ class DraftCost:
     def __init__(self) -> None:
         self._calls: dict[int, deque[tuple[int, int, int, float]]] = {}  # by octave of rows
         self._observed = 0
-        self._shares: np.ndarray | None = None
+        self._shares: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return sum(len(calls) for calls in self._calls.values())
@@ -137,19 +142,19 @@ class DraftCost:
         calls = self._calls.setdefault(rows.bit_length(), deque(maxlen=_DRAFTS))
         calls.append((rows, max(depth, 1), backlog, max(seconds, 1e-9)))
         self._observed += 1
-        if _due(self._observed):
+        if _due(self._observed, 8):
             self._shares = None
 
-    def predict(self, rows: int, depth: np.ndarray | int, backlog: int = 0) -> np.ndarray:
-        """Seconds of calls of these depths: float64, shape of `depth`; raises `ValueError` before any call was observed."""
+    def predict(self, rows: int, depth: _Depth, backlog: int = 0) -> _Depth:
+        """Seconds of a call of this depth (float), or of these (float64 `[n]`); `ValueError` before any was observed."""
         if not self._calls:
             raise ValueError("no call was observed yet")
         if self._shares is None:
             self._shares = self._fit()
         fixed, per_depth, per_token, per_backlog = self._shares
-        return fixed + per_backlog * backlog + (per_depth + per_token * rows) * np.asarray(depth, np.float64)
+        return fixed + per_backlog * backlog + (per_depth + per_token * rows) * depth
 
-    def _fit(self) -> np.ndarray:
+    def _fit(self) -> tuple[float, ...]:
         rows, depth, backlog, seconds = np.array([call for calls in self._calls.values() for call in calls]).T
         per_depth = _median(seconds / depth)
         seconds = np.minimum(seconds, _SLOW * per_depth * depth)  # a call that compiled, or was interrupted
@@ -165,7 +170,7 @@ class DraftCost:
             rest = np.split(1 - features @ shares, ends)
             off = np.abs(np.concatenate([part - _median(part) for part in rest]))
             weight = 1 / (1 + (off / (2 * _median(off) + 1e-3)) ** 2)
-        return shares / scale
+        return tuple((shares / scale).tolist())
 
 
 def _not_negative(gram: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np.ndarray:
@@ -207,9 +212,9 @@ def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[flo
     return mean - slope * mean_size, slope
 
 
-def _due(num_observed: int) -> bool:
-    """Whether to fit anew: always at first, later every fourth time, which no decision notices and the step does."""
-    return num_observed < 16 or num_observed % 4 == 0
+def _due(num_observed: int, every: int) -> bool:
+    """Whether to fit anew: always at first, later now and then, which no decision notices and the step does."""
+    return num_observed < 16 or num_observed % every == 0
 
 
 def _median(values: Iterable[float]) -> float:

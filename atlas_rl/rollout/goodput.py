@@ -15,6 +15,7 @@ is scored on the tokens that were committed, whether or not its draft was used (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,7 @@ class _Kept:
 
 
 def _surprise(goodput: float, predicted: float) -> float:
-    return float(min(max(np.log(goodput / predicted), -_OUTLIER), _OUTLIER))
+    return min(max(math.log(goodput / predicted), -_OUTLIER), _OUTLIER)
 
 
 @dataclass(slots=True)
@@ -148,17 +149,17 @@ class GoodputController(Controller):
         self._survivals: dict[str, np.ndarray] = {}  # of the step at hand
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        if self._plain_due(step) or any(draft.draft_probs is not None for draft in step.drafts.values()):
-            # Once a drawn draft is there, whether another is asked for the same request would depend on the drawn tokens.
-            return {}
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
         if not step.drafts:
             self._promised = None
-        if not left or (not step.drafts and self._pause.holds(step.batch)):
+            if not left or self._plain_due(step) or self._pause.holds(step.batch):
+                return {}
+            self._planned = step
+        if not left or any(draft.draft_probs is not None for draft in step.drafts.values()):
+            # Once a drawn draft is there, whether another is asked for the same request would depend on the drawn tokens.
             return {}
-        self._planned = step
         there = self._choose(step)
-        for name in sorted(left, key=lambda n: self._arms[n].cost.predict(step.batch, 1) if self._tried(n) else 0.0):
+        for name in sorted(left, key=lambda n: self._arms[n].cost.predict(step.batch, 1.0) if self._tried(n) else 0.0):
             wanted = np.minimum(step.room, self._wanted(name, there, step))
             if wanted.any():
                 self._there[name] = there.survival[:, 0]
@@ -281,7 +282,7 @@ class GoodputController(Controller):
         """What a call costs that is made to see what comes."""
         table = self._cost.predict(step.batch, step.context_tokens)
         least_s = 0.0 if table is None else _LEAST_TRIAL * float(table[step.batch])
-        draft_s = float(self._arms[name].cost.predict(step.batch, _TRIAL_DEPTH, step.backlog.get(name, 0)))
+        draft_s = self._arms[name].cost.predict(step.batch, float(_TRIAL_DEPTH), step.backlog.get(name, 0))
         return max(draft_s, least_s)
 
     def _draft_s(self, name: str, rows: int, step: Step) -> np.ndarray:
@@ -336,10 +337,8 @@ class GoodputController(Controller):
         if all(draft.draft_probs is None for draft in step.drafts.values()):
             return sum(step.draft_s.values())
         return sum(
-            float(
-                self._arms[name].cost.predict(
-                    int((asked > 0).sum()), int(asked.max(initial=0)), step.backlog.get(name, 0)
-                )
+            self._arms[name].cost.predict(
+                int((asked > 0).sum()), float(asked.max(initial=0)), step.backlog.get(name, 0)
             )
             for name, asked in step.asked.items()
             if self._tried(name)
@@ -356,8 +355,8 @@ class GoodputController(Controller):
         # Noise of step times is the machine's, whatever the step: one variance, so that plain steps tell it as well.
         num_steps = drafted.num_steps + plain.num_steps
         variance = (drafted.variance * drafted.num_steps + plain.variance * plain.num_steps) / num_steps
-        error = np.sqrt(variance / drafted.num_steps + variance / plain.num_steps)
-        return float(np.exp(min(0.0, drafted.mean - plain.mean) - error))
+        error = math.sqrt(variance / drafted.num_steps + variance / plain.num_steps)
+        return math.exp(min(0.0, drafted.mean - plain.mean) - error)
 
     # -------------------------------------------------------------------------------------------------------- learning
 
@@ -402,6 +401,7 @@ class GoodputController(Controller):
             "planned": step is self._planned,
             "longest": int(admission.lengths.max(initial=0)),
             "discount": self._discount(self._kept[True]),
+            "kept": {name: self._discount(arm.kept) for name, arm in self._arms.items()},
             "plain_forward_s": self.plain_forward_s(step.batch, step.context_tokens),
             "expected_tokens": tokens,
             "expected_undrafted_s": seconds,

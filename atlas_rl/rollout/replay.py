@@ -342,8 +342,8 @@ class _PaidProposing(Proposing):
         super().ask(name, sequences, requests, wanted, step)
         if wanted.any():
             known = self.costs.drafts[name]
-            rows, depth = int((wanted > 0).sum()), int(wanted.max())
-            step.draft_s[name] = float(known.predict(rows, depth, step.backlog[name]))
+            rows, depth = int((wanted > 0).sum()), float(wanted.max())
+            step.draft_s[name] = known.predict(rows, depth, step.backlog[name])
             self.clock.now_s += step.draft_s[name]
 
 

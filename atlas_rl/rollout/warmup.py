@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from atlas_rl.rollout.depth_search import search
-from atlas_rl.rollout.expectation import MAX_LOOKAHEAD
+from atlas_rl.rollout.expectation import MAX_LOOKAHEAD, Expectation
 from atlas_rl.rollout.noise import BLOCK, Stream, choose_rows, request_keys
 from atlas_rl.rollout.sampling import SamplingParams
 from atlas_rl.speculators.base import Sequences, Verified
@@ -29,6 +29,7 @@ def compile_kernels() -> float:
     choose_rows(probs, probs[:, :1], request_keys(0, 2), requests, int(Stream.TARGET))
     profiles, depths = np.zeros((2, MAX_LOOKAHEAD)), np.array([1, 2])
     search(profiles, profiles[None], np.ones(2, bool), np.ones(2 * MAX_LOOKAHEAD + 3), np.ones((3, 2)), depths, 1.0)
+    Expectation().survival(np.zeros(2))
     history = HistorySpeculator()
     for _ in range(2):  # the second call archives the first
         sequences = _toy_sequences()

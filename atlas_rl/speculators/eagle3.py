@@ -23,6 +23,7 @@ from atlas_rl.speculators.reduced_draft import ReducedDraft
 if TYPE_CHECKING:
     from torch import nn
 
+_FUSED_TOGETHER = 256  # observed positions whose states are kept at most before they are fused
 _DRAFT_ROOM = 32  # cache cells past the longest text, for drafts that reach beyond a request's end
 
 
@@ -59,7 +60,8 @@ class Eagle3Speculator(Speculator):
             self._cache = RaggedBatch(num_requests, capacity + _DRAFT_ROOM, honour_softcap=False)
             self._cached = np.zeros(num_requests, np.int64)
             self._features: list[list[torch.Tensor]] = [[] for _ in range(num_requests)]  # not in the cache yet
-            self._has_prompt = np.zeros(num_requests, bool)
+            self._has_prompt = np.zeros(num_requests, bool)  # and is still decoded
+            self._unfused: list[tuple[np.ndarray, np.ndarray, dict[int, torch.Tensor]]] = []
 
     def read_prompts(self, sequences: Sequences, groups: list[np.ndarray], hidden: Hidden) -> None:
         """Features of the prompts; their last position waits for the token that follows."""
@@ -103,7 +105,9 @@ class Eagle3Speculator(Speculator):
         # What the first token was drawn from is the prompt's last position, which `read_prompts` has seen.
         going = self._has_prompt[verified.requests] & ~verified.finished
         rows = np.flatnonzero((starts > sequences.prompt_lengths[verified.requests]) & going)
-        for request in verified.requests[verified.finished]:
+        ended = verified.requests[verified.finished]
+        self._has_prompt[ended] = False
+        for request in ended:
             self._features[request] = []
         if not len(rows):
             return
@@ -112,17 +116,31 @@ class Eagle3Speculator(Speculator):
             [np.arange(first, first + n) for first, n in zip(verified.hidden.first[rows], counts, strict=True)]
         )
         taken = torch.from_numpy(index).to(self._device)
-        with torch.no_grad():
-            features = self.head.fuse({n: states[taken] for n, states in verified.hidden.layers.items()})
-        for row, part in zip(rows, features.split(counts.tolist()), strict=True):
-            self._features[verified.requests[row]].append(part)
+        states = {n: states[taken] for n, states in verified.hidden.layers.items()}
+        self._unfused.append((verified.requests[rows], counts, states))
+        if sum(int(counts.sum()) for _, counts, _ in self._unfused) >= _FUSED_TOGETHER:
+            self._fuse()
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
         """Nothing: the static arm does not follow the policy. The cache of the call before is released."""
-        self._sequences, self._cache, self._features = None, None, []
+        self._sequences, self._cache, self._features, self._unfused = None, None, [], []
+
+    def _fuse(self) -> None:
+        """Features of the positions observed since the last time: together, as reading the weights costs as much for one."""
+        if not self._unfused:
+            return
+        requests, counts = (np.concatenate([entry[i] for entry in self._unfused]) for i in range(2))
+        parts = [states for *_, states in self._unfused]
+        self._unfused = []
+        with torch.no_grad():
+            features = self.head.fuse({n: torch.cat([states[n] for states in parts]) for n in parts[0]})
+        for request, part in zip(requests, features.split(counts.tolist()), strict=True):
+            if self._has_prompt[request]:
+                self._features[request].append(part)
 
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
         """Run the committed positions that are not cached yet; features of the last one of each request."""
+        self._fuse()
         fresh, tokens, starts = [], [], self._cached[requests]
         for request, start in zip(requests, starts, strict=True):
             features = torch.cat(self._features[request])
