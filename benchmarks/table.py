@@ -17,7 +17,7 @@ def main() -> None:
     tables = {
         "runs": adaptivity,
         "steps": floor,
-        "cells": controller if "kind" in result.get("cells", [{}])[0] else rollout,
+        "cells": controller if "kind" in result.get("cells", [{}])[0] else vllm if "vllm" in result else rollout,
     }
     for line in next(make(result[key]) for key, make in tables.items() if key in result):
         print(line)
@@ -40,6 +40,24 @@ def rollout(cells: list[dict[str, Any]]) -> list[str]:
                 f"| {arm['atlas_off']['ratio_to_trl']['median']:.2f} | {arm['atlas_on']['ratio_to_off']['median']:.2f} "
                 f"| {arm['atlas_on']['accepted_length']:.2f} |"
             )
+    return lines
+
+
+def vllm(cells: list[dict[str, Any]]) -> list[str]:
+    """A row per batch: tokens/s, and ours as a ratio to vLLM."""
+    arms = dict.fromkeys(cell["arm"] for cell in cells)
+    lines = [
+        f"| batch | {' | '.join(arms)} | ours / plain | ours / best of vLLM | accepted length |",
+        "|" + "---|" * (4 + len(arms)),
+    ]
+    for batch in sorted({cell["batch"] for cell in cells}):
+        arm = {cell["arm"]: cell for cell in cells if cell["batch"] == batch}
+        speeds = " | ".join(f"{arm[name]['tokens_per_s']['median']:.0f}" for name in arms)
+        ours = arm["atlas_vllm"]
+        lines.append(
+            f"| {batch} | {speeds} | {ours['ratio_to_vllm']['median']:.2f} "
+            f"| {ours['ratio_to_best_of_vllm']['median']:.2f} | {ours['accepted_length']['median']:.2f} |"
+        )
     return lines
 
 
