@@ -269,7 +269,7 @@ class GoodputController(Controller):
             wanted[better if whom == 1 else slice(None)] = _DEPTHS[index]
         if wanted.any():
             if not arm.cost.knows(batch):
-                return np.minimum(wanted, _TRIAL_DEPTH)
+                return np.full(batch, _TRIAL_DEPTH)  # all of them, so that it is known afterwards
             self._promised = name, goodput
             return wanted
         cost_s = self._trial_s(name, step)
