@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.rollout.backends.vllm.sampling import NO_TOKEN, Drawn, draw
+from atlas_rl.rollout.backends.vllm.sampling import NO_TOKEN, Drawn, draw, ranks
 from atlas_rl.rollout.recorder import StepRecorder
 
 KNOWN_VERSIONS = ("0.32",)
@@ -279,7 +279,7 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
         batch = _batch(runner)
         runner.input_batch.update_async_output_token_ids()
         metadata = runner.input_batch.sampling_metadata
-        processed = _processed(runner.rejection_sampler, logits, spec, metadata)
+        processed, truncated = _processed(runner.rejection_sampler, logits, spec, metadata)
         drawn = draw(
             processed,
             spec.draft_token_ids.cpu().numpy().astype(np.int64),
@@ -287,6 +287,7 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
             drafter.keys(batch.requests),
             batch.lengths,
             np.array([request.params.temperature < _GREEDY_BELOW for request in batch.requests]),
+            truncated,
         )
         runner._atlas_rl_drawn = drawn
         return _sampler_output(runner.rejection_sampler, logits, processed, drawn, metadata.max_num_logprobs)
@@ -351,10 +352,10 @@ def _spans(runner: Any, scheduled: Any, batch: Batch) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def _processed(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> torch.Tensor:
-    """vLLM's own logits processing, of every position: float32 `[positions, vocab]`."""
+def _processed(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> tuple[torch.Tensor, bool]:
+    """vLLM's own logits processing, of every position: float32 `[positions, vocab]`, and whether some may be `-inf`."""
     if _untouched(metadata):
-        return logits.float()
+        return logits.float(), False
     bonus, drafted = spec.bonus_logits_indices.long(), spec.target_logits_indices.long()
     processed = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     with _not_drawing(sampler.sampler):
@@ -369,7 +370,7 @@ def _processed(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> 
 
         own = sampler.apply_logits_processors(logits[drafted].float(), metadata, spec)
         processed[drafted] = apply_sampling_constraints(own, spec.cu_num_draft_tokens, metadata)
-    return processed
+    return processed, True
 
 
 def _untouched(metadata: Any) -> bool:
@@ -417,29 +418,42 @@ def _sampler_output(
     if num_logprobs is None:
         return SamplerOutput(tokens, None)
     scored = processed if sampler.is_processed_logprobs_mode else logits.float()
-    return SamplerOutput(tokens, _logprobs(scored, drawn, num_logprobs, sampler.is_logits_logprobs_mode))
+    # Where what is scored is what was drawn from, its normaliser is known: no pass over the vocabulary for that.
+    own = drawn.logprobs if scored is processed else None
+    return SamplerOutput(tokens, _logprobs(scored, drawn, own, num_logprobs, sampler.is_logits_logprobs_mode))
 
 
-def _logprobs(scored: torch.Tensor, drawn: Drawn, num_logprobs: int, as_logits: bool) -> Any:
-    """vLLM's logprobs of the kept tokens: the drawn one, then the `num_logprobs` likeliest; rows without a token are 0."""
+def _logprobs(
+    scored: torch.Tensor, drawn: Drawn, known: np.ndarray | None, num_logprobs: int, as_logits: bool
+) -> Any:
+    """vLLM's logprobs of the kept tokens: the drawn one, then the `num_logprobs` likeliest; rows without a token are 0.
+
+    `known` are logprobs of the kept tokens under `scored`, where they are known.
+    """
     from vllm.v1.outputs import LogprobsTensors
 
     kept = drawn.token_ids != NO_TOKEN
-    rows = torch.from_numpy(drawn.index[kept]).to(scored.device)
-    tokens = torch.from_numpy(drawn.token_ids[kept]).to(scored.device)[:, None]
-    values = scored[rows]
-    values = values if as_logits else values.log_softmax(dim=-1)
-    own = values.gather(1, tokens)
-    likeliest = values.topk(num_logprobs if num_logprobs >= 0 else values.shape[1], dim=-1)
-    # A processed distribution has tokens of no probability, which JSON cannot name; nobody ranks behind them.
-    ids, found = torch.cat([tokens, likeliest.indices], 1), torch.cat([own, likeliest.values], 1)
+    index, token_ids = drawn.index[kept], drawn.token_ids[kept]
+    rows, tokens = torch.from_numpy(index).to(scored.device), torch.from_numpy(token_ids).to(scored.device)[:, None]
+    ids, found = tokens, scored[rows[:, None], tokens]
+    normaliser = torch.zeros_like(found)
+    if not as_logits and known is not None:
+        own = torch.from_numpy(known[kept]).to(scored.device)[:, None]
+        found, normaliser = own, found - own
+    elif not as_logits:
+        normaliser = scored[rows].logsumexp(dim=-1, keepdim=True)
+        found = found - normaliser
+    if num_logprobs:
+        likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
+        # A processed distribution has tokens of no probability, which JSON cannot name; nobody ranks behind them.
+        ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
     places = torch.from_numpy(np.flatnonzero(kept)).to(scored.device)
     out_ids = torch.zeros(kept.size, ids.shape[1], dtype=torch.int32, device=scored.device)
     out_values = torch.zeros(kept.size, ids.shape[1], dtype=torch.float32, device=scored.device)
-    ranks = torch.zeros(kept.size, dtype=torch.int64, device=scored.device)
+    out_ranks = torch.zeros(kept.size, dtype=torch.int64, device=scored.device)
     out_ids[places], out_values[places] = ids.to(torch.int32), found
-    ranks[places] = (values >= own).sum(dim=-1)
-    return LogprobsTensors(out_ids, out_values, ranks)
+    out_ranks[places] = torch.from_numpy(ranks(scored, index, token_ids)).to(scored.device)
+    return LogprobsTensors(out_ids, out_values, out_ranks)
 
 
 # ---------------------------------------------------------------------------------------------------- engine and weights

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import torch
 
@@ -25,12 +26,14 @@ class Drawn:
     Attributes:
         token_ids: int64 `[batch, draft_len + 1]`: accepted drafts, then the recovered or bonus token, then `NO_TOKEN`.
         index: int64 `[batch, draft_len + 1]`, the row of logits that each token was drawn from; 0 where there is none.
+        logprobs: float32 `[batch, draft_len + 1]`, of the processed distribution; 0 where there is no token.
         entropies: float32 `[batch, draft_len + 1]`, nats, of the processed distribution; 0 where there is no token.
         max_probs: float32 `[batch, draft_len + 1]`, likewise.
     """
 
     token_ids: np.ndarray
     index: np.ndarray
+    logprobs: np.ndarray
     entropies: np.ndarray
     max_probs: np.ndarray
 
@@ -42,6 +45,7 @@ def draw(
     keys: np.ndarray,
     starts: np.ndarray,
     greedy: np.ndarray,
+    truncated: bool,
 ) -> Drawn:
     """Draw every position of a step and keep, per request, the tokens up to the first that is no accepted draft.
 
@@ -53,6 +57,7 @@ def draw(
         keys: uint64 `[batch]`, noise keys.
         starts: int64 `[batch]`, index in the whole sequence of the first token drawn.
         greedy: bool `[batch]`, requests that take the likeliest token.
+        truncated: Whether some logits may be `-inf`.
     """
     counts = num_drafts + 1
     row = np.repeat(np.arange(len(counts)), counts)
@@ -69,19 +74,43 @@ def draw(
     num_accepted = np.cumprod(hits, axis=1).sum(axis=1)
     kept = np.arange(width)[None] <= num_accepted[:, None]
     index = np.where(kept, first[:, None] + np.arange(width)[None], 0)
-    outcome = Drawn(
+    chosen = torch.from_numpy(tokens).to(logits.device)
+    logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
+    # Of every row, also of those behind a miss: to leave them out, the others would have to be copied, which costs more.
+    of_rows = (logprobs, entropies(logits, probs, chosen, logprobs, truncated), probs.amax(dim=-1))
+    return Drawn(
         np.where(kept, drawn, NO_TOKEN),
         index,
-        np.zeros((len(counts), width), np.float32),
-        np.zeros_like(index, np.float32),
+        *(np.where(kept, values.cpu().numpy()[index], np.float32(0)) for values in of_rows),
     )
-    taken = torch.from_numpy(index[kept]).to(logits.device)
-    chosen = torch.from_numpy(drawn[kept]).to(logits.device)
-    kept_logits, kept_probs = (logits, probs) if len(taken) == len(logits) else (logits[taken], probs[taken])
-    logprobs = kept_probs.gather(1, chosen[:, None])[:, 0].log()
-    outcome.entropies[kept] = entropies(kept_logits, kept_probs, chosen, logprobs, truncated=True).cpu().numpy()
-    outcome.max_probs[kept] = kept_probs.amax(dim=-1).cpu().numpy()
-    return outcome
+
+
+def ranks(logits: torch.Tensor, index: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """How many tokens of a row are at least as likely as the one drawn from it: int64 `[n]`.
+
+    Args:
+        logits: float32 `[rows, vocab]`.
+        index: int64 `[n]`, rows.
+        tokens: int64 `[n]`.
+    """
+    if logits.device.type == "cpu":
+        return _ranks(logits.contiguous().numpy(), index, tokens)
+    values = logits[torch.from_numpy(index).to(logits.device)]
+    own = values.gather(1, torch.from_numpy(tokens).to(logits.device)[:, None])
+    return (values >= own).sum(dim=-1).cpu().numpy()
+
+
+@numba.njit(cache=True, nogil=True)
+def _ranks(logits: np.ndarray, index: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """One pass and nothing written, where torch would write every comparison out."""
+    found = np.zeros(len(index), np.int64)
+    for i in range(len(index)):
+        row = logits[index[i]]
+        own, count = row[tokens[i]], np.int32(0)
+        for token in range(len(row)):
+            count += np.int32(row[token] >= own)
+        found[i] = count
+    return found
 
 
 def _choose(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, greedy: np.ndarray) -> np.ndarray:
