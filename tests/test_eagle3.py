@@ -105,7 +105,7 @@ def test_the_policy_is_not_trained(calls, tmp_path):
 
 @pytest.mark.parametrize("kind", [Eagle3Speculator, DraftLM])
 def test_the_backlog_is_what_a_drafter_has_yet_to_run(head, kind):
-    """The prompts at first, then what each step commits."""
+    """The prompts at first (the head runs those of siblings once), then what each step commits."""
     seen = []
 
     class Watched(kind):
@@ -114,10 +114,11 @@ def test_the_backlog_is_what_a_drafter_has_yet_to_run(head, kind):
             return super().propose(sequences, requests, max_draft_tokens)
 
     rollout(engine_of(policy(), Watched(head) if kind is Eagle3Speculator else Watched(policy(), 64)))
-    tokens = 4 * sum(map(len, PROMPTS))
     first, requests = seen[0]
-    # The head pairs a feature with the token that follows it, so the newest token waits; a language model runs all.
-    assert first == (tokens if kind is Eagle3Speculator else tokens + requests)
+    # The head pairs a feature with the token that follows it, so the newest token waits, and a prompt's last position is
+    # each sibling's own; a language model runs all.
+    own = sum(len(prompt) - 1 for prompt in PROMPTS) if kind is Eagle3Speculator else 4 * sum(map(len, PROMPTS))
+    assert first == own + requests
     assert all(requests <= backlog <= 4 * requests for backlog, requests in seen[1:])
 
 

@@ -61,6 +61,7 @@ class Eagle3Speculator(Speculator):
             self._cached = np.zeros(num_requests, np.int64)
             self._features: list[list[torch.Tensor]] = [[] for _ in range(num_requests)]  # not in the cache yet
             self._has_prompt = np.zeros(num_requests, bool)  # and is still decoded
+            self._prompt_in: dict[int, int] = {}  # by prompt key, a request whose row has the prompt
             self._unfused: list[tuple[np.ndarray, np.ndarray, dict[int, torch.Tensor]]] = []
 
     def read_prompts(self, sequences: Sequences, groups: list[np.ndarray], hidden: Hidden) -> None:
@@ -75,7 +76,10 @@ class Eagle3Speculator(Speculator):
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
         """Positions whose features wait to be run."""
         known = requests[self._has_prompt[requests]]
-        return int((sequences.lengths[known] - 1 - self._cached[known]).sum())
+        fresh = known[self._cached[known] == 0]
+        copied = np.setdiff1d(fresh, self._leaders(sequences, fresh)) if len(fresh) else fresh
+        waiting = (sequences.lengths[known] - 1 - self._cached[known]).sum()
+        return int(waiting - (sequences.prompt_lengths[copied] - 1).sum())
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
@@ -90,6 +94,8 @@ class Eagle3Speculator(Speculator):
         draft = ReducedDraft(sequences, requests, depth, self._token_ids, couples_noise=self.couples_noise)
         one = np.ones(len(requests), np.int64)
         with torch.no_grad():
+            self._fuse()
+            self._run_prompts(sequences, requests[self._cached[requests] == 0])
             features = self._catch_up(sequences, requests)
             draft.draw(self.head.logits(features))
             for position in range(depth - 1):
@@ -138,9 +144,33 @@ class Eagle3Speculator(Speculator):
             if self._has_prompt[request]:
                 self._features[request].append(part)
 
+    def _leaders(self, sequences: Sequences, fresh: np.ndarray) -> np.ndarray:
+        """One request for each prompt that no row has yet."""
+        keys, first = np.unique(sequences.prompt_keys[fresh], return_index=True)
+        return fresh[first[[int(key) not in self._prompt_in for key in keys]]]
+
+    def _run_prompts(self, sequences: Sequences, fresh: np.ndarray) -> None:
+        """Run the prompts of new requests but for their last position, each once for all of its siblings."""
+        fresh = fresh[sequences.prompt_lengths[fresh] > 1]
+        if not len(fresh):
+            return
+        lengths = sequences.prompt_lengths - 1
+        leaders = self._leaders(sequences, fresh)
+        if len(leaders):
+            tokens = np.concatenate([sequences.token_ids[r, 1 : 1 + lengths[r]] for r in leaders]).astype(np.int64)
+            features = torch.cat([self._features[r][0][:-1] for r in leaders])
+            self._forward(tokens, features, leaders, np.zeros_like(leaders), lengths[leaders])
+        self._prompt_in |= zip(sequences.prompt_keys[leaders].tolist(), leaders.tolist(), strict=True)
+        assert self._cache is not None
+        for request in fresh:
+            source, length = self._prompt_in[int(sequences.prompt_keys[request])], int(lengths[request])
+            if source != request:
+                self._cache.copy_rows(source, np.array([request]), length)
+            self._features[request][0] = self._features[request][0][-1:]
+            self._cached[request] = length
+
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
         """Run the committed positions that are not cached yet; features of the last one of each request."""
-        self._fuse()
         fresh, tokens, starts = [], [], self._cached[requests]
         for request, start in zip(requests, starts, strict=True):
             features = torch.cat(self._features[request])

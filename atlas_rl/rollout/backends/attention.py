@@ -98,6 +98,12 @@ class RaggedBatch:
             rows = self.rows
         return self.keys[layer][rows, :, : self.context], self.values[layer][rows, :, : self.context]
 
+    def copy_rows(self, source: int, targets: np.ndarray, length: int) -> None:
+        """Give rows `targets` (int64 `[n]`) the first `length` cells of row `source`."""
+        for store in (self.keys, self.values):
+            for cache in store.values():
+                cache[torch.from_numpy(targets).to(cache.device), :, :length] = cache[source, :, :length]
+
     def mask(self, group: int, window: int | None) -> torch.Tensor:
         """bool `[batch, 1, group * query_len, context]`: which cells a query sees (causal, within the window)."""
         mask = self.masks.get((group, window))

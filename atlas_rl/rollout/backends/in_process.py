@@ -111,10 +111,7 @@ class InProcessBackend(Backend):
 
     def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:
         assert self._cache is not None, "copy_rows() outside of session()"
-        index = torch.as_tensor(list(targets), device=self.device)
-        for store in (self._cache.keys, self._cache.values):
-            for cache in store.values():
-                cache[index, :, :length] = cache[source, :, :length]
+        self._cache.copy_rows(source, np.array(targets, np.int64), length)
 
     def row_bytes(self, capacity: int) -> int:
         config = self.config

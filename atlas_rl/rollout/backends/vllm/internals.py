@@ -423,9 +423,7 @@ def _sampler_output(
     return SamplerOutput(tokens, _logprobs(scored, drawn, own, num_logprobs, sampler.is_logits_logprobs_mode))
 
 
-def _logprobs(
-    scored: torch.Tensor, drawn: Drawn, known: np.ndarray | None, num_logprobs: int, as_logits: bool
-) -> Any:
+def _logprobs(scored: torch.Tensor, drawn: Drawn, known: np.ndarray | None, num_logprobs: int, as_logits: bool) -> Any:
     """vLLM's logprobs of the kept tokens: the drawn one, then the `num_logprobs` likeliest; rows without a token are 0.
 
     `known` are logprobs of the kept tokens under `scored`, where they are known.
