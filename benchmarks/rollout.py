@@ -96,7 +96,7 @@ def engine_in_turns(
     model: Any, tokenizer: Any, turns: Turns, speculators: list[Speculator], controller: Controller | None = None
 ) -> AtlasRolloutEngine:
     """An engine that lets others run before each of its steps; `controller` None is the engine's own."""
-    chosen = controller or GoodputController([speculator.name for speculator in speculators], explain=True)
+    chosen = controller or GoodputController([speculator.name for speculator in speculators])
     return AtlasRolloutEngine(
         model=shell(model),
         tokenizer=tokenizer,
