@@ -106,6 +106,7 @@ class RecurrentSpeculator(Speculator):
         known = None if self._policy is None else (len(self._counts.counts), self._head.hidden_size)
         self._policy = policy
         if known == (vocab_size, hidden_size):
+            self._rows_version = None
             return
         if known is not None:
             logger.warning(
@@ -115,13 +116,15 @@ class RecurrentSpeculator(Speculator):
         self._reset(vocab_size, hidden_size)
 
     def start(self, sequences: Sequences, requests: np.ndarray) -> None:
-        """A new `Sequences` ends the call before it, and its policy may have moved: its embeddings are read anew."""
+        """A new `Sequences` ends the call before it. Of a policy that has moved, the embeddings are read anew."""
         if sequences is self._sequences:
             return
         self._end_call()
         self._sequences, self._proposed = sequences, None
-        self._rows.reread(self._bound())
-        self._set_tables()
+        if sequences.policy_version != self._rows_version:
+            self._rows.reread(self._bound())
+            self._rows_version = sequences.policy_version
+            self._set_tables()
         num_requests = len(sequences.lengths)
         self._newest = torch.zeros(num_requests, self._head.hidden_size, device=self._device)
         # A call that could overflow the buffer is sampled: every n-th request, hence all prompts, and whole rollouts.
@@ -299,6 +302,7 @@ class RecurrentSpeculator(Speculator):
         self._optimizer = new_optimizer(self._head)
         self._counts = TokenCounts(vocab_size)
         self._rows = TokenRows.empty(vocab_size, hidden_size, self._device)
+        self._rows_version: int | None = None  # of the policy that they were read from
         self._buffer = ReplayBuffer(self._max_tokens, self._missed_weight)
         self._rng = np.random.default_rng(self._seed)
         self._sequences = None
