@@ -83,6 +83,7 @@ class RecurrentSpeculator(Speculator):
         self._sequences: Sequences | None = None
         self._folded: FoldedHead | None = None  # made when first needed after a refresh
         self._num_read = 0  # entries of the log whose tokens have rows
+        self._rows_version: int | None = None  # of the policy that the rows were read from
         self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
         self._cut = 1.0  # share of the budget that training is worth
         self._counts: TokenCounts
@@ -302,7 +303,7 @@ class RecurrentSpeculator(Speculator):
         self._optimizer = new_optimizer(self._head)
         self._counts = TokenCounts(vocab_size)
         self._rows = TokenRows.empty(vocab_size, hidden_size, self._device)
-        self._rows_version: int | None = None  # of the policy that they were read from
+        self._rows_version = None
         self._buffer = ReplayBuffer(self._max_tokens, self._missed_weight)
         self._rng = np.random.default_rng(self._seed)
         self._sequences = None
