@@ -43,7 +43,7 @@ def main() -> None:
 def speed(cells: list[dict[str, Any]], policy: str, path: Path) -> None:
     """Ratio to no speculation against the batch, a line per arm."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    even = [c for c in cells if c["kind"] == "even"]
+    even = sorted((c for c in cells if c["kind"] == "even"), key=lambda c: c["batch"])
     batches = sorted({c["batch"] for c in even})
     for arm, label in LABELS.items():
         found = {c["batch"]: c["ratio_to_off"]["median"] for c in even if c["arm"] == arm}
@@ -74,7 +74,9 @@ def drain(cell: dict[str, Any], path: Path) -> None:
     right.set_ylabel("active requests")
     right.set_ylim(bottom=0)
     left, shade = axes.get_legend_handles_labels(), right.get_legend_handles_labels()
-    axes.legend(left[0] + shade[0], left[1] + shade[1], fontsize=8, loc="upper left")
+    axes.legend(
+        left[0] + shade[0], left[1] + shade[1], fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3
+    )
     axes.grid(alpha=0.3)
     finish(figure, path)
 

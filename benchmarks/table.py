@@ -67,10 +67,10 @@ def controller(cells: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"| policy | T | batch | off, tokens/s | {' | '.join(peers)} | best fixed arm | controller | of best fixed | oracle "
         "| accepted length | calibration error |",
-        "|" + "---|" * (9 + len(peers)),
+        "|" + "---|" * (10 + len(peers)),
     ]
-    keys = dict.fromkeys((c["policy"], c["temperature"], c["kind"], c["batch"]) for c in cells)
-    for key in keys:
+    keys = {(c["policy"], c["temperature"], c["kind"], c["batch"]) for c in cells}
+    for key in sorted(keys, key=lambda key: (key[0] == "raw", -key[1], key[2], key[3])):
         arm = {c["arm"]: c for c in cells if (c["policy"], c["temperature"], c["kind"], c["batch"]) == key}
         ratio = {name: f"{cell['ratio_to_off']['median']:.2f}" for name, cell in arm.items()}
         chosen, best = arm["controller"], arm["hindsight"]

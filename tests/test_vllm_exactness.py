@@ -138,6 +138,19 @@ def test_greedy_decoding_equals_vllm_without_speculation(folder: Path, llm: Any)
     params = VllmParams(temperature=0.0, max_tokens=60, stop_token_ids=[5], detokenize=False)
     expected = completions(plain.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False))
     assert drafted.completion_ids == expected * 4
+    # Logprobs as well, the likeliest tokens' and ranks included.
+    params.logprobs = 3
+    theirs, ours = (
+        one.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)[0].outputs[0].logprobs
+        for one in (plain, llm)
+    )
+    assert [{token: entry.rank for token, entry in each.items()} for each in ours] == [
+        {token: entry.rank for token, entry in each.items()} for each in theirs
+    ]
+    for mine, its in zip(ours, theirs, strict=True):
+        assert [mine[token].logprob for token in its] == pytest.approx(
+            [entry.logprob for entry in its.values()], abs=1e-4
+        )
 
 
 def test_requests_of_plain_vllm_calls_draw_with_their_own_seeds(llm: Any) -> None:
