@@ -151,8 +151,8 @@ class Eagle3Speculator(Speculator):
 
     def _run_prompts(self, sequences: Sequences, fresh: np.ndarray) -> None:
         """Run the prompts of new requests but for their last position, each once for all of its siblings."""
-        fresh = fresh[sequences.prompt_lengths[fresh] > 1]
-        if not len(fresh):
+        fresh, cache = fresh[sequences.prompt_lengths[fresh] > 1], self._cache
+        if cache is None or not len(fresh):
             return
         lengths = sequences.prompt_lengths - 1
         leaders = self._leaders(sequences, fresh)
@@ -161,13 +161,13 @@ class Eagle3Speculator(Speculator):
             features = torch.cat([self._features[r][0][:-1] for r in leaders])
             self._forward(tokens, features, leaders, np.zeros_like(leaders), lengths[leaders])
         self._prompt_in |= zip(sequences.prompt_keys[leaders].tolist(), leaders.tolist(), strict=True)
-        assert self._cache is not None
         for request in fresh:
-            source, length = self._prompt_in[int(sequences.prompt_keys[request])], int(lengths[request])
-            if source != request:
-                self._cache.copy_rows(source, np.array([request]), length)
             self._features[request][0] = self._features[request][0][-1:]
-            self._cached[request] = length
+        self._cached[fresh] = lengths[fresh]
+        keys = sequences.prompt_keys[fresh]
+        for key in np.unique(keys):
+            source, siblings = self._prompt_in[int(key)], fresh[keys == key]
+            cache.copy_rows(source, siblings[siblings != source], int(lengths[source]))
 
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
         """Run the committed positions that are not cached yet; features of the last one of each request."""

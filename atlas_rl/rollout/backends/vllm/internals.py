@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.rollout.backends.vllm.sampling import NO_TOKEN, Drawn, draw, ranks
+from atlas_rl.rollout.backends.vllm.sampling import Drawn, draw, scores
 from atlas_rl.rollout.recorder import StepRecorder
 
 KNOWN_VERSIONS = ("0.32",)
@@ -412,46 +412,16 @@ def _not_drawing(sampler: Any) -> Iterator[None]:
 def _sampler_output(
     sampler: Any, logits: torch.Tensor, processed: torch.Tensor, drawn: Drawn, num_logprobs: int | None
 ) -> Any:
-    from vllm.v1.outputs import SamplerOutput
+    from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
     tokens = torch.from_numpy(drawn.token_ids).to(device=logits.device, dtype=torch.int32)
     if num_logprobs is None:
         return SamplerOutput(tokens, None)
     scored = processed if sampler.is_processed_logprobs_mode else logits.float()
     # Where what is scored is what was drawn from, its normaliser is known: no pass over the vocabulary for that.
-    own = drawn.logprobs if scored is processed else None
-    return SamplerOutput(tokens, _logprobs(scored, drawn, own, num_logprobs, sampler.is_logits_logprobs_mode))
-
-
-def _logprobs(scored: torch.Tensor, drawn: Drawn, known: np.ndarray | None, num_logprobs: int, as_logits: bool) -> Any:
-    """vLLM's logprobs of the kept tokens: the drawn one, then the `num_logprobs` likeliest; rows without a token are 0.
-
-    `known` are logprobs of the kept tokens under `scored`, where they are known.
-    """
-    from vllm.v1.outputs import LogprobsTensors
-
-    kept = drawn.token_ids != NO_TOKEN
-    index, token_ids = drawn.index[kept], drawn.token_ids[kept]
-    rows, tokens = torch.from_numpy(index).to(scored.device), torch.from_numpy(token_ids).to(scored.device)[:, None]
-    ids, found = tokens, scored[rows[:, None], tokens]
-    normaliser = torch.zeros_like(found)
-    if not as_logits and known is not None:
-        own = torch.from_numpy(known[kept]).to(scored.device)[:, None]
-        found, normaliser = own, found - own
-    elif not as_logits:
-        normaliser = scored[rows].logsumexp(dim=-1, keepdim=True)
-        found = found - normaliser
-    if num_logprobs:
-        likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
-        # A processed distribution has tokens of no probability, which JSON cannot name; nobody ranks behind them.
-        ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
-    places = torch.from_numpy(np.flatnonzero(kept)).to(scored.device)
-    out_ids = torch.zeros(kept.size, ids.shape[1], dtype=torch.int32, device=scored.device)
-    out_values = torch.zeros(kept.size, ids.shape[1], dtype=torch.float32, device=scored.device)
-    out_ranks = torch.zeros(kept.size, dtype=torch.int64, device=scored.device)
-    out_ids[places], out_values[places] = ids.to(torch.int32), found
-    out_ranks[places] = torch.from_numpy(ranks(scored, index, token_ids)).to(scored.device)
-    return LogprobsTensors(out_ids, out_values, out_ranks)
+    known = drawn.logprobs if scored is processed else None
+    found = scores(scored, drawn, known, num_logprobs, as_logits=sampler.is_logits_logprobs_mode)
+    return SamplerOutput(tokens, LogprobsTensors(*found))
 
 
 # ---------------------------------------------------------------------------------------------------- engine and weights

@@ -85,6 +85,46 @@ def draw(
     )
 
 
+def scores(
+    scored: torch.Tensor, drawn: Drawn, known: np.ndarray | None, num_logprobs: int, *, as_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logprobs of the kept tokens as vLLM reports them: the drawn one, then the `num_logprobs` likeliest.
+
+    Args:
+        scored: float32 `[positions, vocab]`, logits.
+        drawn: What was drawn.
+        known: Logprobs of the kept tokens under `scored`, as `drawn.logprobs`, where they are known.
+        num_logprobs: Likeliest tokens per position; negative for all.
+        as_logits: Report logits instead.
+
+    Returns:
+        Token ids int32 and values float32 `[batch * (draft_len + 1), 1 + num_logprobs]`, and the drawn tokens' ranks, int64;
+        0 where there is no token.
+    """
+    kept = drawn.token_ids != NO_TOKEN
+    index, token_ids = drawn.index[kept], drawn.token_ids[kept]
+    rows, tokens = torch.from_numpy(index).to(scored.device), torch.from_numpy(token_ids).to(scored.device)[:, None]
+    ids, found = tokens, scored[rows[:, None], tokens]
+    normaliser = torch.zeros_like(found)
+    if not as_logits and known is not None:
+        own = torch.from_numpy(known[kept]).to(scored.device)[:, None]
+        found, normaliser = own, found - own
+    elif not as_logits:
+        normaliser = scored[rows].logsumexp(dim=-1, keepdim=True)
+        found = found - normaliser
+    if num_logprobs:
+        likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
+        # A processed distribution has tokens of no probability, which JSON cannot name; nobody ranks behind them.
+        ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
+    places = torch.from_numpy(np.flatnonzero(kept)).to(scored.device)
+    out_ids = torch.zeros(kept.size, ids.shape[1], dtype=torch.int32, device=scored.device)
+    out_values = torch.zeros(kept.size, ids.shape[1], dtype=torch.float32, device=scored.device)
+    out_ranks = torch.zeros(kept.size, dtype=torch.int64, device=scored.device)
+    out_ids[places], out_values[places] = ids.to(torch.int32), found
+    out_ranks[places] = torch.from_numpy(ranks(scored, index, token_ids)).to(scored.device)
+    return out_ids, out_values, out_ranks
+
+
 def ranks(logits: torch.Tensor, index: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """How many tokens of a row are at least as likely as the one drawn from it: int64 `[n]`.
 
