@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from itertools import chain
+
 import numpy as np
 
 _EDGES = np.linspace(-5.0, 5.0, 21)  # in logits of the confidence: fine where it is decided whether a draft pays
@@ -11,6 +14,7 @@ _PRIOR_WEIGHT = 8.0  # observations that a guess is worth in a cell without data
 _MEMORY = 2000.0  # observations after which a cell forgets the oldest
 _FORGET_AT_UPDATE = 0.7  # what a policy update leaves of the evidence
 _SCORE_BINS = 10
+_KEPT_WAYS = 8  # ways of drawing tokens whose evidence is kept
 
 
 class AcceptanceModel:
@@ -24,9 +28,27 @@ class AcceptanceModel:
     """
 
     def __init__(self) -> None:
-        self._tried = np.zeros((len(_POSITIONS), _NUM_BINS))
-        self._accepted = np.zeros((len(_POSITIONS), _NUM_BINS))
+        shape = (len(_POSITIONS), _NUM_BINS)
+        self._tried, self._accepted = np.zeros(shape), np.zeros(shape)
+        self._evidence: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {None: (self._tried, self._accepted)}
         self._scores = np.zeros((3, _SCORE_BINS))  # tried, sum of estimates, accepted; by estimate
+        self._lines: tuple[np.ndarray, np.ndarray] | None = None
+
+    def drawn(self, how: Hashable) -> None:
+        """From here on tokens are drawn in this way: what was learned of another is a first guess at it, and no more.
+
+        What was learned of this one, before another came between, holds again.
+
+        Args:
+            how: Whatever tells ways apart, such as the temperature.
+        """
+        if how not in self._evidence:
+            if len(self._evidence) == _KEPT_WAYS:
+                del self._evidence[next(iter(self._evidence))]
+            worth = _PRIOR_WEIGHT / np.maximum(self._tried.sum(axis=0), _PRIOR_WEIGHT)
+            self._evidence[how] = self._tried * worth, self._accepted * worth
+        self._tried, self._accepted = self._evidence[how]
+        self._lines = None
 
     def estimate(self, confidence: np.ndarray) -> np.ndarray:
         """Acceptance probability of each position given its prefix: float64 `[batch, draft_len]`.
@@ -34,7 +56,7 @@ class AcceptanceModel:
         Args:
             confidence: float32 `[batch, draft_len]`, the columns are draft positions 0, 1, ...
         """
-        return self._estimate(*_bins(confidence))
+        return self._estimate(*_bins(confidence), _classes(confidence.shape[1])[None])
 
     def observe(self, confidence: np.ndarray, num_tried: np.ndarray, num_accepted: np.ndarray) -> None:
         """Learn from drafts whose fate is known.
@@ -48,22 +70,23 @@ class AcceptanceModel:
         if confidence.shape[1] == 0:
             return
         position = np.arange(confidence.shape[1])[None]
-        accepted = position < num_accepted[:, None]
         tried = position < np.minimum(num_tried, num_accepted + 1)[:, None]
-        own, cell = _bins(confidence)
-        self._score(self._estimate(own, cell)[tried], accepted[tried])
-        flat = _classes(confidence.shape[1])[None] * _NUM_BINS + cell
-        size, shape = self._tried.size, self._tried.shape
-        self._tried += np.bincount(flat[tried], minlength=size).reshape(shape)
-        self._accepted += np.bincount(flat[accepted & tried], minlength=size).reshape(shape)
+        accepted = (position < num_accepted[:, None])[tried]
+        own, cell = _bins(confidence[tried])
+        position_class = np.broadcast_to(_classes(confidence.shape[1]), tried.shape)[tried]
+        self._score(self._estimate(own, cell, position_class), accepted)
+        np.add.at(self._tried, (position_class, cell), 1.0)
+        np.add.at(self._accepted, (position_class, cell), accepted)
         excess = np.maximum(1.0, self._tried / _MEMORY)
         self._tried /= excess
         self._accepted /= excess
+        self._lines = None
 
     def policy_updated(self) -> None:
         """The policy moved: old evidence counts for less."""
-        self._tried *= _FORGET_AT_UPDATE
-        self._accepted *= _FORGET_AT_UPDATE
+        for table in chain.from_iterable(self._evidence.values()):
+            table *= _FORGET_AT_UPDATE
+        self._lines = None
 
     def take_calibration(self) -> tuple[int, float]:
         """Drafts scored since the last call, and their expected calibration error (Guo et al., arXiv 1706.04599, eq. 3).
@@ -77,11 +100,15 @@ class AcceptanceModel:
         self._scores = np.zeros_like(self._scores)
         return int(total), error
 
-    def _estimate(self, own: np.ndarray, cell: np.ndarray) -> np.ndarray:
-        tried, accepted = self._tried.sum(axis=0)[cell], self._accepted.sum(axis=0)[cell]
-        anywhere = (accepted + _PRIOR_WEIGHT * own) / (tried + _PRIOR_WEIGHT)
-        where = (_classes(cell.shape[1])[None], cell)
-        return (self._accepted[where] + _PRIOR_WEIGHT * anywhere) / (self._tried[where] + _PRIOR_WEIGHT)
+    def _estimate(self, own: np.ndarray, cell: np.ndarray, position_class: np.ndarray) -> np.ndarray:
+        """Shrunk twice, an estimate is a line in the confidence: `a + b * own` with `a`, `b` of the cell."""
+        if self._lines is None:
+            tried, accepted = self._tried.sum(axis=0), self._accepted.sum(axis=0)
+            guess = _PRIOR_WEIGHT / (self._tried + _PRIOR_WEIGHT)
+            anywhere = guess / (tried + _PRIOR_WEIGHT)
+            self._lines = self._accepted / (self._tried + _PRIOR_WEIGHT) + anywhere * accepted, anywhere * _PRIOR_WEIGHT
+        a, b = self._lines
+        return a[position_class, cell] + b[position_class, cell] * own
 
     def _score(self, estimates: np.ndarray, accepted: np.ndarray) -> None:
         bins = np.minimum((estimates * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)

@@ -7,7 +7,7 @@ drafted is verified. Pure logic over numpy arrays: no tensors, and no clock but 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Step:
         drafts: What they drafted; every draft has a row for every request.
         draft_s: Seconds that took.
         backlog: `Speculator.backlog`, of all requests; once a speculator was asked, of those it drafted for.
+        drawn_as: How tokens are drawn, whatever tells ways apart: acceptance at one temperature says little of another.
     """
 
     room: np.ndarray
@@ -38,6 +39,7 @@ class Step:
     drafts: dict[str, Draft] = field(default_factory=dict)
     draft_s: dict[str, float] = field(default_factory=dict)
     backlog: dict[str, int] = field(default_factory=dict)
+    drawn_as: Hashable = None
 
     @property
     def batch(self) -> int:

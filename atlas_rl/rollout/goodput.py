@@ -16,7 +16,8 @@ is scored on the tokens that were committed, whether or not its draft was used (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,7 @@ _DOUBT_FADES = 0.01  # per plain step: a hundred of them forget most of what spo
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures anew what no speculation costs
 _PLAIN_KNOWN = 3  # forwards of about a size after which its cost is known: their median shrugs off one
 _PLAIN_APART = 4  # steps between those that are made for that
+_FORWARD_STEPS = 16  # latest steps whose forwards' part is remembered
 _PATIENCE = 3  # plans in a row that asked nobody before planning pauses
 _LONGEST_PAUSE = 8  # steps
 _SAME_BATCH = (
@@ -134,7 +136,7 @@ class GoodputController(Controller):
         self.speculators = tuple(speculators)
         self._arms = {name: _Arm() for name in self.speculators}
         self._cost = CostModel()  # of a step but for drafting: forward, sampling, bookkeeping
-        self._forward_cost = CostModel()  # of the forward alone, for those who ask what plain decoding costs
+        self._forward_shares: deque[float] = deque(maxlen=_FORWARD_STEPS)  # of that, the forward's part
         self._explain = explain
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
         self._pause = _Pause()
@@ -145,6 +147,7 @@ class GoodputController(Controller):
         )
         self._kept = {True: _Kept(), False: _Kept()}  # of steps with drafts, and of plain ones
         self._there: dict[str, np.ndarray] = {}  # what each speculator was asked beside, in the step at hand
+        self._drawn_as: Hashable = None
         self._step: Step | None = None
         self._survivals: dict[str, np.ndarray] = {}  # of the step at hand
 
@@ -152,6 +155,7 @@ class GoodputController(Controller):
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
         if not step.drafts:
             self._promised = None
+            self._turn_to(step.drawn_as)
             if not left or self._plain_due(step) or self._pause.holds(step.batch):
                 return {}
             self._planned = step
@@ -181,7 +185,7 @@ class GoodputController(Controller):
             self._pause.observe(step.batch, self._promised is not None)
         undrafted_s = step_s - sum(step.draft_s.values())
         self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
-        self._forward_cost.observe(step.batch + slots, forward_s, step.context_tokens)
+        self._forward_shares.append(forward_s / undrafted_s)
         record = self._record(step, admission, verified, forward_s, undrafted_s) if self._explain else None
         self._compare(step, slots > 0, float(verified.num_committed.sum()), undrafted_s, step_s)
         for name in step.drafts:
@@ -198,13 +202,19 @@ class GoodputController(Controller):
             arm.expectation.policy_updated(expected.get(name))
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        table = self._forward_cost.predict(batch, context_tokens)
-        return None if table is None else float(table[batch])
+        table = self._cost.predict(batch, context_tokens)
+        return None if table is None else float(table[batch]) * sum(self._forward_shares) / len(self._forward_shares)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return {name: arm.acceptance.take_calibration() for name, arm in self._arms.items()}
 
     # ------------------------------------------------------------------------------------------------------- decisions
+
+    def _turn_to(self, drawn_as: Hashable) -> None:
+        if drawn_as != self._drawn_as:
+            self._drawn_as = drawn_as
+            for arm in self._arms.values():
+                arm.acceptance.drawn(drawn_as)
 
     def _plain_due(self, step: Step) -> bool:
         """Whether to measure a step without drafts.

@@ -64,7 +64,6 @@ class DecodeLoop:
         self.trace: list[dict[str, Any]] = []  # of a controller that explains itself, one record per step
         self._names = list(speculators)
         self._limits = max_lengths
-        self._eos = np.array(sequences.sampling.eos_token_ids, np.int64)
         for speculator in speculators.values():
             speculator.share_cache(backend, self.rows_of)
 
@@ -111,7 +110,8 @@ class DecodeLoop:
     def _propose(self, requests: np.ndarray) -> Step:
         lengths = self.sequences.lengths[requests]
         ready = [name for name, speculator in self.speculators.items() if speculator.ready]
-        step = Step(self._limits[requests] - lengths - 1, int(lengths.sum()), ready)
+        room = self._limits[requests] - lengths - 1
+        step = Step(room, int(lengths.sum()), ready, drawn_as=self.sequences.sampling.distribution)
         self.proposing.run(step, self.sequences, requests)
         return step
 
@@ -139,7 +139,7 @@ class DecodeLoop:
         """Append what verification settled, up to an ending token, and say which requests end."""
         sequences = self.sequences
         num_committed = outcome.num_accepted + 1
-        ends = np.isin(outcome.token_ids, self._eos)
+        ends = sequences.sampling.ends(outcome.token_ids)
         ends &= np.arange(ends.shape[1])[None] < num_committed[:, None]
         stopped = ends.any(axis=1)
         num_committed[stopped] = ends[stopped].argmax(axis=1) + 1

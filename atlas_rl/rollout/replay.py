@@ -277,7 +277,7 @@ def replay(
     clock: Any = _Clock() if costs else time.perf_counter
     recorder = StepRecorder(speculators=tuple(speculators), clock=clock)
     # A rollout that stopped by itself could have gone on: drafts reach as far as they did when it was made.
-    stopped = np.isin(true.token_ids[np.arange(len(true.lengths)), true.lengths - 1], true.sampling.eos_token_ids)
+    stopped = true.sampling.ends(true.token_ids[np.arange(len(true.lengths)), true.lengths - 1])
     limits = np.minimum(true.prompt_lengths + true.sampling.max_new_tokens, true.token_ids.shape[1])
     limits = np.where(stopped, limits, true.lengths)
     loop = _ReplayLoop(

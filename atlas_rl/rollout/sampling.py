@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from numbers import Integral
 
+import numpy as np
+
 
 def _whole(value: object) -> bool:
     return isinstance(value, Integral)
@@ -75,6 +77,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether every position takes the likeliest token (no noise is drawn)."""
         return self.temperature == 0
+
+    @property
+    def distribution(self) -> tuple[float, ...]:
+        """What makes the processed distribution: equal for parameters that differ in seed or limits only."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
+    def ends(self, token_ids: np.ndarray) -> np.ndarray:
+        """Whether each token ends a request: bool, shaped like `token_ids` (int64)."""
+        # Not `np.isin`: it sorts, which for a step's handful of tokens took 0.15 ms, four times a step.
+        return (token_ids[..., None] == np.array(self.eos_token_ids, np.int64)).any(axis=-1)
 
     @property
     def truncates(self) -> bool:

@@ -98,7 +98,7 @@ class Fp4SelfSpeculator(Speculator):
                 logits, sequences, requests[going], drafted, couples_noise=self.couples_noise
             )
             self._append(draft, going, position, newest[going], confidence, q)
-            going = going[~np.isin(newest[going], sequences.sampling.eos_token_ids)]
+            going = going[~sequences.sampling.ends(newest[going])]
         return draft
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:

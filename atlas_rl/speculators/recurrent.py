@@ -185,7 +185,7 @@ class RecurrentSpeculator(Speculator):
             requests, draft = self._proposed
             row_of = {int(request): row for row, request in enumerate(verified.requests)}
             # A serving engine may have put a request off: nothing is known of its draft then.
-            back = np.flatnonzero(np.isin(requests, verified.requests))
+            back = np.flatnonzero([int(request) in row_of for request in requests])
             rows = np.array([row_of[int(request)] for request in requests[back]], np.int64)
             tried, accepted = verified.outcome_of(draft.of(back), rows)
             missed[rows] = np.where(tried > accepted, accepted, -1)

@@ -97,7 +97,7 @@ class ReducedDraft:
 
     def finish(self, max_draft_tokens: np.ndarray) -> Draft:
         """The draft, each row cut to int64 `[batch]` tokens and behind its first ending token."""
-        ends = np.isin(self.token_ids, self._sequences.sampling.eos_token_ids)
+        ends = self._sequences.sampling.ends(self.token_ids)
         lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, self.token_ids.shape[1])
         draft_probs = None
         if self._probs:

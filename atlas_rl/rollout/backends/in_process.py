@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,10 @@ class InProcessBackend(Backend):
         """Where the policy's embeddings live."""
         return self.model.get_input_embeddings().weight.device
 
+    @cached_property
+    def _layers(self) -> nn.ModuleList:
+        return decoder_layers(self.model, self.config.num_hidden_layers)
+
     def new_cache(self, num_rows: int, capacity: int) -> RaggedBatch:
         # transformers' SDPA path ignores `softcap`, its other paths apply it: do as the trainer's own forward does.
         return RaggedBatch(num_rows, capacity, honour_softcap=self.config._attn_implementation != "sdpa")
@@ -100,7 +105,8 @@ class InProcessBackend(Backend):
         assert batch is not None, "forward() outside of session()"
         batch.place(segments, self.device)
         assert batch.token_positions is not None
-        with attention.active(batch), _tapped(self.model, self.config.num_hidden_layers, taps):
+        layers = self._layers if taps is not None and taps.wants_layers else nn.ModuleList()
+        with attention.active(batch), _tapped(self.model, layers, taps):
             output = self.model(
                 input_ids=torch.from_numpy(segments.token_ids)[None].to(self.device),
                 position_ids=batch.token_positions[None],
@@ -171,7 +177,7 @@ class InProcessBackend(Backend):
 
 
 @contextmanager
-def _tapped(model: nn.Module, num_layers: int, taps: Taps | None) -> Iterator[None]:
+def _tapped(model: nn.Module, layers: nn.ModuleList, taps: Taps | None) -> Iterator[None]:
     """Inside, `taps` catches the inputs of the LM head and of the decoder layers it asks for."""
     if taps is None:
         yield
@@ -191,10 +197,8 @@ def _tapped(model: nn.Module, num_layers: int, taps: Taps | None) -> Iterator[No
     try:
         if taps.wants_last:
             handles.append(model.get_output_embeddings().register_forward_pre_hook(catch_last))  # type: ignore[operator]
-        if taps.wants_layers:
-            layers = decoder_layers(model, num_layers)
-            for layer in taps.wants_layers:
-                handles.append(layers[layer].register_forward_pre_hook(catch_layer(layer), with_kwargs=True))
+        for layer in taps.wants_layers:
+            handles.append(layers[layer].register_forward_pre_hook(catch_layer(layer), with_kwargs=True))
         yield
     finally:
         for handle in handles:

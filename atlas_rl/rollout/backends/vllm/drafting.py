@@ -263,7 +263,7 @@ class Drafting:
         for i, row in enumerate(rows):
             tokens[i, : num_new[i]] = forward.sampled[row]
         there = np.arange(tokens.shape[1])[None] < num_new[:, None]
-        ends = np.isin(tokens, sequences.sampling.eos_token_ids) & there
+        ends = sequences.sampling.ends(tokens) & there
         stopped = ends.any(axis=1)
         num_committed = np.where(stopped, ends.argmax(axis=1) + 1, num_new)
         num_committed = np.minimum(num_committed, self.roster.limits[requests] - sequences.lengths[requests])
@@ -369,7 +369,8 @@ class Drafting:
         lengths = sequences.lengths[requests]
         room = np.minimum(self.roster.limits[requests] - lengths - 1, self._max_draft_tokens)
         names = list(self.speculators) if self.speculates else []
-        step = Step(room, int(lengths.sum()), [name for name in names if self.speculators[name].ready])
+        ready = [name for name in names if self.speculators[name].ready]
+        step = Step(room, int(lengths.sum()), ready, drawn_as=sequences.sampling.distribution)
         admission = Admission(np.zeros(len(room), np.int64), np.zeros(len(room), np.int64))
         if names:
             self.proposing.run(step, sequences, requests)
