@@ -7,21 +7,20 @@ policy's features; drafted ones with the head's own, and are overwritten when th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from atlas_rl.rollout.backends import attention
 from atlas_rl.rollout.backends.attention import RaggedBatch, ragged_attention
 from atlas_rl.rollout.backends.base import Segments
+from atlas_rl.rollout.backends.cpu_linear import by_columns
 from atlas_rl.speculators.base import Draft, Hidden, Rollouts, Sequences, Speculator, Verified
 from atlas_rl.speculators.eagle3_checkpoint import load_eagle3
 from atlas_rl.speculators.eagle3_head import Eagle3Head
 from atlas_rl.speculators.reduced_draft import ReducedDraft
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _FUSED_TOGETHER = 256  # observed positions whose states are kept at most before they are fused
 _DRAFT_ROOM = 32  # cache cells past the longest text, for drafts that reach beyond a request's end
@@ -48,6 +47,9 @@ class Eagle3Speculator(Speculator):
         """Load the head for this policy."""
         self._policy = policy
         self.head = self._given if isinstance(self._given, Eagle3Head) else load_eagle3(self._given, policy)
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = by_columns(module.weight.data)
         self.reads_layers = self.head.config.layers
         self._device = self.head.fc.weight.device
         self._token_ids = self.head.token_ids.cpu().numpy()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from atlas_kernels.draft_head import DraftHeadWeights
-from atlas_rl.rollout.backends.cpu_linear import linear_rows
+from atlas_rl.rollout.backends.cpu_linear import by_columns
 
 
 class RecurrentHead(nn.Module):
@@ -100,10 +100,12 @@ class FoldedHead:
         with torch.no_grad():
             cell = head.cell
             self._input_gates = functional.linear(head.embed(head.inputs), cell.weight_ih, cell.bias_ih)
-            self._state_gates, self._state_bias = cell.weight_hh.detach().clone(), cell.bias_hh.detach().clone()
-            self._outputs, self._bias = head.outputs @ head.write.weight, head.bias.detach().clone()
-            self._read = head.read.weight.detach().clone()
-        self._linear = linear_rows if self._read.device.type == "cpu" else functional.linear
+            self._state_gates, self._state_bias = (
+                by_columns(cell.weight_hh.detach().clone()),
+                cell.bias_hh.detach().clone(),
+            )
+            self._outputs, self._bias = by_columns(head.outputs @ head.write.weight), head.bias.detach().clone()
+            self._read = by_columns(head.read.weight.detach().clone())
         self._packed: DraftHeadWeights | None = None
 
     def packed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> DraftHeadWeights:
@@ -116,9 +118,9 @@ class FoldedHead:
         if self._packed is None:
             self._packed = DraftHeadWeights(
                 input_gates=self._input_gates.to(dtype),
-                state_gates=self._state_gates.to(dtype),
+                state_gates=self._state_gates.to(dtype).contiguous(),
                 state_bias=self._state_bias.to(dtype),
-                outputs=self._outputs.to(dtype),
+                outputs=self._outputs.to(dtype).contiguous(),
                 bias=self._bias.to(dtype),
                 token_ids=token_ids,
             )
@@ -126,15 +128,15 @@ class FoldedHead:
 
     def begin(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `RecurrentHead.begin`."""
-        return torch.tanh(self._linear(_normed(hidden.float()), self._read))
+        return torch.tanh(functional.linear(_normed(hidden.float()), self._read))
 
     def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """As `RecurrentHead.absorb`."""
-        return _gated(self._input_gates[tokens], self._linear(state, self._state_gates, self._state_bias), state)
+        return _gated(self._input_gates[tokens], functional.linear(state, self._state_gates, self._state_bias), state)
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """As `RecurrentHead.logits`."""
-        return self._linear(_normed(state), self._outputs, self._bias)
+        return functional.linear(_normed(state), self._outputs, self._bias)
 
 
 def _gated(input_gates: torch.Tensor, state_gates: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
