@@ -12,7 +12,7 @@ import numpy as np
 _Depth = TypeVar("_Depth", float, np.ndarray)
 
 _SAMPLES = 15  # per size; their median shrugs off outliers and follows a machine that slows down
-_TRUST = 3.0  # samples at which a size's own median and the fitted line weigh the same
+_TRUST = 3.0  # samples at which a size's, or an octave's, own median and what was fitted to all weigh the same
 _PRIOR_DOUBLING_TOKENS = 64.0  # before any evidence: this many more tokens double a forward's time
 _PRIOR_WEIGHT = 0.05
 _CONTEXT_DOUBT = 2000.0  # context tokens: a spread of contexts this wide counts half against "context is free"
@@ -121,13 +121,16 @@ class DraftCost:
 
     `rows` are the requests that it drafts for, `backlog` the committed tokens that it has to run first. Fitted to the latest
     calls of every octave of rows by least squares of relative errors, weighted against outliers, with a ridge towards "in
-    proportion to the depth", which decides while nothing else varies. No share is ever negative.
+    proportion to the depth", which decides while nothing else varies. No share is ever negative. Every octave then has a
+    level of its own, the median of what its calls took over what was fitted, as far as they are many: its calls are newer or
+    older than the others'.
     """
 
     def __init__(self) -> None:
         self._calls: dict[int, deque[tuple[int, int, int, float]]] = {}  # by octave of rows
         self._observed = 0
         self._shares: tuple[float, ...] | None = None
+        self._levels: dict[int, float] = {}
 
     def __len__(self) -> int:
         return sum(len(calls) for calls in self._calls.values())
@@ -152,7 +155,9 @@ class DraftCost:
         if self._shares is None:
             self._shares = self._fit()
         fixed, per_depth, per_token, per_backlog = self._shares
-        return fixed + per_backlog * backlog + (per_depth + per_token * rows) * depth
+        octave = rows.bit_length()
+        level = self._levels[min(self._levels, key=lambda known: abs(known - octave))]
+        return level * (fixed + per_backlog * backlog + (per_depth + per_token * rows) * depth)
 
     def _fit(self) -> tuple[float, ...]:
         rows, depth, backlog, seconds = np.array([call for calls in self._calls.values() for call in calls]).T
@@ -170,6 +175,11 @@ class DraftCost:
             rest = np.split(1 - features @ shares, ends)
             off = np.abs(np.concatenate([part - _median(part) for part in rest]))
             weight = 1 / (1 + (off / (2 * _median(off) + 1e-3)) ** 2)
+        over = np.split(1 / np.maximum(features @ shares, 1e-3), ends)
+        self._levels = {
+            octave: _median(part) ** (len(part) / (len(part) + _TRUST))
+            for octave, part in zip(self._calls, over, strict=True)
+        }
         return tuple((shares / scale).tolist())
 
 
