@@ -182,3 +182,18 @@ def test_a_large_batch_says_nothing_of_a_small_one():
     assert model.knows(16)
     assert model.knows(8)
     assert not model.knows(1)
+
+
+def test_calls_of_another_size_that_took_less_do_not_make_these_look_cheap():
+    """Calls for sixteen date from before the machine slowed down; those for four are the newest."""
+    model = drafted(lambda rows, depth: 0.001 * depth, [(16, depth) for depth in (1, 2, 4, 8) * 3], outliers=0)
+    for depth in (1, 2, 4, 8) * 3:
+        model.observe(4, depth, 0.003 * depth)
+    assert model.predict(4, 6) == pytest.approx(0.018, rel=0.15)
+    assert model.predict(16, 6) == pytest.approx(0.006, rel=0.25)
+
+
+def test_one_interrupted_call_does_not_make_its_octave_dear():
+    model = drafted(lambda rows, depth: 0.001 * depth, [(16, depth) for depth in (1, 2, 4, 8) * 3], outliers=0)
+    model.observe(2, 4, 0.4)
+    assert model.predict(2, 4) < 0.008

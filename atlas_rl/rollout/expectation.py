@@ -10,6 +10,8 @@ _EDGES = np.array(
     [1e-9, 0.3, 0.6, 0.85]
 )  # survival of the first draft token that is there already: none, unlikely, ...
 _PROFILES = 32  # latest drafts kept per class
+_PERSISTENCE = 0.5  # of a position's easiness, from one to the next
+_USUAL_MEMORY = 200.0  # positions that the usual acceptance is a mean over
 _OPTIMISM = 0.7  # acceptance of a speculator that nothing is known of: enough to be tried where drafting pays at all
 _OPTIMISTIC = _OPTIMISM ** np.arange(1, MAX_LOOKAHEAD + 1)
 
@@ -26,6 +28,8 @@ class Expectation:
         self._counts = np.zeros(len(_EDGES) + 1, np.int64)
         self._turn = 0
         self._measured: np.ndarray | None = None
+        self._usual = _OPTIMISM  # acceptance of a position behind one that stood
+        self._stood = 0.0  # survival that this is the mean over
 
     def survival(self, there: np.ndarray) -> np.ndarray:
         """Profiles to expect, in as many draws as show all that is remembered: float64 `[draws, batch, MAX_LOOKAHEAD]`.
@@ -50,13 +54,21 @@ class Expectation:
                 is as long is taken to go on as it went.
         """
         rows = np.flatnonzero(asked > 0)
-        profiles = _prolonged(survival[rows], lengths[rows], lengths[rows] >= np.minimum(asked[rows], MAX_LOOKAHEAD))
+        reached = lengths[rows] >= np.minimum(asked[rows], MAX_LOOKAHEAD)
+        profiles = _prolonged(survival[rows], lengths[rows], reached, self._learn_usual(survival[rows]))
         group = np.searchsorted(_EDGES, there[rows], side="right")
         for index in set(group.tolist()):
             new = profiles[group == index][-_PROFILES:]
             slots = (self._counts[index] + np.arange(len(new))) % _PROFILES
             self._profiles[index, slots] = new
             self._counts[index] += len(new)
+
+    def _learn_usual(self, survival: np.ndarray) -> float:
+        stood = float(survival[:, :-1][survival[:, 1:] > 0].sum())
+        if stood:
+            self._stood = min(self._stood, _USUAL_MEMORY) + stood
+            self._usual += (float(survival[:, 1:].sum()) / stood - self._usual) * stood / self._stood
+        return self._usual
 
     def policy_updated(self, measured: np.ndarray | None) -> None:
         """The speculator was refreshed.
@@ -69,7 +81,7 @@ class Expectation:
             return
         lengths = np.array([min(len(measured), MAX_LOOKAHEAD)])
         padded = np.pad(measured[:MAX_LOOKAHEAD], (0, MAX_LOOKAHEAD - lengths[0]))
-        new = _prolonged(padded[None], lengths, np.array([True]))[0]
+        new = _prolonged(padded[None], lengths, np.array([True]), self._usual)[0]
         if self._measured is not None:
             factor = new / np.maximum(self._measured, 1e-3)
             # Survival never rises along a profile, whatever the factors.
@@ -103,12 +115,14 @@ def _remembered(
     return survival
 
 
-def _prolonged(survival: np.ndarray, lengths: np.ndarray, goes_on: np.ndarray) -> np.ndarray:
-    """Profiles that go on beyond the draft, at the acceptance of its last position."""
+def _prolonged(survival: np.ndarray, lengths: np.ndarray, goes_on: np.ndarray, usual: float) -> np.ndarray:
+    """Profiles that go on beyond the draft: at the acceptance of its last position first, at the usual one in the end."""
     profiles, last = survival.copy(), np.maximum(lengths - 1, 0)
     rows = np.arange(len(survival))
     ends = survival[rows, last]
     before = np.where(last > 0, survival[rows, np.maximum(last - 1, 0)], 1.0)
-    acceptance = np.where(goes_on & (lengths > 0), ends / np.maximum(before, 1e-9), 0.0)
     beyond = np.arange(survival.shape[1])[None] - last[:, None]
-    return np.where(beyond > 0, ends[:, None] * acceptance[:, None] ** np.maximum(beyond, 0), profiles)
+    surprise = (ends / np.maximum(before, 1e-9) - usual)[:, None] * _PERSISTENCE ** np.maximum(beyond, 0)
+    acceptance = np.where((goes_on & (lengths > 0))[:, None], usual + surprise, 0.0)
+    onward = np.cumprod(np.where(beyond > 0, acceptance, 1.0), axis=1)
+    return np.where(beyond > 0, ends[:, None] * onward, profiles)
