@@ -8,7 +8,8 @@ A cell is a policy, a temperature and a batch: of like requests (1 to 32), or `m
 three times as long. Every arm generates the same prompts with the same seeds, hence the same texts, in turns, a decode step
 each (`benchmarks/turns.py`), so that all meet the same machine. Arms: TRL's transformers generation; ours without
 speculation; prompt lookup; every speculator alone at k = 1, 3, 5, 7; the controller with all of them. All start from one
-state, that of an engine some steps into a run over other prompts, and keep their own from there. Two more are computed:
+state, that of an engine some steps into a run over other prompts, and keep their own from there; the controller then has
+one call, the others a short one, to get used to the batch size. Two more are computed:
 
 - `hindsight`: the fixed arm of the highest median tokens/s, no speculation among them.
 - `oracle`: replays the cell's rollouts with every draft's fate known beforehand (`benchmarks/oracle.py`).
@@ -179,6 +180,9 @@ def measure(cell: Cell, model: Any, tokenizer: Any, start: Start, args: argparse
     prompts = [cell_prompts(cell, tokenizer, seed=repeat) for repeat in range(args.repeats)]
     # A first call that nobody counts, shorter and over prompts of its own: compilation, allocation, caches, what the
     # controller needs to learn of a new batch size, and how long each arm takes.
+    # In a run the batch size is the same for hundreds of calls, so the controller has a whole one first.
+    alone = {"controller": arms["controller"]}
+    run_in_turns(turns, alone, cell_prompts(cell, tokenizer, seed=21_000), 21_000, {"controller": 1.0})
     short = arms_of(cell, cell.max_new_tokens // 4, engines, model, tokenizer, turns)
     runs = [run_in_turns(turns, short, cell_prompts(cell, tokenizer, seed=20_000), 20_000, dict.fromkeys(arms, 1.0))]
     traces: dict[str, InTurns] = {name: engine.config.controller for name, engine in engines.items()}  # type: ignore[misc]
