@@ -74,6 +74,14 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
+def saved(name: str, model: Any, tokenizer: Any) -> str:
+    """A folder with this policy, for engines that read one; always the same, as vLLM compiles for minutes for a new one."""
+    folder = ROOT / "runs" / "policies" / name
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def write_result(path: str | Path, payload: dict[str, Any]) -> Path:
     """Write `payload` as JSON, whole or not at all: a run that dies leaves the former result in place.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from atlas_rl.rollout.backends.vllm import internals
 from atlas_rl.rollout.backends.vllm.backend import in_this_process, llm_arguments
 from atlas_rl.speculators.eagle3 import Eagle3Speculator
 from atlas_rl.speculators.history import HistorySpeculator
-from benchmarks.common import ROOT, environment, quantiles, write_result
+from benchmarks.common import ROOT, environment, quantiles, saved, write_result
 from benchmarks.rollout import demo_policy, head_of_a_run, ratios, seconds_of, unseen_prompts
 from benchmarks.turns import Outcome, Turns
 
@@ -41,16 +40,13 @@ Arm = Callable[[list[list[int]], int, int], tuple[int, float]]  # prompts, group
 def main() -> None:
     args = parse_args()
     model, tokenizer = demo_policy.load_policy(warm=args.policy == "warm")
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        turns = Turns()
-        arms = build_arms(folder, tokenizer, turns, args)
-        cells: list[dict[str, Any]] = []
-        for batch in args.batches:
-            cells += measure_cell(batch, arms, tokenizer, turns, args)
-            payload = {"settings": settings(args), "left_out": left_out(), "cells": cells}
-            write_result(args.output, {**environment(), "vllm": internals.check_version(), **payload})
+    turns = Turns()
+    arms = build_arms(saved(args.policy, model, tokenizer), tokenizer, turns, args)
+    cells: list[dict[str, Any]] = []
+    for batch in args.batches:
+        cells += measure_cell(batch, arms, tokenizer, turns, args)
+        payload = {"settings": settings(args), "left_out": left_out(), "cells": cells}
+        write_result(args.output, {**environment(), "vllm": internals.check_version(), **payload})
     print(f"written: {args.output}")
 
 

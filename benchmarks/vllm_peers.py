@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from typing import Any
 
 from atlas_rl import AtlasRolloutEngine
 from benchmarks.cells import Cell, cell_prompts, group_of, print_cell, seed_of
-from benchmarks.common import ROOT, quantiles
+from benchmarks.common import ROOT, quantiles, saved
 from benchmarks.rollout import engine_arm, ratios
 
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -29,19 +28,17 @@ def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, repeats: int) -> li
     """The rows of every method that can be run here; vLLM starts once per method."""
     off = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False)
     rows = []
-    with tempfile.TemporaryDirectory(prefix="atlas_rl_vllm_") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for arm, method in METHODS.items():
-            peer = Peer(folder, method)
-            try:
-                if peer.refusal:
-                    print(f"{arm} left out: {peer.refusal}", flush=True)
-                    continue
-                for cell in cells:
-                    rows.append(measure(cell, arm, peer, off, tokenizer, repeats))
-            finally:
-                peer.close()
+    folder = saved(cells[0].policy, model, tokenizer)
+    for arm, method in METHODS.items():
+        peer = Peer(folder, method)
+        try:
+            if peer.refusal:
+                print(f"{arm} left out: {peer.refusal}", flush=True)
+                continue
+            for cell in cells:
+                rows.append(measure(cell, arm, peer, off, tokenizer, repeats))
+        finally:
+            peer.close()
     return rows
 
 

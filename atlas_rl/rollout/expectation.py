@@ -64,6 +64,7 @@ class Expectation:
             self._counts[index] += len(new)
 
     def _learn_usual(self, survival: np.ndarray) -> float:
+        """The acceptance of drafted positions, given what stands before them, with these drafts (`[n, MAX_LOOKAHEAD]`)."""
         stood = float(survival[:, :-1][survival[:, 1:] > 0].sum())
         if stood:
             self._stood = min(self._stood, _USUAL_MEMORY) + stood
