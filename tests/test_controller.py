@@ -297,3 +297,9 @@ def test_every_step_can_be_explained():
     assert last["tokens"] == run.tokens[-1]
     expected, came = (np.sum([r[key] for r in run.records[30:]]) for key in ("expected_tokens", "tokens"))
     assert expected == pytest.approx(came, rel=0.1)
+
+
+def test_forwards_that_stop_growing_dearer_are_found():
+    """From 32 to 48 tokens they grow, beyond they do not: a line through what a few drafts take would never go there."""
+    run = world(lambda tokens: 0.050 + 0.002 * min(max(tokens - 32, 0), 16), cheap=sure(0.5)).run(150, batch=32)
+    assert run.mean_length(last=50) > 1

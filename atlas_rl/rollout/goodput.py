@@ -147,6 +147,7 @@ class GoodputController(Controller):
         )
         self._kept = {True: _Kept(), False: _Kept()}  # of steps with drafts, and of plain ones
         self._there: dict[str, np.ndarray] = {}  # what each speculator was asked beside, in the step at hand
+        self._trial = False  # whether somebody was asked to see what drafting costs, in the step at hand
         self._drawn_as: Hashable = None
         self._step: Step | None = None
         self._survivals: dict[str, np.ndarray] = {}  # of the step at hand
@@ -154,7 +155,7 @@ class GoodputController(Controller):
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
         if not step.drafts:
-            self._promised = None
+            self._promised, self._trial = None, False
             self._turn_to(step.drawn_as)
             if not left or self._plain_due(step) or self._pause.holds(step.batch):
                 return {}
@@ -174,7 +175,12 @@ class GoodputController(Controller):
         there = self._choose(step)
         table = self._cost.predict(step.batch, step.context_tokens)
         self._predicted = None if table is None else (step.batch, float(table[step.batch]))
-        return Admission(there.arms, self._best_lengths(there.survival, step))
+        lengths = self._best_lengths(there.survival, step)
+        whole = (there.survival > 0).sum(axis=1)
+        if self._trial and self._cost.num_samples(step.batch + int(whole.sum())) < _TRIALS:
+            # What a forward over all that can be drafted takes is not on the line through smaller ones.
+            self._predicted, lengths = None, whole
+        return Admission(there.arms, lengths)
 
     def observe(
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
@@ -261,6 +267,7 @@ class GoodputController(Controller):
         """Draft tokens to ask of one speculator per request, given the drafts that are there: int64 `[batch]`."""
         arm, batch = self._arms[name], step.batch
         if len(arm.cost) < _TRIALS:
+            self._trial = True
             return np.full(batch, _TRIAL_DEPTH)
         spent_s = sum(step.draft_s.values())
         expected = arm.expectation.survival(there.survival[:, 0])
@@ -279,6 +286,7 @@ class GoodputController(Controller):
             wanted[better if whom == 1 else slice(None)] = _DEPTHS[index]
         if wanted.any():
             if not arm.cost.knows(batch):
+                self._trial = True
                 return np.full(batch, _TRIAL_DEPTH)  # all of them, so that it is known afterwards
             self._promised = name, goodput
             return wanted
