@@ -78,3 +78,21 @@ def test_drawn_drafts_are_still_worth_their_while(chance):
     arms = {"cheap": sure(chance)}
     run = World(GoodputController(("cheap",)), affine, arms, draft_probs=torch.zeros(8, 16, 2)).run(300, batch=8)
     assert run.goodput(last=200) > 0.85 * world(affine, **arms).run(300, batch=8).goodput(last=200)
+
+
+def test_whether_a_trial_is_verified_does_not_depend_on_an_ending_token_that_was_drawn():
+    """A row that drew one is shorter, and forwards of the size that is left were seen before."""
+    admitted = []
+    for first_length in (4, 1):
+        controller = world(affine, a=sure(0.8)).run(1, batch=4).controller
+        for _ in range(3):
+            controller._cost.observe(4 + 13, affine(4 + 13), 4 * CONTEXT)
+        step = Step(np.full(4, ROOM), 4 * CONTEXT, ["a"])
+        asked = controller.plan(step)["a"]
+        assert asked.tolist() == [4] * 4, "the first call of a speculator is a trial"
+        lengths = np.array([first_length, 4, 4, 4])
+        confidence = np.full((4, 4), 0.02, np.float32)
+        step.asked["a"], step.draft_s["a"] = asked, 1e-5
+        step.drafts["a"] = Draft(np.zeros((4, 4), np.int64), lengths, confidence, torch.zeros(4, 4, 2))
+        admitted.append(np.minimum(controller.admit(step).lengths, [1, 4, 4, 4]).tolist())
+    assert admitted[0] == admitted[1]

@@ -147,7 +147,7 @@ class GoodputController(Controller):
         )
         self._kept = {True: _Kept(), False: _Kept()}  # of steps with drafts, and of plain ones
         self._there: dict[str, np.ndarray] = {}  # what each speculator was asked beside, in the step at hand
-        self._trial = False  # whether somebody was asked to see what drafting costs, in the step at hand
+        self._trial = False  # whether what is drafted in the step at hand is verified whole, to see what that costs
         self._drawn_as: Hashable = None
         self._step: Step | None = None
         self._survivals: dict[str, np.ndarray] = {}  # of the step at hand
@@ -175,12 +175,10 @@ class GoodputController(Controller):
         there = self._choose(step)
         table = self._cost.predict(step.batch, step.context_tokens)
         self._predicted = None if table is None else (step.batch, float(table[step.batch]))
-        lengths = self._best_lengths(there.survival, step)
-        whole = (there.survival > 0).sum(axis=1)
-        if self._trial and self._cost.num_samples(step.batch + int(whole.sum())) < _TRIALS:
-            # What a forward over all that can be drafted takes is not on the line through smaller ones.
-            self._predicted, lengths = None, whole
-        return Admission(there.arms, lengths)
+        if self._trial:
+            self._predicted = None
+            return Admission(there.arms, (there.survival > 0).sum(axis=1))
+        return Admission(there.arms, self._best_lengths(there.survival, step))
 
     def observe(
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
@@ -267,7 +265,7 @@ class GoodputController(Controller):
         """Draft tokens to ask of one speculator per request, given the drafts that are there: int64 `[batch]`."""
         arm, batch = self._arms[name], step.batch
         if len(arm.cost) < _TRIALS:
-            self._trial = True
+            self._trial = self._is_new(batch)
             return np.full(batch, _TRIAL_DEPTH)
         spent_s = sum(step.draft_s.values())
         expected = arm.expectation.survival(there.survival[:, 0])
@@ -286,7 +284,7 @@ class GoodputController(Controller):
             wanted[better if whom == 1 else slice(None)] = _DEPTHS[index]
         if wanted.any():
             if not arm.cost.knows(batch):
-                self._trial = True
+                self._trial = self._is_new(batch)
                 return np.full(batch, _TRIAL_DEPTH)  # all of them, so that it is known afterwards
             self._promised = name, goodput
             return wanted
@@ -295,6 +293,13 @@ class GoodputController(Controller):
             arm.purse_s -= cost_s
             wanted[:] = _TRIAL_DEPTH
         return wanted
+
+    def _is_new(self, batch: int) -> bool:
+        """Whether a trial's draft is verified whole: such a forward is not on the line through smaller ones.
+
+        Decided by what is asked for, before anything is drawn: a draft that drew an ending token is shorter.
+        """
+        return self._cost.num_samples(batch * (1 + _TRIAL_DEPTH)) < _TRIALS
 
     def _trial_s(self, name: str, step: Step) -> float:
         """What a call costs that is made to see what comes."""
