@@ -6,6 +6,7 @@ raises a false alarm with probability `FALSE_ALARM`.
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_the_cpu_sampler_is_wrong_without_the_repair_and_right_with_it(
 
 
 def test_a_version_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(internals.metadata, "version", lambda name: "0.33.1")
+    monkeypatch.setattr(metadata, "version", lambda name: "0.33.1")
     with pytest.raises(ValueError, match=r"vLLM 0\.33\.1 is not known"):
         internals.check_version()
 
