@@ -11,7 +11,7 @@ speculation; prompt lookup; every speculator alone at k = 1, 3, 5, 7; the contro
 state, that of an engine some steps into a run over other prompts, and keep their own from there; the controller then has
 one call, the others a short one, to get used to the batch size. Two more are computed:
 
-- `hindsight`: the fixed arm of the highest median tokens/s, no speculation among them.
+- `hindsight`: the fixed arm of the highest median ratio to no speculation, which is among them.
 - `oracle`: replays the cell's rollouts with every draft's fate known beforehand (`benchmarks/oracle.py`).
 
 Tokens/s count generated tokens over the seconds of one generation call that were its own. Every ratio is the median of the

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from operator import truediv
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 
@@ -74,7 +75,7 @@ def controller(cells: list[dict[str, Any]]) -> list[str]:
         arm = {c["arm"]: c for c in cells if (c["policy"], c["temperature"], c["kind"], c["batch"]) == key}
         ratio = {name: f"{cell['ratio_to_off']['median']:.2f}" for name, cell in arm.items()}
         chosen, best = arm["controller"], arm["hindsight"]
-        share = chosen["tokens_per_s"]["median"] / best["tokens_per_s"]["median"]
+        share = median(map(truediv, chosen["repeats_tokens_per_s"], best["repeats_tokens_per_s"]))
         errors = ", ".join(f"{name} {error:.2f}" for name, error in (chosen["calibration_error"] or {}).items())
         policy, temperature, kind, batch = key
         lines.append(
