@@ -73,6 +73,22 @@ def request_keys(seed: int, num_requests: int) -> np.ndarray:
     return np.array([mix64(base ^ request) for request in range(num_requests)], dtype=np.uint64)
 
 
+def draft_keys(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Keys for `Stream.DRAFT` of drafts that begin behind `lengths` committed tokens.
+
+    Every decode step commits a token, so no two drafts of a request share noise. What was drafted and thrown away has been
+    seen, by whatever learns from drafts; were its noise used again, what is decided next would know what is drawn next.
+
+    Args:
+        keys: uint64 `[n]`, of `request_keys`.
+        lengths: int64 `[n]`.
+
+    Returns:
+        uint64 `[n]`.
+    """
+    return keys ^ np.array([mix64(length) for length in lengths.tolist()], dtype=np.uint64)
+
+
 # ------------------------------------------------------------------------------------------------- numba, on the CPU
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from atlas_rl.rollout.noise import Stream, draft_keys
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -51,6 +53,18 @@ class Sequences:
     def completion(self, request: int) -> list[int]:
         """The committed completion tokens of one request."""
         return self.token_ids[request, self.prompt_lengths[request] : self.lengths[request]].tolist()
+
+    def draft_noise(self, requests: np.ndarray, couples_noise: bool) -> tuple[Stream, np.ndarray]:
+        """What drafts of some requests, int64 `[n]`, are drawn with: the stream, and keys uint64 `[n]`.
+
+        Args:
+            requests: int64 `[n]`.
+            couples_noise: The policy's own noise; otherwise noise that no other draft of the request has.
+        """
+        keys = self.noise_keys[requests]
+        if couples_noise:
+            return Stream.TARGET, keys
+        return Stream.DRAFT, draft_keys(keys, self.lengths[requests])
 
 
 @dataclass(slots=True)

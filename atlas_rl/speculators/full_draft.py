@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from atlas_rl.rollout.noise import Stream
 from atlas_rl.rollout.processing import process
 from atlas_rl.rollout.verification import choose
 from atlas_rl.speculators.base import Sequences
@@ -36,9 +35,9 @@ def draw(
             for r, row in zip(requests, drafted, strict=True)
         ]
     probs = process(logits, sampling, prefixes).softmax(dim=-1)
-    stream = Stream.TARGET if couples_noise else Stream.DRAFT
+    stream, keys = sequences.draft_noise(requests, couples_noise)
     positions = sequences.lengths[requests] + drafted.shape[1]
-    tokens = choose(probs, sequences.noise_keys[requests], positions, stream, sampling.greedy)
+    tokens = choose(probs, keys, positions, stream, sampling.greedy)
     confidence = probs.amax(dim=-1).cpu().numpy()
     if sampling.greedy:
         probs = torch.nn.functional.one_hot(torch.from_numpy(tokens).to(probs.device), probs.shape[1]).to(probs)

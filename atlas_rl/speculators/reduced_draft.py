@@ -11,7 +11,6 @@ import torch
 from atlas_kernels.dispatch import Implementation
 from atlas_kernels.draft_head import DraftHeadWeights, draft_head
 from atlas_rl.rollout import noise
-from atlas_rl.rollout.noise import Stream
 from atlas_rl.rollout.processing import process
 from atlas_rl.speculators.base import Draft, Sequences
 
@@ -43,7 +42,7 @@ class ReducedDraft:
         # A penalty would need the whole prefix at every drafted token: left out, it costs acceptance and nothing else.
         self._sampling = replace(sequences.sampling, repetition_penalty=1.0)
         self._sequences, self._requests, self._token_ids = sequences, requests, token_ids
-        self._stream = Stream.TARGET if couples_noise else Stream.DRAFT
+        self._stream, self._keys = sequences.draft_noise(requests, couples_noise)
         self._couples_noise, self._likeliest = couples_noise, argmax or sequences.sampling.greedy
         self._position = 0
         self._probs: list[torch.Tensor] = []
@@ -78,12 +77,11 @@ class ReducedDraft:
         implementation: Implementation = "auto",
     ) -> None:
         """All tokens of every request, by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`."""
-        keys = self._sequences.noise_keys[self._requests].view(np.int64)
         drawn = draft_head(
             weights,
             state,
             newest,
-            torch.from_numpy(keys).to(state.device),
+            torch.from_numpy(self._keys.view(np.int64)).to(state.device),
             torch.from_numpy(self._sequences.lengths[self._requests]).to(state.device),
             self.token_ids.shape[1],
             temperature=0.0 if self._sampling.greedy else self._sampling.temperature,
@@ -109,11 +107,10 @@ class ReducedDraft:
     def _choose(self, q: torch.Tensor) -> np.ndarray:
         if self._likeliest:
             return q.argmax(dim=-1).cpu().numpy()
-        keys = self._sequences.noise_keys[self._requests]
         positions = self._sequences.lengths[self._requests] + self._position
         if q.device.type == "cpu":
-            return choose_among(q.numpy(), self._token_ids, keys, positions, int(self._stream))
-        device_keys = torch.from_numpy(keys.view(np.int64)).to(q.device)
+            return choose_among(q.numpy(), self._token_ids, self._keys, positions, int(self._stream))
+        device_keys = torch.from_numpy(self._keys.view(np.int64)).to(q.device)
         device_ids = torch.from_numpy(self._token_ids).to(q.device)
         e = noise.exponentials_of(device_keys, torch.from_numpy(positions).to(q.device), self._stream, device_ids)
         return (q / e).argmax(dim=-1).cpu().numpy()
