@@ -42,7 +42,7 @@ def main() -> None:
 
 def speed(cells: list[dict[str, Any]], policy: str, path: Path) -> None:
     """Ratio to no speculation against the batch, a line per arm."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(8.5, 4))
     even = sorted((c for c in cells if c["kind"] == "even"), key=lambda c: c["batch"])
     batches = sorted({c["batch"] for c in even})
     for arm, label in LABELS.items():
@@ -56,7 +56,7 @@ def speed(cells: list[dict[str, Any]], policy: str, path: Path) -> None:
     axes.set(xlabel="requests decoded together", ylabel="tokens/s over no speculation", title=f"{policy} policy")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     finish(figure, path)
 
 
