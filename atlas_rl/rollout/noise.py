@@ -76,7 +76,7 @@ def request_keys(seed: int, num_requests: int) -> np.ndarray:
 def draft_keys(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Keys for `Stream.DRAFT` of drafts that begin behind `lengths` committed tokens.
 
-    Every decode step commits a token, so no two drafts of a request share noise. What was drafted and thrown away has been
+    Every decode step commits a token, so drafts of two steps never share noise. What was drafted and thrown away has been
     seen, by whatever learns from drafts; were its noise used again, what is decided next would know what is drawn next.
 
     Args:

@@ -59,7 +59,7 @@ class Sequences:
 
         Args:
             requests: int64 `[n]`.
-            couples_noise: The policy's own noise; otherwise noise that no other draft of the request has.
+            couples_noise: The policy's own noise; otherwise noise that the request's drafts of no other step have.
         """
         keys = self.noise_keys[requests]
         if couples_noise:
@@ -200,7 +200,8 @@ class Speculator(ABC):
 
     couples_noise: bool = True
     """Whether drafts are drawn with the policy's own noise (`Stream.TARGET`). Engines that verify by rejection set it
-    to False, and the speculator then draws from `Stream.DRAFT` or proposes its likeliest token."""
+    to False, and the speculator then draws with noise of that draft's own or proposes its likeliest token. Either way
+    `Sequences.draft_noise` says what to draw with."""
 
     reads_hidden: bool = False
     """Whether `Verified.hidden.last` is wanted."""
