@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atlas_rl.core import SamplingParams
+    from atlas_rl.report.report import StepReport
     from atlas_rl.rollout.engine import AtlasRolloutEngine, GenerationOutput
-    from atlas_rl.rollout.report import StepReport
-    from atlas_rl.rollout.sampling import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["AtlasRolloutEngine", "GenerationOutput", "SamplingParams", "StepReport", "__version__"]
@@ -15,8 +15,8 @@ __all__ = ["AtlasRolloutEngine", "GenerationOutput", "SamplingParams", "StepRepo
 _HOME = {
     "AtlasRolloutEngine": "atlas_rl.rollout.engine",
     "GenerationOutput": "atlas_rl.rollout.engine",
-    "SamplingParams": "atlas_rl.rollout.sampling",
-    "StepReport": "atlas_rl.rollout.report",
+    "SamplingParams": "atlas_rl.core",
+    "StepReport": "atlas_rl.report.report",
 }
 
 

@@ -116,8 +116,8 @@ def train_speculator(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from atlas_rl.speculators.eagle3_checkpoint import default_layers, save_eagle3
-    from atlas_rl.speculators.eagle3_training import TrainSettings, train
+    from atlas_rl.speculators.eagle3.checkpoint import default_layers, save_eagle3
+    from atlas_rl.training.eagle3 import TrainSettings, train
 
     for name in ("max_new_tokens", "generate_batch", "draft_vocab_size", "unroll", "epochs", "batch_size"):
         if getattr(args, name) < 1:
@@ -160,12 +160,12 @@ def generate(
 ) -> list[Path]:
     """Continue every prompt once, recording hidden states; calls that are there already are kept."""
     from atlas_rl import AtlasRolloutEngine
-    from atlas_rl.rollout.replay import RolloutRecorder, recorded_calls
-    from atlas_rl.speculators.history import HistorySpeculator
+    from atlas_rl.replay.replay import RecordingSpeculator, recorded_calls
+    from atlas_rl.speculators.history.speculator import HistorySpeculator
 
     batches = [prompts[i : i + args.generate_batch] for i in range(0, len(prompts), args.generate_batch)]
     done = len(list(folder.glob("call_*.safetensors")))
-    recorder = RolloutRecorder(folder, layers, first_call=done)
+    recorder = RecordingSpeculator(folder, layers, first_call=done)
     engine = AtlasRolloutEngine(
         model=policy, tokenizer=tokenizer, speculators=[HistorySpeculator(), recorder], console=False
     )

@@ -25,14 +25,15 @@ import numpy as np
 import torch
 from datasets import concatenate_datasets
 
-from atlas_rl.rollout.acceptance import AcceptanceModel
-from atlas_rl.rollout.controller import Admission, FixedController, Step
-from atlas_rl.rollout.replay import Recorded, ReplayPolicy, recorded_calls, replay
-from atlas_rl.speculators.base import Speculator, Verified
-from atlas_rl.speculators.distill import Loss
-from atlas_rl.speculators.eagle3 import Eagle3Speculator
-from atlas_rl.speculators.history import HistorySpeculator
-from atlas_rl.speculators.recurrent import RecurrentSpeculator
+from atlas_rl.controller.acceptance import AcceptanceModel
+from atlas_rl.controller.base import Admission, FixedController, Step
+from atlas_rl.core import Verified
+from atlas_rl.replay.replay import Recorded, ReplayPolicy, recorded_calls, replay
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.recurrent.distill import Loss
+from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.common import environment, write_result
 
 ROOT = Path(__file__).resolve().parent.parent

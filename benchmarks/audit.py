@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from atlas_kernels.noise import request_keys
 from atlas_rl import AtlasRolloutEngine, SamplingParams
-from atlas_rl.rollout.audit import Auditor
-from atlas_rl.rollout.audit_bets import ChangeDetector, log_ratios
-from atlas_rl.rollout.noise import request_keys
+from atlas_rl.audit.auditor import Auditor
+from atlas_rl.audit.bets import ChangeDetector, log_ratios
 from benchmarks.common import environment, quantiles, write_result
 
 ROOT = Path(__file__).resolve().parent.parent

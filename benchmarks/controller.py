@@ -6,7 +6,7 @@
 
 A cell is a policy, a temperature and a batch: of like requests (1 to 32), or `mixed`, twelve short ones and four that run
 three times as long. Every arm generates the same prompts with the same seeds, hence the same texts, in turns, a decode step
-each (`benchmarks/turns.py`), so that all meet the same machine. Arms: TRL's transformers generation; ours without
+each (`benchmarks/interleave.py`), so that all meet the same machine. Arms: TRL's transformers generation; ours without
 speculation; prompt lookup; every speculator alone at k = 1, 3, 5, 7; the controller with all of them. All start from one
 state, that of an engine some steps into a run over other prompts, and keep their own from there; the controller then has
 one call, the others a short one, to get used to the batch size. Two more are computed:
@@ -33,15 +33,16 @@ from typing import Any
 import numpy as np
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.rollout.controller import FixedController
-from atlas_rl.rollout.goodput import GoodputController
-from atlas_rl.rollout.replay import Costs, RolloutRecorder
+from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.goodput import GoodputController
+from atlas_rl.replay.replay import Costs, RecordingSpeculator
 from atlas_rl.speculators.base import Speculator
-from atlas_rl.speculators.eagle3 import Eagle3Speculator
-from atlas_rl.speculators.history import HistorySpeculator
-from atlas_rl.speculators.recurrent import RecurrentSpeculator
+from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.cells import Cell, cell_prompts, group_of, kept_rows, print_cell, row, seed_of, tokenized
 from benchmarks.common import ROOT, environment, write_result
+from benchmarks.interleave import InTurns, Turns, shell
 from benchmarks.ngram import NgramSpeculator
 from benchmarks.oracle import oracle_rows
 from benchmarks.rollout import (
@@ -56,7 +57,6 @@ from benchmarks.rollout import (
     seconds_of,
     trl_arm,
 )
-from benchmarks.turns import InTurns, Turns, shell
 from benchmarks.vllm_peers import vllm_rows
 
 EAGLE3 = ROOT / "examples" / "grpo_demo" / "eagle3"
@@ -223,7 +223,7 @@ def arms_of(
 
 def record(cell: Cell, model: Any, tokenizer: Any, prompts: list[Any], folder: Path) -> None:
     """The cell's rollouts with their hidden states, for the oracle."""
-    recorder = RolloutRecorder(folder, LAYERS)
+    recorder = RecordingSpeculator(folder, LAYERS)
     engine = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculators=[recorder], console=False)
     for repeat, batch in enumerate(prompts):
         engine_arm(engine, group_of(cell), cell.max_new_tokens, cell.temperature)(batch, seed_of(cell, repeat))

@@ -37,8 +37,8 @@ def ours(args: argparse.Namespace) -> None:
 
     from atlas_rl import AtlasRolloutEngine
     from atlas_rl.cli import read_prompts
-    from atlas_rl.rollout.controller import FixedController
-    from atlas_rl.speculators.eagle3 import Eagle3Speculator
+    from atlas_rl.controller.base import FixedController
+    from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     policy = AutoModelForCausalLM.from_pretrained(args.policy, dtype="float32")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.rollout.report import PHASES
+from atlas_rl.report.report import PHASES
 from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
 

@@ -21,11 +21,11 @@ from torch import nn
 
 from atlas_kernels.nvfp4 import dequantize, quantize, tensor_scale_for
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.rollout.controller import FixedController
+from atlas_rl.controller.base import FixedController
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.draft_lm import DraftLM
-from atlas_rl.speculators.fp4_copy import HEADROOM, FourBitCopy
-from atlas_rl.speculators.fp4_self import Fp4SelfSpeculator
+from atlas_rl.speculators.fp4_self.copy import HEADROOM, FourBitCopy
+from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from benchmarks.common import environment, write_result
 from benchmarks.rollout import unseen_prompts
 

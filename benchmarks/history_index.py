@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.rollout.noise import request_keys
-from atlas_rl.rollout.sampling import SamplingParams
-from atlas_rl.speculators.base import Rollouts, Sequences, Verified
-from atlas_rl.speculators.history import HistorySpeculator
+from atlas_kernels.noise import request_keys
+from atlas_rl.core import Rollouts, SamplingParams, Sequences, Verified
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 
 RESULT = Path(__file__).parent / "results" / "history_index.json"
 NODES, BRANCHES, PHRASE = 32, 4, 8

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
+from atlas_rl.core import Draft, Rollouts, Sequences, Verified
+from atlas_rl.speculators.base import Speculator
 
 
 class NgramSpeculator(Speculator):

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.rollout.controller import Admission, Controller, Step
-from atlas_rl.rollout.replay import Costs, Recorded, ReplayPolicy, recorded_calls, replay
-from atlas_rl.speculators.base import Draft, Sequences, Speculator, Verified
+from atlas_rl.controller.base import Admission, Controller, Step
+from atlas_rl.core import Draft, Sequences, Verified
+from atlas_rl.replay.replay import Costs, Recorded, ReplayPolicy, recorded_calls, replay
+from atlas_rl.speculators.base import Speculator
 from benchmarks.cells import Cell
 from benchmarks.common import quantiles
 from benchmarks.rollout import mean, ratios

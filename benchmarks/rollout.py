@@ -4,7 +4,7 @@
     python -m benchmarks.rollout --policies warm --batches 8 --repeats 5
 
 Every repeat takes prompts that no arm has seen, the same for all three arms, which decode in turns, a step each, so that
-they meet the same machine (`benchmarks/turns.py`). The speculating engine has generated some batches of *other* prompts
+they meet the same machine (`benchmarks/interleave.py`). The speculating engine has generated some batches of *other* prompts
 before, a refresh after each, as it has after the first steps of a training run, and lives through all cells of a policy; no
 prompt is repeated to it but by the group, so this is the first epoch, where history helps least.
 Tokens/s count generated tokens of all requests over the seconds of one generation call that were its own.
@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.rollout.controller import Controller
-from atlas_rl.rollout.goodput import GoodputController
+from atlas_rl.controller.base import Controller
+from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.speculators.base import Speculator
-from atlas_rl.speculators.history import HistorySpeculator
-from atlas_rl.speculators.recurrent import RecurrentSpeculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.common import environment, quantiles, write_result
-from benchmarks.turns import InTurns, Outcome, Turns, shell
+from benchmarks.interleave import InTurns, Outcome, Turns, shell
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "grpo_demo"))
@@ -252,7 +252,7 @@ def mean(reports: list[Any], field: str) -> float:
 
 def breakdown(reports: list[Any]) -> dict[str, float]:
     """Seconds per phase, summed over the repeats."""
-    names = ("prefill", "draft", "verify", "sample", "commit", "controller", "observe", "other")
+    names = ("prefill", "draft", "forward", "sample", "commit", "controller", "observe", "other")
     return {name: round(sum(getattr(report, f"{name}_s") for report in reports), 4) for name in names}
 
 

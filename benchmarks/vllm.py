@@ -3,8 +3,8 @@
     python -m benchmarks.vllm                             # every batch size; about an hour on 2 cores
     python -m benchmarks.vllm --batches 1 8 --repeats 1 --max-new-tokens 32 --eager --output runs/vllm_smoke.json
 
-Every repeat takes prompts that no arm has seen, the same for all arms, which run in turns, an engine step each
-(`benchmarks/turns.py`), so that all meet the same machine. Ours has generated a few batches of other prompts before, as in
+Every repeat takes prompts that no arm has seen, the same for all arms. The arms run in turns, an engine step each
+(`benchmarks/interleave.py`), so that all meet the same machine. Ours has generated a few batches before, as in
 `benchmarks.rollout`. vLLM's own methods run with its CPU sampler repaired: a wrong engine is not compared. `vllm_suffix`
 needs the package arctic-inference and is left out where that cannot be built. Tokens/s count generated tokens over the
 seconds of one `generate` call that were its own.
@@ -24,13 +24,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB per engine
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.rollout.backends.vllm import internals
-from atlas_rl.rollout.backends.vllm.backend import in_this_process, llm_arguments
-from atlas_rl.speculators.eagle3 import Eagle3Speculator
-from atlas_rl.speculators.history import HistorySpeculator
+from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.vllm import internals
+from atlas_rl.vllm.backend import in_this_process, llm_arguments
 from benchmarks.common import ROOT, environment, quantiles, saved, write_result
+from benchmarks.interleave import Outcome, Turns
 from benchmarks.rollout import demo_policy, head_of_a_run, ratios, seconds_of, unseen_prompts
-from benchmarks.turns import Outcome, Turns
 
 HEAD = ROOT / "examples" / "grpo_demo" / "eagle3"
 GENERATIONS = 4

@@ -31,7 +31,7 @@ def main() -> None:
 
     import vllm
 
-    from atlas_rl.rollout.backends.vllm import internals
+    from atlas_rl.vllm import internals
 
     method = json.loads(sys.argv[2])
     if method and method["method"] == "suffix" and not importlib.util.find_spec("arctic_inference"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
+from atlas_kernels.noise import request_keys
 from atlas_rl import AtlasRolloutEngine, SamplingParams
-from atlas_rl.rollout.audit import Auditor
-from atlas_rl.rollout.noise import request_keys
+from atlas_rl.audit.auditor import Auditor
 from tests.models import tiny_llama
 
 VOCAB, EOS, NEW = 64, (17, 40, 35), 24

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,12 +17,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any import of triton: its kernels then run on the CPU
 
+from tests import ROOT
 from tests.models import FACTORIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parent.parent
 _EXPENSIVE_FIXTURES = {"smollm2"}
 
 
@@ -33,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _EXPENSIVE_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     # vLLM's CPU worker patches torch in its process: what follows it runs in vLLM's world.
-    items.sort(key=lambda item: ("test_vllm" in item.nodeid, item.get_closest_marker("slow") is not None))
+    items.sort(key=lambda item: ("vllm" in item.nodeid.split("::")[0], item.get_closest_marker("slow") is not None))
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from atlas_rl.rollout.controller import Admission, FixedController, Step
-from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
+from atlas_rl.controller.base import Admission, FixedController, Step
+from atlas_rl.core import Draft, Rollouts, Sequences, Verified
+from atlas_rl.speculators.base import Speculator
 
 
 class Stateless(Speculator):

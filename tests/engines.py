@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.rollout.controller import FixedController
-from atlas_rl.speculators.base import Draft
+from atlas_rl.controller.base import FixedController
+from atlas_rl.core import Draft
 from atlas_rl.speculators.draft_lm import DraftLM
-from atlas_rl.speculators.history import HistorySpeculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.drafters import Parrot, RandomDrafter, Stateless, TrimByDrawnToken
 from tests.models import tiny_llama
 

@@ -15,8 +15,8 @@ import torch
 from scipy import stats
 from transformers import PreTrainedModel
 
-from atlas_rl.rollout.processing import process
-from atlas_rl.rollout.sampling import SamplingParams
+from atlas_rl.core import SamplingParams
+from atlas_rl.sampling.processing import process
 
 FALSE_ALARM = 1e-4
 CERTAIN = 1e-9  # p-value that a biased sampler must fall below

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import atlas_rl
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("vllm", "triton", "trl", "deepspeed", "peft", "transformers", "datasets", "accelerate")
 MODULES = sorted(module.name for module in pkgutil.walk_packages(atlas_rl.__path__, "atlas_rl."))
 

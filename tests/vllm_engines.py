@@ -16,7 +16,7 @@ if importlib.util.find_spec("vllm") is None:
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from atlas_rl.rollout.backends.vllm.backend import in_this_process, llm_arguments
+from atlas_rl.vllm.backend import in_this_process, llm_arguments
 
 _ALIVE: list[Any] = []  # an engine that is collected takes the process groups of all others with it
 

@@ -87,7 +87,7 @@ def mtp(target: Model) -> Model:
 
 
 def recurrent(target: Model) -> Model:
-    """A GRU of 512 on the target's hidden state with 4096 tokens to choose from: what `speculators/recurrent.py` trains."""
+    """A GRU of 512 on the target's hidden state with 4096 tokens to choose from: what `speculators/recurrent` trains."""
     width = RECURRENT_WIDTH
     return Model(
         name="recurrent",

@@ -14,32 +14,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.rollout import watch
-from atlas_rl.rollout.audit import Audit, Auditor
-from atlas_rl.rollout.backends.in_process import InProcessBackend
-from atlas_rl.rollout.backends.select import new_backend, runs, static_arm
-from atlas_rl.rollout.config import EngineConfig, reject_unknown
-from atlas_rl.rollout.controller import Controller
-from atlas_rl.rollout.fused import verifier_on
-from atlas_rl.rollout.goodput import GoodputController
-from atlas_rl.rollout.loop import DecodeLoop
-from atlas_rl.rollout.recorder import StepRecorder
-from atlas_rl.rollout.report import Mode, StepReport
+from atlas_rl.audit.auditor import Audit, Auditor
+from atlas_rl.config import EngineConfig
+from atlas_rl.controller.base import Controller
+from atlas_rl.controller.goodput import GoodputController
+from atlas_rl.core import Rollouts, SamplingParams, Sequences, reject_unknown
+from atlas_rl.decode.compile_kernels import compile_kernels
+from atlas_rl.decode.loop import DecodeLoop
+from atlas_rl.policy.in_process import InProcessBackend
+from atlas_rl.report import dead_drafters as watch
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.report.report import Mode, StepReport
+from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings
+from atlas_rl.rollout.backends import new_backend, runs, static_arm
 from atlas_rl.rollout.requests import build_sequences
-from atlas_rl.rollout.sampling import SamplingParams
-from atlas_rl.rollout.sinks import JsonlSink, console_line, console_warnings
-from atlas_rl.rollout.verification import VERIFIERS
-from atlas_rl.rollout.warmup import compile_kernels
-from atlas_rl.speculators.base import Rollouts, Sequences, Speculator
-from atlas_rl.speculators.history import HistorySpeculator
-from atlas_rl.speculators.recurrent import RecurrentSpeculator
-from atlas_rl.sync.policy import PolicyTracker
+from atlas_rl.sampling.by_kernels import verifier_on
+from atlas_rl.sampling.verification import VERIFIERS
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
+from atlas_rl.sync.refresh import PolicyTracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from atlas_rl.rollout.backends.select import AnyBackend
-    from atlas_rl.rollout.backends.vllm.backend import VllmRun
+    from atlas_rl.rollout.backends import AnyBackend
+    from atlas_rl.vllm.backend import VllmRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class AtlasRolloutEngine:
     Args:
         model: The policy, only needed for stand-alone use. In process a causal LM, whose weights are shared, never copied;
             for vLLM a checkpoint's folder or name, or a `vllm.LLM` of this process built with
-            `atlas_rl.rollout.backends.vllm.backend.llm_arguments()`.
+            `atlas_rl.vllm.backend.llm_arguments()`.
         tokenizer: Gives the ending tokens; may be None when `generate` is told `eos_token_ids`.
         options: See `EngineConfig`.
 
@@ -276,7 +276,8 @@ class AtlasRolloutEngine:
             ValueError: A trainer that cannot be attached to, or sampling options that cannot be honoured; the trainer
                 is then as it was.
         """
-        from atlas_rl.integrations import trl, trl_vllm
+        from atlas_rl.integrations.trl import adapter as trl
+        from atlas_rl.integrations.trl import vllm as trl_vllm
 
         asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
         attach = trl_vllm.attach if asks or self.config.backend == "vllm" else trl.attach
@@ -296,7 +297,7 @@ class AtlasRolloutEngine:
         Raises:
             ValueError: vLLM is missing, or of a version that is not known.
         """
-        from atlas_rl.integrations.trl_vllm import drafting_engines
+        from atlas_rl.integrations.trl.vllm import drafting_engines
 
         return drafting_engines(self.config, **arguments)
 
@@ -304,7 +305,7 @@ class AtlasRolloutEngine:
         """TRL's `rollout_func`: prompts already repeated per generation in, token ids and logprobs out."""
         if self.config.backend == "vllm":
             raise ValueError("rollout_func=engine generates in process: with vLLM use engine.attach(trainer)")
-        from atlas_rl.integrations.trl import rollout_func
+        from atlas_rl.integrations.trl.adapter import rollout_func
 
         if self._adapter is None:
             self._adapter = rollout_func(self, trainer)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from atlas_rl.rollout.noise import request_keys
-from atlas_rl.rollout.sampling import SamplingParams
-from atlas_rl.speculators.base import Sequences
+from atlas_kernels.noise import request_keys
+from atlas_rl.core import SamplingParams, Sequences, prompt_key
 
 
 def build_sequences(
@@ -74,9 +72,3 @@ def _checked(index: int, prompt: Sequence[int], vocab_size: int, max_context: in
             f"prompt {index} has {row.size} tokens, more than the policy's context of {max_context}: shorten it"
         )
     return row.astype(np.int32)
-
-
-def prompt_key(row: np.ndarray) -> int:
-    """Hash of a prompt, int32 `[n]`: a signed 64-bit number, equal for equal prompts."""
-    digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

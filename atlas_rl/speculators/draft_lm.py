@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.rollout.backends.base import Segments
-from atlas_rl.rollout.backends.in_process import InProcessBackend
-from atlas_rl.rollout.loop import retire
-from atlas_rl.speculators.base import Draft, Rollouts, Sequences, Speculator, Verified
-from atlas_rl.speculators.full_draft import draw
+from atlas_rl.core import Draft, Rollouts, Sequences, Verified
+from atlas_rl.decode.loop import retire
+from atlas_rl.policy.base import Segments
+from atlas_rl.policy.in_process import InProcessBackend
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.drawing import draw_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from atlas_rl.rollout.backends.attention import RaggedBatch
+    from atlas_rl.policy.ragged_attention import RaggedBatch
 
 _DRAFT_ROOM = 32  # cells past the longest text: all rows run to the longest draft wanted, also those about to end
 
@@ -85,7 +86,7 @@ class DraftLM(Speculator):
                 new = np.array([len(row) for row in fresh], np.int64)
                 segments = Segments(np.concatenate(fresh).astype(np.int64), 0, lengths + position - new, new)
                 logits = self._backend.forward(segments, np.cumsum(new) - 1)
-                tokens[:, position], confidence[:, position], q = draw(
+                tokens[:, position], confidence[:, position], q = draw_full(
                     logits, sequences, active, tokens[:, :position], couples_noise=self.couples_noise
                 )
                 if not self.couples_noise:

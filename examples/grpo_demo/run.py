@@ -157,13 +157,17 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
     if args.engine == "trl":
         return None
     from atlas_rl import AtlasRolloutEngine
-    from atlas_rl.rollout.replay import RolloutRecorder
-    from atlas_rl.speculators.history import HistorySpeculator
-    from atlas_rl.speculators.recurrent import RecurrentSpeculator
+    from atlas_rl.replay.replay import RecordingSpeculator
+    from atlas_rl.speculators.history.speculator import HistorySpeculator
+    from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
     (args.output_dir / "rollouts.jsonl").unlink(missing_ok=True)  # the engine appends; a demo starts afresh
     if args.record:
-        speculators = [HistorySpeculator(), RecurrentSpeculator(), RolloutRecorder(args.record, layers=RECORDED_LAYERS)]
+        speculators = [
+            HistorySpeculator(),
+            RecurrentSpeculator(),
+            RecordingSpeculator(args.record, layers=RECORDED_LAYERS),
+        ]
         engine = AtlasRolloutEngine(output_dir=args.output_dir, speculators=speculators)
     else:
         static = EAGLE3 if EAGLE3.is_dir() and not args.raw_policy else None

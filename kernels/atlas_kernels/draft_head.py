@@ -1,12 +1,12 @@
 """The recurrent head drafting k tokens over a reduced vocabulary: state, logits, probabilities and draws.
 
-The head is that of `atlas_rl.speculators.recurrent_head`, folded: with s the state, x the newest token, G what a token adds
+The head is that of `atlas_rl.speculators.recurrent.head`, folded: with s the state, x the newest token, G what a token adds
 to the gates (a table), W and b the state's own, U and c the outputs over the reduced vocabulary,
 
     r, z, n = G[x] + [W s + b],  n = tanh(n_in + r n_own)          a GRU step (Cho et al., arXiv 1406.1078)
     s       = n + z (s - n)
     l       = (U s / rms(s) + c) / T
-    x       = argmax l - log E                                      E of `atlas_rl.rollout.noise`, of the policy's token ids
+    x       = argmax l - log E                                      E of `atlas_kernels.noise`, of the policy's token ids
 
 so that a drafter coupled to the policy's noise draws with the very numbers that verification will use, and an uncoupled one
 from a stream of its own. Scores are float64 from float32 l and E, as in `verify`: the same token as the engine's CPU sampler
@@ -26,7 +26,7 @@ import torch
 
 from atlas_kernels.dispatch import Implementation, use_triton
 from atlas_kernels.draft_head_reference import draft_head_reference
-from atlas_rl.rollout.noise import Stream
+from atlas_kernels.noise import Stream
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

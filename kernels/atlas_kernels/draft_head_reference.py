@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from atlas_kernels import noise
 from atlas_kernels.verify_reference import first_argmax, processed_logits
-from atlas_rl.rollout import noise
 
 if TYPE_CHECKING:
     from atlas_kernels.draft_head import DraftHeadWeights, HeadCall

@@ -1,4 +1,4 @@
-"""The noise of `atlas_rl.rollout.noise` in Triton: the same Philox words and the same float32 exponentials.
+"""The noise of `atlas_kernels.noise` in Triton: the same Philox words and the same float32 exponentials.
 
 An exponential is rounded to float32 from a float64 logarithm, whose last place may differ between libraries: that moves the
 rounded number once in about 2**28 draws. `1 - u` is exact in float64, so `log(1 - u)` is as good as the reference's
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atlas_rl.rollout import noise
+from atlas_kernels import noise
 
 BLOCK = tl.constexpr(noise.BLOCK)
 _LOW = tl.constexpr(0xFFFFFFFF)

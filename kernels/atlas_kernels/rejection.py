@@ -1,7 +1,7 @@
 """Verification by rejection, beside `verify`: for engines and drafters whose noise is not shared.
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), as in
-`atlas_rl.rollout.verification.RejectionSampling`: a draft x drawn from q stands with probability `min(1, p(x) / q(x))`;
+`atlas_rl.sampling.verification.RejectionSampling`: a draft x drawn from q stands with probability `min(1, p(x) / q(x))`;
 another token is drawn from `(p - q)+`, normalised, where it does not. Without draft probabilities drafts are one-hot: x
 stands with p(x), and is replaced by a draw from p without x.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from atlas_kernels import noise
+from atlas_kernels.noise import Stream
 from atlas_kernels.rows import PackedRows
 from atlas_kernels.verify_reference import count_accepted, first_argmax, noisy_scores, processed_logits, summarise
-from atlas_rl.rollout import noise
-from atlas_rl.rollout.noise import Stream
 
 
 def rejection_reference(

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from atlas_kernels.noise import Stream
 from atlas_kernels.noise_triton import BLOCK, block_minima, excess, uniform
 from atlas_kernels.rows import PackedRows
 from atlas_kernels.verify_triton import (
@@ -19,7 +20,6 @@ from atlas_kernels.verify_triton import (
     row_arguments,
     store_figures,
 )
-from atlas_rl.rollout.noise import Stream
 
 RESIDUAL_TILE = 1024
 """Draft tokens per program of the second pass."""

@@ -1,7 +1,7 @@
 """Verification in one pass over the vocabulary: the policy's own choice at every drafted position.
 
 Drafter-invariant sampling (Daliri, Musco, Suresh, arXiv 2408.07978). With processed logits `l = logits / T` and the keyed
-exponentials E of `atlas_rl.rollout.noise`,
+exponentials E of `atlas_kernels.noise`,
 
     choice = argmax_x l(x) - log E(x)          a draft is accepted exactly when it is the choice
 
@@ -10,7 +10,7 @@ the log of the block's least exponential, so one Philox block serves 128 tokens 
 No softmax is written out either: the log-normaliser, the entropy and the largest probability come from the same pass.
 
 **Which choice.** Scores are float64 from float32 `l` and float32 E, in the kernel and in the reference. So both choose the
-same token, and so does `atlas_rl.rollout.noise.choose_rows`, which draws the same E, unless the two best scores differ by
+same token, and so does `atlas_kernels.noise.choose_rows`, which draws the same E, unless the two best scores differ by
 less than its float32 probabilities resolve (about 1e-6, in log units). `l` is the correctly rounded float32 quotient.
 """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from atlas_kernels import noise
+from atlas_kernels.noise import Stream
 from atlas_kernels.rows import PackedRows
-from atlas_rl.rollout import noise
-from atlas_rl.rollout.noise import Stream
 
 
 def verify_reference(rows: PackedRows) -> tuple[torch.Tensor, ...]:

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from atlas_kernels.noise import BLOCK as NOISE_BLOCK
+from atlas_kernels.noise import Stream
 from atlas_kernels.noise_triton import BLOCK, block_minima, excesses
 from atlas_kernels.rows import PackedRows
-from atlas_rl.rollout.noise import BLOCK as NOISE_BLOCK
-from atlas_rl.rollout.noise import Stream
 
 BLOCKS = 16
 """Noise blocks per step: 2,048 tokens, 16 per thread."""

@@ -1,0 +1,185 @@
+"""An audit in the run: are an engine's samples the policy's?
+
+An engine that samples wrongly raises no error; it trains on. So a few completions of a step go through a plain forward
+pass of the policy, outside of the engine, and every token is held against the processed distribution it should come from:
+
+    support    a token that top-k, top-p or min-p excludes cannot be drawn
+    noise      where the noise is known (drafter-invariant sampling in process) or there is none (greedy), the token itself
+               is known: one that differs by more than a near-tie is a fault, without any statistics
+    logprobs   those that the engine returned are those of the plain forward, within rounding
+    law        elsewhere tokens are random, and bets are placed against them (`audit_bets.py`): at most one false alarm in a
+               million audited steps, however small the samples
+
+Which completions are audited, and which of their positions, never depends on the tokens to be tested: a sample chosen by its
+length would have more or fewer ending tokens than the policy draws. `docs/audit.md` has the figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from atlas_rl.audit.bets import ChangeDetector
+from atlas_rl.audit.scores import FULL_PRECISION, LOW_PRECISION, Scores, Tolerance, score
+from atlas_rl.core import SamplingParams
+
+_FEW = 16  # logprobs: fewer are not a mean to speak of, and count as this many
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """One step's audit.
+
+    Attributes:
+        num_completions: Completions audited.
+        scores: Of their tokens.
+        evidence_nats: log R of the run's bets after this step; an alarm is raised at log 10^6.
+        findings: What is wrong, one sentence each; empty for a right engine.
+    """
+
+    num_completions: int
+    scores: Scores
+    evidence_nats: float
+    findings: tuple[str, ...]
+
+    def figures(self) -> dict[str, Any]:
+        """Fields of a `StepReport`."""
+        scores = self.scores
+        return {
+            "num_audited_tokens": scores.num_tokens,
+            "audit_score_nats": scores.score_nats,
+            "audit_score_variance_nats2": scores.score_variance_nats2,
+            "audit_evidence_nats": self.evidence_nats if math.isfinite(self.evidence_nats) else None,
+            "audit_logprob_error_nats": scores.logprob_error_mean_nats if scores.num_logprobs else None,
+        }
+
+
+class Auditor:
+    """Audits some completions of every step of a run, and remembers what they have shown.
+
+    The cost is bounded by counting, not by a clock, so that equal runs audit alike: tokens that went through the audit's
+    forward (prompts included) are at most `share` of the tokens generated so far, but for the last completion. A
+    completion's tokens run together, at less per token than a decode step: so `share` bounds the time as well.
+
+    Args:
+        share: Of the generated tokens, in [0, 1]; 0 never audits.
+        engine_dtype: Precision that the engine computes in, where it is not the policy's own.
+    """
+
+    def __init__(self, share: float, *, engine_dtype: torch.dtype | None = None) -> None:
+        self.share = share
+        self.detector = ChangeDetector()
+        self.engine_dtype = engine_dtype
+        self._credit_tokens = 1.0 if share else 0.0  # the first completion of a run is audited at once, on credit
+        self._num_calls = 0
+
+    def audit(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        logprobs: Sequence[Sequence[float]] | None = None,
+        noise_keys: np.ndarray | None = None,
+    ) -> Audit:
+        """Audit as many completions as the share allows, chosen at random.
+
+        Args:
+            model: The policy that the completions should come from, in process; every rank by itself.
+            prompts: Token ids, one prompt per completion.
+            completions: Token ids exactly as sampled, ending tokens included; an empty one is passed over.
+            sampling: What the engine was asked for.
+            logprobs: Per completion token, as the engine returned them; None where it returns none.
+            noise_keys: uint64 `[num_completions]`, where the engine drew with `noise.py`; None elsewhere.
+
+        Raises:
+            ValueError: As many prompts, completions and logprobs are needed.
+        """
+        lengths = [len(completions), len(prompts), len(completions if logprobs is None else logprobs)]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"one prompt and one row of logprobs per completion is needed, got {lengths[1:]} for {lengths[0]}"
+            )
+        self._credit_tokens += self.share * sum(map(len, completions))
+        tolerance = self._tolerance(model).at(sampling.temperature)
+        total, num_completions = Scores.none(), 0
+        for row in self._rows(prompts, completions, sampling):
+            own_logprobs = None if logprobs is None else logprobs[row]
+            key = None if noise_keys is None else int(noise_keys[row])
+            total.add(
+                score(
+                    model,
+                    prompts[row],
+                    completions[row],
+                    sampling,
+                    logprobs=own_logprobs,
+                    noise_key=key,
+                    tolerance=tolerance,
+                )
+            )
+            num_completions += 1
+        alarm = total.num_tokens > 0 and self.detector.step(total.bets)
+        audit = Audit(
+            num_completions, total, self.detector.evidence_nats, tuple(self._findings(total, tolerance, alarm))
+        )
+        if alarm:
+            self.detector.reset()
+        return audit
+
+    def _rows(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> Iterator[int]:
+        """Completions in an order of their own, while there is credit; a long one may leave debts, paid off later."""
+        order = np.random.default_rng((sampling.seed, self._num_calls)).permutation(len(completions))
+        self._num_calls += 1
+        for row in order.tolist():
+            if self._credit_tokens <= 0:
+                return
+            if len(completions[row]):
+                self._credit_tokens -= len(prompts[row]) + len(completions[row])
+                yield row
+
+    def _tolerance(self, model: nn.Module) -> Tolerance:
+        parameter = next(model.parameters())
+        full = parameter.dtype == torch.float32 and self.engine_dtype in (None, torch.float32)
+        return FULL_PRECISION if full and not torch.is_autocast_enabled(parameter.device.type) else LOW_PRECISION
+
+    def _findings(self, scores: Scores, tolerance: Tolerance, alarm: bool) -> Iterator[str]:
+        of = f"of {scores.num_tokens} audited tokens"
+        if scores.num_outside:
+            yield (
+                f"audit: {scores.num_outside} {of} have probability 0 under the policy's processed distribution: the engine "
+                "ignores top-k, top-p or min-p, or samples from other weights"
+            )
+        if scores.num_changed:
+            yield (
+                f"audit: {scores.num_changed} {of} are not the policy's choice (worst by {scores.worst_margin_nats:.2g} "
+                "nats): the engine's forward pass or its sampler differs from the policy's"
+            )
+        yield from _logprob_findings(scores, tolerance)
+        if alarm:
+            z = "" if scores.z is None else f", z {scores.z:+.1f} in this step"
+            yield (
+                f"audit: the sampled tokens are not drawn from the policy; {self.detector.best} (evidence "
+                f"e^{self.detector.evidence_nats:.0f}{z}, {of.removeprefix('of ')})"
+            )
+
+
+def _logprob_findings(scores: Scores, tolerance: Tolerance) -> Iterator[str]:
+    count = max(_FEW, scores.num_logprobs)
+    if scores.logprob_clipped_sum_nats / count <= tolerance.logprob_nats:
+        return
+    cause = "the engine holds other weights than the policy, or another sampling distribution"
+    if scores.raw_clipped_sum_nats / count <= tolerance.logprob_nats:
+        cause = "they are taken before temperature and truncation (vLLM: logprobs_mode='processed_logprobs')"
+    yield (
+        f"audit: returned logprobs differ from a plain forward pass by {scores.logprob_error_mean_nats:.2g} nats on "
+        f"average, {scores.logprob_error_max_nats:.2g} at most: {cause}"
+    )

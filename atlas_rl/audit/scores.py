@@ -1,0 +1,243 @@
+"""What a plain forward pass of the policy says about tokens that an engine has sampled (`audit.py` asks)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from atlas_kernels import noise
+from atlas_kernels.noise import Stream
+from atlas_rl.audit import bets as audit_bets
+from atlas_rl.core import SamplingParams
+from atlas_rl.policy.in_process import evaluation_mode, unwrap_policy
+from atlas_rl.sampling.processing import process
+from atlas_rl.sampling.verification import choose
+
+_POSITIONS = 1024  # of a completion that are audited: bounds the memory of their logits
+_CHUNK_ROWS = 64  # positions processed together: bounds the float32 copies
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """How far rounding may take an engine from a plain forward pass, in nats.
+
+    Attributes:
+        logprob_nats: Mean absolute difference of returned logprobs, none counted for more than ten times as much: where a
+            threshold of truncation falls between two forward passes, one position may be far off.
+        margin_nats: By how much a token may miss being the one that the noise picks, or the likeliest when greedy.
+        drift_nats: Difference of the mean log-likelihood of a token, sign and all.
+    """
+
+    logprob_nats: float
+    margin_nats: float
+    drift_nats: float
+
+    def at(self, temperature: float) -> Tolerance:
+        """For logits divided by `temperature`, and their rounding with them."""
+        scale = 1 / temperature if 0 < temperature < 1 else 1.0
+        return Tolerance(
+            logprob_nats=self.logprob_nats * scale,
+            margin_nats=self.margin_nats * scale,
+            drift_nats=self.drift_nats * scale,
+        )
+
+
+FULL_PRECISION = Tolerance(logprob_nats=1e-3, margin_nats=1e-2, drift_nats=1e-5)
+LOW_PRECISION = Tolerance(logprob_nats=0.05, margin_nats=0.5, drift_nats=2e-3)
+
+
+@dataclass(slots=True)
+class Scores:
+    """What a plain forward pass says about some sampled tokens. Sums, so that they add up over completions.
+
+    Attributes:
+        num_tokens: Tokens audited.
+        score_nats: Sum of log p(x) + H(p): its mean is 0 for a right sampler, above for one that is too greedy.
+        score_variance_nats2: Sum of the variances of log p(x) under p.
+        bets: float64 `[num_bets]`, nats that each bet has won.
+        num_outside: Tokens that the processing excludes.
+        num_known: Tokens that were known in advance, by their noise or because sampling is greedy.
+        num_changed: Those that are others than they should be.
+        worst_margin_nats: By how much the worst of them missed.
+        num_logprobs: Returned logprobs compared.
+        logprob_error_sum_nats: Sum of their absolute differences.
+        logprob_error_max_nats: The largest.
+        logprob_clipped_sum_nats: Their sum, each clipped as `Tolerance.logprob_nats` says.
+        raw_clipped_sum_nats: The same against the policy's logprobs before any processing.
+    """
+
+    num_tokens: int
+    score_nats: float
+    score_variance_nats2: float
+    bets: np.ndarray
+    num_outside: int = 0
+    num_known: int = 0
+    num_changed: int = 0
+    worst_margin_nats: float = 0.0
+    num_logprobs: int = 0
+    logprob_error_sum_nats: float = 0.0
+    logprob_error_max_nats: float = 0.0
+    logprob_clipped_sum_nats: float = 0.0
+    raw_clipped_sum_nats: float = 0.0
+
+    @classmethod
+    def none(cls) -> Scores:
+        """Of no tokens."""
+        return cls(0, 0.0, 0.0, np.zeros(len(audit_bets.NAMES)))
+
+    def add(self, other: Scores) -> None:
+        """Count `other`'s tokens too."""
+        for name in self.__slots__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            worst = name in ("worst_margin_nats", "logprob_error_max_nats")
+            setattr(self, name, max(mine, theirs) if worst else mine + theirs)
+
+    @property
+    def z(self) -> float | None:
+        """`score_nats` in standard deviations: about normal over many tokens. None where nothing was random."""
+        return self.score_nats / math.sqrt(self.score_variance_nats2) if self.score_variance_nats2 > 0 else None
+
+    @property
+    def logprob_error_mean_nats(self) -> float:
+        """Mean absolute difference of returned logprobs; 0 if none was returned."""
+        return self.logprob_error_sum_nats / max(1, self.num_logprobs)
+
+
+def score(
+    model: nn.Module,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    logprobs: Sequence[float] | None = None,
+    noise_key: int | None = None,
+    tolerance: Tolerance = FULL_PRECISION,
+) -> Scores:
+    """Hold one completion against a plain forward pass.
+
+    Args:
+        model: The policy, or a wrapper of it; dropout is off meanwhile.
+        prompt: Token ids.
+        completion: Token ids as sampled, the ending token included.
+        sampling: How they were asked to be sampled.
+        logprobs: Of each completion token, as the engine returned them.
+        noise_key: Key of the noise (`noise.request_keys`) that drafter-invariant sampling drew with; None if unknown.
+        tolerance: Of rounding.
+    """
+    # Of a long completion every second, third, ... position, by what was asked for: the length is for the tokens to say.
+    stride = -(-sampling.max_new_tokens // _POSITIONS)
+    kept = np.arange(0, len(completion), stride)
+    total = Scores.none()
+    if not len(kept):
+        return total
+    policy: Any = unwrap_policy(model)
+    device = policy.get_input_embeddings().weight.device
+    tokens = torch.tensor([*prompt, *completion], device=device)
+    returned = None if logprobs is None else torch.tensor(logprobs, dtype=torch.float64)[torch.from_numpy(kept)]
+    with torch.no_grad(), evaluation_mode(policy):
+        places = torch.from_numpy(kept + len(prompt) - 1).to(device)
+        logits = policy(input_ids=tokens[None, :-1], use_cache=False, logits_to_keep=places).logits[0]
+        for begin in range(0, len(kept), _CHUNK_ROWS):
+            part = slice(begin, begin + _CHUNK_ROWS)
+            rows = _Rows(logits[part].float().clone(), tokens, places[part] + 1, sampling, tolerance)
+            total.add(rows.scores(None if returned is None else returned[part], noise_key))
+    return total
+
+
+class _Rows:
+    """Some positions of one completion: raw logits `[rows, vocab]`, all tokens, and where the rows' own ones stand."""
+
+    def __init__(
+        self,
+        raw: torch.Tensor,
+        tokens: torch.Tensor,
+        places: torch.Tensor,
+        sampling: SamplingParams,
+        tolerance: Tolerance,
+    ) -> None:
+        self.raw, self.sampling, self.tolerance = raw, sampling, tolerance
+        self.places, self.own = places, tokens[places]
+        order = torch.arange(len(tokens), device=tokens.device)
+        first = torch.full((raw.shape[-1],), len(tokens), device=tokens.device)
+        self.seen = first.scatter_reduce(0, tokens, order, "amin")[None] < places[:, None]
+        penalised = sampling.repetition_penalty != 1
+        self.prefixes = [row.nonzero()[:, 0] for row in self.seen] if penalised else None
+        self.log_probs = process(raw.clone(), sampling, self.prefixes).log_softmax(dim=-1)
+
+    def scores(self, returned: torch.Tensor | None, noise_key: int | None) -> Scores:
+        own = self.log_probs.gather(1, self.own[:, None])[:, 0].double()
+        inside = torch.isfinite(own)
+        found = self._law(inside)
+        found.num_tokens = len(own)
+        found.num_outside = self._num_outside(~inside)
+        self._known(found, noise_key, inside)
+        if returned is not None:
+            self._logprobs(found, returned.to(own.device), own, inside)
+        return found
+
+    def _law(self, inside: torch.Tensor) -> Scores:
+        """Score and bets; a greedy token is not drawn, and has neither."""
+        if self.sampling.greedy:
+            return Scores.none()
+        log_probs, own = self.log_probs[inside], self.own[inside]
+        finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
+        probs = log_probs.exp()
+        entropy = -torch.linalg.vecdot(probs, finite)
+        variance = (torch.linalg.vecdot(probs, finite.square()) - entropy.square()).clamp(min=0)
+        drawn = log_probs.gather(1, own[:, None])[:, 0]
+        ratios = audit_bets.log_ratios(log_probs, own, self.seen[inside], self.sampling.eos_token_ids)
+        bets = audit_bets.log_values(ratios, self.tolerance.drift_nats)
+        return Scores(0, float((drawn + entropy).double().sum()), float(variance.double().sum()), bets)
+
+    def _excluded(self, rows: torch.Tensor, token_ids: torch.Tensor, shift_nats: float) -> torch.Tensor:
+        """Which of the tokens int64 `[n]` are excluded at `rows` when their logits are shifted: bool `[n]`."""
+        shifted = self.raw[rows]
+        shift = torch.full((len(rows), 1), shift_nats * (self.sampling.temperature or 1), device=shifted.device)
+        shifted.scatter_add_(1, token_ids[:, None], shift)
+        prefixes = None if self.prefixes is None else [self.prefixes[row] for row in rows.tolist()]
+        return ~torch.isfinite(process(shifted, self.sampling, prefixes).gather(1, token_ids[:, None])[:, 0])
+
+    def _num_outside(self, outside: torch.Tensor) -> int:
+        """Excluded tokens; one that rounding alone may have put behind the threshold is given the benefit of the doubt."""
+        rows = outside.nonzero()[:, 0]
+        return int(self._excluded(rows, self.own[rows], self.tolerance.margin_nats).sum()) if len(rows) else 0
+
+    def _known(self, found: Scores, noise_key: int | None, inside: torch.Tensor) -> None:
+        """Tokens that are no matter of chance: the choice of the run's own noise, or the likeliest."""
+        if noise_key is None and not self.sampling.greedy:
+            return
+        places, own = self.places.cpu().numpy(), self.own.cpu().numpy()
+        keys = np.full(len(own), noise_key or 0, np.uint64)
+        expected = choose(self.log_probs.exp(), keys, places, Stream.TARGET, self.sampling.greedy)
+        found.num_known = len(own)
+        # A token that is excluded has been judged as such.
+        for row in np.flatnonzero((expected != own) & inside.cpu().numpy()):
+            right, drawn = self.log_probs[row, [expected[row], own[row]]].double().tolist()
+            if not self.sampling.greedy:
+                right -= math.log(noise.exponential(keys[row], places[row], expected[row], int(Stream.TARGET)))
+                drawn -= math.log(noise.exponential(keys[row], places[row], own[row], int(Stream.TARGET)))
+            margin = right - drawn
+            if margin > self.tolerance.margin_nats and not self._on_the_edge(int(row), int(expected[row])):
+                found.num_changed += 1
+                found.worst_margin_nats = max(found.worst_margin_nats, margin)
+
+    def _on_the_edge(self, row: int, token: int) -> bool:
+        """Whether rounding alone may have put the token that the noise picks behind the threshold of truncation."""
+        at, tokens = torch.tensor([row], device=self.raw.device), torch.tensor([token], device=self.raw.device)
+        return bool(self._excluded(at, tokens, -self.tolerance.margin_nats)[0])
+
+    def _logprobs(self, found: Scores, returned: torch.Tensor, own: torch.Tensor, inside: torch.Tensor) -> None:
+        clip = 10 * self.tolerance.logprob_nats
+        error = (returned - own)[inside].abs()
+        raw = self.raw.log_softmax(dim=-1).gather(1, self.own[:, None])[:, 0]
+        found.num_logprobs = len(error)
+        found.logprob_error_sum_nats = float(error.sum())
+        found.logprob_error_max_nats = float(error.max()) if len(error) else 0.0
+        found.logprob_clipped_sum_nats = float(error.clamp(max=clip).sum())
+        found.raw_clipped_sum_nats = float((returned - raw)[inside].abs().clamp(max=clip).sum())

@@ -1,0 +1,90 @@
+"""The engine's options. Defaults work for any policy, batch and machine; what is here is for experiments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atlas_rl.core import reject_unknown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from atlas_rl.controller.base import Controller
+    from atlas_rl.speculators.base import Speculator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Options of `AtlasRolloutEngine`.
+
+    Attributes:
+        speculation: False decodes plainly: the baseline, same tokens.
+        verification: `invariant` (drafter-invariant sampling) or `rejection`.
+        draft_model: The static arm: "fp4", a four-bit copy of the policy itself (a folder of that name is "./fp4"); the
+            folder of an EAGLE-3 head or of a causal LM with the policy's tokenizer; or a loaded causal LM.
+        speculators: Speculators to use instead of the defaults (history index, recurrent head, and the static arm where
+            given).
+        controller: Controller to use instead of `GoodputController`.
+        max_batch_size: Most requests decoded together; None takes what memory allows.
+        output_dir: Folder that gets `rollouts.jsonl`, one report per line; None writes none.
+        trace: Append one line per decode step to `controller.jsonl` in `output_dir`: whom the controller asked, what it
+            expected, and what came.
+        console: Print one line per report.
+        spare_importance_sampling: In process the sampled logprobs are the trainer's own, so its importance-sampling
+            correction multiplies by one at the price of a forward pass. True checks that on the first step and then
+            switches the correction off; False leaves it alone.
+        audit_share: Share of the tokens that is put through a plain forward pass as well, to see that samples and logprobs
+            are the policy's (`audit/auditor.py`); in [0, 1], 0 never.
+        backend: `in_process`, `vllm`, or `auto`: vLLM for a trainer with `use_vllm=True`, else in process.
+        clock: Seconds since some fixed moment: what reports and the controller's costs are measured with.
+
+    Raises:
+        ValueError: A value that no option takes.
+    """
+
+    speculation: bool = True
+    verification: str = "invariant"
+    draft_model: nn.Module | str | Path | None = None
+    speculators: Sequence[Speculator] | None = None
+    controller: Controller | None = None
+    max_batch_size: int | None = None
+    output_dir: str | Path | None = None
+    trace: bool = False
+    console: bool = True
+    spare_importance_sampling: bool = True
+    audit_share: float = 0.01
+    backend: str = "auto"
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        if self.verification not in ("invariant", "rejection"):
+            raise ValueError(f"verification must be 'invariant' or 'rejection', got {self.verification!r}")
+        if self.backend not in ("auto", "in_process", "vllm"):
+            raise ValueError(f"backend must be 'auto', 'in_process' or 'vllm', got {self.backend!r}")
+        if self.backend == "vllm" and self.verification != "invariant":
+            raise ValueError("the vLLM backend verifies by drafter-invariant sampling: leave verification='invariant'")
+        if self.backend == "vllm" and (self.trace or self.max_batch_size is not None):
+            raise ValueError(
+                "trace and max_batch_size are of the in-process backend: vLLM has max_num_seqs for the latter"
+            )
+        if not 0 <= self.audit_share <= 1:
+            raise ValueError(f"audit_share must be in [0, 1] (0 never audits), got {self.audit_share}")
+        if self.max_batch_size is not None and self.max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1 or None, got {self.max_batch_size}")
+        if self.speculators is not None and self.draft_model is not None:
+            raise ValueError("give either draft_model or speculators: add DraftLM(...) to the speculators yourself")
+        if self.trace and (self.output_dir is None or self.controller is not None):
+            raise ValueError("trace=True needs output_dir, the folder it writes to, and the engine's own controller")
+        names = [speculator.name for speculator in self.speculators or ()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"speculators need different names, got {names}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """The config of keyword options; `ValueError` names the nearest option for one that does not exist."""
+        reject_unknown(options, [field.name for field in fields(cls)], "AtlasRolloutEngine")
+        return cls(**options)

@@ -1,0 +1,290 @@
+"""The nouns: sampling parameters, the requests of a call, drafts, what verification settled, finished rollouts.
+
+All arrays are numpy: the decode loop is host code, and a draft is a handful of integers. Tensors appear only where a network
+made them: hidden states, and draft probabilities under rejection verification.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atlas_kernels.noise import Stream, draft_keys
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn from the policy's logits.
+
+    The processed distribution is: repetition penalty, then temperature, then top-k, top-p and min-p, in the order of
+    `transformers.generate`. `temperature=0` means greedy decoding. Speculation never changes this distribution.
+
+    Args:
+        max_new_tokens: Tokens to generate per request, at least 1.
+        temperature: Softmax temperature, `>= 0`; 0 is greedy.
+        top_k: Keep the `top_k` likeliest tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens whose probability reaches `top_p`, in `(0, 1]`.
+        min_p: Keep tokens with at least `min_p` times the probability of the likeliest, in `[0, 1]`.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens already in the sequence
+            (arXiv 1909.05858), `> 0`; 1 is off.
+        eos_token_ids: Tokens that end a request; the ending token is part of the completion.
+        seed: Seed of the counter-based noise; equal seeds give equal tokens.
+
+    Raises:
+        ValueError: A value is out of its range; the message says which range holds.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            (
+                _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
+                f"max_new_tokens must be at least 1, and whole, got {self.max_new_tokens}",
+            ),
+            (
+                math.isfinite(self.temperature) and self.temperature >= 0,
+                f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}",
+            ),
+            (
+                _whole(self.top_k) and self.top_k >= 0,
+                f"top_k must be a whole number >= 0 (0 keeps every token), got {self.top_k}",
+            ),
+            (0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}"),
+            (0 <= self.min_p <= 1, f"min_p must be in [0, 1] (0 keeps every token), got {self.min_p}"),
+            (
+                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+                f"repetition_penalty must be a finite number > 0 (1 is off), got {self.repetition_penalty}",
+            ),
+            (
+                _whole(self.seed) and 0 <= self.seed < 2**63,
+                f"seed must be a whole number in [0, 2**63), got {self.seed}",
+            ),
+        )
+        for ok, message in checks:
+            if not ok:
+                raise ValueError(message)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every position takes the likeliest token (no noise is drawn)."""
+        return self.temperature == 0
+
+    @property
+    def distribution(self) -> tuple[float, ...]:
+        """What makes the processed distribution: equal for parameters that differ in seed or limits only."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
+    def ends(self, token_ids: np.ndarray) -> np.ndarray:
+        """Whether each token ends a request: bool, shaped like `token_ids` (int64)."""
+        # Not `np.isin`: it sorts, which for a step's handful of tokens took 0.15 ms, four times a step.
+        return (token_ids[..., None] == np.array(self.eos_token_ids, np.int64)).any(axis=-1)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens get probability zero (top-k, top-p or min-p is on)."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the processed distribution is the policy's softmax at `temperature`, unchanged."""
+        return not self.greedy and not self.truncates and self.repetition_penalty == 1
+
+
+@dataclass(slots=True)
+class Sequences:
+    """Every request of one generation call, in arrays that never move: a request's index is its name.
+
+    The decode loop owns them and appends; speculators read.
+
+    Attributes:
+        token_ids: int32 `[num_requests, capacity]`, prompt then completion; cells past the length are undefined.
+        lengths: int64 `[num_requests]`, prompt plus committed completion tokens.
+        prompt_lengths: int64 `[num_requests]`.
+        prompt_keys: int64 `[num_requests]`, equal for equal prompts (a hash of the prompt's tokens).
+        noise_keys: uint64 `[num_requests]`, keys of the counter-based noise (`atlas_kernels/noise.py`).
+        sampling: Sampling parameters of the call.
+        vocab_size: Size of the policy's vocabulary.
+        policy_version: Version of the policy that generates.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    prompt_keys: np.ndarray
+    noise_keys: np.ndarray
+    sampling: SamplingParams
+    vocab_size: int
+    policy_version: int
+
+    def completion(self, request: int) -> list[int]:
+        """The committed completion tokens of one request."""
+        return self.token_ids[request, self.prompt_lengths[request] : self.lengths[request]].tolist()
+
+    def draft_noise(self, requests: np.ndarray, couples_noise: bool) -> tuple[Stream, np.ndarray]:
+        """What drafts of some requests, int64 `[n]`, are drawn with: the stream, and keys uint64 `[n]`.
+
+        Args:
+            requests: int64 `[n]`.
+            couples_noise: The policy's own noise; otherwise noise that the request's drafts of no other step have.
+        """
+        keys = self.noise_keys[requests]
+        if couples_noise:
+            return Stream.TARGET, keys
+        return Stream.DRAFT, draft_keys(keys, self.lengths[requests])
+
+
+@dataclass(slots=True)
+class Draft:
+    """Draft tokens for a batch of requests, ragged rows padded to the longest.
+
+    Attributes:
+        token_ids: int64 `[batch, draft_len]`; cells past `lengths` are undefined.
+        lengths: int64 `[batch]`; 0 means that the speculator has nothing to say about the request.
+        confidence: float32 `[batch, draft_len]` in (0, 1): the speculator's own estimate that the position is accepted,
+            given that the positions before it were. Under rejection verification it must be a function of the prefix
+            alone, never of the drawn token; under drafter-invariant verification it may also read the noise.
+        draft_probs: Only for engines that verify by rejection, float32 `[batch, draft_len, vocab]` on the policy's
+            device: the distribution each draft token was drawn from. `None` means one-hot drafts.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    confidence: np.ndarray
+    draft_probs: torch.Tensor | None = None
+
+    @staticmethod
+    def empty(batch: int) -> Draft:
+        """A draft without a token for any of `batch` requests."""
+        return Draft(np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), np.zeros((batch, 0), np.float32))
+
+    def of(self, rows: np.ndarray) -> Draft:
+        """The draft of some rows only, int64 `[n]`."""
+        draft_probs = None if self.draft_probs is None else self.draft_probs[rows]
+        return Draft(self.token_ids[rows], self.lengths[rows], self.confidence[rows], draft_probs)
+
+    def spread(self, rows: np.ndarray, batch: int) -> Draft:
+        """This draft as one for a batch of which it covers `rows` (int64, one per row of the draft); none elsewhere."""
+        if len(rows) == batch:
+            return self
+        width = self.token_ids.shape[1]
+        token_ids, lengths = np.zeros((batch, width), np.int64), np.zeros(batch, np.int64)
+        confidence = np.full((batch, width), 0.5, np.float32)
+        token_ids[rows], lengths[rows], confidence[rows] = self.token_ids, self.lengths, self.confidence
+        draft_probs = None
+        if self.draft_probs is not None:
+            draft_probs = self.draft_probs.new_zeros(batch, *self.draft_probs.shape[1:])
+            draft_probs[rows] = self.draft_probs
+        return Draft(token_ids, lengths, confidence, draft_probs)
+
+
+@dataclass(slots=True)
+class Hidden:
+    """The policy's hidden states at the positions of one forward, for speculators that ask for them.
+
+    Request (or prompt) `i` of the call that hands them over has its positions at `first[i]`, `first[i] + 1`, ...
+
+    Attributes:
+        first: int64 `[batch]`.
+        last: `[num_positions, hidden]`, input of the policy's LM head; None where no speculator reads it.
+        layers: Per layer that a speculator asked for, `[num_positions, hidden]`: the input of decoder layer `i`, which is
+            what `i` layers have made of the embedding.
+    """
+
+    first: np.ndarray
+    last: torch.Tensor | None
+    layers: dict[int, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Verified:
+    """What one target forward settled, handed to every speculator whether or not its draft was used.
+
+    By the time it is handed over, the tokens have been appended to `Sequences`.
+
+    Attributes:
+        requests: int64 `[batch]`, indices into `Sequences`.
+        token_ids: int64 `[batch, max_committed]`, committed tokens: accepted drafts, then recovered or bonus token.
+        num_committed: int64 `[batch]`, at least 1.
+        num_accepted: int64 `[batch]`, accepted draft tokens.
+        num_drafted: int64 `[batch]`, draft tokens that were verified.
+        finished: bool `[batch]`, requests that end with this step; they never appear again.
+        hidden: Hidden states at the verified positions: entry `first[i] + j` is what token `j` of request `i` was drawn
+            from. None where no speculator reads them. Entries past the committed tokens mean nothing.
+    """
+
+    requests: np.ndarray
+    token_ids: np.ndarray
+    num_committed: np.ndarray
+    num_accepted: np.ndarray
+    num_drafted: np.ndarray
+    finished: np.ndarray
+    hidden: Hidden | None = None
+
+    def outcome_of(self, draft: Draft, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What the committed tokens say about a draft, whether or not it was the one that was verified.
+
+        Args:
+            draft: Proposed for the positions that were committed now.
+            rows: int64 `[n]`, rows of this batch that the draft covers; None for all.
+
+        Returns:
+            int64 `[n]` twice: draft positions whose fate is known, and how many of them were right. A position is known
+            while all before it were right and a token was committed there.
+        """
+        covered = slice(None) if rows is None else rows
+        width = min(draft.token_ids.shape[1], self.token_ids.shape[1])
+        reach = np.minimum(draft.lengths, self.num_committed[covered])
+        equal = draft.token_ids[:, :width] == self.token_ids[covered, :width]
+        equal &= np.arange(width)[None] < reach[:, None]
+        right = np.cumprod(equal, axis=1).sum(axis=1)
+        return np.minimum(right + 1, reach), right
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """Finished rollouts of one generation call, for `Speculator.refresh`.
+
+    Attributes:
+        sequences: Every request, complete.
+        generate_s: Seconds that generating them took, refreshes aside; None where nobody measured.
+    """
+
+    sequences: Sequences
+    generate_s: float | None = None
+
+
+def prompt_key(row: np.ndarray) -> int:
+    """Hash of a prompt, int32 `[n]`: a signed 64-bit number, equal for equal prompts."""
+    digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def reject_unknown(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise `ValueError` for options that are not `known`, with the nearest known name."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise ValueError(f"{where} has no option '{name}': {hint}it takes {', '.join(known)}")

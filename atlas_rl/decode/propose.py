@@ -1,0 +1,83 @@
+"""The verbs `plan` and `propose`: whom the controller asks, and one draft per request out of what they drafted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from atlas_rl.controller.base import Admission, Controller, Step
+from atlas_rl.core import Draft, Sequences
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.speculators.base import Speculator
+
+
+class Proposing:
+    """Asks speculators for drafts, one after the other, until the controller has what it wants.
+
+    Args:
+        speculators: By name, in the controller's order.
+        controller: Plans.
+        recorder: Gets the seconds.
+
+    Attributes:
+        num_asked: Draft tokens asked for so far, per speculator that was asked.
+        num_proposed: Draft tokens proposed so far, likewise.
+    """
+
+    def __init__(self, speculators: Mapping[str, Speculator], controller: Controller, recorder: StepRecorder) -> None:
+        self.num_asked: dict[str, int] = {}
+        self.num_proposed: dict[str, int] = {}
+        self._speculators, self._controller, self._recorder = speculators, controller, recorder
+
+    def run(self, step: Step, sequences: Sequences, requests: np.ndarray) -> None:
+        """Fill in the drafts of a step over `requests` (int64 `[batch]`)."""
+        step.backlog = {name: self._speculators[name].backlog(sequences, requests) for name in step.ready}
+        while True:
+            with self._recorder.time("controller"):
+                plan = self._controller.plan(step)
+            if not plan:
+                return
+            with self._recorder.time("draft"):
+                for name, wanted in plan.items():
+                    self.ask(name, sequences, requests, wanted, step)
+
+    def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
+        """One speculator's drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
+        before = self._recorder.clock()
+        asked = np.flatnonzero(wanted > 0)
+        draft = Draft.empty(0)
+        if len(asked):
+            step.backlog[name] = self._speculators[name].backlog(sequences, requests[asked])
+            draft = self._speculators[name].propose(sequences, requests[asked], wanted[asked])
+        step.asked[name], step.drafts[name] = wanted, draft.spread(asked, len(requests))
+        step.draft_s[name] = self._recorder.clock() - before
+        self.num_asked[name] = self.num_asked.get(name, 0) + int(wanted.sum())
+        self.num_proposed[name] = self.num_proposed.get(name, 0) + int(draft.lengths.sum())
+
+
+def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, vocab_size: int) -> Draft:
+    """One draft per request, from the arm and to the length that was admitted."""
+    batch, width = len(admission.lengths), int(admission.lengths.max(initial=0))
+    merged = Draft.empty(batch)
+    if width == 0:
+        return merged
+    merged = Draft(np.zeros((batch, width), np.int64), admission.lengths, np.zeros((batch, width), np.float32))
+    with_probs = [draft.draft_probs for draft in drafts.values() if draft.draft_probs is not None]
+    if with_probs:
+        merged.draft_probs = with_probs[0].new_zeros(batch, width, vocab_size)
+    for name, draft in drafts.items():
+        rows = np.flatnonzero((admission.arms == names.index(name)) & (admission.lengths > 0))
+        columns = min(width, draft.token_ids.shape[1])
+        merged.token_ids[rows, :columns] = draft.token_ids[rows, :columns]
+        merged.confidence[rows, :columns] = draft.confidence[rows, :columns]
+        if merged.draft_probs is not None and len(rows):
+            index = torch.from_numpy(rows).to(merged.draft_probs.device)
+            if draft.draft_probs is not None:
+                merged.draft_probs[index, :columns] = draft.draft_probs[index, :columns]
+            else:
+                tokens = torch.from_numpy(merged.token_ids[rows]).to(index.device)
+                one_hot = torch.nn.functional.one_hot(tokens, vocab_size)
+                merged.draft_probs[index] = one_hot.to(merged.draft_probs.dtype)
+    return merged

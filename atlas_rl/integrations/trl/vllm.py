@@ -1,0 +1,230 @@
+"""TRL trainers generate with vLLM through the engine: colocated, one vLLM engine per rank or tensor-parallel group.
+
+TRL's own `VLLMGeneration` is built, with our proposer in its `LLM`, and stays: what it knows of the trainer (parallel
+groups, sleep mode, sharded and adapted weights) is used as it is. An adapter around it takes its place in the trainer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atlas_rl.config import EngineConfig
+from atlas_rl.core import SamplingParams
+from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_trainer
+from atlas_rl.policy.in_process import unwrap_policy
+from atlas_rl.rollout.backends import vllm_draft_folder
+from atlas_rl.vllm.backend import NO_DRAFTER, VllmBackend, in_this_process, llm_arguments
+from atlas_rl.vllm.checks import check_sampling
+from atlas_rl.vllm.internals import drafter_of
+
+if TYPE_CHECKING:
+    from atlas_rl.rollout.engine import AtlasRolloutEngine, GenerationOutput
+
+_OURS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_FROM_TRAINER = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
+_FROM_ARGUMENTS = (
+    "structured_outputs_regex",
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "enable_sleep_mode",
+    "model_impl",
+)
+
+
+@contextmanager
+def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
+    """Inside, every `LLM` that TRL builds drafts with our proposer. `ValueError` for a vLLM that is missing or unknown.
+
+    Args:
+        config: Has the static arm.
+        arguments: Further ones of `vllm.LLM`.
+    """
+    draft_folder = vllm_draft_folder(config)
+    with in_this_process():
+        from trl.generation import vllm_generation
+
+        own = vllm_generation.LLM
+        vllm_generation.LLM = functools.partial(own, **llm_arguments(draft_folder), **arguments)
+        try:
+            yield
+        finally:
+            vllm_generation.LLM = own
+
+
+def attach(engine: AtlasRolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
+    """Put the engine around the trainer's vLLM. Raises `ValueError` and changes nothing if it cannot."""
+    check_trainer(trainer, baseline_every)
+    if trainer.args.vllm_mode != "colocate":
+        raise ValueError(
+            "in server mode the drafters live in the server: start it as docs/vllm.md says and attach nothing, or set "
+            "vllm_mode='colocate'"
+        )
+    _sampling(trainer, seed=0)  # refuse what cannot be honoured before a vLLM engine is built
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is None:
+        generation = _new_generation(engine.config, trainer)
+    elif drafter_of(generation.llm) is None:
+        raise ValueError(NO_DRAFTER)
+    adapter = VllmAdapter(engine, trainer, baseline_every, generation)
+    trainer.use_vllm = True
+    trainer.vllm_generation = adapter
+    trainer._last_loaded_step = -1
+    return adapter
+
+
+def _new_generation(config: EngineConfig, trainer: Any) -> Any:
+    """What TRL would have built for `use_vllm=True`, with our proposer."""
+    args, exact = trainer.args, {}
+    if not args.bf16 and not args.fp16 and trainer.model.dtype == torch.float32:
+        exact["dtype"] = "float32"  # what the trainer computes in; left alone, vLLM rounds such a policy to 16 bits
+    with drafting_engines(config, **exact):
+        from trl.generation.vllm_generation import VLLMGeneration
+
+        options: dict[str, Any] = {name: getattr(trainer, name) for name in _FROM_TRAINER}
+        options |= {name: getattr(args, f"vllm_{name}") for name in _FROM_ARGUMENTS}
+        known = inspect.signature(VLLMGeneration.__init__).parameters
+        if "trust_remote_code" in known:
+            options["trust_remote_code"] = bool(getattr(args, "trust_remote_code", False))
+        return VLLMGeneration(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            mode="colocate",
+            max_model_length=args.vllm_max_model_length,
+            max_num_seqs=args.per_device_train_batch_size * args.vllm_tensor_parallel_size * args.steps_per_generation,
+            logprobs=0,
+            generation_kwargs=args.generation_kwargs,
+            **options,
+        )
+
+
+class VllmAdapter(TrainerAdapter):
+    """Speaks `VLLMGeneration` towards the trainer, around TRL's own.
+
+    Args:
+        engine: Generates.
+        trainer: Its sampling options are read at every generation.
+        baseline_every: See `AtlasRolloutEngine.attach`.
+        generation: TRL's `VLLMGeneration`, whose engine drafts with our proposer.
+
+    Raises:
+        ValueError: Sampling options that cannot be honoured.
+    """
+
+    def __init__(self, engine: AtlasRolloutEngine, trainer: Any, baseline_every: int, generation: Any) -> None:
+        self.generation = generation
+        self.backend = VllmBackend(generation.llm)
+        super().__init__(engine, trainer, baseline_every)
+        self._check_importance_sampling = False  # vLLM's logprobs are its own: the correction stays
+        self._callback.leads = self.backend.leads
+
+    @property
+    def llm(self) -> Any:
+        """The vLLM engine."""
+        return self.generation.llm
+
+    def sync_weights(self) -> None:
+        """The policy moved: its weights go into vLLM, then the drafters are refreshed."""
+        step = int(self.trainer.state.global_step)
+        if self._synced_step == step and not self._asleep:
+            return
+        moved = self._synced_step != step
+        began = time.perf_counter()
+        self._wake_up("weights")
+        self.backend.load_weights(self.generation._iter_named_params())
+        self.engine.synced(time.perf_counter() - began)
+        self._synced_step = step
+        if moved:
+            self.engine.policy_updated(step)
+
+    def _generate(self, prompts: list[list[int]]) -> GenerationOutput:
+        if self._asleep:
+            self.sync_weights()
+        own, everyone = self._of_group(prompts)
+        if self.generation.enable_sleep_mode:
+            self.llm.wake_up(tags=["kv_cache"])
+        output = super()._generate(everyone)
+        if self.generation.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self.generation._llm_weights_sleeping = True
+        return replace(
+            output,
+            prompt_ids=output.prompt_ids[own],
+            completion_ids=output.completion_ids[own],
+            logprobs=output.logprobs[own],
+        )
+
+    def _of_group(self, prompts: list[list[int]]) -> tuple[slice, list[list[int]]]:
+        """The tensor-parallel group generates all prompts of its ranks together: this rank's share, and all."""
+        size = self.backend.tensor_parallel_size
+        if size == 1:
+            return slice(None), prompts
+        group = self.generation.tp_group
+        gathered: list[Any] = [None] * size
+        torch.distributed.all_gather_object(gathered, prompts, group=group)
+        begin = sum(len(part) for part in gathered[: torch.distributed.get_rank(group=group)])
+        return slice(begin, begin + len(prompts)), [prompt for part in gathered for prompt in part]
+
+    @property
+    def _asleep(self) -> bool:
+        return bool(self.generation._llm_weights_sleeping)
+
+    def _wake_up(self, tag: str) -> None:
+        if self.generation.enable_sleep_mode:
+            from trl.generation.vllm_generation import empty_cache
+
+            empty_cache()
+            self.llm.wake_up(tags=[tag])
+            self.generation._llm_weights_sleeping = False
+
+    def _audited(self) -> Any:
+        """The trainer's policy, unless its weights are sharded: an audit is not worth gathering them."""
+        accelerator = self.trainer.accelerator
+        deepspeed = accelerator.state.deepspeed_plugin
+        if getattr(accelerator.state, "fsdp_plugin", None) is not None or (deepspeed and deepspeed.zero_stage == 3):
+            return None
+        return unwrap_policy(accelerator.unwrap_model(self.trainer.model))
+
+    @contextmanager
+    def _policy(self) -> Iterator[Any]:
+        yield self.backend
+
+    def _noise_rank(self) -> int:
+        return super()._noise_rank() // self.backend.tensor_parallel_size
+
+    def _sampling(self, seed: int) -> SamplingParams:
+        return _sampling(self.trainer, seed)
+
+    def _extra(self) -> dict[str, Any]:
+        extra = _extra(self.trainer)
+        regex = self.generation.structured_outputs_regex
+        if regex is not None:
+            from vllm.sampling_params import StructuredOutputsParams
+
+            extra["structured_outputs"] = StructuredOutputsParams(regex=regex)
+        return extra
+
+
+def _sampling(trainer: Any, seed: int) -> SamplingParams:
+    """The trainer's sampling options; `ValueError` for those that cannot be honoured."""
+    given = trainer.args.generation_kwargs or {}
+    options = {name: getattr(trainer, name) for name in _OURS} | {n: v for n, v in given.items() if n in _OURS}
+    options["top_k"], options["min_p"] = max(options["top_k"] or 0, 0), options["min_p"] or 0.0
+    sampling = SamplingParams(
+        max_new_tokens=trainer.max_completion_length, eos_token_ids=tuple(trainer.eos_token_ids), seed=seed, **options
+    )
+    check_sampling(sampling, _extra(trainer))
+    return sampling
+
+
+def _extra(trainer: Any) -> dict[str, Any]:
+    """Sampling parameters that go to vLLM as they are."""
+    return {name: value for name, value in (trainer.args.generation_kwargs or {}).items() if name not in _OURS}

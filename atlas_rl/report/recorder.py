@@ -1,0 +1,244 @@
+"""Counters and timers that the decode loop feeds while it runs, and that `finish` turns into a `StepReport`.
+
+The loop pays a few microseconds per iteration: arrays are put aside and counted in bulk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from atlas_rl.report.report import PHASES, Mode, StepReport, thin_curve
+
+_FLUSH_ROWS = 1 << 16
+
+
+class StepRecorder:
+    """Records one generation step. Make a new one for each.
+
+    Seconds are exclusive: a timer inside another charges the inner phase alone, so that the phases add up. The
+    generation runs inside `with recorder.generating():`, whose remainder is `other`; phases timed outside of it (a
+    refresh or a sync ahead of it) count towards `generate_s` too.
+
+        recorder = StepRecorder(speculators=("history",))
+        with recorder.generating():
+            with recorder.time("forward"):
+                logits = ...
+            recorder.forward(num_committed=..., num_drafted=..., num_accepted=...)
+        report = recorder.finish(step=3, policy_version=3, mode="train", ...)
+
+    Args:
+        speculators: Names of the speculators that may draft, in the order that `arms` of `forward` refers to; empty
+            when speculation is off.
+        clock: Seconds since some fixed moment.
+    """
+
+    def __init__(self, *, speculators: Sequence[str] = (), clock: Callable[[], float] = time.perf_counter) -> None:
+        self._speculators = tuple(speculators)
+        self._clock = clock
+        self._seconds = dict.fromkeys((*PHASES, "other"), 0.0)
+        self._timers = {phase: _Timer(self, phase) for phase in self._seconds}
+        self._running: list[str] = []
+        self._since = 0.0
+        self._num_forwards = 0
+        self._active: list[int] = []
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        self._pending_rows = 0
+        self._num_request_forwards = 0
+        self._num_decoded_tokens = 0
+        self._drafted = np.zeros(max(1, len(self._speculators)), np.int64)
+        self._accepted = np.zeros_like(self._drafted)
+        self._drafted_lengths = np.zeros(1, np.int64)
+        self._accepted_lengths = np.zeros(1, np.int64)
+        self._entropy_sum = 0.0
+        self._max_prob_sum = 0.0
+        self._num_scored_tokens = 0
+        self._warnings: dict[str, None] = {}
+
+    def generating(self) -> _Timer:
+        """Context of the whole generation; seconds inside that no phase claims are `other`."""
+        return self._timers["other"]
+
+    def time(self, phase: str) -> _Timer:
+        """Context whose seconds are charged to `phase`, one of `PHASES`; contexts nest."""
+        return self._timers[phase]
+
+    @property
+    def speculates(self) -> bool:
+        """Whether there are speculators that may draft."""
+        return bool(self._speculators)
+
+    @property
+    def num_forwards(self) -> int:
+        """Decoding forwards so far."""
+        return self._num_forwards
+
+    def draft_counts(self) -> dict[str, tuple[int, int]]:
+        """Verified and accepted draft tokens so far, per speculator."""
+        self._count_pending()
+        counts = zip(self._drafted.tolist(), self._accepted.tolist(), strict=True)
+        return dict(zip(self._speculators, counts, strict=False))
+
+    def clock(self) -> float:
+        """Seconds since some fixed moment."""
+        return self._clock()
+
+    def seconds(self, phase: str) -> float:
+        """Seconds charged to `phase` so far, a running timer's not included."""
+        return self._seconds[phase]
+
+    def forward(
+        self,
+        *,
+        num_committed: np.ndarray,
+        num_drafted: np.ndarray | None = None,
+        num_accepted: np.ndarray | None = None,
+        arms: np.ndarray | None = None,
+    ) -> None:
+        """One decoding target forward over the active batch. The arrays must not be written to afterwards.
+
+        Args:
+            num_committed: int `[batch]`, tokens appended per request.
+            num_drafted: int `[batch]`, draft tokens verified per request; None for a forward without drafts.
+            num_accepted: int `[batch]`, those accepted; required with `num_drafted`.
+            arms: int `[batch]`, index of the speculator that drafted; None means the first. Ignored where nothing was
+                drafted.
+        """
+        batch = len(num_committed)
+        self._num_forwards += 1
+        self._num_request_forwards += batch
+        self._active.append(batch)
+        self._num_decoded_tokens += int(num_committed.sum())
+        if num_drafted is None:
+            return
+        if num_accepted is None or not self._speculators:
+            raise ValueError("drafts need num_accepted and a recorder that knows its speculators")
+        self._pending.append((num_drafted, num_accepted, arms))
+        self._pending_rows += batch
+        if self._pending_rows >= _FLUSH_ROWS:
+            self._count_pending()
+
+    def distribution(self, *, entropy_sum: float, max_prob_sum: float, num_tokens: int) -> None:
+        """Sums over `num_tokens` drawn tokens: entropy of the processed distribution (nats), largest probability."""
+        self._entropy_sum += entropy_sum
+        self._max_prob_sum += max_prob_sum
+        self._num_scored_tokens += num_tokens
+
+    def warn(self, message: str) -> None:
+        """A failure to be said out loud with the report; equal messages are said once."""
+        self._warnings[message] = None
+
+    def finish(
+        self,
+        *,
+        step: int,
+        policy_version: int,
+        mode: Mode,
+        num_prompt_tokens: int,
+        completion_lengths: Sequence[int] | np.ndarray,
+        no_speculation_s: float | None = None,
+        baseline_tokens_per_s: float | None = None,
+        step_s: float | None = None,
+    ) -> StepReport:
+        """The report of what was recorded; arguments as in `StepReport`, `completion_lengths` one per request."""
+        if self._running:
+            raise RuntimeError(f"finish() inside the timers {self._running}")
+        self._count_pending()
+        lengths = tuple(int(n) for n in completion_lengths)
+        scored = self._num_scored_tokens
+        drafted_by_position = _reached(self._drafted_lengths)
+        accepted_by_position = _reached(self._accepted_lengths)
+        missing = len(drafted_by_position) - len(accepted_by_position)
+        names = self._speculators
+        phases: dict[str, Any] = {f"{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        return StepReport(
+            step=step,
+            policy_version=policy_version,
+            mode=mode,
+            num_requests=len(lengths),
+            num_prompt_tokens=num_prompt_tokens,
+            num_tokens=sum(lengths),
+            num_forwards=self._num_forwards,
+            num_request_forwards=self._num_request_forwards,
+            num_decoded_tokens=self._num_decoded_tokens,
+            drafted={name: int(n) for name, n in zip(names, self._drafted, strict=False)},
+            accepted={name: int(n) for name, n in zip(names, self._accepted, strict=False)},
+            drafted_by_position=drafted_by_position,
+            accepted_by_position=accepted_by_position + (0,) * missing,
+            generate_s=sum(self._seconds.values()),
+            **phases,
+            entropy=self._entropy_sum / scored if scored else None,
+            mean_max_prob=self._max_prob_sum / scored if scored else None,
+            num_scored_tokens=scored,
+            no_speculation_s=no_speculation_s,
+            baseline_tokens_per_s=baseline_tokens_per_s,
+            step_s=step_s,
+            active_batch_curve=thin_curve(list(enumerate(self._active))),
+            completion_lengths=lengths,
+            warnings=tuple(self._warnings),
+        )
+
+    def _enter(self, phase: str) -> None:
+        now = self._clock()
+        if self._running:
+            self._seconds[self._running[-1]] += now - self._since
+        self._running.append(phase)
+        self._since = now
+
+    def _exit(self) -> None:
+        now = self._clock()
+        self._seconds[self._running.pop()] += now - self._since
+        self._since = now
+
+    def _count_pending(self) -> None:
+        if not self._pending:
+            return
+        drafted = np.concatenate([row[0] for row in self._pending])
+        accepted = np.concatenate([row[1] for row in self._pending])
+        arms = np.concatenate([np.zeros(len(row[0]), np.int64) if row[2] is None else row[2] for row in self._pending])
+        self._pending.clear()
+        self._pending_rows = 0
+        if (accepted > drafted).any():
+            raise ValueError("more draft tokens accepted than drafted")
+        used = drafted > 0
+        drafted, accepted, arms = drafted[used], accepted[used], arms[used]
+        num_arms = len(self._drafted)
+        self._drafted += np.bincount(arms, weights=drafted, minlength=num_arms).astype(np.int64)
+        self._accepted += np.bincount(arms, weights=accepted, minlength=num_arms).astype(np.int64)
+        self._drafted_lengths = _added(self._drafted_lengths, np.bincount(drafted))
+        self._accepted_lengths = _added(self._accepted_lengths, np.bincount(accepted))
+
+
+class _Timer:
+    """Reusable context manager of one phase; holds no state of its own, so it may nest in itself."""
+
+    __slots__ = ("_phase", "_recorder")
+
+    def __init__(self, recorder: StepRecorder, phase: str) -> None:
+        self._recorder = recorder
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        self._recorder._enter(self._phase)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._recorder._exit()
+
+
+def _reached(length_counts: np.ndarray) -> tuple[int, ...]:
+    """How many rows reach position 0, 1, ...: from counts of rows by length `[max_len + 1]`."""
+    return tuple(int(n) for n in np.cumsum(length_counts[::-1])[::-1][1:])
+
+
+def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sum of two count vectors of different length."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    total = longer.astype(np.int64)
+    total[: len(shorter)] += shorter
+    return total

@@ -1,0 +1,175 @@
+"""Where reports go: a console line, a JSONL file, the trainer's own log, a summary table."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atlas_rl.report.report import PHASES, StepReport, concatenate
+
+CONSOLE_WIDTH = 140
+
+
+def console_line(report: StepReport) -> str:
+    """The report in one line of at most 140 columns; what matters least is left out when it would be longer."""
+    head = f"atlas {'step' if report.mode == 'train' else report.mode} {report.step}"
+    parts = [head, f"{report.tokens_per_s:.0f} tok/s"]
+    if not report.speculation:
+        parts.append("speculation off")
+    else:
+        if report.speedup_measured is not None:
+            parts.append(f"{report.speedup_measured:.2f}x of no speculation (measured)")
+        elif report.speedup_estimate is not None:
+            parts.append(f"{report.speedup_estimate:.2f}x of no speculation (est.)")
+        parts.append(f"accepted length {report.accepted_length:.2f}")
+        parts.append(" ".join(f"{name} {report.accepted[name]}/{n}" for name, n in report.drafted.items()))
+    if report.entropy is not None:
+        parts.append(f"H {report.entropy:.2f} nats")
+    parts.append(f"{report.num_tokens} tok in {report.generate_s:.1f} s")
+    if report.audit_z is not None:
+        parts.append(f"audit z {report.audit_z:+.1f}")
+    if report.warnings:
+        parts.insert(1, f"{len(report.warnings)} warning{'s' if len(report.warnings) > 1 else ''}")
+    while len(" | ".join(parts)) > CONSOLE_WIDTH and len(parts) > 2:
+        parts.pop()
+    return " | ".join(parts)[:CONSOLE_WIDTH]
+
+
+def console_warnings(report: StepReport) -> list[str]:
+    """One line per warning, to be printed with the console line; never shortened."""
+    return [f"atlas warning: {message}" for message in report.warnings]
+
+
+def trainer_metrics(report: StepReport) -> dict[str, float]:
+    """Scalar figures for the trainer's own log, named `atlas/...`; figures that are not known are left out."""
+    metrics = {
+        "tokens_per_s": report.tokens_per_s,
+        "us_per_token": report.us_per_token,
+        "accepted_length": report.accepted_length,
+        "acceptance_rate": report.acceptance_rate,
+        "speedup_estimate": report.speedup_estimate,
+        "no_speculation_tokens_per_s": report.no_speculation_tokens_per_s,
+        "entropy": report.entropy,
+        "mean_max_prob": report.mean_max_prob,
+        "generation_share": report.generation_share,
+        "amdahl_bound": report.amdahl_bound,
+        "policy_version": report.policy_version,
+        "num_tokens": report.num_tokens,
+        "num_forwards": report.num_forwards,
+        "audit/num_tokens": report.num_audited_tokens,
+        "audit/z": report.audit_z,
+        "audit/evidence_nats": report.audit_evidence_nats,
+        "audit/logprob_error_nats": report.audit_logprob_error_nats,
+        "warnings": len(report.warnings),
+    }
+    for position, rate in enumerate(report.acceptance_by_position):
+        metrics[f"acceptance_at/{position}"] = rate
+    for name, count in report.drafted.items():
+        metrics[f"drafted/{name}"] = count
+        metrics[f"accepted/{name}"] = report.accepted[name]
+    for name, error in report.calibration_error.items():
+        metrics[f"calibration_error/{name}"] = error
+    for phase in ("generate", *PHASES, "other"):
+        metrics[f"time/{phase}_s"] = getattr(report, f"{phase}_s")
+    return {f"atlas/{name}": float(value) for name, value in metrics.items() if value is not None}
+
+
+class JsonlSink:
+    """Appends one JSON object per report to a file, flushed at once; folders are made on the first write.
+
+    A run killed while writing leaves half a line: the next report then starts on a new line, and `read_jsonl` says so
+    and goes on.
+
+    Args:
+        path: The file; what it already holds stays.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def write(self, report: StepReport, **extra: Any) -> None:
+        """Append `report`; `extra` holds further JSON values of the caller (an arm's name, a reward)."""
+        line = json.dumps({**report.to_dict(), **extra}, allow_nan=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    line = "\n" + line
+            file.write(line.encode())
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a half-written line is skipped with a warning that names it."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            warnings.warn(f"{path}:{number}: half-written line skipped", stacklevel=2)
+    return rows
+
+
+def summary_table(reports: Sequence[StepReport], *, baseline: Sequence[StepReport] = ()) -> str:
+    """A table over all steps, with a column for the same steps generated without speculation where there is one.
+
+    Args:
+        reports: Reports of the run's steps.
+        baseline: Reports of the same prompts and seeds with speculation off; where given, every step needs one.
+
+    Returns:
+        Lines of a Markdown table. Tokens/s is total tokens over total seconds, not a mean of ratios.
+    """
+    if baseline and len(baseline) != len(reports):
+        raise ValueError(f"{len(reports)} reports but {len(baseline)} of the baseline: the same steps are compared")
+    total = concatenate(reports)
+    columns = [("with speculation" if total.speculation else "speculation off", total)]
+    if baseline:
+        columns.append(("speculation off", concatenate(baseline)))
+    rows = [["", *(title for title, _ in columns), *(["ratio"] if baseline else [])]]
+    for label, name, form in _SUMMARY_ROWS:
+        values = [getattr(report, name) for _, report in columns]
+        if any(value is not None for value in values):
+            cells = ["-" if value is None else form.format(value) for value in values]
+            if baseline:
+                compared = name in _COMPARED and all(values)
+                cells.append(f"{values[0] / values[1]:.2f}x" if compared else "")
+            rows.append([label, *cells])
+    for name, drafted in total.drafted.items():
+        cells = [f"{total.accepted[name]} / {drafted}", *(["-", ""] if baseline else [])]
+        rows.append([f"accepted / drafted, {name}", *cells])
+    return _markdown(rows)
+
+
+_SUMMARY_ROWS = (
+    ("tokens/s", "tokens_per_s", "{:.1f}"),
+    ("µs per token", "us_per_token", "{:.0f}"),
+    ("tokens", "num_tokens", "{}"),
+    ("generation, s", "generate_s", "{:.1f}"),
+    ("target forwards", "num_forwards", "{}"),
+    ("accepted length", "accepted_length", "{:.2f}"),
+    ("acceptance rate", "acceptance_rate", "{:.2f}"),
+    ("speedup over no speculation, estimated", "speedup_estimate", "{:.2f}x"),
+    ("entropy, nats per token", "entropy", "{:.3f}"),
+    ("completion length, mean", "completion_length_mean", "{:.1f}"),
+    ("completion length, longest", "completion_length_max", "{}"),
+    ("generation's share of the step", "generation_share", "{:.2f}"),
+    ("Amdahl bound of the step", "amdahl_bound", "{:.2f}x"),
+)
+_COMPARED = ("tokens_per_s", "us_per_token", "generate_s", "num_forwards")
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])

@@ -1,0 +1,98 @@
+"""Verification by kernels: all positions of all requests at once, where the eager forms go position by position.
+
+What lies behind a first rejection is computed for nothing, for the sake of one launch instead of a turn of the host per
+position. The decisions are those of `verification.py` (`docs/kernels.md` says within what).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from atlas_kernels.dispatch import Implementation, kernels_run_on
+from atlas_kernels.rejection import verify_by_rejection
+from atlas_kernels.verify import Verification, verify
+from atlas_rl.core import Draft, SamplingParams, Sequences
+from atlas_rl.sampling.processing import process
+from atlas_rl.sampling.verification import (
+    DrafterInvariant,
+    Outcome,
+    Positions,
+    RejectionSampling,
+    Verifier,
+    prefixes_of,
+)
+
+
+def verifier_on(device: torch.device, form: Verifier) -> Verifier:
+    """`form` by kernels where they run on `device` and know it; elsewhere `form` itself."""
+    if kernels_run_on(device) and type(form) in (DrafterInvariant, RejectionSampling):
+        return FusedVerifier(form)
+    return form
+
+
+class FusedVerifier(Verifier):
+    """A form of verification, by kernels.
+
+    Args:
+        form: Drafter-invariant or rejection sampling.
+        implementation: Passed to the kernels.
+    """
+
+    def __init__(self, form: Verifier, implementation: Implementation = "auto") -> None:
+        self.couples_noise = form.couples_noise
+        self._form, self._implementation = form, implementation
+
+    def decide(self, positions: Positions, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+        return self._form.decide(positions, sampling)
+
+    def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
+        sampling, device = sequences.sampling, logits.device
+        counts = draft.lengths + 1
+        starts = np.append(0, np.cumsum(counts))
+        row = np.repeat(np.arange(len(requests)), counts)
+        depth = np.arange(len(row)) - starts[row]
+        drafts = np.full(len(row), -1, np.int64)
+        drafted = depth < draft.lengths[row]
+        drafts[drafted] = draft.token_ids[row[drafted], depth[drafted]]
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        if sampling.truncates or sampling.repetition_penalty != 1:
+            prefixes = prefixes_of(sequences, requests[row], draft, row, depth, device)
+            logits = process(logits, sampling, prefixes)
+            temperature = 0.0 if sampling.greedy else 1.0  # it has been applied
+        keys, positions = sequences.noise_keys[requests][row].view(np.int64), sequences.lengths[requests][row] + depth
+        rows = [logits, *(torch.from_numpy(array).to(device) for array in (drafts, starts, keys, positions))]
+        if self.couples_noise:
+            verified = verify(*rows, temperature=temperature, implementation=self._implementation)
+        else:
+            probs = _packed_probs(draft, row, depth)
+            verified = verify_by_rejection(
+                *rows, temperature=temperature, draft_probs=probs, implementation=self._implementation
+            )
+        return _outcome(verified, row, depth, int(counts.max()))
+
+
+def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor | None:
+    """Draft probabilities of every row, float32 `[rows, vocab]`; those of rows without a draft mean nothing."""
+    if draft.draft_probs is None or not draft.draft_probs.shape[1]:
+        return None
+    device = draft.draft_probs.device
+    column = np.minimum(depth, draft.draft_probs.shape[1] - 1)
+    return draft.draft_probs[torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)]
+
+
+def _outcome(verified: Verification, row: np.ndarray, depth: np.ndarray, width: int) -> Outcome:
+    """Packed results, from the device, as one row per request; zeros behind what is committed."""
+    num_accepted = verified.num_accepted.cpu().numpy()
+    figures = torch.stack([verified.logprobs, verified.entropies, verified.max_probs]).cpu().numpy()
+    outcome = Outcome(
+        np.zeros((len(num_accepted), width), np.int64),
+        num_accepted,
+        *(np.zeros((len(num_accepted), width), np.float32) for _ in range(3)),
+    )
+    valid = depth <= num_accepted[row]
+    row, depth = row[valid], depth[valid]
+    outcome.token_ids[row, depth] = verified.token_ids.cpu().numpy()[valid]
+    for array, values in zip((outcome.logprobs, outcome.entropies, outcome.max_probs), figures, strict=True):
+        array[row, depth] = values[valid]
+    return outcome

@@ -1,0 +1,85 @@
+"""From the policy's logits to the distribution that is sampled.
+
+Order and tie rules are those of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from atlas_kernels.noise import BLOCK
+from atlas_rl.core import SamplingParams
+
+
+def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: list[torch.Tensor] | None) -> torch.Tensor:
+    """Logits of the processed distribution, `-inf` for excluded tokens.
+
+    Args:
+        logits: float32 `[rows, vocab]`; may be changed in place.
+        sampling: Sampling parameters. Greedy sampling keeps the temperature at 1: the choice is the same, and the
+            returned logprobs are the policy's own instead of zeros.
+        prefixes: Per row, int64 ids of every token before the position; needed with a repetition penalty, else None.
+
+    Returns:
+        float32 `[rows, vocab]`.
+    """
+    if sampling.repetition_penalty != 1:
+        assert prefixes is not None
+        for row, prefix in zip(logits, prefixes, strict=True):
+            seen = row[prefix]
+            penalty = sampling.repetition_penalty
+            row[prefix] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    if sampling.greedy:
+        return logits
+    if sampling.temperature != 1:
+        logits = logits.div_(sampling.temperature)
+    if sampling.truncates:
+        logits = _truncate(logits, sampling)
+    return logits
+
+
+def _truncate(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    excluded = float("-inf")
+    if 0 < sampling.top_k < logits.shape[-1]:
+        threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, excluded)
+    if sampling.top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        below = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
+        below[:, -1] = False
+        logits = logits.masked_fill(below.scatter(1, order, below), excluded)
+    if sampling.min_p > 0:
+        probs = logits.softmax(dim=-1)
+        logits = logits.masked_fill(probs < sampling.min_p * probs.amax(dim=-1, keepdim=True), excluded)
+    return logits
+
+
+def entropies(
+    logits: torch.Tensor, probs: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, truncated: bool
+) -> torch.Tensor:
+    """Entropy in nats of every row: log Z - sum p l, with log Z read off one token whose logprob is known.
+
+    Args:
+        logits: Processed logits `[rows, vocab]`.
+        probs: Their softmax `[rows, vocab]`.
+        tokens: int64 `[rows]`, tokens of non-zero probability.
+        logprobs: float32 `[rows]`, their logprobs.
+        truncated: Whether some logits are `-inf`.
+
+    Returns:
+        float32 `[rows]`.
+    """
+    log_normaliser = logits.gather(1, tokens[:, None])[:, 0] - logprobs
+    # Excluded tokens have probability 0 and logit -inf: their product must be 0, not NaN.
+    finite = logits.masked_fill(probs == 0, 0.0) if truncated else logits
+    return log_normaliser - torch.linalg.vecdot(probs, finite)
+
+
+def block_maxima(probs: torch.Tensor) -> torch.Tensor:
+    """Largest value of each block of `BLOCK` tokens: `[rows, ceil(vocab / BLOCK)]`."""
+    rows, vocab = probs.shape
+    whole = vocab // BLOCK * BLOCK
+    maxima = probs[:, :whole].view(rows, -1, BLOCK).amax(dim=-1)
+    if whole < vocab:
+        maxima = torch.cat([maxima, probs[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
+    return maxima

@@ -1,0 +1,214 @@
+"""EAGLE-3 as a speculator: the static arm, trained before the run and never changed by it.
+
+The head keeps one layer's attention cache of its own, in rows like the policy's. Committed positions enter it with the
+policy's features; drafted ones with the head's own, and are overwritten when the policy has run there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from atlas_rl.core import Draft, Hidden, Rollouts, Sequences, Verified
+from atlas_rl.policy import ragged_attention as attention
+from atlas_rl.policy.base import Segments
+from atlas_rl.policy.cpu_linear import by_columns
+from atlas_rl.policy.ragged_attention import RaggedBatch, ragged_attention
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.drawing import ReducedDraft
+from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
+from atlas_rl.speculators.eagle3.head import Eagle3Head
+
+_FUSED_TOGETHER = 256  # observed positions whose states are kept at most before they are fused
+_DRAFT_ROOM = 32  # cache cells past the longest text, for drafts that reach beyond a request's end
+
+
+class Eagle3Speculator(Speculator):
+    """Drafts with an EAGLE-3 head, under the sampling parameters of the call.
+
+    Args:
+        head: A loaded head, or the folder of a checkpoint, which is then read when the policy is known.
+
+    Raises:
+        ValueError: At `bind`: the checkpoint is damaged or belongs to another policy.
+    """
+
+    name = "eagle3"
+
+    def __init__(self, head: Eagle3Head | str | Path) -> None:
+        self._given = head
+        self._sequences: Sequences | None = None
+        self._cache: RaggedBatch | None = None
+
+    def bind(self, policy: nn.Module) -> None:
+        """Load the head for this policy."""
+        self._policy = policy
+        self.head = self._given if isinstance(self._given, Eagle3Head) else load_eagle3(self._given, policy)
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = by_columns(module.weight.data)
+        self.reads_layers = self.head.config.layers
+        self._device = self.head.fc.weight.device
+        self._token_ids = self.head.token_ids.cpu().numpy()
+
+    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+        """Give new requests a cache row each."""
+        if sequences is not self._sequences:
+            num_requests, capacity = sequences.token_ids.shape
+            self._sequences = sequences
+            self._cache = RaggedBatch(num_requests, capacity + _DRAFT_ROOM, honour_softcap=False)
+            self._cached = np.zeros(num_requests, np.int64)
+            self._features: list[list[torch.Tensor]] = [[] for _ in range(num_requests)]  # not in the cache yet
+            self._has_prompt = np.zeros(num_requests, bool)  # and is still decoded
+            self._prompt_in: dict[int, int] = {}  # by prompt key, a request whose row has the prompt
+            self._unfused: list[tuple[np.ndarray, np.ndarray, dict[int, torch.Tensor]]] = []
+
+    def read_prompts(self, sequences: Sequences, groups: list[np.ndarray], hidden: Hidden) -> None:
+        """Features of the prompts; their last position waits for the token that follows."""
+        with torch.no_grad():
+            features = self.head.fuse(hidden.layers)
+        for group, first in zip(groups, hidden.first, strict=True):
+            for request in group:
+                self._features[request].append(features[first : first + sequences.prompt_lengths[request]])
+            self._has_prompt[group] = True
+
+    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
+        """Positions whose features wait to be run."""
+        known = requests[self._has_prompt[requests]]
+        fresh = known[self._cached[known] == 0]
+        copied = np.setdiff1d(fresh, self._leaders(sequences, fresh)) if len(fresh) else fresh
+        waiting = (sequences.lengths[known] - 1 - self._cached[known]).sum()
+        return int(waiting - (sequences.prompt_lengths[copied] - 1).sum())
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
+        assert sequences is self._sequences, "propose() before start()"
+        known = np.flatnonzero(self._has_prompt[requests])
+        if len(known) < len(requests):  # an engine that caches prefixes does not always run a prompt again
+            return self.propose(sequences, requests[known], max_draft_tokens[known]).spread(known, len(requests))
+        lengths, capacity = sequences.lengths[requests], sequences.token_ids.shape[1]
+        depth = min(int(max_draft_tokens.max(initial=0)), int(capacity + _DRAFT_ROOM - lengths.max(initial=0)))
+        if depth <= 0:
+            return Draft.empty(len(requests))
+        draft = ReducedDraft(sequences, requests, depth, self._token_ids, couples_noise=self.couples_noise)
+        one = np.ones(len(requests), np.int64)
+        with torch.no_grad():
+            self._fuse()
+            self._run_prompts(sequences, requests[self._cached[requests] == 0])
+            features = self._catch_up(sequences, requests)
+            draft.draw(self.head.logits(features))
+            for position in range(depth - 1):
+                tokens = draft.token_ids[:, position]
+                features = self._forward(tokens, features, requests, lengths - 1 + position, one)
+                draft.draw(self.head.logits(features))
+        return draft.finish(max_draft_tokens)
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        """Keep the features of committed positions until the head next runs."""
+        assert verified.hidden is not None
+        starts = sequences.lengths[verified.requests] - verified.num_committed
+        # What the first token was drawn from is the prompt's last position, which `read_prompts` has seen.
+        going = self._has_prompt[verified.requests] & ~verified.finished
+        rows = np.flatnonzero((starts > sequences.prompt_lengths[verified.requests]) & going)
+        ended = verified.requests[verified.finished]
+        self._has_prompt[ended] = False
+        for request in ended:
+            self._features[request] = []
+        if not len(rows):
+            return
+        counts = verified.num_committed[rows]
+        index = np.concatenate(
+            [np.arange(first, first + n) for first, n in zip(verified.hidden.first[rows], counts, strict=True)]
+        )
+        taken = torch.from_numpy(index).to(self._device)
+        states = {n: states[taken] for n, states in verified.hidden.layers.items()}
+        self._unfused.append((verified.requests[rows], counts, states))
+        if sum(int(counts.sum()) for _, counts, _ in self._unfused) >= _FUSED_TOGETHER:
+            self._fuse()
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
+        """Nothing: the static arm does not follow the policy. The cache of the call before is released."""
+        self._sequences, self._cache, self._features, self._unfused = None, None, [], []
+
+    def _fuse(self) -> None:
+        """Features of the positions observed since the last time: together, as reading the weights costs as much for one."""
+        if not self._unfused:
+            return
+        requests, counts = (np.concatenate([entry[i] for entry in self._unfused]) for i in range(2))
+        parts = [states for *_, states in self._unfused]
+        self._unfused = []
+        with torch.no_grad():
+            features = self.head.fuse({n: torch.cat([states[n] for states in parts]) for n in parts[0]})
+        for request, part in zip(requests, features.split(counts.tolist()), strict=True):
+            if self._has_prompt[request]:
+                self._features[request].append(part)
+
+    def _leaders(self, sequences: Sequences, fresh: np.ndarray) -> np.ndarray:
+        """One request for each prompt that no row has yet."""
+        keys, first = np.unique(sequences.prompt_keys[fresh], return_index=True)
+        return fresh[first[[int(key) not in self._prompt_in for key in keys]]]
+
+    def _run_prompts(self, sequences: Sequences, fresh: np.ndarray) -> None:
+        """Run the prompts of new requests but for their last position, each once for all of its siblings."""
+        fresh, cache = fresh[sequences.prompt_lengths[fresh] > 1], self._cache
+        if cache is None or not len(fresh):
+            return
+        lengths = sequences.prompt_lengths - 1
+        leaders = self._leaders(sequences, fresh)
+        if len(leaders):
+            tokens = np.concatenate([sequences.token_ids[r, 1 : 1 + lengths[r]] for r in leaders]).astype(np.int64)
+            features = torch.cat([self._features[r][0][:-1] for r in leaders])
+            self._forward(tokens, features, leaders, np.zeros_like(leaders), lengths[leaders])
+        self._prompt_in |= zip(sequences.prompt_keys[leaders].tolist(), leaders.tolist(), strict=True)
+        for request in fresh:
+            self._features[request][0] = self._features[request][0][-1:]
+        self._cached[fresh] = lengths[fresh]
+        keys = sequences.prompt_keys[fresh]
+        for key in np.unique(keys):
+            source, siblings = self._prompt_in[int(key)], fresh[keys == key]
+            cache.copy_rows(source, siblings[siblings != source], int(lengths[source]))
+
+    def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
+        """Run the committed positions that are not cached yet; features of the last one of each request."""
+        fresh, tokens, starts = [], [], self._cached[requests]
+        for request, start in zip(requests, starts, strict=True):
+            features = torch.cat(self._features[request])
+            self._features[request] = []
+            fresh.append(features)
+            tokens.append(sequences.token_ids[request, start + 1 : start + 1 + len(features)])
+        counts = np.array([len(features) for features in fresh], np.int64)
+        assert (starts + counts == sequences.lengths[requests] - 1).all(), "a feature for every position but the last"
+        self._cached[requests] = starts + counts
+        out = self._forward(np.concatenate(tokens).astype(np.int64), torch.cat(fresh), requests, starts, counts)
+        return out[torch.from_numpy(np.cumsum(counts) - 1).to(self._device)]
+
+    def _forward(
+        self, tokens: np.ndarray, features: torch.Tensor, requests: np.ndarray, starts: np.ndarray, counts: np.ndarray
+    ) -> torch.Tensor:
+        """Packed `[tokens, hidden]` through the head, its keys and values into the requests' cache rows."""
+        cache = self._cache
+        assert cache is not None
+        cache.place(Segments(tokens, 0, starts, counts, requests), self._device)
+        table = self.head.embed_tokens or self._policy.get_input_embeddings()  # type: ignore[operator]
+        embeddings = table(torch.from_numpy(tokens).to(self._device)).to(features.dtype)
+        positions = cache.token_positions
+        assert positions is not None
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return ragged_attention(_LAYER, query, key, value, None)[0]
+
+        with attention.active(cache):
+            return self.head(embeddings[None], features[None], positions[None], attend)[0]
+
+
+class _Layer:
+    """The head has one layer, and the cache calls it 0."""
+
+    layer_idx = 0
+
+
+_LAYER: Any = _Layer()

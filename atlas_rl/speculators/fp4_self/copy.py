@@ -1,0 +1,158 @@
+"""An NVFP4 copy of a policy's linear layers, which runs inside the policy's own modules.
+
+Everything but the products is the policy's own: norms, rotary positions, biases, adapters, the embedding table (a lookup
+reads one row of it: four bits would save no time), and the attention cache. So whatever the model is made of stays what it
+is, and the copy costs 9/16 byte per weight. The format is that of `atlas_kernels.nvfp4`.
+
+On a GPU the layers run as the NVFP4 kernel. Elsewhere they run with the dequantized weight, which is the same function at
+the price of the policy and of a second copy of it: for tests and for measuring acceptance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from atlas_kernels.dispatch import kernels_run_on
+from atlas_kernels.nvfp4 import NVFP4Weight, dequantize, linear, quantize, tensor_scale_for
+from atlas_rl.policy.cpu_linear import linear_rows
+from atlas_rl.policy.in_process import decoder_layers
+
+HEADROOM = 2.0  # of a tensor scale: so long as no magnitude outgrows it, a refresh reads each weight once
+
+
+class FourBitCopy:
+    """See the module's docstring.
+
+    Args:
+        policy: A causal LM whose decoder layers multiply by `nn.Linear` only; never changed, but for the time of `running`.
+        quantize_head: Whether the copy has an LM head of its own or uses the policy's.
+        quantize_embeddings: Whether it reads a quantized embedding table: an arm of measurements, it saves nothing.
+        kernels: Whether the layers run as kernels; None where the policy is on a GPU and Triton is installed.
+
+    Raises:
+        ValueError: A weight of the decoder layers or of the head is not that of a plain `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        quantize_head: bool = True,
+        quantize_embeddings: bool = False,
+        kernels: bool | None = None,
+    ) -> None:
+        config = policy.config.get_text_config()  # type: ignore[operator, union-attr]
+        self._linears = [m for layer in decoder_layers(policy, config.num_hidden_layers) for m in _linears(layer)]
+        if quantize_head:
+            self._linears += _linears(policy.get_output_embeddings())  # type: ignore[operator]
+        self._embeddings = [policy.get_input_embeddings()] if quantize_embeddings else []  # type: ignore[operator]
+        self._kernels = kernels
+        self._weights: list[NVFP4Weight] = []
+        self._forwards: list[Any] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the four-bit weights; 0 before the first `requantize`."""
+        return sum(weight.num_bytes for weight in self._weights)
+
+    def requantize(self) -> None:
+        """Read the policy's weights as they are now: once each, unless one outgrew the scale it had."""
+        modules = self._linears + self._embeddings
+        weights = [module.weight.detach() for module in modules]
+        scales = [weight.tensor_scale for weight in self._weights]
+        if not scales or scales[0].device != weights[0].device:
+            scales = [tensor_scale_for(weight, HEADROOM) for weight in weights]
+        self._weights = []  # the former copy goes before the next one comes
+        self._weights = [quantize(weight, scale) for weight, scale in zip(weights, scales, strict=True)]
+        saturated = torch.stack([weight.saturated for weight in self._weights]).tolist()  # one wait for all of them
+        for index in [index for index, outgrown in enumerate(saturated) if outgrown]:
+            self._weights[index] = quantize(weights[index], tensor_scale_for(weights[index], HEADROOM))
+        kernels = kernels_run_on(weights[0].device) if self._kernels is None else self._kernels
+        self._forwards = [
+            _packed(weight) if kernels else _dense(weight, module.weight.dtype)
+            for module, weight in zip(self._linears, self._weights, strict=False)
+        ]
+        self._forwards += [_looked_up(weight) for weight in self._weights[len(self._linears) :]]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the policy's modules compute with the four-bit weights; afterwards they are as before."""
+        modules = self._linears + self._embeddings
+        assert self._forwards, "running() before requantize()"
+        before = [module.__dict__.get("forward") for module in modules]
+        try:
+            for module, forward in zip(modules, self._forwards, strict=True):
+                module.forward = MethodType(forward, module)
+            yield
+        finally:
+            for module, forward in zip(modules, before, strict=True):
+                if forward is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = forward
+
+
+def _linears(root: nn.Module) -> list[Any]:
+    """The `nn.Linear` modules below `root`, itself included, adapters left out: those stay as they are, and are small."""
+    adapters = {
+        id(part)
+        for module in root.modules()
+        for name in getattr(module, "adapter_layer_names", ())  # how PEFT's layers name what they have added
+        if isinstance(getattr(module, name, None), nn.Module)
+        for part in getattr(module, name).modules()
+    }
+    found = []
+    for name, module in root.named_modules():
+        if id(module) in adapters:
+            continue
+        if type(module) is nn.Linear:
+            found.append(module)
+            continue
+        matrices = [key for key, parameter in module.named_parameters(recurse=False) if _is_matrix(parameter)]
+        if matrices:
+            where = ".".join(part for part in (name, matrices[0]) if part)
+            raise ValueError(
+                f"draft_model='fp4' cannot copy this policy: '{where}' is the weight of a {type(module).__name__}, not of a "
+                "plain nn.Linear. Give the folder of a draft LM or of an EAGLE-3 head instead, or no static arm"
+            )
+    return found
+
+
+def _is_matrix(parameter: torch.Tensor) -> bool:
+    return parameter.ndim > 1 and min(parameter.shape) > 1
+
+
+def _packed(weight: NVFP4Weight) -> Any:
+    def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # which converts the inputs of the layers that this one stands for
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = linear(x.reshape(-1, x.shape[-1]), weight, implementation="triton").view(*x.shape[:-1], -1)
+        return out if module.bias is None else out + module.bias.to(out.dtype)
+
+    return forward
+
+
+def _dense(weight: NVFP4Weight, dtype: torch.dtype) -> Any:
+    dense = dequantize(weight).to(dtype)
+    product = linear_rows if dense.device.type == "cpu" and dtype == torch.float32 else functional.linear
+
+    def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return product(x, dense, module.bias)
+
+    return forward
+
+
+def _looked_up(weight: NVFP4Weight) -> Any:
+    dense = dequantize(weight)
+
+    def forward(module: nn.Embedding, token_ids: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(token_ids, dense.to(module.weight.dtype)) * getattr(module, "embed_scale", 1.0)
+
+    return forward

@@ -1,0 +1,204 @@
+"""Cursors: the places in history whose preceding tokens equal a request's latest ones.
+
+A request keeps its cursors from token to token. A token that a cursor predicted moves the cursor on, one token
+longer; any other token drops it; the chains supply new ones. So the longest matches are never lost to the bound on
+how far a chain is followed, and following an agreed continuation touches memory in sequence.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from atlas_rl.speculators.history.store import (
+    GLOBAL,
+    INFO,
+    LINK,
+    MAX_MATCH,
+    ORDERS,
+    PROMPT,
+    SEPARATOR,
+    TOKEN,
+    bucket_of,
+    in_prompt,
+    tag_of,
+)
+
+# What a cursor points into. OWN: the request's own completion, or its prompt. SIBLING: a running request with the same
+# prompt. RECALLED: an archived rollout of the same prompt. The others: text that followed other prompts.
+OWN, SIBLING, RECALLED, LIVE_OTHER, ARCHIVE_OTHER = range(5)
+NUM_SOURCES = 5
+
+CODE, SOURCE, LENGTH, NEXT = 0, 1, 2, 3
+"""Columns of a cursor. CODE is an archive code, or `~code` of a live one; NEXT is the token it predicts."""
+
+MAX_CURSORS = 48
+_REFILL_BELOW = 16  # chains are consulted while fewer cursors than this are left
+_MAX_FOUND = 16  # cursors taken from one chain
+_MAX_VISITS = 32  # entries looked at in one chain
+
+
+@numba.njit(inline="always")
+def _match_live(row, pos, context, end):
+    """How many tokens before `row[pos]` equal those before `context[end]`."""
+    limit = min(min(pos, end), MAX_MATCH)
+    length = 0
+    while length < limit and row[pos - 1 - length] == context[end - 1 - length]:
+        length += 1
+    return length
+
+
+@numba.njit(inline="always")
+def _match_archive(nodes, code, context, end):
+    """How many tokens before an archived one equal those before `context[end]`; separators equal none."""
+    limit = min(end, MAX_MATCH)
+    length = 0
+    at = code
+    while length < limit:
+        at = at - 1 if at > 0 else len(nodes) - 1
+        if nodes[at, TOKEN] != context[end - 1 - length]:
+            break
+        length += 1
+    return length
+
+
+@numba.njit(inline="always")
+def _add(cursors, count, survivors, code, source, length, token):
+    """Append a cursor unless it is already among the first `survivors`; returns the new count."""
+    for i in range(survivors):
+        if cursors[i, CODE] == code:
+            return count
+    cursors[count, CODE] = code
+    cursors[count, SOURCE] = source
+    cursors[count, LENGTH] = length
+    cursors[count, NEXT] = token
+    return count + 1
+
+
+@numba.njit
+def _search_live(cursors, count, survivors, family, context, end, request, live):
+    """Follow one chain of the running requests. PROMPT yields the request's own group, GLOBAL all others."""
+    tag = live.tags[request]
+    capacity = live.tokens.shape[1]
+    room = min(count + _MAX_FOUND, MAX_CURSORS)
+    link = live.heads[family, bucket_of(context, end, family, tag, live.heads.shape[1])]
+    for _ in range(_MAX_VISITS):
+        if link == 0 or count >= room:
+            break
+        code = link - 1
+        link = live.links[code, family]
+        row = code // capacity
+        pos = code - row * capacity
+        if (live.tags[row] == tag) != (family == PROMPT):
+            continue
+        length = _match_live(live.tokens[row], pos, context, end)
+        if length < ORDERS[family]:
+            continue
+        source = LIVE_OTHER
+        if family == PROMPT:
+            source = OWN if row == request or pos < live.prompt_lengths[row] else SIBLING
+        count = _add(cursors, count, survivors, ~code, source, length, live.tokens[row, pos])
+    return count
+
+
+@numba.njit
+def _search_archive(cursors, count, survivors, family, context, end, tag, archive):
+    """Follow one chain of the archive. PROMPT yields completions of the same prompt, GLOBAL text of the others.
+
+    Nodes get older along a chain; one that does not was overwritten, and the chain ends there.
+    """
+    capacity = len(archive.nodes)
+    room = min(count + _MAX_FOUND, MAX_CURSORS)
+    link = archive.heads[family, bucket_of(context, end, family, tag, archive.heads.shape[1])]
+    last_age = -1
+    for _ in range(_MAX_VISITS):
+        if link == 0 or count >= room:
+            break
+        code = link - 1
+        age = archive.cursor[0] - link
+        if age < 0:
+            age += capacity
+        if age <= last_age:
+            break
+        last_age = age
+        link = archive.nodes[code, LINK + family]
+        info = archive.nodes[code, INFO]
+        same = tag_of(info) == tag
+        # The request's own prompt is found in the live index: an archived copy says nothing new.
+        if same != (family == PROMPT) or (same and in_prompt(info)) or archive.nodes[code, TOKEN] == SEPARATOR:
+            continue
+        length = _match_archive(archive.nodes, code, context, end)
+        if length >= ORDERS[family]:
+            source = RECALLED if family == PROMPT else ARCHIVE_OTHER
+            count = _add(cursors, count, survivors, code, source, length, archive.nodes[code, TOKEN])
+    return count
+
+
+@numba.njit
+def refill(cursors, count, context, end, request, live, archive):
+    """Find cursors for the context that ends before `context[end]`, beside the `count` there are; returns the count."""
+    if count >= _REFILL_BELOW:
+        return count
+    survivors = count
+    tag = live.tags[request]
+    if end >= ORDERS[PROMPT]:
+        count = _search_live(cursors, count, survivors, PROMPT, context, end, request, live)
+        count = _search_archive(cursors, count, survivors, PROMPT, context, end, tag, archive)
+    if end >= ORDERS[GLOBAL]:
+        count = _search_live(cursors, count, survivors, GLOBAL, context, end, request, live)
+        count = _search_archive(cursors, count, survivors, GLOBAL, context, end, tag, archive)
+    return count
+
+
+@numba.njit(inline="always")
+def _advance_live(cursors, i, context, end, position, request, live):
+    """Move a live cursor on by one token; returns the token it predicts next, SEPARATOR where its text ends.
+
+    `context[end]` is token `position` of the request, which is the next to come: a cursor into the request itself may
+    run into the draft, which is the case of a text that repeats itself.
+    """
+    capacity = live.tokens.shape[1]
+    code = ~cursors[i, CODE] + 1
+    row = code // capacity
+    pos = code - row * capacity
+    cursors[i, CODE] = ~code
+    if pos == 0:  # the row before was full
+        return SEPARATOR
+    if row == request:
+        back = position - pos
+        return context[end - back] if back <= end else live.tokens[row, pos]
+    if pos >= live.indexed[row]:
+        return SEPARATOR
+    if cursors[i, SOURCE] == OWN and pos >= live.prompt_lengths[row]:
+        cursors[i, SOURCE] = SIBLING
+    return live.tokens[row, pos]
+
+
+@numba.njit
+def advance(cursors, count, token, context, end, position, request, live, archive):
+    """Keep the cursors that predicted `token`, now `context[end - 1]`, and move them on; returns how many are left."""
+    kept = 0
+    for i in range(count):
+        if cursors[i, NEXT] != token:
+            continue
+        if cursors[i, CODE] < 0:
+            following = _advance_live(cursors, i, context, end, position, request, live)
+        else:
+            code = cursors[i, CODE] + 1
+            if code == len(archive.nodes):
+                code = 0
+            cursors[i, CODE] = code
+            following = archive.nodes[code, TOKEN]
+        if following == SEPARATOR:
+            continue
+        cursors[kept, CODE] = cursors[i, CODE]
+        cursors[kept, SOURCE] = cursors[i, SOURCE]
+        cursors[kept, LENGTH] = min(cursors[i, LENGTH] + 1, MAX_MATCH)
+        cursors[kept, NEXT] = following
+        kept += 1
+    return kept
+
+
+def new_cursors(num_requests: int) -> np.ndarray:
+    """Room for the cursors of every request: int32 `[num_requests, MAX_CURSORS, 4]`."""
+    return np.empty((num_requests, MAX_CURSORS, 4), np.int32)

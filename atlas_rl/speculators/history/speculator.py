@@ -1,0 +1,254 @@
+"""History index: drafts what followed the same tokens in recent rollouts.
+
+The light half of the adaptive arm. Everything a run has generated lately is text that the next rollout may repeat:
+the siblings of its group, which answer the same prompt now; rollouts of the same prompt in earlier epochs; the prompt
+itself; the request's own earlier words. The index finds places where the same tokens stood before
+(`history_store.py`, `history_match.py`) and weighs what followed them by how reliable such places have proved
+(`history_mixture.py`).
+
+Where the policy branches, the counts approximate its distribution, and with `couples_noise` the draft is drawn from
+them with the policy's own noise: the draft is then right with probability near 1 - TV(counts, policy), where the
+likeliest token alone would be right with probability max p.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from atlas_rl.core import Draft, Rollouts, Sequences, Verified
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.history.match import advance, new_cursors, refill
+from atlas_rl.speculators.history.mixture import (
+    COUPLED,
+    ONE_HOT,
+    choose,
+    confidence_of,
+    learn,
+    mix,
+    model_from_state,
+    model_state,
+    new_model,
+    new_scratch,
+)
+from atlas_rl.speculators.history.store import MAX_MATCH, Archive, LiveIndex, prompt_tags
+
+_STATE_KIND = "atlas_rl.history"
+_STATE_VERSION = 1
+_CONFIDENCE_FLOOR = 0.01
+
+
+@numba.njit
+def _draft_row(request, length, want, cursors, count, live, archive, model, scratch, mode, key, stops, out, confidence):
+    """Draft up to `want` tokens of one request from its `count` cursors, which are used up; returns how many."""
+    end = min(length, MAX_MATCH)
+    context = np.empty(MAX_MATCH + want, np.int32)
+    context[:end] = live.tokens[request, length - end : length]
+    for drafted in range(want):
+        position = length + drafted
+        count = refill(cursors, count, context, end, request, live, archive)
+        if count == 0:
+            return drafted
+        at = mix(cursors, count, model, scratch)
+        best = choose(cursors, count, at, model, scratch, mode, key, position)
+        confidence[drafted] = confidence_of(model.confidence[mode], scratch.features)
+        if confidence[drafted] < _CONFIDENCE_FLOOR:
+            return drafted
+        token = scratch.tokens[best]
+        out[drafted] = token
+        context[end] = token
+        end += 1
+        if token in stops:
+            return drafted + 1
+        count = advance(cursors, count, token, context, end, position + 1, request, live, archive)
+    return want
+
+
+@numba.njit(cache=True, nogil=True)
+def _draft_rows(requests, lengths, want, cursors, counts, live, archive, model, mode, keys, stops, out, confidence):
+    """Draft every row; returns the lengths of the drafts."""
+    drafted = np.zeros(len(requests), np.int64)
+    own = np.empty_like(cursors[0])
+    scratch = new_scratch()
+    for i in range(len(requests)):
+        request = requests[i]
+        count = counts[request]
+        own[:count] = cursors[request, :count]
+        drafted[i] = _draft_row(
+            request, lengths[i], want[i], own, count, live, archive, model, scratch, mode, keys[request], stops,
+            out[i], confidence[i],
+        )  # fmt: skip
+    return drafted
+
+
+@numba.njit
+def _learn_token(request, position, cursors, count, live, archive, model, scratch, mode, key):
+    """Learn from the token at `position`, as if it had been drafted; returns how many cursors it leaves."""
+    row = live.tokens[request]
+    count = refill(cursors, count, row, position, request, live, archive)
+    if count > 0:
+        at = mix(cursors, count, model, scratch)
+        best = choose(cursors, count, at, model, scratch, mode, key, position)
+        learn(cursors, count, row[position], best, at, model, scratch, mode)
+    return advance(cursors, count, row[position], row, position + 1, position + 1, request, live, archive)
+
+
+@numba.njit(cache=True, nogil=True)
+def _observe_rows(requests, starts, ends, cursors, counts, live, archive, model, mode, keys):
+    """Learn from the tokens `starts[i] .. ends[i] - 1` of every request and move its cursors past them."""
+    scratch = new_scratch()
+    for i in range(len(requests)):
+        request = requests[i]
+        for position in range(starts[i], ends[i]):
+            counts[request] = _learn_token(
+                request, position, cursors[request], counts[request], live, archive, model, scratch, mode, keys[request]
+            )
+
+
+class HistorySpeculator(Speculator):
+    """Drafts from the running requests and a bounded archive of finished ones.
+
+    Finished requests stay in the live index, where their siblings keep matching them, and enter the archive together
+    when the call ends (`refresh`, the first `start` of another call, or `state_dict`). So indexing them costs nothing
+    while decoding, no token is found twice, and an abandoned call leaves the archive whole: only requests that finished
+    are ever written, each in one piece.
+
+    Args:
+        max_tokens: Bound of the archive in tokens; the oldest rollouts, made by the oldest policies, go first.
+    """
+
+    name = "history"
+
+    def __init__(self, max_tokens: int = 4_000_000) -> None:
+        self.policy_version = -1
+        self._archive = Archive(max_tokens)
+        self._model = new_model()
+        self._archived: Sequences | None = None  # the call archived last, lest `refresh` archive it again
+        self._sequences: Sequences | None = None
+        self._live: LiveIndex | None = None
+        self._finished: list[int] = []
+        self._cursors, self._counts, self._observed = new_cursors(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+        """Index the prompts of new requests; a new `Sequences` ends the call before it."""
+        if sequences is not self._sequences:
+            self._end_call()
+            num_requests = len(sequences.lengths)
+            self._sequences = sequences
+            self._live = LiveIndex(sequences)
+            self._cursors = new_cursors(num_requests)
+            self._counts = np.zeros(num_requests, np.int64)
+            self._observed = np.zeros(num_requests, np.int64)
+        live = self._live_of(sequences)
+        live.add(sequences, requests)
+        self._observed[requests] = sequences.prompt_lengths[requests]
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        """Draft for each request: the likeliest continuation, or the one the coupled noise picks."""
+        live = self._live_of(sequences)
+        widest = int(max_draft_tokens.max(initial=0))
+        if widest <= 0:
+            return Draft.empty(len(requests))
+        tokens = np.zeros((len(requests), widest), np.int64)
+        confidence = np.zeros((len(requests), widest), np.float32)
+        stops = np.array((-1, *sequences.sampling.eos_token_ids), np.int64)
+        lengths = _draft_rows(
+            requests, sequences.lengths[requests], max_draft_tokens, self._cursors, self._counts, live.view,
+            self._archive.view, self._model, self._mode(sequences), sequences.noise_keys, stops, tokens, confidence,
+        )  # fmt: skip
+        return Draft(tokens, lengths, confidence)
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        """Score what the cursors predicted against what came, then index it."""
+        live = self._live_of(sequences)
+        requests = verified.requests
+        ends = sequences.lengths[requests]
+        _observe_rows(
+            requests, self._observed[requests], ends, self._cursors, self._counts, live.view,
+            self._archive.view, self._model, self._mode(sequences), sequences.noise_keys,
+        )  # fmt: skip
+        self._observed[requests] = ends
+        live.extend(requests, ends)
+        self._finished.extend(requests[verified.finished].tolist())
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
+        """Archive the call that `rollouts` came from; ageing is the ring's."""
+        self._end_call()
+        if rollouts.sequences is not self._archived:
+            self._archive_rollouts(rollouts.sequences, list(range(len(rollouts.sequences.lengths))))
+            self._archived = rollouts.sequences
+        self.policy_version = policy_version
+
+    def state_dict(self) -> dict[str, Any]:
+        """Archive, with what has finished by now, and learned weights; a call under way goes on unharmed."""
+        self._archive_finished()
+        return {
+            "kind": _STATE_KIND,
+            "version": _STATE_VERSION,
+            "policy_version": self.policy_version,
+            "archive": self._archive.state_dict(),
+            "model": model_state(self._model),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`; `ValueError` for the state of another speculator or format."""
+        if state.get("kind") != _STATE_KIND:
+            raise ValueError(f"not a state of the history index: kind is {state.get('kind')!r}")
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"history index state has format {state.get('version')!r}, expected {_STATE_VERSION}")
+        model = model_from_state(state["model"])
+        self._close_call()
+        self._archive.load_state_dict(state["archive"])
+        self._model = model
+        self.policy_version = int(state["policy_version"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: the archive, and the index of the present call."""
+        live = 0 if self._live is None else self._live.nbytes + self._cursors.nbytes
+        return self._archive.nbytes + live
+
+    @property
+    def num_archived_tokens(self) -> int:
+        """Tokens in the archive, one separator per rollout included."""
+        return len(self._archive)
+
+    def _mode(self, sequences: Sequences) -> int:
+        return COUPLED if self.couples_noise and not sequences.sampling.greedy else ONE_HOT
+
+    def _live_of(self, sequences: Sequences) -> LiveIndex:
+        if sequences is not self._sequences or self._live is None:
+            raise RuntimeError("history index: these sequences were not started, or another call has begun since")
+        return self._live
+
+    def _end_call(self) -> None:
+        """Archive the finished requests of the present call and drop its index."""
+        self._archive_finished()
+        if self._sequences is not None:
+            self._archived = self._sequences
+        self._close_call()
+
+    def _archive_finished(self) -> None:
+        if self._sequences is not None:
+            self._archive_rollouts(self._sequences, self._finished)
+        self._finished = []
+
+    def _archive_rollouts(self, sequences: Sequences, requests: list[int]) -> None:
+        """Archive requests, the prompt in full with the first rollout of each."""
+        tags = prompt_tags(sequences.prompt_keys)
+        seen: set[int] = set()
+        for request in requests:
+            tag = int(tags[request])
+            self._archive.append(
+                sequences.token_ids[request, : sequences.lengths[request]],
+                int(sequences.prompt_lengths[request]),
+                tag,
+                index_prompt=tag not in seen,
+                policy_version=sequences.policy_version,
+            )
+            seen.add(tag)
+
+    def _close_call(self) -> None:
+        self._sequences, self._live, self._finished = None, None, []

@@ -1,0 +1,165 @@
+"""Distillation of the recurrent head from the policy's own distribution, inside a time budget.
+
+What the policy would have said at a position is known exactly: its LM head's input was computed by verification, and its
+output embedding gives the logits over the reduced vocabulary. The head unrolls over the tokens that were committed, and
+every step is compared with the policy's distribution there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from atlas_rl.speculators.recurrent.head import RecurrentHead
+from atlas_rl.speculators.recurrent.rollout_buffer import ReplayBuffer, Windows
+
+Loss = Literal["kl", "tv"]
+UNROLL = 5
+_WINDOWS_PER_STEP = 256
+_CHECK_WINDOWS = 128
+_CHECK_EVERY = 8  # optimizer steps
+_PATIENCE = 3  # checks without a better agreement after which training stops
+_WORTH = 1e-3  # of agreement: what counts as better
+_LEARNING_RATE = 2e-3
+_MAX_STEPS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """What one refresh did.
+
+    Attributes:
+        num_steps: Optimizer steps.
+        agreement_before, agreement_after: Mean over positions of `sum_x min(p(x), q(x))` on the newest rollouts: the
+            acceptance that the best use of the head could reach.
+        by_position: The latter at each position of a draft, float64 `[UNROLL]`.
+        seconds: Spent.
+    """
+
+    num_steps: int
+    agreement_before: float
+    agreement_after: float
+    by_position: np.ndarray
+    seconds: float
+
+
+@dataclass(slots=True)
+class Target:
+    """The policy's output layer over the reduced vocabulary.
+
+    Attributes:
+        rows: float32 `[vocab, hidden]`.
+        softcap: Of the output logits (Gemma 2, arXiv 2408.00118), or None.
+        scale: Factor on the logits that some families apply.
+        temperature: Of the rollouts.
+        index_of: int64 `[policy vocab]`, index in the reduced vocabulary, `len(rows)` for tokens outside.
+    """
+
+    rows: torch.Tensor
+    softcap: float | None
+    scale: float
+    temperature: float
+    index_of: np.ndarray
+
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Log of the policy's distribution, renormalised over the reduced vocabulary: `[..., vocab]`."""
+        logits = torch.nn.functional.linear(hidden.float(), self.rows) * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return (logits / self.temperature).log_softmax(dim=-1)
+
+
+def distill(
+    head: RecurrentHead,
+    optimizer: torch.optim.Optimizer,
+    buffer: ReplayBuffer,
+    target: Target,
+    *,
+    version: int,
+    budget_s: Callable[[float], float],
+    loss: Loss,
+    rng: np.random.Generator,
+    clock: Callable[[], float],
+) -> Distilled:
+    """Train until the budget is spent or the agreement on the newest rollouts stops rising.
+
+    Args:
+        head: Trained in place.
+        optimizer: Of its parameters.
+        buffer: With at least one window.
+        target: What to match.
+        version: Present version of the policy: older rollouts count for less.
+        budget_s: From the agreement before training to seconds, both checks included; at least one step is taken.
+        loss: `kl`, forward KL(p || q), or `tv`, total variation.
+        rng: Draws the windows.
+        clock: Seconds.
+    """
+    began = clock()
+    check = buffer.newest(_CHECK_WINDOWS, UNROLL, rng)
+    before = best = _mean(agreement(head, check, target), check)
+    limit_s, now = budget_s(before), clock()
+    check_s, stale, step = now - began, 0, 0
+    while step < _MAX_STEPS and stale < _PATIENCE:
+        _step(head, optimizer, buffer.sample(_WINDOWS_PER_STEP, UNROLL, version, rng), target, loss)
+        step += 1
+        last, now = now, clock()
+        if now - began + (now - last) + check_s > limit_s:  # another step and the closing check would not fit
+            break
+        if step % _CHECK_EVERY == 0:
+            reached = _mean(agreement(head, check, target), check)
+            stale, best = (0, reached) if reached > best + _WORTH else (stale + 1, best)
+    after = agreement(head, check, target)
+    return Distilled(step, before, _mean(after, check), after, clock() - began)
+
+
+def agreement(head: RecurrentHead, windows: Windows, target: Target) -> np.ndarray:
+    """Mean of `sum_x min(p(x), q(x))` over the windows at each position, the windows' own tokens absorbed (teacher forcing).
+
+    Returns:
+        float64 `[unroll]`; a position that no window reaches has that of the one before.
+    """
+    with torch.no_grad():
+        q = _unrolled(head, windows, target).exp()
+        p = target.log_probs(windows.hidden[:, 1:]).exp()
+        overlap = torch.minimum(p, q).sum(dim=-1).cpu().numpy()
+    counts = windows.valid.sum(axis=0)
+    means = (overlap * windows.valid).sum(axis=0, dtype=np.float64) / np.maximum(counts, 1)
+    for position in range(1, len(means)):
+        means[position] = means[position] if counts[position] else means[position - 1]
+    return means
+
+
+def _mean(by_position: np.ndarray, windows: Windows) -> float:
+    """Over all positions that exist."""
+    counts = windows.valid.sum(axis=0)
+    return float(by_position @ counts / counts.sum())
+
+
+def _step(head: RecurrentHead, optimizer: torch.optim.Optimizer, windows: Windows, target: Target, loss: Loss) -> None:
+    with torch.enable_grad():
+        log_q = _unrolled(head, windows, target)
+        log_p = target.log_probs(windows.hidden[:, 1:])
+        if loss == "kl":
+            per_position = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+        else:
+            per_position = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
+        valid = torch.from_numpy(windows.valid).to(log_q.device)
+        optimizer.zero_grad(set_to_none=True)
+        per_position[valid].mean().backward()
+    torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+    optimizer.step()
+
+
+def _unrolled(head: RecurrentHead, windows: Windows, target: Target) -> torch.Tensor:
+    """Log of the head's distribution after each of the first `unroll` tokens: `[n, unroll, vocab]`."""
+    tokens = torch.from_numpy(target.index_of[windows.token_ids[:, :-1]]).to(windows.hidden.device)
+    return (head.logits(head.unroll(windows.hidden[:, 0], tokens)) / target.temperature).log_softmax(dim=-1)
+
+
+def new_optimizer(head: RecurrentHead) -> torch.optim.Optimizer:
+    """Of all the head's parameters."""
+    return torch.optim.AdamW(head.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)

@@ -1,0 +1,157 @@
+"""The recurrent head: a gated recurrent network from the policy's last hidden state over a reduced vocabulary.
+
+In the family of ReDrafter (arXiv 2403.09919), MLP speculators (arXiv 2404.19124) and Hydra (arXiv 2402.05109): the state
+starts from the hidden state that the newest committed token was drawn from, absorbs that token, and then every drafted one.
+
+    s_0     = tanh(R norm(h))                       h: input of the policy's LM head
+    s_{j+1} = GRU(E norm(e(x_j)), s_j)              e: the policy's own input embedding, x_0 the newest committed token
+    q_{j+1} = softmax((U W norm(s_{j+1}) + b) / T)  U: the policy's own output embedding, scaled to rows of norm one
+
+Only R, E, GRU, W and b are learned: with the policy's own tables the head starts out knowing which tokens are alike, which
+is what lets it learn within a few policy updates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from atlas_kernels.draft_head import DraftHeadWeights
+from atlas_rl.policy.cpu_linear import by_columns
+
+
+class RecurrentHead(nn.Module):
+    """See the module's docstring.
+
+    Args:
+        hidden_size: Of the policy.
+        state_size: Of the recurrent state.
+        seed: Of the initial weights; torch's own random state is left alone.
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+    def __init__(self, hidden_size: int, state_size: int, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.read = nn.Linear(hidden_size, state_size, bias=False)
+            self.embed = nn.Linear(hidden_size, state_size, bias=False)
+            self.cell = nn.GRUCell(state_size, state_size)
+            self.write = nn.Linear(state_size, hidden_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(0))
+        # The policy's, not learned and not saved: they are read anew from whatever policy the head drafts for.
+        self.register_buffer("inputs", torch.zeros(1, hidden_size), persistent=False)
+        self.register_buffer("outputs", torch.zeros(0, hidden_size), persistent=False)
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the policy."""
+        return self.read.in_features
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the head can propose."""
+        return len(self.bias)
+
+    def set_tables(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Give the policy's embeddings of the reduced vocabulary: float32 `[vocab, hidden]` each."""
+        # One more row for every token outside the reduced vocabulary: their mean, which says nothing in particular.
+        inputs = _normed(torch.cat([inputs, inputs.mean(dim=0, keepdim=True)]))
+        self.inputs, self.outputs = inputs, outputs / outputs.norm(dim=-1).mean()
+
+    def begin(self, hidden: torch.Tensor) -> torch.Tensor:
+        """State `[rows, state]` from the policy's hidden states `[rows, hidden]`."""
+        return _tanh(self.read(_normed(hidden.float())))
+
+    def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The state after one more token: int64 `[rows]` indices into the reduced vocabulary, `vocab_size` for others."""
+        return self.cell(self.embed(self.inputs[tokens]), state)
+
+    def unroll(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """States after each token of int64 `[rows, unroll]`, begun from `[rows, hidden]`: `[rows, unroll, state]`."""
+        # A token's part in the gates does not depend on where it stands: once per different token, not once per position.
+        used, index = tokens.unique(return_inverse=True)
+        gates = functional.linear(self.embed(self.inputs[used]), self.cell.weight_ih, self.cell.bias_ih)
+        state, states = self.begin(hidden), []
+        for position in range(tokens.shape[1]):
+            own = functional.linear(state, self.cell.weight_hh, self.cell.bias_hh)
+            state = _gated(gates[index[:, position]], own, state)
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """Logits of the next token over the reduced vocabulary `[rows, vocab]`."""
+        return functional.linear(self.write(_normed(state)), self.outputs, self.bias)
+
+
+class FoldedHead:
+    """The same function for drafting, with everything multiplied out that does not change between two refreshes.
+
+    Per drafted token that leaves one product with the state's gates and one over the reduced vocabulary.
+
+    Args:
+        head: Read once; later changes to it are not seen.
+    """
+
+    def __init__(self, head: RecurrentHead) -> None:
+        with torch.no_grad():
+            cell = head.cell
+            self._input_gates = functional.linear(head.embed(head.inputs), cell.weight_ih, cell.bias_ih)
+            self._state_gates, self._state_bias = (
+                by_columns(cell.weight_hh.detach().clone()),
+                cell.bias_hh.detach().clone(),
+            )
+            self._outputs, self._bias = by_columns(head.outputs @ head.write.weight), head.bias.detach().clone()
+            self._read = by_columns(head.read.weight.detach().clone())
+        self._packed: DraftHeadWeights | None = None
+
+    def packed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> DraftHeadWeights:
+        """What the draft head kernel reads, in numbers of `dtype`: made once.
+
+        Args:
+            token_ids: int64 `[vocab]`, the policy's ids of the reduced vocabulary.
+            dtype: float32, bfloat16 or float16.
+        """
+        if self._packed is None:
+            self._packed = DraftHeadWeights(
+                input_gates=self._input_gates.to(dtype),
+                state_gates=self._state_gates.to(dtype).contiguous(),
+                state_bias=self._state_bias.to(dtype),
+                outputs=self._outputs.to(dtype).contiguous(),
+                bias=self._bias.to(dtype),
+                token_ids=token_ids,
+            )
+        return self._packed
+
+    def begin(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `RecurrentHead.begin`."""
+        return _tanh(functional.linear(_normed(hidden.float()), self._read))
+
+    def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """As `RecurrentHead.absorb`."""
+        return _gated(self._input_gates[tokens], functional.linear(state, self._state_gates, self._state_bias), state)
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """As `RecurrentHead.logits`."""
+        return functional.linear(_normed(state), self._outputs, self._bias)
+
+
+def _gated(input_gates: torch.Tensor, state_gates: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.GRUCell`, the products with its weights given: `[rows, 3 * state]` each."""
+    reset_in, update_in, new_in = input_gates.chunk(3, dim=-1)
+    reset, update, new = state_gates.chunk(3, dim=-1)
+    new = _tanh(new_in + torch.sigmoid(reset_in + reset) * new)
+    return torch.lerp(new, state, torch.sigmoid(update_in + update))
+
+
+def _tanh(x: torch.Tensor) -> torch.Tensor:
+    # `torch.tanh` is MKL's on a CPU, and runs in whichever OpenMP it finds. Where a package brought one of its own
+    # (sentencepiece does), its threads and torch's fight for the cores: 4 ms for 4 x 576 numbers instead of 13 us.
+    return 2 * torch.sigmoid(2 * x) - 1
+
+
+def _normed(x: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(x, x.shape[-1:])

@@ -1,0 +1,52 @@
+"""The policy moves: its version, the rollouts it made, and the refresh of the drafters that follow it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from atlas_rl.controller.base import Controller
+from atlas_rl.core import Rollouts
+from atlas_rl.speculators.base import Speculator
+
+
+class PolicyTracker:
+    """Keeps the policy's version, and brings drafters up to date when it changes.
+
+    Order at an update: the version advances, then every speculator is refreshed with the newest rollouts, then the
+    controller is told. Rollouts are handed over once; a call that was abandoned is never handed over.
+
+    Args:
+        clock: Seconds since some fixed moment.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.version = 0
+        self._clock = clock
+        self._newest: Rollouts | None = None
+        self._refresh_s = 0.0
+
+    def finished(self, rollouts: Rollouts) -> None:
+        """A generation call ended; its rollouts are the newest."""
+        self._newest = rollouts
+
+    def advance(
+        self, speculators: Mapping[str, Speculator], controller: Controller | None, version: int | None = None
+    ) -> None:
+        """The policy's weights changed. `version` None counts up by one."""
+        self.version = self.version + 1 if version is None else version
+        if self._newest is None:
+            return
+        began = self._clock()
+        for speculator in speculators.values():
+            speculator.refresh(self._newest, self.version)
+        if controller is not None:
+            measured = {name: speculator.expected_survival for name, speculator in speculators.items()}
+            controller.policy_updated({name: survival for name, survival in measured.items() if survival is not None})
+        self._newest = None
+        self._refresh_s += self._clock() - began
+
+    def take_refresh_s(self) -> float:
+        """Seconds of refreshes since this was last asked."""
+        seconds, self._refresh_s = self._refresh_s, 0.0
+        return seconds

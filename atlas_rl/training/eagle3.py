@@ -1,0 +1,349 @@
+"""Training an EAGLE-3 head with test-time unrolling (Li et al., arXiv 2503.01840, section 3.2).
+
+What a head meets when it drafts is its own output of the steps before. So training runs `unroll` steps over every position:
+the first reads the policy's features, each later one what the head itself made of the chain that starts there. Attention in
+step j sees the policy's features up to the chain's start, and the chain's own steps after it.
+
+Data are recorded generation calls of the policy (`replay/replay.py`): tokens, hidden states, and the state that every
+token was drawn from, which gives the policy's distribution exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig
+
+from atlas_rl.replay.replay import Recorded
+from atlas_rl.speculators.eagle3.head import Eagle3Config, Eagle3Head
+from atlas_rl.sync.checkpoint import load_state, save_state
+
+_STATE = "training.safetensors"
+_LOG = "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How a head is trained.
+
+    Attributes:
+        layers: Decoder layers of the policy that it reads.
+        draft_vocab_size: Most tokens it can propose; the most used of the data are taken.
+        intermediate_size: Of its MLP; None takes the policy's.
+        unroll: Steps of test-time unrolling.
+        epochs: Passes over the data.
+        batch_size: Sequences per optimizer step.
+        learning_rate: Peak, reached after a twentieth of the steps and then annealed to a tenth.
+        step_weight: Weight of each unrolled step relative to the one before.
+        held_out: Share of the calls that is not trained on.
+        seed: Of weights and order.
+    """
+
+    layers: tuple[int, ...]
+    draft_vocab_size: int = 4096
+    intermediate_size: int | None = None
+    unroll: int = 4
+    epochs: int = 4
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    step_weight: float = 0.8
+    held_out: float = 0.1
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Batch:
+    """Padded sequences.
+
+    Attributes:
+        token_ids: int64 `[batch, tokens]`.
+        features: Per layer `[batch, tokens, hidden]`, of every position.
+        drawn_from: `[batch, tokens, hidden]`: what the token at each position was drawn from.
+        drawn: bool `[batch, tokens]`, whether the token at each position was drawn by the policy.
+    """
+
+    token_ids: torch.Tensor
+    features: dict[int, torch.Tensor]
+    drawn_from: torch.Tensor
+    drawn: torch.Tensor
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a training stands; written to `training.json` after every epoch.
+
+    Attributes:
+        epochs: Per epoch: `loss`, `seconds`, and on held-out calls per unrolled position `acceptance` (`sum_x min(p, q)`,
+            what noise-coupled drafts are accepted with but for a few points) and `agreement` (the likeliest tokens agree).
+    """
+
+    settings: dict[str, Any]
+    num_train_tokens: int
+    num_held_out_tokens: int
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+
+def new_head(policy: nn.Module, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
+    """A head for `policy` over `token_ids` (sorted int64), its output layer started from the policy's own."""
+    config = policy.config.get_text_config()  # type: ignore[operator, union-attr]
+    layer = LlamaConfig(
+        vocab_size=policy.get_output_embeddings().weight.shape[0],  # type: ignore[operator]
+        hidden_size=config.hidden_size,
+        intermediate_size=settings.intermediate_size or config.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        rope_parameters=getattr(config, "rope_parameters", None),
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        head = Eagle3Head(Eagle3Config(layer, len(token_ids), settings.layers))
+        for module in head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+    ids = torch.from_numpy(token_ids)
+    head.set_vocabulary(ids)
+    with torch.no_grad():
+        head.lm_head.weight.copy_(policy.get_output_embeddings().weight[ids].float())  # type: ignore[operator]
+    return head.to(policy.get_output_embeddings().weight.device)  # type: ignore[operator]
+
+
+def most_used_tokens(calls: Sequence[Path], vocab_size: int, size: int) -> np.ndarray:
+    """The tokens that the completions use most: sorted int64 ids, at most `size`."""
+    counts = np.zeros(vocab_size, np.int64)
+    for path in calls:
+        sequences = Recorded.load(path).sequences
+        for request in range(len(sequences.lengths)):
+            counts += np.bincount(sequences.completion(request), minlength=vocab_size)
+    order = np.argsort(-counts, kind="stable")[:size]
+    return np.sort(order[counts[order] > 0])
+
+
+def train(
+    policy: nn.Module,
+    calls: Sequence[Path],
+    output: Path,
+    settings: TrainSettings,
+    say: Callable[[str], None] = print,
+) -> Eagle3Head:
+    """Train a head, or go on where an interrupted training in `output` stopped.
+
+    Args:
+        policy: Gives embeddings and output layer; only read.
+        calls: Recorded calls with the layers of `settings`.
+        output: Gets the training's state and log after every epoch.
+        settings: How.
+        say: Gets progress, line by line.
+
+    Raises:
+        ValueError: Too few calls, calls without the layers, or a state that other settings left there.
+    """
+    num_held_out = max(1, round(settings.held_out * len(calls)))
+    if len(calls) <= num_held_out:
+        raise ValueError(f"{len(calls)} recorded calls are too few to hold one out: generate from more prompts")
+    held_out, trained = list(calls[:num_held_out]), list(calls[num_held_out:])
+    vocab_size = policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    head = new_head(policy, settings, most_used_tokens(trained, vocab_size, settings.draft_vocab_size))
+    counts = [int(sum((s := Recorded.load(p).sequences).lengths - s.prompt_lengths)) for p in (*held_out, *trained)]
+    progress = Progress(asdict(settings), sum(counts[num_held_out:]), sum(counts[:num_held_out]))
+    trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    done = _resume(output, head, optimizer, progress)
+    num_batches = math.ceil(sum(len(Recorded.load(path).sequences.lengths) for path in trained) / settings.batch_size)
+    for epoch in range(done, settings.epochs):
+        began, losses = time.perf_counter(), []
+        order = np.random.default_rng((settings.seed, epoch))
+        for index, batch in enumerate(_batches(trained, settings, order)):
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(settings, epoch + index / num_batches)
+            loss = _loss(head, policy, batch, settings)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trainable, 0.5)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if (index + 1) % 20 == 0:
+                left_s = (time.perf_counter() - began) / (index + 1) * (num_batches - index - 1)
+                say(f"epoch {epoch + 1}/{settings.epochs} | batch {index + 1}/{num_batches} | "
+                    f"loss {np.mean(losses[-20:]):.3f} | {left_s:.0f} s left in this epoch")  # fmt: skip
+        row: dict[str, Any] = {"loss": float(np.mean(losses)), "seconds": time.perf_counter() - began}
+        row |= evaluate(head, policy, _batches(held_out, settings, None), settings)
+        progress.epochs.append(row)
+        say(f"epoch {epoch + 1}/{settings.epochs} | loss {row['loss']:.3f} | held-out acceptance by position "
+            + " ".join(f"{value:.2f}" for value in row["acceptance"]))  # fmt: skip
+        _save(output, head, optimizer, progress)
+    return head
+
+
+def evaluate(
+    head: Eagle3Head, policy: nn.Module, batches: Iterator[Batch], settings: TrainSettings
+) -> dict[str, list[float]]:
+    """`acceptance` and `agreement` per unrolled position, see `Progress`."""
+    overlap, same, count = np.zeros(settings.unroll), np.zeros(settings.unroll), np.zeros(settings.unroll)
+    with torch.no_grad():
+        for batch in batches:
+            for step, (logits, target, valid) in enumerate(_unrolled(head, policy, batch, settings.unroll)):
+                p, q = target.softmax(dim=-1), logits.softmax(dim=-1)
+                # The policy's mass outside the reduced vocabulary can never be matched.
+                inside = batch_mass(policy, batch, head, step)[valid]
+                overlap[step] += float((torch.minimum(p[valid] * inside[:, None], q[valid]).sum(dim=-1)).sum())
+                same[step] += float((p.argmax(dim=-1) == q.argmax(dim=-1))[valid].sum())
+                count[step] += int(valid.sum())
+    return {"acceptance": (overlap / count).tolist(), "agreement": (same / count).tolist()}
+
+
+def batch_mass(policy: nn.Module, batch: Batch, head: Eagle3Head, step: int) -> torch.Tensor:
+    """The policy's probability of the reduced vocabulary at each target of an unrolled step: `[batch, tokens]`."""
+    logits = _policy_logits(policy, _shifted(batch.drawn_from, step + 2), None)
+    return logits.softmax(dim=-1)[..., head.token_ids].sum(dim=-1)
+
+
+def _loss(head: Eagle3Head, policy: nn.Module, batch: Batch, settings: TrainSettings) -> torch.Tensor:
+    """Cross-entropy with the policy's distribution over the reduced vocabulary, summed over the unrolled steps."""
+    losses, weights = [], []
+    for step, (logits, target, valid) in enumerate(_unrolled(head, policy, batch, settings.unroll)):
+        if bool(valid.any()):
+            per_position = -(target.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
+            losses.append(per_position[valid].mean() * settings.step_weight**step)
+            weights.append(settings.step_weight**step)
+    return torch.stack(losses).sum() / sum(weights)
+
+
+def _unrolled(
+    head: Eagle3Head, policy: nn.Module, batch: Batch, unroll: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Per step: the head's logits, the policy's over the same tokens, and where both mean something."""
+    num_tokens = batch.token_ids.shape[1]
+    features = head.fuse(batch.features)
+    positions = torch.arange(num_tokens, device=features.device)[None].expand(len(batch.token_ids), -1)
+    chain = _Chain(num_tokens, features.device)
+    table = policy.get_input_embeddings()  # type: ignore[operator]
+    for step in range(unroll):
+        embeddings = table(_shifted(batch.token_ids, step + 1)).detach().to(features.dtype)
+        features = head(embeddings, features, positions + step, chain)
+        with torch.no_grad():
+            target = _policy_logits(policy, _shifted(batch.drawn_from, step + 2), head.token_ids)
+        yield head.logits(features), target, _shifted(batch.drawn, step + 2)
+
+
+class _Chain:
+    """Attention of chains: step 0 is causal; in step j each position also sees its own chain's steps 1 to j."""
+
+    def __init__(self, num_tokens: int, device: torch.device) -> None:
+        self._causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        group = query.shape[1] // key.shape[1]
+        self._keys.append(key.repeat_interleave(group, dim=1))
+        self._values.append(value.repeat_interleave(group, dim=1))
+        scale = query.shape[-1] ** -0.5
+        scores = (query @ self._keys[0].transpose(-1, -2) * scale).masked_fill(~self._causal, float("-inf"))
+        own = [(query * k).sum(dim=-1, keepdim=True) * scale for k in self._keys[1:]]
+        weights = torch.cat([scores, *own], dim=-1).softmax(dim=-1)
+        num_tokens = query.shape[2]
+        out = weights[..., :num_tokens] @ self._values[0]
+        for index, v in enumerate(self._values[1:]):
+            out = out + weights[..., num_tokens + index, None] * v
+        return out.transpose(1, 2)
+
+
+def _policy_logits(policy: nn.Module, states: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+    """The policy's logits, of some tokens or all, from the inputs of its LM head."""
+    weight = policy.get_output_embeddings().weight.detach()  # type: ignore[operator]
+    logits = functional.linear(states.to(weight.dtype), weight if token_ids is None else weight[token_ids]).float()
+    softcap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[operator, union-attr]
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+    """`x` moved `by` places towards the front of dimension 1, zeros behind."""
+    return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
+
+
+def _batches(calls: Sequence[Path], settings: TrainSettings, order: np.random.Generator | None) -> Iterator[Batch]:
+    """Batches of whole sequences: calls in random order, sequences of a call sorted by length to pad little."""
+    paths = list(calls)
+    if order is not None:
+        order.shuffle(paths)
+    for path in paths:
+        recorded = Recorded.load(path)
+        missing = sorted(set(settings.layers) - set(recorded.layers))
+        if missing:
+            raise ValueError(f"'{path}' has no hidden states of layers {missing}: record them anew")
+        by_length = np.argsort(recorded.sequences.lengths)
+        groups = [by_length[i : i + settings.batch_size] for i in range(0, len(by_length), settings.batch_size)]
+        if order is not None:
+            order.shuffle(groups)
+        for group in groups:
+            yield _batch(recorded, group)
+
+
+def _batch(recorded: Recorded, requests: np.ndarray) -> Batch:
+    sequences = recorded.sequences
+    lengths, prompts = sequences.lengths, sequences.prompt_lengths
+    layers_at, last_at = np.cumsum(lengths - 1) - (lengths - 1), np.cumsum(lengths - prompts) - (lengths - prompts)
+    size, width, hidden = len(requests), int(lengths[requests].max()), recorded.last.shape[1]
+    token_ids = torch.zeros(size, width, dtype=torch.int64)
+    drawn_from = torch.zeros(size, width, hidden)
+    drawn = torch.zeros(size, width, dtype=torch.bool)
+    features = {layer: torch.zeros(size, width, hidden) for layer in recorded.layers}
+    for row, request in enumerate(requests):
+        n, prompt = int(lengths[request]), int(prompts[request])
+        token_ids[row, :n] = torch.from_numpy(sequences.token_ids[request, :n].astype(np.int64))
+        drawn_from[row, prompt:n] = recorded.last[last_at[request] : last_at[request] + n - prompt].float()
+        drawn[row, prompt:n] = True
+        for layer, states in recorded.layers.items():
+            features[layer][row, : n - 1] = states[layers_at[request] : layers_at[request] + n - 1].float()
+    return Batch(token_ids, features, drawn_from, drawn)
+
+
+def _learning_rate(settings: TrainSettings, epoch: float) -> float:
+    share = epoch / settings.epochs
+    if share < 0.05:
+        return settings.learning_rate * share / 0.05
+    return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (share - 0.05) / 0.95)))
+
+
+def _save(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    moments = {str(index): dict(values) for index, values in optimizer.state_dict()["state"].items()}
+    save_state(
+        output / _STATE, {"head": dict(head.state_dict()), "optimizer": moments, "log": json.dumps(asdict(progress))}
+    )
+    (output / _LOG).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+
+
+def _resume(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, progress: Progress) -> int:
+    """Put back what `_save` left; returns how many epochs are done."""
+    if not (output / _STATE).is_file():
+        return 0
+    state = load_state(output / _STATE)
+    log = json.loads(state["log"])
+    if (
+        log["settings"] != json.loads(json.dumps(progress.settings))
+        or log["num_train_tokens"] != progress.num_train_tokens
+    ):
+        raise ValueError(
+            f"'{output}' holds a training with other settings or data: give another --output, or delete it"
+        )
+    head.load_state_dict(state["head"])
+    described = optimizer.state_dict()
+    described["state"] = {int(index): values for index, values in state["optimizer"].items()}
+    optimizer.load_state_dict(described)
+    progress.epochs = log["epochs"]
+    return len(progress.epochs)

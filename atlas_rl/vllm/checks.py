@@ -1,0 +1,76 @@
+"""What drafting inside vLLM cannot live with, said before any work is done and with what to change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from atlas_rl.core import SamplingParams, reject_unknown
+
+PROPOSER = "atlas_rl.vllm.proposer.AtlasProposer"
+NUM_SPECULATIVE_TOKENS = 16
+"""Most draft tokens per step. The controller decides how many of them are used."""
+
+_KNOWN_OPTIONS = ("draft_model",)
+
+
+def speculative_config(num_speculative_tokens: int = NUM_SPECULATIVE_TOKENS) -> dict[str, Any]:
+    """vLLM's `speculative_config` for our proposer."""
+    return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_speculative_tokens}
+
+
+def options_of(vllm_config: Any) -> dict[str, Any]:
+    """Our options in vLLM's `additional_config`; `ValueError` for one that does not exist."""
+    given = vllm_config.additional_config
+    options = dict(given.get("atlas_rl", {})) if isinstance(given, dict) else {}
+    reject_unknown(options, _KNOWN_OPTIONS, "additional_config['atlas_rl']")
+    return options
+
+
+_V2 = "atlas_rl drafts through vLLM's model runner V1: unset VLLM_USE_V2_MODEL_RUNNER"
+
+
+def check_environment() -> None:
+    """Raise `ValueError` where the environment asks for what our proposer cannot work in, before an engine is built."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() in ("1", "true"):
+        raise ValueError(_V2)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise `ValueError` for an engine configuration that our proposer cannot work in."""
+    checks = (
+        (vllm_config.use_v2_model_runner, _V2),
+        (
+            bool(vllm_config.scheduler_config.async_scheduling),
+            "atlas_rl drafts between steps, which asynchronous scheduling runs over: set async_scheduling=False",
+        ),
+        (
+            vllm_config.parallel_config.pipeline_parallel_size > 1,
+            "atlas_rl drafts on the rank that samples: set pipeline_parallel_size=1 and use tensor parallelism",
+        ),
+        (
+            vllm_config.speculative_config.rejection_sample_method == "synthetic",
+            "synthetic acceptance does not generate the policy's tokens: leave rejection_sample_method at its default",
+        ),
+    )
+    for wrong, message in checks:
+        if wrong:
+            raise ValueError(message)
+
+
+_OUR_OWN = ("n", "seed", "logprobs", "max_tokens", "detokenize", "ignore_eos", "stop", "stop_token_ids", "extra_args")
+_LOST = ("min_p", "logit_bias", "logits_processors", "prompt_logprobs", "logprob_token_ids")
+
+
+def check_sampling(sampling: SamplingParams, extra: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for sampling parameters that vLLM leaves out under speculation, or that we set ourselves."""
+    if sampling.min_p > 0:
+        raise ValueError(
+            "vLLM leaves min_p out under speculative decoding: use top_p, or AtlasRolloutEngine(backend='in_process')"
+        )
+    for name in extra:
+        if name in _LOST:
+            raise ValueError(f"vLLM leaves {name} out under speculative decoding: remove it from generation_kwargs")
+        if name in _OUR_OWN:
+            raise ValueError(f"{name} is set by the engine: remove it from generation_kwargs")

@@ -1,0 +1,135 @@
+"""A running engine's runner, drafter, weights and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from atlas_rl.vllm.internals.runner import Hooks
+
+
+class PolicyView(nn.Module):
+    """A loaded model as drafters read it: configuration, input and output embeddings `[vocab, hidden]`.
+
+    With tensor parallelism every rank holds a share of the vocabulary: `refresh` then collects copies, on all ranks
+    together, before the first use and after new weights (`stale`).
+    """
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        super().__init__()
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+        inputs = [table for table in tables if not isinstance(table, ParallelLMHead)] or tables
+        outputs = [table for table in tables if isinstance(table, ParallelLMHead)] or inputs
+        if not tables:
+            raise ValueError(f"{type(model).__name__} has no vocabulary embedding that drafters could read")
+        self.config = config
+        self.generation_config = SimpleNamespace(eos_token_id=getattr(config, "eos_token_id", None))
+        self.stale = True
+        self._sharded = inputs[0].tp_size > 1
+        self._inputs, self._outputs = _Table(inputs[0]), _Table(outputs[0])
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """The model has new weights."""
+        self.stale = True
+        if not self._sharded:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Read the embeddings anew; collective under tensor parallelism."""
+        self._inputs.read()
+        self._outputs.read()
+        self.stale = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Token ids to `[..., hidden]`."""
+        return self._inputs
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head's table."""
+        return self._outputs
+
+
+class _Table(nn.Module):
+    """One embedding; where it is sharded, its weight has a shape and no values before the first `read`."""
+
+    weight: torch.Tensor
+
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        self._read_from = [table]  # in a list: not a module of this one
+        weight = table.weight.data
+        if table.tp_size > 1:
+            weight = weight.new_empty(table.org_vocab_size, weight.shape[1])
+        self.register_buffer("weight", weight[: table.org_vocab_size], persistent=False)
+
+    def read(self) -> None:
+        table = self._read_from[0]
+        weight = table.weight.data
+        if table.tp_size > 1:
+            from vllm.distributed import tensor_model_parallel_all_gather
+
+            weight = tensor_model_parallel_all_gather(weight, dim=0)
+        self.weight = weight[: table.org_vocab_size]
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(token_ids, self.weight)
+
+
+def runner_of(llm: Any) -> Any:
+    """The model runner of an engine in this process; `ValueError` where the engine runs in another one."""
+    executor = getattr(llm.llm_engine, "model_executor", None)
+    worker = getattr(executor, "driver_worker", None)
+    if worker is None:
+        raise ValueError(
+            "this vLLM engine runs in another process: set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported, or "
+            "use a server (docs/vllm.md)"
+        )
+    return worker.model_runner
+
+
+def drafter_of(llm: Any) -> Hooks | None:
+    """Our proposer inside an engine of this process; None where it has none, or another one."""
+    drafter = getattr(runner_of(llm), "drafter", None)
+    return drafter if isinstance(drafter, Hooks) else None
+
+
+def tensor_parallel() -> tuple[int, int, Any]:
+    """Rank, size and group of tensor parallelism in this process."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    return group.rank_in_group, group.world_size, group
+
+
+def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Load new weights into the running engine and forget what was cached under the old ones.
+
+    On CPUs through the layer-wise reload: loading into the live model fails there, because weights were packed and dropped.
+
+    Args:
+        llm: An engine in this process.
+        weights: (name, tensor) pairs as in a checkpoint; read to its end, whatever happens.
+    """
+    runner = runner_of(llm)
+    iterator = iter(weights)
+    try:
+        if runner.device.type == "cpu":
+            runner.reload_weights(weights_iterator=iterator)
+        else:
+            for pair in iterator:
+                runner.get_model().load_weights([pair])
+    finally:
+        # TRL merges adapters before the first pair and unmerges them behind the last one.
+        for _ in iterator:
+            pass
+    llm.reset_prefix_cache()
+    drafter = drafter_of(llm)
+    if drafter is not None:
+        drafter.weights_changed()

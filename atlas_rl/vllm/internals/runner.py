@@ -1,0 +1,250 @@
+"""Hooks on the model runner: our sampler in place of vLLM's, timers, hidden states for the drafter."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.vllm.draw import Drawn, draw
+from atlas_rl.vllm.internals.repairs import repair_cpu_sampler
+from atlas_rl.vllm.internals.sampler import processed_logits, sampler_output
+from atlas_rl.vllm.internals.version import INSTALLED, KNOWN_VERSIONS, check_version, installed_version
+
+
+@dataclass(slots=True)
+class Request:
+    """A request as a worker knows it.
+
+    Attributes:
+        name: vLLM's name, which differs between ranks: a key of dictionaries on one rank, and nothing else.
+        num_prompt_tokens: Tokens of its prompt.
+        params: vLLM's sampling parameters.
+    """
+
+    name: str
+    num_prompt_tokens: int
+    params: Any
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rows of one forward.
+
+    Attributes:
+        requests: Row by row.
+        token_ids: int32 `[rows, max_model_len]`, all tokens that are committed.
+        lengths: int64 `[rows]`, how many those are.
+    """
+
+    requests: list[Request]
+    token_ids: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(slots=True)
+class Forward:
+    """What one forward of the policy left behind.
+
+    Attributes:
+        batch: Its rows, newly sampled tokens included.
+        sampled: Per row, the tokens just committed; none for a row whose prompt is not complete yet.
+        num_drafted: int64 `[rows]`, draft tokens that were verified.
+        first: int64 `[rows]`, the row's first entry in `hidden`.
+        hidden: `[positions, hidden]`, inputs of the LM head, outside of inference mode.
+        layers: Per layer that was asked for, `[tokens, hidden]`, inputs of it at every token of the forward.
+        spans: int64 `[rows, 3]`: the row's first token in `layers`, how many there are, and the position of the first.
+        drawn: What the sampler drew.
+    """
+
+    batch: Batch
+    sampled: list[list[int]]
+    num_drafted: np.ndarray
+    first: np.ndarray
+    hidden: torch.Tensor
+    layers: dict[int, torch.Tensor]
+    spans: np.ndarray
+    drawn: Drawn
+
+
+class Hooks(ABC):
+    """What a proposer implements to be called by the hooks of `install`."""
+
+    recorder: StepRecorder
+    layers: tuple[int, ...] = ()
+    """Layers of the policy whose inputs the drafter reads; known before the model is loaded."""
+
+    @abstractmethod
+    def keys(self, requests: list[Request]) -> np.ndarray:
+        """Noise keys: uint64 `[rows]`. Equal on every rank of a tensor-parallel group."""
+
+    @abstractmethod
+    def ended(self, names: set[str]) -> None:
+        """The engine has ended these requests."""
+
+    @abstractmethod
+    def weights_changed(self) -> None:
+        """The engine has new weights; called on every rank."""
+
+    @abstractmethod
+    def propose_after(self, forward: Forward) -> list[list[int]]:
+        """Draft tokens for every row, given what the last forward settled."""
+
+
+def install() -> None:
+    """Hook the model runner of this process; runners whose drafter is not ours are left alone."""
+    check_version()
+    repair_cpu_sampler()
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _check_signature(GPUModelRunner.propose_draft_token_ids, _PROPOSE_TAKES)
+    _check_signature(GPUModelRunner._sample, ("self", "logits", "spec_decode_metadata"))
+    classes: list[Any] = [GPUModelRunner]
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        classes.append(CPUModelRunner)
+    for runner_class in classes:
+        if INSTALLED in vars(runner_class):
+            continue
+        setattr(runner_class, INSTALLED, True)
+        for name, hook in _HOOKS.items():
+            if name in vars(runner_class):
+                setattr(runner_class, name, _hooked(vars(runner_class)[name], hook))
+
+
+def _check_signature(method: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    """A patch release may have changed what is hooked: then nothing here can be trusted."""
+    found = tuple(inspect.signature(inspect.unwrap(method)).parameters)
+    if found[: len(expected)] != expected:
+        raise ValueError(
+            f"vLLM {installed_version()} has another {method.__qualname__} than atlas_rl knows ({found}): install "
+            f"vLLM {', '.join(KNOWN_VERSIONS)}.0, or use AtlasRolloutEngine(backend='in_process')"
+        )
+
+
+def _hooked(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        drafter = getattr(runner, "drafter", None)
+        if not isinstance(drafter, Hooks):
+            return original(runner, *args, **kwargs)
+        return hook(functools.partial(original, runner), runner, drafter, *args, **kwargs)
+
+    return method
+
+
+def _load_model(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any, **kwargs: Any) -> Any:
+    if drafter.layers:
+        runner.use_aux_hidden_state_outputs = True
+    result = original(*args, **kwargs)
+    if drafter.layers:
+        runner.get_model().set_aux_hidden_state_layers(drafter.layers)
+    # vLLM stops drafting for the whole batch where one request comes near the end of the context. Our drafts are clipped.
+    runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 1
+    return result
+
+
+def _execute_model(original: Callable[..., Any], runner: Any, drafter: Hooks, scheduled: Any, *args: Any) -> Any:
+    drafter.ended(scheduled.finished_req_ids)
+    new = {request.req_id for request in scheduled.scheduled_new_reqs}
+    drafts = scheduled.scheduled_spec_decode_tokens
+    decodes = any(
+        count == 1 + len(drafts.get(name, ()))
+        for name, count in scheduled.num_scheduled_tokens.items()
+        if name not in new
+    )
+    with drafter.recorder.time("forward" if decodes else "prefill"):
+        output = original(scheduled, *args)
+        if runner.device.type != "cpu":
+            torch.accelerator.synchronize(runner.device)
+        return output
+
+
+def _sample_tokens(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> Any:
+    with drafter.recorder.time("commit"):
+        return original(*args)
+
+
+def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: torch.Tensor, spec: Any) -> Any:
+    assert spec is not None, "with a proposer every step has draft counts, zero included"
+    with drafter.recorder.time("sample"):
+        batch = _batch(runner)
+        runner.input_batch.update_async_output_token_ids()
+        metadata = runner.input_batch.sampling_metadata
+        processed, truncated = processed_logits(runner.rejection_sampler, logits, spec, metadata)
+        drawn = draw(
+            processed,
+            spec.draft_token_ids.cpu().numpy().astype(np.int64),
+            np.array(spec.num_draft_tokens, np.int64),
+            drafter.keys(batch.requests),
+            batch.lengths,
+            np.array([request.params.temperature < _GREEDY_BELOW for request in batch.requests]),
+            truncated,
+        )
+        runner._atlas_rl_drawn = drawn
+        return sampler_output(runner.rejection_sampler, logits, processed, drawn, metadata.max_num_logprobs)
+
+
+def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> list[list[int]]:
+    """In place of the runner's own call of the proposer, which passes neither hidden states nor requests."""
+    scheduled, sampled, _, _, hidden, layers, spec = args[:7]
+    batch = _batch(runner)
+    num_drafted = np.array(spec.num_draft_tokens, np.int64)
+    counts = num_drafted + 1
+    # What drafters keep is trained on later: outside of vLLM's inference mode, and in memory of its own.
+    with torch.inference_mode(False), torch.no_grad():
+        forward = Forward(
+            batch=batch,
+            sampled=sampled,
+            num_drafted=num_drafted,
+            first=np.cumsum(counts) - counts,
+            hidden=hidden.clone(),
+            layers={n: states.clone() for n, states in zip(drafter.layers, layers or (), strict=True)},
+            spans=_spans(runner, scheduled, batch),
+            drawn=runner._atlas_rl_drawn,
+        )
+        return drafter.propose_after(forward)
+
+
+_PROPOSE_TAKES = (
+    "self",
+    "scheduler_output",
+    "sampled_token_ids",
+    "sampling_metadata",
+    "hidden_states",
+    "sample_hidden_states",
+    "aux_hidden_states",
+    "spec_decode_metadata",
+)
+_GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
+_HOOKS: dict[str, Callable[..., Any]] = {
+    "load_model": _load_model,
+    "execute_model": _execute_model,
+    "sample_tokens": _sample_tokens,
+    "_sample": _sample,
+    "propose_draft_token_ids": _propose,
+}
+
+
+def _batch(runner: Any) -> Batch:
+    rows = runner.input_batch
+    requests = []
+    for name in rows.req_ids:
+        state = runner.requests[name]
+        requests.append(Request(name, state.num_prompt_tokens, state.sampling_params))
+    return Batch(requests, rows.token_ids_cpu, rows.num_tokens_no_spec[: len(requests)].astype(np.int64))
+
+
+def _spans(runner: Any, scheduled: Any, batch: Batch) -> np.ndarray:
+    counts = np.array([scheduled.num_scheduled_tokens[request.name] for request in batch.requests], np.int64)
+    computed = runner.input_batch.num_computed_tokens_cpu[: len(counts)].astype(np.int64)
+    return np.stack([np.cumsum(counts) - counts, counts, computed], axis=1)

@@ -1,0 +1,85 @@
+"""vLLM's processing of logits without its drawing, and its output made of what we drew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from atlas_rl.vllm.draw import Drawn, scores
+
+
+def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> tuple[torch.Tensor, bool]:
+    """vLLM's own logits processing, of every position: float32 `[positions, vocab]`, and whether some may be `-inf`."""
+    if _untouched(metadata):
+        return logits.float(), False
+    bonus, drafted = spec.bonus_logits_indices.long(), spec.target_logits_indices.long()
+    processed = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    with _not_drawing(sampler.sampler):
+        processed[bonus] = sampler.sampler(
+            logits=logits[bonus],
+            sampling_metadata=replace(metadata, max_num_logprobs=-1, logprob_token_ids=None),
+            predict_bonus_token=True,
+            logprobs_mode_override="processed_logits",
+        ).logprobs_tensors.logprobs
+    if len(drafted):
+        from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
+
+        own = sampler.apply_logits_processors(logits[drafted].float(), metadata, spec)
+        processed[drafted] = apply_sampling_constraints(own, spec.cu_num_draft_tokens, metadata)
+    return processed, True
+
+
+def _untouched(metadata: Any) -> bool:
+    """Whether the processed distribution is the softmax of the logits as they are."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        (metadata.all_greedy or bool((metadata.temperature == 1).all()))
+        and metadata.top_k is None
+        and metadata.top_p is None
+        and metadata.no_penalties
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and not any(getattr(processor, "min_toks", True) for processor in metadata.logitsprocs.all)
+        and (holder is None or not holder.has_tracked_requests())
+    )
+
+
+@contextmanager
+def _not_drawing(sampler: Any) -> Iterator[None]:
+    """Inside, vLLM's sampler processes logits and hands them over; the token it returns means nothing."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    module = sampler.topk_topp_sampler
+    forward = module.forward
+
+    def processing(
+        logits: torch.Tensor, generators: Any, k: torch.Tensor | None, p: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = apply_top_k_top_p(logits, k, p)
+        return torch.zeros(len(logits), dtype=torch.int64, device=logits.device), logits
+
+    module.forward = processing
+    try:
+        yield
+    finally:
+        module.forward = forward
+
+
+def sampler_output(
+    sampler: Any, logits: torch.Tensor, processed: torch.Tensor, drawn: Drawn, num_logprobs: int | None
+) -> Any:
+    """vLLM's `SamplerOutput` of the tokens we drew, with the logprobs that were asked for (None for none)."""
+    from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+
+    tokens = torch.from_numpy(drawn.token_ids).to(device=logits.device, dtype=torch.int32)
+    if num_logprobs is None:
+        return SamplerOutput(tokens, None)
+    scored = processed if sampler.is_processed_logprobs_mode else logits.float()
+    # Where what is scored is what was drawn from, its normaliser is known: no pass over the vocabulary for that.
+    known = drawn.logprobs if scored is processed else None
+    found = scores(scored, drawn, known, num_logprobs, as_logits=sampler.is_logits_logprobs_mode)
+    return SamplerOutput(tokens, LogprobsTensors(*found))

@@ -1,0 +1,83 @@
+"""What can happen to drafters inside a vLLM engine without an error, named at the step it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.speculators.base import Speculator
+
+_ENOUGH_DRAFTS = 32  # without a hit, where they used to hit at least every fifth time
+_USED_TO_HIT = 0.2
+_FADES = 0.8  # of what is remembered, per call
+_SAMPLE = 64  # values of each tensor that its fingerprint is made of
+
+
+class Watch:
+    """Compares every call with those before it."""
+
+    def __init__(self) -> None:
+        self._fingerprints: dict[str, torch.Tensor] = {}
+        self._lost: dict[str, None] = {}
+        self._hit_rate: dict[str, float] = {}
+
+    def remember(self, speculators: Mapping[str, Speculator]) -> None:
+        """The drafters' tensors are right now."""
+        self._fingerprints = {name: fingerprint(speculator) for name, speculator in speculators.items()}
+
+    def check(self, speculators: Mapping[str, Speculator]) -> None:
+        """Before a call or a refresh: have tensors changed since `remember`?"""
+        for name, speculator in speculators.items():
+            known, now = self._fingerprints.get(name), fingerprint(speculator)
+            if known is not None and (known.shape != now.shape or not torch.equal(known, now)):
+                self._lost[name] = None
+
+    def findings(self, recorder: StepRecorder, num_planned: int) -> Iterator[str]:
+        """Warnings about the call that has just ended.
+
+        Args:
+            recorder: What was verified.
+            num_planned: Draft tokens that were handed to vLLM.
+        """
+        for name in self._lost:
+            yield (
+                f"{name}: its tensors changed between two calls, though nobody trained them: lost to the engine's sleep "
+                "level 2, or overwritten; it drafts badly until its next refresh or a restart"
+            )
+        self._lost = {}
+        counts = recorder.draft_counts()
+        verified = sum(drafted for drafted, _ in counts.values())
+        if recorder.speculates and num_planned > 0 and verified == 0:
+            yield (
+                f"speculation is silently disabled: {num_planned} draft tokens were handed to vLLM and none was verified"
+            )
+        if recorder.speculates and not recorder.num_forwards and recorder.seconds("forward") > 0:
+            yield "speculation is silently disabled: vLLM decoded and never asked for drafts"
+        yield from self._collapsed(counts)
+
+    def _collapsed(self, counts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+        for name, (drafted, accepted) in counts.items():
+            used_to = self._hit_rate.get(name, 0.0)
+            if drafted >= _ENOUGH_DRAFTS and accepted == 0 and used_to >= _USED_TO_HIT:
+                yield (
+                    f"{name}: accepted length collapsed to 1.00: none of {drafted} drafts was accepted, {used_to:.0%} were "
+                    "before; it does not follow the policy any more"
+                )
+            if drafted:
+                self._hit_rate[name] = (
+                    _FADES * used_to + (1 - _FADES) * accepted / drafted if used_to else accepted / drafted
+                )
+
+
+def fingerprint(speculator: Speculator) -> torch.Tensor:
+    """A few values of every parameter that the speculator owns: float32 `[n]`."""
+    modules = [value for value in vars(speculator).values() if isinstance(value, nn.Module)]
+    parts = [
+        parameter.detach().reshape(-1)[:: max(1, parameter.numel() // _SAMPLE)].float().cpu()
+        for module in modules
+        for parameter in module.parameters()
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0)

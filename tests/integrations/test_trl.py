@@ -1,0 +1,294 @@
+"""The engine inside real TRL trainers: a few steps of GRPO and RLOO on a tiny policy, through both ways in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from atlas_rl import AtlasRolloutEngine
+from tests.models import tiny_llama
+
+WORDS = ["<pad>", "<eos>", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n"]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer whose vocabulary is the tiny policy's."""
+    base = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="a"))
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=base, pad_token="<pad>", eos_token="<eos>", unk_token="a", chat_template=template
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+def policy() -> Any:
+    model = tiny_llama(vocab=len(WORDS), seed=1, context=64)
+    model.config.pad_token_id = model.generation_config.pad_token_id = 0
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    return model
+
+
+def rewards(completions: list[str], **kwargs: Any) -> list[float]:
+    """Share of `b` among the words."""
+    return [completion.split().count("b") / max(1, len(completion.split())) for completion in completions]
+
+
+def arguments(kind: type, folder: Path, **options: Any) -> Any:
+    return kind(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=12,
+        max_steps=options.pop("max_steps", 3),
+        learning_rate=options.pop("learning_rate", 1e-3),
+        logging_steps=1,
+        report_to=options.pop("report_to", "none"),
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        beta=0.0,
+        **options,
+    )
+
+
+DATA = Dataset.from_list([{"prompt": text} for text in ("a b c", "d e", "f g h i", "c a")] * 4)
+
+
+def build(
+    kind: str, tokenizer: Any, folder: Path, *, rollout_func: Any = None, peft: bool = False, **options: Any
+) -> Any:
+    trainer_class, config_class = (GRPOTrainer, GRPOConfig) if kind == "grpo" else (RLOOTrainer, RLOOConfig)
+    extra: dict[str, Any] = {"rollout_func": rollout_func} if rollout_func is not None else {}
+    eval_dataset, reward_funcs = options.pop("eval_dataset", None), options.pop("reward_funcs", rewards)
+    if peft:
+        extra["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return trainer_class(
+        model=policy(),
+        reward_funcs=reward_funcs,
+        args=arguments(config_class, folder, **options),
+        train_dataset=DATA,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_attached_trainers_train(kind: str, peft: bool, tokenizer: Any, tmp_path: Path) -> None:
+    trainer = build(kind, tokenizer, tmp_path, peft=peft)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    engine = AtlasRolloutEngine(output_dir=tmp_path, console=False)
+    assert engine.attach(trainer, baseline_every=1) is engine
+    trainer.train()
+    assert len(engine.reports) == 3
+    assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters() if n in before)
+    for index, report in enumerate(engine.reports):
+        assert (report.step, report.policy_version, report.mode) == (index, index, "train")
+        assert report.num_requests == 8
+        assert report.num_tokens == sum(report.completion_lengths)
+        assert (report.baseline_tokens_per_s or 0) > 0
+        assert (report.step_s or 0) > report.generate_s
+        assert not report.warnings, "tokens must be the same without speculation"
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["num_tokens"] for row in rows] == [report.num_tokens for report in engine.reports]
+    logged = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert all(entry["atlas/tokens_per_s"] > 0 for entry in logged)
+
+
+def test_rollout_func_is_the_second_way_in(tokenizer: Any, tmp_path: Path) -> None:
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build("grpo", tokenizer, tmp_path, rollout_func=engine)
+    trainer.train()
+    assert [report.policy_version for report in engine.reports] == [0, 1, 2]
+    assert all(report.num_requests == 8 for report in engine.reports)
+
+
+def test_both_ways_in_generate_the_same(tokenizer: Any, tmp_path: Path) -> None:
+    """Learning rate 0: the policy stands still, so the rollouts of both ways must agree step by step."""
+    seen: dict[str, list[list[str]]] = {"attach": [], "rollout_func": []}
+    for way, log in seen.items():
+
+        def recording(completions: list[str], log: list[list[str]] = log, **kwargs: Any) -> list[float]:
+            log.append(list(completions))
+            return rewards(completions)
+
+        engine = AtlasRolloutEngine(console=False)
+        way_in = {"rollout_func": engine} if way == "rollout_func" else {}
+        trainer = build("grpo", tokenizer, tmp_path, reward_funcs=recording, learning_rate=0.0, **way_in)
+        if way == "attach":
+            engine.attach(trainer)
+        trainer.train()
+    assert seen["attach"] == seen["rollout_func"]
+    assert len({tuple(step) for step in seen["attach"]}) == 3, "every step has a seed of its own"
+
+
+def test_rows_and_rewards_line_up(tokenizer: Any, tmp_path: Path) -> None:
+    """A reward function sees each prompt beside its own completion: the policy's greedy answer to that prompt."""
+    reference = AtlasRolloutEngine(model=policy(), tokenizer=tokenizer, speculation=False, console=False)
+    checked = []
+
+    def check(
+        prompts: list[str], completions: list[str], completion_ids: list[list[int]], **kwargs: Any
+    ) -> list[float]:
+        for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
+            expected = reference.generate([tokenizer(prompt)["input_ids"]], max_new_tokens=12, temperature=0.0)
+            assert ids == expected.completion_ids[0]
+            assert completion == tokenizer.decode(ids, skip_special_tokens=True)
+            checked.append(prompt)
+        return [0.0] * len(prompts)
+
+    trainer = build(
+        "grpo", tokenizer, tmp_path, reward_funcs=check, max_steps=1, generation_kwargs={"temperature": 0.0}
+    )
+    AtlasRolloutEngine(console=False).attach(trainer)
+    trainer.train()
+    assert len(checked) == 8
+
+
+def test_importance_sampling_is_spared_in_process_and_kept_where_it_matters(tokenizer: Any, tmp_path: Path) -> None:
+    spared = build("grpo", tokenizer, tmp_path, max_steps=1)
+    AtlasRolloutEngine(console=False).attach(spared)
+    assert spared.vllm_importance_sampling_correction
+    spared.train()
+    assert not spared.vllm_importance_sampling_correction
+
+    kept = build("grpo", tokenizer, tmp_path, max_steps=2, top_p=0.7)
+    AtlasRolloutEngine(console=False).attach(kept)
+    kept.train()
+    assert kept.vllm_importance_sampling_correction
+
+    wanted = build("grpo", tokenizer, tmp_path, max_steps=2)
+    AtlasRolloutEngine(console=False, spare_importance_sampling=False).attach(wanted)
+    wanted.train()
+    log = next(entry for entry in wanted.state.log_history if "sampling/importance_sampling_ratio/mean" in entry)
+    assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+    assert log["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_evaluation_is_reported_apart(tokenizer: Any, tmp_path: Path) -> None:
+    trainer = build(
+        "grpo",
+        tokenizer,
+        tmp_path,
+        eval_dataset=DATA.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=2,
+    )
+    engine = AtlasRolloutEngine(console=False)
+    engine.attach(trainer)
+    trainer.train()
+    assert [report.mode for report in engine.reports].count("train") == 2
+    assert [report.mode for report in engine.reports].count("eval") == 1
+    evaluation = next(report for report in engine.reports if report.mode == "eval")
+    assert evaluation.num_requests == 16
+    assert any("eval_atlas/tokens_per_s" in entry for entry in trainer.state.log_history)
+
+
+def test_tensorboard_shows_the_figures(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = build("grpo", tokenizer, tmp_path, max_steps=2, report_to="tensorboard")
+    AtlasRolloutEngine(console=False).attach(trainer)
+    trainer.train()
+    files = sorted((tmp_path / "board").rglob("events.out*"))
+    tags = EventAccumulator(str(files[0].parent)).Reload().Tags()["scalars"]
+    assert {"train/atlas/tokens_per_s", "train/atlas/accepted_length"} <= set(tags)
+
+
+def test_a_resumed_step_has_the_seed_of_the_uninterrupted_run(tokenizer: Any, tmp_path: Path) -> None:
+    from atlas_rl.integrations.trl.adapter import TrainerAdapter
+
+    trainer = build("grpo", tokenizer, tmp_path)
+    first = TrainerAdapter(AtlasRolloutEngine(console=False), trainer, 0)
+    seeds = [first._seed(step, mode) for step, mode in ((0, "train"), (0, "train"), (1, "train"), (1, "eval"))]
+    resumed = TrainerAdapter(AtlasRolloutEngine(console=False), trainer, 0)
+    assert resumed._seed(1, "train") == seeds[2]
+    assert len(set(seeds)) == 4
+
+
+def test_bad_trainers_get_a_sentence_and_stay_as_they_were(tokenizer: Any, tmp_path: Path) -> None:
+    trainer = build("grpo", tokenizer, tmp_path, generation_kwargs={"num_beams": 2})
+    with pytest.raises(ValueError, match="num_beams"):
+        AtlasRolloutEngine(console=False).attach(trainer)
+    assert not trainer.use_vllm
+    assert not hasattr(trainer, "vllm_generation")
+
+    trainer = build("grpo", tokenizer, tmp_path)
+    AtlasRolloutEngine(console=False).attach(trainer)
+    with pytest.raises(ValueError, match="attach once"):
+        AtlasRolloutEngine(console=False).attach(trainer)
+
+    with pytest.raises(ValueError, match="GRPOTrainer"):
+        AtlasRolloutEngine(console=False).attach(object())
+
+    with pytest.raises(ValueError, match="baseline_every"):
+        AtlasRolloutEngine(console=False).attach(build("grpo", tokenizer, tmp_path), baseline_every=-1)
+
+
+def test_the_adapter_speaks_what_the_tool_loop_asks_for(tokenizer: Any, tmp_path: Path) -> None:
+    """The tool loop asks the engine's adapter for the context length and for further turns."""
+    trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
+    AtlasRolloutEngine(console=False).attach(trainer)
+    assert trainer.vllm_generation.llm.llm_engine.model_config.max_model_len == 64
+    prompt_ids, completion_ids, logprobs, token_ids = trainer.vllm_generation.generate(
+        prompts=[[2, 3, 4], [5, 6]], images=None, num_generations=1
+    )
+    assert prompt_ids == [[2, 3, 4], [5, 6]]
+    for ids, values, tokens in zip(completion_ids, logprobs, token_ids, strict=True):
+        assert [[token] for token in ids] == tokens
+        assert all(len(value) == 1 and value[0] <= 0 for value in values)
+    with pytest.raises(ValueError, match="images"):
+        trainer.vllm_generation.generate(prompts=[[2]], images=[["picture"]], num_generations=1)
+
+
+def test_a_resumed_run_gets_its_drafters_back(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def trainer(max_steps: int) -> Any:
+        made = build("grpo", tokenizer, tmp_path, max_steps=max_steps)
+        made.args.save_strategy, made.args.save_steps = "steps", 2
+        return made
+
+    first = trainer(2)
+    engine = AtlasRolloutEngine(console=False).attach(first)
+    first.train()
+    saved = tmp_path / "checkpoint-2" / "atlas_rl.safetensors"
+    assert saved.is_file()
+    second = trainer(3)
+    resumed = AtlasRolloutEngine(console=False).attach(second)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    before, after = engine.state_dict(), resumed.state_dict()
+    assert resumed.policy_version == 2
+    # Steps 0 and 1 came out of the checkpoint, step 2 was made since.
+    assert len(after["history"]["archive"]["tokens"]) > len(before["history"]["archive"]["tokens"]) > 100
+    assert after["recurrent"]["trained"]
+    assert after["recurrent"]["counts"].sum() > before["recurrent"]["counts"].sum() / 2
+
+
+def test_a_damaged_drafter_state_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    AtlasRolloutEngine(console=False).attach(trainer)
+    trainer.train()
+    saved = tmp_path / "checkpoint-1" / "atlas_rl.safetensors"
+    saved.write_bytes(saved.read_bytes()[:50])
+    again = build("grpo", tokenizer, tmp_path, max_steps=2)
+    AtlasRolloutEngine(console=False).attach(again)
+    with pytest.raises(ValueError, match="is damaged"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

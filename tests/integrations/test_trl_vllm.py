@@ -1,0 +1,164 @@
+"""TRL trainers that generate with vLLM through the engine: the two ways in, weights in sync, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from atlas_rl import AtlasRolloutEngine
+from atlas_rl.report.report import StepReport
+from tests import vllm_engines  # first: it skips this module where there is no vLLM
+from tests.integrations.test_trl import DATA, WORDS, arguments, rewards, word_tokenizer
+from tests.models import tiny_bigram
+
+__all__ = ["vllm_engines"]
+
+
+@pytest.fixture(autouse=True)
+def small_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL takes vLLM's defaults for a GPU: nothing of that is compiled or reserved for a policy of two layers."""
+    from trl.generation import vllm_generation
+
+    small = functools.partial(vllm_generation.LLM, enforce_eager=True, kv_cache_memory_bytes=64 << 20)
+    monkeypatch.setattr(vllm_generation, "LLM", small)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("policy")
+    model = tiny_bigram(vocab=len(WORDS), hidden=64, heads=2, kv_heads=2, context=64, seed=1, logit_std=3.0)
+    model.config.pad_token_id = model.generation_config.pad_token_id = 0
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def build(kind: str, folder: Path, tokenizer: Any, output: Path, *, peft: bool = False, **options: Any) -> Any:
+    trainer_class, config_class = (GRPOTrainer, GRPOConfig) if kind == "grpo" else (RLOOTrainer, RLOOConfig)
+    extra = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)} if peft else {}
+    return trainer_class(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        reward_funcs=rewards,
+        args=arguments(config_class, output, vllm_max_model_length=64, **options),
+        train_dataset=DATA,
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+def difference_to_policy(trainer: Any, engine: AtlasRolloutEngine) -> float:
+    """Largest difference in nats between the logprobs that vLLM returns and those of the trainer's own policy."""
+    adapter = trainer.vllm_generation
+    prompt = [2, 3, 4]
+    ids, completions, logprobs, _ = adapter.generate([prompt] * 4, None, 4)
+    worst = 0.0
+    for completion, own in zip(completions, logprobs, strict=True):
+        tokens = torch.tensor([[*prompt, *completion]])
+        with torch.no_grad():
+            logits = trainer.model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+        worst = max(worst, (expected - torch.tensor(own)[:, 0]).abs().max().item())
+    assert [*map(list, ids)] == [prompt] * 4
+    return worst
+
+
+@pytest.mark.parametrize(("kind", "peft"), [("grpo", False), ("grpo", True), ("rloo", False)])
+def test_attached_trainers_train_and_vllm_follows(
+    kind: str,
+    peft: bool,
+    folder: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    trainer = build(kind, folder, tokenizer, tmp_path, peft=peft, learning_rate=3e-2, max_steps=4)
+    engine = AtlasRolloutEngine(backend="vllm", output_dir=tmp_path, console=False)
+    assert engine.attach(trainer, baseline_every=1) is engine
+    trainer.train()
+    assert [report.policy_version for report in engine.reports] == [0, 1, 2, 3]
+    for report in engine.reports:
+        assert report.num_requests == 8
+        assert report.num_tokens == sum(report.completion_lengths)
+        assert report.sync_s > 0
+        assert (report.baseline_tokens_per_s or 0) > 0
+        assert (report.step_s or 0) > report.generate_s
+        assert not report.warnings, "tokens must be the same without speculation"
+    assert sum(report.num_audited_tokens for report in engine.reports) > 0, "against the trainer's own policy"
+    assert sum(sum(report.drafted.values()) for report in engine.reports) > 0
+    assert all(set(report.drafted) == {"history", "recurrent"} for report in engine.reports)
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert all({field.name for field in fields(StepReport)} <= set(row) for row in rows)
+    assert difference_to_policy(trainer, engine) > 1e-2, "the last update has not been synced yet"
+    trainer.vllm_generation.sync_weights()
+    assert difference_to_policy(trainer, engine) < 1e-3
+    assert engine.policy_version == 4
+
+
+def test_use_vllm_trainers_are_built_inside_the_engine(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    engine = AtlasRolloutEngine(console=False)
+    with engine.prepare_vllm(block_size=64):
+        trainer = build("grpo", folder, tokenizer, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=2)
+    assert trainer.vllm_generation.llm.llm_engine.vllm_config.cache_config.block_size == 64
+    engine.attach(trainer)  # backend="auto" follows the trainer
+    trainer.train()
+    assert len(engine.reports) == 2
+    with pytest.raises(ValueError, match="already generates with this engine"):
+        AtlasRolloutEngine(console=False).attach(trainer)
+
+
+def test_a_trainer_with_a_vllm_of_its_own_is_told_the_fix(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    trainer = build("grpo", folder, tokenizer, tmp_path, use_vllm=True, vllm_mode="colocate")
+    before = trainer.vllm_generation
+    with pytest.raises(ValueError, match=r"with engine\.prepare_vllm\(\): trainer = "):
+        AtlasRolloutEngine(console=False).attach(trainer)
+    assert trainer.vllm_generation is before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_p": 0.1}, "min_p"),
+        ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),
+        ({"generation_kwargs": {"n": 2}}, "n is set by the engine"),
+        ({"vllm_mode": "server"}, "server mode"),
+    ],
+    ids=str,
+)
+def test_what_vllm_cannot_honour_is_refused_first(
+    options: dict[str, Any],
+    message: str,
+    folder: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    trainer = build("grpo", folder, tokenizer, tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    assert not trainer.use_vllm
+
+
+def test_a_folder_is_enough_stand_alone(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, enforce_eager=True, dtype="float32"))
+    engine = AtlasRolloutEngine(model=folder, tokenizer=tokenizer, backend="vllm", console=False)
+    output = engine.generate([[2, 3, 4], [5, 6]], num_generations=3, max_new_tokens=20, seed=4)
+    assert all(tokens[-1] == 1 or len(tokens) == 20 for tokens in output.completion_ids), "the tokenizer's ending token"
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = AtlasRolloutEngine(model=policy, tokenizer=tokenizer, speculation=False, console=False)
+    expected = plain.generate([[2, 3, 4], [5, 6]], num_generations=3, max_new_tokens=20, seed=4)
+    assert output.completion_ids == expected.completion_ids

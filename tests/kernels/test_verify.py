@@ -1,0 +1,241 @@
+"""The verify kernel: interpreted (or on the GPU, where there is one) it is its reference, and its reference is exact.
+
+The reference's frequencies are tested by chi-square (seeded, false-alarm rate `FALSE_ALARM`); the kernel then has to choose
+token for token as the reference does, and as the engine's sampler does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from atlas_kernels.noise import Stream, exponentials, request_keys
+from atlas_kernels.verify import Verification, verify
+from atlas_kernels.verify_reference import noisy_scores, processed_logits
+from atlas_rl.sampling.verification import choose
+from tests.exact import CERTAIN, FALSE_ALARM
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+tl = pytest.importorskip("triton.language")
+noise_triton = pytest.importorskip("atlas_kernels.noise_triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def peaked(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
+    """Logits as a trained policy has them: a broad floor and a few likely tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(rows, vocab, generator=generator)
+    few = torch.randint(vocab, (rows, 4), generator=generator)
+    return logits.scatter(1, few, 14 + 2 * torch.randn(rows, 4, generator=generator))
+
+
+def rows_of(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise keys and positions of `rows` rows, among them large ones."""
+    keys = torch.from_numpy(request_keys(seed, rows).view(np.int64))
+    return keys, torch.arange(rows) * 1_000_003 % 2**31
+
+
+def run(
+    logits: torch.Tensor, implementation: str, drafts=None, row_starts=None, seed: int = 0, **options
+) -> Verification:
+    rows = len(logits)
+    keys, positions = rows_of(rows, seed)
+    drafts = torch.full((rows,), -1) if drafts is None else drafts
+    row_starts = torch.arange(rows + 1) if row_starts is None else row_starts
+    arguments = [tensor.to(DEVICE) for tensor in (logits, drafts, row_starts, keys, positions)]
+    return verify(*arguments, implementation=implementation, **options)
+
+
+def assert_same(logits: torch.Tensor, **options) -> Verification:
+    """The kernel's answer, once it is found to be the reference's."""
+    kernel, reference = run(logits, "triton", **options), run(logits, "reference", **options)
+    assert torch.equal(kernel.token_ids, reference.token_ids)
+    assert torch.equal(kernel.num_accepted, reference.num_accepted)
+    # float32 sums of up to 152k weights against float64 ones.
+    for name in ("logprobs", "entropies", "max_probs"):
+        torch.testing.assert_close(getattr(kernel, name), getattr(reference, name), rtol=1e-5, atol=1e-5)
+    return kernel
+
+
+# ------------------------------------------------------------------------------------------------------------- noise
+
+
+@triton.jit
+def draw(key, position, minima, lanes, excesses, STREAM: tl.constexpr):
+    blocks, tokens = tl.arange(0, 16), tl.arange(0, 2048)
+    minimum, lane = noise_triton.block_minima(tl.load(key), tl.load(position), blocks, STREAM)
+    tl.store(minima + blocks, minimum)
+    tl.store(lanes + blocks, lane)
+    tl.store(excesses + tokens, noise_triton.excesses(tl.load(key), tl.load(position), 0, STREAM, 2048))
+
+
+def test_the_kernel_draws_the_very_numbers_of_the_reference():
+    for seed, position, stream in [(0, 0, Stream.TARGET), (2**40 + 3, 2**31 + 5, Stream.RECOVER)]:
+        key = torch.from_numpy(request_keys(seed, 2)[1:].view(np.int64)).to(DEVICE)
+        at = torch.tensor([position], device=DEVICE)
+        minima, excesses = torch.empty(16, device=DEVICE), torch.empty(2048, device=DEVICE)
+        lanes = torch.empty(16, dtype=torch.int32, device=DEVICE)
+        draw[(1,)](key, at, minima, lanes, excesses, STREAM=int(stream))
+        e = minima.repeat_interleave(128) + excesses
+        e[torch.arange(16, device=DEVICE) * 128 + lanes] = minima
+        assert torch.equal(e[None], exponentials(key, at, int(stream), 2048))
+
+
+# ------------------------------------------------------------------------------------------- the kernel is the reference
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 257), (41, 257), (3, 8192), (3, 8193)])
+def test_awkward_shapes(rows, vocab):
+    assert_same(peaked(rows, vocab, seed=vocab))
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(49_152, "bfloat16"), (128_256, "float32"), (151_936, "bfloat16")])
+def test_whole_vocabularies(vocab, dtype):
+    assert_same(peaked(1, vocab, seed=vocab).to(getattr(torch, dtype)), temperature=0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_types_and_temperatures(dtype, temperature):
+    assert_same(peaked(3, 700, seed=1).to(dtype), temperature=temperature)
+
+
+def test_flat_rows():
+    """Every bound is close to the best score: where a bound that cuts off too early would show."""
+    assert_same(torch.zeros(3, 9000))
+
+
+def test_saturated_rows():
+    tokens = [0, 127, 128, 256]
+    logits = torch.full((5, 257), -1e30)
+    logits[range(4), tokens] = 1e30
+    logits[4] = 1e30  # all of the same huge logit: the entropy is that of a uniform row, not NaN
+    verified = assert_same(logits)
+    assert verified.token_ids[:4].tolist() == tokens
+    assert verified.logprobs[:4].tolist() == [0.0] * 4
+    assert verified.entropies[4].item() == pytest.approx(np.log(257), rel=1e-6)
+
+
+def test_one_allowed_token_by_infinities_and_by_the_mask():
+    tokens = torch.tensor([0, 300, 8999])
+    logits = peaked(3, 9000)
+    allowed = torch.zeros(3, 9000, dtype=torch.bool).scatter(1, tokens[:, None], True)
+    by_mask = assert_same(logits, allowed=allowed.to(DEVICE))
+    by_infinity = assert_same(logits.masked_fill(~allowed, float("-inf")))
+    for verified in (by_mask, by_infinity):
+        assert verified.token_ids.tolist() == tokens.tolist()
+        assert verified.logprobs.tolist() == [0.0] * 3
+        assert verified.max_probs.tolist() == [1.0] * 3
+
+
+def test_the_mask_is_obeyed_and_renormalises():
+    allowed = torch.rand(3, 600, generator=torch.Generator().manual_seed(1)) < 0.05
+    verified = assert_same(peaked(3, 600), allowed=allowed.to(DEVICE), temperature=1.3)
+    assert allowed[torch.arange(3), verified.token_ids.cpu()].all()
+
+
+def test_a_row_without_an_allowed_token_says_so():
+    for implementation in ("triton", "reference"):
+        verified = run(torch.full((1, 300), float("-inf")), implementation)
+        assert verified.token_ids.tolist() == [0]
+        assert verified.logprobs.isnan().all()
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+    logits = torch.zeros(2, 9000)
+    logits[0, [4000, 8500]] = 3.0
+    assert assert_same(logits, temperature=0).token_ids.tolist() == [4000, 0]
+
+
+def test_logits_with_padding_between_rows():
+    logits = peaked(2, 300)
+    padded = torch.full((2, 512), 99.0)
+    padded[:, :300] = logits
+    assert torch.equal(assert_same(padded[:, :300]).token_ids, run(logits, "reference").token_ids)
+
+
+# ---------------------------------------------------------------------------------------------------- accepted counts
+
+
+def test_accepted_counts():
+    """Requests with no drafts, all accepted, all rejected, one right after a wrong one; and one without rows."""
+    logits = peaked(11, 257, seed=3)
+    own = run(logits, "reference").token_ids.cpu()
+    wrong = (own + 1) % 257
+    drafts = torch.tensor([-1, own[1], own[2], -1, wrong[4], wrong[5], -1, own[7], wrong[8], own[9], -1])
+    verified = assert_same(logits, drafts=drafts, row_starts=torch.tensor([0, 1, 4, 7, 7, 11]))
+    assert verified.num_accepted.tolist() == [0, 2, 0, 0, 1]
+    assert torch.equal(verified.token_ids.cpu(), own)  # whatever is drafted
+
+
+def test_no_rows():
+    verified = run(torch.empty(0, 257), "triton", row_starts=torch.zeros(1, dtype=torch.int64))
+    assert verified.token_ids.shape == verified.num_accepted.shape == (0,)
+
+
+# ------------------------------------------------------------------------------------------------------- the sampler
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_the_reference_chooses_as_the_engine_does(temperature):
+    logits = torch.cat([peaked(300, 1003, seed=4), torch.randn(300, 1003, generator=torch.Generator().manual_seed(5))])
+    keys, positions = rows_of(600)
+    probs = (logits / torch.tensor(temperature)).softmax(dim=-1)
+    engine = choose(probs, keys.numpy().view(np.uint64), positions.numpy(), Stream.TARGET, greedy=False)
+    assert np.array_equal(engine, run(logits, "reference", temperature=temperature).token_ids.cpu().numpy())
+
+
+def frequencies_p_value(token_ids: torch.Tensor, logits: torch.Tensor) -> float:
+    expected = logits.double().softmax(dim=-1) * len(token_ids)
+    return float(stats.chisquare(np.bincount(token_ids, minlength=len(logits)), expected.numpy()).pvalue)
+
+
+def test_the_reference_is_exact_and_a_biased_one_is_caught():
+    rows, logits = 40_000, torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    keys = torch.from_numpy(request_keys(9, 400).view(np.int64)).repeat_interleave(100)
+    positions = torch.arange(100).repeat(400)
+    drafts, starts = torch.zeros(rows, dtype=torch.int64), torch.arange(rows + 1)
+    verified = verify(logits.repeat(rows, 1), drafts, starts, keys, positions, implementation="reference")
+    assert frequencies_p_value(verified.token_ids, logits) > FALSE_ALARM
+    assert frequencies_p_value(verified.token_ids, 1.05 * logits) < CERTAIN
+
+
+def test_float32_probabilities_and_float64_scores_differ_in_near_ties_only():
+    """What the docstring of `verify` claims of the engine's sampler: the margin bounds the disagreement."""
+    logits = torch.randn(2000, 257, generator=torch.Generator().manual_seed(6))
+    keys, positions = rows_of(2000)
+    scores = noisy_scores(processed_logits(logits, 1.0, None), keys, positions, Stream.TARGET)
+    best = scores.topk(2, dim=-1)
+    engine = choose(logits.softmax(-1), keys.numpy().view(np.uint64), positions.numpy(), Stream.TARGET, greedy=False)
+    differs = torch.from_numpy(engine) != best.indices[:, 0]
+    assert (best.values[:, 0] - best.values[:, 1])[differs].le(1e-6).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"logits": torch.zeros(2, 5, dtype=torch.float64)}, "logits must be"),
+        ({"keys": torch.zeros(3, dtype=torch.int64)}, "keys must be"),
+        ({"positions": torch.zeros(2)}, "positions must be"),
+        ({"row_starts": torch.zeros(2)}, "row_starts must be"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"allowed": torch.zeros(2, 4, dtype=torch.bool)}, "allowed must be"),
+        ({"implementation": "cuda"}, "implementation must be"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, says):
+    zeros = torch.zeros(2, dtype=torch.int64)
+    arguments = {
+        "logits": torch.zeros(2, 5),
+        "draft_token_ids": zeros,
+        "row_starts": torch.tensor([0, 2]),
+        "keys": zeros,
+        "positions": zeros,
+    }
+    with pytest.raises(ValueError, match=says):
+        verify(**(arguments | change))

@@ -1,0 +1,118 @@
+"""What an engine keeps and leaves behind: exceptions, policy versions, saved state."""
+
+from __future__ import annotations
+
+import pytest
+
+from atlas_rl import AtlasRolloutEngine
+from atlas_rl.controller.base import FixedController
+from atlas_rl.speculators.draft_lm import DraftLM
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from tests.drafters import RandomDrafter
+from tests.engines import VOCAB, engine_of, fixed, generate, policy, state_of
+from tests.models import tiny_gpt2, tiny_llama
+
+
+class Exploding(RandomDrafter):
+    """Works for three calls of one of its methods, then raises."""
+
+    name = "exploding"
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.calls = where, 0
+
+    def _tick(self, where):
+        self.calls += where == self.where
+        if self.calls == (1 if self.where == "start" else 4) and where == self.where:
+            raise RuntimeError(f"boom in {where}")
+
+    def start(self, sequences, requests):
+        self._tick("start")
+
+    def propose(self, sequences, requests, max_draft_tokens):
+        self._tick("propose")
+        return super().propose(sequences, requests, max_draft_tokens)
+
+    def observe(self, sequences, verified):
+        self._tick("observe")
+
+
+@pytest.mark.parametrize("where", ["start", "propose", "observe"])
+def test_an_exception_of_a_speculator_is_not_hidden_and_leaves_no_trace(where):
+    model = tiny_gpt2(seed=17)
+    model.train()
+    model.transformer.h[0].eval()
+    before = state_of(model)
+    wanted = generate(engine_of(model, speculation=False)).completion_ids
+    speculators = [Exploding(where), HistorySpeculator(), DraftLM(tiny_llama(seed=12), VOCAB)]
+    engine = engine_of(model, speculators=speculators)
+    engine._controller = FixedController([s.name for s in speculators], "exploding", 3)
+    with pytest.raises(RuntimeError, match=f"boom in {where}"):
+        generate(engine)
+    assert state_of(model) == before
+    assert engine.reports == []
+    assert generate(engine).completion_ids == wanted
+    assert state_of(model) == before
+
+
+def test_a_policy_update_moves_the_version_and_refreshes():
+    class Listener(RandomDrafter):
+        refreshed = ()
+
+        def refresh(self, rollouts, policy_version):
+            self.refreshed += ((len(rollouts.sequences.lengths), rollouts.sequences.policy_version, policy_version),)
+
+    listener = Listener()
+    engine = engine_of(speculators=[listener])
+    engine.policy_updated()  # nothing to learn from yet
+    assert engine.policy_version == 1
+    assert generate(engine).report.policy_version == 1
+    engine.policy_updated()
+    assert generate(engine, [[1]]).report.policy_version == 2
+    engine.policy_updated(version=7)
+    output = generate(engine)
+    assert output.report.policy_version == 7
+    assert output.report.refresh_s > 0
+    assert listener.refreshed == ((10, 1, 2), (2, 2, 7))
+    assert generate(engine).report.refresh_s == 0
+
+
+def test_the_history_learns_from_one_step_to_the_next():
+    engine = fixed(HistorySpeculator(), 6)
+    first = generate(engine).report
+    engine.policy_updated()
+    assert generate(engine).report.accepted_length > first.accepted_length + 0.5
+
+
+def test_state_makes_a_resumed_run_draft_as_well():
+    engine = fixed(HistorySpeculator(), 6)
+    generate(engine)
+    engine.policy_updated()
+    state = engine.state_dict()
+    assert set(state) == {"history"}
+    first, resumed, cold = generate(engine), fixed(HistorySpeculator(), 6), fixed(HistorySpeculator(), 6)
+    resumed.load_state_dict(state)
+    again = generate(resumed)
+    assert again.completion_ids == first.completion_ids
+    assert again.report.accepted == first.report.accepted
+    assert generate(cold).report.accepted["history"] < again.report.accepted["history"]
+
+
+def test_state_waits_for_an_engine_that_has_not_met_its_policy():
+    engine = engine_of()
+    generate(engine)
+    state = engine.state_dict()
+    attached = AtlasRolloutEngine(console=False)
+    attached.load_state_dict(state)
+    assert attached.state_dict() == state
+    attached._model = policy()  # what `attach` passes with every rollout
+    generate(attached, [[1]], max_new_tokens=1)
+    history = attached._speculators["history"]
+    assert history.num_archived_tokens == engine._speculators["history"].num_archived_tokens > 0
+
+
+def test_the_state_of_another_speculator_is_refused():
+    with pytest.raises(ValueError, match=r"\['mute'\].*lacks.*history"):
+        engine_of().load_state_dict({"mute": {"depth": 3}})
+    engine_of().load_state_dict({"mute": {}})  # it had nothing to restore

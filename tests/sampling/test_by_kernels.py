@@ -1,0 +1,231 @@
+"""Dispatch to kernels: on a CPU nothing changes; where kernels run (here: interpreted) every decision is the eager one."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from atlas_kernels.noise import request_keys
+from atlas_rl import AtlasRolloutEngine
+from atlas_rl.controller.base import FixedController
+from atlas_rl.core import Draft, SamplingParams, Sequences
+from atlas_rl.rollout import engine as engine_module
+from atlas_rl.sampling import by_kernels as fused
+from atlas_rl.sampling.by_kernels import FusedVerifier, verifier_on
+from atlas_rl.sampling.verification import DrafterInvariant, RejectionSampling
+from atlas_rl.speculators.drawing import ReducedDraft
+from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
+from atlas_rl.speculators.recurrent import speculator as recurrent
+from tests.models import tiny_bigram, tiny_llama
+from tests.speculators.test_recurrent import drafter
+
+VOCAB, PROMPT = 300, 6
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+DEVICE = CUDA if torch.cuda.is_available() else CPU
+
+
+@pytest.fixture
+def interpreted():
+    """Kernels on the CPU, one by one."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    return {"implementation": "triton"}
+
+
+def case(lengths: Sequence[int], sampling: SamplingParams, *, with_probs: bool, seed: int = 0):
+    """Logits, and drafts of these lengths drawn from a disturbed copy of them, for every other request of a call."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, width = len(lengths), max(lengths, default=0)
+    requests = 2 * np.arange(batch)
+    tokens = np.zeros((2 * batch, 40), np.int32)
+    tokens[:, :PROMPT] = np.random.default_rng(seed).integers(VOCAB, size=(2 * batch, PROMPT))
+    sequences = Sequences(
+        token_ids=tokens,
+        lengths=np.full(2 * batch, PROMPT),
+        prompt_lengths=np.full(2 * batch, PROMPT),
+        prompt_keys=np.zeros(2 * batch, np.int64),
+        noise_keys=request_keys(seed, 2 * batch),
+        sampling=sampling,
+        vocab_size=VOCAB,
+        policy_version=0,
+    )
+    rows = sum(lengths) + batch
+    logits = 3 * torch.randn(rows, VOCAB, generator=generator)
+    draft = Draft(np.zeros((batch, width), np.int64), np.array(lengths), np.full((batch, width), 0.5, np.float32))
+    q = torch.zeros(batch, width, VOCAB)
+    first = 0
+    for row, length in enumerate(lengths):
+        near = logits[first : first + length] + 0.7 * torch.randn(length, VOCAB, generator=generator)
+        q[row, :length] = near.softmax(dim=-1)
+        if length:
+            draft.token_ids[row, :length] = q[row, :length].multinomial(1, generator=generator)[:, 0]
+        first += length + 1
+    if with_probs:
+        draft.draft_probs = q.to(DEVICE)
+    return logits.to(DEVICE), draft, sequences, requests
+
+
+SAMPLINGS = {
+    "plain": {},
+    "cold": {"temperature": 0.6},
+    "greedy": {"temperature": 0.0},
+    "truncated": {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 1.2},
+    "penalty": {"repetition_penalty": 1.4, "temperature": 0.8},
+    "greedy with a penalty": {"repetition_penalty": 1.4, "temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "with_probs", "sampling"),
+    [
+        *((DrafterInvariant, False, name) for name in SAMPLINGS),
+        (RejectionSampling, False, "cold"),
+        (RejectionSampling, False, "greedy"),
+        (RejectionSampling, True, "plain"),
+        (RejectionSampling, True, "truncated"),
+    ],
+)
+def test_outcomes_are_those_of_the_eager_form(interpreted, form, with_probs, sampling):
+    assert_same_outcome(interpreted, form, with_probs, sampling, [2, 0, 1])
+
+
+@pytest.mark.parametrize("form", [DrafterInvariant, RejectionSampling])
+def test_no_drafts_at_all(interpreted, form):
+    assert_same_outcome(interpreted, form, False, "plain", [0, 0])
+
+
+def assert_same_outcome(interpreted, form, with_probs, sampling, lengths):
+    outcomes = []
+    for verifier in (form(), FusedVerifier(form(), **interpreted)):
+        params = SamplingParams(max_new_tokens=8, **SAMPLINGS[sampling])
+        outcomes.append(verifier.verify(*case(lengths, params, with_probs=with_probs)))
+    eager, kernel = outcomes
+    assert np.array_equal(eager.num_accepted, kernel.num_accepted)
+    assert np.array_equal(eager.token_ids, kernel.token_ids)
+    for name in ("logprobs", "entropies", "max_probs"):
+        np.testing.assert_allclose(getattr(kernel, name), getattr(eager, name), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", [DrafterInvariant, RejectionSampling])
+def test_many_rows_decide_alike(form):
+    """By the kernels' references, which the kernels are tested to be: 2,400 drafted positions."""
+    lengths = [4] * 600
+    params = SamplingParams(max_new_tokens=8)
+    eager = form().verify(*case(lengths, params, with_probs=form is RejectionSampling))
+    fused_ = FusedVerifier(form(), "reference").verify(*case(lengths, params, with_probs=form is RejectionSampling))
+    assert np.array_equal(eager.num_accepted, fused_.num_accepted)
+    assert np.array_equal(eager.token_ids, fused_.token_ids)
+    assert eager.num_accepted.sum() > 100
+
+
+# -------------------------------------------------------------------------------------------------------- who dispatches
+
+
+def test_on_a_cpu_and_without_triton_the_eager_form_stays(monkeypatch):
+    form = DrafterInvariant()
+    assert verifier_on(CPU, form) is form
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert verifier_on(CUDA, form) is form
+
+
+@pytest.mark.parametrize("form", [DrafterInvariant, RejectionSampling])
+def test_on_cuda_with_triton_the_kernels_do_it(form):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    verifier = verifier_on(CUDA, form())
+    assert isinstance(verifier, FusedVerifier)
+    assert verifier.couples_noise == form.couples_noise
+
+
+def test_a_form_of_somebody_elses_is_not_replaced(monkeypatch):
+    class Own(RejectionSampling):
+        """Decides otherwise."""
+
+    monkeypatch.setattr(fused, "kernels_run_on", lambda device: True)
+    form = Own()
+    assert verifier_on(CPU, form) is form
+
+
+def generated(model, verification, speculators, num_generations=1, max_new_tokens=6, **options):
+    name = speculators[0].name
+    engine = AtlasRolloutEngine(
+        model=model,
+        speculators=speculators,
+        controller=FixedController([name], name, 3),
+        verification=verification,
+        console=False,
+    )
+    options |= {"num_generations": num_generations, "max_new_tokens": max_new_tokens, "eos_token_ids": [17]}
+    for seed in (4, 5):
+        output = engine.generate([[5, 9, 2], [7]], seed=seed, **options)
+        engine.policy_updated()
+    return output
+
+
+@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypatch, verification):
+    model = tiny_llama(seed=5)
+    eager = generated(model, verification, [Fp4SelfSpeculator()])
+    calls = []
+
+    def dispatched(device, form):
+        calls.append(device)
+        return FusedVerifier(form, **interpreted)
+
+    monkeypatch.setattr(engine_module, "verifier_on", dispatched)
+    by_kernels = generated(model, verification, [Fp4SelfSpeculator()])
+    assert calls
+    assert by_kernels.completion_ids == eager.completion_ids
+    assert by_kernels.report.drafted == eager.report.drafted
+    assert by_kernels.report.accepted == eager.report.accepted
+    for ours, theirs in zip(by_kernels.logprobs, eager.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("verification", "options"),
+    [("invariant", {"temperature": 0.9}), ("rejection", {}), ("invariant", {"temperature": 0.0})],
+)
+def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkeypatch, verification, options):
+    model = tiny_bigram()
+    options |= {"num_generations": 3, "max_new_tokens": 12}
+    eager = generated(model, verification, [drafter()], **options)
+    draw_all, calls = ReducedDraft.draw_all, []
+
+    def counted(self, *arguments):
+        calls.append(len(arguments))
+        draw_all(self, *arguments, **interpreted)
+
+    monkeypatch.setattr(recurrent, "kernels_run_on", lambda device: True)
+    monkeypatch.setattr(ReducedDraft, "draw_all", counted)
+    by_kernel = generated(model, verification, [drafter()], **options)
+    assert calls
+    assert by_kernel.completion_ids == eager.completion_ids
+    assert by_kernel.report.drafted == eager.report.drafted
+    assert by_kernel.report.accepted == eager.report.accepted
+
+
+@pytest.mark.parametrize(("options", "by_kernel"), [({}, True), ({"top_k": 5}, False), ({"temperature": 0.0}, True)])
+def test_truncated_sampling_stays_eager(options, by_kernel):
+    sampling = SamplingParams(max_new_tokens=8, **options)
+    _, _, sequences, requests = case([1, 1], sampling, with_probs=False)
+    new = functools.partial(ReducedDraft, sequences, requests, 2, np.arange(9), couples_noise=True)
+    assert new().by_kernel == by_kernel
+    assert new(argmax=True).by_kernel == sampling.greedy
+
+
+def test_nothing_here_loads_triton_on_a_cpu():
+    """`import atlas_rl` does not (tests/test_package.py); drafting and verifying on a CPU does not either."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"  # importing it now raises
+        "from tests.models import tiny_llama; from atlas_rl import AtlasRolloutEngine\n"
+        "engine = AtlasRolloutEngine(model=tiny_llama(), draft_model='fp4', console=False)\n"
+        "print(len(engine.generate([[1, 2]], max_new_tokens=4, eos_token_ids=[], seed=1).completion_ids[0]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "4"
