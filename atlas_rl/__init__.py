@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atlas_rl.core import SamplingParams
+    from atlas_rl.engine import AtlasRolloutEngine
     from atlas_rl.report.report import StepReport
-    from atlas_rl.rollout.engine import AtlasRolloutEngine, GenerationOutput
+    from atlas_rl.rollout.engine import GenerationOutput
 
 __version__ = "0.1.0"
 __all__ = ["AtlasRolloutEngine", "GenerationOutput", "SamplingParams", "StepReport", "__version__"]
 
 _HOME = {
-    "AtlasRolloutEngine": "atlas_rl.rollout.engine",
+    "AtlasRolloutEngine": "atlas_rl.engine",
     "GenerationOutput": "atlas_rl.rollout.engine",
     "SamplingParams": "atlas_rl.core",
     "StepReport": "atlas_rl.report.report",

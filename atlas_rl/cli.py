@@ -116,6 +116,7 @@ def train_speculator(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from atlas_rl.policy.view import InProcessView
     from atlas_rl.speculators.eagle3.checkpoint import default_layers, save_eagle3
     from atlas_rl.training.eagle3 import TrainSettings, train
 
@@ -143,7 +144,7 @@ def train_speculator(args: argparse.Namespace) -> None:
         learning_rate=args.learning_rate,
         seed=args.seed,
     )
-    head = train(policy, calls, work, settings, say=lambda line: print(line, flush=True))
+    head = train(InProcessView(policy), calls, work, settings, say=lambda line: print(line, flush=True))
     save_eagle3(args.output, head, policy)
     log = json.loads((work / "training.json").read_text()) | {"max_new_tokens": args.max_new_tokens}
     (args.output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
@@ -160,7 +161,7 @@ def generate(
 ) -> list[Path]:
     """Continue every prompt once, recording hidden states; calls that are there already are kept."""
     from atlas_rl import AtlasRolloutEngine
-    from atlas_rl.replay.replay import RecordingSpeculator, recorded_calls
+    from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
     from atlas_rl.speculators.history.speculator import HistorySpeculator
 
     batches = [prompts[i : i + args.generate_batch] for i in range(0, len(prompts), args.generate_batch)]

@@ -9,17 +9,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from atlas_kernels.noise import Stream, draft_keys
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _whole(value: object) -> bool:
@@ -185,7 +183,7 @@ class Draft:
         return Draft(self.token_ids[rows], self.lengths[rows], self.confidence[rows], draft_probs)
 
     def spread(self, rows: np.ndarray, batch: int) -> Draft:
-        """This draft as one for a batch of which it covers `rows` (int64, one per row of the draft); none elsewhere."""
+        """Scatter this draft into a batch of `batch` rows: row i goes to `rows[i]`, all other rows are empty."""
         if len(rows) == batch:
             return self
         width = self.token_ids.shape[1]
@@ -199,25 +197,68 @@ class Draft:
         return Draft(token_ids, lengths, confidence, draft_probs)
 
 
-@dataclass(slots=True)
-class Hidden:
-    """The policy's hidden states at the positions of one forward, for speculators that ask for them.
-
-    Request (or prompt) `i` of the call that hands them over has its positions at `first[i]`, `first[i] + 1`, ...
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a speculator needs of the policy's forwards. Known when the speculator is bound, and fixed from then on.
 
     Attributes:
-        first: int64 `[batch]`.
-        last: `[num_positions, hidden]`, input of the policy's LM head; None where no speculator reads it.
-        layers: Per layer that a speculator asked for, `[num_positions, hidden]`: the input of decoder layer `i`, which is
+        head_inputs: `Hidden.head_inputs`, of verified positions.
+        layers: Decoder layers for `Hidden.layers`, of prompts and of verified positions.
+        cache: The policy's own attention cache.
+    """
+
+    head_inputs: bool = False
+    layers: tuple[int, ...] = ()
+    cache: bool = False
+
+    @staticmethod
+    def of(each: Iterable[Needs]) -> Needs:
+        """What several speculators need together; layers ascend."""
+        all_of_them = list(each)
+        return Needs(
+            any(needs.head_inputs for needs in all_of_them),
+            tuple(sorted({layer for needs in all_of_them for layer in needs.layers})),
+            any(needs.cache for needs in all_of_them),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """The policy's hidden states at the positions of one forward, for speculators that need them.
+
+    Request (or prompt) `i` of the call that hands them over has its positions at `starts[i]`, `starts[i] + 1`, ...
+
+    Attributes:
+        starts: int64 `[batch]`.
+        head_inputs: `[num_positions, hidden]`, input of the policy's LM head; `[0, 0]` where no speculator needs it.
+        layers: Per layer that a speculator needs, `[num_positions, hidden]`: the input of decoder layer `i`, which is
             what `i` layers have made of the embedding.
     """
 
-    first: np.ndarray
-    last: torch.Tensor | None
+    starts: np.ndarray
+    head_inputs: torch.Tensor
     layers: dict[int, torch.Tensor]
 
+    @staticmethod
+    def none() -> Hidden:
+        """No states of anything: nobody needs them."""
+        return Hidden(np.zeros(0, np.int64), torch.zeros(0, 0), {})
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Hidden states of whole prompts.
+
+    Attributes:
+        groups: Per prompt int64 `[n]`, the requests that have it.
+        hidden: Layers at every position of the prompts; prompt `i` begins at `hidden.starts[i]`.
+    """
+
+    groups: Sequence[np.ndarray] = ()
+    hidden: Hidden = field(default_factory=Hidden.none)
+
+
+@dataclass(frozen=True, slots=True)
 class Verified:
     """What one target forward settled, handed to every speculator whether or not its draft was used.
 
@@ -230,8 +271,8 @@ class Verified:
         num_accepted: int64 `[batch]`, accepted draft tokens.
         num_drafted: int64 `[batch]`, draft tokens that were verified.
         finished: bool `[batch]`, requests that end with this step; they never appear again.
-        hidden: Hidden states at the verified positions: entry `first[i] + j` is what token `j` of request `i` was drawn
-            from. None where no speculator reads them. Entries past the committed tokens mean nothing.
+        hidden: Hidden states at the verified positions: entry `starts[i] + j` is what token `j` of request `i` was drawn
+            from. Entries past the committed tokens mean nothing.
     """
 
     requests: np.ndarray
@@ -240,7 +281,7 @@ class Verified:
     num_accepted: np.ndarray
     num_drafted: np.ndarray
     finished: np.ndarray
-    hidden: Hidden | None = None
+    hidden: Hidden = field(default_factory=Hidden.none)
 
     def outcome_of(self, draft: Draft, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What the committed tokens say about a draft, whether or not it was the one that was verified.
@@ -262,7 +303,7 @@ class Verified:
         return np.minimum(right + 1, reach), right
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Rollouts:
     """Finished rollouts of one generation call, for `Speculator.refresh`.
 

@@ -7,16 +7,17 @@ the request in a row. Everything about a request but its cache row lives in `Seq
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from atlas_rl.controller.base import Admission, Controller, Step
-from atlas_rl.core import Draft, Hidden, Sequences, Verified
+from atlas_rl.controller.base import Controller
+from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
+from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.propose import Proposing, merge
-from atlas_rl.policy.base import Backend, Segments, Taps
+from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.verification import Outcome, Verifier
 from atlas_rl.speculators.base import Speculator
@@ -28,7 +29,7 @@ class DecodeLoop:
     """Generates every request of one call.
 
     Args:
-        backend: Runs the policy; its session is open with at least `num_rows` rows.
+        runner: Runs the policy; its session is open with at least `num_rows` rows.
         verifier: Turns logits and drafts into committed tokens.
         speculators: By name, in the controller's order; empty for plain decoding.
         controller: Plans each step; None for plain decoding.
@@ -40,7 +41,7 @@ class DecodeLoop:
 
     def __init__(
         self,
-        backend: Backend,
+        runner: PolicyRunner,
         verifier: Verifier,
         speculators: Mapping[str, Speculator],
         controller: Controller,
@@ -49,7 +50,7 @@ class DecodeLoop:
         max_lengths: np.ndarray,
         recorder: StepRecorder,
     ) -> None:
-        self.backend = backend
+        self.runner = runner
         self.verifier = verifier
         self.speculators = speculators
         self.controller = controller
@@ -60,13 +61,13 @@ class DecodeLoop:
         self.logprobs: list[list[float]] = [[] for _ in range(num_requests)]
         self.active = np.zeros(0, np.int64)
         self.waiting = deque(range(num_requests))
+        self.max_lengths = max_lengths
         self.no_speculation_forward_s = 0.0
         self.proposing = Proposing(speculators, controller, recorder)
         self.trace: list[dict[str, Any]] = []  # of a controller that explains itself, one record per step
         self._names = list(speculators)
-        self._limits = max_lengths
-        for speculator in speculators.values():
-            speculator.share_cache(backend, self.rows_of)
+        self._needs = Needs.of(speculator.needs for speculator in speculators.values())
+        self._cache = PolicyCache(runner, self.rows_of)
 
     def rows_of(self, requests: np.ndarray) -> np.ndarray:
         """Cache rows of active requests: int64 `[n]` for int64 `[n]`."""
@@ -84,40 +85,41 @@ class DecodeLoop:
 
     def step(self) -> None:
         """One target forward over the active batch."""
-        requests, began = self.active, self.recorder.clock()
-        step = self._propose(requests)
+        requests, began_s = self.active, self.recorder.clock()
+        step = self.proposing.run(self.sequences, requests, self._room(requests))
         with self.recorder.time("controller"):
             admission = self.controller.admit(step)
-            draft = merge(step.drafts, self._names, admission, self.backend.vocab_size)
+            draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
         forward_s = -self.recorder.seconds("forward")
         with self.recorder.time("forward"):
-            logits, hidden = self._forward(requests, draft)
+            logits, hidden = self.forward(requests, draft)
         forward_s += self.recorder.seconds("forward")
         with self.recorder.time("sample"):
             outcome = self.verifier.verify(logits, draft, self.sequences, requests)
         with self.recorder.time("commit"):
-            verified = self.commit(requests, outcome, draft.lengths)
-            verified.hidden = hidden
+            verified = self.commit(requests, outcome, draft.lengths, hidden)
         with self.recorder.time("observe"):
-            step_s = self.recorder.clock() - began
+            step_s = self.recorder.clock() - began_s
             record = self.controller.observe(step, admission, verified, forward_s, step_s)
             if record is not None:
                 self.trace.append(record | {"step_s": step_s})
             self._observe(verified)
         with self.recorder.time("commit"):
-            self._account(step, verified, admission, forward_s)
+            self.no_speculation_forward_s += account(
+                self.recorder, self.controller, step, verified, admission.arms, forward_s
+            )
             self._retire(verified.finished)
 
-    def _propose(self, requests: np.ndarray) -> Step:
-        lengths = self.sequences.lengths[requests]
-        ready = [name for name, speculator in self.speculators.items() if speculator.ready]
-        room = self._limits[requests] - lengths - 1
-        step = Step(room, int(lengths.sum()), ready, drawn_as=self.sequences.sampling.distribution)
-        self.proposing.run(step, self.sequences, requests)
-        return step
+    def _room(self, requests: np.ndarray) -> np.ndarray:
+        """Most draft tokens that requests can still use: the target adds one token of its own."""
+        return self.max_lengths[requests] - self.sequences.lengths[requests] - 1
 
-    def _forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden | None]:
-        """Logits and hidden states of the last committed token and of every draft token of each request, packed."""
+    def forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden]:
+        """Run the policy over the last committed token and every draft token of each request, packed.
+
+        Returns:
+            float32 logits `[sum(draft.lengths + 1), vocab]`, and hidden states at the same positions.
+        """
         lengths = draft.lengths + 1
         starts = self.sequences.lengths[requests] - 1
         tokens = np.empty(int(lengths.sum()), np.int64)
@@ -126,63 +128,37 @@ class DecodeLoop:
         row, position = np.nonzero(np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])
         tokens[first[row] + 1 + position] = draft.token_ids[row, position]
         taps = self._taps()
-        logits = self.backend.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), taps)
-        self.backend.synchronize()
-        return logits, Hidden(first, taps.last, taps.layers) if taps else None
+        logits = self.runner.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), taps)
+        self.runner.synchronize()
+        return logits, Hidden(first, taps.head_inputs, taps.layers)
 
-    def _taps(self) -> Taps | None:
-        """What the speculators want to see of the next forward."""
-        wants_last = any(speculator.reads_hidden for speculator in self.speculators.values())
-        wants_layers = sorted({layer for speculator in self.speculators.values() for layer in speculator.reads_layers})
-        return Taps(wants_last, tuple(wants_layers)) if wants_last or wants_layers else None
+    def _taps(self) -> Taps:
+        """What the speculators need of the next forward."""
+        return Taps(self._needs.head_inputs, self._needs.layers)
 
-    def commit(self, requests: np.ndarray, outcome: Outcome, num_drafted: np.ndarray) -> Verified:
-        """Append what verification settled, up to an ending token, and say which requests end."""
-        sequences = self.sequences
-        num_committed = outcome.num_accepted + 1
-        ends = sequences.sampling.ends(outcome.token_ids)
-        ends &= np.arange(ends.shape[1])[None] < num_committed[:, None]
-        stopped = ends.any(axis=1)
-        num_committed[stopped] = ends[stopped].argmax(axis=1) + 1
-        for row, request in enumerate(requests):
-            length, count = sequences.lengths[request], num_committed[row]
-            sequences.token_ids[request, length : length + count] = outcome.token_ids[row, :count]
-            self.logprobs[request].extend(outcome.logprobs[row, :count].tolist())
-        sequences.lengths[requests] += num_committed
-        finished = stopped | (sequences.lengths[requests] >= self._limits[requests])
-        counted = np.arange(ends.shape[1])[None] < num_committed[:, None]
-        self.recorder.distribution(
-            entropy_sum=float(outcome.entropies[counted].sum()),
-            max_prob_sum=float(outcome.max_probs[counted].sum()),
-            num_tokens=int(num_committed.sum()),
+    def commit(self, requests: np.ndarray, outcome: Outcome, num_drafted: np.ndarray, hidden: Hidden) -> Verified:
+        """Append what verification settled, and the logprobs of it."""
+        settled = Settled(
+            requests,
+            outcome.token_ids,
+            outcome.num_accepted + 1,
+            num_drafted,
+            outcome.entropies,
+            outcome.max_probs,
+            hidden,
         )
-        accepted = np.minimum(outcome.num_accepted, num_committed)
-        # Drafts behind an accepted ending token were neither accepted nor rejected.
-        cut = outcome.num_accepted >= num_committed
-        num_drafted = np.where(cut, accepted, num_drafted)
-        return Verified(requests, outcome.token_ids, num_committed, accepted, num_drafted, finished)
+        verified = commit(settled, self.sequences, self.max_lengths, self.recorder)
+        for row, request in enumerate(requests):
+            self.logprobs[request].extend(outcome.logprobs[row, : verified.num_committed[row]].tolist())
+        return verified
 
     def _observe(self, verified: Verified) -> None:
         for speculator in self.speculators.values():
             speculator.observe(self.sequences, verified)
 
-    def _account(self, step: Step, verified: Verified, admission: Admission, forward_s: float) -> None:
-        drafted = verified.num_drafted if self._names else None
-        self.recorder.forward(
-            num_committed=verified.num_committed,
-            num_drafted=drafted,
-            num_accepted=verified.num_accepted if self._names else None,
-            arms=admission.arms if self._names else None,
-        )
-        plain_s = forward_s
-        if admission.lengths.any():
-            plain_s = self.controller.plain_forward_s(step.batch, step.context_tokens) or forward_s
-        # Plain decoding needs one forward of this batch for every token per request that this step committed.
-        self.no_speculation_forward_s += plain_s * float(verified.num_committed.mean())
-
     def _retire(self, finished: np.ndarray) -> None:
         lengths = self.sequences.lengths
-        self.active = retire(self.active, finished, lambda r: int(lengths[r]) - 1, self.backend)
+        self.active = retire(self.active, finished, lambda r: int(lengths[r]) - 1, self.runner)
 
     def admit_waiting(self) -> None:
         """Fill free rows with waiting requests: one prefill per unique prompt, its cache copied to the group."""
@@ -199,36 +175,34 @@ class DecodeLoop:
         first_row = len(self.active)
         requests = np.concatenate([leaders, np.array(followers, np.int64)])
         with self.recorder.time("prefill"):
-            logits, hidden = self._prefill(leaders, first_row)
+            logits, hidden = self.prefill(leaders, first_row)
             row = first_row + len(leaders)
             for index, (leader, group) in enumerate(groups.items()):
                 targets = list(range(row, row + len(group) - 1))
                 row += len(targets)
                 if targets:
-                    self.backend.copy_rows(first_row + index, targets, int(self.sequences.prompt_lengths[leader]))
-            self.backend.synchronize()
+                    self.runner.copy_rows(first_row + index, targets, int(self.sequences.prompt_lengths[leader]))
+            self.runner.synchronize()
         with self.recorder.time("observe"):
+            prompts = Prompts([np.array(group) for group in groups.values()], hidden) if hidden.layers else Prompts()
             for speculator in self.speculators.values():
-                speculator.start(self.sequences, requests)
-                if hidden is not None and speculator.reads_layers:
-                    speculator.read_prompts(self.sequences, [np.array(group) for group in groups.values()], hidden)
+                speculator.start(self.sequences, requests, prompts, self._cache)
         self._first_tokens(requests, logits, hidden, groups)
 
     def _first_tokens(
-        self, requests: np.ndarray, logits: torch.Tensor, hidden: Hidden | None, groups: Mapping[int, list[int]]
+        self, requests: np.ndarray, logits: torch.Tensor, hidden: Hidden, groups: Mapping[int, list[int]]
     ) -> None:
         """Draw each request's first token from its prompt's logits and let it into the batch."""
         leader_of = {request: index for index, group in enumerate(groups.values()) for request in group}
         index = np.array([leader_of[int(request)] for request in requests])
         draft = Draft.empty(len(requests))
         with self.recorder.time("sample"):
-            drawn_from = logits[torch.from_numpy(index).to(logits.device)]
-            outcome = self.verifier.verify(drawn_from, draft, self.sequences, requests)
+            first_logits = logits[torch.from_numpy(index).to(logits.device)]
+            outcome = self.verifier.verify(first_logits, draft, self.sequences, requests)
         with self.recorder.time("commit"):
-            verified = self.commit(requests, outcome, draft.lengths)
-            if hidden is not None:
-                ends = hidden.first + self.sequences.prompt_lengths[list(groups)] - 1
-                verified.hidden = Hidden(index, hidden.last, {n: states[ends] for n, states in hidden.layers.items()})
+            ends = hidden.starts + self.sequences.prompt_lengths[list(groups)] - 1
+            drawn_from = Hidden(index, hidden.head_inputs, {n: states[ends] for n, states in hidden.layers.items()})
+            verified = self.commit(requests, outcome, draft.lengths, drawn_from)
         with self.recorder.time("observe"):
             self._observe(verified)
         with self.recorder.time("commit"):
@@ -236,12 +210,12 @@ class DecodeLoop:
             self.active = np.concatenate([self.active, requests])
             self._retire(np.concatenate([np.zeros(veterans, bool), verified.finished]))
 
-    def _prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden | None]:
+    def prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden]:
         """Fill the cache with one prompt per row.
 
         Returns:
-            float32 logits after each prompt's last token `[leaders, vocab]`, and hidden states: of the last tokens only
-            for the LM head's input, of all tokens for the layers.
+            float32 logits after each prompt's last token `[leaders, vocab]`, and hidden states: head inputs of the last
+            tokens only `[leaders, hidden]`, layers of all tokens.
         """
         sequences, logits, caught = self.sequences, [], []
         prompt_lengths = sequences.prompt_lengths[leaders]
@@ -250,13 +224,11 @@ class DecodeLoop:
             tokens = np.concatenate([sequences.token_ids[r, :n] for r, n in zip(requests, lengths, strict=True)])
             segments = Segments(tokens.astype(np.int64), first_row + chunk.start, np.zeros_like(lengths), lengths)
             taps = self._taps()
-            logits.append(self.backend.forward(segments, np.cumsum(lengths) - 1, taps))
-            caught += [taps] if taps else []
-        if not caught:
-            return torch.cat(logits), None
-        last = torch.cat([taps.last for taps in caught if taps.last is not None]) if caught[0].wants_last else None
-        layers = {layer: torch.cat([taps.layers[layer] for taps in caught]) for layer in caught[0].wants_layers}
-        return torch.cat(logits), Hidden(np.cumsum(prompt_lengths) - prompt_lengths, last, layers)
+            logits.append(self.runner.forward(segments, np.cumsum(lengths) - 1, taps))
+            caught.append(taps)
+        head_inputs = torch.cat([taps.head_inputs for taps in caught])
+        layers = {layer: torch.cat([taps.layers[layer] for taps in caught]) for layer in self._needs.layers}
+        return torch.cat(logits), Hidden(np.cumsum(prompt_lengths) - prompt_lengths, head_inputs, layers)
 
     def _prompt_group(self, request: int, groups: Mapping[int, list[int]]) -> int:
         """The request that leads this one's group: the first in the wave with the same prompt, or itself."""
@@ -268,28 +240,6 @@ class DecodeLoop:
             ):
                 return leader
         return request
-
-
-def retire(active: np.ndarray, finished: np.ndarray, cached: Callable[[int], int], backend: Backend) -> np.ndarray:
-    """Drop finished rows and move the last rows into the gaps, so that the long tail runs as a small batch.
-
-    Args:
-        active: int64 `[batch]`, the request in each cache row.
-        finished: bool `[batch]`.
-        cached: Cached tokens of a request, which move with it.
-        backend: Its session is open.
-
-    Returns:
-        int64 `[batch - finished]`, the request in each row now.
-    """
-    kept = int((~finished).sum())
-    remaining = active.copy()
-    gaps = np.flatnonzero(finished[:kept])
-    movers = np.flatnonzero(~finished[kept:]) + kept
-    for gap, mover in zip(gaps, movers, strict=True):
-        backend.copy_rows(int(mover), [int(gap)], cached(int(active[mover])))
-        remaining[gap] = active[mover]
-    return remaining[:kept]
 
 
 def _chunks(lengths: np.ndarray, budget: int) -> list[slice]:

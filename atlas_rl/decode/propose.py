@@ -31,14 +31,26 @@ class Proposing:
         self.num_proposed: dict[str, int] = {}
         self._speculators, self._controller, self._recorder = speculators, controller, recorder
 
-    def run(self, step: Step, sequences: Sequences, requests: np.ndarray) -> None:
-        """Fill in the drafts of a step over `requests` (int64 `[batch]`)."""
-        step.backlog = {name: self._speculators[name].backlog(sequences, requests) for name in step.ready}
+    def run(self, sequences: Sequences, requests: np.ndarray, room: np.ndarray) -> Step:
+        """Plan a step and draft for it.
+
+        Args:
+            sequences: All requests of the call.
+            requests: int64 `[batch]`, those of the step.
+            room: int64 `[batch]`, most draft tokens each can still use.
+
+        Returns:
+            The step, with what was drafted.
+        """
+        backlogs = {name: speculator.backlog(sequences, requests) for name, speculator in self._speculators.items()}
+        backlog = {name: tokens for name, tokens in backlogs.items() if tokens is not None}
+        context_tokens = int(sequences.lengths[requests].sum())
+        step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=sequences.sampling.distribution)
         while True:
             with self._recorder.time("controller"):
                 plan = self._controller.plan(step)
             if not plan:
-                return
+                return step
             with self._recorder.time("draft"):
                 for name, wanted in plan.items():
                     self.ask(name, sequences, requests, wanted, step)
@@ -49,7 +61,7 @@ class Proposing:
         asked = np.flatnonzero(wanted > 0)
         draft = Draft.empty(0)
         if len(asked):
-            step.backlog[name] = self._speculators[name].backlog(sequences, requests[asked])
+            step.backlog[name] = self._speculators[name].backlog(sequences, requests[asked]) or 0
             draft = self._speculators[name].propose(sequences, requests[asked], wanted[asked])
         step.asked[name], step.drafts[name] = wanted, draft.spread(asked, len(requests))
         step.draft_s[name] = self._recorder.clock() - before

@@ -1,9 +1,9 @@
-"""The interface between the decode loop and whatever runs the policy's forward pass."""
+"""Running a policy in process: the interface of a runner, and the values that pass through it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,22 +36,26 @@ class Segments:
 
 @dataclass(slots=True)
 class Taps:
-    """Hidden states to catch on the way of one forward.
+    """Hidden states to catch during one forward.
 
     Attributes:
-        wants_last: Whether to catch the input of the LM head.
+        wants_head_inputs: Whether to catch the input of the LM head.
         wants_layers: Decoder layers whose input to catch.
-        last: Filled by the forward: `[len(keep), hidden]`.
+        head_inputs: Filled by the forward: `[len(keep), hidden]`; `[0, 0]` where it was not wanted.
         layers: Filled by the forward: per layer `[num_tokens, hidden]`, of all packed tokens.
     """
 
-    wants_last: bool
-    wants_layers: tuple[int, ...]
-    last: torch.Tensor | None = None
+    wants_head_inputs: bool = False
+    wants_layers: tuple[int, ...] = ()
+    head_inputs: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        """Whether anything is wanted."""
+        return self.wants_head_inputs or bool(self.wants_layers)
 
-class Backend(ABC):
+
+class PolicyRunner(ABC):
     """Runs the policy over packed segments of ragged rows and keeps one attention cache row per request.
 
     Cells beyond a row's valid length may hold rejected drafts; they are overwritten by the next `forward` of the row and
@@ -99,3 +103,41 @@ class Backend(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait for queued device work, so that a clock read afterwards means something. Does nothing on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyCache:
+    """The policy's own attention cache, for speculators that run the policy's modules; valid until the call ends.
+
+    The runner's session is open meanwhile. The last committed token of a request is not cached yet. Cells from there on
+    may be written: the policy's next forward writes them before it reads them.
+
+    Attributes:
+        runner: Runs the policy over its cache.
+        rows_of: Cache rows, int64 `[n]`, of requests in the batch, int64 `[n]`.
+    """
+
+    runner: PolicyRunner
+    rows_of: Callable[[np.ndarray], np.ndarray]
+
+
+def retire(active: np.ndarray, finished: np.ndarray, cached: Callable[[int], int], runner: PolicyRunner) -> np.ndarray:
+    """Drop finished rows and move the last rows into the gaps, so that the long tail runs as a small batch.
+
+    Args:
+        active: int64 `[batch]`, the request in each cache row.
+        finished: bool `[batch]`.
+        cached: Cached tokens of a request, which move with it.
+        runner: Its session is open.
+
+    Returns:
+        int64 `[batch - finished]`, the request in each row now.
+    """
+    kept = int((~finished).sum())
+    remaining = active.copy()
+    gaps = np.flatnonzero(finished[:kept])
+    movers = np.flatnonzero(~finished[kept:]) + kept
+    for gap, mover in zip(gaps, movers, strict=True):
+        runner.copy_rows(int(mover), [int(gap)], cached(int(active[mover])))
+        remaining[gap] = active[mover]
+    return remaining[:kept]

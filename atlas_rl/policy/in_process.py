@@ -1,4 +1,4 @@
-"""The in-process PyTorch backend: generates with the trainer's own weights. No second copy, nothing to sync."""
+"""Runs a policy with the trainer's own weights: no second copy, nothing to sync."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.policy import ragged_attention as attention
-from atlas_rl.policy.base import Backend, Segments, Taps
+from atlas_rl.policy import ragged_attention
+from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.cpu_linear import streamed_weights
 from atlas_rl.policy.ragged_attention import RaggedBatch
 
@@ -41,7 +41,7 @@ def unwrap_policy(model: Any) -> Any:
             return model
 
 
-class InProcessBackend(Backend):
+class InProcessRunner(PolicyRunner):
     """Any Hugging Face causal LM with a standard attention cache (Llama, Qwen, Gemma, GPT-2 and kin).
 
     Args:
@@ -51,9 +51,6 @@ class InProcessBackend(Backend):
     Raises:
         ValueError: Not a causal LM, or one whose attention cannot be run this way.
     """
-
-    leads = True
-    """Every rank generates its own rollouts."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = unwrap_policy(model)
@@ -105,8 +102,9 @@ class InProcessBackend(Backend):
         assert batch is not None, "forward() outside of session()"
         batch.place(segments, self.device)
         assert batch.token_positions is not None
-        layers = self._layers if taps is not None and taps.wants_layers else nn.ModuleList()
-        with attention.active(batch), _tapped(self.model, layers, taps):
+        taps = taps or Taps()
+        layers = self._layers if taps.wants_layers else nn.ModuleList()
+        with ragged_attention.active(batch), _tapped(self.model, layers, taps):
             output = self.model(
                 input_ids=torch.from_numpy(segments.token_ids)[None].to(self.device),
                 position_ids=batch.token_positions[None],
@@ -141,7 +139,7 @@ class InProcessBackend(Backend):
     def _ragged(self, cache: RaggedBatch) -> Iterator[None]:
         own, outer = self.config._attn_implementation, self._cache
         self._cache = cache
-        self.config._attn_implementation_internal = attention.NAME
+        self.config._attn_implementation_internal = ragged_attention.NAME
         try:
             with streamed_weights(self.model):
                 yield
@@ -177,14 +175,11 @@ class InProcessBackend(Backend):
 
 
 @contextmanager
-def _tapped(model: nn.Module, layers: nn.ModuleList, taps: Taps | None) -> Iterator[None]:
+def _tapped(model: nn.Module, layers: nn.ModuleList, taps: Taps) -> Iterator[None]:
     """Inside, `taps` catches the inputs of the LM head and of the decoder layers it asks for."""
-    if taps is None:
-        yield
-        return
 
     def catch_last(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        taps.last = args[0].reshape(-1, args[0].shape[-1])
+        taps.head_inputs = args[0].reshape(-1, args[0].shape[-1])
 
     def catch_layer(layer: int) -> Callable[..., None]:
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -195,7 +190,7 @@ def _tapped(model: nn.Module, layers: nn.ModuleList, taps: Taps | None) -> Itera
 
     handles = []
     try:
-        if taps.wants_last:
+        if taps.wants_head_inputs:
             handles.append(model.get_output_embeddings().register_forward_pre_hook(catch_last))  # type: ignore[operator]
         for layer in taps.wants_layers:
             handles.append(layers[layer].register_forward_pre_hook(catch_layer(layer), with_kwargs=True))

@@ -1,50 +1,40 @@
-"""`AtlasRolloutEngine`: the public face. Generates rollouts with the current policy, fast, and reports what it did."""
+"""`RolloutEngine`: one generation call, checked, run, audited and reported; and what an engine keeps between calls."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from atlas_rl.audit.auditor import Audit, Auditor
 from atlas_rl.config import EngineConfig
 from atlas_rl.controller.base import Controller
+from atlas_rl.controller.fixed import NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
-from atlas_rl.core import Rollouts, SamplingParams, Sequences, reject_unknown
-from atlas_rl.decode.compile_kernels import compile_kernels
-from atlas_rl.decode.loop import DecodeLoop
-from atlas_rl.policy.in_process import InProcessBackend
-from atlas_rl.report import dead_drafters as watch
+from atlas_rl.core import Rollouts, SamplingParams, reject_unknown
+from atlas_rl.decode.defaults import bind_all, default_speculators
+from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
 from atlas_rl.report.recorder import StepRecorder
-from atlas_rl.report.report import Mode, StepReport
+from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds
 from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings
-from atlas_rl.rollout.backends import new_backend, runs, static_arm
+from atlas_rl.rollout.backends import new_backend, static_speculator
 from atlas_rl.rollout.requests import build_sequences
-from atlas_rl.sampling.by_kernels import verifier_on
-from atlas_rl.sampling.verification import VERIFIERS
 from atlas_rl.speculators.base import Speculator
-from atlas_rl.speculators.history.speculator import HistorySpeculator
-from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from atlas_rl.sync.refresh import PolicyTracker
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
-
-    from atlas_rl.rollout.backends import AnyBackend
-    from atlas_rl.vllm.backend import VllmRun
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput:
-    """What `AtlasRolloutEngine.generate` returns, one row per request: prompt by prompt, its generations in order.
+    """What `RolloutEngine.generate` returns, one row per request: prompt by prompt, its generations in order.
 
     Attributes:
         prompt_ids: The prompts, repeated per generation.
@@ -60,12 +50,8 @@ class GenerationOutput:
     report: StepReport
 
 
-class AtlasRolloutEngine:
-    """Rollouts by speculative decoding that follows the policy.
-
-        AtlasRolloutEngine().attach(trainer)                                 # GRPOTrainer, RLOOTrainer
-        GRPOTrainer(..., rollout_func=AtlasRolloutEngine())                  # the second way in
-        AtlasRolloutEngine(model=policy, tokenizer=tok).generate(prompts, max_new_tokens=64)
+class RolloutEngine:
+    """Rollouts by speculative decoding that follows the policy; trainers are attached by `AtlasRolloutEngine`.
 
     Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off.
 
@@ -91,16 +77,14 @@ class AtlasRolloutEngine:
         self.tokenizer = tokenizer
         self.reports: list[StepReport] = []
         self._model = model
-        self._backend: AnyBackend | None = None
+        self._backend: Backend | None = None
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
         self._restored: dict[str, Any] = {}  # state that waits for the speculators, which the first rollout makes
-        self._verifier = VERIFIERS[self.config.verification]()
         self._policy = PolicyTracker()
         self._auditor = Auditor(self.config.audit_share)
         self._calls = 0
         self._sync_s = 0.0
-        self._adapter: Any = None
         folder = Path(self.config.output_dir) if self.config.output_dir else None
         self._sink = JsonlSink(folder / "rollouts.jsonl") if folder else None
         self._trace_path = folder / "controller.jsonl" if folder and self.config.trace else None
@@ -193,29 +177,19 @@ class AtlasRolloutEngine:
         )
         use = self.config.speculation if speculation is None else speculation
         speculators = self._speculators_for(backend) if use else {}
-        controller = self._controller if use and self._controller is not None else GoodputController(())
+        controller = self._controller if use and self._controller is not None else NoSpeculation()
         recorder = StepRecorder(speculators=tuple(speculators), clock=self.config.clock)
-        run: DecodeLoop | VllmRun
-        if isinstance(backend, InProcessBackend):
-            run = self._decode(backend, sequences, max_lengths, speculators, controller, recorder)
-            findings = watch.findings(recorder, run.proposing)
-        else:
-            run = backend.generate(
-                sequences, max_lengths, recorder, controller, speculates=bool(speculators), extra=extra or {}
-            )
-            findings = backend.findings(recorder, run)
+        call = Call(sequences, max_lengths, speculators, controller, recorder, extra or {})
+        run = backend.generate(call)
         if self._trace_path is not None:
             self._write_trace(self._trace_path, run.trace)
-        for message in findings:
+        for message in run.findings:
             recorder.warn(message)
         audit = None
-        audited = backend.model if isinstance(backend, InProcessBackend) else policy
+        audited = backend.audited(policy)
         if self.config.audit_share and speculation is not False and audited is not None and not extra:
-            with recorder.time("audit"):
-                audit = self._audit(audited, backend, sequences, run.logprobs)
-            for message in audit.findings:
-                recorder.warn(message)
-        report = self._report(recorder, run, sequences, mode, self._calls if step is None else step)
+            audit = self._audit(audited, backend, call, run)
+        report = self._report(call, run, mode, self._calls if step is None else step)
         if audit is not None:
             report = replace(report, **audit.figures())
         if speculators:
@@ -230,12 +204,12 @@ class AtlasRolloutEngine:
 
         Trainers call it through the integration; stand-alone users call it after their own optimizer step.
         """
-        watched = None if isinstance(self._backend, InProcessBackend) else self._backend
-        if watched is not None:
-            watched.check_drafters()
-        self._policy.advance(self._speculators or {}, self._controller, version)
-        if watched is not None:
-            watched.remember_drafters()
+        speculators = self._speculators or {}
+        if self._backend is not None:
+            self._backend.check_drafters(speculators)
+        self._policy.advance(speculators, self._controller, version)
+        if self._backend is not None:
+            self._backend.remember_drafters(speculators)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int | None = None) -> None:
         """New policy weights for a backend that keeps its own, vLLM; `policy_updated` follows by itself.
@@ -247,8 +221,8 @@ class AtlasRolloutEngine:
         Raises:
             ValueError: An engine that generates in process: it reads the policy's own weights.
         """
-        if self._backend is None or isinstance(self._backend, InProcessBackend):
-            raise ValueError("this engine generates with the policy's own weights: call policy_updated()")
+        if self._backend is None:
+            raise ValueError("this engine has no policy yet: weights are loaded into a policy that vLLM runs")
         began = time.perf_counter()
         self._backend.load_weights(weights)
         self.synced(time.perf_counter() - began)
@@ -262,54 +236,6 @@ class AtlasRolloutEngine:
     def policy_version(self) -> int:
         """Version of the policy that the next rollouts are made by."""
         return self._policy.version
-
-    def attach(self, trainer: Trainer, *, baseline_every: int = 0) -> AtlasRolloutEngine:
-        """Make `trainer` (GRPOTrainer, RLOOTrainer) generate with this engine; returns the engine.
-
-        Args:
-            trainer: Built as usual: with `use_vllm=False` for generation in process or for `backend="vllm"`, or inside
-                `prepare_vllm()` with `use_vllm=True`.
-            baseline_every: Repeat every n-th training generation without speculation, check that the tokens are the
-                same, and put its tokens/s into the report; 0 never. For measurements: it costs the time it measures.
-
-        Raises:
-            ValueError: A trainer that cannot be attached to, or sampling options that cannot be honoured; the trainer
-                is then as it was.
-        """
-        from atlas_rl.integrations.trl import adapter as trl
-        from atlas_rl.integrations.trl import vllm as trl_vllm
-
-        asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
-        attach = trl_vllm.attach if asks or self.config.backend == "vllm" else trl.attach
-        self._adapter = attach(self, trainer, baseline_every)
-        return self
-
-    def prepare_vllm(self, **arguments: Any) -> AbstractContextManager[None]:
-        """For trainers with `use_vllm=True`: the vLLM engine that TRL builds inside drafts with ours.
-
-            with engine.prepare_vllm():
-                trainer = GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate"))
-            engine.attach(trainer)
-
-        Args:
-            arguments: Further ones of `vllm.LLM`, for which TRL has no option, such as `enforce_eager=True`.
-
-        Raises:
-            ValueError: vLLM is missing, or of a version that is not known.
-        """
-        from atlas_rl.integrations.trl.vllm import drafting_engines
-
-        return drafting_engines(self.config, **arguments)
-
-    def __call__(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
-        """TRL's `rollout_func`: prompts already repeated per generation in, token ids and logprobs out."""
-        if self.config.backend == "vllm":
-            raise ValueError("rollout_func=engine generates in process: with vLLM use engine.attach(trainer)")
-        from atlas_rl.integrations.trl.adapter import rollout_func
-
-        if self._adapter is None:
-            self._adapter = rollout_func(self, trainer)
-        return self._adapter.rollout_func(prompts)
 
     def publish(self, report: StepReport) -> None:
         """Keep a report, print its line, and append it to the JSONL file."""
@@ -343,109 +269,66 @@ class AtlasRolloutEngine:
         for name, values in state.items():
             own[name].load_state_dict(values)
 
-    def _decode(
-        self,
-        backend: InProcessBackend,
-        sequences: Sequences,
-        max_lengths: np.ndarray,
-        speculators: Mapping[str, Speculator],
-        controller: Controller,
-        recorder: StepRecorder,
-    ) -> DecodeLoop:
-        num_rows = self._num_rows(backend, sequences)
-        cache = backend.new_cache(num_rows, sequences.token_ids.shape[1])
-        with backend.session(cache):
-            loop = DecodeLoop(
-                backend,
-                verifier_on(backend.device, self._verifier),
-                speculators,
-                controller,
-                sequences,
-                num_rows,
-                max_lengths,
-                recorder,
-            )
-            loop.run()
-        return loop
-
-    def _backend_for(self, model: Any) -> AnyBackend:
-        if self._backend is None or not runs(self._backend, model):
+    def _backend_for(self, model: Any) -> Backend:
+        if self._backend is None or not self._backend.runs(model):
             self._backend = new_backend(model, self.config)
             for speculator in (self._speculators or {}).values():
-                speculator.bind(self._backend.model)
+                speculator.bind(self._backend.view, self._backend.couples_noise)
         return self._backend
 
-    def _speculators_for(self, backend: AnyBackend) -> dict[str, Speculator]:
+    def _speculators_for(self, backend: Backend) -> dict[str, Speculator]:
         if not backend.leads:
             return {}  # another rank drafts for this one
         if self._speculators is None:
-            compile_kernels()
-            chosen: list[Speculator] = [HistorySpeculator(), RecurrentSpeculator()]
-            if self.config.speculators is not None:
-                chosen = list(self.config.speculators)
+            chosen = default_speculators() if self.config.speculators is None else list(self.config.speculators)
             if self.config.draft_model is not None:
-                chosen.append(static_arm(self.config.draft_model, backend, self.tokenizer))
-            for speculator in chosen:
-                speculator.couples_noise = self._verifier.couples_noise
-                speculator.bind(backend.model)
-            self._speculators = {speculator.name: speculator for speculator in chosen}
-            self._controller = self.config.controller or GoodputController(
-                tuple(self._speculators), explain=self.config.trace
-            )
-            given, names = list(self._controller.speculators), list(self._speculators)
+                chosen.append(static_speculator(self.config.draft_model, backend, self.tokenizer))
+            speculators = bind_all(chosen, backend.view, couples_noise=backend.couples_noise)
+            controller = self.config.controller or GoodputController(tuple(speculators), explain=self.config.trace)
+            given, names = list(controller.speculators), list(speculators)
             if names[: len(given)] != given:  # further ones are never asked
-                self._speculators = None
                 raise ValueError(f"the controller was made for speculators {given}, the engine has {names}")
+            self._speculators, self._controller = speculators, controller
             self.load_state_dict(self._restored)
-            if not isinstance(backend, InProcessBackend):
-                backend.use(self._speculators, self._controller)
         return self._speculators
 
-    def _audit(
-        self, policy: nn.Module, backend: AnyBackend, sequences: Sequences, logprobs: list[list[float]]
-    ) -> Audit:
-        """Some of the call's rollouts against a plain forward pass, through the policy's own attention and linear layers.
+    def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: Run) -> Audit:
+        """Hold some rollouts against a plain forward pass, through the policy's own attention and linear layers.
 
         Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
         leaves it the distribution.
         """
+        sequences = call.sequences
         rows = range(len(sequences.lengths))
-        self._auditor.engine_dtype = None if isinstance(backend, InProcessBackend) else backend.dtype
-        return self._auditor.audit(
-            policy,
-            [sequences.token_ids[row, : sequences.prompt_lengths[row]].tolist() for row in rows],
-            [sequences.completion(row) for row in rows],
-            sequences.sampling,
-            logprobs=logprobs,
-            noise_keys=sequences.noise_keys if self.config.verification == "invariant" else None,
-        )
+        self._auditor.engine_dtype = backend.engine_dtype
+        with call.recorder.time("audit"):
+            audit = self._auditor.audit(
+                policy,
+                [sequences.token_ids[row, : sequences.prompt_lengths[row]].tolist() for row in rows],
+                [sequences.completion(row) for row in rows],
+                sequences.sampling,
+                logprobs=run.logprobs,
+                noise_keys=sequences.noise_keys if self.config.verification == "invariant" else None,
+            )
+        for message in audit.findings:
+            call.recorder.warn(message)
+        return audit
 
     def _write_trace(self, path: Path, steps: list[dict[str, Any]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"call": self._calls, "step": i, **s}) + "\n" for i, s in enumerate(steps))
 
-    def _num_rows(self, backend: InProcessBackend, sequences: Sequences) -> int:
-        num_requests, capacity = sequences.token_ids.shape
-        fits = max(1, backend.free_bytes() // max(1, backend.row_bytes(capacity)))
-        return int(min(num_requests, fits, self.config.max_batch_size or num_requests))
-
     def _default_eos(self) -> list[int]:
-        found: list[int] = []
         assert self._model is not None
-        policy = self._backend_for(self._model).model
-        generation_config = getattr(policy, "generation_config", None)
-        for source in (self.tokenizer, generation_config):
-            value = getattr(source, "eos_token_id", None)
-            found += value if isinstance(value, list) else [] if value is None else [value]
+        found = ending_tokens_of(self.tokenizer) + self._backend_for(self._model).eos_token_ids()
         if self.tokenizer is None and not found:
             raise ValueError("no ending token is known: give the engine a tokenizer, or generate() eos_token_ids=[...]")
         return list(dict.fromkeys(found))
 
-    def _report(
-        self, recorder: StepRecorder, run: DecodeLoop | VllmRun, sequences: Sequences, mode: Mode, step: int
-    ) -> StepReport:
-        report = recorder.finish(
+    def _report(self, call: Call, run: Run, mode: Mode, step: int) -> StepReport:
+        sequences = call.sequences
+        report = call.recorder.finish(
             step=step,
             policy_version=sequences.policy_version,
             mode=mode,
@@ -454,11 +337,8 @@ class AtlasRolloutEngine:
         )
         refresh_s, sync_s = self._policy.take_refresh_s(), self._sync_s
         self._sync_s = 0.0
-        # Plain decoding draws as many tokens (sample_s) but needs as many more turns of the loop as tokens were
-        # accepted per turn (commit_s, other_s), and none of what speculation adds.
-        turns_s = (report.commit_s + report.other_s) * report.accepted_length
-        plain_s = report.prefill_s + report.sample_s + turns_s + run.no_speculation_forward_s
-        calibration = {name: (n, error) for name, (n, error) in run.controller.take_calibration().items() if n}
+        plain_s = no_speculation_seconds(report, run.no_speculation_forward_s)
+        calibration = {name: (n, error) for name, (n, error) in call.controller.take_calibration().items() if n}
         return replace(
             report,
             scored={name: n for name, (n, _) in calibration.items()},
@@ -466,5 +346,5 @@ class AtlasRolloutEngine:
             refresh_s=refresh_s,
             sync_s=sync_s,
             generate_s=report.generate_s + refresh_s + sync_s,
-            no_speculation_s=plain_s if recorder.speculates else None,
+            no_speculation_s=plain_s if call.recorder.speculates else None,
         )

@@ -7,91 +7,80 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas_rl.core import Draft, Hidden, Rollouts, Sequences, Verified
+from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
-    from torch import nn
+    import torch
 
-    from atlas_rl.policy.base import Backend
+    from atlas_rl.policy.base import PolicyCache
+    from atlas_rl.policy.view import PolicyView
+
+NO_PROMPTS = Prompts()
 
 
 class Speculator(ABC):
     """Proposes continuations that the policy verifies.
 
-    Nothing a speculator does can change what is generated, only how fast: under drafter-invariant verification a draft
+    Nothing a speculator does can change what is generated, only how fast. Under drafter-invariant verification a draft
     is accepted exactly when it is the token the policy would have drawn. A speculator never touches the policy's
     weights, training mode or random state. Implementations raise on internal failure; the loop never hides it.
+
+    Order of the calls: `bind`; then in every generation call `start` for each group of requests that enters the batch, and
+    per decode step `backlog`, `propose` (if the controller asks) and `observe`; between calls `refresh`.
     """
 
     name: str
     """Short name used in reports, such as `history` or `draft_lm`."""
 
-    couples_noise: bool = True
-    """Whether drafts are drawn with the policy's own noise (`Stream.TARGET`). Engines that verify by rejection set it
-    to False, and the speculator then draws with noise of that draft's own or proposes its likeliest token. Either way
-    `Sequences.draft_noise` says what to draw with."""
+    needs: Needs = Needs()
+    """What it needs of the policy's forwards. Valid after `bind`."""
 
-    reads_hidden: bool = False
-    """Whether `Verified.hidden.last` is wanted."""
+    _couples_noise: bool = True
 
-    reads_layers: tuple[int, ...] = ()
-    """Decoder layers whose inputs are wanted, of prompts (`read_prompts`) and of verified positions."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can draft yet; until then it is not asked."""
-        return True
-
-    @property
-    def expected_survival(self) -> np.ndarray | None:
-        """Mean probability that draft position 0, 1, ... is accepted together with all before it: float64 `[n]`.
-
-        As measured at the last refresh on the newest rollouts, for speculators that can; None otherwise. It tells the
-        controller that a speculator has become good, or bad, without asking it for drafts.
-        """
-        return None
-
-    def bind(self, policy: nn.Module) -> None:  # noqa: B027 - most need nothing
-        """The policy to draft for, before anything else and again whenever the engine gets another one.
-
-        A speculator may read its weights while a call runs (`start`, `propose`, `observe`), when they are whole on every
-        rank; at a refresh they may be sharded away.
-        """
-
-    def share_cache(  # noqa: B027 - most need nothing
-        self, backend: Backend, rows_of: Callable[[np.ndarray], np.ndarray]
-    ) -> None:
-        """The policy's own cache, before the first `start` of a call, for speculators that run the policy's modules.
-
-        Valid until the call ends, and its session is open meanwhile. A request's last committed token is not cached yet;
-        cells from there on may be written, because the policy's next forward writes them before it reads them.
+    def bind(self, policy: PolicyView, couples_noise: bool) -> None:
+        """Draft for this policy. Called before anything else, and again whenever the engine gets another policy.
 
         Args:
-            backend: Runs the policy over its cache.
-            rows_of: Cache rows, int64 `[n]`, of requests in the batch, int64 `[n]`.
-        """
+            policy: May be read while a call runs (`start`, `propose`, `observe`), when its weights are whole on every
+                rank. At a refresh they may be sharded away.
+            couples_noise: Whether drafts are drawn with the policy's own noise (`Stream.TARGET`). Engines that verify by
+                rejection say False: the speculator then draws with noise of that draft's own, or proposes its likeliest
+                token. `Sequences.draft_noise` gives what to draw with in either case.
 
-    def read_prompts(  # noqa: B027 - most need nothing
-        self, sequences: Sequences, groups: list[np.ndarray], hidden: Hidden
-    ) -> None:
-        """Hidden states of whole prompts: prompt `i` is that of every request in `groups[i]` (int64 `[n]`).
-
-        Called for speculators with `reads_layers`, after the `start` of those requests and before their first `observe`.
+        Raises:
+            ValueError: It cannot draft for this policy; the message says why.
         """
+        self._couples_noise = couples_noise
 
     @abstractmethod
-    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
-        """Requests enter the batch: int64 `[n]` indices into `sequences`, whose prompts are in place.
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
+        """Requests enter the batch. A new `Sequences` starts a new call, which ends the one before.
 
-        Called before the first `propose` that names them; mutates only the speculator's state.
+        Mutates only the speculator's own state.
+
+        Args:
+            sequences: All requests of the call.
+            requests: int64 `[n]`, those that enter; their prompts are in place.
+            prompts: Hidden states of their prompts, for speculators that need layers. An engine that caches prefixes does
+                not always run a prompt again, so some requests may be missing.
+            cache: The policy's own cache, for speculators that need it; None where the engine does not share one.
         """
 
-    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
-        """Committed tokens that `propose` for these requests (int64 `[n]`) would have to run before it drafts.
+    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
+        """Committed tokens that `propose` for these requests (int64 `[n]`) has to run before it drafts.
 
-        The controller tells their time from that of drafting: a speculator that was not asked for long has more of them.
+        The controller accounts for them separately: a speculator that has been idle for many steps has more to catch up on.
+
+        Returns:
+            The number of tokens; None where the speculator cannot draft yet, and so must not be asked.
         """
         return 0
 
@@ -113,8 +102,22 @@ class Speculator(ABC):
         """Learn from verified tokens and let go of the state of finished requests."""
 
     @abstractmethod
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
-        """The policy moved on to `policy_version`; `rollouts` are the newest finished ones, made by an earlier one."""
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        """Follow the policy, which moved on to `policy_version`.
+
+        Args:
+            rollouts: The newest finished ones, made by an earlier version.
+            policy_version: Of the policy from now on.
+
+        Returns:
+            Mean probability that draft position 0, 1, ... is accepted together with all before it, float64 `[n]`, as
+            measured on the newest rollouts; None for speculators that do not measure it. It tells the controller that a
+            speculator has become good, or bad, without asking it for drafts.
+        """
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        """Tensors of the networks that it owns; none by default. Engines that sleep check that they are not lost."""
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to draft as well as this one: arrays, tensors, numbers, strings; none by default."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+
+from atlas_rl.policy.view import PolicyView
 
 _COVERAGE = 0.999  # share of the rollouts' tokens, so that the rarest do not widen the layer
 _HALVED_AFTER_UPDATES = 8
@@ -67,19 +68,19 @@ class TokenRows:
         rows = torch.zeros(0, hidden_size, device=device)
         return cls(np.full(vocab_size, -1, np.int64), np.zeros(0, np.int64), rows, rows)
 
-    def add(self, token_ids: np.ndarray, policy: nn.Module) -> None:
+    def add(self, token_ids: np.ndarray, policy: PolicyView) -> None:
         """Make sure that tokens have rows: int `[n]`."""
         new = np.unique(token_ids)
         new = new[self.slots[new] < 0].astype(np.int64)
         if len(new):
             self.slots[new] = np.arange(len(new)) + len(self.token_ids)
             self.token_ids = np.concatenate([self.token_ids, new])
-            inputs, outputs = _rows_of(policy, new)
+            inputs, outputs = policy.rows_of(new)
             self.inputs, self.outputs = _appended(self.inputs, inputs), _appended(self.outputs, outputs)
 
-    def reread(self, policy: nn.Module) -> None:
+    def reread(self, policy: PolicyView) -> None:
         """The policy's weights may have changed: take the rows anew."""
-        self.inputs, self.outputs = _rows_of(policy, self.token_ids)
+        self.inputs, self.outputs = policy.rows_of(self.token_ids)
 
 
 def _appended(rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -93,10 +94,3 @@ def _appended(rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     joined = store.as_strided((count, width), (width, 1), 0)
     joined[old:] = new
     return joined
-
-
-def _rows_of(policy: nn.Module, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    tables = (policy.get_input_embeddings().weight, policy.get_output_embeddings().weight)  # type: ignore[operator]
-    index = torch.from_numpy(token_ids).to(tables[0].device)
-    inputs, outputs = (table.detach()[index].float().clone() for table in tables)
-    return inputs, outputs

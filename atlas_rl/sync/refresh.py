@@ -38,10 +38,8 @@ class PolicyTracker:
         if self._newest is None:
             return
         began = self._clock()
-        for speculator in speculators.values():
-            speculator.refresh(self._newest, self.version)
+        measured = {name: speculator.refresh(self._newest, self.version) for name, speculator in speculators.items()}
         if controller is not None:
-            measured = {name: speculator.expected_survival for name, speculator in speculators.items()}
             controller.policy_updated({name: survival for name, survival in measured.items() if survival is not None})
         self._newest = None
         self._refresh_s += self._clock() - began

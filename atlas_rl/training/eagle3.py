@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import LlamaConfig
 
-from atlas_rl.replay.replay import Recorded
+from atlas_rl.policy.view import PolicyView
+from atlas_rl.replay.record import Recorded
 from atlas_rl.speculators.eagle3.head import Eagle3Config, Eagle3Head
 from atlas_rl.sync.checkpoint import load_state, save_state
 
@@ -93,11 +93,11 @@ class Progress:
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def new_head(policy: nn.Module, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
+def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
     """A head for `policy` over `token_ids` (sorted int64), its output layer started from the policy's own."""
-    config = policy.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = policy.config
     layer = LlamaConfig(
-        vocab_size=policy.get_output_embeddings().weight.shape[0],  # type: ignore[operator]
+        vocab_size=policy.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=settings.intermediate_size or config.intermediate_size,
         num_hidden_layers=1,
@@ -118,8 +118,8 @@ def new_head(policy: nn.Module, settings: TrainSettings, token_ids: np.ndarray) 
     ids = torch.from_numpy(token_ids)
     head.set_vocabulary(ids)
     with torch.no_grad():
-        head.lm_head.weight.copy_(policy.get_output_embeddings().weight[ids].float())  # type: ignore[operator]
-    return head.to(policy.get_output_embeddings().weight.device)  # type: ignore[operator]
+        head.lm_head.weight.copy_(policy.output_table[ids].float())
+    return head.to(policy.device)
 
 
 def most_used_tokens(calls: Sequence[Path], vocab_size: int, size: int) -> np.ndarray:
@@ -134,7 +134,7 @@ def most_used_tokens(calls: Sequence[Path], vocab_size: int, size: int) -> np.nd
 
 
 def train(
-    policy: nn.Module,
+    policy: PolicyView,
     calls: Sequence[Path],
     output: Path,
     settings: TrainSettings,
@@ -156,8 +156,7 @@ def train(
     if len(calls) <= num_held_out:
         raise ValueError(f"{len(calls)} recorded calls are too few to hold one out: generate from more prompts")
     held_out, trained = list(calls[:num_held_out]), list(calls[num_held_out:])
-    vocab_size = policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    head = new_head(policy, settings, most_used_tokens(trained, vocab_size, settings.draft_vocab_size))
+    head = new_head(policy, settings, most_used_tokens(trained, policy.vocab_size, settings.draft_vocab_size))
     counts = [int(sum((s := Recorded.load(p).sequences).lengths - s.prompt_lengths)) for p in (*held_out, *trained)]
     progress = Progress(asdict(settings), sum(counts[num_held_out:]), sum(counts[:num_held_out]))
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
@@ -190,7 +189,7 @@ def train(
 
 
 def evaluate(
-    head: Eagle3Head, policy: nn.Module, batches: Iterator[Batch], settings: TrainSettings
+    head: Eagle3Head, policy: PolicyView, batches: Iterator[Batch], settings: TrainSettings
 ) -> dict[str, list[float]]:
     """`acceptance` and `agreement` per unrolled position, see `Progress`."""
     overlap, same, count = np.zeros(settings.unroll), np.zeros(settings.unroll), np.zeros(settings.unroll)
@@ -199,20 +198,20 @@ def evaluate(
             for step, (logits, target, valid) in enumerate(_unrolled(head, policy, batch, settings.unroll)):
                 p, q = target.softmax(dim=-1), logits.softmax(dim=-1)
                 # The policy's mass outside the reduced vocabulary can never be matched.
-                inside = batch_mass(policy, batch, head, step)[valid]
+                inside = _mass_inside(policy, batch, head, step)[valid]
                 overlap[step] += float((torch.minimum(p[valid] * inside[:, None], q[valid]).sum(dim=-1)).sum())
                 same[step] += float((p.argmax(dim=-1) == q.argmax(dim=-1))[valid].sum())
                 count[step] += int(valid.sum())
     return {"acceptance": (overlap / count).tolist(), "agreement": (same / count).tolist()}
 
 
-def batch_mass(policy: nn.Module, batch: Batch, head: Eagle3Head, step: int) -> torch.Tensor:
+def _mass_inside(policy: PolicyView, batch: Batch, head: Eagle3Head, step: int) -> torch.Tensor:
     """The policy's probability of the reduced vocabulary at each target of an unrolled step: `[batch, tokens]`."""
-    logits = _policy_logits(policy, _shifted(batch.drawn_from, step + 2), None)
+    logits = policy.logits(_shifted(batch.drawn_from, step + 2))
     return logits.softmax(dim=-1)[..., head.token_ids].sum(dim=-1)
 
 
-def _loss(head: Eagle3Head, policy: nn.Module, batch: Batch, settings: TrainSettings) -> torch.Tensor:
+def _loss(head: Eagle3Head, policy: PolicyView, batch: Batch, settings: TrainSettings) -> torch.Tensor:
     """Cross-entropy with the policy's distribution over the reduced vocabulary, summed over the unrolled steps."""
     losses, weights = [], []
     for step, (logits, target, valid) in enumerate(_unrolled(head, policy, batch, settings.unroll)):
@@ -224,19 +223,18 @@ def _loss(head: Eagle3Head, policy: nn.Module, batch: Batch, settings: TrainSett
 
 
 def _unrolled(
-    head: Eagle3Head, policy: nn.Module, batch: Batch, unroll: int
+    head: Eagle3Head, policy: PolicyView, batch: Batch, unroll: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Per step: the head's logits, the policy's over the same tokens, and where both mean something."""
     num_tokens = batch.token_ids.shape[1]
     features = head.fuse(batch.features)
     positions = torch.arange(num_tokens, device=features.device)[None].expand(len(batch.token_ids), -1)
     chain = _Chain(num_tokens, features.device)
-    table = policy.get_input_embeddings()  # type: ignore[operator]
     for step in range(unroll):
-        embeddings = table(_shifted(batch.token_ids, step + 1)).detach().to(features.dtype)
+        embeddings = policy.embed(_shifted(batch.token_ids, step + 1)).detach().to(features.dtype)
         features = head(embeddings, features, positions + step, chain)
         with torch.no_grad():
-            target = _policy_logits(policy, _shifted(batch.drawn_from, step + 2), head.token_ids)
+            target = policy.logits(_shifted(batch.drawn_from, step + 2), head.token_ids)
         yield head.logits(features), target, _shifted(batch.drawn, step + 2)
 
 
@@ -261,14 +259,6 @@ class _Chain:
         for index, v in enumerate(self._values[1:]):
             out = out + weights[..., num_tokens + index, None] * v
         return out.transpose(1, 2)
-
-
-def _policy_logits(policy: nn.Module, states: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
-    """The policy's logits, of some tokens or all, from the inputs of its LM head."""
-    weight = policy.get_output_embeddings().weight.detach()  # type: ignore[operator]
-    logits = functional.linear(states.to(weight.dtype), weight if token_ids is None else weight[token_ids]).float()
-    softcap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[operator, union-attr]
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:

@@ -8,18 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from torch import nn
 
-from atlas_rl.controller.base import Controller
-from atlas_rl.core import Sequences
-from atlas_rl.decode.propose import Proposing
-from atlas_rl.report import dead_drafters as watch
-from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
+from atlas_rl.report import dead_drafters
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.vllm import internals
 from atlas_rl.vllm.checks import check_environment, check_sampling, speculative_config
-from atlas_rl.vllm.lost_drafters import Watch
+from atlas_rl.vllm.lost_drafters import LostDrafters
 from atlas_rl.vllm.request_fields import EXTRA_KEY, EXTRA_REQUEST
 
 if TYPE_CHECKING:
@@ -38,7 +35,7 @@ def llm_arguments(draft_model: str | Path | None = None) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that make it draft with our proposer.
 
     Args:
-        draft_model: Folder of an EAGLE-3 head, the static arm.
+        draft_model: Folder of an EAGLE-3 head, the static speculator.
     """
     arguments: dict[str, Any] = {"speculative_config": speculative_config()}
     if draft_model is not None:
@@ -78,28 +75,7 @@ def build_llm(model: str | Path, draft_model: str | Path | None) -> Any:
         return LLM(model=str(model), logprobs_mode="processed_logprobs", **arguments)
 
 
-class VllmRun:
-    """One generation call: what the engine's report is made of.
-
-    Attributes:
-        logprobs: Per request, of its completion tokens, under the processed distribution.
-        proposing: What speculators were asked for.
-        no_speculation_forward_s: Estimated seconds of plain forwards for the same tokens.
-        controller: The controller that planned.
-        trace: Empty; vLLM's steps are not traced.
-        num_planned: Draft tokens that were handed to vLLM.
-    """
-
-    def __init__(self, controller: Controller) -> None:
-        self.logprobs: list[list[float]] = []
-        self.proposing = Proposing({}, controller, StepRecorder())
-        self.no_speculation_forward_s = 0.0
-        self.controller = controller
-        self.trace: list[dict[str, Any]] = []
-        self.num_planned = 0
-
-
-class VllmBackend:
+class VllmBackend(Backend):
     """Generates with one vLLM engine.
 
     Args:
@@ -108,6 +84,9 @@ class VllmBackend:
     Raises:
         ValueError: It drafts with something else, runs in another process, or returns other logprobs.
     """
+
+    couples_noise = True
+    static_kinds = frozenset({"eagle3"})
 
     def __init__(self, llm: Any) -> None:
         drafter = internals.drafter_of(llm)
@@ -122,89 +101,68 @@ class VllmBackend:
         self.llm = llm
         self.drafter: AtlasProposer = drafter  # type: ignore[assignment]
         self.drafter.prepare(defaults=False)  # an engine brings its own
-        self._watch = Watch()
-        self.dtype: torch.dtype = config.dtype
+        assert self.drafter.policy is not None, "prepared"
+        self.view = self.drafter.policy
+        self.engine_dtype = config.dtype
         self.vocab_size = int(config.get_vocab_size())
         self.max_context = int(config.max_model_len) - 1  # prompt plus completion fill the context, not one more
         rank, self.tensor_parallel_size, _ = internals.tensor_parallel()
         self.leads = rank == 0
-        """Whether this rank drafts: one of every tensor-parallel group."""
+        self._lost = LostDrafters()
 
-    @property
-    def model(self) -> Any:
-        """The policy as drafters read it."""
-        return self.drafter.policy
+    def runs(self, model: Any) -> bool:
+        return self is model or self.llm is model or isinstance(model, str | Path)
 
-    def use(self, speculators: Mapping[str, Speculator], controller: Controller) -> None:
-        """Draft with these."""
-        self.drafter.use(dict(speculators), controller)
-
-    def generate(
-        self,
-        sequences: Sequences,
-        limits: np.ndarray,
-        recorder: StepRecorder,
-        controller: Controller,
-        *,
-        speculates: bool,
-        extra: Mapping[str, Any],
-    ) -> VllmRun:
-        """Generate every request of a call; `sequences` is complete afterwards.
-
-        Args:
-            sequences: The requests, prompts in place.
-            limits: int64 `[num_requests]`, tokens at which each ends.
-            recorder: Gets counts and seconds.
-            controller: Of the drafts.
-            speculates: False decodes plainly; the tokens are the same.
-            extra: Further sampling parameters of vLLM's.
-        """
-        check_sampling(sequences.sampling, extra)
-        drafting, run = self.drafter.drafting, VllmRun(controller)
-        self.check_drafters()
-        drafting.begin(sequences, limits, recorder, speculates)
+    def generate(self, call: Call) -> Run:
+        sequences, drafting = call.sequences, self.drafter.drafting
+        check_sampling(sequences.sampling, call.extra)
+        if call.speculators:
+            self.check_drafters(call.speculators)
+        drafting.begin(call)
         prompts = [
             {"prompt_token_ids": sequences.token_ids[i, :n].tolist()} for i, n in enumerate(sequences.prompt_lengths)
         ]
-        with recorder.generating():
-            params = [self._params(sequences, limits, i, extra) for i in range(len(prompts))]
+        with call.recorder.generating():
+            params = [self._params(call, i) for i in range(len(prompts))]
             outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        logprobs = []
         for request, output in enumerate(outputs):
             completion = output.outputs[0]
             begin, tokens = sequences.prompt_lengths[request], completion.token_ids
             sequences.token_ids[request, begin : begin + len(tokens)] = tokens
             sequences.lengths[request] = begin + len(tokens)
-            run.logprobs.append(
-                [entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)]
-            )
-        run.proposing, run.num_planned = drafting.proposing, drafting.num_planned
-        run.no_speculation_forward_s = drafting.no_speculation_forward_s
+            logprobs.append([entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)])
+        findings = [
+            *dead_drafters.findings(call.recorder, drafting.proposing.num_asked, drafting.proposing.num_proposed),
+            *self._lost.findings(call.recorder, drafting.num_planned),
+        ]
+        run = Run(logprobs, drafting.no_speculation_forward_s, findings)
         drafting.end()
-        self.remember_drafters()
+        if call.speculators:
+            self.remember_drafters(call.speculators)
         return run
 
-    def check_drafters(self) -> None:
-        """Before a call or a refresh: note drafters whose tensors have changed since `remember_drafters`."""
-        self._watch.check(self.drafter.drafting.speculators)
+    def eos_token_ids(self) -> list[int]:
+        return ending_tokens_of(self.view.config)
 
-    def remember_drafters(self) -> None:
-        """The drafters are as they should be: whatever changes before the next call or refresh was not their doing."""
-        self._watch.remember(self.drafter.drafting.speculators)
+    def audited(self, policy: nn.Module | None) -> nn.Module | None:
+        return policy
 
-    def findings(self, recorder: StepRecorder, run: VllmRun) -> list[str]:
-        """What is wrong with the drafters, in words that name the cause."""
-        return [*watch.findings(recorder, run.proposing), *self._watch.findings(recorder, run.num_planned)]
+    def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:
+        self._lost.check(speculators)
+
+    def remember_drafters(self, speculators: Mapping[str, Speculator]) -> None:
+        self._lost.remember(speculators)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """New policy weights, (name, tensor) as in a checkpoint; read to the end whatever happens."""
         internals.reload_weights(self.llm, weights)
 
-    def _params(self, sequences: Sequences, limits: np.ndarray, request: int, extra: Mapping[str, Any]) -> Any:
+    def _params(self, call: Call, request: int) -> Any:
         from vllm import SamplingParams
 
-        sampling = sequences.sampling
+        sequences, sampling = call.sequences, call.sequences.sampling
         return SamplingParams(
-            max_tokens=int(limits[request] - sequences.prompt_lengths[request]),
+            max_tokens=int(call.max_lengths[request] - sequences.prompt_lengths[request]),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -214,5 +172,5 @@ class VllmBackend:
             logprobs=0,
             detokenize=False,
             extra_args={EXTRA_KEY: int(sequences.noise_keys[request]), EXTRA_REQUEST: request},
-            **extra,
+            **call.extra,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
 
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
@@ -16,7 +15,7 @@ _FADES = 0.8  # of what is remembered, per call
 _SAMPLE = 64  # values of each tensor that its fingerprint is made of
 
 
-class Watch:
+class LostDrafters:
     """Compares every call with those before it."""
 
     def __init__(self) -> None:
@@ -73,11 +72,9 @@ class Watch:
 
 
 def fingerprint(speculator: Speculator) -> torch.Tensor:
-    """A few values of every parameter that the speculator owns: float32 `[n]`."""
-    modules = [value for value in vars(speculator).values() if isinstance(value, nn.Module)]
+    """A few values of every tensor that the speculator owns: float32 `[n]`."""
     parts = [
-        parameter.detach().reshape(-1)[:: max(1, parameter.numel() // _SAMPLE)].float().cpu()
-        for module in modules
-        for parameter in module.parameters()
+        tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLE)].float().cpu()
+        for tensor in speculator.weights()
     ]
     return torch.cat(parts) if parts else torch.zeros(0)

@@ -1,7 +1,7 @@
 """The proposer that vLLM loads by name: `speculative_config={"method": "custom_class", "model": <path of AtlasProposer>}`.
 
 vLLM builds it in every worker, before it loads the policy. Options come in vLLM's own
-`additional_config={"atlas_rl": {"draft_model": FOLDER}}`, the static arm; all else has defaults.
+`additional_config={"atlas_rl": {"draft_model": FOLDER}}`, the static speculator; all else has defaults.
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ import numpy as np
 from torch import nn
 
 from atlas_rl.controller.goodput import GoodputController
-from atlas_rl.decode.compile_kernels import compile_kernels
+from atlas_rl.decode.defaults import bind_all, default_speculators
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import StepReport
-from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.eagle3.checkpoint import eagle3_layers
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
-from atlas_rl.speculators.history.speculator import HistorySpeculator
-from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from atlas_rl.vllm import internals
 from atlas_rl.vllm.checks import check_engine, options_of
 from atlas_rl.vllm.drafting import Drafting
-from atlas_rl.vllm.internals import Forward, Hooks, PolicyView, Request
+from atlas_rl.vllm.internals import Forward, Hooks, Request, VllmView
 
 
 class AtlasProposer(Hooks):
@@ -40,7 +37,7 @@ class AtlasProposer(Hooks):
         internals.install()  # before the runner that asks for this object loads its model
         check_engine(vllm_config)
         self.options = options_of(vllm_config)
-        self.policy: PolicyView | None = None
+        self.policy: VllmView | None = None
         self._model: nn.Module | None = None
         model_config = vllm_config.model_config
         self._config = model_config.hf_text_config
@@ -64,32 +61,25 @@ class AtlasProposer(Hooks):
         """Called by vLLM. Nothing is built yet: tensors made now are lost when the engine goes to sleep at level 2."""
         self._model = target_model
 
-    def use(self, speculators: dict[str, Speculator], controller: Any) -> None:
-        """Draft with these, which know the policy, instead of the defaults."""
-        self.drafting.use(speculators, controller)
-
     def prepare(self, *, defaults: bool = True) -> None:
         """Build what needs the loaded policy, with the default speculators or none; at the first step at the latest."""
         if self.policy is not None:
             return
         assert self._model is not None, "vLLM loads the model before it asks for drafts"
-        self.policy = PolicyView(self._model, self._config)
+        self.policy = VllmView(self._model, self._config)
         if defaults:
-            compile_kernels()
-            speculators: list[Speculator] = [HistorySpeculator(), RecurrentSpeculator()]
+            chosen = default_speculators()
             if "draft_model" in self.options:
-                speculators.append(Eagle3Speculator(self.options["draft_model"]))
-            named = {speculator.name: speculator for speculator in speculators}
-            for speculator in speculators:
-                speculator.bind(self.policy)
-            self.drafting.use(named, GoodputController(tuple(named)))
+                chosen.append(Eagle3Speculator(self.options["draft_model"]))
+            speculators = bind_all(chosen, self.policy, couples_noise=True)
+            self.drafting.use(speculators, GoodputController(tuple(speculators)))
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """vLLM's own call, which the hooks replace: here only if they were not installed."""
         raise RuntimeError("atlas_rl: vLLM's model runner asked for drafts past the hooks; report this vLLM version")
 
     def keys(self, requests: list[Request]) -> np.ndarray:
-        return self.drafting.keys(requests)
+        return self.drafting.requests.keys(requests)
 
     def ended(self, names: set[str]) -> None:
         self.drafting.forget(names)

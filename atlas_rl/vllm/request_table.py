@@ -1,4 +1,4 @@
-"""Who is in the batch: requests that come, move between rows, pause and go, as the `Sequences` that drafters know.
+"""Keeps requests that come, move between rows, pause and go as rows of the `Sequences` that drafters know.
 
 vLLM has no generation calls, only requests. An *epoch* stands for one: with an engine of ours it is the call, whose
 sequences the engine hands over; on a server it is a span of traffic, which ends when its rows are used up or when nothing
@@ -35,7 +35,7 @@ class Arrival:
     request: int | None
 
 
-class Roster:
+class RequestTable:
     """Maps the engine's requests to rows of `sequences`.
 
     Args:
@@ -46,20 +46,30 @@ class Roster:
 
     def __init__(self, num_rows: int, max_length: int, vocab_size: int) -> None:
         self.sequences: Sequences | None = None
-        self.limits = np.zeros(0, np.int64)
+        self.max_lengths = np.zeros(0, np.int64)
         self.announced = False
         self.request_of: dict[str, int] = {}
         self._num_rows, self._max_length, self._vocab_size = num_rows, max_length, vocab_size
         self._num_used = 0
 
-    def announce(self, sequences: Sequences, limits: np.ndarray) -> None:
-        """A call begins: its requests name their own rows, and each ends at `limits` (int64 `[num_requests]`) tokens."""
-        self.sequences, self.limits, self.announced = sequences, limits, True
+    def announce(self, sequences: Sequences, max_lengths: np.ndarray) -> None:
+        """A call begins. Its requests name their own rows; each ends at `max_lengths` (int64 `[num_requests]`) tokens."""
+        self.sequences, self.max_lengths, self.announced = sequences, max_lengths, True
         self.request_of = {}
 
     def close(self) -> None:
         """The call is over; whatever comes next was announced by nobody."""
         self.sequences, self.announced, self.request_of, self._num_used = None, False, {}, 0
+
+    @property
+    def current(self) -> Sequences:
+        """The sequences of the call or epoch, which there is while requests are followed."""
+        assert self.sequences is not None, "no call was announced, no epoch begun"
+        return self.sequences
+
+    def admits(self, sampling: SamplingParams) -> bool:
+        """Whether a request that nobody announced gets a row."""
+        return not self.announced and self.belongs(sampling) and self.has_room
 
     def belongs(self, sampling: SamplingParams) -> bool:
         """Whether a request can join the epoch: drafts are drawn for one way of sampling."""
@@ -94,11 +104,11 @@ class Roster:
             vocab_size=self._vocab_size,
             policy_version=policy_version,
         )
-        limits, self.limits = self.limits, np.zeros(rows, np.int64)
+        max_lengths, self.max_lengths = self.max_lengths, np.zeros(rows, np.int64)
         self.request_of, self._num_used = {}, 0
         for name, request in running.items():
             assert old is not None
-            self._place(name, limits[request], old.prompt_keys[request], old.noise_keys[request])
+            self._place(name, max_lengths[request], old.prompt_keys[request], old.noise_keys[request])
             target = self.request_of[name]
             self.sequences.token_ids[target] = old.token_ids[request]
             for field in ("lengths", "prompt_lengths"):
@@ -106,27 +116,25 @@ class Roster:
 
     def enter(self, arrival: Arrival, tokens: np.ndarray) -> int:
         """Give a request its row, prompt in place: int32 `tokens [num_prompt_tokens]`. Returns the row."""
-        assert self.sequences is not None
         if arrival.request is not None:
             self.request_of[arrival.name] = arrival.request
             return arrival.request
-        limit = min(arrival.num_prompt_tokens + arrival.sampling.max_new_tokens, self._max_length)
-        self._place(arrival.name, limit, prompt_key(tokens), arrival.noise_key)
+        max_length = min(arrival.num_prompt_tokens + arrival.sampling.max_new_tokens, self._max_length)
+        self._place(arrival.name, max_length, prompt_key(tokens), arrival.noise_key)
         row = self.request_of[arrival.name]
-        self.sequences.token_ids[row, : len(tokens)] = tokens
-        self.sequences.lengths[row] = self.sequences.prompt_lengths[row] = len(tokens)
+        self.current.token_ids[row, : len(tokens)] = tokens
+        self.current.lengths[row] = self.current.prompt_lengths[row] = len(tokens)
         return row
 
     def leave(self, name: str) -> None:
         """A request has ended."""
         del self.request_of[name]
 
-    def _place(self, name: str, limit: int, key: int, noise_key: int) -> None:
-        assert self.sequences is not None
+    def _place(self, name: str, max_length: int, key: int, noise_key: int) -> None:
         row, self._num_used = self._num_used, self._num_used + 1
         self.request_of[name] = row
-        self.limits[row] = limit
-        self.sequences.prompt_keys[row], self.sequences.noise_keys[row] = key, noise_key
+        self.max_lengths[row] = max_length
+        self.current.prompt_keys[row], self.current.noise_keys[row] = key, noise_key
 
 
 def _kind(sampling: SamplingParams) -> tuple[float, int, float, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
 
+from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.eagle3.head import Eagle3Config, Eagle3Head
 
 _SPECULATORS_VERSION = "0.2.0"  # of the layout
@@ -34,7 +35,7 @@ def is_eagle3(folder: str | Path) -> bool:
     return path.is_file() and "draft_vocab_size" in path.read_text()
 
 
-def load_eagle3(folder: str | Path, policy: nn.Module) -> Eagle3Head:
+def load_eagle3(folder: str | Path, policy: PolicyView) -> Eagle3Head:
     """The head in `folder`, on the policy's device and in its number format.
 
     Raises:
@@ -42,17 +43,17 @@ def load_eagle3(folder: str | Path, policy: nn.Module) -> Eagle3Head:
     """
     folder = Path(folder)
     settings, tensors = _read_config(folder), _read_tensors(folder)
-    vocab_size, hidden_size = policy.get_output_embeddings().weight.shape  # type: ignore[operator]
-    num_layers = policy.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+    vocab_size, num_layers = policy.vocab_size, policy.num_layers
     config = _config(folder, settings, num_layers)
     if config.layer.vocab_size != vocab_size:
         raise ValueError(
             f"the EAGLE-3 head in '{folder}' is for a vocabulary of {config.layer.vocab_size} tokens, the policy has "
             f"{vocab_size}: it belongs to another policy"
         )
-    if config.read_size != hidden_size:
+    if config.read_size != policy.hidden_size:
         raise ValueError(
-            f"the EAGLE-3 head in '{folder}' reads a hidden size of {config.read_size}, the policy has {hidden_size}: it "
+            f"the EAGLE-3 head in '{folder}' reads a hidden size of {config.read_size}, the policy has "
+            f"{policy.hidden_size}: it "
             "belongs to another policy"
         )
     if max(config.layers) >= num_layers:
@@ -70,8 +71,7 @@ def load_eagle3(folder: str | Path, policy: nn.Module) -> Eagle3Head:
         head.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"the EAGLE-3 head in '{folder}' does not fit its own config.json: {error}") from error
-    weight = policy.get_output_embeddings().weight  # type: ignore[operator]
-    return head.to(device=weight.device, dtype=weight.dtype).eval()
+    return head.to(device=policy.device, dtype=policy.dtype).eval()
 
 
 def eagle3_layers(folder: str | Path, num_layers: int) -> tuple[int, ...]:

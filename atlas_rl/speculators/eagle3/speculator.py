@@ -1,4 +1,4 @@
-"""EAGLE-3 as a speculator: the static arm, trained before the run and never changed by it.
+"""EAGLE-3 as a speculator: static, trained before the run and never changed by it.
 
 The head keeps one layer's attention cache of its own, in rows like the policy's. Committed positions enter it with the
 policy's features; drafted ones with the head's own, and are overwritten when the policy has run there.
@@ -6,22 +6,26 @@ policy's features; drafted ones with the head's own, and are overwritten when th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.core import Draft, Hidden, Rollouts, Sequences, Verified
-from atlas_rl.policy import ragged_attention as attention
+from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.cpu_linear import by_columns
-from atlas_rl.policy.ragged_attention import RaggedBatch, ragged_attention
-from atlas_rl.speculators.base import Speculator
+from atlas_rl.policy.ragged_attention import RaggedBatch, active, ragged_attention
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import ReducedDraft
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from atlas_rl.speculators.eagle3.head import Eagle3Head
+
+if TYPE_CHECKING:
+    from atlas_rl.policy.base import PolicyCache
+    from atlas_rl.policy.view import PolicyView
 
 _FUSED_TOGETHER = 256  # observed positions whose states are kept at most before they are fused
 _DRAFT_ROOM = 32  # cache cells past the longest text, for drafts that reach beyond a request's end
@@ -44,19 +48,26 @@ class Eagle3Speculator(Speculator):
         self._sequences: Sequences | None = None
         self._cache: RaggedBatch | None = None
 
-    def bind(self, policy: nn.Module) -> None:
+    def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Load the head for this policy."""
+        super().bind(policy, couples_noise)
         self._policy = policy
         self.head = self._given if isinstance(self._given, Eagle3Head) else load_eagle3(self._given, policy)
         for module in self.head.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data = by_columns(module.weight.data)
-        self.reads_layers = self.head.config.layers
+        self.needs = Needs(layers=self.head.config.layers)
         self._device = self.head.fc.weight.device
         self._token_ids = self.head.token_ids.cpu().numpy()
 
-    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
-        """Give new requests a cache row each."""
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
+        """Give new requests a cache row each, and keep the features of their prompts."""
         if sequences is not self._sequences:
             num_requests, capacity = sequences.token_ids.shape
             self._sequences = sequences
@@ -66,12 +77,12 @@ class Eagle3Speculator(Speculator):
             self._has_prompt = np.zeros(num_requests, bool)  # and is still decoded
             self._prompt_in: dict[int, int] = {}  # by prompt key, a request whose row has the prompt
             self._unfused: list[tuple[np.ndarray, np.ndarray, dict[int, torch.Tensor]]] = []
-
-    def read_prompts(self, sequences: Sequences, groups: list[np.ndarray], hidden: Hidden) -> None:
-        """Features of the prompts; their last position waits for the token that follows."""
+        if not prompts.groups:
+            return
         with torch.no_grad():
-            features = self.head.fuse(hidden.layers)
-        for group, first in zip(groups, hidden.first, strict=True):
+            features = self.head.fuse(prompts.hidden.layers)
+        # The last position of a prompt waits for the token that follows it.
+        for group, first in zip(prompts.groups, prompts.hidden.starts, strict=True):
             for request in group:
                 self._features[request].append(features[first : first + sequences.prompt_lengths[request]])
             self._has_prompt[group] = True
@@ -94,7 +105,7 @@ class Eagle3Speculator(Speculator):
         depth = min(int(max_draft_tokens.max(initial=0)), int(capacity + _DRAFT_ROOM - lengths.max(initial=0)))
         if depth <= 0:
             return Draft.empty(len(requests))
-        draft = ReducedDraft(sequences, requests, depth, self._token_ids, couples_noise=self.couples_noise)
+        draft = ReducedDraft(sequences, requests, depth, self._token_ids, couples_noise=self._couples_noise)
         one = np.ones(len(requests), np.int64)
         with torch.no_grad():
             self._fuse()
@@ -109,9 +120,8 @@ class Eagle3Speculator(Speculator):
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the features of committed positions until the head next runs."""
-        assert verified.hidden is not None
         starts = sequences.lengths[verified.requests] - verified.num_committed
-        # What the first token was drawn from is the prompt's last position, which `read_prompts` has seen.
+        # What the first token was drawn from is the prompt's last position, which `start` has seen.
         going = self._has_prompt[verified.requests] & ~verified.finished
         rows = np.flatnonzero((starts > sequences.prompt_lengths[verified.requests]) & going)
         ended = verified.requests[verified.finished]
@@ -122,7 +132,7 @@ class Eagle3Speculator(Speculator):
             return
         counts = verified.num_committed[rows]
         index = np.concatenate(
-            [np.arange(first, first + n) for first, n in zip(verified.hidden.first[rows], counts, strict=True)]
+            [np.arange(first, first + n) for first, n in zip(verified.hidden.starts[rows], counts, strict=True)]
         )
         taken = torch.from_numpy(index).to(self._device)
         states = {n: states[taken] for n, states in verified.hidden.layers.items()}
@@ -130,9 +140,13 @@ class Eagle3Speculator(Speculator):
         if sum(int(counts.sum()) for _, counts, _ in self._unfused) >= _FUSED_TOGETHER:
             self._fuse()
 
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
-        """Nothing: the static arm does not follow the policy. The cache of the call before is released."""
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        """Release the cache of the call before. A static drafter does not follow the policy."""
         self._sequences, self._cache, self._features, self._unfused = None, None, [], []
+        return None
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        return self.head.parameters()
 
     def _fuse(self) -> None:
         """Features of the positions observed since the last time: together, as reading the weights costs as much for one."""
@@ -193,15 +207,15 @@ class Eagle3Speculator(Speculator):
         cache = self._cache
         assert cache is not None
         cache.place(Segments(tokens, 0, starts, counts, requests), self._device)
-        table = self.head.embed_tokens or self._policy.get_input_embeddings()  # type: ignore[operator]
-        embeddings = table(torch.from_numpy(tokens).to(self._device)).to(features.dtype)
+        embed = self.head.embed_tokens or self._policy.embed
+        embeddings = embed(torch.from_numpy(tokens).to(self._device)).to(features.dtype)
         positions = cache.token_positions
         assert positions is not None
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return ragged_attention(_LAYER, query, key, value, None)[0]
 
-        with attention.active(cache):
+        with active(cache):
             return self.head(embeddings[None], features[None], positions[None], attend)[0]
 
 

@@ -1,7 +1,7 @@
-"""The FP4 self-draft: an NVFP4 copy of the policy drafts, the policy verifies. The static arm that cannot go stale.
+"""The FP4 self-draft: an NVFP4 copy of the policy drafts, the policy verifies. A static speculator that cannot go stale.
 
 Self-speculation with a quantized copy is that of QuantSpec (arXiv 2502.10424) and, in RL, of EfficientRollout (arXiv
-2606.18967); the format is NVFP4 (`fp4_copy.py`). The copy is made anew whenever the policy has moved: no training, no
+2606.18967); the format is NVFP4 (`copy.py`). The copy is made anew whenever the policy has moved: no training, no
 checkpoint, and what is committed is the policy's own, in full precision.
 
 **It drafts in the policy's own cache.** What it attends to are the keys and values that the policy itself computed for
@@ -12,20 +12,16 @@ them. So there is no second cache, no prompt to run, nothing to catch up with, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from atlas_rl.core import Draft, Rollouts, Sequences, Verified
-from atlas_rl.policy.base import Backend, Segments
-from atlas_rl.speculators.base import Speculator
+from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.policy.base import PolicyCache, Segments
+from atlas_rl.policy.view import PolicyView
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import draw_full
 from atlas_rl.speculators.fp4_self.copy import FourBitCopy
-
-if TYPE_CHECKING:
-    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -47,38 +43,45 @@ class Fp4SelfSpeculator(Speculator):
     """
 
     name = "fp4_self"
+    needs = Needs(cache=True)
 
     def __init__(self, *, quantize_head: bool = True, quantize_embeddings: bool = False) -> None:
         self._options = {"quantize_head": quantize_head, "quantize_embeddings": quantize_embeddings}
         self._copy: FourBitCopy | None = None
         self._version: int | None = None  # of the policy that was copied
-        self._backend: Backend | None = None
-        self._rows_of: Callable[[np.ndarray], np.ndarray]
+        self._cache: PolicyCache | None = None
 
-    def bind(self, policy: nn.Module) -> None:
+    def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Copy this policy from now on."""
-        self._copy, self._version = FourBitCopy(policy, **self._options), None
-        if next(policy.parameters()).device.type == "cpu":
+        super().bind(policy, couples_noise)
+        if policy.model is None:
+            raise ValueError("draft_model='fp4' copies the policy's own modules, which must run in this process")
+        self._copy, self._version = FourBitCopy(policy.model, **self._options), None
+        if policy.device.type == "cpu":
             logger.warning(
                 "atlas_rl: on a CPU the four-bit copy of the policy is dequantized: it drafts at the policy's own price, "
                 "which cannot pay. It is of use on GPUs"
             )
 
-    def share_cache(self, backend: Backend, rows_of: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Draft in the policy's cache."""
-        self._backend, self._rows_of = backend, rows_of
-
-    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
-        """Nothing: the policy has run the prompts."""
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
+        """Draft in the policy's cache; the policy has run the prompts."""
+        assert cache is not None, "needs the policy's cache"
+        self._cache = cache
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request, each as far as it is wanted or to its first ending token."""
         depth = int(max_draft_tokens.max(initial=0))
         if depth <= 0:
             return Draft.empty(len(requests))
-        copy, backend = self._current(sequences.policy_version), self._backend
-        assert backend is not None, "propose() before share_cache()"
-        rows, starts = self._rows_of(requests), sequences.lengths[requests] - 1
+        copy, cache = self._current(sequences.policy_version), self._cache
+        assert cache is not None, "propose() before start()"
+        rows, starts = cache.rows_of(requests), sequences.lengths[requests] - 1
         newest = sequences.token_ids[requests, starts].astype(np.int64)
         draft = Draft(
             np.zeros((len(requests), depth), np.int64),
@@ -93,20 +96,22 @@ class Fp4SelfSpeculator(Speculator):
             one = np.ones(len(going), np.int64)
             with copy.running():
                 segments = Segments(newest[going], 0, starts[going] + position, one, rows[going])
-                logits = backend.forward(segments, np.arange(len(going)))
+                logits = cache.runner.forward(segments, np.arange(len(going)))
             drafted = draft.token_ids[going, :position]
             newest[going], confidence, q = draw_full(
-                logits, sequences, requests[going], drafted, couples_noise=self.couples_noise
+                logits, sequences, requests[going], drafted, couples_noise=self._couples_noise
             )
             self._append(draft, going, position, newest[going], confidence, q)
             going = going[~sequences.sampling.ends(newest[going])]
         return draft
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Nothing: the policy has run what was committed."""
+        """Do nothing: the policy has run what was committed."""
 
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
-        """Nothing yet: weights are read when the next draft is wanted, when they are whole on every rank."""
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        """Let go of the call's cache. Weights are read when the next draft is wanted, when they are whole on every rank."""
+        self._cache = None
+        return None
 
     def _current(self, policy_version: int) -> FourBitCopy:
         """The copy, of the policy as it is now."""
@@ -128,7 +133,7 @@ class Fp4SelfSpeculator(Speculator):
         draft.token_ids[going, position] = tokens
         draft.confidence[going, position] = confidence.clip(*_CONFIDENCE)
         draft.lengths[going] += 1
-        if not self.couples_noise:
+        if not self._couples_noise:
             if draft.draft_probs is None:
                 draft.draft_probs = q.new_zeros(*draft.token_ids.shape, q.shape[1])
             draft.draft_probs[torch.from_numpy(going).to(q.device), position] = q

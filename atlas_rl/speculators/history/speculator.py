@@ -1,25 +1,25 @@
 """History index: drafts what followed the same tokens in recent rollouts.
 
-The light half of the adaptive arm. Everything a run has generated lately is text that the next rollout may repeat:
+The light organ of the adaptive speculator. Everything a run has generated lately is text that the next rollout may repeat:
 the siblings of its group, which answer the same prompt now; rollouts of the same prompt in earlier epochs; the prompt
 itself; the request's own earlier words. The index finds places where the same tokens stood before
-(`history_store.py`, `history_match.py`) and weighs what followed them by how reliable such places have proved
-(`history_mixture.py`).
+(`store.py`, `match.py`) and weighs what followed them by how reliable such places have proved
+(`mixture.py`).
 
-Where the policy branches, the counts approximate its distribution, and with `couples_noise` the draft is drawn from
+Where the policy branches, the counts approximate its distribution, and where noise is coupled the draft is drawn from
 them with the policy's own noise: the draft is then right with probability near 1 - TV(counts, policy), where the
 likeliest token alone would be right with probability max p.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 
-from atlas_rl.core import Draft, Rollouts, Sequences, Verified
-from atlas_rl.speculators.base import Speculator
+from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.history.match import advance, new_cursors, refill
 from atlas_rl.speculators.history.mixture import (
     COUPLED,
@@ -34,6 +34,9 @@ from atlas_rl.speculators.history.mixture import (
     new_scratch,
 )
 from atlas_rl.speculators.history.store import MAX_MATCH, Archive, LiveIndex, prompt_tags
+
+if TYPE_CHECKING:
+    from atlas_rl.policy.base import PolicyCache
 
 _STATE_KIND = "atlas_rl.history"
 _STATE_VERSION = 1
@@ -131,8 +134,14 @@ class HistorySpeculator(Speculator):
         self._finished: list[int] = []
         self._cursors, self._counts, self._observed = new_cursors(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
 
-    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
-        """Index the prompts of new requests; a new `Sequences` ends the call before it."""
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
+        """Index the prompts of new requests."""
         if sequences is not self._sequences:
             self._end_call()
             num_requests = len(sequences.lengths)
@@ -173,13 +182,14 @@ class HistorySpeculator(Speculator):
         live.extend(requests, ends)
         self._finished.extend(requests[verified.finished].tolist())
 
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
-        """Archive the call that `rollouts` came from; ageing is the ring's."""
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        """Archive the call that `rollouts` came from; the oldest rollouts leave the ring by themselves."""
         self._end_call()
         if rollouts.sequences is not self._archived:
             self._archive_rollouts(rollouts.sequences, list(range(len(rollouts.sequences.lengths))))
             self._archived = rollouts.sequences
         self.policy_version = policy_version
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Archive, with what has finished by now, and learned weights; a call under way goes on unharmed."""
@@ -216,7 +226,7 @@ class HistorySpeculator(Speculator):
         return len(self._archive)
 
     def _mode(self, sequences: Sequences) -> int:
-        return COUPLED if self.couples_noise and not sequences.sampling.greedy else ONE_HOT
+        return COUPLED if self._couples_noise and not sequences.sampling.greedy else ONE_HOT
 
     def _live_of(self, sequences: Sequences) -> LiveIndex:
         if sequences is not self._sequences or self._live is None:

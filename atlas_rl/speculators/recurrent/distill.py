@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from atlas_rl.policy.view import LogitForm
 from atlas_rl.speculators.recurrent.head import RecurrentHead
-from atlas_rl.speculators.recurrent.rollout_buffer import ReplayBuffer, Windows
+from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer, Windows
 
 Loss = Literal["kl", "tv"]
 UNROLL = 5
@@ -53,30 +54,26 @@ class Target:
 
     Attributes:
         rows: float32 `[vocab, hidden]`.
-        softcap: Of the output logits (Gemma 2, arXiv 2408.00118), or None.
-        scale: Factor on the logits that some families apply.
+        form: From products to logits.
         temperature: Of the rollouts.
         index_of: int64 `[policy vocab]`, index in the reduced vocabulary, `len(rows)` for tokens outside.
     """
 
     rows: torch.Tensor
-    softcap: float | None
-    scale: float
+    form: LogitForm
     temperature: float
     index_of: np.ndarray
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log of the policy's distribution, renormalised over the reduced vocabulary: `[..., vocab]`."""
-        logits = torch.nn.functional.linear(hidden.float(), self.rows) * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = self.form(torch.nn.functional.linear(hidden.float(), self.rows))
         return (logits / self.temperature).log_softmax(dim=-1)
 
 
 def distill(
     head: RecurrentHead,
     optimizer: torch.optim.Optimizer,
-    buffer: ReplayBuffer,
+    buffer: RolloutBuffer,
     target: Target,
     *,
     version: int,

@@ -1,4 +1,4 @@
-"""What verification computed anyway, kept for the drafter to learn from: hidden states and tokens of the newest rollouts."""
+"""Keeps hidden states and tokens of the newest rollouts for the drafter to learn from; verification computed them anyway."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Windows:
     valid: np.ndarray
 
 
-class ReplayBuffer:
+class RolloutBuffer:
     """A bounded ring of rollouts, the oldest dropped first.
 
     Args:

@@ -13,7 +13,7 @@ Before adding a version, run tests/vllm/test_exactness.py on it. vLLM is importe
 """
 
 from atlas_rl.vllm.internals.engine import (
-    PolicyView,
+    VllmView,
     drafter_of,
     reload_weights,
     runner_of,
@@ -28,8 +28,8 @@ __all__ = [
     "Batch",
     "Forward",
     "Hooks",
-    "PolicyView",
     "Request",
+    "VllmView",
     "check_version",
     "drafter_of",
     "install",

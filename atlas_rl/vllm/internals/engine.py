@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from atlas_rl.policy.view import LogitForm, PolicyView
 from atlas_rl.vllm.internals.runner import Hooks
 
 
-class PolicyView(nn.Module):
-    """A loaded model as drafters read it: configuration, input and output embeddings `[vocab, hidden]`.
+class VllmView(PolicyView):
+    """A loaded model as drafters read it.
 
-    With tensor parallelism every rank holds a share of the vocabulary: `refresh` then collects copies, on all ranks
+    With tensor parallelism every rank holds a share of the vocabulary. `refresh` then collects copies, on all ranks
     together, before the first use and after new weights (`stale`).
+
+    Args:
+        model: vLLM's model.
+        config: transformers' text configuration of it.
+
+    Raises:
+        ValueError: The model has no vocabulary embedding.
     """
 
     def __init__(self, model: nn.Module, config: Any) -> None:
-        super().__init__()
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
@@ -28,8 +34,7 @@ class PolicyView(nn.Module):
         outputs = [table for table in tables if isinstance(table, ParallelLMHead)] or inputs
         if not tables:
             raise ValueError(f"{type(model).__name__} has no vocabulary embedding that drafters could read")
-        self.config = config
-        self.generation_config = SimpleNamespace(eos_token_id=getattr(config, "eos_token_id", None))
+        self.config, self.form = config, LogitForm.of(config)
         self.stale = True
         self._sharded = inputs[0].tp_size > 1
         self._inputs, self._outputs = _Table(inputs[0]), _Table(outputs[0])
@@ -47,39 +52,35 @@ class PolicyView(nn.Module):
         self._outputs.read()
         self.stale = False
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Token ids to `[..., hidden]`."""
-        return self._inputs
+    @property
+    def input_table(self) -> torch.Tensor:
+        return self._inputs.weight
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The LM head's table."""
-        return self._outputs
+    @property
+    def output_table(self) -> torch.Tensor:
+        return self._outputs.weight
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(token_ids, self._inputs.weight)
 
 
-class _Table(nn.Module):
+class _Table:
     """One embedding; where it is sharded, its weight has a shape and no values before the first `read`."""
 
-    weight: torch.Tensor
-
     def __init__(self, table: Any) -> None:
-        super().__init__()
-        self._read_from = [table]  # in a list: not a module of this one
+        self._table = table
         weight = table.weight.data
         if table.tp_size > 1:
             weight = weight.new_empty(table.org_vocab_size, weight.shape[1])
-        self.register_buffer("weight", weight[: table.org_vocab_size], persistent=False)
+        self.weight: torch.Tensor = weight[: table.org_vocab_size]
 
     def read(self) -> None:
-        table = self._read_from[0]
-        weight = table.weight.data
-        if table.tp_size > 1:
+        weight = self._table.weight.data
+        if self._table.tp_size > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 
             weight = tensor_model_parallel_all_gather(weight, dim=0)
-        self.weight = weight[: table.org_vocab_size]
-
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return nn.functional.embedding(token_ids, self.weight)
+        self.weight = weight[: self._table.org_vocab_size]
 
 
 def runner_of(llm: Any) -> Any:

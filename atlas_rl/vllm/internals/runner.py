@@ -57,8 +57,8 @@ class Forward:
         batch: Its rows, newly sampled tokens included.
         sampled: Per row, the tokens just committed; none for a row whose prompt is not complete yet.
         num_drafted: int64 `[rows]`, draft tokens that were verified.
-        first: int64 `[rows]`, the row's first entry in `hidden`.
-        hidden: `[positions, hidden]`, inputs of the LM head, outside of inference mode.
+        starts: int64 `[rows]`, the row's first entry in `head_inputs`.
+        head_inputs: `[positions, hidden]`, inputs of the LM head, outside of inference mode.
         layers: Per layer that was asked for, `[tokens, hidden]`, inputs of it at every token of the forward.
         spans: int64 `[rows, 3]`: the row's first token in `layers`, how many there are, and the position of the first.
         drawn: What the sampler drew.
@@ -67,8 +67,8 @@ class Forward:
     batch: Batch
     sampled: list[list[int]]
     num_drafted: np.ndarray
-    first: np.ndarray
-    hidden: torch.Tensor
+    starts: np.ndarray
+    head_inputs: torch.Tensor
     layers: dict[int, torch.Tensor]
     spans: np.ndarray
     drawn: Drawn
@@ -206,8 +206,8 @@ def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: A
             batch=batch,
             sampled=sampled,
             num_drafted=num_drafted,
-            first=np.cumsum(counts) - counts,
-            hidden=hidden.clone(),
+            starts=np.cumsum(counts) - counts,
+            head_inputs=hidden.clone(),
             layers={n: states.clone() for n, states in zip(drafter.layers, layers or (), strict=True)},
             spans=_spans(runner, scheduled, batch),
             drawn=runner._atlas_rl_drawn,

@@ -1,0 +1,178 @@
+"""One generation call, and who runs it: the interface of backends, and the backend that runs the policy in process."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from atlas_rl.controller.base import Controller
+from atlas_rl.core import Sequences
+from atlas_rl.decode.loop import DecodeLoop
+from atlas_rl.policy.in_process import InProcessRunner, unwrap_policy
+from atlas_rl.policy.view import InProcessView, PolicyView
+from atlas_rl.report import dead_drafters
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.sampling.by_kernels import verifier_on
+from atlas_rl.sampling.verification import Verifier
+from atlas_rl.speculators.base import Speculator
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One generation call, checked and ready to run.
+
+    Attributes:
+        sequences: The requests, prompts in place; complete when the call has run.
+        max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
+        speculators: By name, in the controller's order; empty decodes plainly, with the same tokens.
+        controller: Plans every step.
+        recorder: Gets counts and seconds.
+        extra: Further sampling parameters, for backends that have more than `SamplingParams`.
+    """
+
+    sequences: Sequences
+    max_lengths: np.ndarray
+    speculators: Mapping[str, Speculator]
+    controller: Controller
+    recorder: StepRecorder
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a call came to, beside the completed sequences.
+
+    Attributes:
+        logprobs: Per request, of its completion tokens, under the processed distribution.
+        no_speculation_forward_s: Estimated seconds of plain forwards for the same tokens.
+        findings: What is wrong with the drafters, in words that name the cause.
+        trace: What the controller says of every step, if it explains itself.
+    """
+
+    logprobs: list[list[float]]
+    no_speculation_forward_s: float
+    findings: list[str]
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Backend(ABC):
+    """Runs whole generation calls with one policy.
+
+    Attributes:
+        vocab_size: The policy's vocabulary.
+        max_context: Longest sequence that the policy can be run over, tokens; None where it has no limit of its own.
+        view: The policy as drafters read it.
+        couples_noise: Whether drafters draw with the noise that decides.
+        static_kinds: Static speculators that can draft here: `fp4`, `eagle3`, `draft_lm`.
+        leads: Whether this rank drafts; in a tensor-parallel group one rank drafts for all.
+        engine_dtype: Precision that it computes in, where that is not the policy's own.
+    """
+
+    vocab_size: int
+    max_context: int | None
+    view: PolicyView
+    couples_noise: bool
+    static_kinds: frozenset[str]
+    leads: bool = True
+    engine_dtype: torch.dtype | None = None
+
+    @abstractmethod
+    def runs(self, model: Any) -> bool:
+        """Whether this is the backend of `model`, or of a wrapper of it."""
+
+    @abstractmethod
+    def generate(self, call: Call) -> Run:
+        """Generate every request of a call.
+
+        Raises:
+            ValueError: Something that this backend cannot do is asked for; nothing has been generated then.
+        """
+
+    @abstractmethod
+    def eos_token_ids(self) -> list[int]:
+        """Ending tokens that the policy's own configuration names; may be none."""
+
+    @abstractmethod
+    def audited(self, policy: nn.Module | None) -> nn.Module | None:
+        """The policy to audit against: `policy` where the backend runs a copy of it; None audits nothing."""
+
+    def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:  # noqa: B027 - most need nothing
+        """Before a refresh: note drafters that changed though nobody trained them since `remember_drafters`."""
+
+    def remember_drafters(self, speculators: Mapping[str, Speculator]) -> None:  # noqa: B027 - most need nothing
+        """After a refresh: drafters are as they should be."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take new policy weights, (name, tensor) as in a checkpoint; read to the end whatever happens.
+
+        Raises:
+            ValueError: The backend generates with the policy's own weights.
+        """
+        raise ValueError("this engine generates with the policy's own weights: call policy_updated()")
+
+
+class InProcessBackend(Backend):
+    """Generates with the trainer's own weights, in this process.
+
+    Args:
+        model: The policy, or a wrapper around it.
+        verifier: Turns logits and drafts into tokens.
+        max_batch_size: Most requests decoded together; None takes what memory allows.
+
+    Raises:
+        ValueError: Not a causal LM, or one whose attention cannot be run this way.
+    """
+
+    static_kinds = frozenset({"fp4", "eagle3", "draft_lm"})
+
+    def __init__(self, model: nn.Module, verifier: Verifier, max_batch_size: int | None = None) -> None:
+        self.runner = InProcessRunner(model)
+        self.vocab_size, self.max_context = self.runner.vocab_size, self.runner.max_context
+        self.view = InProcessView(self.runner.model)
+        self.couples_noise = verifier.couples_noise
+        self._verifier, self._max_batch_size = verifier, max_batch_size
+
+    def runs(self, model: Any) -> bool:
+        return self.runner.model is unwrap_policy(model)
+
+    def generate(self, call: Call) -> Run:
+        runner = self.runner
+        num_rows, capacity = self._num_rows(call.sequences), call.sequences.token_ids.shape[1]
+        with runner.session(runner.new_cache(num_rows, capacity)):
+            loop = DecodeLoop(
+                runner,
+                verifier_on(runner.device, self._verifier),
+                call.speculators,
+                call.controller,
+                call.sequences,
+                num_rows,
+                call.max_lengths,
+                call.recorder,
+            )
+            loop.run()
+        asked = loop.proposing
+        findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
+        return Run(loop.logprobs, loop.no_speculation_forward_s, list(findings), loop.trace)
+
+    def eos_token_ids(self) -> list[int]:
+        return ending_tokens_of(getattr(self.runner.model, "generation_config", None))
+
+    def audited(self, policy: nn.Module | None) -> nn.Module | None:
+        return self.runner.model
+
+    def _num_rows(self, sequences: Sequences) -> int:
+        num_requests, capacity = sequences.token_ids.shape
+        fits = max(1, self.runner.free_bytes() // max(1, self.runner.row_bytes(capacity)))
+        return int(min(num_requests, fits, self._max_batch_size or num_requests))
+
+
+def ending_tokens_of(source: Any) -> list[int]:
+    """`eos_token_id` of a configuration or a tokenizer, which may be one, several or None."""
+    value = getattr(source, "eos_token_id", None)
+    return value if isinstance(value, list) else [] if value is None else [value]

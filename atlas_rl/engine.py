@@ -1,0 +1,72 @@
+"""`AtlasRolloutEngine`: the public face. One line makes a trainer generate with it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from atlas_rl.rollout.engine import RolloutEngine
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class AtlasRolloutEngine(RolloutEngine):
+    """Rollouts by speculative decoding that follows the policy.
+
+        AtlasRolloutEngine().attach(trainer)                                 # GRPOTrainer, RLOOTrainer
+        GRPOTrainer(..., rollout_func=AtlasRolloutEngine())                  # the second way in
+        AtlasRolloutEngine(model=policy, tokenizer=tok).generate(prompts, max_new_tokens=64)
+
+    Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off.
+    Arguments are those of `RolloutEngine`; its options are the fields of `EngineConfig`.
+    """
+
+    _adapter: Any = None
+
+    def attach(self, trainer: Trainer, *, baseline_every: int = 0) -> AtlasRolloutEngine:
+        """Make `trainer` (GRPOTrainer, RLOOTrainer) generate with this engine; returns the engine.
+
+        Args:
+            trainer: Built as usual: with `use_vllm=False` for generation in process or for `backend="vllm"`, or inside
+                `prepare_vllm()` with `use_vllm=True`.
+            baseline_every: Repeat every n-th training generation without speculation, check that the tokens are the
+                same, and put its tokens/s into the report; 0 never. For measurements: it costs the time it measures.
+
+        Raises:
+            ValueError: A trainer that cannot be attached to, or sampling options that cannot be honoured; the trainer
+                is then as it was.
+        """
+        from atlas_rl.integrations.trl import adapter, vllm
+
+        asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
+        attach = vllm.attach if asks or self.config.backend == "vllm" else adapter.attach
+        self._adapter = attach(self, trainer, baseline_every)
+        return self
+
+    def prepare_vllm(self, **arguments: Any) -> AbstractContextManager[None]:
+        """For trainers with `use_vllm=True`: the vLLM engine that TRL builds inside drafts with ours.
+
+            with engine.prepare_vllm():
+                trainer = GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate"))
+            engine.attach(trainer)
+
+        Args:
+            arguments: Further ones of `vllm.LLM`, for which TRL has no option, such as `enforce_eager=True`.
+
+        Raises:
+            ValueError: vLLM is missing, or of a version that is not known.
+        """
+        from atlas_rl.integrations.trl.vllm import drafting_engines
+
+        return drafting_engines(self.config, **arguments)
+
+    def __call__(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
+        """TRL's `rollout_func`: prompts already repeated per generation in, token ids and logprobs out."""
+        if self.config.backend == "vllm":
+            raise ValueError("rollout_func=engine generates in process: with vLLM use engine.attach(trainer)")
+        from atlas_rl.integrations.trl.adapter import rollout_func
+
+        if self._adapter is None:
+            self._adapter = rollout_func(self, trainer)
+        return self._adapter.rollout_func(prompts)

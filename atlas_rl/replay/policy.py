@@ -1,0 +1,46 @@
+"""A recorded policy, as drafters read it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional
+
+from atlas_rl.policy.view import PolicyView
+from atlas_rl.replay.record import Recorded
+
+
+class RecordedPolicy(PolicyView):
+    """Embeddings and configuration of the policy of a recorded run, as far as the record holds them.
+
+    Args:
+        recorded: Any call of the run.
+        like: The policy of the run, of any version. It gives the embeddings of tokens that the record does not know, which a
+            drafter with a past of its own may propose; without it they are zero.
+    """
+
+    def __init__(self, recorded: Recorded, like: PolicyView | None = None) -> None:
+        shape = recorded.sequences.vocab_size, recorded.inputs.shape[1]
+        self._inputs = torch.zeros(shape) if like is None else like.input_table.detach().float().clone()
+        self._outputs = torch.zeros(shape) if like is None else like.output_table.detach().float().clone()
+        # As many layers as were recorded: whoever needs more is told.
+        self.config = SimpleNamespace(num_hidden_layers=max(recorded.layers, default=-1) + 1)
+        self.form = recorded.form
+        self.follow(recorded)
+
+    def follow(self, recorded: Recorded) -> None:
+        """Become the policy as it was at this call."""
+        index = torch.from_numpy(recorded.token_ids)
+        self._inputs[index], self._outputs[index] = recorded.inputs, recorded.outputs
+
+    @property
+    def input_table(self) -> torch.Tensor:
+        return self._inputs
+
+    @property
+    def output_table(self) -> torch.Tensor:
+        return self._outputs
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(token_ids, self._inputs)

@@ -1,0 +1,196 @@
+"""Records a run: tokens, the policy's hidden states, and the embeddings of the tokens it used.
+
+Rollouts under drafter-invariant sampling do not depend on what is drafted. So one recording answers for every drafter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
+from atlas_rl.policy.view import LogitForm, PolicyView
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
+from atlas_rl.speculators.reduced_vocab import TokenRows
+
+if TYPE_CHECKING:
+    from atlas_rl.policy.base import PolicyCache
+
+_FORMAT = "atlas_rl.rollouts.2"
+_SEQUENCE_ARRAYS = ("token_ids", "lengths", "prompt_lengths", "prompt_keys", "noise_keys")
+
+
+@dataclass(slots=True)
+class Recorded:
+    """One recorded generation call.
+
+    Attributes:
+        sequences: Every request, complete.
+        last: float16 `[completion tokens, hidden]`, request by request: what each token was drawn from.
+        layers: Per layer float16 `[all tokens but the last of each request, hidden]`, request by request.
+        token_ids, inputs, outputs: Tokens whose embeddings the call or an earlier one used, `[tokens, hidden]` each.
+        form: From the product with the output embedding to the logits.
+    """
+
+    sequences: Sequences
+    last: torch.Tensor
+    layers: dict[int, torch.Tensor]
+    token_ids: np.ndarray
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    form: LogitForm
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        sequences = self.sequences
+        arrays = {name: getattr(sequences, name) for name in _SEQUENCE_ARRAYS}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        tensors |= {"last": self.last, "inputs": self.inputs, "outputs": self.outputs}
+        tensors |= {"row_token_ids": torch.from_numpy(self.token_ids)}
+        tensors |= {f"layer.{layer}": states for layer, states in self.layers.items()}
+        metadata = {
+            "format": _FORMAT,
+            "sampling": json.dumps(asdict(sequences.sampling)),
+            "logit_form": json.dumps(asdict(self.form)),
+            "vocab_size": str(sequences.vocab_size),
+            "policy_version": str(sequences.policy_version),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Recorded:
+        """Read what `save` wrote; `ValueError` for another file."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"'{path}' holds no recorded rollouts (format {metadata.get('format')!r})")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        sampling = json.loads(metadata["sampling"])
+        sampling["eos_token_ids"] = tuple(sampling["eos_token_ids"])
+        sequences = Sequences(
+            **{name: tensors[name].numpy() for name in _SEQUENCE_ARRAYS},
+            sampling=SamplingParams(**sampling),
+            vocab_size=int(metadata["vocab_size"]),
+            policy_version=int(metadata["policy_version"]),
+        )
+        layers = {int(name[6:]): tensor for name, tensor in tensors.items() if name.startswith("layer.")}
+        return cls(
+            sequences,
+            tensors["last"],
+            layers,
+            tensors["row_token_ids"].numpy(),
+            tensors["inputs"],
+            tensors["outputs"],
+            LogitForm(**json.loads(metadata["logit_form"])),
+        )
+
+
+class RecordingSpeculator(Speculator):
+    """Drafts nothing and writes every generation call to a folder, for `replay`.
+
+        AtlasRolloutEngine(speculators=[HistorySpeculator(), RecurrentSpeculator(), RecordingSpeculator("runs/record")])
+
+    A call is written when the policy moves on (`policy_updated`); calls that no update follows are not.
+
+    Args:
+        folder: Gets `call_0000.safetensors` and so on.
+        layers: Decoder layers whose inputs to record: what an EAGLE-3 head reads.
+        first_call: Number of the first call's file, to go on with a folder.
+    """
+
+    name = "recorder"
+
+    def __init__(self, folder: str | Path, layers: Sequence[int] = (), first_call: int = 0) -> None:
+        self.needs = Needs(head_inputs=True, layers=tuple(layers))
+        self._folder = Path(folder)
+        self._num_calls = first_call
+        self._sequences: Sequences | None = None
+
+    def bind(self, policy: PolicyView, couples_noise: bool) -> None:
+        """Record the embeddings of this policy."""
+        super().bind(policy, couples_noise)
+        self._policy = policy
+        self._rows = TokenRows.empty(policy.vocab_size, policy.hidden_size, policy.device)
+
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
+        """Note the prompts' tokens and keep their states."""
+        if sequences is not self._sequences:
+            self._sequences = sequences
+            self._last: list[list[torch.Tensor]] = [[] for _ in sequences.lengths]
+            self._layers: dict[int, list[list[torch.Tensor]]] = {
+                layer: [[] for _ in sequences.lengths] for layer in self.needs.layers
+            }
+            self._rows.reread(self._policy)
+        for request in requests:
+            self._rows.add(sequences.token_ids[request, : sequences.prompt_lengths[request]], self._policy)
+        for group, first in zip(prompts.groups, prompts.hidden.starts, strict=True):
+            for request in group:
+                end = first + sequences.prompt_lengths[request]
+                for layer, per_request in self._layers.items():
+                    per_request[request].append(_half(prompts.hidden.layers[layer][first:end]))
+
+    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
+        """None: it only watches, and never drafts."""
+        return None
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        """Draft nothing."""
+        return Draft.empty(len(requests))
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        """Keep the states that the committed tokens were drawn from."""
+        hidden = verified.hidden
+        for row, request in enumerate(verified.requests):
+            count, first = int(verified.num_committed[row]), int(hidden.starts[row])
+            begin = int(sequences.lengths[request]) - count
+            self._last[request].append(_half(hidden.head_inputs[first : first + count]))
+            if begin > sequences.prompt_lengths[request]:  # else the prompt's own states hold them already
+                for layer, per_request in self._layers.items():
+                    per_request[request].append(_half(hidden.layers[layer][first : first + count]))
+            self._rows.add(verified.token_ids[row, :count], self._policy)
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        """Write the call that made `rollouts`."""
+        sequences = rollouts.sequences
+        if sequences is not self._sequences:
+            return None
+        last = torch.cat([torch.cat(parts) for parts in self._last])
+        layers = {layer: torch.cat([torch.cat(parts) for parts in rows]) for layer, rows in self._layers.items()}
+        rows = self._rows
+        recorded = Recorded(
+            sequences, last, layers, rows.token_ids, rows.inputs.cpu(), rows.outputs.cpu(), self._policy.form
+        )
+        recorded.save(self._folder / f"call_{self._num_calls:04d}.safetensors")
+        self._num_calls += 1
+        self._sequences = None
+        return None
+
+
+def _half(states: torch.Tensor) -> torch.Tensor:
+    """A float16 copy on the host; the residual stream of some families has entries beyond its range."""
+    return states.detach().float().clamp(-65504, 65504).to("cpu", torch.float16, copy=True)
+
+
+def recorded_calls(folder: str | Path) -> list[Path]:
+    """The calls recorded in a folder, in their order; `ValueError` if there are none."""
+    found = sorted(Path(folder).glob("call_*.safetensors"))
+    if not found:
+        raise ValueError(f"no recorded rollouts in '{folder}': record some with RecordingSpeculator('{folder}')")
+    return found

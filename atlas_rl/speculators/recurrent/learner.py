@@ -1,0 +1,295 @@
+"""Learning of the recurrent drafter: from what verification computes anyway to a head that follows the policy.
+
+Verification computes the policy's hidden state at every token of every rollout. The learner logs these states during a call.
+When the call ends it moves them into a bounded buffer (`rollout_buffer.py`). Whenever the policy moves it takes a few steps
+of distillation (`distill.py`) over the tokens that the rollouts use (`reduced_vocab.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlas_rl.core import Rollouts, Sequences, Verified
+from atlas_rl.policy.view import PolicyView
+from atlas_rl.speculators.recurrent.distill import Distilled, Loss, Target, distill, new_optimizer
+from atlas_rl.speculators.recurrent.head import RecurrentHead
+from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
+from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
+
+_MAX_STATE_SIZE = 1024
+_LASTS_UPDATES = 4.0  # policy updates over which what was learned is worth something
+_LEAST_CUT = 1 / 16  # of the budget: what is always spent, to see whether training pays again
+
+# A caller's inference mode would make tensors that no training can use; what training touches is made outside of it.
+trainable = torch.inference_mode(False)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnSettings:
+    """How the head learns.
+
+    Attributes:
+        loss: What refreshes minimise, see `distill`.
+        max_vocab: Most tokens it can propose.
+        max_tokens: Most rollout tokens kept to learn from, at two bytes per component of a hidden state.
+        missed_weight: How much more often than elsewhere it learns where its drafts were rejected (Draft-OPD); 1 alike.
+        seed: Seed of the initial weights and of the training windows.
+    """
+
+    loss: Loss = "kl"
+    max_vocab: int = 8192
+    max_tokens: int = 32_768
+    missed_weight: float = 3.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Logged:
+    """Committed tokens of one step: requests, positions and tokens int64 `[n]`, what each was drawn from, and misses."""
+
+    requests: np.ndarray
+    positions: np.ndarray
+    tokens: np.ndarray
+    hidden: torch.Tensor
+    missed: np.ndarray
+
+
+class Learner:
+    """Owns the head, its reduced vocabulary and what it learns from.
+
+    Args:
+        policy: Gives sizes and device; embeddings are read later, when they are whole.
+        settings: How it learns.
+        clock: Seconds.
+
+    Attributes:
+        head: The network.
+        ids: int64 `[vocab]`, the policy's ids of the tokens that it can propose, sorted.
+        index_of: int64 `[policy vocab]`, index in `ids`; `len(ids)` for tokens outside.
+        trained: Whether it has learned anything yet.
+        revision: Counts changes of head and vocabulary, for whoever holds something derived from them.
+        sequences: The call that is logged; None between calls.
+    """
+
+    @trainable
+    def __init__(self, policy: PolicyView, settings: LearnSettings, clock: Callable[[], float]) -> None:
+        self._settings, self._clock = settings, clock
+        self._device = policy.device
+        vocab_size, hidden_size = policy.vocab_size, policy.hidden_size
+        self.head = RecurrentHead(hidden_size, min(hidden_size, _MAX_STATE_SIZE), settings.seed).to(self._device)
+        self.trained = False
+        self.revision = 0
+        self.sequences: Sequences | None = None
+        self._optimizer = new_optimizer(self.head)
+        self._counts = TokenCounts(vocab_size)
+        self._rows = TokenRows.empty(vocab_size, hidden_size, self._device)
+        self._rows_version: int | None = None  # of the policy that the rows were read from
+        self._buffer = RolloutBuffer(settings.max_tokens, settings.missed_weight)
+        self._rng = np.random.default_rng(settings.seed)
+        self._kept = np.zeros(0, bool)
+        self._log: list[_Logged] = []
+        self._num_read = 0  # entries of the log whose tokens have rows
+        self._cut = 1.0  # share of the budget that training is worth
+        self._agreement: float | None = None  # after the refresh before
+        self._set_ids(np.zeros(0, np.int64))
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Vocabulary and hidden size of the policy that it was made for."""
+        return len(self._counts.counts), self.head.hidden_size
+
+    def forget_tables(self) -> None:
+        """Another policy of the same sizes: its embeddings are read at the next call."""
+        self._rows_version = None
+
+    # -------------------------------------------------------------------------------------------------------- a call
+
+    def begin_call(self, sequences: Sequences, policy: PolicyView) -> None:
+        """Log the tokens of this call from now on. Embeddings are read anew if the policy has moved."""
+        self.end_call()
+        self.sequences = sequences
+        if sequences.policy_version != self._rows_version:
+            self._rows.reread(policy)
+            self._rows_version = sequences.policy_version
+            self._set_tables(policy)
+        num_requests = len(sequences.lengths)
+        # A call that could overflow the buffer is sampled: every n-th request, hence all prompts, and whole rollouts.
+        stride = -(-num_requests * sequences.sampling.max_new_tokens // self._settings.max_tokens)
+        self._kept = np.arange(num_requests) % stride == 0
+
+    def observe(
+        self,
+        sequences: Sequences,
+        verified: Verified,
+        row: np.ndarray,
+        offset: np.ndarray,
+        hidden: torch.Tensor,
+        missed: np.ndarray,
+        policy: PolicyView,
+    ) -> None:
+        """Log committed tokens.
+
+        Args:
+            sequences: Of the call.
+            verified: What was committed.
+            row: int64 `[n]`, row in `verified` of each committed token.
+            offset: int64 `[n]`, its place among the row's committed tokens.
+            hidden: `[n, hidden]`, what it was drawn from.
+            missed: int64 `[batch]`, offset of the token that the head drafted otherwise; -1 for none.
+            policy: Gives the embeddings of new tokens.
+        """
+        kept = np.flatnonzero(self._kept[verified.requests[row]])
+        if len(kept):
+            states = hidden[torch.from_numpy(kept).to(self._device)].to(torch.float16)
+            row, offset = row[kept], offset[kept]
+            begins = sequences.lengths[verified.requests] - verified.num_committed
+            tokens = verified.token_ids[row, offset]
+            self._log.append(
+                _Logged(verified.requests[row], begins[row] + offset, tokens, states, missed[row] == offset)
+            )
+        fresh = self._log[self._num_read :]
+        if verified.finished.any() and fresh:  # not on every step: each new token copies all rows
+            self._rows.add(np.concatenate([entry.tokens for entry in fresh]), policy)
+            self._num_read = len(self._log)
+
+    def end_call(self) -> None:
+        """Move what the call left into the buffer."""
+        if self._log and self.sequences is not None:
+            requests = np.concatenate([entry.requests for entry in self._log])
+            positions = np.concatenate([entry.positions for entry in self._log])
+            tokens = np.concatenate([entry.tokens for entry in self._log])
+            hidden = torch.cat([entry.hidden for entry in self._log])
+            missed = np.concatenate([entry.missed for entry in self._log])
+            self._buffer.add(requests, positions, tokens, hidden, missed, self.sequences.policy_version)
+            self._counts.add(tokens)
+        self._log, self._num_read, self.sequences = [], 0, None
+
+    # ------------------------------------------------------------------------------------------------------- a refresh
+
+    @trainable
+    def refresh(
+        self, rollouts: Rollouts, policy_version: int, policy: PolicyView, budget_s: Callable[[], float]
+    ) -> Distilled | None:
+        """Learn from the newest rollouts.
+
+        The budget is halved while training gains less than it costs, and doubled, up to the whole, while it pays. It is
+        whole again at once where what was lost since the last refresh is worth it: the policy jumped, or has a new task.
+
+        Args:
+            rollouts: The newest.
+            policy_version: Of the policy from now on.
+            policy: Gives the form of its logits.
+            budget_s: Asked once: most seconds.
+
+        Returns:
+            What was done; None where there is nothing to learn from.
+        """
+        self.end_call()
+        self._counts.fade()
+        if not self._buffer.has_windows:
+            return None
+        whole_s = budget_s()
+        # A point of agreement is about a point of the time that generating takes, in this step and some more.
+        worth_s = (rollouts.generate_s or 0.0) * _LASTS_UPDATES
+
+        def share_s(agreement: float) -> float:
+            if self._agreement is not None and (self._agreement - agreement) * worth_s > whole_s:
+                self._cut = 1.0
+            return whole_s * self._cut
+
+        self._revise_vocabulary(policy)
+        done = distill(
+            self.head, self._optimizer, self._buffer, self._target(rollouts.sequences, policy), version=policy_version,
+            budget_s=share_s, loss=self._settings.loss, rng=self._rng, clock=self._clock,
+        )  # fmt: skip
+        self._agreement = done.agreement_after
+        if rollouts.generate_s is not None:
+            gained_s = (done.agreement_after - done.agreement_before) * worth_s
+            self._cut = min(1.0, 2 * self._cut) if gained_s >= done.seconds else max(_LEAST_CUT, self._cut / 2)
+        self.trained = True
+        self.revision += 1
+        return done
+
+    def _target(self, sequences: Sequences, policy: PolicyView) -> Target:
+        slots = torch.from_numpy(self._rows.slots[self.ids]).to(self._device)
+        return Target(
+            rows=self._rows.outputs[slots],
+            form=policy.form,
+            temperature=1.0 if sequences.sampling.greedy else sequences.sampling.temperature,
+            index_of=self.index_of,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- vocabulary
+
+    def _revise_vocabulary(self, policy: PolicyView) -> None:
+        """Take the tokens that the rollouts use by now; what was learned about those that stay is kept."""
+        ids = self._counts.most_used(self._settings.max_vocab)
+        ids = ids[self._rows.slots[ids] >= 0]
+        if np.array_equal(ids, self.ids) and len(self.head.outputs) == len(ids):
+            return
+        stayed = self.index_of[ids] < len(self.ids)
+        slots = self.index_of[ids][stayed]
+        moments = self._optimizer.state.get(self.head.bias, {})
+        bias = self.head.bias.new_zeros(len(ids))
+        kept = torch.from_numpy(np.flatnonzero(stayed)).to(self._device)
+        taken = torch.from_numpy(slots).to(self._device)
+        with torch.no_grad():
+            bias[kept] = self.head.bias[taken]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moments:
+                    moments[name] = moments[name].new_zeros(len(ids)).index_copy(0, kept, moments[name][taken])
+            self.head.bias.data = bias
+        self._set_ids(ids)
+        self._set_tables(policy)
+
+    def _set_ids(self, ids: np.ndarray) -> None:
+        self.ids = ids
+        self.index_of = np.full(len(self._counts.counts), len(ids), np.int64)
+        self.index_of[ids] = np.arange(len(ids))
+        if self.head.vocab_size != len(ids):
+            self.head.bias.data = self.head.bias.new_zeros(len(ids))
+
+    @trainable
+    def _set_tables(self, policy: PolicyView) -> None:
+        """Give the head the policy's embeddings of its vocabulary."""
+        if not len(self.ids):
+            return
+        self._rows.add(self.ids, policy)
+        slots = torch.from_numpy(self._rows.slots[self.ids]).to(self._device)
+        self.revision += 1
+        self.head.set_tables(self._rows.inputs[slots], self._rows.outputs[slots])
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer moments, the reduced vocabulary and its counts; the buffer fills again within a step."""
+        used = np.flatnonzero(self._counts.counts)
+        optimizer = self._optimizer.state_dict()["state"]
+        return {
+            "trained": int(self.trained),
+            "ids": self.ids.copy(),
+            "counted_ids": used,
+            "counts": self._counts.counts[used],
+            "weights": {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()},
+            "optimizer": {
+                str(index): {name: torch.as_tensor(value).clone() for name, value in moments.items()}
+                for index, moments in optimizer.items()
+            },
+        }
+
+    @trainable
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()` of a learner for a policy of the same sizes, into one that has learned nothing yet."""
+        self._counts.counts[np.asarray(state["counted_ids"])] = np.asarray(state["counts"])
+        self._set_ids(np.asarray(state["ids"]))
+        self.head.load_state_dict({name: torch.as_tensor(tensor) for name, tensor in state["weights"].items()})
+        self._optimizer = new_optimizer(self.head)
+        described = self._optimizer.state_dict()
+        described["state"] = {int(index): dict(moments) for index, moments in state["optimizer"].items()}
+        self._optimizer.load_state_dict(described)
+        self.trained = bool(state["trained"])
