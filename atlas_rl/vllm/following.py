@@ -60,7 +60,7 @@ class RequestFollower:
                 self.prompt_states.add(request.name, position, pieces)
 
     def newcomers(self, forward: Forward) -> list[int]:
-        """Rows of the forward whose prompt has just been completed; only these can be entered: drafters want all that follows."""
+        """Rows of the forward whose prompt is now complete; only these can be entered: drafters want all that follows."""
         batch, rows = forward.batch, []
         for row, (request, new) in enumerate(zip(batch.requests, forward.sampled, strict=True)):
             known = request.name in self.table.request_of

@@ -25,12 +25,13 @@ from trl.models.utils import unwrap_model_for_generation
 
 from atlas_kernels.noise import mix64
 from atlas_rl.core import SamplingParams
-from atlas_rl.report.report import Mode, StepReport, concatenate, merge
+from atlas_rl.report.report import Mode, StepReport
 from atlas_rl.report.sinks import trainer_metrics
+from atlas_rl.report.sums import concatenate, merge
 from atlas_rl.sync.checkpoint import FILE_NAME, load_state, save_state
 
 if TYPE_CHECKING:
-    from atlas_rl.rollout.engine import AtlasRolloutEngine, GenerationOutput
+    from atlas_rl.rollout.engine import GenerationOutput, RolloutEngine
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _LOGPROB_TOLERANCE_LOW_PRECISION = 0.1
 _CHECKED_ROWS = 2
 
 
-def attach(engine: AtlasRolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
+def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
     """Put the engine in the place of the trainer's vLLM. Raises `ValueError` and changes nothing if it cannot."""
     check_trainer(trainer, baseline_every)
     if getattr(trainer, "vllm_generation", None) is not None:
@@ -68,7 +69,7 @@ def check_trainer(trainer: Any, baseline_every: int) -> None:
         raise ValueError("set use_transformers_continuous_batching=False: the engine batches by itself")
 
 
-def rollout_func(engine: AtlasRolloutEngine, trainer: Any) -> TrainerAdapter:
+def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
     """The adapter behind `GRPOTrainer(rollout_func=engine)`, made on its first call."""
     return TrainerAdapter(engine, trainer, baseline_every=0)
 
@@ -79,13 +80,13 @@ class TrainerAdapter:
     Args:
         engine: Generates.
         trainer: Its sampling options are read at every generation, so that schedules on them work.
-        baseline_every: See `AtlasRolloutEngine.attach`.
+        baseline_every: See `RolloutEngine.attach`.
 
     Raises:
         ValueError: The trainer asks for sampling options that the engine does not have.
     """
 
-    def __init__(self, engine: AtlasRolloutEngine, trainer: Any, baseline_every: int) -> None:
+    def __init__(self, engine: RolloutEngine, trainer: Any, baseline_every: int) -> None:
         self.engine = engine
         self.trainer = trainer
         self.baseline_every = baseline_every
@@ -274,7 +275,7 @@ class ReportCallback(TrainerCallback):
     Figures reach the trainer's own log under `atlas/...` with the step's other metrics.
     """
 
-    def __init__(self, engine: AtlasRolloutEngine, trainer: Any) -> None:
+    def __init__(self, engine: RolloutEngine, trainer: Any) -> None:
         self._engine = engine
         self._trainer = trainer
         self._pending: dict[Mode, list[StepReport]] = {"train": [], "eval": [], "standalone": []}

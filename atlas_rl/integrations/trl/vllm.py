@@ -26,7 +26,7 @@ from atlas_rl.vllm.checks import check_sampling
 from atlas_rl.vllm.internals import drafter_of
 
 if TYPE_CHECKING:
-    from atlas_rl.rollout.engine import AtlasRolloutEngine, GenerationOutput
+    from atlas_rl.rollout.engine import GenerationOutput, RolloutEngine
 
 _OURS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _FROM_TRAINER = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
@@ -59,7 +59,7 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
             vllm_generation.LLM = own
 
 
-def attach(engine: AtlasRolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
+def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
     """Put the engine around the trainer's vLLM. Raises `ValueError` and changes nothing if it cannot."""
     check_trainer(trainer, baseline_every)
     if trainer.args.vllm_mode != "colocate":
@@ -112,14 +112,14 @@ class VllmAdapter(TrainerAdapter):
     Args:
         engine: Generates.
         trainer: Its sampling options are read at every generation.
-        baseline_every: See `AtlasRolloutEngine.attach`.
+        baseline_every: See `RolloutEngine.attach`.
         generation: TRL's `VLLMGeneration`, whose engine drafts with our proposer.
 
     Raises:
         ValueError: Sampling options that cannot be honoured.
     """
 
-    def __init__(self, engine: AtlasRolloutEngine, trainer: Any, baseline_every: int, generation: Any) -> None:
+    def __init__(self, engine: RolloutEngine, trainer: Any, baseline_every: int, generation: Any) -> None:
         self.generation = generation
         self.backend = VllmBackend(generation.llm)
         super().__init__(engine, trainer, baseline_every)
