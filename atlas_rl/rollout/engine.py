@@ -198,7 +198,7 @@ class AtlasRolloutEngine:
         run: DecodeLoop | VllmRun
         if isinstance(backend, InProcessBackend):
             run = self._decode(backend, sequences, max_lengths, speculators, controller, recorder)
-            findings = watch.findings(recorder, run.proposing)
+            findings = watch.findings(recorder, run.proposing.num_asked, run.proposing.num_proposed)
         else:
             run = backend.generate(
                 sequences, max_lengths, recorder, controller, speculates=bool(speculators), extra=extra or {}

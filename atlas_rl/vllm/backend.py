@@ -193,7 +193,10 @@ class VllmBackend:
 
     def findings(self, recorder: StepRecorder, run: VllmRun) -> list[str]:
         """What is wrong with the drafters, in words that name the cause."""
-        return [*watch.findings(recorder, run.proposing), *self._watch.findings(recorder, run.num_planned)]
+        return [
+            *watch.findings(recorder, run.proposing.num_asked, run.proposing.num_proposed),
+            *self._watch.findings(recorder, run.num_planned),
+        ]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """New policy weights, (name, tensor) as in a checkpoint; read to the end whatever happens."""

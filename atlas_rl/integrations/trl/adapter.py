@@ -25,8 +25,9 @@ from trl.models.utils import unwrap_model_for_generation
 
 from atlas_kernels.noise import mix64
 from atlas_rl.core import SamplingParams
-from atlas_rl.report.report import Mode, StepReport, concatenate, merge
+from atlas_rl.report.report import Mode, StepReport
 from atlas_rl.report.sinks import trainer_metrics
+from atlas_rl.report.sums import concatenate, merge
 from atlas_rl.sync.checkpoint import FILE_NAME, load_state, save_state
 
 if TYPE_CHECKING:

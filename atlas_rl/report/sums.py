@@ -1,0 +1,201 @@
+"""Adds reports up: over the ranks of one step (`merge`), and over generations that followed one another (`concatenate`).
+
+Each field of a report declares in its metadata how it adds up in either case, by a function of the reports and the
+field's name:
+
+    num_forwards: int = field(metadata=adds(largest, steps=total))
+
+A mean is weighted by the count that it was taken over, so that the mean of the sum is the mean over all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Report = TypeVar("Report", bound="DataclassInstance")
+Reducer = Callable[[Sequence[Any], str], Any]
+"""The value of the named field in the sum of the reports, which are at least one."""
+CURVE_POINTS = 64
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """One report of ranks that generated the same step side by side.
+
+    Counts add up. The seconds, with their breakdown, are those of the slowest rank, because the trainer waits for it.
+
+    Raises:
+        ValueError: No reports, or reports of different steps, policy versions or modes.
+    """
+    return _reduced(reports, "ranks")
+
+
+def concatenate(reports: Sequence[Report]) -> Report:
+    """One report of generations that followed one another.
+
+    Counts and seconds add up. Step, version and mode are those of the last.
+
+    Raises:
+        ValueError: No reports.
+    """
+    return _reduced(reports, "steps")
+
+
+def adds(ranks: Reducer, *, steps: Reducer | None = None) -> Mapping[str, Reducer]:
+    """Metadata of a report's field: how it adds up over ranks, and over steps (by default alike)."""
+    return {"ranks": ranks, "steps": steps or ranks}
+
+
+def _reduced(reports: Sequence[Report], over: str) -> Report:
+    if not reports:
+        raise ValueError("at least one report is needed")
+    first = reports[0]
+    return type(first)(**{field.name: field.metadata[over](reports, field.name) for field in fields(first)})
+
+
+def total(reports: Sequence[Any], name: str) -> Any:
+    """The sum."""
+    return sum(_values(reports, name))
+
+
+def largest(reports: Sequence[Any], name: str) -> Any:
+    """The largest value."""
+    return max(_values(reports, name))
+
+
+def largest_known(reports: Sequence[Any], name: str) -> float | None:
+    """The largest value of the reports that have one; None if none has."""
+    return max((value for value in _values(reports, name) if value is not None), default=None)
+
+
+def total_if_all(reports: Sequence[Any], name: str) -> float | None:
+    """The sum; None unless every report has a value."""
+    values = _values(reports, name)
+    return None if None in values else sum(values)
+
+
+def largest_if_all(reports: Sequence[Any], name: str) -> float | None:
+    """The largest value; None unless every report has one."""
+    values = _values(reports, name)
+    return None if None in values else max(values)
+
+
+def last(reports: Sequence[Any], name: str) -> Any:
+    """The value of the last report."""
+    return getattr(reports[-1], name)
+
+
+def of_slowest(reports: Sequence[Any], name: str) -> Any:
+    """The value of the report with the largest `generate_s`: all seconds of a sum are then those of one rank."""
+    return getattr(max(reports, key=lambda report: report.generate_s), name)
+
+
+def same(reports: Sequence[Any], name: str) -> Any:
+    """The value that all reports share; raises `ValueError` if they differ."""
+    values = _values(reports, name)
+    if len(set(values)) > 1:
+        raise ValueError(f"reports of different {name} do not merge: {values}")
+    return values[0]
+
+
+def mean_over(count_name: str) -> Reducer:
+    """The mean weighted by the field `count_name`; None where nothing was counted or no value is known."""
+
+    def mean(reports: Sequence[Any], name: str) -> float | None:
+        return _weighted_mean(zip(_values(reports, name), _values(reports, count_name), strict=True))
+
+    return mean
+
+
+def mean_by_key(counts_name: str) -> Reducer:
+    """Per key of a dict, the mean weighted by that key of the dict `counts_name`; keys without a count are left out."""
+
+    def means(reports: Sequence[Any], name: str) -> dict[str, float]:
+        pairs = list(zip(_values(reports, name), _values(reports, counts_name), strict=True))
+        keys = dict.fromkeys(key for values, _ in pairs for key in values)
+        found = {key: _weighted_mean((values.get(key), counts.get(key, 0)) for values, counts in pairs) for key in keys}
+        return {key: mean for key, mean in found.items() if mean is not None}
+
+    return means
+
+
+def rate_over(count_name: str) -> Reducer:
+    """A rate per second in turns: all of the field `count_name` over the seconds that it took at each report's own rate.
+
+    None unless every report has a rate.
+    """
+
+    def rate(reports: Sequence[Any], name: str) -> float | None:
+        rates, counts = _values(reports, name), _values(reports, count_name)
+        if not all(rates):
+            return None
+        seconds = sum(count / rate for count, rate in zip(counts, rates, strict=True))
+        return sum(counts) / seconds if seconds else None
+
+    return rate
+
+
+def total_by_key(reports: Sequence[Any], name: str) -> dict[str, int]:
+    """Sum of dicts of counts, key by key."""
+    sums: dict[str, int] = {}
+    for counts in _values(reports, name):
+        for key, count in counts.items():
+            sums[key] = sums.get(key, 0) + count
+    return sums
+
+
+def total_by_position(reports: Sequence[Any], name: str) -> tuple[int, ...]:
+    """Sum of tuples of counts, position by position; a shorter tuple counts 0 past its end."""
+    rows = _values(reports, name)
+    return tuple(sum(row[i] for row in rows if i < len(row)) for i in range(max(map(len, rows))))
+
+
+def joined(reports: Sequence[Any], name: str) -> tuple[Any, ...]:
+    """The tuples, one after the other."""
+    return tuple(value for values in _values(reports, name) for value in values)
+
+
+def distinct(reports: Sequence[Any], name: str) -> tuple[Any, ...]:
+    """The tuples, one after the other, equal values once."""
+    return tuple(dict.fromkeys(joined(reports, name)))
+
+
+def curves_side_by_side(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], ...]:
+    """Sum of step functions: a thinned curve holds its value until its next point, and is 0 past its last."""
+    curves = _values(reports, name)
+    indices = sorted({index for curve in curves for index, _ in curve})
+    sums = []
+    for index in indices:
+        alive = [curve for curve in curves if curve and index <= curve[-1][0]]
+        sums.append((index, sum([n for i, n in curve if i <= index][-1] for curve in alive if curve[0][0] <= index)))
+    return thin_curve(sums)
+
+
+def curves_in_turn(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], ...]:
+    """Curves one after the other: each begins one index past the end of the curve before it."""
+    points: list[tuple[int, int]] = []
+    for curve in _values(reports, name):
+        offset = points[-1][0] + 1 if points else 0
+        points += [(offset + index, active) for index, active in curve]
+    return thin_curve(points)
+
+
+def thin_curve(curve: Sequence[tuple[int, int]], num_points: int = CURVE_POINTS) -> tuple[tuple[int, int], ...]:
+    """At most `num_points` of `curve`, evenly spaced, first and last among them."""
+    if len(curve) <= num_points:
+        return tuple(curve)
+    return tuple(curve[round(i * (len(curve) - 1) / (num_points - 1))] for i in range(num_points))
+
+
+def _values(reports: Sequence[Any], name: str) -> list[Any]:
+    return [getattr(report, name) for report in reports]
+
+
+def _weighted_mean(pairs: Iterable[tuple[float | None, int]]) -> float | None:
+    known = [(value, weight) for value, weight in pairs if value is not None and weight]
+    weights = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / weights if weights else None
