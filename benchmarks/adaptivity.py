@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.controller.base import Admission, Step
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Verified
-from atlas_rl.replay.replay import Recorded, ReplayPolicy, recorded_calls, replay
+from atlas_rl.policy.view import InProcessView
+from atlas_rl.replay.policy import RecordedPolicy
+from atlas_rl.replay.record import Recorded, recorded_calls
+from atlas_rl.replay.replay import replay
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
@@ -244,15 +248,16 @@ def replay_arm(
         recorded = Recorded.load(path)
         if policy is None:
             # One that learned in another run may know tokens that this one has not used yet.
-            policy = ReplayPolicy(recorded, like=load_policy(warm=True)[0] if state is not None else None)
+            like = None if state is None else InProcessView(load_policy(warm=True)[0])
+            policy = RecordedPolicy(recorded, like)
             for speculator in speculators.values():
-                speculator.bind(policy)
+                speculator.bind(policy, couples_noise=True)
             if state is not None:
                 speculators["recurrent"].load_state_dict(state)
         policy.follow(recorded)
         report, rollouts = replay(recorded, speculators, controller)
         clock.now_s += step["step_s"]
-        rollouts.generate_s = step["generate_s"] - step["refresh_s"]
+        rollouts = replace(rollouts, generate_s=step["generate_s"] - step["refresh_s"])
         lengths.append(report.accepted_length)
         began_s = clock.now_s
         for name, speculator in speculators.items():

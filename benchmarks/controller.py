@@ -35,7 +35,8 @@ import numpy as np
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
-from atlas_rl.replay.replay import Costs, RecordingSpeculator
+from atlas_rl.replay.costs import Costs
+from atlas_rl.replay.record import RecordingSpeculator
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator

@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 
 from atlas_rl.controller.base import Admission, Controller, Step
-from atlas_rl.core import Draft, Sequences, Verified
-from atlas_rl.replay.replay import Costs, Recorded, ReplayPolicy, recorded_calls, replay
-from atlas_rl.speculators.base import Speculator
+from atlas_rl.core import Draft, Prompts, Sequences, Verified
+from atlas_rl.policy.base import PolicyCache
+from atlas_rl.replay.costs import Costs
+from atlas_rl.replay.policy import RecordedPolicy
+from atlas_rl.replay.record import Recorded, recorded_calls
+from atlas_rl.replay.replay import replay
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from benchmarks.cells import Cell
 from benchmarks.common import quantiles
 from benchmarks.rollout import mean, ratios
@@ -26,20 +30,22 @@ class Foreseen(Speculator):
     """Another speculator, with the fate of every draft known: `right` holds accepted tokens per row of the last draft."""
 
     def __init__(self, wrapped: Speculator, truth: Sequences) -> None:
-        self.name, self.reads_hidden = wrapped.name, wrapped.reads_hidden
-        self.reads_layers = wrapped.reads_layers
+        self.name, self.needs = wrapped.name, wrapped.needs
         self._wrapped, self._truth = wrapped, truth
         self.right = np.zeros(0, np.int64)
 
-    @property
-    def ready(self) -> bool:
-        return self._wrapped.ready
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
+        self._wrapped.start(sequences, requests, prompts, cache)
 
-    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
-        self._wrapped.start(sequences, requests)
-
-    def read_prompts(self, sequences: Sequences, groups: Any, hidden: Any) -> None:
-        self._wrapped.read_prompts(sequences, groups, hidden)
+    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
+        # What it would have to catch up on is in the costs of the arm that it stands for.
+        return None if self._wrapped.backlog(sequences, requests) is None else 0
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         draft = self._wrapped.propose(sequences, requests, max_draft_tokens)
@@ -54,8 +60,8 @@ class Foreseen(Speculator):
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         self._wrapped.observe(sequences, verified)
 
-    def refresh(self, rollouts: Any, policy_version: int) -> None:
-        self._wrapped.refresh(rollouts, policy_version)
+    def refresh(self, rollouts: Any, policy_version: int) -> np.ndarray | None:
+        return self._wrapped.refresh(rollouts, policy_version)
 
 
 class Oracle(Controller):
@@ -123,9 +129,9 @@ def oracle_rows(
     for path, off in zip(recorded_calls(folder), reports["off"], strict=True):
         recorded = Recorded.load(path)
         if policy is None:
-            policy = ReplayPolicy(recorded)
+            policy = RecordedPolicy(recorded)
             for speculator in chosen:
-                speculator.bind(policy)
+                speculator.bind(policy, couples_noise=True)
                 speculator.load_state_dict(state[speculator.name])
         policy.follow(recorded)
         foreseen = {speculator.name: Foreseen(speculator, recorded.sequences) for speculator in chosen}

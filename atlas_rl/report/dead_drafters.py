@@ -1,21 +1,24 @@
-"""Fail loud: drafters that have died are named on the step it happens. Their death costs speed, never correctness."""
+"""Warns of drafters that have stopped working, in the report of the step in which they do.
+
+A dead drafter costs speed, never correctness, so nothing else would tell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from atlas_rl.decode.propose import Proposing
 from atlas_rl.report.recorder import StepRecorder
 
 _ENOUGH = 200  # drafts without a single hit: chance does that to a living drafter less than once in 10^8 steps
 
 
-def findings(recorder: StepRecorder, proposing: Proposing) -> Iterable[str]:
-    """Warnings about one generation step.
+def findings(recorder: StepRecorder, num_asked: Mapping[str, int], num_proposed: Mapping[str, int]) -> Iterable[str]:
+    """Warnings about the drafters of one generation step.
 
     Args:
-        recorder: What was verified.
-        proposing: What speculators were asked for, and what they proposed, admitted or not.
+        recorder: Holds the counts of verified and accepted drafts.
+        num_asked: Draft tokens that each speculator was asked for.
+        num_proposed: Draft tokens that each speculator proposed, admitted or not; same keys.
     """
     for name, (drafted, accepted) in recorder.draft_counts().items():
         if drafted >= _ENOUGH and accepted == 0:
@@ -23,6 +26,6 @@ def findings(recorder: StepRecorder, proposing: Proposing) -> Iterable[str]:
                 f"{name}: none of {drafted} verified drafts was accepted; its state was lost or belongs to another "
                 "policy or tokenizer"
             )
-    for name, proposed in proposing.num_proposed.items():
-        if proposed == 0 and proposing.num_asked[name] >= _ENOUGH:
+    for name, proposed in num_proposed.items():
+        if proposed == 0 and num_asked[name] >= _ENOUGH:
             yield f"{name}: asked for drafts during the whole step and proposed none"

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.report.report import PHASES, Mode, StepReport, thin_curve
+from atlas_rl.report.report import PHASES, Mode, StepReport
+from atlas_rl.report.sums import thin_curve
 
 _FLUSH_ROWS = 1 << 16
 

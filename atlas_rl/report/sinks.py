@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas_rl.report.report import PHASES, StepReport, concatenate
+from atlas_rl.report.report import PHASES, StepReport
+from atlas_rl.report.sums import concatenate
 
 CONSOLE_WIDTH = 140
 

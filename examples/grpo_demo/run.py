@@ -157,7 +157,7 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
     if args.engine == "trl":
         return None
     from atlas_rl import AtlasRolloutEngine
-    from atlas_rl.replay.replay import RecordingSpeculator
+    from atlas_rl.replay.record import RecordingSpeculator
     from atlas_rl.speculators.history.speculator import HistorySpeculator
     from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 

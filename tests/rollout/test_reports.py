@@ -51,7 +51,7 @@ def test_a_report_without_speculation():
     assert report.acceptance_rate is None
     assert report.no_speculation_s is None
     assert report.num_forwards == max(report.completion_lengths) - 1
-    assert report.draft_s < 0.02 * report.generate_s
+    assert report.draft_s == 0
 
 
 def test_reports_are_kept_printed_and_written(tmp_path, capsys):
@@ -91,22 +91,28 @@ def test_a_living_drafter_is_not_warned_of():
 
 
 class AskSome(FixedController):
-    """Asks for every second request only."""
+    """Asks for every second request only, and keeps the draft tokens that it wants of each."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.wanted = []
 
     def plan(self, step):
-        return {name: np.where(np.arange(step.batch) % 2 == 0, most, 0) for name, most in super().plan(step).items()}
+        plan = {name: np.where(np.arange(step.batch) % 2 == 0, most, 0) for name, most in super().plan(step).items()}
+        self.wanted += [most[most > 0].tolist() for most in plan.values() if most.any()]
+        return plan
 
 
 class Watched(RandomDrafter):
-    """Keeps the number of requests that each call was about."""
+    """Keeps the draft tokens that each call asked for."""
 
     def __init__(self):
         super().__init__()
         self.asked = []
 
     def propose(self, sequences, requests, max_draft_tokens):
-        assert (max_draft_tokens > 0).all()
-        self.asked.append(len(requests))
+        assert len(requests) == len(max_draft_tokens)
+        self.asked.append(max_draft_tokens.tolist())
         return super().propose(sequences, requests, max_draft_tokens)
 
 
@@ -115,7 +121,8 @@ def test_speculators_are_asked_for_the_wanted_requests_only(verification):
     drafter = Watched()
     controller = AskSome(["random"], "random", 3)
     output = generate(engine_of(speculators=[drafter], controller=controller, verification=verification))
-    assert set(drafter.asked) <= {1, 2, 3, 4, 5, 6, 7, 8} - {len(output.completion_ids)}
+    assert drafter.asked == controller.wanted
+    assert len(drafter.asked[0]) == len(output.completion_ids) / 2
     assert output.report.drafted["random"] > 0
     if verification == "invariant":
         assert output.completion_ids == reference().completion_ids
