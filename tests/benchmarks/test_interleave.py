@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("greenlet")
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.fixed import FixedController
+from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from benchmarks.interleave import InTurns, Turns, shell
@@ -34,7 +34,7 @@ def generate(engine, seed):
 def test_calls_in_turns_generate_what_they_generate_alone():
     model, turns = tiny_llama(), Turns()
     engines = {
-        "off": engine_in(turns, model, GoodputController(())),
+        "off": engine_in(turns, model, NoSpeculation()),
         "controller": engine_in(turns, model, GoodputController(("history",), explain=True), [HistorySpeculator()]),
         "fixed": engine_in(turns, model, FixedController(("history",), "history", 3), [HistorySpeculator()]),
     }

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from atlas_kernels.noise import Stream, request_keys
 from atlas_rl import AtlasRolloutEngine, SamplingParams
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.policy.view import InProcessView
 from atlas_rl.sampling import verification
 from atlas_rl.sampling.verification import Positions, RejectionSampling, choose
 from atlas_rl.speculators.base import Speculator
@@ -62,7 +63,9 @@ SPECULATORS = {
     "draft_lm": lambda: DraftLM(drafter(), VOCAB),
     # Both know three of the five tokens: the policy samples what they cannot propose.
     "recurrent": lambda: RecurrentSpeculator(max_vocab=3, budget_share=20.0, clock=itertools.count().__next__),
-    "eagle3": lambda: Eagle3Speculator(new_head(policy(), TrainSettings(layers=(0, 1)), np.array([1, 2, 4]))),
+    "eagle3": lambda: Eagle3Speculator(
+        new_head(InProcessView(policy()), TrainSettings(layers=(0, 1)), np.array([1, 2, 4]))
+    ),
     "fp4_self": Fp4SelfSpeculator,
     "random": RandomDrafter,
     "random_with_probs": lambda: RandomDrafter(with_probs=True),

@@ -13,7 +13,8 @@ from safetensors.torch import load, load_file, save_file
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.cli import main
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.replay.replay import RecordingSpeculator, recorded_calls
+from atlas_rl.policy.view import InProcessView
+from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3, save_eagle3
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
@@ -53,7 +54,9 @@ def calls(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def head(calls, tmp_path_factory):
-    return train(policy(), calls, tmp_path_factory.mktemp("work"), settings(epochs=10), say=lambda line: None)
+    return train(
+        InProcessView(policy()), calls, tmp_path_factory.mktemp("work"), settings(epochs=10), say=lambda line: None
+    )
 
 
 def engine_of(model, speculator, k=3, **options):
@@ -66,7 +69,7 @@ def rollout(engine, seed=99, **options):
 
 
 def test_training_raises_held_out_acceptance(calls, tmp_path):
-    train(policy(), calls, tmp_path, settings(), say=lambda line: None)
+    train(InProcessView(policy()), calls, tmp_path, settings(), say=lambda line: None)
     log = json.loads((tmp_path / "training.json").read_text())
     first, last = log["epochs"][0]["acceptance"], log["epochs"][-1]["acceptance"]
     assert last[0] > first[0] + 0.05
@@ -74,7 +77,7 @@ def test_training_raises_held_out_acceptance(calls, tmp_path):
 
 
 def test_an_interrupted_training_goes_on(calls, tmp_path):
-    whole = train(policy(), calls, tmp_path / "whole", settings(epochs=2), say=lambda line: None)
+    whole = train(InProcessView(policy()), calls, tmp_path / "whole", settings(epochs=2), say=lambda line: None)
     lines = []
 
     def stop_after_one(line):
@@ -84,21 +87,21 @@ def test_an_interrupted_training_goes_on(calls, tmp_path):
 
     # The line is said before the state is written: interrupted there, the epoch is lost; one more epoch must not be.
     with pytest.raises(KeyboardInterrupt):
-        train(policy(), calls, tmp_path / "parts", settings(epochs=2), say=stop_after_one)
-    parts = train(policy(), calls, tmp_path / "parts", settings(epochs=2), say=lambda line: None)
-    again = train(policy(), calls, tmp_path / "parts", settings(epochs=2), say=lines.append)
+        train(InProcessView(policy()), calls, tmp_path / "parts", settings(epochs=2), say=stop_after_one)
+    parts = train(InProcessView(policy()), calls, tmp_path / "parts", settings(epochs=2), say=lambda line: None)
+    again = train(InProcessView(policy()), calls, tmp_path / "parts", settings(epochs=2), say=lines.append)
     assert "batch" not in lines[-1]
     for name, tensor in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name].float(), tensor.float(), atol=1e-5), name
         assert torch.equal(again.state_dict()[name], parts.state_dict()[name])
     with pytest.raises(ValueError, match="other settings"):
-        train(policy(), calls, tmp_path / "parts", settings(epochs=2, unroll=2), say=lines.append)
+        train(InProcessView(policy()), calls, tmp_path / "parts", settings(epochs=2, unroll=2), say=lines.append)
 
 
 def test_the_policy_is_not_trained(calls, tmp_path):
     model = tiny_bigram(layers=4, seed=11)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(model, calls, tmp_path, settings(epochs=1), say=lambda line: None)
+    train(InProcessView(model), calls, tmp_path, settings(epochs=1), say=lambda line: None)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -124,15 +127,13 @@ def test_the_backlog_is_what_a_drafter_has_yet_to_run(head, kind):
 
 def test_it_drafts_what_training_unrolled(head, calls):
     """The speculator, its cache and its catching up, against the training's forward over whole sequences."""
-    from atlas_rl.replay.replay import Recorded
-
     recorded = Recorded.load(calls[0])
     logits = {}
     one = settings(batch_size=1)
     by_length = np.argsort(recorded.sequences.lengths)
     with torch.no_grad():
         for request, batch in zip(by_length, _batches(calls[:1], one, None), strict=True):
-            logits[int(request)] = [out[0][0] for out in _unrolled(head, policy(), batch, 3)]
+            logits[int(request)] = [out[0][0] for out in _unrolled(head, InProcessView(policy()), batch, 3)]
     checked = 0
 
     class Checking(Eagle3Speculator):
@@ -182,7 +183,7 @@ def test_it_drafts_rarely_asked_and_in_waves(head):
 
 def test_a_checkpoint_comes_back(head, tmp_path):
     save_eagle3(tmp_path, head, policy())
-    loaded = load_eagle3(tmp_path, policy())
+    loaded = load_eagle3(tmp_path, InProcessView(policy()))
     for name, tensor in head.state_dict().items():
         assert torch.equal(
             loaded.state_dict()[name], tensor.bfloat16().to(tensor) if tensor.is_floating_point() else tensor
@@ -215,11 +216,11 @@ def test_the_original_layout_is_read(head, tmp_path):
         name.replace("layers.0.", "midlayer."): t for name, t in load_file(tmp_path / "model.safetensors").items()
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    loaded = load_eagle3(tmp_path, policy())
+    loaded = load_eagle3(tmp_path, InProcessView(policy()))
     assert torch.equal(loaded.fc.weight, head.fc.weight.bfloat16().float())
     (tmp_path / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    assert torch.equal(load_eagle3(tmp_path, policy()).fc.weight, loaded.fc.weight)
+    assert torch.equal(load_eagle3(tmp_path, InProcessView(policy())).fc.weight, loaded.fc.weight)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_a_wrong_checkpoint_is_named(head, tmp_path, damage, message):
     save_eagle3(tmp_path, head, policy())
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
-        load_eagle3(tmp_path, policy())
+        load_eagle3(tmp_path, InProcessView(policy()))
 
 
 def test_a_truncated_file_is_named(head, tmp_path):
@@ -244,29 +245,29 @@ def test_a_truncated_file_is_named(head, tmp_path):
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged"):
-        load_eagle3(tmp_path, policy())
+        load_eagle3(tmp_path, InProcessView(policy()))
     (tmp_path / "model.safetensors").unlink()
     torch.save(load(whole), tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
     for kept in (0, 100, len(whole) // 2):
         (tmp_path / "pytorch_model.bin").write_bytes(whole[:kept])
         with pytest.raises(ValueError, match="damaged"):
-            load_eagle3(tmp_path, policy())
+            load_eagle3(tmp_path, InProcessView(policy()))
 
 
 def test_a_head_of_another_policy_is_named(head, tmp_path):
     save_eagle3(tmp_path, head, policy())
     with pytest.raises(ValueError, match="hidden size"):
-        load_eagle3(tmp_path, tiny_llama(layers=4, hidden=48))
+        load_eagle3(tmp_path, InProcessView(tiny_llama(layers=4, hidden=48)))
     with pytest.raises(ValueError, match="vocabulary"):
-        load_eagle3(tmp_path, tiny_llama(layers=4, vocab=70))
+        load_eagle3(tmp_path, InProcessView(tiny_llama(layers=4, vocab=70)))
     with pytest.raises(ValueError, match="layer 3"):
-        load_eagle3(tmp_path, tiny_llama(layers=2))
+        load_eagle3(tmp_path, InProcessView(tiny_llama(layers=2)))
 
 
 def test_heads_of_other_families_have_the_policys_head_size():
     model = tiny_qwen3(layers=4)
-    built = new_head(model, settings(), np.arange(60))
+    built = new_head(InProcessView(model), settings(), np.arange(60))
     assert built.config.layer.head_dim == model.config.head_dim
 
 

@@ -191,7 +191,7 @@ class Wrong(Stateless):
         return Draft(drafted, np.minimum(max_draft_tokens, 1), np.full(drafted.shape, 0.5, np.float32))
 
 
-class TestWatch:
+class TestWarnings:
     """Each failure is provoked, and named in the report of the step that it happens in."""
 
     given = {"max_new_tokens": 40, "eos_token_ids": [0], "num_generations": 4, "seed": 1}  # noqa: RUF012
@@ -219,7 +219,7 @@ class TestWatch:
         assert not made.generate(PROMPTS, **self.given).report.warnings  # type: ignore[arg-type]
         drafter: Any = drafter_of(llm)
         with torch.no_grad():  # what sleep level 2 leaves of tensors in vLLM's memory pool
-            for parameter in drafter.drafting.speculators["recurrent"]._head.parameters():
+            for parameter in drafter.drafting.speculators["recurrent"].weights():
                 parameter.zero_()
         report = made.generate(PROMPTS, **self.given).report  # type: ignore[arg-type]
         assert any("recurrent: its tensors changed between two calls" in warning for warning in report.warnings)
@@ -282,7 +282,7 @@ def test_traffic_without_an_engine_of_ours_is_learned_from(llm: Any) -> None:
     assert report.num_requests == 6 * 24
     assert report.num_tokens == 6 * 24 * 50
     assert sum(report.accepted.values()) > 0
-    assert drafter.drafting.speculators["recurrent"].ready, "the head learns between epochs"
+    assert drafter.drafting.speculators["recurrent"].refreshes, "the head learns between epochs"
     assert ask(7, temperature=0.0) == ask(8, temperature=0.0)
     assert drafter.policy_updated(None) == {"policy_version": 1}
     assert [ask(seed) for seed in range(6)] == first
