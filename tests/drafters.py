@@ -1,6 +1,10 @@
-"""Drafters and controllers that tests plug into the real engine: reckless ones, and ones that cheat."""
+"""Drafters and controllers that tests plug into the real engine: reckless, cheating, or learning on a clock that ticks."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +13,7 @@ from atlas_rl.controller.base import Admission, Step
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, Rollouts, Sequences, Verified
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
 
 class Stateless(Speculator):
@@ -79,3 +84,13 @@ class TrimByDrawnToken(FixedController):
         odd = (draft.token_ids % 2 == 1) & (np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])
         first_odd = np.where(odd.any(axis=1), odd.argmax(axis=1), draft.lengths)
         return Admission(admission.arms, np.minimum(admission.lengths, first_odd))
+
+
+def ticking(step_s: float = 1e-6) -> Callable[[], float]:
+    """A clock that advances whenever it is read: a budget of training is then the same on every machine."""
+    return itertools.count(step=step_s).__next__
+
+
+def recurrent_drafter(**options: Any) -> RecurrentSpeculator:
+    """A recurrent speculator that trains for about 40 steps after every policy update."""
+    return RecurrentSpeculator(**{"clock": ticking(), "budget_share": 40.0} | options)

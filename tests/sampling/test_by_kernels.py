@@ -22,8 +22,8 @@ from atlas_rl.sampling.verification import DrafterInvariant, RejectionSampling
 from atlas_rl.speculators.drawing import ReducedDraft
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.recurrent import speculator as recurrent
+from tests.drafters import recurrent_drafter
 from tests.models import tiny_bigram, tiny_llama
-from tests.speculators.test_recurrent import drafter
 
 VOCAB, PROMPT = 300, 6
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -193,7 +193,7 @@ def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypa
 def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkeypatch, verification, options):
     model = tiny_bigram()
     options |= {"num_generations": 3, "max_new_tokens": 12}
-    eager = generated(model, verification, [drafter()], **options)
+    eager = generated(model, verification, [recurrent_drafter()], **options)
     draw_all, calls = ReducedDraft.draw_all, []
 
     def counted(self, *arguments):
@@ -202,7 +202,7 @@ def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkey
 
     monkeypatch.setattr(recurrent, "kernels_run_on", lambda device: True)
     monkeypatch.setattr(ReducedDraft, "draw_all", counted)
-    by_kernel = generated(model, verification, [drafter()], **options)
+    by_kernel = generated(model, verification, [recurrent_drafter()], **options)
     assert calls
     assert by_kernel.completion_ids == eager.completion_ids
     assert by_kernel.report.drafted == eager.report.drafted

@@ -16,9 +16,9 @@ from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import ReplayBuffer
-from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.sync.checkpoint import load_state, save_state
+from tests.drafters import recurrent_drafter, ticking
 from tests.models import tiny_bigram, tiny_gemma2, tiny_llama
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 4]]
@@ -28,15 +28,6 @@ EOS = [17]
 @cache
 def policy():
     return tiny_bigram()
-
-
-def ticking():
-    """A clock that advances a microsecond whenever it is read: budgets in calls, the same on every machine."""
-    return itertools.count(step=1e-6).__next__
-
-
-def drafter(**options):
-    return RecurrentSpeculator(**{"clock": ticking(), "budget_share": 40.0} | options)
 
 
 def engine_of(model, speculator, k=3, **options):
@@ -60,7 +51,7 @@ def trained(model, speculator, updates=3, **options):
 
 
 def test_nothing_is_drafted_before_the_first_refresh():
-    speculator = drafter()
+    speculator = recurrent_drafter()
     engine = engine_of(policy(), speculator)
     report = rollout(engine, seed=0).report
     assert report.drafted == {"recurrent": 0}
@@ -69,30 +60,35 @@ def test_nothing_is_drafted_before_the_first_refresh():
 
 
 def test_refreshes_raise_acceptance_on_rollouts_not_seen():
-    speculator = drafter()
-    engine = engine_of(policy(), speculator)
+    """Acceptance of a draft's first token rises by 0.35 from the first refresh to the fifth.
+
+    Over eight seeds that figure spread by 0.03. A drafter that learns nothing after its first refresh would show 0 with a
+    spread of 0.035, since a call verifies 300 to 500 such tokens. The bar of 0.15 lies more than four spreads from either:
+    this test errs, in either direction, with a probability below 1e-4.
+    """
+    speculator = recurrent_drafter()
+    engine = trained(policy(), speculator, updates=1)
     rates = []
-    for seed in range(6):
-        report = rollout(engine, seed).report
-        rates.append(report.acceptance_rate)
+    for seed in range(1, 6):
+        output = rollout(engine, seed)
+        rates.append(output.report.acceptance_by_position[0])
         engine.policy_updated()
-    assert rates[-1] > 0.3
-    assert rates[-1] > rates[1] - 0.02
-    unigram = np.bincount(np.concatenate([*rollout(engine, 7).completion_ids])).max() / 700
-    assert rates[-1] > 1.5 * unigram
+    assert rates[-1] > rates[0] + 0.15
+    tokens = np.concatenate(output.completion_ids)
+    assert rates[-1] > 3 * np.bincount(tokens).max() / len(tokens)  # more than knowing the commonest token would give
     first = speculator.refreshes[0]
     assert first.agreement_after > first.agreement_before + 0.1
 
 
 @pytest.mark.parametrize("loss", ["kl", "tv"])
 def test_both_losses_raise_the_agreement(loss):
-    speculator = drafter(loss=loss)
+    speculator = recurrent_drafter(loss=loss)
     trained(policy(), speculator, updates=2)
     assert speculator.refreshes[-1].agreement_after > speculator.refreshes[0].agreement_before + 0.1
 
 
 def test_it_follows_a_policy_that_jumps():
-    speculator = drafter()
+    speculator = recurrent_drafter()
     model = tiny_bigram()
     engine = trained(model, speculator)
     before = rollout(engine, 50).report.acceptance_rate
@@ -109,7 +105,7 @@ def test_it_follows_a_policy_that_jumps():
 @pytest.mark.parametrize("verification", ["invariant", "rejection"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"repetition_penalty": 1.3}])
 def test_tokens_do_not_depend_on_it(verification, options):
-    engine = trained(policy(), drafter(), verification=verification)
+    engine = trained(policy(), recurrent_drafter(), verification=verification)
     drafted = rollout(engine, seed=99, **options)
     assert drafted.report.drafted["recurrent"] > 0
     if verification == "invariant":
@@ -118,7 +114,7 @@ def test_tokens_do_not_depend_on_it(verification, options):
 
 
 def test_greedy_drafts_are_verified_too():
-    engine = trained(policy(), drafter())
+    engine = trained(policy(), recurrent_drafter())
     plain = AtlasRolloutEngine(model=policy(), speculation=False, console=False)
     drafted = rollout(engine, seed=1, temperature=0.0)
     assert drafted.completion_ids == rollout(plain, seed=1, temperature=0.0).completion_ids
@@ -132,7 +128,7 @@ def test_coupled_draws_beat_argmax_and_independent_draws():
         ("argmax", {"argmax": True}, "invariant"),
         ("independent", {}, "rejection"),
     ):
-        engine = trained(tiny_bigram(logit_std=2.0), drafter(**options), verification=verification)
+        engine = trained(tiny_bigram(logit_std=2.0), recurrent_drafter(**options), verification=verification)
         rates[name] = np.mean([rollout(engine, seed=70 + n).report.acceptance_by_position[0] for n in range(3)])
     assert rates["coupled"] > rates["argmax"] + 0.02
     assert rates["independent"] > rates["argmax"]
@@ -140,7 +136,7 @@ def test_coupled_draws_beat_argmax_and_independent_draws():
 
 def test_the_policy_and_the_random_state_are_left_alone():
     model = tiny_bigram().train()
-    speculator = drafter()
+    speculator = recurrent_drafter()
     engine = engine_of(model, speculator)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rollout(engine, seed=0)
@@ -155,14 +151,14 @@ def test_the_policy_and_the_random_state_are_left_alone():
 
 def test_it_learns_inside_no_grad_and_inference_mode():
     for mode in (torch.no_grad, torch.inference_mode):
-        speculator = drafter()
+        speculator = recurrent_drafter()
         with mode():
             trained(policy(), speculator, updates=2)
         assert speculator.refreshes[-1].agreement_after > speculator.refreshes[0].agreement_before
 
 
 def test_a_budget_is_kept():
-    speculator = drafter(budget_share=1e-9)
+    speculator = recurrent_drafter(budget_share=1e-9)
     trained(policy(), speculator, updates=2)
     assert [done.num_steps for done in speculator.refreshes] == [1, 1]
 
@@ -170,7 +166,7 @@ def test_a_budget_is_kept():
 @pytest.mark.parametrize(("generate_s", "pays"), [(1e9, True), (0.0, False)])
 def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
     """Seconds of generation are what there is to gain from: of a billion any training is worth it, of none no training."""
-    model, speculator = copy.deepcopy(policy()), drafter(budget_share=1.0, clock=itertools.count(step=0.01).__next__)
+    model, speculator = copy.deepcopy(policy()), recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
     engine, steps = engine_of(model, speculator), []
     for seed in range(6):
         rollout(engine, seed)
@@ -186,7 +182,7 @@ def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
 
 
 def test_a_jump_of_the_policy_gives_the_whole_budget_back():
-    model, speculator = copy.deepcopy(policy()), drafter(budget_share=1.0, clock=itertools.count(step=0.01).__next__)
+    model, speculator = copy.deepcopy(policy()), recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
     engine = engine_of(model, speculator)
 
     def refreshed(seed, generate_s):
@@ -204,10 +200,10 @@ def test_a_jump_of_the_policy_gives_the_whole_budget_back():
 
 
 def test_a_resumed_run_drafts_as_well_as_before(tmp_path):
-    old = drafter()
+    old = recurrent_drafter()
     engine = trained(policy(), old)
     save_state(tmp_path / "state.safetensors", engine.state_dict())
-    fresh = engine_of(policy(), drafter())
+    fresh = engine_of(policy(), recurrent_drafter())
     fresh.load_state_dict(load_state(tmp_path / "state.safetensors"))
     a, b = rollout(engine, seed=31), rollout(fresh, seed=31)
     assert a.report.drafted == b.report.drafted
@@ -217,8 +213,8 @@ def test_a_resumed_run_drafts_as_well_as_before(tmp_path):
 
 
 def test_a_state_of_another_policy_is_named_and_left(caplog):
-    state = trained(policy(), drafter()).state_dict()
-    other = engine_of(tiny_llama(hidden=48, seed=1), drafter())
+    state = trained(policy(), recurrent_drafter()).state_dict()
+    other = engine_of(tiny_llama(hidden=48, seed=1), recurrent_drafter())
     with caplog.at_level(logging.WARNING):
         other.load_state_dict(state)
     assert "hidden size" in caplog.text
@@ -226,7 +222,7 @@ def test_a_state_of_another_policy_is_named_and_left(caplog):
 
 
 def test_states_of_other_kinds_are_refused():
-    speculator = drafter()
+    speculator = recurrent_drafter()
     speculator.bind(policy())
     with pytest.raises(ValueError, match="not a state of the recurrent drafter"):
         speculator.load_state_dict({"kind": "atlas_rl.history"})
@@ -235,7 +231,7 @@ def test_states_of_other_kinds_are_refused():
 
 
 def test_a_policy_of_another_size_starts_it_from_nothing(caplog):
-    speculator = drafter()
+    speculator = recurrent_drafter()
     trained(policy(), speculator)
     with caplog.at_level(logging.WARNING):
         speculator.bind(tiny_llama(hidden=48, seed=1))
@@ -246,7 +242,7 @@ def test_a_policy_of_another_size_starts_it_from_nothing(caplog):
 def test_a_reduced_vocabulary_never_hides_a_token():
     """The policy samples tokens that the head cannot propose, and they are committed."""
     model = tiny_bigram(logit_std=1.0)
-    speculator = drafter(max_vocab=6)
+    speculator = recurrent_drafter(max_vocab=6)
     engine = trained(model, speculator)
     drafted = rollout(engine, seed=5)
     plain = AtlasRolloutEngine(model=model, speculation=False, console=False)
@@ -257,7 +253,7 @@ def test_a_reduced_vocabulary_never_hides_a_token():
 
 def test_a_call_larger_than_the_buffer_is_sampled():
     """Whole rollouts of every n-th request are kept, and no more than the bound."""
-    speculator = drafter(max_tokens=200)
+    speculator = recurrent_drafter(max_tokens=200)
     engine = engine_of(policy(), speculator)
     output = rollout(engine, seed=0)
     engine.policy_updated()
@@ -267,7 +263,7 @@ def test_a_call_larger_than_the_buffer_is_sampled():
 
 
 def test_softcapped_logits_are_matched():
-    speculator = drafter()
+    speculator = recurrent_drafter()
     engine = trained(tiny_gemma2(seed=3), speculator)
     assert speculator.refreshes[-1].agreement_after > speculator.refreshes[0].agreement_before
     assert rollout(engine, seed=8).report.drafted["recurrent"] > 0
@@ -355,7 +351,7 @@ def test_it_learns_more_often_where_its_drafts_were_rejected():
 
 
 def test_it_knows_which_of_its_drafts_were_rejected():
-    speculator = drafter()
+    speculator = recurrent_drafter()
     engine = trained(policy(), speculator, updates=1)
     report = rollout(engine, 7, eos_token_ids=[]).report
     missed = sum(int(entry[4].sum()) for entry in speculator._log)
