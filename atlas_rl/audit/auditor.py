@@ -1,17 +1,18 @@
-"""An audit in the run: are an engine's samples the policy's?
+"""Checks during a run that an engine's samples come from the policy.
 
-An engine that samples wrongly raises no error; it trains on. So a few completions of a step go through a plain forward
-pass of the policy, outside of the engine, and every token is held against the processed distribution it should come from:
+An engine that samples wrongly raises no error, and training goes on. So a few completions of a step go through a plain
+forward pass of the policy, outside of the engine. Every token is compared with the processed distribution that it should
+come from:
 
-    support    a token that top-k, top-p or min-p excludes cannot be drawn
-    noise      where the noise is known (drafter-invariant sampling in process) or there is none (greedy), the token itself
-               is known: one that differs by more than a near-tie is a fault, without any statistics
-    logprobs   those that the engine returned are those of the plain forward, within rounding
-    law        elsewhere tokens are random, and bets are placed against them (`audit_bets.py`): at most one false alarm in a
-               million audited steps, however small the samples
+    support    no token is excluded by top-k, top-p or min-p
+    noise      the token is the one that the noise picks, if the noise is known (drafter-invariant sampling in process) or
+               sampling is greedy; one that differs by more than a near-tie is a fault, without any statistics
+    logprobs   the returned logprobs are those of the plain forward, within rounding
+    law        bets are placed against random tokens (`bets.py`), with at most one false alarm in a million audited steps,
+               however small the samples
 
-Which completions are audited, and which of their positions, never depends on the tokens to be tested: a sample chosen by its
-length would have more or fewer ending tokens than the policy draws. `docs/audit.md` has the figures.
+The choice of completions and of their positions never depends on the tokens to be tested: completions chosen by length would
+have more or fewer ending tokens than the policy draws. `docs/audit.md` has the figures.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from atlas_rl.audit.bets import ChangeDetector
 from atlas_rl.audit.scores import FULL_PRECISION, LOW_PRECISION, Scores, Tolerance, score
 from atlas_rl.core import SamplingParams
 
-_FEW = 16  # logprobs: fewer are not a mean to speak of, and count as this many
+_FEW = 16  # the sum over fewer logprobs is divided by this many, so that one token alone raises no warning
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One step's audit.
+    """Result of auditing one step.
 
     Attributes:
         num_completions: Completions audited.
-        scores: Of their tokens.
-        evidence_nats: log R of the run's bets after this step; an alarm is raised at log 10^6.
-        findings: What is wrong, one sentence each; empty for a right engine.
+        scores: Scores of their tokens.
+        evidence_nats: log R of the run's bets after this step, in nats; an alarm is raised at log 10^6.
+        findings: Faults, one sentence each; empty for a right engine.
     """
 
     num_completions: int
@@ -49,7 +50,7 @@ class Audit:
     findings: tuple[str, ...]
 
     def figures(self) -> dict[str, Any]:
-        """Fields of a `StepReport`."""
+        """The audit's fields of a `StepReport`."""
         scores = self.scores
         return {
             "num_audited_tokens": scores.num_tokens,
@@ -61,15 +62,15 @@ class Audit:
 
 
 class Auditor:
-    """Audits some completions of every step of a run, and remembers what they have shown.
+    """Audits some completions of every step of a run, and adds the evidence up over steps.
 
-    The cost is bounded by counting, not by a clock, so that equal runs audit alike: tokens that went through the audit's
-    forward (prompts included) are at most `share` of the tokens generated so far, but for the last completion. A
-    completion's tokens run together, at less per token than a decode step: so `share` bounds the time as well.
+    The cost is bounded by counting, not by a clock, so that equal runs audit alike. The tokens that went through the
+    audit's forward, prompts included, are at most `share` of the tokens generated so far, but for the last completion.
+    A token costs less there than in a decode step, so `share` bounds the time as well.
 
     Args:
-        share: Of the generated tokens, in [0, 1]; 0 never audits.
-        engine_dtype: Precision that the engine computes in, where it is not the policy's own.
+        share: Share of the generated tokens that may be audited, in [0, 1]; 0 never audits.
+        engine_dtype: Precision that the engine computes in, if it is not the policy's own.
     """
 
     def __init__(self, share: float, *, engine_dtype: torch.dtype | None = None) -> None:
@@ -89,18 +90,19 @@ class Auditor:
         logprobs: Sequence[Sequence[float]] | None = None,
         noise_keys: np.ndarray | None = None,
     ) -> Audit:
-        """Audit as many completions as the share allows, chosen at random.
+        """Audit as many completions of a step as the share allows, chosen at random.
 
         Args:
-            model: The policy that the completions should come from, in process; every rank by itself.
+            model: The policy that the completions should come from, in process; each rank audits its own completions.
             prompts: Token ids, one prompt per completion.
-            completions: Token ids exactly as sampled, ending tokens included; an empty one is passed over.
-            sampling: What the engine was asked for.
-            logprobs: Per completion token, as the engine returned them; None where it returns none.
-            noise_keys: uint64 `[num_completions]`, where the engine drew with `noise.py`; None elsewhere.
+            completions: Token ids exactly as sampled, ending tokens included; empty ones are skipped.
+            sampling: The sampling that the engine was asked for.
+            logprobs: Per completion token, in nats, as the engine returned them; None if it returns none.
+            noise_keys: uint64 `[num_completions]`, keys that the engine drew with (`atlas_kernels.noise`); None if it
+                draws with noise of its own.
 
         Raises:
-            ValueError: As many prompts, completions and logprobs are needed.
+            ValueError: Prompts, completions and rows of logprobs differ in number.
         """
         lengths = [len(completions), len(prompts), len(completions if logprobs is None else logprobs)]
         if len(set(lengths)) > 1:
@@ -136,7 +138,7 @@ class Auditor:
     def _rows(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Iterator[int]:
-        """Completions in an order of their own, while there is credit; a long one may leave debts, paid off later."""
+        """Indices of completions in random order, while there is credit; a long one may leave a debt for later steps."""
         order = np.random.default_rng((sampling.seed, self._num_calls)).permutation(len(completions))
         self._num_calls += 1
         for row in order.tolist():

@@ -1,18 +1,18 @@
-"""Bets against a sampler: evidence that tokens were not drawn from the distribution they should come from.
+"""Collects evidence that tokens were not drawn from the distribution they should come from, by betting against the sampler.
 
-Each bet names a way to be wrong as a distribution q that depends on the prefix alone. If the tokens x are drawn from p,
-the likelihood ratio q(x) / p(x) has mean 1 whatever the prefix, so the product over tokens is a fair game: it grows only
-by luck (test martingales: Ville 1939; Shafer et al., arXiv 0912.4269). If they are drawn from q, its logarithm grows by
-KL(q, p) per token, and no test that can be trusted grows faster. Tokens that had no choice (p is a point mass) neither
-win nor lose, and a completion that ends early only stops the game early.
+Each bet is one way to be wrong: a distribution q that depends on the prefix alone. If the tokens x are drawn from p, the
+likelihood ratio q(x) / p(x) has mean 1 whatever the prefix. The product over tokens is then a fair game, which grows only
+by luck (test martingales: Ville 1939; Shafer et al., arXiv 0912.4269). If the tokens are drawn from q, the logarithm of the
+product grows by KL(q, p) per token, and no test with an honest false-alarm rate grows faster. A token without a choice (p is
+a point mass) neither wins nor loses, and a completion that ends early only stops the game early.
 
-A sampler may break in the middle of a run, so the game is started anew with every step and all starts are kept
+A sampler may break in the middle of a run, so a new game starts with every step and all games are kept
 (Shiryaev-Roberts; e-detectors: Shin, Ramdas, Rinaldo, arXiv 2203.03532). With E_n(k) the product of bet k over step n:
 
     R_n(k) = (R_{n-1}(k) + 1) E_n(k)             R_n = mean over k of R_n(k)
 
 For a right sampler `R_n - n` is a martingale. Hence `P(R reaches A within n steps) <= n / A` (Doob), and the mean number of
-steps to a false alarm is at least A: exact at every sample size, for sudden faults and for slow ones.
+steps to a false alarm is at least A. Both hold exactly at every sample size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 ALARM = 1e6
-"""A: audited steps per false alarm, at least."""
+"""A of the formulas: the least mean number of audited steps between false alarms."""
 
 TEMPERATURES = (0.25, 0.5, 0.8, 0.93, 1.07, 1.25, 2.0, 4.0)  # times the one asked for
 JUNK_SHARES = (0.003, 0.03, 0.3)
@@ -43,7 +43,7 @@ NAMES: tuple[str, ...] = (
     *(f"repeated tokens come too {'often' if tilt > 0 else 'rarely'}" for tilt in TILTS),
     *(f"ending tokens come too {'often' if tilt > 0 else 'rarely'}" for tilt in ENDING_TILTS),
 )
-"""What each bet stands for, in words that end a sentence about sampled tokens."""
+"""The fault that each bet stands for, in words that end a sentence about sampled tokens."""
 
 STRENGTHS = np.array(
     [
@@ -53,7 +53,7 @@ STRENGTHS = np.array(
         *(abs(tilt) for tilt in ENDING_TILTS),
     ]
 )
-"""By how many nats each bet moves when log p moves by one: what rounding can make it win per token is in proportion."""
+"""Nats by which each bet moves when log p moves by one; its gain from rounding, per token, is in proportion."""
 
 
 def log_ratios(
@@ -64,7 +64,7 @@ def log_ratios(
     Args:
         log_probs: float32 `[rows, vocab]`, normalised; `-inf` for excluded tokens.
         token_ids: int64 `[rows]`, tokens that are not excluded.
-        seen: bool `[rows, vocab]`, tokens that stand before the position; what penalties are about.
+        seen: bool `[rows, vocab]`, tokens that occur before the position, which repetition penalties apply to.
         ending_ids: Tokens that end a completion.
     """
     own = log_probs.gather(1, token_ids[:, None])[:, 0].double()
@@ -89,12 +89,12 @@ def log_ratios(
 
 
 def log_values(ratios: torch.Tensor, drift_nats: float) -> np.ndarray:
-    """What every bet has won over the tokens of `log_ratios`: float64 `[num_bets]`, nats.
+    """Nats that every bet has won over the tokens of `log_ratios`: float64 `[num_bets]`.
 
     Args:
-        ratios: float64 `[num_bets, rows]`.
-        drift_nats: Bound on what rounding does to the mean log-likelihood of a token. Every bet pays for it on every
-            token, in proportion to its strength, so that it stays a losing game to first order.
+        ratios: float64 `[num_bets, rows]`, nats.
+        drift_nats: Bound on the change of a token's mean log-likelihood by rounding. Every bet pays for it on every token,
+            in proportion to its strength, so that it stays a losing game to first order.
     """
     return ratios.sum(dim=-1).cpu().numpy() - ratios.shape[1] * drift_nats * STRENGTHS
 
@@ -105,7 +105,11 @@ def _tilted(mass: torch.Tensor, hit: torch.Tensor, tilt: float) -> torch.Tensor:
 
 
 class ChangeDetector:
-    """Adds the bets up over steps; `alarm_steps` is A of the module's formulas."""
+    """Adds the bets up over the steps of a run and raises the alarm.
+
+    Args:
+        alarm_steps: A of the module's formulas.
+    """
 
     def __init__(self, alarm_steps: float = ALARM) -> None:
         self.alarm_nats = math.log(alarm_steps)
@@ -113,19 +117,19 @@ class ChangeDetector:
 
     @property
     def evidence_nats(self) -> float:
-        """log R of all bets together."""
+        """log R of all bets together, in nats."""
         return float(np.logaddexp.reduce(self._log_r) - math.log(len(NAMES)))
 
     @property
     def best(self) -> str:
-        """What the bet that has won most stands for."""
+        """The fault that the bet with the largest gains stands for."""
         return NAMES[int(self._log_r.argmax())]
 
     def step(self, log_values: np.ndarray) -> bool:
-        """Count one audited step, float64 `[num_bets]` of nats won in it; returns whether to raise the alarm."""
+        """Add one audited step, float64 `[num_bets]` of nats won in it; returns whether to raise the alarm."""
         self._log_r = np.logaddexp(self._log_r, 0.0) + log_values
         return self.evidence_nats >= self.alarm_nats
 
     def reset(self) -> None:
-        """Forget everything: the next alarm then needs evidence of its own."""
+        """Drop all evidence, so that the next alarm needs its own."""
         self._log_r = np.full(len(NAMES), -np.inf)

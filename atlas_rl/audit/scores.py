@@ -1,4 +1,4 @@
-"""What a plain forward pass of the policy says about tokens that an engine has sampled (`audit.py` asks)."""
+"""Compares tokens that an engine has sampled with a plain forward pass of the policy."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from atlas_rl.policy.in_process import evaluation_mode, unwrap_policy
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import choose
 
-_POSITIONS = 1024  # of a completion that are audited: bounds the memory of their logits
+_POSITIONS = 1024  # most audited positions of a completion: bounds the memory of their logits
 _CHUNK_ROWS = 64  # positions processed together: bounds the float32 copies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """How far rounding may take an engine from a plain forward pass, in nats.
+    """Differences between an engine and a plain forward pass that rounding explains, in nats.
 
     Attributes:
-        logprob_nats: Mean absolute difference of returned logprobs, none counted for more than ten times as much: where a
-            threshold of truncation falls between two forward passes, one position may be far off.
-        margin_nats: By how much a token may miss being the one that the noise picks, or the likeliest when greedy.
-        drift_nats: Difference of the mean log-likelihood of a token, sign and all.
+        logprob_nats: Mean absolute difference of returned logprobs. Each difference is clipped at ten times this value,
+            because a token at the threshold of truncation may be far off.
+        margin_nats: Margin by which a token may miss being the one that the noise picks, or the likeliest if greedy.
+        drift_nats: Mean signed difference of a token's log-likelihood.
     """
 
     logprob_nats: float
@@ -39,7 +39,7 @@ class Tolerance:
     drift_nats: float
 
     def at(self, temperature: float) -> Tolerance:
-        """For logits divided by `temperature`, and their rounding with them."""
+        """The tolerance for logits divided by `temperature`, which scales their rounding too."""
         scale = 1 / temperature if 0 < temperature < 1 else 1.0
         return Tolerance(
             logprob_nats=self.logprob_nats * scale,
@@ -54,21 +54,21 @@ LOW_PRECISION = Tolerance(logprob_nats=0.05, margin_nats=0.5, drift_nats=2e-3)
 
 @dataclass(slots=True)
 class Scores:
-    """What a plain forward pass says about some sampled tokens. Sums, so that they add up over completions.
+    """Sums over audited tokens, which add up over completions.
 
     Attributes:
         num_tokens: Tokens audited.
-        score_nats: Sum of log p(x) + H(p): its mean is 0 for a right sampler, above for one that is too greedy.
+        score_nats: Sum of log p(x) + H(p): its expectation is 0 for a right sampler, above 0 for one that is too greedy.
         score_variance_nats2: Sum of the variances of log p(x) under p.
         bets: float64 `[num_bets]`, nats that each bet has won.
         num_outside: Tokens that the processing excludes.
-        num_known: Tokens that were known in advance, by their noise or because sampling is greedy.
-        num_changed: Those that are others than they should be.
-        worst_margin_nats: By how much the worst of them missed.
+        num_known: Tokens that can be computed, because their noise is known or sampling is greedy.
+        num_changed: Known tokens that differ from the computed ones by more than rounding.
+        worst_margin_nats: Largest margin by which such a token missed.
         num_logprobs: Returned logprobs compared.
         logprob_error_sum_nats: Sum of their absolute differences.
-        logprob_error_max_nats: The largest.
-        logprob_clipped_sum_nats: Their sum, each clipped as `Tolerance.logprob_nats` says.
+        logprob_error_max_nats: The largest absolute difference.
+        logprob_clipped_sum_nats: Sum of the absolute differences, clipped as in `Tolerance.logprob_nats`.
         raw_clipped_sum_nats: The same against the policy's logprobs before any processing.
     """
 
@@ -88,11 +88,11 @@ class Scores:
 
     @classmethod
     def none(cls) -> Scores:
-        """Of no tokens."""
+        """The scores of no tokens."""
         return cls(0, 0.0, 0.0, np.zeros(len(audit_bets.NAMES)))
 
     def add(self, other: Scores) -> None:
-        """Count `other`'s tokens too."""
+        """Add the tokens of `other`."""
         for name in self.__slots__:
             mine, theirs = getattr(self, name), getattr(other, name)
             worst = name in ("worst_margin_nats", "logprob_error_max_nats")
@@ -100,7 +100,7 @@ class Scores:
 
     @property
     def z(self) -> float | None:
-        """`score_nats` in standard deviations: about normal over many tokens. None where nothing was random."""
+        """`score_nats` in standard deviations, about normal over many tokens; None if no token was random."""
         return self.score_nats / math.sqrt(self.score_variance_nats2) if self.score_variance_nats2 > 0 else None
 
     @property
@@ -119,18 +119,19 @@ def score(
     noise_key: int | None = None,
     tolerance: Tolerance = FULL_PRECISION,
 ) -> Scores:
-    """Hold one completion against a plain forward pass.
+    """Compare one completion with a plain forward pass of the policy.
 
     Args:
         model: The policy, or a wrapper of it; dropout is off meanwhile.
         prompt: Token ids.
         completion: Token ids as sampled, the ending token included.
-        sampling: How they were asked to be sampled.
-        logprobs: Of each completion token, as the engine returned them.
+        sampling: The sampling that the engine was asked for.
+        logprobs: Logprob of each completion token, in nats, as the engine returned them; None if it returned none.
         noise_key: Key of the noise (`noise.request_keys`) that drafter-invariant sampling drew with; None if unknown.
-        tolerance: Of rounding.
+        tolerance: Differences that rounding explains.
     """
-    # Of a long completion every second, third, ... position, by what was asked for: the length is for the tokens to say.
+    # Long completions are audited at every second, third, ... position. The stride depends on the length that was asked
+    # for: the sampled length depends on the tokens to be tested.
     stride = -(-sampling.max_new_tokens // _POSITIONS)
     kept = np.arange(0, len(completion), stride)
     total = Scores.none()
@@ -151,7 +152,15 @@ def score(
 
 
 class _Rows:
-    """Some positions of one completion: raw logits `[rows, vocab]`, all tokens, and where the rows' own ones stand."""
+    """Some positions of one completion.
+
+    Args:
+        raw: float32 `[rows, vocab]`, logits before any processing.
+        tokens: int64 `[num_tokens]`, prompt and completion.
+        places: int64 `[rows]`, index in `tokens` of the token that each row predicts.
+        sampling: The sampling that the engine was asked for.
+        tolerance: Differences that rounding explains.
+    """
 
     def __init__(
         self,
@@ -182,7 +191,7 @@ class _Rows:
         return found
 
     def _law(self, inside: torch.Tensor) -> Scores:
-        """Score and bets; a greedy token is not drawn, and has neither."""
+        """Score and bets of the tokens; none for greedy sampling, which draws nothing."""
         if self.sampling.greedy:
             return Scores.none()
         log_probs, own = self.log_probs[inside], self.own[inside]
@@ -196,7 +205,7 @@ class _Rows:
         return Scores(0, float((drawn + entropy).double().sum()), float(variance.double().sum()), bets)
 
     def _excluded(self, rows: torch.Tensor, token_ids: torch.Tensor, shift_nats: float) -> torch.Tensor:
-        """Which of the tokens int64 `[n]` are excluded at `rows` when their logits are shifted: bool `[n]`."""
+        """Whether each of `token_ids` int64 `[n]` is excluded at `rows` when its logit is shifted: bool `[n]`."""
         shifted = self.raw[rows]
         shift = torch.full((len(rows), 1), shift_nats * (self.sampling.temperature or 1), device=shifted.device)
         shifted.scatter_add_(1, token_ids[:, None], shift)
@@ -204,19 +213,19 @@ class _Rows:
         return ~torch.isfinite(process(shifted, self.sampling, prefixes).gather(1, token_ids[:, None])[:, 0])
 
     def _num_outside(self, outside: torch.Tensor) -> int:
-        """Excluded tokens; one that rounding alone may have put behind the threshold is given the benefit of the doubt."""
+        """Number of excluded tokens, without those that rounding alone may have put behind the threshold."""
         rows = outside.nonzero()[:, 0]
         return int(self._excluded(rows, self.own[rows], self.tolerance.margin_nats).sum()) if len(rows) else 0
 
     def _known(self, found: Scores, noise_key: int | None, inside: torch.Tensor) -> None:
-        """Tokens that are no matter of chance: the choice of the run's own noise, or the likeliest."""
+        """Compare tokens with those that the run's own noise picks, or with the likeliest if sampling is greedy."""
         if noise_key is None and not self.sampling.greedy:
             return
         places, own = self.places.cpu().numpy(), self.own.cpu().numpy()
         keys = np.full(len(own), noise_key or 0, np.uint64)
         expected = choose(self.log_probs.exp(), keys, places, Stream.TARGET, self.sampling.greedy)
         found.num_known = len(own)
-        # A token that is excluded has been judged as such.
+        # Excluded tokens are counted in `num_outside`.
         for row in np.flatnonzero((expected != own) & inside.cpu().numpy()):
             right, drawn = self.log_probs[row, [expected[row], own[row]]].double().tolist()
             if not self.sampling.greedy:

@@ -1,1 +1,1 @@
-"""The planner: what speculation would bring on GPUs that are not here, from a roofline (`docs/planner.md`)."""
+"""Predicts the speedup of speculation on GPUs that are not at hand, from a roofline (`docs/planner.md`)."""

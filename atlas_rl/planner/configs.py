@@ -1,4 +1,4 @@
-"""Configs of the models that published measurements used, cut to the fields that `parse_model` reads."""
+"""Configs of the models in the published measurements, cut to the fields that `parse_model` reads."""
 
 from __future__ import annotations
 

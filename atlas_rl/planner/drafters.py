@@ -1,4 +1,4 @@
-"""Drafters as models, so that the same roofline times a draft step; `None` stands for a drafter that costs nothing."""
+"""Describes drafters as models, so that the same roofline times a draft step; None stands for a free drafter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def drafter_model(kind: str, target: Model, draft_lm: Model | None = None) -> Mo
         draft_lm: The counts of the draft LM, for `draft-lm` only.
 
     Returns:
-        Its counts; None for n-grams, whose search is taken to cost nothing.
+        The drafter's counts; None for n-grams, whose search is taken to cost nothing.
 
     Raises:
         ValueError: An unknown kind, a draft LM that is missing or not asked for, or no prediction layers in the target.
@@ -43,8 +43,8 @@ def drafter_model(kind: str, target: Model, draft_lm: Model | None = None) -> Mo
 def eagle3(target: Model) -> Model:
     """The EAGLE-3 head (arXiv 2503.01840): one dense layer over [embedding, hidden state], and a reduced vocabulary.
 
-    Its attention reads twice the width, which makes the projections about half as large again; another one brings three of
-    the target's layers down to one.
+    Its attention reads twice the width, so its projections are about half as large again. A further projection brings the
+    hidden states of three of the target's layers to the width of one.
     """
     hidden = target.hidden_size
     # For a latent attention there is no published head to count: its own projections stand for the head's.
@@ -67,12 +67,12 @@ def eagle3(target: Model) -> Model:
 
 
 def mtp(target: Model) -> Model:
-    """The model's own layer for multi-token prediction (arXiv 2412.19437), used again for every further token.
+    """The model's own layer for multi-token prediction (arXiv 2412.19437), applied once per draft token.
 
-    One MoE layer, a projection of two widths to one, and the model's output matrix (which its memory counts once more).
+    It has one MoE layer, a projection of two widths to one, and the model's output matrix, which its memory counts again.
 
     Raises:
-        ValueError: The target has none.
+        ValueError: The target has no such layer.
     """
     if not target.num_mtp_layers:
         raise ValueError(f"this '{target.name}' model has no layer for multi-token prediction: use another --drafter")
@@ -87,7 +87,7 @@ def mtp(target: Model) -> Model:
 
 
 def recurrent(target: Model) -> Model:
-    """A GRU of 512 on the target's hidden state with 4096 tokens to choose from: what `speculators/recurrent` trains."""
+    """The head of `speculators/recurrent`: a GRU of width 512 on the target's hidden state, with a vocabulary of 4096."""
     width = RECURRENT_WIDTH
     return Model(
         name="recurrent",

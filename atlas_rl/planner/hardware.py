@@ -1,4 +1,4 @@
-"""GPUs as a roofline sees them, each figure with its source, and the shares of them that real code reaches."""
+"""Peak figures of GPUs with their sources, and the shares of the peaks that real code reaches."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Gpu:
     """One accelerator.
 
     Attributes:
-        name: What `--gpu` takes.
+        name: The value of `--gpu`.
         memory_bytes: Device memory.
         bandwidth_bytes_per_s: Peak bandwidth of that memory.
         flops_per_s: Peak dense operations per second by precision (a multiply-add is two). A precision that is absent has
-            no matrix units: weights kept in it are unpacked and multiplied at the next wider precision that has.
-        link_bytes_per_s: To the other GPUs of the node, per direction.
-        source: Where the figures stand.
+            no matrix units: its weights are unpacked and multiplied at the next wider precision that has them.
+        link_bytes_per_s: Peak bandwidth to the other GPUs of the node, per direction.
+        source: Source of the figures.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Efficiency:
-    """What is reached of the peaks: one set for every GPU, model and published row, never fitted to any of them.
+    """Shares of the peaks that code reaches, and fixed latencies: one set for all GPUs and models, fitted to none of them.
 
     `bandwidth_share` and `kernel_s` come from one measurement of Llama-3.2-1B (2.47 GB in BF16) on an H100
     (https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles): fused into a single kernel it reaches 78% of the
@@ -63,16 +63,16 @@ class Efficiency:
     / 100 = 5.3 us, is what the start and end of a kernel cost inside a CUDA graph.
 
     Attributes:
-        bandwidth_share: Of the peak memory bandwidth.
-        flops_share: Of the peak operations: mean of the best matrix products measured on H200 and B200 in BF16 and FP8
-            (80.3, 77.6, 73.4 and 76.3%), https://github.com/stas00/ml-engineering (insights/when-to-upgrade-gpus).
+        bandwidth_share: Share of the peak memory bandwidth.
+        flops_share: Share of the peak operations: mean of the best matrix products measured on H200 and B200 in BF16 and
+            FP8 (80.3, 77.6, 73.4 and 76.3%), https://github.com/stas00/ml-engineering (insights/when-to-upgrade-gpus).
         kernel_s: Seconds per kernel in which no weights move.
         all_reduce_s: Latency floor of an all-reduce: 5.7 us for 4 KB over eight H100,
             https://github.com/sgl-project/sglang/pull/2904.
-        link_share: Of the link's bandwidth, in large all-reduces: 77% measured over four H100,
+        link_share: Share of the link's bandwidth, in large all-reduces: 77% measured over four H100,
             https://techfordev.netlify.app/articles/3789728.
-        memory_share: Of the device memory that weights and cache may fill; the rest is activations, graphs and the runtime.
-            A convention (engines default to 0.85-0.95), not a measurement.
+        memory_share: Share of the device memory that weights and cache may fill; activations, graphs and the runtime need
+            the rest. A convention (engines default to 0.85-0.95), not a measurement.
     """
 
     bandwidth_share: float = 0.78
@@ -163,10 +163,10 @@ GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _GPUS}
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU that `name` means, whatever its case.
+    """The GPU called `name`, in upper or lower case.
 
     Raises:
-        ValueError: None is called that; the message lists those that are known.
+        ValueError: An unknown name; the message lists the known ones.
     """
     if name.lower() not in GPUS:
         raise ValueError(f"unknown GPU '{name}': known are {', '.join(GPUS)}")

@@ -1,4 +1,4 @@
-"""A decoder as counts: parameters, cache and operations, from a `config.json` of the hub."""
+"""Counts a decoder's parameters, cache and operations, from a `config.json` of the hub."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Model:
         shared_params: Weights of an MoE layer that every token uses: router and shared experts.
         expert_params: Weights of one routed expert.
         num_experts: Routed experts per MoE layer.
-        experts_per_token: Of those, how many a token uses.
+        experts_per_token: Routed experts that one token uses.
         kv_values_per_token: Values that one layer caches per token.
-        kv_splits: Into how many parts tensor parallelism can cut the cache: the key-value heads; 1 for a latent cache.
+        kv_splits: Most parts that tensor parallelism can cut the cache into: the key-value heads; 1 for a latent cache.
         attention_flops_per_key: Operations of one layer's attention, per query token and cached token.
         num_local_layers: Layers that attend to the last `window` tokens only.
         window: Tokens that those layers see.
         kernels_attention: Kernels in a layer's attention.
-        num_mtp_layers: Layers for multi-token prediction that come with the model; not counted in the parameters.
+        num_mtp_layers: Layers for multi-token prediction that come with the model; the parameters do not include them.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Model:
 
     @property
     def embedding_params(self) -> float:
-        """Weights that are stored for looking tokens up, and of which a forward reads next to nothing."""
+        """Weights of a separate embedding; a forward reads only the rows of its tokens."""
         return 0.0 if self.tied or not self.owns_embedding else self.head_params
 
     @property
@@ -85,7 +85,7 @@ class Model:
 
     @property
     def active_params(self) -> float:
-        """Weights that one token uses, embedding and output matrix included, as model cards count."""
+        """Weights that one token uses, counted as model cards do: with embedding and output matrix."""
         moe = self.num_moe_layers * (self.shared_params + self.experts_per_token * self.expert_params)
         return self._common_params + moe
 
@@ -98,14 +98,14 @@ class Model:
         """Expected number of a layer's experts that at least one of `num_tokens` tokens uses.
 
         `E (1 - (1 - A/E)^n)` for E experts of which each token draws A independently and evenly. Neighbouring tokens draw
-        more alike, so this is the upper end of what has to be read.
+        more alike, so this is an upper estimate.
         """
         if not self.num_experts:
             return 0.0
         return self.num_experts * (1.0 - (1.0 - self.experts_per_token / self.num_experts) ** num_tokens)
 
     def cached_values(self, context: int) -> float:
-        """Values in the cache of one request of `context` tokens, over all layers; local layers keep their window."""
+        """Values in the cache of one request of `context` tokens, over all layers; local layers cache their window only."""
         return self.kv_values_per_token * self.cached_token_layers(context)
 
     def cached_token_layers(self, context: int) -> float:
@@ -115,10 +115,10 @@ class Model:
 
 
 def load_model(path: str | Path) -> Model:
-    """The model of a `config.json`, a folder that holds one, or the name of a model in the local hub cache.
+    """Read a model from a `config.json`, a folder that holds one, or by its name from the local hub cache.
 
     Raises:
-        ValueError: Nothing there, not JSON, or an architecture that the planner does not know.
+        ValueError: No config there, no JSON, or an architecture that the planner does not know.
     """
     file = _config_file(Path(path))
     try:
@@ -140,7 +140,7 @@ def _config_file(path: Path) -> Path:
 
 
 def parse_model(config: Mapping[str, Any]) -> Model:
-    """Counts from a hub config; a multimodal config gives its language model.
+    """Count the model of a hub config; of a multimodal one, its language model.
 
     Raises:
         ValueError: An architecture that the planner does not know, or a field that is missing.
@@ -190,9 +190,9 @@ def _grouped_query(config: Mapping[str, Any]) -> Model:
 
 
 def _deepseek(config: Mapping[str, Any]) -> Model:
-    """DeepSeek-V3 (arXiv 2412.19437): latent attention, whose cache is one compressed vector and one rotary key per token.
+    """Count DeepSeek-V3 (arXiv 2412.19437): latent attention caches one compressed vector and one rotary key per token.
 
-    While decoding, queries are multiplied into the latent space, so that attention runs over the latent vectors.
+    While decoding, queries are projected into the latent space, and attention runs over the latent vectors.
     """
     hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     latent, rotary = config["kv_lora_rank"], config["qk_rope_head_dim"]

@@ -1,4 +1,4 @@
-"""The answer to `atlas-rl plan`: everything about one setting, and how it is printed."""
+"""Works out and prints the answer to `atlas-rl plan`: all figures of one setting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from atlas_rl.planner.speculation import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Length:
-    """One draft length: tokens committed per request and round, tokens/s of the batch, speedup over no speculation."""
+    """Figures of one draft length.
+
+    Attributes:
+        draft_tokens: Draft tokens per request and round.
+        accepted_length: Tokens committed per request and round.
+        tokens_per_s: Tokens per second of the whole batch.
+        speedup: Speedup over no speculation.
+    """
 
     draft_tokens: int
     accepted_length: float
@@ -28,10 +35,23 @@ class Length:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What the planner says of one setting.
+    """Predictions for one setting.
 
-    `draft` is None where drafting is taken to cost nothing. `max_batch` is the largest batch that fits in memory, and
-    `crossover_batch` the smallest at which no draft length pays; None when speculation pays up to `max_batch`.
+    Attributes:
+        batch: Requests at once.
+        context: Tokens cached per request.
+        accept: Acceptance of a draft, given that those before it were accepted.
+        params: Weights of the target.
+        active_params: Weights of the target that one token uses.
+        memory: Memory per GPU.
+        max_batch: Largest batch that fits in memory.
+        target: Forward of the target over one token per request.
+        draft: One step of the drafter; None if drafting is taken to cost nothing.
+        verify: Forward of the target over the `chosen` drafts and one more token per request.
+        lengths: Figures of each draft length, from 0 on.
+        chosen: Draft length that is shown in detail.
+        best: Draft length of most tokens per second; 0 if none pays.
+        crossover_batch: Smallest batch at which no draft length pays; None if speculation pays up to `max_batch`.
     """
 
     batch: int
@@ -50,7 +70,7 @@ class Plan:
     crossover_batch: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values in SI units, as `--json` prints them."""
+        """All figures as plain values in SI units, as `--json` prints them."""
         forwards = {"target": self.target, "draft": self.draft, "verify": self.verify}
         totals = {name: asdict(one) | {"total_s": one.total_s} for name, one in forwards.items() if one}
         used = asdict(self.memory) | {"total_bytes": self.memory.total_bytes}
@@ -60,14 +80,14 @@ class Plan:
 def make_plan(
     setting: Setting, *, batch: int, accept: float, draft_tokens: int | None = None, max_draft_tokens: int = 16
 ) -> Plan:
-    """Work out one setting.
+    """Predict speed and memory of one setting.
 
     Args:
         setting: Model, drafter and machine.
         batch: Requests at once.
         accept: Acceptance of a draft, given that those before it were accepted.
         draft_tokens: Draft length to show in detail; None for the best.
-        max_draft_tokens: The longest that is tried.
+        max_draft_tokens: Longest draft length that is tried.
 
     Raises:
         ValueError: Counts out of range, or weights and cache do not fit in memory.
@@ -76,7 +96,7 @@ def make_plan(
         raise ValueError("batch, context and the longest draft must be at least 1")
     if draft_tokens is not None and not 0 <= draft_tokens <= max_draft_tokens:
         raise ValueError(f"--draft-tokens must be from 0 to {max_draft_tokens}, got {draft_tokens}")
-    accepted_length(accept, 0)  # says what is wrong with `accept`
+    accepted_length(accept, 0)  # raises if `accept` is out of range
     _check_memory(setting, batch)
     lengths = []
     for k in range(max_draft_tokens + 1):

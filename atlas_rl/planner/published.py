@@ -1,7 +1,7 @@
-"""Published measurements and what the planner says of the same setting.
+"""Compares the planner with published measurements.
 
-A row holds what its source states. Where a source is silent on something that the planner needs, `assumed` says what was
-put in its place; nothing is fitted to the published value.
+A row holds the figures that its source states. If a source leaves out something that the planner needs, `assumed` names the
+value that was put in its place. Nothing is fitted to the published value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atlas_rl.planner.roofline import Precision
 from atlas_rl.planner.speculation import Setting, accepted_length, best_draft_tokens
 
 EAGLE3 = "arXiv 2503.01840"
-# Figure 7: acceptance of a draft on MT-bench after 0, 1 and 2 drafts, read off the plot. It gives the length of a chain.
+# Acceptance of a draft on MT-bench after 0, 1 and 2 drafts, read off figure 7. It gives the accepted length of a chain.
 _EAGLE3_ACCEPTANCE = (0.79, 0.79, 0.78)
 TRTLLM = (
     "https://nvidia.github.io/TensorRT-LLM/blogs/tech_blog/"
@@ -45,19 +45,19 @@ class Published:
     Attributes:
         source: Paper or page.
         quantity: `tokens/s` of the whole batch, `ms/token` of one request, or `speedup` over no speculation.
-        published: The figure.
+        published: The figure, in the unit of `quantity`.
         model: A key of `CONFIGS`.
         gpu: A name of `hardware.GPUS`.
-        num_gpus: Tensor parallelism.
-        precision: Of weights and cache.
+        num_gpus: GPUs in tensor parallel.
+        precision: Precision of weights and cache.
         batch: Requests at once.
-        context: Tokens cached per request, half of the output counted.
+        context: Tokens cached per request, with half of the output.
         drafter: A kind of `drafters.DRAFTERS`; None without speculation.
-        draft_tokens: Per round.
+        draft_tokens: Draft tokens per request and round.
         accepted: Tokens committed per request and round.
-        accept: Acceptance of one draft, where the source gives neither of the two: the planner then takes the best
-            draft length up to 16, and the accepted length that follows. None elsewhere.
-        assumed: What the source does not say.
+        accept: Acceptance of one draft, if the source gives neither `draft_tokens` nor `accepted`. The planner then takes
+            the best draft length up to 16 and the accepted length that follows. None otherwise.
+        assumed: Values that the source does not state.
     """
 
     source: str
@@ -87,7 +87,7 @@ class Published:
         )
 
     def predicted(self) -> float:
-        """What the planner says, in the unit of `quantity`."""
+        """The planner's prediction, in the unit of `quantity`."""
         setting, draft_tokens, accepted = self.setting, self.draft_tokens, self.accepted
         if self.accept is not None:
             draft_tokens = best_draft_tokens(setting, self.batch, self.accept, 16)
@@ -110,7 +110,7 @@ class Published:
 
 
 def chain_length(acceptance: Sequence[float]) -> float:
-    """Tokens per round of a chain whose i-th draft is accepted with `acceptance[i]` when those before it were."""
+    """Tokens per round of a chain whose i-th draft is accepted with probability `acceptance[i]` if those before it were."""
     length = reach = 1.0
     for accept in acceptance:
         reach *= accept
@@ -200,7 +200,7 @@ def _atlas_rows() -> list[Published]:
 
 
 def _plain_rows() -> list[Published]:
-    """Single GPUs without speculation: the ground that every other row stands on."""
+    """Single GPUs without speculation: every prediction of a speedup rests on these."""
     plain = partial(Published, context=_CHAT, assumed="context 512")
     measured: tuple[tuple[str, Quantity, float, str, str, Precision, int], ...] = (
         (f"{EAGLE_PR} (SGLang)", "tokens/s", 156.0, "Llama-2-7B", "h100", _BF16, 1),
@@ -219,5 +219,5 @@ def _plain_rows() -> list[Published]:
 
 
 def published_rows() -> list[Published]:
-    """Every row, by source."""
+    """All rows, grouped by source."""
     return [*_plain_rows(), *_eagle3_rows(), *_trtllm_rows(), *_atlas_rows(), *_nemo_rows()]

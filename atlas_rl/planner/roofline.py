@@ -1,6 +1,6 @@
-"""Seconds and bytes of one forward, and the memory that it needs.
+"""Predicts seconds and bytes of one forward, and the memory that it needs.
 
-The parts of a forward run one after the other, and each takes the longer of moving its bytes and doing its operations:
+The parts of a forward run one after the other. Each takes the longer of moving its bytes and doing its operations:
 
     t = sum over parts of max(bytes / (G B eta_b), operations / (G F eta_f))
         + 2 layers (t_ar + 2 (G-1)/G * n * hidden * 2 bytes / (L eta_l))     all-reduces, when G > 1
@@ -30,7 +30,7 @@ _ACTIVATION_BYTES = 2  # all-reduces carry BF16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """In what values are kept: MLPs and experts, attention projections, and the cache.
+    """Precision of MLPs and experts (`mlp`), of attention projections, and of the cache.
 
     Embedding and output matrix stay in BF16 (FP32 where the MLPs are), as in published FP8 and FP4 checkpoints.
     """
@@ -51,7 +51,7 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What one part of a forward moves and does on each GPU."""
+    """Bytes that one part of a forward moves on each GPU, and its operations (`flops`)."""
 
     name: str
     num_bytes: float
@@ -76,7 +76,7 @@ class Forward:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes per GPU. `usable_bytes` is what weights and cache may fill."""
+    """Memory in bytes per GPU; weights, cache and drafter may fill `usable_bytes`."""
 
     weights_bytes: float
     cache_bytes: float
@@ -95,10 +95,10 @@ class Memory:
 def forward(
     model: Model, precision: Precision, machine: Machine, *, batch: int, tokens: int = 1, context: int
 ) -> Forward:
-    """One forward over `tokens` new tokens of each of `batch` requests that have `context` tokens cached.
+    """Predict one forward over `tokens` new tokens of each of `batch` requests that have `context` tokens cached.
 
     Raises:
-        ValueError: A count below its least value.
+        ValueError: `batch` or `tokens` below 1, or `context` below 0.
     """
     if batch < 1 or tokens < 1 or context < 0:
         raise ValueError(f"batch and tokens must be at least 1 and context 0, got {batch}, {tokens} and {context}")
@@ -128,7 +128,7 @@ def memory(
     drafter: Model | None = None,
     drafter_precision: Precision | None = None,
 ) -> Memory:
-    """Bytes per GPU for the weights, the cache of `batch` requests of `context` tokens, and the drafter with its cache."""
+    """Predict the memory of `batch` requests of `context` tokens: weights and cache of the model, and those of the drafter."""
     drafter_bytes = 0.0
     if drafter is not None:
         kept = drafter_precision or Precision()
@@ -173,7 +173,7 @@ def _parts(model: Model, precision: Precision, num_gpus: int, batch: int, tokens
 
 
 def _linear(name: str, read: float, used: float, precision: str, num_tokens: int, num_gpus: int) -> Part:
-    """`read` weights are moved once; each token multiplies with `used` of them."""
+    """A part that moves `read` weights once, and multiplies each token with `used` of them."""
     return Part(
         name=name,
         num_bytes=read * BYTES_PER_VALUE[precision] / num_gpus,
@@ -190,10 +190,10 @@ def _weights_bytes(model: Model, precision: Precision) -> float:
 
 
 def _cache_bytes(model: Model, precision: Precision, num_gpus: int, batch: int, context: int) -> float:
-    # A latent cache cannot be cut by heads, so every GPU keeps and reads all of it; key-value heads fewer than GPUs are
-    # copied likewise.
-    copies = min(num_gpus, model.kv_splits)
-    return batch * model.cached_values(context) * BYTES_PER_VALUE[precision.cache] / copies
+    # A latent cache cannot be cut by heads, so every GPU keeps and reads all of it. If there are fewer key-value heads than
+    # GPUs, they are copied likewise.
+    num_parts = min(num_gpus, model.kv_splits)
+    return batch * model.cached_values(context) * BYTES_PER_VALUE[precision.cache] / num_parts
 
 
 def _communication_s(model: Model, machine: Machine, num_tokens: int) -> float:

@@ -1,13 +1,13 @@
-"""Tokens per second with and without speculation: the best draft length, and the batch at which it stops paying.
+"""Predicts tokens per second with and without speculation, the best draft length, and the batch at which it stops paying.
 
-A round drafts k tokens, one draft step after the other, and verifies k+1 positions in one forward of the target. When each
-draft is accepted with probability a, given that those before it were, it commits
+A round drafts k tokens, one draft step after the other, and verifies k+1 positions in one forward of the target. If each
+draft is accepted with probability a, given that those before it were, a round commits
 
     tau(k) = 1 + a + ... + a^k = (1 - a^(k+1)) / (1 - a)
 
-tokens per request on average (Leviathan et al., arXiv 2211.17192), bonus token included, so that
+tokens per request on average (Leviathan et al., arXiv 2211.17192), bonus token included. Hence
 
-    tokens/s = batch * tau(k) / (t_verify(k+1) + k t_draft),        k = 0 being no speculation.
+    tokens/s = batch * tau(k) / (t_verify(k+1) + k t_draft),        without speculation for k = 0.
 """
 
 from __future__ import annotations
@@ -24,9 +24,16 @@ BF16 = Precision()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """A target, its drafter (None: drafts cost nothing) and where they run; the drafter in BF16, or FP32 as its target.
+    """A target, its drafter, and the machine that they run on.
 
-    `round_overhead_s` is what an engine adds to every round that drafts (host work between graphs); 0 unless measured.
+    Attributes:
+        model: The target.
+        machine: GPUs that target and drafter share.
+        drafter: The drafter, kept in FP32 if the target is, else in BF16; None if drafts cost nothing.
+        precision: Precision of the target.
+        context: Tokens cached per request.
+        round_overhead_s: Seconds that an engine adds to every round that drafts (host work between graphs); 0 unless
+            measured.
     """
 
     model: Model
@@ -50,13 +57,13 @@ class Setting:
         return forward(self.model, self.precision, self.machine, batch=batch, tokens=tokens, context=self.context)
 
     def draft_step(self, batch: int) -> Forward | None:
-        """One token of each of `batch` requests, or None where drafting costs nothing."""
+        """One step of the drafter, a token for each of `batch` requests; None if drafting costs nothing."""
         if self.drafter is None:
             return None
         return forward(self.drafter, self.drafter_precision, self.machine, batch=batch, context=self.context)
 
     def memory(self, batch: int) -> Memory:
-        """Bytes per GPU at `batch` requests."""
+        """Memory per GPU at `batch` requests."""
         return memory(
             self.model,
             self.precision,
@@ -68,7 +75,7 @@ class Setting:
         )
 
     def round_s(self, batch: int, draft_tokens: int) -> float:
-        """Seconds of one round of `draft_tokens` drafts per request and their verification."""
+        """Seconds of one round: `draft_tokens` drafts per request and their verification."""
         verify_s = self.target_forward(batch, draft_tokens + 1).total_s
         if not draft_tokens:
             return verify_s
@@ -76,11 +83,11 @@ class Setting:
         return verify_s + (draft_tokens * step.total_s if step else 0.0) + self.round_overhead_s
 
     def tokens_per_s(self, batch: int, draft_tokens: int, accepted_length: float) -> float:
-        """Of the whole batch, when a round commits `accepted_length` tokens per request."""
+        """Tokens per second of the whole batch, if a round commits `accepted_length` tokens per request."""
         return batch * accepted_length / self.round_s(batch, draft_tokens)
 
     def speedup(self, batch: int, draft_tokens: int, accepted_length: float) -> float:
-        """Over no speculation, at the same batch."""
+        """Speedup over no speculation at the same batch."""
         return self.tokens_per_s(batch, draft_tokens, accepted_length) / self.tokens_per_s(batch, 0, 1.0)
 
 
@@ -88,7 +95,7 @@ def accepted_length(accept: float, draft_tokens: int) -> float:
     """`tau(k)`: tokens committed per request and round.
 
     Raises:
-        ValueError: `accept` is no probability, or `draft_tokens` below zero.
+        ValueError: `accept` is not in [0, 1], or `draft_tokens` is below 0.
     """
     if not 0.0 <= accept <= 1.0 or draft_tokens < 0:
         raise ValueError(f"acceptance must be in [0, 1] and drafts at least 0, got {accept} and {draft_tokens}")
@@ -96,7 +103,7 @@ def accepted_length(accept: float, draft_tokens: int) -> float:
 
 
 def best_draft_tokens(setting: Setting, batch: int, accept: float, max_draft_tokens: int) -> int:
-    """The draft length of most tokens per second; 0 when none pays, the shortest among equals."""
+    """The draft length of most tokens per second: 0 if none pays, the shortest among equals."""
     return max(
         range(max_draft_tokens + 1),
         key=lambda k: (setting.tokens_per_s(batch, k, accepted_length(accept, k)), -k),
@@ -106,10 +113,10 @@ def best_draft_tokens(setting: Setting, batch: int, accept: float, max_draft_tok
 def crossover_batch(setting: Setting, accept: float, max_draft_tokens: int, largest: int = MAX_BATCH) -> int | None:
     """The smallest batch at which no draft length pays any more.
 
-    With experts a middle batch can lose where a larger one wins: then this is the end of the first stretch that wins.
+    With experts, speculation can lose at a middle batch and win again at a larger one. Then the first loss counts.
 
     Returns:
-        The batch; None where speculation still pays at `largest` requests.
+        The batch; None if speculation still pays at `largest` requests.
     """
     low, high = 0, 1
     while best_draft_tokens(setting, high, accept, max_draft_tokens):

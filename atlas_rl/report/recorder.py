@@ -1,6 +1,6 @@
-"""Counters and timers that the decode loop feeds while it runs, and that `finish` turns into a `StepReport`.
+"""Counts and times one generation step, and makes its `StepReport`.
 
-The loop pays a few microseconds per iteration: arrays are put aside and counted in bulk.
+The decode loop pays a few microseconds per iteration: arrays are put aside and counted in bulk.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _FLUSH_ROWS = 1 << 16
 class StepRecorder:
     """Records one generation step. Make a new one for each.
 
-    Seconds are exclusive: a timer inside another charges the inner phase alone, so that the phases add up. The
-    generation runs inside `with recorder.generating():`, whose remainder is `other`; phases timed outside of it (a
-    refresh or a sync ahead of it) count towards `generate_s` too.
+    Seconds are exclusive: while a timer runs inside another, only the inner phase is charged, so that the phases add up.
+    The generation runs inside `with recorder.generating():`, and its seconds that no phase claims are `other`. Phases
+    timed outside of it, such as a sync ahead of it, count towards `generate_s` too.
 
         recorder = StepRecorder(speculators=("history",))
         with recorder.generating():
@@ -33,8 +33,8 @@ class StepRecorder:
         report = recorder.finish(step=3, policy_version=3, mode="train", ...)
 
     Args:
-        speculators: Names of the speculators that may draft, in the order that `arms` of `forward` refers to; empty
-            when speculation is off.
+        speculators: Names of the speculators that may draft, in the order that `arms` of `forward` refers to; empty if
+            speculation is off.
         clock: Seconds since some fixed moment.
     """
 
@@ -61,16 +61,16 @@ class StepRecorder:
         self._warnings: dict[str, None] = {}
 
     def generating(self) -> _Timer:
-        """Context of the whole generation; seconds inside that no phase claims are `other`."""
+        """Context of the whole generation; charges `other` for the seconds that no phase claims."""
         return self._timers["other"]
 
     def time(self, phase: str) -> _Timer:
-        """Context whose seconds are charged to `phase`, one of `PHASES`; contexts nest."""
+        """Context that charges its seconds to `phase`, one of `PHASES`; contexts nest."""
         return self._timers[phase]
 
     @property
     def speculates(self) -> bool:
-        """Whether there are speculators that may draft."""
+        """Whether any speculator may draft."""
         return bool(self._speculators)
 
     @property
@@ -89,7 +89,7 @@ class StepRecorder:
         return self._clock()
 
     def seconds(self, phase: str) -> float:
-        """Seconds charged to `phase` so far, a running timer's not included."""
+        """Seconds charged to `phase` so far, without those of a running timer."""
         return self._seconds[phase]
 
     def forward(
@@ -100,14 +100,17 @@ class StepRecorder:
         num_accepted: np.ndarray | None = None,
         arms: np.ndarray | None = None,
     ) -> None:
-        """One decoding target forward over the active batch. The arrays must not be written to afterwards.
+        """Record one decoding target forward over the active batch. The arrays must not be written to afterwards.
 
         Args:
             num_committed: int `[batch]`, tokens appended per request.
             num_drafted: int `[batch]`, draft tokens verified per request; None for a forward without drafts.
-            num_accepted: int `[batch]`, those accepted; required with `num_drafted`.
-            arms: int `[batch]`, index of the speculator that drafted; None means the first. Ignored where nothing was
-                drafted.
+            num_accepted: int `[batch]`, draft tokens accepted per request; required with `num_drafted`.
+            arms: int `[batch]`, index of the speculator that drafted; None means the first. Not read for requests without
+                drafts.
+
+        Raises:
+            ValueError: Drafts without `num_accepted`, or with a recorder that knows no speculators.
         """
         batch = len(num_committed)
         self._num_forwards += 1
@@ -124,13 +127,13 @@ class StepRecorder:
             self._count_pending()
 
     def distribution(self, *, entropy_sum: float, max_prob_sum: float, num_tokens: int) -> None:
-        """Sums over `num_tokens` drawn tokens: entropy of the processed distribution (nats), largest probability."""
+        """Record sums over `num_tokens` drawn tokens: entropy of the processed distribution (nats), largest probability."""
         self._entropy_sum += entropy_sum
         self._max_prob_sum += max_prob_sum
         self._num_scored_tokens += num_tokens
 
     def warn(self, message: str) -> None:
-        """A failure to be said out loud with the report; equal messages are said once."""
+        """Add a warning to the report; equal messages are added once."""
         self._warnings[message] = None
 
     def finish(
@@ -145,7 +148,12 @@ class StepRecorder:
         baseline_tokens_per_s: float | None = None,
         step_s: float | None = None,
     ) -> StepReport:
-        """The report of what was recorded; arguments as in `StepReport`, `completion_lengths` one per request."""
+        """The report of what was recorded; arguments as in `StepReport`, `completion_lengths` one per request.
+
+        Raises:
+            RuntimeError: A timer is still running.
+            ValueError: More draft tokens were accepted than drafted.
+        """
         if self._running:
             raise RuntimeError(f"finish() inside the timers {self._running}")
         self._count_pending()
@@ -233,7 +241,7 @@ class _Timer:
 
 
 def _reached(length_counts: np.ndarray) -> tuple[int, ...]:
-    """How many rows reach position 0, 1, ...: from counts of rows by length `[max_len + 1]`."""
+    """Rows that reach position 0, 1, ..., from counts of rows by length `[max_len + 1]`."""
     return tuple(int(n) for n in np.cumsum(length_counts[::-1])[::-1][1:])
 
 

@@ -1,4 +1,4 @@
-"""Where reports go: a console line, a JSONL file, the trainer's own log, a summary table."""
+"""Shows reports: as a console line, in a JSONL file, in the trainer's own log, in a summary table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONSOLE_WIDTH = 140
 
 
 def console_line(report: StepReport) -> str:
-    """The report in one line of at most 140 columns; what matters least is left out when it would be longer."""
+    """The report as one line of at most 140 columns; figures from its end are left out if it would be longer."""
     head = f"atlas {'step' if report.mode == 'train' else report.mode} {report.step}"
     parts = [head, f"{report.tokens_per_s:.0f} tok/s"]
     if not report.speculation:
@@ -40,12 +40,12 @@ def console_line(report: StepReport) -> str:
 
 
 def console_warnings(report: StepReport) -> list[str]:
-    """One line per warning, to be printed with the console line; never shortened."""
+    """One line per warning, never shortened, to be printed with the console line."""
     return [f"atlas warning: {message}" for message in report.warnings]
 
 
 def trainer_metrics(report: StepReport) -> dict[str, float]:
-    """Scalar figures for the trainer's own log, named `atlas/...`; figures that are not known are left out."""
+    """Scalar figures for the trainer's own log, named `atlas/...`; unknown figures are left out."""
     metrics = {
         "tokens_per_s": report.tokens_per_s,
         "us_per_token": report.us_per_token,
@@ -79,20 +79,20 @@ def trainer_metrics(report: StepReport) -> dict[str, float]:
 
 
 class JsonlSink:
-    """Appends one JSON object per report to a file, flushed at once; folders are made on the first write.
+    """Appends one JSON object per report to a file, flushed at once; the first write makes missing folders.
 
-    A run killed while writing leaves half a line: the next report then starts on a new line, and `read_jsonl` says so
-    and goes on.
+    A run that is killed while writing leaves half a line. The next report then starts on a new line, and `read_jsonl`
+    skips the half line with a warning.
 
     Args:
-        path: The file; what it already holds stays.
+        path: The file; reports that it already holds stay.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def write(self, report: StepReport, **extra: Any) -> None:
-        """Append `report`; `extra` holds further JSON values of the caller (an arm's name, a reward)."""
+        """Append `report` with further JSON values of the caller (`extra`), for example a reward."""
         line = json.dumps({**report.to_dict(), **extra}, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
@@ -104,7 +104,7 @@ class JsonlSink:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a half-written line is skipped with a warning that names it."""
+    """The objects of a JSONL file; half-written lines are skipped with a warning that gives their number."""
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -115,14 +115,16 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def summary_table(reports: Sequence[StepReport], *, baseline: Sequence[StepReport] = ()) -> str:
-    """A table over all steps, with a column for the same steps generated without speculation where there is one.
+    """A Markdown table of the totals over all steps, beside those of a baseline if one is given.
+
+    Tokens/s is total tokens over total seconds, not a mean of ratios.
 
     Args:
         reports: Reports of the run's steps.
-        baseline: Reports of the same prompts and seeds with speculation off; where given, every step needs one.
+        baseline: Reports of the same prompts and seeds with speculation off, one per step.
 
-    Returns:
-        Lines of a Markdown table. Tokens/s is total tokens over total seconds, not a mean of ratios.
+    Raises:
+        ValueError: Another number of reports in the baseline.
     """
     if baseline and len(baseline) != len(reports):
         raise ValueError(f"{len(reports)} reports but {len(baseline)} of the baseline: the same steps are compared")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Report = TypeVar("Report", bound="DataclassInstance")
 Reducer = Callable[[Sequence[Any], str], Any]
-"""The value of the named field in the sum of the reports, which are at least one."""
+"""From reports, at least one, and the name of a field: that field's value in their sum."""
 CURVE_POINTS = 64
 
 
