@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from trl.chat_template_utils import add_response_schema
 
 from atlas_rl import AtlasRolloutEngine
 from tests.models import tiny_llama
+from tests.trainers import arguments, with_special_tokens
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call>'
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -49,16 +51,17 @@ def policy(tokenizer: PreTrainedTokenizerFast) -> Any:
         for token, lift in ((SPECIAL[2], 9.0), (CALL, 8.0), ("a", 6.0)):
             head.bias[tokenizer.convert_tokens_to_ids(token)] = lift
     model.set_output_embeddings(head)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model
+    return with_special_tokens(model, pad=tokenizer.pad_token_id, eos=tokenizer.eos_token_id)
 
 
 class Calculator:
-    """An environment: its public methods are the tools."""
+    """An environment, whose public methods are the tools; it notes the calls in `calls`."""
+
+    def __init__(self, calls: list[tuple[int, int]]) -> None:
+        self._calls = calls
 
     def reset(self, **kwargs: Any) -> None:
-        self.results: list[int] = []
+        pass
 
     def add(self, a: int, b: int) -> int:
         """Add two numbers.
@@ -70,72 +73,53 @@ class Calculator:
         Returns:
             Their sum.
         """
-        self.results.append(a + b)
+        self._calls.append((a, b))
         return a + b
 
 
 @pytest.mark.parametrize("way", ["tools", "environment"])
 def test_tool_calls_are_answered_and_generation_goes_on(way: str, tokenizer: Any, tmp_path: Path) -> None:
-    seen: list[list[dict[str, Any]]] = []
-    called: list[tuple[int, int]] = []
+    completions_seen: list[list[dict[str, Any]]] = []
+    calls: list[tuple[int, int]] = []
 
     def rewards(completions: list[list[dict[str, Any]]], **kwargs: Any) -> list[float]:
-        seen.extend(completions)
+        completions_seen.extend(completions)
         return [float(len(completion)) for completion in completions]
 
-    def add(a: int, b: int) -> int:
-        """Add two numbers.
-
-        Args:
-            a: The first.
-            b: The second.
-
-        Returns:
-            Their sum.
-        """
-        called.append((a, b))
-        return a + b
-
-    extra: dict[str, Any] = {"tools": [add]} if way == "tools" else {"environment_factory": Calculator}
+    calculator = functools.partial(Calculator, calls)
     trainer = GRPOTrainer(
         model=policy(tokenizer),
         reward_funcs=rewards,
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=8,
-            num_generations=4,
-            max_completion_length=200,
+        args=arguments(
+            GRPOConfig,
+            tmp_path,
+            max_completion_length=400,
             max_tool_calling_iterations=2,
             max_steps=2,
             learning_rate=1e-4,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            beta=0.0,
         ),
         train_dataset=DATA,
         processing_class=tokenizer,
-        **extra,
+        **({"tools": [calculator().add]} if way == "tools" else {"environment_factory": calculator}),
     )
     engine = AtlasRolloutEngine(console=False).attach(trainer)
     trainer.train()
-    answered = [completion for completion in seen if any(message["role"] == "tool" for message in completion)]
+    check_conversations(completions_seen)
+    roles = [message["role"] for completion in completions_seen for message in completion]
+    assert calls == [(3, 4)] * roles.count("tool")
+    frequencies = [row["tools/call_frequency"] for row in trainer.state.log_history if "tools/call_frequency" in row]
+    assert sum(frequencies) * 8 == pytest.approx(len(calls))
+    # One report per training step covers the first generation and those of the tool loop: a request per turn.
+    assert len(engine.reports) == 2
+    assert sum(report.num_requests for report in engine.reports) == roles.count("assistant") > 2 * 8
+
+
+def check_conversations(completions: list[list[dict[str, Any]]]) -> None:
+    """Some completions call the tool, and the policy goes on after every answer: only a regeneration can have made that."""
+    answered = [completion for completion in completions if any(message["role"] == "tool" for message in completion)]
     assert answered
     for completion in answered:
         roles = [message["role"] for message in completion]
         assert all(message["content"] == "7" for message in completion if message["role"] == "tool")
-        assert roles[0] == "assistant"
-        # Every answer is followed by another turn of the policy, which only a regeneration can have made.
+        assert roles[0] == roles[-1] == "assistant"
         assert all(roles[i + 1] in ("assistant", "tool") for i, role in enumerate(roles[:-1]) if role == "tool")
-        assert roles[-1] == "assistant"
-    if way == "tools":
-        assert called
-        assert set(called) == {(3, 4)}
-    frequencies = [row["tools/call_frequency"] for row in trainer.state.log_history if "tools/call_frequency" in row]
-    assert max(frequencies) > 0
-    # One report per training step covers the first generation and those of the tool loop.
-    assert len(engine.reports) == 2
-    assert sum(report.num_requests for report in engine.reports) > 2 * 8

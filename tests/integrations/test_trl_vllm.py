@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.report.report import StepReport
 from tests import vllm_engines  # first: it skips this module where there is no vLLM
-from tests.integrations.test_trl import DATA, WORDS, arguments, rewards, word_tokenizer
 from tests.models import tiny_bigram
+from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 
 __all__ = ["vllm_engines"]
 
@@ -41,24 +39,14 @@ def tokenizer() -> Any:
 def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("policy")
     model = tiny_bigram(vocab=len(WORDS), hidden=64, heads=2, kv_heads=2, context=64, seed=1, logit_std=3.0)
-    model.config.pad_token_id = model.generation_config.pad_token_id = 0
-    model.config.eos_token_id = model.generation_config.eos_token_id = 1
-    model.save_pretrained(path)
+    with_special_tokens(model).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
-def build(kind: str, folder: Path, tokenizer: Any, output: Path, *, peft: bool = False, **options: Any) -> Any:
-    trainer_class, config_class = (GRPOTrainer, GRPOConfig) if kind == "grpo" else (RLOOTrainer, RLOOConfig)
-    extra = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)} if peft else {}
-    return trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        reward_funcs=rewards,
-        args=arguments(config_class, output, vllm_max_model_length=64, **options),
-        train_dataset=DATA,
-        processing_class=tokenizer,
-        **extra,
-    )
+def build(kind: str, folder: Path, tokenizer: Any, output: Path, **options: Any) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return build_trainer(kind, model, tokenizer, output, vllm_max_model_length=64, **options)
 
 
 def difference_to_policy(trainer: Any, engine: AtlasRolloutEngine) -> float:

@@ -20,8 +20,8 @@ import torch
 
 from atlas_rl.vllm.checks import speculative_config
 from tests import vllm_engines  # first: it skips this module where there is no vLLM
-from tests.integrations.test_trl import WORDS, word_tokenizer
 from tests.models import tiny_bigram
+from tests.trainers import WORDS, word_tokenizer
 
 __all__ = ["vllm_engines"]
 START_S = 240

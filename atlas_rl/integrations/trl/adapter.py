@@ -1,54 +1,38 @@
-"""TRL trainers generate through the engine: GRPOTrainer and RLOOTrainer, in process.
+"""Lets TRL's GRPOTrainer and RLOOTrainer generate with the engine, in the trainer's process.
 
 The seam is the object that TRL keeps for vLLM. Trainers ask `trainer.vllm_generation` to sync weights and to generate,
-whatever stands there; an adapter with the same two methods brings every feature of that path along: importance-sampling
-correction, tools, environments, evaluation. The trainer is built with `use_vllm=False`, so no vLLM is ever loaded.
+whatever object stands there. An adapter with the same two methods keeps every feature of that path: importance-sampling
+correction, tools, environments, evaluation. The trainer is built with `use_vllm=False`, so vLLM is never loaded.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import unwrap_model_for_generation
 
 from atlas_kernels.noise import mix64
-from atlas_rl.core import SamplingParams
+from atlas_rl.integrations.trl.importance import ImportanceCheck
+from atlas_rl.integrations.trl.reports import ReportCallback
+from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, read_sampling
 from atlas_rl.report.report import Mode, StepReport
-from atlas_rl.report.sinks import trainer_metrics
-from atlas_rl.report.sums import concatenate, merge
-from atlas_rl.sync.checkpoint import FILE_NAME, load_state, save_state
 
 if TYPE_CHECKING:
     from atlas_rl.rollout.engine import GenerationOutput, RolloutEngine
 
-logger = logging.getLogger(__name__)
-
-_LOGPROB_TOLERANCE = {torch.float32: 1e-3}  # nats; lower precisions differ by rounding between batch shapes
-_LOGPROB_TOLERANCE_LOW_PRECISION = 0.1
-_CHECKED_ROWS = 2
-
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
-    """Put the engine in the place of the trainer's vLLM. Raises `ValueError` and changes nothing if it cannot."""
+    """Put the engine where the trainer expects its vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
     check_trainer(trainer, baseline_every)
     if getattr(trainer, "vllm_generation", None) is not None:
         raise ValueError("the trainer already generates with vLLM: build it with use_vllm=False and attach once")
     adapter = TrainerAdapter(engine, trainer, baseline_every)
-    trainer.use_vllm = True
-    trainer.vllm_generation = adapter
-    trainer._last_loaded_step = -1
+    adapter.install()
     return adapter
 
 
@@ -70,43 +54,59 @@ def check_trainer(trainer: Any, baseline_every: int) -> None:
 
 
 def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
-    """The adapter behind `GRPOTrainer(rollout_func=engine)`, made on its first call."""
+    """Make the adapter for `GRPOTrainer(rollout_func=engine)`, which calls it and needs nothing installed."""
     return TrainerAdapter(engine, trainer, baseline_every=0)
 
 
 class TrainerAdapter:
-    """Speaks `trl.generation.vllm_generation.VLLMGeneration` towards the trainer.
+    """Generates for a trainer that believes it talks to `trl.generation.vllm_generation.VLLMGeneration`.
+
+    Trainers call `sync_weights`, `generate` and `llm`. A subclass for another engine overrides `llm` and `sync_weights`,
+    the two class attributes, and three hooks: `_sampling` says what it can honour, `_policy` what generates, and
+    `_audited` what its samples are compared with. It may wrap `_generate`, which is one generation call.
 
     Args:
         engine: Generates.
         trainer: Its sampling options are read at every generation, so that schedules on them work.
-        baseline_every: See `RolloutEngine.attach`.
+        baseline_every: See `AtlasRolloutEngine.attach`.
 
     Raises:
         ValueError: The trainer asks for sampling options that the engine does not have.
     """
 
+    shares_weights: bool = True
+    """Whether rollouts are sampled from the trainer's own weights, whose importance ratios are 1."""
+
+    ranks_per_engine: int = 1
+    """Ranks that generate the same rollouts together. They share the seed."""
+
     def __init__(self, engine: RolloutEngine, trainer: Any, baseline_every: int) -> None:
         self.engine = engine
         self.trainer = trainer
         self.baseline_every = baseline_every
-        self._check_importance_sampling = engine.config.spare_importance_sampling
         self._calls_at_step: dict[tuple[int, str], int] = {}
         self._train_calls = 0
         self._synced_step: int | None = None
         self._sampling(seed=0)  # refuse options that cannot be honoured before the trainer is touched
-        self._callback = ReportCallback(engine, trainer)
-        trainer.add_callback(self._callback)
+        self._importance = ImportanceCheck(trainer, self.shares_weights and engine.config.spare_importance_sampling)
+        self._reports = ReportCallback(engine, trainer)
+        trainer.add_callback(self._reports)
+
+    def install(self) -> None:
+        """Take the place of the trainer's vLLM."""
+        self.trainer.use_vllm = True
+        self.trainer.vllm_generation = self
+        self.trainer._last_loaded_step = -1  # sync before the first generation
 
     @property
     def llm(self) -> Any:
-        """`llm.llm_engine.model_config.max_model_len`, which TRL's tool loop reads: the policy's context in tokens."""
+        """Stands in for `vllm.LLM`: TRL's tool loop reads `llm.llm_engine.model_config.max_model_len`, in tokens."""
         config = self.trainer.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 30
         return SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(max_model_len=limit)))
 
     def sync_weights(self) -> None:
-        """The policy moved. Its weights are shared, so nothing is copied; the drafters are refreshed."""
+        """Refresh the drafters after a policy update. Weights are shared, so none are copied."""
         step = int(self.trainer.state.global_step)
         if self._synced_step != step:
             self._synced_step = step
@@ -122,13 +122,13 @@ class TrainerAdapter:
         """Generate one completion per prompt; the trainer has repeated each prompt `num_generations` times.
 
         Returns:
-            prompt ids, completion ids, and of every token its logprob and id in a list of one, as TRL expects.
+            Prompt ids, completion ids, logprobs and token ids. The last two have a list of one per token, because TRL
+            expects the likeliest few of each position.
 
         Raises:
             ValueError: Prompts with images.
         """
-        if images is not None and any(images):
-            raise ValueError("prompts with images cannot be generated in process: use TRL's own engine for them")
+        _refuse_images(images)
         with profiler or nullcontext():
             output = self._generate(prompts)
         logprobs = [[[value] for value in row] for row in output.logprobs]
@@ -136,10 +136,13 @@ class TrainerAdapter:
         return output.prompt_ids, output.completion_ids, logprobs, token_ids
 
     def rollout_func(self, prompts: list[Any]) -> dict[str, Any]:
-        """TRL's `rollout_func` contract: one row per prompt, which come already repeated."""
+        """Generate as TRL's `rollout_func` has to: one row per prompt, which the trainer has already repeated.
+
+        Raises:
+            ValueError: Prompts with images.
+        """
         prompt_ids, images, _ = self.trainer._tokenize_prompts(prompts)
-        if images is not None and any(images):
-            raise ValueError("prompts with images cannot be generated in process: use TRL's own engine for them")
+        _refuse_images(images)
         self.sync_weights()
         output = self._generate(prompt_ids)
         return {
@@ -149,33 +152,44 @@ class TrainerAdapter:
         }
 
     def _generate(self, prompts: list[list[int]]) -> GenerationOutput:
+        """One generation call: generated, compared with a rerun where that is due, and reported."""
         trainer, step = self.trainer, int(self.trainer.state.global_step)
         mode: Mode = "train" if trainer.model.training else "eval"
         sampling = self._sampling(self._seed(step, mode))
         with self._policy() as model:
             output = self.engine.rollout(
-                model, prompts, sampling, mode=mode, step=step, extra=self._extra(), policy=self._audited()
+                model,
+                prompts,
+                sampling.params,
+                mode=mode,
+                step=step,
+                extra=sampling.extra,
+                policy=self._audited(),
             )
             report = output.report
             if mode == "train":
                 if self.baseline_every and self._train_calls % self.baseline_every == 0:
                     report = self._with_baseline(model, prompts, sampling, output)
                 self._train_calls += 1
-                self._spare_importance_sampling(model, sampling, output)
-        self._callback.add(report)
+                self._importance.observe(model, sampling.params, output)
+        self._reports.add(report)
         return output
 
-    def _extra(self) -> dict[str, Any]:
-        """Sampling parameters that only another backend has."""
-        return {}
-
-    def _audited(self) -> Any:
-        """The policy to audit against, where the backend does not run it itself."""
-        return None
+    def _sampling(self, seed: int) -> TrainerSampling:
+        """Hook: the trainer's sampling options. Raises `ValueError` for those that the engine cannot honour."""
+        sampling = read_sampling(self.trainer, seed)
+        if sampling.extra:
+            raise ValueError(
+                f"generation_kwargs {sorted(sampling.extra)} cannot be honoured in process: it takes {sorted(OPTIONS)}"
+            )
+        return sampling
 
     @contextmanager
     def _policy(self) -> Iterator[Any]:
-        """The policy with its weights in one place: DeepSpeed ZeRO-3 and FSDP shards gathered."""
+        """Hook: what `RolloutEngine.rollout` generates with, ready for one call.
+
+        In process it is the trainer's model, with DeepSpeed ZeRO-3 and FSDP shards gathered meanwhile.
+        """
         trainer = self.trainer
         with (
             unwrap_model_for_generation(
@@ -188,46 +202,28 @@ class TrainerAdapter:
         ):
             yield model
 
-    def _sampling(self, seed: int) -> SamplingParams:
-        trainer = self.trainer
-        extra = dict(trainer.args.generation_kwargs or {})
-        known = {field.name for field in fields(SamplingParams)} - {"seed", "max_new_tokens", "eos_token_ids"}
-        unknown = sorted(set(extra) - known)
-        if unknown:
-            raise ValueError(f"generation_kwargs {unknown} cannot be honoured in process: it takes {sorted(known)}")
-        options: dict[str, Any] = {
-            "temperature": trainer.temperature,
-            "top_k": max(trainer.top_k or 0, 0),
-            "top_p": trainer.top_p,
-            "min_p": trainer.min_p or 0.0,
-            "repetition_penalty": trainer.repetition_penalty,
-            **extra,
-        }
-        return SamplingParams(
-            max_new_tokens=trainer.max_completion_length,
-            eos_token_ids=tuple(trainer.eos_token_ids),
-            seed=seed,
-            **options,
-        )
+    def _audited(self) -> nn.Module | None:
+        """Hook: the policy whose plain forward the audit compares with, if another copy of it generates.
 
-    def _seed(self, step: int, mode: str) -> int:
-        """A seed of its own for every generation call, the same in a run that was resumed at this step."""
+        None means that `_policy` itself is compared with in process, and that nothing is audited elsewhere.
+        """
+        return None
+
+    def _seed(self, step: int, mode: Mode) -> int:
+        """A seed of its own for every generation call. A run that was resumed at this step gets the same one."""
         call = self._calls_at_step.get((step, mode), 0)
         self._calls_at_step = {(step, mode): call + 1}
         seed = int(self.trainer.args.seed)
-        for part in (step, call, int(mode == "eval"), self._noise_rank()):
+        group = int(self.trainer.accelerator.process_index) // self.ranks_per_engine
+        for part in (step, call, int(mode == "eval"), group):
             seed = mix64(seed ^ mix64(part + 1))
         return seed >> 1
 
-    def _noise_rank(self) -> int:
-        """Ranks that generate the same rollouts share it."""
-        return int(self.trainer.accelerator.process_index)
-
     def _with_baseline(
-        self, model: nn.Module, prompts: list[list[int]], sampling: SamplingParams, output: GenerationOutput
+        self, model: Any, prompts: list[list[int]], sampling: TrainerSampling, output: GenerationOutput
     ) -> StepReport:
-        """The same rollouts without speculation: the measured price, and the same tokens."""
-        plain = self.engine.rollout(model, prompts, sampling, speculation=False, extra=self._extra())
+        """The report of `output` with the tokens/s of a rerun without speculation, whose tokens must be the same."""
+        plain = self.engine.rollout(model, prompts, sampling.params, speculation=False, extra=sampling.extra)
         report = replace(output.report, baseline_tokens_per_s=plain.report.tokens_per_s)
         if plain.completion_ids != output.completion_ids and self.engine.config.verification == "invariant":
             pairs = zip(plain.completion_ids, output.completion_ids, strict=True)
@@ -239,117 +235,7 @@ class TrainerAdapter:
             report = replace(report, warnings=(*report.warnings, message))
         return report
 
-    def _spare_importance_sampling(self, model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> None:
-        """Once: are the sampled logprobs the trainer's own? Then its correction is a wasted forward; switch it off."""
-        trainer = self.trainer
-        if not self._check_importance_sampling or not getattr(trainer, "vllm_importance_sampling_correction", False):
-            return
-        self._check_importance_sampling = False
-        if not sampling.plain:
-            logger.info(
-                "atlas_rl: importance-sampling correction kept: the sampled distribution is truncated or penalised"
-            )
-            return
-        difference = _logprob_difference(model, sampling, output)
-        dtype = next(model.parameters()).dtype
-        mixed = trainer.args.bf16 or trainer.args.fp16
-        tolerance = _LOGPROB_TOLERANCE_LOW_PRECISION if mixed else _LOGPROB_TOLERANCE.get(dtype, 0.1)
-        if difference <= tolerance:
-            trainer.vllm_importance_sampling_correction = False
-            logger.warning(
-                "atlas_rl: rollouts are sampled from the trainer's own weights (logprobs agree with its forward pass to "
-                "%.1e nats), so the importance-sampling correction is switched off and its forward pass spared",
-                difference,
-            )
-        else:
-            logger.warning(
-                "atlas_rl: importance-sampling correction kept: sampled logprobs differ from the trainer's forward pass "
-                "by up to %.1e nats",
-                difference,
-            )
 
-
-class ReportCallback(TrainerCallback):
-    """Publishes one report per training step, and one per evaluation, merged over ranks.
-
-    Figures reach the trainer's own log under `atlas/...` with the step's other metrics.
-    """
-
-    def __init__(self, engine: RolloutEngine, trainer: Any) -> None:
-        self._engine = engine
-        self._trainer = trainer
-        self._pending: dict[Mode, list[StepReport]] = {"train": [], "eval": [], "standalone": []}
-        self._step_began = time.perf_counter()
-        self.leads = True
-        """Whether this rank's rollouts are counted."""
-
-    def add(self, report: StepReport) -> None:
-        """A generation of the present step or evaluation."""
-        self._pending[report.mode].append(report)
-        if report.mode == "eval":
-            # Evaluation logs before any callback hears of its end.
-            self._log(report)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock of the first step; a resumed run gets its drafters back from the checkpoint's folder."""
-        saved = self._saved_state(args, state)
-        if state.global_step > 0 and saved.is_file():
-            self._engine.load_state_dict(load_state(saved))
-        self._step_began = time.perf_counter()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save what the drafters know beside the trainer's checkpoint."""
-        if self._trainer.accelerator.is_main_process:
-            save_state(self._saved_state(args, state), self._engine.state_dict())
-
-    @staticmethod
-    def _saved_state(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FILE_NAME
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish what was generated for this optimizer step, if anything was."""
-        now = time.perf_counter()
-        report = self._take("train", step_s=now - self._step_began)
-        self._step_began = now
-        if report is not None:
-            self._log(report)
-            if self._trainer.accelerator.is_main_process:
-                self._engine.publish(report)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish the evaluation apart from training."""
-        report = self._take("eval", step_s=None)
-        self._step_began = time.perf_counter()
-        if report is not None and self._trainer.accelerator.is_main_process:
-            self._engine.publish(report)
-
-    def _take(self, mode: Mode, step_s: float | None) -> StepReport | None:
-        reports, self._pending[mode] = self._pending[mode], []
-        if not reports:
-            return None
-        own = replace(concatenate(reports), step_s=step_s)
-        if self._trainer.accelerator.num_processes == 1:
-            return own
-        # Ranks that generate the same rollouts count once.
-        return merge(gather_object([own] if self.leads else []))
-
-    def _log(self, report: StepReport) -> None:
-        for name, value in trainer_metrics(report).items():
-            self._trainer._metrics["eval" if report.mode == "eval" else "train"][name].append(value)
-
-
-def _logprob_difference(model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> float:
-    """Largest difference in nats between the sampled logprobs and a plain forward's, over the shortest rollouts."""
-    order = sorted(range(len(output.completion_ids)), key=lambda row: len(output.completion_ids[row]))
-    worst = 0.0
-    for row in order[:_CHECKED_ROWS]:
-        prompt, completion = output.prompt_ids[row], output.completion_ids[row]
-        input_ids = torch.tensor([[*prompt, *completion]], device=next(model.parameters()).device)
-        with torch.no_grad():
-            logits = model(input_ids=input_ids).logits[0, len(prompt) - 1 : -1].float()
-        logprobs = (logits / sampling.temperature).log_softmax(dim=-1)
-        own = logprobs.gather(1, input_ids[0, len(prompt) :, None])[:, 0].cpu()
-        worst = max(worst, (own - torch.tensor(output.logprobs[row])).abs().max().item())
-    return worst
+def _refuse_images(images: list[Any] | None) -> None:
+    if images is not None and any(images):
+        raise ValueError("prompts with images cannot be generated in process: use TRL's own engine for them")

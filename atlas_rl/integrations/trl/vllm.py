@@ -1,7 +1,8 @@
-"""TRL trainers generate with vLLM through the engine: colocated, one vLLM engine per rank or tensor-parallel group.
+"""Lets TRL trainers generate with colocated vLLM engines that draft with our speculators.
 
-TRL's own `VLLMGeneration` is built, with our proposer in its `LLM`, and stays: what it knows of the trainer (parallel
-groups, sleep mode, sharded and adapted weights) is used as it is. An adapter around it takes its place in the trainer.
+There is one vLLM engine per rank or tensor-parallel group. TRL builds its own `VLLMGeneration`, with our proposer in its
+`LLM`. That object stays, because it knows the trainer's parallel groups, sleep mode, and sharded and adapted weights. An
+adapter around it takes its place in the trainer.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from atlas_rl.config import EngineConfig
-from atlas_rl.core import SamplingParams
 from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_trainer
+from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
 from atlas_rl.policy.in_process import unwrap_policy
 from atlas_rl.rollout.backends import vllm_draft_folder
 from atlas_rl.vllm.backend import NO_DRAFTER, VllmBackend, in_this_process, llm_arguments
@@ -28,7 +30,6 @@ from atlas_rl.vllm.internals import drafter_of
 if TYPE_CHECKING:
     from atlas_rl.rollout.engine import GenerationOutput, RolloutEngine
 
-_OURS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _FROM_TRAINER = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
 _FROM_ARGUMENTS = (
     "structured_outputs_regex",
@@ -41,11 +42,14 @@ _FROM_ARGUMENTS = (
 
 @contextmanager
 def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
-    """Inside, every `LLM` that TRL builds drafts with our proposer. `ValueError` for a vLLM that is missing or unknown.
+    """Make every `LLM` that TRL builds inside this context draft with our proposer.
 
     Args:
-        config: Has the static arm.
-        arguments: Further ones of `vllm.LLM`.
+        config: Its `draft_model` is the static drafter.
+        arguments: Further arguments of `vllm.LLM`.
+
+    Raises:
+        ValueError: vLLM is missing, or of an unknown version.
     """
     draft_folder = vllm_draft_folder(config)
     with in_this_process():
@@ -60,28 +64,26 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
 
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
-    """Put the engine around the trainer's vLLM. Raises `ValueError` and changes nothing if it cannot."""
+    """Put the engine around the trainer's vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
     check_trainer(trainer, baseline_every)
     if trainer.args.vllm_mode != "colocate":
         raise ValueError(
             "in server mode the drafters live in the server: start it as docs/vllm.md says and attach nothing, or set "
             "vllm_mode='colocate'"
         )
-    _sampling(trainer, seed=0)  # refuse what cannot be honoured before a vLLM engine is built
+    _checked_sampling(trainer, seed=0)  # refuse what cannot be honoured before a vLLM engine is built
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:
         generation = _new_generation(engine.config, trainer)
     elif drafter_of(generation.llm) is None:
         raise ValueError(NO_DRAFTER)
     adapter = VllmAdapter(engine, trainer, baseline_every, generation)
-    trainer.use_vllm = True
-    trainer.vllm_generation = adapter
-    trainer._last_loaded_step = -1
+    adapter.install()
     return adapter
 
 
 def _new_generation(config: EngineConfig, trainer: Any) -> Any:
-    """What TRL would have built for `use_vllm=True`, with our proposer."""
+    """Build what TRL would have built for `use_vllm=True`, with our proposer in it."""
     args, exact = trainer.args, {}
     if not args.bf16 and not args.fp16 and trainer.model.dtype == torch.float32:
         exact["dtype"] = "float32"  # what the trainer computes in; left alone, vLLM rounds such a policy to 16 bits
@@ -107,24 +109,26 @@ def _new_generation(config: EngineConfig, trainer: Any) -> Any:
 
 
 class VllmAdapter(TrainerAdapter):
-    """Speaks `VLLMGeneration` towards the trainer, around TRL's own.
+    """Generates for a trainer through TRL's own `VLLMGeneration`, with drafts, reports and an audit around it.
 
     Args:
         engine: Generates.
         trainer: Its sampling options are read at every generation.
-        baseline_every: See `RolloutEngine.attach`.
+        baseline_every: See `AtlasRolloutEngine.attach`.
         generation: TRL's `VLLMGeneration`, whose engine drafts with our proposer.
 
     Raises:
         ValueError: Sampling options that cannot be honoured.
     """
 
+    shares_weights = False
+
     def __init__(self, engine: RolloutEngine, trainer: Any, baseline_every: int, generation: Any) -> None:
         self.generation = generation
         self.backend = VllmBackend(generation.llm)
+        self.ranks_per_engine = self.backend.tensor_parallel_size
         super().__init__(engine, trainer, baseline_every)
-        self._check_importance_sampling = False  # vLLM's logprobs are its own: the correction stays
-        self._callback.leads = self.backend.leads
+        self._reports.leads = self.backend.leads
 
     @property
     def llm(self) -> Any:
@@ -132,7 +136,7 @@ class VllmAdapter(TrainerAdapter):
         return self.generation.llm
 
     def sync_weights(self) -> None:
-        """The policy moved: its weights go into vLLM, then the drafters are refreshed."""
+        """Load the policy's weights into vLLM after an update, then refresh the drafters."""
         step = int(self.trainer.state.global_step)
         if self._synced_step == step and not self._asleep:
             return
@@ -163,8 +167,8 @@ class VllmAdapter(TrainerAdapter):
         )
 
     def _of_group(self, prompts: list[list[int]]) -> tuple[slice, list[list[int]]]:
-        """The tensor-parallel group generates all prompts of its ranks together: this rank's share, and all."""
-        size = self.backend.tensor_parallel_size
+        """Where this rank's prompts are among those of its tensor-parallel group, and all of the group's prompts."""
+        size = self.ranks_per_engine
         if size == 1:
             return slice(None), prompts
         group = self.generation.tp_group
@@ -185,7 +189,21 @@ class VllmAdapter(TrainerAdapter):
             self.llm.wake_up(tags=[tag])
             self.generation._llm_weights_sleeping = False
 
-    def _audited(self) -> Any:
+    def _sampling(self, seed: int) -> TrainerSampling:
+        sampling = _checked_sampling(self.trainer, seed)
+        regex = self.generation.structured_outputs_regex
+        if regex is None:
+            return sampling
+        from vllm.sampling_params import StructuredOutputsParams
+
+        structured_outputs = StructuredOutputsParams(regex=regex)
+        return replace(sampling, extra={**sampling.extra, "structured_outputs": structured_outputs})
+
+    @contextmanager
+    def _policy(self) -> Iterator[Any]:
+        yield self.backend
+
+    def _audited(self) -> nn.Module | None:
         """The trainer's policy, unless its weights are sharded: an audit is not worth gathering them."""
         accelerator = self.trainer.accelerator
         deepspeed = accelerator.state.deepspeed_plugin
@@ -193,38 +211,9 @@ class VllmAdapter(TrainerAdapter):
             return None
         return unwrap_policy(accelerator.unwrap_model(self.trainer.model))
 
-    @contextmanager
-    def _policy(self) -> Iterator[Any]:
-        yield self.backend
 
-    def _noise_rank(self) -> int:
-        return super()._noise_rank() // self.backend.tensor_parallel_size
-
-    def _sampling(self, seed: int) -> SamplingParams:
-        return _sampling(self.trainer, seed)
-
-    def _extra(self) -> dict[str, Any]:
-        extra = _extra(self.trainer)
-        regex = self.generation.structured_outputs_regex
-        if regex is not None:
-            from vllm.sampling_params import StructuredOutputsParams
-
-            extra["structured_outputs"] = StructuredOutputsParams(regex=regex)
-        return extra
-
-
-def _sampling(trainer: Any, seed: int) -> SamplingParams:
-    """The trainer's sampling options; `ValueError` for those that cannot be honoured."""
-    given = trainer.args.generation_kwargs or {}
-    options = {name: getattr(trainer, name) for name in _OURS} | {n: v for n, v in given.items() if n in _OURS}
-    options["top_k"], options["min_p"] = max(options["top_k"] or 0, 0), options["min_p"] or 0.0
-    sampling = SamplingParams(
-        max_new_tokens=trainer.max_completion_length, eos_token_ids=tuple(trainer.eos_token_ids), seed=seed, **options
-    )
-    check_sampling(sampling, _extra(trainer))
+def _checked_sampling(trainer: Any, seed: int) -> TrainerSampling:
+    """The trainer's sampling options. Raises `ValueError` for those that vLLM cannot honour under speculation."""
+    sampling = read_sampling(trainer, seed)
+    check_sampling(sampling.params, sampling.extra)
     return sampling
-
-
-def _extra(trainer: Any) -> dict[str, Any]:
-    """Sampling parameters that go to vLLM as they are."""
-    return {name: value for name, value in (trainer.args.generation_kwargs or {}).items() if name not in _OURS}
