@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from atlas_rl.core import Draft, Rollouts, Sequences, Verified
-from atlas_rl.speculators.base import Speculator
+from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.policy.base import PolicyCache
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 
 
 class NgramSpeculator(Speculator):
@@ -21,7 +22,13 @@ class NgramSpeculator(Speculator):
     def __init__(self, longest: int = 5, shortest: int = 2) -> None:
         self._sizes = range(longest, shortest - 1, -1)
 
-    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
         """Nothing to prepare."""
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
@@ -39,8 +46,9 @@ class NgramSpeculator(Speculator):
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """It looks at the text alone."""
 
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """It knows no other request."""
+        return None
 
     def _continuation(self, tokens: np.ndarray, most: int) -> np.ndarray:
         for size in self._sizes:

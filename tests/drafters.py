@@ -11,22 +11,30 @@ import torch
 
 from atlas_rl.controller.base import Admission, Step
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.core import Draft, Rollouts, Sequences, Verified
-from atlas_rl.speculators.base import Speculator
+from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.policy.base import PolicyCache
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
 
 class Stateless(Speculator):
     """A speculator without state."""
 
-    def start(self, sequences: Sequences, requests: np.ndarray) -> None:
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
         """Nothing to prepare."""
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Nothing to learn."""
 
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> None:
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Nothing to refresh."""
+        return None
 
 
 class RandomDrafter(Stateless):

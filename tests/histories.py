@@ -18,7 +18,7 @@ EOS = 1
 def speculator(*, coupled, **options):
     """A speculator that draws with the policy's noise, or one that drafts the likeliest token."""
     spec = HistorySpeculator(**options)
-    spec.couples_noise = coupled
+    spec.bind(None, couples_noise=coupled)  # it reads nothing of a policy
     return spec
 
 

@@ -128,7 +128,7 @@ def memory(
     drafter: Model | None = None,
     drafter_precision: Precision | None = None,
 ) -> Memory:
-    """Predict the memory of `batch` requests of `context` tokens: weights and cache of the model, and those of the drafter."""
+    """Predict the memory of `batch` requests of `context` tokens: weights and cache of the model and of the drafter."""
     drafter_bytes = 0.0
     if drafter is not None:
         kept = drafter_precision or Precision()

@@ -1,4 +1,4 @@
-"""The in-process backend: a ragged cache gives the logits of plain forwards, and the policy is left as it was."""
+"""The in-process runner: a ragged cache gives the logits of plain forwards, and the policy is left as it was."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import (
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.policy import ragged_attention as attention
 from atlas_rl.policy.base import Segments
-from atlas_rl.policy.in_process import InProcessBackend
+from atlas_rl.policy.in_process import InProcessRunner
 from tests.models import FACTORIES, SLIDING_WINDOW, tiny_gemma2, tiny_gpt2, tiny_llama
 
 TOLERANCE = 1e-4  # float32, logits that spread by two nats
@@ -44,10 +44,10 @@ def pack(rows, first_row, starts):
     return Segments(np.concatenate(rows).astype(np.int64), first_row, np.array(starts), lengths)
 
 
-def forward(backend, rows, starts, first_row=0):
+def forward(runner, rows, starts, first_row=0):
     """Logits of every token, row by row."""
     segments = pack(rows, first_row, starts)
-    logits = backend.forward(segments, np.arange(len(segments.token_ids)))
+    logits = runner.forward(segments, np.arange(len(segments.token_ids)))
     return logits.split(segments.lengths.tolist())
 
 
@@ -55,10 +55,10 @@ def assert_ragged_equals_plain(model, plain=None):
     """Prefill, then segments of different lengths per row, whose rejected tails are overwritten by the next ones."""
     tokens, rng = texts(3), np.random.default_rng(1)
     expected = [plain_logits(plain or model, row) for row in tokens]
-    backend = InProcessBackend(model)
+    runner = InProcessRunner(model)
     worst, passed = 0.0, np.array([5, 9, 2])
-    with backend.session(backend.new_cache(3, LENGTH + 4)):
-        logits = forward(backend, [row[:n] for row, n in zip(tokens, passed, strict=True)], [0, 0, 0])
+    with runner.session(runner.new_cache(3, LENGTH + 4)):
+        logits = forward(runner, [row[:n] for row, n in zip(tokens, passed, strict=True)], [0, 0, 0])
         for row in range(3):
             worst = max(worst, (logits[row] - expected[row][: passed[row]]).abs().max().item())
         while (passed < LENGTH).any():
@@ -72,13 +72,13 @@ def assert_ragged_equals_plain(model, plain=None):
                 # A row that is through keeps running on junk: its neighbours must not see it.
                 num_rejected = rng.integers(4) if len(true) else 1
                 news.append(np.append(true, rejected[row, :num_rejected]))
-            logits = forward(backend, news, passed)
+            logits = forward(runner, news, passed)
             for row in going:
                 want = expected[row][passed[row] : passed[row] + accepted[row]]
                 worst = max(worst, (logits[row][: accepted[row]] - want).abs().max().item())
             passed += accepted
     assert worst < TOLERANCE
-    assert backend.vocab_size == VOCAB
+    assert runner.vocab_size == VOCAB
 
 
 def state_of(model):
@@ -128,9 +128,9 @@ def test_a_sliding_window_hides_what_lies_behind_it():
     tokens = texts(1)[0]
     changed = tokens.copy()
     changed[0] = (changed[0] + 1) % VOCAB
-    backend = InProcessBackend(model)
-    with backend.session(backend.new_cache(2, LENGTH)):
-        same, other = forward(backend, [tokens, changed], [0, 0])
+    runner = InProcessRunner(model)
+    with runner.session(runner.new_cache(2, LENGTH)):
+        same, other = forward(runner, [tokens, changed], [0, 0])
         difference = (same - other).abs().amax(dim=-1)
     assert (difference[:SLIDING_WINDOW] > 1e-3).all()
     assert (difference[SLIDING_WINDOW:] < 1e-5).all()
@@ -138,16 +138,16 @@ def test_a_sliding_window_hides_what_lies_behind_it():
 
 def test_copied_rows_go_on_as_the_original(tiny_model):
     tokens = texts(3, seed=3)
-    backend, shared = InProcessBackend(tiny_model), 11
+    runner, shared = InProcessRunner(tiny_model), 11
     tokens[1:, :shared] = tokens[0, :shared]
     expected = [plain_logits(tiny_model, row) for row in tokens]
-    with backend.session(backend.new_cache(4, LENGTH)):
-        forward(backend, [tokens[0, :shared]], [0], first_row=2)
-        backend.copy_rows(2, [0, 3], shared)
+    with runner.session(runner.new_cache(4, LENGTH)):
+        forward(runner, [tokens[0, :shared]], [0], first_row=2)
+        runner.copy_rows(2, [0, 3], shared)
         # Rows 0 and 2 and 3 hold the prefix; row 1 gets junk, and then is made a copy as well.
-        forward(backend, [texts(1, seed=4)[0]], [0], first_row=1)
-        backend.copy_rows(3, [1], shared)
-        logits = forward(backend, [row[shared:] for row in tokens], [shared] * 3, first_row=1)
+        forward(runner, [texts(1, seed=4)[0]], [0], first_row=1)
+        runner.copy_rows(3, [1], shared)
+        logits = forward(runner, [row[shared:] for row in tokens], [shared] * 3, first_row=1)
         for row in range(3):
             assert (logits[row] - expected[row][shared:]).abs().max() < TOLERANCE
 
@@ -155,12 +155,12 @@ def test_copied_rows_go_on_as_the_original(tiny_model):
 def test_rows_may_be_run_apart_and_only_wanted_logits_come_back(llama):
     tokens = texts(3, seed=5)
     expected = [plain_logits(llama, row) for row in tokens]
-    backend = InProcessBackend(llama)
-    with backend.session(backend.new_cache(3, LENGTH)):
-        forward(backend, [tokens[2][:9]], [0], first_row=2)
-        forward(backend, [tokens[0][:4], tokens[1][:7]], [0, 0], first_row=0)
+    runner = InProcessRunner(llama)
+    with runner.session(runner.new_cache(3, LENGTH)):
+        forward(runner, [tokens[2][:9]], [0], first_row=2)
+        forward(runner, [tokens[0][:4], tokens[1][:7]], [0, 0], first_row=0)
         segments = pack([tokens[1][7:10], tokens[2][9:15]], 1, [7, 9])
-        logits = backend.forward(segments, np.array([2, 8, 3]))
+        logits = runner.forward(segments, np.array([2, 8, 3]))
         assert logits.shape == (3, VOCAB)
         assert logits.dtype == torch.float32
         assert logits.is_contiguous()
@@ -171,14 +171,14 @@ def test_rows_may_be_run_apart_and_only_wanted_logits_come_back(llama):
 def test_two_caches_of_one_model_do_not_meet(llama):
     tokens = texts(2, seed=6)
     expected = [plain_logits(llama, row) for row in tokens]
-    backend = InProcessBackend(llama)
-    first, second = backend.new_cache(1, LENGTH), backend.new_cache(1, LENGTH)
+    runner = InProcessRunner(llama)
+    first, second = runner.new_cache(1, LENGTH), runner.new_cache(1, LENGTH)
     for cache, row in ((first, 0), (second, 1)):
-        with backend.session(cache):
-            forward(backend, [tokens[row][:10]], [0])
+        with runner.session(cache):
+            forward(runner, [tokens[row][:10]], [0])
     for cache, row in ((first, 0), (second, 1)):
-        with backend.session(cache):
-            (logits,) = forward(backend, [tokens[row][10:]], [10])
+        with runner.session(cache):
+            (logits,) = forward(runner, [tokens[row][10:]], [10])
         assert (logits - expected[row][10:]).abs().max() < TOLERANCE
 
 
@@ -200,9 +200,9 @@ def test_a_session_leaves_the_policy_as_it_was(implementation):
     model = half_training_model()
     model.set_attn_implementation(implementation)
     before, weights = state_of(model), [parameter.clone() for parameter in model.parameters()]
-    backend = InProcessBackend(model)
-    with backend.session(backend.new_cache(1, 8)):
-        (logits,) = forward(backend, [[1, 2, 3]], [0])
+    runner = InProcessRunner(model)
+    with runner.session(runner.new_cache(1, 8)):
+        (logits,) = forward(runner, [[1, 2, 3]], [0])
         assert not torch.is_grad_enabled()
         assert not any(module.training for module in model.modules())
     assert state_of(model) == before
@@ -214,18 +214,18 @@ def test_a_session_leaves_the_policy_as_it_was(implementation):
 def test_an_exception_inside_leaves_the_policy_as_it_was():
     model = half_training_model()
     before = state_of(model)
-    backend = InProcessBackend(model)
-    with pytest.raises(IndexError), backend.session(backend.new_cache(1, 2)):
-        forward(backend, [[1, 2, 3]], [0])  # beyond the cache
+    runner = InProcessRunner(model)
+    with pytest.raises(IndexError), runner.session(runner.new_cache(1, 2)):
+        forward(runner, [[1, 2, 3]], [0])  # beyond the cache
     assert state_of(model) == before
-    assert backend._cache is None
+    assert runner._cache is None
 
 
 def test_the_policy_still_trains_after_a_session():
     model = half_training_model()
-    backend = InProcessBackend(model)
-    with backend.session(backend.new_cache(1, 8)):
-        forward(backend, [[1, 2, 3]], [0])
+    runner = InProcessRunner(model)
+    with runner.session(runner.new_cache(1, 8)):
+        forward(runner, [[1, 2, 3]], [0])
     tokens = torch.tensor([[1, 2, 3, 4]])
     model(input_ids=tokens, labels=tokens).loss.backward()
     assert sum(parameter.grad is not None for parameter in model.parameters()) > 10
@@ -235,7 +235,7 @@ def test_sessions_of_two_models_nest():
     policy, drafter = tiny_llama(seed=4), tiny_gpt2(seed=5)
     tokens = texts(1, seed=7)[0]
     before = state_of(policy), state_of(drafter)
-    outer, inner = InProcessBackend(policy), InProcessBackend(drafter)
+    outer, inner = InProcessRunner(policy), InProcessRunner(drafter)
     cache = inner.new_cache(1, LENGTH)
     with outer.session(outer.new_cache(1, LENGTH)):
         policy_logits, draft_logits = [], []
@@ -248,12 +248,12 @@ def test_sessions_of_two_models_nest():
     assert (state_of(policy), state_of(drafter)) == before
 
 
-@pytest.mark.parametrize("same_backend", [True, False])
-def test_sessions_of_the_same_model_nest(same_backend):
+@pytest.mark.parametrize("same_runner", [True, False])
+def test_sessions_of_the_same_model_nest(same_runner):
     model = tiny_llama(seed=4)
     tokens, before = texts(2, seed=8), state_of(model)
-    outer = InProcessBackend(model)
-    inner = outer if same_backend else InProcessBackend(model)
+    outer = InProcessRunner(model)
+    inner = outer if same_runner else InProcessRunner(model)
     cache = inner.new_cache(1, LENGTH)
     outer_logits, inner_logits = [], []
     with outer.session(outer.new_cache(1, LENGTH)):
@@ -275,7 +275,7 @@ def test_the_registered_attention_refuses_to_run_outside_of_a_session():
 
 def test_parallel_wrappers_are_taken_off():
     model = tiny_llama(seed=4)
-    assert InProcessBackend(nn.DataParallel(model)).model is model
+    assert InProcessRunner(nn.DataParallel(model)).model is model
 
 
 # ------------------------------------------------------------------------------------------------------------- PEFT
@@ -302,9 +302,9 @@ def test_an_adapter_is_left_as_it_was():
     before = state_of(model)
     expected = plain_logits(model.eval(), texts(1)[0])
     model.train()
-    backend = InProcessBackend(model)
-    with backend.session(backend.new_cache(1, LENGTH)):
-        (logits,) = forward(backend, [texts(1)[0]], [0])
+    runner = InProcessRunner(model)
+    with runner.session(runner.new_cache(1, LENGTH)):
+        (logits,) = forward(runner, [texts(1)[0]], [0])
     assert (logits - expected).abs().max() < TOLERANCE
     assert state_of(model) == before
 
@@ -319,7 +319,7 @@ def test_a_trained_copy_of_the_head_counts():
 def test_prompt_learning_is_refused():
     model = get_peft_model(tiny_llama(seed=6), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match=r"prompt-learning.*LoRA"):
-        InProcessBackend(model)
+        InProcessRunner(model)
 
 
 # --------------------------------------------------------------------------------------------- what cannot be a policy

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.fixed import FixedController
-from atlas_rl.controller.goodput import GoodputController
-from atlas_rl.replay.replay import Costs, Recorded, RecordingSpeculator, ReplayPolicy, recorded_calls, replay
+from atlas_rl.controller.fixed import FixedController, NoSpeculation
+from atlas_rl.replay.costs import Costs
+from atlas_rl.replay.policy import RecordedPolicy
+from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
+from atlas_rl.replay.replay import replay
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.drafters import recurrent_drafter
 from tests.models import tiny_bigram
@@ -59,8 +61,8 @@ def replayed(folder, speculator):
     for number, path in enumerate(recorded_calls(folder), 1):
         recorded = Recorded.load(path)
         if stand_in is None:
-            stand_in = ReplayPolicy(recorded)
-            speculator.bind(stand_in)
+            stand_in = RecordedPolicy(recorded)
+            speculator.bind(stand_in, couples_noise=True)
         stand_in.follow(recorded)
         report, rollouts = replay(recorded, {speculator.name: speculator}, controller)
         reports.append(report)
@@ -118,11 +120,11 @@ def test_costs_give_a_replay_the_time_of_the_machine_they_were_fitted_to(tmp_pat
 
     def timed(controller):
         speculator = HistorySpeculator()
-        speculator.bind(ReplayPolicy(recorded))
+        speculator.bind(RecordedPolicy(recorded), couples_noise=True)
         return replay(recorded, {"history": speculator}, controller, Costs.of(trace))[0]
 
     drafting = timed(FixedController(["history"], "history", 3))
-    plain = timed(GoodputController(()))
+    plain = timed(NoSpeculation())
     assert plain.forward_s == pytest.approx(plain.num_forwards + 0.1 * plain.num_request_forwards, rel=0.05)
     assert drafting.forward_s > drafting.num_forwards + 0.1 * drafting.num_request_forwards
     # The last steps have no room to draft.

@@ -6,6 +6,7 @@ import pytest
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.speculators.base import NO_PROMPTS
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.drafters import RandomDrafter
@@ -27,7 +28,7 @@ class Exploding(RandomDrafter):
         if self.calls == (1 if self.where == "start" else 4) and where == self.where:
             raise RuntimeError(f"boom in {where}")
 
-    def start(self, sequences, requests):
+    def start(self, sequences, requests, prompts=NO_PROMPTS, cache=None):
         self._tick("start")
 
     def propose(self, sequences, requests, max_draft_tokens):

@@ -14,8 +14,9 @@ import torch
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Rollouts
+from atlas_rl.policy.view import InProcessView
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
-from atlas_rl.speculators.recurrent.rollout_buffer import ReplayBuffer
+from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.sync.checkpoint import load_state, save_state
 from tests.drafters import recurrent_drafter, ticking
@@ -50,13 +51,17 @@ def trained(model, speculator, updates=3, **options):
     return engine
 
 
+def can_draft(speculator):
+    return speculator.backlog(None, np.arange(1)) is not None
+
+
 def test_nothing_is_drafted_before_the_first_refresh():
     speculator = recurrent_drafter()
     engine = engine_of(policy(), speculator)
     report = rollout(engine, seed=0).report
     assert report.drafted == {"recurrent": 0}
     assert not report.warnings
-    assert not speculator.ready
+    assert not can_draft(speculator)
 
 
 def test_refreshes_raise_acceptance_on_rollouts_not_seen():
@@ -142,7 +147,7 @@ def test_the_policy_and_the_random_state_are_left_alone():
     rollout(engine, seed=0)
     before = torch.random.get_rng_state()
     engine.policy_updated()
-    assert speculator.ready
+    assert can_draft(speculator)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.training
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -173,8 +178,8 @@ def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
         with torch.no_grad():  # the policy moves, so that there is always something to learn
             for weight in model.parameters():
                 weight.add_(0.02 * torch.randn_like(weight))
-        speculator._began = speculator._clock() - 1.0
-        speculator.refresh(Rollouts(speculator._sequences, generate_s), seed)
+        speculator._began_s = speculator._clock() - 1.0
+        speculator.refresh(Rollouts(speculator.learner.sequences, generate_s), seed)
         steps.append(speculator.refreshes[-1].num_steps)
     assert steps[0] > 20
     assert (steps[-1] > 20) == pays
@@ -187,8 +192,8 @@ def test_a_jump_of_the_policy_gives_the_whole_budget_back():
 
     def refreshed(seed, generate_s):
         rollout(engine, seed)
-        speculator._began = speculator._clock() - 1.0
-        speculator.refresh(Rollouts(speculator._sequences, generate_s), seed)
+        speculator._began_s = speculator._clock() - 1.0
+        speculator.refresh(Rollouts(speculator.learner.sequences, generate_s), seed)
         return speculator.refreshes[-1].num_steps
 
     first = [refreshed(seed, 1.0) for seed in range(12)]
@@ -223,7 +228,7 @@ def test_a_state_of_another_policy_is_named_and_left(caplog):
 
 def test_states_of_other_kinds_are_refused():
     speculator = recurrent_drafter()
-    speculator.bind(policy())
+    speculator.bind(InProcessView(policy()), couples_noise=True)
     with pytest.raises(ValueError, match="not a state of the recurrent drafter"):
         speculator.load_state_dict({"kind": "atlas_rl.history"})
     with pytest.raises(ValueError, match="format"):
@@ -234,9 +239,9 @@ def test_a_policy_of_another_size_starts_it_from_nothing(caplog):
     speculator = recurrent_drafter()
     trained(policy(), speculator)
     with caplog.at_level(logging.WARNING):
-        speculator.bind(tiny_llama(hidden=48, seed=1))
+        speculator.bind(InProcessView(tiny_llama(hidden=48, seed=1)), couples_noise=True)
     assert "starts from nothing" in caplog.text
-    assert not speculator.ready
+    assert not can_draft(speculator)
 
 
 def test_a_reduced_vocabulary_never_hides_a_token():
@@ -247,7 +252,7 @@ def test_a_reduced_vocabulary_never_hides_a_token():
     drafted = rollout(engine, seed=5)
     plain = AtlasRolloutEngine(model=model, speculation=False, console=False)
     assert drafted.completion_ids == rollout(plain, seed=5).completion_ids
-    assert len(speculator._ids) == 6
+    assert len(speculator.learner.ids) == 6
     assert len(set(itertools.chain(*drafted.completion_ids))) > 20
 
 
@@ -258,8 +263,8 @@ def test_a_call_larger_than_the_buffer_is_sampled():
     output = rollout(engine, seed=0)
     engine.policy_updated()
     kept = [len(row) for row in output.completion_ids[::4]]  # 32 requests of at most 24 tokens against 200
-    assert len(speculator._buffer) == sum(kept) <= 200
-    assert speculator.ready
+    assert len(speculator.learner._buffer) == sum(kept) <= 200
+    assert can_draft(speculator)
 
 
 def test_softcapped_logits_are_matched():
@@ -302,18 +307,19 @@ def test_the_vocabulary_is_what_the_rollouts_use():
 def test_rows_follow_the_policy():
     model = tiny_llama(seed=2)
     rows = TokenRows.empty(64, 32, torch.device("cpu"))
-    rows.add(np.array([5, 9, 5]), model)
-    rows.add(np.array([9, 2]), model)
+    view = InProcessView(model)
+    rows.add(np.array([5, 9, 5]), view)
+    rows.add(np.array([9, 2]), view)
     assert rows.token_ids.tolist() == [5, 9, 2]
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(1.0)
-    rows.reread(model)
+    rows.reread(view)
     assert torch.equal(rows.inputs[rows.slots[2]], model.get_input_embeddings().weight[2])
     assert torch.equal(rows.outputs[rows.slots[9]], model.get_output_embeddings().weight[9])
 
 
 def test_windows_stay_within_a_rollout():
-    buffer = ReplayBuffer(max_tokens=100)
+    buffer = RolloutBuffer(max_tokens=100)
     # Two rollouts, of 3 and 2 tokens, arriving shuffled; the hidden state of a token is its id.
     requests, positions = np.array([1, 0, 0, 1, 0]), np.array([4, 7, 5, 5, 6])
     tokens = np.array([10, 3, 1, 11, 2])
@@ -328,7 +334,7 @@ def test_windows_stay_within_a_rollout():
 
 
 def test_the_buffer_is_bounded_and_prefers_new_policies():
-    buffer = ReplayBuffer(max_tokens=40)
+    buffer = RolloutBuffer(max_tokens=40)
     for version in range(5):
         n = np.arange(16)
         tokens = np.full(16, version)
@@ -340,7 +346,7 @@ def test_the_buffer_is_bounded_and_prefers_new_policies():
 
 
 def test_it_learns_more_often_where_its_drafts_were_rejected():
-    buffer = ReplayBuffer(max_tokens=40, missed_weight=3.0)
+    buffer = RolloutBuffer(max_tokens=40, missed_weight=3.0)
     # Two rollouts of 8 tokens, shuffled; a token is its number, and the sixth of the second rollout was missed.
     order = np.random.default_rng(0).permutation(16)
     tokens, missed = np.arange(16), np.arange(16) == 13

@@ -52,6 +52,7 @@ class RecurrentSpeculator(Speculator):
     Attributes:
         policy_version: Version of the policy that it was refreshed at; -1 before.
         refreshes: What every refresh did.
+        learner: Owns the head and what it learns from; there once the speculator is bound.
     """
 
     name = "recurrent"
@@ -74,7 +75,7 @@ class RecurrentSpeculator(Speculator):
         self._settings = LearnSettings(loss, max_vocab, max_tokens, missed_weight, seed)
         self._budget_share, self._clock, self._argmax = budget_share, clock, argmax
         self._policy: PolicyView | None = None
-        self._learner: Learner
+        self.learner: Learner
         self._folded: tuple[int, FoldedHead] | None = None  # of a revision of the learner, made when first needed
         self._newest: torch.Tensor  # [num_requests, hidden], what each request's newest token was drawn from
         self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
@@ -83,11 +84,11 @@ class RecurrentSpeculator(Speculator):
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy: as learned where its sizes are those of the policy before, else from nothing."""
         super().bind(policy, couples_noise)
-        known = None if self._policy is None else self._learner.sizes
+        known = None if self._policy is None else self.learner.sizes
         self._policy = policy
         sizes = (policy.vocab_size, policy.hidden_size)
         if known == sizes:
-            self._learner.forget_tables()
+            self.learner.forget_tables()
             return
         if known is not None:
             logger.warning(
@@ -104,19 +105,19 @@ class RecurrentSpeculator(Speculator):
         cache: PolicyCache | None = None,
     ) -> None:
         """A new `Sequences` starts a new call; embeddings are re-read if the policy version changed."""
-        if sequences is self._learner.sequences:
+        if sequences is self.learner.sequences:
             return
-        self._learner.begin_call(sequences, self._bound())
+        self.learner.begin_call(sequences, self._bound())
         self._proposed = None
-        self._newest = torch.zeros(len(sequences.lengths), self._learner.head.hidden_size, device=self._device)
+        self._newest = torch.zeros(len(sequences.lengths), self.learner.head.hidden_size, device=self._device)
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
         """Nothing to catch up on; None before it has learned anything."""
-        return 0 if self._policy is not None and self._learner.trained else None
+        return 0 if self._policy is not None and self.learner.trained else None
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
-        depth, learner = int(max_draft_tokens.max(initial=0)), self._learner
+        depth, learner = int(max_draft_tokens.max(initial=0)), self.learner
         if depth <= 0 or not learner.trained:
             return Draft.empty(len(requests))
         draft = ReducedDraft(
@@ -145,12 +146,12 @@ class RecurrentSpeculator(Speculator):
         hidden = verified.hidden.head_inputs[index].detach()
         ends = torch.from_numpy(np.cumsum(count) - 1).to(self._device)
         self._newest[torch.from_numpy(requests).to(self._device)] = hidden[ends].float()
-        self._learner.observe(sequences, verified, row, offset, hidden, self._missed_at(verified), self._bound())
+        self.learner.observe(sequences, verified, row, offset, hidden, self._missed_at(verified), self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Learn from the newest rollouts, within `budget_share` of the time since the last refresh."""
         self.policy_version = policy_version
-        done = self._learner.refresh(
+        done = self.learner.refresh(
             rollouts, policy_version, self._bound(), lambda: self._budget_share * (self._clock() - self._began_s)
         )
         if done is not None:
@@ -159,20 +160,20 @@ class RecurrentSpeculator(Speculator):
         return np.cumprod(self.refreshes[-1].by_position) if self.refreshes else None
 
     def weights(self) -> Iterable[torch.Tensor]:
-        return self._learner.head.parameters() if self._policy is not None else ()
+        return self.learner.head.parameters() if self._policy is not None else ()
 
     def state_dict(self) -> dict[str, Any]:
         """What it has learned, and for which policy."""
         if self._policy is None:
             return {}
-        vocab_size, hidden_size = self._learner.sizes
+        vocab_size, hidden_size = self.learner.sizes
         return {
             "kind": _STATE_KIND,
             "version": _STATE_VERSION,
             "policy_version": self.policy_version,
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
-            **self._learner.state_dict(),
+            **self.learner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,7 +189,7 @@ class RecurrentSpeculator(Speculator):
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"recurrent drafter state has format {state.get('version')!r}, expected {_STATE_VERSION}")
         policy = self._bound()
-        theirs, own = (state["vocab_size"], state["hidden_size"]), self._learner.sizes
+        theirs, own = (state["vocab_size"], state["hidden_size"]), self.learner.sizes
         if theirs != own:
             logger.warning(
                 "atlas_rl: the saved recurrent drafter belongs to a policy of %d tokens and hidden size %d, this one has "
@@ -196,12 +197,12 @@ class RecurrentSpeculator(Speculator):
             )  # fmt: skip
             return
         self._reset(policy)
-        self._learner.load_state_dict(state)
+        self.learner.load_state_dict(state)
         self.policy_version = int(state["policy_version"])
 
     def _reset(self, policy: PolicyView) -> None:
         self._device = policy.device
-        self._learner = Learner(policy, self._settings, self._clock)
+        self.learner = Learner(policy, self._settings, self._clock)
         self._newest = torch.zeros(0, policy.hidden_size, device=self._device)
         self._folded, self._proposed = None, None
 
@@ -212,8 +213,8 @@ class RecurrentSpeculator(Speculator):
 
     def _folded_head(self) -> FoldedHead:
         """The head as drafting reads it, of its present revision."""
-        if self._folded is None or self._folded[0] != self._learner.revision:
-            self._folded = self._learner.revision, FoldedHead(self._learner.head)
+        if self._folded is None or self._folded[0] != self.learner.revision:
+            self._folded = self.learner.revision, FoldedHead(self.learner.head)
         return self._folded[1]
 
     def _missed_at(self, verified: Verified) -> np.ndarray:
