@@ -10,7 +10,8 @@ import torch
 
 from atlas_kernels import noise
 from atlas_kernels.dispatch import Implementation
-from atlas_kernels.draft_head import DraftHeadWeights, draft_head
+from atlas_kernels.draft_head import draft_head
+from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import choose

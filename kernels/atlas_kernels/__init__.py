@@ -4,9 +4,10 @@
     rejection       the same decisions by rejection sampling, with or without draft probabilities
     draft_head      k tokens of the recurrent drafter over its reduced vocabulary
     nvfp4           a weight in NVFP4, and a linear layer that reads it
+    noise           the random numbers of them all: one per (seed, request, position, token)
 
-A module `x` checks its arguments and dispatches: to `x_triton` for CUDA tensors, to `x_reference` elsewhere. Only modules
-named `*_triton` import Triton, and only when they are used.
+The modules `verify`, `rejection`, `draft_head` and `nvfp4` check their arguments and dispatch: `x` to `x_triton` for CUDA
+tensors, to `x_reference` elsewhere. Only modules named `*_triton` import Triton, and they are imported on first use.
 
 The folder `kernels/` is deliberately not a package: PyPI has a package named `kernels` that transformers imports, and a
 `kernels/__init__.py` here would shadow it whenever the repository is on `sys.path`. This package is installed as

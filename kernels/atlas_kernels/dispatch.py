@@ -1,4 +1,4 @@
-"""Which implementation runs: the kernel on CUDA, the reference elsewhere."""
+"""Chooses the implementation of a call: the kernel on CUDA, the reference elsewhere."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Implementation = Literal["auto", "triton", "reference"]
 
 
 def kernels_run_on(device: torch.device) -> bool:
-    """Whether kernels take tensors on `device` of their own accord: on CUDA, where Triton is installed."""
+    """Whether kernels can run on `device`: it is a CUDA device, and Triton is installed."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def use_triton(tensor: torch.Tensor, implementation: Implementation) -> bool:
-    """Whether the kernel takes `tensor`.
+    """Whether a call on `tensor` runs the kernel.
 
     Args:
         tensor: The largest argument of the call.
-        implementation: "auto" takes the kernel for CUDA tensors; "triton" and "reference" insist.
+        implementation: "auto" takes the kernel for CUDA tensors; "triton" and "reference" force one of the two.
 
     Raises:
         ValueError: The implementation is unknown, or Triton is wanted where it cannot run.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn import functional
 
 from atlas_kernels import noise
+from atlas_kernels.head_call import DraftHeadWeights, HeadCall
 from atlas_kernels.verify_reference import first_argmax, processed_logits
-
-if TYPE_CHECKING:
-    from atlas_kernels.draft_head import DraftHeadWeights, HeadCall
 
 
 def draft_head_reference(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The fields of `atlas_kernels.draft_head.HeadDraft`."""
+    """The fields of `atlas_kernels.draft_head.HeadDraft`, step by step."""
     weights, state, newest = call.weights, call.state, call.newest
     indices, confidences, distributions = [], [], []
     for step in range(call.num_tokens):
@@ -47,11 +43,11 @@ def absorbed(weights: DraftHeadWeights, state: torch.Tensor, newest: torch.Tenso
 
 def logits(weights: DraftHeadWeights, state: torch.Tensor) -> torch.Tensor:
     """Logits over the reduced vocabulary: float32 `[batch, tokens]`."""
-    # What `rms_norm` takes for its epsilon.
+    # The epsilon that torch's `rms_norm` adds by default.
     inverse = torch.rsqrt(state.square().mean(dim=-1, keepdim=True) + torch.finfo(torch.float32).eps)
     return product(state, weights.outputs) * inverse + weights.bias.float()
 
 
 def product(state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`state @ weight.T` of numbers of the weight's type, summed in float32."""
+    """`state @ weight.T`, with the state rounded to the weight's type and sums in float32."""
     return state.to(weight.dtype).float() @ weight.float().T

@@ -1,22 +1,20 @@
-"""The Triton kernels of `draft_head`: a state step, a scoring step, the end, and all of it in one program.
+"""The Triton kernels of `draft_head`: `advance` the state, `score` its tokens, `finish_draft`, or all in `draft_whole`.
 
-Within one program a step reads what the other has written to memory: a barrier stands between them, and where there are
-several programs a launch does.
+Each step reads from memory what the step before it wrote. Within one program a barrier separates them, among several
+programs a launch does.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from atlas_kernels.noise_triton import BLOCK, block_minima, excess
-
-if TYPE_CHECKING:
-    from atlas_kernels.draft_head import HeadCall
+from atlas_kernels.head_call import HeadCall
+from atlas_kernels.noise_triton import exponentials_of
 
 TILE = {"ROWS": 16, "UNITS": 16, "TOKENS": 32, "INNER": 32}
 """Rows, state units or tokens, and depth of the products per step (16 are the least `tl.dot` takes); 64 tokens spill."""
@@ -59,38 +57,11 @@ def joined(scores, tokens, row, inside, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def advance(
-    input_gates,
-    state_gates,
-    state_bias,
-    states,
-    newest,
-    scores,
-    tokens,
-    step,
-    row_tile,
-    unit_tile,
-    batch,
-    size,
-    splits,
-    ELEMENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-    CALLED: tl.constexpr = False,
-):
-    """Some units of the state after one more token: `states[step]` to `states[step + 1]`, float32 `[batch, size]` each.
-
-    Launched over rows and units, or called for one tile of each.
-    """
-    if not CALLED:
-        row_tile, unit_tile = tl.program_id(0), tl.program_id(1)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    unit = unit_tile * UNITS + tl.arange(0, UNITS)
-    one_state = batch * size
-    before = states + step * one_state
+def gates_of_state(
+    state_gates, before, row, unit, batch, size,
+    ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """The state's part of the reset, update and new gates of some units, without bias: float32 `[UNITS, ROWS]` each."""
     reset = tl.zeros([UNITS, ROWS], tl.float32)
     update = tl.zeros([UNITS, ROWS], tl.float32)
     new = tl.zeros([UNITS, ROWS], tl.float32)
@@ -106,16 +77,44 @@ def advance(
         update = tl.dot(w, x, update, input_precision="ieee")
         w = tl.load(at + 2 * size * size, mask=inside, other=0.0).to(COMPUTE)
         new = tl.dot(w, x, new, input_precision="ieee")
+    return reset, update, new
 
+
+@triton.jit
+def absorbed_token(newest, scores, tokens, row, step, batch, splits, SPLITS: tl.constexpr):
+    """The token that the state absorbs at a step: int32 `[ROWS]`, the newest committed one first, then what was drawn."""
     of_step = (step - 1) * batch * splits
-    # The first step absorbs the newest committed token, the others what was drawn before: one of the two masks is empty.
+    # One of the two masks is empty.
     given = tl.load(newest + row, mask=row < tl.where(step == 0, batch, 0), other=0).to(tl.int32)
     drawn = row < tl.where(step == 0, 0, batch)
-    token = given + joined(scores + of_step, tokens + of_step, row, drawn, splits, SPLITS)
-    inside = (unit[:, None] < size) & (row[None, :] < batch)
+    return given + joined(scores + of_step, tokens + of_step, row, drawn, splits, SPLITS)
+
+
+@triton.jit
+def advance(
+    input_gates, state_gates, state_bias, states, newest, scores, tokens,
+    step, row_tile, unit_tile, batch, size, splits,
+    ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    INNER: tl.constexpr, CALLED: tl.constexpr = False,
+):  # fmt: skip
+    """Computes some units of `states[step + 1]` from `states[step]` and one more token; float32 `[batch, size]` each.
+
+    Launched over rows and units, or called for one tile of each.
+    """
+    if not CALLED:
+        row_tile, unit_tile = tl.program_id(0), tl.program_id(1)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    unit = unit_tile * UNITS + tl.arange(0, UNITS)
+    one_state = batch * size
+    before = states + step * one_state
+    reset, update, new = gates_of_state(
+        state_gates, before, row, unit, batch, size, ELEMENT, COMPUTE, ROWS, UNITS, INNER
+    )
+    token = absorbed_token(newest, scores, tokens, row, step, batch, splits, SPLITS)
+    known = unit[:, None] < size
+    inside = known & (row[None, :] < batch)
     bias = state_bias + unit[:, None]
     gate = input_gates + token[None, :].to(tl.int64) * 3 * size + unit[:, None]
-    known = unit[:, None] < size
     reset += tl.load(bias, mask=known, other=0.0).to(tl.float32) + tl.load(gate, mask=inside, other=0.0).to(tl.float32)
     update += tl.load(bias + size, mask=known, other=0.0).to(tl.float32)
     update += tl.load(gate + size, mask=inside, other=0.0).to(tl.float32)
@@ -127,43 +126,48 @@ def advance(
 
 
 @triton.jit
-def score(
-    outputs,
-    bias,
-    token_ids,
-    states,
-    keys,
-    positions,
-    scores,
-    tokens,
-    sums,
-    probs,
-    temperature,
-    step,
-    row_tile,
-    split,
-    batch,
-    size,
-    num_tokens,
-    num_steps,
-    splits,
-    tiles_per_split,
-    ELEMENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    STREAM: tl.constexpr,
-    GREEDY: tl.constexpr,
-    SCALED: tl.constexpr,
-    WITH_PROBS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
+def logits_of_tile(
+    outputs, bias, after, row, index, known, temperature, batch, size,
+    ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     INNER: tl.constexpr,
-    CALLED: tl.constexpr = False,
-):
-    """The best of one split of the reduced vocabulary, and its sums, for `ROWS` rows.
+):  # fmt: skip
+    """Logits of a tile of the reduced vocabulary from states: float32 `[TOKENS, ROWS]`, `-inf` for what is not `known`."""
+    x = tl.zeros([TOKENS, ROWS], tl.float32)
+    squares = tl.zeros([INNER, ROWS], tl.float32)
+    for first in range(0, size, INNER):
+        inner = first + tl.arange(0, INNER)
+        s, exact = state_tile(after, row, inner, batch, size, ELEMENT, COMPUTE)
+        squares += exact * exact
+        at = outputs + index[:, None].to(tl.int64) * size + inner[None, :]
+        w = tl.load(at, mask=known[:, None] & (inner[None, :] < size), other=0.0).to(COMPUTE)
+        x = tl.dot(w, s, x, input_precision="ieee")
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / size + _EPSILON)
+    x = x * inverse[None, :] + tl.load(bias + index, mask=known, other=0.0).to(tl.float32)[:, None]
+    if SCALED:
+        x = tl.div_rn(x, temperature + tl.zeros_like(x))
+    return tl.where(known[:, None], x, float("-inf"))
 
-    Writes `scores` float64, `tokens` int32 `[num_steps, batch, splits]` and `sums` float32 `[num_steps, batch, splits, 2]`:
-    the largest logit m and sum exp(l - m); and, with probabilities, the logits to `probs`. Launched over rows and splits, or
-    called for one of each.
+
+@triton.jit
+def noisy(x, token_ids, index, known, key, position, STREAM: tl.constexpr, ROWS: tl.constexpr):
+    """The scores of logits `[TOKENS, ROWS]`, float64: each minus the log of the exponential of its token."""
+    ids = tl.load(token_ids + index, mask=known, other=0).to(tl.int32)[:, None] + tl.zeros([1, ROWS], tl.int32)
+    return x.to(tl.float64) - tl.log(exponentials_of(key, position, ids, STREAM).to(tl.float64))
+
+
+@triton.jit
+def score(
+    outputs, bias, token_ids, states, keys, positions, scores, tokens, sums, probs,
+    temperature, step, row_tile, split, batch, size, num_tokens, num_steps, splits, tiles_per_split,
+    ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, STREAM: tl.constexpr, GREEDY: tl.constexpr, SCALED: tl.constexpr,
+    WITH_PROBS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr,
+    CALLED: tl.constexpr = False,
+):  # fmt: skip
+    """Finds the best token of one split of the reduced vocabulary, and the split's sums, for `ROWS` rows.
+
+    Writes `scores` float64 and `tokens` int32 `[num_steps, batch, splits]`; `sums` float32 `[num_steps, batch, splits, 2]`,
+    the largest logit m and sum exp(l - m); and, with probabilities, the logits to `probs`. Launched over rows and splits,
+    or called for one of each.
     """
     if not CALLED:
         row_tile, split = tl.program_id(0), tl.program_id(1)
@@ -179,20 +183,10 @@ def score(
     for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
         index = tile * TOKENS + tl.arange(0, TOKENS)
         known = index < num_tokens
-        x = tl.zeros([TOKENS, ROWS], tl.float32)
-        squares = tl.zeros([INNER, ROWS], tl.float32)
-        for first in range(0, size, INNER):
-            inner = first + tl.arange(0, INNER)
-            s, exact = state_tile(after, row, inner, batch, size, ELEMENT, COMPUTE)
-            squares += exact * exact
-            at = outputs + index[:, None].to(tl.int64) * size + inner[None, :]
-            w = tl.load(at, mask=known[:, None] & (inner[None, :] < size), other=0.0).to(COMPUTE)
-            x = tl.dot(w, s, x, input_precision="ieee")
-        inverse = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / size + _EPSILON)
-        x = x * inverse[None, :] + tl.load(bias + index, mask=known, other=0.0).to(tl.float32)[:, None]
-        if SCALED:
-            x = tl.div_rn(x, temperature + tl.zeros_like(x))
-        x = tl.where(known[:, None], x, float("-inf"))
+        x = logits_of_tile(
+            outputs, bias, after, row, index, known, temperature, batch, size,
+            ELEMENT, COMPUTE, SCALED, ROWS, TOKENS, INNER,
+        )  # fmt: skip
         if WITH_PROBS:
             at = probs + (row[None, :].to(tl.int64) * num_steps + step) * num_tokens + index[:, None]
             tl.store(at, x, mask=known[:, None] & alive[None, :])
@@ -200,12 +194,7 @@ def score(
         new_peak = tl.maximum(peak, tl.max(x, axis=0))
         total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak[None, :]), axis=0)
         peak = new_peak
-        score = x.to(tl.float64)
-        if not GREEDY:
-            ids = tl.load(token_ids + index, mask=known, other=0).to(tl.int32)[:, None] + tl.zeros([1, ROWS], tl.int32)
-            minimum, lane = block_minima(key, position, ids // BLOCK, STREAM)
-            e = tl.where(ids % BLOCK == lane, minimum, minimum + excess(key, position, ids, STREAM))
-            score -= tl.log(e.to(tl.float64))
+        score = x.to(tl.float64) if GREEDY else noisy(x, token_ids, index, known, key, position, STREAM, ROWS)
         top = tl.max(score, axis=0)
         token = tl.min(tl.where(score == top[None, :], index[:, None], num_tokens), axis=0)
         best_token = tl.where(top > best, token, best_token)
@@ -219,25 +208,12 @@ def score(
 
 @triton.jit
 def finish_draft(
-    scores,
-    tokens,
-    sums,
-    probs,
-    indices,
-    confidence,
-    step,
-    row,
-    batch,
-    num_tokens,
-    num_steps,
-    splits,
-    GREEDY: tl.constexpr,
-    WITH_PROBS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    scores, tokens, sums, probs, indices, confidence,
+    step, row, batch, num_tokens, num_steps, splits,
+    GREEDY: tl.constexpr, WITH_PROBS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
     CALLED: tl.constexpr = False,
-):
-    """Token and confidence of one row at one step, and with probabilities the logits in `probs` turned into them.
+):  # fmt: skip
+    """Writes token and confidence of one row at one step, and turns the logits in `probs` into probabilities.
 
     Launched over rows and steps, or called for one of each.
     """
@@ -266,42 +242,14 @@ def finish_draft(
 
 @triton.jit
 def draft_whole(
-    input_gates,
-    state_gates,
-    state_bias,
-    outputs,
-    bias,
-    token_ids,
-    states,
-    newest,
-    keys,
-    positions,
-    scores,
-    tokens,
-    sums,
-    probs,
-    indices,
-    confidence,
-    temperature,
-    batch,
-    size,
-    num_tokens,
-    num_steps,
-    splits,
-    tiles_per_split,
-    ELEMENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    STREAM: tl.constexpr,
-    GREEDY: tl.constexpr,
-    SCALED: tl.constexpr,
-    WITH_PROBS: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    INNER: tl.constexpr,
+    input_gates, state_gates, state_bias, outputs, bias, token_ids, states, newest, keys, positions, scores, tokens,
+    sums, probs, indices, confidence,
+    temperature, batch, size, num_tokens, num_steps, splits, tiles_per_split,
+    ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, STREAM: tl.constexpr, GREEDY: tl.constexpr, SCALED: tl.constexpr,
+    WITH_PROBS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr,
     CHUNK: tl.constexpr,
-):
-    """All steps of `ROWS` rows; grid over rows, one split."""
+):  # fmt: skip
+    """Drafts all steps of `ROWS` rows; grid over rows, one split."""
     row_tile = tl.program_id(0)
     for step in range(0, num_steps):
         for unit_tile in range(0, tl.cdiv(size, UNITS)):
@@ -362,7 +310,7 @@ def draft_head_triton(
         "WITH_PROBS": call.with_probs,
         "SPLITS": triton.next_power_of_2(splits),
         "CHUNK": CHUNK,
-        # What only calls set; launched programs take their tile from the grid.
+        # Set by calls from within a kernel; launched programs take their tile from the grid.
         **dict.fromkeys(("row_tile", "unit_tile", "split", "row", "step"), 0),
         "CALLED": False,
     }
@@ -378,14 +326,17 @@ def draft_head_triton(
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Launch with those of the arguments that the kernel has."""
+    """Launch `kernel` with those of the arguments that it takes."""
     kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=NUM_WARPS)
 
 
 def split_tokens(
     batch: int, tokens: int, tile: dict[str, int], device: torch.device, *, whole: bool
 ) -> tuple[int, int]:
-    """Splits of the reduced vocabulary, and tiles per split: one split, or about two programs per multiprocessor."""
+    """Number of splits of the reduced vocabulary, and tiles per split.
+
+    One split if one launch does it all, else as many as give about two programs per multiprocessor.
+    """
     tiles = triton.cdiv(tokens, tile["TOKENS"])
     if whole:
         return 1, tiles

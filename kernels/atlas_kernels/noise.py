@@ -76,8 +76,8 @@ def request_keys(seed: int, num_requests: int) -> np.ndarray:
 def draft_keys(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Keys for `Stream.DRAFT` of drafts that begin behind `lengths` committed tokens.
 
-    Every decode step commits a token, so drafts of two steps never share noise. What was drafted and thrown away has been
-    seen, by whatever learns from drafts; were its noise used again, what is decided next would know what is drawn next.
+    Every decode step commits a token, so drafts of two steps never share noise. Whatever learns from drafts has seen the
+    discarded ones: if their noise were used again, the next decision would know the next draw.
 
     Args:
         keys: uint64 `[n]`, of `request_keys`.
@@ -133,9 +133,9 @@ def _excess(key, position, token, stream):
 
 @numba.njit(cache=True)
 def exponential(key, position, token, stream):
-    """E of one token at one position: float32 (uint64 key, int position, token and stream).
+    """E of one token at one position: float32 (uint64 key; int position, token and stream).
 
-    For drafters that couple a handful of candidates to the target's noise.
+    Drafters that couple a handful of candidates to the target's noise use it.
     """
     minimum, lane = _block_minimum(key, position, token // BLOCK, stream)
     if token % BLOCK == lane:
@@ -240,7 +240,7 @@ def exponentials_of(keys: torch.Tensor, positions: torch.Tensor, stream: int, to
 
 
 def uniforms(keys: torch.Tensor, positions: torch.Tensor, stream: int) -> torch.Tensor:
-    """One uniform variate in (0, 1) per row: float64 `[rows]` (for streams that draw no tokens)."""
+    """One uniform variate in (0, 1) per row: float64 `[rows]`, for streams that draw no tokens."""
     words = philox_words(keys, torch.zeros(1, dtype=torch.int64, device=keys.device), positions, 2 * stream)
     return words[:, 0, 0].to(torch.float64).add_(0.5).mul_(_U_SCALE)
 

@@ -1,7 +1,7 @@
 """The noise of `atlas_kernels.noise` in Triton: the same Philox words and the same float32 exponentials.
 
-An exponential is rounded to float32 from a float64 logarithm, whose last place may differ between libraries: that moves the
-rounded number once in about 2**28 draws. `1 - u` is exact in float64, so `log(1 - u)` is as good as the reference's
+An exponential is a float64 logarithm rounded to float32. Libraries may differ in the logarithm's last place, which changes
+the rounded number once in about 2**28 draws. `1 - u` is exact in float64, so `log(1 - u)` is as good as the reference's
 `log1p(-u)`, and Triton has it everywhere.
 """
 
@@ -63,7 +63,14 @@ def excess(key, position, tokens, STREAM: tl.constexpr):
 
 
 @triton.jit
+def exponentials_of(key, position, tokens, STREAM: tl.constexpr):
+    """E of single tokens (int32, any shape): float32, as `atlas_kernels.noise.exponentials_of` has it."""
+    minimum, lane = block_minima(key, position, tokens // BLOCK, STREAM)
+    return tl.where(tokens % BLOCK == lane, minimum, minimum + excess(key, position, tokens, STREAM))
+
+
+@triton.jit
 def uniform(key, position, STREAM: tl.constexpr):
-    """One uniform variate in (0, 1): float64, of a stream that draws no tokens."""
+    """One uniform variate in (0, 1): float64, for streams that draw no tokens."""
     word, _, _, _ = _words(key, tl.zeros([], tl.int32), position, 2 * STREAM)
     return (word.to(tl.float64) + 0.5) * _U_SCALE

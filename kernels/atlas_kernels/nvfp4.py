@@ -1,4 +1,4 @@
-"""NVFP4 weights: four-bit values, a scale per sixteen of them, one scale per tensor; the quantizer and a linear layer.
+"""NVFP4 weights: a quantizer, and a linear layer that reads four-bit values, a scale per sixteen, one scale per tensor.
 
 The format (NVIDIA, "Introducing NVFP4", and PTX's `mxf4nvf4`): E2M1 values (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives),
 one E4M3 scale per 16 values along the inputs, one float32 scale per tensor,
@@ -10,8 +10,8 @@ one E4M3 scale per 16 values along the inputs, one float32 scale per tensor,
 nearest, ties to even. A block whose scale rounds to zero is zero.
 
 **One pass.** The tensor scale must be known before the first value is rounded. `quantize` without one reads the weight
-twice; but a policy moves little between two syncs, so a refresh passes the former scale and reads the weight once, and the
-largest magnitude, found in the same pass, says whether it still fits (`saturated`).
+twice. A policy moves little between two syncs, so a refresh passes the former scale and reads the weight once. The same pass
+finds the largest magnitude, which says whether the scale still fits (`saturated`).
 
 The product of an E2M1 and an E4M3 number has six significant bits, so bfloat16 and float16 hold it exactly: the linear layer
 unpacks weights in registers without rounding, sums in float32, and applies the tensor scale to the sums.
@@ -63,7 +63,7 @@ class NVFP4Weight:
 def tensor_scale_for(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
     """The tensor scale at which the largest magnitude times `headroom` is the largest NVFP4 number: float32 `[]`.
 
-    A refresh that is to reuse the scale leaves headroom, say 2: block scales keep their precision over a range of 2**14.
+    Leave headroom, say 2, if a refresh is to reuse the scale: block scales keep their precision over a range of 2**14.
 
     Raises:
         ValueError: `headroom` is not a finite number >= 1.
@@ -110,7 +110,7 @@ def quantize(
 
 
 def dequantize(weight: NVFP4Weight) -> torch.Tensor:
-    """The weight that the four-bit one stands for: float32 `[out_features, in_features]`, each product rounded once."""
+    """The weight in float32 `[out_features, in_features]`, each product of value and scales rounded once."""
     return nvfp4_reference.unscaled(weight.packed, weight.scales)[:, : weight.in_features] * weight.tensor_scale
 
 

@@ -51,19 +51,11 @@ def e2m1_value(code):
 
 @triton.jit
 def quantize_weight(
-    weight,
-    tensor_scale,
-    packed,
-    scales,
-    amax,
-    out_features,
-    in_features,
-    groups,
-    stride,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """Packs `[ROWS, GROUPS * 16]` values and their scales, and raises `amax` (int32 bits); grid over both dimensions."""
+    weight, tensor_scale, packed, scales, amax,
+    out_features, in_features, groups, stride,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Packs `[ROWS, GROUPS * 16]` values and their scales, and raises `amax` (as int32 bits); grid over both dimensions."""
     step = tl.load(tensor_scale)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
     group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
@@ -91,22 +83,11 @@ def quantize_weight(
 
 @triton.jit
 def linear_rows(
-    inputs,
-    packed,
-    scales,
-    tensor_scale,
-    outputs,
-    rows,
-    in_features,
-    out_features,
-    groups,
-    OUTPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """`[OUTPUTS, ROWS]` of the transposed product; grid over outputs and rows.
+    inputs, packed, scales, tensor_scale, outputs,
+    rows, in_features, out_features, groups,
+    OUTPUTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, COMPUTE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Computes `[OUTPUTS, ROWS]` of the transposed product; grid over outputs and rows.
 
     The weight is the left operand, so that the few rows are the small side of the matrix instruction. Even and odd inputs
     are two products: the two values of a byte never have to be interleaved. `NATIVE` is the name of the inputs' format for

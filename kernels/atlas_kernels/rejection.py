@@ -2,15 +2,16 @@
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), as in
 `atlas_rl.sampling.verification.RejectionSampling`: a draft x drawn from q stands with probability `min(1, p(x) / q(x))`;
-another token is drawn from `(p - q)+`, normalised, where it does not. Without draft probabilities drafts are one-hot: x
-stands with p(x), and is replaced by a draw from p without x.
+else another token is drawn from `(p - q)+`, normalised. Without draft probabilities drafts are one-hot: x stands with
+probability p(x); else a draw from p without x replaces it.
 
-**Passes.** One-hot: one pass over the vocabulary draws the replacement among the other tokens, whatever becomes of the
-draft, and needs no normaliser for that. With draft probabilities over a reduced vocabulary: that pass draws among the
-tokens outside of it, where q is 0 and `(p - q)+` is p; a second one, over the reduced vocabulary alone, gathers its logits
-and draws from `exp(l - m) - q sum exp(l - m)`, which needs the first pass's sums. The better score of the two is the draw.
+**Passes.** One-hot drafts take one pass over the vocabulary. It draws the replacement among the other tokens, whatever
+becomes of the draft, and needs no normaliser for that. Draft probabilities over a reduced vocabulary take two. The first
+pass draws among the tokens outside of that vocabulary, where q is 0 and `(p - q)+` is p. The second gathers the logits of
+the reduced vocabulary and draws from `exp(l - m) - q sum exp(l - m)`, which needs the first pass's sums. The better score
+of the two is the draw.
 
-Where `(p - q)+` is zero everywhere, q is p up to rounding, and the draft stands.
+If `(p - q)+` is zero everywhere, q is p up to rounding, and the draft stands.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def verify_by_rejection(
         implementation: As in `verify`.
 
     Returns:
-        What is committed: in `token_ids` the draft where it stands, else the recovered token, in a request's last row the
-        bonus token. Rows behind the first rejection are to be ignored.
+        The tokens to commit: in `token_ids` the draft if it stands, else the recovered token; in a request's last row the
+        bonus token. Ignore rows behind the first rejection.
 
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.

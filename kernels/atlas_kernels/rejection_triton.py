@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from atlas_kernels.noise import Stream
-from atlas_kernels.noise_triton import BLOCK, block_minima, excess, uniform
+from atlas_kernels.noise_triton import exponentials_of, uniform
 from atlas_kernels.rows import PackedRows
 from atlas_kernels.verify_triton import (
     best_split,
@@ -28,32 +28,14 @@ RESIDUAL_WARPS = 4
 
 @triton.jit
 def residual_splits(
-    logits,
-    allowed,
-    draft_token_ids,
-    draft_probs,
-    draft_vocab,
-    keys,
-    positions,
-    sums,
-    residual_scores,
-    residual_tokens,
-    temperature,
-    vocab,
-    num_draft_tokens,
-    logits_stride,
-    allowed_stride,
-    splits,
-    STREAM: tl.constexpr,
-    SCALED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """The best of `(p - q)+` over a tile of the draft vocabulary; grid `[rows, tiles]`, as are both results.
+    logits, allowed, draft_token_ids, draft_probs, draft_vocab, keys, positions, sums, residual_scores, residual_tokens,
+    temperature, vocab, num_draft_tokens, logits_stride, allowed_stride, splits,
+    STREAM: tl.constexpr, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Draws from `(p - q)+` over a tile of the draft vocabulary; the grid and both results are `[rows, tiles]`.
 
     A draw is an argmax, so p need not be normalised: with m and Z = sum exp(l - m) of the first pass, `(exp(l - m) - q Z)+`
-    will do, and its scores are on the first pass's scale once m is added.
+    will do. Adding m puts its scores on the first pass's scale.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)
@@ -67,8 +49,7 @@ def residual_splits(
     drafted = tl.where(tl.load(draft_token_ids + row) >= 0, num_draft_tokens, 0)
     q = tl.load(draft_probs + row * num_draft_tokens + column, mask=column < drafted, other=0.0)
     residual = tl.maximum(tl.exp(x - peak) - q * total, 0.0)
-    minimum, lane = block_minima(key, position, ids // BLOCK, STREAM)
-    e = tl.where(ids % BLOCK == lane, minimum, minimum + excess(key, position, ids, STREAM))
+    e = exponentials_of(key, position, ids, STREAM)
     score = tl.log(residual.to(tl.float64)) - tl.log(e.to(tl.float64)) + peak.to(tl.float64)
     best = tl.max(score, axis=0)
     at = row * tl.num_programs(1) + tile
@@ -77,40 +58,28 @@ def residual_splits(
 
 
 @triton.jit
+def better_split(scores, tokens, row, splits, score, token, SPLITS: tl.constexpr):
+    """Score and token of a row's best split, or the given ones, if none is better."""
+    other_score, other_token, _ = best_split(scores, tokens, row, splits, SPLITS)
+    return tl.maximum(score, other_score), tl.where(other_score > score, other_token, token)
+
+
+@triton.jit
+def draft_probability(draft_probs, column_of, row, draft, num_draft_tokens):
+    """The probability that a row's draft was drawn with: 0 without a draft, or for one outside of the draft vocabulary."""
+    column = tl.load(column_of + draft, mask=draft >= 0, other=-1)
+    return tl.load(draft_probs + row * num_draft_tokens + column, mask=column >= 0, other=0.0)
+
+
+@triton.jit
 def finish_rejection(
-    logits,
-    allowed,
-    scores,
-    tokens,
-    sums,
-    residual_scores,
-    residual_tokens,
-    draft_token_ids,
-    draft_probs,
-    column_of,
-    row_starts,
-    keys,
-    positions,
-    token_ids,
-    num_accepted,
-    logprobs,
-    entropies,
-    max_probs,
-    temperature,
-    vocab,
-    num_draft_tokens,
-    logits_stride,
-    allowed_stride,
-    splits,
-    tiles,
-    ACCEPT_STREAM: tl.constexpr,
-    ONE_HOT: tl.constexpr,
-    SCALED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Decision and figures of every row of one request, and its accepted count; grid `[batch]`."""
+    logits, allowed, scores, tokens, sums, residual_scores, residual_tokens, draft_token_ids, draft_probs, column_of,
+    row_starts, keys, positions, token_ids, num_accepted, logprobs, entropies, max_probs,
+    temperature, vocab, num_draft_tokens, logits_stride, allowed_stride, splits, tiles,
+    ACCEPT_STREAM: tl.constexpr, ONE_HOT: tl.constexpr, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    SPLITS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Writes the decision and figures of every row of one request, and its accepted count; grid `[batch]`."""
     request = tl.program_id(0)
     accepted, standing = 0, 1
     for row in range(tl.load(row_starts + request), tl.load(row_starts + request + 1)):
@@ -120,11 +89,8 @@ def finish_rejection(
         peak, total, moment = join_sums(sums, row, splits, SPLITS)
         q = 1.0
         if not ONE_HOT:
-            residual_score, residual_token, _ = best_split(residual_scores, residual_tokens, row, tiles, TILES)
-            recovered = tl.where(residual_score > score, residual_token, recovered)
-            score = tl.maximum(score, residual_score)
-            column = tl.load(column_of + draft, mask=has_draft, other=-1)
-            q = tl.load(draft_probs + row * num_draft_tokens + column, mask=column >= 0, other=0.0)
+            score, recovered = better_split(residual_scores, residual_tokens, row, tiles, score, recovered, TILES)
+            q = draft_probability(draft_probs, column_of, row, draft, num_draft_tokens)
         row_logits, row_allowed = logits + row * logits_stride, allowed + row * allowed_stride
         drafted = tl.where(has_draft, draft, vocab)  # beyond the vocabulary: probability 0
         drafted_logit = processed_logits(row_logits, row_allowed, drafted, vocab, temperature, SCALED, HAS_ALLOWED)

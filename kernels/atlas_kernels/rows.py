@@ -1,4 +1,4 @@
-"""What every verification takes: packed rows of logits with their drafts and noise, checked once."""
+"""Packed rows of logits with their drafts and noise keys, checked once: the input of every verification."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ class PackedRows:
 
     @property
     def batch(self) -> int:
-        """Requests."""
+        """Number of requests."""
         return len(self.row_starts) - 1
 
     def checked(self) -> PackedRows:
-        """Itself, unless it raises a `ValueError`: a shape, type or device does not fit."""
+        """These rows, if its arguments fit each other.
+
+        Raises:
+            ValueError: A shape, type, device or number does not fit.
+        """
         logits, allowed = self.logits, self.allowed
         if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _LOGIT_DTYPES:
             raise ValueError(

@@ -1,13 +1,13 @@
-"""Verification in one pass over the vocabulary: the policy's own choice at every drafted position.
+"""Verifies drafts in one pass over the vocabulary: the policy's own choice at every drafted position.
 
 Drafter-invariant sampling (Daliri, Musco, Suresh, arXiv 2408.07978). With processed logits `l = logits / T` and the keyed
 exponentials E of `atlas_kernels.noise`,
 
     choice = argmax_x l(x) - log E(x)          a draft is accepted exactly when it is the choice
 
-A row's noise is not written out, and hardly drawn: `l` of a noise block of 128 tokens is bounded by its largest logit minus
-the log of the block's least exponential, so one Philox block serves 128 tokens until that bound beats the best score so far.
-No softmax is written out either: the log-normaliser, the entropy and the largest probability come from the same pass.
+A row's noise is never written out, and little of it is drawn: no score of a noise block of 128 tokens exceeds the block's
+largest logit minus the log of its least exponential. So one Philox block serves 128 tokens, unless that bound beats the best
+score so far. No softmax is written out either: log-normaliser, entropy and largest probability come from the same pass.
 
 **Which choice.** Scores are float64 from float32 `l` and float32 E, in the kernel and in the reference. So both choose the
 same token, and so does `atlas_kernels.noise.choose_rows`, which draws the same E, unless the two best scores differ by
@@ -27,7 +27,7 @@ from atlas_kernels.verify_reference import verify_reference
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What every row of a packed batch of drafts draws. Of a request's rows the first `num_accepted + 1` are committed.
+    """The token that every row of a packed batch draws. A request commits those of its first `num_accepted + 1` rows.
 
     Attributes:
         token_ids: int64 `[rows]`, the policy's own choice: the accepted draft, the recovered or the bonus token.
@@ -59,8 +59,8 @@ def verify(
 
     Args:
         logits: float32, bfloat16 or float16 `[rows, vocab]`: request by request, after its last committed token, then
-            after each of its drafts. Penalties are applied before; what top-k, top-p or min-p exclude is `-inf`, or not
-            `allowed`. Left unchanged. Beyond 1e8 in magnitude float64 scores begin to lose the noise.
+            after each of its drafts. The caller has applied penalties, and made tokens that top-k, top-p or min-p exclude
+            `-inf`, or not `allowed`. Left unchanged. Beyond 1e8 in magnitude float64 scores begin to lose the noise.
         draft_token_ids: int64 `[rows]`: the draft at the position that the row decides, -1 in a request's last row.
         row_starts: int64 `[batch + 1]`: request i has the rows `row_starts[i] .. row_starts[i + 1] - 1`.
         keys: int64 `[rows]`, the bits of the noise keys (`request_keys(seed, ...)`).

@@ -46,7 +46,7 @@ def without_excluded(x, ids, vocab, excluded, EXCLUDE: tl.constexpr):
 
 @triton.jit
 def add_weights(x, top, peak, total, moment):
-    """The sums `exp(x - peak)` and `exp(x - peak) (x - peak)`, lane by lane, with one more tile, whose largest is `top`."""
+    """Adds a tile to the sums of `exp(x - peak)` and `exp(x - peak) (x - peak)`, lane by lane; `top` is its largest `x`."""
     new_peak = tl.maximum(peak, top)
     # While nothing is allowed the peak is -inf, and -inf - -inf is not a number.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -59,24 +59,10 @@ def add_weights(x, top, peak, total, moment):
 
 @triton.jit
 def race(
-    logits,
-    allowed,
-    excluded,
-    key,
-    position,
-    temperature,
-    vocab,
-    start,
-    top,
-    best_score,
-    best_token,
-    best_logit,
-    STREAM: tl.constexpr,
-    SCALED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    EXCLUDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    logits, allowed, excluded,
+    key, position, temperature, vocab, start, top, best_score, best_token, best_logit,
+    STREAM: tl.constexpr, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr, EXCLUDE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """The best score so far, its token and logit, after the tile from `start`, whose blocks have largest logits `top`."""
     lanes, blocks = tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
     minima, lane_of_minimum = block_minima(key, position, blocks + start // BLOCK, STREAM)
@@ -104,32 +90,27 @@ def race(
 
 
 @triton.jit
-def choose_splits(
-    logits,
-    allowed,
-    excluded,
-    keys,
-    positions,
-    scores,
-    tokens,
-    sums,
-    temperature,
-    vocab,
-    logits_stride,
-    allowed_stride,
-    tiles_per_split,
-    STREAM: tl.constexpr,
-    GREEDY: tl.constexpr,
-    SCALED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    EXCLUDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Best score and sums of one split of one row; grid `[rows, splits]`.
+def likelier(x, ids, vocab, top, score, token, logit):
+    """The best score so far, its token and logit, after a tile of logits `x`, the largest of them `top`; without noise."""
+    if top > logit:
+        logit = top
+        token = tl.min(tl.where(x == top, ids, vocab))
+        score = top.to(tl.float64)
+    return score, token, logit
 
-    Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: logit of the best
-    token, largest logit, and with it as m: sum exp(l - m), sum exp(l - m) (l - m). Excluded tokens (see `without_excluded`)
-    are in the sums, but are not chosen.
+
+@triton.jit
+def choose_splits(
+    logits, allowed, excluded, keys, positions, scores, tokens, sums,
+    temperature, vocab, logits_stride, allowed_stride, tiles_per_split,
+    STREAM: tl.constexpr, GREEDY: tl.constexpr, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr, EXCLUDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Finds the best score of one split of one row, and the split's sums; grid `[rows, splits]`.
+
+    Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: the best token's
+    logit, the largest logit m, sum exp(l - m), and sum exp(l - m) (l - m). Excluded tokens (see `without_excluded`) count in
+    the sums, but are not chosen.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)
@@ -153,34 +134,16 @@ def choose_splits(
         top = tl.max(x, axis=1)
         peak, total, moment = add_weights(x, tl.max(top, axis=0), peak, total, moment)
         if GREEDY:
-            tile_best = tl.max(top, axis=0)
-            if tile_best > best_logit:
-                best_logit = tile_best
-                best_token = tl.min(tl.where(x == tile_best, ids, vocab))
-                best_score = tile_best.to(tl.float64)
+            best_score, best_token, best_logit = likelier(
+                x, ids, vocab, tl.max(top, axis=0), best_score, best_token, best_logit
+            )
         else:
             if EXCLUDE:
                 top = tl.max(without_excluded(x, ids, vocab, excluded, EXCLUDE), axis=1)
             best_score, best_token, best_logit = race(
-                logits,
-                allowed,
-                excluded,
-                key,
-                position,
-                temperature,
-                vocab,
-                start,
-                top,
-                best_score,
-                best_token,
-                best_logit,
-                STREAM,
-                SCALED,
-                HAS_ALLOWED,
-                EXCLUDE,
-                BLOCKS,
-            )
-
+                logits, allowed, excluded, key, position, temperature, vocab, start, top, best_score, best_token,
+                best_logit, STREAM, SCALED, HAS_ALLOWED, EXCLUDE, BLOCKS,
+            )  # fmt: skip
     slot = row * tl.num_programs(1) + split
     tl.store(scores + slot, best_score)
     tl.store(tokens + slot, best_token)
@@ -219,7 +182,7 @@ def join_sums(sums, row, splits, SPLITS: tl.constexpr):
 
 @triton.jit
 def store_figures(logprobs, entropies, max_probs, row, logit, peak, total, moment):
-    """Logprob of a token with this logit, and the row's entropy and largest probability, from the sums of `join_sums`."""
+    """Writes the logprob of a token with this logit, and the row's entropy and largest probability, from `join_sums`."""
     tl.store(logprobs + row, logit - peak - tl.log(total))
     tl.store(entropies + row, tl.log(total) - moment / total)
     tl.store(max_probs + row, 1.0 / total)
@@ -227,20 +190,11 @@ def store_figures(logprobs, entropies, max_probs, row, logit, peak, total, momen
 
 @triton.jit
 def finish(
-    scores,
-    tokens,
-    sums,
-    draft_token_ids,
-    row_starts,
-    token_ids,
-    num_accepted,
-    logprobs,
-    entropies,
-    max_probs,
+    scores, tokens, sums, draft_token_ids, row_starts, token_ids, num_accepted, logprobs, entropies, max_probs,
     splits,
     SPLITS: tl.constexpr,
-):
-    """Choice and figures of every row of one request, and its accepted count; grid `[batch]`."""
+):  # fmt: skip
+    """Writes the choice and figures of every row of one request, and its accepted count; grid `[batch]`."""
     request = tl.program_id(0)
     accepted, standing = 0, 1
     for row in range(tl.load(row_starts + request), tl.load(row_starts + request + 1)):
@@ -329,9 +283,9 @@ def launch_splits(
 
 
 def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int, int]:
-    """`(noise blocks per step, splits, steps per split)`.
+    """Noise blocks per step, splits, and steps per split.
 
-    About four programs per multiprocessor, so that few rows use the whole device too.
+    There are about four programs per multiprocessor, so that few rows use the whole device too.
     """
     blocks, splits = _INTERPRETED
     if device.type == "cuda":

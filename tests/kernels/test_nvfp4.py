@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -208,8 +206,11 @@ def test_wrong_arguments_are_refused():
         with pytest.raises(ValueError, match="tensor_scale must be"):
             quantize(weight, scale)
     quantized = quantize(weight, implementation="reference")
-    for bad in itertools.chain([torch.ones(16), torch.ones(1, 15), torch.ones(1, 16, dtype=torch.int64)]):
+    for bad in (torch.ones(16), torch.ones(1, 15), torch.ones(1, 16, dtype=torch.int64)):
         with pytest.raises(ValueError, match="inputs must be"):
             linear(bad, quantized)
-    with pytest.raises(ValueError, match="headroom must be"):
-        tensor_scale_for(weight, headroom=0.5)
+    with pytest.raises(ValueError, match="inputs are on meta and the weight on"):
+        linear(torch.ones(1, 16, device="meta"), quantized)
+    for headroom in (0.5, float("inf")):
+        with pytest.raises(ValueError, match="headroom must be"):
+            tensor_scale_for(weight, headroom=headroom)

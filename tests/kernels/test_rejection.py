@@ -99,8 +99,9 @@ def test_drafts_from_the_policy_itself_all_stand():
 
 def test_greedy_is_the_other_form():
     arguments = case(3, 300, None)
-    by_rejection = verify_by_rejection(**arguments, temperature=0)
-    assert torch.equal(by_rejection.token_ids, verify(**arguments, temperature=0).token_ids)
+    by_rejection, invariant = verify_by_rejection(**arguments, temperature=0), verify(**arguments, temperature=0)
+    for name in Verification.__slots__:
+        assert torch.equal(getattr(by_rejection, name), getattr(invariant, name)), name
 
 
 # ------------------------------------------------------------------------------------------------------- the sampler
@@ -109,6 +110,7 @@ def test_greedy_is_the_other_form():
 @pytest.mark.parametrize("reduced", [None, 60])
 def test_the_reference_decides_as_the_engine_does(reduced):
     arguments = case(500, 301, reduced, seed=6)
+    arguments["row_starts"] = torch.arange(501, device=DEVICE)  # a request each, so that every row's decision shows
     cpu = {name: tensor.cpu() for name, tensor in arguments.items()}
     q = None
     if reduced is not None:
@@ -123,6 +125,7 @@ def test_the_reference_decides_as_the_engine_does(reduced):
     tokens, accepted = RejectionSampling().decide(positions, SamplingParams(max_new_tokens=1))
     verified = verify_by_rejection(**arguments, implementation="reference")
     assert np.array_equal(tokens, verified.token_ids.cpu().numpy())
+    assert np.array_equal(accepted, verified.num_accepted.cpu().numpy())
     assert 0.1 < accepted.mean() < 0.9
 
 
@@ -153,6 +156,8 @@ def test_wrong_arguments_are_refused():
     arguments = case(3, 50, 10)
     with pytest.raises(ValueError, match="draft_probs must be"):
         verify_by_rejection(**(arguments | {"draft_probs": torch.zeros(3, 11, device=DEVICE)}))
+    with pytest.raises(ValueError, match="draft_probs must be"):
+        verify_by_rejection(**(arguments | {"draft_probs": arguments["draft_probs"].double()}))
     with pytest.raises(ValueError, match="draft_vocab must be"):
         verify_by_rejection(**(arguments | {"draft_vocab": torch.zeros(10, device=DEVICE)}))
     with pytest.raises(ValueError, match="pass both"):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from atlas_kernels.draft_head import DraftHeadWeights
+from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.policy.cpu_linear import by_columns
 
 
