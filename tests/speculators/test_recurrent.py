@@ -360,7 +360,7 @@ def test_it_knows_which_of_its_drafts_were_rejected():
     speculator = recurrent_drafter()
     engine = trained(policy(), speculator, updates=1)
     report = rollout(engine, 7, eos_token_ids=[]).report
-    missed = sum(int(entry[4].sum()) for entry in speculator._log)
+    missed = sum(int(entry.missed.sum()) for entry in speculator.learner._log)
     rejected = report.drafted["recurrent"] - report.accepted["recurrent"]
     # A rejection ends a draft of three tokens: one to three of them are rejected with it.
     assert rejected / 3 <= missed <= rejected
