@@ -26,7 +26,8 @@ import torch
 from datasets import concatenate_datasets
 
 from atlas_rl.controller.acceptance import AcceptanceModel
-from atlas_rl.controller.base import Admission, FixedController, Step
+from atlas_rl.controller.base import Admission, Step
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Verified
 from atlas_rl.replay.replay import Recorded, ReplayPolicy, recorded_calls, replay
 from atlas_rl.speculators.base import Speculator

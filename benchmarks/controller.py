@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.replay.replay import Costs, RecordingSpeculator
 from atlas_rl.speculators.base import Speculator

@@ -37,7 +37,7 @@ def ours(args: argparse.Namespace) -> None:
 
     from atlas_rl import AtlasRolloutEngine
     from atlas_rl.cli import read_prompts
-    from atlas_rl.controller.base import FixedController
+    from atlas_rl.controller.fixed import FixedController
     from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 
     tokenizer = AutoTokenizer.from_pretrained(args.policy)

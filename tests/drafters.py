@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from atlas_rl.controller.base import Admission, FixedController, Step
+from atlas_rl.controller.base import Admission, Step
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, Rollouts, Sequences, Verified
 from atlas_rl.speculators.base import Speculator
 
@@ -72,7 +73,7 @@ class TrimByDrawnToken(FixedController):
 
     def admit(self, step: Step) -> Admission:
         admission = super().admit(step)
-        draft = step.drafts[self._arm]
+        draft = step.drafts[self._drafter]
         if draft.token_ids.shape[1] == 0:
             return admission
         odd = (draft.token_ids % 2 == 1) & (np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.history.speculator import HistorySpeculator

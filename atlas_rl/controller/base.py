@@ -1,7 +1,8 @@
-"""The interface of controllers, and the one that always does the same.
+"""The interface of controllers.
 
-A controller decides in every decode step which speculators draft, for which requests and how far, and how much of what they
-drafted is verified. Pure logic over numpy arrays: no tensors, and no clock but the times it is told.
+In every decode step a controller decides which speculators draft, for which requests and how far, and how many of the draft
+tokens are verified. It is pure logic over numpy arrays: it computes with no tensors, and reads no clock but the times it is
+told.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.controller.cost import CostModel
 from atlas_rl.core import Draft, Verified
 
 
@@ -22,14 +22,14 @@ class Step:
     """One decode step before its forward.
 
     Attributes:
-        room: int64 `[batch]`, most draft tokens each active request can still use.
+        room: int64 `[batch]`, the most draft tokens that each active request can still use.
         context_tokens: Committed tokens of all active requests.
         ready: Speculators that can draft now.
-        asked: int64 `[batch]` per speculator asked so far in this step: most tokens wanted.
-        drafts: What they drafted; every draft has a row for every request.
-        draft_s: Seconds that took.
-        backlog: `Speculator.backlog`, of all requests; once a speculator was asked, of those it drafted for.
-        drawn_as: How tokens are drawn, whatever tells ways apart: acceptance at one temperature says little of another.
+        asked: int64 `[batch]` per speculator asked so far in this step: the most tokens wanted of it.
+        drafts: Drafts of those speculators; every draft has a row for every request.
+        draft_s: Seconds that each of those drafts took.
+        backlog: `Speculator.backlog` over all requests; once a speculator was asked, over those it drafted for.
+        drawn_as: Key of the sampling distribution: acceptance at one temperature says little about another.
     """
 
     room: np.ndarray
@@ -52,8 +52,8 @@ class Admission:
     """What is verified in one step.
 
     Attributes:
-        arms: int64 `[batch]`, index of the speculator whose draft is used; meaningless where the length is 0.
-        lengths: int64 `[batch]`, admitted draft tokens.
+        arms: int64 `[batch]`, index of the speculator whose draft is used; undefined for a request with length 0.
+        lengths: int64 `[batch]`, draft tokens that are verified.
     """
 
     arms: np.ndarray
@@ -68,16 +68,19 @@ class Controller(ABC):
 
     @abstractmethod
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        """Whom to ask for drafts next. Called again with what they drafted, until nobody is asked.
+        """Choose which speculators to ask next. Called again with their drafts, until it asks nobody.
 
         Returns:
-            Speculator, one of `step.ready` that has no draft yet, to int64 `[batch]`, most draft tokens wanted; requests
-            with 0 are not asked for.
+            By speculator, each from `step.ready` and without a draft yet: int64 `[batch]`, the most draft tokens wanted. A
+            request with 0 gets no draft.
         """
 
     @abstractmethod
     def admit(self, step: Step) -> Admission:
-        """Pick, per request, the draft to use and how much of it. Uses confidences only, never the drafted tokens."""
+        """Choose the draft of each request and how many of its tokens to verify.
+
+        Reads confidences only, never the drafted tokens.
+        """
 
     @abstractmethod
     def observe(
@@ -86,14 +89,14 @@ class Controller(ABC):
         """Learn from a step: what was drafted, admitted and committed, and the seconds it took.
 
         Args:
-            step: What was proposed.
-            admission: What of it was verified.
-            verified: What was committed.
+            step: The step with its drafts.
+            admission: Draft tokens that were verified.
+            verified: Tokens that were committed.
             forward_s: Seconds of the target forward.
             step_s: Seconds of the whole step so far: planning, proposals, forward, sampling and commit.
 
         Returns:
-            Why the step was what it was, as JSON values, for a controller that explains itself.
+            A record of the step as JSON values, from a controller that explains itself; else None.
         """
 
     @abstractmethod
@@ -101,7 +104,8 @@ class Controller(ABC):
         """The policy moved on, and the speculators have been refreshed.
 
         Args:
-            expected: Survival of drafts by position, `Speculator.expected_survival`, of speculators that measured it.
+            expected: `Speculator.expected_survival` of the speculators that measured it: float64 `[n]`, probability that a
+                draft survives up to each position.
         """
 
     @abstractmethod
@@ -109,14 +113,14 @@ class Controller(ABC):
         """Estimated seconds of a forward that decodes one token for each of `batch` requests; None if unknown."""
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
-        """Per speculator, drafts scored since the last call and the error of the acceptance expected of them."""
+        """Per speculator: draft tokens scored since the last call, and the calibration error of their estimates."""
         return {}
 
 
 def step_record(
     step: Step, admission: Admission, verified: Verified, forward_s: float, speculators: Sequence[str]
 ) -> dict[str, Any]:
-    """What a step did and took, as JSON values: what every controller can say of it, and `Costs.of` reads."""
+    """Tokens and seconds of one step, as JSON values: the part of a record that does not depend on the controller."""
     slots = np.bincount(admission.arms, weights=admission.lengths, minlength=len(speculators))
     return {
         "batch": step.batch,
@@ -134,46 +138,3 @@ def step_record(
         "tokens": int(verified.num_committed.sum()),
         "forward_s": forward_s,
     }
-
-
-class FixedController(Controller):
-    """One speculator, always the same number of draft tokens: an arm of a comparison, not a policy for a run.
-
-    Args:
-        speculators: Names, in the order that `Admission.arms` refers to.
-        arm: The one that drafts.
-        num_draft_tokens: Draft tokens per request and step, as far as the speculator has them.
-    """
-
-    def __init__(self, speculators: Sequence[str], arm: str, num_draft_tokens: int) -> None:
-        if arm not in speculators:
-            raise ValueError(f"no speculator '{arm}' among {list(speculators)}")
-        if num_draft_tokens < 1:
-            raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}: 0 is speculation=False")
-        self.speculators = tuple(speculators)
-        self._arm = arm
-        self._index = list(speculators).index(arm)
-        self._num_draft_tokens = num_draft_tokens
-        self._cost = CostModel()
-
-    def plan(self, step: Step) -> dict[str, np.ndarray]:
-        if self._arm in step.drafts or self._arm not in step.ready:
-            return {}
-        return {self._arm: np.minimum(step.room, self._num_draft_tokens)}
-
-    def admit(self, step: Step) -> Admission:
-        drafted = step.drafts.get(self._arm, Draft.empty(step.batch))  # one that is not ready was not asked
-        return Admission(np.full(step.batch, self._index), drafted.lengths.copy())
-
-    def observe(
-        self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
-    ) -> dict[str, Any] | None:
-        self._cost.observe(step.batch + int(admission.lengths.sum()), forward_s, step.context_tokens)
-        return None
-
-    def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        """Nothing to do: it learns nothing about speculators."""
-
-    def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        table = self._cost.predict(batch, context_tokens)
-        return None if table is None else float(table[batch])

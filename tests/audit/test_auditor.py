@@ -10,7 +10,7 @@ from atlas_kernels.noise import Stream
 from atlas_rl import AtlasRolloutEngine, SamplingParams
 from atlas_rl.audit.auditor import Auditor
 from atlas_rl.audit.scores import score
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.report.sinks import console_line, console_warnings, trainer_metrics
 from atlas_rl.sampling import verification

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("greenlet")
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from benchmarks.interleave import InTurns, Turns, shell

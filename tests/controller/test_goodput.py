@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from tests.controller_simulator import CONTEXT, Arm, World, affine, flat, proportional, saturating, shallow, sure, world
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.replay.replay import Costs, Recorded, RecordingSpeculator, ReplayPolicy, recorded_calls, replay
 from atlas_rl.speculators.history.speculator import HistorySpeculator

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.draft_lm import DraftLM
 from tests.drafters import Parrot, RandomDrafter
 from tests.engines import (

@@ -9,7 +9,8 @@ import pytest
 from torch import nn
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController, Step
+from atlas_rl.controller.base import Step
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.speculators.draft_lm import DraftLM
 from tests.drafters import RandomDrafter

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.draft_lm import DraftLM
 from tests.drafters import Parrot
 from tests.engines import ARMS, SETTINGS, VOCAB, draft_model, engine_of, fixed, generate, parrot, policy, reference

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.models import FACTORIES, tiny_llama

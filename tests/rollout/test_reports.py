@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atlas_rl import AtlasRolloutEngine, StepReport
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.report.report import PHASES
 from atlas_rl.report.sinks import read_jsonl
 from tests.drafters import Parrot, RandomDrafter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.drafters import RandomDrafter

@@ -13,7 +13,7 @@ import torch
 
 from atlas_kernels.noise import request_keys
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.rollout import engine as engine_module
 from atlas_rl.sampling import by_kernels as fused

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from atlas_kernels.noise import Stream, request_keys
 from atlas_rl import AtlasRolloutEngine, SamplingParams
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.sampling import verification
 from atlas_rl.sampling.verification import Positions, RejectionSampling, choose
 from atlas_rl.speculators.base import Speculator

@@ -12,7 +12,7 @@ from safetensors.torch import load, load_file, save_file
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.cli import main
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.replay.replay import RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3, save_eagle3

@@ -13,7 +13,7 @@ from torch import nn
 
 from atlas_kernels.nvfp4 import dequantize, quantize, tensor_scale_for
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.fp4_self.copy import HEADROOM, FourBitCopy
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import ReplayBuffer

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.report.report import StepReport
 from atlas_rl.speculators.eagle3.checkpoint import save_eagle3

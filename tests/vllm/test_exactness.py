@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.base import FixedController
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import SamplingParams
 from atlas_rl.vllm import internals
 from tests.drafters import RandomDrafter

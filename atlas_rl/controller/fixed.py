@@ -1,0 +1,82 @@
+"""Controllers that decide the same in every step: always the same drafter, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from atlas_rl.controller.base import Admission, Controller, Step
+from atlas_rl.controller.cost import CostModel
+from atlas_rl.core import Draft, Verified
+
+
+class NoSpeculation(Controller):
+    """Asks nobody and learns nothing: plain decoding, one token per request and step."""
+
+    speculators = ()
+
+    def plan(self, step: Step) -> dict[str, np.ndarray]:
+        return {}
+
+    def admit(self, step: Step) -> Admission:
+        return Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64))
+
+    def observe(
+        self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
+    ) -> dict[str, Any] | None:
+        return None
+
+    def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
+        """Nothing to do: it has learned nothing."""
+
+    def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
+        return None
+
+
+class FixedController(Controller):
+    """One drafter, always the same number of draft tokens: a baseline to compare with, not a policy for a run.
+
+    Args:
+        speculators: Names, in the order that `Admission.arms` refers to.
+        drafter: The one of them that drafts.
+        num_draft_tokens: Draft tokens per request and step, at least 1; fewer where the drafter has fewer.
+
+    Raises:
+        ValueError: If `drafter` is not among `speculators`, or `num_draft_tokens` is below 1.
+    """
+
+    def __init__(self, speculators: Sequence[str], drafter: str, num_draft_tokens: int) -> None:
+        if drafter not in speculators:
+            raise ValueError(f"no speculator '{drafter}' among {list(speculators)}")
+        if num_draft_tokens < 1:
+            raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}: 0 is speculation=False")
+        self.speculators = tuple(speculators)
+        self._drafter = drafter
+        self._index = list(speculators).index(drafter)
+        self._num_draft_tokens = num_draft_tokens
+        self._cost = CostModel()
+
+    def plan(self, step: Step) -> dict[str, np.ndarray]:
+        if self._drafter in step.drafts or self._drafter not in step.ready:
+            return {}
+        return {self._drafter: np.minimum(step.room, self._num_draft_tokens)}
+
+    def admit(self, step: Step) -> Admission:
+        # A drafter that is not ready was not asked, and has no draft.
+        drafted = step.drafts.get(self._drafter, Draft.empty(step.batch))
+        return Admission(np.full(step.batch, self._index), drafted.lengths.copy())
+
+    def observe(
+        self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
+    ) -> dict[str, Any] | None:
+        self._cost.observe(step.batch + int(admission.lengths.sum()), forward_s, step.context_tokens)
+        return None
+
+    def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
+        """Nothing to do: it has learned nothing about its drafter."""
+
+    def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
+        table = self._cost.predict(batch, context_tokens)
+        return None if table is None else float(table[batch])
