@@ -1,4 +1,4 @@
-"""Synthetic worlds for the controller: known costs, known acceptance, times that are told, never a real clock."""
+"""Simulates decode steps for a controller: known costs, known acceptance, simulated seconds, never a real clock."""
 
 from __future__ import annotations
 
@@ -18,35 +18,62 @@ CONTEXT = 100  # tokens per request
 
 
 @dataclass
-class Arm:
-    """A speculator of a synthetic world.
+class SimulatedDrafter:
+    """A drafter of known confidence, acceptance and cost.
 
-    `confidence` gives `[batch, depth]`, `truth` the probability that a position of that confidence is accepted, and
-    `draft_s` the seconds of a call of that depth.
+    Attributes:
+        confidence: Of a draft for (batch, depth), float `[batch, depth]`.
+        truth: Probability that positions of these confidences are accepted.
+        draft_s: Seconds of a call of this depth.
+        per_request_s: Seconds on top, for every request and position.
     """
 
     confidence: Callable[[int, int], np.ndarray]
     truth: Callable[[np.ndarray], np.ndarray]
     draft_s: Callable[[int], float] = lambda depth: 1e-5 * depth
-    per_request_s: float = 0.0  # on top, for every request and position
+    per_request_s: float = 0.0
 
 
-def sure(confidence: float, truth: float | None = None, **options) -> Arm:
-    """Every draft has the same confidence, which is right or not."""
-    wanted = confidence if truth is None else truth
-    return Arm(lambda batch, depth: np.full((batch, depth), confidence), lambda c: np.full(c.shape, wanted), **options)
+def sure(confidence: float, truth: float | None = None, **options) -> SimulatedDrafter:
+    """A drafter of constant confidence, accepted with probability `truth`; None for as often as it claims."""
+    chance = confidence if truth is None else truth
+    return SimulatedDrafter(
+        confidence=lambda batch, depth: np.full((batch, depth), confidence),
+        truth=lambda c: np.full(c.shape, chance),
+        **options,
+    )
+
+
+def as_sure_as(chances: np.ndarray, **options) -> SimulatedDrafter:
+    """A calibrated drafter with a confidence of its own for each request: `chances` is `[batch]`."""
+    return SimulatedDrafter(lambda batch, depth: np.repeat(chances[:, None], depth, axis=1), lambda c: c, **options)
 
 
 @dataclass
 class World:
-    """Runs a controller against known costs and acceptance, and keeps what it did."""
+    """Runs a controller against known costs and acceptance, and keeps its decisions.
+
+    Attributes:
+        controller: The controller.
+        cost: Seconds of a forward over so many tokens.
+        drafters: By name, in the controller's order.
+        noise: Relative noise of forwards; it only ever slows them down.
+        draft_probs: Probabilities that every draft carries, so that it counts as drawn and verified by rejection.
+        drafting_costs_s: Seconds of a step with drafts that neither its forward nor its drafters show.
+        rng: Source of all randomness.
+        asked: Draft tokens asked for, per step.
+        admissions: Per step.
+        records: Of `Controller.observe`, per step.
+        seconds: Forward and drafts, per step.
+        tokens: Committed tokens, per step.
+    """
 
     controller: Controller
     cost: Callable[[int], float]
-    arms: dict[str, Arm]
+    drafters: dict[str, SimulatedDrafter]
     noise: float = 0.02
-    draft_probs: torch.Tensor | None = None  # as drafts have them that rejection verifies
-    drafting_costs_s: float = 0.0  # seconds of a drafting step that neither forward nor drafter shows
+    draft_probs: torch.Tensor | None = None
+    drafting_costs_s: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     asked: list[dict[str, np.ndarray]] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
@@ -55,23 +82,23 @@ class World:
     tokens: list[int] = field(default_factory=list)
 
     def step(self, batch: int, room: int = ROOM) -> None:
-        step = Step(np.full(batch, room), batch * CONTEXT, list(self.arms))
+        step = Step(np.full(batch, room), batch * CONTEXT, list(self.drafters))
         right = {}
         while plan := self.controller.plan(step):
             for name, most in plan.items():
-                depth, arm = int(most.max(initial=0)), self.arms[name]
-                confidence = arm.confidence(batch, depth).astype(np.float32)
-                right[name] = self.rng.random((batch, depth)) < arm.truth(confidence)
+                depth, drafter = int(most.max(initial=0)), self.drafters[name]
+                confidence = drafter.confidence(batch, depth).astype(np.float32)
+                right[name] = self.rng.random((batch, depth)) < drafter.truth(confidence)
                 step.asked[name] = most
                 step.drafts[name] = Draft(
                     np.where(right[name], RIGHT, WRONG), most.copy(), confidence, self.draft_probs
                 )
-                step.draft_s[name] = arm.draft_s(depth) + arm.per_request_s * depth * int((most > 0).sum())
+                step.draft_s[name] = drafter.draft_s(depth) + drafter.per_request_s * depth * int((most > 0).sum())
         admission = self.controller.admit(step)
         accepted = np.zeros(batch, np.int64)
-        for row, (arm, length) in enumerate(zip(admission.arms, admission.lengths, strict=True)):
+        for row, (drafter, length) in enumerate(zip(admission.arms, admission.lengths, strict=True)):
             if length:
-                stands = right[list(self.arms)[arm]][row, :length]
+                stands = right[list(self.drafters)[drafter]][row, :length]
                 accepted[row] = length if stands.all() else stands.argmin()
         forward_s = self.cost(batch + int(admission.lengths.sum())) * (1 + self.noise * abs(self.rng.normal()))
         tokens = np.full((batch, int(accepted.max()) + 1), RIGHT)
@@ -100,8 +127,8 @@ class World:
         return float(np.mean([admission.lengths.mean() for admission in self.admissions[-last:]]))
 
 
-def world(cost: Callable[[int], float], **arms: Arm) -> World:
-    return World(GoodputController(tuple(arms)), cost, arms)
+def world(cost: Callable[[int], float], **drafters: SimulatedDrafter) -> World:
+    return World(GoodputController(tuple(drafters)), cost, drafters)
 
 
 def affine(tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""Acceptance, calibrated online: from a speculator's own confidence to the probability that the position is accepted."""
+"""Estimates acceptance: maps a drafter's own confidence to the probability that its draft token is accepted."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from itertools import chain
 
 import numpy as np
 
-_EDGES = np.linspace(-5.0, 5.0, 21)  # in logits of the confidence: fine where it is decided whether a draft pays
+_EDGES = np.linspace(-5.0, 5.0, 21)  # bins of the confidence, in logits: fine where they decide whether a draft pays
 _NUM_BINS = len(_EDGES) + 1
-_POSITIONS = np.array([0, 1, 2, 4, 8])  # the first draft position of each class
-_PRIOR_WEIGHT = 8.0  # observations that a guess is worth in a cell without data
-_MEMORY = 2000.0  # observations after which a cell forgets the oldest
-_FORGET_AT_UPDATE = 0.7  # what a policy update leaves of the evidence
+_POSITIONS = np.array([0, 1, 2, 4, 8])  # first draft position of each class of positions
+_PRIOR_WEIGHT = 8.0  # observations that the prior of a cell counts for
+_MEMORY = 2000.0  # observations beyond which a cell scales older ones down
+_FORGET_AT_UPDATE = 0.7  # share of the evidence that a policy update leaves
 _SCORE_BINS = 10
-_KEPT_WAYS = 8  # ways of drawing tokens whose evidence is kept
+_KEPT_DISTRIBUTIONS = 8  # sampling distributions whose statistics are kept
 
 
 class AcceptanceModel:
-    """The share of verified drafts that were accepted, by confidence and draft position.
+    """Share of draft tokens that were accepted, by confidence and draft position.
 
-    A cell of little data is shrunk towards its confidence bin over all positions, and that towards the confidence itself:
-    a speculator that estimates itself well needs no data, one that boasts at far positions is found out there.
+    A cell with little data is shrunk towards its confidence bin over all positions, and that towards the confidence
+    itself. A drafter that is well calibrated needs no data; one that is overconfident at far positions is corrected
+    there.
 
-    A position is seen only while every draft before it was accepted (censoring), so what is estimated is acceptance given
-    that the prefix stood, which is what a decision about the next slot needs.
+    A position is observed only if every draft token before it was accepted (censoring). The estimate is therefore
+    acceptance given an accepted prefix, which is what a decision about the next slot needs.
     """
 
     def __init__(self) -> None:
@@ -34,24 +35,24 @@ class AcceptanceModel:
         self._scores = np.zeros((3, _SCORE_BINS))  # tried, sum of estimates, accepted; by estimate
         self._lines: tuple[np.ndarray, np.ndarray] | None = None
 
-    def drawn(self, how: Hashable) -> None:
-        """From here on tokens are drawn in this way: what was learned of another is a first guess at it, and no more.
+    def switch_to(self, distribution: Hashable) -> None:
+        """Switch to another sampling distribution.
 
-        What was learned of this one, before another came between, holds again.
+        A new one starts from a discounted copy of the current statistics; a known one resumes its own.
 
         Args:
-            how: Whatever tells ways apart, such as the temperature.
+            distribution: Key of the distribution, such as the temperature.
         """
-        if how not in self._evidence:
-            if len(self._evidence) == _KEPT_WAYS:
+        if distribution not in self._evidence:
+            if len(self._evidence) == _KEPT_DISTRIBUTIONS:
                 del self._evidence[next(iter(self._evidence))]
             worth = _PRIOR_WEIGHT / np.maximum(self._tried.sum(axis=0), _PRIOR_WEIGHT)
-            self._evidence[how] = self._tried * worth, self._accepted * worth
-        self._tried, self._accepted = self._evidence[how]
+            self._evidence[distribution] = self._tried * worth, self._accepted * worth
+        self._tried, self._accepted = self._evidence[distribution]
         self._lines = None
 
     def estimate(self, confidence: np.ndarray) -> np.ndarray:
-        """Acceptance probability of each position given its prefix: float64 `[batch, draft_len]`.
+        """Probability that each position is accepted, given that its prefix was: float64 `[batch, draft_len]`.
 
         Args:
             confidence: float32 `[batch, draft_len]`, the columns are draft positions 0, 1, ...
@@ -59,12 +60,12 @@ class AcceptanceModel:
         return self._estimate(*_bins(confidence), _classes(confidence.shape[1])[None])
 
     def observe(self, confidence: np.ndarray, num_tried: np.ndarray, num_accepted: np.ndarray) -> None:
-        """Learn from drafts whose fate is known.
+        """Learn from drafts whose outcome is known.
 
         Args:
             confidence: float32 `[batch, draft_len]`.
-            num_tried: int64 `[batch]`, positions whose acceptance is known: those accepted and, where one was rejected
-                after them, that one.
+            num_tried: int64 `[batch]`, positions with a known outcome: the accepted ones, and the rejected one after
+                them if there is one.
             num_accepted: int64 `[batch]`.
         """
         if confidence.shape[1] == 0:
@@ -83,16 +84,16 @@ class AcceptanceModel:
         self._lines = None
 
     def policy_updated(self) -> None:
-        """The policy moved: old evidence counts for less."""
+        """The policy changed: older evidence counts for less."""
         for table in chain.from_iterable(self._evidence.values()):
             table *= _FORGET_AT_UPDATE
         self._lines = None
 
     def take_calibration(self) -> tuple[int, float]:
-        """Drafts scored since the last call, and their expected calibration error (Guo et al., arXiv 1706.04599, eq. 3).
+        """Draft tokens scored since the last call, and their expected calibration error.
 
-        Each estimate is scored before its outcome is learned from; the error is the mean over drafts of the distance
-        between estimate and outcome, both averaged within tenths of the estimate.
+        As in Guo et al., arXiv 1706.04599, eq. 3: the distance between mean estimate and mean outcome within tenths of
+        the estimate, averaged over draft tokens. Each estimate is scored before its outcome is learned from.
         """
         tried, estimates, accepted = self._scores
         total = tried.sum()
@@ -101,7 +102,7 @@ class AcceptanceModel:
         return int(total), error
 
     def _estimate(self, own: np.ndarray, cell: np.ndarray, position_class: np.ndarray) -> np.ndarray:
-        """Shrunk twice, an estimate is a line in the confidence: `a + b * own` with `a`, `b` of the cell."""
+        """Estimate single positions. Shrunk twice, an estimate is linear in the confidence: `a + b * own`, by cell."""
         if self._lines is None:
             tried, accepted = self._tried.sum(axis=0), self._accepted.sum(axis=0)
             guess = _PRIOR_WEIGHT / (self._tried + _PRIOR_WEIGHT)

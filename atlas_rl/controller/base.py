@@ -1,8 +1,8 @@
 """The interface of controllers.
 
-In every decode step a controller decides which speculators draft, for which requests and how far, and how many of the draft
-tokens are verified. It is pure logic over numpy arrays: it computes with no tensors, and reads no clock but the times it is
-told.
+In every decode step a controller decides which speculators draft, for which requests and how far, and how many of the
+draft tokens are verified. It is pure logic over numpy arrays: it computes with no tensors, and reads no clock but the
+times it is told.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Controller(ABC):
         """Choose which speculators to ask next. Called again with their drafts, until it asks nobody.
 
         Returns:
-            By speculator, each from `step.ready` and without a draft yet: int64 `[batch]`, the most draft tokens wanted. A
-            request with 0 gets no draft.
+            By speculator, each from `step.ready` and without a draft yet: int64 `[batch]`, the most draft tokens
+            wanted. A request with 0 gets no draft.
         """
 
     @abstractmethod
@@ -104,8 +104,8 @@ class Controller(ABC):
         """The policy moved on, and the speculators have been refreshed.
 
         Args:
-            expected: `Speculator.expected_survival` of the speculators that measured it: float64 `[n]`, probability that a
-                draft survives up to each position.
+            expected: `Speculator.expected_survival` of the speculators that measured it: float64 `[n]`, probability
+                that a draft survives up to each position.
         """
 
     @abstractmethod
@@ -120,7 +120,7 @@ class Controller(ABC):
 def step_record(
     step: Step, admission: Admission, verified: Verified, forward_s: float, speculators: Sequence[str]
 ) -> dict[str, Any]:
-    """Tokens and seconds of one step, as JSON values: the part of a record that does not depend on the controller."""
+    """Tokens and seconds of one step, as JSON values, whatever the controller; a replay fits its costs to such records."""
     slots = np.bincount(admission.arms, weights=admission.lengths, minlength=len(speculators))
     return {
         "batch": step.batch,

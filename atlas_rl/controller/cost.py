@@ -1,4 +1,4 @@
-"""What forwards and drafts cost, learned from the run's own step times: no table, no calibration pass."""
+"""Estimates the seconds of forwards and drafts from the run's own step times, without a calibration pass."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import numpy as np
 
 _Depth = TypeVar("_Depth", float, np.ndarray)
 
-_SAMPLES = 15  # per size; their median shrugs off outliers and follows a machine that slows down
-_TRUST = 3.0  # samples at which a size's, or an octave's, own median and what was fitted to all weigh the same
+_SAMPLES = 15  # latest samples per size: their median ignores outliers and follows a machine that slows down
+_TRUST = 3.0  # samples at which the median of a size, or octave, weighs as much as the fit through all of them
 _PRIOR_DOUBLING_TOKENS = 64.0  # before any evidence: this many more tokens double a forward's time
-_PRIOR_WEIGHT = 0.05
-_CONTEXT_DOUBT = 2000.0  # context tokens: a spread of contexts this wide counts half against "context is free"
-_CONTEXT_FADES = 0.995  # of the evidence on it, per forward
-_OUTLIER = 0.2  # a forward that misses its size's mean by more teaches no more than this about the context
-_INTERRUPTED = 2.0  # times what was expected: no forward counts as slower (or faster) than that
-_KNOWN = 8  # samples of a size from which on it can tell an interruption and the machine's level
-_LEVEL_FORWARDS = 9  # latest forwards, of any size, whose median surprise is the machine's level
-_DRAFTS = 12  # latest draft calls of a speculator, for each octave of rows, that its cost is fitted to
-_PRIOR_CALLS = 0.03  # what "in proportion to the depth" weighs against them
-_SLOW = 4.0  # times the usual seconds per draft position: no call counts as slower than that
+_PRIOR_WEIGHT = 0.05  # of that slope in the fit
+_CONTEXT_DOUBT = 2000.0  # context tokens: evidence spread this wide weighs as much as the prior "context is free"
+_CONTEXT_FADES = 0.995  # share of that evidence that each forward leaves
+_OUTLIER = 0.2  # bound on a forward's relative distance to its size's mean, where the context's share is learned
+_INTERRUPTED = 2.0  # bound on measured over expected seconds of a forward, either way
+_KNOWN = 8  # samples of a size from which on it tells how fast the machine is at the moment
+_LEVEL_FORWARDS = 9  # latest forwards, of any size, whose median of measured over expected is the machine's level
+_DRAFTS = 12  # latest calls of a drafter, per octave of rows, that its cost is fitted to
+_PRIOR_CALLS = 0.03  # calls that the prior "in proportion to the depth" counts for
+_SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usual ones
 
 
 class CostModel:
-    """Seconds of a forward over `num_tokens` packed tokens whose requests have `context_tokens` in the cache altogether.
+    """Seconds of a forward over packed tokens, by their number and the cached tokens of all their requests.
 
-    Sizes are bucketed finely when small and by eighths of an octave beyond. The prediction blends a bucket's median with
-    a line fitted through all buckets, so that steps in the true cost (kernel choices, captured graph sizes) show where
-    they have been seen and everything else is interpolated.
+    Sizes are bucketed: exact when small, eighths of an octave beyond. A prediction blends the bucket's median with a
+    line fitted through all buckets: steps in the true cost (kernel choices, captured graph sizes) show in buckets that
+    were seen, and everything else is interpolated.
 
-    Two factors stand before that table, the same for all sizes: what reading the context adds, fitted to how forwards of one
-    size differ, and the machine's level, which follows the latest forwards of any size. What is compared in a decision are
-    sizes; a machine that slows down, or a context that grows while it does, must not make the sizes lately seen look dear
-    beside those that were seen before.
+    Two factors multiply that table, the same for all sizes. One is the cost of reading the context, fitted to how
+    forwards of one size differ. The other is the machine's level, which follows the latest forwards of any size. A
+    decision compares sizes: if the machine slows down, or the context grows, sizes seen lately must not look dearer
+    than those seen before.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,8 @@ class CostModel:
         scaled = seconds / self._factor(context_tokens)
         expected = float(self._predicted(size)[size]) if self._observed else scaled
         samples = self._samples.setdefault(size, deque(maxlen=_SAMPLES))
-        # Also of a size that is new: interrupted once, it would look dear and not be tried again. If it is, that shows.
+        # Also for a new size: one interrupted forward would make it look dear, and it would never be tried again. A
+        # size that is really dear shows in its next forwards.
         scaled = min(scaled, expected * _INTERRUPTED)
         if len(samples) >= _KNOWN:
             scaled = max(scaled, expected / _INTERRUPTED)
@@ -83,7 +84,7 @@ class CostModel:
         return self._table[: max_tokens + 1]
 
     def _factor(self, context_tokens: int) -> float:
-        """What stands before the table."""
+        """Context and the machine's level: the factor on the whole table."""
         relative = max(0.0, self._covariance / (self._variance + _CONTEXT_DOUBT**2))
         return self._level * (1 + relative * context_tokens)
 
@@ -99,7 +100,7 @@ class CostModel:
         sizes = sorted(self._samples)
         size = np.array(sizes, dtype=np.float64)
         weight = np.array([len(self._samples[bucket]) for bucket in sizes], dtype=np.float64)
-        # More tokens are never cheaper. Where they seem to be, a size was interrupted: the better known one decides.
+        # More tokens are never cheaper. If they seem to be, a forward was interrupted: more samples weigh more.
         median = _rising([_median(self._samples[bucket]) for bucket in sizes], weight.tolist())
         intercept, slope = _line(size, median, weight)
         max_tokens = max(max_tokens, *self._samples)
@@ -111,19 +112,19 @@ class CostModel:
             where = slice(bucket, bucket + _width(bucket))
             table[where] *= times
             seen[where] = table[where]
-        # A guess may not exceed what more tokens were seen to cost, either.
+        # Nor may an interpolated size cost more than a larger one that was measured.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
         self._table = np.maximum.accumulate(np.maximum(table, 1e-9))
 
 
 class DraftCost:
-    """Seconds of a speculator's proposal: `a + b * depth + c * rows * depth + d * backlog`.
+    """Seconds of a drafter's call: `a + b * depth + c * rows * depth + d * backlog`.
 
-    `rows` are the requests that it drafts for, `backlog` the committed tokens that it has to run first. Fitted to the latest
-    calls of every octave of rows by least squares of relative errors, weighted against outliers, with a ridge towards "in
-    proportion to the depth", which decides while nothing else varies. No share is ever negative. Every octave then has a
-    level of its own, the median of what its calls took over what was fitted, as far as they are many: its calls are newer or
-    older than the others'.
+    `rows` are the requests that it drafts for, `backlog` the committed tokens that it has to run first. The four shares
+    are never negative. They are fitted to the latest calls of every octave of rows by least squares of relative errors,
+    robust to outliers. A ridge pulls them towards "in proportion to the depth", which decides while nothing else
+    varies. Every octave then gets a level of its own, the median of measured over fitted seconds, shrunk towards 1
+    while its calls are few: its calls may be older or newer than those of other octaves.
     """
 
     def __init__(self) -> None:
@@ -136,7 +137,7 @@ class DraftCost:
         return sum(len(calls) for calls in self._calls.values())
 
     def knows(self, rows: int) -> bool:
-        """Whether a call for about so many requests was seen: of the same octave, or of one beside it."""
+        """Whether a call for about so many requests was observed: in the same octave, or in one next to it."""
         octave = rows.bit_length()
         return any(near in self._calls for near in (octave - 1, octave, octave + 1))
 
@@ -149,7 +150,16 @@ class DraftCost:
             self._shares = None
 
     def predict(self, rows: int, depth: _Depth, backlog: int = 0) -> _Depth:
-        """Seconds of a call of this depth (float), or of these (float64 `[n]`); `ValueError` before any was observed."""
+        """Seconds of a call, for one depth or several: float, or float64 `[n]`.
+
+        Args:
+            rows: Requests that it drafts for.
+            depth: Draft tokens per request, a float or float64 `[n]`.
+            backlog: Committed tokens that it has to run first.
+
+        Raises:
+            ValueError: Before any call was observed.
+        """
         if not self._calls:
             raise ValueError("no call was observed yet")
         if self._shares is None:
@@ -169,7 +179,7 @@ class DraftCost:
         prior = np.array([0.0, per_depth, 0.0, 0.0]) * scale
         weight, shares = np.ones_like(seconds), prior
         ends = np.cumsum([len(calls) for calls in self._calls.values()])[:-1]
-        for _ in range(4):  # calls that lie off those of their octave count for little the next time
+        for _ in range(4):  # reweighted: calls far from the fit of their octave count for little in the next round
             weighted = features * weight[:, None]
             shares = _not_negative(weighted.T @ features, weighted.sum(axis=0), prior)
             rest = np.split(1 - features @ shares, ends)
@@ -184,7 +194,7 @@ class DraftCost:
 
 
 def _not_negative(gram: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """Least squares with a ridge towards `prior`, of shares that are not negative: the most negative is left out in turn."""
+    """Least squares with a ridge towards `prior`; drops the most negative share until none is negative."""
     shares, kept = np.zeros(len(prior)), np.arange(len(prior))
     while len(kept):
         square = gram[np.ix_(kept, kept)] + _PRIOR_CALLS * np.eye(len(kept))
@@ -223,22 +233,22 @@ def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[flo
 
 
 def _due(num_observed: int, every: int) -> bool:
-    """Whether to fit anew: always at first, later now and then, which no decision notices and the step does."""
+    """Whether to fit anew: at first always, later at every `every`-th observation, because fits cost time."""
     return num_observed < 16 or num_observed % every == 0
 
 
 def _median(values: Iterable[float]) -> float:
-    """Of a handful of numbers, where numpy's would spend ten times as long on the call alone."""
+    """Median of a handful of numbers; the call of numpy's alone takes ten times as long."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else 0.5 * (ordered[middle - 1] + ordered[middle])
 
 
 def _bucket(num_tokens: int) -> int:
-    """The smallest size of the bucket: exact below 16, then eighths of an octave."""
+    """Smallest size in the bucket of `num_tokens`: exact below 16, then eighths of an octave."""
     return num_tokens // _width(num_tokens) * _width(num_tokens)
 
 
 def _width(num_tokens: int) -> int:
-    """Sizes in the bucket of `num_tokens`."""
+    """Number of sizes in the bucket of `num_tokens`."""
     return 1 if num_tokens < 16 else 1 << (num_tokens.bit_length() - 4)

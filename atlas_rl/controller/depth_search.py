@@ -1,4 +1,4 @@
-"""How far to ask a speculator, and for which requests: the search over every answer, compiled.
+"""Searches how far to ask a drafter and for which requests, compiled.
 
 A decision weighs some twenty answers, each a ranking of all draft slots of the batch. In numpy that took 4% of a step.
 """
@@ -8,37 +8,37 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_LEVELS = 64  # survival probabilities are ranked to within 1/64: this is about drafts that do not exist yet
+_LEVELS = 64  # resolution of the ranking by survival: drafts that do not exist yet need no finer one
 
 
 @numba.njit(cache=True, nogil=True)
-def search(there, expected, better, forward_s, draft_s, depths, discount):
-    """The answer with the most expected goodput.
+def search(current, expected, better, forward_s, draft_s, depths, discount):
+    """Find the answer with the highest expected goodput.
 
     Args:
-        there: float64 `[batch, lookahead]`, survival of the draft that each request has; rows never rise.
-        expected: float64 `[draws, batch, lookahead]`, of what the speculator might draft: an answer's goodput is that of
-            all draws together, of which each is verified as far as is best for it.
-        better: bool `[batch]`, requests where it is expected to do better.
+        current: float64 `[batch, lookahead]`, survival of the draft that each request already has; rows never rise.
+        expected: float64 `[draws, batch, lookahead]`, survival of possible drafts of the drafter. Each draw is verified
+            as far as is best for it; an answer's goodput is that of all draws together.
+        better: bool `[batch]`, requests where the drafter is expected to beat the current draft.
         forward_s: float64 `[n]`, seconds of a forward over 0, 1, ... tokens, to at least `batch * (1 + lookahead)`.
-        draft_s: float64 `[3, num_depths]`, draft seconds of the step: if nobody more is asked (the first entry), if it is
-            asked for `better` to each depth, if it is asked for all.
-        depths: int64 `[num_depths]`.
+        draft_s: float64 `[3, num_depths]`, draft seconds of the step: if it is not asked (first entry of the row), if
+            it is asked for `better` to each depth, if it is asked for all requests.
+        depths: int64 `[num_depths]`, draft tokens that may be asked for.
         discount: Factor on the goodput of steps with drafts.
 
     Returns:
-        Whom to ask for (0 nobody, 1 `better`, 2 all), the index of the depth, and the goodput that is expected of it,
-        without the factor.
+        Requests to ask for (0 none, 1 `better`, 2 all), index of the depth, and the expected goodput without the
+        discount.
     """
     draws, batch, lookahead = expected.shape
     sums = np.zeros(batch)
     for row in range(batch):
         for position in range(lookahead):
-            sums[row] += there[row, position]
+            sums[row] += current[row, position]
     counts, masses = np.zeros(_LEVELS), np.zeros(_LEVELS)
     nobody = np.zeros((0, batch, lookahead))
     tokens, seconds, factor = _verified(
-        there, nobody, 0, sums, better, 0, 0, forward_s, draft_s[0, 0], discount, counts, masses
+        current, nobody, 0, sums, better, 0, 0, forward_s, draft_s[0, 0], discount, counts, masses
     )
     best, expected_of_it, answer = factor * tokens / seconds, tokens / seconds, (0, 0)
     for whom in (1, 2):
@@ -46,7 +46,7 @@ def search(there, expected, better, forward_s, draft_s, depths, discount):
             all_tokens, discounted, all_seconds = 0.0, 0.0, 0.0
             for draw in range(draws):
                 tokens, seconds, factor = _verified(
-                    there,
+                    current,
                     expected,
                     draw,
                     sums,
@@ -67,9 +67,9 @@ def search(there, expected, better, forward_s, draft_s, depths, discount):
 
 
 @numba.njit(cache=True, nogil=True)
-def _verified(there, expected, draw, sums, better, whom, depth, forward_s, draft_s, discount, counts, masses):
-    """Tokens and seconds of one draw, verified as far as is best, and the factor that applies: 1 without drafts."""
-    batch, lookahead = there.shape
+def _verified(current, expected, draw, sums, better, whom, depth, forward_s, draft_s, discount, counts, masses):
+    """Tokens and seconds of one draw, verified as far as is best, and the discount on it: 1 if nothing is verified."""
+    batch, lookahead = current.shape
     counts[:] = 0
     masses[:] = 0
     for row in range(batch):
@@ -80,7 +80,7 @@ def _verified(there, expected, draw, sums, better, whom, depth, forward_s, draft
                 total += expected[draw, row, position]
             fresh = total > sums[row]
         for position in range(depth if fresh else lookahead):
-            value = expected[draw, row, position] if fresh else there[row, position]
+            value = expected[draw, row, position] if fresh else current[row, position]
             if value <= 0:
                 break
             level = min(int((1 - value) * _LEVELS), _LEVELS - 1)

@@ -1,4 +1,4 @@
-"""What to expect of a speculator's draft before it is made: what it lately drafted where the others had as much to say."""
+"""Forecasts a draft before it is made, from the drafter's recent drafts in comparable situations."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import numba
 import numpy as np
 
 MAX_LOOKAHEAD = 16
-_EDGES = np.array(
-    [1e-9, 0.3, 0.6, 0.85]
-)  # survival of the first draft token that is there already: none, unlikely, ...
-_PROFILES = 32  # latest drafts kept per class
-_PERSISTENCE = 0.5  # of a position's easiness, from one to the next
-_USUAL_MEMORY = 200.0  # positions that the usual acceptance is a mean over
-_OPTIMISM = 0.7  # acceptance of a speculator that nothing is known of: enough to be tried where drafting pays at all
+# Situations differ by how likely the first token of the best draft so far is to survive: no draft, unlikely, ...
+_EDGES = np.array([1e-9, 0.3, 0.6, 0.85])
+_PROFILES = 32  # latest drafts kept per situation
+_PERSISTENCE = 0.5  # share of a position's deviation from the usual acceptance that carries over to the next position
+_USUAL_MEMORY = 200.0  # positions that the usual acceptance is averaged over
+_OPTIMISM = 0.7  # acceptance assumed of an unknown drafter: enough to be tried where drafting pays at all
 _OPTIMISTIC = _OPTIMISM ** np.arange(1, MAX_LOOKAHEAD + 1)
 
 
-class Expectation:
-    """Latest survival profiles of a speculator's drafts, by how promising the draft was that others had made there.
+class DraftForecast:
+    """Latest survival profiles of a drafter, by how promising the best draft of the others was at that moment.
 
-    A profile is the survival probability at each draft position of one draft. Whole profiles and not their means are kept: a
-    speculator that is sure of one request in ten is worth asking for a long draft, one that is a little sure of all is not.
+    A profile is the survival probability at each position of one draft. Whole profiles are kept, not their mean: a long
+    draft pays if the drafter is sure about one request in ten, but not if it is slightly sure about all.
     """
 
     def __init__(self) -> None:
@@ -28,35 +27,38 @@ class Expectation:
         self._counts = np.zeros(len(_EDGES) + 1, np.int64)
         self._turn = 0
         self._measured: np.ndarray | None = None
-        self._usual = _OPTIMISM  # acceptance of a position behind one that stood
-        self._stood = 0.0  # survival that this is the mean over
+        self._usual = _OPTIMISM  # mean acceptance of a position after an accepted one
+        self._stood = 0.0  # weight of that mean: survival of the positions before
 
-    def survival(self, there: np.ndarray) -> np.ndarray:
-        """Profiles to expect, in as many draws as show all that is remembered: float64 `[draws, batch, MAX_LOOKAHEAD]`.
+    def predict(self, beside: np.ndarray) -> np.ndarray:
+        """Survival profiles to expect of its next draft.
 
         Args:
-            there: float64 `[batch]`, survival of the first token of the best draft that each request has; 0 for none.
+            beside: float64 `[batch]`, survival of the first token of the best draft that each request has; 0 for none.
+
+        Returns:
+            float64 `[draws, batch, MAX_LOOKAHEAD]`, with enough draws to show every kept profile.
         """
-        draws = -(-_PROFILES // len(there))
-        group = np.searchsorted(_EDGES, there, side="right")
-        self._turn += 1  # where a class has fewer requests than profiles, others the next time
+        draws = -(-_PROFILES // len(beside))
+        group = np.searchsorted(_EDGES, beside, side="right")
+        self._turn += 1  # a situation with fewer requests than profiles shows other profiles the next time
         unknown = _OPTIMISTIC if self._measured is None else self._measured
         return _remembered(self._profiles, self._counts, group, draws, self._turn, unknown)
 
-    def observe(self, there: np.ndarray, survival: np.ndarray, asked: np.ndarray, lengths: np.ndarray) -> None:
-        """Note drafts.
+    def observe(self, beside: np.ndarray, survival: np.ndarray, asked: np.ndarray, lengths: np.ndarray) -> None:
+        """Remember the drafts of a step.
 
         Args:
-            there: As for `survival`, when they were asked for.
-            survival: float64 `[batch, MAX_LOOKAHEAD]`.
-            asked: int64 `[batch]`, most tokens wanted; rows with 0 say nothing.
-            lengths: int64 `[batch]`, tokens drafted. A draft that ends before what was wanted has nothing beyond; one that
-                is as long is taken to go on as it went.
+            beside: As for `predict`, at the moment when they were asked for.
+            survival: float64 `[batch, MAX_LOOKAHEAD]`, their survival by position.
+            asked: int64 `[batch]`, the most tokens wanted; rows with 0 are ignored.
+            lengths: int64 `[batch]`, tokens drafted. A draft shorter than wanted has nothing beyond its end; one as
+                long as wanted is extrapolated.
         """
         rows = np.flatnonzero(asked > 0)
         reached = lengths[rows] >= np.minimum(asked[rows], MAX_LOOKAHEAD)
         profiles = _prolonged(survival[rows], lengths[rows], reached, self._learn_usual(survival[rows]))
-        group = np.searchsorted(_EDGES, there[rows], side="right")
+        group = np.searchsorted(_EDGES, beside[rows], side="right")
         for index in set(group.tolist()):
             new = profiles[group == index][-_PROFILES:]
             slots = (self._counts[index] + np.arange(len(new))) % _PROFILES
@@ -64,7 +66,7 @@ class Expectation:
             self._counts[index] += len(new)
 
     def _learn_usual(self, survival: np.ndarray) -> float:
-        """The acceptance of drafted positions, given what stands before them, with these drafts (`[n, MAX_LOOKAHEAD]`)."""
+        """Mean acceptance of positions after an accepted one, with these drafts (`[n, MAX_LOOKAHEAD]`) included."""
         stood = float(survival[:, :-1][survival[:, 1:] > 0].sum())
         if stood:
             self._stood = min(self._stood, _USUAL_MEMORY) + stood
@@ -72,11 +74,11 @@ class Expectation:
         return self._usual
 
     def policy_updated(self, measured: np.ndarray | None) -> None:
-        """The speculator was refreshed.
+        """The drafter was refreshed.
 
         Args:
-            measured: float64 `[n]`, mean survival by position as measured on the newest rollouts, where it was. Profiles
-                change in proportion to it.
+            measured: float64 `[n]`, its mean survival by position on the newest rollouts; None if it did not measure
+                that. The kept profiles are scaled by how it changed.
         """
         if measured is None:
             return
@@ -85,7 +87,7 @@ class Expectation:
         new = _prolonged(padded[None], lengths, np.array([True]), self._usual)[0]
         if self._measured is not None:
             factor = new / np.maximum(self._measured, 1e-3)
-            # Survival never rises along a profile, whatever the factors.
+            # The factors differ by position, and survival must still never rise along a profile.
             self._profiles = np.minimum.accumulate(np.clip(self._profiles * factor, 0.0, 1.0), axis=-1)
         self._measured = new
 
@@ -94,13 +96,13 @@ class Expectation:
 def _remembered(
     profiles: np.ndarray, counts: np.ndarray, group: np.ndarray, draws: int, turn: int, unknown: np.ndarray
 ) -> np.ndarray:
-    """Profiles of the known class that is nearest to each request's, one after the other; `unknown` where none is.
+    """Profiles of the nearest known situation for each request, taken in turn; `unknown` where no situation is known.
 
-    Compiled, because it is wanted up to three times a step, and in numpy took a sixth of a decision.
+    Compiled, because it runs up to three times a step, and in numpy took a sixth of a decision.
     """
     batch, lookahead = len(group), profiles.shape[2]
     survival = np.empty((draws, batch, lookahead))
-    given = np.zeros(len(counts), np.int64)  # profiles so far, per class of requests
+    given = np.zeros(len(counts), np.int64)  # profiles handed out so far, per situation
     for draw in range(draws):
         for row in range(batch):
             own, nearest = group[row], -1
@@ -117,7 +119,7 @@ def _remembered(
 
 
 def _prolonged(survival: np.ndarray, lengths: np.ndarray, goes_on: np.ndarray, usual: float) -> np.ndarray:
-    """Profiles that go on beyond the draft: at the acceptance of its last position first, at the usual one in the end."""
+    """Extrapolate profiles beyond the draft, from the acceptance of its last position towards the usual acceptance."""
     profiles, last = survival.copy(), np.maximum(lengths - 1, 0)
     rows = np.arange(len(survival))
     ends = survival[rows, last]

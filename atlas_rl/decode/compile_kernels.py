@@ -10,7 +10,7 @@ import numpy as np
 
 from atlas_kernels.noise import BLOCK, Stream, choose_rows, request_keys
 from atlas_rl.controller.depth_search import search
-from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, Expectation
+from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
 from atlas_rl.core import SamplingParams, Sequences, Verified
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 
@@ -28,7 +28,7 @@ def compile_kernels() -> float:
     choose_rows(probs, probs[:, :1], request_keys(0, 2), requests, int(Stream.TARGET))
     profiles, depths = np.zeros((2, MAX_LOOKAHEAD)), np.array([1, 2])
     search(profiles, profiles[None], np.ones(2, bool), np.ones(2 * MAX_LOOKAHEAD + 3), np.ones((3, 2)), depths, 1.0)
-    Expectation().survival(np.zeros(2))
+    DraftForecast().predict(np.zeros(2))
     history = HistorySpeculator()
     for _ in range(2):  # the second call archives the first
         sequences = _toy_sequences()

@@ -132,20 +132,20 @@ def test_a_policy_update_discounts_what_was_learned():
 def test_another_way_of_drawing_is_learned_anew_and_the_first_is_not_forgotten():
     """What was learned at temperature 1 is a guess at temperature 0, which a few outcomes correct."""
     model, confidence = AcceptanceModel(), np.full((400, 1), 0.5, np.float32)
-    model.drawn(1.0)
+    model.switch_to(1.0)
     model.observe(confidence, np.ones(400, np.int64), np.arange(400) % 4 == 0)
     assert model.estimate(confidence[:1]).item() == pytest.approx(0.25, abs=0.03)
-    model.drawn(0.0)
+    model.switch_to(0.0)
     assert model.estimate(confidence[:1]).item() == pytest.approx(0.25, abs=0.15)  # the guess
     model.observe(confidence[:40], np.ones(40, np.int64), np.ones(40, np.int64))
     assert model.estimate(confidence[:1]).item() > 0.75
-    model.drawn(1.0)
+    model.switch_to(1.0)
     assert model.estimate(confidence[:1]).item() == pytest.approx(0.25, abs=0.03)
 
 
 def test_no_more_ways_of_drawing_are_kept_than_a_run_has():
     model = AcceptanceModel()
     for temperature in range(100):
-        model.drawn(temperature)
+        model.switch_to(temperature)
         model.observe(np.full((4, 2), 0.5, np.float32), np.full(4, 2), np.full(4, 1))
     assert len(model._evidence) <= 8

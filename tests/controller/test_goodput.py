@@ -1,4 +1,4 @@
-"""The controller in synthetic worlds: known costs, known acceptance, times that are told, never a real clock."""
+"""The adaptive controller in simulated worlds: known costs, known acceptance, never a real clock."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ import json
 import numpy as np
 import pytest
 
-from atlas_rl.controller.fixed import FixedController
+from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
-from tests.controller_simulator import CONTEXT, Arm, World, affine, flat, proportional, saturating, shallow, sure, world
+from tests.controller_simulator import (
+    CONTEXT,
+    SimulatedDrafter,
+    World,
+    affine,
+    as_sure_as,
+    flat,
+    proportional,
+    saturating,
+    shallow,
+    sure,
+    world,
+)
 
 
 def test_nothing_is_drafted_before_a_plain_forward_is_known():
@@ -42,14 +54,14 @@ def test_drafts_that_cost_as_much_as_they_bring_are_not_verified():
 
 
 def test_where_nothing_pays_planning_is_rare_too():
-    arms = {"cheap": sure(0.02)}
-    run = World(GoodputController(("cheap",), explain=True), proportional, arms).run(300, batch=32)
+    drafters = {"cheap": sure(0.02)}
+    run = World(GoodputController(("cheap",), explain=True), proportional, drafters).run(300, batch=32)
     planned = np.array([record["planned"] for record in run.records])
     assert planned[-100:].mean() < 0.2
     assert np.diff(np.flatnonzero(planned)).max() <= 10  # what begins to pay is seen soon
     run.run(2, batch=8)  # the first measures what no speculation costs
     assert run.records[-1]["planned"], "a batch that shrinks ends the pause"
-    run.arms["cheap"] = sure(0.9)
+    run.drafters["cheap"] = sure(0.9)
     run.cost = flat
     run.run(60, batch=8)
     assert all(record["planned"] for record in run.records[-10:])
@@ -62,8 +74,7 @@ def test_drafts_are_long_where_verification_is_free_and_acceptance_high():
 
 def test_lengths_follow_the_confidence_of_each_row():
     chances = np.array([0.97, 0.2, 0.97, 0.2, 0.7, 0.7])
-    mixed = Arm(lambda batch, depth: np.repeat(chances[:, None], depth, axis=1), lambda c: c)
-    run = world(affine, cheap=mixed).run(300, batch=6)
+    run = world(affine, cheap=as_sure_as(chances)).run(300, batch=6)
     mean = np.mean([admission.lengths for admission in run.admissions[-150:]], axis=0)
     assert mean[[0, 2]].min() > 4
     assert mean[[1, 3]].max() < 0.5
@@ -73,15 +84,12 @@ def test_lengths_follow_the_confidence_of_each_row():
 
 def test_each_request_uses_the_more_promising_draft():
     even = np.arange(6) % 2 == 0
-
-    def chances(rows):
-        return lambda batch, depth: np.repeat(np.where(rows, 0.95, 0.3)[:, None], depth, axis=1)
-
-    run = world(affine, a=Arm(chances(even), lambda c: c), b=Arm(chances(~even), lambda c: c)).run(200, batch=6)
+    a, b = as_sure_as(np.where(even, 0.95, 0.3)), as_sure_as(np.where(even, 0.3, 0.95))
+    run = world(affine, a=a, b=b).run(200, batch=6)
     last = run.admissions[-20:]
     assert all((admission.lengths > 0).all() or not admission.lengths.any() for admission in last)
-    arms = np.array([admission.arms for admission in last if admission.lengths.any()])
-    assert (arms == np.where(even, 0, 1)).all()
+    drafters = np.array([admission.arms for admission in last if admission.lengths.any()])
+    assert (drafters == np.where(even, 0, 1)).all()
 
 
 def test_drafts_grow_longer_as_the_batch_shrinks():
@@ -95,14 +103,14 @@ def test_drafts_grow_longer_as_the_batch_shrinks():
     assert lengths[-1] > 4
 
 
-def test_a_costly_arm_that_wins_is_used():
+def test_a_costly_drafter_that_wins_is_used():
     run = world(affine, costly=sure(0.9, draft_s=lambda depth: 0.005 * depth)).run(300, batch=8)
     asked = [bool(plan) for plan in run.asked[-200:]]
     assert np.mean(asked) > 0.9
     assert run.goodput(last=200) > 1.4 * 8 / affine(8)
 
 
-def test_a_costly_arm_that_loses_is_tried_dropped_and_rarely_tried_again():
+def test_a_costly_drafter_that_loses_is_tried_dropped_and_rarely_tried_again():
     run = world(affine, costly=sure(0.5, draft_s=lambda depth: 0.06 * depth)).run(1500, batch=8)
     asked = np.array([bool(plan) for plan in run.asked])
     assert asked[:20].sum() >= 1
@@ -110,7 +118,7 @@ def test_a_costly_arm_that_loses_is_tried_dropped_and_rarely_tried_again():
     assert asked[100:].sum() >= 1
 
 
-def test_a_costly_arm_has_to_beat_the_cheap_one():
+def test_a_costly_drafter_has_to_beat_the_cheap_one():
     """Alone it would win; beside a free drafter that is nearly as good it does not pay."""
     costly = sure(0.85, draft_s=lambda depth: 0.02 * depth)
     both = world(affine, cheap=sure(0.8), costly=costly).run(600, batch=4)
@@ -133,9 +141,9 @@ ADVERSE = {
 @pytest.mark.parametrize("batch", [1, 16])
 def test_a_run_is_not_slower_than_without_speculation(name, batch):
     """Everything counted: learning, trials, and drafts that were in vain."""
-    cost, arm = ADVERSE[name]
-    run = world(cost, only=arm).run(600, batch)
-    plain = World(GoodputController(()), cost, {}).run(600, batch)
+    cost, drafter = ADVERSE[name]
+    run = world(cost, only=drafter).run(600, batch)
+    plain = World(NoSpeculation(), cost, {}).run(600, batch)
     assert run.goodput() > 0.97 * plain.goodput()
 
 
@@ -143,9 +151,9 @@ def test_a_run_is_not_slower_than_without_speculation(name, batch):
 @pytest.mark.parametrize("chance", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize("cost", [flat, affine, saturating, proportional])
 def test_a_run_is_nearly_as_fast_as_with_the_best_fixed_length(cost, chance, batch):
-    arms = {"cheap": sure(chance)}
-    run = world(cost, **arms).run(300, batch)
-    fixed = [World(FixedController(["cheap"], "cheap", k), cost, arms).run(60, batch) for k in (1, 2, 4, 8, 16)]
+    drafters = {"cheap": sure(chance)}
+    run = world(cost, **drafters).run(300, batch)
+    fixed = [World(FixedController(["cheap"], "cheap", k), cost, drafters).run(60, batch) for k in (1, 2, 4, 8, 16)]
     best = max(batch / cost(batch), *(other.goodput() for other in fixed))
     assert run.goodput(last=200) > 0.9 * best
 
@@ -198,31 +206,20 @@ def test_a_machine_that_slows_down_while_it_drafts_does_not_make_plain_decoding_
     run = world(affine, cheap=sure(0.8)).run(150, batch=4)
     before = run.mean_length(last=50)
     run.cost = lambda tokens: 3 * affine(tokens)
-    run.arms["cheap"].draft_s = lambda depth: 3e-5 * depth
+    run.drafters["cheap"].draft_s = lambda depth: 3e-5 * depth
     run.run(100, batch=4)
     assert run.mean_length(last=50) == pytest.approx(before, rel=0.25)
 
 
 def test_a_policy_update_gives_a_failed_drafter_another_chance():
-    arm = sure(0.6, truth=0.02)
-    run = world(affine, cheap=arm).run(60, batch=8)
+    drafter = sure(0.6, truth=0.02)
+    run = world(affine, cheap=drafter).run(60, batch=8)
     assert run.mean_length(last=20) == 0
-    arm.truth = lambda c: np.full(c.shape, 0.9)  # its refresh has cured it
+    drafter.truth = lambda c: np.full(c.shape, 0.9)  # its refresh has cured it
     for _ in range(20):
         run.controller.policy_updated({})
         run.run(20, batch=8)
     assert run.mean_length(last=20) > 1
-
-
-def test_the_fixed_controller_is_fixed():
-    run = World(FixedController(["a", "b"], "b", 3), affine, {"a": sure(0.9), "b": sure(0.05)})
-    run.run(50, batch=4)
-    assert all(list(plan) == ["b"] for plan in run.asked)
-    assert all((admission.lengths == 3).all() and (admission.arms == 1).all() for admission in run.admissions)
-    run.step(batch=4, room=2)
-    assert (run.admissions[-1].lengths == 2).all()
-    run.controller.policy_updated({})
-    assert run.controller.plain_forward_s(4, 0) > 0
 
 
 def test_what_a_drafter_cost_for_many_does_not_keep_it_from_few():
@@ -242,22 +239,17 @@ def test_costs_that_no_model_sees_are_noticed_and_stop_drafting():
     assert hidden.run(300, 8).mean_length(100) < 0.2 * open_.mean_length(100)
 
 
-def test_a_costly_arm_is_asked_for_the_requests_that_the_cheap_one_leaves():
+def test_a_costly_drafter_is_asked_for_the_requests_that_the_cheap_one_leaves():
     """The history knows half of the requests by heart; the head is worth its price for the others alone."""
     known = np.arange(8) % 2 == 0
-    cheap = Arm(lambda batch, depth: np.repeat(np.where(known, 0.9, 0.02)[:, None], depth, axis=1), lambda c: c)
-    costly = Arm(
-        lambda batch, depth: np.full((batch, depth), 0.85),
-        lambda c: c,
-        draft_s=lambda depth: 0.0003 * depth,
-        per_request_s=0.0002,
-    )
+    cheap = as_sure_as(np.where(known, 0.9, 0.02))
+    costly = sure(0.85, draft_s=lambda depth: 0.0003 * depth, per_request_s=0.0002)
 
-    def goodput(seed: int, **arms: Arm) -> float:
-        run = world(shallow, **arms)
+    def goodput(seed: int, **drafters: SimulatedDrafter) -> float:
+        run = world(shallow, **drafters)
         run.rng = np.random.default_rng(seed)
         run.run(400, batch=8)
-        if "costly" in arms:
+        if "costly" in drafters:
             asked = np.array([step["costly"] for step in run.asked[200:] if "costly" in step])
             assert len(asked) > 150
             assert (asked[:, ~known] > 0).mean() > 0.9
@@ -268,22 +260,26 @@ def test_a_costly_arm_is_asked_for_the_requests_that_the_cheap_one_leaves():
     assert np.mean(gains) > 1.1
 
 
-def test_a_refresh_that_measured_its_speculator_needs_no_gamble():
-    """A useless head becomes good: asked again in the next step, where without a measurement it waits for its turn."""
+@pytest.mark.parametrize("steps_before", [100, 130, 160])
+def test_a_refresh_that_measured_its_drafter_needs_no_gamble(steps_before):
+    """A useless head becomes good. Measured, it is asked in the next step; otherwise it waits until it is due for a trial.
 
-    def after_update(measured):
-        arm = sure(0.3, draft_s=lambda depth: 0.01 * depth)
-        run = world(affine, head=arm)
+    Trials may take 0.3% of the time, and one takes 60% of a step: the head is due once in some 200 steps.
+    """
+
+    def steps_until_asked(measured: bool) -> int:
+        head = sure(0.3, draft_s=lambda depth: 0.01 * depth)
+        run = world(affine, head=head)
         run.controller.policy_updated({"head": np.full(5, 0.1)})
-        run.run(200, batch=8)
-        assert np.mean([bool(step) for step in run.asked[100:]]) < 0.1
-        arm.truth, arm.confidence = lambda c: np.full(c.shape, 0.95), lambda batch, depth: np.full((batch, depth), 0.95)
+        run.run(steps_before, batch=8)
+        assert np.mean([bool(plan) for plan in run.asked[50:]]) < 0.1
+        run.drafters["head"] = sure(0.95, draft_s=head.draft_s)
         run.controller.policy_updated({"head": np.cumprod(np.full(5, 0.95))} if measured else {})
-        run.run(5, batch=8)
-        return np.mean([bool(step) for step in run.asked[-4:]])
+        run.run(200, batch=8)
+        return [bool(plan) for plan in run.asked[steps_before:]].index(True)
 
-    assert after_update(measured=True) == 1
-    assert after_update(measured=False) < 1
+    assert steps_until_asked(measured=True) == 0
+    assert steps_until_asked(measured=False) > 30
 
 
 def test_a_drafter_that_was_not_verified_is_judged_all_the_same():
@@ -295,8 +291,8 @@ def test_a_drafter_that_was_not_verified_is_judged_all_the_same():
 
 
 def test_every_step_can_be_explained():
-    arms = {"cheap": sure(0.8)}
-    run = World(GoodputController(("cheap",), explain=True), affine, arms).run(60, batch=4)
+    drafters = {"cheap": sure(0.8)}
+    run = World(GoodputController(("cheap",), explain=True), affine, drafters).run(60, batch=4)
     silent = world(affine, cheap=sure(0.8)).run(60, batch=4)
     assert silent.records == [None] * 60
     assert run.tokens == silent.tokens
