@@ -1,11 +1,11 @@
-"""Prompts to train the demo's static drafter on: many reasoning-gym families, none of them the demo's.
+"""Writes prompts to train the demo's static drafter on: many reasoning-gym families, none of them the demo's.
 
     python examples/grpo_demo/broad_prompts.py --output runs/eagle3
     atlas-rl train-speculator --model runs/eagle3/policy --data runs/eagle3/prompts.jsonl --output runs/eagle3/head
 
-Writes the policy (warm start merged) and the prompts. The demo's training and evaluation questions are kept out by
-construction: its families, and those that ask the same kind of sum, are not drawn from at all. Half of the prompts carry the
-demo's system prompt, so that the drafter meets the policy both as the demo uses it and as it is otherwise.
+Writes the policy, with the warm start merged, and the prompts. The demo's training and evaluation questions are kept out
+by construction: no prompt is drawn from the demo's families or from those that ask the same kind of sum. Half of the
+prompts have the demo's system prompt, so that the drafter sees the policy's answers with it and without it.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def main() -> None:
 
 
 def broad_families() -> list[str]:
-    """The families that are drawn from."""
+    """Return the families that prompts are drawn from."""
     return sorted(set(DATASETS) - set(FAMILIES) - RELATIVES)
 
 
 def broad_prompts(size: int, seed: int) -> list[tuple[str, list[dict[str, str]]]]:
-    """`size` prompts as (family, messages), the families in turn."""
+    """Draw `size` prompts as (family, messages), the families in turn."""
     rng = random.Random(seed)
     streams = {}
     for family in broad_families():

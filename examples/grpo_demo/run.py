@@ -1,11 +1,12 @@
-"""The demo: GRPO on a real language model, its rollouts made by AtlasRolloutEngine.
+"""The demo: GRPO on a real language model, with rollouts by AtlasRolloutEngine.
 
     python examples/grpo_demo/run.py                    # warm-started policy, 8 steps
-    python examples/grpo_demo/run.py --raw-policy       # the raw instruct policy: high entropy, little to speculate on
+    python examples/grpo_demo/run.py --raw-policy       # the raw instruct policy: high entropy, few drafts accepted
     python examples/grpo_demo/run.py --steps 30 --plot  # long enough to see the reward rise
 
-Every training step prints the engine's report line and the trainer's reward line. Now and then a generation is repeated
-with speculation off on the same prompts, weights and seed: those reruns are the comparison in the closing table.
+Every training step prints the engine's report line and the trainer's reward line. Every fourth generation (see
+`--baseline-every`) is repeated without speculation on the same prompts, weights and seed. The closing table compares
+the two.
 """
 
 from __future__ import annotations
@@ -84,13 +85,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_trainer(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[GRPOTrainer, Progress]:
-    """A GRPO trainer with quiet logging, and the callback that prints and keeps one row per step."""
+    """Build a GRPO trainer with quiet logging, and the callback that prints and keeps one row per step."""
     completions = args.prompts * args.num_generations
     config = GRPOConfig(
         output_dir=str(args.output_dir / "trainer"),
         max_steps=args.steps,
-        # The update runs in slices of one group, so that the logits of a slice (about 0.3 GB) and not of all rows
-        # are held at once.
+        # The update runs in slices of one group, so that only the logits of a slice are held at once (about 0.3 GB).
         per_device_train_batch_size=args.num_generations,
         gradient_accumulation_steps=args.prompts,
         generation_batch_size=completions,
@@ -127,7 +127,7 @@ def build_trainer(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple
 
 
 class Progress(TrainerCallback):
-    """Prints one line per step and keeps it; ``rows`` holds reward, length (tokens), entropy (nats) and seconds."""
+    """Prints one line per step and keeps it; `rows` holds reward, length (tokens), entropy (nats) and seconds."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -153,7 +153,7 @@ class Progress(TrainerCallback):
 
 
 def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
-    """Put the engine into the trainer; None with ``--engine trl``."""
+    """Let the trainer generate with the engine, and return it; None with `--engine trl`."""
     if args.engine == "trl":
         return None
     from atlas_rl import AtlasRolloutEngine
@@ -177,7 +177,7 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
 
 
 def announce(args: argparse.Namespace) -> None:
-    """Say what is about to run."""
+    """Print what is about to run."""
     policy = "raw" if args.raw_policy else "warm-started"
     print(
         f"GRPO, {policy} SmolLM2-135M on {', '.join(args.families)}: {args.steps} steps of {args.prompts} prompts x "
@@ -187,11 +187,11 @@ def announce(args: argparse.Namespace) -> None:
 
 
 def evaluate(trainer: GRPOTrainer, args: argparse.Namespace, when: str) -> float | None:
-    """Mean reward on the held-out questions, one sampled completion each; None without ``--eval-prompts``."""
+    """Return the mean reward of one completion per held-out question; None without `--eval-prompts`."""
     if args.eval_prompts < 1:
         return None
     print(f"answering {args.eval_prompts} held-out questions {when} training ...", flush=True)
-    # The same draws before and after leave the change of the policy as the only difference.
+    # With the same draws before and after training, only the policy differs.
     set_seed(args.seed)
     reward = float(trainer.evaluate()["eval_reward"])
     print(f"held-out reward {when} training: {reward:.3f}", flush=True)
@@ -201,7 +201,7 @@ def evaluate(trainer: GRPOTrainer, args: argparse.Namespace, when: str) -> float
 def summarize(
     args: argparse.Namespace, engine: Any | None, rows: list[dict[str, float]], held_out: list[float | None]
 ) -> dict[str, Any]:
-    """Everything the closing table shows, as plain JSON values; speeds in tokens per second."""
+    """Gather all that the closing table shows, as plain JSON values; speeds are in tokens per second."""
     rewards = [row["reward"] for row in rows]
     edge = max(1, min(5, len(rewards) // 2))
     summary: dict[str, Any] = {
@@ -219,7 +219,7 @@ def summarize(
 
 
 def summarize_rollouts(engine: Any) -> dict[str, Any]:
-    """The engine's figures over the run, and over the generations that were repeated with speculation off."""
+    """Sum up the engine's figures over the run, and over the generations that were repeated without speculation."""
     reports = [report for report in engine.reports if report.mode == "train"]
     paired = [report for report in reports if report.baseline_tokens_per_s is not None]
     num_tokens = sum(report.num_tokens for report in reports)
@@ -250,14 +250,14 @@ def summarize_rollouts(engine: Any) -> dict[str, Any]:
 
 
 def _weighted_mean(reports: list[Any], name: str) -> float | None:
-    """Mean of a report's figure over the run's tokens; None where no report has it."""
+    """Average a report's figure over the run's tokens; None if no report has it."""
     rows = [(getattr(r, name), r.num_tokens) for r in reports if getattr(r, name) is not None]
     weight = sum(tokens for _, tokens in rows)
     return sum(value * tokens for value, tokens in rows) / weight if weight else None
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """The closing table."""
+    """Print the closing table."""
     rollouts = summary.get("rollouts")
     print()
     if rollouts:
@@ -288,7 +288,7 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def plot_rewards(rows: list[dict[str, float]], path: Path, window: int = 5) -> None:
-    """Draw mean reward per step and its rolling mean over ``window`` steps."""
+    """Draw mean reward per step and its rolling mean over `window` steps."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
 """Arithmetic tasks of the GRPO demo: prompts, written solutions and the reward.
 
-Three reasoning-gym families with small numbers, each solvable in a few spoken steps. The solutions that
-:func:`write_solution` produces are right by construction and phrased at random, sentence by sentence: a policy trained
-on them learns the steps, yet keeps several ways of saying each, so its entropy stays in the range of real RL policies.
+There are three reasoning-gym families with small numbers. Each task takes a few steps in words. `write_solution` writes
+solutions that are right by construction, and draws the phrasing of each sentence. A policy that is trained on them learns
+the steps and keeps several ways of saying each, so its entropy stays in the range of real RL policies.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Task:
 
 
 def split_of(question: str) -> str:
-    """Name of the only split a question may appear in."""
+    """Return the only split that a question may appear in."""
     bucket = zlib.crc32(question.encode()) % 100
     return next(name for name, buckets in _SPLIT_BUCKETS.items() if bucket in buckets)
 
 
 def make_tasks(split: Split, size: int, seed: int = 0, families: Sequence[str] = tuple(FAMILIES)) -> list[Task]:
-    """``size`` tasks of a split, the families taken in turn; the same arguments give the same tasks.
+    """Make `size` tasks of a split, the families in turn. The same arguments give the same tasks.
 
     Raises:
         ValueError: unknown split or family, or a size below 1.
@@ -83,7 +83,7 @@ def _stream(family: str, split: str, seed: int):
 
 
 def build_dataset(split: Split, size: int, seed: int = 0, families: Sequence[str] = tuple(FAMILIES)) -> Dataset:
-    """TRL prompt data set: columns ``prompt`` (messages), ``family`` and ``answer``."""
+    """Make a TRL data set with the columns `prompt` (messages), `family` and `answer`."""
     tasks = make_tasks(split, size, seed, families)
     return Dataset.from_list([{"prompt": t.messages, "family": t.family, "answer": t.answer} for t in tasks])
 
@@ -94,16 +94,16 @@ _SCORERS: dict[str, Any] = {}
 
 
 def extract_answer(text: str) -> str | None:
-    """What stands after the last ``Answer:``, or None where the marker is missing."""
+    """Return the text after the last `Answer:`, or None without that marker."""
     found = _ANSWER.findall(text)
     return found[-1].strip() if found else None
 
 
 def score(text: str, family: str, answer: str) -> float:
-    """1.0 where reasoning-gym scores the marked answer as right, else 0.0.
+    """Return 1.0 if reasoning-gym scores the marked answer as right, else 0.0.
 
-    reasoning-gym also gives a fraction where the answer merely contains the right digits. That fraction is dropped: a
-    policy could collect it by listing numbers.
+    reasoning-gym also gives a fraction if the answer merely contains the right digits. That fraction is dropped: a policy
+    could collect it by listing numbers.
     """
     if family not in _SCORERS:
         _SCORERS[family] = reasoning_gym.create_dataset(family, size=1, seed=0, **FAMILIES[family])
@@ -112,7 +112,7 @@ def score(text: str, family: str, answer: str) -> float:
 
 
 def reward_func(completions: Sequence[Any], family: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """TRL reward function, one reward per completion; ``family`` and ``answer`` are the data set's columns."""
+    """Reward completions as TRL asks for it; `family` and `answer` are the data set's columns."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [score(*row) for row in zip(texts, family, answer, strict=True)]
 
@@ -185,7 +185,7 @@ _TOTAL = (
 
 
 def write_solution(task: Task, rng: random.Random) -> str:
-    """A right solution of ``task`` in randomly drawn words, ending in the answer line."""
+    """Write a right solution of `task` in randomly drawn words, with the answer in the last line."""
     steps = _WRITERS[task.family](task, rng)
     closing = rng.choice(_CLOSINGS).format(r=task.answer)
     body = " ".join(part for part in (rng.choice(_OPENINGS), *steps, closing) if part)
@@ -247,5 +247,5 @@ _WRITERS: dict[str, Callable[[Task, random.Random], list[str]]] = {
 
 
 def describe(rows: Mapping[str, list[float]]) -> dict[str, float]:
-    """Mean of every family's values, the empty ones left out."""
+    """Return the mean of every family's values; empty families are left out."""
     return {family: sum(values) / len(values) for family, values in rows.items() if values}

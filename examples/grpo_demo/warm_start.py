@@ -1,7 +1,7 @@
-"""Train and measure the demo's warm start: a LoRA adapter over SmolLM2-135M-Instruct.
+"""Trains and measures the demo's warm start: a LoRA adapter over SmolLM2-135M-Instruct.
 
-Supervised training on written solutions (tasks.py), loss on solution tokens only. Then the merged policy is sampled at
-temperature 1 on held-out questions, and its entropy, accuracy and completion lengths are recorded beside the adapter.
+The adapter is trained on written solutions (tasks.py), with a loss on solution tokens only. Then the merged policy is
+sampled at temperature 1 on held-out questions. Its entropy, accuracy and completion lengths are recorded beside the adapter.
 
     python examples/grpo_demo/warm_start.py
 """
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write ``record`` as indented JSON."""
+    """Write `record` as indented JSON."""
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware and versions of this run."""
+    """Return the hardware and versions of this run."""
     names = ("torch", "transformers", "peft", "reasoning-gym")
     return {
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
@@ -99,14 +99,14 @@ def _processor() -> str:
 
 
 def encode(task: Task, solution: str, tokenizer: Any) -> Example:
-    """Token ids as generation sees them: the templated prompt, then the solution and the end-of-turn token."""
+    """Return the token ids as generation sees them: the templated prompt; the solution and the end-of-turn token."""
     prompt = tokenizer.apply_chat_template(task.messages, tokenize=False, add_generation_prompt=True)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, solution)]
     return ids[0], [*ids[1], tokenizer.eos_token_id]
 
 
 def make_batches(tokenizer: Any, args: argparse.Namespace) -> list[list[Example]]:
-    """``steps`` batches of solutions of like length, in random order."""
+    """Make `steps` batches, each of solutions of similar length, in random order."""
     rng = random.Random(args.seed)
     tasks = make_tasks("warm_start", args.steps * args.batch_size, args.seed)
     examples = [encode(task, write_solution(task, rng), tokenizer) for task in tasks]
@@ -122,10 +122,10 @@ def make_batches(tokenizer: Any, args: argparse.Namespace) -> list[list[Example]
 
 
 def solution_loss(model: Any, batch: list[Example], pad_id: int) -> torch.Tensor:
-    """Mean negative log-likelihood (nats) of the solution tokens of ``batch``.
+    """Return the mean negative log-likelihood (nats) of the solution tokens of `batch`.
 
-    Rows are padded on the right: causal attention never looks there, so no mask is needed, and the wide output layer
-    runs on solution positions alone.
+    Rows are padded on the right, where causal attention never looks, so no mask is needed. The wide output layer runs on
+    solution positions alone.
     """
     rows = [prompt + solution for prompt, solution in batch]
     width = max(map(len, rows))
@@ -140,7 +140,7 @@ def solution_loss(model: Any, batch: list[Example], pad_id: int) -> torch.Tensor
 
 
 def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Train a fresh adapter; returns the wrapped model and what to record of the training."""
+    """Train a fresh adapter; returns the wrapped model and the record of the training."""
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=layers, task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
@@ -203,14 +203,14 @@ def save_adapter(model: Any, output_dir: Path) -> None:
 
 
 class PolicyStatistics(LogitsProcessor):
-    """Keeps the policy's entropy (nats) and largest probability at every step of a generation, changing nothing."""
+    """Records the policy's entropy (nats) and largest probability at every step of a generation."""
 
     def __init__(self) -> None:
         self.entropy: list[torch.Tensor] = []  # per step: [batch]
         self.peak: list[torch.Tensor] = []  # per step: [batch]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Record ``scores`` [batch, vocabulary] and hand them on."""
+        """Record statistics of `scores` [batch, vocabulary] and return them unchanged."""
         logprobs = scores.log_softmax(-1)
         probs = logprobs.exp()
         self.entropy.append(-(probs * logprobs).sum(-1))
@@ -220,7 +220,7 @@ class PolicyStatistics(LogitsProcessor):
 
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Entropy, accuracy and lengths of completions sampled at temperature 1 on held-out questions."""
+    """Measure entropy, accuracy and lengths of completions that are sampled at temperature 1 on held-out questions."""
     torch.manual_seed(args.seed + 1)
     # Families have different lengths: a batch of one family waits less for its longest row.
     tasks = sorted(make_tasks("eval", args.eval_prompts, args.seed), key=lambda task: task.family)
@@ -261,7 +261,7 @@ def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
 def sample(
     model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int, statistics: PolicyStatistics
 ) -> list[list[int]]:
-    """One completion per prompt from the unmodified distribution, cut after its end-of-turn token."""
+    """Sample one completion per prompt from the unmodified distribution, cut after its end-of-turn token."""
     width, pad_id = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])

@@ -1,9 +1,9 @@
-"""GRPO with rollouts by vLLM and drafters that follow the policy: the same script on a CPU and on GPUs.
+"""GRPO with rollouts by vLLM and drafters that follow the policy, on a CPU or on GPUs.
 
     python examples/grpo_vllm/run.py                                        # SmolLM2-135M on a CPU, 3 steps
     accelerate launch --num_processes 8 examples/grpo_vllm/run.py --model Qwen/Qwen2.5-7B-Instruct --bf16 --steps 200
 
-Task and reward are those of the demo beside it; only the engine differs.
+Task and reward are those of the demo in `grpo_demo/`; only the engine differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def main() -> None:
     set_seed(args.seed)
     model, tokenizer = load(args)
     engine = AtlasRolloutEngine(draft_model=args.draft_model, output_dir=args.output_dir)
-    # The vLLM engine that TRL builds here drafts with ours. On a CPU its compilation would outlast the run.
+    # TRL builds its vLLM engine here, and that engine drafts with our speculators. A CPU would compile it for longer than
+    # the run takes.
     with engine.prepare_vllm(enforce_eager=not torch.cuda.is_available()):
         trainer = GRPOTrainer(
             model=model,
@@ -84,7 +85,7 @@ def configuration(args: argparse.Namespace) -> GRPOConfig:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a model's folder or name; by default the demo's SmolLM2-135M-Instruct")
-    parser.add_argument("--draft-model", help="folder of an EAGLE-3 head for the policy: the static arm")
+    parser.add_argument("--draft-model", help="folder of a static drafter: an EAGLE-3 head for the policy")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     parser.add_argument("--prompts", type=int, default=2, help="prompts per step and rank")
     parser.add_argument("--num-generations", type=int, default=4, help="completions per prompt (the group)")

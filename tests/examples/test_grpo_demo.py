@@ -19,7 +19,7 @@ WARM_START = DEMO / "warm_start"
 
 
 def load_example(name: str) -> ModuleType:
-    """Import a file of the demo under a name of its own: ``policy`` and ``tasks`` are too common for sys.path."""
+    """Import a file of the demo under a name of its own: `policy` and `tasks` are too common for sys.path."""
     full_name = f"atlas_demo_{name}"
     spec = importlib.util.spec_from_file_location(full_name, DEMO / f"{name}.py")
     assert spec
@@ -47,7 +47,7 @@ def test_written_solutions_are_right(family: str, seed: int) -> None:
 
 @pytest.mark.parametrize("family", tasks.FAMILIES)
 def test_every_stated_equation_holds(family: str) -> None:
-    """A right last line may hide a wrong step: check each ``a op b = c`` of the text."""
+    """A right last line may hide a wrong step: check each `a op b = c` of the text."""
     rng = random.Random(0)
     text = "\n".join(tasks.write_solution(t, rng) for t in tasks.make_tasks("warm_start", 200, 1, [family]))
     equations = re.findall(r"(-?\d+) ([-+*]) (\d+) = (-?\d+)", text)
