@@ -24,9 +24,9 @@ class EngineConfig:
     Attributes:
         speculation: False decodes plainly: the baseline, same tokens.
         verification: `invariant` (drafter-invariant sampling) or `rejection`.
-        draft_model: The static arm: "fp4", a four-bit copy of the policy itself (a folder of that name is "./fp4"); the
+        draft_model: The static speculator: "fp4", a four-bit copy of the policy (a folder of that name is "./fp4"); the
             folder of an EAGLE-3 head or of a causal LM with the policy's tokenizer; or a loaded causal LM.
-        speculators: Speculators to use instead of the defaults (history index, recurrent head, and the static arm where
+        speculators: Speculators to use instead of the defaults (history index, recurrent head, and the static one where
             given).
         controller: Controller to use instead of `GoodputController`.
         max_batch_size: Most requests decoded together; None takes what memory allows.

@@ -96,7 +96,7 @@ class World:
                 step.draft_s[name] = drafter.draft_s(depth) + drafter.per_request_s * depth * int((most > 0).sum())
         admission = self.controller.admit(step)
         accepted = np.zeros(batch, np.int64)
-        for row, (drafter, length) in enumerate(zip(admission.arms, admission.lengths, strict=True)):
+        for row, (drafter, length) in enumerate(zip(admission.drafters, admission.lengths, strict=True)):
             if length:
                 stands = right[list(self.drafters)[drafter]][row, :length]
                 accepted[row] = length if stands.all() else stands.argmin()

@@ -91,7 +91,7 @@ class TrimByDrawnToken(FixedController):
             return admission
         odd = (draft.token_ids % 2 == 1) & (np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])
         first_odd = np.where(odd.any(axis=1), odd.argmax(axis=1), draft.lengths)
-        return Admission(admission.arms, np.minimum(admission.lengths, first_odd))
+        return Admission(admission.drafters, np.minimum(admission.lengths, first_odd))
 
 
 def ticking(step_s: float = 1e-6) -> Callable[[], float]:

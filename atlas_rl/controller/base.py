@@ -52,11 +52,11 @@ class Admission:
     """What is verified in one step.
 
     Attributes:
-        arms: int64 `[batch]`, index of the speculator whose draft is used; undefined for a request with length 0.
+        drafters: int64 `[batch]`, index of the speculator whose draft is used; undefined for a request with length 0.
         lengths: int64 `[batch]`, draft tokens that are verified.
     """
 
-    arms: np.ndarray
+    drafters: np.ndarray
     lengths: np.ndarray
 
 
@@ -64,7 +64,7 @@ class Controller(ABC):
     """Plans every decode step. The same object serves the whole run and learns from it."""
 
     speculators: tuple[str, ...]
-    """Names of the engine's speculators, in the order that `Admission.arms` refers to."""
+    """Names of the engine's speculators, in the order that `Admission.drafters` refers to."""
 
     @abstractmethod
     def plan(self, step: Step) -> dict[str, np.ndarray]:
@@ -121,7 +121,7 @@ def step_record(
     step: Step, admission: Admission, verified: Verified, forward_s: float, speculators: Sequence[str]
 ) -> dict[str, Any]:
     """Tokens and seconds of one step, as JSON values, whatever the controller; a replay fits its costs to such records."""
-    slots = np.bincount(admission.arms, weights=admission.lengths, minlength=len(speculators))
+    slots = np.bincount(admission.drafters, weights=admission.lengths, minlength=len(speculators))
     return {
         "batch": step.batch,
         "context_tokens": step.context_tokens,

@@ -39,7 +39,7 @@ class FixedController(Controller):
     """One drafter, always the same number of draft tokens: a baseline to compare with, not a policy for a run.
 
     Args:
-        speculators: Names, in the order that `Admission.arms` refers to.
+        speculators: Names, in the order that `Admission.drafters` refers to.
         drafter: The one of them that drafts.
         num_draft_tokens: Draft tokens per request and step, at least 1; fewer where the drafter has fewer.
 

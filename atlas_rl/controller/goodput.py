@@ -82,7 +82,7 @@ class GoodputController(Controller):
     """Maximises the expected goodput of every step, as the module's docstring says, with any number of speculators.
 
     Args:
-        speculators: Names, in the order that `Admission.arms` refers to.
+        speculators: Names, in the order that `Admission.drafters` refers to.
         explain: Return a record of every step's expectations and outcome from `observe`.
     """
 
@@ -357,7 +357,7 @@ class GoodputController(Controller):
         tried, accepted = verified.outcome_of(draft)
         if draft.draft_probs is not None:
             # Rejection accepts a drawn token more often than an independent draw equals it: only its verdicts count.
-            used = (admission.arms == self.speculators.index(name)) & (admission.lengths > 0)
+            used = (admission.drafters == self.speculators.index(name)) & (admission.lengths > 0)
             tried, accepted = np.where(used, verified.num_drafted, 0), np.where(used, verified.num_accepted, 0)
         model.acceptance.observe(draft.confidence, tried, accepted)
 

@@ -72,7 +72,7 @@ def account(
     controller: Controller,
     step: Step,
     verified: Verified,
-    arms: np.ndarray,
+    drafters: np.ndarray,
     forward_s: float,
 ) -> float:
     """Count one decoding forward.
@@ -82,18 +82,21 @@ def account(
         controller: Knows what a plain forward costs.
         step: What was planned for the forward; it covers the first `step.batch` requests of `verified`, or fewer.
         verified: What came of it.
-        arms: int64 `[n]`, whose draft each of the first `n` requests of `verified` used; the others had no plan.
+        drafters: int64 `[n]`, whose draft each of the first `n` requests of `verified` used; the others had no plan.
         forward_s: Seconds of the forward.
 
     Returns:
         Estimated seconds of plain forwards for the same tokens: one forward of this batch for every token per request that
         this one committed.
     """
-    count = len(arms)
+    count = len(drafters)
     num_committed, num_drafted = verified.num_committed[:count], verified.num_drafted[:count]
     if recorder.speculates:
         recorder.forward(
-            num_committed=num_committed, num_drafted=num_drafted, num_accepted=verified.num_accepted[:count], arms=arms
+            num_committed=num_committed,
+            num_drafted=num_drafted,
+            num_accepted=verified.num_accepted[:count],
+            drafters=drafters,
         )
     else:
         recorder.forward(num_committed=num_committed)

@@ -106,7 +106,7 @@ class DecodeLoop:
             self._observe(verified)
         with self.recorder.time("commit"):
             self.no_speculation_forward_s += account(
-                self.recorder, self.controller, step, verified, admission.arms, forward_s
+                self.recorder, self.controller, step, verified, admission.drafters, forward_s
             )
             self._retire(verified.finished)
 

@@ -70,7 +70,7 @@ class Proposing:
 
 
 def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, vocab_size: int) -> Draft:
-    """One draft per request, from the arm and to the length that was admitted."""
+    """Merge drafts into one per request: from the admitted speculator, to the admitted length."""
     batch, width = len(admission.lengths), int(admission.lengths.max(initial=0))
     merged = Draft.empty(batch)
     if width == 0:
@@ -80,7 +80,7 @@ def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, v
     if with_probs:
         merged.draft_probs = with_probs[0].new_zeros(batch, width, vocab_size)
     for name, draft in drafts.items():
-        rows = np.flatnonzero((admission.arms == names.index(name)) & (admission.lengths > 0))
+        rows = np.flatnonzero((admission.drafters == names.index(name)) & (admission.lengths > 0))
         columns = min(width, draft.token_ids.shape[1])
         merged.token_ids[rows, :columns] = draft.token_ids[rows, :columns]
         merged.confidence[rows, :columns] = draft.confidence[rows, :columns]

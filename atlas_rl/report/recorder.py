@@ -33,7 +33,7 @@ class StepRecorder:
         report = recorder.finish(step=3, policy_version=3, mode="train", ...)
 
     Args:
-        speculators: Names of the speculators that may draft, in the order that `arms` of `forward` refers to; empty if
+        speculators: Names of the speculators that may draft, in the order that `drafters` of `forward` refers to; empty if
             speculation is off.
         clock: Seconds since some fixed moment.
     """
@@ -98,7 +98,7 @@ class StepRecorder:
         num_committed: np.ndarray,
         num_drafted: np.ndarray | None = None,
         num_accepted: np.ndarray | None = None,
-        arms: np.ndarray | None = None,
+        drafters: np.ndarray | None = None,
     ) -> None:
         """Record one decoding target forward over the active batch. The arrays must not be written to afterwards.
 
@@ -106,7 +106,7 @@ class StepRecorder:
             num_committed: int `[batch]`, tokens appended per request.
             num_drafted: int `[batch]`, draft tokens verified per request; None for a forward without drafts.
             num_accepted: int `[batch]`, draft tokens accepted per request; required with `num_drafted`.
-            arms: int `[batch]`, index of the speculator that drafted; None means the first. Not read for requests without
+            drafters: int `[batch]`, index of the speculator that drafted; None means the first. Ignored for those without
                 drafts.
 
         Raises:
@@ -121,7 +121,7 @@ class StepRecorder:
             return
         if num_accepted is None or not self._speculators:
             raise ValueError("drafts need num_accepted and a recorder that knows its speculators")
-        self._pending.append((num_drafted, num_accepted, arms))
+        self._pending.append((num_drafted, num_accepted, drafters))
         self._pending_rows += batch
         if self._pending_rows >= _FLUSH_ROWS:
             self._count_pending()
@@ -208,16 +208,18 @@ class StepRecorder:
             return
         drafted = np.concatenate([row[0] for row in self._pending])
         accepted = np.concatenate([row[1] for row in self._pending])
-        arms = np.concatenate([np.zeros(len(row[0]), np.int64) if row[2] is None else row[2] for row in self._pending])
+        drafters = np.concatenate(
+            [np.zeros(len(row[0]), np.int64) if row[2] is None else row[2] for row in self._pending]
+        )
         self._pending.clear()
         self._pending_rows = 0
         if (accepted > drafted).any():
             raise ValueError("more draft tokens accepted than drafted")
         used = drafted > 0
-        drafted, accepted, arms = drafted[used], accepted[used], arms[used]
-        num_arms = len(self._drafted)
-        self._drafted += np.bincount(arms, weights=drafted, minlength=num_arms).astype(np.int64)
-        self._accepted += np.bincount(arms, weights=accepted, minlength=num_arms).astype(np.int64)
+        drafted, accepted, drafters = drafted[used], accepted[used], drafters[used]
+        num_drafters = len(self._drafted)
+        self._drafted += np.bincount(drafters, weights=drafted, minlength=num_drafters).astype(np.int64)
+        self._accepted += np.bincount(drafters, weights=accepted, minlength=num_drafters).astype(np.int64)
         self._drafted_lengths = _added(self._drafted_lengths, np.bincount(drafted))
         self._accepted_lengths = _added(self._accepted_lengths, np.bincount(accepted))
 

@@ -245,9 +245,9 @@ class Drafting:
             assert planned is not None, "some requests had a plan"
             index = {request: i for i, request in enumerate(planned.requests.tolist())}
             first = committed.verified.requests[: committed.num_planned].tolist()
-            arms = planned.admission.arms[[index[request] for request in first]]
+            drafters = planned.admission.drafters[[index[request] for request in first]]
             self.no_speculation_forward_s += account(
-                self.recorder, self.controller, planned.step, committed.verified, arms, forward_s
+                self.recorder, self.controller, planned.step, committed.verified, drafters, forward_s
             )
         return forward_s
 
@@ -257,7 +257,7 @@ class Drafting:
         planned, verified = self._planned, committed.verified
         if planned is not None and committed.as_planned:
             # What the scheduler left out of a draft was not verified, and did not cost.
-            admission = Admission(planned.admission.arms, verified.num_drafted.copy())
+            admission = Admission(planned.admission.drafters, verified.num_drafted.copy())
             self.controller.observe(planned.step, admission, verified, forward_s, now_s - planned.began_s)
         for speculator in self.speculators.values():
             speculator.observe(self.requests.table.current, verified)

@@ -13,7 +13,7 @@ def test_the_fixed_controller_is_fixed():
     run = World(FixedController(["a", "b"], "b", 3), affine, {"a": sure(0.9), "b": sure(0.05)})
     run.run(50, batch=4)
     assert all(list(plan) == ["b"] for plan in run.asked)
-    assert all((admission.lengths == 3).all() and (admission.arms == 1).all() for admission in run.admissions)
+    assert all((admission.lengths == 3).all() and (admission.drafters == 1).all() for admission in run.admissions)
     run.step(batch=4, room=2)
     assert (run.admissions[-1].lengths == 2).all()
     run.controller.policy_updated({})

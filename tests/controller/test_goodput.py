@@ -88,7 +88,7 @@ def test_each_request_uses_the_more_promising_draft():
     run = world(affine, a=a, b=b).run(200, batch=6)
     last = run.admissions[-20:]
     assert all((admission.lengths > 0).all() or not admission.lengths.any() for admission in last)
-    drafters = np.array([admission.arms for admission in last if admission.lengths.any()])
+    drafters = np.array([admission.drafters for admission in last if admission.lengths.any()])
     assert (drafters == np.where(even, 0, 1)).all()
 
 
@@ -286,7 +286,7 @@ def test_a_drafter_that_was_not_verified_is_judged_all_the_same():
     """`b` is never admitted beside the confident `a`, yet what it would have got right is known."""
     boaster = sure(0.5, truth=0.95)
     run = world(affine, a=sure(0.9, truth=0.9), b=boaster).run(100, batch=8)
-    used = np.concatenate([admission.arms[admission.lengths > 0] for admission in run.admissions[-20:]])
+    used = np.concatenate([admission.drafters[admission.lengths > 0] for admission in run.admissions[-20:]])
     assert (used == 1).mean() > 0.9
 
 

@@ -75,7 +75,7 @@ def test_counts_per_speculator_and_position():
         num_committed=np.array([3, 1, 1]),
         num_drafted=np.array([3, 2, 0]),
         num_accepted=np.array([2, 0, 0]),
-        arms=np.array([0, 1, -1]),
+        drafters=np.array([0, 1, -1]),
     )
     recorder.forward(num_committed=np.array([1, 2]), num_drafted=np.array([0, 1]), num_accepted=np.array([0, 1]))
     recorder.forward(num_committed=np.array([1]))
@@ -104,7 +104,7 @@ def test_counting_in_bulk_changes_nothing(monkeypatch):
         monkeypatch.setattr("atlas_rl.report.recorder._FLUSH_ROWS", rows)
         recorder = StepRecorder(speculators=("a", "b"), clock=Clock())
         for committed, drafted, accepted, arms in calls:
-            recorder.forward(num_committed=committed, num_drafted=drafted, num_accepted=accepted, arms=arms)
+            recorder.forward(num_committed=committed, num_drafted=drafted, num_accepted=accepted, drafters=arms)
         reports.append(finish(recorder))
     assert reports[0] == reports[1] == reports[2]
     assert (
@@ -124,7 +124,7 @@ def test_the_loop_puts_arrays_aside_and_counts_them_once(monkeypatch):
     ones, zeros = np.ones(32, np.int64), np.zeros(32, np.int64)
     assert recorder_module._FLUSH_ROWS > 200 * 32
     for _ in range(200):
-        recorder.forward(num_committed=ones, num_drafted=ones, num_accepted=zeros, arms=zeros)
+        recorder.forward(num_committed=ones, num_drafted=ones, num_accepted=zeros, drafters=zeros)
     assert counted == []
     assert finish(recorder).drafted == {"a": 6400, "b": 0}
     assert counted == [6400] * 4  # per speculator and by position, drafted and accepted

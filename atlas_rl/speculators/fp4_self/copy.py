@@ -33,7 +33,7 @@ class FourBitCopy:
     Args:
         policy: A causal LM whose decoder layers multiply by `nn.Linear` only; never changed, but for the time of `running`.
         quantize_head: Whether the copy has an LM head of its own or uses the policy's.
-        quantize_embeddings: Whether it reads a quantized embedding table: an arm of measurements, it saves nothing.
+        quantize_embeddings: Whether it reads a quantized embedding table: for measurements, it saves nothing.
         kernels: Whether the layers run as kernels; None where the policy is on a GPU and Triton is installed.
 
     Raises:
@@ -120,7 +120,7 @@ def _linears(root: nn.Module) -> list[Any]:
             where = ".".join(part for part in (name, matrices[0]) if part)
             raise ValueError(
                 f"draft_model='fp4' cannot copy this policy: '{where}' is the weight of a {type(module).__name__}, not of a "
-                "plain nn.Linear. Give the folder of a draft LM or of an EAGLE-3 head instead, or no static arm"
+                "plain nn.Linear. Give the folder of a draft LM or of an EAGLE-3 head instead, or no static speculator"
             )
     return found
 

@@ -47,7 +47,7 @@ class RecurrentSpeculator(Speculator):
         seed: Seed of the initial weights and of the training windows.
         budget_share: Most of the time between two refreshes that the later one takes.
         clock: Seconds.
-        argmax: Draft the likeliest token instead of drawing: an arm of comparisons.
+        argmax: Draft the likeliest token instead of drawing: for comparisons.
 
     Attributes:
         policy_version: Version of the policy that it was refreshed at; -1 before.
