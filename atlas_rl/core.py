@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import Stream, draft_keys
+from atlas_rl.policy.base import roomy
 
 
 def _whole(value: object) -> bool:
@@ -112,12 +113,13 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class Sequences:
-    """Every request of one generation call, in arrays that never move: a request's index is its name.
+    """Every request of one generation call, in rows that never move: a request's index is its name.
 
     The decode loop owns them and appends; speculators read.
 
     Attributes:
-        token_ids: int32 `[num_requests, capacity]`, prompt then completion; cells past the length are undefined.
+        token_ids: int32 `[num_requests, capacity]`, prompt then completion; cells past the length are undefined. It grows
+            with the texts (`reserve`) and is another array then, so that nobody may keep it.
         lengths: int64 `[num_requests]`, prompt plus committed completion tokens.
         prompt_lengths: int64 `[num_requests]`.
         prompt_keys: int64 `[num_requests]`, equal for equal prompts (a hash of the prompt's tokens).
@@ -125,6 +127,7 @@ class Sequences:
         sampling: Sampling parameters of the call.
         vocab_size: Size of the policy's vocabulary.
         policy_version: Version of the policy that generates.
+        max_length: Most tokens that any request may come to; as given, `token_ids` has room for no more.
     """
 
     token_ids: np.ndarray
@@ -135,6 +138,18 @@ class Sequences:
     sampling: SamplingParams
     vocab_size: int
     policy_version: int
+    max_length: int = 0
+
+    def __post_init__(self) -> None:
+        self.max_length = max(self.max_length, self.token_ids.shape[1])
+
+    def reserve(self, length: int) -> None:
+        """Make room for texts of `length` tokens."""
+        num_requests, capacity = self.token_ids.shape
+        if length > capacity:
+            grown = np.zeros((num_requests, roomy(length, self.max_length)), np.int32)
+            grown[:, :capacity] = self.token_ids
+            self.token_ids = grown
 
     def completion(self, request: int) -> list[int]:
         """The committed completion tokens of one request."""

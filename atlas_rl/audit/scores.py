@@ -15,7 +15,8 @@ from atlas_kernels import noise
 from atlas_kernels.noise import Stream
 from atlas_rl.audit import bets as audit_bets
 from atlas_rl.core import SamplingParams
-from atlas_rl.policy.in_process import evaluation_mode, unwrap_policy
+from atlas_rl.policy.in_process import unwrap_policy
+from atlas_rl.policy.threads import evaluation_mode
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import choose
 

@@ -49,6 +49,7 @@ def commit(settled: Settled, sequences: Sequences, max_lengths: np.ndarray, reco
     stopped = ends.any(axis=1)
     num_committed = np.where(stopped, ends.argmax(axis=1) + 1, settled.num_tokens)
     num_committed = np.minimum(num_committed, max_lengths[requests] - sequences.lengths[requests])
+    sequences.reserve(int((sequences.lengths[requests] + num_committed).max(initial=0)))
     for row, request in enumerate(requests):
         length, count = sequences.lengths[request], num_committed[row]
         sequences.token_ids[request, length : length + count] = tokens[row, :count]

@@ -143,14 +143,15 @@ class InProcessBackend(Backend):
 
     def generate(self, call: Call) -> Run:
         runner = self.runner
-        num_rows, capacity = self._num_rows(call.sequences), call.sequences.token_ids.shape[1]
-        with runner.session(runner.new_cache(num_rows, capacity)):
+        num_requests, sequences = len(call.max_lengths), call.sequences
+        num_rows = min(num_requests, self._max_batch_size or num_requests)
+        with runner.session(runner.new_cache(num_rows, sequences.max_length)):
             loop = DecodeLoop(
                 runner,
                 verifier_on(runner.device, self._verifier),
                 call.speculators,
                 call.controller,
-                call.sequences,
+                sequences,
                 num_rows,
                 call.max_lengths,
                 call.recorder,
@@ -165,11 +166,6 @@ class InProcessBackend(Backend):
 
     def audited(self, policy: nn.Module | None) -> nn.Module | None:
         return self.runner.model
-
-    def _num_rows(self, sequences: Sequences) -> int:
-        num_requests, capacity = sequences.token_ids.shape
-        fits = max(1, self.runner.free_bytes() // max(1, self.runner.row_bytes(capacity)))
-        return int(min(num_requests, fits, self._max_batch_size or num_requests))
 
 
 def ending_tokens_of(source: Any) -> list[int]:

@@ -6,8 +6,7 @@ the request in a row. Everything about a request but its cache row lives in `Seq
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,16 @@ from atlas_rl.controller.base import Controller
 from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.propose import Proposing, merge
+from atlas_rl.decode.room import CacheRoom
 from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.verification import Outcome, Verifier
 from atlas_rl.speculators.base import Speculator
 
+_PAUSED = (
+    "memory for the attention cache ran short: {} times a request gave its row up and was run again later. Lower "
+    "max_batch_size, or leave more memory free"
+)
 PREFILL_TOKENS = 4096  # packed prompt tokens per forward: bounds the activations of a wave of long prompts
 
 
@@ -29,12 +33,12 @@ class DecodeLoop:
     """Generates every request of one call.
 
     Args:
-        runner: Runs the policy; its session is open with at least `num_rows` rows.
+        runner: Runs the policy; its session is open, over a cache for at least `num_rows` rows.
         verifier: Turns logits and drafts into committed tokens.
         speculators: By name, in the controller's order; empty for plain decoding.
         controller: Plans each step; None for plain decoding.
         sequences: The requests, prompts in place.
-        num_rows: Most requests decoded together; the others wait and are admitted in waves.
+        num_rows: Most requests decoded together, as far as memory allows; the others wait and are admitted in waves.
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
         recorder: Gets counts and seconds.
     """
@@ -55,12 +59,11 @@ class DecodeLoop:
         self.speculators = speculators
         self.controller = controller
         self.sequences = sequences
-        self.num_rows = num_rows
         self.recorder = recorder
         num_requests = len(sequences.lengths)
         self.logprobs: list[list[float]] = [[] for _ in range(num_requests)]
         self.active = np.zeros(0, np.int64)
-        self.waiting = deque(range(num_requests))
+        self.room = CacheRoom(runner, sequences, max_lengths, num_rows)
         self.max_lengths = max_lengths
         self.no_speculation_forward_s = 0.0
         self.proposing = Proposing(speculators, controller, recorder)
@@ -78,14 +81,17 @@ class DecodeLoop:
     def run(self) -> None:
         """Decode until every request has ended."""
         with self.recorder.generating():
-            while self.waiting or len(self.active):
+            while self.room.waiting or len(self.active):
                 self.admit_waiting()
                 if len(self.active):
                     self.step()
+        if self.room.num_paused:
+            self.recorder.warn(_PAUSED.format(self.room.num_paused))
 
     def step(self) -> None:
         """One target forward over the active batch."""
-        requests, began_s = self.active, self.recorder.clock()
+        self.active = requests = self.room.go_on(self.active)
+        began_s = self.recorder.clock()
         step = self.proposing.run(self.sequences, requests, self._room(requests))
         with self.recorder.time("controller"):
             admission = self.controller.admit(step)
@@ -161,12 +167,16 @@ class DecodeLoop:
         self.active = retire(self.active, finished, lambda r: int(lengths[r]) - 1, self.runner)
 
     def admit_waiting(self) -> None:
-        """Fill free rows with waiting requests: one prefill per unique prompt, its cache copied to the group."""
-        free = self.num_rows - len(self.active)
-        # A prefill holds up everybody: wait until a quarter of the rows is free, unless nothing else is running.
-        if not self.waiting or (len(self.active) and free < max(1, self.num_rows // 4)):
-            return
-        wave = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        """Fill free rows with waiting requests."""
+        wave = self.room.wave(self.active)
+        begun = self.sequences.lengths[wave] > self.sequences.prompt_lengths[wave]
+        if not begun.all():
+            self._begin(wave[~begun].tolist())
+        if begun.any():
+            self._resume(wave[begun])
+
+    def _begin(self, wave: list[int]) -> None:
+        """Admit requests: one prefill per unique prompt, its cache copied to the group, and everybody's first token."""
         groups: dict[int, list[int]] = {}
         for request in wave:
             groups.setdefault(self._prompt_group(request, groups), []).append(request)
@@ -188,6 +198,14 @@ class DecodeLoop:
             for speculator in self.speculators.values():
                 speculator.start(self.sequences, requests, prompts, self._cache)
         self._first_tokens(requests, logits, hidden, groups)
+
+    def _resume(self, wave: np.ndarray) -> None:
+        """Admit requests that were paused, int64 `[n]`: run what they have, but for the last token."""
+        with self.recorder.time("prefill"):
+            for segments in self._texts(wave, self.sequences.lengths[wave] - 1, len(self.active)):
+                self.runner.forward(segments, np.cumsum(segments.lengths) - 1)
+            self.runner.synchronize()
+        self.active = np.concatenate([self.active, wave])
 
     def _first_tokens(
         self, requests: np.ndarray, logits: torch.Tensor, hidden: Hidden, groups: Mapping[int, list[int]]
@@ -217,18 +235,23 @@ class DecodeLoop:
             float32 logits after each prompt's last token `[leaders, vocab]`, and hidden states: head inputs of the last
             tokens only `[leaders, hidden]`, layers of all tokens.
         """
-        sequences, logits, caught = self.sequences, [], []
-        prompt_lengths = sequences.prompt_lengths[leaders]
-        for chunk in _chunks(prompt_lengths, PREFILL_TOKENS):
-            requests, lengths = leaders[chunk], prompt_lengths[chunk]
-            tokens = np.concatenate([sequences.token_ids[r, :n] for r, n in zip(requests, lengths, strict=True)])
-            segments = Segments(tokens.astype(np.int64), first_row + chunk.start, np.zeros_like(lengths), lengths)
+        logits, caught = [], []
+        prompt_lengths = self.sequences.prompt_lengths[leaders]
+        for segments in self._texts(leaders, prompt_lengths, first_row):
             taps = self._taps()
-            logits.append(self.runner.forward(segments, np.cumsum(lengths) - 1, taps))
+            logits.append(self.runner.forward(segments, np.cumsum(segments.lengths) - 1, taps))
             caught.append(taps)
         head_inputs = torch.cat([taps.head_inputs for taps in caught])
         layers = {layer: torch.cat([taps.layers[layer] for taps in caught]) for layer in self._needs.layers}
         return torch.cat(logits), Hidden(np.cumsum(prompt_lengths) - prompt_lengths, head_inputs, layers)
+
+    def _texts(self, requests: np.ndarray, lengths: np.ndarray, first_row: int) -> Iterator[Segments]:
+        """The first `lengths` tokens (int64 `[n]`) of requests (int64 `[n]`) for rows from `first_row` on, in parts."""
+        for chunk in _chunks(lengths, PREFILL_TOKENS):
+            counts = lengths[chunk]
+            texts = [self.sequences.token_ids[r, :n] for r, n in zip(requests[chunk], counts, strict=True)]
+            tokens = np.concatenate(texts).astype(np.int64)
+            yield Segments(tokens, first_row + chunk.start, np.zeros_like(counts), counts)
 
     def _prompt_group(self, request: int, groups: Mapping[int, list[int]]) -> int:
         """The request that leads this one's group: the first in the wave with the same prompt, or itself."""

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_MARGIN = 32  # tokens
+
 
 @dataclass(slots=True)
 class Segments:
@@ -68,14 +70,15 @@ class PolicyRunner(ABC):
 
     @abstractmethod
     def new_cache(self, num_rows: int, capacity: int) -> Any:
-        """An attention cache of `num_rows` rows of `capacity` tokens; its memory goes when it is dropped."""
+        """An attention cache that grows with use, up to `num_rows` rows of `capacity` tokens; it goes when it is dropped."""
 
     @abstractmethod
     def session(self, cache: Any) -> AbstractContextManager[None]:
         """Get the policy ready to generate into `cache`, and put it back as it was whatever happens inside.
 
         Inside: no dropout, no gradient. Afterwards training mode, attention implementation, cache settings and every
-        module are as before. Sessions of different models may be nested.
+        module are as before. Sessions of different models may be nested. Sessions of different threads wait for each
+        other; a plain forward in another thread neither waits nor notices (`policy/threads.py`).
         """
 
     @abstractmethod
@@ -93,12 +96,22 @@ class PolicyRunner(ABC):
         """Copy the first `length` cached tokens of row `source` to each of `targets`."""
 
     @abstractmethod
-    def row_bytes(self, capacity: int) -> int:
-        """Bytes of cache that one row of `capacity` tokens takes."""
+    def cells_that_fit(self) -> int:
+        """Tokens that memory allows the session's cache now, over all rows, those that it holds included.
+
+        A row takes as many cells as the longest one needs. The answer is an estimate before the first forward.
+        """
 
     @abstractmethod
-    def free_bytes(self) -> int:
-        """Bytes that the cache may take now without starving the rest of the process."""
+    def reserve(self, num_rows: int, length: int) -> int:
+        """Make room for the first `num_rows` rows to have `length` tokens each; returns how many they have room for.
+
+        What they hold stays. Rows from `num_rows` on may be dropped. Forwards make room as well, but one by one, and
+        without a look at memory.
+
+        Raises:
+            MemoryError: There is none left. The cache is as large as before.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -119,6 +132,17 @@ class PolicyCache:
 
     runner: PolicyRunner
     rows_of: Callable[[np.ndarray], np.ndarray]
+
+
+def roomy(length: int, most: int | None = None) -> int:
+    """Tokens to make room for where `length` are needed and texts grow: at least 32 more, or a fifth; `most` at most.
+
+    Arrays that grow like this hold a fifth more than is used, and all copies made on the way are at most five times the
+    last array. Doubling would copy once and hold twice as much. A decode step reads the whole cache anyway, and a fifth
+    lasts for very many of them: bytes held are dearer than bytes copied.
+    """
+    wanted = length + max(_MARGIN, length // 5)
+    return max(length, wanted if most is None else min(wanted, most))
 
 
 def retire(active: np.ndarray, finished: np.ndarray, cached: Callable[[int], int], runner: PolicyRunner) -> np.ndarray:

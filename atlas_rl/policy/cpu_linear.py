@@ -28,6 +28,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from atlas_rl.policy.threads import class_of, in_this_thread
+
 MIN_ROWS, MAX_ROWS = 4, 63
 
 
@@ -54,18 +56,18 @@ def _forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def streamed_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, float32 CPU `nn.Linear` layers of `model` take the route above; afterwards they are as before."""
+    """Inside, float32 CPU `nn.Linear` layers of `model` take the route above in this thread; afterwards none does."""
     patched = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear
+        if class_of(module) is nn.Linear
         and "forward" not in module.__dict__
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
     ]
     try:
         for module in patched:
-            module.forward = _forward.__get__(module)  # type: ignore[method-assign]
+            module.forward = in_this_thread(_forward, module)
         yield
     finally:
         for module in patched:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,10 +15,11 @@ from torch import nn
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.cpu_linear import streamed_weights
+from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.threads import GENERATING, attending, evaluation_mode, own_attention
 
 _PROBE_TOLERANCE = 2e-2  # of the logits' spread; a wrong cache or mask is off by the spread itself
-_MEMORY_SHARE = {"cuda": 0.6, "cpu": 0.3}
 
 
 def unwrap_policy(model: Any) -> Any:
@@ -73,7 +74,6 @@ class InProcessRunner(PolicyRunner):
         self.vocab_size = int(head.weight.shape[0]) if head.weight.numel() else int(self.config.vocab_size)
         self.max_context = getattr(self.config, "max_position_embeddings", None)
         self._cache: RaggedBatch | None = None
-        self._attention = self.config._attn_implementation
         self._probed = False
 
     @property
@@ -87,11 +87,12 @@ class InProcessRunner(PolicyRunner):
 
     def new_cache(self, num_rows: int, capacity: int) -> RaggedBatch:
         # transformers' SDPA path ignores `softcap`, its other paths apply it: do as the trainer's own forward does.
-        return RaggedBatch(num_rows, capacity, honour_softcap=self.config._attn_implementation != "sdpa")
+        softcap = self.config._attn_implementation != "sdpa"
+        return RaggedBatch(num_rows, capacity, honour_softcap=softcap, free_bytes=self.free_bytes)
 
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
-        with torch.no_grad(), evaluation_mode(self.model):
+        with GENERATING, torch.no_grad(), evaluation_mode(self.model):
             if not self._probed:
                 self._probe()
             with self._ragged(cache):
@@ -104,7 +105,8 @@ class InProcessRunner(PolicyRunner):
         assert batch.token_positions is not None
         taps = taps or Taps()
         layers = self._layers if taps.wants_layers else nn.ModuleList()
-        with ragged_attention.active(batch), _tapped(self.model, layers, taps):
+        attention = attending(ragged_attention.NAME, self.config)
+        with ragged_attention.active(batch), attention, _tapped(self.model, layers, taps):
             output = self.model(
                 input_ids=torch.from_numpy(segments.token_ids)[None].to(self.device),
                 position_ids=batch.token_positions[None],
@@ -118,6 +120,7 @@ class InProcessRunner(PolicyRunner):
         self._cache.copy_rows(source, np.array(targets, np.int64), length)
 
     def row_bytes(self, capacity: int) -> int:
+        """Bytes of cache that one row of `capacity` tokens takes, as the configuration has it."""
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -125,11 +128,19 @@ class InProcessRunner(PolicyRunner):
         return 2 * config.num_hidden_layers * heads * dim * element * capacity
 
     def free_bytes(self) -> int:
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            return int((free + held) * _MEMORY_SHARE["cuda"])
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MEMORY_SHARE["cpu"])
+        """Bytes that the cache may take now, beyond those that it has."""
+        return free_bytes(self.device)
+
+    def cells_that_fit(self) -> int:
+        assert self._cache is not None, "cells_that_fit() outside of session()"
+        return self._cache.cells_that_fit(self.row_bytes(1))
+
+    def reserve(self, num_rows: int, length: int) -> int:
+        cache = self._cache
+        assert cache is not None, "reserve() outside of session()"
+        if num_rows > cache.held_rows or length > cache.held_cells:
+            cache.reserve(num_rows, length, self.cells_that_fit())
+        return cache.held_cells
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -137,25 +148,17 @@ class InProcessRunner(PolicyRunner):
 
     @contextmanager
     def _ragged(self, cache: RaggedBatch) -> Iterator[None]:
-        own, outer = self.config._attn_implementation, self._cache
-        self._cache = cache
-        self.config._attn_implementation_internal = ragged_attention.NAME
+        outer, self._cache = self._cache, cache
         try:
-            with streamed_weights(self.model):
+            with own_attention(self.config), streamed_weights(self.model):
                 yield
         finally:
-            self.config._attn_implementation_internal = own
             self._cache = outer
 
     def _probe(self) -> None:
         """Five tokens through a plain forward, and as a ragged batch in two segments: the logits must agree."""
         tokens = np.array([1, 3, 2, 4, 1], dtype=np.int64) % self.vocab_size
-        outer = self.config._attn_implementation  # ragged, when the policy drafts for itself in a session of its own
-        self.config._attn_implementation_internal = self._attention
-        try:
-            plain = self.model(input_ids=torch.from_numpy(tokens)[None].to(self.device), use_cache=False).logits[0]
-        finally:
-            self.config._attn_implementation_internal = outer
+        plain = self.model(input_ids=torch.from_numpy(tokens)[None].to(self.device), use_cache=False).logits[0]
         plain = plain.float()
         with self._ragged(self.new_cache(2, 5)):
             split = np.array([3, 2])
@@ -176,14 +179,19 @@ class InProcessRunner(PolicyRunner):
 
 @contextmanager
 def _tapped(model: nn.Module, layers: nn.ModuleList, taps: Taps) -> Iterator[None]:
-    """Inside, `taps` catches the inputs of the LM head and of the decoder layers it asks for."""
+    """Inside, `taps` catches the inputs of the LM head and of the decoder layers it asks for, in forwards of this thread."""
+    owner = threading.get_ident()
 
     def catch_last(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        taps.head_inputs = args[0].reshape(-1, args[0].shape[-1])
+        if threading.get_ident() == owner:
+            taps.head_inputs = args[0].reshape(-1, args[0].shape[-1])
 
     def catch_layer(layer: int) -> Callable[..., None]:
-        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states = args[0] if args else kwargs["hidden_states"]
+        # Another thread may have found the hook and not that it takes keywords, if it has gone in between.
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if threading.get_ident() != owner:
+                return
+            states = args[0] if args else (kwargs or {})["hidden_states"]
             taps.layers[layer] = states.reshape(-1, states.shape[-1])
 
         return catch
@@ -208,15 +216,3 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
             f"{type(model).__name__} has {len(found)} stacks of {num_layers} layers: hidden states need one"
         )
     return found[0]
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and every module's own training flag put back (they may differ between modules)."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

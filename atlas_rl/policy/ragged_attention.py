@@ -1,4 +1,4 @@
-"""Attention over a ragged batch: packed queries, one preallocated cache row per request.
+"""Attention over a ragged batch: packed queries, one cache row per request.
 
 transformers looks attention functions up by name and leaves masks to implementations it has no mask builder for. So one
 registered function is all it takes to run unchanged model code on a packed batch `[1, num_tokens]`: linear layers see no
@@ -6,11 +6,16 @@ padding at all, the function below writes the new keys and values into the cache
 
 Query heads that share a key/value head are folded into the query length: `[batch, kv_heads, group * len, dim]` against
 `[batch, kv_heads, context, dim]`. The cache is then read once and never expanded to the number of query heads.
+
+The cache is one tensor per layer, read in place, and grows with use: it has the rows that run, of the cells that the longest
+of them needs and a margin. What texts might come to costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,9 +24,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from atlas_rl.policy.base import Segments
+from atlas_rl.policy.base import Segments, roomy
 
 NAME = "atlas_ragged"
+
+
+def _plenty() -> int:
+    return 1 << 62
 
 
 @dataclass(slots=True)
@@ -29,16 +38,24 @@ class RaggedBatch:
     """Where the packed tokens of one forward go, and the cache they go to.
 
     Attributes:
-        keys, values: Per layer `[rows, kv_heads, capacity, dim]`; None until the layer's first call tells the shape.
-        num_rows, capacity: Size of the cache.
+        num_rows, capacity: Most rows, and most tokens of a row.
         honour_softcap: Whether the policy's own attention applies `softcap` (transformers' SDPA path does not).
+        free_bytes: Bytes that caches may take now, beyond those that they have.
+        keys, values: Per layer `[held_rows, kv_heads, held_cells, dim]`; none until the layer's first call tells the shape.
+        held_rows, held_cells: Rows, and cells of each, that there is memory for.
+        copied_bytes: Copied so far in order to grow.
     """
 
     num_rows: int
     capacity: int
     honour_softcap: bool
+    free_bytes: Callable[[], int] = _plenty
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
+    held_rows: int = 0
+    held_cells: int = 0
+    copied_bytes: int = 0
+    budget_bytes: int | None = None  # what was free when first asked, and is not exceeded when more becomes free
     first_row: int = 0
     batch: int = 0
     query_len: int = 0
@@ -65,6 +82,8 @@ class RaggedBatch:
             self.first_row, rows = int(rows[0]), None
         self.query_len = int(lengths.max())
         self.context = int((starts + lengths).max())
+        last_row = self.first_row + self.batch - 1 if rows is None else int(rows.max())
+        self.reserve(max(self.held_rows, last_row + 1), self.context)
         self.fresh = not starts.any()
         row = np.repeat(np.arange(self.batch), lengths)
         offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -87,10 +106,9 @@ class RaggedBatch:
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `[1, kv_heads, num_tokens, dim]` into the rows; return views of the rows' filled prefix."""
         if layer not in self.keys:
-            shape = (self.num_rows, key.shape[1], self.capacity)
-            # Zeros, not empty: a masked cell still enters 0 * value, and stale memory may hold NaN.
-            self.keys[layer] = key.new_zeros(*shape, key.shape[3])
-            self.values[layer] = value.new_zeros(*shape, value.shape[3])
+            shape = (self.held_rows, key.shape[1], self.held_cells)
+            self.keys[layer] = _allocated(key, *shape, key.shape[3]).zero_()
+            self.values[layer] = _allocated(value, *shape, value.shape[3]).zero_()
         self.keys[layer][self.token_rows, :, self.token_positions] = key[0].transpose(0, 1)
         self.values[layer][self.token_rows, :, self.token_positions] = value[0].transpose(0, 1)
         rows: slice | torch.Tensor = slice(self.first_row, self.first_row + self.batch)
@@ -100,9 +118,65 @@ class RaggedBatch:
 
     def copy_rows(self, source: int, targets: np.ndarray, length: int) -> None:
         """Give rows `targets` (int64 `[n]`) the first `length` cells of row `source`."""
+        if len(targets):
+            self.reserve(max(self.held_rows, int(targets.max()) + 1), length)
         for store in (self.keys, self.values):
             for cache in store.values():
                 cache[torch.from_numpy(targets).to(cache.device), :, :length] = cache[source, :, :length]
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of one token in all layers; 0 before the first forward."""
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for s in (self.keys, self.values) for t in s.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.held_rows * self.held_cells * self.cell_bytes
+
+    def cells_that_fit(self, cell_bytes: int) -> int:
+        """Tokens that memory allows now over all rows; `cell_bytes` is what one takes, as far as it is not known."""
+        held, free = self.num_bytes, self.free_bytes()
+        if self.budget_bytes is None:
+            self.budget_bytes = held + free
+        return min(self.budget_bytes, held + free) // max(1, self.cell_bytes or cell_bytes)
+
+    def reserve(self, num_rows: int, length: int, most_cells: int | None = None) -> None:
+        """Hold `num_rows` rows of `length` cells; where that takes new tensors, rows beyond them are dropped.
+
+        Args:
+            num_rows: Rows that are needed.
+            length: Cells of each that are needed. Texts grow, so that a row gets more at once (`roomy`).
+            most_cells: Cells, over all rows, to stay below unless more are needed.
+
+        Raises:
+            IndexError: More rows or cells than the cache may have.
+            MemoryError: No memory is left. Everything is as before, up to rows that were to be dropped.
+        """
+        if num_rows <= self.held_rows and length <= self.held_cells:
+            return
+        if num_rows > self.num_rows or length > self.capacity:
+            raise IndexError(f"{num_rows} rows of {length} tokens in a cache for {self.num_rows} of {self.capacity}")
+        most = self.capacity if most_cells is None else min(self.capacity, most_cells // num_rows)
+        cells = roomy(length, most)
+        try:
+            for store in (self.keys, self.values):
+                for layer, old in store.items():  # one by one: no more than one tensor is there twice
+                    store[layer] = self._resized(old, num_rows, cells)
+        except MemoryError:
+            self.held_rows = min(self.held_rows, num_rows)  # some tensors may have lost the others
+            raise
+        self.held_rows, self.held_cells = num_rows, cells
+
+    def _resized(self, old: torch.Tensor, num_rows: int, cells: int) -> torch.Tensor:
+        new = _allocated(old, num_rows, old.shape[1], cells, old.shape[3])
+        rows, filled = min(num_rows, old.shape[0]), min(cells, old.shape[2])
+        new[:rows, :, :filled] = old[:rows, :, :filled]
+        # Zeros, not empty: a masked cell still enters 0 * value, and stale memory may hold NaN.
+        new[:rows, :, filled:] = 0
+        new[rows:] = 0
+        self.copied_bytes += old[:rows, :, :filled].numel() * old.element_size()
+        return new
 
     def mask(self, group: int, window: int | None) -> torch.Tensor:
         """bool `[batch, 1, group * query_len, context]`: which cells a query sees (causal, within the window)."""
@@ -119,18 +193,21 @@ class RaggedBatch:
         return mask
 
 
-_current: RaggedBatch | None = None
+class _ThisThread(threading.local):
+    batch: RaggedBatch | None = None
+
+
+_this_thread = _ThisThread()
 
 
 @contextmanager
 def active(batch: RaggedBatch) -> Iterator[None]:
-    """Inside, attention calls read and write `batch`."""
-    global _current
-    previous, _current = _current, batch
+    """Inside, attention calls of this thread read and write `batch`."""
+    previous, _this_thread.batch = _this_thread.batch, batch
     try:
         yield
     finally:
-        _current = previous
+        _this_thread.batch = previous
 
 
 def ragged_attention(
@@ -147,7 +224,7 @@ def ragged_attention(
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `[1, heads, num_tokens, dim]` in, `[1, num_tokens, heads, dim]` out."""
-    batch = _current
+    batch = _this_thread.batch
     if batch is None:
         raise RuntimeError(f"attention '{NAME}' runs only inside a generation session of atlas_rl")
     if s_aux is not None:
@@ -176,6 +253,18 @@ def ragged_attention(
     if batch.unpad_index is not None:
         out = out.index_select(0, batch.unpad_index)
     return out.view(1, num_tokens, heads, -1), None
+
+
+def _allocated(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Memory of the kind of `like`; `MemoryError` where there is none."""
+    try:
+        return like.new_empty(shape)
+    except RuntimeError as error:  # the only one that this call has, under several names
+        gib = math.prod(shape) * like.element_size() / 2**30
+        raise MemoryError(
+            f"the attention cache needs {gib:.2f} GiB more, and there is no memory for it: lower max_batch_size or "
+            "max_new_tokens, or leave more memory free"
+        ) from error
 
 
 def _softcapped(

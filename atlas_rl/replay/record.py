@@ -24,7 +24,7 @@ from atlas_rl.speculators.reduced_vocab import TokenRows
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
 
-_FORMAT = "atlas_rl.rollouts.2"
+_FORMAT = "atlas_rl.rollouts.3"
 _SEQUENCE_ARRAYS = ("token_ids", "lengths", "prompt_lengths", "prompt_keys", "noise_keys")
 
 
@@ -62,6 +62,7 @@ class Recorded:
             "logit_form": json.dumps(asdict(self.form)),
             "vocab_size": str(sequences.vocab_size),
             "policy_version": str(sequences.policy_version),
+            "max_length": str(sequences.max_length),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -83,6 +84,7 @@ class Recorded:
             sampling=SamplingParams(**sampling),
             vocab_size=int(metadata["vocab_size"]),
             policy_version=int(metadata["policy_version"]),
+            max_length=int(metadata["max_length"]),
         )
         layers = {int(name[6:]): tensor for name, tensor in tensors.items() if name.startswith("layer.")}
         return cls(

@@ -53,13 +53,13 @@ def replay(
         token_ids[request, :length] = true.token_ids[request, :length]
     sequences = Sequences(
         token_ids, true.prompt_lengths.copy(), true.prompt_lengths, true.prompt_keys, true.noise_keys, true.sampling,
-        true.vocab_size, true.policy_version,
+        true.vocab_size, true.policy_version, true.max_length,
     )  # fmt: skip
     clock = ToldClock() if costs else None
     recorder = StepRecorder(speculators=tuple(speculators), clock=clock or time.perf_counter)
     # A rollout that stopped by itself could have gone on: drafts reach as far as they did when it was made.
     stopped = true.sampling.ends(true.token_ids[np.arange(len(true.lengths)), true.lengths - 1])
-    max_lengths = np.minimum(true.prompt_lengths + true.sampling.max_new_tokens, true.token_ids.shape[1])
+    max_lengths = np.minimum(true.prompt_lengths + true.sampling.max_new_tokens, true.max_length)
     max_lengths = np.where(stopped, max_lengths, true.lengths)
     loop = _ReplayLoop(recorded, speculators, controller, sequences, max_lengths, recorder)
     if costs is not None and clock is not None:
@@ -176,11 +176,11 @@ class _NoRunner(PolicyRunner):
     def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:
         """Do nothing: there is no cache."""
 
-    def row_bytes(self, capacity: int) -> int:
-        return 0
+    def cells_that_fit(self) -> int:
+        return 1 << 62
 
-    def free_bytes(self) -> int:
-        return 0
+    def reserve(self, num_rows: int, length: int) -> int:
+        return length
 
     def synchronize(self) -> None:
         """Do nothing: no device works."""

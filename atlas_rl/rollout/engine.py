@@ -20,6 +20,7 @@ from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.core import Rollouts, SamplingParams, reject_unknown
 from atlas_rl.decode.defaults import bind_all, default_speculators
 from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
+from atlas_rl.policy.threads import one_at_a_time
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds
 from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings
@@ -54,6 +55,10 @@ class RolloutEngine:
     """Rollouts by speculative decoding that follows the policy; trainers are attached by `AtlasRolloutEngine`.
 
     Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off.
+
+    Threads may share engines and policies: calls of one process run one at a time, and a plain forward of a policy in
+    another thread neither waits nor notices (`policy/threads.py`). A call that is interrupted leaves engine and policy ready
+    for the next one.
 
     Args:
         model: The policy, only needed for stand-alone use. In process a causal LM, whose weights are shared, never copied;
@@ -145,6 +150,7 @@ class RolloutEngine:
         self.publish(output.report)
         return output
 
+    @one_at_a_time
     def rollout(
         self,
         model: Any,
@@ -199,6 +205,7 @@ class RolloutEngine:
         prompt_ids = [list(prompt) for prompt in prompts for _ in range(num_generations)]
         return GenerationOutput(prompt_ids, completions, run.logprobs, report)
 
+    @one_at_a_time
     def policy_updated(self, version: int | None = None) -> None:
         """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
 
@@ -211,6 +218,7 @@ class RolloutEngine:
         if self._backend is not None:
             self._backend.remember_drafters(speculators)
 
+    @one_at_a_time
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int | None = None) -> None:
         """New policy weights for a backend that keeps its own, vLLM; `policy_updated` follows by itself.
 
@@ -237,6 +245,7 @@ class RolloutEngine:
         """Version of the policy that the next rollouts are made by."""
         return self._policy.version
 
+    @one_at_a_time
     def publish(self, report: StepReport) -> None:
         """Keep a report, print its line, and append it to the JSONL file."""
         self.reports.append(report)
@@ -247,12 +256,14 @@ class RolloutEngine:
         if self._sink is not None:
             self._sink.write(report)
 
+    @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """State of every speculator, by name: what a resumed run needs to draft as well as this one."""
         if self._speculators is None:
             return dict(self._restored)
         return {name: speculator.state_dict() for name, speculator in self._speculators.items()}
 
+    @one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict()`; `ValueError` for a speculator that this engine does not have.
 

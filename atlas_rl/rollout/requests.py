@@ -8,6 +8,7 @@ import numpy as np
 
 from atlas_kernels.noise import request_keys
 from atlas_rl.core import SamplingParams, Sequences, prompt_key
+from atlas_rl.policy.base import roomy
 
 
 def build_sequences(
@@ -41,7 +42,8 @@ def build_sequences(
     limits = lengths + sampling.max_new_tokens
     if max_context is not None:
         limits = np.minimum(limits, max_context + 1)
-    token_ids = np.zeros((len(lengths), int(limits.max())), np.int32)
+    most = int(limits.max())
+    token_ids = np.zeros((len(lengths), roomy(int(lengths.max()), most)), np.int32)
     for index, row in enumerate(rows):
         token_ids[index * num_generations : (index + 1) * num_generations, : len(row)] = row
     keys = np.repeat(np.array([prompt_key(row) for row in rows], np.int64), num_generations)
@@ -54,6 +56,7 @@ def build_sequences(
         sampling=sampling,
         vocab_size=vocab_size,
         policy_version=policy_version,
+        max_length=most,
     )
     return sequences, limits
 

@@ -62,9 +62,9 @@ class DraftLM(Speculator):
     ) -> None:
         """Give the new requests a cache row; their prompts are run when the first draft is asked for."""
         if sequences is not self._sequences:
-            num_requests, capacity = sequences.token_ids.shape
+            num_requests = len(sequences.lengths)
             self._sequences = sequences
-            self._cache = self._runner.new_cache(num_requests, capacity + _DRAFT_ROOM)
+            self._cache = self._runner.new_cache(num_requests, sequences.max_length + _DRAFT_ROOM)
             self._active = np.zeros(0, np.int64)
             self._cached = np.zeros(num_requests, np.int64)  # valid cached tokens of each request
             self._drafted: dict[int, np.ndarray] = {}  # tokens of its last draft
@@ -78,6 +78,10 @@ class DraftLM(Speculator):
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
         assert sequences is self._sequences, "propose() before start()"
         assert self._cache is not None
+        self._make_room(sequences, int(max_draft_tokens.max(initial=0)))
+        known = np.flatnonzero(np.isin(requests, self._active))
+        if len(known) < len(requests):
+            return self.propose(sequences, requests[known], max_draft_tokens[known]).spread(known, len(requests))
         active, lengths = self._active, sequences.lengths[self._active]
         depth = min(int(max_draft_tokens.max(initial=0)), self._room(lengths))
         if depth <= 0:
@@ -125,6 +129,21 @@ class DraftLM(Speculator):
         self._sequences = None
         self._cache = None
         return None
+
+    def _make_room(self, sequences: Sequences, depth: int) -> None:
+        """Let go of the shortest requests, for good, where memory does not take all: they are drafted for by others."""
+        cache, lengths = self._cache, sequences.lengths[self._active]
+        assert cache is not None
+        needed = min(int(lengths.max(initial=0)) + depth, cache.capacity)
+        if needed <= cache.held_cells and len(lengths) <= cache.held_rows:
+            return
+        with self._runner.session(cache):
+            excess = len(lengths) - max(1, self._runner.cells_that_fit() // max(1, needed))
+            if excess > 0:
+                lost = np.zeros(len(lengths), bool)
+                lost[np.argsort(lengths, kind="stable")[:excess]] = True
+                self._active = retire(self._active, lost, lambda request: int(self._cached[request]), self._runner)
+            self._runner.reserve(len(self._active), needed)
 
     def _room(self, lengths: np.ndarray) -> int:
         """Most tokens that every row can still draft within the cache and the draft LM's own context."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
+from atlas_rl.policy.threads import one_at_a_time
 from atlas_rl.report import dead_drafters
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.vllm import internals
@@ -113,12 +114,24 @@ class VllmBackend(Backend):
     def runs(self, model: Any) -> bool:
         return self is model or self.llm is model or isinstance(model, str | Path)
 
+    @one_at_a_time
     def generate(self, call: Call) -> Run:
-        sequences, drafting = call.sequences, self.drafter.drafting
-        check_sampling(sequences.sampling, call.extra)
+        check_sampling(call.sequences.sampling, call.extra)
         if call.speculators:
             self.check_drafters(call.speculators)
-        drafting.begin(call)
+        self.drafter.drafting.begin(call)
+        try:
+            run = self._run(call)
+        finally:
+            # An exception, or the user's interrupt, may have left requests that the next call would wait for.
+            internals.abandon(self.llm)
+            self.drafter.drafting.end()
+        if call.speculators:
+            self.remember_drafters(call.speculators)
+        return run
+
+    def _run(self, call: Call) -> Run:
+        sequences, drafting = call.sequences, self.drafter.drafting
         prompts = [
             {"prompt_token_ids": sequences.token_ids[i, :n].tolist()} for i, n in enumerate(sequences.prompt_lengths)
         ]
@@ -129,6 +142,7 @@ class VllmBackend(Backend):
         for request, output in enumerate(outputs):
             completion = output.outputs[0]
             begin, tokens = sequences.prompt_lengths[request], completion.token_ids
+            sequences.reserve(int(begin) + len(tokens))
             sequences.token_ids[request, begin : begin + len(tokens)] = tokens
             sequences.lengths[request] = begin + len(tokens)
             logprobs.append([entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)])
@@ -136,11 +150,7 @@ class VllmBackend(Backend):
             *dead_drafters.findings(call.recorder, drafting.proposing.num_asked, drafting.proposing.num_proposed),
             *self._lost.findings(call.recorder, drafting.num_planned),
         ]
-        run = Run(logprobs, drafting.no_speculation_forward_s, findings)
-        drafting.end()
-        if call.speculators:
-            self.remember_drafters(call.speculators)
-        return run
+        return Run(logprobs, drafting.no_speculation_forward_s, findings)
 
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(self.view.config)

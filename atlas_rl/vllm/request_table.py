@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from atlas_rl.core import SamplingParams, Sequences, prompt_key
+from atlas_rl.policy.base import roomy
 
 _LEARN_FROM = 32  # finished requests of a server that are worth ending an epoch for
 
@@ -95,7 +96,7 @@ class RequestTable:
         rows = self._num_rows
         old, running = self.sequences, dict(self.request_of)
         self.sequences = Sequences(
-            token_ids=np.zeros((rows, self._max_length), np.int32),
+            token_ids=np.zeros((rows, roomy(0, self._max_length)), np.int32),
             lengths=np.zeros(rows, np.int64),
             prompt_lengths=np.zeros(rows, np.int64),
             prompt_keys=np.zeros(rows, np.int64),
@@ -103,6 +104,7 @@ class RequestTable:
             sampling=sampling,
             vocab_size=self._vocab_size,
             policy_version=policy_version,
+            max_length=self._max_length,
         )
         max_lengths, self.max_lengths = self.max_lengths, np.zeros(rows, np.int64)
         self.request_of, self._num_used = {}, 0
@@ -110,7 +112,9 @@ class RequestTable:
             assert old is not None
             self._place(name, max_lengths[request], old.prompt_keys[request], old.noise_keys[request])
             target = self.request_of[name]
-            self.sequences.token_ids[target] = old.token_ids[request]
+            length = int(old.lengths[request])
+            self.sequences.reserve(length)
+            self.sequences.token_ids[target, :length] = old.token_ids[request, :length]
             for field in ("lengths", "prompt_lengths"):
                 getattr(self.sequences, field)[target] = getattr(old, field)[request]
 
@@ -122,6 +126,7 @@ class RequestTable:
         max_length = min(arrival.num_prompt_tokens + arrival.sampling.max_new_tokens, self._max_length)
         self._place(arrival.name, max_length, prompt_key(tokens), arrival.noise_key)
         row = self.request_of[arrival.name]
+        self.current.reserve(len(tokens))
         self.current.token_ids[row, : len(tokens)] = tokens
         self.current.lengths[row] = self.current.prompt_lengths[row] = len(tokens)
         return row

@@ -93,7 +93,7 @@ def state_of(model):
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
         "grad": torch.is_grad_enabled(),
-        "current": attention._current,
+        "current": attention._this_thread.batch,
     }
 
 

@@ -1,7 +1,8 @@
 """EAGLE-3 as a speculator: static, trained before the run and never changed by it.
 
-The head keeps one layer's attention cache of its own, in rows like the policy's. Committed positions enter it with the
-policy's features; drafted ones with the head's own, and are overwritten when the policy has run there.
+The head keeps one layer's attention cache of its own, a row for each request that it drafts for. Committed positions enter
+it with the policy's features; drafted ones with the head's own, and are overwritten when the policy has run there. Where
+memory does not take another row, requests go without its drafts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.cpu_linear import by_columns
+from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.ragged_attention import RaggedBatch, active, ragged_attention
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import ReducedDraft
@@ -59,6 +61,10 @@ class Eagle3Speculator(Speculator):
         self.needs = Needs(layers=self.head.config.layers)
         self._device = self.head.fc.weight.device
         self._token_ids = self.head.token_ids.cpu().numpy()
+        attention: Any = self.head.layers[0].self_attn
+        self._cell_bytes: int = (
+            attention.k_proj.out_features + attention.v_proj.out_features
+        ) * attention.k_proj.weight.itemsize
 
     def start(
         self,
@@ -69,9 +75,15 @@ class Eagle3Speculator(Speculator):
     ) -> None:
         """Give new requests a cache row each, and keep the features of their prompts."""
         if sequences is not self._sequences:
-            num_requests, capacity = sequences.token_ids.shape
+            num_requests = len(sequences.lengths)
             self._sequences = sequences
-            self._cache = RaggedBatch(num_requests, capacity + _DRAFT_ROOM, honour_softcap=False)
+            self._cache = RaggedBatch(
+                num_requests,
+                sequences.max_length + _DRAFT_ROOM,
+                honour_softcap=False,
+                free_bytes=lambda: free_bytes(self._device),
+            )
+            self._row_of = np.full(num_requests, -1)  # cache rows, of requests that have been run
             self._cached = np.zeros(num_requests, np.int64)
             self._features: list[list[torch.Tensor]] = [[] for _ in range(num_requests)]  # not in the cache yet
             self._has_prompt = np.zeros(num_requests, bool)  # and is still decoded
@@ -101,8 +113,10 @@ class Eagle3Speculator(Speculator):
         known = np.flatnonzero(self._has_prompt[requests])
         if len(known) < len(requests):  # an engine that caches prefixes does not always run a prompt again
             return self.propose(sequences, requests[known], max_draft_tokens[known]).spread(known, len(requests))
-        lengths, capacity = sequences.lengths[requests], sequences.token_ids.shape[1]
-        depth = min(int(max_draft_tokens.max(initial=0)), int(capacity + _DRAFT_ROOM - lengths.max(initial=0)))
+        lengths, depth = sequences.lengths[requests], int(max_draft_tokens.max(initial=0))
+        depth = min(depth, int(sequences.max_length + _DRAFT_ROOM - lengths.max(initial=0)))
+        if depth > 0 and self._make_room(sequences, requests, depth):
+            return self.propose(sequences, requests, max_draft_tokens)  # without those that it forgot
         if depth <= 0:
             return Draft.empty(len(requests))
         draft = ReducedDraft(sequences, requests, depth, self._token_ids, couples_noise=self._couples_noise)
@@ -124,10 +138,7 @@ class Eagle3Speculator(Speculator):
         # What the first token was drawn from is the prompt's last position, which `start` has seen.
         going = self._has_prompt[verified.requests] & ~verified.finished
         rows = np.flatnonzero((starts > sequences.prompt_lengths[verified.requests]) & going)
-        ended = verified.requests[verified.finished]
-        self._has_prompt[ended] = False
-        for request in ended:
-            self._features[request] = []
+        self._forget(sequences, verified.requests[verified.finished])
         if not len(rows):
             return
         counts = verified.num_committed[rows]
@@ -147,6 +158,46 @@ class Eagle3Speculator(Speculator):
 
     def weights(self) -> Iterable[torch.Tensor]:
         return self.head.parameters()
+
+    def _forget(self, sequences: Sequences, requests: np.ndarray) -> None:
+        """Let requests go, int64 `[n]`, with all that is kept of them."""
+        self._has_prompt[requests] = False
+        self._row_of[requests] = -1
+        for request in requests.tolist():
+            self._features[request] = []
+            key = int(sequences.prompt_keys[request])
+            if self._prompt_in.get(key) == request:
+                del self._prompt_in[key]
+
+    def _make_room(self, sequences: Sequences, requests: np.ndarray, depth: int) -> bool:
+        """Give requests (int64 `[n]`) their rows; whether some had to be forgotten because memory does not take all."""
+        cache = self._cache
+        assert cache is not None
+        kept = np.flatnonzero(self._row_of >= 0)
+        fresh = requests[self._row_of[requests] < 0]
+        num_rows = len(kept) + len(fresh)
+        longest = int(sequences.lengths[np.concatenate([kept, fresh])].max(initial=0)) + depth
+        if num_rows > cache.held_rows or longest > cache.held_cells:
+            cells = cache.cells_that_fit(self._cell_bytes)
+            if num_rows > max(1, cells // longest):
+                # Those that have no row yet go first, and then the shortest of the others.
+                by_length = kept[np.argsort(-sequences.lengths[kept], kind="stable")]
+                self._forget(sequences, np.concatenate([by_length, fresh])[max(1, cells // longest) :])
+                return True
+            self._close_gaps(kept)
+            cache.reserve(num_rows, longest, cells)
+        free = np.setdiff1d(np.arange(cache.held_rows), self._row_of[kept])
+        self._row_of[fresh] = free[: len(fresh)]
+        return False
+
+    def _close_gaps(self, kept: np.ndarray) -> None:
+        """Move the last rows of requests that have one, int64 `[n]`, so that these are the first `n`."""
+        assert self._cache is not None
+        rows = self._row_of[kept]
+        gaps = np.setdiff1d(np.arange(len(kept)), rows)
+        for request, gap in zip(kept[rows >= len(kept)].tolist(), gaps.tolist(), strict=True):
+            self._cache.copy_rows(int(self._row_of[request]), np.array([gap]), int(self._cached[request]))
+            self._row_of[request] = gap
 
     def _fuse(self) -> None:
         """Features of the positions observed since the last time: together, as reading the weights costs as much for one."""
@@ -184,7 +235,8 @@ class Eagle3Speculator(Speculator):
         keys = sequences.prompt_keys[fresh]
         for key in np.unique(keys):
             source, siblings = self._prompt_in[int(key)], fresh[keys == key]
-            cache.copy_rows(source, siblings[siblings != source], int(lengths[source]))
+            rows = self._row_of[siblings[siblings != source]]
+            cache.copy_rows(int(self._row_of[source]), rows, int(lengths[source]))
 
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
         """Run the committed positions that are not cached yet; features of the last one of each request."""
@@ -206,7 +258,7 @@ class Eagle3Speculator(Speculator):
         """Packed `[tokens, hidden]` through the head, its keys and values into the requests' cache rows."""
         cache = self._cache
         assert cache is not None
-        cache.place(Segments(tokens, 0, starts, counts, requests), self._device)
+        cache.place(Segments(tokens, 0, starts, counts, self._row_of[requests]), self._device)
         embed = self.head.embed_tokens or self._policy.embed
         embeddings = embed(torch.from_numpy(tokens).to(self._device)).to(features.dtype)
         positions = cache.token_positions

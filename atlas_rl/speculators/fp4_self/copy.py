@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.nvfp4 import NVFP4Weight, dequantize, linear, quantize, tensor_scale_for
 from atlas_rl.policy.cpu_linear import linear_rows
 from atlas_rl.policy.in_process import decoder_layers
+from atlas_rl.policy.threads import class_of, in_this_thread
 
 HEADROOM = 2.0  # of a tensor scale: so long as no magnitude outgrows it, a refresh reads each weight once
 
@@ -83,13 +83,13 @@ class FourBitCopy:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the policy's modules compute with the four-bit weights; afterwards they are as before."""
+        """Inside, the policy's modules compute with the four-bit weights in this thread; afterwards they are as before."""
         modules = self._linears + self._embeddings
         assert self._forwards, "running() before requantize()"
         before = [module.__dict__.get("forward") for module in modules]
         try:
             for module, forward in zip(modules, self._forwards, strict=True):
-                module.forward = MethodType(forward, module)
+                module.forward = in_this_thread(forward, module)
             yield
         finally:
             for module, forward in zip(modules, before, strict=True):
@@ -112,7 +112,7 @@ def _linears(root: nn.Module) -> list[Any]:
     for name, module in root.named_modules():
         if id(module) in adapters:
             continue
-        if type(module) is nn.Linear:
+        if class_of(module) is nn.Linear:
             found.append(module)
             continue
         matrices = [key for key, parameter in module.named_parameters(recurse=False) if _is_matrix(parameter)]

@@ -14,6 +14,7 @@ from atlas_rl.speculators.history.store import (
     GLOBAL,
     INFO,
     LINK,
+    MAX_CODE,
     MAX_MATCH,
     ORDERS,
     PROMPT,
@@ -79,7 +80,7 @@ def _add(cursors, count, survivors, code, source, length, token):
 def _search_live(cursors, count, survivors, family, context, end, request, live):
     """Follow one chain of the running requests. PROMPT yields the request's own group, GLOBAL all others."""
     tag = live.tags[request]
-    capacity = live.tokens.shape[1]
+    num_requests = len(live.tokens)
     room = min(count + _MAX_FOUND, MAX_CURSORS)
     link = live.heads[family, bucket_of(context, end, family, tag, live.heads.shape[1])]
     for _ in range(_MAX_VISITS):
@@ -87,8 +88,8 @@ def _search_live(cursors, count, survivors, family, context, end, request, live)
             break
         code = link - 1
         link = live.links[code, family]
-        row = code // capacity
-        pos = code - row * capacity
+        pos = code // num_requests
+        row = code - pos * num_requests
         if (live.tags[row] == tag) != (family == PROMPT):
             continue
         length = _match_live(live.tokens[row], pos, context, end)
@@ -157,13 +158,13 @@ def _advance_live(cursors, i, context, end, position, request, live):
     `context[end]` is token `position` of the request, which is the next to come: a cursor into the request itself may
     run into the draft, which is the case of a text that repeats itself.
     """
-    capacity = live.tokens.shape[1]
-    code = ~cursors[i, CODE] + 1
-    row = code // capacity
-    pos = code - row * capacity
-    cursors[i, CODE] = ~code
-    if pos == 0:  # the row before was full
+    num_requests = len(live.tokens)
+    code = ~cursors[i, CODE] + num_requests
+    if code > MAX_CODE:
         return SEPARATOR
+    pos = code // num_requests
+    row = code - pos * num_requests
+    cursors[i, CODE] = ~code
     if row == request:
         back = position - pos
         return context[end - back] if back <= end else live.tokens[row, pos]

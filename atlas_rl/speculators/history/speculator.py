@@ -231,6 +231,7 @@ class HistorySpeculator(Speculator):
     def _live_of(self, sequences: Sequences) -> LiveIndex:
         if sequences is not self._sequences or self._live is None:
             raise RuntimeError("history index: these sequences were not started, or another call has begun since")
+        self._live.follow(sequences)
         return self._live
 
     def _end_call(self) -> None:

@@ -11,7 +11,9 @@ walks a chain compares tokens.
 
     store    code                         bytes per token
     archive  ring position                16 (one node: token, two links, tag) + 8 (heads)
-    live     request * capacity + pos     8 (links) + heads; the tokens stay where the decode loop keeps them
+    live     pos * requests + request     8 (links) + heads; the tokens stay where the decode loop keeps them
+
+Live codes are such that texts can grow: more positions are more codes, and no code changes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ ORDERS = (4, 1)
 MAX_MATCH = 24
 """Matches are measured up to this many tokens."""
 
+MAX_CODE = 2**31 - 2
+"""Links hold `code + 1` in 32 bits."""
+
 SEPARATOR = -1
 """Token of the node after every archived rollout: no context matches across it."""
 
@@ -45,7 +50,7 @@ class LiveView(NamedTuple):
     """What kernels see of the running requests; `buckets` heads per family."""
 
     tokens: np.ndarray  # int32 [requests, capacity]
-    links: np.ndarray  # int32 [requests * capacity, 2]
+    links: np.ndarray  # int32 [positions * requests, 2]
     heads: np.ndarray  # int32 [2, buckets]
     indexed: np.ndarray  # int64 [requests], tokens that may be read as context or continuation
     prompt_lengths: np.ndarray  # int64 [requests]
@@ -99,13 +104,13 @@ def in_prompt(info):
 @numba.njit(cache=True, nogil=True)
 def _index_live(live, requests, ends):
     """File the tokens from `indexed[request]` up to `end` of every request."""
-    capacity = live.tokens.shape[1]
+    num_requests = len(live.tokens)
     buckets = live.heads.shape[1]
     for i in range(len(requests)):
         request = requests[i]
         row = live.tokens[request]
         for pos in range(live.indexed[request], ends[i]):
-            code = request * capacity + pos
+            code = pos * num_requests + request
             for family in range(2):
                 if pos < ORDERS[family]:
                     live.links[code, family] = 0
@@ -175,17 +180,19 @@ def _replay(archive, tokens, infos):
 
 
 class LiveIndex:
-    """Index of the requests of one generation call, in place; dropped with the call."""
+    """Index of the requests of one generation call, in place; dropped with the call.
+
+    It grows with the texts. What lies past the codes that 31 bits can name, of very many very long texts, is not indexed.
+    """
 
     def __init__(self, sequences: Sequences) -> None:
-        num_requests, capacity = sequences.token_ids.shape
-        codes = num_requests * capacity
-        if codes >= 2**31 - 1:
-            raise ValueError(f"{num_requests} requests x {capacity} tokens do not fit the history index's 31-bit codes")
-        buckets = min(max(codes, 64), _MAX_LIVE_BUCKETS)
+        num_requests = len(sequences.lengths)
+        self._most = MAX_CODE // num_requests  # positions
+        # Zero pages until they are used, and those are used that tokens fall in.
+        buckets = min(max(num_requests * sequences.max_length, 64), _MAX_LIVE_BUCKETS)
         self.view = LiveView(
             tokens=sequences.token_ids,
-            links=np.empty((codes, 2), np.int32),
+            links=np.empty((num_requests * min(sequences.token_ids.shape[1], self._most), 2), np.int32),
             heads=np.zeros((2, buckets), np.int32),
             indexed=np.zeros(num_requests, np.int64),
             prompt_lengths=sequences.prompt_lengths,
@@ -193,6 +200,16 @@ class LiveIndex:
         )
         self.prompt_owner: dict[int, int] = {}
         """Request whose copy of a prompt is the indexed one, by prompt key: copies would crowd the chains."""
+
+    def follow(self, sequences: Sequences) -> None:
+        """The texts may have grown: see them where they are now."""
+        view = self.view
+        if sequences.token_ids is view.tokens:
+            return
+        num_requests, capacity = sequences.token_ids.shape
+        links = np.empty((num_requests * min(capacity, self._most), 2), np.int32)
+        links[: len(view.links)] = view.links
+        self.view = view._replace(tokens=sequences.token_ids, links=links)
 
     def add(self, sequences: Sequences, requests: np.ndarray) -> None:
         """File the prompts of new requests, one copy of each distinct prompt."""
@@ -203,11 +220,11 @@ class LiveIndex:
         rows = np.array(owners, np.int64)
         skipped = np.setdiff1d(requests, rows)
         self.view.indexed[skipped] = self.view.prompt_lengths[skipped]
-        _index_live(self.view, rows, self.view.prompt_lengths[rows])
+        _index_live(self.view, rows, np.minimum(self.view.prompt_lengths[rows], self._most))
 
     def extend(self, requests: np.ndarray, lengths: np.ndarray) -> None:
         """File what was committed to `requests` up to `lengths`."""
-        _index_live(self.view, requests, lengths)
+        _index_live(self.view, requests, np.minimum(lengths, self._most))
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ Before adding a version, run tests/vllm/test_exactness.py on it. vLLM is importe
 
 from atlas_rl.vllm.internals.engine import (
     VllmView,
+    abandon,
     drafter_of,
     reload_weights,
     runner_of,
@@ -30,6 +31,7 @@ __all__ = [
     "Hooks",
     "Request",
     "VllmView",
+    "abandon",
     "check_version",
     "drafter_of",
     "install",

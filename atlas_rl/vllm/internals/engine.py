@@ -109,6 +109,19 @@ def tensor_parallel() -> tuple[int, int, Any]:
     return group.rank_in_group, group.world_size, group
 
 
+def abandon(llm: Any) -> None:
+    """End what a call left behind that did not come to its end; nothing happens where it did.
+
+    A step that was cut off has scheduled tokens that were never run. What remembers them as computed has to go with their
+    requests: the runner's half of the step, and the prefix cache.
+    """
+    left = list(llm.llm_engine.output_processor.request_states)
+    if left:
+        llm.llm_engine.abort_request(left, internal=True)
+        runner_of(llm).execute_model_state = None
+        llm.reset_prefix_cache()
+
+
 def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load new weights into the running engine and forget what was cached under the old ones.
 

@@ -1,0 +1,107 @@
+"""Which requests have a cache row: as many as memory takes at the length that texts have come to.
+
+Requests wait for a row, first come, first served. They are admitted by the length that texts have, and a margin; how many
+tokens they may still generate does not count. Where texts then outgrow memory in the middle of a call, the shortest are
+*paused*: they give their rows up and wait at the head of the queue, with their tokens. When there is room again, their cache
+is computed from those, all at once. Nobody is told: to drafters a paused request is one that is not asked about for a while.
+
+The longest always go on, and one request is run whatever memory there is. So every call ends; where even one request gets no
+memory it ends by a `MemoryError` that says so.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from atlas_rl.core import Sequences
+from atlas_rl.policy.base import PolicyRunner, retire
+
+LOOKAHEAD = 17  # tokens of a step that room is made for ahead of it: more of them is rare, and forwards see to it
+_MARGIN = 32  # tokens beyond a text that is admitted
+
+
+class CacheRoom:
+    """Hands out the rows of the attention cache.
+
+    Args:
+        runner: Its session is open, as long as this is used.
+        sequences: The requests of the call.
+        max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
+        max_rows: Most requests decoded together.
+
+    Attributes:
+        waiting: Requests without a row, in their order.
+        num_paused: Times that a request had to give its row up.
+    """
+
+    def __init__(self, runner: PolicyRunner, sequences: Sequences, max_lengths: np.ndarray, max_rows: int) -> None:
+        self.waiting = deque(range(len(sequences.lengths)))
+        self.num_paused = 0
+        self._runner, self._sequences, self._max_lengths, self._max_rows = runner, sequences, max_lengths, max_rows
+        self._fitting = max_rows  # rows that memory took, when it was last asked
+        self._held = 0  # tokens that every row has room for
+
+    def wave(self, active: np.ndarray) -> np.ndarray:
+        """Requests to admit now, in their order: int64 `[n]`. Room is made for them behind the rows of `active`."""
+        free = self._fitting - len(active)
+        # A prefill holds up everybody: wait until a quarter of the rows is free, unless nothing else is running.
+        if not self.waiting or (len(active) and free < max(1, self._fitting // 4)):
+            return np.zeros(0, np.int64)
+        cells = self._runner.cells_that_fit()
+        longest = int(self._wanted(active).max(initial=0))
+        wave: list[int] = []
+        while self.waiting and len(active) + len(wave) < self._max_rows:
+            longer, num_rows = max(longest, int(self._wanted(self.waiting[0]))), len(active) + len(wave)
+            if num_rows and (num_rows + 1) * longer > cells:
+                break
+            longest = longer
+            wave.append(self.waiting.popleft())
+        self._fitting = min(self._max_rows, max(1, cells // longest))
+        while wave:
+            try:
+                self._held = self._runner.reserve(len(active) + len(wave), longest)
+                break
+            except MemoryError:
+                if len(active) + len(wave) == 1:
+                    raise
+                kept = len(wave) // 2
+                self.waiting.extendleft(reversed(wave[kept:]))
+                wave = wave[:kept]
+        return np.array(wave, np.int64)
+
+    def go_on(self, active: np.ndarray) -> np.ndarray:
+        """Make room for the next step of active requests, by row. Returns those that it was made for, by their rows now."""
+        lengths = self._sequences.lengths[active]
+        needed = min(int(lengths.max()) + LOOKAHEAD, int(self._max_lengths[active].max()))
+        if needed <= self._held:
+            return active
+        fitting = max(1, self._runner.cells_that_fit() // needed)
+        while True:
+            self._fitting = min(self._max_rows, fitting)
+            if len(active) > fitting:
+                active = self._pause(active, len(active) - fitting)
+            try:
+                self._held = self._runner.reserve(len(active), needed)
+            except MemoryError:
+                if len(active) == 1:
+                    raise
+                fitting = len(active) // 2
+            else:
+                return active
+
+    def _wanted(self, requests: np.ndarray | int) -> np.ndarray:
+        """Tokens that requests are to have room for when they are admitted."""
+        wanted: np.ndarray = np.minimum(self._sequences.lengths[requests] + _MARGIN, self._max_lengths[requests])
+        return wanted
+
+    def _pause(self, active: np.ndarray, number: int) -> np.ndarray:
+        """Take the rows of the shortest requests; among equals, of those that came last."""
+        lengths = self._sequences.lengths
+        order = np.lexsort((-active, lengths[active]))
+        paused = np.zeros(len(active), bool)
+        paused[order[:number]] = True
+        self.waiting.extendleft(sorted(active[paused].tolist(), reverse=True))
+        self.num_paused += number
+        return retire(active, paused, lambda request: int(lengths[request]) - 1, self._runner)
