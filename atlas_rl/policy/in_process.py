@@ -148,8 +148,9 @@ class InProcessRunner(PolicyRunner):
 
     @contextmanager
     def _ragged(self, cache: RaggedBatch) -> Iterator[None]:
-        outer, self._cache = self._cache, cache
+        outer = self._cache
         try:
+            self._cache = cache
             with own_attention(self.config), streamed_weights(self.model):
                 yield
         finally:

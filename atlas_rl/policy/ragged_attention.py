@@ -203,8 +203,9 @@ _this_thread = _ThisThread()
 @contextmanager
 def active(batch: RaggedBatch) -> Iterator[None]:
     """Inside, attention calls of this thread read and write `batch`."""
-    previous, _this_thread.batch = _this_thread.batch, batch
+    previous = _this_thread.batch
     try:
+        _this_thread.batch = batch
         yield
     finally:
         _this_thread.batch = previous

@@ -90,8 +90,9 @@ def own_attention(config: Any) -> Iterator[None]:
 @contextmanager
 def attending(name: str, config: Any) -> Iterator[None]:
     """Inside, this thread finds the attention implementation `name` in `config`, which is in `own_attention`."""
-    before, _this_thread.attention = _this_thread.attention, (name, config)
+    before = _this_thread.attention
     try:
+        _this_thread.attention = name, config
         yield
     finally:
         _this_thread.attention = before

@@ -286,3 +286,38 @@ def test_traffic_without_an_engine_of_ours_is_learned_from(llm: Any) -> None:
     assert ask(7, temperature=0.0) == ask(8, temperature=0.0)
     assert drafter.policy_updated(None) == {"policy_version": 1}
     assert [ask(seed) for seed in range(6)] == first
+
+
+@pytest.mark.parametrize("where", ["propose", "observe", "forward"])
+def test_an_interrupted_call_leaves_nothing_behind(where: str, policy: Any, folder: Path) -> None:
+    """Prompts in the prefix cache as well: what was scheduled and never run must not count as computed."""
+    interrupted = engine(folder, max_num_seqs=8, enable_prefix_caching=True, block_size=32)
+    given: dict[str, Any] = {"max_new_tokens": 40, "eos_token_ids": [0], "num_generations": 4}
+    ours = AtlasRolloutEngine(
+        model=interrupted, speculators=[RandomDrafter()], controller=_fixed("random"), console=False
+    )
+    plain = AtlasRolloutEngine(model=policy, speculation=False, console=False)
+    for seed, after in enumerate((0, 1, 6)):
+        thing = runner_of(interrupted).model if where == "forward" else ours._speculators["random"]
+        undo = _interrupting(thing, where, after)
+        with pytest.raises(KeyboardInterrupt):
+            ours.generate(PROMPTS, seed=seed, **given)
+        undo()
+        assert not interrupted.llm_engine.has_unfinished_requests()
+        assert drafter_of(interrupted).drafting.requests.table.sequences is None
+        output = ours.generate(PROMPTS, seed=seed, **given)
+        assert output.completion_ids == plain.generate(PROMPTS, seed=seed, **given).completion_ids
+        assert not output.report.warnings
+    assert not drafter_of(interrupted).drafting.requests._keys.keys() - set(runner_of(interrupted).requests)
+
+
+def _interrupting(thing: Any, method: str, after: int) -> Any:
+    original, calls = getattr(thing, method), iter(range(after))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    setattr(thing, method, interrupted)
+    return lambda: delattr(thing, method)

@@ -58,6 +58,11 @@ class _Logged:
     hidden: torch.Tensor
     missed: np.ndarray
 
+    def of(self, kept: np.ndarray) -> _Logged:
+        """Some of the tokens only: bool `[n]`."""
+        hidden = self.hidden[torch.from_numpy(kept).to(self.hidden.device)]
+        return _Logged(self.requests[kept], self.positions[kept], self.tokens[kept], hidden, self.missed[kept])
+
 
 class Learner:
     """Owns the head, its reduced vocabulary and what it learns from.
@@ -91,7 +96,8 @@ class Learner:
         self._rows_version: int | None = None  # of the policy that the rows were read from
         self._buffer = RolloutBuffer(settings.max_tokens, settings.missed_weight)
         self._rng = np.random.default_rng(settings.seed)
-        self._kept = np.zeros(0, bool)
+        self._kept = np.zeros(0, bool)  # requests whose tokens are logged
+        self._stride, self._num_logged = 1, 0
         self._log: list[_Logged] = []
         self._num_read = 0  # entries of the log whose tokens have rows
         self._cut = 1.0  # share of the budget that training is worth
@@ -117,10 +123,8 @@ class Learner:
             self._rows.reread(policy)
             self._rows_version = sequences.policy_version
             self._set_tables(policy)
-        num_requests = len(sequences.lengths)
-        # A call that could overflow the buffer is sampled: every n-th request, hence all prompts, and whole rollouts.
-        stride = -(-num_requests * sequences.sampling.max_new_tokens // self._settings.max_tokens)
-        self._kept = np.arange(num_requests) % stride == 0
+        self._stride, self._num_logged = 1, 0
+        self._kept = np.ones(len(sequences.lengths), bool)
 
     def observe(
         self,
@@ -152,10 +156,23 @@ class Learner:
             self._log.append(
                 _Logged(verified.requests[row], begins[row] + offset, tokens, states, missed[row] == offset)
             )
+            self._num_logged += len(kept)
+            while self._num_logged > self._settings.max_tokens and self._stride < len(self._kept):
+                self._thin()
         fresh = self._log[self._num_read :]
         if verified.finished.any() and fresh:  # not on every step: each new token copies all rows
             self._rows.add(np.concatenate([entry.tokens for entry in fresh]), policy)
             self._num_read = len(self._log)
+
+    def _thin(self) -> None:
+        """Log half of the requests that were logged: every n-th, hence all prompts, and whole rollouts.
+
+        A call that overflows the buffer is sampled like this. How long its texts may become does not tell whether it will.
+        """
+        self._stride *= 2
+        self._kept = np.arange(len(self._kept)) % self._stride == 0
+        self._log = [entry.of(self._kept[entry.requests]) for entry in self._log]
+        self._num_logged = sum(len(entry.requests) for entry in self._log)
 
     def end_call(self) -> None:
         """Move what the call left into the buffer."""

@@ -1,0 +1,142 @@
+"""The attention cache has the rows and cells that are used: exact counts of what is held and of what is copied to grow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from atlas_rl.policy import ragged_attention
+from atlas_rl.policy.base import Segments, roomy
+from atlas_rl.policy.in_process import InProcessRunner
+from tests.models import FACTORIES, tiny_llama
+
+VOCAB = 64
+CELL_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, float32
+
+
+def run(runner, starts, lengths, rows=None, first_row=0):
+    tokens = np.random.default_rng(0).integers(VOCAB, size=sum(lengths))
+    segments = Segments(tokens, first_row, np.array(starts), np.array(lengths), rows)
+    return runner.forward(segments, np.arange(len(tokens)))
+
+
+def held_bytes(cache):
+    return sum(t.nbytes for store in (cache.keys, cache.values) for t in store.values())
+
+
+def test_room_beyond_what_is_needed():
+    assert [roomy(n) for n in (0, 1, 160, 1000)] == [32, 33, 192, 1200]
+    assert [roomy(n, 100) for n in (1, 90, 100, 120)] == [33, 100, 100, 120]
+    # Copies, of arrays that grow by what is needed next: at most five times the last array.
+    for last in (100, 1_000, 32_768, 131_072):
+        held, copied = roomy(1), 0
+        while held < last:
+            copied, held = copied + held, roomy(held + 1)
+        assert held <= 1.2 * last + 33
+        assert copied <= 5 * held
+
+
+def test_a_cache_holds_what_is_used_whatever_it_may_come_to():
+    runner = InProcessRunner(tiny_llama(context=131_072))
+    for capacity in (80, 131_000):
+        cache = runner.new_cache(256, capacity)
+        with runner.session(cache):
+            assert (cache.held_rows, cache.held_cells, held_bytes(cache)) == (0, 0, 0)
+            run(runner, [0] * 3, [5, 2, 9])
+            assert (cache.held_rows, cache.held_cells) == (3, 41)
+            run(runner, [5], [9], first_row=0)
+            assert (cache.held_rows, cache.held_cells, cache.copied_bytes) == (3, 41, 0)
+            assert held_bytes(cache) == cache.num_bytes == 3 * 41 * CELL_BYTES
+            assert cache.cell_bytes == CELL_BYTES == runner.row_bytes(1)
+
+
+def test_growth_is_paid_for_once_in_a_while():
+    runner = InProcessRunner(tiny_llama())
+    cache = runner.new_cache(4, 128)
+    with runner.session(cache):
+        run(runner, [0] * 2, [8, 8])
+        assert cache.held_cells == 40
+        for length in range(8, 41):
+            run(runner, [length - 1] * 2, [1, 1])
+        assert cache.copied_bytes == 0
+        run(runner, [40] * 2, [1, 1])
+        assert (cache.held_cells, cache.copied_bytes) == (41 + 32, 2 * 40 * CELL_BYTES)
+        run(runner, [0] * 2, [41, 41], first_row=2)
+        assert (cache.held_rows, cache.held_cells, cache.copied_bytes) == (
+            4,
+            73,
+            2 * 40 * CELL_BYTES + 2 * 73 * CELL_BYTES,
+        )
+
+
+def test_reserving_drops_the_rows_behind():
+    runner = InProcessRunner(tiny_llama())
+    cache = runner.new_cache(8, 128)
+    with runner.session(cache):
+        run(runner, [0] * 6, [9] * 6)
+        assert runner.reserve(6, 41) == 41
+        assert runner.reserve(2, 42) == 74
+        assert (cache.held_rows, cache.num_bytes) == (2, 2 * 74 * CELL_BYTES)
+        assert runner.reserve(2, 128) == 128
+        with pytest.raises(IndexError, match="9 rows of 1 tokens in a cache for 8 of 128"):
+            runner.reserve(9, 1)
+        with pytest.raises(IndexError, match="129"):
+            runner.reserve(2, 129)
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_rows_that_grow_one_by_one_give_the_logits_of_a_plain_forward(name):
+    model = FACTORIES[name](seed=1)
+    tokens = torch.randint(VOCAB, (3, 100), generator=torch.Generator().manual_seed(0)).numpy()
+    with torch.no_grad():
+        expected = [model(torch.from_numpy(row)[None]).logits[0] for row in tokens]
+    runner = InProcessRunner(model)
+    cache = runner.new_cache(3, 100)
+    with runner.session(cache):
+        for row in range(3):
+            for start in range(0, 100, 10):
+                segments = Segments(tokens[row, start : start + 10], row, np.array([start]), np.array([10]))
+                logits = runner.forward(segments, np.arange(10))
+                assert (logits - expected[row][start : start + 10]).abs().max() < 1e-4
+    assert cache.copied_bytes > 0
+
+
+def test_memory_is_asked_for_and_not_exceeded_when_more_becomes_free(monkeypatch):
+    runner = InProcessRunner(tiny_llama())
+    free = [100 * CELL_BYTES]
+    monkeypatch.setattr(runner, "free_bytes", lambda: free[0])
+    cache = runner.new_cache(16, 128)
+    with runner.session(cache):
+        assert runner.cells_that_fit() == 100  # an estimate, from the configuration
+        run(runner, [0] * 2, [8, 8])
+        assert cache.num_bytes == 80 * CELL_BYTES
+        free[0] = 1000 * CELL_BYTES
+        assert runner.cells_that_fit() == 100
+        free[0] = 5 * CELL_BYTES  # somebody else has taken the rest
+        assert runner.cells_that_fit() == 85
+        assert runner.reserve(2, 41) == 42  # what memory allows, not what would be roomy
+
+
+def test_memory_that_is_not_there_is_said_and_costs_nothing(monkeypatch):
+    runner = InProcessRunner(tiny_llama(seed=3))
+    cache = runner.new_cache(4, 128)
+    allocated = ragged_attention._allocated
+
+    def full(like, *shape):
+        if shape[2] > 60:
+            like = like.as_subclass(_NoMemory)
+        return allocated(like, *shape)
+
+    with runner.session(cache):
+        expected = run(runner, [0] * 2, [20, 20])
+        monkeypatch.setattr(ragged_attention, "_allocated", full)
+        with pytest.raises(MemoryError, match=r"0\.00 GiB more.*lower max_batch_size"):
+            runner.reserve(2, 90)
+        assert (cache.held_rows, cache.held_cells) == (2, 52)
+        assert torch.equal(run(runner, [0] * 2, [20, 20]), expected)
+
+
+class _NoMemory(torch.Tensor):
+    def new_empty(self, *args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
