@@ -13,8 +13,7 @@ from scipy import stats
 
 from atlas_kernels.noise import request_keys
 from atlas_rl.core import SamplingParams, Sequences
-from atlas_rl.speculators import drawing as full_draft
-from atlas_rl.speculators.drawing import ReducedDraft
+from atlas_rl.speculators.drawing import ReducedDraft, draw_full
 from tests.exact import FALSE_ALARM
 
 REQUESTS, VOCAB, PROMPT = 20_000, 6, 3
@@ -32,7 +31,7 @@ def full(sequences, depth, couples_noise):
     drafted = np.zeros((REQUESTS, 0), np.int64)
     for _ in range(depth):
         logits = torch.from_numpy(Q).log().float().repeat(REQUESTS, 1)
-        token, _, _ = full_draft.draw(logits, sequences, np.arange(REQUESTS), drafted, couples_noise=couples_noise)
+        token, _, _ = draw_full(logits, sequences, np.arange(REQUESTS), drafted, couples_noise=couples_noise)
         drafted = np.column_stack([drafted, token])
     return drafted
 

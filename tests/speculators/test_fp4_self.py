@@ -82,12 +82,19 @@ def test_tokens_do_not_depend_on_it(options):
     assert drafted.report.acceptance_rate > 0.3
 
 
+LONG = {"num_generations": 3, "max_new_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def long_rollouts():
+    return plain(policy(), **LONG)
+
+
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_any_length_waves_and_full_contexts(k):
+def test_any_length_waves_and_full_contexts(k, long_rollouts):
     """More requests than rows, so that rows are filled, freed and moved, and requests that end where the context does."""
     engine = engine_of(policy(), k=k, max_batch_size=3)
-    options = {"num_generations": 3, "max_new_tokens": 400}
-    assert rollout(engine, **options).completion_ids == plain(policy(), **options).completion_ids
+    assert rollout(engine, **LONG).completion_ids == long_rollouts.completion_ids
 
 
 def test_drafting_for_some_requests_only():
@@ -112,7 +119,6 @@ def test_the_policys_cache_drafts_better_than_a_cache_of_its_own():
         name: np.mean([rollout(engine, seed=seed, eos_token_ids=[]).report.acceptance_rate for seed in range(4)])
         for name, engine in {"shared": shared, "own": own}.items()
     }
-    print(rates)
     assert rates["shared"] > rates["own"] + 0.01
 
 
