@@ -77,6 +77,7 @@ def test_our_kernels_folder_shadows_nobody(tmp_path):
     assert run_python(code) == "the one from PyPI"
 
 
+@pytest.mark.slow
 def test_transformers_is_not_fooled_by_the_kernels_folder(tmp_path):
     code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
     assert run_python(code, cwd=ROOT) == run_python(code, cwd=tmp_path)

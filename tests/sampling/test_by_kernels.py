@@ -166,7 +166,7 @@ def generated(model, verification, speculators, num_generations=1, max_new_token
     return output
 
 
-@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+@pytest.mark.parametrize("verification", ["invariant", pytest.param("rejection", marks=pytest.mark.slow)])
 def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypatch, verification):
     model = tiny_llama(seed=5)
     eager = generated(model, verification, [Fp4SelfSpeculator()])
@@ -189,7 +189,7 @@ def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypa
 @pytest.mark.parametrize(
     ("verification", "options"),
     [
-        ("invariant", {"temperature": 0.9}),
+        pytest.param("invariant", {"temperature": 0.9}, marks=pytest.mark.slow),
         pytest.param("rejection", {}, marks=pytest.mark.slow),
         ("invariant", {"temperature": 0.0}),
     ],

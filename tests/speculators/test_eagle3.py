@@ -53,7 +53,7 @@ def calls(tmp_path_factory):
 def training(calls, tmp_path_factory):
     """A trained head, and the folder that its training left."""
     folder = tmp_path_factory.mktemp("work")
-    return train(policy(), calls, folder, settings(epochs=10), say=lambda line: None), folder
+    return train(policy(), calls, folder, settings(epochs=6), say=lambda line: None), folder
 
 
 @pytest.fixture(scope="module")

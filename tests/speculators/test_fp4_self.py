@@ -82,19 +82,22 @@ def test_tokens_do_not_depend_on_it(options):
     assert drafted.report.acceptance_rate > 0.3
 
 
-LONG = {"num_generations": 3, "max_new_tokens": 400}
-
-
 @pytest.fixture(scope="module")
-def long_rollouts():
-    return plain(policy(), **LONG)
+def short_policy():
+    """A policy whose context ends soon, and what it says until then."""
+    model = tiny_llama(seed=5, context=40)
+    return model, plain(model, num_generations=3, max_new_tokens=400)
 
 
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_any_length_waves_and_full_contexts(k, long_rollouts):
+def test_any_length_waves_and_full_contexts(k, short_policy):
     """More requests than rows, so that rows are filled, freed and moved, and requests that end where the context does."""
-    engine = engine_of(policy(), k=k, max_batch_size=3)
-    assert rollout(engine, **LONG).completion_ids == long_rollouts.completion_ids
+    model, alone = short_policy
+    drafted = rollout(engine_of(model, k=k, max_batch_size=3), num_generations=3, max_new_tokens=400)
+    assert drafted.completion_ids == alone.completion_ids
+    lengths = [len(prompt) + len(row) for prompt, row in zip(drafted.prompt_ids, drafted.completion_ids, strict=True)]
+    assert max(lengths) == 41  # the last token of a full context is drawn and never read
+    assert min(lengths) < 41
 
 
 def test_drafting_for_some_requests_only():

@@ -277,6 +277,7 @@ def test_a_call_larger_than_the_buffer_is_sampled():
     assert speculator.ready
 
 
+@pytest.mark.slow
 def test_softcapped_logits_are_matched():
     speculator = recurrent_drafter()
     engine = trained(tiny_gemma2(seed=3), speculator)
