@@ -74,7 +74,7 @@ class Calculator:
         return a + b
 
 
-@pytest.mark.parametrize("way", ["tools", "environment"])
+@pytest.mark.parametrize("way", ["tools", pytest.param("environment", marks=pytest.mark.slow)])
 def test_tool_calls_are_answered_and_generation_goes_on(way: str, tokenizer: Any, tmp_path: Path) -> None:
     seen: list[list[dict[str, Any]]] = []
     called: list[tuple[int, int]] = []

@@ -29,6 +29,7 @@ def in_a_compiling_process(code: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_within_its_bounds():
     code = (
         "import json; from benchmarks.kernels_aot import CASES, TARGETS, compiled\n"
@@ -44,6 +45,7 @@ def test_every_kernel_compiles_within_its_bounds():
         assert row["shared_bytes"] <= 48 * 1024, row
 
 
+@pytest.mark.slow
 def test_the_recorded_report_is_of_these_kernels():
     recorded = json.loads((ROOT / "benchmarks" / "results" / "kernels_aot.json").read_text(encoding="utf-8"))
     cases = json.loads(
@@ -54,6 +56,7 @@ def test_the_recorded_report_is_of_these_kernels():
     }
 
 
+@pytest.mark.slow
 def test_the_package_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
