@@ -62,6 +62,7 @@ def test_rollout_func_is_the_second_way_in(tokenizer: Any, tmp_path: Path) -> No
     assert all(report.num_requests == 8 for report in engine.reports)
 
 
+@pytest.mark.slow
 def test_both_ways_in_generate_the_same(tokenizer: Any, tmp_path: Path) -> None:
     """Learning rate 0: the policy stands still, so the rollouts of both ways must agree step by step."""
     seen: dict[str, list[list[str]]] = {"attach": [], "rollout_func": []}
@@ -104,6 +105,7 @@ def test_rows_and_rewards_line_up(tokenizer: Any, tmp_path: Path) -> None:
     assert len(checked) == 8
 
 
+@pytest.mark.slow
 def test_importance_sampling_is_spared_in_process(tokenizer: Any, tmp_path: Path) -> None:
     trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
     AtlasRolloutEngine(console=False).attach(trainer)
@@ -208,6 +210,7 @@ def test_the_adapter_speaks_what_the_tool_loop_asks_for(tokenizer: Any, tmp_path
         trainer.vllm_generation.generate(prompts=[[2]], images=[["picture"]], num_generations=1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gets_its_drafters_back(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     def trainer(max_steps: int) -> Any:
         made = build("grpo", tokenizer, tmp_path, max_steps=max_steps)

@@ -77,14 +77,17 @@ def test_awkward_shapes(bytes_, batch, tokens, size):
     assert_same(case(batch, tokens, size, seed=tokens), 2, bytes_=bytes_)
 
 
+@pytest.mark.slow
 def test_a_large_batch():
     assert_same(case(256, 100, 24), 1, bytes_=WHOLE, with_probs=False)
 
 
+@pytest.mark.slow
 def test_the_largest_head():
     assert_same(case(1, 8192, 1024), 1)
 
 
+@pytest.mark.slow
 def test_many_steps():
     draft = assert_same(case(5, 200, 48), 9)
     assert draft.indices.shape == draft.confidence.shape == (5, 9)

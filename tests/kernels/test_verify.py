@@ -65,6 +65,7 @@ def test_awkward_shapes(rows, vocab):
     assert_same(peaked(rows, vocab, seed=vocab))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "dtype"), [(49_152, "bfloat16"), (128_256, "float32"), (151_936, "bfloat16")])
 def test_whole_vocabularies(vocab, dtype):
     assert_same(peaked(1, vocab, seed=vocab).to(getattr(torch, dtype)), temperature=0.9)

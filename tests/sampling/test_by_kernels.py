@@ -166,7 +166,7 @@ def generated(model, verification, speculators, num_generations=1, max_new_token
     return output
 
 
-@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+@pytest.mark.parametrize("verification", ["invariant", pytest.param("rejection", marks=pytest.mark.slow)])
 def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypatch, verification):
     model = tiny_llama(seed=5)
     eager = generated(model, verification, [Fp4SelfSpeculator()])
@@ -188,7 +188,11 @@ def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypa
 
 @pytest.mark.parametrize(
     ("verification", "options"),
-    [("invariant", {"temperature": 0.9}), ("rejection", {}), ("invariant", {"temperature": 0.0})],
+    [
+        pytest.param("invariant", {"temperature": 0.9}, marks=pytest.mark.slow),
+        pytest.param("rejection", {}, marks=pytest.mark.slow),
+        ("invariant", {"temperature": 0.0}),
+    ],
 )
 def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkeypatch, verification, options):
     model = tiny_bigram()
@@ -218,6 +222,7 @@ def test_truncated_sampling_stays_eager(options, by_kernel):
     assert new(argmax=True).by_kernel == sampling.greedy
 
 
+@pytest.mark.slow
 def test_nothing_here_loads_triton_on_a_cpu():
     """`import atlas_rl` does not (tests/test_package.py); drafting and verifying on a CPU does not either."""
     code = (

@@ -82,12 +82,22 @@ def test_tokens_do_not_depend_on_it(options):
     assert drafted.report.acceptance_rate > 0.3
 
 
+@pytest.fixture(scope="module")
+def short_policy():
+    """A policy whose context ends soon, and what it says until then."""
+    model = tiny_llama(seed=5, context=40)
+    return model, plain(model, num_generations=3, max_new_tokens=400)
+
+
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_any_length_waves_and_full_contexts(k):
+def test_any_length_waves_and_full_contexts(k, short_policy):
     """More requests than rows, so that rows are filled, freed and moved, and requests that end where the context does."""
-    engine = engine_of(policy(), k=k, max_batch_size=3)
-    options = {"num_generations": 3, "max_new_tokens": 400}
-    assert rollout(engine, **options).completion_ids == plain(policy(), **options).completion_ids
+    model, alone = short_policy
+    drafted = rollout(engine_of(model, k=k, max_batch_size=3), num_generations=3, max_new_tokens=400)
+    assert drafted.completion_ids == alone.completion_ids
+    lengths = [len(prompt) + len(row) for prompt, row in zip(drafted.prompt_ids, drafted.completion_ids, strict=True)]
+    assert max(lengths) == 41  # the last token of a full context is drawn and never read
+    assert min(lengths) < 41
 
 
 def test_drafting_for_some_requests_only():
@@ -112,7 +122,6 @@ def test_the_policys_cache_drafts_better_than_a_cache_of_its_own():
         name: np.mean([rollout(engine, seed=seed, eos_token_ids=[]).report.acceptance_rate for seed in range(4)])
         for name, engine in {"shared": shared, "own": own}.items()
     }
-    print(rates)
     assert rates["shared"] > rates["own"] + 0.01
 
 
