@@ -78,6 +78,7 @@ def test_training_raises_held_out_acceptance(training):
     assert last[0] > 0.3
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on(calls, tmp_path):
     whole = train(InProcessView(policy()), calls, tmp_path / "whole", settings(epochs=2), say=lambda line: None)
     lines = []
