@@ -118,7 +118,7 @@ def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray)
     ids = torch.from_numpy(token_ids)
     head.set_vocabulary(ids)
     with torch.no_grad():
-        head.lm_head.weight.copy_(policy.output_table[ids].float())
+        head.lm_head.weight.copy_(policy.rows_of(token_ids)[1])
     return head.to(policy.device)
 
 

@@ -148,7 +148,7 @@ def test_the_reference_is_the_engines_head_and_sampler():
     generator = torch.Generator().manual_seed(1)
     head = RecurrentHead(hidden_size=24, state_size=16)
     head.bias.data = torch.randn(90, generator=generator)
-    head.set_tables(torch.randn(90, 24, generator=generator), torch.randn(90, 24, generator=generator))
+    head.set_tables(torch.randn(90, 24, generator=generator), torch.randn(90, 24, generator=generator), torch.zeros(90))
     folded, ids = FoldedHead(head), torch.randperm(500, generator=generator)[:90]
     keys, positions, newest = request_keys(2, 300), np.arange(300) + 7, torch.arange(300) % 91
     with torch.no_grad():

@@ -295,7 +295,7 @@ def test_a_folded_head_is_the_same_function(rows):
     generator = torch.Generator().manual_seed(0)
     head = RecurrentHead(hidden_size=24, state_size=16)
     head.bias.data = torch.randn(11, generator=generator)
-    head.set_tables(torch.randn(11, 24, generator=generator), torch.randn(11, 24, generator=generator))
+    head.set_tables(torch.randn(11, 24, generator=generator), torch.randn(11, 24, generator=generator), torch.randn(11))
     folded = FoldedHead(head)
     hidden, tokens = torch.randn(rows, 24, generator=generator), torch.arange(rows) % 12
     with torch.no_grad():

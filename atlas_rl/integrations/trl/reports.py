@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from atlas_rl.report.report import Mode, StepReport
 from atlas_rl.report.sinks import trainer_metrics
 from atlas_rl.report.sums import concatenate, merge
-from atlas_rl.sync.checkpoint import FILE_NAME, load_state, save_state
+from atlas_rl.sync.checkpoint import FILE_NAME
 
 if TYPE_CHECKING:
     from atlas_rl.rollout.engine import RolloutEngine
@@ -51,13 +51,13 @@ class ReportCallback(TrainerCallback):
         """Start the clock of the first step. A resumed run gets its drafters back from the checkpoint's folder."""
         saved = self._saved_state(args, state)
         if state.global_step > 0 and saved.is_file():
-            self._engine.load_state_dict(load_state(saved))
+            self._engine.load_drafters(saved)
         self._step_began = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save what the drafters know beside the trainer's checkpoint."""
         if self._trainer.accelerator.is_main_process:
-            save_state(self._saved_state(args, state), self._engine.state_dict())
+            self._engine.save_drafters(self._saved_state(args, state))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish what was generated for this optimizer step, if anything was."""
