@@ -186,7 +186,7 @@ class RolloutEngine:
         for message in run.findings:
             recorder.warn(message)
         audit = None
-        audited = backend.audited(policy)
+        audited = backend.audited(model, policy)
         if self.config.audit_share and speculation is not False and audited is not None and not extra:
             audit = self._audit(audited, backend, call, run)
         report = self._report(call, run, mode, self._calls if step is None else step)
@@ -293,7 +293,7 @@ class RolloutEngine:
         return self._speculators
 
     def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: Run) -> Audit:
-        """Hold some rollouts against a plain forward pass, through the policy's own attention and linear layers.
+        """Hold some rollouts against a plain forward pass of the policy as its trainer runs it, wrappers included.
 
         Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
         leaves it the distribution.

@@ -21,7 +21,7 @@ from torch import nn
 from atlas_rl.config import EngineConfig
 from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_trainer
 from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
-from atlas_rl.policy.in_process import unwrap_policy
+from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.rollout.backends import vllm_draft_folder
 from atlas_rl.vllm.backend import NO_DRAFTER, VllmBackend, in_this_process, llm_arguments
 from atlas_rl.vllm.checks import check_sampling
@@ -209,7 +209,7 @@ class VllmAdapter(TrainerAdapter):
         deepspeed = accelerator.state.deepspeed_plugin
         if getattr(accelerator.state, "fsdp_plugin", None) is not None or (deepspeed and deepspeed.zero_stage == 3):
             return None
-        return unwrap_policy(accelerator.unwrap_model(self.trainer.model))
+        return accelerator.unwrap_model(self.trainer.model)  # its PEFT wrapper and mixed precision stay on
 
 
 def _checked_sampling(trainer: Any, seed: int) -> TrainerSampling:
