@@ -99,5 +99,6 @@ def _holds_float32(model: nn.Module) -> bool:
 
 def _multiplies_float32(device: torch.device) -> bool:
     """Whether products of float32 matrices are computed as such (TF32 has ten bits of mantissa)."""
-    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    return backend.fp32_precision in ("none", "ieee")
+    backends: Any = torch.backends
+    backend = backends.cuda if device.type == "cuda" else backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")

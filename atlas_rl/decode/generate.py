@@ -178,9 +178,12 @@ class InProcessBackend(Backend):
         return int(min(num_requests, fits, self._max_batch_size or num_requests))
 
 
+def ending_ids(given: Any) -> list[int]:
+    """Ending tokens as transformers and TRL give them: one, several or None, where None and negative ids mean none."""
+    several = given if isinstance(given, list | tuple) else [given]
+    return [int(token) for token in several if token is not None and token >= 0]
+
+
 def ending_tokens_of(source: Any) -> list[int]:
-    """`eos_token_id` of a configuration or a tokenizer, which may be one, several, or None; negative ones mean none too."""
-    value = getattr(source, "eos_token_id", None)
-    return [
-        token for token in (value if isinstance(value, list | tuple) else [value]) if token is not None and token >= 0
-    ]
+    """`eos_token_id` of a configuration or a tokenizer; may be none."""
+    return ending_ids(getattr(source, "eos_token_id", None))

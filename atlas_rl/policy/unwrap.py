@@ -83,9 +83,10 @@ def _check_wrapper(wrapper: nn.Module) -> None:
                 f"a forward hook ({_origin(hook)}) is registered on {name}, a wrapper that rollouts do not run through: "
                 "register it on the model inside (get_base_model()), or remove it"
             )
-    if hasattr(wrapper, "_enable_peft_forward_hooks"):
+    steering: Any = getattr(wrapper, "_enable_peft_forward_hooks", None)
+    if steering is not None:
         before = sum(1 for module in wrapper.modules() for _ in _hooks(module))
-        with wrapper._enable_peft_forward_hooks():
+        with steering():
             during = sum(1 for module in wrapper.modules() for _ in _hooks(module))
         if during != before:
             raise ValueError(f"{name} steers its layers by hooks during its own forward: {_INSTEAD}")

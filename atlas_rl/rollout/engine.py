@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,10 +27,13 @@ from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings
 from atlas_rl.rollout.backends import new_backend, static_speculator
 from atlas_rl.rollout.requests import build_sequences
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.sync.checkpoint import load_state, save_state
 from atlas_rl.sync.refresh import PolicyTracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +203,15 @@ class RolloutEngine:
         prompt_ids = [list(prompt) for prompt in prompts for _ in range(num_generations)]
         return GenerationOutput(prompt_ids, completions, run.logprobs, report)
 
+    def meet(self, model: Any) -> None:
+        """Make the speculators for `model` now, not at the first rollout, so that what they lack is found before any work.
+
+        Raises:
+            ValueError: The policy cannot be run, or not with these speculators.
+        """
+        if self.config.speculation:
+            self._speculators_for(self._backend_for(model))
+
     def policy_updated(self, version: int | None = None) -> None:
         """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
 
@@ -268,6 +281,24 @@ class RolloutEngine:
             raise ValueError(f"the state has speculators {missing} that this engine lacks; it has {sorted(own)}")
         for name, values in state.items():
             own[name].load_state_dict(values)
+
+    def save_drafters(self, path: Path) -> None:
+        """Write `state_dict()` to a file."""
+        save_state(path, self.state_dict())
+
+    def load_drafters(self, path: Path) -> None:
+        """Read what `save_drafters` wrote. What is damaged or foreign is named in a warning, and starts afresh."""
+        try:
+            state = load_state(path)
+        except ValueError as error:
+            logger.warning("atlas_rl: %s. All drafters start afresh", error)
+            return
+        if self._speculators is not None:
+            left = sorted(name for name, values in state.items() if values and name not in self._speculators)
+            if left:
+                logger.warning("atlas_rl: '%s' has drafters %s, which this engine lacks: they are left out", path, left)
+            state = {name: values for name, values in state.items() if name not in left}
+        self.load_state_dict(state)
 
     def _backend_for(self, model: Any) -> Backend:
         if self._backend is None or not self._backend.runs(model):
