@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput:
@@ -194,7 +196,7 @@ class RolloutEngine:
         for message in run.findings:
             recorder.warn(message)
         audit = None
-        audited = backend.audited(policy)
+        audited = backend.audited(model, policy)
         if self.config.audit_share and speculation is not False and audited is not None and not extra:
             audit = self._audit(audited, backend, call, run)
         report = self._report(call, run, mode, self._calls if step is None else step)
@@ -206,6 +208,15 @@ class RolloutEngine:
         completions = [sequences.completion(request) for request in range(len(sequences.lengths))]
         prompt_ids = [list(prompt) for prompt in prompts for _ in range(num_generations)]
         return GenerationOutput(prompt_ids, completions, run.logprobs, report)
+
+    def meet(self, model: Any) -> None:
+        """Make the speculators for `model` now, not at the first rollout, so that what they lack is found before any work.
+
+        Raises:
+            ValueError: The policy cannot be run, or not with these speculators.
+        """
+        if self.config.speculation:
+            self._speculators_for(self._backend_for(model))
 
     def policy_updated(self, version: int | None = None) -> None:
         """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
@@ -329,7 +340,7 @@ class RolloutEngine:
         return self._speculators
 
     def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: Run) -> Audit:
-        """Hold some rollouts against a plain forward pass, through the policy's own attention and linear layers.
+        """Hold some rollouts against a plain forward pass of the policy as its trainer runs it, wrappers included.
 
         Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
         leaves it the distribution.

@@ -145,7 +145,7 @@ class VllmBackend(Backend):
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(self.view.config)
 
-    def audited(self, policy: nn.Module | None) -> nn.Module | None:
+    def audited(self, model: Any, policy: nn.Module | None) -> nn.Module | None:
         return policy
 
     def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:

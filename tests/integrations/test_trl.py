@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.models import tiny_llama
 from tests.trainers import DATA, WORDS, build_trainer, rewards, with_special_tokens, word_tokenizer
 
@@ -238,19 +239,67 @@ def test_a_resumed_run_gets_its_drafters_back(tokenizer: PreTrainedTokenizerFast
     assert np.array_equal(after["recurrent"]["counts"], before["recurrent"]["counts"])
 
 
-def test_a_damaged_drafter_state_is_named_and_training_goes_on(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
+def saving(tokenizer: Any, folder: Path, max_steps: int) -> Any:
+    trainer = build("grpo", tokenizer, folder, max_steps=max_steps)
     trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One step of training, saved with its drafters."""
+    folder = tmp_path_factory.mktemp("first")
+    trainer = saving(tokenizer, folder, 1)
     AtlasRolloutEngine(console=False).attach(trainer)
     trainer.train()
-    saved = tmp_path / "checkpoint-1" / "atlas_rl.safetensors"
-    saved.write_bytes(saved.read_bytes()[:50])
-    again = build("grpo", tokenizer, tmp_path, max_steps=2)
-    AtlasRolloutEngine(console=False).attach(again)
-    with caplog.at_level(logging.WARNING):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert "is damaged" in caplog.text
-    assert "All drafters start afresh" in caplog.text
-    assert again.state.global_step == 2
+    return folder / "checkpoint-1"
+
+
+def resume(checkpoint: Any, tokenizer: Any, folder: Path, **options: Any) -> tuple[AtlasRolloutEngine, bool]:
+    """Resume for one more step; the engine, and whether its history knew the first step's rollouts from the start."""
+    trainer = saving(tokenizer, folder, 2)
+    engine = AtlasRolloutEngine(console=False, **options).attach(trainer)
+    knew = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            knew.append(len(engine.state_dict().get("history", {}).get("archive", {}).get("tokens", ())) > 0)
+
+    trainer.add_callback(Watch)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 2
+    return engine, knew[0]
+
+
+@pytest.mark.parametrize("way", ["path", "renamed", "latest"])
+def test_drafters_come_from_the_folder_that_the_run_resumes_from(
+    way: str, checkpoint: Path, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: Any = str(checkpoint)  # another folder than this run's output_dir
+    if way == "renamed":
+        asked = shutil.copytree(checkpoint, tmp_path / "best")
+    elif way == "latest":
+        shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+        asked = True
+    assert resume(asked, tokenizer, tmp_path)[1]
+    assert "drafter" not in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["damaged", "missing", "fewer"])
+def test_drafters_that_cannot_be_restored_are_named_and_training_goes_on(
+    fault: str, checkpoint: Path, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "best"))
+    saved, options = folder / "atlas_rl.safetensors", {}
+    if fault == "damaged":
+        saved.write_bytes(saved.read_bytes()[:50])
+    elif fault == "missing":
+        saved.unlink()
+    else:
+        options["speculators"] = [HistorySpeculator()]
+    engine, knew = resume(str(folder), tokenizer, tmp_path, **options)
+    assert knew is (fault == "fewer")
+    assert len(engine.reports) == 1
+    words = {"damaged": "is damaged", "missing": "holds no drafter state", "fewer": "recurrent"}[fault]
+    assert words in caplog.text
+    assert str(folder) in caplog.text or fault == "fewer"
