@@ -203,8 +203,9 @@ class _Rows:
         if self.sampling.greedy:
             return Scores.none()
         log_probs, own = self.log_probs[inside], self.own[inside]
-        finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
         probs = log_probs.exp()
+        # Also of tokens that the policy masks with its type's least number, whose square is infinite.
+        finite = log_probs.masked_fill(probs == 0, 0.0)
         entropy = -torch.linalg.vecdot(probs, finite)
         variance = (torch.linalg.vecdot(probs, finite.square()) - entropy.square()).clamp(min=0)
         drawn = log_probs.gather(1, own[:, None])[:, 0]

@@ -92,7 +92,7 @@ class DraftLM(Speculator):
                 segments = Segments(np.concatenate(fresh).astype(np.int64), 0, lengths + position - new, new)
                 logits = self._runner.forward(segments, np.cumsum(new) - 1)
                 tokens[:, position], confidence[:, position], q = draw_full(
-                    logits, sequences, active, tokens[:, :position], couples_noise=self._couples_noise
+                    self.name, logits, sequences, active, tokens[:, :position], couples_noise=self._couples_noise
                 )
                 if not self._couples_noise:
                     probs.append(q)

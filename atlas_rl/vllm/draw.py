@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import Stream
+from atlas_rl.policy.logits import require_distributions
 from atlas_rl.sampling.processing import entropies
 from atlas_rl.sampling.verification import choose
 
@@ -46,8 +47,12 @@ def draw(
     starts: np.ndarray,
     greedy: np.ndarray,
     truncated: bool,
+    policy_logits: torch.Tensor | None = None,
 ) -> Drawn:
     """Draw every position of a step and keep, per request, the tokens up to the first that is no accepted draft.
+
+    The largest probability of every row, which the report wants, tells whether the row is a distribution at all. A request
+    whose own options exclude every token gets token 0, as from vLLM, and ends nobody else's.
 
     Args:
         logits: float32 `[sum(num_drafts + 1), vocab]`, processed: request by request, the logits after its last committed
@@ -58,6 +63,10 @@ def draw(
         starts: int64 `[batch]`, index in the whole sequence of the first token drawn.
         greedy: bool `[batch]`, requests that take the likeliest token.
         truncated: Whether some logits may be `-inf`.
+        policy_logits: The same rows before processing; None where `logits` are the policy's own.
+
+    Raises:
+        NonFiniteLogits: The policy's logits are no distribution at a position that is kept.
     """
     counts = num_drafts + 1
     row = np.repeat(np.arange(len(counts)), counts)
@@ -77,12 +86,22 @@ def draw(
     chosen = torch.from_numpy(tokens).to(logits.device)
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
     # Of every row, also of those behind a miss: to leave them out, the others would have to be copied, which costs more.
-    of_rows = (logprobs, entropies(logits, probs, chosen, logprobs, truncated), probs.amax(dim=-1))
+    max_probs = probs.amax(dim=-1).cpu().numpy()
+    lost = index[kept][np.isnan(max_probs[index[kept]])]
+    if len(lost):
+        _blame_policy(logits if policy_logits is None else policy_logits, lost)
+    of_rows = (logprobs.cpu().numpy(), entropies(logits, probs, chosen, logprobs, truncated), max_probs)
     return Drawn(
         np.where(kept, drawn, NO_TOKEN),
         index,
-        *(np.where(kept, values.cpu().numpy()[index], np.float32(0)) for values in of_rows),
+        *(np.where(kept & np.isfinite(values[index]), values[index], np.float32(0)) for values in of_rows),
     )
+
+
+def _blame_policy(policy_logits: torch.Tensor, lost: np.ndarray) -> None:
+    """Raise `NonFiniteLogits` if the policy itself gave no distribution in some rows, int64 `[n]`."""
+    own = policy_logits[torch.from_numpy(lost).to(policy_logits.device)].float()
+    require_distributions(own.softmax(dim=-1).amax(dim=-1).cpu().numpy(), own)
 
 
 def scores(
@@ -116,6 +135,7 @@ def scores(
         likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
         # A processed distribution has tokens of no probability, which JSON cannot name; nobody ranks behind them.
         ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
+    found = found.nan_to_num(float("-inf"), float("inf"), float("-inf"))  # of a request that excludes every token
     places = torch.from_numpy(np.flatnonzero(kept)).to(scored.device)
     out_ids = torch.zeros(kept.size, ids.shape[1], dtype=torch.int32, device=scored.device)
     out_values = torch.zeros(kept.size, ids.shape[1], dtype=torch.float32, device=scored.device)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from atlas_rl.core import SamplingParams
+from atlas_rl.core import REPETITION_PENALTIES, TEMPERATURES, SamplingParams
 from atlas_rl.vllm.internals import Request
 from atlas_rl.vllm.request_table import Arrival
+
+_GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
 
 EXTRA_KEY = "atlas_rl_key"
 """Noise key of a request, uint64, in `extra_args`. Not vLLM's `seed`: its generators cannot be rewound on CPUs."""
@@ -35,9 +37,9 @@ def sampling_of(params: Any) -> SamplingParams:
         ends.add(params.eos_token_id)
     return SamplingParams(
         max_new_tokens=params.max_tokens or 1 << 30,
-        temperature=params.temperature,
+        temperature=min(params.temperature, TEMPERATURES[1]) if params.temperature >= _GREEDY_BELOW else 0.0,
         top_k=max(params.top_k, 0),
         top_p=params.top_p,
-        repetition_penalty=params.repetition_penalty,
+        repetition_penalty=min(max(params.repetition_penalty, REPETITION_PENALTIES[0]), REPETITION_PENALTIES[1]),
         eos_token_ids=tuple(sorted(ends)),
     )

@@ -16,6 +16,7 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.decode import generate as generate_module
+from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.sampling import by_kernels as fused
 from atlas_rl.sampling.by_kernels import FusedVerifier, verifier_on
 from atlas_rl.sampling.verification import DrafterInvariant, RejectionSampling
@@ -109,6 +110,28 @@ def assert_same_outcome(interpreted, form, with_probs, sampling, lengths):
     assert np.array_equal(eager.token_ids, kernel.token_ids)
     for name in ("logprobs", "entropies", "max_probs"):
         np.testing.assert_allclose(getattr(kernel, name), getattr(eager, name), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("verifying", ["eager", "triton", "reference"])
+@pytest.mark.parametrize("sampling", ["plain", "greedy", "truncated"])
+@pytest.mark.parametrize(("form", "with_probs"), [(DrafterInvariant, False), (RejectionSampling, True)])
+def test_logits_that_are_not_finite_are_refused_where_they_are_reached(verifying, sampling, form, with_probs):
+    """Row 3, the first of request 1, is always reached; row 5 is not, because the request's first draft is wrong."""
+    if verifying == "triton":
+        pytest.importorskip("triton", reason="the kernels need Triton")
+    verifier = form() if verifying == "eager" else FusedVerifier(form(), verifying)
+    params = SamplingParams(max_new_tokens=8, **SAMPLINGS[sampling])
+    for at, value in ((3, float("nan")), (3, float("-inf")), (5, float("nan"))):
+        logits, draft, sequences, requests = case([2, 2], params, with_probs=with_probs)
+        draft.token_ids[1, 0] = wrong = int(logits[3].argmin())
+        if with_probs:
+            draft.draft_probs[1, 0] = torch.zeros(VOCAB).index_fill(0, torch.tensor(wrong), 1.0)
+        logits[at] = value
+        if at == 3:
+            with pytest.raises(NonFiniteLogits, match="policy's logits are not finite"):
+                verifier.verify(logits, draft, sequences, requests)
+        else:
+            assert verifier.verify(logits, draft, sequences, requests).num_accepted[1] == 0
 
 
 @pytest.mark.parametrize("form", [DrafterInvariant, RejectionSampling])
@@ -217,7 +240,7 @@ def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkey
 def test_truncated_sampling_stays_eager(options, by_kernel):
     sampling = SamplingParams(max_new_tokens=8, **options)
     _, _, sequences, requests = case([1, 1], sampling, with_probs=False)
-    new = functools.partial(ReducedDraft, sequences, requests, 2, np.arange(9), couples_noise=True)
+    new = functools.partial(ReducedDraft, "a", sequences, requests, 2, np.arange(9), couples_noise=True)
     assert new().by_kernel == by_kernel
     assert new(argmax=True).by_kernel == sampling.greedy
 

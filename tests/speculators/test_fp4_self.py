@@ -176,6 +176,43 @@ def test_a_policy_that_outgrows_its_scales_gets_new_ones():
     assert not any(weight.saturated for weight in copied._weights)
 
 
+def test_scales_of_weights_that_were_not_finite_do_not_stay():
+    model = tiny_llama(seed=5)
+    copied, weights = FourBitCopy(model), copy.deepcopy(model.state_dict())
+    for value in (torch.nan, torch.inf):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        copied.requantize()
+        model.load_state_dict(weights)
+        copied.requantize()
+        assert all(dequantize(weight).isfinite().all() for weight in copied._weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_layers_return_the_type_that_the_policys_return(dtype, autocast, kernels):
+    """Qwen2's attention has biases: added in float32 to a product of autocast, they made keys of another type."""
+    if kernels:
+        pytest.importorskip("triton", reason="the kernels need Triton")
+    model = tiny_qwen2(seed=3).to(dtype)
+    copied, twin = FourBitCopy(model, quantize_embeddings=True, kernels=kernels), quantized_by_hand(model)
+    copied.requantize()
+    projection, by_hand = model.model.layers[0].self_attn.k_proj, twin.model.layers[0].self_attn.k_proj
+    for rows in (1, 8, 70):
+        x = torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        tokens = torch.arange(rows)[None] % 64
+        with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+            embedded, expected = model.get_input_embeddings()(tokens), by_hand(input=x)
+            with copied.running():
+                ours = projection(input=x)
+                assert model.get_input_embeddings()(input=tokens).dtype == embedded.dtype
+        assert ours.dtype == projection(x).dtype if autocast is None else autocast
+        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[ours.dtype]
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_another_policy_is_copied_anew():
     speculator = Fp4SelfSpeculator()
     engine_of(policy(), speculator)

@@ -130,7 +130,7 @@ class RecurrentSpeculator(Speculator):
         if depth <= 0 or not learner.trained:
             return Draft.empty(len(requests))
         draft = ReducedDraft(
-            sequences, requests, depth, learner.ids, couples_noise=self._couples_noise, argmax=self._argmax
+            self.name, sequences, requests, depth, learner.ids, couples_noise=self._couples_noise, argmax=self._argmax
         )
         head = self._folded_head()
         with torch.no_grad():

@@ -189,6 +189,7 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
             batch.lengths,
             np.array([request.params.temperature < _GREEDY_BELOW for request in batch.requests]),
             truncated,
+            logits,
         )
         runner._atlas_rl_drawn = drawn
         return sampler_output(runner.rejection_sampler, logits, processed, drawn, metadata.max_num_logprobs)
