@@ -132,9 +132,8 @@ class DraftLM(Speculator):
                     logits, sequences, active[rows], tokens[rows, :position], couples_noise=self._couples_noise
                 )
                 if not self._couples_noise:
-                    every = q if len(rows) == len(active) else q.new_zeros(len(active), q.shape[1])
-                    every[torch.from_numpy(rows)] = q
-                    probs.append(every)
+                    probs.append(q.new_zeros(len(active), q.shape[1]))
+                    probs[-1][torch.from_numpy(rows)] = q
                 fresh = list(tokens[:, position : position + 1])
         ran = depths > 0
         self._cached[active[ran]] = (lengths + depths - 1)[ran]

@@ -157,8 +157,8 @@ def _check_same_work(rollouts: Path, made_of: dict[str, Any]) -> None:
     differing = [name for name, value in made_of.items() if not isinstance(known, dict) or known.get(name) != value]
     if differing:
         raise ValueError(
-            f"'{rollouts}' holds continuations made with another {' and '.join(differing)}: give another --output or --work, "
-            "or delete the folder"
+            f"'{rollouts}' holds continuations made with another {' and '.join(differing)}: give another --output or "
+            "--work, or delete the folder"
         )
 
 

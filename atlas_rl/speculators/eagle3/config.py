@@ -76,7 +76,7 @@ def check_layers(layers: Any, num_layers: int, where: str) -> tuple[int, ...]:
     """
     if not isinstance(layers, list | tuple) or not layers or not all(type(layer) is int for layer in layers):
         raise ValueError(f"{where} must list decoder layers by number, got {layers!r}")
-    for layer in layers:
+    for layer in (min(layers), max(layers)):
         if not 0 <= layer < num_layers:
             raise ValueError(
                 f"{where} names layer {layer}: the policy has {num_layers}, and their inputs are counted from 0 to "
