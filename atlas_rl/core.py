@@ -142,6 +142,10 @@ class Sequences:
     vocab_size: int
     policy_version: int
 
+    def prompt(self, request: int) -> list[int]:
+        """The prompt's tokens of one request."""
+        return self.token_ids[request, : self.prompt_lengths[request]].tolist()
+
     def completion(self, request: int) -> list[int]:
         """The committed completion tokens of one request."""
         return self.token_ids[request, self.prompt_lengths[request] : self.lengths[request]].tolist()

@@ -95,6 +95,10 @@ class Backend(ABC):
             ValueError: Something that this backend cannot do is asked for; nothing has been generated then.
         """
 
+    def current_vocab_size(self) -> int:
+        """The policy's vocabulary as it is now; `vocab_size` is what it was when the backend was made."""
+        return self.vocab_size
+
     @abstractmethod
     def eos_token_ids(self) -> list[int]:
         """Ending tokens that the policy's own configuration names; may be none."""
@@ -146,6 +150,10 @@ class InProcessBackend(Backend):
 
     def runs(self, model: Any) -> bool:
         return self.runner.model is unwrap_policy(model)
+
+    def current_vocab_size(self) -> int:
+        weight = self.runner.model.get_output_embeddings().weight
+        return int(weight.shape[0]) if weight.dim() == 2 and weight.numel() else self.vocab_size  # else sharded away
 
     def generate(self, call: Call) -> Run:
         runner = self.runner

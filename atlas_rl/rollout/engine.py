@@ -206,7 +206,7 @@ class RolloutEngine:
             self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s - report.sync_s))
         self._calls += 1
         completions = [sequences.completion(request) for request in range(len(sequences.lengths))]
-        prompt_ids = [list(prompt) for prompt in prompts for _ in range(num_generations)]
+        prompt_ids = [sequences.prompt(request) for request in range(len(sequences.lengths))]
         return GenerationOutput(prompt_ids, completions, run.logprobs, report)
 
     def meet(self, model: Any) -> None:
@@ -224,6 +224,8 @@ class RolloutEngine:
         Trainers call it through the integration; stand-alone users call it after their own optimizer step.
         """
         speculators = self._speculators or {}
+        if self._backend is not None and self._resized(self._backend):
+            self._backend_for(self._backend.view.model)
         if self._backend is not None:
             self._backend.check_drafters(speculators)
         self._policy.advance(speculators, self._controller, version)
@@ -317,11 +319,24 @@ class RolloutEngine:
             self.load_state_dict(state, strict=False)
 
     def _backend_for(self, model: Any) -> Backend:
-        if self._backend is None or not self._backend.runs(model):
-            self._backend = new_backend(model, self.config)
+        backend = self._backend
+        if backend is None or self._resized(backend) or not backend.runs(model):
+            backend = new_backend(model, self.config)
             for speculator in (self._speculators or {}).values():
-                speculator.bind(self._backend.view, self._backend.couples_noise)
-        return self._backend
+                speculator.bind(backend.view, backend.couples_noise)
+            self._backend = backend
+        return backend
+
+    @staticmethod
+    def _resized(backend: Backend) -> bool:
+        """Whether the policy's embeddings have grown since the backend was made: drafters are then bound anew."""
+        before, now = backend.vocab_size, backend.current_vocab_size()
+        if now < before:
+            raise ValueError(
+                f"the policy's vocabulary has shrunk from {before} tokens to {now}, and drafters remember tokens that are "
+                "gone: make a new engine"
+            )
+        return now > before
 
     def _speculators_for(self, backend: Backend) -> dict[str, Speculator]:
         if not backend.leads:
