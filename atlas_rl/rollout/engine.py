@@ -20,6 +20,7 @@ from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.core import Rollouts, SamplingParams, reject_unknown
 from atlas_rl.decode.defaults import bind_all, default_speculators
 from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
+from atlas_rl.decode.guard import Faults, GuardedController
 from atlas_rl.report.lost_writes import LostWrites
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds
@@ -89,6 +90,7 @@ class RolloutEngine:
         self._restored: dict[str, Any] = {}  # state that waits for the speculators, which the first rollout makes
         self._restores_strictly = True
         self._policy = PolicyTracker()
+        self._faults = Faults()
         self._auditor = Auditor(self.config.audit_share)
         self._calls = 0
         self._sync_s = 0.0
@@ -195,6 +197,7 @@ class RolloutEngine:
                 self._trace_sink.write_rows({"call": self._calls, "step": i, **s} for i, s in enumerate(run.trace))
         for message in run.findings:
             recorder.warn(message)
+        self._faults.report_to(recorder)
         audit = None
         audited = backend.audited(model, policy)
         if self.config.audit_share and speculation is not False and audited is not None and not extra:
@@ -237,13 +240,15 @@ class RolloutEngine:
 
         Args:
             weights: (name, tensor) as in a checkpoint of the policy; read to the end whatever happens.
-            version: Of the policy; None counts up by one.
+            version: Of the policy, not below the present one; None counts up by one.
 
         Raises:
-            ValueError: An engine that generates in process: it reads the policy's own weights.
+            ValueError: A wrong version; weights that are missing or not finite; an engine that generates in process, which
+                reads the policy's own weights.
         """
         if self._backend is None:
             raise ValueError("this engine has no policy yet: weights are loaded into a policy that vLLM runs")
+        version = self._policy.checked(version)
         began = time.perf_counter()
         self._backend.load_weights(weights)
         self.synced(time.perf_counter() - began)
@@ -345,12 +350,12 @@ class RolloutEngine:
             chosen = default_speculators() if self.config.speculators is None else list(self.config.speculators)
             if self.config.draft_model is not None:
                 chosen.append(static_speculator(self.config.draft_model, backend, self.tokenizer))
-            speculators = bind_all(chosen, backend.view, couples_noise=backend.couples_noise)
+            speculators = bind_all(chosen, backend.view, self._faults, couples_noise=backend.couples_noise)
             controller = self.config.controller or GoodputController(tuple(speculators), explain=self.config.trace)
             given, names = list(controller.speculators), list(speculators)
             if names[: len(given)] != given:  # further ones are never asked
                 raise ValueError(f"the controller was made for speculators {given}, the engine has {names}")
-            self._speculators, self._controller = speculators, controller
+            self._speculators, self._controller = dict(speculators), GuardedController(controller, self._faults)
             self.load_state_dict(self._restored, strict=self._restores_strictly)
         return self._speculators
 

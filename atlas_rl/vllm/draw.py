@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import Stream
-from atlas_rl.policy.logits import require_distributions
 from atlas_rl.sampling.processing import entropies
 from atlas_rl.sampling.verification import choose
 
@@ -30,6 +29,7 @@ class Drawn:
         logprobs: float32 `[batch, draft_len + 1]`, of the processed distribution; 0 where there is no token.
         entropies: float32 `[batch, draft_len + 1]`, nats, of the processed distribution; 0 where there is no token.
         max_probs: float32 `[batch, draft_len + 1]`, likewise.
+        num_undefined: Positions whose logits were no distribution: NaN, infinite, or all excluded.
     """
 
     token_ids: np.ndarray
@@ -37,6 +37,7 @@ class Drawn:
     logprobs: np.ndarray
     entropies: np.ndarray
     max_probs: np.ndarray
+    num_undefined: int
 
 
 def draw(
@@ -47,32 +48,32 @@ def draw(
     starts: np.ndarray,
     greedy: np.ndarray,
     truncated: bool,
-    policy_logits: torch.Tensor | None = None,
 ) -> Drawn:
     """Draw every position of a step and keep, per request, the tokens up to the first that is no accepted draft.
 
-    The largest probability of every row, which the report wants, tells whether the row is a distribution at all. A request
-    whose own options exclude every token gets token 0, as from vLLM, and ends nobody else's.
-
     Args:
         logits: float32 `[sum(num_drafts + 1), vocab]`, processed: request by request, the logits after its last committed
-            token, then after each draft token.
+            token, then after each draft token. Rows that are no distribution (a request may exclude every token) are
+            replaced in place by their likeliest token: vLLM goes on with some token, and so must we.
         drafts: int64 `[sum(num_drafts)]`, request by request; a negative one is never accepted.
         num_drafts: int64 `[batch]`.
         keys: uint64 `[batch]`, noise keys.
         starts: int64 `[batch]`, index in the whole sequence of the first token drawn.
         greedy: bool `[batch]`, requests that take the likeliest token.
         truncated: Whether some logits may be `-inf`.
-        policy_logits: The same rows before processing; None where `logits` are the policy's own.
-
-    Raises:
-        NonFiniteLogits: The policy's logits are no distribution at a position that is kept.
     """
     counts = num_drafts + 1
     row = np.repeat(np.arange(len(counts)), counts)
     first = np.cumsum(counts) - counts
     offset = np.arange(len(row)) - first[row]
     probs = logits.softmax(dim=-1)
+    max_probs = probs.amax(dim=-1)
+    undefined = torch.isnan(max_probs)
+    num_undefined = int(undefined.sum())
+    if num_undefined:
+        logits[undefined] = _certain(logits[undefined])
+        probs[undefined], truncated = logits[undefined].softmax(dim=-1), True
+        max_probs = probs.amax(dim=-1)
     tokens = _choose(probs, keys[row], starts[row] + offset, greedy[row])
     width = int(counts.max(initial=1))
     padded = np.full((len(counts), width), NO_TOKEN)
@@ -86,22 +87,10 @@ def draw(
     chosen = torch.from_numpy(tokens).to(logits.device)
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
     # Of every row, also of those behind a miss: to leave them out, the others would have to be copied, which costs more.
-    max_probs = probs.amax(dim=-1).cpu().numpy()
-    lost = index[kept][np.isnan(max_probs[index[kept]])]
-    if len(lost):
-        _blame_policy(logits if policy_logits is None else policy_logits, lost)
-    of_rows = (logprobs.cpu().numpy(), entropies(logits, probs, chosen, logprobs, truncated), max_probs)
-    return Drawn(
-        np.where(kept, drawn, NO_TOKEN),
-        index,
-        *(np.where(kept & np.isfinite(values[index]), values[index], np.float32(0)) for values in of_rows),
-    )
-
-
-def _blame_policy(policy_logits: torch.Tensor, lost: np.ndarray) -> None:
-    """Raise `NonFiniteLogits` if the policy itself gave no distribution in some rows, int64 `[n]`."""
-    own = policy_logits[torch.from_numpy(lost).to(policy_logits.device)].float()
-    require_distributions(own.softmax(dim=-1).amax(dim=-1).cpu().numpy(), own)
+    nats = entropies(logits, probs, chosen, logprobs, truncated)
+    of_rows = (logprobs.cpu().numpy(), nats, max_probs.cpu().numpy())
+    of_kept = [np.where(kept, values[index], np.float32(0)) for values in of_rows]
+    return Drawn(np.where(kept, drawn, NO_TOKEN), index, of_kept[0], of_kept[1], of_kept[2], num_undefined)
 
 
 def scores(
@@ -135,7 +124,6 @@ def scores(
         likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
         # A processed distribution has tokens of no probability, which JSON cannot name; nobody ranks behind them.
         ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
-    found = found.nan_to_num(float("-inf"), float("inf"), float("-inf"))  # of a request that excludes every token
     places = torch.from_numpy(np.flatnonzero(kept)).to(scored.device)
     out_ids = torch.zeros(kept.size, ids.shape[1], dtype=torch.int32, device=scored.device)
     out_values = torch.zeros(kept.size, ids.shape[1], dtype=torch.float32, device=scored.device)
@@ -171,6 +159,12 @@ def _ranks(logits: np.ndarray, index: np.ndarray, tokens: np.ndarray) -> np.ndar
             count += np.int32(row[token] >= own)
         found[i] = count
     return found
+
+
+def _certain(logits: torch.Tensor) -> torch.Tensor:
+    """Each row's likeliest token, the first where there is none, as the only one: `[rows, vocab]` likewise."""
+    likeliest = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(dim=-1, keepdim=True)
+    return torch.full_like(logits, -torch.inf).scatter_(1, likeliest, 0.0)
 
 
 def _choose(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, greedy: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""A running engine's runner, drafter, weights and embeddings."""
+"""A running engine's runner, drafter, ranks, prefix cache and embeddings."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from atlas_rl.policy.logit_form import LogitForm, fit_form
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.vllm.internals.runner import Hooks
+from atlas_rl.vllm.internals.version import INSTALLED
 
 logger = logging.getLogger(__name__)
 
@@ -161,28 +163,38 @@ def tensor_parallel() -> tuple[int, int, Any]:
     return group.rank_in_group, group.world_size, group
 
 
-def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load new weights into the running engine and forget what was cached under the old ones.
+def agree(failed: str | None) -> str | None:
+    """Tell the ranks of the tensor-parallel group what went wrong on this one; returns what went wrong on any, or None."""
+    _, size, group = tensor_parallel()
+    if size == 1:
+        return failed
+    everyone: list[str | None] = [None] * size
+    torch.distributed.all_gather_object(everyone, failed, group=group.cpu_group)
+    return next((one for one in everyone if one is not None), None)
 
-    On CPUs through the layer-wise reload: loading into the live model fails there, because weights were packed and dropped.
 
-    Args:
-        llm: An engine in this process.
-        weights: (name, tensor) pairs as in a checkpoint; read to its end, whatever happens.
+def reset_prefix_cache_with_new_weights(methods: tuple[str, ...]) -> None:
+    """After these methods of a worker, have the engine forget what it cached under the old weights.
+
+    The prefix cache lives in the engine's scheduler, out of a worker's reach. Running requests are put back and run again:
+    vLLM forgets nothing while they hold on to it. Does nothing where workers are processes of their own.
     """
-    runner = runner_of(llm)
-    iterator = iter(weights)
-    try:
-        if runner.device.type == "cpu":
-            runner.reload_weights(weights_iterator=iterator)
-        else:
-            for pair in iterator:
-                runner.get_model().load_weights([pair])
-    finally:
-        # TRL merges adapters before the first pair and unmerges them behind the last one.
-        for _ in iterator:
-            pass
-    llm.reset_prefix_cache()
-    drafter = drafter_of(llm)
-    if drafter is not None:
-        drafter.weights_changed()
+    core = sys.modules.get("vllm.v1.engine.core")
+    if core is None or hasattr(core.EngineCore.collective_rpc, INSTALLED):
+        return
+    original = core.EngineCore.collective_rpc
+
+    @functools.wraps(original)
+    def collective_rpc(engine: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(engine, method, *args, **kwargs)
+        if method in methods:
+            engine.reset_prefix_cache(reset_running_requests=True)
+        return result
+
+    setattr(collective_rpc, INSTALLED, True)
+    core.EngineCore.collective_rpc = collective_rpc
+
+
+def in_engine_process(vllm_config: Any) -> bool:
+    """Whether the engine's scheduler lives in the process of this worker."""
+    return vllm_config.parallel_config.distributed_executor_backend in ("uni", "external_launcher")
