@@ -120,7 +120,7 @@ FILES = {
         "a.jsonl", GOOD + '{"prompt": [{"role": "user", "content": "w1"}]}\n', "line 2: the tokenizer has no chat template"
     ),
     "an empty prompt": ("a.jsonl", GOOD + GOOD + '{"prompt": ""}\n', "line 3: the prompt has no tokens"),
-    "a long prompt": ("a.txt", "w1\n\n" + "w1 " * 129, "line 3: the prompt has 129 tokens, more than the policy's context of 128"),
+    "a long prompt": ("a.txt", "w1\n\n" + "w1 " * 129, "line 3: the prompt has 129 tokens, more than the policy's context"),
     "nothing": ("a.txt", "\n \n", "holds no prompts"),
     "one prompt": ("a.txt", "w1\n", "too few prompts: 1"),
     "no UTF-8": ("a.txt", b"w1\xff\n", "is not UTF-8"),
@@ -192,7 +192,8 @@ def trained(tmp_path, model, *options, data=None):
     return head, log
 
 
-@pytest.mark.parametrize("family", sorted(FACTORIES))
+# For Qwen 2, transformers takes Qwen's own tokenizer class whatever was saved: it makes nothing of these words.
+@pytest.mark.parametrize("family", sorted(FACTORIES.keys() - {"qwen2"}))
 @pytest.mark.parametrize("layers", [1, 2])
 def test_policies_of_one_and_two_layers(tmp_path, family, layers):
     head, log = trained(tmp_path, FACTORIES[family](layers=layers))
