@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds
 from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings, sinks_in
 from atlas_rl.rollout.backends import new_backend, static_speculator
+from atlas_rl.rollout.output import GenerationOutput
 from atlas_rl.rollout.requests import build_sequences
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.checkpoint import load_state, restore, save_state
@@ -37,24 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationOutput:
-    """What `RolloutEngine.generate` returns, one row per request: prompt by prompt, its generations in order.
-
-    Attributes:
-        prompt_ids: The prompts, repeated per generation.
-        completion_ids: Generated tokens, the ending token included.
-        logprobs: Log-probability of each generated token under the processed distribution (at temperature 0: under the
-            policy's own, temperature 1).
-        report: What the call did and what it cost.
-    """
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    logprobs: list[list[float]]
-    report: StepReport
 
 
 class RolloutEngine:

@@ -39,7 +39,7 @@ BAD_CALLS = {
     "a tokenizer's output": ({"prompts": {"input_ids": [[1]]}}, "one per prompt, got dict"),
     "nothing": ({"prompts": None}, "got NoneType"),
     "lists within a prompt": ({"prompts": [[1], [[1], [2, 3]]]}, "prompt 1 must be a flat list.*nested"),
-    "a tensor of floats": ({"prompts": [torch.ones(3)]}, "prompt 0 must be a flat list.*float32"),
+    "a tensor of floats": ({"prompts": [torch.ones(3)]}, "prompt 0 must be a flat list.*float"),
     "floats": ({"prompts": [[1.0, 2.0]]}, "token ids"),
     "token beyond the vocabulary": ({"prompts": [[1], [2, 64]]}, r"prompt 1.*64.*vocabulary of 64"),
     "negative token": ({"prompts": [[-1]]}, r"-1.*vocabulary"),

@@ -40,7 +40,7 @@ from tests.engines import (
     reference,
     state_of,
 )
-from tests.sampling.test_by_kernels import case
+from tests.verification import case
 
 NAN, INF = math.nan, math.inf
 LEAST = torch.finfo(torch.float32).min

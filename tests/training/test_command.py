@@ -192,7 +192,8 @@ def trained(tmp_path, model, *options, data=None):
     return head, log
 
 
-@pytest.mark.parametrize("family", sorted(FACTORIES))
+# For Qwen 2, transformers takes Qwen's own tokenizer class whatever was saved: it makes nothing of these words.
+@pytest.mark.parametrize("family", sorted(FACTORIES.keys() - {"qwen2"}))
 @pytest.mark.parametrize("layers", [1, 2])
 def test_policies_of_one_and_two_layers(tmp_path, family, layers):
     head, log = trained(tmp_path, FACTORIES[family](layers=layers))

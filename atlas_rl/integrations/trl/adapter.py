@@ -25,7 +25,8 @@ from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, read_sa
 from atlas_rl.report.report import Mode, StepReport
 
 if TYPE_CHECKING:
-    from atlas_rl.rollout.engine import GenerationOutput, RolloutEngine
+    from atlas_rl.rollout.engine import RolloutEngine
+    from atlas_rl.rollout.output import GenerationOutput
 
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:

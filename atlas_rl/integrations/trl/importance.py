@@ -24,7 +24,7 @@ from atlas_rl.core import SamplingParams
 from atlas_rl.policy.unwrap import unwrap_policy
 
 if TYPE_CHECKING:
-    from atlas_rl.rollout.engine import GenerationOutput
+    from atlas_rl.rollout.output import GenerationOutput
 
 logger = logging.getLogger(__name__)
 

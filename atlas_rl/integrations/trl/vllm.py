@@ -29,7 +29,8 @@ from atlas_rl.vllm.checks import check_sampling
 from atlas_rl.vllm.internals import drafter_of
 
 if TYPE_CHECKING:
-    from atlas_rl.rollout.engine import GenerationOutput, RolloutEngine
+    from atlas_rl.rollout.engine import RolloutEngine
+    from atlas_rl.rollout.output import GenerationOutput
 
 _FROM_TRAINER = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
 _FROM_ARGUMENTS = (
