@@ -3,11 +3,11 @@
     python -m benchmarks.policies                  all classes; minutes; writes the result and the table of docs/policies.md
     python -m benchmarks.policies --only phi3 doge   prints, writes nothing
 
-Each class is built tiny and generates for rows of different lengths, past its windows and chunks: greedily, and sampled. Every
-greedy token must be the likeliest of a plain forward over the text before it, and every sampled token's logprob that of a plain
-forward. Then the class is *same*. *Refused* is one for which the engine raises `ValueError`. *Not built* is one whose tiny
-configuration or plain forward fails without us. *Wrong* and *crashed* are faults of this library; with one of them the command
-ends in error. Each class runs in a process of its own, which is ended after `--limit` seconds.
+Each class is built tiny and generates for rows of different lengths, past its windows and chunks: greedily, and sampled.
+Every greedy token must be the likeliest of a plain forward over the text before it, and every sampled token's logprob that of
+a plain forward. Then the class is *same*. *Refused* is one for which the engine raises `ValueError`. *Not built* is one whose
+tiny configuration or plain forward fails without us. *Wrong* and *crashed* are faults of this library; with one of them the
+command ends in error. Each class runs in a process of its own, which is ended after `--limit` seconds.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 import transformers
 
-from atlas_rl import AtlasRolloutEngine
+import atlas_rl
 from benchmarks.common import ROOT, environment, write_result
 from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_types
 
@@ -106,10 +107,8 @@ def _fault(model: torch.nn.Module) -> str:
     rows = torch.randint(3, 64, (len(_PROMPTS), max(_PROMPTS)), generator=torch.Generator().manual_seed(1)).tolist()
     prompts = [row[:length] for row, length in zip(rows, _PROMPTS, strict=True)]
     for temperature in (0.0, 1.0):
-        engine = AtlasRolloutEngine(model=model, console=False)
-        output = engine.generate(
-            prompts, max_new_tokens=_NEW_TOKENS, temperature=temperature, eos_token_ids=[], seed=0
-        )
+        engine = atlas_rl.AtlasRolloutEngine(model=model, console=False)
+        output = engine.generate(prompts, max_new_tokens=_NEW_TOKENS, temperature=temperature, eos_token_ids=[], seed=0)
         for row, (prompt, completion) in enumerate(zip(prompts, output.completion_ids, strict=True)):
             if len(completion) != _NEW_TOKENS:
                 return f"row {row} has {len(completion)} tokens of {_NEW_TOKENS}"
@@ -160,7 +159,9 @@ def table(result: dict[str, Any]) -> str:
     outcomes, versions = [Outcome(**row) for row in result["policies"]], result["environment"]["versions"]
     counts = Counter(outcome.outcome for outcome in outcomes)
     lines = [
-        f"transformers {versions['transformers']}: " + ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts)) + ".",
+        f"transformers {versions['transformers']}: "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+        + ".",
         "",
         "| policy | class | outcome |",
         "|---|---|---|",
@@ -174,7 +175,9 @@ def table(result: dict[str, Any]) -> str:
 
 def _cell(outcome: Outcome) -> str:
     """What was found, without the name and the remedy, which are the same in every row."""
-    text = outcome.detail.removeprefix(f"{outcome.model_class} ").split("; generate with")[0].split(": generate with")[0]
+    text = (
+        outcome.detail.removeprefix(f"{outcome.model_class} ").split("; generate with")[0].split(": generate with")[0]
+    )
     text = text.removesuffix(", so that rows of different lengths cannot be run together")
     return text[:160].replace("|", "\\|").replace("<", "&lt;")
 
@@ -193,9 +196,10 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)  # threads do not live through a fork
+    torch.set_num_threads(1)
+    numba.config.THREADING_LAYER = "workqueue"  # lives through a fork, as OpenMP does not
     names, began, outcomes = arguments.only or [*model_types(), *VARIANTS], time.perf_counter(), []
-    try_out("llama")  # compiles what all of them use
+    try_out("llama")  # imports and compiles what all of them use
     for name in names:
         outcomes.append(in_process_of_its_own(name, arguments.limit))
         last = outcomes[-1]

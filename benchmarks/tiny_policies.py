@@ -1,7 +1,7 @@
 """Tiny policies of every causal-LM class that transformers knows, built from the class's own configuration.
 
-A configuration is shrunk by the names of its fields: widths, heads, layers, experts, windows. Weights are large, so that every
-token of the context matters and a wrong mask or position shows. `build` gives the same policy for the same arguments.
+A configuration is shrunk by the names of its fields: widths, heads, layers, experts, windows. Weights are large, so that
+every token of the context matters and a wrong mask or position shows. `build` gives the same policy for the same arguments.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _LAYERS = 4
 
 _TOKEN_IDS = {"pad": 0, "bos": 1, "cls": 1, "decoder_start": 0, "eos": 2, "sep": 2}
 
-# The first pattern that matches a whole field name gives the value; a field whose default is None stays None, but for the two
-# that classes read without asking.
-_ALWAYS = ("head_dim", "num_key_value_heads")
+# The first pattern that matches a whole field name gives the value. A field whose default is None stays None, but for
+# windows, and two that classes read without asking.
+_ALWAYS = ("head_dim", "num_key_value_heads", "sliding_window")
 _SHRUNK: tuple[tuple[str, Any], ...] = (
     *((f"{name}_token_id", value) for name, value in _TOKEN_IDS.items()),
     (r".*vocab_size.*|vocab_dim|n_vocab|entity_vocab_size|n_tokens|input_vocab_size", VOCAB),

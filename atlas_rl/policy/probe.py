@@ -2,12 +2,12 @@
 
 Three looks, from what is exact and cheap to what is costly:
 
-1. A trace of three tokens (`policy/traced.py`): does every layer run its attention through the ragged cache, and does its mask
-   hide exactly what the ragged attention hides, at every length?
-2. Two rows at far positions, one beside a row at the beginning: does anything depend on the batch's longest text?
-3. Values: a short row and a long one, in cache rows that are not neighbours, in two forwards, compared with plain forwards at
-   every position. The long row goes past the smallest window where that is affordable: within `_FLOPS` floating-point
-   operations and `_LOGIT_BYTES` of logits, and `_MAX_TOKENS` tokens. Else it has `_FEW` tokens.
+1. A trace of three tokens (`policy/traced.py`): does every layer run its attention through the ragged cache, and does its
+   mask hide exactly what the ragged attention hides, at every length?
+2. A row at the farthest positions beside one at the first: does anything depend on the batch's longest text?
+3. Values: a short row and a long one, in cache rows that are not neighbours, in two forwards, compared with plain forwards
+   at every position. The long row goes past the smallest window where that is affordable: within `_FLOPS` floating-point
+   operations, `_LOGIT_BYTES` of logits and `_MAX_TOKENS` tokens. Else it has `_FEW` tokens.
 
 Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: seven plain forwards of at most seven
 tokens, and where a window is affordable two forwards past it, which `_FLOPS` bounds.
@@ -153,7 +153,9 @@ class _Probe:
         for parts, want in zip(pieces, expected, strict=True):
             start = 0
             for part in parts:
-                self._compare(part, want[start : start + len(part)], f"with rows of {len(short)} and {len(long)} tokens")
+                self._compare(
+                    part, want[start : start + len(part)], f"with rows of {len(short)} and {len(long)} tokens"
+                )
                 start += len(part)
 
     def _affordable(self) -> int:

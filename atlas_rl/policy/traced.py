@@ -1,8 +1,8 @@
 """Traces what every layer's attention is given in a plain forward: which mask, which window, keys and values of what size.
 
-transformers looks attention functions and mask builders up by name. Under the name registered here, three tokens are run with
-a mask builder that remembers the *rule* of each mask (may query q see cell k?) and an attention function that notes what it
-is called with. A rule can be asked about any position, so a window or a chunk of any size is compared with what the ragged
+transformers looks attention functions and mask builders up by name. Under the name registered here, three tokens are run
+with a mask builder that remembers the *rule* of each mask (may query q see cell k?) and an attention function that notes what
+it is called with. A rule can be asked about any position, so a window or a chunk of any size is compared with what the ragged
 attention would hide, without running a text of that length.
 """
 
@@ -23,7 +23,7 @@ from atlas_rl.policy.supported import REMEDY, Reach, fields_of, nearest
 NAME = "atlas_traced"
 HORIZON = 1 << 18  # positions up to which rules are compared
 
-Rule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+Rule = Callable[..., Any]
 """transformers' mask function: batch index, head index, query position, cell position to "may see"."""
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from atlas_rl.policy.supported import field_of, rope_settings
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.replay.record import Recorded
 from atlas_rl.speculators.eagle3.head import Eagle3Config, Eagle3Head
@@ -95,20 +96,7 @@ class Progress:
 
 def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
     """A head for `policy` over `token_ids` (sorted int64), its output layer started from the policy's own."""
-    config = policy.config
-    layer = LlamaConfig(
-        vocab_size=policy.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=settings.intermediate_size or config.intermediate_size,
-        num_hidden_layers=1,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-        rope_parameters=getattr(config, "rope_parameters", None),
-        tie_word_embeddings=False,
-    )
+    layer = _layer_like(policy.config, policy.vocab_size, settings.intermediate_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         head = Eagle3Head(Eagle3Config(layer, len(token_ids), settings.layers))
@@ -120,6 +108,31 @@ def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray)
     with torch.no_grad():
         head.lm_head.weight.copy_(policy.output_table[ids].float())
     return head.to(policy.device)
+
+
+def _layer_like(config: Any, vocab_size: int, intermediate_size: int | None) -> LlamaConfig:
+    """The head's layer: as the policy's first, whose sizes may differ from those of others (Gemma 4)."""
+    hidden, heads = config.hidden_size, field_of(config, "num_attention_heads", 0)
+    inner = intermediate_size or field_of(config, "intermediate_size", 0) or 4 * hidden
+    rope = dict(next(iter(rope_settings(config)), {}))
+    if isinstance(getattr(config, "rope_parameters", None), dict) and getattr(config, "layer_types", None):
+        rope = config.rope_parameters.get(config.layer_types[0]) or rope
+    known = rope.get("rope_type", "default") in ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+    # The head turns whole vectors, whatever share of them the policy turns.
+    rope = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=inner[0] if isinstance(inner, list) else inner,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=field_of(config, "num_key_value_heads", 0) or heads,
+        head_dim=field_of(config, "head_dim", 0) or hidden // heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        rope_parameters=rope if known else {"rope_type": "default", "rope_theta": rope.get("rope_theta", 1e4)},
+        tie_word_embeddings=False,
+    )
 
 
 def most_used_tokens(calls: Sequence[Path], vocab_size: int, size: int) -> np.ndarray:
