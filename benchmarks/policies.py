@@ -4,10 +4,10 @@
     python -m benchmarks.policies --only phi3 doge   prints, writes nothing
 
 Each class is built tiny and generates for rows of different lengths, past its windows and chunks: greedily, and sampled.
-Every greedy token must be the likeliest of a plain forward over the text before it, and every sampled token's logprob that of
-a plain forward. Then the class is *same*. *Refused* is one for which the engine raises `ValueError`. *Not built* is one whose
-tiny configuration or plain forward fails without us. *Wrong* and *crashed* are faults of this library; with one of them the
-command ends in error. Each class runs in a process of its own, which is ended after `--limit` seconds.
+Every greedy token must be the likeliest of a plain forward over the text before it, and every sampled token's logprob that
+of a plain forward. Then the class is *same*. *Refused* is one for which the engine raises `ValueError`. *Not built* is one
+whose tiny configuration or plain forward fails without us. *Wrong* and *crashed* are faults of this library; with one of
+them the command ends in error. Each class runs in a process of its own, which is ended after `--limit` seconds.
 """
 
 from __future__ import annotations

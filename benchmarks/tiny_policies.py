@@ -47,6 +47,7 @@ _SHRUNK: tuple[tuple[str, Any], ...] = (
     (r"image_size", 32),
     (r"patch_size", 16),
     (r"initializer_range|init_std", 0.2),
+    (r"is_decoder", True),
 )  # fmt: skip
 
 # Fields that the names above get wrong, by model type.

@@ -179,10 +179,21 @@ class _Probe:
         # In half precision a near-tie between experts may fall either way for a token or two; a wrong mask hits them all.
         if bool(off.any() if self._exact else off.float().mean() > 0.5):
             error = float((logits - expected.float())[off].abs().max())
+            cause = "something in it depends on more than a row's own tokens and positions"
+            if self._ignores_positions():
+                cause = "its forward takes no notice of position_ids"
             raise ValueError(
                 f"{self._name} does not give the logits of a plain forward {how} in one batch (largest difference "
-                f"{error:.3g}): something in it depends on more than a row's own tokens and positions; {REMEDY}"
+                f"{error:.3g}): {cause}; {REMEDY}"
             )
+
+    def _ignores_positions(self) -> bool:
+        """Whether positions with a gap between them change nothing."""
+        tokens = torch.from_numpy(self._tokens(3)).to(self._runner.device)
+        gap = torch.tensor([0, 1, 3], device=self._runner.device)
+        with self._runner.attention(self._runner.own_attention):
+            plain, gapped = (self._runner.call(tokens, positions, None) for positions in (None, gap))
+        return torch.equal(plain, gapped)
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
         """`run()`, with failures of the policy's own code named as such."""

@@ -1,9 +1,9 @@
 """Traces what every layer's attention is given in a plain forward: which mask, which window, keys and values of what size.
 
 transformers looks attention functions and mask builders up by name. Under the name registered here, three tokens are run
-with a mask builder that remembers the *rule* of each mask (may query q see cell k?) and an attention function that notes what
-it is called with. A rule can be asked about any position, so a window or a chunk of any size is compared with what the ragged
-attention would hide, without running a text of that length.
+with a mask builder that remembers the *rule* of each mask (may query q see cell k?) and an attention function that notes
+what it is called with. A rule can be asked about any position, so a window or a chunk of any size is compared with what the
+ragged attention would hide, without running a text of that length.
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ def refuse_structure(trace: Trace, num_layers: int, name: str) -> None:
         _refuse(name, f"calls the attention of some layers more than once in a forward: {_listed(repeated)}")
     if any(of_layer[0].sinks for of_layer in calls.values()):
         _refuse(name, "has attention sinks (s_aux)")
+    rules = {of_layer[0].rule for of_layer in calls.values()} - {None}
+    if any(bool(rule(0, 0, torch.tensor(0), torch.tensor(1))) for rule in rules if rule is not None):
+        _refuse(name, "is not causal: a token sees those that come later (BERT and kin need is_decoder=True)")
     if own := [layer for layer, of_layer in sorted(calls.items()) if of_layer[0].rule is None]:
         _refuse(name, f"builds masks of its own, which a ragged batch cannot be given: layers {_listed(own)}")
 
@@ -109,11 +112,7 @@ def _listed(layers: list[int]) -> str:
 
 
 def mask_reach(trace: Trace, config: Any, max_context: int | None) -> Reach | None:
-    """Up to where the ragged attention hides what each layer's own mask hides; None for everywhere.
-
-    Raises:
-        ValueError: A mask shows what comes later: not a causal LM.
-    """
+    """Up to where the ragged attention hides what each layer's own mask hides; None for everywhere."""
     pairs = {(call.rule, call.window) for calls in trace.calls.values() for call in calls}
     return nearest(_pair_reach(rule, window, config, max_context) for rule, window in pairs if rule is not None)
 
