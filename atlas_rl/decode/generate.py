@@ -157,6 +157,7 @@ class InProcessBackend(Backend):
 
     def generate(self, call: Call) -> Run:
         runner = self.runner
+        runner.check_reach(int(call.max_lengths.max()) - 1)  # the last token drawn is not run
         num_rows, capacity = self._num_rows(call.sequences), call.sequences.token_ids.shape[1]
         with runner.session(runner.new_cache(num_rows, capacity)):
             loop = DecodeLoop(

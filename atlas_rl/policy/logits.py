@@ -50,28 +50,21 @@ def defect(row: torch.Tensor) -> tuple[str, str]:
     return "-inf for every token", "a mask that excludes the whole vocabulary, or infinite weights"
 
 
-def largest_difference(logits: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """Largest difference between two forwards' logits, masked tokens aside; NaN where only `expected` is a distribution.
+def rows_that_differ(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Whether two forwards' logits differ by more than arithmetic does, masked tokens aside: bool `[rows]`.
 
-    A token that both forwards put 100 nats or more behind the likeliest is masked, by whatever number.
+    A token that a forward puts 100 nats or more behind the likeliest is masked, by whatever number.
 
     Args:
         logits: float32 `[rows, vocab]`.
         expected: float32 `[rows, vocab]`, what they should be. Rows that are no distribution say nothing.
-
-    Returns:
-        None where no row says anything.
+        tolerance: Share of the spread of a row's logits.
     """
-    comparable = _distributions(expected)
-    if not comparable.any():
-        return None
-    return (_floored(logits[comparable]) - _floored(expected[comparable])).abs().max().item()
-
-
-def spread(logits: torch.Tensor) -> float:
-    """Range of float32 logits `[rows, vocab]`, of tokens that are not masked; 0 where no row is a distribution."""
-    floored = _floored(logits[_distributions(logits)])
-    return (floored.max() - floored.min()).item() if len(floored) else 0.0
+    ours, theirs, top = _floored(logits), _floored(expected), expected.amax(dim=-1, keepdim=True)
+    shown = theirs.where(theirs > top - _SURELY_MASKED_NATS, top)
+    spread = (top - shown).amax(dim=-1)
+    same = (ours - theirs).abs().amax(dim=-1) <= tolerance * spread + 1e-5
+    return ~same & _distributions(expected)
 
 
 def _distributions(logits: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from atlas_rl.policy.supported import field_of
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.eagle3.config import Eagle3Config
 
@@ -25,26 +26,27 @@ def head_config(
         ValueError: The policy's sizes fit no head: its embeddings are not as wide as its layers, or heads have an odd size.
     """
     config = policy.config
-    hidden, num_heads = int(config.hidden_size), int(config.num_attention_heads)
+    hidden, num_heads = int(config.hidden_size), field_of(config, "num_attention_heads", 0)
     if policy.hidden_size != hidden or policy.input_table.shape[1] != hidden:
         raise ValueError(
             f"the policy's layers are {hidden} wide, its embeddings {policy.input_table.shape[1]} and {policy.hidden_size}: "
             "a head needs them alike"
         )
-    head_dim = getattr(config, "head_dim", None) or hidden // num_heads
+    head_dim = field_of(config, "head_dim", 0) or hidden // num_heads
     if head_dim % 2:
         raise ValueError(
             f"the policy's attention heads have the size {head_dim}, and rotary positions need an even one"
         )
-    width = getattr(config, "intermediate_size", None)
+    width = field_of(config, "intermediate_size", 0)
+    width = width[0] if isinstance(width, list) else width
     layer = LlamaConfig(
         vocab_size=policy.vocab_size,
         hidden_size=hidden,
         # Some families have no such field (GPT-2), or one size per layer.
-        intermediate_size=intermediate_size or (width if isinstance(width, int) else 4 * hidden),
+        intermediate_size=intermediate_size or width or 4 * hidden,
         num_hidden_layers=1,
         num_attention_heads=num_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        num_key_value_heads=field_of(config, "num_key_value_heads", 0) or num_heads,
         head_dim=head_dim,
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
