@@ -15,8 +15,8 @@ from atlas_kernels.noise import request_keys
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, SamplingParams, Sequences
+from atlas_rl.decode import generate as generate_module
 from atlas_rl.policy.logits import NonFiniteLogits
-from atlas_rl.rollout import engine as engine_module
 from atlas_rl.sampling import by_kernels as fused
 from atlas_rl.sampling.by_kernels import FusedVerifier, verifier_on
 from atlas_rl.sampling.verification import DrafterInvariant, RejectionSampling
@@ -199,7 +199,7 @@ def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypa
         calls.append(device)
         return FusedVerifier(form, **interpreted)
 
-    monkeypatch.setattr(engine_module, "verifier_on", dispatched)
+    monkeypatch.setattr(generate_module, "verifier_on", dispatched)
     by_kernels = generated(model, verification, [Fp4SelfSpeculator()])
     assert calls
     assert by_kernels.completion_ids == eager.completion_ids
