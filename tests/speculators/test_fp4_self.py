@@ -197,7 +197,8 @@ def test_layers_return_the_type_that_the_policys_return(dtype, autocast, kernels
     if kernels:
         pytest.importorskip("triton", reason="the kernels need Triton")
     model = tiny_qwen2(seed=3).to(dtype)
-    copied, twin = FourBitCopy(model, quantize_embeddings=True, kernels=kernels), quantized_by_hand(model)
+    copied = FourBitCopy(model, quantize_embeddings=True, kernels=kernels)
+    twin = quantized_by_hand(model).to(dtype)
     copied.requantize()
     projection, by_hand = model.model.layers[0].self_attn.k_proj, twin.model.layers[0].self_attn.k_proj
     for rows in (1, 8, 70):
@@ -208,8 +209,9 @@ def test_layers_return_the_type_that_the_policys_return(dtype, autocast, kernels
             with copied.running():
                 ours = projection(input=x)
                 assert model.get_input_embeddings()(input=tokens).dtype == embedded.dtype
-        assert ours.dtype == projection(x).dtype if autocast is None else autocast
-        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[ours.dtype]
+        assert ours.dtype == expected.dtype
+        # The kernel rounds no weight; autocast and a bfloat16 twin do.
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[ours.dtype]
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
