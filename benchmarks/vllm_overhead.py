@@ -3,8 +3,8 @@
     python -m benchmarks.vllm_overhead                      # some minutes on 2 cores
     python -m benchmarks.vllm_overhead --requests 64 --repeats 1 --output runs/overhead_smoke.json
 
-The policy is random and takes next to no time, so that the engine's own work is nearly all that is measured. Every client
-asks again as soon as it is answered. `one` traffic samples every request alike, `mixed` traffic takes the temperatures in
+The policy takes next to no time, and each of its tokens depends on all before it, so that no drafter can guess them: the
+engine's own work is all that is measured. Every client asks again as soon as it is answered. `one` traffic samples every request alike, `mixed` traffic takes the temperatures in
 turn. Both engines live in one process and are stepped in turns of a few requests each, so that they meet the same machine.
 """
 
@@ -33,6 +33,7 @@ from atlas_rl.vllm.backend import in_this_process, llm_arguments
 from benchmarks.common import ROOT, environment, write_result
 
 VOCAB, CONTEXT = 512, 256
+_LOGIT_STD = 3.0
 TRAFFIC = {"one": (1.0,), "mixed": (0.0, 0.7, 1.0, 1.3)}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _TURN_REQUESTS = 16  # that an engine ends before the other is stepped again
@@ -90,9 +91,14 @@ def main() -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
     )
     with tempfile.TemporaryDirectory() as folder, in_this_process():
-        LlamaForCausalLM(config).save_pretrained(folder)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            logits = model(torch.randint(VOCAB, (4, 24))).logits
+            model.lm_head.weight.mul_(_LOGIT_STD / logits.std(dim=-1).mean())
+        model.save_pretrained(folder)
         from vllm import LLM
 
         common: dict[str, Any] = {

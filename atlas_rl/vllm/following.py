@@ -51,8 +51,10 @@ class RequestFollower:
 
     def read_prompts(self, forward: Forward) -> None:
         """Keep what a forward says of prompts that are not complete."""
+        if not forward.layers:
+            return
         for (begin, count, position), request in zip(forward.spans.tolist(), forward.batch.requests, strict=True):
-            if not forward.layers or request.name in self.table.request_of:
+            if request.name in self.table.request_of:
                 continue
             end = min(count, request.num_prompt_tokens - position)
             if end > 0:
