@@ -3,9 +3,10 @@
     python -m benchmarks.vllm_overhead                      # some minutes on 2 cores
     python -m benchmarks.vllm_overhead --requests 64 --repeats 1 --output runs/overhead_smoke.json
 
-The policy takes next to no time, and each of its tokens depends on all before it, so that no drafter can guess them: the
-engine's own work is all that is measured. Every client asks again as soon as it is answered. `one` traffic samples every
-request alike, `mixed` traffic takes the temperatures in turn. Both engines live in one process and are stepped in turns of a few requests each, so that they meet the same machine.
+The policy takes next to no time, and each of its tokens depends on all before it, so that no drafter can guess them:
+the engine's own work is all that is measured. Every client asks again as soon as it is answered. `one` traffic samples
+every request alike, `mixed` traffic takes the temperatures in turn. Both engines live in one process and are stepped
+in turns of a few requests each, so that they meet the same machine.
 """
 
 from __future__ import annotations
