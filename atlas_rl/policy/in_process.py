@@ -14,40 +14,29 @@ from torch import nn
 
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
+from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.cpu_linear import streamed_weights
 from atlas_rl.policy.memory import free_bytes
+from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.supported import context_of, refuse_layers
 from atlas_rl.policy.threads import GENERATING, attending, evaluation_mode, own_attention
-
-_PROBE_TOLERANCE = 2e-2  # of the logits' spread; a wrong cache or mask is off by the spread itself
-
-
-def unwrap_policy(model: Any) -> Any:
-    """The causal LM inside PEFT and parallel wrappers; adapters stay in place, injected into its layers.
-
-    Raises:
-        ValueError: The PEFT method lives outside the layers (prompt or prefix tuning) and would be lost.
-    """
-    while True:
-        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
-                raise ValueError(
-                    "prompt-learning adapters (prompt, prefix or p-tuning) change the inputs, not the layers, and cannot "
-                    "be generated with in process: use LoRA or another injected adapter"
-                )
-            model = model.get_base_model()
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
+from atlas_rl.policy.unwrap import unwrap_policy
 
 
 class InProcessRunner(PolicyRunner):
-    """Any Hugging Face causal LM with a standard attention cache (Llama, Qwen, Gemma, GPT-2 and kin).
+    """Any Hugging Face causal LM whose layers attend to the row's own tokens: Llama, Qwen, Gemma, GPT-2 and kin.
+
+    docs/policies.md lists them. A policy whose configuration says that it cannot be run is refused at once. Before the
+    first forward it is probed (`policy/probe.py`).
 
     Args:
-        model: The policy, or a wrapper around it. Only read: the first session checks on five tokens that a ragged
-            forward gives the logits of a plain one.
+        model: The policy, or a wrapper around it. Only read.
+
+    Attributes:
+        config: Its text configuration.
+        call: Runs its forward.
+        max_context: Longest text that it can be run over, see `policy/supported.py`.
 
     Raises:
         ValueError: Not a causal LM, or one whose attention cannot be run this way.
@@ -67,14 +56,13 @@ class InProcessRunner(PolicyRunner):
         if getattr(config, "is_encoder_decoder", False) or not self.model.can_generate():
             raise ValueError(f"{type(self.model).__name__} is not a causal LM: load one with AutoModelForCausalLM")
         self.config = config.get_text_config()
-        if not hasattr(self.config, "num_attention_heads"):
-            raise ValueError(
-                f"{type(self.model).__name__} has no standard attention cache: generate with the trainer's own engine"
-            )
+        refuse_layers(self.config, type(self.model).__name__)
+        self.call = ForwardCall(self.model)
         self.vocab_size = int(head.weight.shape[0]) if head.weight.numel() else int(self.config.vocab_size)
-        self.max_context = getattr(self.config, "max_position_embeddings", None)
+        self.max_context = context_of(self.model, self.config)
         self._cache: RaggedBatch | None = None
-        self._probed = False
+        self.own_attention: str = self.config._attn_implementation
+        self._probed: Probed | None = None
 
     @property
     def device(self) -> torch.device:
@@ -93,47 +81,58 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
         with GENERATING, torch.no_grad(), evaluation_mode(self.model):
-            if not self._probed:
-                self._probe()
-            with self._ragged(cache):
+            self._look()
+            with self.ragged(cache):
                 yield
 
     def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
+        return self.run(segments, keep, taps)
+
+    def run(
+        self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, shift: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """`forward`, with positions moved by `shift`, int64 `[num_tokens]`: for the probe."""
         batch = self._cache
         assert batch is not None, "forward() outside of session()"
         batch.place(segments, self.device)
         assert batch.token_positions is not None
+        positions = batch.token_positions
+        if shift is not None:
+            positions = positions + torch.from_numpy(shift).to(self.device)
         taps = taps or Taps()
         layers = self._layers if taps.wants_layers else nn.ModuleList()
+        wanted = torch.from_numpy(keep).to(self.device)
         attention = attending(ragged_attention.NAME, self.config)
         with ragged_attention.active(batch), attention, _tapped(self.model, layers, taps):
-            output = self.model(
-                input_ids=torch.from_numpy(segments.token_ids)[None].to(self.device),
-                position_ids=batch.token_positions[None],
-                use_cache=False,
-                logits_to_keep=torch.from_numpy(keep).to(self.device),
-            )
-        return output.logits[0].float().contiguous()
+            logits = self.call(torch.from_numpy(segments.token_ids).to(self.device), positions, wanted)
+        if taps.wants_head_inputs and not self.call.keeps:
+            taps.head_inputs = taps.head_inputs[wanted]
+        return logits.float().contiguous()
 
     def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:
         assert self._cache is not None, "copy_rows() outside of session()"
         self._cache.copy_rows(source, np.array(targets, np.int64), length)
 
     def row_bytes(self, capacity: int) -> int:
-        """Bytes of cache that one row of `capacity` tokens takes, as the configuration has it."""
-        config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        element = self.model.get_input_embeddings().weight.element_size()
-        return 2 * config.num_hidden_layers * heads * dim * element * capacity
+        """Bytes of cache that one row of `capacity` tokens takes."""
+        with torch.no_grad(), evaluation_mode(self.model):
+            return self._look().token_bytes * capacity
+
+    def check_reach(self, tokens: int) -> None:
+        """Raise `ValueError` where rows of `tokens` tokens would depend on their neighbours, or lose a mask."""
+        with torch.no_grad(), evaluation_mode(self.model):
+            reach = self._look().reach
+        if reach is not None:
+            reach.check(tokens, type(self.model).__name__)
 
     def free_bytes(self) -> int:
         """Bytes that the cache may take now, beyond those that it has."""
         return free_bytes(self.device)
 
     def cells_that_fit(self) -> int:
-        assert self._cache is not None, "cells_that_fit() outside of session()"
-        return self._cache.cells_that_fit(self.row_bytes(1))
+        cache = self._cache
+        assert cache is not None, "cells_that_fit() outside of session()"
+        return cache.cells_that_fit(cache.cell_bytes or self.row_bytes(1))
 
     def reserve(self, num_rows: int, length: int) -> int:
         cache = self._cache
@@ -147,7 +146,8 @@ class InProcessRunner(PolicyRunner):
             torch.cuda.synchronize(self.device)
 
     @contextmanager
-    def _ragged(self, cache: RaggedBatch) -> Iterator[None]:
+    def ragged(self, cache: RaggedBatch) -> Iterator[None]:
+        """Inside, forwards run over `cache`."""
         outer = self._cache
         try:
             self._cache = cache
@@ -156,26 +156,17 @@ class InProcessRunner(PolicyRunner):
         finally:
             self._cache = outer
 
-    def _probe(self) -> None:
-        """Five tokens through a plain forward, and as a ragged batch in two segments: the logits must agree."""
-        tokens = np.array([1, 3, 2, 4, 1], dtype=np.int64) % self.vocab_size
-        plain = self.model(input_ids=torch.from_numpy(tokens)[None].to(self.device), use_cache=False).logits[0]
-        plain = plain.float()
-        with self._ragged(self.new_cache(2, 5)):
-            split = np.array([3, 2])
-            first = Segments(np.concatenate([tokens[:3], tokens[:2]]), 0, np.zeros(2, np.int64), split)
-            self.forward(first, np.arange(5))
-            second = Segments(np.concatenate([tokens[3:], tokens[2:]]), 0, split, 5 - split)
-            ragged = self.forward(second, np.arange(5))
-        expected = torch.cat([plain[3:], plain[2:]])
-        error = (ragged - expected).abs().max().item()
-        spread = (plain.max() - plain.min()).item()
-        if not error <= _PROBE_TOLERANCE * spread + 1e-4:
-            raise ValueError(
-                f"{type(self.model).__name__} does not give the same logits with a ragged cache as without one (largest "
-                f"difference {error:.3g}): it has no standard attention cache. Generate with the trainer's own engine."
-            )
-        self._probed = True
+    @contextmanager
+    def attention(self, name: str) -> Iterator[None]:
+        """Inside, the policy's layers call the attention function of this name, in this thread."""
+        with own_attention(self.config), attending(name, self.config):
+            yield
+
+    def _look(self) -> Probed:
+        """What the probe found; gradients are off, and modules in evaluation mode."""
+        if self._probed is None:
+            self._probed = probe(self)
+        return self._probed
 
 
 @contextmanager

@@ -230,6 +230,8 @@ def ragged_attention(
         raise RuntimeError(f"attention '{NAME}' runs only inside a generation session of atlas_rl")
     if s_aux is not None:
         raise ValueError("attention sinks (s_aux) are not supported in process: use a policy without them")
+    if attention_mask is not None and attention_mask.ndim > 2:
+        raise ValueError("the policy builds a mask of its own for this batch, which a ragged batch cannot be given")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = batch.store(layer, key, value)
     heads, kv_heads, num_tokens = query.shape[1], key.shape[1], query.shape[2]

@@ -18,7 +18,8 @@ from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.report.report import StepReport
 from atlas_rl.speculators.eagle3.checkpoint import save_eagle3
-from atlas_rl.speculators.eagle3.head import Eagle3Config, Eagle3Head
+from atlas_rl.speculators.eagle3.config import Eagle3Config
+from atlas_rl.speculators.eagle3.head import Eagle3Head
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.vllm.backend import llm_arguments
 from atlas_rl.vllm.internals import drafter_of, runner_of

@@ -119,7 +119,7 @@ class Eagle3Speculator(Speculator):
             return self.propose(sequences, requests, max_draft_tokens)  # without those that it forgot
         if depth <= 0:
             return Draft.empty(len(requests))
-        draft = ReducedDraft(sequences, requests, depth, self._token_ids, couples_noise=self._couples_noise)
+        draft = ReducedDraft(self.name, sequences, requests, depth, self._token_ids, couples_noise=self._couples_noise)
         one = np.ones(len(requests), np.int64)
         with torch.no_grad():
             self._fuse()

@@ -1,0 +1,83 @@
+"""Calls a causal LM's forward for the logits of some positions only, whatever its signature is.
+
+transformers' models take `logits_to_keep`, positions whose logits are computed. A forward of somebody else's may lack it,
+name it otherwise, or swallow it in `**kwargs` and return every row. Then the rows are picked here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ForwardCall:
+    """One way to run a policy: token ids and positions in, logits of the wanted positions out.
+
+    Args:
+        model: A causal LM. Only its signature is read.
+
+    Attributes:
+        keeps: Whether the forward itself computes wanted positions only. A signature can promise what the forward does not
+            do, so the probe (`policy/probe.py`) finds out.
+
+    Raises:
+        ValueError: The forward takes no positions, so that rows of different lengths cannot be told apart.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._takes = frozenset(parameters)
+        self.keeps = self._accepts("logits_to_keep")
+        for name in ("input_ids", "position_ids"):
+            if not self._accepts(name):
+                raise ValueError(
+                    f"{type(model).__name__}.forward takes no {name}, without which rows of different lengths cannot be "
+                    "run together: add the argument, or generate with the trainer's own engine"
+                )
+
+    def _accepts(self, name: str) -> bool:
+        return name in self._takes or self._takes_anything
+
+    def __call__(
+        self, token_ids: torch.Tensor, position_ids: torch.Tensor | None, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run tokens as one batch row.
+
+        Args:
+            token_ids: int64 `[num_tokens]`.
+            position_ids: int64 `[num_tokens]`; None lets the model count.
+            keep: int64 `[n]`, tokens whose logits are wanted; None for all.
+
+        Returns:
+            `[n, vocab]`, in the policy's own number format.
+
+        Raises:
+            ValueError: The forward did not return a row of logits for each position.
+        """
+        logits = self.rows(token_ids, keep, position_ids)
+        expected = len(token_ids) if keep is None or not self.keeps else len(keep)
+        if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] != expected:
+            raise ValueError(
+                f"{type(self._model).__name__}.forward returned logits of shape {tuple(logits.shape)} where "
+                f"[1, {expected}, vocab] was asked for: one row of logits per position is needed"
+            )
+        return logits[0] if keep is None or self.keeps else logits[0, keep]
+
+    def rows(
+        self, token_ids: torch.Tensor, keep: torch.Tensor | None, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Whatever the forward returns as logits for one batch row, unchecked."""
+        arguments: dict[str, Any] = {"input_ids": token_ids[None]}
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids[None]
+        if self._accepts("use_cache"):
+            arguments["use_cache"] = False
+        if keep is not None and self.keeps:
+            arguments["logits_to_keep"] = keep
+        output = self._model(**arguments)
+        return output[0] if isinstance(output, tuple) else output.logits

@@ -1,0 +1,248 @@
+"""Holds the ragged forward of a policy against plain forwards, once, before anything is generated.
+
+Three looks, from what is exact and cheap to what is costly:
+
+1. A trace of three tokens (`policy/traced.py`): does every layer run its attention through the ragged cache, and does its
+   mask hide exactly what the ragged attention hides, at every length?
+2. A row at the farthest positions beside one at the first: does anything depend on the batch's longest text?
+3. Values: a short row and a long one, in cache rows that are not neighbours, in two forwards, compared with plain forwards
+   at every position. The long row goes past the smallest window where that is affordable: within `_FLOPS` floating-point
+   operations, `_LOGIT_BYTES` of logits and `_MAX_TOKENS` tokens. Else it has `_FEW` tokens.
+
+Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: seven plain forwards of at most seven
+tokens, and where a window is affordable two forwards past it, which `_FLOPS` bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from atlas_rl.policy import traced
+from atlas_rl.policy.base import Segments
+from atlas_rl.policy.calling import ForwardCall
+from atlas_rl.policy.logits import rows_that_differ
+from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.supported import REMEDY, Reach, nearest, reach_of
+
+_FLOPS = {"cpu": 1e11, "cuda": 1e13}  # about a second, and a twentieth of one, of a machine of that kind
+_LOGIT_BYTES = 1 << 28
+_MAX_TOKENS = 4160  # past a window of 4,096, the widest that is common among small policies
+_FEW, _SHORT = 12, 5  # tokens of the long row where no window can be reached, and of the short row
+_TOLERANCE = {True: 2e-3, False: 2e-2}  # of the logits' spread, in float32 and below; a wrong mask is off by the spread
+_FAILURES = (TypeError, AttributeError, LookupError, AssertionError, RuntimeError)
+
+
+class Probeable(Protocol):
+    """What the probe asks of a runner; see `InProcessRunner`."""
+
+    model: Any
+    config: Any
+    call: ForwardCall
+    vocab_size: int
+    max_context: int | None
+    own_attention: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, num_rows: int, capacity: int) -> RaggedBatch: ...
+
+    def ragged(self, cache: RaggedBatch) -> AbstractContextManager[None]: ...
+
+    def attention(self, name: str) -> AbstractContextManager[None]: ...
+
+    def run(self, segments: Segments, keep: np.ndarray, *, shift: np.ndarray | None = None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What was found out about a policy that can be run.
+
+    Attributes:
+        token_bytes: What one token takes in the cache, over all layers.
+        reach: Up to where a ragged forward is right; None for everywhere.
+    """
+
+    token_bytes: int
+    reach: Reach | None
+
+
+def probe(runner: Probeable) -> Probed:
+    """Look at a policy; gradients must be off, and every module in evaluation mode.
+
+    Raises:
+        ValueError: It cannot be run over a ragged batch; the message says what was found, and what to do.
+    """
+    devices = [runner.device] if runner.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _kept_frequencies(runner.model):
+        return _Probe(runner).look()
+
+
+class _Probe:
+    def __init__(self, runner: Probeable) -> None:
+        self._runner, self._config, self._name = runner, runner.config, type(runner.model).__name__
+        # The policy's precision is that of its embeddings, but for autocast, which computes in less.
+        weight = runner.model.get_input_embeddings().weight
+        self._exact = weight.dtype == torch.float32 and not torch.is_autocast_enabled(runner.device.type)
+
+    def look(self) -> Probed:
+        self._find_out_what_is_kept()
+        trace = self._traced()
+        reach = nearest([reach_of(self._config), traced.mask_reach(trace, self._config, self._runner.max_context)])
+        if reach is not None and reach.tokens <= len(self._tokens(3)):
+            raise ValueError(f"{self._name} cannot be run in process: {reach.reason}; {REMEDY}")
+        limit = min(self._runner.max_context or traced.HORIZON, reach.tokens if reach else traced.HORIZON)
+        for check in (self._far_rows, self._rows):
+            self._guarded(lambda check=check: check(limit, trace.windows))  # type: ignore[misc]
+        return Probed(trace.token_bytes, reach)
+
+    def _tokens(self, count: int) -> np.ndarray:
+        """int64 `[count]`, all over the vocabulary."""
+        return (np.arange(count, dtype=np.int64) * 7919 + 1) % self._runner.vocab_size
+
+    def _plain(self, token_ids: np.ndarray, first_position: int | None = None) -> torch.Tensor:
+        """Logits of one text, `[tokens, vocab]`, as the policy's own attention gives them."""
+        ids, positions = torch.from_numpy(token_ids).to(self._runner.device), None
+        if first_position is not None:
+            positions = torch.arange(len(token_ids), device=self._runner.device) + first_position
+        with self._runner.attention(self._runner.own_attention):
+            return self._runner.call(ids, positions, None)
+
+    def _find_out_what_is_kept(self) -> None:
+        """Whether `logits_to_keep` does what it says: one row, and the right one."""
+        call = self._runner.call
+        if not call.keeps:
+            return
+        tokens = self._tokens(3)
+        call.keeps = False
+        rows = self._plain(tokens).float()
+        call.keeps = True
+        with self._runner.attention(self._runner.own_attention):
+            kept = call.rows(torch.from_numpy(tokens).to(self._runner.device), torch.tensor([1]))
+        call.keeps = kept.shape[:-1] == (1, 1) and not self._off(kept[0].float(), rows[1:2]).any()
+
+    def _traced(self) -> traced.Trace:
+        tokens = torch.from_numpy(self._tokens(3)).to(self._runner.device)
+        positions = torch.arange(3, device=self._runner.device)
+
+        def run() -> traced.Trace:
+            with self._runner.attention(traced.NAME), traced.tracing() as trace:
+                self._runner.call(tokens, positions, None)
+            return trace
+
+        trace = self._guarded(run)
+        layers = getattr(self._config, "decoder_layers", None) or self._config.num_hidden_layers
+        traced.refuse_structure(trace, int(layers), self._name)
+        return trace
+
+    def _far_rows(self, limit: int, windows: list[int]) -> None:
+        """A row at the beginning beside one at the farthest positions: neither may feel the other."""
+        near = self._tokens(min(4, limit))
+        far, first = near[::-1].copy(), max(0, limit - len(near))
+        expected = [self._plain(near), self._plain(far, first)]
+        with self._runner.ragged(self._runner.new_cache(2, len(near))):
+            segments = Segments(np.concatenate([near, far]), 0, np.zeros(2, np.int64), np.array([len(near)] * 2))
+            got = self._runner.run(segments, np.arange(2 * len(near)), shift=np.repeat([0, first], len(near)))
+        for logits, want in zip(got.split(len(near)), expected, strict=True):
+            self._compare(logits, want, f"with rows at positions 0 and {first:,}")
+
+    def _rows(self, limit: int, windows: list[int]) -> None:
+        """A short row and a long one, in two forwards over cache rows 0 and 2 of 3."""
+        wanted = min((window for window in windows if window >= _FEW), default=0) + _FEW
+        length = min(wanted if wanted <= self._affordable() else _FEW, limit)
+        long, short = self._tokens(length), self._tokens(length)[-min(_SHORT, length) :]
+        expected = [self._plain(short), self._plain(long)]
+        ends = np.array([len(short), len(long)])
+        middle = np.maximum(ends - 3, 1)
+        pieces: list[list[torch.Tensor]] = [[], []]
+        with self._runner.ragged(self._runner.new_cache(3, length)):
+            for starts, stops in ((np.zeros(2, np.int64), middle), (middle, ends)):
+                lengths = stops - starts
+                if not lengths.all():
+                    break  # a context of one or two tokens
+                ids = np.concatenate([row[a:b] for row, a, b in zip((short, long), starts, stops, strict=True)])
+                segments = Segments(ids, 0, starts, lengths, np.array([2, 0]))
+                logits = self._runner.run(segments, np.arange(len(ids)))
+                for row, part in enumerate(logits.split(lengths.tolist())):
+                    pieces[row].append(part)
+        for parts, want in zip(pieces, expected, strict=True):
+            start = 0
+            for part in parts:
+                self._compare(
+                    part, want[start : start + len(part)], f"with rows of {len(short)} and {len(long)} tokens"
+                )
+                start += len(part)
+
+    def _affordable(self) -> int:
+        """Tokens that the long row may have."""
+        kind = self._runner.device.type
+        weights = sum(parameter.numel() for parameter in self._runner.model.parameters())
+        by_flops = _FLOPS["cpu" if kind == "cpu" else "cuda"] / (4 * max(1, weights))  # two forwards, two per weight
+        by_bytes = _LOGIT_BYTES / (8 * self._runner.vocab_size)  # twice float32
+        return int(min(_MAX_TOKENS, by_flops, by_bytes))
+
+    def _off(self, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        """bool `[positions]`: where two rows of logits differ by more than arithmetic does."""
+        return rows_that_differ(logits, expected, _TOLERANCE[self._exact])
+
+    def _compare(self, logits: torch.Tensor, expected: torch.Tensor, how: str) -> None:
+        off = self._off(logits, expected.float())
+        # In half precision a near-tie between experts may fall either way for a token or two; a wrong mask hits them all.
+        if bool(off.any() if self._exact else off.float().mean() > 0.5):
+            error = float((logits - expected.float())[off].abs().max())
+            cause = "something in it depends on more than a row's own tokens and positions"
+            if self._ignores_positions():
+                cause = "its forward takes no notice of position_ids"
+            raise ValueError(
+                f"{self._name} does not give the logits of a plain forward {how} in one batch (largest difference "
+                f"{error:.3g}): {cause}; {REMEDY}"
+            )
+
+    def _ignores_positions(self) -> bool:
+        """Whether positions with a gap between them change nothing."""
+        tokens = torch.from_numpy(self._tokens(3)).to(self._runner.device)
+        gap = torch.tensor([0, 1, 3], device=self._runner.device)
+        with self._runner.attention(self._runner.own_attention):
+            plain, gapped = (self._runner.call(tokens, positions, None) for positions in (None, gap))
+        return torch.equal(plain, gapped)
+
+    def _guarded(self, run: Callable[[], Any]) -> Any:
+        """`run()`, with failures of the policy's own code named as such."""
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILURES as error:
+            raise ValueError(
+                f"{self._name} cannot be run over rows of different lengths: its forward fails on them with "
+                f"{type(error).__name__}: {error}; {REMEDY}"
+            ) from error
+
+
+@contextmanager
+def _kept_frequencies(model: nn.Module) -> Iterator[None]:
+    """Puts rotary modules back as they were: some recompute their frequencies for the text that they meet."""
+    rotary = [m for m in model.modules() if any(name.endswith("inv_freq") for name in m._buffers)]
+    before = [(dict(module.__dict__), dict(module._buffers)) for module in rotary]
+    try:
+        yield
+    finally:
+        for module, (attributes, buffers) in zip(rotary, before, strict=True):
+            _put_back(module._buffers, buffers)
+            _put_back(module.__dict__, attributes)
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Undo what changed, and touch nothing else: other threads may be running the module."""
+    for name in now.keys() - before.keys():
+        del now[name]
+    for name, value in before.items():
+        if now.get(name) is not value:
+            now[name] = value

@@ -1,0 +1,143 @@
+"""Which policies can run rows of different lengths together, as far as their configuration says; and how far they reach.
+
+A ragged forward is right where a token's logits depend on the tokens before it in its own row, and on its position. Some
+policies depend on more: on the length of the longest text in the batch, on chunks, on a running state. What cannot be run is
+refused here, by name. What can be run up to some length gets a `Reach`; longer requests are refused before any work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+REMEDY = "generate with the trainer's own engine, or with vLLM if it knows the policy"
+_ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+_MLP_TYPES = frozenset({"dense", "sparse"})  # some configurations list kinds of MLPs under the same name
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How long a row may get before a ragged forward would differ from a plain one.
+
+    Attributes:
+        tokens: Most tokens of a row.
+        reason: What is different beyond, to be read after "beyond that,".
+    """
+
+    tokens: int
+    reason: str
+
+    def check(self, tokens: int, name: str) -> None:
+        """Raise `ValueError` where a row of a policy `name` may reach `tokens`."""
+        if tokens > self.tokens:
+            raise ValueError(
+                f"{name} can be run in process up to {self.tokens} tokens of prompt and completion; beyond that, "
+                f"{self.reason}. Requests here may reach {tokens}: lower max_new_tokens or shorten the prompts, or {REMEDY}"
+            )
+
+
+def nearest(reaches: Iterable[Reach | None]) -> Reach | None:
+    """The one that ends first."""
+    return min((reach for reach in reaches if reach is not None), key=lambda reach: reach.tokens, default=None)
+
+
+def field_of(config: Any, name: str, layer: int) -> Any:
+    """A field of one layer, which may differ from layer to layer (Gemma 4); None where the configuration has none."""
+    return getattr(config.per_layer_config[layer] if _differs(config, name) else config, name, None)
+
+
+def fields_of(config: Any, name: str) -> list[Any]:
+    """The values that a field has over the layers, each once."""
+    if not _differs(config, name):
+        return [getattr(config, name, None)]
+    values: list[Any] = []
+    for layer in config.per_layer_config:
+        if (value := getattr(layer, name, None)) not in values:
+            values.append(value)
+    return values
+
+
+def _differs(config: Any, name: str) -> bool:
+    return name in (getattr(config, "per_layer_attributes", None) or ())
+
+
+def refuse_layers(config: Any, name: str) -> None:
+    """Raise `ValueError` for a policy `name` with layers that are neither full nor sliding attention, nor in chunks."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    other = sorted({str(kind) for kind in kinds} - _ATTENTION_TYPES - _MLP_TYPES)
+    if other:
+        raise ValueError(
+            f"{name} has layers of type {', '.join(map(repr, other))}: in process only 'full_attention' and "
+            f"'sliding_attention' layers can run rows of different lengths together; {REMEDY}"
+        )
+
+
+def reach_of(config: Any) -> Reach | None:
+    """Up to where a policy is independent of its neighbours' lengths, as its configuration says; None for everywhere."""
+    return nearest([_chunk_reach(config), *(_rope_reach(config, rope) for rope in rope_settings(config))])
+
+
+def rope_settings(config: Any) -> list[Mapping[str, Any]]:
+    """Rotary settings, one per kind of layer that has its own: new (`rope_parameters`) or old (`rope_scaling`) form."""
+    found: list[Mapping[str, Any]] = []
+    for settings in fields_of(config, "rope_parameters") + fields_of(config, "rope_scaling"):
+        if isinstance(settings, Mapping):
+            nested = [value for value in settings.values() if isinstance(value, Mapping)]
+            found += [rope for rope in nested or [settings] if rope not in found]
+    return found
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _rope_reach(config: Any, rope: Mapping[str, Any]) -> Reach | None:
+    """transformers recomputes frequencies of these types for the longest text of each batch (`dynamic_rope_update`)."""
+    kind, positions = _rope_type(rope), getattr(config, "max_position_embeddings", None)
+    if kind in ("longrope", "su"):
+        own = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        positions = own or positions
+    elif "dynamic" not in kind:
+        return None
+    return Reach(
+        int(positions or 0),
+        f"its rope type '{kind}' depends on the length of the batch's longest text, so that a row's distribution would "
+        "change with its neighbours and cached keys would be wrong",
+    )
+
+
+def _chunk_reach(config: Any) -> Reach | None:
+    kinds = getattr(config, "layer_types", None)
+    sizes = [int(size) for size in fields_of(config, "attention_chunk_size") if size]
+    if not sizes or (kinds is not None and "chunked_attention" not in kinds):
+        return None
+    return Reach(min(sizes), f"its chunked attention (attention_chunk_size={min(sizes)}) hides earlier chunks")
+
+
+def context_of(model: nn.Module, config: Any) -> int | None:
+    """Longest text that a policy can be run over, in tokens; None where nothing limits it.
+
+    A table of learned positions ends at its last row. Rotary positions have no end: transformers goes on past
+    `max_position_embeddings` with a warning. Here a request ends there, unless rope scaling stretches the positions: with a
+    factor f it ends at f times as many. Checkpoints disagree whether `max_position_embeddings` counts before or after
+    scaling (linear and dynamic: before; yarn: either; llama3: after). The larger reading is taken, so that no request is
+    ended that transformers would go on with; `max_new_tokens` ends it in any case.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or _has_position_table(model, positions):
+        return positions
+    factors = [float(rope.get("factor") or 1) for rope in rope_settings(config) if _rope_type(rope) != "longrope"]
+    return int(positions * max([1.0, *factors]))
+
+
+def _has_position_table(model: nn.Module, positions: int) -> bool:
+    """Whether positions are looked up. OPT and its kin have two rows more than positions."""
+    return any(
+        isinstance(module, nn.Embedding)
+        and ("pos" in name.rpartition(".")[2] or name.endswith("wpe"))
+        and positions <= module.num_embeddings <= positions + 2
+        for name, module in model.named_modules()
+    )

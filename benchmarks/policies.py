@@ -1,0 +1,221 @@
+"""Which policies run in process: every causal-LM class of the installed transformers, tiny, held against plain forwards.
+
+    python -m benchmarks.policies                  all classes; minutes; writes the result and the table of docs/policies.md
+    python -m benchmarks.policies --only phi3 doge   prints, writes nothing
+
+Each class is built tiny and generates for rows of different lengths, past its windows and chunks: greedily, and sampled.
+Every greedy token must be the likeliest of a plain forward over the text before it, and every sampled token's logprob that
+of a plain forward. Then the class is *same*. *Refused* is one for which the engine raises `ValueError`. *Not built* is one
+whose tiny configuration or plain forward fails without us. *Wrong* and *crashed* are faults of this library; with one of
+them the command ends in error. Each class runs in a process of its own, which is ended after `--limit` seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+import transformers
+
+import atlas_rl
+from benchmarks.common import ROOT, environment, write_result
+from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_types
+
+RESULT, PAGE = ROOT / "benchmarks" / "results" / "policies.json", ROOT / "docs" / "policies.md"
+BEGIN, END = "<!-- table: python -m benchmarks.policies -->", "<!-- end of table -->"
+_PROMPTS = (3, 2 * WINDOW + 1, CHUNK + 4)  # a short row beside two that are past windows and chunks
+_NEW_TOKENS = 16
+_TOLERANCE = 1e-3  # nats, in float32
+
+# Settings that classes share and defaults leave out: name, model type, options of its configuration.
+_ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": POSITIONS}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama, yarn rope": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **_ROPE}}),
+    "llama, llama3 rope": (
+        "llama",
+        {"rope_parameters": {
+            "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_ROPE}},
+    ),
+    "llama, dynamic rope past its positions": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, "max_position_embeddings": 24},
+    ),
+    "phi3, longrope within its first factors": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4,
+                             **_ROPE}, "original_max_position_embeddings": 64},
+    ),
+    "phi3, longrope across its switch": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4,
+                             **_ROPE}, "original_max_position_embeddings": 24},
+    ),
+    "llama4_text, within a chunk": ("llama4_text", {"attention_chunk_size": 64}),
+    "phimoe, within its window": ("phimoe", {"sliding_window": 64}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one class.
+
+    Attributes:
+        name: Model type, or the name of a variant.
+        model_class: Class of the policy; None where it was not built.
+        outcome: `same`, `refused`, `not built`, `wrong` or `crashed`.
+        detail: Why, in the words of who refused or failed.
+    """
+
+    name: str
+    model_class: str | None
+    outcome: str
+    detail: str
+
+
+def try_out(name: str) -> Outcome:
+    """Build one class and hold it against plain forwards."""
+    model_type, options = VARIANTS.get(name, (name, {}))
+    try:
+        model = build(model_type, **options)
+    except Exception as error:  # noqa: BLE001 - whatever another library's class raises
+        return Outcome(name, None, "not built", _said(error))
+    kind = type(model).__name__
+    try:
+        fault = _fault(model)
+    except ValueError as error:
+        return Outcome(name, kind, "refused", _said(error))
+    except Exception as error:  # noqa: BLE001 - a crash is one of the outcomes
+        return Outcome(name, kind, "crashed", f"{type(error).__name__}: {_said(error)}")
+    return Outcome(name, kind, "wrong" if fault else "same", fault)
+
+
+def _fault(model: torch.nn.Module) -> str:
+    """What differs from plain forwards; empty where nothing does."""
+    rows = torch.randint(3, 64, (len(_PROMPTS), max(_PROMPTS)), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [row[:length] for row, length in zip(rows, _PROMPTS, strict=True)]
+    for temperature in (0.0, 1.0):
+        engine = atlas_rl.AtlasRolloutEngine(model=model, console=False)
+        output = engine.generate(prompts, max_new_tokens=_NEW_TOKENS, temperature=temperature, eos_token_ids=[], seed=0)
+        for row, (prompt, completion) in enumerate(zip(prompts, output.completion_ids, strict=True)):
+            if len(completion) != _NEW_TOKENS:
+                return f"row {row} has {len(completion)} tokens of {_NEW_TOKENS}"
+            for position, token in enumerate(completion):
+                logprobs = _next(model, prompt + completion[:position])
+                if temperature == 0 and token != int(logprobs.argmax()):
+                    return f"row {row}, greedy token {position} is not the likeliest of a plain forward"
+                gap = abs(float(logprobs[token]) - output.logprobs[row][position])
+                if temperature > 0 and not gap < _TOLERANCE:
+                    return f"row {row}, token {position}: its logprob is off by {gap:.2g} nats"
+    return ""
+
+
+@torch.no_grad()
+def _next(model: Any, text: list[int]) -> torch.Tensor:
+    return torch.log_softmax(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].float(), dim=-1)
+
+
+def _said(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:400] or type(error).__name__
+
+
+def _child(name: str, sender: Connection) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of hundreds of classes
+    sender.send(try_out(name))
+
+
+def in_process_of_its_own(name: str, limit_s: float) -> Outcome:
+    """`try_out`, in a fork that cannot take this process down or hold it up."""
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_child, args=(name, sender))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(limit_s):
+            return receiver.recv()
+        return Outcome(name, None, "crashed", f"did not end within {limit_s:g} s")
+    except EOFError:
+        return Outcome(name, None, "crashed", f"the process died with code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of docs/policies.md."""
+    outcomes, versions = [Outcome(**row) for row in result["policies"]], result["environment"]["versions"]
+    counts = Counter(outcome.outcome for outcome in outcomes)
+    lines = [
+        f"transformers {versions['transformers']}: "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+        + ".",
+        "",
+        "| policy | class | outcome |",
+        "|---|---|---|",
+    ]
+    order = ("wrong", "crashed", "same", "refused", "not built")
+    for outcome in sorted(outcomes, key=lambda o: (order.index(o.outcome), o.name)):
+        detail = f": {_cell(outcome)}" if outcome.detail else ""
+        lines.append(f"| {outcome.name} | {outcome.model_class or ''} | {outcome.outcome}{detail} |")
+    return "\n".join(lines)
+
+
+def _cell(outcome: Outcome) -> str:
+    """What was found, without the name and the remedy, which are the same in every row."""
+    text = (
+        outcome.detail.removeprefix(f"{outcome.model_class} ").split("; generate with")[0].split(": generate with")[0]
+    )
+    text = text.removesuffix(", so that rows of different lengths cannot be run together")
+    return text[:160].replace("|", "\\|").replace("<", "&lt;")
+
+
+def write_page(result: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the table where the page has it."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="model types or variants")
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds per class")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    numba.config.THREADING_LAYER = "workqueue"  # lives through a fork, as OpenMP does not
+    names, began, outcomes = arguments.only or [*model_types(), *VARIANTS], time.perf_counter(), []
+    try_out("llama")  # imports and compiles what all of them use
+    for name in names:
+        outcomes.append(in_process_of_its_own(name, arguments.limit))
+        last = outcomes[-1]
+        print(f"{len(outcomes)}/{len(names)} {last.name}: {last.outcome}. {last.detail}", flush=True)
+    if not arguments.only:
+        result = {
+            "environment": environment(),
+            "seconds": round(time.perf_counter() - began, 1),
+            "policies": [asdict(outcome) for outcome in outcomes],
+        }
+        write_result(RESULT, result)
+        write_page(result)
+    faults = [outcome.name for outcome in outcomes if outcome.outcome in ("wrong", "crashed")]
+    if faults:
+        sys.exit(f"wrong or crashed: {', '.join(faults)}")
+
+
+if __name__ == "__main__":
+    main()

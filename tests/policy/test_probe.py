@@ -1,0 +1,198 @@
+"""The probe: what depends on more than a row's own tokens is refused with its cause; what is right is let through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM, MistralForCausalLM
+
+from atlas_rl.policy import probe
+from atlas_rl.policy.base import Segments
+from atlas_rl.policy.in_process import InProcessRunner
+from benchmarks.tiny_policies import build
+from tests.models import tiny_llama, tiny_mistral, tiny_qwen3
+from tests.policy.texts import generate, plain
+
+
+def as_class(model, forward):
+    """The same policy, of a class with another forward."""
+    model.__class__ = type("Custom", (type(model),), {"forward": forward})
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ logits of some positions
+
+
+def swallows(self, input_ids=None, position_ids=None, **kwargs):
+    return LlamaForCausalLM.forward(self, input_ids=input_ids, position_ids=position_ids, use_cache=False)
+
+
+def lacks(self, input_ids=None, attention_mask=None, position_ids=None):
+    return LlamaForCausalLM.forward(self, input_ids=input_ids, position_ids=position_ids, use_cache=False)
+
+
+def renamed(self, input_ids=None, position_ids=None, num_logits_to_keep=0, use_cache=None):
+    assert isinstance(num_logits_to_keep, int)
+    return LlamaForCausalLM.forward(
+        self, input_ids=input_ids, position_ids=position_ids, logits_to_keep=num_logits_to_keep, use_cache=False
+    )
+
+
+def counts_only(self, input_ids=None, position_ids=None, logits_to_keep=0, use_cache=None):
+    output = LlamaForCausalLM.forward(self, input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    output.logits = output.logits[:, -int(logits_to_keep) :] if logits_to_keep is not None else output.logits
+    return output
+
+
+def gives_a_tuple(self, input_ids=None, position_ids=None, logits_to_keep=0, **kwargs):
+    output = LlamaForCausalLM.forward(
+        self, input_ids=input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, use_cache=False
+    )
+    return (output.logits,)
+
+
+@pytest.mark.parametrize("forward", [swallows, lacks, renamed, counts_only, gives_a_tuple])
+@pytest.mark.parametrize("speculation", [False, True])
+def test_a_forward_that_keeps_logits_its_own_way_gives_the_same_tokens(forward, speculation):
+    model = as_class(tiny_llama(seed=3), forward)
+    assert generate(model, speculation=speculation, audit_share=0) == plain(tiny_llama(seed=3))
+
+
+def test_a_forward_that_starts_to_return_other_rows_is_refused_at_that_step():
+    model = tiny_llama(seed=3)
+    runner = InProcessRunner(model)
+    segments = Segments(np.array([5, 9, 2]), 0, np.zeros(1, np.int64), np.array([3]))
+    with runner.session(runner.new_cache(1, 8)):
+        assert len(runner.forward(segments, np.array([1]))) == 1
+        as_class(model, swallows)
+        with pytest.raises(
+            ValueError, match=r"Custom.forward returned logits of shape .*one row of logits per position"
+        ):
+            runner.forward(segments, np.array([1]))
+
+
+def test_a_forward_without_positions_is_refused():
+    def forward(self, input_ids=None, attention_mask=None):
+        return LlamaForCausalLM.forward(self, input_ids=input_ids)
+
+    with pytest.raises(ValueError, match="takes no position_ids"):
+        InProcessRunner(as_class(tiny_llama(), forward))
+
+
+# ------------------------------------------------------------------------------------------------------- what is compared
+
+
+class LongestText(nn.Module):
+    """A rotary embedding of somebody's own, which turns slower once a text in the batch is long."""
+
+    def __init__(self, inner, switch):
+        super().__init__()
+        self.inner, self.switch = inner, switch
+
+    def forward(self, x, position_ids, **kwargs):
+        slower = position_ids.max() + 1 > self.switch
+        return self.inner(x, position_ids / 2 if slower else position_ids, **kwargs)
+
+
+def test_positions_that_depend_on_the_longest_text_are_found_however_far_the_switch_is():
+    model = tiny_llama(context=4096)
+    model.model.rotary_emb = LongestText(model.model.rotary_emb, 4000)
+    with pytest.raises(ValueError, match=r"with rows at positions 0 and 4,092.*more than a row's own tokens"):
+        generate(model)
+
+
+def test_a_layer_that_reads_its_neighbours_is_found():
+    model = tiny_llama()
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(x) + x.mean(dim=(0, 1))
+    with pytest.raises(ValueError, match="does not give the logits of a plain forward"):
+        generate(model)
+
+
+def test_a_window_that_only_the_attention_function_is_told_of_is_found_at_any_size():
+    """The mask shows all; past the window, the ragged attention would hide what a plain forward sees."""
+    model = tiny_llama(context=100_000)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"sliding_window": 50_000}), with_kwargs=True
+        )
+    runner = InProcessRunner(model)
+    with pytest.raises(ValueError, match=r"up to 50000 tokens.*mask hides other tokens"):
+        runner.check_reach(50_001)
+    runner.check_reach(50_000)
+    assert generate(model) == plain(tiny_llama(context=100_000))
+
+
+def test_the_long_row_goes_past_the_window_where_that_is_affordable(monkeypatch):
+    lengths = []
+    own = probe._Probe._compare
+    monkeypatch.setattr(
+        probe._Probe,
+        "_compare",
+        lambda self, logits, expected, how: (lengths.append(len(logits)), own(self, logits, expected, how)),
+    )
+    config = tiny_mistral(context=512).config
+    config.sliding_window = 100
+    for flops, expected in ((1e11, 100 + 12), (1.0, 12)):
+        monkeypatch.setitem(probe._FLOPS, "cpu", flops)
+        lengths.clear()
+        model = MistralForCausalLM(config).eval()
+        InProcessRunner(model).check_reach(4)
+        assert sum(lengths[-2:]) == expected
+
+
+# --------------------------------------------------------------------------------------------------- what stays as it was
+
+
+@pytest.mark.parametrize("factory", [tiny_llama, tiny_mistral, tiny_qwen3])
+def test_the_probe_changes_neither_random_state_nor_policy(factory):
+    model = factory()
+    model.train()
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    attributes = [set(vars(module)) for module in model.modules()]
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    InProcessRunner(model).check_reach(4)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(module.training for module in model.modules())
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name][0]
+        assert torch.equal(buffer, buffers[name][1])
+
+
+def test_dynamic_frequencies_that_a_long_text_left_behind_stay():
+    model = build("llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4})
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 200, dtype=torch.int64))
+    rotary = model.model.rotary_emb
+    stretched = rotary.inv_freq.clone()
+    InProcessRunner(model).check_reach(4)
+    assert torch.equal(rotary.inv_freq, stretched)
+    assert rotary.max_seq_len_cached == 200
+
+
+def test_tokens_that_a_policy_masks_by_itself_do_not_count():
+    model = tiny_llama(seed=3)
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: output.masked_fill(torch.arange(64) % 5 == 0, float("-inf"))
+    )
+    InProcessRunner(model).check_reach(4)
+
+
+def test_cache_bytes_are_those_of_the_layers():
+    model = build("gemma4_text")
+    runner = InProcessRunner(model)
+    kinds = model.config.layer_types
+    dims = [
+        8 if kind == "sliding_attention" else model.config.per_layer_config[i].head_dim for i, kind in enumerate(kinds)
+    ]
+    assert len(set(dims)) == 2
+    assert runner.row_bytes(10) == 10 * sum(2 * 2 * dim * 4 for dim in dims)
+    with runner.session(cache := runner.new_cache(1, 10)):
+        runner.forward(Segments(np.array([1, 2]), 0, np.zeros(1, np.int64), np.array([2])), np.array([1]))
+    assert sum(t.nbytes for store in (cache.keys, cache.values) for t in store.values()) == runner.row_bytes(10)
