@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from atlas_rl.controller.fixed import FixedController
+from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.policy.threads import GENERATING
 from atlas_rl.speculators.draft_lm import DraftLM
-from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.drafters import recurrent_drafter
 from tests.engines import VOCAB, engine_of, generate, state_of
@@ -37,10 +38,12 @@ def training_policy():
     return model
 
 
-def engine_with_all(model):
-    """Every kind of drafter that runs without a checkpoint, and the controller that learns."""
+def engine_with_all(model, drafter=None):
+    """Drafters of every kind; one of them drafts in every step, or the controller decides."""
     drafters = [HistorySpeculator(), recurrent_drafter(), DraftLM(tiny_llama(seed=12), VOCAB)]
-    engine = engine_of(model, speculators=[*drafters, Fp4SelfSpeculator()] if hasattr(model, "model") else drafters)
+    names = [each.name for each in drafters]
+    controller = FixedController(names, drafter, 3) if drafter else GoodputController(tuple(names))
+    engine = engine_of(model, speculators=drafters, controller=controller)
     generate(engine, seed=1)
     engine.policy_updated()  # the recurrent drafter drafts from here on
     return engine
@@ -51,9 +54,9 @@ def test_an_interrupt_leaves_no_half_state(where):
     model = training_policy()
     before = state_of(model)
     wanted = [generate(engine_of(model, speculation=False), seed=seed).completion_ids for seed in range(4)]
-    engine = engine_with_all(model)
-    thing = {"controller": engine._controller, "runner": engine._backend.runner}.get(where)
-    thing = engine._speculators[where] if thing is None else thing
+    engine = engine_with_all(model, where if where in ("history", "recurrent", "draft_lm") else None)
+    things = {"controller": engine._controller.unguarded, "runner": engine._backend.runner}
+    thing = (things | {name: each.unguarded for name, each in engine._speculators.items()})[where]
     methods = {"controller": ["plan", "admit", "observe"], "runner": ["forward", "copy_rows"]}.get(where, METHODS)
     for method in methods:
         for seed, after in enumerate((0, 3)):

@@ -299,7 +299,7 @@ def test_an_interrupted_call_leaves_nothing_behind(where: str, policy: Any, fold
     )
     plain = AtlasRolloutEngine(model=policy, speculation=False, console=False)
     for seed, after in enumerate((0, 1, 6)):
-        thing = runner_of(interrupted).model if where == "forward" else ours._speculators["random"]
+        thing = runner_of(interrupted).model if where == "forward" else ours._speculators["random"].unguarded
         undo = _interrupting(thing, where, after)
         with pytest.raises(KeyboardInterrupt):
             ours.generate(PROMPTS, seed=seed, **given)
