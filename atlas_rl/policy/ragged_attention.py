@@ -83,7 +83,7 @@ class RaggedBatch:
         self.query_len = int(lengths.max())
         self.context = int((starts + lengths).max())
         last_row = self.first_row + self.batch - 1 if rows is None else int(rows.max())
-        self.reserve(max(self.held_rows, last_row + 1), self.context)
+        self._grow(last_row + 1, self.context)
         self.fresh = not starts.any()
         row = np.repeat(np.arange(self.batch), lengths)
         offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -119,7 +119,7 @@ class RaggedBatch:
     def copy_rows(self, source: int, targets: np.ndarray, length: int) -> None:
         """Give rows `targets` (int64 `[n]`) the first `length` cells of row `source`."""
         if len(targets):
-            self.reserve(max(self.held_rows, int(targets.max()) + 1), length)
+            self._grow(int(targets.max()) + 1, length)
         for store in (self.keys, self.values):
             for cache in store.values():
                 cache[torch.from_numpy(targets).to(cache.device), :, :length] = cache[source, :, :length]
@@ -155,10 +155,18 @@ class RaggedBatch:
         """
         if num_rows <= self.held_rows and length <= self.held_cells:
             return
-        if num_rows > self.num_rows or length > self.capacity:
-            raise IndexError(f"{num_rows} rows of {length} tokens in a cache for {self.num_rows} of {self.capacity}")
         most = self.capacity if most_cells is None else min(self.capacity, most_cells // num_rows)
-        cells = roomy(length, most)
+        self._resize(num_rows, roomy(length, most))
+
+    def _grow(self, num_rows: int, length: int) -> None:
+        """Hold `num_rows` rows of `length` cells, and everything that there is."""
+        if num_rows > self.held_rows or length > self.held_cells:
+            cells = roomy(length, self.capacity) if length > self.held_cells else self.held_cells
+            self._resize(max(num_rows, self.held_rows), cells)
+
+    def _resize(self, num_rows: int, cells: int) -> None:
+        if num_rows > self.num_rows or cells > self.capacity:
+            raise IndexError(f"{num_rows} rows of {cells} tokens in a cache for {self.num_rows} of {self.capacity}")
         try:
             for store in (self.keys, self.values):
                 for layer, old in store.items():  # one by one: no more than one tensor is there twice

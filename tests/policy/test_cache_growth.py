@@ -85,6 +85,21 @@ def test_reserving_drops_the_rows_behind():
             runner.reserve(2, 129)
 
 
+def test_a_row_that_is_added_takes_nothing_from_the_others():
+    model, tokens = tiny_llama(seed=2), np.random.default_rng(1).integers(VOCAB, size=60)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)[None]).logits[0]
+    runner = InProcessRunner(model)
+    with runner.session(runner.new_cache(9, 128)) as _:
+        one = np.zeros(1, np.int64)
+        runner.forward(Segments(tokens[:50], 0, one, one + 50), np.arange(50))
+        run(runner, [0] * 3, [2, 1, 3], first_row=1)  # short texts in new rows
+        runner.copy_rows(1, [7], 2)
+        logits = runner.forward(Segments(tokens[50:], 0, one + 50, one + 10), np.arange(10))
+        assert (logits - expected[50:]).abs().max() < 1e-4
+        assert (runner._cache.held_rows, runner._cache.held_cells) == (8, 82)
+
+
 @pytest.mark.parametrize("name", sorted(FACTORIES))
 def test_rows_that_grow_one_by_one_give_the_logits_of_a_plain_forward(name):
     model = FACTORIES[name](seed=1)
