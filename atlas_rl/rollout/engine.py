@@ -33,8 +33,6 @@ from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.checkpoint import load_state, restore, save_state
 from atlas_rl.sync.refresh import PolicyTracker
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -46,9 +44,7 @@ class RolloutEngine:
 
     Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off.
 
-    Threads may share engines and policies: calls of one process run one at a time, and a plain forward of a policy in
-    another thread neither waits nor notices (`policy/threads.py`). A call that is interrupted leaves engine and policy ready
-    for the next one.
+    Threads may share engines and policies (`policy/threads.py`). A call that is interrupted leaves them ready for the next.
 
     Args:
         model: The policy, only needed for stand-alone use. In process a causal LM, whose weights are shared, never copied;

