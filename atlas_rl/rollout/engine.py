@@ -42,9 +42,8 @@ logger = logging.getLogger(__name__)
 class RolloutEngine:
     """Rollouts by speculative decoding that follows the policy; trainers are attached by `AtlasRolloutEngine`.
 
-    Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off.
-
-    Threads may share engines and policies (`policy/threads.py`). A call that is interrupted leaves them ready for the next.
+    Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off. Threads
+    may share engines and policies (`policy/threads.py`). A call that is interrupted leaves them ready for the next one.
 
     Args:
         model: The policy, only needed for stand-alone use. In process a causal LM, whose weights are shared, never copied;
@@ -197,7 +196,6 @@ class RolloutEngine:
         prompt_ids = [sequences.prompt(request) for request in range(len(sequences.lengths))]
         return GenerationOutput(prompt_ids, completions, run.logprobs, report)
 
-    @one_at_a_time
     def meet(self, model: Any) -> None:
         """Make the speculators for `model` now, not at the first rollout, so that what they lack is found before any work.
 
@@ -272,7 +270,7 @@ class RolloutEngine:
 
     @one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Restore `state_dict()`.
+        """Restore `state_dict()`; speculators that have no state may come and go.
 
         Before an attached engine's first rollout, which makes its speculators, the state waits for them.
 
@@ -288,7 +286,6 @@ class RolloutEngine:
         if self._speculators is None:
             self._restored, self._restores_strictly = dict(state), strict
             return
-        # Stateless ones may come and go.
         parts = {name: part for name, part in state.items() if not (isinstance(part, Mapping) and not part)}
         restore(self._speculators, parts, strict=strict)
 
