@@ -20,7 +20,7 @@ from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.supported import context_of, refuse_layers
-from atlas_rl.policy.threads import GENERATING, attending, evaluation_mode, own_attention
+from atlas_rl.policy.threads import GENERATING, attending, attention_by_thread, evaluation_mode
 from atlas_rl.policy.unwrap import unwrap_policy
 
 
@@ -151,7 +151,7 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with own_attention(self.config), streamed_weights(self.model):
+            with attention_by_thread(self.config), streamed_weights(self.model):
                 yield
         finally:
             self._cache = outer
@@ -159,7 +159,7 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
         """Inside, the policy's layers call the attention function of this name, in this thread."""
-        with own_attention(self.config), attending(name, self.config):
+        with attention_by_thread(self.config), attending(name, self.config):
             yield
 
     def _look(self) -> Probed:

@@ -75,7 +75,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def own_attention(config: Any) -> Iterator[None]:
+def attention_by_thread(config: Any) -> Iterator[None]:
     """Inside, `attending` can give this thread another attention of a model with this configuration."""
     with GENERATING:
         changed = [] if _is_changed(config) else [config]
@@ -89,7 +89,7 @@ def own_attention(config: Any) -> Iterator[None]:
 
 @contextmanager
 def attending(name: str, config: Any) -> Iterator[None]:
-    """Inside, this thread finds the attention implementation `name` in `config`, which is in `own_attention`."""
+    """Inside, this thread finds the attention implementation `name` in `config`, which is in `attention_by_thread`."""
     before = _this_thread.attention
     try:
         _this_thread.attention = name, config

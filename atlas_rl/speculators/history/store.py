@@ -45,7 +45,7 @@ _IN_PROMPT, _UNINDEXED, _TAG_SHIFT = 1, 2, 2
 _TAG_BITS = 29
 _GROWTH = 1.5
 _MIN_TOKENS = 4096
-_MAX_CODE = 2**31 - 2  # links hold `code + 1` in 32 bits
+
 _MAX_LIVE_BUCKETS = 1 << 20
 
 
@@ -239,7 +239,7 @@ class Archive:
     """Ring of finished rollouts, newest over oldest, grown geometrically up to `max_tokens`."""
 
     def __init__(self, max_tokens: int) -> None:
-        if not 2 * MAX_MATCH <= max_tokens <= _MAX_CODE:
+        if not 2 * MAX_MATCH <= max_tokens <= MAX_CODE:
             raise ValueError(f"max_tokens must be in [{2 * MAX_MATCH}, 2**31 - 2], got {max_tokens}")
         self.max_tokens = max_tokens
         self.view = self._allocate(min(_MIN_TOKENS, max_tokens))
@@ -312,8 +312,8 @@ class Archive:
         Raises:
             ValueError: Anything that no archive of this policy holds.
         """
-        capacity = state.integer("capacity", 1, _MAX_CODE)
-        tokens = state.integers("tokens", SEPARATOR, (vocab_size or _MAX_CODE) - 1)
+        capacity = state.integer("capacity", 1, MAX_CODE)
+        tokens = state.integers("tokens", SEPARATOR, (vocab_size or MAX_CODE) - 1)
         infos = state.integers("infos", -1, 2**31 - 1)
         if not len(tokens) == len(infos) <= capacity:
             raise ValueError(f"history index: {len(tokens)} tokens and {len(infos)} infos, expected {capacity} at most")
