@@ -328,5 +328,6 @@ def test_a_draft_lm_gone_nan_is_not_called_the_policy(caplog: pytest.LogCaptureF
     with torch.no_grad():
         all_weights(NAN)(broken)
     output = generate(fixed(drafter, 3))
+    assert output.completion_ids == reference().completion_ids
     assert output.report.drafter_faults == {"draft_lm": 1}
     assert "draft logits of 'draft_lm'" in caplog.text
