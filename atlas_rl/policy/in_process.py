@@ -27,8 +27,8 @@ from atlas_rl.policy.unwrap import unwrap_policy
 class InProcessRunner(PolicyRunner):
     """Any Hugging Face causal LM whose layers attend to the row's own tokens: Llama, Qwen, Gemma, GPT-2 and kin.
 
-    docs/policies.md lists them. A policy whose configuration says that it cannot be run is refused at once. Before the
-    first forward it is probed (`policy/probe.py`).
+    A policy whose configuration says that it cannot be run is refused at once. Before the first forward it is probed
+    (`policy/probe.py`).
 
     Args:
         model: The policy, or a wrapper around it. Only read.

@@ -9,7 +9,7 @@ Three looks, from what is exact and cheap to what is costly:
    at every position. The long row goes past the smallest window where that is affordable: within `_FLOPS` floating-point
    operations, `_LOGIT_BYTES` of logits and `_MAX_TOKENS` tokens. Else it has `_FEW` tokens.
 
-Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: seven plain forwards of at most seven
+Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: eight plain forwards of at most seven
 tokens, and where a window is affordable two forwards past it, which `_FLOPS` bounds.
 """
 
@@ -88,11 +88,10 @@ def probe(runner: Probeable) -> Probed:
 class _Probe:
     def __init__(self, runner: Probeable) -> None:
         self._runner, self._config, self._name = runner, runner.config, type(runner.model).__name__
-        # The policy's precision is that of its embeddings, but for autocast, which computes in less.
-        weight = runner.model.get_input_embeddings().weight
-        self._exact = weight.dtype == torch.float32 and not torch.is_autocast_enabled(runner.device.type)
+        self._exact = False
 
     def look(self) -> Probed:
+        self._exact = self._computes_in_float32()
         self._find_out_what_is_kept()
         trace = self._traced()
         reach = nearest([reach_of(self._config), traced.mask_reach(trace, self._config, self._runner.max_context)])
@@ -114,6 +113,22 @@ class _Probe:
             positions = torch.arange(len(token_ids), device=self._runner.device) + first_position
         with self._runner.attention(self._runner.own_attention):
             return self._runner.call(ids, positions, None)
+
+    def _computes_in_float32(self) -> bool:
+        """Whether nothing in the forward computes in less: autocast can sit around it or, as trainers put it, within."""
+        types: set[torch.dtype] = set()
+
+        def note(_module: nn.Module, _given: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.is_floating_point():
+                types.add(output.dtype)
+
+        hooks = [module.register_forward_hook(note) for module in self._runner.model.modules()]
+        try:
+            self._guarded(lambda: self._plain(self._tokens(1)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return types <= {torch.float32, torch.float64}
 
     def _find_out_what_is_kept(self) -> None:
         """Whether `logits_to_keep` does what it says: one row, and the right one."""

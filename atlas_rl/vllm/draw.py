@@ -67,13 +67,13 @@ def draw(
     first = np.cumsum(counts) - counts
     offset = np.arange(len(row)) - first[row]
     probs = logits.softmax(dim=-1)
-    max_probs = probs.amax(dim=-1)
-    undefined = torch.isnan(max_probs)
-    num_undefined = int(undefined.sum())
-    if num_undefined:
-        logits[undefined] = _certain(logits[undefined])
-        probs[undefined], truncated = logits[undefined].softmax(dim=-1), True
-        max_probs = probs.amax(dim=-1)
+    max_probs = probs.amax(dim=-1).cpu().numpy()  # for the report, and NaN exactly where a row is no distribution
+    undefined = np.flatnonzero(np.isnan(max_probs))
+    if len(undefined):
+        rows = torch.from_numpy(undefined).to(logits.device)
+        certain = _certain(logits[rows])
+        logits[rows], probs[rows] = certain, certain.softmax(dim=-1)
+        max_probs[undefined], truncated = 1, True
     tokens = _choose(probs, keys[row], starts[row] + offset, greedy[row])
     width = int(counts.max(initial=1))
     padded = np.full((len(counts), width), NO_TOKEN)
@@ -88,9 +88,9 @@ def draw(
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
     # Of every row, also of those behind a miss: to leave them out, the others would have to be copied, which costs more.
     nats = entropies(logits, probs, chosen, logprobs, truncated)
-    of_rows = (logprobs.cpu().numpy(), nats, max_probs.cpu().numpy())
+    of_rows = (logprobs.cpu().numpy(), nats, max_probs)
     of_kept = [np.where(kept, values[index], np.float32(0)) for values in of_rows]
-    return Drawn(np.where(kept, drawn, NO_TOKEN), index, of_kept[0], of_kept[1], of_kept[2], num_undefined)
+    return Drawn(np.where(kept, drawn, NO_TOKEN), index, of_kept[0], of_kept[1], of_kept[2], len(undefined))
 
 
 def scores(

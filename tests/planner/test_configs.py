@@ -9,18 +9,8 @@ import pytest
 from atlas_rl.cli import main
 from atlas_rl.planner.configs import CONFIGS
 from atlas_rl.planner.model import parse_model
+from tests.planner.configs import MIXTRAL
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-}
 DEEPSEEK = CONFIGS["DeepSeek-V3"]
 LLAMA_8B = CONFIGS["Llama-3.1-8B"]
 

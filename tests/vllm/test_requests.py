@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
-from atlas_rl.core import Draft, Sequences
+from atlas_rl.core import REPETITION_PENALTIES, Draft, Sequences
 from atlas_rl.decode.guard import GuardedController, GuardedSpeculator
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.vllm.draw import draw
@@ -161,7 +161,9 @@ def test_parameters_that_ours_cannot_express_cost_drafts() -> None:
     ours = sampling_of(vllm)
     assert ours is not None
     assert (ours.temperature, ours.eos_token_ids) == (0.7, (5,))
-    vllm.repetition_penalty = float("inf")
+    vllm.repetition_penalty = float("inf")  # ours is the nearest, which only drafts are drawn with
+    assert sampling_of(vllm).repetition_penalty == REPETITION_PENALTIES[1]
+    vllm.top_p = float("nan")
     assert sampling_of(vllm) is None
 
 

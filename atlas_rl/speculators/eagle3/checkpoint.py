@@ -66,7 +66,7 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config, layer = head.config, {**head.config.layer.to_dict(), "torch_dtype": "bfloat16"}
+    config, layer = head.config, {**head.config.layer.to_dict(), "torch_dtype": "bfloat16", "num_hidden_layers": 1}
     if len(config.layers) != _NUM_USUAL_LAYERS:
         layer["num_aux_hidden_states"] = len(
             config.layers
