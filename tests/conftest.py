@@ -11,8 +11,10 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test reaches a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any import of torch; tiny policies are faster so
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any import of triton: its kernels then run on the CPU
@@ -21,6 +23,8 @@ from tests import ROOT
 from tests.models import FACTORIES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -29,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
-    # vLLM's CPU worker patches torch in its process: what follows it runs in vLLM's world.
+    # vLLM's CPU worker patches torch in its process: what follows it runs in vLLM's world. xdist keeps the order.
     items.sort(key=lambda item: ("vllm" in item.nodeid.split("::")[0], item.get_closest_marker("slow") is not None))
 
 
@@ -43,6 +47,18 @@ def llama() -> PreTrainedModel:
 def tiny_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """One tiny model of each family in turn, shared like `llama`."""
     return FACTORIES[request.param]()
+
+
+@pytest.fixture
+def accelerate_anew() -> Iterator[None]:
+    """accelerate keeps a process's first `Accelerator` settings for good: forget them, and put back what was there."""
+    states = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState, GradientState)]
+    for state, _ in states:
+        state._shared_state.clear()
+    yield
+    for state, before in states:
+        state._shared_state.clear()
+        state._shared_state.update(before)
 
 
 @pytest.fixture(scope="session")

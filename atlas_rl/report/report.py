@@ -250,10 +250,12 @@ class StepReport:
     def from_dict(cls, values: Mapping[str, Any]) -> StepReport:
         """The report that `to_dict` wrote; derived figures are computed again.
 
+        A line of `rollouts.jsonl` also says who wrote it (`ORIGIN`), which is no part of the report.
+
         Raises:
             ValueError: Unknown keys.
         """
-        unknown = sorted(set(values) - set(_FIELD_NAMES) - set(_DERIVED_NAMES))
+        unknown = sorted(set(values) - set(_FIELD_NAMES) - set(_DERIVED_NAMES) - set(ORIGIN))
         if unknown:
             raise ValueError(f"not a step report, or one of another version: unknown keys {unknown}")
         given = {name: values[name] for name in _FIELD_NAMES if name in values}
@@ -262,6 +264,9 @@ class StepReport:
             given[name] = tuple(given.get(name, ()))
         return cls(**given)
 
+
+ORIGIN = ("engine", "rank")
+"""Keys that say who wrote a line of a report file: a random name of the engine, and the number of its process."""
 
 _FIELD_NAMES = tuple(f.name for f in fields(StepReport))
 _DERIVED_NAMES = tuple(name for name, value in vars(StepReport).items() if isinstance(value, property))

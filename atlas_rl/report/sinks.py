@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from atlas_rl.report.lost_writes import check_folder
-from atlas_rl.report.report import PHASES, StepReport
+from atlas_rl.report.report import ORIGIN, PHASES, StepReport
 from atlas_rl.report.sums import concatenate
 
 CONSOLE_WIDTH = 140
@@ -123,13 +123,13 @@ class JsonlSink:
 def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]:
     """The files of an engine's reports and, if wanted, of its controller's trace.
 
-    Every line says which engine wrote it (`engine`, a random name) and in which process (`rank`): engines share folders.
+    Every line says which engine wrote it and in which process (`ORIGIN`): engines may share a folder.
 
     Raises:
         ValueError: The folder cannot be written to.
     """
     check_folder(folder, "output_dir", _REPORTS, _TRACE)
-    origin = {"engine": uuid4().hex[:12], "rank": int(os.environ.get("RANK", 0))}
+    origin = dict(zip(ORIGIN, (uuid4().hex[:12], int(os.environ.get("RANK", 0))), strict=True))
     return JsonlSink(folder / _REPORTS, origin), JsonlSink(folder / _TRACE, origin) if trace else None
 
 

@@ -21,6 +21,8 @@ from tests.trainers import WORDS, build_trainer, with_special_tokens, word_token
 
 TOKENS, PLACES = torch.tensor([3, 5, 7, 2]), torch.arange(4)
 
+pytestmark = pytest.mark.usefixtures("accelerate_anew")
+
 
 class Int8Linear(nn.Module):
     """LLM.int8's way to multiply, on a CPU: rows of inputs and weights as bytes, results in the inputs' type."""

@@ -176,6 +176,7 @@ def test_hooks_inside_the_policy_stay_in_force() -> None:
     assert seen
 
 
+@pytest.mark.usefixtures("accelerate_anew")
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel], ids=["alone", "data parallel"])
 def test_mixed_precision_of_accelerate_is_no_behaviour(wrap: Any) -> None:
     model = get_peft_model(tiny_llama(seed=5), LORA)

@@ -4,12 +4,13 @@ import math
 
 import pytest
 
-from atlas_rl.report.report import StepReport
+from atlas_rl.report.report import ORIGIN, StepReport
 from atlas_rl.report.sinks import (
     CONSOLE_WIDTH,
     JsonlSink,
     console_line,
     read_jsonl,
+    sinks_in,
     summary_table,
     trainer_metrics,
 )
@@ -64,6 +65,14 @@ def test_jsonl_round_trip(tmp_path):
     assert [StepReport.from_dict(row) for row in rows] == reports
     with pytest.raises(ValueError, match="unknown keys"):
         StepReport.from_dict({**rows[0], "reward": 0.5})
+
+
+def test_a_line_says_who_wrote_it_and_reads_as_a_report(tmp_path):
+    sink, _ = sinks_in(tmp_path, trace=False)
+    sink.write(make_report())
+    (row,) = read_jsonl(sink.path)
+    assert set(ORIGIN) <= set(row)
+    assert StepReport.from_dict(row) == make_report()
 
 
 def test_jsonl_survives_a_killed_run(tmp_path):

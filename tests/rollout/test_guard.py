@@ -256,9 +256,13 @@ NONSENSE = {
 
 @pytest.mark.parametrize(
     ("where", "result"),
-    [(where, None) for where in ("plan", "admit", "observe", "policy_updated", "plain_forward_s", "take_calibration")]
-    + list(NONSENSE.values()),
-    ids=str,
+    [
+        *(
+            pytest.param(where, None, id=f"{where} raises")
+            for where in ("plan", "admit", "observe", "policy_updated", "plain_forward_s", "take_calibration")
+        ),
+        *(pytest.param(where, result, id=name) for name, (where, result) in NONSENSE.items()),
+    ],
 )
 def test_a_controller_that_fails_means_no_speculation(where, result):
     controller = Unplanned(["history", "random"], where, result)

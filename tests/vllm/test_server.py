@@ -62,7 +62,8 @@ def server(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+            # As a user starts it, whatever tests of engines in this process have set: the scheduler in a process of its own.
+            env=os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
             start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
