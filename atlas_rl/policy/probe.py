@@ -16,20 +16,18 @@ tokens, and where a window is affordable two forwards past it, which `_FLOPS` bo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from atlas_rl.policy import traced
-from atlas_rl.policy.base import Segments
+from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.supported import REMEDY, Reach, nearest, reach_of
-
-if TYPE_CHECKING:
-    from atlas_rl.policy.in_process import InProcessRunner
 
 _FLOPS = {"cpu": 1e11, "cuda": 1e13}  # about a second, and a twentieth of one, of a machine of that kind
 _LOGIT_BYTES = 1 << 28
@@ -52,7 +50,27 @@ class Probed:
     reach: Reach | None
 
 
-def probe(runner: InProcessRunner) -> Probed:
+class Probeable(Protocol):
+    """A runner, as far as the probe needs one: `InProcessRunner`, which imports this module."""
+
+    model: Any
+    config: Any
+    call: ForwardCall
+    vocab_size: int
+    max_context: int | None
+    own_attention: str
+
+    @property
+    def device(self) -> torch.device: ...
+    def attention(self, name: str) -> AbstractContextManager[None]: ...
+    def new_cache(self, num_rows: int, capacity: int) -> Any: ...
+    def ragged(self, cache: Any) -> AbstractContextManager[None]: ...
+    def run(
+        self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, shift: np.ndarray | None = None
+    ) -> torch.Tensor: ...
+
+
+def probe(runner: Probeable) -> Probed:
     """Look at a policy; gradients must be off, and every module in evaluation mode.
 
     Raises:
@@ -64,7 +82,7 @@ def probe(runner: InProcessRunner) -> Probed:
 
 
 class _Probe:
-    def __init__(self, runner: InProcessRunner) -> None:
+    def __init__(self, runner: Probeable) -> None:
         self._runner, self._config, self._name = runner, runner.config, type(runner.model).__name__
         # The policy's precision is that of its embeddings, but for autocast, which computes in less.
         weight = runner.model.get_input_embeddings().weight
