@@ -7,7 +7,7 @@ import json
 import pytest
 import transformers
 
-from benchmarks.policies import BEGIN, END, PAGE, RESULT, VARIANTS, table, try_out
+from benchmarks.policies import BEGIN, END, PAGE, RESULT, VARIANTS, built, table, tried
 from benchmarks.tiny_policies import model_types
 
 REPRESENTATIVE = (
@@ -47,4 +47,4 @@ def test_no_class_is_wrong_or_crashes(recorded):
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_a_class_is_what_the_table_says(name, recorded):
     outcome = {row["name"]: row["outcome"] for row in recorded["policies"]}[name]
-    assert try_out(name).outcome == outcome
+    assert tried(name, built(name)).outcome == outcome
