@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from atlas_rl.core import SamplingParams
     from atlas_rl.engine import AtlasRolloutEngine
     from atlas_rl.report.report import StepReport
-    from atlas_rl.rollout.engine import GenerationOutput
+    from atlas_rl.rollout.output import GenerationOutput
 
 __version__ = "0.1.0"
 __all__ = ["AtlasRolloutEngine", "GenerationOutput", "SamplingParams", "StepReport", "__version__"]
 
 _HOME = {
     "AtlasRolloutEngine": "atlas_rl.engine",
-    "GenerationOutput": "atlas_rl.rollout.engine",
+    "GenerationOutput": "atlas_rl.rollout.output",
     "SamplingParams": "atlas_rl.core",
     "StepReport": "atlas_rl.report.report",
 }

@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except ValueError as error:
-        print(f"atlas-rl {args.command}: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"atlas-rl {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -112,104 +112,8 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def train_speculator(args: argparse.Namespace) -> None:
-    """Continuations of the prompts, then the training, then the checkpoint."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from atlas_rl.policy.view import InProcessView
-    from atlas_rl.speculators.eagle3.checkpoint import default_layers, save_eagle3
-    from atlas_rl.training.eagle3 import TrainSettings, train
-
-    for name in ("max_new_tokens", "generate_batch", "draft_vocab_size", "unroll", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if not (Path(args.model) / "config.json").is_file():
-        raise ValueError(f"no checkpoint in '{args.model}': --model takes a folder with a config.json")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    prompts = read_prompts(args.data, tokenizer)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, local_files_only=True)
-    policy = model.to(device).eval()
-    layers = tuple(args.layers or default_layers(policy.config.get_text_config().num_hidden_layers))
-    work = args.work or args.output / "work"
-    calls = generate(policy, tokenizer, prompts, work / "rollouts", layers, args)
-    settings = TrainSettings(
-        layers=layers,
-        draft_vocab_size=args.draft_vocab_size,
-        intermediate_size=args.intermediate_size,
-        unroll=args.unroll,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-    )
-    head = train(InProcessView(policy), calls, work, settings, say=lambda line: print(line, flush=True))
-    save_eagle3(args.output, head, policy)
-    log = json.loads((work / "training.json").read_text()) | {"max_new_tokens": args.max_new_tokens}
-    (args.output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
-    print(f"written: {args.output}")
-
-
-def generate(
-    policy: Any,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    folder: Path,
-    layers: tuple[int, ...],
-    args: argparse.Namespace,
-) -> list[Path]:
-    """Continue every prompt once, recording hidden states; calls that are there already are kept."""
+    """Train a head; see `training/command.py`."""
     from atlas_rl import AtlasRolloutEngine
-    from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
-    from atlas_rl.speculators.history.speculator import HistorySpeculator
+    from atlas_rl.training import command
 
-    batches = [prompts[i : i + args.generate_batch] for i in range(0, len(prompts), args.generate_batch)]
-    done = len(list(folder.glob("call_*.safetensors")))
-    recorder = RecordingSpeculator(folder, layers, first_call=done)
-    engine = AtlasRolloutEngine(
-        model=policy, tokenizer=tokenizer, speculators=[HistorySpeculator(), recorder], console=False
-    )
-    for index, batch in enumerate(batches[done:], start=done):
-        report = engine.generate(
-            batch, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed * 1_000_003 + index
-        ).report
-        engine.policy_updated()  # the recorder writes a call when the next could follow another policy
-        print(f"continuations {index + 1}/{len(batches)} | {report.num_tokens} tokens | "
-              f"{report.tokens_per_s:.0f} tok/s", flush=True)  # fmt: skip
-    return recorded_calls(folder)
-
-
-def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
-    """Prompts as token ids: messages and texts through the chat template where the tokenizer has one.
-
-    Raises:
-        ValueError: Nothing there, or nothing that can be read.
-    """
-    if path.is_dir():
-        from datasets import load_from_disk
-
-        rows = list(load_from_disk(str(path))["prompt"])
-    elif path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        rows = [_prompt_of(line, path, n) for n, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
-    else:
-        raise ValueError(f"no prompts at '{path}': --data takes a .jsonl or .txt file, or a folder saved by datasets")
-    if not rows:
-        raise ValueError(f"'{path}' holds no prompts")
-    return [_token_ids(row, tokenizer) for row in rows]
-
-
-def _prompt_of(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"'{path}', line {number}: not a JSON object with a field `prompt`") from error
-
-
-def _token_ids(prompt: Any, tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str) and tokenizer.chat_template is None:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return encoded["input_ids"]
+    command.train_speculator(args, AtlasRolloutEngine)

@@ -30,7 +30,8 @@ class EngineConfig:
             given).
         controller: Controller to use instead of `GoodputController`.
         max_batch_size: Most requests decoded together; None takes what memory allows.
-        output_dir: Folder that gets `rollouts.jsonl`, one report per line; None writes none.
+        output_dir: Folder that gets `rollouts.jsonl`, one report per line, with the engine that wrote it (`engine`, a name
+            of its own) and its process (`rank`); None writes none.
         trace: Append one line per decode step to `controller.jsonl` in `output_dir`: whom the controller asked, what it
             expected, and what came.
         console: Print one line per report.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -18,6 +17,12 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import Stream, draft_keys
+
+TEMPERATURES = (1e-20, 1e20)
+"""Least and largest temperature above 0. Logits up to 1e8 stay finite in float32, also with the largest penalty."""
+
+REPETITION_PENALTIES = (1e-10, 1e10)
+"""Least and largest repetition penalty."""
 
 
 def _whole(value: object) -> bool:
@@ -33,12 +38,12 @@ class SamplingParams:
 
     Args:
         max_new_tokens: Tokens to generate per request, at least 1.
-        temperature: Softmax temperature, `>= 0`; 0 is greedy.
+        temperature: Softmax temperature, in `[1e-20, 1e20]`, or 0, which is greedy.
         top_k: Keep the `top_k` likeliest tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches `top_p`, in `(0, 1]`.
         min_p: Keep tokens with at least `min_p` times the probability of the likeliest, in `[0, 1]`.
         repetition_penalty: Divides positive and multiplies negative logits of tokens already in the sequence
-            (arXiv 1909.05858), `> 0`; 1 is off.
+            (arXiv 1909.05858), in `[1e-10, 1e10]`; 1 is off.
         eos_token_ids: Tokens that end a request; the ending token is part of the completion.
         seed: Seed of the counter-based noise; equal seeds give equal tokens.
 
@@ -62,8 +67,8 @@ class SamplingParams:
                 f"max_new_tokens must be at least 1, and whole, got {self.max_new_tokens}",
             ),
             (
-                math.isfinite(self.temperature) and self.temperature >= 0,
-                f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}",
+                self.temperature == 0 or TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1],
+                f"temperature must be 0 (greedy) or in [{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}], got {self.temperature}",
             ),
             (
                 _whole(self.top_k) and self.top_k >= 0,
@@ -72,8 +77,9 @@ class SamplingParams:
             (0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}"),
             (0 <= self.min_p <= 1, f"min_p must be in [0, 1] (0 keeps every token), got {self.min_p}"),
             (
-                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-                f"repetition_penalty must be a finite number > 0 (1 is off), got {self.repetition_penalty}",
+                REPETITION_PENALTIES[0] <= self.repetition_penalty <= REPETITION_PENALTIES[1],
+                f"repetition_penalty must be in [{REPETITION_PENALTIES[0]:g}, {REPETITION_PENALTIES[1]:g}] (1 is off), "
+                f"got {self.repetition_penalty}",
             ),
             (
                 _whole(self.seed) and 0 <= self.seed < 2**63,
@@ -135,6 +141,10 @@ class Sequences:
     sampling: SamplingParams
     vocab_size: int
     policy_version: int
+
+    def prompt(self, request: int) -> list[int]:
+        """The prompt's tokens of one request."""
+        return self.token_ids[request, : self.prompt_lengths[request]].tolist()
 
     def completion(self, request: int) -> list[int]:
         """The committed completion tokens of one request."""

@@ -5,9 +5,9 @@ python -m benchmarks.adaptivity_plots benchmarks/results/adaptivity_cpu.json doc
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ LABELS = {
 
 
 def main() -> None:
-    runs, folder = json.loads(Path(sys.argv[1]).read_text())["runs"], Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="a file of benchmarks/results/")
+    parser.add_argument("folder", type=Path, help="gets the pictures")
+    args = parser.parse_args()
+    runs, folder = json.loads(args.result.read_text())["runs"], args.folder
     folder.mkdir(parents=True, exist_ok=True)
     for scenario in sorted({run["scenario"] for run in runs}):
         draw(scenario, [run for run in runs if run["scenario"] == scenario], folder / f"adaptivity_{scenario}.png")

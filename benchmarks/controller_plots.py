@@ -5,8 +5,8 @@ python -m benchmarks.controller_plots benchmarks/results/controller_cpu.json doc
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,12 @@ LABELS = {
 
 
 def main() -> None:
-    cells = json.loads(Path(sys.argv[1]).read_text())["cells"]
-    folder = Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="a file of benchmarks/results/")
+    parser.add_argument("folder", type=Path, help="gets the pictures")
+    args = parser.parse_args()
+    cells, folder = json.loads(args.result.read_text())["cells"], args.folder
+    folder.mkdir(parents=True, exist_ok=True)
     for policy in dict.fromkeys(cell["policy"] for cell in cells):
         here = [c for c in cells if c["policy"] == policy and c["temperature"] == 1.0]
         if len({c["batch"] for c in here if c["kind"] == "even"}) > 1:

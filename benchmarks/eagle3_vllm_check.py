@@ -36,13 +36,13 @@ def ours(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from atlas_rl import AtlasRolloutEngine
-    from atlas_rl.cli import read_prompts
     from atlas_rl.controller.fixed import FixedController
     from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
+    from atlas_rl.training.prompts import read_prompts
 
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     policy = AutoModelForCausalLM.from_pretrained(args.policy, dtype="float32")
-    prompts = read_prompts(args.prompts, tokenizer)[:NUM_PROMPTS]
+    prompts = [prompt.token_ids for prompt in read_prompts(args.prompts, tokenizer)[:NUM_PROMPTS]]
     engine = AtlasRolloutEngine(
         model=policy,
         tokenizer=tokenizer,

@@ -5,8 +5,8 @@ python -m benchmarks.table benchmarks/results/rollout_cpu.json
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from operator import truediv
 from pathlib import Path
 from statistics import fmean, median
@@ -14,7 +14,9 @@ from typing import Any
 
 
 def main() -> None:
-    result = json.loads(Path(sys.argv[1]).read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="a file of benchmarks/results/")
+    result = json.loads(parser.parse_args().result.read_text())
     tables = {
         "runs": adaptivity,
         "steps": floor,

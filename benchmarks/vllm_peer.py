@@ -10,6 +10,7 @@ first. `suffix` needs the package arctic-inference.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -22,6 +23,10 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("policy", help="folder of a checkpoint")
+    parser.add_argument("method", type=json.loads, help="vLLM's speculative_config as JSON; null for none")
+    args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints goes where its messages go
 
@@ -33,14 +38,14 @@ def main() -> None:
 
     from atlas_rl.vllm import internals
 
-    method = json.loads(sys.argv[2])
+    method = args.method
     if method and method["method"] == "suffix" and not importlib.util.find_spec("arctic_inference"):
         answer({"version": vllm.__version__, "refusal": "arctic-inference is not installed there"})
         return
     internals.tolerate_numba()
     internals.repair_cpu_sampler()
     engine = vllm.LLM(
-        model=sys.argv[1],
+        model=args.policy,
         dtype="float32",
         max_model_len=1024,
         max_num_seqs=64,

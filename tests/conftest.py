@@ -1,4 +1,4 @@
-"""Fixtures that every test may use, and the order of the tests: fast first, those with the 135M policy last."""
+"""Fixtures that every test may use, and the order of the tests: fast ones first, slow ones next, those of vLLM last."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ from tests.models import FACTORIES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_EXPENSIVE_FIXTURES = {"smollm2"}
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use the demo policy as slow; order slow tests after all others, and those of vLLM last."""
     for item in items:
-        if _EXPENSIVE_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
     # vLLM's CPU worker patches torch in its process: what follows it runs in vLLM's world.
     items.sort(key=lambda item: ("vllm" in item.nodeid.split("::")[0], item.get_closest_marker("slow") is not None))

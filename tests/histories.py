@@ -6,6 +6,8 @@ guard against; the margins are stated where they are used.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from atlas_kernels.noise import exponential, request_keys
@@ -18,7 +20,7 @@ EOS = 1
 def speculator(*, coupled, **options):
     """A speculator that draws with the policy's noise, or one that drafts the likeliest token."""
     spec = HistorySpeculator(**options)
-    spec.bind(None, couples_noise=coupled)  # it reads nothing of a policy
+    spec.bind(SimpleNamespace(vocab_size=2**20), couples_noise=coupled)  # all that it reads of a policy
     return spec
 
 

@@ -14,7 +14,8 @@ import pytest
 import atlas_rl
 from tests import ROOT
 
-OPTIONAL = ("vllm", "triton", "trl", "deepspeed", "peft", "transformers", "datasets", "accelerate")
+OPTIONAL = ("vllm", "triton", "trl", "deepspeed")
+HEAVY = (*OPTIONAL, "peft", "transformers", "datasets", "accelerate")
 MODULES = sorted(module.name for module in pkgutil.walk_packages(atlas_rl.__path__, "atlas_rl."))
 
 
@@ -29,11 +30,12 @@ def run_python(code: str, cwd: Path = ROOT) -> str:
 
 
 def test_import_is_light():
-    code = f"import sys, atlas_rl; print([name for name in {OPTIONAL} if name in sys.modules])"
+    code = f"import sys, atlas_rl; print([name for name in {HEAVY} if name in sys.modules])"
     assert run_python(code) == "[]"
 
 
-@pytest.mark.parametrize("name", ["vllm", "triton", "trl", "deepspeed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONAL)
 def test_every_public_name_loads_without_optional_packages(name):
     code = (
         f"import sys; sys.modules[{name!r}] = None\n"  # importing it now raises
@@ -70,6 +72,7 @@ def test_our_kernels_folder_shadows_nobody(tmp_path):
     assert run_python(code) == "the one from PyPI"
 
 
+@pytest.mark.slow
 def test_transformers_is_not_fooled_by_the_kernels_folder(tmp_path):
     code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
     assert run_python(code, cwd=ROOT) == run_python(code, cwd=tmp_path)

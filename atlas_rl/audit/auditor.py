@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from atlas_rl.audit.bets import ChangeDetector
-from atlas_rl.audit.scores import FULL_PRECISION, LOW_PRECISION, Scores, Tolerance, score
+from atlas_rl.audit.scores import Scores, Tolerance, score
 from atlas_rl.core import SamplingParams
 
 _FEW = 16  # the sum over fewer logprobs is divided by this many, so that one token alone raises no warning
@@ -93,7 +93,8 @@ class Auditor:
         """Audit as many completions of a step as the share allows, chosen at random.
 
         Args:
-            model: The policy that the completions should come from, in process; each rank audits its own completions.
+            model: The policy that the completions should come from, in process, as its trainer runs it: wrappers and mixed
+                precision included. Each rank audits its own completions.
             prompts: Token ids, one prompt per completion.
             completions: Token ids exactly as sampled, ending tokens included; empty ones are skipped.
             sampling: The sampling that the engine was asked for.
@@ -110,7 +111,6 @@ class Auditor:
                 f"one prompt and one row of logprobs per completion is needed, got {lengths[1:]} for {lengths[0]}"
             )
         self._credit_tokens += self.share * sum(map(len, completions))
-        tolerance = self._tolerance(model).at(sampling.temperature)
         total, num_completions = Scores.none(), 0
         for row in self._rows(prompts, completions, sampling):
             own_logprobs = None if logprobs is None else logprobs[row]
@@ -123,14 +123,13 @@ class Auditor:
                     sampling,
                     logprobs=own_logprobs,
                     noise_key=key,
-                    tolerance=tolerance,
+                    low_precision=self.engine_dtype not in (None, torch.float32),
                 )
             )
             num_completions += 1
         alarm = total.num_tokens > 0 and self.detector.step(total.bets)
-        audit = Audit(
-            num_completions, total, self.detector.evidence_nats, tuple(self._findings(total, tolerance, alarm))
-        )
+        findings = tuple(self._findings(total, total.tolerance(sampling.temperature), alarm))
+        audit = Audit(num_completions, total, self.detector.evidence_nats, findings)
         if alarm:
             self.detector.reset()
         return audit
@@ -147,11 +146,6 @@ class Auditor:
             if len(completions[row]):
                 self._credit_tokens -= len(prompts[row]) + len(completions[row])
                 yield row
-
-    def _tolerance(self, model: nn.Module) -> Tolerance:
-        parameter = next(model.parameters())
-        full = parameter.dtype == torch.float32 and self.engine_dtype in (None, torch.float32)
-        return FULL_PRECISION if full and not torch.is_autocast_enabled(parameter.device.type) else LOW_PRECISION
 
     def _findings(self, scores: Scores, tolerance: Tolerance, alarm: bool) -> Iterator[str]:
         of = f"of {scores.num_tokens} audited tokens"

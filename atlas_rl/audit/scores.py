@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +13,10 @@ from torch import nn
 from atlas_kernels import noise
 from atlas_kernels.noise import Stream
 from atlas_rl.audit import bets as audit_bets
+from atlas_rl.audit.plain_forward import plain_logits
 from atlas_rl.core import SamplingParams
-from atlas_rl.policy.in_process import evaluation_mode, unwrap_policy
+from atlas_rl.policy.in_process import evaluation_mode
+from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import choose
 
@@ -70,6 +71,7 @@ class Scores:
         logprob_error_max_nats: The largest absolute difference.
         logprob_clipped_sum_nats: Sum of the absolute differences, clipped as in `Tolerance.logprob_nats`.
         raw_clipped_sum_nats: The same against the policy's logprobs before any processing.
+        low_precision: Whether the policy or its engine computed any of it in less than float32.
     """
 
     num_tokens: int
@@ -85,6 +87,7 @@ class Scores:
     logprob_error_max_nats: float = 0.0
     logprob_clipped_sum_nats: float = 0.0
     raw_clipped_sum_nats: float = 0.0
+    low_precision: bool = False
 
     @classmethod
     def none(cls) -> Scores:
@@ -95,13 +98,17 @@ class Scores:
         """Add the tokens of `other`."""
         for name in self.__slots__:
             mine, theirs = getattr(self, name), getattr(other, name)
-            worst = name in ("worst_margin_nats", "logprob_error_max_nats")
+            worst = name in ("worst_margin_nats", "logprob_error_max_nats", "low_precision")
             setattr(self, name, max(mine, theirs) if worst else mine + theirs)
 
     @property
     def z(self) -> float | None:
         """`score_nats` in standard deviations, about normal over many tokens; None if no token was random."""
         return self.score_nats / math.sqrt(self.score_variance_nats2) if self.score_variance_nats2 > 0 else None
+
+    def tolerance(self, temperature: float) -> Tolerance:
+        """Differences that rounding explains, for tokens drawn at `temperature`."""
+        return (LOW_PRECISION if self.low_precision else FULL_PRECISION).at(temperature)
 
     @property
     def logprob_error_mean_nats(self) -> float:
@@ -117,18 +124,18 @@ def score(
     *,
     logprobs: Sequence[float] | None = None,
     noise_key: int | None = None,
-    tolerance: Tolerance = FULL_PRECISION,
+    low_precision: bool = False,
 ) -> Scores:
     """Compare one completion with a plain forward pass of the policy.
 
     Args:
-        model: The policy, or a wrapper of it; dropout is off meanwhile.
+        model: The policy as its trainer runs it, wrappers included; dropout is off meanwhile.
         prompt: Token ids.
         completion: Token ids as sampled, the ending token included.
         sampling: The sampling that the engine was asked for.
         logprobs: Logprob of each completion token, in nats, as the engine returned them; None if it returned none.
         noise_key: Key of the noise (`noise.request_keys`) that drafter-invariant sampling drew with; None if unknown.
-        tolerance: Differences that rounding explains.
+        low_precision: Whether the engine computes in less than float32. The policy's own precision is observed.
     """
     # Long completions are audited at every second, third, ... position. The stride depends on the length that was asked
     # for: the sampled length depends on the tokens to be tested.
@@ -137,16 +144,17 @@ def score(
     total = Scores.none()
     if not len(kept):
         return total
-    policy: Any = unwrap_policy(model)
-    device = policy.get_input_embeddings().weight.device
+    device = unwrap_policy(model).get_input_embeddings().weight.device
     tokens = torch.tensor([*prompt, *completion], device=device)
     returned = None if logprobs is None else torch.tensor(logprobs, dtype=torch.float64)[torch.from_numpy(kept)]
-    with torch.no_grad(), evaluation_mode(policy):
-        places = torch.from_numpy(kept + len(prompt) - 1).to(device)
-        logits = policy(input_ids=tokens[None, :-1], use_cache=False, logits_to_keep=places).logits[0]
+    places = torch.from_numpy(kept + len(prompt) - 1).to(device)
+    with torch.no_grad(), evaluation_mode(model):
+        plain = plain_logits(model, tokens[:-1], places)
+        total.low_precision = low_precision or not plain.full_precision
+        tolerance = total.tolerance(sampling.temperature)
         for begin in range(0, len(kept), _CHUNK_ROWS):
             part = slice(begin, begin + _CHUNK_ROWS)
-            rows = _Rows(logits[part].float().clone(), tokens, places[part] + 1, sampling, tolerance)
+            rows = _Rows(plain.logits[part].float().clone(), tokens, places[part] + 1, sampling, tolerance)
             total.add(rows.scores(None if returned is None else returned[part], noise_key))
     return total
 
@@ -195,8 +203,9 @@ class _Rows:
         if self.sampling.greedy:
             return Scores.none()
         log_probs, own = self.log_probs[inside], self.own[inside]
-        finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
         probs = log_probs.exp()
+        # Also of tokens that the policy masks with its type's least number, whose square is infinite.
+        finite = log_probs.masked_fill(probs == 0, 0.0)
         entropy = -torch.linalg.vecdot(probs, finite)
         variance = (torch.linalg.vecdot(probs, finite.square()) - entropy.square()).clamp(min=0)
         drawn = log_probs.gather(1, own[:, None])[:, 0]

@@ -34,7 +34,13 @@ class Settled:
     hidden: Hidden
 
 
-def commit(settled: Settled, sequences: Sequences, max_lengths: np.ndarray, recorder: StepRecorder) -> Verified:
+def commit(
+    settled: Settled,
+    sequences: Sequences,
+    max_lengths: np.ndarray,
+    recorder: StepRecorder,
+    ends: np.ndarray | None = None,
+) -> Verified:
     """Append tokens to their sequences, up to an ending token, and say which requests end.
 
     Args:
@@ -42,10 +48,12 @@ def commit(settled: Settled, sequences: Sequences, max_lengths: np.ndarray, reco
         sequences: Appended to.
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
         recorder: Gets the entropies.
+        ends: bool like `settled.token_ids`, tokens that end their request; None asks the sampling parameters of the call.
     """
     requests, tokens = settled.requests, settled.token_ids
-    ends = sequences.sampling.ends(tokens)
-    ends &= np.arange(ends.shape[1])[None] < settled.num_tokens[:, None]
+    if ends is None:
+        ends = sequences.sampling.ends(tokens)
+    ends = ends & (np.arange(ends.shape[1])[None] < settled.num_tokens[:, None])
     stopped = ends.any(axis=1)
     num_committed = np.where(stopped, ends.argmax(axis=1) + 1, settled.num_tokens)
     num_committed = np.minimum(num_committed, max_lengths[requests] - sequences.lengths[requests])

@@ -14,7 +14,8 @@ from torch import nn
 from atlas_rl.controller.base import Controller
 from atlas_rl.core import Sequences
 from atlas_rl.decode.loop import DecodeLoop
-from atlas_rl.policy.in_process import InProcessRunner, unwrap_policy
+from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.policy.view import InProcessView, PolicyView
 from atlas_rl.report import dead_drafters
 from atlas_rl.report.recorder import StepRecorder
@@ -94,13 +95,22 @@ class Backend(ABC):
             ValueError: Something that this backend cannot do is asked for; nothing has been generated then.
         """
 
+    def current_vocab_size(self) -> int:
+        """The policy's vocabulary as it is now; `vocab_size` is what it was when the backend was made."""
+        return self.vocab_size
+
     @abstractmethod
     def eos_token_ids(self) -> list[int]:
         """Ending tokens that the policy's own configuration names; may be none."""
 
     @abstractmethod
-    def audited(self, policy: nn.Module | None) -> nn.Module | None:
-        """The policy to audit against: `policy` where the backend runs a copy of it; None audits nothing."""
+    def audited(self, model: Any, policy: nn.Module | None) -> nn.Module | None:
+        """The policy to audit against, as its trainer runs it, wrappers included; None audits nothing.
+
+        Args:
+            model: What the call was made with: `runs(model)` is true.
+            policy: The policy in process, where the backend runs a copy of it.
+        """
 
     def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:  # noqa: B027 - most need nothing
         """Before a refresh: note drafters that changed though nobody trained them since `remember_drafters`."""
@@ -141,6 +151,10 @@ class InProcessBackend(Backend):
     def runs(self, model: Any) -> bool:
         return self.runner.model is unwrap_policy(model)
 
+    def current_vocab_size(self) -> int:
+        weight = self.runner.model.get_output_embeddings().weight
+        return int(weight.shape[0]) if weight.dim() == 2 and weight.numel() else self.vocab_size  # else sharded away
+
     def generate(self, call: Call) -> Run:
         runner = self.runner
         runner.check_reach(int(call.max_lengths.max()) - 1)  # the last token drawn is not run
@@ -164,8 +178,8 @@ class InProcessBackend(Backend):
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(getattr(self.runner.model, "generation_config", None))
 
-    def audited(self, policy: nn.Module | None) -> nn.Module | None:
-        return self.runner.model
+    def audited(self, model: Any, policy: nn.Module | None) -> nn.Module | None:
+        return model if isinstance(model, nn.Module) else self.runner.model
 
     def _num_rows(self, sequences: Sequences) -> int:
         num_requests, capacity = sequences.token_ids.shape
@@ -173,7 +187,12 @@ class InProcessBackend(Backend):
         return int(min(num_requests, fits, self._max_batch_size or num_requests))
 
 
+def ending_ids(given: Any) -> list[int]:
+    """Ending tokens as transformers and TRL give them: one, several or None, where None and negative ids mean none."""
+    several = given if isinstance(given, list | tuple) else [given]
+    return [int(token) for token in several if token is not None and token >= 0]
+
+
 def ending_tokens_of(source: Any) -> list[int]:
-    """`eos_token_id` of a configuration or a tokenizer, which may be one, several or None."""
-    value = getattr(source, "eos_token_id", None)
-    return value if isinstance(value, list) else [] if value is None else [value]
+    """`eos_token_id` of a configuration or a tokenizer; may be none."""
+    return ending_ids(getattr(source, "eos_token_id", None))

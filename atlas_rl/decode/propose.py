@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class Proposing:
         backlogs = {name: speculator.backlog(sequences, requests) for name, speculator in self._speculators.items()}
         backlog = {name: tokens for name, tokens in backlogs.items() if tokens is not None}
         context_tokens = int(sequences.lengths[requests].sum())
-        step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=sequences.sampling.distribution)
+        drawn_as = self.drawn_as(sequences, requests)
+        step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=drawn_as)
         while True:
             with self._recorder.time("controller"):
                 plan = self._controller.plan(step)
@@ -62,11 +63,19 @@ class Proposing:
         draft = Draft.empty(0)
         if len(asked):
             step.backlog[name] = self._speculators[name].backlog(sequences, requests[asked]) or 0
-            draft = self._speculators[name].propose(sequences, requests[asked], wanted[asked])
+            draft = self.draft(name, sequences, requests[asked], wanted[asked])
         step.asked[name], step.drafts[name] = wanted, draft.spread(asked, len(requests))
         step.draft_s[name] = self._recorder.clock() - before
         self.num_asked[name] = self.num_asked.get(name, 0) + int(wanted.sum())
         self.num_proposed[name] = self.num_proposed.get(name, 0) + int(draft.lengths.sum())
+
+    def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
+        """One speculator's draft for some requests, at least one token wanted of each."""
+        return self._speculators[name].propose(sequences, requests, wanted)
+
+    def drawn_as(self, sequences: Sequences, requests: np.ndarray) -> Hashable:
+        """Key of the distribution that the requests' tokens are drawn from."""
+        return sequences.sampling.distribution
 
 
 def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, vocab_size: int) -> Draft:

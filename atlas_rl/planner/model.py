@@ -140,101 +140,141 @@ def _config_file(path: Path) -> Path:
 
 
 def parse_model(config: Mapping[str, Any]) -> Model:
-    """Count the model of a hub config; of a multimodal one, its language model.
+    """Count the model of a hub config; of a multimodal one, its language model. A field that is null counts as absent.
 
     Raises:
-        ValueError: An architecture that the planner does not know, or a field that is missing.
+        ValueError: An architecture that the planner does not know, or a field that is missing or no number.
     """
-    config = config.get("text_config", config)
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture '{kind}': the planner knows {', '.join(ARCHITECTURES)}")
-    try:
-        return _deepseek(config) if kind in _DEEPSEEK else _grouped_query(config)
-    except KeyError as error:
-        raise ValueError(f"the config of this '{kind}' model has no field {error}") from error
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, Mapping):
+        raise ValueError(f"the config's field 'text_config' must be an object, got {text!r}")
+    fields = _Fields(config if text is None else text)
+    if fields.kind not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture '{fields.kind}': the planner knows {', '.join(ARCHITECTURES)}")
+    return _deepseek(fields) if fields.kind in _DEEPSEEK else _grouped_query(fields)
 
 
-def _grouped_query(config: Mapping[str, Any]) -> Model:
-    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    experts = config.get("num_local_experts") or config.get("num_experts") or 0
-    is_moe = config["model_type"] in _MOE
-    expert_width = config.get("moe_intermediate_size") or config["intermediate_size"]
-    shared_width = config.get("shared_expert_intermediate_size") or 0
-    num_moe = layers if is_moe else 0
+class _Fields:
+    """Reads the fields of a config, each as what it must be."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self.kind = config.get("model_type")
+
+    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least `least`; `ValueError` where it is none, or absent without a default."""
+        value = self._config.get(name)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            null = " (it is null)" if name in self._config else ""
+            raise ValueError(f"the config of this '{self.kind}' model has no field '{name}'{null}")
+        if type(value) is not int or value < least:
+            raise ValueError(
+                f"the config's field '{name}' must be a whole number of at least {least}, got {value!r}: correct config.json"
+            )
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"the config's field '{name}' must be true or false, got {value!r}: correct config.json")
+        return default if value is None else value
+
+    def several(self, name: str) -> list[Any] | None:
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"the config's field '{name}' must be a list, got {value!r}: correct config.json")
+        return value
+
+
+def _grouped_query(fields: _Fields) -> Model:
+    count = fields.count
+    hidden, heads, layers = count("hidden_size"), count("num_attention_heads"), count("num_hidden_layers")
+    kv_heads = count("num_key_value_heads", heads)
+    head_dim = count("head_dim", max(1, hidden // heads))
+    is_moe = fields.kind in _MOE
+    experts = (count("num_local_experts", 0, least=0) or count("num_experts")) if is_moe else 0
+    num_moe = 0
     if is_moe:
-        step, dense_only = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+        step, dense_only = count("decoder_sparse_step", 1), fields.several("mlp_only_layers") or []
         num_moe = sum((index + 1) % step == 0 and index not in dense_only for index in range(layers))
-    num_local = _num_local_layers(config)
+    num_dense = layers - num_moe
+    expert_width = count("moe_intermediate_size", 0, least=0) or count("intermediate_size") if is_moe else 0
+    num_local = _num_local_layers(fields)
     return Model(
-        name=config["model_type"],
+        name=str(fields.kind),
         hidden_size=hidden,
-        num_dense_layers=layers - num_moe,
+        num_dense_layers=num_dense,
         num_moe_layers=num_moe,
-        vocab_size=config["vocab_size"],
-        tied=_tied(config),
+        vocab_size=count("vocab_size"),
+        tied=_tied(fields),
         attention_params=hidden * head_dim * (2 * heads + 2 * kv_heads),
-        mlp_params=3 * hidden * config["intermediate_size"],
-        shared_params=hidden * experts + 3 * hidden * shared_width if is_moe else 0.0,
-        expert_params=3 * hidden * expert_width if is_moe else 0.0,
-        num_experts=experts if is_moe else 0,
-        experts_per_token=config["num_experts_per_tok"] if is_moe else 0,
+        mlp_params=3 * hidden * count("intermediate_size") if num_dense else 0.0,
+        shared_params=hidden * experts + 3 * hidden * count("shared_expert_intermediate_size", 0, least=0)
+        if is_moe
+        else 0.0,
+        expert_params=3 * hidden * expert_width,
+        num_experts=experts,
+        experts_per_token=count("num_experts_per_tok") if is_moe else 0,
         kv_values_per_token=2 * kv_heads * head_dim,
         kv_splits=kv_heads,
         attention_flops_per_key=4 * heads * head_dim,
         num_local_layers=num_local,
-        window=config["sliding_window"] if num_local else 0,
+        window=count("sliding_window") if num_local else 0,
     )
 
 
-def _deepseek(config: Mapping[str, Any]) -> Model:
+def _deepseek(fields: _Fields) -> Model:
     """Count DeepSeek-V3 (arXiv 2412.19437): latent attention caches one compressed vector and one rotary key per token.
 
-    While decoding, queries are projected into the latent space, and attention runs over the latent vectors.
+    While decoding, queries are projected into the latent space, and attention runs over the latent vectors. Without
+    `q_lora_rank` queries come from the hidden state directly.
     """
-    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-    latent, rotary = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    nope, value, query_rank = config["qk_nope_head_dim"], config["v_head_dim"], config["q_lora_rank"]
-    query = hidden * query_rank + query_rank * heads * (nope + rotary)
+    count = fields.count
+    hidden, heads, layers = count("hidden_size"), count("num_attention_heads"), count("num_hidden_layers")
+    latent, rotary = count("kv_lora_rank"), count("qk_rope_head_dim")
+    nope, value, query_rank = count("qk_nope_head_dim"), count("v_head_dim"), count("q_lora_rank", 0, least=0)
+    per_query = heads * (nope + rotary)
+    query = hidden * query_rank + query_rank * per_query if query_rank else hidden * per_query
     key_value = hidden * (latent + rotary) + latent * heads * (nope + value)
-    expert = 3 * hidden * config["moe_intermediate_size"]
-    dense = min(config["first_k_dense_replace"], layers)
+    experts, expert = count("n_routed_experts"), 3 * hidden * count("moe_intermediate_size")
+    dense = min(count("first_k_dense_replace", least=0), layers)
     return Model(
-        name=config["model_type"],
+        name=str(fields.kind),
         hidden_size=hidden,
         num_dense_layers=dense,
         num_moe_layers=layers - dense,
-        vocab_size=config["vocab_size"],
-        tied=_tied(config),
+        vocab_size=count("vocab_size"),
+        tied=_tied(fields),
         attention_params=query + key_value + heads * value * hidden,
-        mlp_params=3 * hidden * config["intermediate_size"],
-        shared_params=hidden * config["n_routed_experts"] + config["n_shared_experts"] * expert,
+        mlp_params=3 * hidden * count("intermediate_size") if dense else 0.0,
+        shared_params=hidden * experts + count("n_shared_experts", 0, least=0) * expert,
         expert_params=expert,
-        num_experts=config["n_routed_experts"],
-        experts_per_token=config["num_experts_per_tok"],
+        num_experts=experts,
+        experts_per_token=count("num_experts_per_tok"),
         kv_values_per_token=latent + rotary,
         kv_splits=1,
         attention_flops_per_key=2 * heads * (latent + rotary + latent),
         kernels_attention=9,
-        num_mtp_layers=config.get("num_nextn_predict_layers", 0),
+        num_mtp_layers=count("num_nextn_predict_layers", 0, least=0),
     )
 
 
-def _tied(config: Mapping[str, Any]) -> bool:
+def _tied(fields: _Fields) -> bool:
     # The hub leaves out what equals the default of the class, and the Gemma classes tie by default.
-    return bool(config.get("tie_word_embeddings", str(config["model_type"]).startswith("gemma")))
+    return fields.flag("tie_word_embeddings", str(fields.kind).startswith("gemma"))
 
 
-def _num_local_layers(config: Mapping[str, Any]) -> int:
-    kind, layers = config["model_type"], config["num_hidden_layers"]
-    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+def _num_local_layers(fields: _Fields) -> int:
+    kind, layers = fields.kind, fields.count("num_hidden_layers")
+    if not fields.count("sliding_window", 0, least=0) or not fields.flag("use_sliding_window", True):
         return 0
-    if "layer_types" in config:
-        return sum(kind == "sliding_attention" for kind in config["layer_types"])
+    layer_types = fields.several("layer_types")
+    if layer_types is not None:
+        return sum(kind == "sliding_attention" for kind in layer_types)
     if kind == "gemma2":
         return layers // 2  # every second layer is global
     if kind == "gemma3_text":
-        return layers - layers // config.get("sliding_window_pattern", 6)
+        return layers - layers // fields.count("sliding_window_pattern", 6)
     return layers if kind in ("mistral", "mixtral") else 0

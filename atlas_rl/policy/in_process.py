@@ -19,35 +19,16 @@ from atlas_rl.policy.cpu_linear import streamed_weights
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.supported import context_of, refuse_layers
+from atlas_rl.policy.unwrap import unwrap_policy
 
 _MEMORY_SHARE = {"cuda": 0.6, "cpu": 0.3}
-
-
-def unwrap_policy(model: Any) -> Any:
-    """The causal LM inside PEFT and parallel wrappers; adapters stay in place, injected into its layers.
-
-    Raises:
-        ValueError: The PEFT method lives outside the layers (prompt or prefix tuning) and would be lost.
-    """
-    while True:
-        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
-                raise ValueError(
-                    "prompt-learning adapters (prompt, prefix or p-tuning) change the inputs, not the layers, and cannot "
-                    "be generated with in process: use LoRA or another injected adapter"
-                )
-            model = model.get_base_model()
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 class InProcessRunner(PolicyRunner):
     """Any Hugging Face causal LM whose layers attend to the row's own tokens: Llama, Qwen, Gemma, GPT-2 and kin.
 
-    docs/policies.md lists them. A policy whose configuration says that it cannot be run is refused at once. Before the
-    first forward it is probed (`policy/probe.py`).
+    A policy whose configuration says that it cannot be run is refused at once. Before the first forward it is probed
+    (`policy/probe.py`).
 
     Args:
         model: The policy, or a wrapper around it. Only read.

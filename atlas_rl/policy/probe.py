@@ -9,8 +9,8 @@ Three looks, from what is exact and cheap to what is costly:
    at every position. The long row goes past the smallest window where that is affordable: within `_FLOPS` floating-point
    operations, `_LOGIT_BYTES` of logits and `_MAX_TOKENS` tokens. Else it has `_FEW` tokens.
 
-Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: ten forwards of at most seventeen tokens;
-two of them go past a window instead where that is affordable.
+Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: eight plain forwards of at most seven
+tokens, and where a window is affordable two forwards past it, which `_FLOPS` bounds.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ import torch
 from torch import nn
 
 from atlas_rl.policy import traced
-from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.base import Segments
 from atlas_rl.policy.calling import ForwardCall
+from atlas_rl.policy.logits import rows_that_differ
+from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.supported import REMEDY, Reach, nearest, reach_of
 
 _FLOPS = {"cpu": 1e11, "cuda": 1e13}  # about a second, and a twentieth of one, of a machine of that kind
@@ -35,6 +37,28 @@ _MAX_TOKENS = 4160  # past a window of 4,096, the widest that is common among sm
 _FEW, _SHORT = 12, 5  # tokens of the long row where no window can be reached, and of the short row
 _TOLERANCE = {True: 2e-3, False: 2e-2}  # of the logits' spread, in float32 and below; a wrong mask is off by the spread
 _FAILURES = (TypeError, AttributeError, LookupError, AssertionError, RuntimeError)
+
+
+class Probeable(Protocol):
+    """What the probe asks of a runner; see `InProcessRunner`."""
+
+    model: Any
+    config: Any
+    call: ForwardCall
+    vocab_size: int
+    max_context: int | None
+    own_attention: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, num_rows: int, capacity: int) -> RaggedBatch: ...
+
+    def ragged(self, cache: RaggedBatch) -> AbstractContextManager[None]: ...
+
+    def attention(self, name: str) -> AbstractContextManager[None]: ...
+
+    def run(self, segments: Segments, keep: np.ndarray, *, shift: np.ndarray | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +72,6 @@ class Probed:
 
     token_bytes: int
     reach: Reach | None
-
-
-class Probeable(Protocol):
-    """A runner, as far as the probe needs one: `InProcessRunner`, which imports this module."""
-
-    model: Any
-    config: Any
-    call: ForwardCall
-    vocab_size: int
-    max_context: int | None
-    own_attention: str
-
-    @property
-    def device(self) -> torch.device: ...
-    def attention(self, name: str) -> AbstractContextManager[None]: ...
-    def new_cache(self, num_rows: int, capacity: int) -> Any: ...
-    def ragged(self, cache: Any) -> AbstractContextManager[None]: ...
-    def run(
-        self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, shift: np.ndarray | None = None
-    ) -> torch.Tensor: ...
 
 
 def probe(runner: Probeable) -> Probed:
@@ -84,11 +88,10 @@ def probe(runner: Probeable) -> Probed:
 class _Probe:
     def __init__(self, runner: Probeable) -> None:
         self._runner, self._config, self._name = runner, runner.config, type(runner.model).__name__
-        # The policy's precision is that of its embeddings, but for autocast, which computes in less.
-        weight = runner.model.get_input_embeddings().weight
-        self._exact = weight.dtype == torch.float32 and not torch.is_autocast_enabled(runner.device.type)
+        self._exact = False
 
     def look(self) -> Probed:
+        self._exact = self._computes_in_float32()
         self._find_out_what_is_kept()
         trace = self._traced()
         reach = nearest([reach_of(self._config), traced.mask_reach(trace, self._config, self._runner.max_context)])
@@ -110,6 +113,22 @@ class _Probe:
             positions = torch.arange(len(token_ids), device=self._runner.device) + first_position
         with self._runner.attention(self._runner.own_attention):
             return self._runner.call(ids, positions, None)
+
+    def _computes_in_float32(self) -> bool:
+        """Whether nothing in the forward computes in less: autocast can sit around it or, as trainers put it, within."""
+        types: set[torch.dtype] = set()
+
+        def note(_module: nn.Module, _given: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.is_floating_point():
+                types.add(output.dtype)
+
+        hooks = [module.register_forward_hook(note) for module in self._runner.model.modules()]
+        try:
+            self._guarded(lambda: self._plain(self._tokens(1)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return types <= {torch.float32, torch.float64}
 
     def _find_out_what_is_kept(self) -> None:
         """Whether `logits_to_keep` does what it says: one row, and the right one."""
@@ -186,11 +205,7 @@ class _Probe:
 
     def _off(self, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
         """bool `[positions]`: where two rows of logits differ by more than arithmetic does."""
-        hidden = expected == float("-inf")  # a policy may mask tokens by itself
-        gap = (logits - expected).abs().masked_fill(hidden & (logits == expected), 0.0)
-        shown = expected.masked_fill(hidden, float("nan"))
-        spread = torch.nan_to_num(shown, nan=-torch.inf).amax(-1) - torch.nan_to_num(shown, nan=torch.inf).amin(-1)
-        return ~(gap.amax(dim=-1) <= _TOLERANCE[self._exact] * spread + 1e-5)
+        return rows_that_differ(logits, expected, _TOLERANCE[self._exact])
 
     def _compare(self, logits: torch.Tensor, expected: torch.Tensor, how: str) -> None:
         off = self._off(logits, expected.float())

@@ -1,13 +1,18 @@
 """What drafters read of a policy: its two embedding tables, its configuration, and the way from hidden state to logits.
 
 Drafters of every kind read the same few things, wherever the policy runs: in this process, inside vLLM, or in a recording.
-`PolicyView` declares them once. The way from the LM head's input to the logits is declared here and nowhere else.
+`PolicyView` declares them once. The way from the LM head's input to the logits is declared here and nowhere else:
+
+    logits = form(head(state))      head: an affine map, rows and biases      form: a scale and a softcap, see `LogitForm`
+
+Neither is taken from a configuration's word alone: how families name and apply their scales differs. Views hold the form
+against the policy's own code (`atlas_rl/policy/logit_form.py`) and ask the head module where it is more than a linear layer.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,31 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-
-@dataclass(frozen=True, slots=True)
-class LogitForm:
-    """What a policy makes of the product of hidden state and output embedding before it calls it a logit.
-
-    Attributes:
-        scale: Factor on the product (Cohere's `logit_scale`, Granite's `1 / logits_scaling`).
-        softcap: Logits are squashed to `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118); None leaves them.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> LogitForm:
-        """As a transformers text configuration says."""
-        factor = float(getattr(config, "logit_scale", None) or 1.0)
-        divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(factor / divisor, getattr(config, "final_logit_softcapping", None))
-
-    def __call__(self, products: torch.Tensor) -> torch.Tensor:
-        """Logits of products, any shape."""
-        if self.scale != 1.0:
-            products = products * self.scale
-        return products if self.softcap is None else torch.tanh(products / self.softcap) * self.softcap
+from atlas_rl.policy.head import affine_rows, linear_of
+from atlas_rl.policy.in_process import evaluation_mode
+from atlas_rl.policy.logit_form import LogitForm, after_head, fit_form, probe_products
 
 
 class PolicyView(ABC):
@@ -49,12 +32,13 @@ class PolicyView(ABC):
 
     Attributes:
         config: transformers' text configuration, or an object with the same fields.
-        form: From products to logits.
+        form: From the head's output to the logits; None where none describes it. Only `logits` is right then, and drafters
+            that learn later, from rows, cannot follow.
         model: The policy's own modules, for speculators that run them; None where they do not run in this process.
     """
 
     config: Any
-    form: LogitForm
+    form: LogitForm | None
     model: Any = None
 
     @property
@@ -65,11 +49,19 @@ class PolicyView(ABC):
     @property
     @abstractmethod
     def output_table(self) -> torch.Tensor:
-        """The LM head's weight `[vocab, hidden]`."""
+        """The LM head's weight `[vocab, hidden]`, without its bias and adapters: `rows_of` and `logits` have them."""
 
     @abstractmethod
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `[..., hidden]` of int64 token ids, as the policy's first layer gets them."""
+
+    @abstractmethod
+    def output_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows `[n, hidden]` and biases `[n]` of the affine map that the LM head is, adapters included.
+
+        Args:
+            token_ids: int64 `[n]`.
+        """
 
     @property
     def vocab_size(self) -> int:
@@ -96,10 +88,12 @@ class PolicyView(ABC):
         """Number format of the LM head."""
         return self.output_table.dtype
 
-    def rows_of(self, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of both tables' rows of int64 `[n]` tokens: float32 `[n, hidden]` each."""
+    def rows_of(self, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies for int64 `[n]` tokens: input and output rows, float32 `[n, hidden]` each, and biases, float32 `[n]`."""
         index = torch.from_numpy(token_ids).to(self.input_table.device)
-        return tuple(table.detach()[index].float().clone() for table in (self.input_table, self.output_table))  # type: ignore[return-value]
+        outputs, biases = self.output_rows(index.to(self.device))
+        inputs = self.input_table.detach()[index]
+        return inputs.float().clone(), outputs.detach().float().clone(), biases.detach().float().clone()
 
     def logits(self, states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The policy's logits, float32 `[..., n]`, from inputs of its LM head.
@@ -108,9 +102,10 @@ class PolicyView(ABC):
             states: `[..., hidden]`.
             token_ids: int64 `[n]`, tokens whose logits are wanted; None for all.
         """
-        table = self.output_table.detach()
-        rows = table if token_ids is None else table[token_ids]
-        return self.form(functional.linear(states.to(table.dtype), rows).float())
+        assert self.form is not None
+        index = torch.arange(self.vocab_size, device=self.device) if token_ids is None else token_ids
+        rows, biases = self.output_rows(index)
+        return self.form(functional.linear(states.to(rows.dtype), rows, biases.to(rows.dtype)).float())
 
 
 class InProcessView(PolicyView):
@@ -123,7 +118,10 @@ class InProcessView(PolicyView):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.config = self.model.config.get_text_config()
-        self.form = LogitForm.of(self.config)
+
+    @property
+    def form(self) -> LogitForm | None:  # type: ignore[override]
+        return self._fitted[0]
 
     @property
     def input_table(self) -> torch.Tensor:
@@ -131,7 +129,36 @@ class InProcessView(PolicyView):
 
     @property
     def output_table(self) -> torch.Tensor:
-        return self.model.get_output_embeddings().weight
+        return self._head.weight
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(token_ids)
+
+    def output_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with evaluation_mode(self._head):
+            return affine_rows(self._head, token_ids)
+
+    @torch.no_grad()
+    def logits(self, states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """See `PolicyView.logits`: by the policy's own head module and, where no form describes it, its own forward."""
+        form, everywhere = self._fitted
+        with evaluation_mode(self._head):
+            if form is not None and token_ids is not None and linear_of(self._head) is not None:
+                return super().logits(states, token_ids)
+            products = self._head(states.to(self.dtype))
+        if form is not None and (everywhere or token_ids is not None):
+            return form((products if token_ids is None else products[..., token_ids]).float())
+        flat = after_head(self.model, products.reshape(-1, products.shape[-1])).float()
+        whole = flat.view(*products.shape[:-1], -1)
+        return whole if token_ids is None else whole[..., token_ids]
+
+    @property
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    @cached_property
+    def _fitted(self) -> tuple[LogitForm | None, bool]:
+        """The form, held against the policy's own forward, and whether it holds for all tokens. No weight is read."""
+        products = probe_products(self.vocab_size)
+        logits = after_head(self.model, products.to(self.device)).cpu().float()
+        return fit_form(products, logits, LogitForm.of(self.config))

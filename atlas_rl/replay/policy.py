@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -23,7 +24,9 @@ class RecordedPolicy(PolicyView):
     def __init__(self, recorded: Recorded, like: PolicyView | None = None) -> None:
         shape = recorded.sequences.vocab_size, recorded.inputs.shape[1]
         self._inputs = torch.zeros(shape) if like is None else like.input_table.detach().float().clone()
-        self._outputs = torch.zeros(shape) if like is None else like.output_table.detach().float().clone()
+        self._outputs, self._biases = torch.zeros(shape), torch.zeros(shape[0])
+        if like is not None:
+            _, self._outputs, self._biases = like.rows_of(np.arange(shape[0]))
         # As many layers as were recorded: whoever needs more is told.
         self.config = SimpleNamespace(num_hidden_layers=max(recorded.layers, default=-1) + 1)
         self.form = recorded.form
@@ -33,6 +36,7 @@ class RecordedPolicy(PolicyView):
         """Become the policy as it was at this call."""
         index = torch.from_numpy(recorded.token_ids)
         self._inputs[index], self._outputs[index] = recorded.inputs, recorded.outputs
+        self._biases[index] = recorded.biases
 
     @property
     def input_table(self) -> torch.Tensor:
@@ -44,3 +48,6 @@ class RecordedPolicy(PolicyView):
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return functional.embedding(token_ids, self._inputs)
+
+    def output_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._outputs[token_ids], self._biases[token_ids]

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
-from atlas_rl.policy.view import LogitForm, PolicyView
+from atlas_rl.policy.logit_form import LogitForm
+from atlas_rl.policy.view import PolicyView
+from atlas_rl.report.lost_writes import LostWrites, check_folder
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.reduced_vocab import TokenRows
+from atlas_rl.sync.checkpoint import save_whole
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
 
-_FORMAT = "atlas_rl.rollouts.2"
+_FORMAT = "atlas_rl.rollouts.3"  # 2 had no biases
 _SEQUENCE_ARRAYS = ("token_ids", "lengths", "prompt_lengths", "prompt_keys", "noise_keys")
 
 
@@ -36,8 +38,10 @@ class Recorded:
         sequences: Every request, complete.
         last: float16 `[completion tokens, hidden]`, request by request: what each token was drawn from.
         layers: Per layer float16 `[all tokens but the last of each request, hidden]`, request by request.
-        token_ids, inputs, outputs: Tokens whose embeddings the call or an earlier one used, `[tokens, hidden]` each.
-        form: From the product with the output embedding to the logits.
+        token_ids: int64 `[tokens]`, those whose embeddings the call or an earlier one used.
+        inputs, outputs: float32 `[tokens, hidden]`, their input embeddings and their rows of the LM head.
+        biases: float32 `[tokens]`, of the LM head.
+        form: From the LM head's output to the logits.
     """
 
     sequences: Sequences
@@ -46,14 +50,15 @@ class Recorded:
     token_ids: np.ndarray
     inputs: torch.Tensor
     outputs: torch.Tensor
+    biases: torch.Tensor
     form: LogitForm
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file, whole or not at all; `OSError` where the disk does not take it."""
         sequences = self.sequences
         arrays = {name: getattr(sequences, name) for name in _SEQUENCE_ARRAYS}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        tensors |= {"last": self.last, "inputs": self.inputs, "outputs": self.outputs}
+        tensors |= {"last": self.last, "inputs": self.inputs, "outputs": self.outputs, "biases": self.biases}
         tensors |= {"row_token_ids": torch.from_numpy(self.token_ids)}
         tensors |= {f"layer.{layer}": states for layer, states in self.layers.items()}
         metadata = {
@@ -63,10 +68,7 @@ class Recorded:
             "vocab_size": str(sequences.vocab_size),
             "policy_version": str(sequences.policy_version),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        partial.replace(path)
+        save_whole(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Recorded:
@@ -92,6 +94,7 @@ class Recorded:
             tensors["row_token_ids"].numpy(),
             tensors["inputs"],
             tensors["outputs"],
+            tensors["biases"],
             LogitForm(**json.loads(metadata["logit_form"])),
         )
 
@@ -107,6 +110,12 @@ class RecordingSpeculator(Speculator):
         folder: Gets `call_0000.safetensors` and so on.
         layers: Decoder layers whose inputs to record: what an EAGLE-3 head reads.
         first_call: Number of the first call's file, to go on with a folder.
+
+    Attributes:
+        lost: Calls that the disk did not take; a full disk ends a recording, not a training.
+
+    Raises:
+        ValueError: A folder that cannot be written to.
     """
 
     name = "recorder"
@@ -114,13 +123,23 @@ class RecordingSpeculator(Speculator):
     def __init__(self, folder: str | Path, layers: Sequence[int] = (), first_call: int = 0) -> None:
         self.needs = Needs(head_inputs=True, layers=tuple(layers))
         self._folder = Path(folder)
+        self.lost = LostWrites()
+        check_folder(self._folder, "folder")
         self._num_calls = first_call
         self._sequences: Sequences | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Record the embeddings of this policy."""
+        """Record the embeddings of this policy.
+
+        Raises:
+            ValueError: Its logits cannot be computed again from what is recorded.
+        """
         super().bind(policy, couples_noise)
-        self._policy = policy
+        if policy.form is None:
+            raise ValueError(
+                "this policy's logits are no scaled or capped output of its LM head: it cannot be recorded"
+            )
+        self._policy, self._form = policy, policy.form
         self._rows = TokenRows.empty(policy.vocab_size, policy.hidden_size, policy.device)
 
     def start(
@@ -174,12 +193,12 @@ class RecordingSpeculator(Speculator):
         last = torch.cat([torch.cat(parts) for parts in self._last])
         layers = {layer: torch.cat([torch.cat(parts) for parts in rows]) for layer, rows in self._layers.items()}
         rows = self._rows
-        recorded = Recorded(
-            sequences, last, layers, rows.token_ids, rows.inputs.cpu(), rows.outputs.cpu(), self._policy.form
-        )
-        recorded.save(self._folder / f"call_{self._num_calls:04d}.safetensors")
-        self._num_calls += 1
+        embeddings = rows.inputs.cpu(), rows.outputs.cpu(), rows.biases.cpu()
+        recorded = Recorded(sequences, last, layers, rows.token_ids, *embeddings, self._form)
         self._sequences = None
+        with self.lost.tolerate("recorded call"):
+            recorded.save(self._folder / f"call_{self._num_calls:04d}.safetensors")
+            self._num_calls += 1
         return None
 
 

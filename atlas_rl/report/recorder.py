@@ -6,7 +6,7 @@ The decode loop pays a few microseconds per iteration: arrays are put aside and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +16,7 @@ from atlas_rl.report.report import PHASES, Mode, StepReport
 from atlas_rl.report.sums import thin_curve
 
 _FLUSH_ROWS = 1 << 16
+_CURVE_POINTS = 1 << 12  # kept of the active batch, in a recorder that nobody asks for a long time
 
 
 class StepRecorder:
@@ -46,7 +47,8 @@ class StepRecorder:
         self._running: list[str] = []
         self._since = 0.0
         self._num_forwards = 0
-        self._active: list[int] = []
+        self._active: list[int] = []  # requests of every `_active_every`-th forward
+        self._active_every = 1
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._pending_rows = 0
         self._num_request_forwards = 0
@@ -59,6 +61,7 @@ class StepRecorder:
         self._max_prob_sum = 0.0
         self._num_scored_tokens = 0
         self._warnings: dict[str, None] = {}
+        self._faults: dict[str, int] = {}
 
     def generating(self) -> _Timer:
         """Context of the whole generation; charges `other` for the seconds that no phase claims."""
@@ -113,9 +116,9 @@ class StepRecorder:
             ValueError: Drafts without `num_accepted`, or with a recorder that knows no speculators.
         """
         batch = len(num_committed)
+        self._note_active(batch)
         self._num_forwards += 1
         self._num_request_forwards += batch
-        self._active.append(batch)
         self._num_decoded_tokens += int(num_committed.sum())
         if num_drafted is None:
             return
@@ -135,6 +138,13 @@ class StepRecorder:
     def warn(self, message: str) -> None:
         """Add a warning to the report; equal messages are added once."""
         self._warnings[message] = None
+
+    def faults(self, counts: Mapping[str, int], messages: Iterable[str]) -> None:
+        """Errors that were caught: how many, by drafter, and the warnings that name them."""
+        for name, count in counts.items():
+            self._faults[name] = self._faults.get(name, 0) + count
+        for message in messages:
+            self.warn(message)
 
     def finish(
         self,
@@ -186,10 +196,18 @@ class StepRecorder:
             no_speculation_s=no_speculation_s,
             baseline_tokens_per_s=baseline_tokens_per_s,
             step_s=step_s,
-            active_batch_curve=thin_curve(list(enumerate(self._active))),
+            active_batch_curve=thin_curve([(self._active_every * i, n) for i, n in enumerate(self._active)]),
             completion_lengths=lengths,
+            drafter_faults=dict(self._faults),
             warnings=tuple(self._warnings),
         )
+
+    def _note_active(self, batch: int) -> None:
+        if self._num_forwards % self._active_every:
+            return
+        self._active.append(batch)
+        if len(self._active) == _CURVE_POINTS:
+            self._active, self._active_every = self._active[::2], 2 * self._active_every
 
     def _enter(self, phase: str) -> None:
         now = self._clock()

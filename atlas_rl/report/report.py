@@ -99,6 +99,8 @@ class StepReport:
             the engine returned none.
         audit_evidence_nats: The run's evidence against the sampler after this step: log R of `audit/bets.py`. None if
             nothing has been audited yet.
+        drafter_faults: Errors of drafters, of the controller or in following requests that cost drafts and nothing else; by
+            name, those that had any.
         warnings: Failures of the step, each as one sentence that names the cause.
     """
 
@@ -146,6 +148,7 @@ class StepReport:
     audit_score_variance_nats2: float = field(default=0.0, metadata=_COUNT)
     audit_logprob_error_nats: float | None = field(default=None, metadata=_AUDIT_MEAN)
     audit_evidence_nats: float | None = field(default=None, metadata=adds(largest_known, steps=last))
+    drafter_faults: dict[str, int] = field(default_factory=dict, metadata=_BY_KEY)
     warnings: tuple[str, ...] = field(default=(), metadata=adds(distinct))
 
     @property

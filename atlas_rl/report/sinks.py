@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from atlas_rl.report.lost_writes import check_folder
 from atlas_rl.report.report import PHASES, StepReport
 from atlas_rl.report.sums import concatenate
 
 CONSOLE_WIDTH = 140
+_REPORTS, _TRACE = "rollouts.jsonl", "controller.jsonl"
+_MAX_NAMED = 10  # line numbers in one warning
 
 
 def console_line(report: StepReport) -> str:
@@ -79,38 +84,75 @@ def trainer_metrics(report: StepReport) -> dict[str, float]:
 
 
 class JsonlSink:
-    """Appends one JSON object per report to a file, flushed at once; the first write makes missing folders.
+    """Appends one JSON object per line to a file, flushed at once; the first write makes missing folders.
 
-    A run that is killed while writing leaves half a line. The next report then starts on a new line, and `read_jsonl`
-    skips the half line with a warning.
+    A run that is killed while writing, or whose disk is full, leaves half a line. The next object then starts on a new
+    line, and `read_jsonl` skips the half line with a warning.
 
     Args:
-        path: The file; reports that it already holds stay.
+        path: The file; lines that it already holds stay.
+        origin: Further values of every line, to tell the writers of one file apart.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
+        self._origin = dict(origin or {})
 
     def write(self, report: StepReport, **extra: Any) -> None:
-        """Append `report` with further JSON values of the caller (`extra`), for example a reward."""
-        line = json.dumps({**report.to_dict(), **extra}, allow_nan=False) + "\n"
+        """Append `report` with further JSON values of the caller (`extra`), for example a reward.
+
+        Raises:
+            OSError: The disk does not take it.
+        """
+        self._append(json.dumps({**self._origin, **report.to_dict(), **extra}, allow_nan=False) + "\n")
+
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append other objects than reports; `OSError` as in `write`."""
+        self._append("".join(json.dumps({**self._origin, **row}) + "\n" for row in rows))
+
+    def _append(self, text: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             if file.tell() > 0:
                 file.seek(-1, 2)
                 if file.read(1) != b"\n":
-                    line = "\n" + line
-            file.write(line.encode())
+                    text = "\n" + text
+            file.write(text.encode())
+
+
+def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]:
+    """The files of an engine's reports and, if wanted, of its controller's trace.
+
+    Every line says which engine wrote it (`engine`, a random name) and in which process (`rank`): engines share folders.
+
+    Raises:
+        ValueError: The folder cannot be written to.
+    """
+    check_folder(folder, "output_dir", _REPORTS, _TRACE)
+    origin = {"engine": uuid4().hex[:12], "rank": int(os.environ.get("RANK", 0))}
+    return JsonlSink(folder / _REPORTS, origin), JsonlSink(folder / _TRACE, origin) if trace else None
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; half-written lines are skipped with a warning that gives their number."""
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    """The objects of a JSONL file.
+
+    Lines that hold none, because they were half written or damaged, are skipped with one warning that counts them.
+    """
+    rows, skipped = [], []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            warnings.warn(f"{path}:{number}: half-written line skipped", stacklevel=2)
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):  # no JSON, or bytes that are no UTF-8
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            skipped.append(number)
+    if skipped:
+        where = ", ".join(map(str, skipped[:_MAX_NAMED])) + (", ..." if len(skipped) > _MAX_NAMED else "")
+        warnings.warn(f"{path}: skipped {len(skipped)} half-written or damaged lines: {where}", stacklevel=2)
     return rows
 
 

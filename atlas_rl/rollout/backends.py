@@ -49,21 +49,32 @@ def static_speculator(
     """The static speculator: the four-bit self-draft by name, an EAGLE-3 head where the folder holds one, else a draft LM.
 
     Raises:
-        ValueError: The backend cannot draft with it.
+        ValueError: The backend cannot draft with it; says what the folder holds, and what to give instead.
     """
-    from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model
-    from atlas_rl.speculators.eagle3.checkpoint import is_eagle3
+    from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model, shares_tokenizer
     from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
     from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
+    from atlas_rl.speculators.identify import CAUSAL_LM, EAGLE3, kind_of
 
+    serves_lms = "draft_lm" in backend.static_kinds
+    wanted = "the folder of an EAGLE-3 head" + (" or of a causal LM with the policy's tokenizer" if serves_lms else "")
     if model == "fp4" and "fp4" in backend.static_kinds:
         return Fp4SelfSpeculator()
-    if not isinstance(model, nn.Module) and is_eagle3(model):
-        return Eagle3Speculator(model)
-    if "draft_lm" not in backend.static_kinds:
-        raise ValueError(f"with vLLM draft_model is the folder of an EAGLE-3 head; '{model}' is none")
     if isinstance(model, nn.Module):
+        if not serves_lms:
+            raise ValueError(f"with vLLM draft_model is {wanted}, got {type(model).__name__}")
         return DraftLM(model, backend.vocab_size)
-    policy = backend.view
-    loaded = load_draft_model(Path(model), tokenizer, device=policy.device, dtype=policy.dtype)
-    return DraftLM(loaded, backend.vocab_size)
+    if not isinstance(model, str | Path):
+        raise ValueError(f"draft_model must be {wanted}, got {type(model).__name__}")
+    try:
+        kind = kind_of(model)
+    except ValueError as error:
+        raise ValueError(f"draft_model: {error}; a four-bit copy of the policy itself is draft_model='fp4'") from error
+    if kind == EAGLE3:
+        return Eagle3Speculator(model)
+    if kind != CAUSAL_LM or not serves_lms:
+        raise ValueError(f"draft_model: '{model}' holds {kind}, which cannot draft here: give {wanted}")
+    folder, policy = Path(model), backend.view
+    same_tokenizer = shares_tokenizer(folder, tokenizer)
+    loaded = load_draft_model(folder, device=policy.device, dtype=policy.dtype)
+    return DraftLM(loaded, backend.vocab_size, same_tokenizer=same_tokenizer)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +20,24 @@ from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.core import Rollouts, SamplingParams, reject_unknown
 from atlas_rl.decode.defaults import bind_all, default_speculators
 from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
+from atlas_rl.decode.guard import Faults, GuardedController
+from atlas_rl.report.lost_writes import LostWrites
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds
-from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings
+from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings, sinks_in
 from atlas_rl.rollout.backends import new_backend, static_speculator
+from atlas_rl.rollout.output import GenerationOutput
 from atlas_rl.rollout.requests import build_sequences
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.sync.checkpoint import load_state, restore, save_state
 from atlas_rl.sync.refresh import PolicyTracker
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True, slots=True)
-class GenerationOutput:
-    """What `RolloutEngine.generate` returns, one row per request: prompt by prompt, its generations in order.
-
-    Attributes:
-        prompt_ids: The prompts, repeated per generation.
-        completion_ids: Generated tokens, the ending token included.
-        logprobs: Log-probability of each generated token under the processed distribution (at temperature 0: under the
-            policy's own, temperature 1).
-        report: What the call did and what it cost.
-    """
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    logprobs: list[list[float]]
-    report: StepReport
+logger = logging.getLogger(__name__)
 
 
 class RolloutEngine:
@@ -63,7 +53,7 @@ class RolloutEngine:
         options: See `EngineConfig`.
 
     Raises:
-        ValueError: An unknown option, or a value it does not take.
+        ValueError: An unknown option, or a value it does not take, such as a folder that cannot be written to.
     """
 
     def __init__(
@@ -81,13 +71,17 @@ class RolloutEngine:
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
         self._restored: dict[str, Any] = {}  # state that waits for the speculators, which the first rollout makes
+        self._restores_strictly = True
         self._policy = PolicyTracker()
+        self._faults = Faults()
         self._auditor = Auditor(self.config.audit_share)
         self._calls = 0
         self._sync_s = 0.0
-        folder = Path(self.config.output_dir) if self.config.output_dir else None
-        self._sink = JsonlSink(folder / "rollouts.jsonl") if folder else None
-        self._trace_path = folder / "controller.jsonl" if folder and self.config.trace else None
+        self._lost = LostWrites()
+        self._sink: JsonlSink | None = None
+        self._trace_sink: JsonlSink | None = None
+        if self.config.output_dir:
+            self._sink, self._trace_sink = sinks_in(Path(self.config.output_dir), trace=self.config.trace)
         if model is not None:
             self._speculators_for(self._backend_for(model))
 
@@ -181,12 +175,14 @@ class RolloutEngine:
         recorder = StepRecorder(speculators=tuple(speculators), clock=self.config.clock)
         call = Call(sequences, max_lengths, speculators, controller, recorder, extra or {})
         run = backend.generate(call)
-        if self._trace_path is not None:
-            self._write_trace(self._trace_path, run.trace)
+        if self._trace_sink is not None:
+            with self._lost.tolerate("controller trace"):
+                self._trace_sink.write_rows({"call": self._calls, "step": i, **s} for i, s in enumerate(run.trace))
         for message in run.findings:
             recorder.warn(message)
+        self._faults.report_to(recorder)
         audit = None
-        audited = backend.audited(policy)
+        audited = backend.audited(model, policy)
         if self.config.audit_share and speculation is not False and audited is not None and not extra:
             audit = self._audit(audited, backend, call, run)
         report = self._report(call, run, mode, self._calls if step is None else step)
@@ -196,8 +192,17 @@ class RolloutEngine:
             self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s - report.sync_s))
         self._calls += 1
         completions = [sequences.completion(request) for request in range(len(sequences.lengths))]
-        prompt_ids = [list(prompt) for prompt in prompts for _ in range(num_generations)]
+        prompt_ids = [sequences.prompt(request) for request in range(len(sequences.lengths))]
         return GenerationOutput(prompt_ids, completions, run.logprobs, report)
+
+    def meet(self, model: Any) -> None:
+        """Make the speculators for `model` now, not at the first rollout, so that what they lack is found before any work.
+
+        Raises:
+            ValueError: The policy cannot be run, or not with these speculators.
+        """
+        if self.config.speculation:
+            self._speculators_for(self._backend_for(model))
 
     def policy_updated(self, version: int | None = None) -> None:
         """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
@@ -205,6 +210,8 @@ class RolloutEngine:
         Trainers call it through the integration; stand-alone users call it after their own optimizer step.
         """
         speculators = self._speculators or {}
+        if self._backend is not None and self._resized(self._backend):
+            self._backend_for(self._backend.view.model)
         if self._backend is not None:
             self._backend.check_drafters(speculators)
         self._policy.advance(speculators, self._controller, version)
@@ -216,13 +223,15 @@ class RolloutEngine:
 
         Args:
             weights: (name, tensor) as in a checkpoint of the policy; read to the end whatever happens.
-            version: Of the policy; None counts up by one.
+            version: Of the policy, not below the present one; None counts up by one.
 
         Raises:
-            ValueError: An engine that generates in process: it reads the policy's own weights.
+            ValueError: A wrong version; weights that are missing or not finite; an engine that generates in process, which
+                reads the policy's own weights.
         """
         if self._backend is None:
             raise ValueError("this engine has no policy yet: weights are loaded into a policy that vLLM runs")
+        version = self._policy.checked(version)
         began = time.perf_counter()
         self._backend.load_weights(weights)
         self.synced(time.perf_counter() - began)
@@ -238,14 +247,15 @@ class RolloutEngine:
         return self._policy.version
 
     def publish(self, report: StepReport) -> None:
-        """Keep a report, print its line, and append it to the JSONL file."""
+        """Keep a report, print its line, and append it to the JSONL file; what the disk does not take is `lost_writes`."""
         self.reports.append(report)
         if self.config.console:
-            print(console_line(report), flush=True)
-            for line in console_warnings(report):
-                print(line, flush=True)
+            with self._lost.tolerate("console line"):  # often a file on the same disk
+                for line in (console_line(report), *console_warnings(report)):
+                    print(line, flush=True)
         if self._sink is not None:
-            self._sink.write(report)
+            with self._lost.tolerate("report line"):
+                self._sink.write(report)
 
     def state_dict(self) -> dict[str, Any]:
         """State of every speculator, by name: what a resumed run needs to draft as well as this one."""
@@ -253,28 +263,68 @@ class RolloutEngine:
             return dict(self._restored)
         return {name: speculator.state_dict() for name, speculator in self._speculators.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict()`; `ValueError` for a speculator that this engine does not have.
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Restore `state_dict()`.
 
         Before an attached engine's first rollout, which makes its speculators, the state waits for them.
+
+        Args:
+            state: Of speculators by name.
+            strict: False names what cannot be restored in a warning, and goes on: that speculator starts afresh.
+
+        Raises:
+            ValueError: With `strict`: a damaged state, or one of a speculator that this engine does not have.
         """
-        own = self._speculators
-        if own is None:
-            self._restored = dict(state)
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the drafters' state is a {type(state).__name__}, expected what state_dict() returned")
+        if self._speculators is None:
+            self._restored, self._restores_strictly = dict(state), strict
             return
-        state = {name: values for name, values in state.items() if values}  # stateless ones may come and go
-        missing = sorted(set(state) - set(own))
-        if missing:
-            raise ValueError(f"the state has speculators {missing} that this engine lacks; it has {sorted(own)}")
-        for name, values in state.items():
-            own[name].load_state_dict(values)
+        # Stateless ones may come and go.
+        parts = {name: part for name, part in state.items() if not (isinstance(part, Mapping) and not part)}
+        restore(self._speculators, parts, strict=strict)
+
+    @property
+    def lost_writes(self) -> dict[str, int]:
+        """What a full or broken disk did not take, by kind, such as `{"report line": 3}`; empty where all is well."""
+        return dict(self._lost.counts)
+
+    def save_drafters(self, path: Path) -> None:
+        """Write `state_dict()` to a file. A disk that does not take it costs that file: a warning, and `lost_writes`."""
+        with self._lost.tolerate("drafter state"):
+            try:
+                save_state(path, self.state_dict())
+            except TypeError as error:  # of a speculator from elsewhere
+                logger.warning("atlas_rl: the drafters' state is not saved: %s", error)
+
+    def load_drafters(self, path: Path) -> None:
+        """Read what `save_drafters` wrote. What is damaged or foreign is named in a warning, and starts afresh."""
+        try:
+            state = load_state(path)
+        except ValueError as error:
+            logger.warning("atlas_rl: %s. All drafters start afresh", error)
+        else:
+            self.load_state_dict(state, strict=False)
 
     def _backend_for(self, model: Any) -> Backend:
-        if self._backend is None or not self._backend.runs(model):
-            self._backend = new_backend(model, self.config)
+        backend = self._backend
+        if backend is None or self._resized(backend) or not backend.runs(model):
+            backend = new_backend(model, self.config)
             for speculator in (self._speculators or {}).values():
-                speculator.bind(self._backend.view, self._backend.couples_noise)
-        return self._backend
+                speculator.bind(backend.view, backend.couples_noise)
+            self._backend = backend
+        return backend
+
+    @staticmethod
+    def _resized(backend: Backend) -> bool:
+        """Whether the policy's embeddings have grown since the backend was made: drafters are then bound anew."""
+        before, now = backend.vocab_size, backend.current_vocab_size()
+        if now < before:
+            raise ValueError(
+                f"the policy's vocabulary has shrunk from {before} tokens to {now}, and drafters remember tokens that are "
+                "gone: make a new engine"
+            )
+        return now > before
 
     def _speculators_for(self, backend: Backend) -> dict[str, Speculator]:
         if not backend.leads:
@@ -283,17 +333,17 @@ class RolloutEngine:
             chosen = default_speculators() if self.config.speculators is None else list(self.config.speculators)
             if self.config.draft_model is not None:
                 chosen.append(static_speculator(self.config.draft_model, backend, self.tokenizer))
-            speculators = bind_all(chosen, backend.view, couples_noise=backend.couples_noise)
+            speculators = bind_all(chosen, backend.view, self._faults, couples_noise=backend.couples_noise)
             controller = self.config.controller or GoodputController(tuple(speculators), explain=self.config.trace)
             given, names = list(controller.speculators), list(speculators)
             if names[: len(given)] != given:  # further ones are never asked
                 raise ValueError(f"the controller was made for speculators {given}, the engine has {names}")
-            self._speculators, self._controller = speculators, controller
-            self.load_state_dict(self._restored)
+            self._speculators, self._controller = dict(speculators), GuardedController(controller, self._faults)
+            self.load_state_dict(self._restored, strict=self._restores_strictly)
         return self._speculators
 
     def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: Run) -> Audit:
-        """Hold some rollouts against a plain forward pass, through the policy's own attention and linear layers.
+        """Hold some rollouts against a plain forward pass of the policy as its trainer runs it, wrappers included.
 
         Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
         leaves it the distribution.
@@ -313,11 +363,6 @@ class RolloutEngine:
         for message in audit.findings:
             call.recorder.warn(message)
         return audit
-
-    def _write_trace(self, path: Path, steps: list[dict[str, Any]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"call": self._calls, "step": i, **s}) + "\n" for i, s in enumerate(steps))
 
     def _default_eos(self) -> list[int]:
         assert self._model is not None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any
 
 import numpy as np
+import torch
 
 from atlas_kernels.noise import request_keys
 from atlas_rl.core import SamplingParams, Sequences, prompt_key
 
 
 def build_sequences(
-    prompts: Sequence[Sequence[int]],
-    num_generations: int,
+    prompts: Any,
+    num_generations: Any,
     sampling: SamplingParams,
     vocab_size: int,
     max_context: int | None,
@@ -23,15 +26,26 @@ def build_sequences(
     A request ends after `max_new_tokens`, or when the policy's context is full: `max_context` tokens have been run, and
     one more drawn from the last of them.
 
+    Args:
+        prompts: One or several, each a flat list, array or tensor of token ids.
+        num_generations: Completions per prompt.
+        sampling: Sampling parameters.
+        vocab_size: The policy's.
+        max_context: Longest sequence that the policy can be run over, tokens; None without a limit.
+        policy_version: Of the policy.
+
     Returns:
         The sequences, and int64 `[num_requests]` prompt plus completion tokens at most.
 
     Raises:
         ValueError: No prompts, an empty one, one longer than the context, a token outside the vocabulary.
     """
-    if num_generations < 1:
-        raise ValueError(f"num_generations must be at least 1, got {num_generations}")
-    if not len(prompts):
+    if not isinstance(num_generations, Integral) or num_generations < 1:
+        raise ValueError(f"num_generations must be at least 1, and whole, got {num_generations}")
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be lists of token ids, one per prompt, got {type(prompts).__name__}")
+    prompts, num_generations = list(prompts), int(num_generations)
+    if not prompts:
         raise ValueError("prompts is empty: give at least one list of token ids")
     rows = [_checked(index, prompt, vocab_size, max_context) for index, prompt in enumerate(prompts)]
     for token in sampling.eos_token_ids:
@@ -58,8 +72,11 @@ def build_sequences(
     return sequences, limits
 
 
-def _checked(index: int, prompt: Sequence[int], vocab_size: int, max_context: int | None) -> np.ndarray:
-    row = np.asarray(prompt)
+def _checked(index: int, prompt: Any, vocab_size: int, max_context: int | None) -> np.ndarray:
+    try:
+        row = np.asarray(prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt)
+    except ValueError as error:  # lists of different lengths within the prompt
+        raise ValueError(f"prompt {index} must be a flat list of token ids, got nested lists") from error
     if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
         raise ValueError(f"prompt {index} must be a flat list of token ids, got {type(prompt).__name__} {row.dtype}")
     if row.size == 0:

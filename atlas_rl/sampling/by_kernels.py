@@ -13,6 +13,7 @@ from atlas_kernels.dispatch import Implementation, kernels_run_on
 from atlas_kernels.rejection import verify_by_rejection
 from atlas_kernels.verify import Verification, verify
 from atlas_rl.core import Draft, SamplingParams, Sequences
+from atlas_rl.policy.logits import require_distributions
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import (
     DrafterInvariant,
@@ -69,7 +70,7 @@ class FusedVerifier(Verifier):
             verified = verify_by_rejection(
                 *rows, temperature=temperature, draft_probs=probs, implementation=self._implementation
             )
-        return _outcome(verified, row, depth, int(counts.max()))
+        return _outcome(verified, logits, row, depth, int(counts.max()))
 
 
 def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor | None:
@@ -81,8 +82,11 @@ def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Ten
     return draft.draft_probs[torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)]
 
 
-def _outcome(verified: Verification, row: np.ndarray, depth: np.ndarray, width: int) -> Outcome:
-    """Packed results, from the device, as one row per request; zeros behind what is committed."""
+def _outcome(verified: Verification, logits: torch.Tensor, row: np.ndarray, depth: np.ndarray, width: int) -> Outcome:
+    """Packed results, from the device, as one row per request; zeros behind what is committed.
+
+    Whether the logits were distributions is read off what is downloaded anyway.
+    """
     num_accepted = verified.num_accepted.cpu().numpy()
     figures = torch.stack([verified.logprobs, verified.entropies, verified.max_probs]).cpu().numpy()
     outcome = Outcome(
@@ -91,6 +95,7 @@ def _outcome(verified: Verification, row: np.ndarray, depth: np.ndarray, width: 
         *(np.zeros((len(num_accepted), width), np.float32) for _ in range(3)),
     )
     valid = depth <= num_accepted[row]
+    require_distributions(figures[2, valid], logits, np.flatnonzero(valid))
     row, depth = row[valid], depth[valid]
     outcome.token_ids[row, depth] = verified.token_ids.cpu().numpy()[valid]
     for array, values in zip((outcome.logprobs, outcome.entropies, outcome.max_probs), figures, strict=True):

@@ -16,6 +16,7 @@ import torch
 from atlas_kernels import noise
 from atlas_kernels.noise import Stream
 from atlas_rl.core import Draft, SamplingParams, Sequences
+from atlas_rl.policy.logits import require_distributions
 from atlas_rl.sampling.processing import block_maxima, entropies, process
 
 
@@ -73,12 +74,17 @@ class Verifier(ABC):
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
         """Verify packed drafts.
 
+        The largest probability of every row, which the report wants, tells whether the row is a distribution at all.
+
         Args:
             logits: float32 `[sum(draft.lengths + 1), vocab]`: request by request, the logits after its last committed
                 token, then after each draft token. May be changed in place.
             draft: Drafts of the batch.
             sequences: All requests; `sequences.lengths` counts committed tokens only.
             requests: int64 `[batch]`.
+
+        Raises:
+            NonFiniteLogits: The policy's logits are no distribution at a position that is reached.
         """
         sampling = sequences.sampling
         batch, width = len(requests), int(draft.lengths.max(initial=0)) + 1
@@ -96,6 +102,8 @@ class Verifier(ABC):
             prefixes = prefixes_of(sequences, requests[going], draft, going, depths, logits.device)
             processed = process(taken, sampling, prefixes)
             probs = processed.softmax(dim=-1)
+            max_probs = probs.amax(dim=-1).cpu().numpy()
+            require_distributions(max_probs, processed)
             has_draft = draft.lengths[going] > depth
             drafts = np.full(len(going), -1, np.int64)
             if has_draft.any():
@@ -109,9 +117,8 @@ class Verifier(ABC):
             chosen = torch.from_numpy(tokens).to(logits.device)
             logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
             outcome.logprobs[going, depth] = logprobs.cpu().numpy()
-            entropy = entropies(processed, probs, chosen, logprobs, sampling.truncates)
-            outcome.entropies[going, depth] = entropy.cpu().numpy()
-            outcome.max_probs[going, depth] = probs.amax(dim=-1).cpu().numpy()
+            outcome.entropies[going, depth] = entropies(processed, probs, chosen, logprobs, sampling.truncates)
+            outcome.max_probs[going, depth] = max_probs
             going = going[accepted]
             outcome.num_accepted[going] += 1
             if not len(going):

@@ -124,6 +124,12 @@ class Speculator(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`; raises `ValueError` when the state belongs to another kind of speculator or policy."""
+        """Restore `state_dict()`. What comes from a file may be damaged: check it before anything changes.
+
+        Raises:
+            ValueError: A damaged state, or one of another kind of speculator or policy; nothing has changed then.
+        """
         if state:
-            raise ValueError(f"the speculator '{self.name}' has no state of its own, got keys {sorted(state)}")
+            raise ValueError(
+                f"the speculator '{self.name}' has no state of its own, got keys {sorted(map(str, state))}"
+            )

@@ -6,8 +6,9 @@ catches up with what was committed since it last drafted, whoever drafted that.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,13 +18,19 @@ from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
 from atlas_rl.policy.base import PolicyCache, Segments, retire
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
+from atlas_rl.speculators.causal_lm import load_causal_lm
 from atlas_rl.speculators.drawing import draw_full
+from atlas_rl.speculators.identify import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from atlas_rl.policy.ragged_attention import RaggedBatch
+    from atlas_rl.policy.view import PolicyView
 
+_PADDING_SHARE = (
+    0.2  # of the larger vocabulary: what padding and added tokens make of one tokenizer; more is another one
+)
 _DRAFT_ROOM = 32  # cells past the longest text: all rows run to the longest draft wanted, also those about to end
 
 
@@ -33,25 +40,33 @@ class DraftLM(Speculator):
     Coupled to the policy's noise, each draft token is the one that the draft LM would commit itself at that position
     (acceptance close to 1 - TV). Without coupling it is an independent draw, and `Draft.draft_probs` says from what.
 
+    One tokenizer can come with embeddings of different sizes, padded differently or grown by added tokens. The draft LM
+    then drafts over the rows that both have. It reads a token that it has no embedding for as its token 0, which costs
+    acceptance and nothing else.
+
     Args:
         model: The draft LM; only read.
         vocab_size: The policy's vocabulary size.
+        same_tokenizer: Whether its tokenizer is known to be the policy's, so that sizes may differ by any amount.
 
     Raises:
-        ValueError: The draft LM has another vocabulary.
+        ValueError: No causal LM, one whose weights are not finite, or one with another vocabulary (here and at `bind`).
     """
 
     name = "draft_lm"
 
-    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+    def __init__(self, model: nn.Module, vocab_size: int, *, same_tokenizer: bool = False) -> None:
         self._runner = InProcessRunner(model)
-        if self._runner.vocab_size != vocab_size:
-            raise ValueError(
-                f"the draft LM has a vocabulary of {self._runner.vocab_size} tokens, the policy one of {vocab_size}: "
-                "a draft LM needs the policy's tokenizer"
-            )
+        check_finite(dict(self._runner.model.named_parameters()), "the draft LM")
+        self._same_tokenizer = same_tokenizer
+        self._set_vocabulary(vocab_size)
         self._sequences: Sequences | None = None
         self._cache: RaggedBatch | None = None
+
+    def bind(self, policy: PolicyView, couples_noise: bool) -> None:
+        """Draft for this policy, whose vocabulary may have grown."""
+        super().bind(policy, couples_noise)
+        self._set_vocabulary(policy.vocab_size)
 
     def start(
         self,
@@ -71,38 +86,64 @@ class DraftLM(Speculator):
         self._active = np.concatenate([self._active, requests])
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
-        """Tokens that are not cached, of all active requests: it runs them together."""
-        return int((sequences.lengths[self._active] - self._cached[self._active]).sum())
+        """Tokens that are not cached, of all active requests that fit its context: it runs them together."""
+        lengths = sequences.lengths[self._active]
+        waiting = lengths - self._cached[self._active]
+        return int(waiting[self._room(lengths) > 0].sum())
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
+        """Draft for every request; all rows run to the longest draft wanted, or as far as the draft LM's context goes."""
         assert sequences is self._sequences, "propose() before start()"
-        assert self._cache is not None
-        active, lengths = self._active, sequences.lengths[self._active]
-        depth = min(int(max_draft_tokens.max(initial=0)), self._room(lengths))
+        active, room = self._active, self._room(sequences.lengths[self._active])
+        depth = min(int(max_draft_tokens.max(initial=0)), int(room.max(initial=0)))
         if depth <= 0:
             return Draft.empty(len(requests))
-        tokens = np.zeros((len(active), depth), np.int64)
-        confidence = np.zeros(tokens.shape, np.float32)
-        probs: list[torch.Tensor] = []
-        with self._runner.session(self._cache):
-            fresh = [sequences.token_ids[r, self._cached[r] : n] for r, n in zip(active, lengths, strict=True)]
-            for position in range(depth):
-                new = np.array([len(row) for row in fresh], np.int64)
-                segments = Segments(np.concatenate(fresh).astype(np.int64), 0, lengths + position - new, new)
-                logits = self._runner.forward(segments, np.cumsum(new) - 1)
-                tokens[:, position], confidence[:, position], q = draw_full(
-                    logits, sequences, active, tokens[:, :position], couples_noise=self._couples_noise
-                )
-                if not self._couples_noise:
-                    probs.append(q)
-                fresh = list(tokens[:, position : position + 1])
-        self._cached[active] = lengths + depth - 1
-        self._drafted = dict(zip(active.tolist(), tokens, strict=True))
+        tokens, confidence, draft_probs = self._run(sequences, np.minimum(room, depth), depth)
         row_of = {request: row for row, request in enumerate(active.tolist())}
         rows = np.array([row_of[int(request)] for request in requests], np.int64)
-        draft_probs = None if self._couples_noise else torch.stack(probs, dim=1)[torch.from_numpy(rows)]
-        return Draft(tokens[rows], np.minimum(max_draft_tokens, depth), confidence[rows], draft_probs)
+        lengths = np.minimum(max_draft_tokens, np.clip(room[rows], 0, depth))
+        if draft_probs is not None:
+            draft_probs = draft_probs[torch.from_numpy(rows)]
+        return Draft(tokens[rows], lengths, confidence[rows], draft_probs)
+
+    def _run(
+        self, sequences: Sequences, depths: np.ndarray, depth: int
+    ) -> tuple[np.ndarray, np.ndarray, torch.Tensor | None]:
+        """Draft `depths` tokens (int64 `[active]`, at most `depth`) for every active request.
+
+        Returns:
+            Tokens int64 and confidences float32 `[active, depth]`, and without coupling the probabilities
+            `[active, depth, vocab]`; past a row's own depth they mean nothing.
+        """
+        assert self._cache is not None
+        active, lengths = self._active, sequences.lengths[self._active]
+        tokens = np.zeros((len(active), depth), np.int64)
+        confidence = np.full(tokens.shape, 0.5, np.float32)
+        probs: list[torch.Tensor] = []
+        fresh = [sequences.token_ids[r, self._cached[r] : n] for r, n in zip(active, lengths, strict=True)]
+        with self._runner.session(self._cache):
+            for position in range(depth):
+                rows = np.flatnonzero(depths > position)
+                new = np.array([len(fresh[row]) for row in rows], np.int64)
+                packed = self._readable(np.concatenate([fresh[row] for row in rows]).astype(np.int64))
+                segments = Segments(packed, 0, lengths[rows] + position - new, new, rows)
+                logits = self._in_policys_vocabulary(self._runner.forward(segments, np.cumsum(new) - 1))
+                tokens[rows, position], confidence[rows, position], q = draw_full(
+                    self.name,
+                    logits,
+                    sequences,
+                    active[rows],
+                    tokens[rows, :position],
+                    couples_noise=self._couples_noise,
+                )
+                if not self._couples_noise:
+                    probs.append(q.new_zeros(len(active), q.shape[1]))
+                    probs[-1][torch.from_numpy(rows)] = q
+                fresh = list(tokens[:, position : position + 1])
+        ran = depths > 0
+        self._cached[active[ran]] = (lengths + depths - 1)[ran]
+        self._drafted = {int(active[row]): tokens[row, : depths[row]] for row in np.flatnonzero(ran)}
+        return tokens, confidence, None if self._couples_noise else torch.stack(probs, dim=1)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the cached drafts that were committed and let finished requests go."""
@@ -126,31 +167,61 @@ class DraftLM(Speculator):
         self._cache = None
         return None
 
-    def _room(self, lengths: np.ndarray) -> int:
-        """Most tokens that every row can still draft within the cache and the draft LM's own context."""
+    def _room(self, lengths: np.ndarray) -> np.ndarray:
+        """Most tokens that each row can still draft within the cache and the draft LM's own context; 0 or less for none."""
         assert self._cache is not None
         limit = min(self._cache.capacity, self._runner.max_context or self._cache.capacity)
-        return int(limit - lengths.max(initial=0)) + 1
+        return limit - lengths + 1
+
+    def _set_vocabulary(self, vocab_size: int) -> None:
+        own = self._runner.vocab_size
+        if not self._same_tokenizer and min(own, vocab_size) < (1 - _PADDING_SHARE) * max(own, vocab_size):
+            raise ValueError(
+                f"the draft LM has a vocabulary of {own} tokens, the policy one of {vocab_size}: padding explains less, and "
+                "a draft LM needs the policy's tokenizer"
+            )
+        self._vocab_size = vocab_size
+
+    def _readable(self, token_ids: np.ndarray) -> np.ndarray:
+        """Tokens, int64 `[n]`, with 0 for those that the draft LM has no embedding for."""
+        return np.where(token_ids < self._runner.model.get_input_embeddings().weight.shape[0], token_ids, 0)
+
+    def _in_policys_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits `[rows, vocab of the draft LM]` over the policy's vocabulary; tokens that it lacks are impossible."""
+        missing = self._vocab_size - logits.shape[1]
+        if missing > 0:
+            return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        return logits[:, : self._vocab_size].contiguous()
 
 
-def load_draft_model(
-    folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """Load a draft LM from a checkpoint folder, onto a device and in a number format.
+def load_draft_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Load a draft LM from a checkpoint folder, onto a device and in a number format; `ValueError` as `load_causal_lm`."""
+    return load_causal_lm(folder, dtype).to(device)
+
+
+def shares_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether the tokenizer in a draft LM's folder is the policy's; False where one of them is not known.
+
+    Tokens that only one of them has were added to it, and do not count.
 
     Raises:
-        ValueError: No checkpoint there, or its tokenizer is not the policy's.
+        ValueError: It is another one.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    if not (folder / "config.json").is_file():
+    if tokenizer is None or not (folder / "tokenizer_config.json").is_file():
+        return False
+    own = _by_id(AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab())
+    policys = _by_id(tokenizer.get_vocab())
+    common = own.keys() & policys.keys()
+    differing = [token_id for token_id in common if own[token_id] != policys[token_id]]
+    if differing or len(common) < (1 - _PADDING_SHARE) * max(len(own), len(policys)):
+        reason = f"token {min(differing)} is another" if differing else f"{len(own)} tokens instead of {len(policys)}"
         raise ValueError(
-            f"draft_model: no checkpoint in '{folder}' (config.json is missing); "
-            "a four-bit copy of the policy itself is draft_model='fp4'"
+            f"draft_model: the tokenizer in '{folder}' is not the policy's ({reason}); drafts are token ids"
         )
-    if tokenizer is not None and (folder / "tokenizer_config.json").is_file():
-        own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"draft_model: the tokenizer in '{folder}' is not the policy's; drafts are token ids")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.to(device).eval()
+    return True
+
+
+def _by_id(vocabulary: Mapping[str, int]) -> dict[int, str]:
+    return {token_id: token for token, token_id in vocabulary.items()}

@@ -19,10 +19,15 @@ from atlas_rl.sampling.verification import choose
 _CONFIDENCE = (0.01, 0.99)
 
 
+class NonFiniteDraft(ValueError):
+    """A drafter gave logits that are no distribution: it cannot draft until it has other weights. The policy can go on."""
+
+
 class ReducedDraft:
     """Draws draft tokens under the call's sampling parameters.
 
     Args:
+        drafter: The speculator's name, for errors.
         sequences: All requests of the call.
         requests: int64 `[batch]`.
         depth: Draft tokens per request, for all alike.
@@ -33,6 +38,7 @@ class ReducedDraft:
 
     def __init__(
         self,
+        drafter: str,
         sequences: Sequences,
         requests: np.ndarray,
         depth: int,
@@ -43,6 +49,7 @@ class ReducedDraft:
     ) -> None:
         # A penalty would need the whole prefix at every drafted token: left out, it costs acceptance and nothing else.
         self._sampling = replace(sequences.sampling, repetition_penalty=1.0)
+        self._drafter = drafter
         self._sequences, self._requests, self._token_ids = sequences, requests, token_ids
         self._stream, self._keys = sequences.draft_noise(requests, couples_noise)
         self._couples_noise, self._likeliest = couples_noise, argmax or sequences.sampling.greedy
@@ -56,11 +63,14 @@ class ReducedDraft:
 
         Args:
             logits: `[batch, reduced vocab]`; may be changed in place.
+
+        Raises:
+            NonFiniteDraft: The largest probability of a row, which is its confidence, is NaN.
         """
         q = process(logits.float(), self._sampling, None).softmax(dim=-1)
+        self._confidence[:, self._position] = _max_probs(q.amax(dim=-1), self._drafter).clip(*_CONFIDENCE)
         chosen = self._choose(q)
         self.token_ids[:, self._position] = self._token_ids[chosen]
-        self._confidence[:, self._position] = q.amax(dim=-1).clamp(*_CONFIDENCE).cpu().numpy()
         if not self._couples_noise:
             self._probs.append(_one_hot(chosen, q) if self._likeliest else q)
         self._position += 1
@@ -78,7 +88,11 @@ class ReducedDraft:
         newest: torch.Tensor,
         implementation: Implementation = "auto",
     ) -> None:
-        """All tokens of every request, by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`."""
+        """All tokens of every request, by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`.
+
+        Raises:
+            NonFiniteDraft: As in `draw`.
+        """
         drawn = draft_head(
             weights,
             state,
@@ -91,8 +105,8 @@ class ReducedDraft:
             with_probs=not self._couples_noise,
             implementation=implementation,
         )
+        self._confidence[:] = _max_probs(drawn.confidence, self._drafter).clip(*_CONFIDENCE)
         self.token_ids[:] = self._token_ids[drawn.indices.cpu().numpy()]
-        self._confidence[:] = drawn.confidence.clamp(*_CONFIDENCE).cpu().numpy()
         self._probs = [] if drawn.probs is None else list(drawn.probs.unbind(dim=1))
 
     def finish(self, max_draft_tokens: np.ndarray) -> Draft:
@@ -119,11 +133,18 @@ class ReducedDraft:
 
 
 def draw_full(
-    logits: torch.Tensor, sequences: Sequences, requests: np.ndarray, drafted: np.ndarray, *, couples_noise: bool
+    drafter: str,
+    logits: torch.Tensor,
+    sequences: Sequences,
+    requests: np.ndarray,
+    drafted: np.ndarray,
+    *,
+    couples_noise: bool,
 ) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
     """The next draft token of some requests, under the sampling parameters of the call.
 
     Args:
+        drafter: The speculator's name, for errors.
         logits: float32 `[batch, vocab]`; may be changed in place.
         sequences: All requests of the call.
         requests: int64 `[batch]`.
@@ -133,6 +154,9 @@ def draw_full(
     Returns:
         Tokens int64 `[batch]`, confidences float32 `[batch]`, and the distribution they were drawn from, float32
         `[batch, vocab]`. A confidence is the largest probability: a function of the prefix alone, for either verification.
+
+    Raises:
+        NonFiniteDraft: The largest probability of a row is NaN.
     """
     sampling, prefixes = sequences.sampling, None
     if sampling.repetition_penalty != 1:
@@ -143,10 +167,10 @@ def draw_full(
             for r, row in zip(requests, drafted, strict=True)
         ]
     probs = process(logits, sampling, prefixes).softmax(dim=-1)
+    confidence = _max_probs(probs.amax(dim=-1), drafter)
     stream, keys = sequences.draft_noise(requests, couples_noise)
     positions = sequences.lengths[requests] + drafted.shape[1]
     tokens = choose(probs, keys, positions, stream, sampling.greedy)
-    confidence = probs.amax(dim=-1).cpu().numpy()
     if sampling.greedy:
         probs = torch.nn.functional.one_hot(torch.from_numpy(tokens).to(probs.device), probs.shape[1]).to(probs)
     return tokens, confidence, probs
@@ -176,6 +200,17 @@ def choose_among(probs, token_ids, keys, positions, stream):
                 if score > best:
                     best, choice[row] = score, index
     return choice
+
+
+def _max_probs(max_probs: torch.Tensor, drafter: str) -> np.ndarray:
+    """The largest probabilities of rows of draft logits, on the host: NaN where the logits are no distribution."""
+    found = max_probs.cpu().numpy()
+    if np.isnan(found).any():
+        raise NonFiniteDraft(
+            f"the draft logits of '{drafter}' are not finite. The policy's tokens are not affected. Likely causes: weights "
+            "of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave it out"
+        )
+    return found
 
 
 def _one_hot(index: np.ndarray, like: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ class TokenCounts:
 
 @dataclass(slots=True)
 class TokenRows:
-    """The policy's input and output embeddings of the tokens seen so far.
+    """The policy's input embeddings, and rows and biases of its LM head, of the tokens seen so far.
 
     A copy, because the drafter learns when the policy's weights may be sharded away, and small, because it holds only what
     the rollouts used. `reread` follows the policy.
@@ -55,18 +55,20 @@ class TokenRows:
         slots: int64 `[vocab]`, row of each token, -1 for tokens without one.
         token_ids: int64 `[rows]`.
         inputs, outputs: float32 `[rows, hidden]`.
+        biases: float32 `[rows]`.
     """
 
     slots: np.ndarray
     token_ids: np.ndarray
     inputs: torch.Tensor
     outputs: torch.Tensor
+    biases: torch.Tensor
 
     @classmethod
     def empty(cls, vocab_size: int, hidden_size: int, device: torch.device) -> TokenRows:
         """No rows yet."""
         rows = torch.zeros(0, hidden_size, device=device)
-        return cls(np.full(vocab_size, -1, np.int64), np.zeros(0, np.int64), rows, rows)
+        return cls(np.full(vocab_size, -1, np.int64), np.zeros(0, np.int64), rows, rows, rows[:, 0])
 
     def add(self, token_ids: np.ndarray, policy: PolicyView) -> None:
         """Make sure that tokens have rows: int `[n]`."""
@@ -75,12 +77,13 @@ class TokenRows:
         if len(new):
             self.slots[new] = np.arange(len(new)) + len(self.token_ids)
             self.token_ids = np.concatenate([self.token_ids, new])
-            inputs, outputs = policy.rows_of(new)
+            inputs, outputs, biases = policy.rows_of(new)
             self.inputs, self.outputs = _appended(self.inputs, inputs), _appended(self.outputs, outputs)
+            self.biases = torch.cat([self.biases, biases])
 
     def reread(self, policy: PolicyView) -> None:
         """The policy's weights may have changed: take the rows anew."""
-        self.inputs, self.outputs = policy.rows_of(self.token_ids)
+        self.inputs, self.outputs, self.biases = policy.rows_of(self.token_ids)
 
 
 def _appended(rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

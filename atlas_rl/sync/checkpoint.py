@@ -1,9 +1,16 @@
-"""What the drafters know, saved beside a trainer's checkpoint: one safetensors file, never a pickle."""
+"""What the drafters know, saved beside a trainer's checkpoint: one safetensors file, never a pickle.
+
+Drafters index by numbers from this file, so its content is signed with a checksum: a file that a disk or a copy damaged is
+refused as a whole. Each drafter checks its own part again when it loads it (`speculators/saved_state.py`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +19,107 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from atlas_rl.speculators.base import Speculator
+
+logger = logging.getLogger(__name__)
+
 FILE_NAME = "atlas_rl.safetensors"
-_FORMAT = "atlas_rl.speculators.1"
+_FORMAT = "atlas_rl.speculators.2"  # 1 had no checksum
 _SEPARATOR = "/"
+_AFRESH = "delete it to let the drafters start afresh"
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write nested mappings of arrays, tensors, numbers and strings; whole or not at all."""
+    """Write nested mappings of arrays, tensors, numbers and strings; whole or not at all.
+
+    Raises:
+        OSError: The disk does not take it; nothing is left behind.
+        TypeError: A value of another kind.
+    """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     _flatten(state, "", tensors, values)
+    described = json.dumps(values)
+    save_whole(path, tensors, {"format": _FORMAT, "values": described, "checksum": _checksum(tensors, described)})
+
+
+def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: The disk does not take it; nothing is left behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": _FORMAT, "values": json.dumps(values)})
-    partial.replace(path)
+    try:
+        save_file(dict(tensors), partial, metadata=dict(metadata))
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"'{path}' cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote: arrays come back as numpy arrays or tensors, as they went.
 
     Raises:
-        ValueError: Not such a file, or a damaged one.
+        ValueError: Not such a file, one of another version, one that cannot be read, or a damaged one.
     """
-    state: dict[str, Any] = {}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise ValueError(f"'{path}' holds no drafter state (format {metadata.get('format')!r})")
-            values, keys = json.loads(metadata["values"]), set(file.keys())
-            for key, value in values.items():
-                if key not in keys:
-                    _put(state, key, value)
-            for key in keys:
-                tensor = file.get_tensor(key)
-                dtype = values.get(key)
-                _put(state, key, tensor if dtype is None else tensor.numpy().astype(dtype, copy=False))
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged ({error}): delete it to let the drafters start afresh") from error
-    return state
+                raise ValueError(
+                    f"'{path}' holds no drafter state of this version (format {metadata.get('format')!r}, expected "
+                    f"{_FORMAT!r}): {_AFRESH}"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{path}' is damaged or cannot be read ({error}): {_AFRESH}") from error
+    described = metadata.get("values", "")
+    if metadata.get("checksum") != _checksum(tensors, described):
+        raise ValueError(f"'{path}' is damaged (its checksum does not fit its content): {_AFRESH}")
+    return _nested(path, tensors, described)
+
+
+def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, strict: bool) -> None:
+    """Give speculators their own part of a state each.
+
+    Args:
+        speculators: By name.
+        state: Parts by name.
+        strict: False names what cannot be restored in a warning, and goes on: that speculator starts afresh.
+
+    Raises:
+        ValueError: With `strict`: a damaged part, or one of a speculator that is not there.
+    """
+    missing = sorted(str(name) for name in state if name not in speculators)
+    if missing:
+        message = f"the state has speculators {missing} that this engine lacks; it has {sorted(speculators)}"
+        if strict:
+            raise ValueError(message)
+        logger.warning("atlas_rl: %s: they are left out", message)
+    for name, speculator in speculators.items():
+        if name not in state:
+            continue
+        try:
+            speculator.load_state_dict(state[name])
+        except Exception as error:  # whoever wrote the speculator: training never stops for a drafter
+            if strict:
+                raise
+            logger.warning("atlas_rl: the saved state of the drafter '%s' is left: %s. It starts afresh", name, error)
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], described: str) -> str:
+    digest = hashlib.sha256(described.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _flatten(state: Mapping[str, Any], prefix: str, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
@@ -70,6 +139,28 @@ def _flatten(state: Mapping[str, Any], prefix: str, tensors: dict[str, torch.Ten
             values[key] = value.item()
         else:
             raise TypeError(f"drafter state '{key}' is a {type(value).__name__}, which cannot be saved")
+
+
+def _nested(path: Path, tensors: Mapping[str, torch.Tensor], described: str) -> dict[str, Any]:
+    """The mapping that `_flatten` took apart. A checksum is no signature, so a forged file is a `ValueError` too."""
+    state: dict[str, Any] = {}
+    try:
+        values = json.loads(described)
+        for key, value in values.items():
+            if key not in tensors:
+                _put(state, key, value)
+        for key, tensor in tensors.items():
+            _put(state, key, tensor if values.get(key) is None else _array(tensor, values[key]))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}): {_AFRESH}") from error
+    return state
+
+
+def _array(tensor: torch.Tensor, name: str) -> np.ndarray:
+    dtype = np.dtype(name)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"an array of type {name}")
+    return tensor.numpy().astype(dtype, copy=False)
 
 
 def _put(state: dict[str, Any], key: str, value: Any) -> None:

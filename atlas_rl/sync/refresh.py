@@ -9,6 +9,9 @@ from atlas_rl.controller.base import Controller
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.base import Speculator
 
+MAX_VERSION = 2**31 - 1
+_MAX_DIGITS = 10
+
 
 class PolicyTracker:
     """Keeps the policy's version, and brings drafters up to date when it changes.
@@ -25,6 +28,22 @@ class PolicyTracker:
         self._clock = clock
         self._newest: Rollouts | None = None
         self._refresh_s = 0.0
+
+    def checked(self, version: str | int | None) -> int | None:
+        """A version that comes from outside, as a number; None for none.
+
+        Raises:
+            ValueError: No whole number, too large to be kept with every rollout, or below the present version.
+        """
+        if version is None:
+            return None
+        text = str(version)
+        number = int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else -1
+        if isinstance(version, bool) or not 0 <= number <= MAX_VERSION:
+            raise ValueError(f"a policy version is a whole number up to {MAX_VERSION}, got {text[:40]!r}")
+        if number < self.version:
+            raise ValueError(f"policy versions do not fall: this one is {self.version}, got {number}")
+        return number
 
     def finished(self, rollouts: Rollouts) -> None:
         """A generation call ended; its rollouts are the newest."""

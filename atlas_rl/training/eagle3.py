@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig
 
-from atlas_rl.policy.supported import field_of, rope_settings
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.replay.record import Recorded
-from atlas_rl.speculators.eagle3.head import Eagle3Config, Eagle3Head
+from atlas_rl.speculators.eagle3.head import Eagle3Head
 from atlas_rl.sync.checkpoint import load_state, save_state
+from atlas_rl.training.head_shape import head_config
 
 _STATE = "training.safetensors"
 _LOG = "training.json"
+HELD_OUT = 0.1  # of the calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class TrainSettings:
     """How a head is trained.
 
     Attributes:
-        layers: Decoder layers of the policy that it reads.
+        layers: Decoder layers of the policy that it reads, ascending.
         draft_vocab_size: Most tokens it can propose; the most used of the data are taken.
         intermediate_size: Of its MLP; None takes the policy's.
         unroll: Steps of test-time unrolling.
@@ -58,7 +58,7 @@ class TrainSettings:
     batch_size: int = 8
     learning_rate: float = 1e-3
     step_weight: float = 0.8
-    held_out: float = 0.1
+    held_out: float = HELD_OUT
     seed: int = 0
 
 
@@ -96,43 +96,22 @@ class Progress:
 
 def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
     """A head for `policy` over `token_ids` (sorted int64), its output layer started from the policy's own."""
-    layer = _layer_like(policy.config, policy.vocab_size, settings.intermediate_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        head = Eagle3Head(Eagle3Config(layer, len(token_ids), settings.layers))
+        head = Eagle3Head(head_config(policy, settings.layers, len(token_ids), settings.intermediate_size))
         for module in head.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
     ids = torch.from_numpy(token_ids)
     head.set_vocabulary(ids)
     with torch.no_grad():
-        head.lm_head.weight.copy_(policy.output_table[ids].float())
+        head.lm_head.weight.copy_(policy.rows_of(token_ids)[1])
     return head.to(policy.device)
 
 
-def _layer_like(config: Any, vocab_size: int, intermediate_size: int | None) -> LlamaConfig:
-    """The head's layer: as the policy's first, whose sizes may differ from those of others (Gemma 4)."""
-    hidden, heads = config.hidden_size, field_of(config, "num_attention_heads", 0)
-    inner = intermediate_size or field_of(config, "intermediate_size", 0) or 4 * hidden
-    rope = dict(next(iter(rope_settings(config)), {}))
-    if isinstance(getattr(config, "rope_parameters", None), dict) and getattr(config, "layer_types", None):
-        rope = config.rope_parameters.get(config.layer_types[0]) or rope
-    known = rope.get("rope_type", "default") in ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-    # The head turns whole vectors, whatever share of them the policy turns.
-    rope = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=inner[0] if isinstance(inner, list) else inner,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=field_of(config, "num_key_value_heads", 0) or heads,
-        head_dim=field_of(config, "head_dim", 0) or hidden // heads,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-        rope_parameters=rope if known else {"rope_type": "default", "rope_theta": rope.get("rope_theta", 1e4)},
-        tie_word_embeddings=False,
-    )
+def num_held_out(num_calls: int, share: float = HELD_OUT) -> int:
+    """Recorded calls that are not trained on: at least one."""
+    return max(1, round(share * num_calls))
 
 
 def most_used_tokens(calls: Sequence[Path], vocab_size: int, size: int) -> np.ndarray:
@@ -163,15 +142,20 @@ def train(
         say: Gets progress, line by line.
 
     Raises:
-        ValueError: Too few calls, calls without the layers, or a state that other settings left there.
+        ValueError: Too few calls, completions too short to learn from, calls without the layers, or a state that other
+            settings left there.
     """
-    num_held_out = max(1, round(settings.held_out * len(calls)))
-    if len(calls) <= num_held_out:
+    first = num_held_out(len(calls), settings.held_out)
+    if len(calls) <= first:
         raise ValueError(f"{len(calls)} recorded calls are too few to hold one out: generate from more prompts")
-    held_out, trained = list(calls[:num_held_out]), list(calls[num_held_out:])
+    held_out, trained = list(calls[:first]), list(calls[first:])
+    if not any(map(_num_targets, trained)):
+        raise ValueError(
+            "no completion reaches the third position, the first that a head predicts: give longer prompts"
+        )
     head = new_head(policy, settings, most_used_tokens(trained, policy.vocab_size, settings.draft_vocab_size))
     counts = [int(sum((s := Recorded.load(p).sequences).lengths - s.prompt_lengths)) for p in (*held_out, *trained)]
-    progress = Progress(asdict(settings), sum(counts[num_held_out:]), sum(counts[:num_held_out]))
+    progress = Progress(asdict(settings), sum(counts[first:]), sum(counts[:first]))
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     done = _resume(output, head, optimizer, progress)
@@ -183,6 +167,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(settings, epoch + index / num_batches)
             loss = _loss(head, policy, batch, settings)
+            if loss is None:
+                continue
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(trainable, 0.5)
@@ -196,15 +182,15 @@ def train(
         row |= evaluate(head, policy, _batches(held_out, settings, None), settings)
         progress.epochs.append(row)
         say(f"epoch {epoch + 1}/{settings.epochs} | loss {row['loss']:.3f} | held-out acceptance by position "
-            + " ".join(f"{value:.2f}" for value in row["acceptance"]))  # fmt: skip
+            + " ".join("-" if value is None else f"{value:.2f}" for value in row["acceptance"]))  # fmt: skip
         _save(output, head, optimizer, progress)
     return head
 
 
 def evaluate(
     head: Eagle3Head, policy: PolicyView, batches: Iterator[Batch], settings: TrainSettings
-) -> dict[str, list[float]]:
-    """`acceptance` and `agreement` per unrolled position, see `Progress`."""
+) -> dict[str, list[float | None]]:
+    """`acceptance` and `agreement` per unrolled position, see `Progress`; None where no completion reaches."""
     overlap, same, count = np.zeros(settings.unroll), np.zeros(settings.unroll), np.zeros(settings.unroll)
     with torch.no_grad():
         for batch in batches:
@@ -215,7 +201,10 @@ def evaluate(
                 overlap[step] += float((torch.minimum(p[valid] * inside[:, None], q[valid]).sum(dim=-1)).sum())
                 same[step] += float((p.argmax(dim=-1) == q.argmax(dim=-1))[valid].sum())
                 count[step] += int(valid.sum())
-    return {"acceptance": (overlap / count).tolist(), "agreement": (same / count).tolist()}
+    means = {"acceptance": overlap, "agreement": same}
+    return {
+        name: [float(s / n) if n else None for s, n in zip(sums, count, strict=True)] for name, sums in means.items()
+    }
 
 
 def _mass_inside(policy: PolicyView, batch: Batch, head: Eagle3Head, step: int) -> torch.Tensor:
@@ -224,15 +213,24 @@ def _mass_inside(policy: PolicyView, batch: Batch, head: Eagle3Head, step: int) 
     return logits.softmax(dim=-1)[..., head.token_ids].sum(dim=-1)
 
 
-def _loss(head: Eagle3Head, policy: PolicyView, batch: Batch, settings: TrainSettings) -> torch.Tensor:
-    """Cross-entropy with the policy's distribution over the reduced vocabulary, summed over the unrolled steps."""
+def _loss(head: Eagle3Head, policy: PolicyView, batch: Batch, settings: TrainSettings) -> torch.Tensor | None:
+    """Cross-entropy with the policy's distribution over the reduced vocabulary, summed over the unrolled steps.
+
+    None where the completions are too short for any step.
+    """
     losses, weights = [], []
     for step, (logits, target, valid) in enumerate(_unrolled(head, policy, batch, settings.unroll)):
         if bool(valid.any()):
             per_position = -(target.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
             losses.append(per_position[valid].mean() * settings.step_weight**step)
             weights.append(settings.step_weight**step)
-    return torch.stack(losses).sum() / sum(weights)
+    return torch.stack(losses).sum() / sum(weights) if losses else None
+
+
+def _num_targets(path: Path) -> int:
+    """Drawn tokens of a recorded call that a head predicts: those at the third position or later."""
+    sequences = Recorded.load(path).sequences
+    return int(np.maximum(sequences.lengths - np.maximum(sequences.prompt_lengths, 2), 0).sum())
 
 
 def _unrolled(

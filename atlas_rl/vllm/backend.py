@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
+from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.report import dead_drafters
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.vllm import internals
-from atlas_rl.vllm.checks import check_environment, check_sampling, speculative_config
+from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_environment, check_sampling, speculative_config
 from atlas_rl.vllm.lost_drafters import LostDrafters
-from atlas_rl.vllm.request_fields import EXTRA_KEY, EXTRA_REQUEST
+from atlas_rl.vllm.request_fields import EXTRA_REQUEST
 
 if TYPE_CHECKING:
     from atlas_rl.vllm.proposer import AtlasProposer
@@ -114,17 +115,25 @@ class VllmBackend(Backend):
         return self is model or self.llm is model or isinstance(model, str | Path)
 
     def generate(self, call: Call) -> Run:
+        if not self.drafter.weights_are_whole:
+            raise ValueError(
+                "loading weights failed when some had changed: load the policy's weights once more before generating"
+            )
         sequences, drafting = call.sequences, self.drafter.drafting
         check_sampling(sequences.sampling, call.extra)
         if call.speculators:
             self.check_drafters(call.speculators)
-        drafting.begin(call)
+        ticket = drafting.begin(call)
         prompts = [
             {"prompt_token_ids": sequences.token_ids[i, :n].tolist()} for i, n in enumerate(sequences.prompt_lengths)
         ]
         with call.recorder.generating():
-            params = [self._params(call, i) for i in range(len(prompts))]
+            params = [self._params(call, ticket, i) for i in range(len(prompts))]
             outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        drafting.faults.report_to(call.recorder)
+        if drafting.num_undefined:
+            drafting.end()
+            raise NonFiniteLogits(UNDEFINED_LOGITS)
         logprobs = []
         for request, output in enumerate(outputs):
             completion = output.outputs[0]
@@ -145,7 +154,7 @@ class VllmBackend(Backend):
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(self.view.config)
 
-    def audited(self, policy: nn.Module | None) -> nn.Module | None:
+    def audited(self, model: Any, policy: nn.Module | None) -> nn.Module | None:
         return policy
 
     def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:
@@ -157,7 +166,7 @@ class VllmBackend(Backend):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         internals.reload_weights(self.llm, weights)
 
-    def _params(self, call: Call, request: int) -> Any:
+    def _params(self, call: Call, ticket: int, request: int) -> Any:
         from vllm import SamplingParams
 
         sequences, sampling = call.sequences, call.sequences.sampling
@@ -171,6 +180,6 @@ class VllmBackend(Backend):
             ignore_eos=True,  # the ending tokens are the call's, not the tokenizer's
             logprobs=0,
             detokenize=False,
-            extra_args={EXTRA_KEY: int(sequences.noise_keys[request]), EXTRA_REQUEST: request},
+            extra_args={EXTRA_REQUEST: [ticket, request]},
             **call.extra,
         )

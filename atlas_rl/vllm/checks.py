@@ -12,6 +12,11 @@ PROPOSER = "atlas_rl.vllm.proposer.AtlasProposer"
 NUM_SPECULATIVE_TOKENS = 16
 """Most draft tokens per step. The controller decides how many of them are used."""
 
+UNDEFINED_LOGITS = (
+    "the policy's logits are not finite (NaN or infinite) at some position, so its tokens mean nothing: "
+    "check its weights"
+)
+
 _KNOWN_OPTIONS = ("draft_model",)
 
 

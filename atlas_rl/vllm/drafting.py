@@ -19,13 +19,16 @@ from atlas_rl.controller.fixed import NoSpeculation
 from atlas_rl.core import Hidden, Prompts, Rollouts, SamplingParams, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.generate import Call
-from atlas_rl.decode.propose import Proposing, merge
+from atlas_rl.decode.guard import Faults
+from atlas_rl.decode.propose import merge
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import StepReport, no_speculation_seconds
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.refresh import PolicyTracker
 from atlas_rl.vllm.following import RequestFollower
 from atlas_rl.vllm.internals import Forward
+from atlas_rl.vllm.traffic import Traffic
+from atlas_rl.vllm.ways import ProposingInWays, observe_in_ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +73,13 @@ class Drafting:
         self.requests = RequestFollower(max_length, max_batch, vocab_size, seed)
         self.tracker = PolicyTracker()
         self.speculates = True
+        self.faults = Faults()
+        self.num_undefined = 0  # positions of the call, or so far, at which the policy's logits were no distribution
         self._max_draft_tokens = max_draft_tokens
         self._seen_version, self._num_reports = 0, 0
-        self._ended: list[tuple[int, int]] = []  # prompt and completion tokens of requests nobody announced
+        self._traffic = Traffic()  # of requests nobody announced
+        self.recorder = StepRecorder()
+        self._epoch_mark_s = 0.0  # of `_busy_s`, when the epoch began
         self.use({}, NoSpeculation())
 
     def use(self, speculators: Mapping[str, Speculator], controller: Controller) -> None:
@@ -82,15 +89,16 @@ class Drafting:
 
     def record(self, recorder: StepRecorder) -> None:
         """Count from here on into `recorder`."""
+        self._epoch_mark_s -= self._busy_s()
         self.recorder = recorder
-        self.proposing = Proposing(self.speculators, self.controller, recorder)
+        self.proposing = ProposingInWays(self.speculators, self.controller, recorder, self.requests.table)
         self.no_speculation_forward_s = 0.0
         self.num_planned = 0
         self._planned: _Planned | None = None
         self._forward_mark_s = recorder.seconds("forward")
 
-    def begin(self, call: Call) -> None:
-        """A call of ours begins. Its requests carry their index and key in vLLM's `extra_args`."""
+    def begin(self, call: Call) -> int:
+        """A call of ours begins. Returns its ticket, which its requests carry, with their index, in vLLM's `extra_args`."""
         if call.sequences.policy_version != self._seen_version:
             self.requests.prompt_states.clear()
             self._seen_version = call.sequences.policy_version
@@ -98,7 +106,8 @@ class Drafting:
         if self.speculates:
             self.speculators, self.controller = dict(call.speculators), call.controller
         self.record(call.recorder)
-        self.requests.table.announce(call.sequences, call.max_lengths)
+        self.num_undefined = 0
+        return self.requests.table.announce(call.sequences, call.max_lengths)
 
     def end(self) -> None:
         """The call is over."""
@@ -107,26 +116,30 @@ class Drafting:
 
     def policy_updated(self, version: int | None = None) -> None:
         """New weights, on an engine whose requests nobody announces: drafters learn from what they have seen."""
-        sequences = self.requests.table.sequences
+        table = self.requests.table
         self.requests.prompt_states.clear()
-        if sequences is None:
-            self.tracker.advance(self.speculators, self.controller, version)
-        else:
-            self._turn(sequences.sampling, version)
+        self._end_epoch()
+        self._learn(version)
+        if table.sequences is not None:
+            self._begin_epoch(table.current.sampling)
 
     def take_report(self) -> StepReport:
         """What was done for requests that ended since the last call, on an engine whose requests nobody announces.
 
         `generate_s` is the time in which the worker was busy.
         """
-        ended, self._ended = self._ended, []
+        traffic = self._traffic
+        self.faults.report_to(self.recorder)
         report = self.recorder.finish(
             step=self._num_reports,
             policy_version=self.tracker.version,
             mode="standalone",
-            num_prompt_tokens=sum(prompt for prompt, _ in ended),
-            completion_lengths=[completion for _, completion in ended],
+            num_prompt_tokens=traffic.num_prompt_tokens,
+            completion_lengths=traffic.completion_lengths,
         )
+        # The lengths are those of the newest requests, where many have ended.
+        report = replace(report, num_requests=traffic.num_requests, num_tokens=traffic.num_tokens)
+        traffic.reset()
         plain_s = no_speculation_seconds(report, self.no_speculation_forward_s)
         self._num_reports += 1
         self.record(StepRecorder(speculators=tuple(self.speculators)))
@@ -137,7 +150,15 @@ class Drafting:
         for name in names:
             row = self.requests.forget(name)
             if row is not None:
+                self._count_ended(row)
                 self._abandon(row)
+
+    def give_up(self) -> None:
+        """Something went wrong in here: requests that run go on without drafts."""
+        table = self.requests.table
+        if not table.announced:
+            table.close()
+        table.request_of, self._planned = {}, None
 
     def step(self, forward: Forward) -> list[list[int]]:
         """Learn from a forward and draft for the next one: draft tokens of every row."""
@@ -165,12 +186,12 @@ class Drafting:
         newcomers = requests.newcomers(forward)
         for row in newcomers:
             arrival, prompt = requests.arrival(forward, row)
-            if arrival.request is None:
-                if requests.table.is_over(arrival.sampling):
-                    self._turn(arrival.sampling, self.tracker.version)
-                if not requests.table.admits(arrival.sampling):
-                    continue  # served without drafts
-            requests.table.enter(arrival, prompt)
+            if arrival.request is None and arrival.sampling is not None and requests.table.is_over():
+                self._end_epoch()
+                if self._traffic.worth_learning(self.recorder.clock()):
+                    self._learn(self.tracker.version)
+                self._begin_epoch(arrival.sampling)
+            requests.table.enter(arrival, prompt)  # or it is served without drafts
         prompts = requests.prompts_of(forward, newcomers)
         self._start([forward.batch.requests[row].name for row in newcomers], prompts)
         return requests.followed(forward)
@@ -182,16 +203,35 @@ class Drafting:
             for speculator in self.speculators.values():
                 speculator.start(table.current, np.array(entered), prompts)
 
-    def _turn(self, sampling: SamplingParams, version: int | None) -> None:
-        """End the epoch: drafters learn from it. Requests that still run move into the next one."""
+    def _end_epoch(self) -> None:
+        """What the epoch generated is there to learn from."""
         table = self.requests.table
         if table.sequences is not None:
-            generate_s = self.recorder.seconds("forward") + self.recorder.seconds("prefill")
-            self.tracker.finished(Rollouts(table.sequences, generate_s))
+            table.sample_as(table.commonest_way)
+            self.tracker.finished(Rollouts(table.sequences, self._busy_s() - self._epoch_mark_s))
+
+    def _learn(self, version: int | None) -> None:
+        """Drafters learn from the newest epoch, for a policy of this version; None counts up."""
+        began_s = self.recorder.clock()
         self.tracker.advance(self.speculators, self.controller, version)
+        now_s = self.recorder.clock()
+        self._traffic.learned(now_s, now_s - began_s)
+
+    def _begin_epoch(self, sampling: SamplingParams) -> None:
+        """Requests that still run move into it."""
+        table = self.requests.table
         table.open(sampling, self.tracker.version)
-        self._planned = None
+        self._planned, self._epoch_mark_s = None, self._busy_s()
         self._start(list(table.request_of), Prompts())
+
+    def _busy_s(self) -> float:
+        return self.recorder.seconds("forward") + self.recorder.seconds("prefill")
+
+    def _count_ended(self, request: int) -> None:
+        table = self.requests.table
+        if not table.announced:
+            prompt = int(table.current.prompt_lengths[request])
+            self._traffic.ended(prompt, int(table.current.lengths[request]) - prompt)
 
     def _abandon(self, request: int) -> None:
         """A request that ended unseen counts as finished; nothing new is known of it."""
@@ -216,11 +256,10 @@ class Drafting:
         settled = Settled(
             requests, tokens, num_new, num_drafted, drawn.entropies[rows], drawn.max_probs[rows], _hidden(forward, rows)
         )
-        verified = commit(settled, table.current, table.max_lengths, self.recorder)
+        ends = table.ends(requests, tokens)
+        verified = commit(settled, table.current, table.max_lengths, self.recorder, ends)
         for i in np.flatnonzero(verified.finished).tolist():
-            if not table.announced:
-                prompt = int(table.current.prompt_lengths[requests[i]])
-                self._ended.append((prompt, int(table.current.lengths[requests[i]]) - prompt))
+            self._count_ended(requests[i])
             table.leave(forward.batch.requests[rows[i]].name)
         as_planned = complete and len(rows) == num_planned == len(forward.sampled)
         return _Committed(rows, num_planned, verified, as_planned)
@@ -260,7 +299,7 @@ class Drafting:
             admission = Admission(planned.admission.drafters, verified.num_drafted.copy())
             self.controller.observe(planned.step, admission, verified, forward_s, now_s - planned.began_s)
         for speculator in self.speculators.values():
-            speculator.observe(self.requests.table.current, verified)
+            observe_in_ways(speculator, self.requests.table, verified)
 
     # -------------------------------------------------------------------------------------------------------- drafting
 

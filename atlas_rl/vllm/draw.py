@@ -29,6 +29,7 @@ class Drawn:
         logprobs: float32 `[batch, draft_len + 1]`, of the processed distribution; 0 where there is no token.
         entropies: float32 `[batch, draft_len + 1]`, nats, of the processed distribution; 0 where there is no token.
         max_probs: float32 `[batch, draft_len + 1]`, likewise.
+        num_undefined: Positions whose logits were no distribution: NaN, infinite, or all excluded.
     """
 
     token_ids: np.ndarray
@@ -36,6 +37,7 @@ class Drawn:
     logprobs: np.ndarray
     entropies: np.ndarray
     max_probs: np.ndarray
+    num_undefined: int
 
 
 def draw(
@@ -51,7 +53,8 @@ def draw(
 
     Args:
         logits: float32 `[sum(num_drafts + 1), vocab]`, processed: request by request, the logits after its last committed
-            token, then after each draft token.
+            token, then after each draft token. Rows that are no distribution (a request may exclude every token) are
+            replaced in place by their likeliest token: vLLM goes on with some token, and so must we.
         drafts: int64 `[sum(num_drafts)]`, request by request; a negative one is never accepted.
         num_drafts: int64 `[batch]`.
         keys: uint64 `[batch]`, noise keys.
@@ -64,6 +67,13 @@ def draw(
     first = np.cumsum(counts) - counts
     offset = np.arange(len(row)) - first[row]
     probs = logits.softmax(dim=-1)
+    max_probs = probs.amax(dim=-1).cpu().numpy()  # for the report, and NaN exactly where a row is no distribution
+    undefined = np.flatnonzero(np.isnan(max_probs))
+    if len(undefined):
+        rows = torch.from_numpy(undefined).to(logits.device)
+        certain = _certain(logits[rows])
+        logits[rows], probs[rows] = certain, certain.softmax(dim=-1)
+        max_probs[undefined], truncated = 1, True
     tokens = _choose(probs, keys[row], starts[row] + offset, greedy[row])
     width = int(counts.max(initial=1))
     padded = np.full((len(counts), width), NO_TOKEN)
@@ -77,12 +87,10 @@ def draw(
     chosen = torch.from_numpy(tokens).to(logits.device)
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
     # Of every row, also of those behind a miss: to leave them out, the others would have to be copied, which costs more.
-    of_rows = (logprobs, entropies(logits, probs, chosen, logprobs, truncated), probs.amax(dim=-1))
-    return Drawn(
-        np.where(kept, drawn, NO_TOKEN),
-        index,
-        *(np.where(kept, values.cpu().numpy()[index], np.float32(0)) for values in of_rows),
-    )
+    nats = entropies(logits, probs, chosen, logprobs, truncated)
+    of_rows = (logprobs.cpu().numpy(), nats, max_probs)
+    of_kept = [np.where(kept, values[index], np.float32(0)) for values in of_rows]
+    return Drawn(np.where(kept, drawn, NO_TOKEN), index, of_kept[0], of_kept[1], of_kept[2], len(undefined))
 
 
 def scores(
@@ -151,6 +159,12 @@ def _ranks(logits: np.ndarray, index: np.ndarray, tokens: np.ndarray) -> np.ndar
             count += np.int32(row[token] >= own)
         found[i] = count
     return found
+
+
+def _certain(logits: torch.Tensor) -> torch.Tensor:
+    """Each row's likeliest token, the first where there is none, as the only one: `[rows, vocab]` likewise."""
+    likeliest = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(dim=-1, keepdim=True)
+    return torch.full_like(logits, -torch.inf).scatter_(1, likeliest, 0.0)
 
 
 def _choose(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, greedy: np.ndarray) -> np.ndarray:

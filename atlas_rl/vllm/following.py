@@ -9,7 +9,7 @@ from atlas_kernels.noise import mix64
 from atlas_rl.core import Hidden, Prompts
 from atlas_rl.vllm.internals import Forward, Request
 from atlas_rl.vllm.prompt_states import PromptStates
-from atlas_rl.vllm.request_fields import EXTRA_KEY, arrival_of
+from atlas_rl.vllm.request_fields import announced_as, sampling_of
 from atlas_rl.vllm.request_table import Arrival, RequestTable
 
 
@@ -34,7 +34,7 @@ class RequestFollower:
         self._keys: dict[str, int] = {}
 
     def keys(self, requests: list[Request]) -> np.ndarray:
-        """Noise keys uint64 `[rows]`: ours, or of the request's seed, or of its turn, which is the same on every rank."""
+        """Noise keys uint64 `[rows]`: the call's, or of the request's seed, or of its turn, the same on every rank."""
         for request in requests:
             if request.name not in self._keys:
                 self._keys[request.name] = self._key_of(request)
@@ -51,8 +51,10 @@ class RequestFollower:
 
     def read_prompts(self, forward: Forward) -> None:
         """Keep what a forward says of prompts that are not complete."""
+        if not forward.layers:
+            return
         for (begin, count, position), request in zip(forward.spans.tolist(), forward.batch.requests, strict=True):
-            if not forward.layers or request.name in self.table.request_of:
+            if request.name in self.table.request_of:
                 continue
             end = min(count, request.num_prompt_tokens - position)
             if end > 0:
@@ -71,7 +73,14 @@ class RequestFollower:
     def arrival(self, forward: Forward, row: int) -> tuple[Arrival, np.ndarray]:
         """A newcomer, and its prompt int32 `[num_prompt_tokens]`."""
         request = forward.batch.requests[row]
-        return arrival_of(request, self._keys[request.name]), forward.batch.token_ids[row, : request.num_prompt_tokens]
+        arrival = Arrival(
+            name=request.name,
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling=sampling_of(request.params),
+            noise_key=self._keys[request.name],
+            request=self._announced(request),
+        )
+        return arrival, forward.batch.token_ids[row, : request.num_prompt_tokens]
 
     def prompts_of(self, forward: Forward, rows: list[int]) -> Prompts:
         """Hidden states of the newcomers' prompts, as far as they were seen."""
@@ -105,10 +114,15 @@ class RequestFollower:
         return np.array([self.table.request_of[forward.batch.requests[row].name] for row in rows], np.int64)
 
     def _key_of(self, request: Request) -> int:
-        extra, seed = request.params.extra_args or {}, request.params.seed
-        if EXTRA_KEY in extra:
-            return int(extra[EXTRA_KEY])
+        index, seed = self._announced(request), request.params.seed
+        if index is not None:
+            return int(self.table.current.noise_keys[index])
         if seed is None:
             self._num_unseeded += 1
             return mix64(mix64(self._seed) ^ self._num_unseeded)
         return mix64(mix64(seed) ^ ~0 & 0xFFFFFFFFFFFFFFFF)
+
+    def _announced(self, request: Request) -> int | None:
+        """Index of a request in the sequences of the call that runs; None where that call did not announce it."""
+        table = self.table
+        return announced_as(request.params, table.ticket, len(table.max_lengths))

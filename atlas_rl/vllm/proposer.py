@@ -6,21 +6,26 @@ vLLM builds it in every worker, before it loads the policy. Options come in vLLM
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
 
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.decode.defaults import bind_all, default_speculators
+from atlas_rl.decode.guard import GuardedController
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import StepReport
 from atlas_rl.speculators.eagle3.checkpoint import eagle3_layers
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.vllm import internals
-from atlas_rl.vllm.checks import check_engine, options_of
+from atlas_rl.vllm.checkpoint import Described, check, describe, served_folder, tensors
+from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_engine, options_of
 from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.internals import Forward, Hooks, Request, VllmView
+
+Value = TypeVar("Value")
 
 
 class AtlasProposer(Hooks):
@@ -35,12 +40,14 @@ class AtlasProposer(Hooks):
 
     def __init__(self, vllm_config: Any) -> None:
         internals.install()  # before the runner that asks for this object loads its model
+        internals.reset_prefix_cache_with_new_weights(("atlas_load_weights", "atlas_policy_updated"))
         check_engine(vllm_config)
         self.options = options_of(vllm_config)
         self.policy: VllmView | None = None
         self._model: nn.Module | None = None
         model_config = vllm_config.model_config
-        self._config = model_config.hf_text_config
+        self._model_config, self._config = model_config, model_config.hf_text_config
+        self._served: dict[str, Described] | str = "no weights have been loaded yet"
         self.drafting = Drafting(
             max_draft_tokens=vllm_config.speculative_config.num_speculative_tokens,
             max_length=model_config.max_model_len,
@@ -60,6 +67,11 @@ class AtlasProposer(Hooks):
     def load_model(self, target_model: nn.Module) -> None:
         """Called by vLLM. Nothing is built yet: tensors made now are lost when the engine goes to sleep at level 2."""
         self._model = target_model
+        try:
+            folder = served_folder(self._model_config.model, self._model_config.revision)
+            self._served = describe(folder)
+        except ValueError as error:  # it may be served all the same, and new weights may come by other means
+            self._served = str(error)
 
     def prepare(self, *, defaults: bool = True) -> None:
         """Build what needs the loaded policy, with the default speculators or none; at the first step at the latest."""
@@ -71,8 +83,9 @@ class AtlasProposer(Hooks):
             chosen = default_speculators()
             if "draft_model" in self.options:
                 chosen.append(Eagle3Speculator(self.options["draft_model"]))
-            speculators = bind_all(chosen, self.policy, couples_noise=True)
-            self.drafting.use(speculators, GoodputController(tuple(speculators)))
+            faults = self.drafting.faults
+            speculators = bind_all(chosen, self.policy, faults, couples_noise=True)
+            self.drafting.use(speculators, GuardedController(GoodputController(tuple(speculators)), faults))
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """vLLM's own call, which the hooks replace: here only if they were not installed."""
@@ -82,12 +95,32 @@ class AtlasProposer(Hooks):
         return self.drafting.requests.keys(requests)
 
     def ended(self, names: set[str]) -> None:
-        self.drafting.forget(names)
+        self._guarded("forget", lambda: self.drafting.forget(names), None)
 
     def policy_updated(self, version: int | None) -> dict[str, Any]:
         """New weights, on a server."""
         self.drafting.policy_updated(version)
         return {"policy_version": self.drafting.tracker.version}
+
+    def load_checkpoint(self, runner: Any, folder: str, version: str | None) -> dict[str, Any]:
+        """See `AtlasWorkerExtension.atlas_load_weights`."""
+        number = self.drafting.tracker.checked(version)
+        refused = internals.agree(self._refusal(folder))
+        if refused is not None:
+            raise ValueError(f"{refused}. The old weights are served on")
+        internals.load_all_or_nothing(runner, tensors(folder))
+        self.weights_changed()
+        return self.policy_updated(number)
+
+    def _refusal(self, folder: str) -> str | None:
+        """Why a checkpoint cannot be loaded; None if it can."""
+        if isinstance(self._served, str):
+            return f"the checkpoint that is served cannot be read, so nothing can be compared with it: {self._served}"
+        try:
+            check(folder, self._served, self._model_config.dtype)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def take_report(self) -> StepReport:
         """See `Drafting.take_report`."""
@@ -97,13 +130,24 @@ class AtlasProposer(Hooks):
         if self.policy is not None:
             self.policy.weights_changed()
 
+    def undefined_logits(self, num_positions: int) -> None:
+        self.drafting.num_undefined += num_positions
+        self.recorder.warn(UNDEFINED_LOGITS)
+
     def propose_after(self, forward: Forward) -> list[list[int]]:
         rank, size, group = internals.tensor_parallel()
         self.prepare()
         assert self.policy is not None
         if self.policy.stale:
             self.policy.refresh()  # on every rank, in the same step
-        if size == 1:
-            return self.drafting.step(forward)
-        # A controller reads its rank's own clock: rank 0 decides for all.
-        return group.broadcast_object(self.drafting.step(forward) if rank == 0 else None, src=0)
+        drafts: list[list[int]] = [[] for _ in forward.sampled]
+        if rank == 0:  # a controller reads its rank's own clock: it decides for all
+            drafts = self._guarded("step", lambda: self.drafting.step(forward), drafts)
+        return drafts if size == 1 else group.broadcast_object(drafts, src=0)
+
+    def _guarded(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
+        """Following requests is not worth a server either: an error costs the drafts of the requests that run."""
+        result, went_well = self.drafting.faults.attempt("drafting", where, call, otherwise)
+        if not went_well:
+            self.drafting.give_up()
+        return result

@@ -1,43 +1,55 @@
-"""What passes between our side and vLLM about a request, in vLLM's public sampling parameters."""
+"""What passes between our side and vLLM about a request, in vLLM's public sampling parameters.
+
+Clients of a server can write anything into these fields. So nothing in them is trusted but the number of a request of the
+call that is running, which a call of ours has announced; noise keys never travel.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from atlas_rl.core import SamplingParams
-from atlas_rl.vllm.internals import Request
-from atlas_rl.vllm.request_table import Arrival
-
-EXTRA_KEY = "atlas_rl_key"
-"""Noise key of a request, uint64, in `extra_args`. Not vLLM's `seed`: its generators cannot be rewound on CPUs."""
+from atlas_rl.core import REPETITION_PENALTIES, TEMPERATURES, SamplingParams
 
 EXTRA_REQUEST = "atlas_rl_request"
-"""Index of a request in the sequences of the call that announced it, in `extra_args`."""
+"""In `extra_args`: the ticket of the call that announced a request, and the request's index in its sequences."""
+
+_GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
+_MAX_TOKEN = 1 << 31  # tokens are int32 everywhere
 
 
-def arrival_of(request: Request, noise_key: int) -> Arrival:
-    """What drafters need to know of a request of vLLM's."""
-    params = request.params
-    extra = params.extra_args or {}
-    return Arrival(
-        name=request.name,
-        num_prompt_tokens=request.num_prompt_tokens,
-        sampling=sampling_of(params),
-        noise_key=noise_key,
-        request=extra.get(EXTRA_REQUEST),
-    )
+def announced_as(params: Any, ticket: int | None, num_requests: int) -> int | None:
+    """Index of a request in the sequences of the running call; None for a request that the call did not announce.
+
+    Args:
+        params: vLLM's sampling parameters.
+        ticket: Of the running call; None where none runs.
+        num_requests: Of that call.
+    """
+    given = (params.extra_args or {}).get(EXTRA_REQUEST)
+    if ticket is None or not isinstance(given, list | tuple) or len(given) != 2:
+        return None
+    if not all(type(part) is int for part in given) or given[0] != ticket or not 0 <= given[1] < num_requests:
+        return None
+    return int(given[1])
 
 
-def sampling_of(params: Any) -> SamplingParams:
-    """vLLM's sampling parameters as ours; what we do not have costs acceptance, never correctness."""
+def sampling_of(params: Any) -> SamplingParams | None:
+    """vLLM's sampling parameters as ours; what we do not have costs acceptance, never correctness.
+
+    Returns:
+        None for parameters that ours cannot express: such a request is served without drafts.
+    """
     ends = set(params.stop_token_ids or ())
     if not params.ignore_eos and params.eos_token_id is not None:
         ends.add(params.eos_token_id)
-    return SamplingParams(
-        max_new_tokens=params.max_tokens or 1 << 30,
-        temperature=params.temperature,
-        top_k=max(params.top_k, 0),
-        top_p=params.top_p,
-        repetition_penalty=params.repetition_penalty,
-        eos_token_ids=tuple(sorted(ends)),
-    )
+    try:
+        return SamplingParams(
+            max_new_tokens=params.max_tokens or 1 << 30,
+            temperature=min(params.temperature, TEMPERATURES[1]) if params.temperature >= _GREEDY_BELOW else 0.0,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            repetition_penalty=min(max(params.repetition_penalty, REPETITION_PENALTIES[0]), REPETITION_PENALTIES[1]),
+            eos_token_ids=tuple(sorted(token for token in ends if 0 <= token < _MAX_TOKEN)),
+        )
+    except ValueError:
+        return None

@@ -2,18 +2,22 @@
 
 vLLM has no generation calls, only requests. An *epoch* stands for one: with an engine of ours it is the call, whose
 sequences the engine hands over; on a server it is a span of traffic, which ends when its rows are used up or when nothing
-runs and enough has been seen to learn from. Requests that still run then move into the next one.
+runs and enough has been seen. Requests that still run then move into the next one.
+
+Requests of a server sample in several *ways* (temperature, ending tokens, ...). All of them share one `Sequences`, whose
+`sampling` is that of the requests that a drafter is asked about at the moment.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from atlas_rl.core import SamplingParams, Sequences, prompt_key
 
-_LEARN_FROM = 32  # finished requests of a server that are worth ending an epoch for
+_WORTH_AN_EPOCH = 32  # finished requests of a server that end an epoch when nothing runs
 
 
 @dataclass(slots=True)
@@ -23,14 +27,14 @@ class Arrival:
     Attributes:
         name: The engine's name of it.
         num_prompt_tokens: Tokens of its prompt.
-        sampling: How it is sampled; `max_new_tokens` is what it may still need.
+        sampling: How it is sampled; `max_new_tokens` is what it may still need. None where drafters cannot sample so.
         noise_key: uint64.
         request: Its index in the sequences of the call; None where nobody announced a call.
     """
 
     name: str
     num_prompt_tokens: int
-    sampling: SamplingParams
+    sampling: SamplingParams | None
     noise_key: int
     request: int | None
 
@@ -42,24 +46,42 @@ class RequestTable:
         num_rows: Requests of an epoch that nobody announced.
         max_length: Most tokens of a request, prompt included.
         vocab_size: The policy's vocabulary.
+
+    Attributes:
+        ticket: Number of the call that runs; None where nobody announced one.
+        request_of: Row of every request that runs, by the engine's name of it.
     """
 
     def __init__(self, num_rows: int, max_length: int, vocab_size: int) -> None:
         self.sequences: Sequences | None = None
         self.max_lengths = np.zeros(0, np.int64)
-        self.announced = False
+        self.ticket: int | None = None
         self.request_of: dict[str, int] = {}
         self._num_rows, self._max_length, self._vocab_size = num_rows, max_length, vocab_size
         self._num_used = 0
+        self._tickets = itertools.count()
+        self._ways: list[SamplingParams] = []
+        self._way_of = np.zeros(0, np.int64)  # of every row, index in `_ways`
 
-    def announce(self, sequences: Sequences, max_lengths: np.ndarray) -> None:
-        """A call begins. Its requests name their own rows; each ends at `max_lengths` (int64 `[num_requests]`) tokens."""
-        self.sequences, self.max_lengths, self.announced = sequences, max_lengths, True
+    @property
+    def announced(self) -> bool:
+        """Whether a call of ours is running."""
+        return self.ticket is not None
+
+    def announce(self, sequences: Sequences, max_lengths: np.ndarray) -> int:
+        """A call begins; each request ends at `max_lengths` (int64 `[num_requests]`) tokens.
+
+        Returns:
+            The call's ticket: its requests name it together with their rows.
+        """
+        self.sequences, self.max_lengths, self.ticket = sequences, max_lengths, next(self._tickets)
         self.request_of = {}
+        self._ways, self._way_of = [sequences.sampling], np.zeros(len(max_lengths), np.int64)
+        return self.ticket
 
     def close(self) -> None:
-        """The call is over; whatever comes next was announced by nobody."""
-        self.sequences, self.announced, self.request_of, self._num_used = None, False, {}, 0
+        """The call is over, or nothing of the epoch can be relied on; whatever comes next was announced by nobody."""
+        self.sequences, self.ticket, self.request_of, self._num_used = None, None, {}, 0
 
     @property
     def current(self) -> Sequences:
@@ -67,20 +89,12 @@ class RequestTable:
         assert self.sequences is not None, "no call was announced, no epoch begun"
         return self.sequences
 
-    def admits(self, sampling: SamplingParams) -> bool:
-        """Whether a request that nobody announced gets a row."""
-        return not self.announced and self.belongs(sampling) and self.has_room
-
-    def belongs(self, sampling: SamplingParams) -> bool:
-        """Whether a request can join the epoch: drafts are drawn for one way of sampling."""
-        return self.sequences is not None and _kind(sampling) == _kind(self.sequences.sampling)
-
     @property
     def has_room(self) -> bool:
         """Whether another request that nobody announced gets a row."""
         return self._num_used < self._num_rows
 
-    def is_over(self, sampling: SamplingParams) -> bool:
+    def is_over(self) -> bool:
         """Whether a new request should begin another epoch."""
         if self.announced:
             return False
@@ -88,40 +102,44 @@ class RequestTable:
             return True
         if not self.has_room:
             return len(self.request_of) <= self._num_rows // 2  # those that run need rows in the next one
-        return not self.request_of and (self._num_used >= _LEARN_FROM or not self.belongs(sampling))
+        return not self.request_of and self._num_used >= _WORTH_AN_EPOCH
 
     def open(self, sampling: SamplingParams, policy_version: int) -> None:
         """Begin an epoch of unannounced requests; those that run move into it."""
         rows = self._num_rows
-        old, running = self.sequences, dict(self.request_of)
+        old, running, ways, way_of = self.sequences, dict(self.request_of), self._ways, self._way_of
         self.sequences = Sequences(
             token_ids=np.zeros((rows, self._max_length), np.int32),
             lengths=np.zeros(rows, np.int64),
             prompt_lengths=np.zeros(rows, np.int64),
             prompt_keys=np.zeros(rows, np.int64),
             noise_keys=np.zeros(rows, np.uint64),
-            sampling=sampling,
+            sampling=replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self._max_length)),
             vocab_size=self._vocab_size,
             policy_version=policy_version,
         )
         max_lengths, self.max_lengths = self.max_lengths, np.zeros(rows, np.int64)
+        self._ways, self._way_of = [], np.zeros(rows, np.int64)
         self.request_of, self._num_used = {}, 0
         for name, request in running.items():
             assert old is not None
-            self._place(name, max_lengths[request], old.prompt_keys[request], old.noise_keys[request])
-            target = self.request_of[name]
-            self.sequences.token_ids[target] = old.token_ids[request]
+            way = ways[way_of[request]]
+            target = self._place(name, max_lengths[request], old.prompt_keys[request], old.noise_keys[request], way)
+            length = old.lengths[request]
+            self.sequences.token_ids[target, :length] = old.token_ids[request, :length]
             for field in ("lengths", "prompt_lengths"):
                 getattr(self.sequences, field)[target] = getattr(old, field)[request]
 
-    def enter(self, arrival: Arrival, tokens: np.ndarray) -> int:
-        """Give a request its row, prompt in place: int32 `tokens [num_prompt_tokens]`. Returns the row."""
+    def enter(self, arrival: Arrival, tokens: np.ndarray) -> int | None:
+        """Give a request its row, prompt in place: int32 `tokens [num_prompt_tokens]`; None where it gets none."""
         if arrival.request is not None:
             self.request_of[arrival.name] = arrival.request
             return arrival.request
+        if self.announced or self.sequences is None or arrival.sampling is None or not self.has_room:
+            return None
         max_length = min(arrival.num_prompt_tokens + arrival.sampling.max_new_tokens, self._max_length)
-        self._place(arrival.name, max_length, prompt_key(tokens), arrival.noise_key)
-        row = self.request_of[arrival.name]
+        way = self._drawing(arrival.sampling)
+        row = self._place(arrival.name, max_length, prompt_key(tokens), arrival.noise_key, way)
         self.current.token_ids[row, : len(tokens)] = tokens
         self.current.lengths[row] = self.current.prompt_lengths[row] = len(tokens)
         return row
@@ -130,12 +148,44 @@ class RequestTable:
         """A request has ended."""
         del self.request_of[name]
 
-    def _place(self, name: str, max_length: int, key: int, noise_key: int) -> None:
+    # ------------------------------------------------------------------------------------------------ ways of sampling
+
+    def ways(self, requests: np.ndarray) -> list[tuple[SamplingParams, np.ndarray]]:
+        """How some requests, int64 `[n]`, sample: each way, and int64 indices into `requests` of those that sample so."""
+        if len(self._ways) == 1:
+            return [(self._ways[0], np.arange(len(requests)))]
+        of_each = self._way_of[requests]
+        return [(self._ways[way], np.flatnonzero(of_each == way)) for way in np.unique(of_each)]
+
+    def ends(self, requests: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+        """Which tokens end their request: bool, like `token_ids` (int64 `[n, width]`) of `requests` (int64 `[n]`)."""
+        ends = np.zeros(token_ids.shape, bool)
+        for sampling, rows in self.ways(requests):
+            ends[rows] = sampling.ends(token_ids[rows])
+        return ends
+
+    def sample_as(self, sampling: SamplingParams) -> None:
+        """Drafters are asked about requests that sample like this now."""
+        self.current.sampling = sampling
+
+    @property
+    def commonest_way(self) -> SamplingParams:
+        """How most requests of the epoch sample."""
+        if not self._ways:
+            return self.current.sampling
+        used = len(self._way_of) if self.announced else self._num_used
+        return self._ways[int(np.bincount(self._way_of[:used], minlength=1).argmax())]
+
+    def _place(self, name: str, max_length: int, key: int, noise_key: int, way: SamplingParams) -> int:
         row, self._num_used = self._num_used, self._num_used + 1
         self.request_of[name] = row
         self.max_lengths[row] = max_length
         self.current.prompt_keys[row], self.current.noise_keys[row] = key, noise_key
+        if way not in self._ways:
+            self._ways.append(way)
+        self._way_of[row] = self._ways.index(way)
+        return row
 
-
-def _kind(sampling: SamplingParams) -> tuple[float, int, float, tuple[int, ...]]:
-    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.eos_token_ids
+    def _drawing(self, sampling: SamplingParams) -> SamplingParams:
+        """`sampling` without what differs between requests that sample alike."""
+        return replace(sampling, max_new_tokens=self._max_length, seed=0)

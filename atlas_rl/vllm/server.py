@@ -21,26 +21,42 @@ class AtlasWorkerExtension:
         """The server's weights were changed by other means: drafters learn from what they have seen.
 
         Args:
-            version: Of the policy, a whole number; None counts up by one.
+            version: Of the policy, a whole number, not below the present one; None counts up by one.
 
         Returns:
             The policy version by now.
         """
-        return self._atlas_proposer().policy_updated(None if version is None else int(version))
+        proposer = self._atlas_proposer()
+        return self._answer(proposer.policy_updated(proposer.drafting.tracker.checked(version)))
 
     def atlas_load_weights(self, folder: str, version: str | None = None) -> dict[str, Any]:
         """Load a checkpoint of the same policy from a folder that the server can read, then `atlas_policy_updated`.
 
-        Reset vLLM's prefix cache afterwards: it lives outside of the worker.
+        Everything is checked before anything moves. Where the checkpoint is refused, the old weights go on being served.
+
+        Args:
+            folder: Of the checkpoint, with the tensors of the one that is served.
+            version: See `atlas_policy_updated`.
+
+        Returns:
+            The policy version by now.
+
+        Raises:
+            ValueError: A wrong version; a folder that is missing, damaged, of another policy, or not finite.
         """
-        self.model_runner.reload_weights(weights_path=folder)
-        proposer = self._atlas_proposer()
-        proposer.weights_changed()
-        return proposer.policy_updated(None if version is None else int(version))
+        return self._answer(self._atlas_proposer().load_checkpoint(self.model_runner, folder, version))
 
     def atlas_report(self) -> dict[str, Any]:
         """A step report, as JSON, of the requests that ended since the last call."""
         return self._atlas_proposer().take_report().to_dict()
+
+    def _answer(self, done: dict[str, Any]) -> dict[str, Any]:
+        """What was done, and whether something is left to do: a worker in a process of its own reaches no prefix cache."""
+        from atlas_rl.vllm.internals import in_engine_process
+
+        if in_engine_process(self.model_runner.vllm_config):
+            return done
+        return done | {"left_to_do": "POST /reset_prefix_cache?reset_running_requests=true"}
 
     def _atlas_proposer(self) -> AtlasProposer:
         from atlas_rl.vllm.checks import PROPOSER

@@ -51,8 +51,12 @@ class NVFP4Weight:
 
     @property
     def saturated(self) -> torch.Tensor:
-        """bool `[]` on the device: whether a magnitude lies beyond the largest number of this tensor scale."""
-        return self.amax > self.tensor_scale * (E2M1_MAX * E4M3_MAX)
+        """bool `[]` on the device: whether a magnitude lies beyond the largest number of this tensor scale.
+
+        A scale or magnitude that is not finite counts: weights that were NaN for a while must not leave their scale behind.
+        """
+        largest = self.tensor_scale * (E2M1_MAX * E4M3_MAX)
+        return ~((self.amax <= largest) & largest.isfinite())
 
     @property
     def num_bytes(self) -> int:

@@ -56,7 +56,7 @@ def verify_by_rejection(
 
     Returns:
         The tokens to commit: in `token_ids` the draft if it stands, else the recovered token; in a request's last row the
-        bonus token. Ignore rows behind the first rejection.
+        bonus token. Ignore rows behind the first rejection. Rows that are no distribution are as in `verify`.
 
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.

@@ -70,7 +70,8 @@ def verify(
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Returns:
-        The choice of every row. A row without any allowed token gives token 0 with logprob NaN.
+        The choice of every row. A row that is no distribution, because it holds NaN or +inf or allows no token, has NaN
+        in all figures, and some token of the vocabulary that means nothing: look at `max_probs` before using it.
 
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.

@@ -48,10 +48,14 @@ def noisy_scores(
 
 
 def first_argmax(scores: torch.Tensor) -> torch.Tensor:
-    """The first of each row's largest scores: int64 `[rows]` (`Tensor.argmax` promises none among equals)."""
+    """The first of each row's largest scores: int64 `[rows]` (`Tensor.argmax` promises none among equals).
+
+    0 in a row with a NaN, which equals nothing: an index out of range would stop a GPU's whole process.
+    """
     vocab = scores.shape[1]
     tokens = torch.arange(vocab, device=scores.device)
-    return torch.where(scores == scores.amax(dim=-1, keepdim=True), tokens, vocab).amin(dim=-1)
+    first = torch.where(scores == scores.amax(dim=-1, keepdim=True), tokens, vocab).amin(dim=-1)
+    return first.where(first < vocab, 0)
 
 
 def count_accepted(stands: torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:

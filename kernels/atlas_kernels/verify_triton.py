@@ -51,7 +51,8 @@ def add_weights(x, top, peak, total, moment):
     # While nothing is allowed the peak is -inf, and -inf - -inf is not a number.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     scale = tl.exp(peak - shift)
-    drift = tl.where(peak == float("-inf"), 0.0, peak - shift)
+    # Logits that a policy masks with its type's least number are finite, and total * drift may overflow.
+    drift = tl.where(scale > 0, peak - shift, 0.0)
     weight = tl.exp(x - shift)
     moment = scale * (moment + total * drift) + weight * tl.where(weight > 0, x - shift, 0.0)
     return new_peak, total * scale + weight, moment

@@ -37,6 +37,7 @@ def test_wrong_sampling_is_found_at_once_and_named(case):
         assert found.scores.z * sign > 5  # too random is negative, too greedy positive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("told", "side"), [(1.05, 1), (0.95, -1)])
 def test_a_slow_bias_is_found_over_the_steps(told, side):
     """Five percent of temperature: no single step shows it, and the run does."""
@@ -52,6 +53,7 @@ def test_a_slow_bias_is_found_over_the_steps(told, side):
     assert (factor - 1) * side > 0
 
 
+@pytest.mark.slow
 def test_after_an_alarm_the_next_one_needs_evidence_of_its_own():
     auditor = Auditor(1e3)
     assert audit(sample(temperature=1.5), asked(), auditor=auditor).findings
@@ -59,6 +61,7 @@ def test_after_an_alarm_the_next_one_needs_evidence_of_its_own():
     assert audit(sample(temperature=1.5), asked(), auditor=auditor).findings
 
 
+@pytest.mark.slow
 def test_a_fault_is_found_at_once_after_a_long_right_run():
     auditor = Auditor(1e3)
     for step in range(12):
@@ -104,6 +107,7 @@ def test_a_stale_policy_is_found_by_its_logprobs_at_once():
     assert "other weights" in finding
 
 
+@pytest.mark.slow
 def test_a_stale_policy_is_found_by_its_tokens_too():
     found = audit(sample(drifted(0.3), num_generations=100), asked())
     assert "not drawn from the policy" in found.findings[0]
@@ -130,6 +134,7 @@ def test_logprobs_from_before_the_processing_are_named():
     assert "processed_logprobs" in finding
 
 
+@pytest.mark.slow
 def test_low_precision_is_told_from_a_fault():
     model = tiny_llama(seed=11).to(torch.bfloat16)
     for options in ({}, {"temperature": 0.6}, {"top_p": 0.8, "top_k": 20}):

@@ -239,6 +239,7 @@ def test_costs_that_no_model_sees_are_noticed_and_stop_drafting():
     assert hidden.run(300, 8).mean_length(100) < 0.2 * open_.mean_length(100)
 
 
+@pytest.mark.slow
 def test_a_costly_drafter_is_asked_for_the_requests_that_the_cheap_one_leaves():
     """The history knows half of the requests by heart; the head is worth its price for the others alone."""
     known = np.arange(8) % 2 == 0

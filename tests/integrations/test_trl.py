@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.models import tiny_llama
 from tests.trainers import DATA, WORDS, build_trainer, rewards, with_special_tokens, word_tokenizer
 
@@ -62,6 +64,7 @@ def test_rollout_func_is_the_second_way_in(tokenizer: Any, tmp_path: Path) -> No
     assert all(report.num_requests == 8 for report in engine.reports)
 
 
+@pytest.mark.slow
 def test_both_ways_in_generate_the_same(tokenizer: Any, tmp_path: Path) -> None:
     """Learning rate 0: the policy stands still, so the rollouts of both ways must agree step by step."""
     seen: dict[str, list[list[str]]] = {"attach": [], "rollout_func": []}
@@ -104,6 +107,7 @@ def test_rows_and_rewards_line_up(tokenizer: Any, tmp_path: Path) -> None:
     assert len(checked) == 8
 
 
+@pytest.mark.slow
 def test_importance_sampling_is_spared_in_process(tokenizer: Any, tmp_path: Path) -> None:
     trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
     AtlasRolloutEngine(console=False).attach(trainer)
@@ -208,6 +212,7 @@ def test_the_adapter_speaks_what_the_tool_loop_asks_for(tokenizer: Any, tmp_path
         trainer.vllm_generation.generate(prompts=[[2]], images=[["picture"]], num_generations=1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gets_its_drafters_back(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     def trainer(max_steps: int) -> Any:
         made = build("grpo", tokenizer, tmp_path, max_steps=max_steps)
@@ -234,14 +239,67 @@ def test_a_resumed_run_gets_its_drafters_back(tokenizer: PreTrainedTokenizerFast
     assert np.array_equal(after["recurrent"]["counts"], before["recurrent"]["counts"])
 
 
-def test_a_damaged_drafter_state_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
+def saving(tokenizer: Any, folder: Path, max_steps: int) -> Any:
+    trainer = build("grpo", tokenizer, folder, max_steps=max_steps)
     trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One step of training, saved with its drafters."""
+    folder = tmp_path_factory.mktemp("first")
+    trainer = saving(tokenizer, folder, 1)
     AtlasRolloutEngine(console=False).attach(trainer)
     trainer.train()
-    saved = tmp_path / "checkpoint-1" / "atlas_rl.safetensors"
-    saved.write_bytes(saved.read_bytes()[:50])
-    again = build("grpo", tokenizer, tmp_path, max_steps=2)
-    AtlasRolloutEngine(console=False).attach(again)
-    with pytest.raises(ValueError, match="is damaged"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    return folder / "checkpoint-1"
+
+
+def resume(checkpoint: Any, tokenizer: Any, folder: Path, **options: Any) -> tuple[AtlasRolloutEngine, bool]:
+    """Resume for one more step; the engine, and whether its history knew the first step's rollouts from the start."""
+    trainer = saving(tokenizer, folder, 2)
+    engine = AtlasRolloutEngine(console=False, **options).attach(trainer)
+    knew = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            knew.append(len(engine.state_dict().get("history", {}).get("archive", {}).get("tokens", ())) > 0)
+
+    trainer.add_callback(Watch)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 2
+    return engine, knew[0]
+
+
+@pytest.mark.parametrize("way", ["path", "renamed", "latest"])
+def test_drafters_come_from_the_folder_that_the_run_resumes_from(
+    way: str, checkpoint: Path, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: Any = str(checkpoint)  # another folder than this run's output_dir
+    if way == "renamed":
+        asked = shutil.copytree(checkpoint, tmp_path / "best")
+    elif way == "latest":
+        shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+        asked = True
+    assert resume(asked, tokenizer, tmp_path)[1]
+    assert "drafter" not in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["damaged", "missing", "fewer"])
+def test_drafters_that_cannot_be_restored_are_named_and_training_goes_on(
+    fault: str, checkpoint: Path, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "best"))
+    saved, options = folder / "atlas_rl.safetensors", {}
+    if fault == "damaged":
+        saved.write_bytes(saved.read_bytes()[:50])
+    elif fault == "missing":
+        saved.unlink()
+    else:
+        options["speculators"] = [HistorySpeculator()]
+    engine, knew = resume(str(folder), tokenizer, tmp_path, **options)
+    assert knew is (fault == "fewer")
+    assert len(engine.reports) == 1
+    words = {"damaged": "is damaged", "missing": "holds no drafter state", "fewer": "recurrent"}[fault]
+    assert words in caplog.text
+    assert str(folder) in caplog.text or fault == "fewer"

@@ -1,30 +1,44 @@
-"""When the importance-sampling correction is switched off: only if the sampled logprobs are the trainer's own."""
+"""When the importance-sampling correction is switched off: only if rollouts are drawn from what the trainer scores."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.core import SamplingParams
 from atlas_rl.integrations.trl.importance import ImportanceCheck
+from tests import ROOT
+from tests.models import tiny_llama
+from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 
-SAMPLING = SamplingParams(max_new_tokens=8, temperature=0.8)
+SAMPLING = SamplingParams(max_new_tokens=24, temperature=0.8)
 
 
-def trainer(*, bf16: bool = False) -> Any:
-    args = SimpleNamespace(bf16=bf16, fp16=False)
-    return SimpleNamespace(vllm_importance_sampling_correction=True, args=args)
+def trainer(*, temperature: float = 0.8, autocast: bool = False) -> Any:
+    def precision() -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+
+    accelerator = SimpleNamespace(num_processes=1, is_main_process=True, autocast=precision)
+    return SimpleNamespace(
+        vllm_importance_sampling_correction=True, use_vllm=True, temperature=temperature, accelerator=accelerator
+    )
 
 
 @pytest.fixture(scope="module")
 def rollouts(llama: PreTrainedModel) -> Any:
     engine = AtlasRolloutEngine(model=llama, console=False)
-    return engine.generate([[2, 3, 4], [5, 6]], max_new_tokens=8, temperature=0.8, eos_token_ids=(), seed=1)
+    return engine.generate([[2, 3, 4], [5, 6]], max_new_tokens=24, temperature=0.8, eos_token_ids=(), seed=1)
 
 
 def shifted(rollouts: Any, nats: float) -> Any:
@@ -33,14 +47,49 @@ def shifted(rollouts: Any, nats: float) -> Any:
 
 @pytest.mark.parametrize(
     ("shift_nats", "bf16", "kept"),
-    [(0.0, False, False), (0.01, False, True), (0.01, True, False), (0.5, True, True)],
+    [
+        (0.0, False, False),
+        (0.01, False, True),
+        (0.01, True, False),
+        (0.5, True, True),
+        (float("nan"), False, True),
+        (float("nan"), True, True),
+    ],
 )
 def test_kept_where_logprobs_differ_by_more_than_rounding(
     shift_nats: float, bf16: bool, kept: bool, llama: PreTrainedModel, rollouts: Any
 ) -> None:
-    checked = trainer(bf16=bf16)
+    checked = trainer(autocast=bf16)
     ImportanceCheck(checked, wanted=True).observe(llama, SAMPLING, shifted(rollouts, shift_nats))
     assert checked.vllm_importance_sampling_correction is kept
+
+
+def test_a_few_tokens_decide_nothing(llama: PreTrainedModel, rollouts: Any) -> None:
+    """Two completions of two tokens, as the shortest of a batch often are: it waits for more."""
+    checked = trainer()
+    check = ImportanceCheck(checked, wanted=True)
+    short = replace(
+        rollouts,
+        completion_ids=[row[:2] for row in rollouts.completion_ids],
+        logprobs=[row[:2] for row in rollouts.logprobs],
+    )
+    check.observe(llama, SAMPLING, short)
+    assert checked.vllm_importance_sampling_correction
+    check.observe(llama, SAMPLING, rollouts)
+    assert not checked.vllm_importance_sampling_correction
+
+
+def test_one_long_rollout_that_differs_is_enough_to_keep_it(llama: PreTrainedModel, rollouts: Any) -> None:
+    checked = trainer()
+    first, second = rollouts.logprobs
+    mixed = replace(
+        rollouts,
+        prompt_ids=[*rollouts.prompt_ids, rollouts.prompt_ids[0]],
+        completion_ids=[*rollouts.completion_ids, rollouts.completion_ids[0][:1]],
+        logprobs=[[value + 0.3 for value in first], second, first[:1]],
+    )
+    ImportanceCheck(checked, wanted=True).observe(llama, SAMPLING, mixed)
+    assert checked.vllm_importance_sampling_correction
 
 
 def test_the_first_rollouts_decide(llama: PreTrainedModel, rollouts: Any) -> None:
@@ -51,12 +100,54 @@ def test_the_first_rollouts_decide(llama: PreTrainedModel, rollouts: Any) -> Non
     assert checked.vllm_importance_sampling_correction
 
 
+def test_switched_on_again_where_the_options_change(llama: PreTrainedModel, rollouts: Any) -> None:
+    checked = trainer()
+    check = ImportanceCheck(checked, wanted=True)
+    check.observe(llama, SAMPLING, rollouts)
+    assert not checked.vllm_importance_sampling_correction
+    check.observe(llama, replace(SAMPLING, top_p=0.9), rollouts)
+    assert checked.vllm_importance_sampling_correction
+
+
 @pytest.mark.parametrize(
     ("wanted", "sampling"),
-    [(False, SAMPLING), (True, replace(SAMPLING, top_p=0.9)), (True, replace(SAMPLING, repetition_penalty=1.1))],
-    ids=["not wanted", "truncated", "penalised"],
+    [
+        (False, SAMPLING),
+        (True, replace(SAMPLING, top_p=0.9)),
+        (True, replace(SAMPLING, repetition_penalty=1.1)),
+        (True, replace(SAMPLING, temperature=0.0)),
+        (True, replace(SAMPLING, temperature=0.6)),
+    ],
+    ids=["not wanted", "truncated", "penalised", "greedy", "another temperature than the trainer's"],
 )
 def test_left_alone(wanted: bool, sampling: SamplingParams, llama: PreTrainedModel, rollouts: Any) -> None:
     checked = trainer()
     ImportanceCheck(checked, wanted=wanted).observe(llama, sampling, rollouts)
     assert checked.vllm_importance_sampling_correction
+
+
+@pytest.mark.parametrize("kwargs", [{"temperature": 0.6}, {"temperature": 1.4}, {"top_k": 4}])
+def test_kept_in_training_where_the_trainer_scores_another_distribution(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    """The ratios that TRL then computes are those of the two distributions."""
+    model = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+    training = build_trainer("grpo", model, word_tokenizer(), tmp_path, max_steps=2, generation_kwargs=kwargs)
+    AtlasRolloutEngine(console=False).attach(training)
+    training.train()
+    assert training.vllm_importance_sampling_correction
+    ratios = [row for row in training.state.log_history if "sampling/importance_sampling_ratio/mean" in row]
+    assert len(ratios) == 2
+    assert all(row["sampling/sampling_logp_difference/mean"] > 0.01 for row in ratios)
+
+
+@pytest.mark.parametrize("worst", [0, 1, None])
+def test_ranks_decide_together_by_the_worst(worst: int | None, tmp_path: Path) -> None:
+    """Two gloo ranks train; the logprobs of one are shifted, or of none. Ranks that disagreed would hang."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"),
+        *("-m", "tests.integrations.two_ranks", str(tmp_path), str(-1 if worst is None else worst)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = {(tmp_path / f"rank{rank}").read_text() for rank in range(2)}
+    assert kept == {str(worst is not None)}

@@ -77,7 +77,7 @@ class Calculator:
         return a + b
 
 
-@pytest.mark.parametrize("way", ["tools", "environment"])
+@pytest.mark.parametrize("way", ["tools", pytest.param("environment", marks=pytest.mark.slow)])
 def test_tool_calls_are_answered_and_generation_goes_on(way: str, tokenizer: Any, tmp_path: Path) -> None:
     completions_seen: list[list[dict[str, Any]]] = []
     calls: list[tuple[int, int]] = []

@@ -41,6 +41,7 @@ def compiled_rows() -> list[dict]:
     return json.loads(in_a_compiling_process(code))
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_within_its_bounds():
     assert {row["sm"] for row in compiled_rows()} == {90, 100}
     for row in compiled_rows():
@@ -49,6 +50,7 @@ def test_every_kernel_compiles_within_its_bounds():
         assert row["shared_bytes"] <= 48 * 1024, row
 
 
+@pytest.mark.slow
 def test_the_recorded_report_is_of_these_kernels():
     """`python -m benchmarks.kernels_aot` records it anew, and docs/kernels.md shows it."""
     recorded = json.loads((ROOT / "benchmarks" / "results" / "kernels_aot.json").read_text(encoding="utf-8"))
@@ -67,6 +69,7 @@ def test_the_documented_table_is_the_recorded_report():
         assert f"| {' | '.join(map(str, cells))} |" in lines, row
 
 
+@pytest.mark.slow
 def test_the_package_works_without_triton():
     code = """
 import sys; sys.modules["triton"] = None

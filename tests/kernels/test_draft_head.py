@@ -77,14 +77,17 @@ def test_awkward_shapes(bytes_, batch, tokens, size):
     assert_same(case(batch, tokens, size, seed=tokens), 2, bytes_=bytes_)
 
 
+@pytest.mark.slow
 def test_a_large_batch():
     assert_same(case(256, 100, 24), 1, bytes_=WHOLE, with_probs=False)
 
 
+@pytest.mark.slow
 def test_the_largest_head():
     assert_same(case(1, 8192, 1024), 1)
 
 
+@pytest.mark.slow
 def test_many_steps():
     draft = assert_same(case(5, 200, 48), 9)
     assert draft.indices.shape == draft.confidence.shape == (5, 9)
@@ -145,7 +148,7 @@ def test_the_reference_is_the_engines_head_and_sampler():
     generator = torch.Generator().manual_seed(1)
     head = RecurrentHead(hidden_size=24, state_size=16)
     head.bias.data = torch.randn(90, generator=generator)
-    head.set_tables(torch.randn(90, 24, generator=generator), torch.randn(90, 24, generator=generator))
+    head.set_tables(torch.randn(90, 24, generator=generator), torch.randn(90, 24, generator=generator), torch.zeros(90))
     folded, ids = FoldedHead(head), torch.randperm(500, generator=generator)[:90]
     keys, positions, newest = request_keys(2, 300), np.arange(300) + 7, torch.arange(300) % 91
     with torch.no_grad():

@@ -316,6 +316,7 @@ def chi_square(counts, p):
     return stats.chisquare([*counts[common], *pool[0]], [*expected[common], *pool[1]]).pvalue
 
 
+@pytest.mark.slow
 def test_the_kernels_leave_torchs_threads_alone():
     """In a process of its own: numba and torch share an OpenMP runtime, whose size numba sets when it starts."""
     code = (

@@ -97,6 +97,19 @@ def test_drafts_from_the_policy_itself_all_stand():
     assert assert_same(arguments).num_accepted.tolist() == [7]
 
 
+@pytest.mark.parametrize("reduced", [None, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_are_no_distribution_have_no_figures_and_some_token(reduced, value):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    arguments = case(4, 300, reduced, seed=6)
+    arguments["logits"][2] = value
+    for implementation in ("triton", "reference"):
+        verified = verify_by_rejection(**arguments, implementation=implementation)
+        assert verified.max_probs.isnan().tolist() == [False, False, True, False]
+        assert verified.entropies.isnan().tolist() == [False, False, True, False]
+        assert ((verified.token_ids >= 0) & (verified.token_ids < 300)).all()
+
+
 def test_greedy_is_the_other_form():
     arguments = case(3, 300, None)
     by_rejection, invariant = verify_by_rejection(**arguments, temperature=0), verify(**arguments, temperature=0)

@@ -65,6 +65,7 @@ def test_awkward_shapes(rows, vocab):
     assert_same(peaked(rows, vocab, seed=vocab))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "dtype"), [(49_152, "bfloat16"), (128_256, "float32"), (151_936, "bfloat16")])
 def test_whole_vocabularies(vocab, dtype):
     assert_same(peaked(1, vocab, seed=vocab).to(getattr(torch, dtype)), temperature=0.9)
@@ -115,6 +116,35 @@ def test_a_row_without_an_allowed_token_says_so():
         verified = run(torch.full((1, 300), float("-inf")), implementation)
         assert verified.token_ids.tolist() == [0]
         assert verified.logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_are_no_distribution_have_no_figures_and_some_token(value, temperature):
+    """An index outside of the vocabulary would end a GPU's process; the rows beside them are as ever."""
+    logits = peaked(5, 9000)
+    logits[1] = value
+    logits[3, 8500:] = value
+    none = [1] if value == float("-inf") else [1, 3]
+    good = [row for row in range(5) if row not in none]
+    expected = run(peaked(5, 9000), "reference", temperature=temperature)
+    for implementation in ("triton", "reference"):
+        verified = run(logits, implementation, temperature=temperature)
+        assert verified.max_probs.isnan().nonzero()[:, 0].tolist() == none
+        assert verified.logprobs[none].isnan().all()
+        assert verified.entropies[none].isnan().all()
+        assert ((verified.token_ids >= 0) & (verified.token_ids < 9000)).all()
+        assert verified.entropies[good].isfinite().all()
+        assert torch.equal(verified.token_ids[[0, 2, 4]], expected.token_ids[[0, 2, 4]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.5])
+def test_tiles_that_a_policy_masks_with_its_types_least_number(temperature):
+    """Finite, so their tiles have weights of one until a likelier tile comes, and sums of such logits overflow."""
+    logits = peaked(2, 5 * 8192)
+    logits[0, : 2 * 8192] = torch.finfo(torch.float32).min
+    logits[1, 100:] = torch.finfo(torch.float32).min
+    assert assert_same(logits, temperature=temperature).entropies.isfinite().all()
 
 
 def test_greedy_takes_the_first_of_the_likeliest():

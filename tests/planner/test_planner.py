@@ -19,6 +19,7 @@ from atlas_rl.planner.published import chain_length, published_rows
 from atlas_rl.planner.roofline import Precision, forward
 from atlas_rl.planner.speculation import Setting, accepted_length, best_draft_tokens, crossover_batch
 from tests import ROOT
+from tests.planner.configs import MIXTRAL
 
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe",
@@ -34,19 +35,6 @@ QWEN3_30B_A3B = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "vocab_size": 151936,
-    "tie_word_embeddings": False,
-}
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "sliding_window": None,
     "tie_word_embeddings": False,
 }
 GEMMA_3_1B = {

@@ -95,6 +95,7 @@ def test_a_replay_drafts_and_accepts_exactly_what_the_live_run_did(options, tmp_
     assert made[-1].accepted["history"] > 20
 
 
+@pytest.mark.slow
 def test_a_replay_of_a_drafter_that_reads_hidden_states_is_exact_up_to_their_rounding(tmp_path):
     """Hidden states are recorded in half precision, so that a head trained on them may draft a rare token otherwise."""
     made = live(policy(), recurrent_drafter(), tmp_path)

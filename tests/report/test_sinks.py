@@ -72,7 +72,7 @@ def test_jsonl_survives_a_killed_run(tmp_path):
     whole = sink.path.read_bytes()
     sink.path.write_bytes(whole + whole[: len(whole) // 2])
     sink.write(make_report(step=14))
-    with pytest.warns(UserWarning, match=":2: half-written"):
+    with pytest.warns(UserWarning, match="skipped 1 half-written or damaged lines: 2$"):
         rows = read_jsonl(sink.path)
     assert [row["step"] for row in rows] == [12, 14]
 
@@ -98,3 +98,12 @@ def test_summary_table_uses_totals():
     assert cells["accepted / drafted, history"] == ["28 / 48", "-", ""]
     with pytest.raises(ValueError, match="same steps"):
         summary_table(runs, baseline=plain[:1])
+
+
+def test_damaged_lines_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    path.write_bytes(
+        b'{"step": 1}\n\xff\xfe{}\n[1]\n{"step": 2, "text": "\xff"}\n' + b"[" * 20_000 + b'\n\n{"step": 3}\n'
+    )
+    with pytest.warns(UserWarning, match="skipped 4 half-written or damaged lines: 2, 3, 4, 5$"):
+        assert read_jsonl(path) == [{"step": 1}, {"step": 3}]

@@ -58,7 +58,7 @@ def test_waves_give_the_same_tokens_with_a_draft_lm():
 
 
 def test_a_prefill_in_chunks_gives_the_same_tokens(monkeypatch):
-    from atlas_rl.rollout import loop
+    from atlas_rl.decode import loop
 
     monkeypatch.setattr(loop, "PREFILL_TOKENS", 4)
     assert generate(engine_of()).completion_ids == reference().completion_ids

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from atlas_rl import AtlasRolloutEngine
@@ -14,7 +16,18 @@ from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.speculators.draft_lm import DraftLM
 from tests.drafters import RandomDrafter
-from tests.engines import VOCAB, draft_model, engine_of, fixed, generate, policy, reference, state_of, tokenizer
+from tests.engines import (
+    PROMPTS,
+    VOCAB,
+    draft_model,
+    engine_of,
+    fixed,
+    generate,
+    policy,
+    reference,
+    state_of,
+    tokenizer,
+)
 from tests.models import tiny_llama
 
 BAD_CALLS = {
@@ -22,12 +35,18 @@ BAD_CALLS = {
     "empty prompt": ({"prompts": [[1], []]}, r"prompt 1 is empty.*at least one token"),
     "a flat list": ({"prompts": [1, 2, 3]}, "flat list of token ids"),
     "text": ({"prompts": ["hello"]}, "token ids"),
+    "one text": ({"prompts": "hello"}, "lists of token ids, one per prompt, got str"),
+    "a tokenizer's output": ({"prompts": {"input_ids": [[1]]}}, "one per prompt, got dict"),
+    "nothing": ({"prompts": None}, "got NoneType"),
+    "lists within a prompt": ({"prompts": [[1], [[1], [2, 3]]]}, "prompt 1 must be a flat list.*nested"),
+    "a tensor of floats": ({"prompts": [torch.ones(3)]}, "prompt 0 must be a flat list.*float"),
     "floats": ({"prompts": [[1.0, 2.0]]}, "token ids"),
     "token beyond the vocabulary": ({"prompts": [[1], [2, 64]]}, r"prompt 1.*64.*vocabulary of 64"),
     "negative token": ({"prompts": [[-1]]}, r"-1.*vocabulary"),
     "prompt beyond the context": ({"prompts": [[1] * 129]}, r"129 tokens.*context of 128"),
     "no tokens wanted": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     "half a token wanted": ({"max_new_tokens": 2.5}, "max_new_tokens"),
+    "half a generation": ({"num_generations": 1.5}, "num_generations must be at least 1, and whole"),
     "no generations": ({"num_generations": 0}, "num_generations must be at least 1"),
     "temperature below 0": ({"temperature": -0.1}, "temperature"),
     "temperature NaN": ({"temperature": math.nan}, "temperature"),
@@ -120,3 +139,53 @@ def test_a_fixed_controller_refuses_what_it_cannot_do():
 
 def test_a_goodput_controller_without_speculators_plans_nothing():
     assert GoodputController(()).plan(Step(np.full(4, 9), 0, [])) == {}
+
+
+KINDS_OF_PROMPTS = {
+    "tensors": lambda prompts: [torch.tensor(row) for row in prompts],
+    "arrays": lambda prompts: [np.array(row, np.int32) for row in prompts],
+    "unsigned arrays": lambda prompts: [np.array(row, np.uint8) for row in prompts],
+    "tuples": lambda prompts: [tuple(row) for row in prompts],
+    "lists of tensors": lambda prompts: [[torch.tensor(token) for token in row] for row in prompts],
+    "a tuple of lists": tuple,
+    "a generator": iter,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_PROMPTS)
+def test_prompts_of_any_kind_come_back_as_ints(kind):
+    output = generate(engine_of(), KINDS_OF_PROMPTS[kind](PROMPTS))
+    assert output.prompt_ids == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert output.completion_ids == reference().completion_ids
+    assert {type(token) for row in output.prompt_ids for token in row} == {int}
+    assert json.loads(json.dumps(output.prompt_ids)) == output.prompt_ids
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+def test_one_array_is_several_prompts(kind):
+    rows = [[5, 9, 2], [1, 2, 3]]
+    output = generate(engine_of(), torch.tensor(rows) if kind == "tensor" else np.array(rows))
+    assert output.prompt_ids == [rows[0], rows[0], rows[1], rows[1]]
+    assert {type(token) for row in output.prompt_ids for token in row} == {int}
+
+
+def test_embeddings_may_grow_between_calls():
+    """The vocabulary is read again and drafters are bound anew, at the next call or policy update, whichever comes first."""
+    model = tiny_llama(seed=11)
+    engine = engine_of(model, draft_model=draft_model())
+    generate(engine)
+    for size in (70, 75):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.resize_token_embeddings(size, mean_resizing=False)
+        if size == 75:
+            engine.policy_updated()
+        wanted = generate(engine_of(model, speculation=False), [[5, 9, 2], [size - 1]]).completion_ids
+        assert any(token >= 64 for row in wanted for token in row)
+        assert generate(engine, [[5, 9, 2], [size - 1]]).completion_ids == wanted
+        engine.policy_updated()
+    model.resize_token_embeddings(60)
+    with pytest.raises(ValueError, match=r"shrunk from 75 tokens to 60.*new engine"):
+        generate(engine)
+    with pytest.raises(ValueError, match="shrunk"):
+        engine.policy_updated()

@@ -61,6 +61,8 @@ def test_reports_are_kept_printed_and_written(tmp_path, capsys):
     assert [report.step for report in engine.reports] == [0, 1]
     assert len([line for line in capsys.readouterr().out.splitlines() if "tok/s" in line]) == 2
     rows = read_jsonl(tmp_path / "new" / "folder" / "rollouts.jsonl")
+    assert len({row.pop("engine") for row in rows}) == 1
+    assert [row.pop("rank") for row in rows] == [0, 0]
     assert [StepReport.from_dict(row).to_dict() for row in rows] == [report.to_dict() for report in engine.reports]
 
 

@@ -86,6 +86,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(smollm2: Any, prompts: list[
         assert torch.tensor(logprobs) == pytest.approx(expected.numpy(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_shipped_eagle3_head_drafts_for_the_demo(demo: Any) -> None:
     """On task families that it was not trained on, at temperature 1."""
     policy, tokenizer = demo("policy").load_policy(warm=True)

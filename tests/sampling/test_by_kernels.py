@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from atlas_kernels.noise import request_keys
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.core import Draft, SamplingParams, Sequences
-from atlas_rl.rollout import engine as engine_module
+from atlas_rl.core import SamplingParams
+from atlas_rl.decode import generate as generate_module
+from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.sampling import by_kernels as fused
 from atlas_rl.sampling.by_kernels import FusedVerifier, verifier_on
 from atlas_rl.sampling.verification import DrafterInvariant, RejectionSampling
@@ -24,10 +23,7 @@ from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.recurrent import speculator as recurrent
 from tests.drafters import recurrent_drafter
 from tests.models import tiny_bigram, tiny_llama
-
-VOCAB, PROMPT = 300, 6
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-DEVICE = CUDA if torch.cuda.is_available() else CPU
+from tests.verification import CPU, CUDA, VOCAB, case
 
 
 @pytest.fixture
@@ -35,39 +31,6 @@ def interpreted():
     """Kernels on the CPU, one by one."""
     pytest.importorskip("triton", reason="the kernels need Triton")
     return {"implementation": "triton"}
-
-
-def case(lengths: Sequence[int], sampling: SamplingParams, *, with_probs: bool, seed: int = 0):
-    """Logits, and drafts of these lengths drawn from a disturbed copy of them, for every other request of a call."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, width = len(lengths), max(lengths, default=0)
-    requests = 2 * np.arange(batch)
-    tokens = np.zeros((2 * batch, 40), np.int32)
-    tokens[:, :PROMPT] = np.random.default_rng(seed).integers(VOCAB, size=(2 * batch, PROMPT))
-    sequences = Sequences(
-        token_ids=tokens,
-        lengths=np.full(2 * batch, PROMPT),
-        prompt_lengths=np.full(2 * batch, PROMPT),
-        prompt_keys=np.zeros(2 * batch, np.int64),
-        noise_keys=request_keys(seed, 2 * batch),
-        sampling=sampling,
-        vocab_size=VOCAB,
-        policy_version=0,
-    )
-    rows = sum(lengths) + batch
-    logits = 3 * torch.randn(rows, VOCAB, generator=generator)
-    draft = Draft(np.zeros((batch, width), np.int64), np.array(lengths), np.full((batch, width), 0.5, np.float32))
-    q = torch.zeros(batch, width, VOCAB)
-    first = 0
-    for row, length in enumerate(lengths):
-        near = logits[first : first + length] + 0.7 * torch.randn(length, VOCAB, generator=generator)
-        q[row, :length] = near.softmax(dim=-1)
-        if length:
-            draft.token_ids[row, :length] = q[row, :length].multinomial(1, generator=generator)[:, 0]
-        first += length + 1
-    if with_probs:
-        draft.draft_probs = q.to(DEVICE)
-    return logits.to(DEVICE), draft, sequences, requests
 
 
 SAMPLINGS = {
@@ -109,6 +72,28 @@ def assert_same_outcome(interpreted, form, with_probs, sampling, lengths):
     assert np.array_equal(eager.token_ids, kernel.token_ids)
     for name in ("logprobs", "entropies", "max_probs"):
         np.testing.assert_allclose(getattr(kernel, name), getattr(eager, name), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("verifying", ["eager", "triton", "reference"])
+@pytest.mark.parametrize("sampling", ["plain", "greedy", "truncated"])
+@pytest.mark.parametrize(("form", "with_probs"), [(DrafterInvariant, False), (RejectionSampling, True)])
+def test_logits_that_are_not_finite_are_refused_where_they_are_reached(verifying, sampling, form, with_probs):
+    """Row 3, the first of request 1, is always reached; row 5 is not, because the request's first draft is wrong."""
+    if verifying == "triton":
+        pytest.importorskip("triton", reason="the kernels need Triton")
+    verifier = form() if verifying == "eager" else FusedVerifier(form(), verifying)
+    params = SamplingParams(max_new_tokens=8, **SAMPLINGS[sampling])
+    for at, value in ((3, float("nan")), (3, float("-inf")), (5, float("nan"))):
+        logits, draft, sequences, requests = case([2, 2], params, with_probs=with_probs)
+        draft.token_ids[1, 0] = wrong = int(logits[3].argmin())
+        if with_probs:
+            draft.draft_probs[1, 0] = torch.zeros(VOCAB).index_fill(0, torch.tensor(wrong), 1.0)
+        logits[at] = value
+        if at == 3:
+            with pytest.raises(NonFiniteLogits, match="policy's logits are not finite"):
+                verifier.verify(logits, draft, sequences, requests)
+        else:
+            assert verifier.verify(logits, draft, sequences, requests).num_accepted[1] == 0
 
 
 @pytest.mark.parametrize("form", [DrafterInvariant, RejectionSampling])
@@ -166,7 +151,7 @@ def generated(model, verification, speculators, num_generations=1, max_new_token
     return output
 
 
-@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+@pytest.mark.parametrize("verification", ["invariant", pytest.param("rejection", marks=pytest.mark.slow)])
 def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypatch, verification):
     model = tiny_llama(seed=5)
     eager = generated(model, verification, [Fp4SelfSpeculator()])
@@ -176,7 +161,7 @@ def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypa
         calls.append(device)
         return FusedVerifier(form, **interpreted)
 
-    monkeypatch.setattr(engine_module, "verifier_on", dispatched)
+    monkeypatch.setattr(generate_module, "verifier_on", dispatched)
     by_kernels = generated(model, verification, [Fp4SelfSpeculator()])
     assert calls
     assert by_kernels.completion_ids == eager.completion_ids
@@ -188,7 +173,11 @@ def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypa
 
 @pytest.mark.parametrize(
     ("verification", "options"),
-    [("invariant", {"temperature": 0.9}), ("rejection", {}), ("invariant", {"temperature": 0.0})],
+    [
+        pytest.param("invariant", {"temperature": 0.9}, marks=pytest.mark.slow),
+        pytest.param("rejection", {}, marks=pytest.mark.slow),
+        ("invariant", {"temperature": 0.0}),
+    ],
 )
 def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkeypatch, verification, options):
     model = tiny_bigram()
@@ -213,11 +202,12 @@ def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkey
 def test_truncated_sampling_stays_eager(options, by_kernel):
     sampling = SamplingParams(max_new_tokens=8, **options)
     _, _, sequences, requests = case([1, 1], sampling, with_probs=False)
-    new = functools.partial(ReducedDraft, sequences, requests, 2, np.arange(9), couples_noise=True)
+    new = functools.partial(ReducedDraft, "a", sequences, requests, 2, np.arange(9), couples_noise=True)
     assert new().by_kernel == by_kernel
     assert new(argmax=True).by_kernel == sampling.greedy
 
 
+@pytest.mark.slow
 def test_nothing_here_loads_triton_on_a_cpu():
     """`import atlas_rl` does not (tests/test_package.py); drafting and verifying on a CPU does not either."""
     code = (

@@ -21,7 +21,7 @@ Q = np.array([0.4, 0.25, 0.15, 0.1, 0.07, 0.03])
 
 
 def reduced(sequences, depth, couples_noise):
-    drawing = ReducedDraft(sequences, np.arange(REQUESTS), depth, np.arange(VOCAB), couples_noise=couples_noise)
+    drawing = ReducedDraft("a", sequences, np.arange(REQUESTS), depth, np.arange(VOCAB), couples_noise=couples_noise)
     for _ in range(depth):
         drawing.draw(torch.from_numpy(Q).log().float().repeat(REQUESTS, 1))
     return drawing.token_ids
@@ -31,7 +31,7 @@ def full(sequences, depth, couples_noise):
     drafted = np.zeros((REQUESTS, 0), np.int64)
     for _ in range(depth):
         logits = torch.from_numpy(Q).log().float().repeat(REQUESTS, 1)
-        token, _, _ = draw_full(logits, sequences, np.arange(REQUESTS), drafted, couples_noise=couples_noise)
+        token, _, _ = draw_full("a", logits, sequences, np.arange(REQUESTS), drafted, couples_noise=couples_noise)
         drafted = np.column_stack([drafted, token])
     return drafted
 

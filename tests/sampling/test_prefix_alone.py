@@ -38,7 +38,7 @@ def depends_on_the_drawn_token(draft_probs: torch.Tensor | None) -> int:
             values[row, position + 1 :] = rng.uniform(0.02, 0.98, 4 - position)
         after = admit()
         changes += min(before.lengths[row], position + 1) != min(after.lengths[row], position + 1)
-        changes += bool(min(before.lengths[row], after.lengths[row])) and before.arms[row] != after.arms[row]
+        changes += bool(min(before.lengths[row], after.lengths[row])) and before.drafters[row] != after.drafters[row]
     return changes
 
 

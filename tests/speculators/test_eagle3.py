@@ -33,9 +33,7 @@ def policy():
 
 
 def settings(**options):
-    return TrainSettings(
-        **{"layers": LAYERS, "draft_vocab_size": 60, "unroll": 3, "epochs": 6, "learning_rate": 4e-3, **options}
-    )
+    return TrainSettings(**{"layers": LAYERS, "draft_vocab_size": 60, "unroll": 3, "learning_rate": 4e-3, **options})
 
 
 def record(folder, model, calls=8):
@@ -53,10 +51,15 @@ def calls(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def head(calls, tmp_path_factory):
-    return train(
-        InProcessView(policy()), calls, tmp_path_factory.mktemp("work"), settings(epochs=10), say=lambda line: None
-    )
+def training(calls, tmp_path_factory):
+    """A trained head, and the folder that its training left."""
+    folder = tmp_path_factory.mktemp("work")
+    return train(InProcessView(policy()), calls, folder, settings(epochs=6), say=lambda line: None), folder
+
+
+@pytest.fixture(scope="module")
+def head(training):
+    return training[0]
 
 
 def engine_of(model, speculator, k=3, **options):
@@ -68,14 +71,14 @@ def rollout(engine, seed=99, **options):
     return engine.generate(PROMPTS, num_generations=4, max_new_tokens=24, eos_token_ids=EOS, seed=seed, **options)
 
 
-def test_training_raises_held_out_acceptance(calls, tmp_path):
-    train(InProcessView(policy()), calls, tmp_path, settings(), say=lambda line: None)
-    log = json.loads((tmp_path / "training.json").read_text())
+def test_training_raises_held_out_acceptance(training):
+    log = json.loads((training[1] / "training.json").read_text())
     first, last = log["epochs"][0]["acceptance"], log["epochs"][-1]["acceptance"]
     assert last[0] > first[0] + 0.05
     assert last[0] > 0.3
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on(calls, tmp_path):
     whole = train(InProcessView(policy()), calls, tmp_path / "whole", settings(epochs=2), say=lambda line: None)
     lines = []

@@ -82,12 +82,22 @@ def test_tokens_do_not_depend_on_it(options):
     assert drafted.report.acceptance_rate > 0.3
 
 
+@pytest.fixture(scope="module")
+def short_policy():
+    """A policy whose context ends soon, and what it says until then."""
+    model = tiny_llama(seed=5, context=40)
+    return model, plain(model, num_generations=3, max_new_tokens=400)
+
+
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_any_length_waves_and_full_contexts(k):
+def test_any_length_waves_and_full_contexts(k, short_policy):
     """More requests than rows, so that rows are filled, freed and moved, and requests that end where the context does."""
-    engine = engine_of(policy(), k=k, max_batch_size=3)
-    options = {"num_generations": 3, "max_new_tokens": 400}
-    assert rollout(engine, **options).completion_ids == plain(policy(), **options).completion_ids
+    model, alone = short_policy
+    drafted = rollout(engine_of(model, k=k, max_batch_size=3), num_generations=3, max_new_tokens=400)
+    assert drafted.completion_ids == alone.completion_ids
+    lengths = [len(prompt) + len(row) for prompt, row in zip(drafted.prompt_ids, drafted.completion_ids, strict=True)]
+    assert max(lengths) == 41  # the last token of a full context is drawn and never read
+    assert min(lengths) < 41
 
 
 def test_drafting_for_some_requests_only():
@@ -112,7 +122,6 @@ def test_the_policys_cache_drafts_better_than_a_cache_of_its_own():
         name: np.mean([rollout(engine, seed=seed, eos_token_ids=[]).report.acceptance_rate for seed in range(4)])
         for name, engine in {"shared": shared, "own": own}.items()
     }
-    print(rates)
     assert rates["shared"] > rates["own"] + 0.01
 
 
@@ -165,6 +174,45 @@ def test_a_policy_that_outgrows_its_scales_gets_new_ones():
     assert second[0] == pytest.approx(3 * first[0].item())
     assert second[1:] == first[1:]
     assert not any(weight.saturated for weight in copied._weights)
+
+
+def test_scales_of_weights_that_were_not_finite_do_not_stay():
+    model = tiny_llama(seed=5)
+    copied, weights = FourBitCopy(model), copy.deepcopy(model.state_dict())
+    for value in (torch.nan, torch.inf):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        copied.requantize()
+        model.load_state_dict(weights)
+        copied.requantize()
+        assert all(dequantize(weight).isfinite().all() for weight in copied._weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_layers_return_the_type_that_the_policys_return(dtype, autocast, kernels):
+    """Qwen2's attention has biases: added in float32 to a product of autocast, they made keys of another type."""
+    if kernels:
+        pytest.importorskip("triton", reason="the kernels need Triton")
+    model = tiny_qwen2(seed=3).to(dtype)
+    copied = FourBitCopy(model, quantize_embeddings=True, kernels=kernels)
+    twin = quantized_by_hand(model).to(dtype)
+    copied.requantize()
+    projection, by_hand = model.model.layers[0].self_attn.k_proj, twin.model.layers[0].self_attn.k_proj
+    for rows in (1, 8, 70):
+        x = torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        tokens = torch.arange(rows)[None] % 64
+        with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+            embedded, expected = model.get_input_embeddings()(tokens), by_hand(input=x)
+            with copied.running():
+                ours = projection(input=x)
+                assert model.get_input_embeddings()(input=tokens).dtype == embedded.dtype
+        assert ours.dtype == expected.dtype
+        # The kernel rounds no weight; autocast and a bfloat16 twin do.
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[ours.dtype]
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_another_policy_is_copied_anew():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -149,3 +152,19 @@ def test_a_state_of_another_kind_is_refused(change):
     spec = one_hot()
     with pytest.raises(ValueError, match="history index"):
         spec.load_state_dict({**spec.state_dict(), **change})
+
+
+def test_a_policy_with_fewer_tokens_is_never_offered_one_that_it_lacks(caplog):
+    spec = one_hot()
+    sequences = call([[10, 11, 12]])
+    spec.start(sequences, np.array([0]))
+    commit(spec, sequences, {0: [20, 21, 300, EOS]}, finished=True)
+    state = spec.state_dict()
+    spec.bind(SimpleNamespace(vocab_size=301), couples_noise=False)
+    assert spec.num_archived_tokens > 0
+    with caplog.at_level(logging.WARNING):
+        spec.bind(SimpleNamespace(vocab_size=300), couples_noise=False)
+    assert "starts from nothing" in caplog.text
+    assert spec.num_archived_tokens == 0
+    with pytest.raises(ValueError, match="tokens has values"):
+        spec.load_state_dict(state)

@@ -55,6 +55,19 @@ def can_draft(speculator):
     return speculator.backlog(None, np.arange(1)) is not None
 
 
+@cache
+def learned():
+    """The state of an engine whose drafter has learned from three calls of `policy()`."""
+    return trained(policy(), recurrent_drafter()).state_dict()
+
+
+def experienced(speculator=None, **options):
+    """A new engine that goes on from `learned`."""
+    engine = engine_of(policy(), speculator or recurrent_drafter(), **options)
+    engine.load_state_dict(copy.deepcopy(learned()))
+    return engine
+
+
 def test_nothing_is_drafted_before_the_first_refresh():
     speculator = recurrent_drafter()
     engine = engine_of(policy(), speculator)
@@ -92,6 +105,7 @@ def test_both_losses_raise_the_agreement(loss):
     assert speculator.refreshes[-1].agreement_after > speculator.refreshes[0].agreement_before + 0.1
 
 
+@pytest.mark.slow
 def test_it_follows_a_policy_that_jumps():
     speculator = recurrent_drafter()
     model = tiny_bigram()
@@ -110,8 +124,7 @@ def test_it_follows_a_policy_that_jumps():
 @pytest.mark.parametrize("verification", ["invariant", "rejection"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"repetition_penalty": 1.3}])
 def test_tokens_do_not_depend_on_it(verification, options):
-    engine = trained(policy(), recurrent_drafter(), verification=verification)
-    drafted = rollout(engine, seed=99, **options)
+    drafted = rollout(experienced(verification=verification), seed=99, **options)
     assert drafted.report.drafted["recurrent"] > 0
     if verification == "invariant":
         plain = AtlasRolloutEngine(model=policy(), speculation=False, console=False)
@@ -119,13 +132,13 @@ def test_tokens_do_not_depend_on_it(verification, options):
 
 
 def test_greedy_drafts_are_verified_too():
-    engine = trained(policy(), recurrent_drafter())
     plain = AtlasRolloutEngine(model=policy(), speculation=False, console=False)
-    drafted = rollout(engine, seed=1, temperature=0.0)
+    drafted = rollout(experienced(), seed=1, temperature=0.0)
     assert drafted.completion_ids == rollout(plain, seed=1, temperature=0.0).completion_ids
     assert drafted.report.acceptance_rate > 0.3
 
 
+@pytest.mark.slow
 def test_coupled_draws_beat_argmax_and_independent_draws():
     rates = {}
     for name, options, verification in (
@@ -168,16 +181,17 @@ def test_a_budget_is_kept():
     assert [done.num_steps for done in speculator.refreshes] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("generate_s", "pays"), [(1e9, True), (0.0, False)])
 def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
     """Seconds of generation are what there is to gain from: of a billion any training is worth it, of none no training."""
     model, speculator = copy.deepcopy(policy()), recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
-    engine, steps = engine_of(model, speculator), []
+    engine, steps, generator = engine_of(model, speculator), [], torch.Generator().manual_seed(0)
     for seed in range(6):
         rollout(engine, seed)
         with torch.no_grad():  # the policy moves, so that there is always something to learn
             for weight in model.parameters():
-                weight.add_(0.02 * torch.randn_like(weight))
+                weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
         speculator._began_s = speculator._clock() - 1.0
         speculator.refresh(Rollouts(speculator.learner.sequences, generate_s), seed)
         steps.append(speculator.refreshes[-1].num_steps)
@@ -186,6 +200,7 @@ def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
     assert pays or steps[-1] <= steps[0] / 8
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_policy_gives_the_whole_budget_back():
     model, speculator = copy.deepcopy(policy()), recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
     engine = engine_of(model, speculator)
@@ -218,10 +233,9 @@ def test_a_resumed_run_drafts_as_well_as_before(tmp_path):
 
 
 def test_a_state_of_another_policy_is_named_and_left(caplog):
-    state = trained(policy(), recurrent_drafter()).state_dict()
     other = engine_of(tiny_llama(hidden=48, seed=1), recurrent_drafter())
     with caplog.at_level(logging.WARNING):
-        other.load_state_dict(state)
+        other.load_state_dict(copy.deepcopy(learned()))
     assert "hidden size" in caplog.text
     assert rollout(other, seed=1).report.drafted == {"recurrent": 0}
 
@@ -237,7 +251,8 @@ def test_states_of_other_kinds_are_refused():
 
 def test_a_policy_of_another_size_starts_it_from_nothing(caplog):
     speculator = recurrent_drafter()
-    trained(policy(), speculator)
+    experienced(speculator)
+    assert can_draft(speculator)
     with caplog.at_level(logging.WARNING):
         speculator.bind(InProcessView(tiny_llama(hidden=48, seed=1)), couples_noise=True)
     assert "starts from nothing" in caplog.text
@@ -267,6 +282,7 @@ def test_a_call_larger_than_the_buffer_is_sampled():
     assert can_draft(speculator)
 
 
+@pytest.mark.slow
 def test_softcapped_logits_are_matched():
     speculator = recurrent_drafter()
     engine = trained(tiny_gemma2(seed=3), speculator)
@@ -279,7 +295,7 @@ def test_a_folded_head_is_the_same_function(rows):
     generator = torch.Generator().manual_seed(0)
     head = RecurrentHead(hidden_size=24, state_size=16)
     head.bias.data = torch.randn(11, generator=generator)
-    head.set_tables(torch.randn(11, 24, generator=generator), torch.randn(11, 24, generator=generator))
+    head.set_tables(torch.randn(11, 24, generator=generator), torch.randn(11, 24, generator=generator), torch.randn(11))
     folded = FoldedHead(head)
     hidden, tokens = torch.randn(rows, 24, generator=generator), torch.arange(rows) % 12
     with torch.no_grad():

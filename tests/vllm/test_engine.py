@@ -18,7 +18,8 @@ from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.report.report import StepReport
 from atlas_rl.speculators.eagle3.checkpoint import save_eagle3
-from atlas_rl.speculators.eagle3.head import Eagle3Config, Eagle3Head
+from atlas_rl.speculators.eagle3.config import Eagle3Config
+from atlas_rl.speculators.eagle3.head import Eagle3Head
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.vllm.backend import llm_arguments
 from atlas_rl.vllm.internals import drafter_of, runner_of
@@ -33,13 +34,6 @@ PROMPTS = [list(range(2, 2 + n)) for n in (3, 40, 17, 40, 9, 25)]
 @pytest.fixture(scope="module")
 def policy() -> Any:
     return tiny_bigram(vocab=VOCAB, hidden=64, heads=2, kv_heads=2, layers=3, context=CONTEXT, logit_std=3.0)
-
-
-@pytest.fixture(scope="module")
-def folder(policy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("policy")
-    policy.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

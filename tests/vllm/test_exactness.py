@@ -33,13 +33,6 @@ def policy() -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(policy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("policy")
-    policy.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def llm(folder: Path) -> Any:
     return engine(folder, max_num_seqs=256)
 

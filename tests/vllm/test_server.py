@@ -123,10 +123,12 @@ def test_it_serves_the_policy_learns_from_traffic_and_follows_new_weights(server
     assert [[choice["text"] for choice in complete(server, seed)] for seed in range(8)] == first
     _logprobs_are_those_of(policy(1), complete(server, 99, n=1)[0])
 
-    assert call(server, "atlas_load_weights", str(folders[1]), "5") == {"policy_version": 5}
-    post(server, "/reset_prefix_cache", {})
+    loaded = call(server, "atlas_load_weights", str(folders[1]), "5")
+    assert loaded["policy_version"] == 5
+    # On a CPU vLLM's worker is a process of its own, which cannot empty the prefix cache; the answer says so.
+    post(server, loaded["left_to_do"].removeprefix("POST "), {})
     _logprobs_are_those_of(policy(2), complete(server, 99, n=1)[0])
-    assert call(server, "atlas_policy_updated") == {"policy_version": 6}
+    assert call(server, "atlas_policy_updated")["policy_version"] == 6
     assert call(server, "atlas_report")["policy_version"] == 6
 
 

@@ -17,6 +17,8 @@ from torch import nn
 from trl.models.utils import unwrap_model_for_generation
 
 from atlas_kernels.noise import mix64
+from atlas_rl.integrations.trl.checks import check_policy_in_process, check_trainer, is_whole
+from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from atlas_rl.integrations.trl.reports import ReportCallback
 from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, read_sampling
@@ -24,39 +26,52 @@ from atlas_rl.policy.supported import context_of
 from atlas_rl.report.report import Mode, StepReport
 
 if TYPE_CHECKING:
-    from atlas_rl.rollout.engine import GenerationOutput, RolloutEngine
+    from atlas_rl.rollout.engine import RolloutEngine
+    from atlas_rl.rollout.output import GenerationOutput
 
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
     """Put the engine where the trainer expects its vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
+    check_attached_once(trainer)
     check_trainer(trainer, baseline_every)
     if getattr(trainer, "vllm_generation", None) is not None:
         raise ValueError("the trainer already generates with vLLM: build it with use_vllm=False and attach once")
+    sampling_in_process(trainer, seed=0)
+    check_policy_in_process(trainer)
+    if is_whole(trainer):
+        engine.meet(trainer.model)
     adapter = TrainerAdapter(engine, trainer, baseline_every)
     adapter.install()
     return adapter
 
 
-def check_trainer(trainer: Any, baseline_every: int) -> None:
-    """Raise `ValueError` for a trainer that no engine can be attached to."""
-    if baseline_every < 0:
-        raise ValueError(f"baseline_every must be >= 0 (0 never), got {baseline_every}")
-    if not hasattr(trainer, "_generate_single_turn") or not hasattr(trainer, "_metrics"):
-        raise ValueError(
-            f"{type(trainer).__name__} has no generation seam to attach to: attach to a GRPOTrainer or an RLOOTrainer, "
-            "or call engine.generate() yourself"
-        )
+def check_attached_once(trainer: Any) -> None:
+    """Raise `ValueError` for a trainer that an engine is attached to."""
     if isinstance(getattr(trainer, "vllm_generation", None), TrainerAdapter):
         raise ValueError("the trainer already generates with this engine: attach once")
-    if getattr(trainer, "rollout_func", None) is not None:
-        raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")
-    if getattr(trainer, "use_transformers_continuous_batching", False):
-        raise ValueError("set use_transformers_continuous_batching=False: the engine batches by itself")
 
 
 def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
-    """Make the adapter for `GRPOTrainer(rollout_func=engine)`, which calls it and needs nothing installed."""
-    return TrainerAdapter(engine, trainer, baseline_every=0)
+    """Make the adapter for `GRPOTrainer(rollout_func=engine)`, which calls it and needs nothing installed.
+
+    The trainer calls it for the first time in the middle of `train`. If it resumes, the drafters are restored now, from
+    where the trainer saves them: which folder it resumed from is not known any more.
+    """
+    adapter = TrainerAdapter(engine, trainer, baseline_every=0)
+    if trainer.state.global_step > 0:
+        adapter.drafter_state.restore(trainer.args, trainer.state)
+    return adapter
+
+
+def sampling_in_process(trainer: Any, seed: int) -> TrainerSampling:
+    """The trainer's sampling options. Raises `ValueError` for those that the in-process engine does not have."""
+    sampling = read_sampling(trainer, seed)
+    if sampling.extra:
+        raise ValueError(
+            f"generation_kwargs {sampling.extra} cannot be honoured in process: it takes {sorted(OPTIONS)}, and others only "
+            "at values that change nothing"
+        )
+    return sampling
 
 
 class TrainerAdapter:
@@ -91,13 +106,16 @@ class TrainerAdapter:
         self._sampling(seed=0)  # refuse options that cannot be honoured before the trainer is touched
         self._importance = ImportanceCheck(trainer, self.shares_weights and engine.config.spare_importance_sampling)
         self._reports = ReportCallback(engine, trainer)
-        trainer.add_callback(self._reports)
+        self.drafter_state = DrafterStateCallback(engine, trainer)
+        for callback in (self._reports, self._importance, self.drafter_state):
+            trainer.add_callback(callback)
 
     def install(self) -> None:
         """Take the place of the trainer's vLLM."""
         self.trainer.use_vllm = True
         self.trainer.vllm_generation = self
         self.trainer._last_loaded_step = -1  # sync before the first generation
+        self.drafter_state.follow()
 
     @property
     def llm(self) -> Any:
@@ -178,12 +196,7 @@ class TrainerAdapter:
 
     def _sampling(self, seed: int) -> TrainerSampling:
         """Hook: the trainer's sampling options. Raises `ValueError` for those that the engine cannot honour."""
-        sampling = read_sampling(self.trainer, seed)
-        if sampling.extra:
-            raise ValueError(
-                f"generation_kwargs {sorted(sampling.extra)} cannot be honoured in process: it takes {sorted(OPTIONS)}"
-            )
-        return sampling
+        return sampling_in_process(self.trainer, seed)
 
     @contextmanager
     def _policy(self) -> Iterator[Any]:

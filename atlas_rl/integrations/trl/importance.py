@@ -1,31 +1,75 @@
 """Switches off TRL's importance-sampling correction where it would multiply by one.
 
 TRL corrects for an engine whose logprobs differ from the trainer's, at the price of a forward pass over every rollout. An
-engine that samples from the trainer's own weights needs none of it. The first rollouts are checked before it is dropped.
+engine that samples from the trainer's own weights needs none of it, if it samples from what the trainer scores with: the
+whole softmax at the trainer's temperature, in the trainer's precision and with its dropout. Sampling options are compared
+at every generation; logprobs are compared once, over enough tokens, before the correction is dropped.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from atlas_rl.audit.plain_forward import plain_logits
+from atlas_rl.audit.scores import FULL_PRECISION, LOW_PRECISION
 from atlas_rl.core import SamplingParams
+from atlas_rl.policy.unwrap import unwrap_policy
 
 if TYPE_CHECKING:
-    from atlas_rl.rollout.engine import GenerationOutput
+    from atlas_rl.rollout.output import GenerationOutput
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-3  # nats, in float32
-_TOLERANCE_LOW_PRECISION = 0.1  # nats: logprobs differ by rounding between batch shapes
-_CHECKED_ROWS = 2
+_ENOUGH_TOKENS = 32  # of all ranks
+_ROWS = 16  # most rollouts compared per generation; the same number on every rank, whose forwards may be collective
+_POSITIONS = 1024  # most compared positions of a rollout
+_CHUNK = 64  # positions whose float32 logits are held together
+_OUTLIER = 10  # the largest difference may be so many times the limit of the mean
 
 
-class ImportanceCheck:
-    """Compares sampled logprobs with the trainer's forward pass, once.
+@dataclass(slots=True)
+class Comparison:
+    """Sampled logprobs of one rank against the trainer's.
+
+    Attributes:
+        num_tokens: Tokens compared.
+        sum_nats: Sum of the absolute differences.
+        max_nats: The largest one.
+        limit_nats: Mean absolute difference that rounding explains.
+        reason: Why the two are different distributions; empty where they should be the same.
+    """
+
+    num_tokens: int = 0
+    sum_nats: float = 0.0
+    max_nats: float = 0.0
+    limit_nats: float = 0.0
+    reason: str = ""
+
+    @property
+    def mean_nats(self) -> float:
+        """Mean absolute difference; 0 before any token was compared."""
+        return self.sum_nats / max(1, self.num_tokens)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether rounding explains the differences. Not a number is no agreement."""
+        small = self.mean_nats <= self.limit_nats and self.max_nats <= _OUTLIER * self.limit_nats
+        return not self.reason and (small or not self.num_tokens)
+
+
+class ImportanceCheck(TrainerCallback):
+    """Compares sampled logprobs with the trainer's forward pass, and drops the correction where they are the same.
+
+    Ranks decide together, at the end of an optimizer step, which each of them reaches equally often: ranks that decided
+    differently would run different collectives and wait for each other for ever.
 
     Args:
         trainer: Whose `vllm_importance_sampling_correction` is switched off if they agree.
@@ -34,54 +78,98 @@ class ImportanceCheck:
 
     def __init__(self, trainer: Any, wanted: bool) -> None:
         self._trainer = trainer
-        self._pending = wanted
+        self._pending = wanted and bool(getattr(trainer, "vllm_importance_sampling_correction", False))
+        self._dropped = False
+        self._own = Comparison()
 
     def observe(self, model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> None:
-        """Check the rollouts of one training call by `model`, if no earlier ones have been.
+        """Compare the rollouts of one training call by `model`, until there are enough of them."""
+        if self._dropped:
+            reason = self._difference_in_law(sampling)
+            if reason:  # options may change in the middle of a run
+                self._dropped, self._trainer.vllm_importance_sampling_correction = False, True
+                logger.warning("atlas_rl: importance-sampling correction switched on again: %s", reason)
+            return
+        if not self._pending or not self._trainer.use_vllm or self._own.num_tokens >= _ENOUGH_TOKENS:
+            return
+        self._own.reason = self._own.reason or self._difference_in_law(sampling)
+        if not self._own.reason:
+            self._compare(model, sampling, output)
+        if self._trainer.accelerator.num_processes == 1:
+            self._settle([self._own])
 
-        A truncated or penalised distribution keeps the correction: there TRL's forward pass scores another distribution.
-        """
-        trainer = self._trainer
-        if not self._pending or not getattr(trainer, "vllm_importance_sampling_correction", False):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ranks decide together, by the worst of them."""
+        if self._pending and self._trainer.accelerator.num_processes > 1:
+            self._settle(gather_object([self._own]))
+
+    def _difference_in_law(self, sampling: SamplingParams) -> str:
+        """Why the trainer scores another distribution than the sampled one, in words; empty where it does not."""
+        if not sampling.plain:
+            return "the sampled distribution is greedy, truncated or penalised, and the trainer scores the whole one"
+        scored_at = getattr(self._trainer, "temperature", 1.0)
+        if sampling.temperature != scored_at:
+            return f"rollouts are sampled at temperature {sampling.temperature:g}, and scored at {scored_at:g}"
+        return ""
+
+    def _compare(self, model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> None:
+        """Add some rollouts, chosen at random, scored as the trainer scores them: in its mode and precision."""
+        device = unwrap_policy(model).get_input_embeddings().weight.device
+        rows = np.random.default_rng(sampling.seed).permutation(len(output.completion_ids))[:_ROWS]
+        # Dropout of this pass must not change that of the training.
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            self._trainer.accelerator.autocast(),
+        ):
+            for row in rows.tolist():
+                prompt, completion = output.prompt_ids[row], output.completion_ids[row]
+                self._compare_row(model, prompt, completion, output.logprobs[row], sampling.temperature, device)
+
+    def _compare_row(
+        self,
+        model: nn.Module,
+        prompt: list[int],
+        completion: list[int],
+        logprobs: list[float],
+        temperature: float,
+        device: torch.device,
+    ) -> None:
+        kept = torch.arange(0, len(completion), max(1, len(completion) // _POSITIONS))
+        if not len(kept):
+            return
+        tokens = torch.tensor([*prompt, *completion], device=device)
+        plain = plain_logits(model, tokens[:-1], (kept + len(prompt) - 1).to(device))
+        limit = (FULL_PRECISION if plain.full_precision else LOW_PRECISION).at(temperature).logprob_nats
+        own = self._own
+        own.limit_nats = max(own.limit_nats, limit)
+        returned = torch.tensor(logprobs, dtype=torch.float64)[kept]
+        for begin in range(0, len(kept), _CHUNK):
+            part = slice(begin, begin + _CHUNK)
+            scored = (plain.logits[part].float() / temperature).log_softmax(dim=-1)
+            drawn = tokens[len(prompt) :][kept[part].to(device)]
+            error = (scored.gather(1, drawn[:, None])[:, 0].double().cpu() - returned[part]).abs()
+            own.num_tokens += len(error)
+            own.sum_nats += float(error.sum())
+            own.max_nats = float(torch.tensor([own.max_nats, float(error.max())]).max())  # keeps not-a-number
+
+    def _settle(self, ranks: list[Comparison]) -> None:
+        """Decide, if the ranks together have seen enough; called with the same on every rank."""
+        reason = next((rank.reason for rank in ranks if rank.reason), "")
+        if not reason and sum(rank.num_tokens for rank in ranks) < _ENOUGH_TOKENS:
             return
         self._pending = False
-        if not sampling.plain:
-            logger.info(
-                "atlas_rl: importance-sampling correction kept: the sampled distribution is truncated or penalised"
-            )
-            return
-        difference = _logprob_difference(model, sampling, output)
-        if difference <= _tolerance(model, trainer):
-            trainer.vllm_importance_sampling_correction = False
-            logger.warning(
-                "atlas_rl: rollouts are sampled from the trainer's own weights (logprobs agree with its forward pass to "
-                "%.1e nats), so the importance-sampling correction is switched off and its forward pass spared",
-                difference,
+        worst = max(ranks, key=lambda rank: (not rank.agrees, rank.mean_nats))
+        if all(rank.agrees for rank in ranks):
+            self._dropped, self._trainer.vllm_importance_sampling_correction = True, False
+            message = (
+                "rollouts are sampled from the trainer's own weights (logprobs agree with its forward pass to "
+                f"{worst.max_nats:.1e} nats): the importance-sampling correction is switched off and its forward pass spared"
             )
         else:
-            logger.warning(
-                "atlas_rl: importance-sampling correction kept: sampled logprobs differ from the trainer's forward pass "
-                "by up to %.1e nats",
-                difference,
+            reason = reason or (
+                f"sampled logprobs differ from the trainer's forward pass by {worst.mean_nats:.1e} nats on average, "
+                f"{worst.max_nats:.1e} at most"
             )
-
-
-def _tolerance(model: nn.Module, trainer: Any) -> float:
-    """Largest difference in nats that rounding explains."""
-    exact = next(model.parameters()).dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
-    return _TOLERANCE if exact else _TOLERANCE_LOW_PRECISION
-
-
-def _logprob_difference(model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> float:
-    """Largest difference in nats between the sampled logprobs and a plain forward's, over the shortest rollouts."""
-    order = sorted(range(len(output.completion_ids)), key=lambda row: len(output.completion_ids[row]))
-    worst = 0.0
-    for row in order[:_CHECKED_ROWS]:
-        prompt, completion = output.prompt_ids[row], output.completion_ids[row]
-        input_ids = torch.tensor([[*prompt, *completion]], device=next(model.parameters()).device)
-        with torch.no_grad():
-            logits = model(input_ids=input_ids).logits[0, len(prompt) - 1 : -1].float()
-        logprobs = (logits / sampling.temperature).log_softmax(dim=-1)
-        own = logprobs.gather(1, input_ids[0, len(prompt) :, None])[:, 0].cpu()
-        worst = max(worst, (own - torch.tensor(output.logprobs[row])).abs().max().item())
-    return worst
+            message = f"importance-sampling correction kept: {reason}"
+        if self._trainer.accelerator.is_main_process:
+            logger.warning("atlas_rl: %s", message)

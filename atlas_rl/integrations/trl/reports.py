@@ -1,23 +1,23 @@
-"""Publishes the engine's report of every training step, and saves the drafters with the trainer's checkpoints."""
+"""Publishes the engine's report of every training step."""
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from atlas_rl.report.report import Mode, StepReport
 from atlas_rl.report.sinks import trainer_metrics
 from atlas_rl.report.sums import concatenate, merge
-from atlas_rl.sync.checkpoint import FILE_NAME, load_state, save_state
 
 if TYPE_CHECKING:
     from atlas_rl.rollout.engine import RolloutEngine
+
+logger = logging.getLogger(__name__)
 
 
 class ReportCallback(TrainerCallback):
@@ -26,7 +26,7 @@ class ReportCallback(TrainerCallback):
     Figures reach the trainer's own log under `atlas/...`, beside the step's other metrics.
 
     Args:
-        engine: Publishes the reports. Its drafters' state goes into checkpoints and comes back from them.
+        engine: Publishes the reports.
         trainer: Gets the figures.
     """
 
@@ -35,12 +35,14 @@ class ReportCallback(TrainerCallback):
         self._trainer = trainer
         self._pending: dict[Mode, list[StepReport]] = {"train": [], "eval": [], "standalone": []}
         self._step_began = time.perf_counter()
+        self._generated = False
         self.leads = True
         """Whether this rank's rollouts are counted. Ranks that generate the same rollouts count once."""
 
     def add(self, report: StepReport) -> None:
         """Take the report of one generation call of the present step or evaluation."""
         self._pending[report.mode].append(report)
+        self._generated = True
         if report.mode == "eval":
             # Evaluation logs before any callback hears of its end.
             self._log(report)
@@ -48,22 +50,21 @@ class ReportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of the first step. A resumed run gets its drafters back from the checkpoint's folder."""
-        saved = self._saved_state(args, state)
-        if state.global_step > 0 and saved.is_file():
-            self._engine.load_state_dict(load_state(saved))
-        self._step_began = time.perf_counter()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save what the drafters know beside the trainer's checkpoint."""
-        if self._trainer.accelerator.is_main_process:
-            save_state(self._saved_state(args, state), self._engine.state_dict())
+        """Start the clock of the first step."""
+        self._step_began, self._generated = time.perf_counter(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish what was generated for this optimizer step, if anything was."""
         now = time.perf_counter()
         report = self._take("train", step_s=now - self._step_began)
         self._step_began = now
+        if not self._generated:
+            self._generated = True  # said once
+            logger.warning(
+                "atlas_rl: %s made its first training step without asking the engine for rollouts: it generates in code "
+                "of its own",
+                type(self._trainer).__name__,
+            )
         if report is not None:
             self._log(report)
             if self._trainer.accelerator.is_main_process:
@@ -89,7 +90,3 @@ class ReportCallback(TrainerCallback):
     def _log(self, report: StepReport) -> None:
         for name, value in trainer_metrics(report).items():
             self._trainer._metrics["eval" if report.mode == "eval" else "train"][name].append(value)
-
-    @staticmethod
-    def _saved_state(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FILE_NAME

@@ -19,16 +19,18 @@ import torch
 from torch import nn
 
 from atlas_rl.config import EngineConfig
-from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_trainer
+from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once
+from atlas_rl.integrations.trl.checks import check_trainer
 from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
-from atlas_rl.policy.in_process import unwrap_policy
+from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.rollout.backends import vllm_draft_folder
 from atlas_rl.vllm.backend import NO_DRAFTER, VllmBackend, in_this_process, llm_arguments
 from atlas_rl.vllm.checks import check_sampling
 from atlas_rl.vllm.internals import drafter_of
 
 if TYPE_CHECKING:
-    from atlas_rl.rollout.engine import GenerationOutput, RolloutEngine
+    from atlas_rl.rollout.engine import RolloutEngine
+    from atlas_rl.rollout.output import GenerationOutput
 
 _FROM_TRAINER = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
 _FROM_ARGUMENTS = (
@@ -65,13 +67,16 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
     """Put the engine around the trainer's vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
+    check_attached_once(trainer)
     check_trainer(trainer, baseline_every)
     if trainer.args.vllm_mode != "colocate":
         raise ValueError(
             "in server mode the drafters live in the server: start it as docs/vllm.md says and attach nothing, or set "
             "vllm_mode='colocate'"
         )
-    _checked_sampling(trainer, seed=0)  # refuse what cannot be honoured before a vLLM engine is built
+    # Refuse what cannot be honoured before a vLLM engine is built.
+    _checked_sampling(trainer, seed=0)
+    unwrap_policy(trainer.model)  # vLLM gets merged layers: what lives in a wrapper would be lost
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:
         generation = _new_generation(engine.config, trainer)
@@ -209,7 +214,7 @@ class VllmAdapter(TrainerAdapter):
         deepspeed = accelerator.state.deepspeed_plugin
         if getattr(accelerator.state, "fsdp_plugin", None) is not None or (deepspeed and deepspeed.zero_stage == 3):
             return None
-        return unwrap_policy(accelerator.unwrap_model(self.trainer.model))
+        return accelerator.unwrap_model(self.trainer.model)  # its PEFT wrapper and mixed precision stay on
 
 
 def _checked_sampling(trainer: Any, seed: int) -> TrainerSampling:

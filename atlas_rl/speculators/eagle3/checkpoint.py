@@ -1,83 +1,58 @@
 """EAGLE-3 checkpoints: reads the `speculators` layout of the vLLM project and the original one, writes the first.
 
-The `speculators` layout names its tensors as `Eagle3Head` does and keeps the layer's shape in `transformer_layer_config`.
-The original one (SafeAILab/EAGLE) is a flat Llama configuration with `draft_vocab_size`, and its layer is called `midlayer`.
+The `speculators` layout names its tensors as `Eagle3Head` does. In the original one (SafeAILab/EAGLE) the layer is called
+`midlayer`. Everything that a rollout relies on is checked here: names, shapes and finiteness of the tensors, and that `d2t`
+leads to tokens of the policy.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaConfig
 
 from atlas_rl.policy.view import PolicyView
-from atlas_rl.speculators.eagle3.head import Eagle3Config, Eagle3Head
+from atlas_rl.speculators.eagle3.config import Eagle3Config, parse_config
+from atlas_rl.speculators.eagle3.head import Eagle3Head
+from atlas_rl.speculators.identify import EAGLE3, check_finite, kind_of, read_config, read_tensors
 
 _SPECULATORS_VERSION = "0.2.0"  # of the layout
-_WEIGHTS, _PICKLE = "model.safetensors", "pytorch_model.bin"
-
-
-def default_layers(num_layers: int) -> tuple[int, ...]:
-    """Low, middle and high layer where a checkpoint names none: as EAGLE-3's authors and vLLM have it."""
-    return (2, num_layers // 2, num_layers - 3)
-
-
-def is_eagle3(folder: str | Path) -> bool:
-    """Whether a folder holds an EAGLE-3 head rather than a causal LM: its config names a draft vocabulary."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and "draft_vocab_size" in path.read_text()
+_WEIGHTS = "model.safetensors"
+_NUM_USUAL_LAYERS = 3
+_VERIFIER = "verifier_"  # tensors of the policy, which training of some versions left in
 
 
 def load_eagle3(folder: str | Path, policy: PolicyView) -> Eagle3Head:
     """The head in `folder`, on the policy's device and in its number format.
 
     Raises:
-        ValueError: No such checkpoint, a damaged one, or one for another policy; says which.
+        ValueError: No such checkpoint, a damaged one, one of another kind, or one for another policy; says which.
     """
     folder = Path(folder)
-    settings, tensors = _read_config(folder), _read_tensors(folder)
-    vocab_size, num_layers = policy.vocab_size, policy.num_layers
-    config = _config(folder, settings, num_layers)
-    if config.layer.vocab_size != vocab_size:
-        raise ValueError(
-            f"the EAGLE-3 head in '{folder}' is for a vocabulary of {config.layer.vocab_size} tokens, the policy has "
-            f"{vocab_size}: it belongs to another policy"
-        )
-    if config.read_size != policy.hidden_size:
-        raise ValueError(
-            f"the EAGLE-3 head in '{folder}' reads a hidden size of {config.read_size}, the policy has "
-            f"{policy.hidden_size}: it "
-            "belongs to another policy"
-        )
-    if max(config.layers) >= num_layers:
-        raise ValueError(
-            f"the EAGLE-3 head in '{folder}' reads layer {max(config.layers)}, the policy has {num_layers}"
-        )
-    tensors = {_name(name): tensor for name, tensor in tensors.items()}
+    what = f"the EAGLE-3 head in '{folder}'"
+    settings = _settings(folder)
+    tensors = {_name(name): tensor for name, tensor in read_tensors(folder).items() if not name.startswith(_VERIFIER)}
+    config = _config_for(policy, settings, tensors, what, f"'{folder / 'config.json'}'")
+    tensors |= _vocabulary(tensors, config.draft_vocab_size, policy.vocab_size, what)
+    # The original code has no biases, whatever a configuration says that was copied from the policy's.
+    config.layer.attention_bias = "layers.0.self_attn.q_proj.bias" in tensors
+    config.layer.mlp_bias = "layers.0.mlp.gate_proj.bias" in tensors
     head = Eagle3Head(config, own_embeddings="embed_tokens.weight" in tensors)
-    if "t2d" not in tensors and "d2t" in tensors:
-        tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
-        tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
-    if "d2t" not in tensors and config.draft_vocab_size == vocab_size:
-        tensors |= {"d2t": torch.zeros(vocab_size, dtype=torch.int64), "t2d": torch.ones(vocab_size, dtype=torch.bool)}
-    try:
-        head.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"the EAGLE-3 head in '{folder}' does not fit its own config.json: {error}") from error
-    return head.to(device=policy.device, dtype=policy.dtype).eval()
+    _check_fit(head, tensors, what)
+    head.load_state_dict(tensors)
+    head = head.to(device=policy.device, dtype=policy.dtype).eval()
+    check_finite(head.state_dict(), what)
+    return head
 
 
 def eagle3_layers(folder: str | Path, num_layers: int) -> tuple[int, ...]:
     """Layers of a policy with `num_layers` layers that a checkpoint's head reads; `ValueError` if it holds no head."""
     folder = Path(folder)
-    return _config(folder, _read_config(folder), num_layers).layers
+    return parse_config(_settings(folder), num_layers, 1, f"'{folder / 'config.json'}'").layers
 
 
 def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_draft_tokens: int = 3) -> None:
@@ -91,16 +66,25 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config, layer = head.config, head.config.layer
+    config, layer = head.config, {**head.config.layer.to_dict(), "torch_dtype": "bfloat16", "num_hidden_layers": 1}
+    if len(config.layers) != _NUM_USUAL_LAYERS:
+        layer["num_aux_hidden_states"] = len(
+            config.layers
+        )  # vLLM reads their number from here, and takes three without
+    if config.qk_norm:
+        layer["model_type"] = "qwen3"
     settings = {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": _SPECULATORS_VERSION,
         "draft_vocab_size": config.draft_vocab_size,
         "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
         "target_hidden_size": config.target_hidden_size,
         "eagle_aux_hidden_state_layer_ids": list(config.layers),
-        "transformer_layer_config": {**layer.to_dict(), "torch_dtype": "bfloat16"},
+        "transformer_layer_config": layer,
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
@@ -122,55 +106,113 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    kind = kind_of(folder)
+    if kind != EAGLE3:
+        raise ValueError(f"'{folder}' holds {kind}, no EAGLE-3 head: give the folder of one")
+    return read_config(folder)
+
+
+def _config_for(
+    policy: PolicyView, settings: dict[str, Any], tensors: dict[str, torch.Tensor], what: str, where: str
+) -> Eagle3Config:
+    """The head's configuration; `ValueError` where the head cannot be one of this policy's."""
+    vocab_size = policy.vocab_size
+    head_weight = tensors.get("lm_head.weight")
+    if head_weight is None:
+        raise ValueError(
+            f"{what} has no LM head (lm_head.weight), and sharing the policy's is not supported: save the rows of the "
+            "policy's LM head for its tokens under that name"
+        )
+    covers_all = len(head_weight) == vocab_size
+    config = parse_config(settings, policy.num_layers, vocab_size if covers_all else None, where)
+    for_this_one = "give a head that was trained for this policy"
+    if config.layer.vocab_size != vocab_size or config.draft_vocab_size > vocab_size:
+        raise ValueError(
+            f"{what} drafts {config.draft_vocab_size} tokens of a vocabulary of {config.layer.vocab_size}, the policy has "
+            f"one of {vocab_size}: {for_this_one}"
+        )
+    if config.read_size != policy.hidden_size:
+        raise ValueError(
+            f"{what} reads a hidden size of {config.read_size}, the policy has {policy.hidden_size}: {for_this_one}"
+        )
+    if "embed_tokens.weight" not in tensors and config.read_size != config.layer.hidden_size:
+        raise ValueError(
+            f"{what} is {config.layer.hidden_size} wide, the policy {config.read_size}, and the head has no embeddings of "
+            "its own (embed_tokens.weight): add them"
+        )
+    return config
+
+
 def _public_name(policy: nn.Module) -> str | None:
     """The policy's name, without the folders of this machine."""
     name = str(getattr(policy.config, "name_or_path", "") or "")
     return (Path(name).name if Path(name).exists() else name) or None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"no EAGLE-3 checkpoint in '{folder}': config.json is missing")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}): download the checkpoint again") from error
+def _vocabulary(
+    tensors: dict[str, torch.Tensor], draft_vocab_size: int, vocab_size: int, what: str
+) -> dict[str, torch.Tensor]:
+    """`d2t` (offsets from a draft token to the policy's, int64) and `t2d` (bool), whichever of them the file has.
 
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    if (folder / _WEIGHTS).is_file():
-        try:
-            return load_file(folder / _WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"'{folder / _WEIGHTS}' is damaged ({error}): download the checkpoint again") from error
-    if (folder / _PICKLE).is_file():
-        try:
-            return torch.load(folder / _PICKLE, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"'{folder / _PICKLE}' is damaged ({error}): download the checkpoint again") from error
-    raise ValueError(f"no EAGLE-3 checkpoint in '{folder}': neither {_WEIGHTS} nor {_PICKLE} is there")
-
-
-def _config(folder: Path, settings: dict[str, Any], num_layers: int) -> Eagle3Config:
-    """From either layout."""
-    layer = settings.get("transformer_layer_config", settings)
-    missing = [name for name in ("hidden_size", "vocab_size", "num_attention_heads") if name not in layer]
-    if missing or "draft_vocab_size" not in settings:
+    Raises:
+        ValueError: They are of another type or length, contradict each other, lead out of the vocabulary, or lead from two
+            draft tokens to one.
+    """
+    d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
+    if t2d is not None and (t2d.shape != (vocab_size,) or t2d.is_floating_point() or bool((t2d != t2d.bool()).any())):
+        raise ValueError(f"{what}: t2d must hold true or false for each of {vocab_size} tokens, got {_described(t2d)}")
+    known = None if t2d is None else t2d.bool().nonzero().flatten()
+    if d2t is None:
+        if known is None and draft_vocab_size == vocab_size:
+            known = torch.arange(vocab_size)
+        if known is None or len(known) != draft_vocab_size:
+            raise ValueError(
+                f"{what} drafts {draft_vocab_size} of {vocab_size} tokens and lacks d2t, which says which ones"
+            )
+        d2t = known - torch.arange(draft_vocab_size)
+    if d2t.shape != (draft_vocab_size,) or d2t.is_floating_point() or d2t.dtype == torch.bool:
+        raise ValueError(f"{what}: d2t must hold {draft_vocab_size} whole numbers, got {_described(d2t)}")
+    d2t = d2t.to(torch.int64)
+    ids = d2t + torch.arange(draft_vocab_size)
+    outside = int(((ids < 0) | (ids >= vocab_size)).sum())
+    twice = draft_vocab_size - len(ids.unique())
+    # Offsets of sorted tokens rise only where a token is left out; ids rise everywhere.
+    looks_like_ids = known is None and draft_vocab_size > 1 and bool((d2t.diff() > 0).all())
+    differs = known is not None and not torch.equal(ids.sort().values, known)
+    if outside or twice or looks_like_ids or differs:
+        reason = (
+            f"leads out of the policy's {vocab_size} tokens in {outside} places" if outside
+            else f"leads to {twice} tokens more than once" if twice
+            else "and t2d name different tokens" if differs
+            else "has the look of token ids"
+        )  # fmt: skip
         raise ValueError(
-            f"'{folder / 'config.json'}' describes no EAGLE-3 head: {missing or ['draft_vocab_size']} missing"
+            f"{what}: d2t {reason}. It must hold offsets, not ids: added to 0, 1, 2, ... they give the policy's token ids"
         )
-    known = {name: value for name, value in layer.items() if name not in ("architectures", "model_type", "auto_map")}
-    named = settings.get("eagle_aux_hidden_state_layer_ids") or settings.get("eagle_config", {}).get(
-        "eagle_aux_hidden_state_layer_ids"
-    )
-    return Eagle3Config(
-        layer=LlamaConfig(**known),
-        draft_vocab_size=int(settings["draft_vocab_size"]),
-        layers=tuple(named) if named else default_layers(num_layers),
-        norm_before_residual=bool(settings.get("norm_before_residual", False)),
-        target_hidden_size=settings.get("target_hidden_size"),
-    )
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[ids] = True
+    return {"d2t": d2t, "t2d": mask}
+
+
+def _check_fit(head: Eagle3Head, tensors: dict[str, torch.Tensor], what: str) -> None:
+    """Raise `ValueError` where the tensors are not those that the configuration describes."""
+    own = head.state_dict()
+    faults = [
+        *(f"{name} is missing" for name in own if name not in tensors),
+        *(f"{name} is unknown" for name in tensors if name not in own),
+        *(
+            f"{name} is {list(tensor.shape)} instead of {list(own[name].shape)}"
+            for name, tensor in tensors.items()
+            if name in own and tensor.shape != own[name].shape
+        ),
+    ]
+    if faults:
+        raise ValueError(f"{what} does not fit its own config.json: {', '.join(faults)}")
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
 
 
 def _name(name: str) -> str:

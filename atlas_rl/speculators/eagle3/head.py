@@ -10,7 +10,6 @@ Module and tensor names are those of the vLLM project's `speculators` layout, so
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,32 +21,10 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from atlas_rl.speculators.eagle3.config import Eagle3Config
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From rotated queries, keys and values `[batch, heads, tokens, dim]` to `[batch, tokens, heads, dim]`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Eagle3Config:
-    """Shape of a head.
-
-    Attributes:
-        layer: The decoder layer, as a Llama configuration; its `vocab_size` is the policy's.
-        draft_vocab_size: Tokens the head can propose.
-        layers: Decoder layers of the policy whose inputs are fused.
-        norm_before_residual: Whether the residual stream starts from the normed feature (some checkpoints) or the raw one.
-        target_hidden_size: Of the policy, where it differs from the head's own.
-    """
-
-    layer: LlamaConfig
-    draft_vocab_size: int
-    layers: tuple[int, ...]
-    norm_before_residual: bool = False
-    target_hidden_size: int | None = None
-
-    @property
-    def read_size(self) -> int:
-        """Hidden size of the policy."""
-        return self.target_hidden_size or self.layer.hidden_size
 
 
 class Eagle3Head(nn.Module):
@@ -63,11 +40,15 @@ class Eagle3Head(nn.Module):
 
     def __init__(self, config: Eagle3Config, own_embeddings: bool = False) -> None:
         super().__init__()
-        layer = config.layer
+        layer, num_parts = config.layer, len(config.layers)
         self.config = config
-        self.fc = nn.Linear(len(config.layers) * config.read_size, layer.hidden_size, bias=False)
-        self.layers = nn.ModuleList([Eagle3Layer(layer, config.norm_before_residual)])
-        self.norm = LlamaRMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
+        self.input_norm = _norm(layer, num_parts * config.read_size) if config.norm_before_fc else None
+        self.fc_norm = (
+            nn.ModuleList(_norm(layer, config.read_size) for _ in range(num_parts)) if config.fc_norm else None
+        )
+        self.fc = nn.Linear(num_parts * config.read_size, layer.hidden_size, bias=False)
+        self.layers = nn.ModuleList([Eagle3Layer(config)])
+        self.norm = _norm(layer, layer.hidden_size)
         self.lm_head = nn.Linear(layer.hidden_size, config.draft_vocab_size, bias=False)
         self.embed_tokens = nn.Embedding(layer.vocab_size, layer.hidden_size) if own_embeddings else None
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
@@ -87,7 +68,12 @@ class Eagle3Head(nn.Module):
 
     def fuse(self, states: dict[int, torch.Tensor]) -> torch.Tensor:
         """Features `[tokens, hidden]` of positions where the policy has run, from `[tokens, hidden]` per layer."""
-        return self.fc(torch.cat([states[layer] for layer in self.config.layers], dim=-1).to(self.fc.weight.dtype))
+        parts = [states[layer].to(self.fc.weight.dtype) for layer in self.config.layers]
+        if self.input_norm is not None:
+            parts = list(self.input_norm(torch.cat(parts, dim=-1)).chunk(len(parts), dim=-1))
+        if self.fc_norm is not None:
+            parts = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+        return self.fc(torch.cat(parts, dim=-1))
 
     def forward(
         self, embeddings: torch.Tensor, features: torch.Tensor, positions: torch.Tensor, attend: Attend
@@ -104,24 +90,26 @@ class Eagle3Head(nn.Module):
             `[batch, tokens, hidden]`; `logits` turns them into predictions.
         """
         cos, sin = self.rotary(features, positions)
-        return self.layers[0](embeddings, features, cos, sin, attend)
+        out = self.layers[0](embeddings, features, cos, sin, attend)
+        return self.norm(out) if self.config.norm_output else out
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits over the reduced vocabulary `[..., draft_vocab]`."""
-        return self.lm_head(self.norm(features))
+        return self.lm_head(features if self.config.norm_output else self.norm(features))
 
 
 class Eagle3Layer(nn.Module):
     """A Llama layer whose attention reads the embedding and the feature side by side."""
 
-    def __init__(self, config: LlamaConfig, norm_before_residual: bool) -> None:
+    def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
-        self.norm_before_residual = norm_before_residual
-        self.self_attn = _Projections(config)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        layer = config.layer
+        self.norm_before_residual = config.norm_before_residual
+        self.self_attn = _Projections(layer, config.qk_norm)
+        self.mlp = LlamaMLP(layer)
+        self.input_layernorm = _norm(layer, layer.hidden_size)
+        self.hidden_norm = _norm(layer, layer.hidden_size)
+        self.post_attention_layernorm = _norm(layer, layer.hidden_size)
 
     def forward(
         self, embeddings: torch.Tensor, features: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
@@ -138,20 +126,28 @@ class Eagle3Layer(nn.Module):
 class _Projections(nn.Module):
     """Queries, keys and values from twice the hidden size, and the output projection."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, qk_norm: bool) -> None:
         super().__init__()
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         num_kv_heads = config.num_key_value_heads or config.num_attention_heads
         heads, kv_heads = config.num_attention_heads * self.head_dim, num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(2 * config.hidden_size, heads, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, kv_heads, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(2 * config.hidden_size, heads, bias=config.attention_bias)
+        self.k_proj = nn.Linear(2 * config.hidden_size, kv_heads, bias=config.attention_bias)
+        self.v_proj = nn.Linear(2 * config.hidden_size, kv_heads, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_bias)
+        self.q_norm, self.k_norm = (_norm(config, self.head_dim) if qk_norm else None for _ in range(2))
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         query, key, value = (
-            projection(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            projection(x).view(*x.shape[:2], -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
         return self.o_proj(attend(query, key, value).flatten(2))
+
+
+def _norm(config: LlamaConfig, size: int) -> LlamaRMSNorm:
+    return LlamaRMSNorm(size, eps=config.rms_norm_eps)

@@ -105,7 +105,7 @@ class Eagle3Speculator(Speculator):
         depth = min(int(max_draft_tokens.max(initial=0)), int(capacity + _DRAFT_ROOM - lengths.max(initial=0)))
         if depth <= 0:
             return Draft.empty(len(requests))
-        draft = ReducedDraft(sequences, requests, depth, self._token_ids, couples_noise=self._couples_noise)
+        draft = ReducedDraft(self.name, sequences, requests, depth, self._token_ids, couples_noise=self._couples_noise)
         one = np.ones(len(requests), np.int64)
         with torch.no_grad():
             self._fuse()

@@ -130,7 +130,8 @@ def _is_matrix(parameter: torch.Tensor) -> bool:
 
 
 def _packed(weight: NVFP4Weight) -> Any:
-    def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        x = input
         if torch.is_autocast_enabled(x.device.type):  # which converts the inputs of the layers that this one stands for
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = linear(x.reshape(-1, x.shape[-1]), weight, implementation="triton").view(*x.shape[:-1], -1)
@@ -143,8 +144,8 @@ def _dense(weight: NVFP4Weight, dtype: torch.dtype) -> Any:
     dense = dequantize(weight).to(dtype)
     product = linear_rows if dense.device.type == "cpu" and dtype == torch.float32 else functional.linear
 
-    def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return product(x, dense, module.bias)
+    def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        return product(input, dense, module.bias)
 
     return forward
 
@@ -152,7 +153,8 @@ def _dense(weight: NVFP4Weight, dtype: torch.dtype) -> Any:
 def _looked_up(weight: NVFP4Weight) -> Any:
     dense = dequantize(weight)
 
-    def forward(module: nn.Embedding, token_ids: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(token_ids, dense.to(module.weight.dtype)) * getattr(module, "embed_scale", 1.0)
+    def forward(module: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
+        found, scale = functional.embedding(input, dense.to(module.weight.dtype)), getattr(module, "embed_scale", 1.0)
+        return found * (scale.to(found.dtype) if isinstance(scale, torch.Tensor) else scale)  # Gemma rounds it first
 
     return forward

@@ -99,7 +99,7 @@ class Fp4SelfSpeculator(Speculator):
                 logits = cache.runner.forward(segments, np.arange(len(going)))
             drafted = draft.token_ids[going, :position]
             newest[going], confidence, q = draw_full(
-                logits, sequences, requests[going], drafted, couples_noise=self._couples_noise
+                self.name, logits, sequences, requests[going], drafted, couples_noise=self._couples_noise
             )
             self._append(draft, going, position, newest[going], confidence, q)
             going = going[~sequences.sampling.ends(newest[going])]

@@ -37,6 +37,7 @@ import numpy as np
 from atlas_kernels.noise import exponential
 from atlas_rl.speculators.history.match import LENGTH, MAX_CURSORS, NEXT, NUM_SOURCES, RECALLED, SOURCE
 from atlas_rl.speculators.history.store import MAX_MATCH
+from atlas_rl.speculators.saved_state import SavedState
 
 COUPLED, ONE_HOT = 0, 1
 """Draft modes: the first arrival under the policy's noise, or the likeliest token."""
@@ -58,6 +59,7 @@ _MEMORY = 0.998  # forgetting per trial: the policy moves
 _PRIOR_TRIALS = 4.0
 _MAX_MARGIN = 4.0
 _NEVER = 1e30
+_LEAST_ESCAPE = 1e-9
 
 
 class Model(NamedTuple):
@@ -149,6 +151,7 @@ def mix(cursors, count, model, scratch):
     kind = (group * 4 + _log2_class(different)) * 4 + _log2_class(count)
     bucket = LENGTH_BUCKET[cursors[best, LENGTH]]
     escape = model.escapes[kind, bucket, 0] / model.escapes[kind, bucket, 1]
+    escape = min(max(escape, _LEAST_ESCAPE), 1 - _LEAST_ESCAPE)  # its logarithm is taken, and that of its complement
     return Position(different, total, kind, bucket, escape)
 
 
@@ -176,7 +179,7 @@ def _pick_arrivals(at, scratch, key, position):
     for x in range(at.different):
         scratch.times[x] = exponential(key, position, scratch.tokens[x], 0)
     for g in range(len(EXPONENTS)):
-        first = _NEVER
+        first, scratch.picks[g] = _NEVER, 0  # an index, so it is one whatever the comparisons say
         for x in range(at.different):
             # Times scale with the rate's unit, so dividing by the mass instead of P changes no comparison.
             time = scratch.times[x] * (at.total / scratch.masses[x]) ** EXPONENTS[g]
@@ -284,10 +287,21 @@ def model_state(model: Model) -> dict[str, Any]:
     return {name: value.copy() for name, value in model._asdict().items()}
 
 
-def model_from_state(state: dict[str, Any]) -> Model:
-    """Inverse of `model_state`; raises `ValueError` on arrays of another shape."""
-    for name, value in new_model()._asdict().items():
-        shape = np.shape(state[name]) if name in state else None
-        if shape != value.shape:
-            raise ValueError(f"history index: {name} has shape {shape}, expected {value.shape}")
-    return Model(**{name: np.array(state[name], np.float64) for name in Model._fields})
+def model_from_state(state: SavedState) -> Model:
+    """Inverse of `model_state`.
+
+    Raises:
+        ValueError: Arrays of another shape, or numbers that learning cannot reach and `mix` and `choose` cannot take.
+    """
+    shapes = {name: value.shape for name, value in new_model()._asdict().items()}
+    model = Model(**{name: state.floats(name, shapes[name], *_RANGES[name]) for name in Model._fields})
+    hits, trials = model.escapes[..., 0], model.escapes[..., 1]
+    if not ((hits <= trials) & (trials > 0)).all():
+        raise ValueError("history index: escapes counts more hits than trials")
+    if not (model.confidence[:, 1] >= 0).all():
+        raise ValueError("history index: confidence has squared gradients below 0")
+    return model
+
+
+# Far beyond what learning reaches, and within what the kernels' arithmetic takes: weights are exponentiated, counts decay.
+_RANGES = {"log_weights": (-200.0, 200.0), "escapes": (0.0, 1e6), "exponents": (0.0, 1e6), "confidence": (-1e6, 1e6)}

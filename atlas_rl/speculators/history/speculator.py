@@ -13,6 +13,7 @@ likeliest token alone would be right with probability max p.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -34,9 +35,13 @@ from atlas_rl.speculators.history.mixture import (
     new_scratch,
 )
 from atlas_rl.speculators.history.store import MAX_MATCH, Archive, LiveIndex, prompt_tags
+from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
+    from atlas_rl.policy.view import PolicyView
+
+logger = logging.getLogger(__name__)
 
 _STATE_KIND = "atlas_rl.history"
 _STATE_VERSION = 1
@@ -126,6 +131,7 @@ class HistorySpeculator(Speculator):
 
     def __init__(self, max_tokens: int = 4_000_000) -> None:
         self.policy_version = -1
+        self._vocab_size: int | None = None  # of the policy that it is bound to
         self._archive = Archive(max_tokens)
         self._model = new_model()
         self._archived: Sequences | None = None  # the call archived last, lest `refresh` archive it again
@@ -133,6 +139,19 @@ class HistorySpeculator(Speculator):
         self._live: LiveIndex | None = None
         self._finished: list[int] = []
         self._cursors, self._counts, self._observed = new_cursors(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+    def bind(self, policy: PolicyView, couples_noise: bool) -> None:
+        """Draft for this policy. What is archived of one with more tokens goes: drafts index the policy's logits."""
+        super().bind(policy, couples_noise)
+        self._vocab_size = policy.vocab_size
+        if self._archive.largest_token >= policy.vocab_size:
+            logger.warning(
+                "atlas_rl: the history index holds tokens up to %d, the policy now has %d: it starts from nothing",
+                self._archive.largest_token,
+                policy.vocab_size,
+            )
+            self._close_call()
+            self._archive = Archive(self._archive.max_tokens)
 
     def start(
         self,
@@ -203,16 +222,17 @@ class HistorySpeculator(Speculator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`; `ValueError` for the state of another speculator or format."""
-        if state.get("kind") != _STATE_KIND:
-            raise ValueError(f"not a state of the history index: kind is {state.get('kind')!r}")
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"history index state has format {state.get('version')!r}, expected {_STATE_VERSION}")
-        model = model_from_state(state["model"])
+        """Restore `state_dict()`.
+
+        Raises:
+            ValueError: The state of another speculator, format or policy, or a damaged one; nothing has changed then.
+        """
+        saved = SavedState(state, "history index")
+        saved.check_kind(_STATE_KIND, _STATE_VERSION)
+        version, model = saved.policy_version(), model_from_state(saved.part("model"))
+        archive = Archive.from_state(saved.part("archive"), self._archive.max_tokens, self._vocab_size)
         self._close_call()
-        self._archive.load_state_dict(state["archive"])
-        self._model = model
-        self.policy_version = int(state["policy_version"])
+        self._archive, self._model, self.policy_version = archive, model, version
 
     @property
     def nbytes(self) -> int:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numba
 import numpy as np
 
+from atlas_rl.speculators.saved_state import SavedState
+
 if TYPE_CHECKING:
     from atlas_rl.core import Sequences
 
@@ -38,6 +40,7 @@ _IN_PROMPT, _UNINDEXED, _TAG_SHIFT = 1, 2, 2
 _TAG_BITS = 29
 _GROWTH = 1.5
 _MIN_TOKENS = 4096
+_MAX_CODE = 2**31 - 2  # links hold `code + 1` in 32 bits
 _MAX_LIVE_BUCKETS = 1 << 20
 
 
@@ -219,7 +222,7 @@ class Archive:
     """Ring of finished rollouts, newest over oldest, grown geometrically up to `max_tokens`."""
 
     def __init__(self, max_tokens: int) -> None:
-        if not 2 * MAX_MATCH <= max_tokens < 2**31 - 1:
+        if not 2 * MAX_MATCH <= max_tokens <= _MAX_CODE:
             raise ValueError(f"max_tokens must be in [{2 * MAX_MATCH}, 2**31 - 2], got {max_tokens}")
         self.max_tokens = max_tokens
         self.view = self._allocate(min(_MIN_TOKENS, max_tokens))
@@ -256,6 +259,11 @@ class Archive:
         order = np.roll(nodes, -write, axis=0) if stored == len(self.view.nodes) else nodes
         return np.ascontiguousarray(order[:, TOKEN]), np.ascontiguousarray(order[:, INFO])
 
+    @property
+    def largest_token(self) -> int:
+        """Largest token id that is stored; -1 while there is none."""
+        return int(self.view.nodes[:, TOKEN].max())
+
     def oldest_policy_version(self) -> int | None:
         """Version of the policy that made the oldest archived rollout, `None` while there is none."""
         tokens, infos = self.oldest_first()
@@ -275,7 +283,26 @@ class Archive:
         tokens, infos = self.oldest_first()
         return {"tokens": tokens, "infos": infos, "capacity": len(self.view.nodes)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replay what `state_dict` returned; a smaller ring keeps the newest."""
-        self.view = self._allocate(min(int(state["capacity"]), self.max_tokens))
-        _replay(self.view, np.asarray(state["tokens"], np.int32), np.asarray(state["infos"], np.int32))
+    @classmethod
+    def from_state(cls, state: SavedState, max_tokens: int, vocab_size: int | None) -> Archive:
+        """An archive that replays what `state_dict` returned; a smaller ring keeps the newest.
+
+        Args:
+            state: Its numbers are not trusted: the kernels draft from them, and follow chains that are made of them.
+            max_tokens: Bound of the new archive.
+            vocab_size: Of the policy, whose logits are indexed by drafted tokens; None where there is no policy yet.
+
+        Raises:
+            ValueError: Anything that no archive of this policy holds.
+        """
+        capacity = state.integer("capacity", 1, _MAX_CODE)
+        tokens = state.integers("tokens", SEPARATOR, (vocab_size or _MAX_CODE) - 1)
+        infos = state.integers("infos", -1, 2**31 - 1)
+        if not len(tokens) == len(infos) <= capacity:
+            raise ValueError(f"history index: {len(tokens)} tokens and {len(infos)} infos, expected {capacity} at most")
+        if (infos[tokens != SEPARATOR] < 0).any():  # a separator has a policy version there
+            raise ValueError("history index: infos has values below 0, which are no prompt tags")
+        archive = cls(max_tokens)
+        archive.view = cls._allocate(min(capacity, max_tokens))
+        _replay(archive.view, tokens.astype(np.int32), infos.astype(np.int32))
+        return archive

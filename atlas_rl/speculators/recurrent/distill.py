@@ -1,7 +1,7 @@
 """Distillation of the recurrent head from the policy's own distribution, inside a time budget.
 
-What the policy would have said at a position is known exactly: its LM head's input was computed by verification, and its
-output embedding gives the logits over the reduced vocabulary. The head unrolls over the tokens that were committed, and
+What the policy would have said at a position is known exactly: its LM head's input was computed by verification, and the
+head's rows and biases give the logits over the reduced vocabulary. The head unrolls over the tokens that were committed, and
 every step is compared with the policy's distribution there.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from atlas_rl.policy.view import LogitForm
+from atlas_rl.policy.logit_form import LogitForm
 from atlas_rl.speculators.recurrent.head import RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer, Windows
 
@@ -54,19 +54,21 @@ class Target:
 
     Attributes:
         rows: float32 `[vocab, hidden]`.
-        form: From products to logits.
+        biases: float32 `[vocab]`.
+        form: From the head's output to logits.
         temperature: Of the rollouts.
         index_of: int64 `[policy vocab]`, index in the reduced vocabulary, `len(rows)` for tokens outside.
     """
 
     rows: torch.Tensor
+    biases: torch.Tensor
     form: LogitForm
     temperature: float
     index_of: np.ndarray
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log of the policy's distribution, renormalised over the reduced vocabulary: `[..., vocab]`."""
-        logits = self.form(torch.nn.functional.linear(hidden.float(), self.rows))
+        logits = self.form(torch.nn.functional.linear(hidden.float(), self.rows, self.biases))
         return (logits / self.temperature).log_softmax(dim=-1)
 
 

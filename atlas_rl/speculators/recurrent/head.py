@@ -5,7 +5,9 @@ starts from the hidden state that the newest committed token was drawn from, abs
 
     s_0     = tanh(R norm(h))                       h: input of the policy's LM head
     s_{j+1} = GRU(E norm(e(x_j)), s_j)              e: the policy's own input embedding, x_0 the newest committed token
-    q_{j+1} = softmax((U W norm(s_{j+1}) + b) / T)  U: the policy's own output embedding, scaled to rows of norm one
+    q_{j+1} = softmax((U W norm(s_{j+1}) + c + b) / T)
+
+U are the rows of the policy's own LM head, scaled to a mean norm of one, and c its biases as logits, zero for most policies.
 
 Only R, E, GRU, W and b are learned: with the policy's own tables the head starts out knowing which tokens are alike, which
 is what lets it learn within a few policy updates.
@@ -32,6 +34,7 @@ class RecurrentHead(nn.Module):
 
     inputs: torch.Tensor
     outputs: torch.Tensor
+    output_biases: torch.Tensor
 
     def __init__(self, hidden_size: int, state_size: int, seed: int = 0) -> None:
         super().__init__()
@@ -45,6 +48,7 @@ class RecurrentHead(nn.Module):
         # The policy's, not learned and not saved: they are read anew from whatever policy the head drafts for.
         self.register_buffer("inputs", torch.zeros(1, hidden_size), persistent=False)
         self.register_buffer("outputs", torch.zeros(0, hidden_size), persistent=False)
+        self.register_buffer("output_biases", torch.zeros(0), persistent=False)
 
     @property
     def hidden_size(self) -> int:
@@ -56,11 +60,18 @@ class RecurrentHead(nn.Module):
         """Tokens the head can propose."""
         return len(self.bias)
 
-    def set_tables(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Give the policy's embeddings of the reduced vocabulary: float32 `[vocab, hidden]` each."""
+    def set_tables(self, inputs: torch.Tensor, outputs: torch.Tensor, output_biases: torch.Tensor) -> None:
+        """Give the policy's tables of the reduced vocabulary.
+
+        Args:
+            inputs: float32 `[vocab, hidden]`, input embeddings.
+            outputs: float32 `[vocab, hidden]`, rows of the LM head.
+            output_biases: float32 `[vocab]`, the logits that its biases alone come to.
+        """
         # One more row for every token outside the reduced vocabulary: their mean, which says nothing in particular.
         inputs = _normed(torch.cat([inputs, inputs.mean(dim=0, keepdim=True)]))
         self.inputs, self.outputs = inputs, outputs / outputs.norm(dim=-1).mean()
+        self.output_biases = output_biases
 
     def begin(self, hidden: torch.Tensor) -> torch.Tensor:
         """State `[rows, state]` from the policy's hidden states `[rows, hidden]`."""
@@ -84,7 +95,7 @@ class RecurrentHead(nn.Module):
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """Logits of the next token over the reduced vocabulary `[rows, vocab]`."""
-        return functional.linear(self.write(_normed(state)), self.outputs, self.bias)
+        return functional.linear(self.write(_normed(state)), self.outputs, self.bias + self.output_biases)
 
 
 class FoldedHead:
@@ -104,7 +115,7 @@ class FoldedHead:
                 by_columns(cell.weight_hh.detach().clone()),
                 cell.bias_hh.detach().clone(),
             )
-            self._outputs, self._bias = by_columns(head.outputs @ head.write.weight), head.bias.detach().clone()
+            self._outputs, self._bias = by_columns(head.outputs @ head.write.weight), head.bias + head.output_biases
             self._read = by_columns(head.read.weight.detach().clone())
         self._packed: DraftHeadWeights | None = None
 

@@ -7,7 +7,7 @@ of distillation (`distill.py`) over the tokens that the rollouts use (`reduced_v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,12 @@ from atlas_rl.speculators.recurrent.distill import Distilled, Loss, Target, dist
 from atlas_rl.speculators.recurrent.head import RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
+from atlas_rl.speculators.saved_state import SavedState
 
 _MAX_STATE_SIZE = 1024
 _LASTS_UPDATES = 4.0  # policy updates over which what was learned is worth something
+_MAX_WEIGHT = 1e4  # no training makes one as large, and it is finite in every number format that the head drafts in
+_MAX_COUNT = 1e15
 _LEAST_CUT = 1 / 16  # of the budget: what is always spent, to see whether training pays again
 
 # A caller's inference mode would make tensors that no training can use; what training touches is made outside of it.
@@ -63,7 +66,7 @@ class Learner:
     """Owns the head, its reduced vocabulary and what it learns from.
 
     Args:
-        policy: Gives sizes and device; embeddings are read later, when they are whole.
+        policy: Gives sizes and device, and has a form of logits; embeddings are read later, when they are whole.
         settings: How it learns.
         clock: Seconds.
 
@@ -217,8 +220,10 @@ class Learner:
 
     def _target(self, sequences: Sequences, policy: PolicyView) -> Target:
         slots = torch.from_numpy(self._rows.slots[self.ids]).to(self._device)
+        assert policy.form is not None
         return Target(
             rows=self._rows.outputs[slots],
+            biases=self._rows.biases[slots],
             form=policy.form,
             temperature=1.0 if sequences.sampling.greedy else sequences.sampling.temperature,
             index_of=self.index_of,
@@ -262,7 +267,9 @@ class Learner:
         self._rows.add(self.ids, policy)
         slots = torch.from_numpy(self._rows.slots[self.ids]).to(self._device)
         self.revision += 1
-        self.head.set_tables(self._rows.inputs[slots], self._rows.outputs[slots])
+        rows = self._rows
+        assert policy.form is not None
+        self.head.set_tables(rows.inputs[slots], rows.outputs[slots], policy.form(rows.biases[slots]))
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -283,13 +290,54 @@ class Learner:
         }
 
     @trainable
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()` of a learner for a policy of the same sizes, into one that has learned nothing yet."""
-        self._counts.counts[np.asarray(state["counted_ids"])] = np.asarray(state["counts"])
-        self._set_ids(np.asarray(state["ids"]))
-        self.head.load_state_dict({name: torch.as_tensor(tensor) for name, tensor in state["weights"].items()})
+    def load_state_dict(self, state: SavedState) -> None:
+        """Restore `state_dict()` of a learner for a policy of the same sizes, into one that has learned nothing yet.
+
+        Raises:
+            ValueError: Anything that no such learner can hold; this one is then of no more use.
+        """
+        vocab_size = len(self._counts.counts)
+        ids, used = state.integers("ids", 0, vocab_size - 1), state.integers("counted_ids", 0, vocab_size - 1)
+        trained = bool(state.integer("trained", 0, 1))
+        for name, listed in (("ids", ids), ("counted_ids", used)):
+            if (np.diff(listed) <= 0).any():
+                raise ValueError(f"recurrent drafter: {name} is not sorted")
+        if trained and not len(ids):
+            raise ValueError("recurrent drafter: the state is of a trained head over no tokens")
+        self._counts.counts[used] = state.floats("counts", used.shape, 0.0, _MAX_COUNT)
+        self._set_ids(ids)
+        self.head.load_state_dict(self._saved_weights(state.part("weights")))
         self._optimizer = new_optimizer(self.head)
         described = self._optimizer.state_dict()
-        described["state"] = {int(index): dict(moments) for index, moments in state["optimizer"].items()}
+        described["state"] = self._saved_moments(state.part("optimizer"))
         self._optimizer.load_state_dict(described)
-        self.trained = bool(state["trained"])
+        self.trained = trained
+
+    def _saved_weights(self, state: SavedState) -> dict[str, torch.Tensor]:
+        own = self.head.state_dict()
+        if state.names() != set(own):
+            raise ValueError(
+                f"recurrent drafter: the weights are {sorted(map(str, state.names()))}, expected {sorted(own)}"
+            )
+        return {name: _tensor(state, name, tensor.shape) for name, tensor in own.items()}
+
+    def _saved_moments(self, state: SavedState) -> dict[int, dict[str, torch.Tensor]]:
+        """AdamW's moments, by the parameter's number; none before the first step."""
+        parameters = {str(index): parameter for index, parameter in enumerate(self.head.parameters())}
+        if not state.names() <= set(parameters):
+            raise ValueError(f"recurrent drafter: the optimizer has parameters {sorted(map(str, state.names()))}")
+        moments = {}
+        for name in sorted(state.names()):
+            part, shape = state.part(name), parameters[name].shape
+            moments[int(name)] = {
+                "step": _tensor(part, "step", (), low=0.0, high=_MAX_COUNT),
+                "exp_avg": _tensor(part, "exp_avg", shape),
+                "exp_avg_sq": _tensor(part, "exp_avg_sq", shape, low=0.0),
+            }
+        return moments
+
+
+def _tensor(
+    state: SavedState, name: str, shape: Sequence[int], low: float = -_MAX_WEIGHT, high: float = _MAX_WEIGHT
+) -> torch.Tensor:
+    return torch.from_numpy(state.floats(name, shape, low, high)).float()

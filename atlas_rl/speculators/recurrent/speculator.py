@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from atlas_rl.speculators.drawing import ReducedDraft
 from atlas_rl.speculators.recurrent.distill import Distilled, Loss
 from atlas_rl.speculators.recurrent.head import FoldedHead
 from atlas_rl.speculators.recurrent.learner import Learner, LearnSettings
+from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STATE_KIND, _STATE_VERSION = "atlas_rl.recurrent", 1
+_MAX_SIZE = 2**31 - 1
 _USUAL = LearnSettings()
 _BUDGET_SHARE = 0.05  # of the time since the refresh before
 
@@ -75,6 +77,7 @@ class RecurrentSpeculator(Speculator):
         self._settings = LearnSettings(loss, max_vocab, max_tokens, missed_weight, seed)
         self._budget_share, self._clock, self._argmax = budget_share, clock, argmax
         self._policy: PolicyView | None = None
+        self._follows = True  # whether the policy's logits can be learned
         self.learner: Learner
         self._folded: tuple[int, FoldedHead] | None = None  # of a revision of the learner, made when first needed
         self._newest: torch.Tensor  # [num_requests, hidden], what each request's newest token was drawn from
@@ -84,6 +87,12 @@ class RecurrentSpeculator(Speculator):
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy: as learned where its sizes are those of the policy before, else from nothing."""
         super().bind(policy, couples_noise)
+        self._follows = policy.form is not None
+        if not self._follows:
+            logger.warning(
+                "atlas_rl: the policy's logits are no scaled or capped output of its LM head: the recurrent drafter cannot "
+                "learn them and drafts nothing"
+            )
         known = None if self._policy is None else self.learner.sizes
         self._policy = policy
         sizes = (policy.vocab_size, policy.hidden_size)
@@ -95,7 +104,7 @@ class RecurrentSpeculator(Speculator):
                 "atlas_rl: the policy now has %d tokens and hidden size %d instead of %d and %d: the recurrent drafter "
                 "starts from nothing", *sizes, *known,
             )  # fmt: skip
-        self._reset(policy)
+        self._reset(policy, Learner(policy, self._settings, self._clock))
 
     def start(
         self,
@@ -105,7 +114,7 @@ class RecurrentSpeculator(Speculator):
         cache: PolicyCache | None = None,
     ) -> None:
         """A new `Sequences` starts a new call; embeddings are re-read if the policy version changed."""
-        if sequences is self.learner.sequences:
+        if not self._follows or sequences is self.learner.sequences:
             return
         self.learner.begin_call(sequences, self._bound())
         self._proposed = None
@@ -113,7 +122,7 @@ class RecurrentSpeculator(Speculator):
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
         """Nothing to catch up on; None before it has learned anything."""
-        return 0 if self._policy is not None and self.learner.trained else None
+        return 0 if self._policy is not None and self._follows and self.learner.trained else None
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
@@ -121,7 +130,7 @@ class RecurrentSpeculator(Speculator):
         if depth <= 0 or not learner.trained:
             return Draft.empty(len(requests))
         draft = ReducedDraft(
-            sequences, requests, depth, learner.ids, couples_noise=self._couples_noise, argmax=self._argmax
+            self.name, sequences, requests, depth, learner.ids, couples_noise=self._couples_noise, argmax=self._argmax
         )
         head = self._folded_head()
         with torch.no_grad():
@@ -139,6 +148,8 @@ class RecurrentSpeculator(Speculator):
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the hidden states that the committed tokens were drawn from."""
+        if not self._follows:
+            return
         requests, count = verified.requests, verified.num_committed
         within = np.arange(int(count.max()))[None] < count[:, None]
         row, offset = np.nonzero(within)
@@ -151,6 +162,8 @@ class RecurrentSpeculator(Speculator):
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Learn from the newest rollouts, within `budget_share` of the time since the last refresh."""
         self.policy_version = policy_version
+        if not self._follows:
+            return None
         done = self.learner.refresh(
             rollouts, policy_version, self._bound(), lambda: self._budget_share * (self._clock() - self._began_s)
         )
@@ -180,29 +193,29 @@ class RecurrentSpeculator(Speculator):
         """Restore `state_dict()`. For a policy with other sizes it says so, and drafting starts from nothing.
 
         Raises:
-            ValueError: The state of another kind of speculator or of another format.
+            ValueError: The state of another kind of speculator or of another format, or a damaged one; nothing has
+                changed then.
         """
-        if not state:
+        if isinstance(state, Mapping) and not state:
             return
-        if state.get("kind") != _STATE_KIND:
-            raise ValueError(f"not a state of the recurrent drafter: kind is {state.get('kind')!r}")
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"recurrent drafter state has format {state.get('version')!r}, expected {_STATE_VERSION}")
+        saved = SavedState(state, "recurrent drafter")
+        saved.check_kind(_STATE_KIND, _STATE_VERSION)
         policy = self._bound()
-        theirs, own = (state["vocab_size"], state["hidden_size"]), self.learner.sizes
+        theirs = saved.integer("vocab_size", 1, _MAX_SIZE), saved.integer("hidden_size", 1, _MAX_SIZE)
+        own = self.learner.sizes
         if theirs != own:
             logger.warning(
                 "atlas_rl: the saved recurrent drafter belongs to a policy of %d tokens and hidden size %d, this one has "
                 "%d and %d: it starts from nothing", *theirs, *own,
             )  # fmt: skip
             return
-        self._reset(policy)
-        self.learner.load_state_dict(state)
-        self.policy_version = int(state["policy_version"])
+        version, learner = saved.policy_version(), Learner(policy, self._settings, self._clock)
+        learner.load_state_dict(saved)
+        self._reset(policy, learner)
+        self.policy_version = version
 
-    def _reset(self, policy: PolicyView) -> None:
-        self._device = policy.device
-        self.learner = Learner(policy, self._settings, self._clock)
+    def _reset(self, policy: PolicyView, learner: Learner) -> None:
+        self._device, self.learner = policy.device, learner
         self._newest = torch.zeros(0, policy.hidden_size, device=self._device)
         self._folded, self._proposed = None, None
 

@@ -7,21 +7,25 @@ What is here and why:
               trips over llvmlite
     runner    hooks on the model runner: our sampler in place of vLLM's, timers, hidden states for the drafter
     sampler   vLLM's own processing of logits, without its drawing
-    engine    the embeddings of a loaded model, as drafters read them; new weights; the proposer of an engine in this process
+    engine    the embeddings of a loaded model, as drafters read them; an engine's proposer, ranks and prefix cache
+    weights   new weights, all or nothing
 
 Before adding a version, run tests/vllm/test_exactness.py on it. vLLM is imported inside functions only.
 """
 
 from atlas_rl.vllm.internals.engine import (
     VllmView,
+    agree,
     drafter_of,
-    reload_weights,
+    in_engine_process,
+    reset_prefix_cache_with_new_weights,
     runner_of,
     tensor_parallel,
 )
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler, tolerate_numba
 from atlas_rl.vllm.internals.runner import Batch, Forward, Hooks, Request, install
 from atlas_rl.vllm.internals.version import KNOWN_VERSIONS, check_version, installed_version
+from atlas_rl.vllm.internals.weights import load_all_or_nothing, reload_weights
 
 __all__ = [
     "KNOWN_VERSIONS",
@@ -30,12 +34,16 @@ __all__ = [
     "Hooks",
     "Request",
     "VllmView",
+    "agree",
     "check_version",
     "drafter_of",
+    "in_engine_process",
     "install",
     "installed_version",
+    "load_all_or_nothing",
     "reload_weights",
     "repair_cpu_sampler",
+    "reset_prefix_cache_with_new_weights",
     "runner_of",
     "tensor_parallel",
     "tolerate_numba",

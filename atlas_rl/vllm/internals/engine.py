@@ -1,15 +1,23 @@
-"""A running engine's runner, drafter, weights and embeddings."""
+"""A running engine's runner, drafter, ranks, prefix cache and embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import logging
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 
-from atlas_rl.policy.view import LogitForm, PolicyView
+from atlas_rl.policy.logit_form import LogitForm, fit_form
+from atlas_rl.policy.view import PolicyView
 from atlas_rl.vllm.internals.runner import Hooks
+from atlas_rl.vllm.internals.version import INSTALLED
+
+logger = logging.getLogger(__name__)
+
+_ROUNDING = 0.03  # of a logit: number formats of two bytes
 
 
 class VllmView(PolicyView):
@@ -34,7 +42,8 @@ class VllmView(PolicyView):
         outputs = [table for table in tables if isinstance(table, ParallelLMHead)] or inputs
         if not tables:
             raise ValueError(f"{type(model).__name__} has no vocabulary embedding that drafters could read")
-        self.config, self.form = config, LogitForm.of(config)
+        self.config, self.form = config, _form_of(model, config)
+        self._model, self._form_seen = model, False
         self.stale = True
         self._sharded = inputs[0].tp_size > 1
         self._inputs, self._outputs = _Table(inputs[0]), _Table(outputs[0])
@@ -51,6 +60,9 @@ class VllmView(PolicyView):
         self._inputs.read()
         self._outputs.read()
         self.stale = False
+        if not self._form_seen:
+            self._form_seen = True
+            self._see_form()
 
     @property
     def input_table(self) -> torch.Tensor:
@@ -63,6 +75,43 @@ class VllmView(PolicyView):
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.embedding(token_ids, self._inputs.weight)
 
+    def output_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, bias = self._outputs.weight[token_ids], self._outputs.bias
+        return rows, rows.new_zeros(len(rows)) if bias is None else bias[token_ids]
+
+    @torch.inference_mode()
+    def _see_form(self) -> None:
+        """Hold the form against the model's own `compute_logits`; collective under tensor parallelism."""
+        weight, bias = self._outputs.weight, self._outputs.bias
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(4, weight.shape[1], generator=generator)
+        states = torch.cat([magnitude * directions for magnitude in (0.01, 1.0, 30.0, 1000.0)]).to(weight)
+        logits: Any = self._model.compute_logits(states)  # type: ignore[operator]
+        if logits is None:  # the first rank of a group has them, and it drafts for all
+            return
+        assert self.form is not None
+        products = nn.functional.linear(states, weight, bias).float()
+        form, _ = fit_form(products.cpu(), logits.float().cpu(), self.form, tolerance=_ROUNDING)
+        if form is None:
+            logger.warning(
+                "atlas_rl: the logits of %s are not what its LM head and %s make: drafters that learn may draft badly",
+                type(self._model).__name__,
+                self.form,
+            )
+        else:
+            self.form = form
+
+
+def _form_of(model: nn.Module, config: Any) -> LogitForm:
+    """As the model's own logits processor says, which caps before it scales."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    for module in model.modules():
+        if isinstance(module, LogitsProcessor):
+            scale = float(module.scale)
+            return LogitForm(scale, None if module.soft_cap is None else scale * float(module.soft_cap))
+    return LogitForm.of(config)
+
 
 class _Table:
     """One embedding; where it is sharded, its weight has a shape and no values before the first `read`."""
@@ -73,14 +122,19 @@ class _Table:
         if table.tp_size > 1:
             weight = weight.new_empty(table.org_vocab_size, weight.shape[1])
         self.weight: torch.Tensor = weight[: table.org_vocab_size]
+        self.bias: torch.Tensor | None = None
 
     def read(self) -> None:
-        weight = self._table.weight.data
+        self.weight = self._whole(self._table.weight.data)
+        bias = getattr(self._table, "bias", None)
+        self.bias = None if bias is None else self._whole(bias.data)
+
+    def _whole(self, values: torch.Tensor) -> torch.Tensor:
         if self._table.tp_size > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 
-            weight = tensor_model_parallel_all_gather(weight, dim=0)
-        self.weight = weight[: self._table.org_vocab_size]
+            values = tensor_model_parallel_all_gather(values, dim=0)
+        return values[: self._table.org_vocab_size]
 
 
 def runner_of(llm: Any) -> Any:
@@ -109,28 +163,38 @@ def tensor_parallel() -> tuple[int, int, Any]:
     return group.rank_in_group, group.world_size, group
 
 
-def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load new weights into the running engine and forget what was cached under the old ones.
+def agree(failed: str | None) -> str | None:
+    """Tell the ranks of the tensor-parallel group what went wrong on this one; returns what went wrong on any, or None."""
+    _, size, group = tensor_parallel()
+    if size == 1:
+        return failed
+    everyone: list[str | None] = [None] * size
+    torch.distributed.all_gather_object(everyone, failed, group=group.cpu_group)
+    return next((one for one in everyone if one is not None), None)
 
-    On CPUs through the layer-wise reload: loading into the live model fails there, because weights were packed and dropped.
 
-    Args:
-        llm: An engine in this process.
-        weights: (name, tensor) pairs as in a checkpoint; read to its end, whatever happens.
+def reset_prefix_cache_with_new_weights(methods: tuple[str, ...]) -> None:
+    """After these methods of a worker, have the engine forget what it cached under the old weights.
+
+    The prefix cache lives in the engine's scheduler, out of a worker's reach. Running requests are put back and run again:
+    vLLM forgets nothing while they hold on to it. Does nothing where workers are processes of their own.
     """
-    runner = runner_of(llm)
-    iterator = iter(weights)
-    try:
-        if runner.device.type == "cpu":
-            runner.reload_weights(weights_iterator=iterator)
-        else:
-            for pair in iterator:
-                runner.get_model().load_weights([pair])
-    finally:
-        # TRL merges adapters before the first pair and unmerges them behind the last one.
-        for _ in iterator:
-            pass
-    llm.reset_prefix_cache()
-    drafter = drafter_of(llm)
-    if drafter is not None:
-        drafter.weights_changed()
+    core = sys.modules.get("vllm.v1.engine.core")
+    if core is None or hasattr(core.EngineCore.collective_rpc, INSTALLED):
+        return
+    original = core.EngineCore.collective_rpc
+
+    @functools.wraps(original)
+    def collective_rpc(engine: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(engine, method, *args, **kwargs)
+        if method in methods:
+            engine.reset_prefix_cache(reset_running_requests=True)
+        return result
+
+    setattr(collective_rpc, INSTALLED, True)
+    core.EngineCore.collective_rpc = collective_rpc
+
+
+def in_engine_process(vllm_config: Any) -> bool:
+    """Whether the engine's scheduler lives in the process of this worker."""
+    return vllm_config.parallel_config.distributed_executor_backend in ("uni", "external_launcher")

@@ -81,6 +81,9 @@ class Hooks(ABC):
     layers: tuple[int, ...] = ()
     """Layers of the policy whose inputs the drafter reads; known before the model is loaded."""
 
+    weights_are_whole: bool = True
+    """False after a load of new weights that failed when some had changed, until one succeeds."""
+
     @abstractmethod
     def keys(self, requests: list[Request]) -> np.ndarray:
         """Noise keys: uint64 `[rows]`. Equal on every rank of a tensor-parallel group."""
@@ -92,6 +95,10 @@ class Hooks(ABC):
     @abstractmethod
     def weights_changed(self) -> None:
         """The engine has new weights; called on every rank."""
+
+    @abstractmethod
+    def undefined_logits(self, num_positions: int) -> None:
+        """The policy's own logits were no distribution at some positions of a step."""
 
     @abstractmethod
     def propose_after(self, forward: Forward) -> list[list[int]]:
@@ -190,6 +197,11 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
             np.array([request.params.temperature < _GREEDY_BELOW for request in batch.requests]),
             truncated,
         )
+        if drawn.num_undefined:
+            # Where logits were processed, it may be the request's own doing: one can exclude every token.
+            own = drawn.num_undefined if not truncated else int((~logits.float().logsumexp(dim=-1).isfinite()).sum())
+            if own:
+                drafter.undefined_logits(own)
         runner._atlas_rl_drawn = drawn
         return sampler_output(runner.rejection_sampler, logits, processed, drawn, metadata.max_num_logprobs)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,21 +10,30 @@ from atlas_rl.vllm.draw import Drawn, scores
 
 
 def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> tuple[torch.Tensor, bool]:
-    """vLLM's own logits processing, of every position: float32 `[positions, vocab]`, and whether some may be `-inf`."""
+    """vLLM's own logits processing, of every position: float32 `[positions, vocab]`, and whether some may be `-inf`.
+
+    Both halves are processed as vLLM's rejection sampler does, step by step. Its own `forward` would draw as well, and hands
+    over no processed logits where all requests are greedy.
+
+    Args:
+        sampler: vLLM's rejection sampler.
+        logits: `[positions, vocab]`, of the policy.
+        spec: vLLM's metadata of the drafts.
+        metadata: vLLM's metadata of sampling.
+    """
     if _untouched(metadata):
         return logits.float(), False
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+    from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
+
     bonus, drafted = spec.bonus_logits_indices.long(), spec.target_logits_indices.long()
     processed = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    with _not_drawing(sampler.sampler):
-        processed[bonus] = sampler.sampler(
-            logits=logits[bonus],
-            sampling_metadata=replace(metadata, max_num_logprobs=-1, logprob_token_ids=None),
-            predict_bonus_token=True,
-            logprobs_mode_override="processed_logits",
-        ).logprobs_tensors.logprobs
+    own = sampler.sampler.apply_logits_processors(logits[bonus].float(), metadata, predict_bonus_token=True)
+    if not metadata.all_greedy:
+        own = sampler.sampler.apply_temperature(own, metadata.temperature, metadata.all_random)
+        own = apply_top_k_top_p(own, metadata.top_k, metadata.top_p)
+    processed[bonus] = own
     if len(drafted):
-        from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
-
         own = sampler.apply_logits_processors(logits[drafted].float(), metadata, spec)
         processed[drafted] = apply_sampling_constraints(own, spec.cu_num_draft_tokens, metadata)
     return processed, True
@@ -46,27 +52,6 @@ def _untouched(metadata: Any) -> bool:
         and not any(getattr(processor, "min_toks", True) for processor in metadata.logitsprocs.all)
         and (holder is None or not holder.has_tracked_requests())
     )
-
-
-@contextmanager
-def _not_drawing(sampler: Any) -> Iterator[None]:
-    """Inside, vLLM's sampler processes logits and hands them over; the token it returns means nothing."""
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
-
-    module = sampler.topk_topp_sampler
-    forward = module.forward
-
-    def processing(
-        logits: torch.Tensor, generators: Any, k: torch.Tensor | None, p: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = apply_top_k_top_p(logits, k, p)
-        return torch.zeros(len(logits), dtype=torch.int64, device=logits.device), logits
-
-    module.forward = processing
-    try:
-        yield
-    finally:
-        module.forward = forward
 
 
 def sampler_output(

@@ -1,0 +1,104 @@
+"""One forward pass of the policy as its trainer runs it, and the precision that it was seen to compute in.
+
+The pass goes through PEFT wrappers and accelerate's mixed precision, because the trainer's does. The engine runs the causal
+LM inside of them, so whatever the wrappers change shows as a difference. Rounding is no fault: what explains it is not the
+type of the weights, but what the layers returned under the policy's own autocast and quantisation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from atlas_rl.policy.unwrap import unwrap_policy, without_parallel_wrappers
+
+
+@dataclass(slots=True)
+class PlainLogits:
+    """Logits of a plain forward.
+
+    Attributes:
+        logits: `[rows, vocab]`, in the type that the policy returned.
+        full_precision: Whether weights and all layers' outputs were float32.
+    """
+
+    logits: torch.Tensor
+    full_precision: bool
+
+
+def plain_logits(model: nn.Module, token_ids: torch.Tensor, places: torch.Tensor) -> PlainLogits:
+    """Logits of one sequence at some positions.
+
+    Args:
+        model: The policy, or a wrapper of it, in the mode (training or evaluation) that is wanted.
+        token_ids: int64 `[num_tokens]`, on the policy's device.
+        places: int64 `[rows]`, ascending positions in `token_ids`.
+
+    Raises:
+        ValueError: The policy returns logits of neither these positions nor all of them.
+    """
+    policy: Any = without_parallel_wrappers(model)  # each rank has sequences of its own
+    inner = unwrap_policy(policy)
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        options["logits_to_keep"] = places
+    seen = _Seen()
+    with torch.no_grad(), _watched(inner, seen):
+        logits = policy(input_ids=token_ids[None], **options).logits[0]
+    if len(logits) == len(token_ids):
+        logits = logits[places] if len(places) != len(token_ids) else logits
+    elif len(logits) != len(places):
+        raise ValueError(f"{type(inner).__name__} returned {len(logits)} logits for {len(places)} positions")
+    return PlainLogits(logits, seen.full_precision and _holds_float32(inner) and _multiplies_float32(token_ids.device))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Types of the layers' outputs."""
+
+    types: set[torch.dtype] = field(default_factory=set)
+
+    @property
+    def full_precision(self) -> bool:
+        return all(kind.itemsize >= 4 for kind in self.types)
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            self.types.add(output.dtype)
+
+
+@contextmanager
+def _watched(model: nn.Module, seen: _Seen) -> Iterator[None]:
+    """Inside, the outputs of the innermost layers are seen."""
+    handles = [module.register_forward_hook(seen) for module in model.modules() if not list(module.children())]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _holds_float32(model: nn.Module) -> bool:
+    """Whether weights are plain float32: neither of a lower type nor quantised, whoever holds them."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return False
+    weights = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.dim() > 1)]
+    # torch's and torchao's own types hide what they hold.
+    if any(type(part).__module__.startswith(("torch.ao.", "torchao.")) for part in (*model.modules(), *weights)):
+        return False
+    # Packed weights are bytes or 32-bit words; masks are bool, and positions int64.
+    types = {weight.dtype for weight in weights} - {torch.bool}
+    return torch.int32 not in types and all(kind.itemsize >= 4 for kind in types)
+
+
+def _multiplies_float32(device: torch.device) -> bool:
+    """Whether products of float32 matrices are computed as such (TF32 has ten bits of mantissa)."""
+    backends: Any = torch.backends
+    backend = backends.cuda if device.type == "cuda" else backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")

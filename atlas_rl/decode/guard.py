@@ -1,0 +1,283 @@
+"""Errors of drafters and controllers cost drafts, never the generation.
+
+Whatever is drafted, the tokens are the policy's. So a drafter that raises, or drafts what cannot be, is not worth the
+rollouts of a step or the requests of a server. It is put aside until the next policy update; its fault is logged with its
+traceback, named in the report and counted there; and everything goes on without it. Without a controller nothing is drafted.
+
+This is the one place of the library that catches `Exception`. It does so around code that users plug in and that decides
+nothing but speed. Errors of the policy's own forward, interrupts and exits are not caught.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+
+from atlas_rl.controller.base import Admission, Controller, Step
+from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, Verified
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
+
+if TYPE_CHECKING:
+    from atlas_rl.policy.base import PolicyCache
+    from atlas_rl.policy.view import PolicyView
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+_KEPT_MESSAGES = 100  # until somebody asks for a report; the counts go on
+_LONGEST_TEXT = 200
+
+
+class Faults:
+    """What was caught since it was last reported."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._messages: dict[str, None] = {}
+        self._logged: set[tuple[str, str, str]] = set()
+
+    def attempt(self, name: str, where: str, call: Callable[[], Value], otherwise: Value) -> tuple[Value, bool]:
+        """The result of `call`, or `otherwise` where it raises; and whether it did not.
+
+        Args:
+            name: Whose call it is.
+            where: The method.
+            call: What may raise.
+            otherwise: Stands in for its result.
+        """
+        try:
+            return call(), True
+        except Exception as error:  # noqa: BLE001 - drafts are worth nothing beside what they would take down
+            self._note(name, where, error)
+            return otherwise, False
+
+    def report_to(self, recorder: StepRecorder) -> None:
+        """Hand over what was caught; it is not reported again."""
+        recorder.faults(self._counts, self._messages)
+        self._counts, self._messages = {}, {}
+
+    def _note(self, name: str, where: str, error: Exception) -> None:
+        kind = type(error).__name__
+        text = " ".join(str(error).split())[:_LONGEST_TEXT]
+        self._counts[name] = self._counts.get(name, 0) + 1
+        if len(self._messages) < _KEPT_MESSAGES:
+            self._messages[f"{name}: {where}() raised {kind}: {text}; it is off until the next policy update"] = None
+        if (name, where, kind) not in self._logged:
+            self._logged.add((name, where, kind))
+            logger.error("atlas_rl: %s: %s() raised; generation goes on without it", name, where, exc_info=error)
+
+
+class GuardedSpeculator(Speculator):
+    """A speculator whose errors are caught; attributes that are not of the interface are the speculator's own.
+
+    Args:
+        speculator: Drafts.
+        faults: Gets what is caught.
+
+    Attributes:
+        unguarded: The speculator.
+    """
+
+    def __init__(self, speculator: Speculator, faults: Faults) -> None:
+        self.unguarded = speculator
+        self.name, self.needs = speculator.name, speculator.needs
+        self._faults = faults
+        self._version = -1  # of the policy at the latest call
+        self._off_at: int | None = None  # the policy's version when it failed
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "unguarded":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.unguarded, name)
+
+    def bind(self, policy: PolicyView, couples_noise: bool) -> None:
+        """Bind the speculator; what it raises is for whoever chose it, and is not caught."""
+        self.unguarded.bind(policy, couples_noise)
+        self.needs, self._off_at = self.unguarded.needs, None
+
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
+        self._version = sequences.policy_version
+        self._try("start", lambda: self.unguarded.start(sequences, requests, prompts, cache), None)
+
+    def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
+        return self._try("backlog", lambda: _checked_backlog(self.unguarded.backlog(sequences, requests)), None)
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        def propose() -> Draft:
+            draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
+            _check_draft(draft, max_draft_tokens, sequences.vocab_size)
+            return draft
+
+        return self._try("propose", propose, Draft.empty(len(requests)))
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        self._try("observe", lambda: self.unguarded.observe(sequences, verified), None)
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        if policy_version != self._off_at:
+            self._off_at = None
+        self._version = policy_version
+        return self._try("refresh", lambda: _checked_survival(self.unguarded.refresh(rollouts, policy_version)), None)
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        return self._try("weights", lambda: tuple(self.unguarded.weights()), ())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._try("state_dict", self.unguarded.state_dict, {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unguarded.load_state_dict(state)
+
+    def _try(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
+        if self._off_at is not None:
+            return otherwise
+        result, went_well = self._faults.attempt(self.name, where, call, otherwise)
+        if not went_well:
+            self._off_at = self._version
+            # An empty call ends the present one, whose state the error may have left half done.
+            with suppress(Exception):
+                self.unguarded.start(_empty_call(self._version), np.zeros(0, np.int64))
+        return result
+
+
+class GuardedController(Controller):
+    """A controller whose errors are caught; without it nothing is drafted.
+
+    Args:
+        controller: Plans.
+        faults: Gets what is caught.
+    """
+
+    def __init__(self, controller: Controller, faults: Faults) -> None:
+        self.unguarded, self.speculators = controller, controller.speculators
+        self._faults, self._off = faults, False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "unguarded":
+            raise AttributeError(name)
+        return getattr(self.unguarded, name)
+
+    def plan(self, step: Step) -> dict[str, np.ndarray]:
+        return self._try("plan", lambda: _checked_plan(self.unguarded.plan(step), step), {})
+
+    def admit(self, step: Step) -> Admission:
+        nothing = Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64))
+        return self._try("admit", lambda: self._checked_admission(self.unguarded.admit(step), step), nothing)
+
+    def observe(
+        self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
+    ) -> dict[str, Any] | None:
+        def observe() -> dict[str, Any] | None:
+            return self.unguarded.observe(step, admission, verified, forward_s, step_s)
+
+        return self._try("observe", observe, None)
+
+    def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
+        self._off = False
+        self._try("policy_updated", lambda: self.unguarded.policy_updated(expected), None)
+
+    def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
+        return self._try("plain_forward_s", lambda: self.unguarded.plain_forward_s(batch, context_tokens), None)
+
+    def take_calibration(self) -> dict[str, tuple[int, float]]:
+        return self._try("take_calibration", self.unguarded.take_calibration, {})
+
+    def _checked_admission(self, admission: Admission, step: Step) -> Admission:
+        lengths, drafters = np.asarray(admission.lengths), np.asarray(admission.drafters)
+        if lengths.shape != (step.batch,) or drafters.shape != (step.batch,):
+            raise ValueError(f"an admission needs a drafter and a length for each of {step.batch} requests")
+        most = np.zeros(step.batch, np.int64)
+        for name, draft in step.drafts.items():
+            own = drafters == self.speculators.index(name)
+            most[own] = draft.lengths[own]
+        if (lengths < 0).any() or (lengths > most).any():
+            raise ValueError("an admission has more draft tokens than were drafted")
+        return admission
+
+    def _try(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
+        if self._off:
+            return otherwise
+        result, went_well = self._faults.attempt("controller", where, call, otherwise)
+        self._off = not went_well
+        return result
+
+
+def _check_draft(draft: Draft, max_draft_tokens: np.ndarray, vocab_size: int) -> None:
+    """Raise `ValueError` for a draft that cannot be verified."""
+    batch, width = len(max_draft_tokens), draft.token_ids.shape[-1]
+    if draft.token_ids.shape != (batch, width) or draft.confidence.shape != (batch, width):
+        raise ValueError(
+            f"a draft of {batch} requests has token_ids {draft.token_ids.shape}, confidence {draft.confidence.shape}"
+        )
+    if (
+        draft.lengths.shape != (batch,)
+        or draft.lengths.dtype.kind not in "iu"
+        or draft.token_ids.dtype.kind not in "iu"
+    ):
+        raise ValueError(f"a draft of {batch} requests has lengths {draft.lengths.shape} {draft.lengths.dtype}")
+    if (draft.lengths < 0).any() or (draft.lengths > np.minimum(max_draft_tokens, width)).any():
+        raise ValueError(
+            f"a draft has lengths up to {draft.lengths.max()}, of {width} tokens, more than it was asked for"
+        )
+    drafted = np.arange(width)[None] < draft.lengths[:, None]
+    if ((draft.token_ids < 0) | (draft.token_ids >= vocab_size))[drafted].any():
+        raise ValueError(f"a draft has tokens outside the policy's vocabulary of {vocab_size}")
+    if not ((draft.confidence >= 0) & (draft.confidence <= 1))[drafted].all():
+        raise ValueError("a draft has confidences outside [0, 1]")
+    probs = draft.draft_probs
+    if probs is not None and (probs.shape != (batch, width, vocab_size) or not torch.isfinite(probs).all()):
+        raise ValueError(f"a draft has draft_probs {tuple(probs.shape)}, or some that are not finite")
+
+
+def _checked_backlog(backlog: object) -> int | None:
+    if backlog is None:
+        return None
+    if not isinstance(backlog, Integral) or backlog < 0:
+        raise ValueError(f"a backlog is a number of tokens, got {backlog!r}")
+    return int(backlog)
+
+
+def _checked_survival(survival: np.ndarray | None) -> np.ndarray | None:
+    if survival is None:
+        return None
+    survival = np.asarray(survival, np.float64)
+    if survival.ndim != 1 or not ((survival >= 0) & (survival <= 1)).all():
+        raise ValueError("a refresh returned probabilities outside [0, 1]")
+    return survival
+
+
+def _checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarray]:
+    for name, wanted in plan.items():
+        if name not in step.ready or name in step.drafts:
+            raise ValueError(f"a plan asks '{name}', which is not ready or has drafted already")
+        if np.shape(wanted) != (step.batch,) or np.asarray(wanted).dtype.kind not in "iu" or (wanted < 0).any():
+            raise ValueError(f"a plan needs a number of tokens for each of {step.batch} requests")
+    return plan
+
+
+def _empty_call(policy_version: int) -> Sequences:
+    """A call that nothing comes of."""
+    one = np.ones(1, np.int64)
+    return Sequences(
+        token_ids=np.zeros((1, 1), np.int32),
+        lengths=one,
+        prompt_lengths=one,
+        prompt_keys=0 * one,
+        noise_keys=np.zeros(1, np.uint64),
+        sampling=SamplingParams(max_new_tokens=1),
+        vocab_size=1,
+        policy_version=policy_version,
+    )

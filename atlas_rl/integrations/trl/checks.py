@@ -1,0 +1,142 @@
+"""What training would trip over, found when the engine is attached: before any training time is spent."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from itertools import pairwise
+from types import CodeType
+from typing import Any
+
+from atlas_rl.decode.generate import ending_ids
+from atlas_rl.policy.in_process import InProcessRunner
+
+_STAGES = ("_generate_and_score_completions", "_generate", "_generate_single_turn", "vllm_generation")
+"""The way of a training step to the engine: each method of a trainer calls the next one."""
+
+_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+def check_trainer(trainer: Any, baseline_every: int) -> None:
+    """Raise `ValueError` for a trainer that no engine can be attached to."""
+    if baseline_every < 0:
+        raise ValueError(f"baseline_every must be >= 0 (0 never), got {baseline_every}")
+    if not hasattr(trainer, "_generate_single_turn") or not hasattr(trainer, "_metrics"):
+        raise ValueError(
+            f"{type(trainer).__name__} has no generation seam to attach to: attach to a GRPOTrainer or an RLOOTrainer, "
+            "or call engine.generate() yourself"
+        )
+    if getattr(trainer, "rollout_func", None) is not None:
+        raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")
+    if getattr(trainer, "use_transformers_continuous_batching", False):
+        raise ValueError("set use_transformers_continuous_batching=False: the engine batches by itself")
+    _check_way_to_the_engine(trainer)
+    _check_correction(trainer)
+
+
+def check_policy_in_process(trainer: Any) -> None:
+    """Raise `ValueError` for a policy, ending tokens or prompts that the engine cannot run in process.
+
+    A policy whose weights are whole is probed at once. One that DeepSpeed or FSDP will shard is on no device yet.
+    """
+    runner = InProcessRunner(trainer.model)
+    for token in ending_ids(trainer.eos_token_ids):
+        if token >= runner.vocab_size:
+            raise ValueError(
+                f"the ending token {token} lies outside the policy's vocabulary of {runner.vocab_size} tokens: correct "
+                "eos_token_id of the policy's generation_config, or the tokenizer's"
+            )
+    for dataset in (trainer.train_dataset, getattr(trainer, "eval_dataset", None)):
+        _check_prompts(dataset)
+    if is_whole(trainer):
+        with runner.session(runner.new_cache(1, 1)):
+            pass
+
+
+def is_whole(trainer: Any) -> bool:
+    """Whether the policy's weights are whole, and where the trainer will run them."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return False
+    return all(parameter.device.type == trainer.accelerator.device.type for parameter in trainer.model.parameters())
+
+
+def _check_way_to_the_engine(trainer: Any) -> None:
+    """Raise `ValueError` where a trainer generates in a method of its own, which never asks the engine."""
+    for stage, following in pairwise(_STAGES):
+        method = getattr(trainer, stage, None)
+        if method is not None and not _mentions(method, trainer, {stage, following}):
+            raise ValueError(
+                f"{type(trainer).__name__} generates in a {stage} of its own, which never asks the engine: let it call "
+                f"super().{stage}(...), or do not attach"
+            )
+
+
+def _mentions(method: Any, trainer: Any, wanted: set[str]) -> bool:
+    """Whether a method's code speaks of one of the names, or a method beside it that it calls, or that it wraps."""
+    functions, seen = [_function(method)], set()
+    while functions:
+        function = functions.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        names = set(_names(code))
+        if names & wanted:
+            return True
+        cells = [_content(cell) for cell in function.__closure__ or ()]
+        if any(getattr(content, "__name__", None) in wanted for content in cells):
+            return True
+        beside = [_function(getattr(type(trainer), name, None)) for name in names]
+        own = function.__globals__["__name__"]
+        functions += [each for each in beside if getattr(each, "__globals__", {}).get("__name__") == own]
+        functions += [_function(content) for content in cells if callable(content)]
+    return False
+
+
+def _function(method: Any) -> Any:
+    while isinstance(method, functools.partial):
+        method = method.func
+    method = getattr(method, "__func__", method)
+    return inspect.unwrap(method) if callable(method) else None
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _check_correction(trainer: Any) -> None:
+    """TRL's checks of the importance-sampling correction, which its constructor makes for `use_vllm=True` alone.
+
+    Raises:
+        ValueError: The loss and the mode of the correction do not go together, or the mode does not exist.
+    """
+    if not getattr(trainer, "vllm_importance_sampling_correction", False):
+        return
+    mode, loss = trainer.vllm_importance_sampling_mode, getattr(trainer, "loss_type", None)
+    known = _CORRECTIONS[:2] if loss == "vespo" else _CORRECTIONS
+    if mode not in known:
+        of_loss = f" with loss_type={loss!r}" if loss == "vespo" else ""
+        raise ValueError(
+            f"vllm_importance_sampling_mode is {mode!r}; a trainer that generates with an engine needs one of "
+            f"{list(known)}{of_loss}, or vllm_importance_sampling_correction=False"
+        )
+
+
+def _check_prompts(dataset: Any) -> None:
+    """Raise `ValueError` for a dataset whose first row has images."""
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or not hasattr(dataset, "__len__") or not len(dataset):
+        return
+    if any(column in columns and dataset[0][column] for column in ("image", "images")):
+        raise ValueError("prompts with images cannot be generated in process: use TRL's own engine for them")

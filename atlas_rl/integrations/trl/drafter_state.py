@@ -1,0 +1,82 @@
+"""Saves what the drafters know with the trainer's checkpoints, and restores it from the one that a run resumes from."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from atlas_rl.sync.checkpoint import FILE_NAME
+
+if TYPE_CHECKING:
+    from atlas_rl.rollout.engine import RolloutEngine
+
+logger = logging.getLogger(__name__)
+
+
+class DrafterStateCallback(TrainerCallback):
+    """Keeps the drafters' state in the folders of the trainer's checkpoints.
+
+    No callback is told which folder a run resumes from, so the argument of `trainer.train` is noted.
+
+    Args:
+        engine: Its drafters' state is kept.
+        trainer: Whose checkpoints hold it.
+    """
+
+    def __init__(self, engine: RolloutEngine, trainer: Any) -> None:
+        self._engine = engine
+        self._trainer = trainer
+        self._asked: str | Path | bool | None = None
+
+    def follow(self) -> None:
+        """Note from now on what `trainer.train` is told to resume from."""
+        train = self._trainer.train
+
+        @functools.wraps(train)
+        def noted(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            self._asked = resume_from_checkpoint
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        self._trainer.train = noted
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run gets its drafters back."""
+        if self._asked or state.global_step > 0:
+            self.restore(args, state)
+
+    def restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Restore the drafters of a run that resumes; where there is nothing to restore, a warning says so."""
+        folder = self._resumed_folder(args, state)
+        saved = folder / FILE_NAME
+        if saved.is_file():
+            self._engine.load_drafters(saved)
+        else:
+            logger.warning(
+                "atlas_rl: the run resumes at step %d, and '%s' holds no drafter state (%s): drafters start afresh",
+                state.global_step,
+                folder,
+                FILE_NAME,
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save what the drafters know beside the trainer's checkpoint."""
+        if self._trainer.accelerator.is_main_process:
+            self._engine.save_drafters(_checkpoint_folder(args, state) / FILE_NAME)
+
+    def _resumed_folder(self, args: TrainingArguments, state: TrainerState) -> Path:
+        asked: Any = self._asked
+        if asked is True:
+            asked = get_last_checkpoint(str(args.output_dir))
+        return Path(asked) if asked else _checkpoint_folder(args, state)
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the trainer puts the checkpoint of the present step."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

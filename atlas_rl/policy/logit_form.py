@@ -1,0 +1,141 @@
+"""What a policy makes of its LM head's output before it calls it a logit, found out from the policy's own code.
+
+Families scale it (Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, HyperCLOVA X multiplies by a
+field of that same name, Falcon H1 has `lm_head_multiplier`) or squash it (Gemma 2, RecurrentGemma, xLSTM, each with a field
+of its own). So no field is believed: `after_head` runs the policy's forward with its body and head replaced, and `fit_form`
+reads scale and softcap off what comes out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_MAGNITUDES = (1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e5)
+_TOLERANCE = 1e-3  # of a logit, beside the same in nats
+
+
+@dataclass(frozen=True, slots=True)
+class LogitForm:
+    """From the LM head's output to logits, the same for every token.
+
+    Attributes:
+        scale: Factor on the head's output.
+        softcap: Logits are squashed to `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118); None leaves them.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitForm:
+        """As the fields of the commonest families say, in a transformers text configuration: a first guess."""
+        factor = float(getattr(config, "logit_scale", None) or 1.0)
+        divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(factor / divisor, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, products: torch.Tensor) -> torch.Tensor:
+        """Logits of the head's outputs, any shape."""
+        if self.scale != 1.0:
+            products = products * self.scale
+        return products if self.softcap is None else torch.tanh(products / self.softcap) * self.softcap
+
+
+def probe_products(vocab_size: int) -> torch.Tensor:
+    """Outputs of a head from tiny to huge, of either sign: float32 `[n, vocab]`, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = torch.tensor(_MAGNITUDES)[:, None]
+    return magnitudes * (2 * torch.rand(len(_MAGNITUDES), vocab_size, generator=generator) - 1)
+
+
+def fit_form(
+    products: torch.Tensor, logits: torch.Tensor, guess: LogitForm, tolerance: float = _TOLERANCE
+) -> tuple[LogitForm | None, bool]:
+    """The form between pairs of head outputs and logits, float32 `[n, vocab]` each.
+
+    Args:
+        products: From tiny to huge; of the logits' tokens, or of more (padding that a policy cuts off).
+        logits: What the policy made of them. Tokens that it masks in every row say nothing about the others.
+        guess: Its exact numbers are preferred to fitted ones, where they fit.
+        tolerance: Largest difference, relative to a logit and in nats.
+
+    Returns:
+        The form, None if there is none; and whether it holds for all tokens of `products`.
+    """
+    kept = (logits > -1e30).any(dim=0)  # -inf, or the least number of some format
+    z, wanted = products[:, : logits.shape[1]][:, kept].double(), logits[:, kept].double()
+    everywhere = bool(kept.all()) and logits.shape == products.shape
+    for form in (guess, _fitted(z, wanted)):
+        error = (form(z) - wanted).abs()
+        if wanted.numel() and bool((error <= tolerance * (1 + wanted.abs())).all()):
+            return form, everywhere
+    return None, False
+
+
+def _fitted(z: torch.Tensor, wanted: torch.Tensor) -> LogitForm:
+    """Scale from the smallest outputs; a softcap from the largest, where they are out of proportion."""
+    size = z.abs()
+    small = size <= size.flatten().kthvalue(max(1, size.numel() // 4)).values
+    scale = float((z * wanted)[small].sum() / z[small].square().sum().clamp_min(1e-30))
+    largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+    capped = largest < 0.5 * abs(scale) * float(size.max())
+    return LogitForm(scale, largest if capped and largest > 0 else None)
+
+
+@torch.no_grad()
+def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
+    """Logits `[n, vocab]` that a policy's forward makes of outputs `[n, vocab]` of its LM head.
+
+    Body and head are replaced while the policy's own forward runs: what is left is whatever that does behind the head. No
+    weight is read, so it may be asked while weights are sharded away. A policy whose code does not run like this is taken at
+    its configuration's word, and says so.
+    """
+    body, head = model.base_model, model.get_output_embeddings()
+    states = products.new_zeros(1, len(products), head.weight.shape[1])
+    token_ids = torch.zeros(1, len(products), dtype=torch.int64, device=products.device)
+    try:
+        if body is model:
+            raise AttributeError("no module of its own below the head")
+        with _answers(body, _BodyOutput((states,))), _answers(head, products[None]):
+            return model(input_ids=token_ids, use_cache=False).logits[0]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        logger.warning(
+            "atlas_rl: cannot see what %s makes of its LM head's output (%s): drafters learn towards what its configuration "
+            "says",
+            type(model).__name__,
+            error,
+        )
+        return LogitForm.of(model.config.get_text_config())(products)
+
+
+class _BodyOutput(tuple):
+    """What a body returned: its first element is the last hidden state, and all else is None."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[0] if name == "last_hidden_state" else None
+
+
+@contextmanager
+def _answers(module: nn.Module, answer: Any) -> Iterator[None]:
+    """Inside, a module returns `answer` whatever it is asked."""
+    own: Callable[..., Any] | None = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: answer
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own

@@ -1,0 +1,77 @@
+"""Finds logits that are no distribution, and compares logits with masked tokens.
+
+A row of logits is a distribution unless it holds NaN or +inf, or nothing but -inf. Its softmax is then NaN at every token,
+and so is the row's largest probability. Sampling computes that reduction for the report anyway, so the check costs nothing
+more. A policy may exclude tokens by logits of its own: -inf, or the least number of its type.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+_SURELY_MASKED_NATS = 100.0  # behind the likeliest token: no token there has a probability that float32 resolves
+
+
+class NonFiniteLogits(ValueError):
+    """The policy gave logits that are no distribution, and no token can be drawn from them."""
+
+
+def require_distributions(max_probs: np.ndarray, logits: torch.Tensor, rows: np.ndarray | None = None) -> None:
+    """Raise unless every row of the policy's logits is a distribution.
+
+    Args:
+        max_probs: float32 `[n]`, the largest probability of each row's softmax (`atlas_kernels.verify` gives it too).
+        logits: `[rows, vocab]`, as the policy gave them or processed; read only where something is wrong.
+        rows: int64 `[n]`, the rows of `logits` that `max_probs` is about; None for all in order.
+
+    Raises:
+        NonFiniteLogits: Some row is none; the message says why that may be and what to do.
+    """
+    lost = np.flatnonzero(np.isnan(max_probs))
+    if len(lost):
+        found, cause = defect(logits[int(lost[0] if rows is None else rows[lost[0]])])
+        raise NonFiniteLogits(
+            f"the policy's logits are not finite: {found} at {len(lost)} of {len(max_probs)} positions of this step. No "
+            f"token was drawn. Likely causes: {cause}. This names the weights: "
+            "[name for name, weight in model.named_parameters() if not weight.isfinite().all()]"
+        )
+
+
+def defect(row: torch.Tensor) -> tuple[str, str]:
+    """What is wrong with a row of logits, `[vocab]`, that is no distribution, and its likely causes."""
+    if row.isnan().any():
+        return (
+            "NaN",
+            "weights that are NaN or infinite (a diverged update, a damaged checkpoint), or a float16 overflow",
+        )
+    if row.isposinf().any():
+        return "+inf", "infinite weights, a float16 overflow (use bfloat16), or a mask that adds infinity"
+    return "-inf for every token", "a mask that excludes the whole vocabulary, or infinite weights"
+
+
+def rows_that_differ(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Whether two forwards' logits differ by more than arithmetic does, masked tokens aside: bool `[rows]`.
+
+    A token that a forward puts 100 nats or more behind the likeliest is masked, by whatever number.
+
+    Args:
+        logits: float32 `[rows, vocab]`.
+        expected: float32 `[rows, vocab]`, what they should be. Rows that are no distribution say nothing.
+        tolerance: Share of the spread of a row's logits.
+    """
+    ours, theirs, top = _floored(logits), _floored(expected), expected.amax(dim=-1, keepdim=True)
+    shown = theirs.where(theirs > top - _SURELY_MASKED_NATS, top)
+    spread = (top - shown).amax(dim=-1)
+    same = (ours - theirs).abs().amax(dim=-1) <= tolerance * spread + 1e-5
+    return ~same & _distributions(expected)
+
+
+def _distributions(logits: torch.Tensor) -> torch.Tensor:
+    """Rows that are distributions: bool `[rows]`."""
+    return logits.amax(dim=-1).isfinite()
+
+
+def _floored(logits: torch.Tensor) -> torch.Tensor:
+    """Logits with masked tokens raised to one number."""
+    return logits.clamp(min=logits.amax(dim=-1, keepdim=True) - _SURELY_MASKED_NATS)

@@ -1,0 +1,68 @@
+"""Writes that a disk did not take: a full disk costs a line or a file, never the tokens of a call or a training."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class LostWrites:
+    """Counts what was lost; says the first loss of each kind, and how many there were when writing works again.
+
+    Attributes:
+        counts: Losses so far by kind, such as `{"report line": 3}`.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._unsaid: Counter[str] = Counter()
+
+    @contextmanager
+    def tolerate(self, kind: str) -> Iterator[None]:
+        """Inside, an `OSError` loses a `kind` of thing and nothing else."""
+        try:
+            yield
+        except OSError as error:
+            self.counts[kind] += 1
+            self._unsaid[kind] += 1
+            if self._unsaid[kind] == 1:
+                logger.warning(
+                    "atlas_rl: a %s was lost (%s). Generation goes on; this is said once, further losses are counted: "
+                    "make room, or give the disk back",
+                    kind,
+                    error,
+                )
+        else:
+            if lost := self._unsaid.pop(kind, 0):
+                logger.warning("atlas_rl: writing a %s works again; %d were lost", kind, lost)
+
+
+def check_folder(folder: Path, option: str, *files: str) -> None:
+    """Make sure that a folder can be written to; it is made if it is missing.
+
+    Args:
+        folder: What `option` was set to.
+        option: Named in the error.
+        files: Names in it that will be appended to.
+
+    Raises:
+        ValueError: It cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk takes an empty file
+        for name in files:
+            if (folder / name).exists():
+                with (folder / name).open("ab"):
+                    pass
+    except OSError as error:
+        raise ValueError(
+            f"{option}='{folder}' cannot be written to ({error}): name a folder that can, or leave it out"
+        ) from error

@@ -1,0 +1,228 @@
+"""Says what a checkpoint folder holds, by its configuration and by the names and shapes of its tensors.
+
+Heads of many kinds come in folders that look alike. An EAGLE-1 head calls itself a Llama of one layer; DFlash, DSpark and
+P-EAGLE heads of the `speculators` layout have the fields of an EAGLE-3 head. Loaded as what it is not, a head drafts badly
+and says nothing, so each kind is named here, and every loader asks first.
+
+The layouts are those of SafeAILab/EAGLE (a flat Llama configuration), vllm-project/speculators (`speculators_model_type`),
+FasterDecoding/Medusa, and vLLM's own loaders.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+CAUSAL_LM = "a causal LM"
+EAGLE3 = "an EAGLE-3 head"
+_EAGLE1 = "an EAGLE-1 or EAGLE-2 head"
+_P_EAGLE, _DFLASH, _DSPARK, _MTP = (
+    "a P-EAGLE head",
+    "a DFlash head",
+    "a DSpark head",
+    "a multi-token prediction (MTP) head",
+)
+_MEDUSA, _HYDRA, _MLP = "Medusa heads", "Hydra heads", "an MLP speculator"
+
+_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+# Parts of names, without `-` and `_`, in the order in which they are looked for: "peagle" has "eagle" in it.
+_NAMES = {
+    "peagle": _P_EAGLE,
+    "dspark": _DSPARK,
+    "dflash": _DFLASH,
+    "medusa": _MEDUSA,
+    "hydra": _HYDRA,
+    "mlpspeculator": _MLP,
+    "eagle3": EAGLE3,
+    "eagle": _EAGLE1,
+    "mtp": _MTP,
+}
+# Beginnings of configuration fields that only such heads have.
+_FIELDS = {
+    "dspark_": _DSPARK,
+    "markov_": _DSPARK,
+    "dflash_": _DFLASH,
+    "medusa_": _MEDUSA,
+    "num_medusa_": _MEDUSA,
+    "hydra_": _HYDRA,
+}
+# Names of tensors that only such heads have, `model.` cut off.
+_TENSORS = {
+    r"mask_hidden": _P_EAGLE,
+    r"(markov|confidence)_head\.": _DSPARK,
+    r"medusa_head\.|blocks\.\d+\.layers\.|\d+\.\d+\.(linear\.)?weight": _MEDUSA,
+    r"fusion_fc\.": _EAGLE1,
+    r"midlayer\.": EAGLE3,
+}
+
+
+def kind_of(folder: str | Path) -> str:
+    """What the folder holds, as it reads in a sentence: `CAUSAL_LM`, `EAGLE3`, or the name of another kind of head.
+
+    `CAUSAL_LM` is what is left when nothing says head; whether all its weights are there, loading tells.
+
+    Raises:
+        ValueError: No checkpoint there, or a damaged one.
+    """
+    folder = Path(folder)
+    for file in ("medusa_lm_head", "hydra_lm_head"):
+        if any(folder.glob(f"{file}.*")):
+            return _NAMES[file.partition("_")[0]]
+    config = read_config(folder)
+    shapes = {name.removeprefix("model."): shape for name, shape in _shapes(folder).items()}
+    described = config.get("speculators_config")
+    declared = config.get("speculators_model_type") or (described or {}).get("algorithm")
+    return (
+        _by_tensor_names(shapes)
+        or _by_declared_type(declared)
+        or _by_config(config)
+        or _by_tensor_shapes(shapes)
+        or (EAGLE3 if config.get("draft_vocab_size") is not None else CAUSAL_LM)
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`; `ValueError` where it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = " The folder holds an adapter: merge it into its model and save that." if adapter else ""
+        raise ValueError(f"no checkpoint in '{folder}': config.json is missing.{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not JSON ({error}): download the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' is not a JSON object: download the checkpoint again")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, on the CPU; `ValueError` where there are none or a file is damaged."""
+    tensors: dict[str, torch.Tensor] = {}
+    files = _weight_files(folder)
+    if not files:
+        raise ValueError(f"no checkpoint in '{folder}': neither {_SAFETENSORS} nor {_PICKLE} is there")
+    for path in files:
+        if path.suffix == ".safetensors":
+            try:
+                tensors |= load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise _damaged(path, error) from error
+        else:
+            tensors |= _read_pickle(path, "cpu")
+    return tensors
+
+
+def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
+    """Raise `ValueError` for a tensor that holds NaN or infinity; `what` begins the message."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{what} holds NaN or infinity in '{name}' (as {str(tensor.dtype).removeprefix('torch.')}): take another "
+                "checkpoint of it"
+            )
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a folder; of safetensors files, only the headers are read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(folder):
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise _damaged(path, error) from error
+        else:
+            shapes |= {name: tuple(tensor.shape) for name, tensor in _read_pickle(path, "meta").items()}
+    return shapes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files with a checkpoint's weights: one, or those that an index names; none where there are none."""
+    for name in (_SAFETENSORS, _PICKLE):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise _damaged(index, error) from error
+            missing = [file for file in files if not (folder / file).is_file()]
+            if missing:
+                raise ValueError(f"'{folder}' lacks {', '.join(missing)}: download the checkpoint again")
+            return [folder / file for file in files]
+    return []
+
+
+def _read_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"'{path}' holds no state dict (names and tensors): save the module's state_dict() there")
+    return tensors
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"'{path}' is damaged ({' '.join(str(error).split())}): download the checkpoint again")
+
+
+def _by_tensor_names(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """Tensors decide before the configuration: P-EAGLE's are also sold as EAGLE-3."""
+    for pattern, kind in _TENSORS.items():
+        if any(re.match(pattern, name) for name in shapes):
+            return kind
+    return None
+
+
+def _by_declared_type(declared: Any) -> str | None:
+    """By the `speculators` layout, whose kinds are an open list."""
+    if not declared:
+        return None
+    named = _by_name(declared)
+    if named is not None:
+        return named
+    return _MLP if declared == "mlp" else f"a speculator of the kind '{declared}'"
+
+
+def _by_config(config: dict[str, Any]) -> str | None:
+    for field, kind in _FIELDS.items():
+        if any(name.startswith(field) and value is not None for name, value in config.items()):
+            return kind
+    architectures = config.get("architectures")
+    names = [*(architectures if isinstance(architectures, list) else []), config.get("model_type")]
+    return next(filter(None, map(_by_name, names)), None)
+
+
+def _by_name(name: Any) -> str | None:
+    plain = re.sub(r"[-_]", "", str(name).lower())
+    return next((kind for part, kind in _NAMES.items() if part in plain), None)
+
+
+def _by_tensor_shapes(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """Heads that nothing names, by how they read the policy's hidden states."""
+    fuse = shapes.get("fc.weight")
+    if fuse is not None:
+        hidden, read = fuse[0], fuse[-1]
+        query = next((shape[-1] for name, shape in shapes.items() if name.endswith("self_attn.q_proj.weight")), None)
+        if query == 2 * hidden:  # the embedding enters beside the feature, in the attention
+            return EAGLE3
+        if "hidden_norm.weight" in shapes:
+            return _DFLASH
+        return _EAGLE1 if read == 2 * hidden else "a head that reads the policy's hidden states"
+    if "d2t" in shapes:
+        return EAGLE3
+    # Whole models come with such layers as well.
+    predicts = any(re.match(r"mtp\.", name) or ".eh_proj." in name for name in shapes)
+    return _MTP if predicts and not any(name.startswith("layers.0.") for name in shapes) else None

@@ -1,0 +1,203 @@
+"""The command `atlas-rl train-speculator`: checks everything, continues the prompts, trains the head, writes the checkpoint.
+
+Generation takes hours, so whatever can be wrong is looked for first: options, prompts and folders before the policy is
+loaded, and right after it what only the policy can say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from atlas_rl.policy.in_process import InProcessRunner, decoder_layers
+from atlas_rl.policy.view import InProcessView
+from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
+from atlas_rl.speculators.causal_lm import causal_lm_config, load_causal_lm
+from atlas_rl.speculators.eagle3.checkpoint import save_eagle3
+from atlas_rl.speculators.eagle3.config import check_layers, new_layers
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.identify import EAGLE3, kind_of
+from atlas_rl.training.eagle3 import TrainSettings, num_held_out, train
+from atlas_rl.training.head_shape import head_config
+from atlas_rl.training.prompts import Prompt, check_prompts, read_prompts
+
+_AT_LEAST_ONE = (
+    "max_new_tokens", "generate_batch", "draft_vocab_size", "intermediate_size", "unroll", "epochs", "batch_size",
+)  # fmt: skip
+_WORK_OF = "generated.json"  # what the continuations in a work folder were made of
+
+
+def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -> None:
+    """Run the command.
+
+    Args:
+        args: Its options.
+        new_engine: The class of the engine that generates, which lives above this folder.
+
+    Raises:
+        ValueError: Something in the options, the prompts or the checkpoint that cannot be worked with.
+    """
+    _check_options(args)
+    config = causal_lm_config(args.model).get_text_config()
+    layers = _layers(args, config)
+    prompts = read_prompts(args.data, _tokenizer(args.model))
+    check_prompts(prompts, config.vocab_size, _longest_prompt(config))
+    if max(len(prompt.token_ids) for prompt in prompts) + args.max_new_tokens < 3:
+        raise ValueError("prompts and completions of one token leave nothing to predict: raise --max-new-tokens")
+    num_calls = math.ceil(len(prompts) / args.generate_batch)
+    if num_held_out(num_calls) >= num_calls:
+        raise ValueError(
+            f"too few prompts: {len(prompts)} make one call of --generate-batch {args.generate_batch}, and one call is held "
+            "out. Give more prompts or a smaller batch"
+        )
+    _check_replaces_no_policy(args.output)
+    work = args.work or args.output / "work"
+    rollouts = work / "rollouts"
+    for folder in (args.output, work, rollouts):
+        _check_writable(folder)
+    made_of = _made_of(args, layers, prompts)
+    _check_same_work(rollouts, made_of)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy: Any = load_causal_lm(args.model, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    settings = _settings(args, layers)
+    view, runner = InProcessView(policy), InProcessRunner(policy)
+    check_prompts(prompts, runner.vocab_size, runner.max_context)
+    decoder_layers(policy, config.num_hidden_layers)
+    head_config(view, layers, 1, args.intermediate_size)
+
+    (rollouts / _WORK_OF).write_text(json.dumps(made_of, indent=2) + "\n")
+    calls = _generate(policy, prompts, rollouts, layers, args, new_engine)
+    head = train(view, calls, work, settings, say=lambda line: print(line, flush=True))
+    save_eagle3(args.output, head, policy)
+    log = json.loads((work / "training.json").read_text()) | {"max_new_tokens": args.max_new_tokens}
+    (args.output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
+    print(f"written: {args.output}")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    for name in _AT_LEAST_ONE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not math.isfinite(args.temperature) or args.temperature < 0:
+        raise ValueError(f"--temperature must be a finite number of at least 0, got {args.temperature}")
+    if not math.isfinite(args.learning_rate) or args.learning_rate <= 0:
+        raise ValueError(f"--learning-rate must be a finite number above 0, got {args.learning_rate}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+
+
+def _layers(args: argparse.Namespace, config: Any) -> tuple[int, ...]:
+    num_layers = config.num_hidden_layers
+    return new_layers(num_layers) if args.layers is None else check_layers(args.layers, num_layers, "--layers")
+
+
+def _tokenizer(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"no tokenizer can be loaded from '{folder}' ({' '.join(str(error).split())}): save it there"
+        ) from error
+
+
+def _longest_prompt(config: Any) -> int | None:
+    """The policy's context, or more where its positions are scaled: the loaded policy says exactly."""
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return None if context is None or rope.get("rope_type", "default") != "default" else context
+
+
+def _check_replaces_no_policy(output: Path) -> None:
+    if (output / "config.json").is_file() and (kind := kind_of(output)) != EAGLE3:
+        raise ValueError(f"'{output}' holds {kind}, which the head would overwrite: give another --output")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"'{folder}' cannot be written to ({error.strerror}): give another --output or --work"
+        ) from error
+
+
+def _made_of(args: argparse.Namespace, layers: tuple[int, ...], prompts: list[Prompt]) -> dict[str, Any]:
+    """What continuations depend on: equal for a command that goes on where another stopped."""
+    ids = json.dumps([prompt.token_ids for prompt in prompts]).encode()
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "generate_batch", "seed")}
+    return {
+        "model": str(Path(args.model).resolve()),
+        "prompts": hashlib.sha256(ids).hexdigest(),
+        "layers": list(layers),
+        **options,
+    }
+
+
+def _check_same_work(rollouts: Path, made_of: dict[str, Any]) -> None:
+    """Raise `ValueError` where the folder has continuations of other prompts, of another policy or with other options."""
+    if not any(rollouts.glob("call_*.safetensors")):
+        return
+    try:
+        known = json.loads((rollouts / _WORK_OF).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    differing = [name for name, value in made_of.items() if not isinstance(known, dict) or known.get(name) != value]
+    if differing:
+        raise ValueError(
+            f"'{rollouts}' holds continuations made with another {' and '.join(differing)}: give another --output or "
+            "--work, or delete the folder"
+        )
+
+
+def _settings(args: argparse.Namespace, layers: tuple[int, ...]) -> TrainSettings:
+    return TrainSettings(
+        layers=layers,
+        draft_vocab_size=args.draft_vocab_size,
+        intermediate_size=args.intermediate_size,
+        unroll=args.unroll,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )
+
+
+def _generate(
+    policy: Any,
+    prompts: list[Prompt],
+    folder: Path,
+    layers: tuple[int, ...],
+    args: argparse.Namespace,
+    new_engine: Callable[..., Any],
+) -> list[Path]:
+    """Continue every prompt once, recording hidden states; calls that are there already are kept."""
+    batches = [prompts[i : i + args.generate_batch] for i in range(0, len(prompts), args.generate_batch)]
+    done = len(list(folder.glob("call_*.safetensors")))
+    recorder = RecordingSpeculator(folder, layers, first_call=done)
+    engine = new_engine(
+        model=policy, tokenizer=_tokenizer(args.model), speculators=[HistorySpeculator(), recorder], console=False
+    )
+    for index, batch in enumerate(batches[done:], start=done):
+        report = engine.generate(
+            [prompt.token_ids for prompt in batch],
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed * 1_000_003 + index,
+        ).report
+        engine.policy_updated()  # the recorder writes a call when the next could follow another policy
+        print(f"continuations {index + 1}/{len(batches)} | {report.num_tokens} tokens | "
+              f"{report.tokens_per_s:.0f} tok/s", flush=True)  # fmt: skip
+    return recorded_calls(folder)

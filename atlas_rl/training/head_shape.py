@@ -1,0 +1,68 @@
+"""The shape of a new EAGLE-3 head: what a Llama layer can take over of the policy it is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+from atlas_rl.policy.supported import field_of
+from atlas_rl.policy.view import PolicyView
+from atlas_rl.speculators.eagle3.config import Eagle3Config
+
+
+def head_config(
+    policy: PolicyView, layers: tuple[int, ...], draft_vocab_size: int, intermediate_size: int | None = None
+) -> Eagle3Config:
+    """Shape of a head for `policy`: a layer like one of its own, as far as a Llama layer can be.
+
+    Args:
+        policy: Whose sizes are taken.
+        layers: Decoder layers of it that the head reads, ascending.
+        draft_vocab_size: Tokens that the head can propose.
+        intermediate_size: Of its MLP; None takes the policy's, or four times the hidden size.
+
+    Raises:
+        ValueError: The policy's sizes fit no head: its embeddings are not as wide as its layers, or heads have an odd size.
+    """
+    config = policy.config
+    hidden, num_heads = int(config.hidden_size), field_of(config, "num_attention_heads", 0)
+    if policy.hidden_size != hidden or policy.input_table.shape[1] != hidden:
+        raise ValueError(
+            f"the policy's layers are {hidden} wide, its embeddings {policy.input_table.shape[1]} and {policy.hidden_size}: "
+            "a head needs them alike"
+        )
+    head_dim = field_of(config, "head_dim", 0) or hidden // num_heads
+    if head_dim % 2:
+        raise ValueError(
+            f"the policy's attention heads have the size {head_dim}, and rotary positions need an even one"
+        )
+    width = field_of(config, "intermediate_size", 0)
+    width = width[0] if isinstance(width, list) else width
+    layer = LlamaConfig(
+        vocab_size=policy.vocab_size,
+        hidden_size=hidden,
+        # Some families have no such field (GPT-2), or one size per layer.
+        intermediate_size=intermediate_size or width or 4 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=num_heads,
+        num_key_value_heads=field_of(config, "num_key_value_heads", 0) or num_heads,
+        head_dim=head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        rope_parameters=_rope(config),
+        tie_word_embeddings=False,
+    )
+    return Eagle3Config(layer, draft_vocab_size, layers)
+
+
+def _rope(config: Any) -> dict[str, Any] | None:
+    """The policy's rotary positions where a Llama layer can have them; else plain ones with the policy's base."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # of families with two kinds of layers
+    if not rope:
+        return None
+    whole = rope.get("partial_rotary_factor", 1.0) == 1.0
+    if whole and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn"):
+        return dict(rope)
+    return {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}

@@ -1,0 +1,151 @@
+"""New weights for a running engine, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from atlas_rl.vllm.checkpoint import check_finite
+from atlas_rl.vllm.internals.engine import agree, drafter_of, runner_of
+
+
+def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Load a checkpoint layer by layer, as vLLM reloads; whatever goes wrong, the weights are those of before.
+
+    Meanwhile a copy of the old weights lies in host memory.
+
+    Args:
+        runner: A model runner.
+        weights: (name, tensor), of the whole checkpoint.
+
+    Raises:
+        ValueError: Weights are missing, or not finite, or another rank failed. Errors of the iterator or of vLLM pass.
+    """
+    before = _Snapshot(runner.get_model())
+    try:
+        _reload(runner, weights)
+    except BaseException as error:
+        before.restore()
+        agree(f"{type(error).__name__}: {error}")
+        raise
+    failed = agree(None)
+    if failed is not None:
+        before.restore()
+        raise ValueError(f"another rank could not load the weights: {failed}")
+
+
+def load_in_place(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Load a checkpoint into the live model, tensor by tensor, without a copy of the old one. Not on CPUs: see `_reload`.
+
+    Raises:
+        ValueError: Weights are missing, or not finite; some have changed then.
+    """
+    model = runner.get_model()
+    loaded: set[str] = set()
+    for name, tensor in _finite(weights, runner.model_config.dtype):
+        loaded |= model.load_weights([(name, tensor)]) or {name}
+    _check_complete(model, runner.model_config, loaded)
+
+
+def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Load new weights into an engine of this process and forget what was cached under the old ones.
+
+    On CPUs the old weights stay where loading fails; elsewhere, where a copy of them would cost as much memory as they do,
+    some have changed then.
+
+    Args:
+        llm: An engine in this process.
+        weights: (name, tensor) pairs as in a checkpoint; read to its end, whatever happens.
+    """
+    runner, drafter = runner_of(llm), drafter_of(llm)
+    assert drafter is not None, "a backend is built around an engine with our drafter only"
+    iterator = iter(weights)
+    try:
+        if runner.device.type == "cpu":
+            load_all_or_nothing(runner, iterator)
+        else:
+            drafter.weights_are_whole = False
+            load_in_place(runner, iterator)
+        drafter.weights_are_whole = True
+    finally:
+        # TRL merges adapters before the first pair and unmerges them behind the last one.
+        for _ in iterator:
+            pass
+        llm.reset_prefix_cache(reset_running_requests=True)
+        drafter.weights_changed()
+
+
+def _reload(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """vLLM's reload, which only logs what is missing. On CPUs the only way: live weights were packed there and dropped."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model, config = runner.get_model(), runner.model_config
+    names = {name for name, _ in model.named_parameters()}  # before: tied weights are one parameter here
+    initialize_layerwise_reload(model)
+    loaded = model.load_weights(_finite(weights, config.dtype))
+    _check_complete(model, config, loaded, names)
+    finalize_layerwise_reload(model, config)
+    runner.reset_lora_state()
+    runner.reset_encoder_cache()
+    runner.reset_mm_cache()
+
+
+def _check_complete(model: nn.Module, config: Any, loaded: set[str] | None, names: set[str] | None = None) -> None:
+    """Raise `ValueError` if weights were left out, as vLLM does when it loads a model for the first time."""
+    if config.quantization is not None or loaded is None:
+        return
+    names = {name for name, _ in model.named_parameters()} if names is None else names
+    missing = sorted(names - loaded) + _half_loaded(model)
+    if missing:
+        raise ValueError(f"the new weights lack {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}")
+
+
+def _half_loaded(model: nn.Module) -> list[str]:
+    """Linear layers under reload that got some of their parts only, such as queries and no keys."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    found = []
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        if isinstance(module, LinearBase) and info.can_load() and 0 < info.load_numel < info.load_numel_total:
+            found.append(f"a part of {name}")
+    return found
+
+
+def _finite(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        check_finite(name, tensor, dtype)
+        yield name, tensor
+
+
+class _Snapshot:
+    """A model as it is: what its modules hold, and the values of its parameters and buffers."""
+
+    _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._held = [self._copied(module.__dict__) for module in self._modules]
+        own = {
+            id(t): t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+        }
+        self._values = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in own.values()]
+
+    def restore(self) -> None:
+        """Put everything back: packed weights are held by functions that the modules hold."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        for module, held in zip(self._modules, self._held, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(self._copied(held))
+            get_layerwise_info(module).reset()
+        with torch.no_grad():
+            for tensor, value in self._values:
+                tensor.data.copy_(value)
+
+    def _copied(self, held: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.copy() if name in self._TABLES else value for name, value in held.items()}

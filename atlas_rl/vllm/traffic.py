@@ -1,0 +1,47 @@
+"""What the traffic of a server amounted to: for its reports, and for when its drafters learn."""
+
+from __future__ import annotations
+
+from collections import deque
+
+_KEPT_LENGTHS = 4096  # completion lengths of the newest requests, where nobody asks for a report
+_WORTH_LEARNING_TOKENS = 2048
+_LEARNING_SHARE = 0.1  # most of a server's time that drafters spend on learning
+
+
+class Traffic:
+    """Counts requests that ended.
+
+    Attributes:
+        num_requests: Ended since the last report.
+        num_prompt_tokens: Of these.
+        num_tokens: Generated tokens of these.
+        completion_lengths: Of the newest of these.
+    """
+
+    def __init__(self) -> None:
+        self._new_tokens = 0
+        self._learn_again_s = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from here on, for the next report."""
+        self.num_requests, self.num_prompt_tokens, self.num_tokens = 0, 0, 0
+        self.completion_lengths: deque[int] = deque(maxlen=_KEPT_LENGTHS)
+
+    def ended(self, num_prompt_tokens: int, num_tokens: int) -> None:
+        """A request has ended."""
+        self.num_requests += 1
+        self.num_prompt_tokens += num_prompt_tokens
+        self.num_tokens += num_tokens
+        self._new_tokens += num_tokens
+        self.completion_lengths.append(num_tokens)
+
+    def worth_learning(self, now_s: float) -> bool:
+        """Whether enough is new for the drafters to learn from, and they have not learned just before."""
+        return self._new_tokens >= _WORTH_LEARNING_TOKENS and now_s >= self._learn_again_s
+
+    def learned(self, now_s: float, seconds: float) -> None:
+        """Drafters have learned, which took some seconds."""
+        self._new_tokens = 0
+        self._learn_again_s = now_s + seconds / _LEARNING_SHARE

@@ -1,0 +1,95 @@
+"""Drafts for a batch whose requests sample in several ways, each under its own sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import numpy as np
+
+from atlas_rl.controller.base import Controller
+from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences, Verified
+from atlas_rl.decode.propose import Proposing
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.vllm.request_table import RequestTable
+
+MIXED = "mixed"
+
+
+class ProposingInWays(Proposing):
+    """Asks a drafter once for every way of sampling in the batch; the controller sees one draft of all requests.
+
+    Args:
+        speculators: By name, in the controller's order.
+        controller: Plans.
+        recorder: Gets the seconds.
+        table: Knows how requests sample.
+    """
+
+    def __init__(
+        self,
+        speculators: Mapping[str, Speculator],
+        controller: Controller,
+        recorder: StepRecorder,
+        table: RequestTable,
+    ) -> None:
+        super().__init__(speculators, controller, recorder)
+        self._table = table
+
+    def drawn_as(self, sequences: Sequences, requests: np.ndarray) -> Hashable:
+        """The distribution that all requests are drawn from, roughly, or that they differ."""
+        ways = self._table.ways(requests)
+        return _roughly(ways[0][0]) if len(ways) == 1 else MIXED
+
+    def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
+        parts = []
+        for sampling, rows in self._table.ways(requests):
+            self._table.sample_as(sampling)
+            parts.append((rows, super().draft(name, sequences, requests[rows], wanted[rows])))
+        return parts[0][1] if len(parts) == 1 else _together(parts, len(requests))
+
+
+def observe_in_ways(speculator: Speculator, table: RequestTable, verified: Verified) -> None:
+    """Hand a drafter what was verified, greedy requests apart from drawn ones: some learn differently from each."""
+    kinds: dict[bool, list[tuple[SamplingParams, np.ndarray]]] = {}
+    for sampling, rows in table.ways(verified.requests):
+        kinds.setdefault(sampling.greedy, []).append((sampling, rows))
+    for ways in kinds.values():
+        table.sample_as(ways[0][0])
+        rows = np.concatenate([rows for _, rows in ways])
+        speculator.observe(table.current, verified if len(kinds) == 1 else _of(verified, rows))
+
+
+def _of(verified: Verified, rows: np.ndarray) -> Verified:
+    hidden = verified.hidden
+    return Verified(
+        verified.requests[rows],
+        verified.token_ids[rows],
+        verified.num_committed[rows],
+        verified.num_accepted[rows],
+        verified.num_drafted[rows],
+        verified.finished[rows],
+        Hidden(hidden.starts[rows] if len(hidden.starts) else hidden.starts, hidden.head_inputs, hidden.layers),
+    )
+
+
+def _together(parts: list[tuple[np.ndarray, Draft]], batch: int) -> Draft:
+    """Drafts of disjoint rows as one of `batch` rows; drafts that couple noise carry no probabilities."""
+    width = max(draft.token_ids.shape[1] for _, draft in parts)
+    tokens, lengths = np.zeros((batch, width), np.int64), np.zeros(batch, np.int64)
+    confidence = np.full((batch, width), 0.5, np.float32)
+    for rows, draft in parts:
+        assert draft.draft_probs is None, "vLLM's drafters couple noise"
+        own = draft.token_ids.shape[1]
+        tokens[rows, :own], lengths[rows], confidence[rows, :own] = draft.token_ids, draft.lengths, draft.confidence
+    return Draft(tokens, lengths, confidence)
+
+
+def _roughly(sampling: SamplingParams) -> Hashable:
+    """Distributions that differ by little share what was learned: clients send any number."""
+    return (
+        round(sampling.temperature, 1),
+        min(sampling.top_k, 1000).bit_length(),
+        round(sampling.top_p, 1),
+        round(sampling.repetition_penalty, 1),
+    )

@@ -1,0 +1,155 @@
+"""What attaching finds before any training time is spent, and what it accepts, each with a real trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from trl import GRPOTrainer
+
+from atlas_rl import AtlasRolloutEngine
+from tests.models import tiny_llama
+from tests.trainers import DATA, WORDS, arguments, build_trainer, rewards, with_special_tokens, word_tokenizer
+
+
+def policy() -> Any:
+    return with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+
+
+def build(folder: Path, *, kind: type = GRPOTrainer, model: Any = None, tokenizer: Any = None, **options: Any) -> Any:
+    from trl import GRPOConfig
+
+    return kind(
+        model=model or policy(),
+        reward_funcs=rewards,
+        args=arguments(GRPOConfig, folder, **({"max_steps": 1} | options)),
+        train_dataset=DATA,
+        processing_class=tokenizer or word_tokenizer(),
+    )
+
+
+def attach(trainer: Any) -> AtlasRolloutEngine:
+    return AtlasRolloutEngine(console=False).attach(trainer)
+
+
+class OwnTurn(GRPOTrainer):
+    """Generates one token by itself, as TRL allows where no engine is used."""
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        return [[2, 1] for _ in prompt_ids], None
+
+
+class OwnGenerate(GRPOTrainer):
+    """Generates in a method above the engine's."""
+
+    def _generate(self, prompts: Any) -> Any:
+        return self.something_else(prompts)
+
+    def something_else(self, prompts: Any) -> Any:
+        return [[2, 1] for _ in prompts]
+
+
+class Delegates(GRPOTrainer):
+    """Looks at what the trainer generates, by way of another method."""
+
+    turns = 0
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        type(self).turns += 1
+        return self.below(*args, **kwargs)
+
+    def below(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._generate_single_turn(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [(OwnTurn, "_generate_single_turn"), (OwnGenerate, "_generate")])
+def test_a_trainer_that_generates_by_itself_is_refused(kind: type, stage: str, tmp_path: Path) -> None:
+    trainer = build(tmp_path, kind=kind)
+    with pytest.raises(ValueError, match=f"{kind.__name__} generates in a {stage} of its own"):
+        attach(trainer)
+    assert not trainer.use_vllm
+
+
+def test_a_method_put_on_the_trainer_is_looked_into(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    own = trainer._generate_single_turn
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    trainer._generate_single_turn = watched
+    attach(trainer)
+    trainer = build(tmp_path)
+    trainer._generate_single_turn = lambda prompt_ids, *args: ([[2, 1] for _ in prompt_ids], None)
+    with pytest.raises(ValueError, match="of its own"):
+        attach(trainer)
+
+
+def test_a_trainer_that_delegates_is_served(tmp_path: Path) -> None:
+    trainer = build(tmp_path, kind=Delegates)
+    engine = attach(trainer)
+    trainer.train()
+    assert Delegates.turns == 1
+    assert len(engine.reports) == 1
+
+
+@pytest.mark.parametrize("mode", ["sequence_mask", "sequence_truncate"])
+def test_trls_own_check_of_vespo_is_made(mode: str, tmp_path: Path) -> None:
+    trainer = build(tmp_path, loss_type="vespo", vllm_importance_sampling_mode=mode)
+    with pytest.raises(ValueError, match="token_truncate"):
+        attach(trainer)
+    attach(build(tmp_path, loss_type="vespo", vllm_importance_sampling_mode="token_mask"))
+    attach(build(tmp_path, loss_type="vespo", vllm_importance_sampling_correction=False))
+
+
+def test_an_unknown_correction_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'tokens'"):
+        attach(build(tmp_path, vllm_importance_sampling_mode="tokens"))
+
+
+def activated() -> Any:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[3])
+    return get_peft_model(policy(), config)
+
+
+def hooked() -> Any:
+    model = get_peft_model(policy(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize(("model", "message"), [(activated, "activated LoRA"), (hooked, "forward hook")])
+def test_a_policy_that_would_be_lost_is_refused(model: Any, message: str, tmp_path: Path) -> None:
+    trainer = build(tmp_path, model=model())
+    for backend in ("in_process", "vllm"):
+        with pytest.raises(ValueError, match=message):
+            AtlasRolloutEngine(console=False, backend=backend).attach(trainer)
+    assert not trainer.use_vllm
+
+
+def test_a_draft_model_that_is_not_there_is_found(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    with pytest.raises((ValueError, OSError)):
+        AtlasRolloutEngine(console=False, draft_model=tmp_path / "nothing").attach(trainer)
+    assert not trainer.use_vllm
+
+
+def test_ending_tokens_outside_of_the_vocabulary_are_found(tmp_path: Path) -> None:
+    model = policy()
+    model.generation_config.eos_token_id = [1, 99]
+    with pytest.raises(ValueError, match="ending token 99"):
+        attach(build(tmp_path, model=model))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_tokenizer_without_an_ending_token_trains(kind: str, tmp_path: Path) -> None:
+    tokenizer, model = word_tokenizer(), policy()
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = model.config.eos_token_id = -1
+    neutral = {"do_sample": True, "num_beams": 1, "top_k": -1, "top_p": None, "min_p": None, "repetition_penalty": None}
+    trainer = build_trainer(kind, model, tokenizer, tmp_path, max_steps=1, generation_kwargs=neutral)
+    engine = attach(trainer)
+    trainer.train()
+    assert set(engine.reports[0].completion_lengths) == {12}

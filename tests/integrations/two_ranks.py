@@ -1,0 +1,42 @@
+"""One rank of a small GRPO run with gloo: `torchrun -m tests.integrations.two_ranks FOLDER SHIFTED_RANK`.
+
+The sampled logprobs of one rank are shifted, so that it finds what the other does not. Each rank writes whether its
+importance-sampling correction is on in the end.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atlas_rl import AtlasRolloutEngine
+from tests.models import tiny_llama
+from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
+
+
+def main(folder: Path, shifted_rank: int) -> None:
+    """Train three steps with an engine on every rank."""
+    model = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+    trainer = build_trainer("grpo", model, word_tokenizer(), folder, ddp_backend="gloo")
+    engine = AtlasRolloutEngine(console=False).attach(trainer)
+    rank = trainer.accelerator.process_index
+    assert trainer.accelerator.num_processes == 2
+    rollout = engine.rollout
+
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        output = rollout(*args, **kwargs)
+        by = 0.5 * (rank == shifted_rank)
+        return replace(output, logprobs=[[value + by for value in row] for row in output.logprobs])
+
+    engine.rollout = shifted  # type: ignore[method-assign]
+    trainer.train()
+    (folder / f"rank{rank}").write_text(str(trainer.vllm_importance_sampling_correction))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

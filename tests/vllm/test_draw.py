@@ -1,0 +1,73 @@
+"""Drawing for a step of vLLM's, without vLLM: rows that are no distribution, and whose fault they are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atlas_kernels.noise import request_keys
+from atlas_rl.vllm.draw import NO_TOKEN, Drawn, draw, scores
+
+VOCAB = 50
+NAN, INF = math.nan, math.inf
+
+
+def logits_of_step() -> torch.Tensor:
+    """Request 0 has two drafts, request 1 none, request 2 one: six rows."""
+    return 3 * torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0))
+
+
+def drawn_from(logits: torch.Tensor, greedy: bool = False) -> Drawn:
+    drafts = np.array([int(logits_of_step()[0].argmin()), 3, 7])
+    arguments: list[Any] = [np.array([2, 0, 1]), request_keys(1, 3), np.array([5, 9, 2]), np.full(3, greedy)]
+    return draw(logits, drafts, *arguments, truncated=True)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("row", [0, 3, 4])
+def test_rows_that_are_no_distribution_are_counted(row: int, value: float, greedy: bool) -> None:
+    """The engine refuses the call, a server goes on: neither draws from NaN."""
+    logits = logits_of_step()
+    logits[row] = value
+    drawn = drawn_from(logits, greedy=greedy)
+    assert drawn.num_undefined == 1
+    assert all(np.isfinite(values).all() for values in (drawn.logprobs, drawn.entropies, drawn.max_probs))
+    assert drawn_from(logits_of_step(), greedy=greedy).num_undefined == 0
+
+
+def test_rows_behind_a_miss_are_nobodys_business() -> None:
+    logits = logits_of_step()
+    logits[2] = NAN
+    drawn, expected = drawn_from(logits), drawn_from(logits_of_step())
+    assert np.array_equal(drawn.token_ids, expected.token_ids)
+    np.testing.assert_allclose(drawn.entropies, expected.entropies, atol=1e-5)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_request_that_excludes_every_token_itself_ends_nobody_elses(greedy: bool) -> None:
+    """As allowed tokens that are bad words, too. Plain vLLM goes on with token 0."""
+    logits = logits_of_step()
+    logits[3] = -INF
+    drawn, expected = drawn_from(logits, greedy=greedy), drawn_from(logits_of_step(), greedy=greedy)
+    assert drawn.token_ids[1, 0] == 0
+    for name in ("token_ids", "logprobs", "entropies", "max_probs"):
+        ours, theirs = getattr(drawn, name), getattr(expected, name)
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(np.delete(ours, 1, 0), np.delete(theirs, 1, 0), atol=1e-5)
+    _, values, ranks = scores(logits, drawn, drawn.logprobs, 3, as_logits=False)
+    assert not values.isnan().any()
+    assert (ranks[drawn.token_ids.ravel() != NO_TOKEN] > 0).all()
+
+
+@pytest.mark.parametrize("least", [-INF, torch.finfo(torch.float32).min])
+def test_entropies_of_a_policy_that_masks(least: float) -> None:
+    logits = logits_of_step()
+    logits[:, 10:] = least
+    drawn = drawn_from(logits / 0.5)
+    assert np.isfinite(drawn.entropies).all()
+    assert (drawn.entropies[drawn.token_ids != NO_TOKEN] < math.log(10) + 1e-4).all()
