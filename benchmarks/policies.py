@@ -1,6 +1,6 @@
 """Which policies run in process: every causal-LM class of the installed transformers, tiny, held against plain forwards.
 
-    python -m benchmarks.policies                  all classes; minutes; writes the result, prints a table
+    python -m benchmarks.policies                  all classes; minutes; writes the result and the table of docs/policies.md
     python -m benchmarks.policies --only phi3 doge   prints, writes nothing
 
 Each class is built tiny and generates for rows of different lengths, past its windows and chunks: greedily, and sampled.
@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -35,7 +36,8 @@ import atlas_rl
 from benchmarks.common import ROOT, environment, write_result
 from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_types
 
-RESULT = ROOT / "benchmarks" / "results" / "policies.json"
+RESULT, PAGE = ROOT / "benchmarks" / "results" / "policies.json", ROOT / "docs" / "policies.md"
+BEGIN, END = "<!-- table: python -m benchmarks.policies -->", "<!-- end of table -->"
 _PROMPTS = (3, 2 * WINDOW + 1, CHUNK + 4)  # a short row beside two that are past windows and chunks
 _NEW_TOKENS = 16
 _TOLERANCE = 1e-3  # nats, in float32
@@ -168,7 +170,7 @@ def in_process_of_its_own(name: str, limit_s: int) -> Outcome:
 
 
 def table(result: dict[str, Any]) -> str:
-    """All outcomes, in Markdown."""
+    """The table of docs/policies.md."""
     outcomes, versions = [Outcome(**row) for row in result["policies"]], result["environment"]["versions"]
     counts = Counter(outcome.outcome for outcome in outcomes)
     lines = [
@@ -195,6 +197,13 @@ def _cell(outcome: Outcome) -> str:
     return text[:160].replace("|", "\\|").replace("<", "&lt;")
 
 
+def write_page(result: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the table where the page has it."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="model types or variants")
@@ -217,7 +226,7 @@ def main() -> None:
             "policies": [asdict(outcome) for outcome in outcomes],
         }
         write_result(RESULT, result)
-        print(table(result))
+        write_page(result)
     faults = [outcome.name for outcome in outcomes if outcome.outcome in ("wrong", "crashed")]
     if faults:
         sys.exit(f"wrong or crashed: {', '.join(faults)}")
