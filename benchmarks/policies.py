@@ -1,13 +1,14 @@
 """Which policies run in process: every causal-LM class of the installed transformers, tiny, held against plain forwards.
 
-    python -m benchmarks.policies                  all classes; minutes; writes the result, prints a table
+    python -m benchmarks.policies                  all classes; minutes; writes the result and the table of docs/policies.md
     python -m benchmarks.policies --only phi3 doge   prints, writes nothing
 
 Each class is built tiny and generates for rows of different lengths, past its windows and chunks: greedily, and sampled.
 Every greedy token must be the likeliest of a plain forward over the text before it, and every sampled token's logprob that
 of a plain forward. Then the class is *same*. *Refused* is one for which the engine raises `ValueError`. *Not built* is one
 whose tiny configuration or plain forward fails without us. *Wrong* and *crashed* are faults of this library; with one of
-them the command ends in error. Each class runs in a process of its own, which is ended after `--limit` seconds.
+them the command ends in error. Each class runs in a process of its own, which is ended after `--limit` seconds
+of CPU time.
 """
 
 from __future__ import annotations
@@ -16,23 +17,27 @@ import argparse
 import multiprocessing
 import os
 import re
+import resource
 import sys
 import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numba
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import atlas_rl
 from benchmarks.common import ROOT, environment, write_result
 from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_types
 
-RESULT = ROOT / "benchmarks" / "results" / "policies.json"
+RESULT, PAGE = ROOT / "benchmarks" / "results" / "policies.json", ROOT / "docs" / "policies.md"
+BEGIN, END = "<!-- table: python -m benchmarks.policies -->", "<!-- end of table -->"
 _PROMPTS = (3, 2 * WINDOW + 1, CHUNK + 4)  # a short row beside two that are past windows and chunks
 _NEW_TOKENS = 16
 _TOLERANCE = 1e-3  # nats, in float32
@@ -83,13 +88,17 @@ class Outcome:
     detail: str
 
 
-def try_out(name: str) -> Outcome:
-    """Build one class and hold it against plain forwards."""
+def built(name: str) -> PreTrainedModel | Outcome:
+    """A policy, or why there is none."""
     model_type, options = VARIANTS.get(name, (name, {}))
     try:
-        model = build(model_type, **options)
+        return build(model_type, **options)
     except Exception as error:  # noqa: BLE001 - whatever another library's class raises
         return Outcome(name, None, "not built", _said(error))
+
+
+def tried(name: str, model: PreTrainedModel) -> Outcome:
+    """What comes of holding a policy against plain forwards."""
     kind = type(model).__name__
     try:
         fault = _fault(model)
@@ -100,7 +109,7 @@ def try_out(name: str) -> Outcome:
     return Outcome(name, kind, "wrong" if fault else "same", fault)
 
 
-def _fault(model: torch.nn.Module) -> str:
+def _fault(model: PreTrainedModel) -> str:
     """What differs from plain forwards; empty where nothing does."""
     rows = torch.randint(3, 64, (len(_PROMPTS), max(_PROMPTS)), generator=torch.Generator().manual_seed(1)).tolist()
     prompts = [row[:length] for row, length in zip(rows, _PROMPTS, strict=True)]
@@ -129,31 +138,39 @@ def _said(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:400] or type(error).__name__
 
 
-def _child(name: str, sender: Connection) -> None:
+def _child(name: str, sender: Connection, limit_s: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of hundreds of classes
-    sender.send(try_out(name))
+    model = built(name)
+    if isinstance(model, PreTrainedModel):
+        sender.send(type(model).__name__)
+        model = tried(name, model)
+    sender.send(model)
 
 
-def in_process_of_its_own(name: str, limit_s: float) -> Outcome:
-    """`try_out`, in a fork that cannot take this process down or hold it up."""
+def in_process_of_its_own(name: str, limit_s: int) -> Outcome:
+    """`built` and `tried`, in a fork that cannot take this process down, and is ended after `limit_s` of CPU time."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=_child, args=(name, sender))
+    process = fork.Process(target=_child, args=(name, sender, limit_s))
     process.start()
     sender.close()
+    kind = None
     try:
-        if receiver.poll(limit_s):
-            return receiver.recv()
-        return Outcome(name, None, "crashed", f"did not end within {limit_s:g} s")
+        while not isinstance(received := receiver.recv(), Outcome):
+            kind = received
+        return received
     except EOFError:
-        return Outcome(name, None, "crashed", f"the process died with code {process.exitcode}")
+        process.join()
+        said = f"ended with code {process.exitcode} (within {limit_s} s of CPU time)"
+        return Outcome(name, kind, "crashed" if kind else "not built", said)
     finally:
         process.kill()
         process.join()
 
 
 def table(result: dict[str, Any]) -> str:
-    """All outcomes, in Markdown."""
+    """The table of docs/policies.md."""
     outcomes, versions = [Outcome(**row) for row in result["policies"]], result["environment"]["versions"]
     counts = Counter(outcome.outcome for outcome in outcomes)
     lines = [
@@ -180,17 +197,24 @@ def _cell(outcome: Outcome) -> str:
     return text[:160].replace("|", "\\|").replace("<", "&lt;")
 
 
+def write_page(result: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the table where the page has it."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="model types or variants")
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds per class")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of CPU time per class")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     numba.config.THREADING_LAYER = "workqueue"  # lives through a fork, as OpenMP does not
     names, began, outcomes = arguments.only or [*model_types(), *VARIANTS], time.perf_counter(), []
-    try_out("llama")  # imports and compiles what all of them use
+    tried("llama", build("llama"))  # imports and compiles what all of them use
     for name in names:
         outcomes.append(in_process_of_its_own(name, arguments.limit))
         last = outcomes[-1]
@@ -202,7 +226,7 @@ def main() -> None:
             "policies": [asdict(outcome) for outcome in outcomes],
         }
         write_result(RESULT, result)
-        print(table(result))
+        write_page(result)
     faults = [outcome.name for outcome in outcomes if outcome.outcome in ("wrong", "crashed")]
     if faults:
         sys.exit(f"wrong or crashed: {', '.join(faults)}")

@@ -55,6 +55,14 @@ _ALTERNATING = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2}
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
+    "cohere_compass_text": {
+        "layer_types": _ALTERNATING,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _ALTERNATING},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "granitemoehybrid": _MAMBA,
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},

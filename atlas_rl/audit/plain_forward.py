@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atlas_rl.policy.calling import accepted_by, logits_of
 from atlas_rl.policy.unwrap import unwrap_policy, without_parallel_wrappers
 
 
@@ -45,17 +46,23 @@ def plain_logits(model: nn.Module, token_ids: torch.Tensor, places: torch.Tensor
     """
     policy: Any = without_parallel_wrappers(model)  # each rank has sequences of its own
     inner = unwrap_policy(policy)
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+    options: dict[str, Any] = {"use_cache": False} if accepted_by(inner.forward)("use_cache") else {}
+    if _keeps_positions(inner):
         options["logits_to_keep"] = places
     seen = _Seen()
     with torch.no_grad(), _watched(inner, seen):
-        logits = policy(input_ids=token_ids[None], **options).logits[0]
+        logits = logits_of(policy(input_ids=token_ids[None], **options))[0]
     if len(logits) == len(token_ids):
         logits = logits[places] if len(places) != len(token_ids) else logits
     elif len(logits) != len(places):
         raise ValueError(f"{type(inner).__name__} returned {len(logits)} logits for {len(places)} positions")
     return PlainLogits(logits, seen.full_precision and _holds_float32(inner) and _multiplies_float32(token_ids.device))
+
+
+def _keeps_positions(model: Any) -> bool:
+    """Whether `logits_to_keep` may be positions: so it is in transformers; elsewhere it may be a count, or do nothing."""
+    forward = inspect.unwrap(getattr(model.forward, "__func__", model.forward))
+    return forward.__module__.startswith("transformers.") and "logits_to_keep" in inspect.signature(forward).parameters
 
 
 @dataclass(slots=True)

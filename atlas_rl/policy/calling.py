@@ -7,6 +7,7 @@ name it otherwise, or swallow it in `**kwargs` and return every row. Then the ro
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +30,7 @@ class ForwardCall:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._takes = frozenset(parameters)
+        self._accepts = accepted_by(model.forward)
         self.keeps = self._accepts("logits_to_keep")
         for name in ("input_ids", "position_ids"):
             if not self._accepts(name):
@@ -39,9 +38,6 @@ class ForwardCall:
                     f"{type(model).__name__}.forward takes no {name}, without which rows of different lengths cannot be "
                     "run together: add the argument, or generate with the trainer's own engine"
                 )
-
-    def _accepts(self, name: str) -> bool:
-        return name in self._takes or self._takes_anything
 
     def __call__(
         self, token_ids: torch.Tensor, position_ids: torch.Tensor | None, keep: torch.Tensor | None
@@ -79,5 +75,17 @@ class ForwardCall:
             arguments["use_cache"] = False
         if keep is not None and self.keeps:
             arguments["logits_to_keep"] = keep
-        output = self._model(**arguments)
-        return output[0] if isinstance(output, tuple) else output.logits
+        return logits_of(self._model(**arguments))
+
+
+def accepted_by(forward: Callable[..., Any]) -> Callable[[str], bool]:
+    """Whether a forward accepts a keyword, by its signature."""
+    parameters = inspect.signature(forward).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return lambda name: anything or name in parameters
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in what a causal LM returned: an output object, or a tuple."""
+    logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits
+    return logits

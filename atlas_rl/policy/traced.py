@@ -90,10 +90,10 @@ def refuse_structure(trace: Trace, num_layers: int, name: str) -> None:
         _refuse(name, "does not run its attention through transformers' attention interface (AttentionInterface)")
     if trace.unnumbered:
         _refuse(name, "has attention modules that do not say which layer they are (layer_idx)")
-    if missing := sorted(set(range(num_layers)) - set(calls)):
-        _refuse(name, f"has layers that do not call transformers' attention interface: {_listed(missing)}")
     if repeated := [layer for layer, of_layer in sorted(calls.items()) if len(of_layer) > 1]:
         _refuse(name, f"calls the attention of some layers more than once in a forward: {_listed(repeated)}")
+    if missing := sorted(set(range(num_layers)) - set(calls)):
+        _refuse(name, f"has layers that do not call transformers' attention interface: {_listed(missing)}")
     if any(of_layer[0].sinks for of_layer in calls.values()):
         _refuse(name, "has attention sinks (s_aux)")
     rules = {of_layer[0].rule for of_layer in calls.values()} - {None}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
+from atlas_rl.audit.plain_forward import plain_logits
 from atlas_rl.policy import probe
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
@@ -57,7 +58,16 @@ def gives_a_tuple(self, input_ids=None, position_ids=None, logits_to_keep=0, **k
 @pytest.mark.parametrize("speculation", [False, True])
 def test_a_forward_that_keeps_logits_its_own_way_gives_the_same_tokens(forward, speculation):
     model = as_class(tiny_llama(seed=3), forward)
-    assert generate(model, speculation=speculation, audit_share=0) == plain(tiny_llama(seed=3))
+    assert generate(model, speculation=speculation, audit_share=1) == plain(tiny_llama(seed=3))
+
+
+@pytest.mark.parametrize("forward", [swallows, lacks, renamed, counts_only, gives_a_tuple])
+@pytest.mark.parametrize("places", [[1], [0, 2], [0, 1, 2]])
+def test_the_audit_reads_the_same_logits(forward, places):
+    tokens, wanted = torch.tensor([5, 9, 2]), torch.tensor(places)
+    expected = plain_logits(tiny_llama(seed=3), tokens, wanted).logits
+    found = plain_logits(as_class(tiny_llama(seed=3), forward), tokens, wanted).logits
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_a_forward_that_starts_to_return_other_rows_is_refused_at_that_step():

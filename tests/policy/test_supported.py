@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.supported import fields_of, reach_of
+from atlas_rl.policy.view import InProcessView
+from atlas_rl.training.eagle3 import TrainSettings, new_head
 from benchmarks.tiny_policies import build, tiny_config
 from tests.models import tiny_gpt2
 from tests.policy.texts import generate, plain
@@ -94,6 +97,14 @@ def test_fields_that_differ_between_layers_are_read_from_the_layers():
     config = tiny_config("gemma4_text", global_head_dim=16)
     assert sorted(fields_of(config, "head_dim")) == [8, 16]
     assert fields_of(config, "hidden_size") == [32]
+
+
+@pytest.mark.parametrize(("model_type", "head_dim"), [("gemma4_text", 8), ("gemma3_text", 8), ("gemma3n_text", 8)])
+def test_a_head_is_made_for_policies_whose_layers_differ(model_type, head_dim):
+    model = build(model_type)
+    head = new_head(InProcessView(model), TrainSettings(layers=(1, 2, 3)), np.arange(60))
+    assert head.config.layer.head_dim == head_dim
+    assert head.config.layer.rope_parameters["rope_type"] == "default"
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "conv"])

@@ -22,6 +22,7 @@ from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from atlas_rl.integrations.trl.reports import ReportCallback
 from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, read_sampling
+from atlas_rl.policy.supported import context_of
 from atlas_rl.report.report import Mode, StepReport
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ class TrainerAdapter:
     @property
     def llm(self) -> Any:
         """Stands in for `vllm.LLM`: TRL's tool loop reads `llm.llm_engine.model_config.max_model_len`, in tokens."""
-        config = self.trainer.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+        model = self.trainer.model
+        limit = context_of(model, model.config.get_text_config()) or 1 << 30
         return SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(max_model_len=limit)))
 
     def sync_weights(self) -> None:

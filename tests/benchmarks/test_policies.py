@@ -1,0 +1,50 @@
+"""The table of docs/policies.md is the recorded result, and a dozen of its rows are what they say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers
+
+from benchmarks.policies import BEGIN, END, PAGE, RESULT, VARIANTS, built, table, tried
+from benchmarks.tiny_policies import model_types
+
+REPRESENTATIVE = (
+    "cohere2",
+    "deepseek_v3",
+    "doge",
+    "falcon",
+    "gemma4_text",
+    "gpt2",
+    "llama, yarn rope",
+    "llama4_text",
+    "mamba",
+    "mpt",
+    "phi3, longrope across its switch",
+    "phi3, longrope within its first factors",
+    "phimoe",
+)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return json.loads(RESULT.read_text(encoding="utf-8"))
+
+
+def test_the_page_shows_the_recorded_result(recorded):
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.split(BEGIN)[1].split(END)[0].strip() == table(recorded).strip()
+
+
+def test_no_class_is_wrong_or_crashes(recorded):
+    outcomes = {row["name"]: row["outcome"] for row in recorded["policies"]}
+    assert set(outcomes.values()) == {"same", "refused", "not built"}
+    if recorded["environment"]["versions"]["transformers"] == transformers.__version__:
+        assert set(outcomes) == {*model_types(), *VARIANTS}
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_a_class_is_what_the_table_says(name, recorded):
+    outcome = {row["name"]: row["outcome"] for row in recorded["policies"]}[name]
+    assert tried(name, built(name)).outcome == outcome
