@@ -60,6 +60,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _ALTERNATING},
     },
     "dbrx": {
+        "d_model": 32,  # read before `hidden_size`, its other name
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
@@ -69,6 +70,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
     "gemma3n_text": {"layer_types": _ALTERNATING, "num_kv_shared_layers": 2, "laurel_rank": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], _LAYERS // 2]], "num_layers": _LAYERS},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
+    "xlnet": {"d_head": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (_LAYERS // 2)},
 }
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from atlas_rl.policy.threads import in_this_thread
+
 logger = logging.getLogger(__name__)
 
 _MAGNITUDES = (1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e5)
@@ -105,7 +107,10 @@ def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
         if body is model:
             raise AttributeError("no module of its own below the head")
         with _answers(body, _BodyOutput((states,))), _answers(head, products[None]):
-            return model(input_ids=token_ids, use_cache=False).logits[0]
+            logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
+        if logits.ndim != 3 or logits.shape[:2] != token_ids.shape:
+            raise ValueError(f"its logits have the shape {list(logits.shape)}")
+        return logits[0]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         logger.warning(
             "atlas_rl: cannot see what %s makes of its LM head's output (%s): drafters learn towards what its configuration "
@@ -129,9 +134,9 @@ class _BodyOutput(tuple):
 
 @contextmanager
 def _answers(module: nn.Module, answer: Any) -> Iterator[None]:
-    """Inside, a module returns `answer` whatever it is asked."""
+    """Inside, a module returns `answer` whatever it is asked in this thread."""
     own: Callable[..., Any] | None = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: answer
+    module.forward = in_this_thread(lambda *args, **kwargs: answer, module)
     try:
         yield
     finally:

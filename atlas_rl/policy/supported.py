@@ -127,8 +127,10 @@ def context_of(model: nn.Module, config: Any) -> int | None:
     ended that transformers would go on with; `max_new_tokens` ends it in any case.
     """
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or _has_position_table(model, positions):
-        return positions
+    if positions is None or positions <= 0:  # XLNet says -1
+        return None
+    if _has_position_table(model, positions):
+        return int(positions)
     factors = [float(rope.get("factor") or 1) for rope in rope_settings(config) if _rope_type(rope) != "longrope"]
     return int(positions * max([1.0, *factors]))
 

@@ -33,6 +33,11 @@ def new_backend(model: Any, config: EngineConfig) -> Backend:
         raise ValueError(f"the in-process backend takes a loaded causal LM, got {type(model).__name__}")
     if isinstance(model, str | Path):
         model = build_llm(model, vllm_draft_folder(config))
+    if not hasattr(model, "llm_engine"):
+        raise ValueError(
+            "model must be a loaded causal LM, a vllm.LLM, or the folder or name of a checkpoint that vLLM is to load, got "
+            f"{type(model).__name__}"
+        )
     return VllmBackend(model)
 
 

@@ -48,6 +48,13 @@ def test_learned_positions_are_a_hard_limit():
     assert InProcessRunner(model).max_context == 32
 
 
+@pytest.mark.parametrize("none", [0, -1])
+def test_a_policy_may_say_that_its_positions_have_no_end(none):
+    model = build("llama")
+    model.config.max_position_embeddings = none
+    assert InProcessRunner(model).max_context is None
+
+
 def test_unscaled_positions_end_where_the_configuration_says():
     assert InProcessRunner(build("llama")).max_context == 128
 

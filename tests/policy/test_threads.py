@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.logit_form import after_head, probe_products
 from atlas_rl.policy.threads import GENERATING, class_of, evaluation_mode
 from tests.models import FACTORIES, tiny_gpt2, tiny_llama
 
@@ -48,6 +50,23 @@ def test_a_plain_forward_of_another_thread_is_the_same_during_a_session(name, im
         during = [in_a_thread(lambda each=each: plain(model, **each)) for each in options]
     # To the bit: neither the attention nor the linear layers of the session.
     assert all(torch.equal(a, b) for a, b in zip(during, expected, strict=True))
+
+
+def test_a_plain_forward_of_another_thread_is_the_same_while_the_way_behind_the_head_is_looked_at():
+    model = tiny_llama(seed=1)
+    expected, during = plain(model), []
+    own = LlamaForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            during.append(in_a_thread(lambda: plain(model)))
+        return own(self, *args, **kwargs)
+
+    model.__class__ = type("Watched", (LlamaForCausalLM,), {"forward": forward})
+    products = probe_products(model.config.vocab_size)
+    assert torch.equal(after_head(model, products), products)
+    assert len(during) == 1
+    assert torch.equal(during[0], expected)
 
 
 def test_a_forward_that_spans_the_begin_of_a_session_is_the_same():

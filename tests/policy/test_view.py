@@ -158,3 +158,19 @@ def test_a_form_is_found_from_what_it_makes(form):
     assert found.scale == pytest.approx(form.scale, rel=1e-3)
     assert (found.softcap is None) == (form.softcap is None)
     assert form.softcap is None or found.softcap == pytest.approx(form.softcap, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [lambda logits: logits[0], lambda logits: logits[:, :1], lambda logits: logits[None]])
+def test_logits_of_another_shape_are_no_form_and_no_crash(shape, caplog):
+    """ProphetNet answers with several streams of logits."""
+    model = tiny_llama(seed=1)
+    own = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        output = own(self, *args, **kwargs)
+        output.logits = shape(output.logits)
+        return output
+
+    model.__class__ = type("Streams", (type(model),), {"forward": forward})
+    assert InProcessView(model).form == LogitForm()
+    assert "its logits have the shape" in caplog.text

@@ -102,6 +102,12 @@ def test_an_engine_without_a_policy_says_how_to_get_one():
         AtlasRolloutEngine().generate([[1]], max_new_tokens=2)
 
 
+@pytest.mark.parametrize("model", [{"a": 1}, 7, object()])
+def test_something_else_for_a_policy_is_refused(model):
+    with pytest.raises(ValueError, match=r"loaded causal LM, a vllm.LLM, or the folder .*, got (dict|int|object)"):
+        AtlasRolloutEngine(model=model, console=False, backend="vllm")
+
+
 def test_a_checkpoint_folder_serves_as_draft_lm(tmp_path):
     draft_model().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
