@@ -79,7 +79,7 @@ def test_reserving_drops_the_rows_behind():
         assert runner.reserve(2, 42) == 74
         assert (cache.held_rows, cache.num_bytes) == (2, 2 * 74 * CELL_BYTES)
         assert runner.reserve(2, 128) == 128
-        with pytest.raises(IndexError, match="9 rows of 1 tokens in a cache for 8 of 128"):
+        with pytest.raises(IndexError, match="9 rows of 33 tokens in a cache for 8 of 128"):
             runner.reserve(9, 1)
         with pytest.raises(IndexError, match="129"):
             runner.reserve(2, 129)

@@ -49,33 +49,42 @@ def engine_with_all(model, drafter=None):
     return engine
 
 
+def generate_until_interrupted(engine, seed):
+    """How many calls ended first: the controller decides by the clock whether there is something to plan."""
+    for num_ended in range(50):
+        try:
+            generate(engine, seed=seed)
+        except KeyboardInterrupt:
+            return num_ended
+    raise AssertionError("no interrupt came")
+
+
 @pytest.mark.parametrize("where", ["history", "recurrent", "draft_lm", "controller", "runner"])
 def test_an_interrupt_leaves_no_half_state(where):
     model = training_policy()
     before = state_of(model)
     wanted = [generate(engine_of(model, speculation=False), seed=seed).completion_ids for seed in range(4)]
-    engine = engine_with_all(model, where if where in ("history", "recurrent", "draft_lm") else None)
+    engine = engine_with_all(model, {"controller": None, "runner": "history"}.get(where, where))
     things = {"controller": engine._controller.unguarded, "runner": engine._backend.runner}
     thing = (things | {name: each.unguarded for name, each in engine._speculators.items()})[where]
     methods = {"controller": ["plan", "admit", "observe"], "runner": ["forward", "copy_rows"]}.get(where, METHODS)
     for method in methods:
         for seed, after in enumerate((0, 3)):
             undo = interrupting(thing, method, after if method != "start" else 0)
-            reports = len(engine.reports)
-            with pytest.raises(KeyboardInterrupt):
-                generate(engine, seed=seed)
+            reports, num_ended = len(engine.reports), generate_until_interrupted(engine, seed)
             undo()
-            assert len(engine.reports) == reports
+            assert len(engine.reports) == reports + num_ended
             assert state_of(model) == before
             assert torch.is_grad_enabled()
             assert engine._backend.runner._cache is None
             output = generate(engine, seed=seed)
             assert output.completion_ids == wanted[seed]
-            assert sum(output.report.drafted.values()) > 0
+            assert not output.report.drafter_faults
+            assert sum(output.report.drafted.values()) > 0 or where == "controller"
     engine.policy_updated()
     output = generate(engine, seed=3)
     assert output.completion_ids == wanted[3]
-    assert sum(output.report.accepted.values()) > 0
+    assert sum(output.report.accepted.values()) > 0 or where == "controller"
     assert state_of(model) == before
 
 
