@@ -33,7 +33,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # A process of one thread per core, eight at most (each takes some 2 GB): two cores' threads in one process waste more than half
 # on policies of this size. A file's tests share fixtures and stay together; fast files go first, vLLM's last (tests/conftest.py).
-TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+TEST_JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST := $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 
