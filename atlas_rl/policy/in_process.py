@@ -15,7 +15,7 @@ from torch import nn
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
-from atlas_rl.policy.cpu_linear import streamed_weights
+from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
@@ -63,6 +63,7 @@ class InProcessRunner(PolicyRunner):
         self._cache: RaggedBatch | None = None
         self.own_attention: str = self.config._attn_implementation
         self._probed: Probed | None = None
+        self.linears = FastLinears(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +95,7 @@ class InProcessRunner(PolicyRunner):
         """`forward`, with positions moved by `shift`, int64 `[num_tokens]`: for the probe."""
         batch = self._cache
         assert batch is not None, "forward() outside of session()"
+        self.linears.prepare(len(segments.token_ids))
         batch.place(segments, self.device)
         assert batch.token_positions is not None
         positions = batch.token_positions
@@ -151,7 +153,7 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with attention_by_thread(self.config), streamed_weights(self.model):
+            with attention_by_thread(self.config), self.linears.installed():
                 yield
         finally:
             self._cache = outer
