@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 PLAIN, TURNED, PADDED, PACKED = "plain", "turned", "padded", "packed"
 """`F.linear`; weights as the tall operand; that with a second row where there is one; weights in oneDNN's own layout."""
 
-_ENOUGH = 4  # timings of a route; the first is not counted where there are more: it warms caches and compiles
+_ENOUGH = 4  # timings of a route: the first one warms caches and compiles
 _HOPELESS = 1.5  # times the best one that a route took twice: it is not tried again
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -127,9 +126,8 @@ class Contest:
         return self.cost_s(self.runner_up) - self.cost_s(PACKED) if self.winner == PACKED else 0.0
 
     def cost_s(self, route: str) -> float:
-        """Seconds that a route takes, as far as is known."""
-        timed = self.seconds[route]
-        return median(timed[1:] or timed) if timed else float("inf")
+        """Seconds that a route takes, as far as is known: the least, as what else the machine does only adds to it."""
+        return min(self.seconds[route], default=float("inf"))
 
     def _open(self) -> list[str]:
         """Routes that need more timings, and may still be the fastest."""
