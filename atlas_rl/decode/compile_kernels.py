@@ -1,6 +1,6 @@
 """Compile the CPU kernels before the first measured step: numba does it once per machine, and caches the result.
 
-    python -m atlas_rl.decode.compile_kernels
+python -m atlas_rl.decode.compile_kernels
 """
 
 from __future__ import annotations
