@@ -133,12 +133,17 @@ class InProcessRunner(PolicyRunner):
         assert cache is not None, "cells_that_fit() outside of session()"
         return cache.cells_that_fit(cache.cell_bytes or self.row_bytes(1))
 
-    def reserve(self, num_rows: int, length: int) -> int:
+    @property
+    def held_cells(self) -> int:
+        cache = self._cache
+        assert cache is not None, "held_cells outside of session()"
+        return cache.held_cells
+
+    def reserve(self, num_rows: int, length: int) -> None:
         cache = self._cache
         assert cache is not None, "reserve() outside of session()"
         if num_rows > cache.held_rows or length > cache.held_cells:
             cache.reserve(num_rows, length, self.cells_that_fit())
-        return cache.held_cells
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
