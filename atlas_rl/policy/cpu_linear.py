@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.linear_routes import (
     BUCKET_OF,
     BUCKETS,
@@ -35,7 +36,7 @@ from atlas_rl.policy.linear_routes import (
     packed_weight,
 )
 from atlas_rl.policy.memory import free_bytes
-from atlas_rl.policy.threads import class_of, in_this_thread
+from atlas_rl.policy.threads import replaced_forwards
 
 MIN_BYTES = 1 << 18
 """Smaller weights stay in any processor's own cache, where PyTorch's route is as good as another."""
@@ -127,17 +128,14 @@ class FastLinears:
         if not self._shapes:
             self.packing_s, self.most_packed_bytes = 0.0, 0
         outer, table = self._shapes, self._given or RouteTable.of_this_machine()
-        inner = _by_shape(list(filter(_takes_part, self._model.modules())), table)
+        known = {layer for shape in outer for layer in shape.layers}
+        inner = _by_shape([m for m in self._model.modules() if m not in known and _takes_part(m)], table)
+        forwards: dict[nn.Module, Any] = {layer: _forward_of(shape) for shape in inner for layer in shape.layers}
         try:
             self._shapes = outer + inner
-            for shape in inner:
-                for layer in shape.layers:
-                    layer.forward = in_this_thread(_forward_of(shape), layer)  # type: ignore[method-assign]
-            yield
+            with replaced_forwards(forwards):
+                yield
         finally:
-            for shape in inner:
-                for layer in shape.layers:
-                    layer.__dict__.pop("forward", None)
             self._shapes = outer
             if inner:
                 table.save()

@@ -9,15 +9,13 @@ reads scale and softcap off what comes out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from atlas_rl.policy.threads import in_this_thread
+from atlas_rl.policy.threads import replaced_forwards
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +104,7 @@ def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
     try:
         if body is model:
             raise AttributeError("no module of its own below the head")
-        with _answers(body, _BodyOutput((states,))), _answers(head, products[None]):
+        with replaced_forwards({body: _answering(_BodyOutput((states,))), head: _answering(products[None])}):
             logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
         if logits.ndim != 3 or logits.shape[:2] != token_ids.shape:
             raise ValueError(f"its logits have the shape {list(logits.shape)}")
@@ -132,15 +130,6 @@ class _BodyOutput(tuple):
         return self[0] if name == "last_hidden_state" else None
 
 
-@contextmanager
-def _answers(module: nn.Module, answer: Any) -> Iterator[None]:
-    """Inside, a module returns `answer` whatever it is asked in this thread."""
-    own: Callable[..., Any] | None = module.__dict__.get("forward")
-    module.forward = in_this_thread(lambda *args, **kwargs: answer, module)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own
+def _answering(answer: Any) -> Callable[..., Any]:
+    """A forward that returns `answer` whatever it is asked."""
+    return lambda *args, **kwargs: answer

@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.logit_form import after_head, probe_products
-from atlas_rl.policy.threads import GENERATING, class_of, evaluation_mode
+from atlas_rl.policy.threads import GENERATING, evaluation_mode
 from tests.models import FACTORIES, tiny_gpt2, tiny_llama
 
 TEXT = torch.arange(1, 25)[None]
