@@ -39,7 +39,11 @@ def test_the_page_shows_the_recorded_result(recorded):
 
 def test_a_long_reason_ends_with_a_sentence_or_a_word():
     words = "word " * 100
-    for detail, shown in ((f"One. Two. {words}", "One. Two ..."), (words, f"{'word ' * 52}..."), ("One. Two.", "One. Two.")):
+    for detail, shown in (
+        (f"One. Two. {words}", "One. Two ..."),
+        (words, f"{'word ' * 52}..."),
+        ("One. Two.", "One. Two."),
+    ):
         row = {"name": "x", "model_class": None, "outcome": "not built", "detail": detail}
         result = {"environment": {"versions": {"transformers": "5"}}, "policies": [row]}
         assert table(result).splitlines()[-1] == f"| x |  | not built: {shown} |"
