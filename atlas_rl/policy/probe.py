@@ -9,8 +9,8 @@ Three looks, from what is exact and cheap to what is costly:
    at every position. The long row goes past the smallest window where that is affordable: within `_FLOPS` floating-point
    operations, `_LOGIT_BYTES` of logits and `_MAX_TOKENS` tokens. Else it has `_FEW` tokens.
 
-Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: eight plain forwards of at most seven
-tokens, and where a window is affordable two forwards past it, which `_FLOPS` bounds.
+Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: eleven forwards of at most twelve
+tokens. Where a window is affordable, two of them go past it, which `_FLOPS` bounds.
 """
 
 from __future__ import annotations

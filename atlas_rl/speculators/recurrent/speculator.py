@@ -47,7 +47,7 @@ class RecurrentSpeculator(Speculator):
         max_tokens: Most rollout tokens kept to learn from.
         missed_weight: How much more often it learns where its drafts were rejected.
         seed: Seed of the initial weights and of the training windows.
-        budget_share: Most of the time between two refreshes that the later one takes.
+        budget_share: Most of the time between two refreshes that the later one takes, but for its first step.
         clock: Seconds.
         argmax: Draft the likeliest token instead of drawing: for comparisons.
 
@@ -160,7 +160,7 @@ class RecurrentSpeculator(Speculator):
         self.learner.observe(sequences, verified, row, offset, hidden, self._missed_at(verified), self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Learn from the newest rollouts, within `budget_share` of the time since the last refresh."""
+        """Learn from the newest rollouts: within `budget_share` of the time since the last refresh, one step at least."""
         self.policy_version = policy_version
         if not self._follows:
             return None
