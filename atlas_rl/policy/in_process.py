@@ -16,6 +16,7 @@ from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.cpu_linear import streamed_weights
+from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
@@ -63,6 +64,7 @@ class InProcessRunner(PolicyRunner):
         self._cache: RaggedBatch | None = None
         self.own_attention: str = self.config._attn_implementation
         self._probed: Probed | None = None
+        self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +84,7 @@ class InProcessRunner(PolicyRunner):
     def session(self, cache: RaggedBatch) -> Iterator[None]:
         with GENERATING, torch.no_grad(), evaluation_mode(self.model):
             self._look()
+            self._unrunnable = None  # weights may have changed
             with self.ragged(cache):
                 yield
 
@@ -108,6 +111,11 @@ class InProcessRunner(PolicyRunner):
         if taps.wants_head_inputs and not self.call.keeps:
             taps.head_inputs = taps.head_inputs[wanted]
         return logits.float().contiguous()
+
+    def unrunnable(self) -> np.ndarray | None:
+        if self._unrunnable is None:
+            self._unrunnable = (rows_not_finite(self.model.get_input_embeddings().weight, self.vocab_size),)
+        return self._unrunnable[0]
 
     def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:
         assert self._cache is not None, "copy_rows() outside of session()"

@@ -27,7 +27,7 @@ from torch import nn
 from atlas_rl.policy import traced
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.calling import ForwardCall
-from atlas_rl.policy.logits import rows_that_differ
+from atlas_rl.policy.logits import rows_not_finite, rows_that_differ
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.supported import REMEDY, Reach, nearest, reach_of
 
@@ -89,6 +89,10 @@ class _Probe:
     def __init__(self, runner: Probeable) -> None:
         self._runner, self._config, self._name = runner, runner.config, type(runner.model).__name__
         self._exact = False
+        unrunnable = rows_not_finite(self._runner.model.get_input_embeddings().weight, self._runner.vocab_size)
+        known = np.arange(self._runner.vocab_size)
+        # Where none is finite, the logits say so.
+        self._runnable = known if unrunnable is None or unrunnable.all() else known[~unrunnable]
 
     def look(self) -> Probed:
         self._exact = self._computes_in_float32()
@@ -103,8 +107,8 @@ class _Probe:
         return Probed(trace.token_bytes, reach)
 
     def _tokens(self, count: int) -> np.ndarray:
-        """int64 `[count]`, all over the vocabulary."""
-        return (np.arange(count, dtype=np.int64) * 7919 + 1) % self._runner.vocab_size
+        """int64 `[count]`, all over the vocabulary, but for tokens whose embeddings are not finite."""
+        return self._runnable[(np.arange(count, dtype=np.int64) * 7919 + 1) % len(self._runnable)]
 
     def _plain(self, token_ids: np.ndarray, first_position: int | None = None) -> torch.Tensor:
         """Logits of one text, `[tokens, vocab]`, as the policy's own attention gives them."""
