@@ -33,8 +33,8 @@ def require_distributions(max_probs: np.ndarray, logits: torch.Tensor, rows: np.
     if len(lost):
         found, cause = defect(logits[int(lost[0] if rows is None else rows[lost[0]])])
         raise NonFiniteLogits(
-            f"the policy's logits are not finite: {found} at {len(lost)} of {len(max_probs)} positions of this step. Nothing was "
-            f"returned. Likely causes: {cause}. This names the weights: "
+            f"the policy's logits are not finite: {found} at {len(lost)} of {len(max_probs)} positions of this step. "
+            f"Nothing was returned. Likely causes: {cause}. This names the weights: "
             "[name for name, weight in model.named_parameters() if not weight.isfinite().all()]"
         )
 

@@ -77,17 +77,17 @@ def _check_wrapper(wrapper: nn.Module) -> None:
         raise ValueError(
             f"{name} computes in a forward of its own, outside of the layers, which a rollout would lose: {_INSTEAD}"
         )
-    for hook in _hooks(wrapper):
-        if not _origin(hook).startswith(_PASSES_THROUGH):
+    for hook in hooks_of(wrapper):
+        if not origin_of(hook).startswith(_PASSES_THROUGH):
             raise ValueError(
-                f"a forward hook ({_origin(hook)}) is registered on {name}, a wrapper that rollouts do not run through: "
+                f"a forward hook ({origin_of(hook)}) is registered on {name}, a wrapper that rollouts do not run through: "
                 "register it on the model inside (get_base_model()), or remove it"
             )
     steering: Any = getattr(wrapper, "_enable_peft_forward_hooks", None)
     if steering is not None:
-        before = sum(1 for module in wrapper.modules() for _ in _hooks(module))
+        before = sum(1 for module in wrapper.modules() for _ in hooks_of(module))
         with steering():
-            during = sum(1 for module in wrapper.modules() for _ in _hooks(module))
+            during = sum(1 for module in wrapper.modules() for _ in hooks_of(module))
         if during != before:
             raise ValueError(f"{name} steers its layers by hooks during its own forward: {_INSTEAD}")
 
@@ -134,7 +134,7 @@ def _is_delegation(forward: Any, wrapper: Any) -> bool:
             return False
         if function in _plain_forwards(wrapper):
             return True
-        if not _origin(function).startswith(_PASSES_THROUGH) or not hasattr(function, "__wrapped__"):
+        if not origin_of(function).startswith(_PASSES_THROUGH) or not hasattr(function, "__wrapped__"):
             return False
         forward = function.__wrapped__
 
@@ -144,15 +144,15 @@ def _class_forward(wrapper: nn.Module) -> Any:
     return type(wrapper).__call__ if own_call else type(wrapper).forward
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
+def hooks_of(module: nn.Module) -> Iterator[Any]:
     yield from module._forward_pre_hooks.values()
     yield from module._forward_hooks.values()
 
 
-def _origin(function: Any) -> str:
+def origin_of(function: Any) -> str:
     """Module of the code of a callable. A decorator's `__module__` is that of what it decorates, so it is not asked."""
     if isinstance(function, functools.partial):
-        return _origin(function.func)
+        return origin_of(function.func)
     function = getattr(function, "__func__", function)
     globals_ = getattr(function, "__globals__", None)
     return str(type(function).__module__ if globals_ is None else globals_.get("__name__", ""))
