@@ -20,7 +20,7 @@ from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
-from atlas_rl.policy.supported import context_of, refuse_layers
+from atlas_rl.policy.supported import context_of, refuse_layers, refuse_modules
 from atlas_rl.policy.threads import GENERATING, attending, attention_by_thread, evaluation_mode
 from atlas_rl.policy.unwrap import unwrap_policy
 
@@ -58,8 +58,9 @@ class InProcessRunner(PolicyRunner):
             raise ValueError(f"{type(self.model).__name__} is not a causal LM: load one with AutoModelForCausalLM")
         self.config = config.get_text_config()
         refuse_layers(self.config, type(self.model).__name__)
-        self.call = ForwardCall(self.model)
+        refuse_modules(self.model)
         self.vocab_size = int(head.weight.shape[0]) if head.weight.numel() else int(self.config.vocab_size)
+        self.call = ForwardCall(self.model, self.vocab_size)
         self.max_context = context_of(self.model, self.config)
         self._cache: RaggedBatch | None = None
         self.own_attention: str = self.config._attn_implementation
@@ -83,6 +84,7 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
         with GENERATING, torch.no_grad(), evaluation_mode(self.model):
+            refuse_modules(self.model)  # offloaded since
             self._look()
             self._unrunnable = None  # weights may have changed
             with self.ragged(cache):

@@ -54,8 +54,9 @@ class LogitForm:
 def probe_products(vocab_size: int) -> torch.Tensor:
     """Outputs of a head from tiny to huge, of either sign: float32 `[n, vocab]`, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    magnitudes = torch.tensor(_MAGNITUDES)[:, None]
-    return magnitudes * (2 * torch.rand(len(_MAGNITUDES), vocab_size, generator=generator) - 1)
+    magnitudes = torch.tensor(_MAGNITUDES, dtype=torch.float32)[:, None]
+    uniforms = torch.rand(len(_MAGNITUDES), vocab_size, generator=generator, dtype=torch.float32)
+    return magnitudes * (2 * uniforms - 1)
 
 
 def fit_form(
@@ -108,7 +109,7 @@ def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
             raise AttributeError("no module of its own below the head")
         with _answers(body, _BodyOutput((states,))), _answers(head, products[None]):
             logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
-        if logits.ndim != 3 or logits.shape[:2] != token_ids.shape:
+        if logits.ndim != 3 or logits.shape[:2] != token_ids.shape or logits.shape[2] > products.shape[1]:
             raise ValueError(f"its logits have the shape {list(logits.shape)}")
         return logits[0]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -100,7 +100,6 @@ class _Probe:
         self._runnable = known if unrunnable is None or unrunnable.all() else known[~unrunnable]
 
     def look(self) -> Probed:
-        self._refuse_other_vocabulary()
         self._exact = self._computes_in_float32()
         self._find_out_what_is_kept()
         trace = self._traced()
@@ -139,14 +138,6 @@ class _Probe:
             for hook in hooks:
                 hook.remove()
         return types <= {torch.float32, torch.float64}
-
-    def _refuse_other_vocabulary(self) -> None:
-        found = self._guarded(lambda: self._plain(self._tokens(1))).shape[-1]
-        if found != self._runner.vocab_size:
-            raise ValueError(
-                f"{self._name}.forward gives logits of {found} tokens, and its LM head knows {self._runner.vocab_size}: "
-                "both have to know the same tokens. Let the forward return the head's logits, or resize_token_embeddings()"
-            )
 
     def _find_out_what_is_kept(self) -> None:
         """Whether `logits_to_keep` does what it says: one row, and the right one."""
@@ -280,7 +271,9 @@ def _cuts(length: int) -> list[int]:
 @contextmanager
 def _kept_frequencies(model: nn.Module) -> Iterator[None]:
     """Puts rotary modules back as they were: some recompute their frequencies for the text that they meet."""
-    rotary = [m for m in model.modules() if any(name.endswith("inv_freq") for name in m._buffers)]
+    rotary = [
+        m for m in model.modules() if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))
+    ]
     before = [(dict(module.__dict__), dict(module._buffers)) for module in rotary]
     try:
         yield

@@ -265,11 +265,24 @@ def test_a_forward_of_somebodys_own_is_looked_at_as_far_as_is_affordable(told):
         InProcessRunner(as_hook).check_reach(4)
 
 
-@pytest.mark.parametrize("change", [4, -4])
-def test_logits_of_other_tokens_than_the_heads_are_refused(change):
+def padded(columns):
     model = tiny_llama(seed=3)
     model.register_forward_hook(
-        lambda module, args, output: setattr(output, "logits", nn.functional.pad(output.logits, (0, change), value=-1e30))
+        lambda module, args, output: setattr(
+            output, "logits", nn.functional.pad(output.logits, (0, columns), value=-1e30)
+        )
     )
-    with pytest.raises(ValueError, match=rf"logits of {64 + change} tokens, and its LM head knows 64"):
-        generate(model)
+    return model
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+def test_logits_of_tokens_that_the_head_does_not_know_are_refused(speculation):
+    with pytest.raises(ValueError, match="logits of 68 tokens, and its LM head knows 64"):
+        generate(padded(4), speculation=speculation)
+
+
+def test_tokens_that_the_forward_cuts_off_are_never_sampled():
+    prompts = [[5, 62, 9, 5, 62, 9, 5], [63, 7, 63, 7]]
+    found = generate(padded(-4), prompts, speculation=True, audit_share=1)
+    assert found == plain(padded(-4), prompts)
+    assert max(map(max, found)) < 60
