@@ -54,8 +54,8 @@ class ForwardCall:
             `[n, vocab]`, in the policy's own number format.
 
         Raises:
-            ValueError: The forward did not return a row of logits for each position, or logits of tokens that the LM head does
-                not know.
+            ValueError: The forward did not return a row of logits for each position, or has logits of more tokens than the
+                LM head.
         """
         logits = self.rows(token_ids, keep, position_ids)
         if logits.shape[-1] > self._vocab_size:

@@ -15,6 +15,7 @@ from torch import nn
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
+from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.cpu_linear import streamed_weights
 from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
@@ -161,7 +162,7 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with attention_by_thread(self.config), streamed_weights(self.model):
+            with attention_by_thread(self.config), uncompiled(self.model), streamed_weights(self.model):
                 yield
         finally:
             self._cache = outer
@@ -169,7 +170,7 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
         """Inside, the policy's layers call the attention function of this name, in this thread."""
-        with attention_by_thread(self.config), attending(name, self.config):
+        with attention_by_thread(self.config), uncompiled(self.model), attending(name, self.config):
             yield
 
     def _look(self) -> Probed:

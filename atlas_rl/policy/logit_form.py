@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.threads import in_this_thread
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
     try:
         if body is model:
             raise AttributeError("no module of its own below the head")
-        with _answers(body, _BodyOutput((states,))), _answers(head, products[None]):
+        with uncompiled(model), _answers(body, _BodyOutput((states,))), _answers(head, products[None]):
             logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
         if logits.ndim != 3 or logits.shape[:2] != token_ids.shape or logits.shape[2] > products.shape[1]:
             raise ValueError(f"its logits have the shape {list(logits.shape)}")

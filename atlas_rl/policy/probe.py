@@ -229,8 +229,8 @@ class _Probe:
     def _compare(self, logits: torch.Tensor, expected: torch.Tensor, how: str, most: float = 0.5) -> None:
         """Raise `ValueError` where logits differ; in half precision, where more than a share of `most` rows do."""
         off = self._off(logits, expected.float())
-        # In half precision a near-tie between experts may fall either way for a token or two. What is wrong hits all positions
-        # of a kind, and each kind is looked at by itself.
+        # In half precision a near-tie between experts may fall either way for a token or two. What is wrong hits all
+        # positions of a kind, and each kind is looked at by itself.
         if bool(off.any() if self._exact else off.float().mean() > most):
             error = float((logits - expected.float())[off].abs().max())
             cause = "something in it depends on more than a row's own tokens and positions"

@@ -82,14 +82,14 @@ def refuse_modules(model: nn.Module) -> None:
     away = next((key for key, weight in model.named_parameters() if weight.is_meta), None)
     if away is not None:
         raise ValueError(
-            f"{name} has weights that are not in memory ({away} is on device 'meta'): it was offloaded by accelerate, or its "
-            "weights were never loaded. Load it without offloading (no device_map that puts layers on 'cpu' or 'disk')"
+            f"{name} has weights that are not in memory ({away} is on device 'meta'): it was offloaded by accelerate, or "
+            "they were never loaded. Load it without offloading (no device_map that puts layers on 'cpu' or 'disk')"
         )
     scripted = next((key for key, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
     if scripted is not None:
         raise ValueError(
-            f"{name} has a module compiled by torch.jit ({scripted or 'itself'}), whose modes and forward cannot be changed for "
-            "the time of a call: use the module that it was made from"
+            f"{name} has a module compiled by torch.jit ({scripted or 'itself'}), whose mode and forward cannot be changed "
+            "for the time of a call: use the module that it was made from"
         )
 
 
