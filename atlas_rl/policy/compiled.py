@@ -33,6 +33,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     owner = threading.get_ident()
     changed: list[tuple[dict[str, Any], str, Any]] = []
     try:
+        own: Callable[..., Any]
+        module: Any
         for module in model.modules():
             attributes = vars(module)
             if is_compiled(module):
