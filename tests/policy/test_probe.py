@@ -286,3 +286,10 @@ def test_tokens_that_the_forward_cuts_off_are_never_sampled():
     found = generate(padded(-4), prompts, speculation=True, audit_share=1)
     assert found == plain(padded(-4), prompts)
     assert max(map(max, found)) < 60
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 7, 9, 13])
+def test_short_contexts_are_looked_at_as_far_as_they_go(context):
+    runner = InProcessRunner(tiny_llama(context=context))
+    assert runner.max_context == context
+    runner.check_reach(1)
