@@ -63,7 +63,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off in this thread. No training flag is written, and what others write meanwhile stays."""
     with GENERATING:
         # A module that is shared appears once; one that an outer context changed is left to that.
-        changed = [module for module in model.modules() if module.training and not _is_changed(module)]
+        # Wrappers of torch.compile have no flag of their own: what they wrap has one, and is among the modules.
+        own = [module for module in model.modules() if "training" in vars(module)]
+        changed = [module for module in own if module.training and not _is_changed(module)]
         _this_thread.num_evaluating += 1
         try:
             for module in changed:

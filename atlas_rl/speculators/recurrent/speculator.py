@@ -118,7 +118,8 @@ class RecurrentSpeculator(Speculator):
             return
         self.learner.begin_call(sequences, self._bound())
         self._proposed = None
-        self._newest = torch.zeros(len(sequences.lengths), self.learner.head.hidden_size, device=self._device)
+        shape = len(sequences.lengths), self.learner.head.hidden_size
+        self._newest = torch.zeros(shape, dtype=torch.float32, device=self._device)
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
         """Nothing to catch up on; None before it has learned anything."""
@@ -216,7 +217,7 @@ class RecurrentSpeculator(Speculator):
 
     def _reset(self, policy: PolicyView, learner: Learner) -> None:
         self._device, self.learner = policy.device, learner
-        self._newest = torch.zeros(0, policy.hidden_size, device=self._device)
+        self._newest = torch.zeros(0, policy.hidden_size, dtype=torch.float32, device=self._device)
         self._folded, self._proposed = None, None
 
     def _bound(self) -> PolicyView:
