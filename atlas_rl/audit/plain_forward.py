@@ -8,8 +8,8 @@ type of the weights, but what the layers returned under the policy's own autocas
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from atlas_rl.policy.calling import accepted_by, for_all_tokens, logits_of
 from atlas_rl.policy.compiled import uncompiled
+from atlas_rl.policy.threads import watched_forwards
 from atlas_rl.policy.unwrap import unwrap_policy, without_parallel_wrappers
 
 
@@ -77,20 +78,16 @@ class _Seen:
     def full_precision(self) -> bool:
         return all(kind.itemsize >= 4 for kind in self.types)
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
         if isinstance(output, torch.Tensor) and output.is_floating_point():
             self.types.add(output.dtype)
+        return output
 
 
-@contextmanager
-def _watched(model: nn.Module, seen: _Seen) -> Iterator[None]:
+def _watched(model: nn.Module, seen: _Seen) -> AbstractContextManager[None]:
     """Inside, the outputs of the innermost layers are seen."""
-    handles = [module.register_forward_hook(seen) for module in model.modules() if not list(module.children())]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watched_forwards({module: seen for module in model.modules() if not list(module.children())})
 
 
 def _holds_float32(model: nn.Module) -> bool:

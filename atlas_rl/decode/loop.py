@@ -7,12 +7,13 @@ the request in a row. Everything about a request but its cache row lives in `Seq
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from atlas_rl.controller.base import Controller
+from atlas_rl.controller.base import Admission, Controller
 from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.propose import Proposing, merge
@@ -96,6 +97,7 @@ class DecodeLoop:
         step = self.proposing.run(self.sequences, requests, self._room(requests))
         with self.recorder.time("controller"):
             admission = self.controller.admit(step)
+            admission = Admission(admission.drafters, self.room.cut(requests, admission.lengths))
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
         forward_s = -self.recorder.seconds("forward")
         with self.recorder.time("forward"):
@@ -175,20 +177,20 @@ class DecodeLoop:
         wave = self.room.wave(self.active)
         begun = self.sequences.lengths[wave] > self.sequences.prompt_lengths[wave]
         if not begun.all():
-            self._begin(wave[~begun].tolist())
+            self._begin(wave[~begun])
         if begun.any():
             self._resume(wave[begun])
 
-    def _begin(self, wave: list[int]) -> None:
-        """Admit requests: one prefill per unique prompt, its cache copied to the group, and everybody's first token."""
+    def _begin(self, wave: np.ndarray) -> None:
+        """Admit requests, int64 `[n]`: one prefill per unique prompt, its cache copied to the group, and first tokens."""
         groups: dict[int, list[int]] = {}
-        for request in wave:
+        for request in wave.tolist():
             groups.setdefault(self._prompt_group(request, groups), []).append(request)
         leaders = np.array(list(groups), np.int64)
         followers = [request for group in groups.values() for request in group[1:]]
         first_row = len(self.active)
         requests = np.concatenate([leaders, np.array(followers, np.int64)])
-        with self.recorder.time("prefill"):
+        with self._prefilling(wave) as ended:
             logits, hidden = self.prefill(leaders, first_row)
             row = first_row + len(leaders)
             for index, (leader, group) in enumerate(groups.items()):
@@ -196,7 +198,8 @@ class DecodeLoop:
                 row += len(targets)
                 if targets:
                     self.runner.copy_rows(first_row + index, targets, int(self.sequences.prompt_lengths[leader]))
-            self.runner.synchronize()
+        if not ended:
+            return
         with self.recorder.time("observe"):
             prompts = Prompts([np.array(group) for group in groups.values()], hidden) if hidden.layers else Prompts()
             for speculator in self.speculators.values():
@@ -205,11 +208,28 @@ class DecodeLoop:
 
     def _resume(self, wave: np.ndarray) -> None:
         """Admit requests that were paused, int64 `[n]`: run what they have, but for the last token."""
-        with self.recorder.time("prefill"):
+        with self._prefilling(wave) as ended:
             for segments in self._texts(wave, self.sequences.lengths[wave] - 1, len(self.active)):
                 self.runner.forward(segments, np.cumsum(segments.lengths) - 1)
-            self.runner.synchronize()
-        self.active = np.concatenate([self.active, wave])
+        if ended:
+            self.active = np.concatenate([self.active, wave])
+
+    @contextmanager
+    def _prefilling(self, wave: np.ndarray) -> Iterator[list[bool]]:
+        """Around a prefill: where it gets no memory, its requests wait again. Afterwards empty, unless it ended.
+
+        Nobody has been told of these requests yet, so that nothing is to be taken back.
+        """
+        ended: list[bool] = []
+        try:
+            with self.recorder.time("prefill"):
+                yield ended
+                self.runner.synchronize()
+            self.room.admitted()
+            ended.append(True)
+        except MemoryError:
+            if not self.room.take_back(wave, self.active):
+                raise
 
     def _first_tokens(
         self, requests: np.ndarray, logits: torch.Tensor, hidden: Hidden, groups: Mapping[int, list[int]]

@@ -12,6 +12,7 @@ memory it ends by a `MemoryError` that says so.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 
 import numpy as np
 
@@ -41,7 +42,8 @@ class CacheRoom:
         self.num_paused = 0
         self._runner, self._sequences, self._max_lengths, self._max_rows = runner, sequences, max_lengths, max_rows
         self._fitting = max_rows  # rows that memory took, when it was last asked
-        self._held = 0  # tokens that every row has room for
+        self._most = max_rows  # rows to try, since a prefill failed for want of memory
+        self._failed_alone = False  # whether that was the prefill of one request, with nothing else running
 
     def wave(self, active: np.ndarray) -> np.ndarray:
         """Requests to admit now, in their order: int64 `[n]`. Room is made for them behind the rows of `active`."""
@@ -52,16 +54,16 @@ class CacheRoom:
         cells = self._runner.cells_that_fit()
         longest = int(self._wanted(active).max(initial=0))
         wave: list[int] = []
-        while self.waiting and len(active) + len(wave) < self._max_rows:
+        while self.waiting and len(active) + len(wave) < self._most:
             longer, num_rows = max(longest, int(self._wanted(self.waiting[0]))), len(active) + len(wave)
             if num_rows and (num_rows + 1) * longer > cells:
                 break
             longest = longer
             wave.append(self.waiting.popleft())
-        self._fitting = min(self._max_rows, max(1, cells // longest))
+        self._fitting = min(self._most, max(1, cells // longest))
         while wave:
             try:
-                self._held = self._runner.reserve(len(active) + len(wave), longest)
+                self._runner.reserve(len(active) + len(wave), longest)
                 break
             except MemoryError:
                 if len(active) + len(wave) == 1:
@@ -71,11 +73,39 @@ class CacheRoom:
                 wave = wave[:kept]
         return np.array(wave, np.int64)
 
+    def admitted(self) -> None:
+        """Note that a prefill succeeded."""
+        self._most, self._failed_alone = self._max_rows, False
+
+    def take_back(self, wave: np.ndarray, active: np.ndarray) -> bool:
+        """Let a wave wait whose prefill got no memory; half of it is tried next. False where one request alone gets none.
+
+        The first forward of a cache is the one that takes its memory, and `reserve` cannot do that for it. One request is
+        given two tries, because the second one is made with no margin.
+        """
+        alone = len(active) + len(wave) == 1
+        if alone and self._failed_alone:
+            return False
+        self._failed_alone = alone
+        self.waiting.extendleft(reversed(wave.tolist()))
+        self._most = self._fitting = max(1, len(active) + len(wave) // 2)
+        return True
+
+    def cut(self, active: np.ndarray, drafted: np.ndarray) -> np.ndarray:
+        """Draft tokens that there is room for, of `drafted`, both int64 `[n]`; all, if memory allows it."""
+        lengths = self._sequences.lengths[active]
+        needed = int((lengths + drafted).max())
+        if needed > self._runner.held_cells:
+            with suppress(MemoryError):  # drafts may be shorter, and requests need not wait for them
+                self._runner.reserve(len(active), needed)
+        room: np.ndarray = np.minimum(drafted, self._runner.held_cells - lengths)
+        return room
+
     def go_on(self, active: np.ndarray) -> np.ndarray:
         """Make room for the next step of active requests, by row. Returns those that it was made for, by their rows now."""
         lengths = self._sequences.lengths[active]
         needed = min(int(lengths.max()) + LOOKAHEAD, int(self._max_lengths[active].max()))
-        if needed <= self._held:
+        if needed <= self._runner.held_cells:
             return active
         fitting = max(1, self._runner.cells_that_fit() // needed)
         while True:
@@ -83,11 +113,15 @@ class CacheRoom:
             if len(active) > fitting:
                 active = self._pause(active, len(active) - fitting)
             try:
-                self._held = self._runner.reserve(len(active), needed)
+                self._runner.reserve(len(active), needed)
             except MemoryError:
-                if len(active) == 1:
+                longest = int(self._sequences.lengths[active].max())
+                if len(active) > 1:
+                    fitting = len(active) // 2
+                elif needed > longest:
+                    needed = longest  # one token at a time
+                else:
                     raise
-                fitting = len(active) // 2
             else:
                 return active
 

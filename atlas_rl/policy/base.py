@@ -109,15 +109,21 @@ class PolicyRunner(ABC):
         A row takes as many cells as the longest one needs. The answer is an estimate before the first forward.
         """
 
+    @property
     @abstractmethod
-    def reserve(self, num_rows: int, length: int) -> int:
-        """Make room for the first `num_rows` rows to have `length` tokens each; returns how many they have room for.
+    def held_cells(self) -> int:
+        """Tokens that every row of the session's cache has room for now."""
 
-        What they hold stays. Rows from `num_rows` on may be dropped. Forwards make room as well, but one by one, and
-        without a look at memory.
+    @abstractmethod
+    def reserve(self, num_rows: int, length: int) -> None:
+        """Make room for the first `num_rows` rows to have `length` tokens each.
+
+        What they hold stays, up to that length. Rows from `num_rows` on may be dropped. Forwards make room as well, but
+        without a look at memory. The first forward tells what a token takes: what is reserved ahead of it is promised only,
+        and it may raise `MemoryError` as well. Then the cache is empty, as before.
 
         Raises:
-            MemoryError: There is none left. The cache is as large as before.
+            MemoryError: There is none left. Rows hold what they held, and `held_cells` says what they have room for.
         """
 
     @abstractmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from atlas_rl.policy.threads import class_of
+from atlas_rl.policy.guise import class_of
 
 _CALL = "_compiled_call_impl"  # nn.Module.__call__ calls it where it is there
 

@@ -26,13 +26,13 @@ neither repacking nor a product that is transposed afterwards. Weights of 1,728 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
-from atlas_rl.policy.threads import class_of, in_this_thread
+from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.threads import replaced_forwards
 
 MIN_ROWS, MAX_ROWS = 4, 63
 
@@ -58,8 +58,7 @@ def _forward(linear: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some po
     return linear_rows(input, linear.weight, linear.bias)
 
 
-@contextmanager
-def streamed_weights(model: nn.Module) -> Iterator[None]:
+def streamed_weights(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, float32 CPU `nn.Linear` layers of `model` take the route above in this thread; afterwards none does.
 
     A layer returns what it would return otherwise: the same type, and the same value up to the rounding of float32.
@@ -72,10 +71,4 @@ def streamed_weights(model: nn.Module) -> Iterator[None]:
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
     ]
-    try:
-        for module in patched:
-            module.forward = in_this_thread(_forward, module)
-        yield
-    finally:
-        for module in patched:
-            module.__dict__.pop("forward", None)
+    return replaced_forwards(dict.fromkeys(patched, _forward))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.supported import context_of, refuse_layers, refuse_modules
-from atlas_rl.policy.threads import GENERATING, attending, attention_by_thread, evaluation_mode
+from atlas_rl.policy.threads import attending, evaluation_mode, generating, watched_forwards
 from atlas_rl.policy.unwrap import unwrap_policy
 
 
@@ -84,7 +83,7 @@ class InProcessRunner(PolicyRunner):
 
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
-        with GENERATING, torch.no_grad(), evaluation_mode(self.model):
+        with generating(), torch.no_grad(), evaluation_mode(self.model):
             refuse_modules(self.model)  # offloaded since
             self._look()
             self._unrunnable = None  # weights may have changed
@@ -145,12 +144,17 @@ class InProcessRunner(PolicyRunner):
         assert cache is not None, "cells_that_fit() outside of session()"
         return cache.cells_that_fit(cache.cell_bytes or self.row_bytes(1))
 
-    def reserve(self, num_rows: int, length: int) -> int:
+    @property
+    def held_cells(self) -> int:
+        cache = self._cache
+        assert cache is not None, "held_cells outside of session()"
+        return cache.held_cells
+
+    def reserve(self, num_rows: int, length: int) -> None:
         cache = self._cache
         assert cache is not None, "reserve() outside of session()"
         if num_rows > cache.held_rows or length > cache.held_cells:
             cache.reserve(num_rows, length, self.cells_that_fit())
-        return cache.held_cells
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -162,7 +166,7 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with attention_by_thread(self.config), uncompiled(self.model), streamed_weights(self.model):
+            with uncompiled(self.model), streamed_weights(self.model):
                 yield
         finally:
             self._cache = outer
@@ -170,7 +174,7 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
         """Inside, the policy's layers call the attention function of this name, in this thread."""
-        with attention_by_thread(self.config), uncompiled(self.model), attending(name, self.config):
+        with uncompiled(self.model), attending(name, self.config):
             yield
 
     def _look(self) -> Probed:
@@ -181,34 +185,24 @@ class InProcessRunner(PolicyRunner):
 
 
 @contextmanager
-def _tapped(model: nn.Module, layers: nn.ModuleList, taps: Taps) -> Iterator[None]:
+def _tapped(model: Any, layers: nn.ModuleList, taps: Taps) -> Iterator[None]:
     """Inside, `taps` catches the inputs of the LM head and of the decoder layers it asks for, in forwards of this thread."""
-    owner = threading.get_ident()
 
-    def catch_last(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if threading.get_ident() == owner:
-            taps.head_inputs = args[0].reshape(-1, args[0].shape[-1])
+    def catch_last(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else next(iter(kwargs.values()))
+        taps.head_inputs = states.reshape(-1, states.shape[-1])
+        return forward(*args, **kwargs)
 
-    def catch_layer(layer: int) -> Callable[..., None]:
-        # Another thread may have found the hook and not that it takes keywords, if it has gone in between.
-        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-            if threading.get_ident() != owner:
-                return
-            states = args[0] if args else (kwargs or {})["hidden_states"]
-            taps.layers[layer] = states.reshape(-1, states.shape[-1])
+    def catch_layer(layer: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        taps.layers[layer] = states.reshape(-1, states.shape[-1])
+        return forward(*args, **kwargs)
 
-        return catch
-
-    handles = []
-    try:
-        if taps.wants_head_inputs:
-            handles.append(model.get_output_embeddings().register_forward_pre_hook(catch_last))  # type: ignore[operator]
-        for layer in taps.wants_layers:
-            handles.append(layers[layer].register_forward_pre_hook(catch_layer(layer), with_kwargs=True))
+    watchers: dict[nn.Module, Callable[..., Any]] = {layers[n]: partial(catch_layer, n) for n in taps.wants_layers}
+    if taps.wants_head_inputs:
+        watchers[model.get_output_embeddings()] = catch_last
+    with watched_forwards(watchers):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:

@@ -9,16 +9,14 @@ reads scale and softcap off what comes out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from atlas_rl.policy.compiled import uncompiled
-from atlas_rl.policy.threads import in_this_thread
+from atlas_rl.policy.threads import replaced_forwards
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +106,8 @@ def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
     try:
         if body is model:
             raise AttributeError("no module of its own below the head")
-        with uncompiled(model), _answers(body, _BodyOutput((states,))), _answers(head, products[None]):
+        answers = {body: _answering(_BodyOutput((states,))), head: _answering(products[None])}
+        with uncompiled(model), replaced_forwards(answers):
             logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
         if logits.ndim != 3 or logits.shape[:2] != token_ids.shape or logits.shape[2] > products.shape[1]:
             raise ValueError(f"its logits have the shape {list(logits.shape)}")
@@ -134,15 +133,6 @@ class _BodyOutput(tuple):
         return self[0] if name == "last_hidden_state" else None
 
 
-@contextmanager
-def _answers(module: nn.Module, answer: Any) -> Iterator[None]:
-    """Inside, a module returns `answer` whatever it is asked in this thread."""
-    own: Callable[..., Any] | None = module.__dict__.get("forward")
-    module.forward = in_this_thread(lambda *args, **kwargs: answer, module)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own
+def _answering(answer: Any) -> Callable[..., Any]:
+    """A forward that returns `answer` whatever it is asked."""
+    return lambda *args, **kwargs: answer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from atlas_rl.policy.threads import class_of
+from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.unwrap import hooks_of, origin_of
 
 _KNOWN = ("transformers.", "torch.", "peft.", "accelerate.", "bitsandbytes.", "deepspeed.", "torchao.", "atlas_rl.")

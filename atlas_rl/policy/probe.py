@@ -34,6 +34,7 @@ from atlas_rl.policy.logits import rows_not_finite, rows_that_differ
 from atlas_rl.policy.own_code import own_code
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.supported import REMEDY, Reach, nearest, reach_of
+from atlas_rl.policy.threads import watched_forwards
 
 _FLOPS = {"cpu": 1e11, "cuda": 1e13}  # about a second, and a twentieth of one, of a machine of that kind
 _LOGIT_BYTES = 1 << 28
@@ -127,16 +128,14 @@ class _Probe:
         """Whether nothing in the forward computes in less: autocast can sit around it or, as trainers put it, within."""
         types: set[torch.dtype] = set()
 
-        def note(_module: nn.Module, _given: Any, output: Any) -> None:
+        def note(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
             if isinstance(output, torch.Tensor) and output.is_floating_point():
                 types.add(output.dtype)
+            return output
 
-        hooks = [module.register_forward_hook(note) for module in self._runner.model.modules()]
-        try:
+        with watched_forwards(dict.fromkeys(self._runner.model.modules(), note)):
             self._guarded(lambda: self._plain(self._tokens(1)))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return types <= {torch.float32, torch.float64}
 
     def _find_out_what_is_kept(self) -> None:

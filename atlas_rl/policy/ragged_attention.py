@@ -42,7 +42,8 @@ class RaggedBatch:
         honour_softcap: Whether the policy's own attention applies `softcap` (transformers' SDPA path does not).
         free_bytes: Bytes that caches may take now, beyond those that they have.
         keys, values: Per layer `[held_rows, kv_heads, held_cells, dim]`; none until the layer's first call tells the shape.
-        held_rows, held_cells: Rows, and cells of each, that there is memory for.
+        held_rows, held_cells: Rows, and cells of each, that every tensor has; asked for, as long as there is none.
+        tight: Whether the first tensors did not fit; the next ones are as small as can be.
         copied_bytes: Copied so far in order to grow.
     """
 
@@ -55,6 +56,7 @@ class RaggedBatch:
     held_rows: int = 0
     held_cells: int = 0
     copied_bytes: int = 0
+    tight: bool = False
     budget_bytes: int | None = None  # what was free when first asked, and is not exceeded when more becomes free
     first_row: int = 0
     batch: int = 0
@@ -106,15 +108,24 @@ class RaggedBatch:
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `[1, kv_heads, num_tokens, dim]` into the rows; return views of the rows' filled prefix."""
         if layer not in self.keys:
-            shape = (self.held_rows, key.shape[1], self.held_cells)
-            self.keys[layer] = _allocated(key, *shape, key.shape[3]).zero_()
-            self.values[layer] = _allocated(value, *shape, value.shape[3]).zero_()
+            self._begin(layer, key, value)
         self.keys[layer][self.token_rows, :, self.token_positions] = key[0].transpose(0, 1)
         self.values[layer][self.token_rows, :, self.token_positions] = value[0].transpose(0, 1)
         rows: slice | torch.Tensor = slice(self.first_row, self.first_row + self.batch)
         if self.rows is not None:
             rows = self.rows
         return self.keys[layer][rows, :, : self.context], self.values[layer][rows, :, : self.context]
+
+    def _begin(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Make the tensors of a layer, in the first forward."""
+        rows, cells = self.held_rows, self.held_cells
+        try:
+            self.keys[layer] = _allocated(key, rows, key.shape[1], cells, key.shape[3]).zero_()
+            self.values[layer] = _allocated(value, rows, value.shape[1], cells, value.shape[3]).zero_()
+        except MemoryError:
+            # No row is complete yet. What the layers before have taken goes, so that fewer rows can be tried.
+            self.keys, self.values, self.held_rows, self.held_cells, self.tight = {}, {}, 0, 0, True
+            raise
 
     def copy_rows(self, source: int, targets: np.ndarray, length: int) -> None:
         """Give rows `targets` (int64 `[n]`) the first `length` cells of row `source`."""
@@ -132,7 +143,7 @@ class RaggedBatch:
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return self.held_rows * self.held_cells * self.cell_bytes
+        return sum(tensor.nbytes for store in (self.keys, self.values) for tensor in store.values())
 
     def cells_that_fit(self, cell_bytes: int) -> int:
         """Tokens that memory allows now over all rows; `cell_bytes` is what one takes, as far as it is not known."""
@@ -146,37 +157,50 @@ class RaggedBatch:
 
         Args:
             num_rows: Rows that are needed.
-            length: Cells of each that are needed. Texts grow, so that a row gets more at once (`roomy`).
+            length: Cells of each that are needed, by rows that there are as well: of what they have beyond, some may go.
+                Texts grow, so that a row gets more at once (`roomy`), where there is memory for it.
             most_cells: Cells, over all rows, to stay below unless more are needed.
 
         Raises:
             IndexError: More rows or cells than the cache may have.
-            MemoryError: No memory is left. Everything is as before, up to rows that were to be dropped.
+            MemoryError: No memory is left. The first `num_rows` rows have what they need of what they had; `held_rows` and
+                `held_cells` say what there is.
         """
         if num_rows <= self.held_rows and length <= self.held_cells:
             return
         most = self.capacity if most_cells is None else min(self.capacity, most_cells // num_rows)
-        self._resize(num_rows, roomy(length, most))
+        self._resize(num_rows, length, most)
 
     def _grow(self, num_rows: int, length: int) -> None:
         """Hold `num_rows` rows of `length` cells, and everything that there is."""
         if num_rows > self.held_rows or length > self.held_cells:
-            cells = roomy(length, self.capacity) if length > self.held_cells else self.held_cells
-            self._resize(max(num_rows, self.held_rows), cells)
+            most = self.capacity if length > self.held_cells else self.held_cells
+            self._resize(max(num_rows, self.held_rows), max(length, self.held_cells), most)
 
-    def _resize(self, num_rows: int, cells: int) -> None:
+    def _resize(self, num_rows: int, length: int, most: int) -> None:
+        """Hold `num_rows` rows of `length` cells, or of more, up to `most`, where memory takes that."""
+        cells = length if self.tight and not self.keys else roomy(length, most)
         if num_rows > self.num_rows or cells > self.capacity:
             raise IndexError(f"{num_rows} rows of {cells} tokens in a cache for {self.num_rows} of {self.capacity}")
         try:
-            for store in (self.keys, self.values):
-                for layer, old in store.items():  # one by one: no more than one tensor is there twice
-                    store[layer] = self._resized(old, num_rows, cells)
+            self._resize_all(num_rows, cells)
         except MemoryError:
-            self.held_rows = min(self.held_rows, num_rows)  # some tensors may have lost the others
-            raise
-        self.held_rows, self.held_cells = num_rows, cells
+            if cells == length:
+                raise
+            self._resize_all(num_rows, length)
+
+    def _resize_all(self, num_rows: int, cells: int) -> None:
+        tensors = [(store, layer) for store in (self.keys, self.values) for layer in store]
+        try:
+            for store, layer in tensors:  # one by one: no more than one tensor is there twice
+                store[layer] = self._resized(store[layer], num_rows, cells)
+        finally:  # it may have ended at any of them
+            self.held_rows = min((store[layer].shape[0] for store, layer in tensors), default=num_rows)
+            self.held_cells = min((store[layer].shape[2] for store, layer in tensors), default=cells)
 
     def _resized(self, old: torch.Tensor, num_rows: int, cells: int) -> torch.Tensor:
+        if (old.shape[0], old.shape[2]) == (num_rows, cells):
+            return old
         new = _allocated(old, num_rows, old.shape[1], cells, old.shape[3])
         rows, filled = min(num_rows, old.shape[0]), min(cells, old.shape[2])
         new[:rows, :, :filled] = old[:rows, :, :filled]

@@ -5,46 +5,127 @@ What is promised:
 - Generation calls of a process run one at a time, whatever engines and policies they belong to. A second thread waits.
 - A plain forward of the policy in another thread neither waits nor changes. It has the policy's own attention, linear
   layers, dropout and training mode, whether it begins before, during or after a call; so has its backward pass.
+- A copy or a pickle of the policy that is made meanwhile, in whatever thread, is that of a policy at rest.
 - Calls of one thread may be nested (a draft LM inside a policy's call) and taken in turns (greenlets).
+- Whatever interrupts a call, and wherever: what it leaves is put back at its end or, where that was interrupted as well, at
+  the begin of the next call.
 
-Two means. `GENERATING` is the lock of the process: with one lock there is no order in which two threads could wait for each
-other. Whatever must differ between threads is a property, of a subclass that modules and configuration have for the time of
-a call, as `torch.nn.utils.parametrize` and FSDP2 do it. So nothing is ever written that another thread reads.
+Three means. `GENERATING` is the lock of the process: with one lock there is no order in which two threads could wait for
+each other. Whatever must differ between threads is an attribute of a guise (`policy/guise.py`) that modules and
+configuration have for the time of a change, as `torch.nn.utils.parametrize` and FSDP2 do it. So nothing is written into an
+object that another thread reads. And what is changed is listed before it is changed, so that it can be put back without
+asking who changed it.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-GENERATING = threading.RLock()
-"""Held by the thread that generates, audits or refreshes drafters."""
+from atlas_rl.policy.guise import class_of, guise_of, own_attribute, put_class
 
-_MARK = "_atlas_rl_own_class"
+GENERATING = threading.RLock()
+"""Held by the thread that generates, audits or refreshes drafters; `generating` takes it."""
+
+_EVALUATED, _ATTENDING, _FORWARD, _WATCHED = "evaluated", "attending", "forward", "watched"
+_owned = threading.Condition(GENERATING)  # the one public way to ask a lock whether this thread has it
 
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
 
-class _ThisThread(threading.local):
-    """What is going on in a thread.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Change:
+    """One way in which some things are changed: each thing, by its id, with the value that the change has for it."""
+
+    kind: str
+    things: Mapping[int, tuple[Any, Any]]
+
+
+class _Changes:
+    """All changes that there are now.
 
     Attributes:
-        num_evaluating: Contexts of `evaluation_mode` that are open.
-        attention: Name of the attention of the forward that runs, and the configuration that is to have it.
+        owner: The thread that has the lock and sees them; None where nobody does.
+        open: In their order.
+        values: Made of `open`: by the id of a thing and by kind, the values of its changes in their order.
+        touched: Everything that may have a guise.
     """
 
-    num_evaluating: int = 0
-    attention: tuple[str, Any] | None = None
+    def __init__(self) -> None:
+        self.owner: int | None = None
+        self.open: list[_Change] = []
+        self.values: dict[int, dict[str, list[Any]]] = {}
+        self.touched: dict[int, Any] = {}
+
+    def begin(self, change: _Change) -> None:
+        self.touched.update((key, thing) for key, (thing, _) in change.things.items())
+        self.open.append(change)
+        self._follow(change)
+
+    def end(self, change: _Change) -> None:
+        self.open = [each for each in self.open if each is not change]
+        self._follow(change)
+
+    def restore(self) -> None:
+        """Put everything back; may be interrupted, and called again."""
+        self.owner = None  # from here on guises do nothing
+        self.open, self.values = [], {}
+        for thing in self.touched.values():
+            put_class(thing, class_of(thing))
+        self.touched = {}
+
+    def of(self, thing: Any, kind: str) -> list[Any]:
+        """Values of the changes of a thing that this thread sees."""
+        if self.owner != threading.get_ident():
+            return []
+        return self.values.get(id(thing), {}).get(kind, [])
+
+    def _follow(self, change: _Change) -> None:
+        """Let things be as `open` says."""
+        for key, (thing, _) in change.things.items():
+            values: dict[str, list[Any]] = {}
+            for each in self.open:
+                if key in each.things:
+                    values.setdefault(each.kind, []).append(each.things[key][1])
+            self.values[key] = values
+            put_class(thing, _seen_by_thread(class_of(thing), frozenset(values)))
+            if not values:
+                del self.values[key]
 
 
-_this_thread = _ThisThread()
+_changes = _Changes()
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """Inside, this thread has the lock; what an interrupt left of earlier calls has been put back."""
+    outermost = not _is_owned()
+    with GENERATING:
+        if outermost:
+            _changes.restore()
+        _changes.owner = threading.get_ident()
+        try:
+            yield
+        finally:
+            # What is open now is of a call that this one is taken in turns with, or was left by an interrupt.
+            if outermost and not _changes.open:
+                _changes.restore()
+
+
+def _is_owned() -> bool:
+    try:
+        _owned.notify()
+    except RuntimeError:
+        return False
+    return True
 
 
 def one_at_a_time(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
@@ -52,7 +133,7 @@ def one_at_a_time(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 
     @functools.wraps(method)
     def waiting(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        with GENERATING:
+        with generating():
             return method(*args, **kwargs)
 
     return waiting
@@ -61,111 +142,100 @@ def one_at_a_time(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off in this thread. No training flag is written, and what others write meanwhile stays."""
-    with GENERATING:
-        # A module that is shared appears once; one that an outer context changed is left to that.
-        # Wrappers of torch.compile have no flag of their own: what they wrap has one, and is among the modules.
-        own = [module for module in model.modules() if "training" in vars(module)]
-        changed = [module for module in own if module.training and not _is_changed(module)]
-        _this_thread.num_evaluating += 1
-        try:
-            for module in changed:
-                _set_class(module, _evaluated(class_of(module)))
-            yield
-        finally:
-            _this_thread.num_evaluating -= 1
-            _put_back(changed)
-
-
-@contextmanager
-def attention_by_thread(config: Any) -> Iterator[None]:
-    """Inside, `attending` can give this thread another attention of a model with this configuration."""
-    with GENERATING:
-        changed = [] if _is_changed(config) else [config]
-        try:
-            for each in changed:
-                _set_class(each, _attending(class_of(each)))
-            yield
-        finally:
-            _put_back(changed)
+    # Wrappers of torch.compile have no flag of their own: what they wrap has one, and is among the modules.
+    with generating(), _changed(_EVALUATED, [(m, True) for m in model.modules() if m.__dict__.get("training")]):
+        yield
 
 
 @contextmanager
 def attending(name: str, config: Any) -> Iterator[None]:
-    """Inside, this thread finds the attention implementation `name` in `config`, which is in `attention_by_thread`."""
-    before = _this_thread.attention
-    try:
-        _this_thread.attention = name, config
+    """Inside, this thread finds the attention implementation `name` in a model's configuration."""
+    with _changed(_ATTENDING, [(config, name)]):
         yield
-    finally:
-        _this_thread.attention = before
 
 
-def in_this_thread(forward: Callable[..., Any], module: nn.Module) -> MethodType:
-    """`forward` as a method of `module`, for calls of this thread; other threads get the module's own."""
-    owner, before = threading.get_ident(), module.__dict__.get("forward")
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, `forward(module, *args, **kwargs)` stands in place of a module's forward, in this thread."""
+    with _changed(_FORWARD, forwards.items()):
+        yield
 
-    def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == owner:
-            return forward(self, *args, **kwargs)
-        return type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
 
-    return MethodType(dispatch, module)
+@contextmanager
+def watched_forwards(watchers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, `watcher(forward, *args, **kwargs)` is called instead of a module's forward, in this thread; it calls that."""
+    with _changed(_WATCHED, watchers.items()):
+        yield
+
+
+@contextmanager
+def _changed(kind: str, things: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    change = _Change(kind, {id(thing): (thing, value) for thing, value in things})
+    with generating():
+        try:
+            _changes.begin(change)
+            yield
+        finally:
+            _changes.end(change)
+
+
+class _Forward:
+    """`forward` of a guise: that of the thread's changes, or else the module's own."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None:
+            return self._own.forward
+        replaced, watchers = _changes.of(module, _FORWARD), _changes.of(module, _WATCHED)
+        if replaced:
+            forward: Any = MethodType(replaced[-1], module)
+        elif "forward" in module.__dict__:
+            forward = module.__dict__["forward"]
+        else:
+            forward = own_attribute(module, "forward")
+        for watcher in watchers:
+            forward = functools.update_wrapper(functools.partial(watcher, forward), forward)
+        return forward
+
+    def __set__(self, module: Any, forward: Any) -> None:
+        module.__dict__["forward"] = forward
+
+    def __delete__(self, module: Any) -> None:
+        if "forward" not in module.__dict__:
+            raise AttributeError("forward")
+        del module.__dict__["forward"]
 
 
 def _training(module: nn.Module) -> bool:
-    return bool(module.__dict__["training"]) and not _this_thread.num_evaluating
+    return bool(module.__dict__["training"]) and not _changes.of(module, _EVALUATED)
 
 
 def _set_training(module: nn.Module, value: bool) -> None:
     module.__dict__["training"] = value
 
 
-@functools.cache
-def _evaluated(own: type) -> type:
-    """`own`, whose training flag is off in a thread that evaluates."""
-    return _seen_by_thread(own, {"training": property(_training, _set_training)})
-
-
-@functools.cache
-def _attending(own: type) -> type:
-    """`own`, a configuration, whose attention implementation is another one in a thread that runs our forward."""
-    kept: Any = own._attn_implementation  # type: ignore[attr-defined]
+def _attention(own: Any) -> property:
+    kept = own._attn_implementation
 
     def implementation(config: Any) -> Any:
-        attention = _this_thread.attention
-        return attention[0] if attention is not None and attention[1] is config else kept.fget(config)
+        names = _changes.of(config, _ATTENDING)
+        return names[-1] if names else kept.fget(config)
 
-    return _seen_by_thread(own, {"_attn_implementation": property(implementation, kept.fset)})
-
-
-def _seen_by_thread(own: type, properties: dict[str, Any]) -> type:
-    # Its own of these, lest a base that makes dataclasses of its subclasses gives it others.
-    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__init__", "__eq__", "__hash__")}
-    return type(own.__name__, (own,), names | {"__reduce_ex__": _reduced, _MARK: own} | properties)
+    return property(implementation, kept.fset)
 
 
-def _reduced(thing: Any, protocol: int) -> Any:
-    """Copies that another thread makes meanwhile have the class that there was before."""
-    own = class_of(thing)
-    reduced = own.__reduce_ex__(thing, protocol)
-    if isinstance(reduced, tuple) and len(reduced[1]) and reduced[1][0] is type(thing):
-        return object.__new__, (own,), *reduced[2:]
-    return reduced
-
-
-def class_of(thing: Any) -> Any:
-    """The class that a module or configuration has outside of a call."""
-    return vars(type(thing)).get(_MARK, type(thing))
-
-
-def _is_changed(thing: Any) -> bool:
-    return _MARK in vars(type(thing))
-
-
-def _set_class(thing: Any, new: type) -> None:
-    object.__setattr__(thing, "__class__", new)  # not the module's own way, which looks for parameters first
-
-
-def _put_back(things: Iterable[Any]) -> None:
-    for thing in things:
-        _set_class(thing, class_of(thing))
+@functools.cache
+def _seen_by_thread(own: type, kinds: frozenset[str]) -> type:
+    """What stands in for the class `own` while there are changes of these kinds: `own`, where there are none."""
+    if not kinds:
+        return own
+    attributes: dict[str, Any] = {}
+    if _EVALUATED in kinds:
+        attributes["training"] = property(_training, _set_training)
+    if _ATTENDING in kinds:
+        attributes["_attn_implementation"] = _attention(own)
+    if kinds & {_FORWARD, _WATCHED}:
+        attributes["forward"] = _Forward(own)
+    return guise_of(own, attributes)

@@ -179,8 +179,12 @@ class _NoRunner(PolicyRunner):
     def cells_that_fit(self) -> int:
         return 1 << 62
 
-    def reserve(self, num_rows: int, length: int) -> int:
-        return length
+    @property
+    def held_cells(self) -> int:
+        return 1 << 62
+
+    def reserve(self, num_rows: int, length: int) -> None:
+        """Do nothing: there is no cache."""
 
     def synchronize(self) -> None:
         """Do nothing: no device works."""

@@ -240,12 +240,12 @@ def test_a_forward_that_fails_puts_the_policy_back():
 
     def failing():
         with copied.running():
-            assert "forward" in own.__dict__
+            assert own.forward.__func__ is not type(own).forward
             raise KeyError
 
     with pytest.raises(KeyError):
         failing()
-    assert "forward" not in own.__dict__
+    assert type(own) is torch.nn.Linear
 
 
 def test_adapters_stay_as_they_are():

@@ -10,8 +10,7 @@ the price of the policy and of a second copy of it: for tests and for measuring 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from torch.nn import functional
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.nvfp4 import NVFP4Weight, dequantize, linear, quantize, tensor_scale_for
 from atlas_rl.policy.cpu_linear import linear_rows
+from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.in_process import decoder_layers
-from atlas_rl.policy.threads import class_of, in_this_thread
+from atlas_rl.policy.threads import replaced_forwards
 
 HEADROOM = 2.0  # of a tensor scale: so long as no magnitude outgrows it, a refresh reads each weight once
 
@@ -81,22 +81,11 @@ class FourBitCopy:
         ]
         self._forwards += [_looked_up(weight) for weight in self._weights[len(self._linears) :]]
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """Inside, the policy's modules compute with the four-bit weights in this thread; afterwards they are as before."""
         modules = self._linears + self._embeddings
         assert self._forwards, "running() before requantize()"
-        before = [module.__dict__.get("forward") for module in modules]
-        try:
-            for module, forward in zip(modules, self._forwards, strict=True):
-                module.forward = in_this_thread(forward, module)
-            yield
-        finally:
-            for module, forward in zip(modules, before, strict=True):
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = forward
+        return replaced_forwards(dict(zip(modules, self._forwards, strict=True)))
 
 
 def _linears(root: nn.Module) -> list[Any]:

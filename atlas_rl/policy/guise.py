@@ -1,0 +1,60 @@
+"""A guise: a class that a module or configuration has for a time, and that shows to nobody.
+
+Other code asks an object for its class, makes copies and pickles of it, and keeps registers of classes. None of it may
+meet a guise. So the object goes on to name its own class, a copy or pickle is one of its own class, and no hook for
+subclasses runs when a guise is made: neither `__init_subclass__` nor a metaclass may register or refuse it.
+"""
+
+from __future__ import annotations
+
+from abc import ABCMeta
+from typing import Any
+
+_MARK = "_atlas_rl_own_class"
+_put: Any = vars(object)["__class__"].__set__  # a guise has a `__class__` of its own, and so may anything
+
+
+class _Unannounced:
+    """First base of every guise: the bases behind it are not told that there is another subclass.
+
+    It has no `__slots__`: objects can be given the guise because it and their class have the same layout.
+    """
+
+    def __init_subclass__(cls, **_options: Any) -> None:
+        """Do nothing, and do not ask the next base."""
+
+
+def guise_of(own: type, attributes: dict[str, Any]) -> type:
+    """A subclass of `own` with other attributes; objects of `own` can be given it by `put_class`."""
+    names: dict[str, Any] = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    names |= {"__class__": property(lambda _: own, put_class), "__reduce_ex__": _reduced, _MARK: own}
+    # The metaclass is kept, and what it does to a new class is left out; that of abstract classes keeps books that it needs.
+    maker: Any = ABCMeta if issubclass(type(own), ABCMeta) else type
+    made: type = maker.__new__(type(own), own.__name__, (_Unannounced, own), names | attributes)
+    return made
+
+
+def class_of(thing: Any) -> Any:
+    """The class that a module or configuration has outside of a call."""
+    return vars(type(thing)).get(_MARK, type(thing))
+
+
+def own_attribute(thing: Any, name: str) -> Any:
+    """What an object that has a guise would find under a name in its own class."""
+    return getattr(super(_Unannounced, thing), name)
+
+
+def put_class(thing: Any, new: type) -> None:
+    """Give an object a class, past whatever it does to attributes that are set."""
+    _put(thing, new)
+
+
+def _reduced(thing: Any, protocol: Any) -> Any:
+    """What a copy or pickle is made of, with the object's own class in it."""
+    own, guise = class_of(thing), type(thing)
+    reduced = own.__reduce_ex__(thing, protocol)
+    if not isinstance(reduced, tuple):
+        return reduced
+    maker, arguments, *state = reduced
+    arguments = tuple(own if argument is guise else argument for argument in arguments)
+    return (own if maker is guise else maker, arguments, *state)
