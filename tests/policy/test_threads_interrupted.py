@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.threads import GENERATING, evaluation_mode, replaced_forwards
 from tests.models import tiny_gpt2, tiny_llama
-from tests.policy.test_threads import in_a_thread, session
+
+
+def session(model, runner):
+    return runner.session(runner.new_cache(4, 64))
+
+
+def in_a_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(timeout=60)
 
 
 def interrupted_at(line, work, files=(threads.__file__, guise.__file__, in_process.__file__)):
