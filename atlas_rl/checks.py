@@ -81,11 +81,11 @@ def instance(name: str, value: Any, kind: type, wanted: str) -> Any:
     return value
 
 
-def instances(name: str, value: Any, kind: type, wanted: str) -> list[Any]:
+def instances(name: str, value: Any, kind: type) -> list[Any]:
     """Objects of a class, in a list or another sequence."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise wrong(name, f"a list of {wanted}", value)
-    return [instance(f"{name}[{index}]", each, kind, f"one of {wanted}") for index, each in enumerate(value)]
+        raise wrong(name, f"a list of {kind.__name__} objects", value)
+    return [instance(f"{name}[{index}]", each, kind, f"a {kind.__name__} object") for index, each in enumerate(value)]
 
 
 def token_ids(name: str, value: Any, *, wanted: str = "a token id, or a flat list of token ids") -> tuple[int, ...]:

@@ -104,7 +104,7 @@ def _check_drafting(config: EngineConfig) -> None:
         return
     if config.draft_model is not None:
         raise ValueError("give either draft_model or speculators: add DraftLM(...) to the speculators yourself")
-    speculators = instances("speculators", config.speculators, Speculator, "Speculator objects")
+    speculators = instances("speculators", config.speculators, Speculator)
     names = [speculator.name for speculator in speculators]
     if len(set(names)) < len(names):
         raise ValueError(f"speculators need different names, got {names}")

@@ -31,7 +31,7 @@ def new_backend(model: Any, config: EngineConfig) -> Backend:
     if isinstance(model, str | Path):
         _check_checkpoint(model, config)
     elif config.backend == "in_process":
-        raise ValueError(f"the in-process backend takes a loaded causal LM, got {type(model).__name__} {shown(model)}")
+        raise ValueError(f"model must be a loaded causal LM in process, got {type(model).__name__} {shown(model)}")
     from atlas_rl.vllm.backend import VllmBackend, build_llm
 
     if isinstance(model, str | Path):
@@ -49,14 +49,14 @@ def _check_checkpoint(model: str | Path, config: EngineConfig) -> None:
     folder = path("model", model, "a loaded causal LM, or for vLLM the folder or name of a checkpoint")
     if config.backend == "in_process":
         raise ValueError(
-            f"the in-process backend takes a loaded causal LM, got {model!r}: give "
+            f"model must be a loaded causal LM in process, got {shown(model)}: give "
             f"AutoModelForCausalLM.from_pretrained({str(model)!r})"
         )
     names_a_folder = isinstance(model, Path) or model.startswith(("/", ".", "~")) or model.count("/") > 1
     if names_a_folder and not folder.exists():
         raise ValueError(
-            f"model={str(model)!r}: no such folder. A path or name of a checkpoint goes to vLLM, which loads it; in process, "
-            "give a loaded causal LM, AutoModelForCausalLM.from_pretrained(...)"
+            f"model={str(model)!r}: no such folder. A path or name of a checkpoint is for vLLM, which loads it; to "
+            "generate in process give a loaded causal LM, AutoModelForCausalLM.from_pretrained(...)"
         )
 
 

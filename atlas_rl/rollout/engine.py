@@ -309,7 +309,7 @@ class RolloutEngine:
                 logger.warning("atlas_rl: the drafters' state is not saved: %s", error)
 
     def load_drafters(self, path: str | Path) -> None:
-        """Read what `save_drafters` wrote; `ValueError` for no file. What is damaged or foreign: a warning, a fresh start."""
+        """Read what `save_drafters` wrote; `ValueError` for no file. What is damaged or foreign costs a warning."""
         file = file_to_read(path)
         try:
             state = load_state(file)

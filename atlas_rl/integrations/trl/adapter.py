@@ -52,12 +52,9 @@ def check_attached_once(engine: RolloutEngine, trainer: Any) -> None:
     """Raise `ValueError` for a trainer that an engine is attached to."""
     present = getattr(trainer, "vllm_generation", None)
     if isinstance(present, TrainerAdapter):
-        which = (
-            "this engine: attach once"
-            if present.engine is engine
-            else "another engine: build a new trainer for this one"
-        )
-        raise ValueError(f"the trainer already generates with {which}")
+        if present.engine is engine:
+            raise ValueError("the trainer already generates with this engine: attach once")
+        raise ValueError("the trainer already generates with another engine: build a new trainer for this one")
 
 
 def check_same_policy(engine: RolloutEngine, trainer: Any) -> None:
