@@ -12,6 +12,7 @@ tokens per request on average (Leviathan et al., arXiv 2211.17192), bonus token 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from atlas_rl.planner.hardware import Machine
