@@ -97,7 +97,7 @@ def make_plan(
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     if not 0 <= accept <= 1:
-        hint = f": {accept:g} % is {accept / 100:g}" if 1 < accept <= 100 else ""
+        hint = f": {accept:g} % is {accept / 100:g}" if 2 <= accept <= 100 else ""
         raise ValueError(f"--accept must be from 0 to 1, got {accept:g}{hint}")
     if draft_tokens is not None and not 0 <= draft_tokens <= max_draft_tokens:
         raise ValueError(f"--draft-tokens must be from 0 to {max_draft_tokens}, got {draft_tokens}")
