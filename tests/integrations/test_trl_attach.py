@@ -168,7 +168,7 @@ def test_a_second_engine_is_told_from_the_first(tmp_path: Path) -> None:
 
 def test_an_engine_of_another_policy_is_refused(tmp_path: Path) -> None:
     trainer = build(tmp_path)
-    with pytest.raises(ValueError, match="model=LlamaForCausalLM.* not the trainer's policy: leave model= out"):
+    with pytest.raises(ValueError, match=r"model=LlamaForCausalLM.* not the trainer's policy: leave model= out"):
         AtlasRolloutEngine(model=policy(), console=False).attach(trainer)
     assert not trainer.use_vllm
     AtlasRolloutEngine(model=trainer.model, console=False).attach(trainer)
@@ -230,6 +230,8 @@ def test_an_option_that_the_trainer_leaves_open_is_the_policys(tmp_path: Path) -
 def test_ending_tokens_may_be_a_tensor(tmp_path: Path) -> None:
     model = policy()
     model.generation_config.eos_token_id = torch.tensor([1, 3])
-    trainer = build(tmp_path, model=model)
-    attach(trainer)
-    trainer.train()
+    attach(build(tmp_path, model=model))
+    trainer = build(tmp_path)
+    trainer.eos_token_ids = torch.tensor([[1, 3]])
+    with pytest.raises(ValueError, match=r"eos_token_id of the policy's generation_config\) must be .* got tensor"):
+        attach(trainer)
