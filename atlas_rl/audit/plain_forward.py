@@ -54,7 +54,8 @@ def plain_logits(model: nn.Module, token_ids: torch.Tensor, places: torch.Tensor
     seen = _Seen()
     with torch.no_grad(), uncompiled(policy), _watched(inner, seen):
         logits = logits_of(policy(input_ids=token_ids[None], **options))[0]
-    logits = for_all_tokens(logits, len(inner.get_output_embeddings().weight))
+    if hasattr(inner, "get_output_embeddings"):  # a wrapper of somebody's own may not say
+        logits = for_all_tokens(logits, len(inner.get_output_embeddings().weight))
     if len(logits) == len(token_ids):
         logits = logits[places] if len(places) != len(token_ids) else logits
     elif len(logits) != len(places):
