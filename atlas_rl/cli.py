@@ -40,7 +40,13 @@ def _add_train_speculator(commands: Any) -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="decoder layers to read [low, middle and high]")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens per continuation at most [256]")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the continuations [1.0]")
-    parser.add_argument("--generate-batch", type=int, default=32, help="prompts per generation call [32]")
+    parser.add_argument(
+        "--generate-batch",
+        type=int,
+        default=32,
+        help="prompts per generation call [32]; one call is held "
+        "out of training to measure on, so there must be more prompts than this",
+    )
     parser.add_argument("--draft-vocab-size", type=int, default=4096)
     parser.add_argument("--intermediate-size", type=int, help="of the head's MLP [the policy's]")
     parser.add_argument("--unroll", type=int, default=4, help="steps of test-time unrolling [4]")

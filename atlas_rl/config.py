@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from atlas_rl.core import reject_unknown
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from atlas_rl.controller.base import Controller
-    from atlas_rl.speculators.base import Speculator
+from atlas_rl.checks import equals, flag, instance, instances, number, one_of, path, reject_unknown, whole, wrong
+from atlas_rl.controller.base import Controller
+from atlas_rl.speculators.base import Speculator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +38,8 @@ class EngineConfig:
             switches the correction off; False leaves it alone.
         audit_share: Share of the tokens that is put through a plain forward pass as well, to see that samples and logprobs
             are the policy's (`audit/auditor.py`); in [0, 1], 0 never.
-        backend: `in_process`, `vllm`, or `auto`: vLLM for a trainer with `use_vllm=True`, else in process.
+        backend: `in_process`, `vllm`, or `auto`: vLLM for a trainer with `use_vllm=True`, and for a model that is a
+            checkpoint's folder or name, or a `vllm.LLM`; else in process.
         clock: Seconds since some fixed moment: what reports and the controller's costs are measured with.
 
     Raises:
@@ -62,30 +61,62 @@ class EngineConfig:
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
-        if self.verification not in ("invariant", "rejection"):
-            raise ValueError(f"verification must be 'invariant' or 'rejection', got {self.verification!r}")
-        if self.backend not in ("auto", "in_process", "vllm"):
-            raise ValueError(f"backend must be 'auto', 'in_process' or 'vllm', got {self.backend!r}")
+        one_of("verification", self.verification, ("invariant", "rejection"))
+        one_of("backend", self.backend, ("auto", "in_process", "vllm"))
+        for name in ("speculation", "trace", "console", "spare_importance_sampling"):
+            self._take(name, flag(name, getattr(self, name)))
+        _check_drafting(self)
+        if self.max_batch_size is not None:
+            self._take("max_batch_size", whole("max_batch_size", self.max_batch_size, 1, hint="or None"))
+        if self.output_dir is not None:
+            path("output_dir", self.output_dir, "a folder")
+        share = number("audit_share", self.audit_share, "in [0, 1] (0 never audits)", lambda share: 0 <= share <= 1)
+        self._take("audit_share", share)
+        if not callable(self.clock):
+            raise wrong(
+                "clock", "a function without arguments that returns seconds, such as time.perf_counter", self.clock
+            )
         if self.backend == "vllm" and self.verification != "invariant":
             raise ValueError("the vLLM backend verifies by drafter-invariant sampling: leave verification='invariant'")
         if self.backend == "vllm" and (self.trace or self.max_batch_size is not None):
             raise ValueError(
                 "trace and max_batch_size are of the in-process backend: vLLM has max_num_seqs for the latter"
             )
-        if not 0 <= self.audit_share <= 1:
-            raise ValueError(f"audit_share must be in [0, 1] (0 never audits), got {self.audit_share}")
-        if self.max_batch_size is not None and self.max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1 or None, got {self.max_batch_size}")
-        if self.speculators is not None and self.draft_model is not None:
-            raise ValueError("give either draft_model or speculators: add DraftLM(...) to the speculators yourself")
         if self.trace and (self.output_dir is None or self.controller is not None):
             raise ValueError("trace=True needs output_dir, the folder it writes to, and the engine's own controller")
-        names = [speculator.name for speculator in self.speculators or ()]
-        if len(set(names)) < len(names):
-            raise ValueError(f"speculators need different names, got {names}")
+
+    def _take(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:
         """The config of keyword options; `ValueError` names the nearest option for one that does not exist."""
         reject_unknown(options, [field.name for field in fields(cls)], "AtlasRolloutEngine")
         return cls(**options)
+
+
+def _check_drafting(config: EngineConfig) -> None:
+    """Raise `ValueError` for a draft model, speculators or a controller that are none, or that do not go together."""
+    if config.controller is not None:
+        instance("controller", config.controller, Controller, "a Controller or None")
+    if config.draft_model is not None and not isinstance(config.draft_model, nn.Module):
+        _check_draft_folder(config.draft_model)
+    if config.speculators is None:
+        return
+    if config.draft_model is not None:
+        raise ValueError("give either draft_model or speculators: add DraftLM(...) to the speculators yourself")
+    speculators = instances("speculators", config.speculators, Speculator)
+    names = [speculator.name for speculator in speculators]
+    if len(set(names)) < len(names):
+        raise ValueError(f"speculators need different names, got {names}")
+
+
+def _check_draft_folder(given: Any) -> None:
+    """Raise `ValueError` unless it is "fp4" or a folder of this machine: nothing is downloaded."""
+    wanted = 'a loaded causal LM, "fp4", or the folder of an EAGLE-3 head or of a causal LM'
+    if equals(given, "fp4") or path("draft_model", given, wanted).is_dir():
+        return
+    raise ValueError(
+        f"draft_model: no checkpoint in {str(given)!r}, which is no folder of this machine. Names of the hub are not looked "
+        "up: download the checkpoint and give its folder. A four-bit copy of the policy itself is draft_model='fp4'"
+    )

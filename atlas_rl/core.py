@@ -6,17 +6,16 @@ made them: hidden states, and draft probabilities under rejection verification.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 
 from atlas_kernels.noise import Stream, draft_keys
+from atlas_rl.checks import number, token_ids, whole
 from atlas_rl.policy.base import roomy
 
 TEMPERATURES = (1e-20, 1e20)
@@ -24,10 +23,6 @@ TEMPERATURES = (1e-20, 1e20)
 
 REPETITION_PENALTIES = (1e-10, 1e10)
 """Least and largest repetition penalty."""
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, Integral)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +40,7 @@ class SamplingParams:
         min_p: Keep tokens with at least `min_p` times the probability of the likeliest, in `[0, 1]`.
         repetition_penalty: Divides positive and multiplies negative logits of tokens already in the sequence
             (arXiv 1909.05858), in `[1e-10, 1e10]`; 1 is off.
-        eos_token_ids: Tokens that end a request; the ending token is part of the completion.
+        eos_token_ids: Tokens that end a request, or one such token; the ending token is part of the completion.
         seed: Seed of the counter-based noise; equal seeds give equal tokens.
 
     Raises:
@@ -62,34 +57,30 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = (
-            (
-                _whole(self.max_new_tokens) and self.max_new_tokens >= 1,
-                f"max_new_tokens must be at least 1, and whole, got {self.max_new_tokens}",
+        least, most = TEMPERATURES
+        low, high = REPETITION_PENALTIES
+        checked: dict[str, Any] = {
+            "max_new_tokens": whole("max_new_tokens", self.max_new_tokens, 1),
+            "temperature": number(
+                "temperature",
+                self.temperature,
+                f"0 (greedy) or in [{least:g}, {most:g}]",
+                lambda value: value == 0 or least <= value <= most,
             ),
-            (
-                self.temperature == 0 or TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1],
-                f"temperature must be 0 (greedy) or in [{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}], got {self.temperature}",
+            "top_k": whole("top_k", self.top_k, 0, hint="(0 keeps every token)"),
+            "top_p": number("top_p", self.top_p, "in (0, 1] (1 keeps every token)", lambda value: 0 < value <= 1),
+            "min_p": number("min_p", self.min_p, "in [0, 1] (0 keeps every token)", lambda value: 0 <= value <= 1),
+            "repetition_penalty": number(
+                "repetition_penalty",
+                self.repetition_penalty,
+                f"in [{low:g}, {high:g}] (1 is off)",
+                lambda value: low <= value <= high,
             ),
-            (
-                _whole(self.top_k) and self.top_k >= 0,
-                f"top_k must be a whole number >= 0 (0 keeps every token), got {self.top_k}",
-            ),
-            (0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}"),
-            (0 <= self.min_p <= 1, f"min_p must be in [0, 1] (0 keeps every token), got {self.min_p}"),
-            (
-                REPETITION_PENALTIES[0] <= self.repetition_penalty <= REPETITION_PENALTIES[1],
-                f"repetition_penalty must be in [{REPETITION_PENALTIES[0]:g}, {REPETITION_PENALTIES[1]:g}] (1 is off), "
-                f"got {self.repetition_penalty}",
-            ),
-            (
-                _whole(self.seed) and 0 <= self.seed < 2**63,
-                f"seed must be a whole number in [0, 2**63), got {self.seed}",
-            ),
-        )
-        for ok, message in checks:
-            if not ok:
-                raise ValueError(message)
+            "eos_token_ids": token_ids("eos_token_ids", self.eos_token_ids),
+            "seed": whole("seed", self.seed, 0, 2**63 - 1),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
@@ -345,12 +336,3 @@ def prompt_key(row: np.ndarray) -> int:
     """Hash of a prompt, int32 `[n]`: a signed 64-bit number, equal for equal prompts."""
     digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def reject_unknown(options: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise `ValueError` for options that are not `known`, with the nearest known name."""
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise ValueError(f"{where} has no option '{name}': {hint}it takes {', '.join(known)}")

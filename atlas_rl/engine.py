@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from atlas_rl.checks import reject_unknown
 from atlas_rl.rollout.engine import RolloutEngine
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class AtlasRolloutEngine(RolloutEngine):
 
     _adapter: Any = None
 
-    def attach(self, trainer: Trainer, *, baseline_every: int = 0) -> AtlasRolloutEngine:
+    def attach(self, trainer: Trainer, *, baseline_every: int = 0, **unknown: Any) -> AtlasRolloutEngine:
         """Make `trainer` (GRPOTrainer, RLOOTrainer) generate with this engine; returns the engine.
 
         Args:
@@ -32,16 +33,22 @@ class AtlasRolloutEngine(RolloutEngine):
                 `prepare_vllm()` with `use_vllm=True`.
             baseline_every: Repeat every n-th training generation without speculation, check that the tokens are the
                 same, and put its tokens/s into the report; 0 never. For measurements: it costs the time it measures.
+            unknown: Refused, with the nearest option's name.
 
         Raises:
             ValueError: A trainer that cannot be attached to, or sampling options that cannot be honoured; the trainer
                 is then as it was.
         """
+        reject_unknown(unknown, ("baseline_every",), "attach()")
         from atlas_rl.integrations.trl import adapter, vllm
 
         asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
         attach = vllm.attach if asks or self.config.backend == "vllm" else adapter.attach
         self._adapter = attach(self, trainer, baseline_every)
+        self._without_policy = (
+            "this engine is attached to a trainer, which asks it for rollouts in train(). For prompts of your own use "
+            "AtlasRolloutEngine(model=trainer.model, tokenizer=...).generate(...)"
+        )
         return self
 
     def prepare_vllm(self, **arguments: Any) -> AbstractContextManager[None]:

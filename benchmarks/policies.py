@@ -41,6 +41,13 @@ BEGIN, END = "<!-- table: python -m benchmarks.policies -->", "<!-- end of table
 _PROMPTS = (3, 2 * WINDOW + 1, CHUNK + 4)  # a short row beside two that are past windows and chunks
 _NEW_TOKENS = 16
 _TOLERANCE = 1e-3  # nats, in float32
+_CELL = 260  # characters of a reason in the table, at most
+_REMEDIES = (
+    "; generate with", ": generate with", ": in process only 'full_attention'", ". Requests here may reach",
+    ", so that rows of different lengths cannot",
+)  # fmt: skip
+# Names in transformers' registry that are one configuration class, so that the model type is the same.
+_REGISTERED = {"gpt2": ("gpt2", "gpt-sw3")}
 
 # Settings that classes share and defaults leave out: name, model type, options of its configuration.
 _ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": POSITIONS}
@@ -182,19 +189,30 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     order = ("wrong", "crashed", "same", "refused", "not built")
+    seen: Counter[str] = Counter()
     for outcome in sorted(outcomes, key=lambda o: (order.index(o.outcome), o.name)):
+        names = _REGISTERED.get(outcome.name, (outcome.name,))
+        name = names[min(seen[outcome.name], len(names) - 1)]
+        seen[outcome.name] += 1
         detail = f": {_cell(outcome)}" if outcome.detail else ""
-        lines.append(f"| {outcome.name} | {outcome.model_class or ''} | {outcome.outcome}{detail} |")
+        lines.append(f"| {name} | {outcome.model_class or ''} | {outcome.outcome}{detail} |")
     return "\n".join(lines)
 
 
 def _cell(outcome: Outcome) -> str:
     """What was found, without the name and the remedy, which are the same in every row."""
-    text = (
-        outcome.detail.removeprefix(f"{outcome.model_class} ").split("; generate with")[0].split(": generate with")[0]
-    )
-    text = text.removesuffix(", so that rows of different lengths cannot be run together")
-    return text[:160].replace("|", "\\|").replace("<", "&lt;")
+    text = outcome.detail.removeprefix(f"{outcome.model_class} ")
+    for same_in_every_row in _REMEDIES:
+        text = text.split(same_in_every_row)[0]
+    return _shortened(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _shortened(text: str) -> str:
+    """As many sentences as fit into a cell; where not even one does, as many words."""
+    if len(text) <= _CELL:
+        return text
+    head = text[: _CELL + 1]
+    return f"{head.rpartition('. ')[0] or head.rpartition(' ')[0]} ..."
 
 
 def write_page(result: dict[str, Any], page: Path = PAGE) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from atlas_rl.checks import token_ids
 from atlas_rl.controller.base import Controller
 from atlas_rl.core import Sequences
 from atlas_rl.decode.loop import DecodeLoop
@@ -184,10 +185,18 @@ class InProcessBackend(Backend):
         return model if isinstance(model, nn.Module) else self.runner.model
 
 
-def ending_ids(given: Any) -> list[int]:
-    """Ending tokens as transformers and TRL give them: one, several or None, where None and negative ids mean none."""
-    several = given if isinstance(given, list | tuple) else [given]
-    return [int(token) for token in several if token is not None and token >= 0]
+def ending_ids(given: Any, name: str = "eos_token_id") -> list[int]:
+    """Ending tokens as transformers and TRL give them: one, several or None, where None and negative ids mean none.
+
+    Args:
+        given: Of a trainer, a configuration or a tokenizer.
+        name: What it is called there.
+
+    Raises:
+        ValueError: No token ids.
+    """
+    some = [token for token in given if token is not None] if isinstance(given, list | tuple) else given
+    return [token for token in token_ids(name, [] if some is None else some) if token >= 0]
 
 
 def ending_tokens_of(source: Any) -> list[int]:

@@ -18,6 +18,7 @@ from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.propose import Proposing, merge
 from atlas_rl.decode.room import CacheRoom
+from atlas_rl.decode.stand_ins import stand_in
 from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.verification import Outcome, Verifier
@@ -135,8 +136,11 @@ class DecodeLoop:
         tokens[first] = self.sequences.token_ids[requests, starts]
         row, position = np.nonzero(np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])
         tokens[first[row] + 1 + position] = draft.token_ids[row, position]
+        unknown = stand_in(tokens, lengths, self.runner.unrunnable() if len(row) else None)
         taps = self._taps()
         logits = self.runner.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), taps)
+        if len(unknown):
+            logits[torch.from_numpy(unknown).to(logits.device)] = float("nan")
         self.runner.synchronize()
         return logits, Hidden(first, taps.head_inputs, taps.layers)
 

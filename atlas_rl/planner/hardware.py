@@ -96,7 +96,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
-            raise ValueError(f"the number of GPUs must be at least 1, got {self.num_gpus}")
+            raise ValueError(f"--gpus must be at least 1, got {self.num_gpus}")
 
 
 _GPUS = (

@@ -92,11 +92,15 @@ def make_plan(
     Raises:
         ValueError: Counts out of range, or weights and cache do not fit in memory.
     """
-    if batch < 1 or setting.context < 1 or max_draft_tokens < 1:
-        raise ValueError("batch, context and the longest draft must be at least 1")
+    counts = (("--batch", batch), ("--context", setting.context), ("--max-draft-tokens", max_draft_tokens))
+    for option, value in counts:
+        if value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    if not 0 <= accept <= 1:
+        hint = f": {accept:g} % is {accept / 100:g}" if 2 <= accept <= 100 else ""
+        raise ValueError(f"--accept must be from 0 to 1, got {accept:g}{hint}")
     if draft_tokens is not None and not 0 <= draft_tokens <= max_draft_tokens:
         raise ValueError(f"--draft-tokens must be from 0 to {max_draft_tokens}, got {draft_tokens}")
-    accepted_length(accept, 0)  # raises if `accept` is out of range
     _check_memory(setting, batch)
     lengths = []
     for k in range(max_draft_tokens + 1):

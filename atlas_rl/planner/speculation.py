@@ -12,6 +12,7 @@ tokens per request on average (Leviathan et al., arXiv 2211.17192), bonus token 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from atlas_rl.planner.hardware import Machine
@@ -44,8 +45,8 @@ class Setting:
     round_overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.round_overhead_s < 0:
-            raise ValueError(f"the overhead of a round must be at least 0, got {self.round_overhead_s} s")
+        if not 0 <= self.round_overhead_s < math.inf:
+            raise ValueError(f"--round-overhead-ms must be a number of at least 0, got {1e3 * self.round_overhead_s:g}")
 
     @property
     def drafter_precision(self) -> Precision:

@@ -91,6 +91,13 @@ class PolicyRunner(ABC):
             taps: Hidden states to catch, filled in place.
         """
 
+    def unrunnable(self) -> np.ndarray | None:
+        """Tokens whose embeddings are not finite, bool `[vocab]`; None where there are none.
+
+        Their keys and values must not get into the cache as drafts: see `decode/stand_ins.py`.
+        """
+        return None
+
     @abstractmethod
     def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the first `length` cached tokens of row `source` to each of `targets`."""

@@ -19,6 +19,7 @@ class ForwardCall:
 
     Args:
         model: A causal LM. Only its signature is read.
+        vocab_size: Tokens that its LM head knows.
 
     Attributes:
         keeps: Whether the forward itself computes wanted positions only. A signature can promise what the forward does not
@@ -28,8 +29,8 @@ class ForwardCall:
         ValueError: The forward takes no positions, so that rows of different lengths cannot be told apart.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+        self._model, self._vocab_size = model, vocab_size
         self._accepts = accepted_by(model.forward)
         self.keeps = self._accepts("logits_to_keep")
         for name in ("input_ids", "position_ids"):
@@ -53,9 +54,15 @@ class ForwardCall:
             `[n, vocab]`, in the policy's own number format.
 
         Raises:
-            ValueError: The forward did not return a row of logits for each position.
+            ValueError: The forward did not return a row of logits for each position, or has logits of more tokens than the
+                LM head.
         """
         logits = self.rows(token_ids, keep, position_ids)
+        if logits.shape[-1] > self._vocab_size:
+            raise ValueError(
+                f"{type(self._model).__name__}.forward gives logits of {logits.shape[-1]} tokens, and its LM head knows "
+                f"{self._vocab_size}: let it return those of the head, or call resize_token_embeddings({logits.shape[-1]})"
+            )
         expected = len(token_ids) if keep is None or not self.keeps else len(keep)
         if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] != expected:
             raise ValueError(
@@ -67,7 +74,7 @@ class ForwardCall:
     def rows(
         self, token_ids: torch.Tensor, keep: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Whatever the forward returns as logits for one batch row, unchecked."""
+        """Whatever the forward returns as logits for one batch row, unchecked; -inf for tokens that it cuts off."""
         arguments: dict[str, Any] = {"input_ids": token_ids[None]}
         if position_ids is not None:
             arguments["position_ids"] = position_ids[None]
@@ -75,7 +82,7 @@ class ForwardCall:
             arguments["use_cache"] = False
         if keep is not None and self.keeps:
             arguments["logits_to_keep"] = keep
-        return logits_of(self._model(**arguments))
+        return for_all_tokens(logits_of(self._model(**arguments)), self._vocab_size)
 
 
 def accepted_by(forward: Callable[..., Any]) -> Callable[[str], bool]:
@@ -83,6 +90,12 @@ def accepted_by(forward: Callable[..., Any]) -> Callable[[str], bool]:
     parameters = inspect.signature(forward).parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return lambda name: anything or name in parameters
+
+
+def for_all_tokens(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits of every token that the head knows: -inf for those that a forward cuts off, the padding of a vocabulary."""
+    cut_off = vocab_size - logits.shape[-1]
+    return nn.functional.pad(logits, (0, cut_off), value=float("-inf")) if cut_off > 0 else logits
 
 
 def logits_of(output: Any) -> torch.Tensor:

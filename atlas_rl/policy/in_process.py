@@ -14,11 +14,13 @@ from torch import nn
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
+from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.cpu_linear import FastLinears
+from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
-from atlas_rl.policy.supported import context_of, refuse_layers
+from atlas_rl.policy.supported import context_of, refuse_layers, refuse_modules
 from atlas_rl.policy.threads import attending, evaluation_mode, generating, watched_forwards
 from atlas_rl.policy.unwrap import unwrap_policy
 
@@ -56,13 +58,15 @@ class InProcessRunner(PolicyRunner):
             raise ValueError(f"{type(self.model).__name__} is not a causal LM: load one with AutoModelForCausalLM")
         self.config = config.get_text_config()
         refuse_layers(self.config, type(self.model).__name__)
-        self.call = ForwardCall(self.model)
+        refuse_modules(self.model)
         self.vocab_size = int(head.weight.shape[0]) if head.weight.numel() else int(self.config.vocab_size)
+        self.call = ForwardCall(self.model, self.vocab_size)
         self.max_context = context_of(self.model, self.config)
         self._cache: RaggedBatch | None = None
         self.own_attention: str = self.config._attn_implementation
         self._probed: Probed | None = None
         self.linears = FastLinears(self.model)
+        self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +85,9 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
         with generating(), torch.no_grad(), evaluation_mode(self.model):
+            refuse_modules(self.model)  # offloaded since
             self._look()
+            self._unrunnable = None  # weights may have changed
             with self.ragged(cache):
                 yield
 
@@ -109,6 +115,11 @@ class InProcessRunner(PolicyRunner):
         if taps.wants_head_inputs and not self.call.keeps:
             taps.head_inputs = taps.head_inputs[wanted]
         return logits.float().contiguous()
+
+    def unrunnable(self) -> np.ndarray | None:
+        if self._unrunnable is None:
+            self._unrunnable = (rows_not_finite(self.model.get_input_embeddings().weight, self.vocab_size),)
+        return self._unrunnable[0]
 
     def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:
         assert self._cache is not None, "copy_rows() outside of session()"
@@ -157,7 +168,7 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with self.linears.installed():
+            with uncompiled(self.model), self.linears.installed():
                 yield
         finally:
             self._cache = outer
@@ -165,7 +176,7 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
         """Inside, the policy's layers call the attention function of this name, in this thread."""
-        with attending(name, self.config):
+        with uncompiled(self.model), attending(name, self.config):
             yield
 
     def _look(self) -> Probed:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.threads import replaced_forwards
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ class LogitForm:
 def probe_products(vocab_size: int) -> torch.Tensor:
     """Outputs of a head from tiny to huge, of either sign: float32 `[n, vocab]`, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    magnitudes = torch.tensor(_MAGNITUDES)[:, None]
-    return magnitudes * (2 * torch.rand(len(_MAGNITUDES), vocab_size, generator=generator) - 1)
+    magnitudes = torch.tensor(_MAGNITUDES, dtype=torch.float32)[:, None]
+    uniforms = torch.rand(len(_MAGNITUDES), vocab_size, generator=generator, dtype=torch.float32)
+    return magnitudes * (2 * uniforms - 1)
 
 
 def fit_form(
@@ -104,9 +106,10 @@ def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
     try:
         if body is model:
             raise AttributeError("no module of its own below the head")
-        with replaced_forwards({body: _answering(_BodyOutput((states,))), head: _answering(products[None])}):
+        answers = {body: _answering(_BodyOutput((states,))), head: _answering(products[None])}
+        with uncompiled(model), replaced_forwards(answers):
             logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
-        if logits.ndim != 3 or logits.shape[:2] != token_ids.shape:
+        if logits.ndim != 3 or logits.shape[:2] != token_ids.shape or logits.shape[2] > products.shape[1]:
             raise ValueError(f"its logits have the shape {list(logits.shape)}")
         return logits[0]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:

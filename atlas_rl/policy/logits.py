@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
 _SURELY_MASKED_NATS = 100.0  # behind the likeliest token: no token there has a probability that float32 resolves
 
@@ -32,8 +33,8 @@ def require_distributions(max_probs: np.ndarray, logits: torch.Tensor, rows: np.
     if len(lost):
         found, cause = defect(logits[int(lost[0] if rows is None else rows[lost[0]])])
         raise NonFiniteLogits(
-            f"the policy's logits are not finite: {found} at {len(lost)} of {len(max_probs)} positions of this step. No "
-            f"token was drawn. Likely causes: {cause}. This names the weights: "
+            f"the policy's logits are not finite: {found} at {len(lost)} of {len(max_probs)} positions of this step. "
+            f"Nothing was returned. Likely causes: {cause}. This names the weights: "
             "[name for name, weight in model.named_parameters() if not weight.isfinite().all()]"
         )
 
@@ -48,6 +49,23 @@ def defect(row: torch.Tensor) -> tuple[str, str]:
     if row.isposinf().any():
         return "+inf", "infinite weights, a float16 overflow (use bfloat16), or a mask that adds infinity"
     return "-inf for every token", "a mask that excludes the whole vocabulary, or infinite weights"
+
+
+def rows_not_finite(table: torch.Tensor, num_rows: int) -> np.ndarray | None:
+    """Which of the first rows of a table hold NaN or infinity: bool `[num_rows]`; None where none does.
+
+    Tables are large: one reduction over it, and a second look only where that finds something.
+    """
+    if type(table) not in (torch.Tensor, nn.Parameter) or table.dim() != 2 or not table.numel():
+        return None  # sharded
+    if not table.is_floating_point():
+        return None  # quantised
+    table = table.detach()[:num_rows]
+    if all(bound.isfinite() for bound in torch.aminmax(table)):
+        return None
+    found = np.zeros(num_rows, bool)
+    found[: len(table)] = (~torch.stack(table.aminmax(dim=1)).isfinite().all(dim=0)).cpu().numpy()
+    return found
 
 
 def rows_that_differ(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> torch.Tensor:

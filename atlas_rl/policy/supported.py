@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 REMEDY = "generate with the trainer's own engine, or with vLLM if it knows the policy"
@@ -72,6 +73,23 @@ def refuse_layers(config: Any, name: str) -> None:
         raise ValueError(
             f"{name} has layers of type {', '.join(map(repr, other))}: in process only 'full_attention' and "
             f"'sliding_attention' layers can run rows of different lengths together; {REMEDY}"
+        )
+
+
+def refuse_modules(model: nn.Module) -> None:
+    """Raise `ValueError` for a policy whose weights are elsewhere, or whose modules are compiled to something else."""
+    name = type(model).__name__
+    away = next((key for key, weight in model.named_parameters() if weight.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"{name} has weights that are not in memory ({away} is on device 'meta'): it was offloaded by accelerate, or "
+            "they were never loaded. Load it without offloading (no device_map that puts layers on 'cpu' or 'disk')"
+        )
+    scripted = next((key for key, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise ValueError(
+            f"{name} has a module compiled by torch.jit ({scripted or 'itself'}), whose mode and forward cannot be changed "
+            "for the time of a call: use the module that it was made from"
         )
 
 

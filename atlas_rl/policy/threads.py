@@ -71,9 +71,8 @@ class _Changes:
         self._follow(change)
 
     def end(self, change: _Change) -> None:
-        if any(each is change for each in self.open):
-            self.open = [each for each in self.open if each is not change]
-            self._follow(change)
+        self.open = [each for each in self.open if each is not change]
+        self._follow(change)
 
     def restore(self) -> None:
         """Put everything back; may be interrupted, and called again."""
@@ -109,19 +108,16 @@ _changes = _Changes()
 def generating() -> Iterator[None]:
     """Inside, this thread has the lock; what an interrupt left of earlier calls has been put back."""
     outermost = not _is_owned()
-    try:
-        with GENERATING:
-            if outermost:
-                _changes.restore()
-            _changes.owner = threading.get_ident()
+    with GENERATING:
+        if outermost:
+            _changes.restore()
+        _changes.owner = threading.get_ident()
+        try:
             yield
-    finally:
-        # Nothing is left to do, unless an interrupt hit the end of a change. Who has the lock now has done it at the begin.
-        if not _is_owned() and GENERATING.acquire(blocking=False):
-            try:
+        finally:
+            # What is open now is of a call that this one is taken in turns with, or was left by an interrupt.
+            if outermost and not _changes.open:
                 _changes.restore()
-            finally:
-                GENERATING.release()
 
 
 def _is_owned() -> bool:
@@ -146,6 +142,7 @@ def one_at_a_time(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off in this thread. No training flag is written, and what others write meanwhile stays."""
+    # Wrappers of torch.compile have no flag of their own: what they wrap has one, and is among the modules.
     with generating(), _changed(_EVALUATED, [(m, True) for m in model.modules() if m.__dict__.get("training")]):
         yield
 

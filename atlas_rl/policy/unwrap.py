@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import nn
 
+from atlas_rl.policy.compiled import is_compiled
+
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _PASSES_THROUGH = ("torch.", "accelerate.", "deepspeed.")
 """Where functions come from that change how a forward runs (precision, gathering of weights), not what it computes."""
@@ -39,14 +41,16 @@ def unwrap_policy(model: Any) -> Any:
         inside = _inside(model)
         if inside is None:
             return model
-        _check_wrapper(model)
+        if not is_compiled(model):  # whose forward is that of what it compiles
+            _check_forward(model)
+        _check_hooks(model)
         model = inside
 
 
 def without_parallel_wrappers(model: Any) -> Any:
     """The policy as its trainer runs it, PEFT wrapper and mixed precision included, but outside of any collective."""
-    while isinstance(model, _PARALLEL):
-        model = model.module
+    while isinstance(model, _PARALLEL) or is_compiled(model):
+        model = model._orig_mod if is_compiled(model) else model.module
     return model
 
 
@@ -54,6 +58,8 @@ def _inside(model: Any) -> Any | None:
     """What a wrapper calls; None for a model that is none."""
     if isinstance(model, _PARALLEL):
         return model.module
+    if is_compiled(model):
+        return model._orig_mod
     if not hasattr(model, "peft_config"):
         return None  # also spares the import of PEFT
     from peft import PeftMixedModel, PeftModel
@@ -69,7 +75,7 @@ def _inside(model: Any) -> Any | None:
     return None
 
 
-def _check_wrapper(wrapper: nn.Module) -> None:
+def _check_forward(wrapper: nn.Module) -> None:
     """Raise `ValueError` for a wrapper whose forward does anything but delegate."""
     name = _name(wrapper)
     replaced = vars(wrapper).get("forward")
@@ -77,17 +83,22 @@ def _check_wrapper(wrapper: nn.Module) -> None:
         raise ValueError(
             f"{name} computes in a forward of its own, outside of the layers, which a rollout would lose: {_INSTEAD}"
         )
-    for hook in _hooks(wrapper):
-        if not _origin(hook).startswith(_PASSES_THROUGH):
+
+
+def _check_hooks(wrapper: nn.Module) -> None:
+    """Raise `ValueError` for a wrapper with hooks that a rollout would lose."""
+    name = _name(wrapper)
+    for hook in hooks_of(wrapper):
+        if not origin_of(hook).startswith(_PASSES_THROUGH):
             raise ValueError(
-                f"a forward hook ({_origin(hook)}) is registered on {name}, a wrapper that rollouts do not run through: "
+                f"a forward hook ({origin_of(hook)}) is registered on {name}, a wrapper that rollouts do not run through: "
                 "register it on the model inside (get_base_model()), or remove it"
             )
     steering: Any = getattr(wrapper, "_enable_peft_forward_hooks", None)
     if steering is not None:
-        before = sum(1 for module in wrapper.modules() for _ in _hooks(module))
+        before = sum(1 for module in wrapper.modules() for _ in hooks_of(module))
         with steering():
-            during = sum(1 for module in wrapper.modules() for _ in _hooks(module))
+            during = sum(1 for module in wrapper.modules() for _ in hooks_of(module))
         if during != before:
             raise ValueError(f"{name} steers its layers by hooks during its own forward: {_INSTEAD}")
 
@@ -134,7 +145,7 @@ def _is_delegation(forward: Any, wrapper: Any) -> bool:
             return False
         if function in _plain_forwards(wrapper):
             return True
-        if not _origin(function).startswith(_PASSES_THROUGH) or not hasattr(function, "__wrapped__"):
+        if not origin_of(function).startswith(_PASSES_THROUGH) or not hasattr(function, "__wrapped__"):
             return False
         forward = function.__wrapped__
 
@@ -144,15 +155,16 @@ def _class_forward(wrapper: nn.Module) -> Any:
     return type(wrapper).__call__ if own_call else type(wrapper).forward
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
+def hooks_of(module: nn.Module) -> Iterator[Any]:
+    """Forward hooks of a module, not of those inside it."""
     yield from module._forward_pre_hooks.values()
     yield from module._forward_hooks.values()
 
 
-def _origin(function: Any) -> str:
+def origin_of(function: Any) -> str:
     """Module of the code of a callable. A decorator's `__module__` is that of what it decorates, so it is not asked."""
     if isinstance(function, functools.partial):
-        return _origin(function.func)
+        return origin_of(function.func)
     function = getattr(function, "__func__", function)
     globals_ = getattr(function, "__globals__", None)
     return str(type(function).__module__ if globals_ is None else globals_.get("__name__", ""))

@@ -57,6 +57,8 @@ def trainer_metrics(report: StepReport) -> dict[str, float]:
         "accepted_length": report.accepted_length,
         "acceptance_rate": report.acceptance_rate,
         "speedup_estimate": report.speedup_estimate,
+        "speedup_measured": report.speedup_measured,
+        "baseline_tokens_per_s": report.baseline_tokens_per_s,
         "no_speculation_tokens_per_s": report.no_speculation_tokens_per_s,
         "entropy": report.entropy,
         "mean_max_prob": report.mean_max_prob,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from atlas_rl.checks import path, shown, wrong
 from atlas_rl.config import EngineConfig
 from atlas_rl.decode.generate import Backend, InProcessBackend
 from atlas_rl.sampling.verification import VERIFIERS
@@ -27,10 +28,12 @@ def new_backend(model: Any, config: EngineConfig) -> Backend:
         return model
     if isinstance(model, nn.Module):
         return InProcessBackend(model, VERIFIERS[config.verification](), config.max_batch_size)
+    if isinstance(model, str | Path):
+        _check_checkpoint(model, config)
+    elif config.backend == "in_process":
+        raise ValueError(f"model must be a loaded causal LM in process, got {type(model).__name__} {shown(model)}")
     from atlas_rl.vllm.backend import VllmBackend, build_llm
 
-    if config.backend == "in_process":
-        raise ValueError(f"the in-process backend takes a loaded causal LM, got {type(model).__name__}")
     if isinstance(model, str | Path):
         model = build_llm(model, vllm_draft_folder(config))
     if not hasattr(model, "llm_engine"):
@@ -39,6 +42,48 @@ def new_backend(model: Any, config: EngineConfig) -> Backend:
             f"{type(model).__name__}"
         )
     return VllmBackend(model)
+
+
+def _check_checkpoint(model: str | Path, config: EngineConfig) -> None:
+    """Raise `ValueError` for a checkpoint's name that cannot be worked with, before vLLM is loaded for it."""
+    folder = path("model", model, "a loaded causal LM, or for vLLM the folder or name of a checkpoint")
+    if config.backend == "in_process":
+        raise ValueError(
+            f"model must be a loaded causal LM in process, got {shown(model)}: give "
+            f"AutoModelForCausalLM.from_pretrained({str(model)!r})"
+        )
+    names_a_folder = isinstance(model, Path) or model.startswith(("/", ".", "~")) or model.count("/") > 1
+    if names_a_folder and not folder.exists():
+        raise ValueError(
+            f"model={str(model)!r}: no such folder. A path or name of a checkpoint is for vLLM, which loads it; to "
+            "generate in process give a loaded causal LM, AutoModelForCausalLM.from_pretrained(...)"
+        )
+
+
+def resized(backend: Backend) -> bool:
+    """Whether the policy's embeddings have grown since the backend was made: drafters are then bound anew.
+
+    Raises:
+        ValueError: They have shrunk.
+    """
+    before, now = backend.vocab_size, backend.current_vocab_size()
+    if now < before:
+        raise ValueError(
+            f"the policy's vocabulary has shrunk from {before} tokens to {now}, and drafters remember tokens that are "
+            "gone: make a new engine"
+        )
+    return now > before
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `ValueError` for a tokenizer that knows of no ending tokens, such as its name, or a processor around one."""
+    if tokenizer is None or hasattr(tokenizer, "eos_token_id"):
+        return
+    if hasattr(tokenizer, "tokenizer"):
+        raise ValueError(
+            f"tokenizer is a {type(tokenizer).__name__}: give the one inside, tokenizer=processor.tokenizer"
+        )
+    raise wrong("tokenizer", "a loaded tokenizer (AutoTokenizer.from_pretrained(...)) or None", tokenizer)
 
 
 def vllm_draft_folder(config: EngineConfig) -> str | Path | None:
@@ -74,7 +119,8 @@ def static_speculator(
     try:
         kind = kind_of(model)
     except ValueError as error:
-        raise ValueError(f"draft_model: {error}; a four-bit copy of the policy itself is draft_model='fp4'") from error
+        said = str(error).rstrip(".")
+        raise ValueError(f"draft_model: {said}. A four-bit copy of the policy itself is draft_model='fp4'") from error
     if kind == EAGLE3:
         return Eagle3Speculator(model)
     if kind != CAUSAL_LM or not serves_lms:

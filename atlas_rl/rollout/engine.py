@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from atlas_rl.audit.auditor import Audit, Auditor
+from atlas_rl.checks import token_ids
 from atlas_rl.config import EngineConfig
 from atlas_rl.controller.base import Controller
 from atlas_rl.controller.fixed import NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
-from atlas_rl.core import Rollouts, SamplingParams, reject_unknown
+from atlas_rl.core import Rollouts, SamplingParams
 from atlas_rl.decode.defaults import bind_all, default_speculators
 from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
 from atlas_rl.decode.guard import Faults, GuardedController
@@ -26,11 +27,11 @@ from atlas_rl.report.lost_writes import LostWrites
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds
 from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings, sinks_in
-from atlas_rl.rollout.backends import new_backend, static_speculator
+from atlas_rl.rollout.backends import check_tokenizer, new_backend, resized, static_speculator
 from atlas_rl.rollout.output import GenerationOutput
-from atlas_rl.rollout.requests import build_sequences
+from atlas_rl.rollout.requests import build_sequences, check_names
 from atlas_rl.speculators.base import Speculator
-from atlas_rl.sync.checkpoint import load_state, restore, save_state
+from atlas_rl.sync.checkpoint import file_to_read, file_to_write, load_state, restore, save_state
 from atlas_rl.sync.refresh import PolicyTracker
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class RolloutEngine:
         ValueError: An unknown option, or a value it does not take, such as a folder that cannot be written to.
     """
 
+    _without_policy = (
+        "this engine has no policy: use AtlasRolloutEngine(model=..., tokenizer=...).generate(...) stand-alone, or "
+        "AtlasRolloutEngine().attach(trainer) in training"
+    )
+
     def __init__(
         self,
         *,
@@ -64,9 +70,10 @@ class RolloutEngine:
         **options: Any,
     ) -> None:
         self.config = EngineConfig.of(options)
+        check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.reports: list[StepReport] = []
-        self._model = model
+        self.model = model
         self._backend: Backend | None = None
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
@@ -80,7 +87,7 @@ class RolloutEngine:
         self._lost = LostWrites()
         self._sink: JsonlSink | None = None
         self._trace_sink: JsonlSink | None = None
-        if self.config.output_dir:
+        if self.config.output_dir is not None:
             self._sink, self._trace_sink = sinks_in(Path(self.config.output_dir), trace=self.config.trace)
         if model is not None:
             self._speculators_for(self._backend_for(model))
@@ -96,7 +103,7 @@ class RolloutEngine:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | int | None = None,
         seed: int | None = None,
         **unknown: Any,
     ) -> GenerationOutput:
@@ -111,20 +118,16 @@ class RolloutEngine:
             top_p: Probability kept.
             min_p: Least probability kept, relative to the likeliest.
             repetition_penalty: 1 is off.
-            eos_token_ids: Tokens that end a completion; None takes the tokenizer's and the policy's.
+            eos_token_ids: Tokens that end a completion, or one; None takes the tokenizer's and the policy's.
             seed: Equal seeds give equal tokens; None draws one from torch's generator.
             unknown: Refused, with the nearest option's name.
 
         Raises:
             ValueError: Anything the arguments have wrong; nothing has been generated then.
         """
-        known = ("num_generations", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        reject_unknown(unknown, (*known, "eos_token_ids", "seed"), "generate()")
-        if self._model is None:
-            raise ValueError(
-                "this engine has no policy: use AtlasRolloutEngine(model=..., tokenizer=...).generate(...) stand-alone, "
-                "or AtlasRolloutEngine().attach(trainer) in training"
-            )
+        check_names(unknown)
+        if self.model is None:
+            raise ValueError(self._without_policy)
         sampling = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -132,10 +135,10 @@ class RolloutEngine:
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
-            eos_token_ids=tuple(self._default_eos() if eos_token_ids is None else eos_token_ids),
+            eos_token_ids=token_ids("eos_token_ids", self._default_eos() if eos_token_ids is None else eos_token_ids),
             seed=int(torch.randint(2**62, ()).item()) if seed is None else seed,
         )
-        output = self.rollout(self._model, prompts, sampling, num_generations=num_generations)
+        output = self.rollout(self.model, prompts, sampling, num_generations=num_generations)
         self.publish(output.report)
         return output
 
@@ -210,9 +213,11 @@ class RolloutEngine:
         """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
 
         Trainers call it through the integration; stand-alone users call it after their own optimizer step.
+        `version` is the policy's, a whole number not below the present one (`ValueError`); None counts up by one.
         """
+        version = self._policy.checked(version)
         speculators = self._speculators or {}
-        if self._backend is not None and self._resized(self._backend):
+        if self._backend is not None and resized(self._backend):
             self._backend_for(self._backend.view.model)
         if self._backend is not None:
             self._backend.check_drafters(speculators)
@@ -294,18 +299,20 @@ class RolloutEngine:
         """What a full or broken disk did not take, by kind, such as `{"report line": 3}`; empty where all is well."""
         return dict(self._lost.counts)
 
-    def save_drafters(self, path: Path) -> None:
+    def save_drafters(self, path: str | Path) -> None:
         """Write `state_dict()` to a file. A disk that does not take it costs that file: a warning, and `lost_writes`."""
+        file = file_to_write(path)
         with self._lost.tolerate("drafter state"):
             try:
-                save_state(path, self.state_dict())
+                save_state(file, self.state_dict())
             except TypeError as error:  # of a speculator from elsewhere
                 logger.warning("atlas_rl: the drafters' state is not saved: %s", error)
 
-    def load_drafters(self, path: Path) -> None:
-        """Read what `save_drafters` wrote. What is damaged or foreign is named in a warning, and starts afresh."""
+    def load_drafters(self, path: str | Path) -> None:
+        """Read what `save_drafters` wrote; `ValueError` for no file. What is damaged or foreign costs a warning."""
+        file = file_to_read(path)
         try:
-            state = load_state(path)
+            state = load_state(file)
         except ValueError as error:
             logger.warning("atlas_rl: %s. All drafters start afresh", error)
         else:
@@ -313,23 +320,12 @@ class RolloutEngine:
 
     def _backend_for(self, model: Any) -> Backend:
         backend = self._backend
-        if backend is None or self._resized(backend) or not backend.runs(model):
+        if backend is None or resized(backend) or not backend.runs(model):
             backend = new_backend(model, self.config)
             for speculator in (self._speculators or {}).values():
                 speculator.bind(backend.view, backend.couples_noise)
             self._backend = backend
         return backend
-
-    @staticmethod
-    def _resized(backend: Backend) -> bool:
-        """Whether the policy's embeddings have grown since the backend was made: drafters are then bound anew."""
-        before, now = backend.vocab_size, backend.current_vocab_size()
-        if now < before:
-            raise ValueError(
-                f"the policy's vocabulary has shrunk from {before} tokens to {now}, and drafters remember tokens that are "
-                "gone: make a new engine"
-            )
-        return now > before
 
     def _speculators_for(self, backend: Backend) -> dict[str, Speculator]:
         if not backend.leads:
@@ -370,8 +366,8 @@ class RolloutEngine:
         return audit
 
     def _default_eos(self) -> list[int]:
-        assert self._model is not None
-        found = ending_tokens_of(self.tokenizer) + self._backend_for(self._model).eos_token_ids()
+        assert self.model is not None
+        found = ending_tokens_of(self.tokenizer) + self._backend_for(self.model).eos_token_ids()
         if self.tokenizer is None and not found:
             raise ValueError("no ending token is known: give the engine a tokenizer, or generate() eos_token_ids=[...]")
         return list(dict.fromkeys(found))

@@ -10,8 +10,26 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import request_keys
+from atlas_rl.checks import plain, reject_unknown, shown, whole
 from atlas_rl.core import SamplingParams, Sequences, prompt_key
 from atlas_rl.policy.base import roomy
+
+OPTIONS = (
+    "num_generations", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_ids",
+    "seed",
+)  # fmt: skip
+"""Keywords of `generate`."""
+
+_ELSEWHERE = {
+    "do_sample": "temperature",
+    "max_tokens": "max_new_tokens",
+    "n": "num_generations",
+    "num_return_sequences": "num_generations",
+    "stop_token_ids": "eos_token_ids",
+}
+"""What transformers and vLLM call them, where the name is not near."""
+
+_TOKENIZE = ": tokenize it, tokenizer([text])['input_ids']"
 
 
 def build_sequences(
@@ -41,13 +59,8 @@ def build_sequences(
     Raises:
         ValueError: No prompts, an empty one, one longer than the context, a token outside the vocabulary.
     """
-    if not isinstance(num_generations, Integral) or num_generations < 1:
-        raise ValueError(f"num_generations must be at least 1, and whole, got {num_generations}")
-    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts must be lists of token ids, one per prompt, got {type(prompts).__name__}")
-    prompts, num_generations = list(prompts), int(num_generations)
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one list of token ids")
+    num_generations = whole("num_generations", num_generations, 1)
+    prompts = _several(prompts)
     rows = [_checked(index, prompt, vocab_size, max_context) for index, prompt in enumerate(prompts)]
     for token in sampling.eos_token_ids:
         if not 0 <= token < vocab_size:
@@ -75,13 +88,42 @@ def build_sequences(
     return sequences, limits
 
 
+def check_names(unknown: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for keywords of `generate` that are not among `OPTIONS`."""
+    reject_unknown(unknown, OPTIONS, "generate()", elsewhere=_ELSEWHERE)
+
+
+def _several(prompts: Any) -> list[Any]:
+    """The prompts as a list. One prompt alone, text, and what a tokenizer returns are refused with the cure."""
+    if isinstance(prompts, Mapping | str | bytes) or not isinstance(prompts, Iterable):
+        cure = _TOKENIZE if isinstance(prompts, str | bytes) else ""
+        if isinstance(prompts, Mapping) and "input_ids" in prompts:
+            cure = ": give its 'input_ids', without padding"
+        raise ValueError(
+            f"prompts must be lists of token ids, one per prompt, got {type(prompts).__name__} {shown(prompts)}{cure}"
+        )
+    given = [plain(prompt) for prompt in prompts]
+    if not given:
+        raise ValueError("prompts is empty: give at least one list of token ids")
+    if all(isinstance(prompt, Integral) for prompt in given):
+        raise ValueError(
+            "prompts must be lists of token ids, one per prompt, got a flat list of token ids: a single prompt is "
+            f"{shown([given])}"
+        )
+    return given
+
+
 def _checked(index: int, prompt: Any, vocab_size: int, max_context: int | None) -> np.ndarray:
+    if isinstance(prompt, str | bytes):
+        raise ValueError(f"prompt {index} must be a flat list of token ids, got text {shown(prompt)}{_TOKENIZE}")
     try:
         row = np.asarray(prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt)
     except ValueError as error:  # lists of different lengths within the prompt
         raise ValueError(f"prompt {index} must be a flat list of token ids, got nested lists") from error
     if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
-        raise ValueError(f"prompt {index} must be a flat list of token ids, got {type(prompt).__name__} {row.dtype}")
+        raise ValueError(
+            f"prompt {index} must be a flat list of token ids, got {shown(prompt)} ({type(prompt).__name__}, {row.dtype})"
+        )
     if row.size == 0:
         raise ValueError(f"prompt {index} is empty: a prompt needs at least one token (the BOS token, say)")
     if row.min() < 0 or row.max() >= vocab_size:

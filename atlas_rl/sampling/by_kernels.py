@@ -70,7 +70,7 @@ class FusedVerifier(Verifier):
             verified = verify_by_rejection(
                 *rows, temperature=temperature, draft_probs=probs, implementation=self._implementation
             )
-        return _outcome(verified, logits, row, depth, int(counts.max()))
+        return _outcome(verified, logits, row, depth, sampling)
 
 
 def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor | None:
@@ -82,22 +82,28 @@ def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Ten
     return draft.draft_probs[torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)]
 
 
-def _outcome(verified: Verification, logits: torch.Tensor, row: np.ndarray, depth: np.ndarray, width: int) -> Outcome:
+def _outcome(
+    verified: Verification, logits: torch.Tensor, row: np.ndarray, depth: np.ndarray, sampling: SamplingParams
+) -> Outcome:
     """Packed results, from the device, as one row per request; zeros behind what is committed.
 
     Whether the logits were distributions is read off what is downloaded anyway.
     """
-    num_accepted = verified.num_accepted.cpu().numpy()
+    num_accepted, width = verified.num_accepted.cpu().numpy(), int(depth.max()) + 1
     figures = torch.stack([verified.logprobs, verified.entropies, verified.max_probs]).cpu().numpy()
     outcome = Outcome(
         np.zeros((len(num_accepted), width), np.int64),
         num_accepted,
         *(np.zeros((len(num_accepted), width), np.float32) for _ in range(3)),
     )
-    valid = depth <= num_accepted[row]
+    tokens = verified.token_ids.cpu().numpy()
+    ends = np.cumsum(sampling.ends(tokens))
+    start = np.arange(len(row)) - depth
+    ended = np.append(0, ends)  # before each row of logits
+    valid = (depth <= num_accepted[row]) & (ended[:-1] == ended[start])  # behind an ending token nothing is committed
     require_distributions(figures[2, valid], logits, np.flatnonzero(valid))
     row, depth = row[valid], depth[valid]
-    outcome.token_ids[row, depth] = verified.token_ids.cpu().numpy()[valid]
+    outcome.token_ids[row, depth] = tokens[valid]
     for array, values in zip((outcome.logprobs, outcome.entropies, outcome.max_probs), figures, strict=True):
         array[row, depth] = values[valid]
     return outcome

@@ -119,8 +119,8 @@ class Verifier(ABC):
             outcome.logprobs[going, depth] = logprobs.cpu().numpy()
             outcome.entropies[going, depth] = entropies(processed, probs, chosen, logprobs, sampling.truncates)
             outcome.max_probs[going, depth] = max_probs
-            going = going[accepted]
-            outcome.num_accepted[going] += 1
+            outcome.num_accepted[going[accepted]] += 1
+            going = going[accepted & ~sampling.ends(tokens)]  # behind an ending token nothing is committed
             if not len(going):
                 break
         return outcome

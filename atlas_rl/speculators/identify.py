@@ -31,6 +31,7 @@ _P_EAGLE, _DFLASH, _DSPARK, _MTP = (
 )
 _MEDUSA, _HYDRA, _MLP = "Medusa heads", "Hydra heads", "an MLP speculator"
 
+_GIVE = " Give a folder that save_pretrained() wrote."
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 # Parts of names, without `-` and `_`, in the order in which they are looked for: "peagle" has "eagle" in it.
 _NAMES = {
@@ -94,7 +95,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = " The folder holds an adapter: merge it into its model and save that." if adapter else ""
-        raise ValueError(f"no checkpoint in '{folder}': config.json is missing.{hint}")
+        missing = (
+            "config.json is missing"
+            if folder.is_dir()
+            else "there is no such folder, and names of the hub are not looked up"
+        )
+        raise ValueError(f"no checkpoint in '{folder}': {missing}.{hint or _GIVE}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -67,7 +67,7 @@ class TokenRows:
     @classmethod
     def empty(cls, vocab_size: int, hidden_size: int, device: torch.device) -> TokenRows:
         """No rows yet."""
-        rows = torch.zeros(0, hidden_size, device=device)
+        rows = torch.zeros(0, hidden_size, dtype=torch.float32, device=device)
         return cls(np.full(vocab_size, -1, np.int64), np.zeros(0, np.int64), rows, rows, rows[:, 0])
 
     def add(self, token_ids: np.ndarray, policy: PolicyView) -> None:

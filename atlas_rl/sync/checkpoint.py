@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from atlas_rl.checks import path as checked_path
 from atlas_rl.speculators.base import Speculator
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,23 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def file_to_write(path: Any) -> Path:
+    """Where drafters are to be saved; `ValueError` for no path, or one of a folder."""
+    file = checked_path("path", path, "the file to write")
+    if file.is_dir():
+        raise ValueError(f"path='{file}' is a folder: name the file in it, such as '{file / FILE_NAME}'")
+    return file
+
+
+def file_to_read(path: Any) -> Path:
+    """Where drafters were saved; `ValueError` for no path, or where no file is."""
+    file = checked_path("path", path, "a file that save_drafters() wrote")
+    if not file.is_file():
+        found = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"path='{file}' {found}: give a file that save_drafters() wrote")
+    return file
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+from atlas_rl.checks import shown
 from atlas_rl.controller.base import Controller
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.base import Speculator
@@ -40,7 +41,7 @@ class PolicyTracker:
         text = str(version)
         number = int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else -1
         if isinstance(version, bool) or not 0 <= number <= MAX_VERSION:
-            raise ValueError(f"a policy version is a whole number up to {MAX_VERSION}, got {text[:40]!r}")
+            raise ValueError(f"a policy version is a whole number up to {MAX_VERSION}, got {shown(version)}")
         if number < self.version:
             raise ValueError(f"policy versions do not fall: this one is {self.version}, got {number}")
         return number

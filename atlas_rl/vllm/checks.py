@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from atlas_rl.core import SamplingParams, reject_unknown
+from atlas_rl.checks import reject_unknown
+from atlas_rl.core import SamplingParams
 
 PROPOSER = "atlas_rl.vllm.proposer.AtlasProposer"
 NUM_SPECULATIVE_TOKENS = 16

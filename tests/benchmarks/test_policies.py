@@ -37,6 +37,23 @@ def test_the_page_shows_the_recorded_result(recorded):
     assert page.split(BEGIN)[1].split(END)[0].strip() == table(recorded).strip()
 
 
+def test_a_long_reason_ends_with_a_sentence_or_a_word():
+    words = "word " * 100
+    for detail, shown in (
+        (f"One. Two. {words}", "One. Two ..."),
+        (words, f"{'word ' * 52}..."),
+        ("One. Two.", "One. Two."),
+    ):
+        row = {"name": "x", "model_class": None, "outcome": "not built", "detail": detail}
+        result = {"environment": {"versions": {"transformers": "5"}}, "policies": [row]}
+        assert table(result).splitlines()[-1] == f"| x |  | not built: {shown} |"
+
+
+def test_rows_are_told_apart_by_name(recorded):
+    names = [line.split(" | ")[0] for line in table(recorded).splitlines()[4:]]
+    assert len(names) == len(set(names)) == len(recorded["policies"])
+
+
 def test_no_class_is_wrong_or_crashes(recorded):
     outcomes = {row["name"]: row["outcome"] for row in recorded["policies"]}
     assert set(outcomes.values()) == {"same", "refused", "not built"}

@@ -54,6 +54,8 @@ def test_attached_trainers_train(kind: str, peft: bool, tokenizer: Any, tmp_path
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     speeds = [report.tokens_per_s for report in engine.reports]
     assert [entry["atlas/tokens_per_s"] for entry in logged] == pytest.approx(speeds)
+    gains = [report.speedup_measured for report in engine.reports]
+    assert [entry["atlas/speedup_measured"] for entry in logged] == pytest.approx(gains)
 
 
 def test_rollout_func_is_the_second_way_in(tokenizer: Any, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
@@ -153,3 +155,83 @@ def test_a_tokenizer_without_an_ending_token_trains(kind: str, tmp_path: Path) -
     engine = attach(trainer)
     trainer.train()
     assert set(engine.reports[0].completion_lengths) == {12}
+
+
+def test_a_second_engine_is_told_from_the_first(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    engine = attach(trainer)
+    with pytest.raises(ValueError, match="already generates with this engine: attach once"):
+        engine.attach(trainer)
+    with pytest.raises(ValueError, match="already generates with another engine: build a new trainer"):
+        attach(trainer)
+
+
+def test_an_engine_of_another_policy_is_refused(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    with pytest.raises(ValueError, match=r"model=LlamaForCausalLM.* not the trainer's policy: leave model= out"):
+        AtlasRolloutEngine(model=policy(), console=False).attach(trainer)
+    assert not trainer.use_vllm
+    AtlasRolloutEngine(model=trainer.model, console=False).attach(trainer)
+
+
+def test_an_engine_of_the_model_inside_a_wrapper_is_the_trainers(tmp_path: Path) -> None:
+    model = policy()
+    trainer = build_trainer("grpo", model, word_tokenizer(), tmp_path, peft=True)
+    AtlasRolloutEngine(model=model, console=False).attach(trainer)
+
+
+def test_an_attached_engine_says_who_generates(tmp_path: Path) -> None:
+    engine = attach(build(tmp_path))
+    with pytest.raises(ValueError, match=r"attached to a trainer.*model=trainer.model"):
+        engine.generate([[2]], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("value", [1.5, True, None, "2", -1, [1]])
+def test_a_wrong_baseline_is_refused(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"baseline_every must be .* got {re.escape(repr(value))}"):
+        AtlasRolloutEngine(console=False).attach(build(tmp_path), baseline_every=value)
+
+
+@pytest.mark.parametrize("built", [None, GRPOTrainer, 3])
+def test_what_is_no_trainer_is_named(built: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"takes a trainer that is built.* got (a NoneType|the class GRPOTrainer|a int)"
+    ):
+        attach(built)
+
+
+OF_THE_POLICY = {"no_repeat_ngram_size": 1, "suppress_tokens": [2, 3], "typical_p": 0.2, "num_beams": 2, "top_h": 0.1}
+
+
+@pytest.mark.parametrize("name", OF_THE_POLICY)
+def test_what_the_policys_own_config_asks_for_is_not_lost(name: str, tmp_path: Path) -> None:
+    """TRL by itself would have generated so."""
+    model = policy()
+    setattr(model.generation_config, name, OF_THE_POLICY[name])
+    with pytest.raises(ValueError, match=f"the policy's generation_config {{'{name}'.* cannot be honoured in process"):
+        attach(build(tmp_path, model=model))
+
+
+def test_an_option_that_the_trainer_leaves_open_is_the_policys(tmp_path: Path) -> None:
+    model, trained = policy(), []
+
+    def noted(completion_ids: Any, **kwargs: Any) -> list[float]:
+        trained.extend(completion_ids)
+        return [0.0] * len(completion_ids)
+
+    model.generation_config.min_p = 1.0  # the likeliest token only; the trainer's own min_p is None
+    trainer = build_trainer("grpo", model, word_tokenizer(), tmp_path, reward_funcs=noted, max_steps=1)
+    attach(trainer)
+    trainer.train()
+    assert len({tuple(row) for row in trained}) <= 2, "one completion for each of two prompts"
+    assert len(trained) == 8
+
+
+def test_ending_tokens_may_be_a_tensor(tmp_path: Path) -> None:
+    model = policy()
+    model.generation_config.eos_token_id = torch.tensor([1, 3])
+    attach(build(tmp_path, model=model))
+    trainer = build(tmp_path)
+    trainer.eos_token_ids = torch.tensor([[1, 3]])
+    with pytest.raises(ValueError, match=r"eos_token_id of the policy's generation_config\) must be .* got tensor"):
+        attach(trainer)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import GenerationConfig
 
+from atlas_rl.checks import shown
 from atlas_rl.core import SamplingParams
-from atlas_rl.integrations.trl.sampling import OPTIONS, read_sampling
+from atlas_rl.integrations.trl.sampling import OPTIONS, left_to_the_policy, read_sampling
 
 
 def trainer(generation_kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -108,6 +113,101 @@ def test_entries_that_ask_for_something_are_kept(entry: dict[str, Any]) -> None:
 def test_entries_against_the_trainer_are_refused_with_advice(entry: dict[str, Any], advice: str) -> None:
     with pytest.raises(ValueError, match=advice):
         read_sampling(trainer(entry), seed=0)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"suppress_tokens": np.array([])},
+        {"suppress_tokens": torch.tensor([])},
+        {"bad_words_ids": ()},
+        {"n": torch.tensor(1)},
+        {"do_sample": np.bool_(True)},
+        {"eos_token_id": torch.tensor([1, 2])},
+        {"max_new_tokens": np.int64(12)},
+    ],
+    ids=str,
+)
+def test_neutral_values_of_every_type_are_dropped(entry: dict[str, Any]) -> None:
+    assert read_sampling(trainer(entry), seed=0).extra == {}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"n": torch.tensor([1, 1])},
+        {"n": "1"},
+        {"suppress_tokens": np.array([3, 4])},
+        {"suppress_tokens": torch.tensor([3])},
+        {"typical_p": np.array([1.0, 1.0])},
+        {"no_repeat_ngram_size": [[]]},
+        {"stop": ""},
+    ],
+    ids=str,
+)
+def test_values_of_every_type_that_ask_for_something_are_kept(entry: dict[str, Any]) -> None:
+    assert list(read_sampling(trainer(entry), seed=0).extra) == list(entry)
+
+
+WRONG: tuple[Any, ...] = ("1", True, [[1]], object(), math.nan, 2.5, np.array([1, 2]), torch.tensor([[1]]), {1: 2})
+
+
+@pytest.mark.parametrize("value", WRONG, ids=str)
+@pytest.mark.parametrize("name", [*OPTIONS, "eos_token_id", "max_new_tokens", "do_sample"])
+def test_a_wrong_value_is_named(name: str, value: Any) -> None:
+    takes = {2.5: ("temperature", "repetition_penalty"), True: ("do_sample",)}
+    if isinstance(value, float | bool) and name in takes.get(value, ()):
+        return
+    if name == "eos_token_id" and isinstance(value, np.ndarray):
+        return
+    with pytest.raises(ValueError, match=name) as refused:
+        read_sampling(trainer({name: value}), seed=0)
+    assert shown(value) in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["12", None, True, 0, 2.5])
+def test_the_trainers_own_option_is_named(value: Any) -> None:
+    of = trainer()
+    of.max_completion_length = value
+    with pytest.raises(ValueError, match=f"max_completion_length must be .* got {value!r}"):
+        read_sampling(of, seed=0)
+
+
+def test_do_sample_is_quoted_as_it_was_given() -> None:
+    for value, said in ((False, "do_sample=False: Leave"), (None, "do_sample=None: transformers takes that for False")):
+        with pytest.raises(ValueError, match=said):
+            read_sampling(trainer({"do_sample": value}), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [(torch.tensor([1, 3]), (1, 3)), (torch.tensor(4), (4,)), ([1, None], (1,))]
+)
+def test_ending_tokens_may_be_tensors(given: Any, wanted: tuple[int, ...]) -> None:
+    of = trainer()
+    of.eos_token_ids = given
+    assert read_sampling(of, seed=0).params.eos_token_ids == wanted
+
+
+@pytest.mark.parametrize("given", ["1", [[1]], [1.5], True, object()], ids=str)
+def test_ending_tokens_that_are_none_are_refused(given: Any) -> None:
+    of = trainer()
+    of.eos_token_ids = given
+    with pytest.raises(ValueError, match="eos_token_id of the policy's generation_config"):
+        read_sampling(of, seed=0)
+
+
+def test_the_policys_own_config_holds_where_the_trainer_has_nothing() -> None:
+    """As in `transformers.generate`, by which TRL generates."""
+    config = GenerationConfig(min_p=0.3, temperature=0.2, no_repeat_ngram_size=2, max_new_tokens=5, length_penalty=2.0)
+    config.chat_format = "of its own"
+    of = trainer({"no_repeat_ngram_size": None}, repetition_penalty=None)
+    of.model = SimpleNamespace(generation_config=config)
+    sampling = read_sampling(of, 0, left_to_the_policy(of))
+    assert sampling.params == SamplingParams(max_new_tokens=12, min_p=0.3, eos_token_ids=(1, 2))
+    assert sampling.extra == {"no_repeat_ngram_size": 2}
+    of.args.generation_kwargs = {"no_repeat_ngram_size": 0, "min_p": 0.1}
+    sampling = read_sampling(of, 0, left_to_the_policy(of))
+    assert (sampling.params.min_p, sampling.extra) == (0.1, {})
 
 
 @pytest.mark.parametrize("off", [None, 0, -1])

@@ -156,6 +156,59 @@ def test_memory_that_is_not_there_is_said_and_costs_nothing(monkeypatch):
         assert torch.equal(run(runner, [0] * 2, [20, 20]), expected)
 
 
+@pytest.mark.parametrize("failing", range(4))
+@pytest.mark.parametrize(("rows", "cells"), [(8, 82), (4, 128), (2, 110), (8, 110)])
+def test_a_cache_says_what_every_tensor_holds_wherever_resizing_ends(failing, rows, cells, monkeypatch):
+    runner = InProcessRunner(tiny_llama(seed=3))
+    cache = runner.new_cache(8, 128)
+    allocated, calls = ragged_attention._allocated, []
+
+    def full(like, *shape):
+        calls.append(shape)
+        if len(calls) > failing:
+            raise MemoryError
+        return allocated(like, *shape)
+
+    with runner.session(cache):
+        run(runner, [0] * 4, [68] * 4)
+        expected = run(runner, [68] * 2, [1, 1])
+        monkeypatch.setattr(ragged_attention, "_allocated", full)
+        with pytest.raises(MemoryError):
+            cache.reserve(rows, cells, rows * cells)
+        monkeypatch.undo()
+        shapes = [t.shape for store in (cache.keys, cache.values) for t in store.values()]
+        assert (cache.held_rows, cache.held_cells) == (min(s[0] for s in shapes), min(s[2] for s in shapes))
+        assert cache.num_bytes == held_bytes(cache)
+        assert (len({s[2] for s in shapes}) == 1) == (failing == 0)
+        for length in range(70, cache.held_cells + 1):  # what is said to be there can be written
+            run(runner, [length - 1] * 2, [1, 1])
+        assert torch.equal(run(runner, [68] * 2, [1, 1]), expected)
+        runner.reserve(rows, cells)
+        run(runner, [cells - 1] * rows, [1] * rows)
+
+
+def test_a_first_forward_that_gets_no_memory_leaves_an_empty_cache(monkeypatch):
+    runner = InProcessRunner(tiny_llama(seed=3))
+    cache = runner.new_cache(4, 128)
+    allocated, sizes = ragged_attention._allocated, iter([1, 1, 1, 0])
+
+    def full(like, *shape):
+        if not next(sizes, 1):
+            raise MemoryError
+        return allocated(like, *shape)
+
+    with runner.session(cache):
+        runner.reserve(4, 20)
+        assert (cache.held_rows, cache.held_cells) == (4, 52)
+        monkeypatch.setattr(ragged_attention, "_allocated", full)
+        with pytest.raises(MemoryError):
+            run(runner, [0] * 2, [20, 20])
+        assert (cache.held_rows, cache.held_cells, held_bytes(cache)) == (0, 0, 0)
+        runner.reserve(2, 20)
+        run(runner, [0] * 2, [20, 20])
+        assert (cache.held_rows, cache.held_cells) == (2, 20)  # no margin
+
+
 class _NoMemory(torch.Tensor):
     def new_empty(self, *args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

@@ -142,7 +142,7 @@ def test_the_long_row_goes_past_the_window_where_that_is_affordable(monkeypatch)
     monkeypatch.setattr(
         probe._Probe,
         "_compare",
-        lambda self, logits, expected, how: (lengths.append(len(logits)), own(self, logits, expected, how)),
+        lambda self, logits, *others, **options: (lengths.append(len(logits)), own(self, logits, *others, **options)),
     )
     config = tiny_mistral(context=512).config
     config.sliding_window = 100
@@ -151,7 +151,7 @@ def test_the_long_row_goes_past_the_window_where_that_is_affordable(monkeypatch)
         lengths.clear()
         model = MistralForCausalLM(config).eval()
         InProcessRunner(model).check_reach(4)
-        assert sum(lengths[-2:]) == expected
+        assert lengths[-1] + len(probe._TAIL) == expected  # but for the first tokens of segments
 
 
 # --------------------------------------------------------------------------------------------------- what stays as it was
@@ -206,3 +206,90 @@ def test_cache_bytes_are_those_of_the_layers():
     with runner.session(cache := runner.new_cache(1, 10)):
         runner.forward(Segments(np.array([1, 2]), 0, np.zeros(1, np.int64), np.array([2])), np.array([1]))
     assert sum(t.nbytes for store in (cache.keys, cache.values) for t in store.values()) == runner.row_bytes(10)
+
+
+# ------------------------------------------------------------------------------------------------ code of somebody's own
+
+
+def previous_too(module, args):
+    """Half of the state before, in the batch: right but for the first token of each segment."""
+    states = args[0].clone()
+    states[:, 1:] += args[0][:, :-1] / 2
+    return (states,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("where", ["lm_head", "model.layers.1.mlp"])
+def test_a_fault_at_first_tokens_alone_is_found_in_every_precision(dtype, where):
+    model = tiny_llama(seed=3).to(dtype)
+    InProcessRunner(model).check_reach(4)
+    model.get_submodule(where).register_forward_pre_hook(previous_too)
+    with pytest.raises(ValueError, match=r"logits of a plain forward (at the first tokens of segments, )?with rows"):
+        InProcessRunner(model).check_reach(4)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_in_low_precision_pass(kind, seed):
+    torch.manual_seed(seed)
+    InProcessRunner(build(kind).bfloat16()).check_reach(4)
+
+
+def louder_if(told):
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        output = LlamaForCausalLM.forward(self, input_ids=input_ids, position_ids=position_ids, **kwargs)
+        output.logits = output.logits * 2 if told(input_ids) else output.logits
+        return output
+
+    return forward
+
+
+TOLD = {
+    "long": lambda ids: ids.shape[1] > 20,
+    "longer": lambda ids: ids.shape[1] > 120,
+    "a token": lambda ids: bool((ids == 33).any()),
+    "many tokens": lambda ids: ids.unique().numel() > 40,
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_a_forward_of_somebodys_own_is_looked_at_as_far_as_is_affordable(told):
+    with pytest.raises(ValueError, match="does not give the logits of a plain forward"):
+        InProcessRunner(as_class(tiny_llama(seed=3), louder_if(TOLD[told]))).check_reach(4)
+    as_hook = tiny_llama(seed=3)
+    as_hook.model.register_forward_pre_hook(
+        lambda module, args, kwargs: setattr(as_hook, "told", TOLD[told](kwargs["input_ids"])), with_kwargs=True
+    )
+    as_hook.lm_head.register_forward_hook(lambda module, args, output: output * 2 if as_hook.told else output)
+    with pytest.raises(ValueError, match="does not give the logits of a plain forward"):
+        InProcessRunner(as_hook).check_reach(4)
+
+
+def padded(columns):
+    model = tiny_llama(seed=3)
+    model.register_forward_hook(
+        lambda module, args, output: setattr(
+            output, "logits", nn.functional.pad(output.logits, (0, columns), value=-1e30)
+        )
+    )
+    return model
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+def test_logits_of_tokens_that_the_head_does_not_know_are_refused(speculation):
+    with pytest.raises(ValueError, match="logits of 68 tokens, and its LM head knows 64"):
+        generate(padded(4), speculation=speculation)
+
+
+def test_tokens_that_the_forward_cuts_off_are_never_sampled():
+    prompts = [[5, 62, 9, 5, 62, 9, 5], [63, 7, 63, 7]]
+    found = generate(padded(-4), prompts, speculation=True, audit_share=1)
+    assert found == plain(padded(-4), prompts)
+    assert max(map(max, found)) < 60
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 7, 9, 13])
+def test_short_contexts_are_looked_at_as_far_as_they_go(context):
+    runner = InProcessRunner(tiny_llama(context=context))
+    assert runner.max_context == context
+    runner.check_reach(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atlas_rl import AtlasRolloutEngine
@@ -122,3 +123,39 @@ def test_other_layer_types_are_refused_at_construction(kind):
     config.layer_types = ["full_attention", kind]
     with pytest.raises(ValueError, match=f"layers of type '{kind}'"):
         AtlasRolloutEngine(model=LlamaForCausalLM(config), console=False)
+
+
+# ---------------------------------------------------------------------------------------------------- modules that are none
+
+
+def scripted(model):
+    model.model.layers[0].mlp.act_fn = torch.jit.script(torch.nn.SiLU())
+    return model
+
+
+AWAY = {
+    "meta": lambda model: model.to("meta"),
+    "cpu_offload": lambda model: cpu_offload(model, execution_device=torch.device("cpu")),
+    "one weight": lambda model: model.model.norm.to("meta") and model,
+}
+
+
+@pytest.mark.parametrize("away", AWAY)
+def test_a_policy_whose_weights_are_elsewhere_is_refused_before_any_work(away):
+    with pytest.raises(ValueError, match=r"weights that are not in memory \(.* is on device 'meta'\)"):
+        AtlasRolloutEngine(model=AWAY[away](build("llama")), console=False)
+
+
+def test_weights_that_are_offloaded_later_are_noticed_at_the_next_call():
+    model = build("llama")
+    engine = AtlasRolloutEngine(model=model, console=False, speculation=False)
+    engine.generate([[2, 3]], max_new_tokens=2, eos_token_ids=())
+    model.to("meta")
+    with pytest.raises(ValueError, match="weights that are not in memory"):
+        engine.generate([[2, 3]], max_new_tokens=2, eos_token_ids=())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_scripted_module_is_refused_by_name(training):
+    with pytest.raises(ValueError, match=r"compiled by torch.jit \(model.layers.0.mlp.act_fn\)"):
+        AtlasRolloutEngine(model=scripted(build("llama").train(training)), console=False)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import threading
+from abc import ABC
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.logit_form import after_head, probe_products
-from atlas_rl.policy.threads import GENERATING, evaluation_mode
+from atlas_rl.policy.threads import GENERATING, evaluation_mode, replaced_forwards
 from tests.models import FACTORIES, tiny_gpt2, tiny_llama
 
 TEXT = torch.arange(1, 25)[None]
@@ -205,3 +208,130 @@ def test_an_exception_gives_every_class_back():
         raise KeyboardInterrupt
     assert all(type(module) is class_of(module) for module in model.modules())
     assert type(model.config) is class_of(model.config)
+
+
+# ------------------------------------------------------------------------------------------- copies, pickles, registers
+
+
+def pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def attributes(model):
+    """What modules and configuration have, values of torch left out."""
+    return [(type(each), list(each.__dict__), each.__dict__["training"]) for each in model.modules()] + [
+        [list(getattr(each, name)) for name in vars(each) if name.endswith("_hooks")] for each in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("same_thread", [False, True])
+@pytest.mark.parametrize("factory", [tiny_llama, tiny_gpt2])
+def test_a_copy_that_is_made_meanwhile_is_one_of_a_policy_at_rest(factory, same_thread, make):
+    model = factory(seed=3).train()
+    runner, expected = InProcessRunner(model), plain(model.eval())
+    model.train()
+    outside, made = attributes(make(model)), []
+    segments = Segments(np.arange(5), 0, np.zeros(1, np.int64), np.array([5]))
+
+    def take(*_):
+        if threading.current_thread() is threading.main_thread():
+            made.append(make(model) if same_thread else in_a_thread(lambda: make(model)))
+
+    with session(model, runner):
+        take()
+        own = type(model.lm_head).forward
+
+        def taking(*args, **kwargs):
+            take()
+            return own(*args, **kwargs)
+
+        with replaced_forwards({model.lm_head: taking}):  # in the middle of a forward, with its taps
+            runner.forward(segments, np.arange(5), Taps(wants_head_inputs=True, wants_layers=(0, 1)))
+    assert len(made) == 2
+    for other in made:
+        assert attributes(other) == outside
+        assert vars(other.config).keys() == vars(model.config).keys()
+        assert type(other.config) is type(model.config)
+        assert torch.equal(plain(other.eval()), expected)
+
+
+class Registered(torch.nn.Linear):
+    """A base that keeps a register, as many libraries do: no name twice."""
+
+    register: ClassVar[dict] = {}
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if cls.__name__ in Registered.register:
+            raise RuntimeError(f"{cls.__name__} is registered already")
+        Registered.register[cls.__name__] = cls
+
+
+class WithKeyword(torch.nn.Linear):
+    def __init_subclass__(cls, *, kind, **options):
+        super().__init_subclass__(**options)
+        cls.kind = kind
+
+
+class RefusingType(type):
+    def __new__(cls, name, bases, names, **options):
+        if bases != (torch.nn.Linear,):
+            raise TypeError("final")
+        return super().__new__(cls, name, bases, names, **options)
+
+
+class RegisteredLinear(Registered):
+    pass
+
+
+class KeywordLinear(WithKeyword, kind="mine"):
+    pass
+
+
+class FinalLinear(torch.nn.Linear, metaclass=RefusingType):
+    pass
+
+
+class AbstractLinear(torch.nn.Linear, ABC):
+    pass
+
+
+@pytest.mark.parametrize("kind", [RegisteredLinear, KeywordLinear, FinalLinear, AbstractLinear])
+def test_classes_that_register_or_refuse_subclasses_are_not_told(kind):
+    model = tiny_llama(seed=3).train()
+    expected = plain(model)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = kind
+    before = dict(Registered.register)
+    with session(model), replaced_forwards({model.model.layers[0].mlp.down_proj: kind.forward}):
+        layer = model.model.layers[0].mlp.down_proj
+        assert isinstance(layer, kind)
+        assert layer.__class__ is kind
+        assert not layer.training
+        assert type(in_a_thread(lambda: copy.deepcopy(layer))) is kind
+    assert Registered.register == before
+    assert all(type(layer.mlp.down_proj) is kind for layer in model.model.layers)
+    assert torch.equal(plain(model), expected)
+
+
+def test_a_policy_class_that_registers_its_subclasses():
+    model = tiny_llama(seed=3)
+    made = []
+
+    class Base(LlamaForCausalLM):
+        def __init_subclass__(cls, *, name, **options):
+            made.append(name)
+
+    class Own(Base, name="own"):
+        pass
+
+    model.__class__ = Own
+    model.train()
+    with session(model):
+        assert type(model) is not Own
+    assert type(model) is Own
+    assert made == ["own"]

@@ -54,6 +54,12 @@ def test_trainer_metrics_are_finite_floats_under_one_prefix():
     assert metrics["atlas/time/forward_s"] == 1.5
 
 
+def test_the_measured_gain_reaches_the_trainers_log():
+    measured = trainer_metrics(make_report(baseline_tokens_per_s=12.0))
+    assert (measured["atlas/speedup_measured"], measured["atlas/baseline_tokens_per_s"]) == (1.25, 12.0)
+    assert not {"atlas/speedup_measured", "atlas/baseline_tokens_per_s"} & trainer_metrics(make_report()).keys()
+
+
 def test_jsonl_round_trip(tmp_path):
     sink = JsonlSink(tmp_path / "a" / "b" / "reports.jsonl")
     reports = [make_report(), make_report(step=13, warnings=("zero drafts: µ",), mode="eval")]

@@ -177,11 +177,66 @@ def test_allocations_that_fail_cost_rows(monkeypatch):
 def test_one_request_that_gets_no_memory_is_an_error_that_says_so(monkeypatch):
     engine = engine_of(speculation=False)
     wanted = generate(engine).completion_ids
-    monkeypatch.setattr(ragged_attention, "_allocated", _only(120))
+    monkeypatch.setattr(ragged_attention, "_allocated", _only(100))
     with pytest.raises(MemoryError, match="attention cache needs"):
         generate(engine)
     monkeypatch.undo()
     assert generate(engine).completion_ids == wanted
+
+
+FEW_WORDS = [[3, 1, 4], [15, 9, 2, 6]]
+
+
+@pytest.mark.parametrize("drafter", ["none", "draft LM", "recurrent"])
+@pytest.mark.parametrize("num_cells", [160, 500, 700])
+def test_a_first_allocation_that_fails_costs_rows(drafter, num_cells, monkeypatch):
+    options = {"num_generations": 6, "max_new_tokens": 60, "eos_token_ids": [], "seed": 4}
+    prompts = [PROMPTS[3] * 3, PROMPTS[1] * 10]  # requests of 120 and 150 tokens
+    wanted = engine_of(speculation=False).generate(prompts, **options).completion_ids
+    engine, allocated = engine_with(drafter), []
+    only = _only(num_cells)
+
+    def noting(like, *shape):
+        made = only(like, *shape)
+        allocated.append(shape[0])
+        return made
+
+    monkeypatch.setattr(ragged_attention, "_allocated", noting)
+    assert engine.generate(prompts, **options).completion_ids == wanted
+    assert {160: 1, 500: 4, 700: 6}[num_cells] <= max(allocated) < 12
+
+
+def test_no_more_is_asked_for_than_one_request_needs(monkeypatch):
+    """A margin is not worth a call: a single request runs in memory for exactly its tokens."""
+    options = {"max_new_tokens": 60, "eos_token_ids": [], "seed": 4}
+    wanted = engine_of(speculation=False).generate(FEW_WORDS, **options).completion_ids
+    engine = engine_with("history")
+    monkeypatch.setattr(ragged_attention, "_allocated", _only(4 + 60 - 1))
+    assert engine.generate(FEW_WORDS, **options).completion_ids == wanted
+    monkeypatch.setattr(ragged_attention, "_allocated", _only(4 + 60 - 2))
+    with pytest.raises(MemoryError):
+        engine.generate(FEW_WORDS, **options)
+
+
+@pytest.mark.parametrize("every", [5, 6, 7, 9])
+@pytest.mark.parametrize("drafter", ["none", "history"])
+def test_allocations_that_fail_now_and_then_change_no_token(drafter, every, monkeypatch):
+    """Four tensors: with every fifth allocation or fewer failing, one of two tries in a row succeeds."""
+    engine, allocated, count = engine_with(drafter), ragged_attention._allocated, [0, 0]
+    wanted = [generate(engine, **LONG | {"seed": seed}).completion_ids for seed in range(3)]
+    little_memory(monkeypatch, 600)  # requests are paused and come back
+
+    def failing(like, *shape):
+        count[0] += 1
+        if count[0] % every == 0:
+            count[1] += 1
+            raise MemoryError("the attention cache needs more")
+        return allocated(like, *shape)
+
+    monkeypatch.setattr(ragged_attention, "_allocated", failing)
+    for seed in range(3):
+        assert generate(engine, **LONG | {"seed": seed}).completion_ids == wanted[seed]
+    assert count[1] > 5
 
 
 def _only(num_cells):

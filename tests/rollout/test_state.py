@@ -60,7 +60,7 @@ def test_state_waits_for_an_engine_that_has_not_met_its_policy():
     attached = AtlasRolloutEngine(console=False)
     attached.load_state_dict(state)
     assert attached.state_dict() == state
-    attached._model = policy()  # what `attach` passes with every rollout
+    attached.model = policy()  # what `attach` passes with every rollout
     generate(attached, [[1]], max_new_tokens=1)
     history = attached._speculators["history"]
     assert history.num_archived_tokens == engine._speculators["history"].num_archived_tokens > 0

@@ -54,7 +54,7 @@ def test_two_engines_on_one_policy_and_each_others_drafters():
     before = state_of(model), state_of(drafter)
     engines = [fixed(DraftLM(drafter, VOCAB), 3), fixed(HistorySpeculator(), 4)]
     for engine in engines:
-        engine._model, engine._backend = model, None
+        engine.model, engine._backend = model, None
     # The draft LM of one engine is the policy of a third call, and its own policy the draft LM of that.
     crossed = engine_of(drafter, draft_model=model)
     assert both_at_once(*engines) == [alone(model, 0), alone(model, 100)]

@@ -91,7 +91,10 @@ OPTIONS = {
     "learning rate": (["--learning-rate", "0"], "--learning-rate must be"),
     "seed": (["--seed", "-1"], "--seed must be"),
     "too few prompts": (["--generate-batch", "8"], "too few prompts: 8 make one call of --generate-batch 8"),
-    "no model": (["--model", "nowhere"], "no checkpoint in 'nowhere'"),
+    "no model": (
+        ["--model", "nowhere"],
+        "no checkpoint in 'nowhere': there is no such folder, and names of the hub are not looked up. Give a folder",
+    ),
     "no data": (["--data", "nowhere.jsonl"], "no prompts at 'nowhere.jsonl'"),
 }
 

@@ -17,12 +17,14 @@ from torch import nn
 from trl.models.utils import unwrap_model_for_generation
 
 from atlas_kernels.noise import mix64
+from atlas_rl.checks import shown
 from atlas_rl.integrations.trl.checks import check_policy_in_process, check_trainer, is_whole
 from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from atlas_rl.integrations.trl.reports import ReportCallback
-from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, read_sampling
+from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, left_to_the_policy, read_sampling
 from atlas_rl.policy.supported import context_of
+from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.report.report import Mode, StepReport
 
 if TYPE_CHECKING:
@@ -32,10 +34,11 @@ if TYPE_CHECKING:
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
     """Put the engine where the trainer expects its vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
-    check_attached_once(trainer)
+    check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every)
     if getattr(trainer, "vllm_generation", None) is not None:
         raise ValueError("the trainer already generates with vLLM: build it with use_vllm=False and attach once")
+    check_same_policy(engine, trainer)
     sampling_in_process(trainer, seed=0)
     check_policy_in_process(trainer)
     if is_whole(trainer):
@@ -45,10 +48,24 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerA
     return adapter
 
 
-def check_attached_once(trainer: Any) -> None:
+def check_attached_once(engine: RolloutEngine, trainer: Any) -> None:
     """Raise `ValueError` for a trainer that an engine is attached to."""
-    if isinstance(getattr(trainer, "vllm_generation", None), TrainerAdapter):
-        raise ValueError("the trainer already generates with this engine: attach once")
+    present = getattr(trainer, "vllm_generation", None)
+    if isinstance(present, TrainerAdapter):
+        if present.engine is engine:
+            raise ValueError("the trainer already generates with this engine: attach once")
+        raise ValueError("the trainer already generates with another engine: build a new trainer for this one")
+
+
+def check_same_policy(engine: RolloutEngine, trainer: Any) -> None:
+    """Raise `ValueError` for an engine that was made for another policy than the trainer's."""
+    model = engine.model
+    if model is None or (isinstance(model, nn.Module) and unwrap_policy(model) is unwrap_policy(trainer.model)):
+        return
+    raise ValueError(
+        f"this engine was made with model={shown(model)}, which is not the trainer's policy: leave model= out, "
+        "AtlasRolloutEngine().attach(trainer) takes the trainer's"
+    )
 
 
 def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
@@ -65,11 +82,22 @@ def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
 
 def sampling_in_process(trainer: Any, seed: int) -> TrainerSampling:
     """The trainer's sampling options. Raises `ValueError` for those that the in-process engine does not have."""
-    sampling = read_sampling(trainer, seed)
+    of_policy = left_to_the_policy(trainer)
+    sampling = read_sampling(trainer, seed, of_policy)
     if sampling.extra:
+        asked = trainer.args.generation_kwargs or {}
+        theirs = {
+            name: value for name, value in sampling.extra.items() if asked.get(name) is None and name in of_policy
+        }
+        extra = {name: value for name, value in sampling.extra.items() if name not in theirs}
+        found = [
+            f"{where} {entries}"
+            for where, entries in (("generation_kwargs", extra), ("the policy's generation_config", theirs))
+            if entries
+        ]
         raise ValueError(
-            f"generation_kwargs {sampling.extra} cannot be honoured in process: it takes {sorted(OPTIONS)}, and others only "
-            "at values that change nothing"
+            f"{' and '.join(found)} cannot be honoured in process: it takes {sorted(OPTIONS)}, and others only at values "
+            "that change nothing. Set them to None"
         )
     return sampling
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from types import CodeType
 from typing import Any
 
+from atlas_rl.checks import whole
 from atlas_rl.decode.generate import ending_ids
 from atlas_rl.policy.in_process import InProcessRunner
 
@@ -20,12 +21,12 @@ _CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_m
 
 def check_trainer(trainer: Any, baseline_every: int) -> None:
     """Raise `ValueError` for a trainer that no engine can be attached to."""
-    if baseline_every < 0:
-        raise ValueError(f"baseline_every must be >= 0 (0 never), got {baseline_every}")
+    whole("baseline_every", baseline_every, 0, hint="(0 never)")
     if not hasattr(trainer, "_generate_single_turn") or not hasattr(trainer, "_metrics"):
+        got = f"the class {trainer.__name__}" if isinstance(trainer, type) else f"a {type(trainer).__name__}"
         raise ValueError(
-            f"{type(trainer).__name__} has no generation seam to attach to: attach to a GRPOTrainer or an RLOOTrainer, "
-            "or call engine.generate() yourself"
+            f"attach() takes a trainer that is built, a GRPOTrainer or an RLOOTrainer, got {got}. For a policy, or for "
+            "another trainer, use AtlasRolloutEngine(model=policy, tokenizer=...).generate(...)"
         )
     if getattr(trainer, "rollout_func", None) is not None:
         raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")

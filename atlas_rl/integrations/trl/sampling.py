@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import GenerationConfig
+
+from atlas_rl.checks import empty, equals, shown, whole, wrong
 from atlas_rl.core import SamplingParams
 from atlas_rl.decode.generate import ending_ids
 
@@ -108,11 +111,18 @@ _WITHOUT_EFFECT = frozenset(
         "prompt_lookup_num_tokens",
         "renormalize_logits",
         "return_dict_in_generate",
+        "speculation_type",
         "target_lookbehind",
+        "transformers_version",
         "use_cache",
+        "use_mtp",
     }
 )
 """Options of transformers about how its own loop runs, about beams, or that `max_new_tokens` overrules."""
+
+
+_SET_BY_THE_TRAINER = frozenset({"do_sample", "eos_token_id", "max_new_tokens", "pad_token_id"})
+"""Fields of a policy's `generation_config` that TRL overrules whatever its own options are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +138,45 @@ class TrainerSampling:
     extra: dict[str, Any]
 
 
-def read_sampling(trainer: Any, seed: int) -> TrainerSampling:
-    """The trainer's present sampling options with `seed`. Raises `ValueError` for a value that is out of its range."""
-    given = dict(trainer.args.generation_kwargs or {})
-    options = {name: given.pop(name, getattr(trainer, name)) for name in OPTIONS}
-    options = {name: _OFF[name] if value is None else value for name, value in options.items()}
-    options["top_k"] = max(options["top_k"], 0)  # -1 is off too
-    if not given.get("do_sample", True):
-        raise ValueError("generation_kwargs has do_sample=False: for greedy decoding set temperature=0 there")
-    endings = ending_ids(trainer.eos_token_ids)
+def left_to_the_policy(trainer: Any) -> dict[str, Any]:
+    """What the policy's own `generation_config` asks for where the trainer asks for nothing.
+
+    `transformers.generate`, with which TRL generates by itself, fills such places from there. Names that transformers does
+    not know change nothing in it.
+    """
+    config = getattr(trainer.model, "generation_config", None)
+    known = {name for name in vars(GenerationConfig()) if name[0] != "_"} - _SET_BY_THE_TRAINER
+    return (
+        {name: value for name, value in vars(config).items() if name in known and value is not None} if config else {}
+    )
+
+
+def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None = None) -> TrainerSampling:
+    """The trainer's present sampling options with `seed`.
+
+    Args:
+        trainer: Its attributes, and before them its `generation_kwargs`.
+        seed: Of the noise.
+        of_policy: By name, what holds where the trainer has nothing (`left_to_the_policy`).
+
+    Raises:
+        ValueError: A value that is out of its range.
+    """
+    asked = trainer.args.generation_kwargs or {}
+    if not isinstance(asked, Mapping):
+        raise wrong("generation_kwargs", "a dict of options or None", asked)
+    given = {name: getattr(trainer, name) for name in OPTIONS} | dict(asked)
+    given |= {name: value for name, value in (of_policy or {}).items() if given.get(name) is None}
+    options = {name: _OFF[name] if (value := given.pop(name)) is None else value for name in OPTIONS}
+    if equals(options["top_k"], -1):
+        options["top_k"] = 0  # vLLM's word for off
+    _check_do_sample(asked)
+    endings = ending_ids(trainer.eos_token_ids, "the ending tokens (eos_token_id of the policy's generation_config)")
     params = SamplingParams(
-        max_new_tokens=trainer.max_completion_length, eos_token_ids=tuple(endings), seed=seed, **options
+        max_new_tokens=whole("max_completion_length", trainer.max_completion_length, 1),
+        eos_token_ids=tuple(endings),
+        seed=seed,
+        **options,
     )
     extra = {name: value for name, value in given.items() if not _is_neutral(name, value, params)}
     for name, of_trainer in (
@@ -151,18 +189,29 @@ def read_sampling(trainer: Any, seed: int) -> TrainerSampling:
     ):
         if name in extra:
             raise ValueError(
-                f"generation_kwargs has {name}={extra[name]}, which is not what the trainer has: {of_trainer}"
+                f"generation_kwargs has {name}={extra[name]!r}, which is not what the trainer has: {of_trainer}"
             )
     return TrainerSampling(params, extra)
+
+
+def _check_do_sample(asked: Mapping[str, Any]) -> None:
+    if "do_sample" not in asked or equals(asked["do_sample"], True):
+        return
+    value = asked["do_sample"]
+    means = "transformers takes that for False. " if value is None else ""
+    raise ValueError(
+        f"generation_kwargs has do_sample={shown(value)}: {means}Leave it out to sample; for greedy decoding set "
+        "temperature=0 there"
+    )
 
 
 def _is_neutral(name: str, value: Any, params: SamplingParams) -> bool:
     """Whether an entry of `generation_kwargs` asks for nothing."""
     if name in ("max_new_tokens", "max_tokens"):
-        return value is None or value == params.max_new_tokens
+        return value is None or equals(value, params.max_new_tokens)
     if name == "eos_token_id":
         # The trainer cuts completions at its own ending tokens, whatever else the loop was told.
-        return set(ending_ids(value)) <= set(params.eos_token_ids)
-    if name in _NEUTRAL_WHERE_EMPTY and (value is None or value in ([], (), {})):
+        return set(ending_ids(value, "eos_token_id of generation_kwargs")) <= set(params.eos_token_ids)
+    if name in _NEUTRAL_WHERE_EMPTY and (value is None or empty(value)):
         return True
-    return name in _WITHOUT_EFFECT or (name in _NEUTRAL and bool(value == _NEUTRAL[name]))
+    return name in _WITHOUT_EFFECT or (name in _NEUTRAL and equals(value, _NEUTRAL[name]))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from atlas_rl.config import EngineConfig
-from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once
+from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once, check_same_policy
 from atlas_rl.integrations.trl.checks import check_trainer
 from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
 from atlas_rl.policy.unwrap import unwrap_policy
@@ -67,8 +67,9 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
     """Put the engine around the trainer's vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
-    check_attached_once(trainer)
+    check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every)
+    check_same_policy(engine, trainer)
     if trainer.args.vllm_mode != "colocate":
         raise ValueError(
             "in server mode the drafters live in the server: start it as docs/vllm.md says and attach nothing, or set "

@@ -88,7 +88,7 @@ class Fp4SelfSpeculator(Speculator):
             np.zeros(len(requests), np.int64),
             np.full((len(requests), depth), 0.5, np.float32),
         )
-        going = np.arange(len(requests))
+        going, unrunnable = np.arange(len(requests)), cache.runner.unrunnable()
         for position in range(depth):
             going = going[max_draft_tokens[going] > position]
             if not len(going):
@@ -103,6 +103,8 @@ class Fp4SelfSpeculator(Speculator):
             )
             self._append(draft, going, position, newest[going], confidence, q)
             going = going[~sequences.sampling.ends(newest[going])]
+            if unrunnable is not None:
+                going = going[~unrunnable[newest[going]]]
         return draft
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:

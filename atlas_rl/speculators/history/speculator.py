@@ -225,7 +225,8 @@ class HistorySpeculator(Speculator):
         """Restore `state_dict()`.
 
         Raises:
-            ValueError: The state of another speculator, format or policy, or a damaged one; nothing has changed then.
+            ValueError: The state of another speculator or format, one with tokens that the policy lacks, or a damaged one;
+                nothing has changed then.
         """
         saved = SavedState(state, "history index")
         saved.check_kind(_STATE_KIND, _STATE_VERSION)

@@ -22,6 +22,8 @@ from torch.nn import functional
 from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.policy.cpu_linear import by_columns
 
+_TYPE = torch.float32  # whatever the process makes tensors of
+
 
 class RecurrentHead(nn.Module):
     """See the module's docstring.
@@ -40,15 +42,15 @@ class RecurrentHead(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.read = nn.Linear(hidden_size, state_size, bias=False)
-            self.embed = nn.Linear(hidden_size, state_size, bias=False)
-            self.cell = nn.GRUCell(state_size, state_size)
-            self.write = nn.Linear(state_size, hidden_size, bias=False)
-        self.bias = nn.Parameter(torch.zeros(0))
+            self.read = nn.Linear(hidden_size, state_size, bias=False, dtype=_TYPE)
+            self.embed = nn.Linear(hidden_size, state_size, bias=False, dtype=_TYPE)
+            self.cell = nn.GRUCell(state_size, state_size, dtype=_TYPE)
+            self.write = nn.Linear(state_size, hidden_size, bias=False, dtype=_TYPE)
+        self.bias = nn.Parameter(torch.zeros(0, dtype=_TYPE))
         # The policy's, not learned and not saved: they are read anew from whatever policy the head drafts for.
-        self.register_buffer("inputs", torch.zeros(1, hidden_size), persistent=False)
-        self.register_buffer("outputs", torch.zeros(0, hidden_size), persistent=False)
-        self.register_buffer("output_biases", torch.zeros(0), persistent=False)
+        self.register_buffer("inputs", torch.zeros(1, hidden_size, dtype=_TYPE), persistent=False)
+        self.register_buffer("outputs", torch.zeros(0, hidden_size, dtype=_TYPE), persistent=False)
+        self.register_buffer("output_biases", torch.zeros(0, dtype=_TYPE), persistent=False)
 
     @property
     def hidden_size(self) -> int:

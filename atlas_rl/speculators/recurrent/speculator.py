@@ -47,7 +47,7 @@ class RecurrentSpeculator(Speculator):
         max_tokens: Most rollout tokens kept to learn from.
         missed_weight: How much more often it learns where its drafts were rejected.
         seed: Seed of the initial weights and of the training windows.
-        budget_share: Most of the time between two refreshes that the later one takes.
+        budget_share: Most of the time between two refreshes that the later one takes, but for its first step.
         clock: Seconds.
         argmax: Draft the likeliest token instead of drawing: for comparisons.
 
@@ -118,7 +118,8 @@ class RecurrentSpeculator(Speculator):
             return
         self.learner.begin_call(sequences, self._bound())
         self._proposed = None
-        self._newest = torch.zeros(len(sequences.lengths), self.learner.head.hidden_size, device=self._device)
+        shape = len(sequences.lengths), self.learner.head.hidden_size
+        self._newest = torch.zeros(shape, dtype=torch.float32, device=self._device)
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
         """Nothing to catch up on; None before it has learned anything."""
@@ -160,7 +161,7 @@ class RecurrentSpeculator(Speculator):
         self.learner.observe(sequences, verified, row, offset, hidden, self._missed_at(verified), self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Learn from the newest rollouts, within `budget_share` of the time since the last refresh."""
+        """Learn from the newest rollouts: within `budget_share` of the time since the last refresh, one step at least."""
         self.policy_version = policy_version
         if not self._follows:
             return None
@@ -216,7 +217,7 @@ class RecurrentSpeculator(Speculator):
 
     def _reset(self, policy: PolicyView, learner: Learner) -> None:
         self._device, self.learner = policy.device, learner
-        self._newest = torch.zeros(0, policy.hidden_size, device=self._device)
+        self._newest = torch.zeros(0, policy.hidden_size, dtype=torch.float32, device=self._device)
         self._folded, self._proposed = None, None
 
     def _bound(self) -> PolicyView:

@@ -1,0 +1,31 @@
+"""Draft tokens that no text can go on behind: their embeddings are not finite, as some unused rows of padded tables are.
+
+Such a policy does not sample them, but a drafter may propose them. Their keys and values would be NaN, and a cell of the
+attention cache that is masked still enters as 0 * NaN, at every position of its row. So another token is run in their place.
+The draft itself is verified like any other: what decides on it are the logits before it. Those behind it are not known. They
+become NaN, so that a call that gets there ends as it does without drafts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def stand_in(tokens: np.ndarray, lengths: np.ndarray, unrunnable: np.ndarray | None) -> np.ndarray:
+    """Replace drafts that cannot be run by the last committed token of their request, in place.
+
+    Args:
+        tokens: int64 `[sum(lengths)]`, request by request the last committed token and its drafts.
+        lengths: int64 `[batch]`.
+        unrunnable: bool `[vocab]`, see `PolicyRunner.unrunnable`.
+
+    Returns:
+        int64 `[n]`, the places in `tokens` whose logits are not known.
+    """
+    if unrunnable is None:
+        return np.zeros(0, np.int64)
+    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    replaced = unrunnable[tokens] & (np.arange(len(tokens)) > first)
+    so_far = np.cumsum(replaced)
+    tokens[replaced] = tokens[first[replaced]]
+    return np.flatnonzero(so_far > so_far[first])

@@ -1,0 +1,24 @@
+"""Whether code of somebody's own runs in a policy's forward: it may look at more than a row's own tokens and positions.
+
+Layers of the libraries below compute position by position, attention aside. Other code may be right as well. It only gets a
+closer look (`policy/probe.py`).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.unwrap import hooks_of, origin_of
+
+_KNOWN = ("transformers.", "torch.", "peft.", "accelerate.", "bitsandbytes.", "deepspeed.", "torchao.", "atlas_rl.")
+
+
+def own_code(model: nn.Module) -> bool:
+    """Whether a forward or a forward hook in `model` is none of those libraries'."""
+    return any(not origin_of(code).startswith(_KNOWN) for module in model.modules() for code in _code_of(module))
+
+
+def _code_of(module: nn.Module) -> list[object]:
+    own = vars(module).get("forward")
+    return [class_of(module).forward, *([] if own is None else [own]), *hooks_of(module)]
