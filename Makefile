@@ -47,7 +47,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo 'make demo    GRPO on SmolLM2-135M through AtlasRolloutEngine; DEMO_ARGS="--help" lists its options'
-	@echo 'make quick   lint, format and the quick tests, without vLLM: under three minutes on two cores'
+	@echo 'make quick   lint, format and the quick tests, without vLLM: some ten minutes on two cores'
 	@echo 'make test    the gate: lint, format, types and every test; PYTEST_ARGS="-k report" narrows either'
 	@echo 'make bench   rollout benchmark, written to benchmarks/results/; BENCH_ARGS="--help"'
 	@echo 'make setup-vllm    vLLM into the same environment, for AtlasRolloutEngine(backend="vllm")'

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from atlas_rl.controller.base import Admission, Controller
+from atlas_rl.controller.base import Controller
 from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.propose import Proposing, merge
@@ -94,10 +94,9 @@ class DecodeLoop:
         """One target forward over the active batch."""
         self.active = requests = self.room.go_on(self.active)
         began_s = self.recorder.clock()
-        step = self.proposing.run(self.sequences, requests, self._room(requests))
+        step = self.proposing.run(self.sequences, requests, self.room.drafts(requests))
         with self.recorder.time("controller"):
             admission = self.controller.admit(step)
-            admission = Admission(admission.drafters, self.room.cut(requests, admission.lengths))
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
         forward_s = -self.recorder.seconds("forward")
         with self.recorder.time("forward"):
@@ -118,10 +117,6 @@ class DecodeLoop:
                 self.recorder, self.controller, step, verified, admission.drafters, forward_s
             )
             self._retire(verified.finished)
-
-    def _room(self, requests: np.ndarray) -> np.ndarray:
-        """Most draft tokens that requests can still use: the target adds one token of its own."""
-        return self.max_lengths[requests] - self.sequences.lengths[requests] - 1
 
     def forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden]:
         """Run the policy over the last committed token and every draft token of each request, packed.

@@ -12,14 +12,13 @@ memory it ends by a `MemoryError` that says so.
 from __future__ import annotations
 
 from collections import deque
-from contextlib import suppress
 
 import numpy as np
 
 from atlas_rl.core import Sequences
 from atlas_rl.policy.base import PolicyRunner, retire
 
-LOOKAHEAD = 17  # tokens of a step that room is made for ahead of it: more of them is rare, and forwards see to it
+LOOKAHEAD = 17  # tokens of a step that room is made for ahead of it: drafts have more where rows happen to have it
 _MARGIN = 32  # tokens beyond a text that is admitted
 
 
@@ -91,14 +90,14 @@ class CacheRoom:
         self._most = self._fitting = max(1, len(active) + len(wave) // 2)
         return True
 
-    def cut(self, active: np.ndarray, drafted: np.ndarray) -> np.ndarray:
-        """Draft tokens that there is room for, of `drafted`, both int64 `[n]`; all, if memory allows it."""
+    def drafts(self, active: np.ndarray) -> np.ndarray:
+        """Most draft tokens that active requests can use, int64 `[n]`: the target adds one token of its own.
+
+        It is settled before anything is drafted. A row that grew for a draft, or did not, would let the drawn tokens
+        decide how many of them are verified, which rejection sampling does not forgive.
+        """
         lengths = self._sequences.lengths[active]
-        needed = int((lengths + drafted).max())
-        if needed > self._runner.held_cells:
-            with suppress(MemoryError):  # drafts may be shorter, and requests need not wait for them
-                self._runner.reserve(len(active), needed)
-        room: np.ndarray = np.minimum(drafted, self._runner.held_cells - lengths)
+        room: np.ndarray = np.minimum(self._max_lengths[active] - 1, self._runner.held_cells) - lengths
         return room
 
     def go_on(self, active: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ GENERATING = threading.RLock()
 """Held by the thread that generates, audits or refreshes drafters; `generating` takes it."""
 
 _EVALUATED, _ATTENDING, _FORWARD, _WATCHED = "evaluated", "attending", "forward", "watched"
+_NONE: Mapping[str, list[Any]] = {}
 _owned = threading.Condition(GENERATING)  # the one public way to ask a lock whether this thread has it
 
 _Args = ParamSpec("_Args")
@@ -82,11 +83,9 @@ class _Changes:
             put_class(thing, class_of(thing))
         self.touched = {}
 
-    def of(self, thing: Any, kind: str) -> list[Any]:
-        """Values of the changes of a thing that this thread sees."""
-        if self.owner != threading.get_ident():
-            return []
-        return self.values.get(id(thing), {}).get(kind, [])
+    def seen(self, thing: Any) -> Mapping[str, list[Any]]:
+        """Values of the changes of a thing that this thread sees, by kind."""
+        return self.values.get(id(thing), _NONE) if self.owner == threading.get_ident() else _NONE
 
     def _follow(self, change: _Change) -> None:
         """Let things be as `open` says."""
@@ -188,14 +187,14 @@ class _Forward:
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None:
             return self._own.forward
-        replaced, watchers = _changes.of(module, _FORWARD), _changes.of(module, _WATCHED)
-        if replaced:
-            forward: Any = MethodType(replaced[-1], module)
+        changes = _changes.seen(module)  # once: it is asked for at every call of every layer
+        if _FORWARD in changes:
+            forward: Any = MethodType(changes[_FORWARD][-1], module)
         elif "forward" in module.__dict__:
             forward = module.__dict__["forward"]
         else:
             forward = own_attribute(module, "forward")
-        for watcher in watchers:
+        for watcher in changes.get(_WATCHED, ()):
             forward = functools.update_wrapper(functools.partial(watcher, forward), forward)
         return forward
 
@@ -209,7 +208,7 @@ class _Forward:
 
 
 def _training(module: nn.Module) -> bool:
-    return bool(module.__dict__["training"]) and not _changes.of(module, _EVALUATED)
+    return bool(module.__dict__["training"]) and _EVALUATED not in _changes.seen(module)
 
 
 def _set_training(module: nn.Module, value: bool) -> None:
@@ -220,8 +219,8 @@ def _attention(own: Any) -> property:
     kept = own._attn_implementation
 
     def implementation(config: Any) -> Any:
-        names = _changes.of(config, _ATTENDING)
-        return names[-1] if names else kept.fget(config)
+        changes = _changes.seen(config)
+        return changes[_ATTENDING][-1] if _ATTENDING in changes else kept.fget(config)
 
     return property(implementation, kept.fset)
 

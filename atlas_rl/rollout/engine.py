@@ -366,7 +366,7 @@ class RolloutEngine:
         return audit
 
     def _default_eos(self) -> list[int]:
-        assert self.model is not None
+        assert self.model is not None, "generate() refuses an engine without a policy before it asks"
         found = ending_tokens_of(self.tokenizer) + self._backend_for(self.model).eos_token_ids()
         if self.tokenizer is None and not found:
             raise ValueError("no ending token is known: give the engine a tokenizer, or generate() eos_token_ids=[...]")

@@ -174,7 +174,7 @@ class DraftLM(Speculator):
     def _make_room(self, sequences: Sequences, depth: int) -> None:
         """Let go of the shortest requests, for good, where memory does not take all: they are drafted for by others."""
         cache, lengths = self._cache, sequences.lengths[self._active]
-        assert cache is not None
+        assert cache is not None, "room is made for requests that start() has told of"
         needed = min(int(lengths.max(initial=0)) + depth, cache.capacity)
         if needed <= cache.held_cells and len(lengths) <= cache.held_rows:
             return

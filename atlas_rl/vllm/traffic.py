@@ -6,7 +6,7 @@ from collections import deque
 
 _KEPT_LENGTHS = 4096  # completion lengths of the newest requests, where nobody asks for a report
 _WORTH_LEARNING_TOKENS = 2048
-_LEARNING_SHARE = 0.1  # most of a server's time that drafters spend on learning
+_LEARNING_SHARE = 0.05  # most of a server's time that drafters spend on learning
 
 
 class Traffic:

@@ -188,7 +188,7 @@ def test_bad_trainers_get_a_sentence_and_stay_as_they_were(tokenizer: Any, tmp_p
 
     trainer = build("grpo", tokenizer, tmp_path)
     AtlasRolloutEngine(console=False).attach(trainer)
-    with pytest.raises(ValueError, match="attach once"):
+    with pytest.raises(ValueError, match="another engine: build a new trainer"):
         AtlasRolloutEngine(console=False).attach(trainer)
 
     with pytest.raises(ValueError, match="GRPOTrainer"):

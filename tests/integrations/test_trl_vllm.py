@@ -104,7 +104,7 @@ def test_use_vllm_trainers_are_built_inside_the_engine(folder: Path, tokenizer: 
     engine.attach(trainer)  # backend="auto" follows the trainer
     trainer.train()
     assert len(engine.reports) == 2
-    with pytest.raises(ValueError, match="already generates with this engine"):
+    with pytest.raises(ValueError, match="already generates with another engine"):
         AtlasRolloutEngine(console=False).attach(trainer)
 
 

@@ -6,13 +6,14 @@ import pytest
 
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import SamplingParams
+from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.rollout.requests import build_sequences
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from tests.drafters import recurrent_drafter
+from tests.drafters import RandomDrafter, recurrent_drafter
 from tests.engines import VOCAB, draft_model, engine_of
 from tests.models import tiny_llama
 
@@ -257,3 +258,33 @@ def test_a_wave_is_as_large_as_memory_takes(monkeypatch):
     output = generate(engine_of(speculation=False), eos_token_ids=SOON)
     assert output.completion_ids == wanted
     assert 5 < max(active for _, active in output.report.active_batch_curve) <= 14
+
+
+@pytest.mark.parametrize("num_cells", [120, 200, 10_000])
+def test_room_for_drafts_is_settled_before_they_are_drawn(num_cells, monkeypatch):
+    """Rejection sampling: a cache that grew, or did not, for what was drawn would choose which drawn tokens are verified."""
+    little_memory(monkeypatch, num_cells)
+    drafter = RandomDrafter(with_probs=True)
+    asked, propose, forward = [], drafter.propose, DecodeLoop.forward
+
+    def noted(sequences, requests, most):
+        asked.append(((sequences.lengths[requests] + most).max(), engine._backend.runner.held_cells))
+        return propose(sequences, requests, most)
+
+    def checked(self, requests, draft):
+        if draft.lengths.any():
+            needed, held = asked[-1]
+            assert needed <= held == self.runner.held_cells
+        return forward(self, requests, draft)
+
+    monkeypatch.setattr(drafter, "propose", noted)
+    monkeypatch.setattr(DecodeLoop, "forward", checked)
+    engine = engine_of(
+        tiny_llama(seed=11),
+        speculators=[drafter],
+        controller=FixedController(["random"], "random", 40),
+        verification="rejection",
+    )
+    output = engine.generate(PROMPTS, **LONG)
+    assert asked
+    assert sum(output.report.accepted.values()) > 0

@@ -172,7 +172,7 @@ class Eagle3Speculator(Speculator):
     def _make_room(self, sequences: Sequences, requests: np.ndarray, depth: int) -> bool:
         """Give requests (int64 `[n]`) their rows; whether some had to be forgotten because memory does not take all."""
         cache = self._cache
-        assert cache is not None
+        assert cache is not None, "room is made for requests that start() has told of"
         kept = np.flatnonzero(self._row_of >= 0)
         fresh = requests[self._row_of[requests] < 0]
         num_rows = len(kept) + len(fresh)
@@ -184,19 +184,18 @@ class Eagle3Speculator(Speculator):
                 by_length = kept[np.argsort(-sequences.lengths[kept], kind="stable")]
                 self._forget(sequences, np.concatenate([by_length, fresh])[max(1, cells // longest) :])
                 return True
-            self._close_gaps(kept)
+            self._close_gaps(cache, kept)
             cache.reserve(num_rows, longest, cells)
         free = np.setdiff1d(np.arange(cache.held_rows), self._row_of[kept])
         self._row_of[fresh] = free[: len(fresh)]
         return False
 
-    def _close_gaps(self, kept: np.ndarray) -> None:
+    def _close_gaps(self, cache: RaggedBatch, kept: np.ndarray) -> None:
         """Move the last rows of requests that have one, int64 `[n]`, so that these are the first `n`."""
-        assert self._cache is not None
         rows = self._row_of[kept]
         gaps = np.setdiff1d(np.arange(len(kept)), rows)
         for request, gap in zip(kept[rows >= len(kept)].tolist(), gaps.tolist(), strict=True):
-            self._cache.copy_rows(int(self._row_of[request]), np.array([gap]), int(self._cached[request]))
+            cache.copy_rows(int(self._row_of[request]), np.array([gap]), int(self._cached[request]))
             self._row_of[request] = gap
 
     def _fuse(self) -> None:
