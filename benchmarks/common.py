@@ -18,8 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("atlas-rl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numba", "numpy")
 
 
-def environment() -> dict[str, Any]:
+def environment(packages: Sequence[str] = _PACKAGES, commit: str | None = None) -> dict[str, Any]:
     """Where and with what a figure was measured.
+
+    Args:
+        packages: Whose versions matter.
+        commit: What was measured, told by whoever copied it to a machine without git.
 
     Returns:
         `machine` (CPU model, cores, memory, GPU), `versions` of Python and of the packages that matter, `commit` and
@@ -28,7 +32,8 @@ def environment() -> dict[str, Any]:
     Raises:
         RuntimeError: Something cannot be determined; a figure without its origin is not written.
     """
-    return {"machine": machine(), "versions": versions(), "commit": _git("rev-parse", "HEAD"), "dirty": _dirty()}
+    origin = {"commit": commit} if commit else {"commit": _git("rev-parse", "HEAD"), "dirty": _dirty()}
+    return {"machine": machine(), "versions": versions(packages), **origin}
 
 
 def machine() -> dict[str, Any]:
@@ -53,10 +58,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Versions of Python and of the packages that decide the figures."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package.replace("-", "_")] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError as error:

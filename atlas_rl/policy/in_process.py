@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -20,9 +21,12 @@ from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.step_graphs import StepGraphs
 from atlas_rl.policy.supported import context_of, refuse_layers, refuse_modules
-from atlas_rl.policy.threads import attending, evaluation_mode, generating, watched_forwards
+from atlas_rl.policy.threads import attending, evaluation_mode, generating, stand_ins, watched_forwards
 from atlas_rl.policy.unwrap import unwrap_policy
+
+logger = logging.getLogger(__name__)
 
 
 class InProcessRunner(PolicyRunner):
@@ -65,6 +69,7 @@ class InProcessRunner(PolicyRunner):
         self._cache: RaggedBatch | None = None
         self.own_attention: str = self.config._attn_implementation
         self._probed: Probed | None = None
+        self._uncaptured: str | None = None  # why its steps cannot be captured, once that was tried
         self.linears = FastLinears(self.model)
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
@@ -101,20 +106,44 @@ class InProcessRunner(PolicyRunner):
         batch = self._cache
         assert batch is not None, "forward() outside of session()"
         self.linears.prepare(len(segments.token_ids))
-        batch.place(segments, self.device)
-        assert batch.token_positions is not None
-        positions = batch.token_positions
+        if shift is None:
+            steps = self._steps_of(batch)
+            if steps is not None and steps.serves(segments, keep):
+                return self._step(steps, batch, segments, taps or Taps())
+        tokens, wanted = batch.place(segments, self.device, segments.token_ids, keep)
+        positions = batch.placed.token_positions
         if shift is not None:
             positions = positions + torch.from_numpy(shift).to(self.device)
-        taps = taps or Taps()
+        return self._run(batch, tokens, positions, wanted, taps or Taps())
+
+    def _run(
+        self, cache: RaggedBatch, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor, taps: Taps
+    ) -> torch.Tensor:
+        """The policy over tokens that have been placed in `cache`."""
         layers = self._layers if taps.wants_layers else nn.ModuleList()
-        wanted = torch.from_numpy(keep).to(self.device)
         attention = attending(ragged_attention.NAME, self.config)
-        with ragged_attention.active(batch), attention, _tapped(self.model, layers, taps):
-            logits = self.call(torch.from_numpy(segments.token_ids).to(self.device), positions, wanted)
+        with ragged_attention.active(cache), attention, _tapped(self.model, layers, taps):
+            logits = self.call(tokens, positions, keep)
         if taps.wants_head_inputs and not self.call.keeps:
-            taps.head_inputs = taps.head_inputs[wanted]
+            taps.head_inputs = taps.head_inputs[keep]
         return logits.float().contiguous()
+
+    def _steps_of(self, cache: RaggedBatch) -> StepGraphs | None:
+        """Decode steps of fixed shapes over this cache, where its attention allows them and the policy does."""
+        if cache.steps is None and cache.takes_steps and self._uncaptured is None:
+            capture = self.device.type == "cuda"
+            cache.steps = StepGraphs(lambda cache: partial(self._run, cache), capture=capture)
+        return cache.steps
+
+    def _step(self, steps: StepGraphs, cache: RaggedBatch, segments: Segments, taps: Taps) -> torch.Tensor:
+        logits = steps.run(cache, segments, taps, stand_ins())
+        if steps.refused is not None and self._uncaptured is None:
+            self._uncaptured = steps.refused
+            logger.warning(
+                "atlas_rl: %s cannot run as a CUDA graph (%s): its decode steps are launched kernel by kernel, which takes "
+                "several times as long for a small batch", type(self.model).__name__, steps.refused,
+            )  # fmt: skip
+        return logits
 
     def unrunnable(self) -> np.ndarray | None:
         if self._unrunnable is None:

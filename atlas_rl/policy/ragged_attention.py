@@ -7,6 +7,10 @@ padding at all, the function below writes the new keys and values into the cache
 Query heads that share a key/value head are folded into the query length: `[batch, kv_heads, group * len, dim]` against
 `[batch, kv_heads, context, dim]`. The cache is then read once and never expanded to the number of query heads.
 
+On a GPU, in half precision, neither is needed: flash attention over sequences of any length reads every row as far as it is
+filled, without padding and without a mask (`varlen.py`). torch would give attention with a mask to cuDNN there, which plans
+anew for every context length, that is in every decode step (43 ms a plan, measured on an H100).
+
 The cache is one tensor per layer, read in place, and grows with use: it has the rows that run, of the cells that the longest
 of them needs and a margin. What texts might come to costs nothing.
 """
@@ -18,13 +22,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from atlas_rl.policy import varlen
 from atlas_rl.policy.base import Segments, roomy
+from atlas_rl.policy.placement import Placement, place
 
 NAME = "atlas_ragged"
 
@@ -40,17 +47,23 @@ class RaggedBatch:
     Attributes:
         num_rows, capacity: Most rows, and most tokens of a row.
         honour_softcap: Whether the policy's own attention applies `softcap` (transformers' SDPA path does not).
+        varlen: Whether attention goes over sequences of any length even where torch's operator for that does not run.
         free_bytes: Bytes that caches may take now, beyond those that they have.
-        keys, values: Per layer `[held_rows, kv_heads, held_cells, dim]`; none until the layer's first call tells the shape.
+        keys, values: Per layer `[held_rows, held_cells, kv_heads, dim]`; none until the layer's first call tells the shape.
         held_rows, held_cells: Rows, and cells of each, that every tensor has; asked for, as long as there is none.
         tight: Whether the first tensors did not fit; the next ones are as small as can be.
         copied_bytes: Copied so far in order to grow.
+        generation: How often the tensors have changed their addresses.
+        placement: Of the tokens that are run, or have been run last.
+        attended: Whether attention has gone over a rectangle (False) and over sequences of any length (True).
+        steps: Decode steps of fixed shapes over this cache, which go with it.
     """
 
     num_rows: int
     capacity: int
     honour_softcap: bool
     free_bytes: Callable[[], int] = _plenty
+    varlen: bool = False
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     held_rows: int = 0
@@ -58,87 +71,81 @@ class RaggedBatch:
     copied_bytes: int = 0
     tight: bool = False
     budget_bytes: int | None = None  # what was free when first asked, and is not exceeded when more becomes free
-    first_row: int = 0
-    batch: int = 0
-    query_len: int = 0
-    context: int = 0
-    fresh: bool = False
-    rows: torch.Tensor | None = None  # [batch] cache rows, unless they are consecutive
-    token_rows: torch.Tensor | None = None  # [num_tokens] cache row of each packed token
-    token_positions: torch.Tensor | None = None  # [num_tokens]
-    pad_index: torch.Tensor | None = None  # [batch * query_len] packed index of each padded query; None if even
-    unpad_index: torch.Tensor | None = None  # [num_tokens] padded index of each packed token
-    query_positions: torch.Tensor | None = None  # [batch, query_len]
-    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    generation: int = 0
+    placement: Placement | None = None
+    attended: set[bool] = field(default_factory=set)
+    steps: Any = None  # a StepGraphs, which runs over this cache
 
-    def place(self, segments: Segments, device: torch.device) -> None:
-        """Set the index tensors for the next forward.
+    def place(self, segments: Segments, device: torch.device, *also: np.ndarray) -> list[torch.Tensor]:
+        """Get ready for the next forward: room in the cache, and indices on the device.
 
         Args:
             segments: What will be run.
             device: Of the cache.
-        """
-        lengths, starts, rows = segments.lengths, segments.starts, segments.rows
-        self.first_row, self.batch = segments.first_row, len(lengths)
-        if rows is not None and (np.diff(rows) == 1).all():  # consecutive after all: read in place
-            self.first_row, rows = int(rows[0]), None
-        self.query_len = int(lengths.max())
-        self.context = int((starts + lengths).max())
-        last_row = self.first_row + self.batch - 1 if rows is None else int(rows.max())
-        self._grow(last_row + 1, self.context)
-        self.fresh = not starts.any()
-        row = np.repeat(np.arange(self.batch), lengths)
-        offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        position = starts[row] + offset
-        cache_row = row + self.first_row if rows is None else rows[row]
-        self.token_rows = torch.from_numpy(cache_row).to(device)
-        self.rows = None if rows is None else torch.from_numpy(rows).to(device)
-        self.token_positions = torch.from_numpy(position).to(device)
-        self.masks.clear()
-        if (lengths == self.query_len).all():
-            self.pad_index = self.unpad_index = None
-        else:
-            unpad = row * self.query_len + offset
-            pad = np.zeros(self.batch * self.query_len, np.int64)
-            pad[unpad] = np.arange(len(row))
-            self.pad_index, self.unpad_index = torch.from_numpy(pad).to(device), torch.from_numpy(unpad).to(device)
-        queries = starts[:, None] + np.arange(self.query_len)[None]
-        self.query_positions = torch.from_numpy(queries).to(device)
+            also: Arrays that the forward needs there as well.
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `[1, kv_heads, num_tokens, dim]` into the rows; return views of the rows' filled prefix."""
+        Returns:
+            Those, on the device.
+        """
+        rows = segments.rows
+        last_row = segments.first_row + len(segments.lengths) - 1 if rows is None else int(rows.max())
+        self.grow(last_row + 1, int((segments.starts + segments.lengths).max()))
+        self.placement, there = place(segments, self.held_cells, device, also)
+        return there
+
+    @property
+    def placed(self) -> Placement:
+        """Of the forward that is running."""
+        assert self.placement is not None, "attention before place()"
+        return self.placement
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether all attention takes packed tokens as they come, so that a step may have a fixed shape."""
+        return bool(self.keys) and self.attended == {True}
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write `[1, kv_heads, num_tokens, dim]` into the rows."""
         if layer not in self.keys:
             self._begin(layer, key, value)
-        self.keys[layer][self.token_rows, :, self.token_positions] = key[0].transpose(0, 1)
-        self.values[layer][self.token_rows, :, self.token_positions] = value[0].transpose(0, 1)
-        rows: slice | torch.Tensor = slice(self.first_row, self.first_row + self.batch)
-        if self.rows is not None:
-            rows = self.rows
-        return self.keys[layer][rows, :, : self.context], self.values[layer][rows, :, : self.context]
+        where = self.placed.token_rows, self.placed.token_positions
+        self.keys[layer][where] = key[0].transpose(0, 1)
+        self.values[layer][where] = value[0].transpose(0, 1)
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the rows that run, `[batch, kv_heads, context, dim]`: views, where the rows are consecutive."""
+        placed = self.placed
+        rows: slice | torch.Tensor | None = placed.padding().rows
+        if rows is None:
+            rows = slice(placed.first_row, placed.first_row + placed.batch)
+        keys, values = (store[layer][rows, : placed.context] for store in (self.keys, self.values))
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def _begin(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Make the tensors of a layer, in the first forward."""
         rows, cells = self.held_rows, self.held_cells
         try:
-            self.keys[layer] = _allocated(key, rows, key.shape[1], cells, key.shape[3]).zero_()
-            self.values[layer] = _allocated(value, rows, value.shape[1], cells, value.shape[3]).zero_()
+            self.keys[layer] = _allocated(key, rows, cells, key.shape[1], key.shape[3]).zero_()
+            self.values[layer] = _allocated(value, rows, cells, value.shape[1], value.shape[3]).zero_()
+            self.generation += 1
         except MemoryError:
             # No row is complete yet. What the layers before have taken goes, so that fewer rows can be tried.
             self.keys, self.values, self.held_rows, self.held_cells, self.tight = {}, {}, 0, 0, True
             raise
 
     def copy_rows(self, source: int, targets: np.ndarray, length: int) -> None:
-        """Give rows `targets` (int64 `[n]`) the first `length` cells of row `source`."""
-        if len(targets):
-            self._grow(int(targets.max()) + 1, length)
-        for store in (self.keys, self.values):
-            for cache in store.values():
-                cache[torch.from_numpy(targets).to(cache.device), :, :length] = cache[source, :, :length]
+        """Give rows `targets` (int64 `[n]`) the first `length` cells of row `source`: all layers at once."""
+        if not len(targets):
+            return
+        self.grow(int(targets.max()) + 1, length)
+        caches = [cache for store in (self.keys, self.values) for cache in store.values()]
+        to = [cache[target, :length] for cache in caches for target in targets.tolist()]
+        torch._foreach_copy_(to, [cache[source, :length] for cache in caches for _ in targets])
 
     @property
     def cell_bytes(self) -> int:
         """Bytes of one token in all layers; 0 before the first forward."""
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for s in (self.keys, self.values) for t in s.values())
+        return sum(t.shape[2] * t.shape[3] * t.element_size() for s in (self.keys, self.values) for t in s.values())
 
     @property
     def num_bytes(self) -> int:
@@ -171,7 +178,7 @@ class RaggedBatch:
         most = self.capacity if most_cells is None else min(self.capacity, most_cells // num_rows)
         self._resize(num_rows, length, most)
 
-    def _grow(self, num_rows: int, length: int) -> None:
+    def grow(self, num_rows: int, length: int) -> None:
         """Hold `num_rows` rows of `length` cells, and everything that there is."""
         if num_rows > self.held_rows or length > self.held_cells:
             most = self.capacity if length > self.held_cells else self.held_cells
@@ -179,7 +186,7 @@ class RaggedBatch:
 
     def _resize(self, num_rows: int, length: int, most: int) -> None:
         """Hold `num_rows` rows of `length` cells, or of more, up to `most`, where memory takes that."""
-        cells = length if self.tight and not self.keys else roomy(length, most)
+        cells = length if self.tight and not self.keys else self._roomy(length, most)
         if num_rows > self.num_rows or cells > self.capacity:
             raise IndexError(f"{num_rows} rows of {cells} tokens in a cache for {self.num_rows} of {self.capacity}")
         try:
@@ -196,33 +203,25 @@ class RaggedBatch:
                 store[layer] = self._resized(store[layer], num_rows, cells)
         finally:  # it may have ended at any of them
             self.held_rows = min((store[layer].shape[0] for store, layer in tensors), default=num_rows)
-            self.held_cells = min((store[layer].shape[2] for store, layer in tensors), default=cells)
+            self.held_cells = min((store[layer].shape[1] for store, layer in tensors), default=cells)
 
     def _resized(self, old: torch.Tensor, num_rows: int, cells: int) -> torch.Tensor:
-        if (old.shape[0], old.shape[2]) == (num_rows, cells):
+        if old.shape[:2] == (num_rows, cells):
             return old
-        new = _allocated(old, num_rows, old.shape[1], cells, old.shape[3])
-        rows, filled = min(num_rows, old.shape[0]), min(cells, old.shape[2])
-        new[:rows, :, :filled] = old[:rows, :, :filled]
+        self.generation += 1
+        new = _allocated(old, num_rows, cells, *old.shape[2:])
+        rows, filled = min(num_rows, old.shape[0]), min(cells, old.shape[1])
+        new[:rows, :filled] = old[:rows, :filled]
         # Zeros, not empty: a masked cell still enters 0 * value, and stale memory may hold NaN.
-        new[:rows, :, filled:] = 0
+        new[:rows, filled:] = 0
         new[rows:] = 0
-        self.copied_bytes += old[:rows, :, :filled].numel() * old.element_size()
+        self.copied_bytes += old[:rows, :filled].numel() * old.element_size()
         return new
 
-    def mask(self, group: int, window: int | None) -> torch.Tensor:
-        """bool `[batch, 1, group * query_len, context]`: which cells a query sees (causal, within the window)."""
-        mask = self.masks.get((group, window))
-        if mask is None:
-            assert self.query_positions is not None
-            query = self.query_positions[:, :, None]
-            cell = torch.arange(self.context, device=query.device)[None, None]
-            seen = cell <= query
-            if window is not None:
-                seen &= cell > query - window
-            mask = seen.repeat(1, group, 1)[:, None]
-            self.masks[group, window] = mask
-        return mask
+    def _roomy(self, length: int, most: int) -> int:
+        """Cells to hold where `length` are needed. On a GPU copies are cheap, and new addresses cost captured steps."""
+        captured = any(cache.is_cuda for cache in self.keys.values())
+        return max(length, min(most, 2 * length)) if captured else roomy(length, most)
 
 
 class _ThisThread(threading.local):
@@ -265,29 +264,49 @@ def ragged_attention(
     if attention_mask is not None and attention_mask.ndim > 2:
         raise ValueError("the policy builds a mask of its own for this batch, which a ragged batch cannot be given")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = batch.store(layer, key, value)
-    heads, kv_heads, num_tokens = query.shape[1], key.shape[1], query.shape[2]
-    group, rows, length = heads // kv_heads, batch.batch, batch.query_len
-
+    if torch.is_autocast_enabled(query.device.type):  # torch's own attention would convert what it is given
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    batch.store(layer, key, value)
     packed = query[0].transpose(0, 1)  # [num_tokens, heads, dim]
-    if batch.pad_index is not None:
-        packed = packed.index_select(0, batch.pad_index)
+    if not (softcap is not None and batch.honour_softcap) and (batch.varlen or varlen.takes(packed)):
+        batch.attended.add(True)
+        # Cells that some tensors have beyond the others' are left of a growth that memory ended; they are not used.
+        keys, values = (store[layer][:, : batch.held_cells].contiguous() for store in (batch.keys, batch.values))
+        return varlen.attend(packed, keys, values, batch.placed.packing, scaling, sliding_window)[None], None
+    return _padded(batch, layer, packed, scaling, sliding_window, softcap)[None], None
+
+
+def _padded(
+    batch: RaggedBatch,
+    layer: int,
+    packed: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention of `[num_tokens, heads, dim]` over a rectangle: padded queries, masked cells."""
+    batch.attended.add(False)
+    placed = batch.placed
+    padding, (keys, values) = placed.padding(), batch.read(layer)
+    heads, kv_heads, rows, length = packed.shape[1], keys.shape[1], placed.batch, placed.query_len
+    group = heads // kv_heads
+    if padding.pad is not None:
+        packed = packed.index_select(0, padding.pad)
     folded = packed.reshape(rows, length, kv_heads, group, -1).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(rows, kv_heads, group * length, -1)
-    window = sliding_window if sliding_window is not None and batch.context > sliding_window else None
+    window = sliding_window if sliding_window is not None and placed.context > sliding_window else None
     if softcap is not None and batch.honour_softcap:
-        out = _softcapped(folded, keys, values, batch.mask(group, window), scaling, softcap)
-    elif batch.fresh and window is None:
+        out = _softcapped(folded, keys, values, placed.mask(group, window), scaling, softcap)
+    elif placed.fresh and window is None:
         # Right-padded prompts from position 0: plain causal attention, and no mask of context squared bytes.
         queries = folded.view(rows, heads, length, -1)
         out = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=group > 1)
         out = out.view(rows, kv_heads, group * length, -1)
     else:
-        out = scaled_dot_product_attention(folded, keys, values, attn_mask=batch.mask(group, window), scale=scaling)
+        out = scaled_dot_product_attention(folded, keys, values, attn_mask=placed.mask(group, window), scale=scaling)
     out = out.view(rows, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4).reshape(rows * length, heads, -1)
-    if batch.unpad_index is not None:
-        out = out.index_select(0, batch.unpad_index)
-    return out.view(1, num_tokens, heads, -1), None
+    return out if padding.unpad is None else out.index_select(0, padding.unpad)
 
 
 def _allocated(like: torch.Tensor, *shape: int) -> torch.Tensor:

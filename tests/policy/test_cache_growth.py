@@ -143,7 +143,7 @@ def test_memory_that_is_not_there_is_said_and_costs_nothing(monkeypatch):
     allocated = ragged_attention._allocated
 
     def full(like, *shape):
-        if shape[2] > 60:
+        if shape[1] > 60:
             like = like.as_subclass(_NoMemory)
         return allocated(like, *shape)
 
@@ -177,9 +177,9 @@ def test_a_cache_says_what_every_tensor_holds_wherever_resizing_ends(failing, ro
             cache.reserve(rows, cells, rows * cells)
         monkeypatch.undo()
         shapes = [t.shape for store in (cache.keys, cache.values) for t in store.values()]
-        assert (cache.held_rows, cache.held_cells) == (min(s[0] for s in shapes), min(s[2] for s in shapes))
+        assert (cache.held_rows, cache.held_cells) == (min(s[0] for s in shapes), min(s[1] for s in shapes))
         assert cache.num_bytes == held_bytes(cache)
-        assert (len({s[2] for s in shapes}) == 1) == (failing == 0)
+        assert (len({s[1] for s in shapes}) == 1) == (failing == 0)
         for length in range(70, cache.held_cells + 1):  # what is said to be there can be written
             run(runner, [length - 1] * 2, [1, 1])
         assert torch.equal(run(runner, [68] * 2, [1, 1]), expected)

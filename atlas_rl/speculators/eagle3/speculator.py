@@ -257,11 +257,11 @@ class Eagle3Speculator(Speculator):
         """Packed `[tokens, hidden]` through the head, its keys and values into the requests' cache rows."""
         cache = self._cache
         assert cache is not None
-        cache.place(Segments(tokens, 0, starts, counts, self._row_of[requests]), self._device)
+        segments = Segments(tokens, 0, starts, counts, self._row_of[requests])
+        (token_ids,) = cache.place(segments, self._device, tokens)
         embed = self.head.embed_tokens or self._policy.embed
-        embeddings = embed(torch.from_numpy(tokens).to(self._device)).to(features.dtype)
-        positions = cache.token_positions
-        assert positions is not None
+        embeddings = embed(token_ids).to(features.dtype)
+        positions = cache.placed.token_positions
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return ragged_attention(_LAYER, query, key, value, None)[0]

@@ -1,0 +1,174 @@
+"""Decode forwards of fixed shapes: on a GPU a step is captured once and then replayed by one launch.
+
+A policy's modules ask for some fifty kernels per layer. Launched one by one from Python they take longer than they run: 25
+ms a forward of 28 layers, 4 ms of it work (Qwen3 of 0.6 billion weights on an H100, batch 1). A CUDA graph
+(https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-graphs) asks for all of them at once.
+
+**Shapes.** A captured step has a fixed number of packed tokens, the next of a few sizes; what is missing repeats the last
+token, which writes what that token writes, and whose logits nobody reads. Every token is a sequence of its own to attention,
+one query over the cells up to its own, so that neither the number of rows nor their lengths are part of the shape.
+
+**What a graph holds.** Addresses: of the weights, of the cache, of what stands in for linear layers. So a graph belongs to
+one cache, which lives for one generation call, and weights stay in place meanwhile; where the cache's tensors move, the
+graphs go. Nothing is captured that could be stale in the next call.
+
+Where there is no CUDA the same step is called plainly (`capture=False`): all but the capture is tested on a CPU.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.placement import Placement
+from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.upload import upload
+from atlas_rl.policy.varlen import Packing
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Packed tokens of a step: from 16 on half more than are needed at most. Beyond the last a forward hides its launches."""
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Taps], torch.Tensor]
+"""Token ids, positions and wanted logits, int64 `[num_tokens]`, of placed tokens: gives logits, and fills the taps."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """One shape.
+
+    Attributes:
+        inputs: int64 `[3, num_tokens]` on the device: token ids, positions, cache rows.
+        graph: Once it is captured.
+        logits, taps: What the graph writes.
+        runs: How often it has run.
+    """
+
+    inputs: torch.Tensor
+    taps: Taps
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    runs: int = 0
+
+
+class StepGraphs:
+    """The steps of one cache.
+
+    Args:
+        forward: Runs the policy over tokens that are placed in the cache.
+        capture: Whether steps are captured, or only have the shapes for it.
+
+    Attributes:
+        captured: Graphs made so far, those included that are gone.
+        capture_s: Seconds spent on that.
+        refused: Why steps cannot be captured; None as long as they can.
+    """
+
+    def __init__(self, forward: Callable[[RaggedBatch], Forward], *, capture: bool) -> None:
+        self._forward, self._capture = forward, capture
+        self._steps: dict[Hashable, _Step] = {}
+        self._generation = -1
+        self._pool: tuple[int, int] | None = None
+        self.captured = 0
+        self.capture_s = 0.0
+        self.refused: str | None = None
+
+    def serves(self, segments: Segments, keep: np.ndarray) -> bool:
+        """Whether this forward is a step: rows go on, all logits are wanted, and there is a size for it."""
+        num_tokens = len(segments.token_ids)
+        return (
+            self.refused is None
+            and num_tokens <= SIZES[-1]
+            and len(keep) == num_tokens
+            and int(segments.starts.min()) > 0
+        )
+
+    def run(self, cache: RaggedBatch, segments: Segments, taps: Taps, variant: Hashable = None) -> torch.Tensor:
+        """The logits of every packed token, float32 `[num_tokens, vocab]`.
+
+        They are overwritten by the next step; what `taps` catches is not.
+
+        Args:
+            cache: Always the same one; its keys and values are in place and have the type that they keep.
+            segments: As `serves` them.
+            taps: Filled.
+            variant: What stands in for the policy's modules; the graphs of one are not those of another.
+        """
+        rows = np.arange(len(segments.lengths)) + segments.first_row if segments.rows is None else segments.rows
+        cache.grow(int(rows.max()) + 1, int((segments.starts + segments.lengths).max()))
+        if self._generation != cache.generation:
+            self._steps.clear()
+            self._generation = cache.generation
+        num_tokens = len(segments.token_ids)
+        size = SIZES[bisect.bisect_left(SIZES, num_tokens)]
+        key = size, taps.wants_head_inputs, taps.wants_layers, variant
+        step = self._steps.get(key)
+        if step is None:
+            device = next(iter(cache.keys.values())).device
+            inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
+            step = self._steps[key] = _Step(inputs, Taps(taps.wants_head_inputs, taps.wants_layers))
+        _fill(step, segments, rows)
+        self._advance(step, cache)
+        taps.head_inputs = step.taps.head_inputs[:num_tokens].clone()
+        taps.layers = {layer: states[:num_tokens].clone() for layer, states in step.taps.layers.items()}
+        return step.logits[:num_tokens]
+
+    def _advance(self, step: _Step, cache: RaggedBatch) -> None:
+        """Run the step: plainly at first, which loads what a capture must not load, then captured, then replayed."""
+        if step.graph is not None:
+            step.graph.replay()
+        elif step.runs == 0 or not self._capture or self.refused is not None:
+            step.logits = self._call(step, cache)
+        else:
+            self._record(step, cache)
+        step.runs += 1
+
+    def _call(self, step: _Step, cache: RaggedBatch) -> torch.Tensor:
+        tokens, positions, rows = step.inputs
+        cells = cache.held_cells
+        packing = Packing(
+            query_starts=torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device),
+            key_starts=torch.nn.functional.pad((rows * cells).int(), (0, 1)),
+            key_lengths=(positions + 1).int(),
+            max_queries=1,
+            max_keys=cells,
+        )
+        cache.placement = Placement(rows, positions, packing)
+        keep = torch.arange(len(tokens), device=tokens.device)
+        return self._forward(cache)(tokens, positions, keep, step.taps)
+
+    def _record(self, step: _Step, cache: RaggedBatch) -> None:
+        """Capture the step and run it; where that is impossible, run it plainly and say why."""
+        began_s = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            # Other threads, which pin memory for a loader say, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                step.logits = self._call(step, cache)
+        except RuntimeError as error:  # a module waits for the device, say to see which experts are asked for
+            self.refused = str(error).splitlines()[0]
+            torch.cuda.synchronize()
+            step.logits = self._call(step, cache)
+            return
+        step.graph = graph
+        graph.replay()
+        self.captured += 1
+        self.capture_s += time.perf_counter() - began_s
+
+
+def _fill(step: _Step, segments: Segments, rows: np.ndarray) -> None:
+    """Put the tokens where the step reads them; the last one fills what is left."""
+    row = np.repeat(np.arange(len(rows)), segments.lengths)
+    first = np.cumsum(segments.lengths) - segments.lengths
+    positions = segments.starts[row] + np.arange(len(row)) - first[row]
+    tokens = np.stack([segments.token_ids, positions, rows[row]])
+    missing = step.inputs.shape[1] - tokens.shape[1]
+    (there,) = upload([np.pad(tokens, ((0, 0), (0, missing)), mode="edge")], step.inputs.device)
+    step.inputs.copy_(there)

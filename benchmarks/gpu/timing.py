@@ -1,0 +1,73 @@
+"""Device time by events, and what the host asked of the device."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.common import quantiles
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+
+
+def device_ms(call: Callable[[], Any], repeats: int = 30, warm_up: int = 5) -> dict[str, float]:
+    """Milliseconds of the device for `call`, by events; quantiles over the repeats.
+
+    The device has other work before each repeat, so that launches are hidden and kernels alone are timed.
+    """
+    ballast = torch.empty(64 << 20, device="cuda")
+    for _ in range(warm_up):
+        call()
+    marks = []
+    for _ in range(repeats):
+        ballast.zero_()
+        ballast.zero_()
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        call()
+        ended.record()
+        marks.append((began, ended))
+    torch.cuda.synchronize()
+    return quantiles([began.elapsed_time(ended) for began, ended in marks])
+
+
+def host_ms(call: Callable[[], Any], repeats: int = 10, warm_up: int = 2) -> dict[str, float]:
+    """Milliseconds until the device is done with `call`, by the host's clock."""
+    seconds = []
+    for turn in range(warm_up + repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        if turn >= warm_up:
+            seconds.append(time.perf_counter() - began)
+    return quantiles([1e3 * s for s in seconds])
+
+
+def traced(call: Callable[[], Any]) -> dict[str, Any]:
+    """What one call makes the host ask of the device: launches, waits, copies; and the device's busy milliseconds."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    counts: Counter[str] = Counter()
+    kernels_us: Counter[str] = Counter()
+    for event in profile.events():
+        if event.name.startswith("cu"):
+            counts[event.name] += 1
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels_us[event.name] += event.self_device_time_total
+    return {
+        "launches": sum(counts[name] for name in LAUNCHES),
+        "graph_launches": counts["cudaGraphLaunch"],
+        "waits": sum(counts[name] for name in WAITS),
+        "copies": counts["cudaMemcpyAsync"],
+        "device_busy_ms": sum(kernels_us.values()) / 1e3,
+        "kernels_ms": {name[:90]: us / 1e3 for name, us in kernels_us.most_common(12)},
+    }

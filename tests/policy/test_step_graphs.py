@@ -1,0 +1,163 @@
+"""Steps of fixed shapes and attention over sequences of any length: the logits of ragged forwards, on a CPU."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from atlas_rl.policy import ragged_attention, step_graphs, varlen
+from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.ragged_attention import RaggedBatch
+from tests.engines import ARMS, SETTINGS, generate, reference
+from tests.models import FACTORIES, tiny_llama
+
+VOCAB = 64
+# Policies that squash scores keep the rectangle: flash attention cannot.
+FAMILIES = sorted(FACTORIES)
+
+
+def forwards(name, *, fixed, taps=False):
+    """Logits, and what was tapped, of prompts and of three ragged steps, one of them of scattered rows."""
+    runner = InProcessRunner(FACTORIES[name](seed=3))
+    cache = runner.new_cache(8, 128)
+    cache.varlen = fixed
+    rng, out = np.random.default_rng(5), []
+    lengths = np.array([5, 17, 2, 40])
+    with runner.session(cache):
+        tokens = rng.integers(VOCAB, size=int(lengths.sum()))
+        runner.forward(Segments(tokens, 0, np.zeros(4, np.int64), lengths), np.cumsum(lengths) - 1)
+        for counts, rows in (([1, 1, 1, 1], None), ([3, 1, 4, 2], None), ([2, 1], [3, 0]), ([1, 2, 1, 6], None)):
+            counts = np.array(counts)
+            own = np.arange(4) if rows is None else np.array(rows)
+            tokens = rng.integers(VOCAB, size=int(counts.sum()))
+            caught = Taps(taps, (1,) if taps else ())
+            segments = Segments(tokens, 0, lengths[own], counts, None if rows is None else own)
+            logits = runner.forward(segments, np.arange(len(tokens)), caught)
+            out += [logits.clone(), *([caught.head_inputs, caught.layers[1]] if taps else [])]
+            lengths[own] += counts
+        runner.copy_rows(3, [1], int(lengths[3]))
+        tokens = rng.integers(VOCAB, size=2)
+        segments = Segments(tokens, 0, lengths[[3, 3]], np.ones(2, np.int64), np.array([1, 3]))
+        out.append(runner.forward(segments, np.arange(2)).clone())
+    return out, cache
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_fixed_shape_has_the_logits_of_a_ragged_one(name):
+    plain, _ = forwards(name, fixed=False, taps=True)
+    shaped, cache = forwards(name, fixed=True, taps=True)
+    if cache.attended == {True}:
+        assert {key[0] for key in cache.steps._steps} == {2, 4, 12}  # of 2, 3, 4 and 10 tokens
+    else:
+        assert cache.steps is None
+    for a, b in zip(plain, shaped, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() < 1e-4
+
+
+def test_most_families_take_steps():
+    assert sum(forwards(name, fixed=True)[1].takes_steps for name in FAMILIES) >= len(FAMILIES) - 1
+
+
+def test_a_wrong_row_is_seen(monkeypatch):
+    """The comparison above can fail: keys of a neighbour's row change the logits."""
+    plain, _ = forwards("llama", fixed=False)
+    own = step_graphs.Packing
+    monkeypatch.setattr(
+        step_graphs, "Packing", lambda **fields: own(**(fields | {"key_starts": fields["key_starts"] + 1}))
+    )
+    shaped, _ = forwards("llama", fixed=True)
+    assert max((a - b).abs().max() for a, b in zip(plain, shaped, strict=True)) > 1e-2
+
+
+def test_sizes_cover_every_step_and_waste_little():
+    sizes = np.array(step_graphs.SIZES)
+    assert (np.diff(sizes) > 0).all()
+    taken = sizes[np.searchsorted(sizes, np.arange(1, sizes[-1] + 1))]
+    assert (taken <= np.maximum(2 * np.arange(1, sizes[-1] + 1), 2)).all()
+    assert (taken[15:] <= 1.5 * np.arange(16, sizes[-1] + 1)).all()
+
+
+def test_a_cache_goes_with_its_last_user():
+    """Its memory is wanted back at once, not when Python looks for circles."""
+    runner = InProcessRunner(tiny_llama(seed=3))
+    cache = runner.new_cache(2, 64)
+    cache.varlen = True
+    with runner.session(cache):
+        for start, count in ((0, 4), (4, 1), (5, 1)):
+            one = np.array([count])
+            runner.forward(Segments(np.arange(count), 0, np.array([start]), one), np.arange(count))
+    assert cache.steps is not None
+    gc.disable()
+    try:
+        keys = weakref.ref(cache.keys[0])
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def fixed_shapes(monkeypatch):
+    """Every cache has steps of fixed shapes, as on a GPU."""
+    made = []
+
+    class Fixed(RaggedBatch):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.varlen = True
+            made.append(self)
+
+    monkeypatch.setattr("atlas_rl.policy.in_process.RaggedBatch", Fixed)
+    return made
+
+
+@pytest.mark.parametrize(
+    "arm", ["controller, history and draft LM", "draft LM, k=3", "parrot, 30% wrong, k=5", "history, k=5"]
+)
+@pytest.mark.parametrize("setting", ["plain", "everything"])
+def test_tokens_are_those_of_ragged_steps(arm, setting, fixed_shapes):
+    output = generate(ARMS[arm](), **SETTINGS[setting])
+    assert any(cache.steps is not None and cache.steps._steps for cache in fixed_shapes)
+    expected = reference.__wrapped__(setting)
+    assert output.completion_ids == expected.completion_ids
+
+
+def test_waves_and_retiring(fixed_shapes):
+    engine = ARMS["parrot, 30% wrong, k=5"]()
+    engine.config.max_batch_size = 3
+    assert generate(engine).completion_ids == reference().completion_ids
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_of_any_length_is_attention(window):
+    """Against softmax by hand, rows of several lengths, two queries and one."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(3, 10, 2, 8), torch.randn(3, 10, 2, 8)
+    query = torch.randn(4, 4, 8)
+    packing = varlen.Packing(torch.tensor([0, 2, 3, 4]), torch.tensor([10, 0, 20, 30]), torch.tensor([7, 4, 10]), 2, 10)
+    out = varlen.attend(query, keys, values, packing, None, window)
+    for token, (row, last) in enumerate([(1, 5), (1, 6), (0, 3), (2, 9)]):
+        first = 0 if window is None else max(0, last - window + 1)
+        for head in range(4):
+            scores = keys[row, first : last + 1, head // 2] @ query[token, head] / 8**0.5
+            expected = scores.softmax(0) @ values[row, first : last + 1, head // 2]
+            assert torch.allclose(out[token, head], expected, atol=1e-5)
+
+
+def test_torch_has_the_operator():
+    """Its arguments are given by name: a torch that renames one is noticed here, not on a GPU."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names[:10] == [
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+        "return_debug_mask",
+    ]  # fmt: skip
+    assert {"scale", "window_size_left", "window_size_right", "seqused_k"} <= set(names)
+    assert not varlen.takes(torch.zeros(1, 1, 8, dtype=torch.bfloat16))  # which is on a CPU
+    assert ragged_attention.NAME == "atlas_ragged"
