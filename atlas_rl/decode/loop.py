@@ -101,9 +101,13 @@ class DecodeLoop:
         forward_s = -self.recorder.seconds("forward")
         with self.recorder.time("forward"):
             logits, hidden = self.forward(requests, draft)
+        with self.recorder.time("sample"):
+            verifying = self.verifier.begin(logits, draft, self.sequences, requests)
+        with self.recorder.time("forward"):
+            self.runner.synchronize()  # what was asked for since then waits behind the forward
         forward_s += self.recorder.seconds("forward")
         with self.recorder.time("sample"):
-            outcome = self.verifier.verify(logits, draft, self.sequences, requests)
+            outcome = verifying()
         with self.recorder.time("commit"):
             verified = self.commit(requests, outcome, draft.lengths, hidden)
         with self.recorder.time("observe"):
@@ -136,7 +140,6 @@ class DecodeLoop:
         logits = self.runner.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), taps)
         if len(unknown):
             logits[torch.from_numpy(unknown).to(logits.device)] = float("nan")
-        self.runner.synchronize()
         return logits, Hidden(first, taps.head_inputs, taps.layers)
 
     def _taps(self) -> Taps:

@@ -128,7 +128,10 @@ class PolicyRunner(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait for queued device work, so that a clock read afterwards means something. Does nothing on a CPU."""
+        """Wait for the forwards and copies that were asked for, so that a clock read afterwards means something.
+
+        Not for what was asked of the device after the last of them. Does nothing on a CPU.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ class InProcessRunner(PolicyRunner):
         self._cache: RaggedBatch | None = None
         self.own_attention: str = self.config._attn_implementation
         self._probed: Probed | None = None
+        self._asked: torch.cuda.Event | None = None  # of the last forward or copy
         self._uncaptured: str | None = None  # why its steps cannot be captured, once that was tried
         self.linears = FastLinears(self.model)
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
@@ -97,7 +98,9 @@ class InProcessRunner(PolicyRunner):
                 yield
 
     def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
-        return self.run(segments, keep, taps)
+        logits = self.run(segments, keep, taps)
+        self._mark()
+        return logits
 
     def run(
         self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, shift: np.ndarray | None = None
@@ -153,6 +156,7 @@ class InProcessRunner(PolicyRunner):
     def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:
         assert self._cache is not None, "copy_rows() outside of session()"
         self._cache.copy_rows(source, np.array(targets, np.int64), length)
+        self._mark()
 
     def row_bytes(self, capacity: int) -> int:
         """Bytes of cache that one row of `capacity` tokens takes."""
@@ -188,8 +192,15 @@ class InProcessRunner(PolicyRunner):
             cache.reserve(num_rows, length, self.cells_that_fit())
 
     def synchronize(self) -> None:
+        if self._asked is not None:
+            self._asked.synchronize()
+            self._asked = None
+
+    def _mark(self) -> None:
+        """Remember what has been asked of the device so far."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            self._asked = torch.cuda.Event()
+            self._asked.record()
 
     @contextmanager
     def ragged(self, cache: RaggedBatch) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Arrays of the host on the policy's device: together in one copy, for which nobody waits."""
+"""Arrays between the host and the policy's device, together: up without waiting, down with one wait."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 _TYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
+_DTYPES = {there: here for here, there in _TYPES.items()}
 _ALIGNED = 16  # bytes, of where an array begins
 
 
@@ -29,4 +30,17 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
     return [
         there[start : start + array.nbytes].view(_TYPES[array.dtype]).view(array.shape)
         for array, start in zip(arrays, starts, strict=True)
+    ]
+
+
+def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Copies on the host, in the shapes and types of `tensors`, which are on one device; the host waits once."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.numpy() for tensor in tensors]
+    bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    here = torch.cat(bytes_of).cpu().numpy()
+    starts = np.cumsum([0, *(len(part) for part in bytes_of)])
+    return [
+        here[start:end].copy().view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        for tensor, start, end in zip(tensors, starts[:-1].tolist(), starts[1:].tolist(), strict=True)
     ]

@@ -6,6 +6,9 @@ position. The decisions are those of `verification.py` (`docs/kernels.md` says w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -14,6 +17,7 @@ from atlas_kernels.rejection import verify_by_rejection
 from atlas_kernels.verify import Verification, verify
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.policy.logits import require_distributions
+from atlas_rl.policy.upload import download, upload
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import (
     DrafterInvariant,
@@ -48,6 +52,11 @@ class FusedVerifier(Verifier):
         return self._form.decide(positions, sampling)
 
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
+        return self.begin(logits, draft, sequences, requests)()
+
+    def begin(
+        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
+    ) -> Callable[[], Outcome]:
         sampling, device = sequences.sampling, logits.device
         counts = draft.lengths + 1
         starts = np.append(0, np.cumsum(counts))
@@ -62,7 +71,7 @@ class FusedVerifier(Verifier):
             logits = process(logits, sampling, prefixes)
             temperature = 0.0 if sampling.greedy else 1.0  # it has been applied
         keys, positions = sequences.noise_keys[requests][row].view(np.int64), sequences.lengths[requests][row] + depth
-        rows = [logits, *(torch.from_numpy(array).to(device) for array in (drafts, starts, keys, positions))]
+        rows = [logits, *upload([drafts, starts, keys, positions], device)]
         if self.couples_noise:
             verified = verify(*rows, temperature=temperature, implementation=self._implementation)
         else:
@@ -70,7 +79,7 @@ class FusedVerifier(Verifier):
             verified = verify_by_rejection(
                 *rows, temperature=temperature, draft_probs=probs, implementation=self._implementation
             )
-        return _outcome(verified, logits, row, depth, sampling)
+        return partial(_outcome, verified, logits, row, depth, sampling)
 
 
 def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor | None:
@@ -79,7 +88,8 @@ def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Ten
         return None
     device = draft.draft_probs.device
     column = np.minimum(depth, draft.draft_probs.shape[1] - 1)
-    return draft.draft_probs[torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)]
+    there = upload([row, column], device)
+    return draft.draft_probs[there[0], there[1]]
 
 
 def _outcome(
@@ -89,19 +99,20 @@ def _outcome(
 
     Whether the logits were distributions is read off what is downloaded anyway.
     """
-    num_accepted, width = verified.num_accepted.cpu().numpy(), int(depth.max()) + 1
-    figures = torch.stack([verified.logprobs, verified.entropies, verified.max_probs]).cpu().numpy()
+    num_accepted, tokens, *figures = download(
+        [verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs]
+    )
+    width = int(depth.max()) + 1
     outcome = Outcome(
         np.zeros((len(num_accepted), width), np.int64),
         num_accepted,
         *(np.zeros((len(num_accepted), width), np.float32) for _ in range(3)),
     )
-    tokens = verified.token_ids.cpu().numpy()
     ends = np.cumsum(sampling.ends(tokens))
     start = np.arange(len(row)) - depth
     ended = np.append(0, ends)  # before each row of logits
     valid = (depth <= num_accepted[row]) & (ended[:-1] == ended[start])  # behind an ending token nothing is committed
-    require_distributions(figures[2, valid], logits, np.flatnonzero(valid))
+    require_distributions(figures[2][valid], logits, np.flatnonzero(valid))
     row, depth = row[valid], depth[valid]
     outcome.token_ids[row, depth] = tokens[valid]
     for array, values in zip((outcome.logprobs, outcome.entropies, outcome.max_probs), figures, strict=True):

@@ -8,7 +8,9 @@ vocabulary is that of plain decoding for the same tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,6 +72,15 @@ class Verifier(ABC):
     @abstractmethod
     def decide(self, positions: Positions, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         """Committed token int64 `[rows]` and whether it is the accepted draft, bool `[rows]`."""
+
+    def begin(
+        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
+    ) -> Callable[[], Outcome]:
+        """`verify` in two parts: what is done here waits for no device, and what is returned gives the outcome.
+
+        The arguments are left alone until then.
+        """
+        return partial(self.verify, logits, draft, sequences, requests)
 
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
         """Verify packed drafts.

@@ -13,7 +13,7 @@ from atlas_rl.policy import ragged_attention, step_graphs, varlen
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.ragged_attention import RaggedBatch
-from tests.engines import ARMS, SETTINGS, generate, reference
+from tests.engines import ARMS, SETTINGS, draft_model, engine_of, generate, reference
 from tests.models import FACTORIES, tiny_llama
 
 VOCAB = 64
@@ -129,8 +129,7 @@ def test_tokens_are_those_of_ragged_steps(arm, setting, fixed_shapes):
 
 
 def test_waves_and_retiring(fixed_shapes):
-    engine = ARMS["parrot, 30% wrong, k=5"]()
-    engine.config.max_batch_size = 3
+    engine = engine_of(draft_model=draft_model(), max_batch_size=3)
     assert generate(engine).completion_ids == reference().completion_ids
 
 
