@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from atlas_rl.policy import ragged_attention
+from atlas_rl.policy.attention_backends import without_cudnn
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.compiled import uncompiled
@@ -174,7 +175,7 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
         """Inside, the policy's layers call the attention function of this name, in this thread."""
-        with uncompiled(self.model), attending(name, self.config):
+        with uncompiled(self.model), attending(name, self.config), without_cudnn():
             yield
 
     def _look(self) -> Probed:

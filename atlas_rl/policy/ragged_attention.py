@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from atlas_rl.policy.attention_backends import attend
 from atlas_rl.policy.base import Segments, roomy
 
 NAME = "atlas_ragged"
@@ -280,10 +280,10 @@ def ragged_attention(
     elif batch.fresh and window is None:
         # Right-padded prompts from position 0: plain causal attention, and no mask of context squared bytes.
         queries = folded.view(rows, heads, length, -1)
-        out = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=group > 1)
+        out = attend(queries, keys, values, scale=scaling, causal=True, grouped=group > 1)
         out = out.view(rows, kv_heads, group * length, -1)
     else:
-        out = scaled_dot_product_attention(folded, keys, values, attn_mask=batch.mask(group, window), scale=scaling)
+        out = attend(folded, keys, values, scale=scaling, mask=batch.mask(group, window))
     out = out.view(rows, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4).reshape(rows * length, heads, -1)
     if batch.unpad_index is not None:
         out = out.index_select(0, batch.unpad_index)
