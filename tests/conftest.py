@@ -49,6 +49,12 @@ def tiny_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return FACTORIES[request.param]()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests find out about the machine, on two busy cores, is not kept for its user."""
+    os.environ["ATLAS_RL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def accelerate_anew() -> Iterator[None]:
     """accelerate keeps a process's first `Accelerator` settings for good: forget them, and put back what was there."""

@@ -1,52 +1,48 @@
-"""Float32 linear layers for small batches on a CPU.
+"""Linear layers of a policy on a CPU, each by the route that is fastest there (`linear_routes.py`), for the time of a call.
 
-A decode step multiplies a few rows by every weight: it is bound by reading the weights. `F.linear(x, W)` hands BLAS the
-few rows as the tall operand, and the library repacks all of W on every call. `(W @ x.T).T` is the same product with W as
-the tall operand, which is streamed once. Up to three rows BLAS has a kernel of its own for the first form. Measured on a
-2-core Xeon (AVX-512, fp32, MKL of torch 2.13), LM head of 49,152 x 576, ms:
+A packed copy of a weight costs its bytes once more and the time of some forwards, and is only good for the weight that it
+was made of. It is made when a call has gone on for so long that it would have paid a good part of its price, for all layers
+of a shape; it is used as long as the weight has the address and the version counter that it had then; and it goes at the
+end of the call, before anybody trains. Memory that caches may not take is not taken (`memory.py`).
 
-    rows       1     2     3     4     8    12    16    24    32    48    64
-    F.linear   7.1   7.2   7.6  13.2  20.8  32.9  35.7  41.8  45.4  48.4  38.3
-    W @ x.T    7.1  14.2  13.9  12.1  15.1  16.6  18.1  25.4  29.0  37.2  36.3
-
-The weights stay where they are: no packed copy that would have to follow every policy update.
-
-Under autocast a layer computes in bfloat16 or float16, which has kernels of its own, adds its bias before it rounds, and is
-no faster the other way round: there every layer keeps PyTorch's route.
+Under autocast a layer computes in another type than its weights have, and adds its bias before it rounds: there every layer
+keeps PyTorch's route.
 
 Drafters' own weights are small and stay in the caches, and nothing else reads them. Stored column by column they need
-neither repacking nor a product that is transposed afterwards. Weights of 1,728 x 576, there, microseconds:
-
-    rows       1     3     4     8    16    32
-    F.linear   115   129   867   893  1056  1387
-    W @ x.T    127   475   421   319   400   670
-    columns     97   115   147   130   208   385
+neither repacking nor a product that is transposed afterwards (`by_columns`).
 """
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.linear_routes import (
+    BUCKET_OF,
+    BUCKETS,
+    PACKED,
+    ROUTES,
+    Contest,
+    RouteTable,
+    packed,
+    packed_weight,
+)
+from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.threads import replaced_forwards
 
-MIN_ROWS, MAX_ROWS = 4, 63
-
-
-def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`, by whichever route is faster for this many rows, on a CPU; the other route is for float32 alone."""
-    rows = math.prod(x.shape[:-1])
-    if not MIN_ROWS <= rows <= MAX_ROWS or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return nn.functional.linear(x, weight, bias)
-    # Contiguous again, because every elementwise operation downstream would walk the transposed layout.
-    out = (weight @ x.reshape(rows, -1).t()).t().contiguous()
-    if bias is not None:
-        out = out + bias
-    return out.view(*x.shape[:-1], -1)
+MIN_BYTES = 1 << 18
+"""Smaller weights stay in any processor's own cache, where PyTorch's route is as good as another."""
+_TYPES = (torch.float32, torch.bfloat16)
+_PILOTS = 3  # layers of a shape that are packed in order to see what it brings
+_WORTH = 0.25  # of the price that must have been lost before a shape is packed: calls that went on for long go on
 
 
 def by_columns(weight: torch.Tensor) -> torch.Tensor:
@@ -54,21 +50,172 @@ def by_columns(weight: torch.Tensor) -> torch.Tensor:
     return weight.t().contiguous().t() if weight.device.type == "cpu" else weight
 
 
-def _forward(linear: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some policies pass it by its name
-    return linear_rows(input, linear.weight, linear.bias)
+@dataclass(slots=True)
+class _Copy:
+    """A packed weight, and what tells whether it is still the weight's."""
+
+    weight: torch.Tensor
+    version: int
+    address: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _Copy:
+        return cls(packed_weight(weight), weight._version, weight.data_ptr())
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        return weight._version == self.version and weight.data_ptr() == self.address
 
 
-def streamed_weights(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, float32 CPU `nn.Linear` layers of `model` take the route above in this thread; afterwards none does.
+@dataclass(slots=True)
+class _Shape:
+    """Layers of one shape and type: their contests by rows, their packed copies, and what not having these has cost."""
 
-    A layer returns what it would return otherwise: the same type, and the same value up to the rounding of float32.
+    layers: list[nn.Linear]
+    contests: dict[int, Contest]
+    copies: dict[nn.Linear, _Copy] = field(default_factory=dict)
+    lost_s: float = 0.0
+
+    def prepare(self, contest: Contest) -> None:
+        """Pack what a forward with this contest should have."""
+        if PACKED not in contest.seconds:
+            return
+        missing = [layer for layer in self.layers if layer not in self.copies]
+        if contest.winner is None:
+            pilots = [layer for layer in self.layers[:_PILOTS] if layer in missing]
+            if pilots and _fits(pilots):
+                contest.pack_s = self._pack(pilots)
+            elif pilots:
+                contest.leave_out(PACKED)
+            return
+        self.lost_s += contest.gain_s * len(missing)
+        if missing and contest.gain_s and self.lost_s > _WORTH * (contest.pack_s or 0.0) * len(missing):
+            self.lost_s = float("-inf")  # once a call: what there was no memory for is not tried in every step
+            if _fits(missing):
+                self._pack(missing)
+
+    def _pack(self, layers: list[nn.Linear]) -> float:
+        """Pack layers; returns the seconds that one took."""
+        began_s = time.perf_counter()
+        for layer in layers:
+            self.copies[layer] = _Copy.of(layer.weight)
+        return (time.perf_counter() - began_s) / len(layers)
+
+
+class FastLinears:
+    """The linear layers of a model by their fastest routes.
+
+    Args:
+        model: Its `nn.Linear` layers of float32 or bfloat16 on a CPU take part.
+        table: What is known of this machine; None for that of the machine.
+
+    Attributes:
+        packing_s: Seconds spent on packing in the latest session.
+        most_packed_bytes: Most bytes of packed copies that there were at once in it.
     """
-    patched = [
-        module
-        for module in model.modules()
-        if class_of(module) is nn.Linear
+
+    def __init__(self, model: nn.Module, table: RouteTable | None = None) -> None:
+        self.packing_s, self.most_packed_bytes = 0.0, 0
+        self._given = table
+        self._model = model
+        self._shapes: list[_Shape] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, layers take their routes in this thread; afterwards none does, and no copy is left.
+
+        A layer returns what it would return otherwise: the same type, and the same value up to rounding.
+        """
+        if not self._shapes:
+            self.packing_s, self.most_packed_bytes = 0.0, 0
+        outer, table = self._shapes, self._given or RouteTable.of_this_machine()
+        known = {layer for shape in outer for layer in shape.layers}
+        inner = _by_shape([m for m in self._model.modules() if m not in known and _takes_part(m)], table)
+        forwards: dict[nn.Module, Any] = {layer: _forward_of(shape) for shape in inner for layer in shape.layers}
+        try:
+            self._shapes = outer + inner
+            with replaced_forwards(forwards):
+                yield
+        finally:
+            self._shapes = outer
+            if inner:
+                table.save()
+
+    def prepare(self, num_rows: int) -> None:
+        """Pack what is worth it, before a forward over `num_rows` tokens."""
+        if not 0 < num_rows <= BUCKETS[-1]:
+            return
+        began_s, num_copies = time.perf_counter(), sum(len(shape.copies) for shape in self._shapes)
+        for shape in self._shapes:
+            shape.prepare(shape.contests[BUCKET_OF[num_rows - 1]])
+        if sum(len(shape.copies) for shape in self._shapes) != num_copies:
+            self.packing_s += time.perf_counter() - began_s
+            packed_bytes = sum(_bytes(layer) for shape in self._shapes for layer in shape.copies)
+            self.most_packed_bytes = max(self.most_packed_bytes, packed_bytes)
+
+
+def _by_shape(layers: list[Any], table: RouteTable) -> list[_Shape]:
+    groups: dict[object, list[nn.Linear]] = {}
+    for layer in layers:
+        groups.setdefault((layer.weight.shape, layer.weight.dtype, layer.bias is None), []).append(layer)
+    return [
+        _Shape(same, {rows: table.contest(same[0].weight, same[0].bias is not None, rows) for rows in BUCKETS})
+        for same in groups.values()
+    ]
+
+
+def _takes_part(module: Any) -> bool:
+    return (
+        class_of(module) is nn.Linear
         and "forward" not in module.__dict__
         and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-    ]
-    return replaced_forwards(dict.fromkeys(patched, _forward))
+        and module.weight.dtype in _TYPES
+        and not module.weight.is_inference()  # which have no version counter
+        and module.weight.numel() == module.in_features * module.out_features  # or it is sharded away
+        and _bytes(module) >= MIN_BYTES
+    )
+
+
+def _bytes(layer: nn.Linear) -> int:
+    return layer.weight.numel() * layer.weight.element_size()
+
+
+def _fits(layers: list[nn.Linear]) -> bool:
+    return sum(map(_bytes, layers)) <= free_bytes(torch.device("cpu"))
+
+
+def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
+    """The forward of layers of a shape."""
+    dtype, inputs = shape.layers[0].weight.dtype, shape.layers[0].in_features
+    contests, copies = shape.contests, shape.copies
+
+    def forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some policies pass it by its name
+        rows = input.numel() // inputs
+        if not 0 < rows <= BUCKETS[-1] or input.dtype != dtype or torch.is_autocast_enabled("cpu"):
+            return functional.linear(input, layer.weight, layer.bias)
+        contest, copy = contests[BUCKET_OF[rows - 1]], copies.get(layer)
+        if copy is not None and not copy.is_of(layer.weight):
+            del copies[layer]
+            copy = None
+        flat = input.reshape(rows, inputs)
+        if contest.winner is None:
+            out = _timed(contest, flat, layer, copy)
+        else:
+            out = _by(contest.winner if copy is not None else contest.runner_up, flat, layer, copy)
+        return out.view(*input.shape[:-1], -1)
+
+    return forward
+
+
+def _timed(contest: Contest, x: torch.Tensor, layer: nn.Linear, copy: _Copy | None) -> torch.Tensor:
+    route = contest.next(may_pack=copy is not None)
+    began_s = time.perf_counter()
+    out = _by(route, x, layer, copy)
+    contest.note(route, time.perf_counter() - began_s)
+    return out
+
+
+def _by(route: str, x: torch.Tensor, layer: nn.Linear, copy: _Copy | None) -> torch.Tensor:
+    if route == PACKED:
+        assert copy is not None, "layers without a copy have another route"
+        return packed(x, copy.weight, layer.bias)
+    return ROUTES[route](x, layer.weight, layer.bias)

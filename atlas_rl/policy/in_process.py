@@ -16,7 +16,7 @@ from atlas_rl.policy.attention_backends import without_cudnn
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.compiled import uncompiled
-from atlas_rl.policy.cpu_linear import streamed_weights
+from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
@@ -66,6 +66,7 @@ class InProcessRunner(PolicyRunner):
         self._cache: RaggedBatch | None = None
         self.own_attention: str = self.config._attn_implementation
         self._probed: Probed | None = None
+        self.linears = FastLinears(self.model)
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
@@ -100,6 +101,7 @@ class InProcessRunner(PolicyRunner):
         """`forward`, with positions moved by `shift`, int64 `[num_tokens]`: for the probe."""
         batch = self._cache
         assert batch is not None, "forward() outside of session()"
+        self.linears.prepare(len(segments.token_ids))
         batch.place(segments, self.device)
         assert batch.token_positions is not None
         positions = batch.token_positions
@@ -167,7 +169,7 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with uncompiled(self.model), streamed_weights(self.model):
+            with uncompiled(self.model), self.linears.installed():
                 yield
         finally:
             self._cache = outer

@@ -36,7 +36,8 @@ class Reach:
         if tokens > self.tokens:
             raise ValueError(
                 f"{name} can be run in process up to {self.tokens} tokens of prompt and completion; beyond that, "
-                f"{self.reason}. Requests here may reach {tokens}: lower max_new_tokens or shorten the prompts, or {REMEDY}"
+                f"{self.reason}. Requests here may reach {tokens}: lower max_new_tokens (a trainer's "
+                f"max_completion_length) or shorten the prompts, or {REMEDY}"
             )
 
 

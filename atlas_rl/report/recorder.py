@@ -62,6 +62,7 @@ class StepRecorder:
         self._num_scored_tokens = 0
         self._warnings: dict[str, None] = {}
         self._faults: dict[str, int] = {}
+        self._packing_s, self._packed_bytes = 0.0, 0
 
     def generating(self) -> _Timer:
         """Context of the whole generation; charges `other` for the seconds that no phase claims."""
@@ -135,6 +136,11 @@ class StepRecorder:
         self._max_prob_sum += max_prob_sum
         self._num_scored_tokens += num_tokens
 
+    def packed(self, seconds: float, num_bytes: int) -> None:
+        """Weights were packed: seconds, which count in the phase that runs too, and most bytes at once."""
+        self._packing_s += seconds
+        self._packed_bytes = max(self._packed_bytes, num_bytes)
+
     def warn(self, message: str) -> None:
         """Add a warning to the report; equal messages are added once."""
         self._warnings[message] = None
@@ -190,6 +196,8 @@ class StepRecorder:
             accepted_by_position=accepted_by_position + (0,) * missing,
             generate_s=sum(self._seconds.values()),
             **phases,
+            packing_s=self._packing_s,
+            packed_bytes=self._packed_bytes,
             entropy=self._entropy_sum / scored if scored else None,
             mean_max_prob=self._max_prob_sum / scored if scored else None,
             num_scored_tokens=scored,

@@ -81,6 +81,8 @@ class StepReport:
         refresh_s: Seconds of refreshing speculators after a policy update.
         sync_s: Seconds of bringing policy weights into the engine.
         audit_s: Seconds of auditing a share of the rollouts.
+        packing_s: Seconds, part of `prefill_s` and `forward_s`, of packing weights for faster products on a CPU.
+        packed_bytes: Most bytes of packed weights that there were at once.
         other_s: `generate_s` less the named seconds.
         entropy: Mean entropy of the processed distribution in nats per token; None if not measured.
         mean_max_prob: Mean probability of the likeliest token; None if not measured.
@@ -130,6 +132,8 @@ class StepReport:
     refresh_s: float = field(default=0.0, metadata=_SECONDS)
     sync_s: float = field(default=0.0, metadata=_SECONDS)
     audit_s: float = field(default=0.0, metadata=_SECONDS)
+    packing_s: float = field(default=0.0, metadata=_SECONDS)
+    packed_bytes: int = field(default=0, metadata=adds(largest))
     other_s: float = field(default=0.0, metadata=_SECONDS)
     entropy: float | None = field(default=None, metadata=_TOKEN_MEAN)
     mean_max_prob: float | None = field(default=None, metadata=_TOKEN_MEAN)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
 from atlas_rl import AtlasRolloutEngine
+from benchmarks import tiny_policies
 from tests.models import tiny_llama
 from tests.trainers import DATA, WORDS, arguments, build_trainer, rewards, with_special_tokens, word_tokenizer
 
@@ -129,6 +130,23 @@ def test_a_policy_that_would_be_lost_is_refused(model: Any, message: str, tmp_pa
         with pytest.raises(ValueError, match=message):
             AtlasRolloutEngine(console=False, backend=backend).attach(trainer)
     assert not trainer.use_vllm
+
+
+@pytest.mark.parametrize("max_completion_length", [16, 17, 40])
+def test_completions_that_a_policy_cannot_reach_are_found(max_completion_length: int, tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 1e4}
+    rope |= {"factor": 4.0, "original_max_position_embeddings": 16}
+    options = {"rope_parameters": rope, "original_max_position_embeddings": 16}
+    model = with_special_tokens(tiny_policies.build("phi3", **options))
+    training = build_trainer(
+        "grpo", model, word_tokenizer(), tmp_path, max_completion_length=max_completion_length, max_steps=1
+    )
+    engine = AtlasRolloutEngine(console=False)
+    if max_completion_length == 16:
+        engine.attach(training)
+        return
+    with pytest.raises(ValueError, match=rf"up to 16 tokens.*may reach {max_completion_length}.*max_completion_length"):
+        engine.attach(training)
 
 
 def test_a_draft_model_that_is_not_there_is_found(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def check_policy_in_process(trainer: Any) -> None:
     if is_whole(trainer):
         with runner.session(runner.new_cache(1, 1)):
             pass
+        # A prompt has a token at least, and the last one drawn is not run.
+        runner.check_reach(min(trainer.max_completion_length, runner.max_context or trainer.max_completion_length))
 
 
 def is_whole(trainer: Any) -> bool:

@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.nvfp4 import NVFP4Weight, dequantize, linear, quantize, tensor_scale_for
-from atlas_rl.policy.cpu_linear import linear_rows
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.in_process import decoder_layers
 from atlas_rl.policy.threads import replaced_forwards
@@ -131,10 +130,9 @@ def _packed(weight: NVFP4Weight) -> Any:
 
 def _dense(weight: NVFP4Weight, dtype: torch.dtype) -> Any:
     dense = dequantize(weight).to(dtype)
-    product = linear_rows if dense.device.type == "cpu" and dtype == torch.float32 else functional.linear
 
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        return product(input, dense, module.bias)
+        return functional.linear(input, dense, module.bias)
 
     return forward
 

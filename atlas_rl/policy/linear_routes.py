@@ -1,0 +1,250 @@
+"""The routes by which a linear layer can be computed on a CPU, and the contest that finds the fastest for a shape.
+
+A decode step multiplies a few rows by every weight, and is bound by reading the weights. Libraries differ in how near to
+that they come, by an order of magnitude, and by processor: for one row of SmolLM2's layers `F.linear` took 7 ms on a Xeon
+and 49 on an EPYC, where two rows took 18 the other way round. So nothing is assumed. Where several layers have one shape,
+the first forwards run some by one route and some by another, each against weights that have to come from memory as they do
+in the forwards to come. What was found is kept on disk (`RouteTable`), by machine, number of threads and version of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+logger = logging.getLogger(__name__)
+
+PLAIN, TURNED, PADDED, PACKED = "plain", "turned", "padded", "packed"
+"""`F.linear`; weights as the tall operand; that with a second row where there is one; weights in oneDNN's own layout."""
+
+_ENOUGH = 4  # timings of a route: the first one warms caches and compiles
+_HOPELESS = 1.5  # times the best one that a route took twice: it is not tried again
+
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Numbers of rows that have a contest; others take part in the next larger one's. Beyond the last, layers are plain."""
+BUCKET_OF = tuple(next(bucket for bucket in BUCKETS if rows <= bucket) for rows in range(1, BUCKETS[-1] + 1))
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` of `[rows, in]`, with the weight as the tall operand: BLAS streams it instead of packing it."""
+    # Contiguous again, because every elementwise operation downstream would walk the transposed layout.
+    out = (weight @ x.t()).t().contiguous()
+    return out if bias is None else out.add_(bias)
+
+
+def padded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`turned` of one row, `[1, in]`, given twice: a product with a matrix where BLAS has a poor one with a vector."""
+    return turned(x.expand(2, -1), weight, bias)[:1]
+
+
+ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, PADDED: padded}
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of a type here: `torch.compile` does it where weights are frozen, so torch has a way."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        packed_weight(torch.ones(16, 16, dtype=dtype))
+    except RuntimeError:  # the processor lacks what bfloat16 needs
+        return False
+    return True
+
+
+def packed_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight in oneDNN's layout, for `packed`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+
+
+def packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` of `[rows, in]` with a weight from `packed_weight`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@dataclass(slots=True)
+class Contest:
+    """Routes for one shape, timed until the fastest is known.
+
+    Attributes:
+        seconds: Timings of each route, newest last.
+        pack_s: Seconds that packing one layer takes; None if it was not tried.
+        winner: The fastest route once it is known.
+        runner_up: The fastest one that needs no packed copy.
+        is_whole: Whether all routes took part.
+    """
+
+    seconds: dict[str, list[float]]
+    pack_s: float | None = None
+    winner: str | None = None
+    runner_up: str = PLAIN
+    is_whole: bool = True
+
+    @classmethod
+    def between(cls, rows: int, dtype: torch.dtype) -> Contest:
+        """A new contest for a number of rows of a type."""
+        names = [name for name in ROUTES if name != PADDED or rows == 1] + [PACKED] * can_pack(dtype)
+        return cls({name: [] for name in names})
+
+    def next(self, may_pack: bool) -> str:
+        """The route to time next, of those that still may win; for layers without a packed copy one that needs none."""
+        routes = [name for name in self._open() if name != PACKED or may_pack]
+        return min(routes, key=lambda name: len(self.seconds[name]), default=self._fastest(but=PACKED))
+
+    def note(self, route: str, seconds: float) -> None:
+        """A timing of a route, as far as it is wanted."""
+        if route not in (still := self._open()):
+            return
+        self.seconds[route].append(seconds)
+        if still == [route] and not self._open():
+            self.decide()
+
+    def leave_out(self, route: str) -> None:
+        """Go on without a route, in this process: there is no memory for it now."""
+        del self.seconds[route]
+        self.is_whole = False
+
+    def decide(self) -> None:
+        """Name the winner by what is known."""
+        self.winner, self.runner_up = self._fastest(), self._fastest(but=PACKED)
+
+    @property
+    def gain_s(self) -> float:
+        """Seconds per layer and forward that a packed copy saves."""
+        return self.cost_s(self.runner_up) - self.cost_s(PACKED) if self.winner == PACKED else 0.0
+
+    def cost_s(self, route: str) -> float:
+        """Seconds that a route takes, as far as is known: the least, as what else the machine does only adds to it."""
+        return min(self.seconds[route], default=float("inf"))
+
+    def _open(self) -> list[str]:
+        """Routes that need more timings, and may still be the fastest."""
+        best = min((min(timed) for timed in self.seconds.values() if timed), default=float("inf"))
+        return [
+            name
+            for name, timed in self.seconds.items()
+            if len(timed) < 2 or (len(timed) < _ENOUGH and min(timed) <= _HOPELESS * best)
+        ]
+
+    def _fastest(self, but: str | None = None) -> str:
+        return min((name for name in self.seconds if name != but), key=self.cost_s)
+
+
+@dataclass(slots=True)
+class RouteTable:
+    """Contests of a machine, and the file that they are kept in.
+
+    Args:
+        path: Of the file; None keeps nothing.
+        machine: What the timings hold for.
+        contests: By `outputs x inputs, type, bias, rows`.
+    """
+
+    path: Path | None
+    machine: str
+    contests: dict[str, Contest] = field(default_factory=dict)
+    _num_saved: int = 0
+
+    @classmethod
+    def of_this_machine(cls) -> RouteTable:
+        """What was found out here, in this process and in earlier ones; a file that cannot be read is as good as none."""
+        path, machine = cache_folder() / "linear_routes.json", machine_name(torch.get_num_threads())
+        if (path, machine) not in _TABLES:
+            _TABLES[path, machine] = cls._loaded(path, machine)
+        return _TABLES[path, machine]
+
+    @classmethod
+    def _loaded(cls, path: Path, machine: str) -> RouteTable:
+        table = cls(path, machine)
+        for name, known in table._read().get(table.machine, {}).items():
+            contest = Contest({route: [s] for route, s in known["seconds"].items()}, known["pack_s"])
+            contest.decide()
+            table.contests[name] = contest
+        table._num_saved = len(table.contests)
+        return table
+
+    def contest(self, weight: torch.Tensor, has_bias: bool, rows: int) -> Contest:
+        """The contest of a weight's shape and type for a bucket of rows."""
+        outputs, inputs = weight.shape
+        name = f"{outputs}x{inputs} {str(weight.dtype).removeprefix('torch.')}{' bias' if has_bias else ''}, {rows}"
+        if name not in self.contests:
+            self.contests[name] = Contest.between(rows, weight.dtype)
+        return self.contests[name]
+
+    def save(self) -> None:
+        """Keep what is decided. A disk that cannot be written to costs a few timings in the next run."""
+        decided = {name: contest for name, contest in self.contests.items() if contest.winner and contest.is_whole}
+        if self.path is None or len(decided) == self._num_saved:
+            return
+        known = self._read()
+        known[self.machine] = known.get(self.machine, {}) | {
+            name: {"seconds": {route: contest.cost_s(route) for route in contest.seconds}, "pack_s": contest.pack_s}
+            for name, contest in decided.items()
+        }
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            part.replace(self.path)
+        except OSError as error:
+            logger.debug("atlas_rl: routes of linear layers are not kept: %s", error)
+        self._num_saved = len(decided)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8")) if self.path is not None else {}
+            return known if _is_table(known) else {}
+        except (OSError, ValueError):
+            return {}
+
+
+_TABLES: dict[tuple[Path, str], RouteTable] = {}
+
+
+def _is_table(known: object) -> bool:
+    """Whether this is what `RouteTable.save` writes."""
+    return isinstance(known, dict) and all(
+        isinstance(contests, dict)
+        and all(
+            isinstance(contest, dict)
+            and isinstance(contest.get("seconds"), dict)
+            and set(contest["seconds"]) <= {*ROUTES, PACKED}
+            and {PLAIN} <= set(contest["seconds"])
+            and all(isinstance(s, float) for s in contest["seconds"].values())
+            and isinstance(contest.get("pack_s", ...), float | None)
+            for contest in contests.values()
+        )
+        for contests in known.values()
+    )
+
+
+def cache_folder() -> Path:
+    """Where what was found out about a machine is kept: `ATLAS_RL_CACHE`, or the user's cache folder."""
+    own = os.environ.get("ATLAS_RL_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlas_rl"
+
+
+@cache
+def machine_name(num_threads: int) -> str:
+    """Processor, threads and torch: what timings hold for."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        fields = ("model name", "cpu family", "model", "stepping", "cache size")
+        said = {line.split("\t")[0]: line.partition(":")[2].strip() for line in lines if line}
+        processor = " ".join(said[name] for name in fields if name in said) or processor
+    except OSError:
+        pass
+    return f"{processor}, {num_threads} threads, torch {torch.__version__}"
