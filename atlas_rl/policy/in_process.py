@@ -13,6 +13,7 @@ from torch import nn
 
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.attention_backends import without_cudnn
+from atlas_rl.policy.autocast import HalfWeights
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.compiled import uncompiled
@@ -67,6 +68,8 @@ class InProcessRunner(PolicyRunner):
         self.own_attention: str = self.config._attn_implementation
         self._probed: Probed | None = None
         self.linears = FastLinears(self.model)
+        self.halves = HalfWeights(self.model, lambda: self.free_bytes())
+        self._autocast: torch.dtype | None = None  # of the latest forward; the probe has had some
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
@@ -113,6 +116,7 @@ class InProcessRunner(PolicyRunner):
         attention = attending(ragged_attention.NAME, self.config)
         with ragged_attention.active(batch), attention, _tapped(self.model, layers, taps):
             logits = self.call(torch.from_numpy(segments.token_ids).to(self.device), positions, wanted)
+        self._autocast = batch.autocast
         if taps.wants_head_inputs and not self.call.keeps:
             taps.head_inputs = taps.head_inputs[wanted]
         return logits.float().contiguous()
@@ -169,7 +173,7 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with uncompiled(self.model), self.linears.installed():
+            with uncompiled(self.model), self.linears.installed(), self.halves.installed(self._autocast):
                 yield
         finally:
             self._cache = outer

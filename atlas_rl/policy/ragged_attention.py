@@ -24,6 +24,7 @@ import torch
 from transformers import AttentionInterface
 
 from atlas_rl.policy.attention_backends import attend
+from atlas_rl.policy.autocast import as_attended, autocast_type
 from atlas_rl.policy.base import Segments, roomy
 
 NAME = "atlas_ragged"
@@ -43,6 +44,7 @@ class RaggedBatch:
         free_bytes: Bytes that caches may take now, beyond those that they have.
         keys, values: Per layer `[held_rows, kv_heads, held_cells, dim]`; none until the layer's first call tells the shape.
         held_rows, held_cells: Rows, and cells of each, that every tensor has; asked for, as long as there is none.
+        autocast: The type that autocast had in the latest forward; None where it was off.
         tight: Whether the first tensors did not fit; the next ones are as small as can be.
         copied_bytes: Copied so far in order to grow.
     """
@@ -56,6 +58,7 @@ class RaggedBatch:
     held_rows: int = 0
     held_cells: int = 0
     copied_bytes: int = 0
+    autocast: torch.dtype | None = None
     tight: bool = False
     budget_bytes: int | None = None  # what was free when first asked, and is not exceeded when more becomes free
     first_row: int = 0
@@ -265,6 +268,8 @@ def ragged_attention(
     if attention_mask is not None and attention_mask.ndim > 2:
         raise ValueError("the policy builds a mask of its own for this batch, which a ragged batch cannot be given")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    batch.autocast = autocast_type(query.device)
+    query, key, value = as_attended(query, key, value)
     keys, values = batch.store(layer, key, value)
     heads, kv_heads, num_tokens = query.shape[1], key.shape[1], query.shape[2]
     group, rows, length = heads // kv_heads, batch.batch, batch.query_len
