@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atlas_rl.policy.attention_backends import without_cudnn
 from atlas_rl.policy.calling import accepted_by, for_all_tokens, logits_of
 from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.threads import watched_forwards
@@ -52,7 +53,7 @@ def plain_logits(model: nn.Module, token_ids: torch.Tensor, places: torch.Tensor
     if _keeps_positions(inner):
         options["logits_to_keep"] = places
     seen = _Seen()
-    with torch.no_grad(), uncompiled(policy), _watched(inner, seen):
+    with torch.no_grad(), uncompiled(policy), without_cudnn(), _watched(inner, seen):
         logits = logits_of(policy(input_ids=token_ids[None], **options))[0]
     if hasattr(inner, "get_output_embeddings"):  # a wrapper of somebody's own may not say
         logits = for_all_tokens(logits, len(inner.get_output_embeddings().weight))

@@ -173,7 +173,8 @@ class InProcessBackend(Backend):
                 call.recorder,
             )
             loop.run()
-        call.recorder.packed(runner.linears.packing_s, runner.linears.most_packed_bytes)
+        num_bytes = runner.linears.most_packed_bytes + runner.halves.most_bytes
+        call.recorder.packed(runner.linears.packing_s, num_bytes)
         asked = loop.proposing
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
         return Run(loop.logprobs, loop.no_speculation_forward_s, list(findings), loop.trace)

@@ -6,7 +6,7 @@ of a shape; it is used as long as the weight has the address and the version cou
 end of the call, before anybody trains. Memory that caches may not take is not taken (`memory.py`).
 
 Under autocast a layer computes in another type than its weights have, and adds its bias before it rounds: there every layer
-keeps PyTorch's route.
+keeps PyTorch's route (`autocast.py` spares it the conversions).
 
 Drafters' own weights are small and stay in the caches, and nothing else reads them. Stored column by column they need
 neither repacking nor a product that is transposed afterwards (`by_columns`).
@@ -37,6 +37,7 @@ from atlas_rl.policy.linear_routes import (
 )
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.threads import replaced_forwards
+from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
 MIN_BYTES = 1 << 18
 """Smaller weights stay in any processor's own cache, where PyTorch's route is as good as another."""
@@ -51,28 +52,12 @@ def by_columns(weight: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(slots=True)
-class _Copy:
-    """A packed weight, and what tells whether it is still the weight's."""
-
-    weight: torch.Tensor
-    version: int
-    address: int
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> _Copy:
-        return cls(packed_weight(weight), weight._version, weight.data_ptr())
-
-    def is_of(self, weight: torch.Tensor) -> bool:
-        return weight._version == self.version and weight.data_ptr() == self.address
-
-
-@dataclass(slots=True)
 class _Shape:
     """Layers of one shape and type: their contests by rows, their packed copies, and what not having these has cost."""
 
     layers: list[nn.Linear]
     contests: dict[int, Contest]
-    copies: dict[nn.Linear, _Copy] = field(default_factory=dict)
+    copies: dict[nn.Linear, WeightCopy] = field(default_factory=dict)
     lost_s: float = 0.0
 
     def prepare(self, contest: Contest) -> None:
@@ -97,7 +82,7 @@ class _Shape:
         """Pack layers; returns the seconds that one took."""
         began_s = time.perf_counter()
         for layer in layers:
-            self.copies[layer] = _Copy.of(layer.weight)
+            self.copies[layer] = WeightCopy.of(layer.weight, packed_weight(layer.weight))
         return (time.perf_counter() - began_s) / len(layers)
 
 
@@ -169,8 +154,7 @@ def _takes_part(module: Any) -> bool:
         and "forward" not in module.__dict__
         and module.weight.device.type == "cpu"
         and module.weight.dtype in _TYPES
-        and not module.weight.is_inference()  # which have no version counter
-        and module.weight.numel() == module.in_features * module.out_features  # or it is sharded away
+        and can_be_copied(module.weight, module.in_features * module.out_features)
         and _bytes(module) >= MIN_BYTES
     )
 
@@ -206,7 +190,7 @@ def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tens
     return forward
 
 
-def _timed(contest: Contest, x: torch.Tensor, layer: nn.Linear, copy: _Copy | None) -> torch.Tensor:
+def _timed(contest: Contest, x: torch.Tensor, layer: nn.Linear, copy: WeightCopy | None) -> torch.Tensor:
     route = contest.next(may_pack=copy is not None)
     began_s = time.perf_counter()
     out = _by(route, x, layer, copy)
@@ -214,8 +198,8 @@ def _timed(contest: Contest, x: torch.Tensor, layer: nn.Linear, copy: _Copy | No
     return out
 
 
-def _by(route: str, x: torch.Tensor, layer: nn.Linear, copy: _Copy | None) -> torch.Tensor:
+def _by(route: str, x: torch.Tensor, layer: nn.Linear, copy: WeightCopy | None) -> torch.Tensor:
     if route == PACKED:
         assert copy is not None, "layers without a copy have another route"
-        return packed(x, copy.weight, layer.bias)
+        return packed(x, copy.made, layer.bias)
     return ROUTES[route](x, layer.weight, layer.bias)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from atlas_rl.policy import ragged_attention
+from atlas_rl.policy.attention_backends import without_cudnn
+from atlas_rl.policy.autocast import HalfWeights
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.compiled import uncompiled
@@ -72,6 +74,8 @@ class InProcessRunner(PolicyRunner):
         self._asked: torch.cuda.Event | None = None  # of the last forward or copy
         self._uncaptured: str | None = None  # why its steps cannot be captured, once that was tried
         self.linears = FastLinears(self.model)
+        self.halves = HalfWeights(self.model, lambda: self.free_bytes())
+        self._autocast: torch.dtype | None = None  # of the latest forward; the probe has had some
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
@@ -127,6 +131,7 @@ class InProcessRunner(PolicyRunner):
         attention = attending(ragged_attention.NAME, self.config)
         with ragged_attention.active(cache), attention, _tapped(self.model, layers, taps):
             logits = self.call(tokens, positions, keep)
+        self._autocast = cache.autocast
         if taps.wants_head_inputs and not self.call.keeps:
             taps.head_inputs = taps.head_inputs[keep]
         return logits.float().contiguous()
@@ -208,7 +213,7 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with uncompiled(self.model), self.linears.installed():
+            with uncompiled(self.model), self.linears.installed(), self.halves.installed(self._autocast):
                 yield
         finally:
             self._cache = outer
@@ -216,7 +221,7 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
         """Inside, the policy's layers call the attention function of this name, in this thread."""
-        with uncompiled(self.model), attending(name, self.config):
+        with uncompiled(self.model), attending(name, self.config), without_cudnn():
             yield
 
     def _look(self) -> Probed:

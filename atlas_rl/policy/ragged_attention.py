@@ -8,8 +8,7 @@ Query heads that share a key/value head are folded into the query length: `[batc
 `[batch, kv_heads, context, dim]`. The cache is then read once and never expanded to the number of query heads.
 
 On a GPU, in half precision, neither is needed: flash attention over sequences of any length reads every row as far as it is
-filled, without padding and without a mask (`varlen.py`). torch would give attention with a mask to cuDNN there, which plans
-anew for every context length, that is in every decode step (43 ms a plan, measured on an H100).
+filled, without padding and without a mask (`varlen.py`).
 
 The cache is one tensor per layer, read in place, and grows with use: it has the rows that run, of the cells that the longest
 of them needs and a margin. What texts might come to costs nothing.
@@ -26,10 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from atlas_rl.policy import varlen
+from atlas_rl.policy.attention_backends import attend
+from atlas_rl.policy.autocast import as_attended, autocast_type
 from atlas_rl.policy.base import Segments, roomy
 from atlas_rl.policy.placement import Placement, place
 
@@ -51,6 +51,7 @@ class RaggedBatch:
         free_bytes: Bytes that caches may take now, beyond those that they have.
         keys, values: Per layer `[held_rows, held_cells, kv_heads, dim]`; none until the layer's first call tells the shape.
         held_rows, held_cells: Rows, and cells of each, that every tensor has; asked for, as long as there is none.
+        autocast: The type that autocast had in the latest forward; None where it was off.
         tight: Whether the first tensors did not fit; the next ones are as small as can be.
         copied_bytes: Copied so far in order to grow.
         generation: How often the tensors have changed their addresses.
@@ -69,6 +70,7 @@ class RaggedBatch:
     held_rows: int = 0
     held_cells: int = 0
     copied_bytes: int = 0
+    autocast: torch.dtype | None = None
     tight: bool = False
     budget_bytes: int | None = None  # what was free when first asked, and is not exceeded when more becomes free
     generation: int = 0
@@ -264,9 +266,8 @@ def ragged_attention(
     if attention_mask is not None and attention_mask.ndim > 2:
         raise ValueError("the policy builds a mask of its own for this batch, which a ragged batch cannot be given")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if torch.is_autocast_enabled(query.device.type):  # torch's own attention would convert what it is given
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    batch.autocast = autocast_type(query.device)
+    query, key, value = as_attended(query, key, value)
     batch.store(layer, key, value)
     packed = query[0].transpose(0, 1)  # [num_tokens, heads, dim]
     if not (softcap is not None and batch.honour_softcap) and (batch.varlen or varlen.takes(packed)):
@@ -301,10 +302,10 @@ def _padded(
     elif placed.fresh and window is None:
         # Right-padded prompts from position 0: plain causal attention, and no mask of context squared bytes.
         queries = folded.view(rows, heads, length, -1)
-        out = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=group > 1)
+        out = attend(queries, keys, values, scale=scaling, causal=True, grouped=group > 1)
         out = out.view(rows, kv_heads, group * length, -1)
     else:
-        out = scaled_dot_product_attention(folded, keys, values, attn_mask=placed.mask(group, window), scale=scaling)
+        out = attend(folded, keys, values, scale=scaling, mask=placed.mask(group, window))
     out = out.view(rows, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4).reshape(rows * length, heads, -1)
     return out if padding.unpad is None else out.index_select(0, padding.unpad)
 

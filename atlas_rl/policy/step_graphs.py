@@ -34,6 +34,8 @@ from atlas_rl.policy.varlen import Packing
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """Packed tokens of a step: from 16 on half more than are needed at most. Beyond the last a forward hides its launches."""
 
+_VARIANTS = 2
+
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Taps], torch.Tensor]
 """Token ids, positions and wanted logits, int64 `[num_tokens]`, of placed tokens: gives logits, and fills the taps."""
 
@@ -72,6 +74,7 @@ class StepGraphs:
     def __init__(self, forward: Callable[[RaggedBatch], Forward], *, capture: bool) -> None:
         self._forward, self._capture = forward, capture
         self._steps: dict[Hashable, _Step] = {}
+        self._variants: set[Hashable] = set()
         self._generation = -1
         self._pool: tuple[int, int] | None = None
         self.captured = 0
@@ -103,12 +106,18 @@ class StepGraphs:
         cache.grow(int(rows.max()) + 1, int((segments.starts + segments.lengths).max()))
         if self._generation != cache.generation:
             self._steps.clear()
+            self._variants.clear()
             self._generation = cache.generation
         num_tokens = len(segments.token_ids)
         size = SIZES[bisect.bisect_left(SIZES, num_tokens)]
         key = size, taps.wants_head_inputs, taps.wants_layers, variant
         step = self._steps.get(key)
         if step is None:
+            # The policy and a copy of it that drafts: of whatever else has stood in for its modules the graphs are gone.
+            if variant not in self._variants and len(self._variants) == _VARIANTS:
+                self._steps.clear()
+                self._variants.clear()
+            self._variants.add(variant)
             device = next(iter(cache.keys.values())).device
             inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
             step = self._steps[key] = _Step(inputs, Taps(taps.wants_head_inputs, taps.wants_layers))

@@ -160,12 +160,15 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
         yield
 
 
-def stand_ins() -> tuple[int, ...]:
-    """Which forwards stand in place of modules' own now, in this thread: equal as long as they are the same."""
+def stand_ins() -> tuple[Callable[..., Any], ...]:
+    """What stands in place of modules' own forwards now, in this thread: the first of every change.
+
+    They are equal as long as the changes are the same, and who holds them keeps their like from having their names.
+    """
     if _changes.owner != threading.get_ident():
         return ()
-    forwards = (next(iter(change.things.values()), None) for change in _changes.open if change.kind == _FORWARD)
-    return tuple(id(first[1]) for first in forwards if first is not None)
+    firsts = (next(iter(change.things.values()), None) for change in _changes.open if change.kind == _FORWARD)
+    return tuple(first[1] for first in firsts if first is not None)
 
 
 @contextmanager

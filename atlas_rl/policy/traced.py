@@ -18,6 +18,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from atlas_rl.policy.autocast import as_attended
 from atlas_rl.policy.supported import REMEDY, Reach, fields_of, nearest
 
 NAME = "atlas_traced"
@@ -175,7 +176,7 @@ def _traced_attention(
     if layer is None:
         trace.unnumbered += 1
     else:
-        size = key.element_size() * key.shape[1] * key.shape[3] + value.element_size() * value.shape[1] * value.shape[3]
+        size = sum(kept.element_size() * kept.shape[1] * kept.shape[3] for kept in as_attended(key, value))
         rule = _rule_of(trace, module, attention_mask)
         trace.calls.setdefault(int(layer), []).append(AttentionCall(rule, sliding_window, size, s_aux is not None))
     batch, heads, tokens, _ = query.shape

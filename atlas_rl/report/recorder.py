@@ -137,7 +137,7 @@ class StepRecorder:
         self._num_scored_tokens += num_tokens
 
     def packed(self, seconds: float, num_bytes: int) -> None:
-        """Weights were packed: seconds, which count in the phase that runs too, and most bytes at once."""
+        """Copies of weights: seconds of packing, which count in the phase that runs too, and most bytes at once."""
         self._packing_s += seconds
         self._packed_bytes = max(self._packed_bytes, num_bytes)
 

@@ -82,7 +82,7 @@ class StepReport:
         sync_s: Seconds of bringing policy weights into the engine.
         audit_s: Seconds of auditing a share of the rollouts.
         packing_s: Seconds, part of `prefill_s` and `forward_s`, of packing weights for faster products on a CPU.
-        packed_bytes: Most bytes of packed weights that there were at once.
+        packed_bytes: Most bytes of copies of weights at once: packed ones, and those in the type of a trainer's autocast.
         other_s: `generate_s` less the named seconds.
         entropy: Mean entropy of the processed distribution in nats per token; None if not measured.
         mean_max_prob: Mean probability of the likeliest token; None if not measured.

@@ -1,0 +1,144 @@
+"""Autocast without its repetitions: what it would convert in every forward is converted once in a call.
+
+TRL trains float32 weights under bf16 autocast. A decode step needs each weight in bf16, and torch converts it whenever a
+forward comes by: what it remembers it forgets at the end of an autocast region, of which trainers open one per forward, and
+weights that are not trained (those under LoRA) it never remembers. So a step that would read 2 bytes per weight reads 4,
+writes 2 and reads these. Likewise rotary embeddings return float32 keys, and attention would convert the whole key cache, in
+every layer of every step.
+
+Here the cache holds the type that attention computes in (`as_attended`), and for the time of a call the linear layers have
+copies of their weights, half as large as these (`HalfWeights`). Both are what autocast would have made, so that results are
+the same to the bit. Only weights that a layer multiplies by as they are take part: not the experts of an MoE layer, which
+lie in one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.threads import replaced_forwards
+from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
+
+_SHARE = 0.5  # of the memory that caches may take: the rest is theirs
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on a device, in this thread, now; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values in the type that attention converts them to under autocast."""
+    dtype = autocast_type(tensors[0].device)
+    if dtype is None:
+        return tensors
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+class _Half:
+    """A layer's weight and bias in a lower type."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        self._weight, self._bias = (
+            None if own is None else WeightCopy.of(own, own.detach().to(dtype)) for own in (layer.weight, layer.bias)
+        )
+        self.weight: Any = None if self._weight is None else self._weight.made
+        self.bias: Any = None if self._bias is None else self._bias.made
+
+    def is_of(self, layer: Any) -> bool:
+        pairs = ((self._weight, layer.weight), (self._bias, layer.bias))
+        return all(copy is None or copy.is_of(own) for copy, own in pairs)
+
+
+class HalfWeights:
+    """The linear layers of a model with weights of autocast's type.
+
+    Args:
+        model: Its `nn.Linear` and `Conv1D` layers with float32 weights take part.
+        free_bytes: Bytes that caches may take. Copies take no more than half of them, or there are none.
+
+    Attributes:
+        num_bytes: Bytes of the copies that there are.
+        most_bytes: Most of them that there were at once in the latest call.
+    """
+
+    def __init__(self, model: nn.Module, free_bytes: Callable[[], int]) -> None:
+        self.num_bytes = self.most_bytes = 0
+        self._model, self._free_bytes = model, free_bytes
+
+    @contextmanager
+    def installed(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Inside, in this thread, layers under autocast of a type multiply by copies that are made now and go at the end.
+
+        Args:
+            dtype: The type that is expected; None makes no copies. Where autocast turns out otherwise, they are not used.
+        """
+        if not self.num_bytes:
+            self.most_bytes = 0
+        layers = [] if dtype is None else [m for m in self._model.modules() if _takes_part(m)]
+        num_bytes = sum(2 * _size_of(layer) for layer in layers)
+        if dtype is None or not layers or num_bytes > _SHARE * self._free_bytes():
+            yield
+            return
+        before = self.num_bytes
+        try:
+            halves = {layer: _Half(layer, dtype) for layer in layers}
+            self.num_bytes += num_bytes
+            self.most_bytes = max(self.most_bytes, self.num_bytes)
+            with replaced_forwards({layer: _forward_of(layer.forward, dtype, halves) for layer in layers}):
+                yield
+        finally:
+            self.num_bytes = before
+
+
+def _takes_part(module: Any) -> bool:
+    return bool(
+        class_of(module) in _PRODUCTS
+        and "forward" not in module.__dict__
+        and module.weight.dtype == torch.float32
+        and module.weight.dim() == 2
+        and can_be_copied(module.weight, _size_of(module))
+    )
+
+
+def _size_of(module: Any) -> int:
+    """Numbers that the weight of a layer has."""
+    return module.nx * module.nf if isinstance(module, Conv1D) else module.in_features * module.out_features
+
+
+def _linear(x: torch.Tensor, half: _Half) -> torch.Tensor:
+    return functional.linear(x, half.weight, half.bias)
+
+
+def _conv1d(x: torch.Tensor, half: _Half) -> torch.Tensor:
+    out = torch.addmm(half.bias, x.view(-1, x.size(-1)), half.weight)
+    return out.view(*x.shape[:-1], half.weight.shape[1])
+
+
+_PRODUCTS: dict[type, Callable[[torch.Tensor, _Half], torch.Tensor]] = {nn.Linear: _linear, Conv1D: _conv1d}
+
+
+def _forward_of(
+    own: Callable[..., torch.Tensor], dtype: torch.dtype, halves: dict[Any, _Half]
+) -> Callable[..., torch.Tensor]:
+    """The forward of a layer that otherwise has the forward `own`."""
+
+    def forward(layer: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        half = halves.get(layer)
+        (x,) = args or kwargs.values()
+        if half is None or autocast_type(x.device) != dtype or x.dtype == torch.float64:
+            return own(x)
+        if not half.is_of(layer):
+            del halves[layer]
+            return own(x)
+        return _PRODUCTS[class_of(layer)](x, half)
+
+    return forward

@@ -1,0 +1,50 @@
+"""float32 weights under bf16 autocast on a GPU: a decode step converts neither weights nor caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from atlas_rl.decode.loop import DecodeLoop
+from atlas_rl.policy import autocast, ragged_attention
+from tests.casts import Casts
+from tests.engines import engine_of
+from tests.models import FACTORIES
+from tests.pretend_cuda import PretendCuda
+
+
+def casts_of_steps(model: Any, device: PretendCuda, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Weights that each decode step converts, and caches."""
+    weights, caches, step = [], [], DecodeLoop.step
+
+    def counted(loop: DecodeLoop) -> None:
+        num_events = len(device.events)
+        with Casts(model) as casts:
+            step(loop)
+        weights.append(casts.weights)
+        caches.append(sum(event.what == "sdpa autocast" for event in device.events[num_events:]))
+
+    model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)  # for each forward, as accelerate does it
+    monkeypatch.setattr(DecodeLoop, "step", counted)
+    engine = engine_of(model, speculation=False, audit_share=0)
+    engine.generate([[5, 9, 2, 7, 7, 1], [3, 8, 1]], max_new_tokens=4, eos_token_ids=[17], temperature=0)
+    return weights, caches
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_step_converts_neither_weights_nor_caches(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with PretendCuda() as device:
+        weights, caches = casts_of_steps(device.move(FACTORIES[family]()), device, monkeypatch)
+    assert weights == caches == [0, 0, 0]
+
+
+def test_what_autocast_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts above can be other than 0: 7 weights in each of 2 layers, the head, and keys and queries of each layer."""
+    monkeypatch.setattr(autocast, "_SHARE", 0)
+    monkeypatch.setattr(ragged_attention, "as_attended", lambda *tensors: tensors)
+    with PretendCuda() as device:
+        weights, caches = casts_of_steps(device.move(FACTORIES["llama"]()), device, monkeypatch)
+    assert weights == [15] * 3
+    assert caches == [4] * 3
