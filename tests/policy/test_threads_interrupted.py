@@ -52,6 +52,10 @@ def interrupted_at(line, work, files=(threads.__file__, guise.__file__, in_proce
     return False
 
 
+def stand_in(layer, x):
+    return torch.nn.functional.linear(x, layer.weight)
+
+
 def test_an_interrupt_at_any_line_of_begin_and_end_is_put_right_by_the_next_session():
     model = tiny_llama(layers=1, seed=3).train()
     runner = InProcessRunner(model)
@@ -69,9 +73,9 @@ def test_an_interrupt_at_any_line_of_begin_and_end_is_put_right_by_the_next_sess
         if not interrupted_at(line, work):
             break
         healed += [type(each) for each in things] == kinds
-        with session(model, runner):
+        with session(model, runner), replaced_forwards({head: stand_in}):
             assert not model.training
-            assert head.forward.__func__ is not torch.nn.Linear.forward
+            assert head.forward.__func__ is stand_in
         assert [type(each) for each in things] == kinds
         assert [set(vars(each)) for each in things] == names
         assert model.training
