@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("probed_once")
 
 @cache
 def counts_with(arm, sampling="sampled"):
-    return counts_of(arm, **SAMPLINGS[sampling])
+    return counts_of(arm, max_new_tokens=6, **SAMPLINGS[sampling])
 
 
 def xfail(reason):

@@ -83,7 +83,7 @@ def test_of_policies_as_they_are_trained(kind, cuda):
 
 
 def test_the_audit_agrees(cuda):
-    outputs = generate(engine_of(cuda.move(policy()), ARMS["history"](cuda.move), audit_share=1.0), max_new_tokens=4)
+    outputs = generate(engine_of(cuda.move(policy()), ARMS["history"](cuda.move), audit_share=1.0), max_new_tokens=3)
     report = outputs[0].report
     assert report.num_audited_tokens > 0
     assert not report.warnings
