@@ -83,9 +83,7 @@ class TokenRows:
 
     def move_to(self, device: torch.device) -> None:
         """The policy is on another device now."""
-        self.inputs, self.outputs, self.biases = (
-            rows.to(device) for rows in (self.inputs, self.outputs, self.biases)
-        )
+        self.inputs, self.outputs, self.biases = (rows.to(device) for rows in (self.inputs, self.outputs, self.biases))
 
     def reread(self, policy: PolicyView) -> None:
         """The policy's weights may have changed: take the rows anew."""
