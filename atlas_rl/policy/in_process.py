@@ -109,7 +109,7 @@ class InProcessRunner(PolicyRunner):
         wanted = torch.from_numpy(keep).to(self.device)
         attention = attending(ragged_attention.NAME, self.config)
         with ragged_attention.active(batch), attention, _tapped(self.model, layers, taps):
-            logits = self.call(torch.from_numpy(segments.token_ids).to(self.device), positions, wanted)
+            logits = self.call(torch.as_tensor(segments.token_ids).to(self.device), positions, wanted)
         if taps.wants_head_inputs and not self.call.keeps:
             taps.head_inputs = taps.head_inputs[wanted]
         return logits.float().contiguous()

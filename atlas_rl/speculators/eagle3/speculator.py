@@ -21,7 +21,7 @@ from atlas_rl.policy.cpu_linear import by_columns
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.ragged_attention import RaggedBatch, active, ragged_attention
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
-from atlas_rl.speculators.drawing import ReducedDraft
+from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from atlas_rl.speculators.eagle3.head import Eagle3Head
 
@@ -60,7 +60,7 @@ class Eagle3Speculator(Speculator):
                 module.weight.data = by_columns(module.weight.data)
         self.needs = Needs(layers=self.head.config.layers)
         self._device = self.head.fc.weight.device
-        self._token_ids = self.head.token_ids.cpu().numpy()
+        self._token_ids = self.head.token_ids
         attention: Any = self.head.layers[0].self_attn
         self._cell_bytes: int = (
             attention.k_proj.out_features + attention.v_proj.out_features
@@ -119,18 +119,26 @@ class Eagle3Speculator(Speculator):
             return self.propose(sequences, requests, max_draft_tokens)  # without those that it forgot
         if depth <= 0:
             return Draft.empty(len(requests))
-        draft = ReducedDraft(self.name, sequences, requests, depth, self._token_ids, couples_noise=self._couples_noise)
         one = np.ones(len(requests), np.int64)
+        drawing = Drawing(
+            self.name,
+            sequences,
+            requests,
+            depth * one,
+            self._device,
+            couples_noise=self._couples_noise,
+            token_ids=self._token_ids,
+        )
         with torch.no_grad():
             self._fuse()
             self._run_prompts(sequences, requests[self._cached[requests] == 0])
             features = self._catch_up(sequences, requests)
-            draft.draw(self.head.logits(features))
+            indices = drawing.draw(self.head.logits(features))
             for position in range(depth - 1):
-                tokens = draft.token_ids[:, position]
+                tokens = self._token_ids[indices]
                 features = self._forward(tokens, features, requests, lengths - 1 + position, one)
-                draft.draw(self.head.logits(features))
-        return draft.finish(max_draft_tokens)
+                indices = drawing.draw(self.head.logits(features))
+        return drawing.finish(max_draft_tokens)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the features of committed positions until the head next runs."""
@@ -252,14 +260,19 @@ class Eagle3Speculator(Speculator):
         return out[torch.from_numpy(np.cumsum(counts) - 1).to(self._device)]
 
     def _forward(
-        self, tokens: np.ndarray, features: torch.Tensor, requests: np.ndarray, starts: np.ndarray, counts: np.ndarray
+        self,
+        tokens: np.ndarray | torch.Tensor,
+        features: torch.Tensor,
+        requests: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
     ) -> torch.Tensor:
         """Packed `[tokens, hidden]` through the head, its keys and values into the requests' cache rows."""
         cache = self._cache
         assert cache is not None
         cache.place(Segments(tokens, 0, starts, counts, self._row_of[requests]), self._device)
         embed = self.head.embed_tokens or self._policy.embed
-        embeddings = embed(torch.from_numpy(tokens).to(self._device)).to(features.dtype)
+        embeddings = embed(torch.as_tensor(tokens).to(self._device)).to(features.dtype)
         positions = cache.token_positions
         assert positions is not None
 
