@@ -1,0 +1,201 @@
+"""The device itself: what of torch it stands for, while it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import ROOT
+from tests.pretend_cuda.calls import IN_PYTHON, call
+from tests.pretend_cuda.kernels import interpreted_kernels
+from tests.pretend_cuda.operations import Operations
+from tests.pretend_cuda.record import Record
+from tests.pretend_cuda.tensors import CudaTensor, activated
+
+
+class PretendCuda(Record):
+    """See the package's docstring.
+
+    Args:
+        roots: Folders whose frames events are charged to; the checkout and the working directory.
+        available: Whether `torch.cuda.is_available()` answers yes. Libraries that then call into CUDA will fail.
+        processors: Multiprocessors of the device (an H100 has 132).
+        memory: Bytes of the device, all of them free.
+        cudnn_attention: Whether attention in half precision goes to cuDNN first, as torch from 2.11 on has it on Hopper and
+            Blackwell (cuDNN above 9.15.1, and TORCH_CUDNN_SDPA_DEPRIORITIZED not set).
+        forbid: Kinds of events that raise where they happen (see also `forbidding`).
+    """
+
+    def __init__(
+        self,
+        *,
+        roots: Sequence[str | Path] = (ROOT, Path.cwd()),
+        available: bool = False,
+        processors: int = 132,
+        memory: int = 80 << 30,
+        cudnn_attention: bool = True,
+        forbid: Sequence[str] = (),
+    ) -> None:
+        super().__init__(roots, forbid)
+        self._processors, self._memory, self._available = processors, memory, available
+        self._cudnn_attention = cudnn_attention
+        self._stack = ExitStack()
+
+    def __enter__(self) -> PretendCuda:
+        with ExitStack() as stack:
+            self._enter(stack, Operations(self, cudnn_attention=self._cudnn_attention))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def _enter(self, stack: ExitStack, device: Operations) -> None:
+        for name, value in self._of_torch_cuda().items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", self._synchronize))
+        stack.enter_context(_autocast_of_the_cpu())
+        overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to("cuda")` makes new parameters
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
+        stack.enter_context(interpreted_kernels(device))
+        stack.enter_context(_Dispatch(device))
+        stack.enter_context(_Functions(device))
+        stack.enter_context(activated(device))
+
+    def _of_torch_cuda(self) -> dict[str, Any]:
+        properties = SimpleNamespace(
+            name="pretended H100", major=9, minor=0, total_memory=self._memory, multi_processor_count=self._processors
+        )
+        return {
+            "_lazy_init": lambda: None,
+            "is_available": lambda: self._available,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "synchronize": self._synchronize,
+            "get_device_properties": lambda device=None: properties,
+            "get_device_capability": lambda device=None: (9, 0),
+            "mem_get_info": lambda device=None: (self._memory, self._memory),
+            "memory_reserved": lambda device=None: 0,
+            "memory_allocated": lambda device=None: 0,
+            "empty_cache": lambda: None,
+            # Numbers are the CPU's, and so is their generator.
+            "get_rng_state": lambda device=None: torch.get_rng_state(),
+            "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+            "Event": lambda **options: _Event(self),
+            "current_stream": lambda device=None: _Stream(self),
+        }
+
+    def move(self, module: torch.nn.Module) -> Any:
+        """`module` with its parameters and buffers on the device; tied ones stay tied, and nothing is recorded."""
+        moved: dict[int, Any] = {}
+        for owner in module.modules():
+            for name, parameter in list(owner._parameters.items()):
+                if parameter is not None:
+                    key = id(parameter)
+                    if key not in moved:
+                        made = CudaTensor(parameter.detach().clone(), parameter.requires_grad)
+                        made._is_param = True  # type: ignore[attr-defined]
+                        moved[key] = made
+                    owner._parameters[name] = moved[key]
+            for name, buffer in list(owner._buffers.items()):
+                if buffer is not None:
+                    owner._buffers[name] = moved.setdefault(id(buffer), CudaTensor(buffer.detach().clone()))
+        return module
+
+    def _synchronize(self, device: Any = None) -> None:
+        self.event("sync", "synchronize")
+
+
+class _Event:
+    """`torch.cuda.Event`: waiting for it is recorded; nothing takes time."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing is queued, so nothing has to be marked."""
+
+    def wait(self, stream: Any = None) -> None:
+        """A stream waits, not the host."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self._record.event("sync", "event.synchronize")
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 0.0
+
+
+class _Stream:
+    """`torch.cuda.Stream`, the current one."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event(self._record)
+
+    def wait_event(self, event: _Event) -> None:
+        """A stream waits, not the host."""
+
+    def wait_stream(self, stream: _Stream) -> None:
+        """A stream waits, not the host."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self._record.event("sync", "stream.synchronize")
+
+
+class _Dispatch(TorchDispatchMode):
+    """Tensors that C++ makes inside a call are seen here."""
+
+    def __init__(self, device: Operations) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._device.run(func, args, kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """Where a tensor is, and where one goes, is decided in Python: here."""
+
+    def __init__(self, device: Operations) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self if func in IN_PYTHON else ExitStack():
+            return call(self._device, func, args, kwargs or {})
+
+
+@contextmanager
+def _autocast_of_the_cpu() -> Iterator[None]:
+    """Autocast of CUDA is that of the CPU: its lists differ in a few operations that no decode step has."""
+    begin = torch.autocast.__init__
+    questions = ("is_autocast_enabled", "get_autocast_dtype")
+
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        begin(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    def of_the_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *device: original(*("cpu" if name == "cuda" else name for name in device))
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.autocast, "__init__", init))
+        for name in questions:
+            stack.enter_context(mock.patch.object(torch, name, of_the_cpu(getattr(torch, name))))
+        yield

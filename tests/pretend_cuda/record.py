@@ -1,0 +1,135 @@
+"""What happened, and where: the events of a pretended device."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WAITS = ("sync", "d2h", "h2d", "build")
+"""Kinds of events that make the host wait."""
+
+_OURS = str(Path(__file__).resolve().parent) + "/"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that would happen on a GPU.
+
+    Attributes:
+        kind: See the package's docstring.
+        what: The operation.
+        where: `file:line function` of the innermost frame below one of the roots.
+        section: Of `Record.section`, the innermost.
+        count: Kernels, of launches; 1 otherwise.
+        num_bytes: Copied.
+        library: `file:line` of the frame that called torch, where that is not `where` itself.
+    """
+
+    kind: str
+    what: str
+    where: str
+    section: str
+    count: int = 1
+    num_bytes: int = 0
+    library: str = ""
+
+
+class Record:
+    """Events, charged to the code that caused them.
+
+    Args:
+        roots: Folders whose frames events are charged to.
+        forbid: Kinds of events that raise where they happen (see also `forbidding`).
+    """
+
+    def __init__(self, roots: Sequence[str | Path], forbid: Sequence[str]) -> None:
+        self.roots = tuple(str(root).rstrip("/") + "/" for root in roots)
+        self.events: list[Event] = []
+        self._sections = [""]
+        self._forbidden = tuple(forbid)
+        self._built: set[Any] = set()
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Events inside are of this section."""
+        self._sections.append(name)
+        try:
+            yield
+        finally:
+            self._sections.pop()
+
+    def sectioned(self, function: Callable[..., Any], name: str | Callable[..., str]) -> Callable[..., Any]:
+        """`function`, every call of it a section."""
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with self.section(name(*args, **kwargs) if callable(name) else name):
+                return function(*args, **kwargs)
+
+        return called
+
+    @contextmanager
+    def forbidding(self, *kinds: str) -> Iterator[None]:
+        """Inside, events of these kinds raise `AssertionError` where they happen."""
+        before, self._forbidden = self._forbidden, (*self._forbidden, *kinds)
+        try:
+            yield
+        finally:
+            self._forbidden = before
+
+    def count(self, *kinds: str, section: str | None = None) -> int:
+        """Events of these kinds (kernels, of launches), in one section or all."""
+        return sum(e.count for e in self.events if e.kind in kinds and section in (None, e.section))
+
+    def places(self, *kinds: str, section: str | None = None) -> Counter[tuple[str, str, str]]:
+        """How often, by kind, operation and place."""
+        found: Counter[tuple[str, str, str]] = Counter()
+        for event in self.events:
+            if event.kind in kinds and section in (None, event.section):
+                found[event.kind, event.what, event.where] += event.count
+        return found
+
+    def table(self, *kinds: str, section: str | None = None, per: int = 1) -> str:
+        """Places by count, the most frequent first; counts are divided by `per`, a number of steps."""
+        rows = self.places(*(kinds or WAITS), section=section).most_common()
+        return "\n".join(f"{n / per:8.2f}  {kind:9} {what:34} {where}" for (kind, what, where), n in rows)
+
+    def event(self, kind: str, what: str, *, count: int = 1, num_bytes: int = 0) -> None:
+        """Something happened, by the code that is running."""
+        where, library = self._where()
+        self.events.append(Event(kind, what, where, self._sections[-1], count, num_bytes, library))
+        if kind in self._forbidden:
+            raise AssertionError(f"{kind} on the device: {what} at {where}")
+
+    def build(self, what: str, key: Any) -> None:
+        """What is compiled once for each of these."""
+        if key not in self._built:
+            self._built.add(key)
+            self.event("build", what)
+
+    def _where(self) -> tuple[str, str]:
+        frame: Any = sys._getframe(1)
+        library = ""
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if not name.startswith((_OURS, "<")):
+                inside = name.startswith(self.roots) and "site-packages" not in name
+                place = f"{self._short(name)}:{frame.f_lineno} {frame.f_code.co_name}"
+                if inside:
+                    return place, library
+                if not library and "/torch/" not in name and "unittest" not in name:
+                    library = place
+            frame = frame.f_back
+        return library or "?", library
+
+    def _short(self, name: str) -> str:
+        for root in sorted(self.roots, key=len, reverse=True):
+            if name.startswith(root):
+                return name.removeprefix(root)
+        return name.split("site-packages/")[-1]
