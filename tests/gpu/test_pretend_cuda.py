@@ -68,6 +68,7 @@ def generate(engine, calls=2, **options):
             )
         )
         engine.policy_updated()
+        assert not outputs[-1].report.drafter_faults, outputs[-1].report.warnings
     return [output.completion_ids for output in outputs]
 
 

@@ -18,7 +18,7 @@ raises as torch would, and whatever makes the host wait is recorded with file an
     h2d_async   from pinned memory with `non_blocking=True`: nobody waits
     d2h_async   likewise to pinned memory: whoever reads it must wait for an event first, which is not checked
     launch  an operation that starts at least one kernel (views and allocations start none)
-    triton  a Triton kernel, run by the interpreter (set TRITON_INTERPRET=1 before triton is first imported)
+    triton  a Triton kernel, see `kernels.py` (set TRITON_INTERPRET=1 before triton is first imported)
     build   something is compiled or planned for shapes or arguments that were not seen before, while everybody waits: a
             Triton kernel (0.3 to 3 s where its cache on disk is empty), an attention plan of cuDNN (25 ms to 1 s)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import ROOT
 from tests.pretend_cuda.calls import IN_PYTHON, call
-from tests.pretend_cuda.kernels import interpreted_kernels
+from tests.pretend_cuda.kernels import Launches
 from tests.pretend_cuda.operations import Operations
 from tests.pretend_cuda.record import Record
 from tests.pretend_cuda.tensors import CudaTensor, activated
@@ -31,6 +31,7 @@ class PretendCuda(Record):
         memory: Bytes of the device, all of them free.
         cudnn_attention: Whether attention in half precision goes to cuDNN first, as torch from 2.11 on has it on Hopper and
             Blackwell (cuDNN above 9.15.1, and TORCH_CUDNN_SDPA_DEPRIORITIZED not set).
+        interpret: Whether Triton kernels are interpreted rather than computed by their references (`kernels.py`).
         forbid: Kinds of events that raise where they happen (see also `forbidding`).
     """
 
@@ -42,11 +43,12 @@ class PretendCuda(Record):
         processors: int = 132,
         memory: int = 80 << 30,
         cudnn_attention: bool = True,
+        interpret: bool = False,
         forbid: Sequence[str] = (),
     ) -> None:
         super().__init__(roots, forbid)
         self._processors, self._memory, self._available = processors, memory, available
-        self._cudnn_attention = cudnn_attention
+        self._cudnn_attention, self._interpret = cudnn_attention, interpret
         self._stack = ExitStack()
 
     def __enter__(self) -> PretendCuda:
@@ -66,7 +68,7 @@ class PretendCuda(Record):
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to("cuda")` makes new parameters
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
-        stack.enter_context(interpreted_kernels(device))
+        stack.enter_context(Launches(device, interpret=self._interpret).running())
         stack.enter_context(_Dispatch(device))
         stack.enter_context(_Functions(device))
         stack.enter_context(activated(device))

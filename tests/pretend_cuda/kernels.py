@@ -1,10 +1,18 @@
-"""Triton kernels on pretended tensors: interpreted, and compiled as often as Triton would."""
+"""Triton kernels on pretended tensors: launched and compiled as on a GPU, computed by their references.
+
+Interpreted, a kernel takes half a second. So what a call of one of our kernels gives is computed by its reference, which
+gives the same (tests/kernels). The code of the host that launches it runs all the same, on memory that nothing is written to,
+so that its launches, copies and compilations are recorded. With `interpret`, and for kernels that are not listed here,
+the interpreter runs them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 from unittest import mock
 
@@ -13,30 +21,97 @@ import torch
 from tests.pretend_cuda.operations import Operations
 from tests.pretend_cuda.tensors import CudaTensor, plain, unpretended
 
+# Folder-less modules of `atlas_kernels`: what launches a kernel, and its reference, of the same arguments.
+_REFERENCES = (
+    ("verify_triton", "verify_reference", "verify"),
+    ("rejection_triton", "rejection_reference", "rejection"),
+    ("draft_head_triton", "draft_head_reference", "draft_head"),
+    ("nvfp4_triton", "nvfp4_reference", "quantize"),
+    ("nvfp4_triton", "nvfp4_reference", "linear"),
+)
 
-@contextmanager
-def interpreted_kernels(device: Operations) -> Iterator[None]:
-    """Inside, kernels run by the interpreter on the numbers behind the tensors; CPU tensors are refused."""
-    try:
-        from triton.runtime.interpreter import InterpretedFunction
-    except ImportError:
-        yield
-        return
-    original = InterpretedFunction.run
 
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+class Launches:
+    """What stands for Triton's interpreter.
+
+    Args:
+        device: Of the tensors.
+        interpret: Whether kernels are interpreted rather than computed by their references.
+    """
+
+    def __init__(self, device: Operations, *, interpret: bool) -> None:
+        self._device, self._interpret = device, interpret
+        self._blank = False  # whether launches write nothing
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, kernels run like this."""
+        try:
+            from triton.runtime.interpreter import InterpretedFunction
+        except ImportError:
+            yield
+            return
+        original = InterpretedFunction.run
+
+        def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._launch(original, kernel, args, kwargs)
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(InterpretedFunction, "run", run))
+            for launcher, reference, name in () if self._interpret else _REFERENCES:
+                module = importlib.import_module(f"atlas_kernels.{launcher}")
+                same = getattr(importlib.import_module(f"atlas_kernels.{reference}"), f"{name}_reference")
+                called = self._by_reference(getattr(module, f"{name}_triton"), same)
+                stack.enter_context(mock.patch.object(module, f"{name}_triton", called))
+            yield
+
+    def _launch(self, original: Callable[..., Any], kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = [*args, *kwargs.values()]
         if not any(isinstance(value, CudaTensor) for value in values):
-            return original(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+            return original(kernel, *args, **kwargs)
         if any(isinstance(v, torch.Tensor) and not isinstance(v, CudaTensor) for v in values):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
-        device.record.build(f"Triton {kernel.fn.__name__}", (kernel.fn, specialization(kernel.fn, args, kwargs)))
-        device.record.event("triton", kernel.fn.__name__)
+        named = {name: value for name, value in kwargs.items() if name not in ("grid", "warmup")}
+        self._device.record.build(f"Triton {kernel.fn.__name__}", (kernel.fn, specialization(kernel.fn, args, named)))
+        self._device.record.event("triton", kernel.fn.__name__)
+        if self._blank:
+            return None
         with unpretended():
-            return original(kernel, *plain(args), grid=grid, warmup=warmup, **plain(kwargs))
+            return original(kernel, *plain(args), **plain(kwargs))
 
-    with mock.patch.object(InterpretedFunction, "run", run):
-        yield
+    def _by_reference(self, launcher: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if not any(isinstance(tensor, CudaTensor) for tensor in _tensors((*args, *kwargs.values()))):
+                return launcher(*args, **kwargs)
+            before, self._blank = self._blank, True
+            try:
+                launcher(*args, **kwargs)
+            finally:
+                self._blank = before
+            with unpretended():
+                out = reference(*(_numbers(value) for value in args))
+                return CudaTensor(out) if isinstance(out, torch.Tensor) else tuple(_on_device(value) for value in out)
+
+        return called
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(getattr(value, field.name) for field in fields(value))
+
+
+def _numbers(value: Any) -> Any:
+    """An argument with the numbers of its tensors."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{field.name: _numbers(getattr(value, field.name)) for field in fields(value)})
+    return value.inner if isinstance(value, CudaTensor) else value
+
+
+def _on_device(value: torch.Tensor | None) -> CudaTensor | None:
+    return None if value is None else CudaTensor(value)
 
 
 def specialization(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
