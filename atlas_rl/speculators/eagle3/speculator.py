@@ -214,7 +214,7 @@ class Eagle3Speculator(Speculator):
         parts = [states for *_, states in self._unfused]
         self._unfused = []
         with torch.no_grad():
-            features = self.head.fuse({n: torch.cat([states[n] for states in parts]) for n in parts[0]})
+            features = self.head.fuse({n: _joined([states[n] for states in parts]) for n in parts[0]})
         for request, part in zip(requests, features.split(counts.tolist()), strict=True):
             if self._has_prompt[request]:
                 self._features[request].append(part)
@@ -247,13 +247,13 @@ class Eagle3Speculator(Speculator):
 
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
         """Run the committed positions that are not cached yet; features of the last one of each request."""
-        fresh, tokens, starts = [], [], self._cached[requests]
-        for request, start in zip(requests, starts, strict=True):
-            features = torch.cat(self._features[request])
+        fresh: list[torch.Tensor] = []
+        tokens, counts, starts = [], np.zeros(len(requests), np.int64), self._cached[requests]
+        for row, (request, start) in enumerate(zip(requests, starts, strict=True)):
+            counts[row] = sum(len(part) for part in self._features[request])
+            fresh += self._features[request]
             self._features[request] = []
-            fresh.append(features)
-            tokens.append(sequences.token_ids[request, start + 1 : start + 1 + len(features)])
-        counts = np.array([len(features) for features in fresh], np.int64)
+            tokens.append(sequences.token_ids[request, start + 1 : start + 1 + counts[row]])
         assert (starts + counts == sequences.lengths[requests] - 1).all(), "a feature for every position but the last"
         self._cached[requests] = starts + counts
         out = self._forward(np.concatenate(tokens).astype(np.int64), torch.cat(fresh), requests, starts, counts)
@@ -281,6 +281,10 @@ class Eagle3Speculator(Speculator):
 
         with active(cache):
             return self.head(embeddings[None], features[None], positions[None], attend)[0]
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Layer:
