@@ -10,6 +10,7 @@ import torch
 
 from atlas_kernels.noise import BLOCK
 from atlas_rl.core import SamplingParams
+from atlas_rl.policy.upload import uploaded
 
 _WIDE_NATS = 1e4  # differences of larger float32 numbers are off by 1e-3 and more
 
@@ -53,9 +54,9 @@ def padded_prefixes(texts: np.ndarray, rows: np.ndarray, ends: np.ndarray, devic
     Returns:
         int64 `[positions, n]` on `device`; behind its end a row repeats its first token.
     """
-    packed = torch.from_numpy(np.concatenate([texts.ravel(), rows, ends]).astype(np.int32)).to(device)
-    uploaded, row, end = packed.split([texts.size, len(rows), len(ends)])
-    found = uploaded.view(texts.shape).index_select(0, row)
+    packed = uploaded(np.concatenate([texts.ravel(), rows, ends]).astype(np.int32), device)
+    known, row, end = packed.split([texts.size, len(rows), len(ends)])
+    found = known.view(texts.shape).index_select(0, row)
     before = torch.arange(texts.shape[1], device=device) < end[:, None]
     return torch.where(before, found, found[:, :1]).long()
 

@@ -19,6 +19,7 @@ from atlas_kernels.draw import draw
 from atlas_kernels.noise import Stream
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.policy.logits import require_distributions
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.sampling.processing import block_maxima, entropies, padded_prefixes, process
 
 
@@ -197,9 +198,9 @@ def choose(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, stream:
         return probs.argmax(dim=-1).cpu().numpy()
     if probs.device.type == "cpu":
         return noise.choose_rows(probs.contiguous().numpy(), block_maxima(probs).numpy(), keys, positions, int(stream))
-    uploaded = torch.from_numpy(np.stack([keys.view(np.int64), positions])).to(probs.device)
-    implementation = implementation_on(probs.device)
-    return draw(probs.log(), *uploaded, stream=stream, implementation=implementation).indices.cpu().numpy()
+    device = probs.device
+    noise_of = uploaded(np.stack([keys.view(np.int64), positions]), device)
+    return draw(probs.log(), *noise_of, stream=stream, implementation=implementation_on(device)).indices.cpu().numpy()
 
 
 def prefixes_of(

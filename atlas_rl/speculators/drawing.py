@@ -19,6 +19,7 @@ from atlas_kernels.draft_head import draft_head
 from atlas_kernels.draw import draw
 from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.core import Draft, Sequences
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.sampling.processing import padded_prefixes, process
 from atlas_rl.sampling.verification import choose
 
@@ -90,7 +91,7 @@ class Drawing:
         self._couples_noise, self._likeliest = couples_noise, argmax or sampling.greedy
         self._stream, keys = sequences.draft_noise(requests, couples_noise)
         self.rows = [np.flatnonzero(depths > position) for position in range(int(depths.max()))]
-        self._positions, self.carried = _uploaded(self.rows, keys, sequences.lengths[requests], carried, device)
+        self._positions, self.carried = _laid_out(self.rows, keys, sequences.lengths[requests], carried, device)
         self._indices: list[torch.Tensor] = []  # drawn so far, like the next two
         self._max_probs: list[torch.Tensor] = []
         self._probs: list[torch.Tensor] = []
@@ -242,22 +243,22 @@ class Drawing:
         return indices, probs.amax(dim=-1), None if self._likeliest else probs
 
 
-def _uploaded(
+def _laid_out(
     rows: Sequence[np.ndarray],
     keys: np.ndarray,
     lengths: np.ndarray,
     carried: Sequence[np.ndarray],
     device: torch.device,
 ) -> tuple[list[_Position], list[torch.Tensor]]:
-    """The positions of a draft whose requests have committed `lengths` tokens, int64 `[batch]`, and what goes along."""
+    """The positions of a draft behind `lengths` committed tokens, int64 `[batch]`, and what goes along, in one upload."""
     parts: list[np.ndarray] = []
     for position, row in enumerate(rows):
         stayed = np.searchsorted(rows[max(position - 1, 0)], row)
         parts += [row, keys[row].view(np.int64), lengths[row] + position, stayed]
     parts += carried
-    uploaded = torch.from_numpy(np.concatenate(parts)).to(device).split([len(part) for part in parts])
-    positions = [_Position(row, *uploaded[4 * i : 4 * i + 4]) for i, row in enumerate(rows)]
-    return positions, list(uploaded[4 * len(rows) :])
+    there = uploaded(np.concatenate(parts), device).split([len(part) for part in parts])
+    positions = [_Position(row, *there[4 * i : 4 * i + 4]) for i, row in enumerate(rows)]
+    return positions, list(there[4 * len(rows) :])
 
 
 @numba.njit(cache=True, nogil=True)

@@ -20,6 +20,7 @@ from atlas_rl.policy.base import Segments
 from atlas_rl.policy.cpu_linear import by_columns
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.ragged_attention import RaggedBatch, active, ragged_attention
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
@@ -153,7 +154,7 @@ class Eagle3Speculator(Speculator):
         index = np.concatenate(
             [np.arange(first, first + n) for first, n in zip(verified.hidden.starts[rows], counts, strict=True)]
         )
-        taken = torch.from_numpy(index).to(self._device)
+        taken = uploaded(index, self._device)
         states = {n: states[taken] for n, states in verified.hidden.layers.items()}
         self._unfused.append((verified.requests[rows], counts, states))
         if sum(int(counts.sum()) for _, counts, _ in self._unfused) >= _FUSED_TOGETHER:
@@ -257,7 +258,7 @@ class Eagle3Speculator(Speculator):
         assert (starts + counts == sequences.lengths[requests] - 1).all(), "a feature for every position but the last"
         self._cached[requests] = starts + counts
         out = self._forward(np.concatenate(tokens).astype(np.int64), torch.cat(fresh), requests, starts, counts)
-        return out[torch.from_numpy(np.cumsum(counts) - 1).to(self._device)]
+        return out[uploaded(np.cumsum(counts) - 1, self._device)]
 
     def _forward(
         self,
@@ -272,7 +273,8 @@ class Eagle3Speculator(Speculator):
         assert cache is not None
         cache.place(Segments(tokens, 0, starts, counts, self._row_of[requests]), self._device)
         embed = self.head.embed_tokens or self._policy.embed
-        embeddings = embed(torch.as_tensor(tokens).to(self._device)).to(features.dtype)
+        ids = uploaded(tokens, self._device) if isinstance(tokens, np.ndarray) else tokens
+        embeddings = embed(ids).to(features.dtype)
         positions = cache.token_positions
         assert positions is not None
 

@@ -18,6 +18,7 @@ import torch
 
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
 from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing, NonFiniteDraft
@@ -87,7 +88,7 @@ class Fp4SelfSpeculator(Speculator):
         drawing = Drawing(self.name, sequences, requests, max_draft_tokens, device, couples_noise=self._couples_noise)
         stand_ins = None  # what is run instead of each token; drafts are cut behind those that cannot be run
         if unrunnable is not None:
-            stand_ins = torch.from_numpy(np.where(unrunnable, newest[0], np.arange(len(unrunnable)))).to(device)
+            stand_ins = uploaded(np.where(unrunnable, newest[0], np.arange(len(unrunnable))), device)
         tokens: np.ndarray | torch.Tensor = newest[drawing.rows[0]]
         with copy.running():
             for position, going in enumerate(drawing.rows):

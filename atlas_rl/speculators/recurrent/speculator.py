@@ -16,6 +16,7 @@ import torch
 
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.recurrent.distill import Distilled, Loss
@@ -163,10 +164,10 @@ class RecurrentSpeculator(Speculator):
         requests, count = verified.requests, verified.num_committed
         within = np.arange(int(count.max()))[None] < count[:, None]
         row, offset = np.nonzero(within)
-        index = torch.from_numpy(verified.hidden.starts[row] + offset).to(self._device)
+        places = np.concatenate([verified.hidden.starts[row] + offset, np.cumsum(count) - 1, requests])
+        index, ends, newest = uploaded(places, self._device).split([len(row), len(count), len(requests)])
         hidden = verified.hidden.head_inputs[index].detach()
-        ends = torch.from_numpy(np.cumsum(count) - 1).to(self._device)
-        self._newest[torch.from_numpy(requests).to(self._device)] = hidden[ends].float()
+        self._newest[newest] = hidden[ends].float()
         self.learner.observe(sequences, verified, row, offset, hidden, self._missed_at(verified), self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
@@ -237,7 +238,7 @@ class RecurrentSpeculator(Speculator):
     def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
         """The head as drafting reads it, of its present revision, and its tokens, int64 `[vocab]` on the device."""
         if self._folded is None or self._folded[0] != self.learner.revision:
-            token_ids = torch.from_numpy(self.learner.ids).to(self._device)
+            token_ids = uploaded(self.learner.ids, self._device)
             self._folded = self.learner.revision, FoldedHead(self.learner.head), token_ids
         return self._folded[1:]
 
