@@ -186,7 +186,6 @@ def test_attention_without_cudnn_plans_nothing(cuda):
     assert not [e for e in cuda.events if "cuDNN" in e.what]
 
 
-@pytest.mark.xfail(reason="verification.py:193, reduced_draft.py:115: noise by 600 launches of torch", strict=True)
 @pytest.mark.parametrize("arm", ["eagle3", "draft_lm", "fp4_self"])
 def test_drawing_a_draft_takes_few_launches(arm, cuda):
     generate(engine(cuda.move(policy()), ARMS[arm](cuda.move)), calls=1, max_new_tokens=3)

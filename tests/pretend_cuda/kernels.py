@@ -1,8 +1,8 @@
 """Triton kernels on pretended tensors: launched and compiled as on a GPU, computed by their references.
 
 Interpreted, a kernel takes half a second. So what a call of one of our kernels gives is computed by its reference, which
-gives the same (tests/kernels). The code of the host that launches it runs all the same, on memory that nothing is written to,
-so that its launches, copies and compilations are recorded. With `interpret`, and for kernels that are not listed here,
+gives the same (tests/kernels). The code of the host that launches it runs all the same, on memory that nothing is written
+to, so that its launches, copies and compilations are recorded. With `interpret`, and for kernels that are not listed here,
 the interpreter runs them.
 """
 
