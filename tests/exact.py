@@ -33,7 +33,7 @@ def sequence_probabilities(
         tokens = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
         with torch.no_grad():
             logits = model(tokens).logits[:, -1].float()
-        probs = process(logits, sampling, [torch.unique(row) for row in tokens]).softmax(dim=-1).double()
+        probs = process(logits, sampling, tokens).softmax(dim=-1).double()
         grown: dict[tuple[int, ...], float] = {}
         for prefix, row in zip(prefixes, probs.tolist(), strict=True):
             for token, p in enumerate(row):

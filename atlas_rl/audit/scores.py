@@ -183,8 +183,9 @@ class _Rows:
         order = torch.arange(len(tokens), device=tokens.device)
         first = torch.full((raw.shape[-1],), len(tokens), device=tokens.device)
         self.seen = first.scatter_reduce(0, tokens, order, "amin")[None] < places[:, None]
-        penalised = sampling.repetition_penalty != 1
-        self.prefixes = [row.nonzero()[:, 0] for row in self.seen] if penalised else None
+        self.prefixes = None
+        if sampling.repetition_penalty != 1:
+            self.prefixes = torch.where(order < places[:, None], tokens, tokens[0])
         self.log_probs = process(raw.clone(), sampling, self.prefixes).log_softmax(dim=-1)
 
     def scores(self, returned: torch.Tensor | None, noise_key: int | None) -> Scores:
@@ -218,7 +219,7 @@ class _Rows:
         shifted = self.raw[rows]
         shift = torch.full((len(rows), 1), shift_nats * (self.sampling.temperature or 1), device=shifted.device)
         shifted.scatter_add_(1, token_ids[:, None], shift)
-        prefixes = None if self.prefixes is None else [self.prefixes[row] for row in rows.tolist()]
+        prefixes = None if self.prefixes is None else self.prefixes[rows]
         return ~torch.isfinite(process(shifted, self.sampling, prefixes).gather(1, token_ids[:, None])[:, 0])
 
     def _num_outside(self, outside: torch.Tensor) -> int:

@@ -22,14 +22,14 @@ class Segments:
     sequence.
 
     Attributes:
-        token_ids: int64 `[num_tokens]`, the rows' tokens one after the other.
+        token_ids: int64 `[num_tokens]`, the rows' tokens one after the other; a tensor where they are on the device already.
         first_row: First cache row, of consecutive ones.
         starts: int64 `[rows]`, position of each row's first new token; everything before it is cached.
         lengths: int64 `[rows]`, at least 1 each.
         rows: int64 `[rows]`, cache rows instead of consecutive ones from `first_row`; with gaps, reading them costs a copy.
     """
 
-    token_ids: np.ndarray
+    token_ids: np.ndarray | torch.Tensor
     first_row: int
     starts: np.ndarray
     lengths: np.ndarray

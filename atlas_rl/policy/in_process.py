@@ -117,7 +117,10 @@ class InProcessRunner(PolicyRunner):
             steps = self._steps_of(batch)
             if steps is not None and steps.serves(segments, keep):
                 return self._step(steps, batch, segments, taps or Taps())
-        tokens, wanted = batch.place(segments, self.device, segments.token_ids, keep)
+        if isinstance(segments.token_ids, torch.Tensor):
+            (wanted,), tokens = batch.place(segments, self.device, keep), segments.token_ids.to(self.device)
+        else:
+            wanted, tokens = batch.place(segments, self.device, keep, segments.token_ids)
         positions = batch.placed.token_positions
         if shift is not None:
             positions = positions + torch.from_numpy(shift).to(self.device)

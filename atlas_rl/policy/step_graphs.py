@@ -176,8 +176,11 @@ def _fill(step: _Step, segments: Segments, rows: np.ndarray) -> None:
     """Put the tokens where the step reads them; the last one fills what is left."""
     row = np.repeat(np.arange(len(rows)), segments.lengths)
     first = np.cumsum(segments.lengths) - segments.lengths
-    positions = segments.starts[row] + np.arange(len(row)) - first[row]
-    tokens = np.stack([segments.token_ids, positions, rows[row]])
-    missing = step.inputs.shape[1] - tokens.shape[1]
-    (there,) = upload([np.pad(tokens, ((0, 0), (0, missing)), mode="edge")], step.inputs.device)
-    step.inputs.copy_(there)
+    places = [segments.starts[row] + np.arange(len(row)) - first[row], rows[row]]
+    tokens, missing = segments.token_ids, step.inputs.shape[1] - len(row)
+    known = [tokens, *places] if isinstance(tokens, np.ndarray) else places
+    (there,) = upload([np.pad(np.stack(known), ((0, 0), (0, missing)), mode="edge")], step.inputs.device)
+    step.inputs[3 - len(known) :].copy_(there)
+    if isinstance(tokens, torch.Tensor):  # drafted, and never fetched
+        step.inputs[0, : len(row)].copy_(tokens)
+        step.inputs[0, len(row) :].copy_(tokens[-1:].expand(missing))

@@ -33,6 +33,11 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
     ]
 
 
+def uploaded(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`upload` of one."""
+    return upload([array], device)[0]
+
+
 def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """Copies on the host, in the shapes and types of `tensors`, which are on one device; the host waits once."""
     if tensors[0].device.type == "cpu":

@@ -10,28 +10,29 @@ import torch
 
 from atlas_kernels.noise import BLOCK
 from atlas_rl.core import SamplingParams
+from atlas_rl.policy.upload import uploaded
 
 _WIDE_NATS = 1e4  # differences of larger float32 numbers are off by 1e-3 and more
 
 
-def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: list[torch.Tensor] | None) -> torch.Tensor:
+def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: torch.Tensor | None) -> torch.Tensor:
     """Logits of the processed distribution, `-inf` for excluded tokens.
 
     Args:
         logits: float32 `[rows, vocab]`; may be changed in place.
         sampling: Sampling parameters. Greedy sampling keeps the temperature at 1: the choice is the same, and the
             returned logprobs are the policy's own instead of zeros.
-        prefixes: Per row, int64 ids of every token before the position; needed with a repetition penalty, else None.
+        prefixes: int64 `[rows, n]`, ids of every token before each position, any of them several times
+            (`padded_prefixes`); needed with a repetition penalty, else None.
 
     Returns:
         float32 `[rows, vocab]`.
     """
     if sampling.repetition_penalty != 1:
         assert prefixes is not None
-        for row, prefix in zip(logits, prefixes, strict=True):
-            seen = row[prefix]
-            penalty = sampling.repetition_penalty
-            row[prefix] = torch.where(seen < 0, seen * penalty, seen / penalty)
+        seen, penalty = logits.gather(1, prefixes), sampling.repetition_penalty
+        # A token that stands there several times is written as often, always with the same number.
+        logits.scatter_(1, prefixes, torch.where(seen < 0, seen * penalty, seen / penalty))
     if sampling.greedy:
         return logits
     if sampling.temperature != 1:
@@ -39,6 +40,25 @@ def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: list[torch
     if sampling.truncates:
         logits = _truncate(logits, sampling)
     return logits
+
+
+def padded_prefixes(texts: np.ndarray, rows: np.ndarray, ends: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Token ids before some positions, as `process` takes them. One upload, and no look at any row by itself.
+
+    Args:
+        texts: int32 `[texts, n]`.
+        rows: int64 `[positions]`, the text of each position.
+        ends: int64 `[positions]`, at least 1: the tokens of its text that are before it.
+        device: Where they are wanted.
+
+    Returns:
+        int64 `[positions, n]` on `device`; behind its end a row repeats its first token.
+    """
+    packed = uploaded(np.concatenate([texts.ravel(), rows, ends]).astype(np.int32), device)
+    known, row, end = packed.split([texts.size, len(rows), len(ends)])
+    found = known.view(texts.shape).index_select(0, row)
+    before = torch.arange(texts.shape[1], device=device) < end[:, None]
+    return torch.where(before, found, found[:, :1]).long()
 
 
 def _truncate(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 
 from atlas_kernels import noise
+from atlas_kernels.dispatch import implementation_on
+from atlas_kernels.draw import draw
 from atlas_kernels.noise import Stream
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.policy.logits import require_distributions
-from atlas_rl.sampling.processing import block_maxima, entropies, process
+from atlas_rl.policy.upload import uploaded
+from atlas_rl.sampling.processing import block_maxima, entropies, padded_prefixes, process
 
 
 @dataclass(slots=True)
@@ -206,9 +209,9 @@ def choose(probs: torch.Tensor, keys: np.ndarray, positions: np.ndarray, stream:
         return probs.argmax(dim=-1).cpu().numpy()
     if probs.device.type == "cpu":
         return noise.choose_rows(probs.contiguous().numpy(), block_maxima(probs).numpy(), keys, positions, int(stream))
-    device_keys = torch.from_numpy(keys.view(np.int64)).to(probs.device)
-    e = noise.exponentials(device_keys, torch.from_numpy(positions).to(probs.device), stream, probs.shape[1])
-    return (probs / e).argmax(dim=-1).cpu().numpy()
+    device = probs.device
+    noise_of = uploaded(np.stack([keys.view(np.int64), positions]), device)
+    return draw(probs.log(), *noise_of, stream=stream, implementation=implementation_on(device)).indices.cpu().numpy()
 
 
 def prefixes_of(
@@ -218,7 +221,7 @@ def prefixes_of(
     going: np.ndarray,
     depths: np.ndarray,
     device: torch.device,
-) -> list[torch.Tensor] | None:
+) -> torch.Tensor | None:
     """Tokens before some positions, committed ones and then drafts; None where no penalty asks for them.
 
     Args:
@@ -228,15 +231,22 @@ def prefixes_of(
         going: int64 `[rows]`, rows of the draft.
         depths: int64 `[rows]`, drafts before each position.
         device: Where they are wanted.
+
+    Returns:
+        As `padded_prefixes`.
     """
     if sequences.sampling.repetition_penalty == 1:
         return None
-    rows = []
-    for request, row, depth in zip(requests, going, depths, strict=True):
-        committed = sequences.token_ids[request, : sequences.lengths[request]]
-        tokens = np.concatenate([committed.astype(np.int64), draft.token_ids[row, :depth]])
-        rows.append(torch.from_numpy(np.unique(tokens)).to(device))
-    return rows
+    _, first, row = np.unique(going, return_index=True, return_inverse=True)
+    own, committed = requests[first], sequences.lengths[requests]
+    width = int((committed + depths).max(initial=1))
+    drafted = int(depths.max(initial=0))
+    texts = np.zeros((len(own), width + drafted), np.int32)
+    known = sequences.token_ids[own, :width]
+    texts[:, : known.shape[1]] = known
+    behind = sequences.lengths[own][:, None] + np.arange(drafted)
+    np.put_along_axis(texts, behind, draft.token_ids[going[first], :drafted], axis=1)
+    return padded_prefixes(texts[:, :width], row, committed + depths, device)
 
 
 VERIFIERS: dict[str, type[Verifier]] = {"invariant": DrafterInvariant, "rejection": RejectionSampling}

@@ -19,7 +19,7 @@ from atlas_rl.policy.base import PolicyCache, Segments, retire
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.causal_lm import load_causal_lm
-from atlas_rl.speculators.drawing import draw_full
+from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.identify import check_finite
 
 if TYPE_CHECKING:
@@ -104,52 +104,35 @@ class DraftLM(Speculator):
         depth = min(int(max_draft_tokens.max(initial=0)), int(room.max(initial=0)))
         if depth <= 0:
             return Draft.empty(len(requests))
-        tokens, confidence, draft_probs = self._run(sequences, np.minimum(room, depth), depth)
+        draft = self._run(sequences, np.clip(room, 0, depth))
         row_of = {request: row for row, request in enumerate(active.tolist())}
         rows = np.array([row_of[int(request)] for request in requests], np.int64)
-        lengths = np.minimum(max_draft_tokens, np.clip(room[rows], 0, depth))
-        if draft_probs is not None:
-            draft_probs = draft_probs[torch.from_numpy(rows)]
-        return Draft(tokens[rows], lengths, confidence[rows], draft_probs)
+        if len(rows) < len(active) or (np.diff(rows) != 1).any():
+            draft = draft.of(rows)
+        draft.lengths = np.minimum(max_draft_tokens, draft.lengths)
+        return draft
 
-    def _run(
-        self, sequences: Sequences, depths: np.ndarray, depth: int
-    ) -> tuple[np.ndarray, np.ndarray, torch.Tensor | None]:
-        """Draft `depths` tokens (int64 `[active]`, at most `depth`) for every active request.
-
-        Returns:
-            Tokens int64 and confidences float32 `[active, depth]`, and without coupling the probabilities
-            `[active, depth, vocab]`; past a row's own depth they mean nothing.
-        """
+    def _run(self, sequences: Sequences, depths: np.ndarray) -> Draft:
+        """Draft `depths` tokens (int64 `[active]`) for every active request."""
         assert self._cache is not None
         active, lengths = self._active, sequences.lengths[self._active]
-        tokens = np.zeros((len(active), depth), np.int64)
-        confidence = np.full(tokens.shape, 0.5, np.float32)
-        probs: list[torch.Tensor] = []
-        fresh = [sequences.token_ids[r, self._cached[r] : n] for r, n in zip(active, lengths, strict=True)]
+        drawing = Drawing(self.name, sequences, active, depths, self._runner.device, couples_noise=self._couples_noise)
+        first = drawing.rows[0]
+        fresh = [
+            sequences.token_ids[r, self._cached[r] : n] for r, n in zip(active[first], lengths[first], strict=True)
+        ]
+        tokens: np.ndarray | torch.Tensor = np.concatenate(fresh).astype(np.int64)
         with self._runner.session(self._cache):
-            for position in range(depth):
-                rows = np.flatnonzero(depths > position)
-                new = np.array([len(fresh[row]) for row in rows], np.int64)
-                packed = self._readable(np.concatenate([fresh[row] for row in rows]).astype(np.int64))
-                segments = Segments(packed, 0, lengths[rows] + position - new, new, rows)
+            for position, rows in enumerate(drawing.rows):
+                new = np.ones(len(rows), np.int64) if position else lengths[rows] - self._cached[active[rows]]
+                segments = Segments(self._readable(tokens), 0, lengths[rows] + position - new, new, rows)
                 logits = self._in_policys_vocabulary(self._runner.forward(segments, np.cumsum(new) - 1))
-                tokens[rows, position], confidence[rows, position], q = draw_full(
-                    self.name,
-                    logits,
-                    sequences,
-                    active[rows],
-                    tokens[rows, :position],
-                    couples_noise=self._couples_noise,
-                )
-                if not self._couples_noise:
-                    probs.append(q.new_zeros(len(active), q.shape[1]))
-                    probs[-1][torch.from_numpy(rows)] = q
-                fresh = list(tokens[:, position : position + 1])
+                tokens = drawing.draw(logits)
+        draft = drawing.finish(depths)
         ran = depths > 0
         self._cached[active[ran]] = (lengths + depths - 1)[ran]
-        self._drafted = {int(active[row]): tokens[row, : depths[row]] for row in np.flatnonzero(ran)}
-        return tokens, confidence, None if self._couples_noise else torch.stack(probs, dim=1)
+        self._drafted = {int(active[row]): draft.token_ids[row, : depths[row]] for row in np.flatnonzero(ran)}
+        return draft
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the cached drafts that were committed and let finished requests go."""
@@ -203,9 +186,10 @@ class DraftLM(Speculator):
             )
         self._vocab_size = vocab_size
 
-    def _readable(self, token_ids: np.ndarray) -> np.ndarray:
+    def _readable(self, token_ids: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
         """Tokens, int64 `[n]`, with 0 for those that the draft LM has no embedding for."""
-        return np.where(token_ids < self._runner.model.get_input_embeddings().weight.shape[0], token_ids, 0)
+        embeddings = self._runner.model.get_input_embeddings().weight.shape[0]
+        return token_ids if embeddings >= self._vocab_size else token_ids * (token_ids < embeddings)
 
     def _in_policys_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, vocab of the draft LM]` over the policy's vocabulary; tokens that it lacks are impossible."""

@@ -1,39 +1,72 @@
-"""Draws draft tokens from a drafter's logits: over a reduced vocabulary (learned heads) or the policy's whole one (LMs)."""
+"""Draws draft tokens from a drafter's logits: over the policy's whole vocabulary (LMs) or a reduced one (learned heads).
+
+On a GPU a wait of the host costs as much as a small drafter's forward. So what is drawn stays on the device: the drafter
+runs its next forward on it there, and the host gets all tokens of a draft at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
 import torch
 
 from atlas_kernels import noise
-from atlas_kernels.dispatch import Implementation
+from atlas_kernels.dispatch import Implementation, implementation_on
 from atlas_kernels.draft_head import draft_head
+from atlas_kernels.draw import draw
 from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.core import Draft, Sequences
-from atlas_rl.sampling.processing import process
+from atlas_rl.policy.upload import uploaded
+from atlas_rl.sampling.processing import padded_prefixes, process
 from atlas_rl.sampling.verification import choose
 
 _CONFIDENCE = (0.01, 0.99)
+_UNKNOWN = 0.5  # confidence where nothing was drawn
 
 
 class NonFiniteDraft(ValueError):
     """A drafter gave logits that are no distribution: it cannot draft until it has other weights. The policy can go on."""
 
 
-class ReducedDraft:
-    """Draws draft tokens under the call's sampling parameters.
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """One position of a draft: int64 `[n]` each, on the device but for `rows`.
+
+    Attributes:
+        rows: Requests that have it, as indices into those of the draft.
+        index: The same on the device.
+        keys: Noise keys, the bits of uint64 numbers.
+        at: Index in the whole sequence of the token that is drawn.
+        stayed: Where these requests are among those of the position before.
+    """
+
+    rows: np.ndarray
+    index: torch.Tensor
+    keys: torch.Tensor
+    at: torch.Tensor
+    stayed: torch.Tensor
+
+
+class Drawing:
+    """The draft of some requests, drawn position by position under the call's sampling parameters.
 
     Args:
         drafter: The speculator's name, for errors.
         sequences: All requests of the call.
         requests: int64 `[batch]`.
-        depth: Draft tokens per request, for all alike.
-        token_ids: int64 `[reduced vocab]`, the policy's ids.
+        depths: int64 `[batch]`, draft tokens of each request; at least one of one of them.
+        device: Of the logits. All that is known beforehand goes there in one upload.
         couples_noise: Draw with the policy's own noise; otherwise independently, and keep the probabilities.
+        token_ids: int64 `[reduced vocab]` on the device, the policy's ids; None for the whole vocabulary.
         argmax: Take the likeliest token instead of drawing.
+        carried: int64 arrays of the drafter's own, which go along.
+
+    Attributes:
+        rows: Per position int64 `[n]`, the requests that have it, as indices into `requests`.
+        carried: The drafter's own arrays, on the device.
     """
 
     def __init__(
@@ -41,44 +74,64 @@ class ReducedDraft:
         drafter: str,
         sequences: Sequences,
         requests: np.ndarray,
-        depth: int,
-        token_ids: np.ndarray,
+        depths: np.ndarray,
+        device: torch.device,
         *,
         couples_noise: bool,
+        token_ids: torch.Tensor | None = None,
         argmax: bool = False,
+        carried: Sequence[np.ndarray] = (),
     ) -> None:
-        # A penalty would need the whole prefix at every drafted token: left out, it costs acceptance and nothing else.
-        self._sampling = replace(sequences.sampling, repetition_penalty=1.0)
-        self._drafter = drafter
-        self._sequences, self._requests, self._token_ids = sequences, requests, token_ids
-        self._stream, self._keys = sequences.draft_noise(requests, couples_noise)
-        self._couples_noise, self._likeliest = couples_noise, argmax or sequences.sampling.greedy
-        self._position = 0
+        sampling = sequences.sampling
+        if token_ids is not None:
+            # A penalty would need the whole prefix among the tokens: left out, it costs acceptance and nothing else.
+            sampling = replace(sampling, repetition_penalty=1.0)
+        self._drafter, self._sampling, self._sequences = drafter, sampling, sequences
+        self._depths, self._token_ids, self._device = depths, token_ids, device
+        self._couples_noise, self._likeliest = couples_noise, argmax or sampling.greedy
+        self._stream, keys = sequences.draft_noise(requests, couples_noise)
+        self.rows = [np.flatnonzero(depths > position) for position in range(int(depths.max()))]
+        self._positions, self.carried = _laid_out(self.rows, keys, sequences.lengths[requests], carried, device)
+        self._indices: list[torch.Tensor] = []  # drawn so far, like the next two
+        self._max_probs: list[torch.Tensor] = []
         self._probs: list[torch.Tensor] = []
-        self.token_ids = np.zeros((len(requests), depth), np.int64)
-        self._confidence = np.zeros((len(requests), depth), np.float32)
+        self._prefixes: torch.Tensor | None = None  # of the next position
+        if sampling.repetition_penalty != 1:
+            own, lengths = requests[self.rows[0]], sequences.lengths[requests[self.rows[0]]]
+            texts = sequences.token_ids[own, : int(lengths.max())]
+            self._prefixes = padded_prefixes(texts, np.arange(len(own)), lengths, device)
 
-    def draw(self, logits: torch.Tensor) -> np.ndarray:
-        """The next token of every request: int64 `[batch]`, indices into the reduced vocabulary.
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token of every request that has this position.
 
         Args:
-            logits: `[batch, reduced vocab]`; may be changed in place.
+            logits: `[n, vocab]`, or over the reduced vocabulary; may be changed in place. Rows are those of `rows`.
 
-        Raises:
-            NonFiniteDraft: The largest probability of a row, which is its confidence, is NaN.
+        Returns:
+            On the device int64 `[m]`, of those requests that have another position (of all, at the last one): token ids, or
+            indices into the reduced vocabulary.
         """
-        q = process(logits.float(), self._sampling, None).softmax(dim=-1)
-        self._confidence[:, self._position] = _max_probs(q.amax(dim=-1), self._drafter).clip(*_CONFIDENCE)
-        chosen = self._choose(q)
-        self.token_ids[:, self._position] = self._token_ids[chosen]
+        position = self._positions[len(self._indices)]
+        by = self._by_numba if logits.device.type == "cpu" else self._by_kernel
+        indices, max_probs, probs = by(logits, position)
+        self._indices.append(indices)
+        self._max_probs.append(max_probs)
         if not self._couples_noise:
-            self._probs.append(_one_hot(chosen, q) if self._likeliest else q)
-        self._position += 1
-        return chosen
+            self._probs.append(_one_hot(indices, logits) if probs is None else probs)
+        if len(self._indices) == len(self._positions):
+            return indices
+        following = self._positions[len(self._indices)]
+        if len(following.rows) < len(position.rows):
+            indices = indices.index_select(0, following.stayed)
+            if self._prefixes is not None:
+                self._prefixes = self._prefixes.index_select(0, following.stayed)
+        if self._prefixes is not None:
+            self._prefixes = torch.cat([self._prefixes, indices[:, None]], dim=1)
+        return indices
 
     @property
     def by_kernel(self) -> bool:
-        """Whether the draft head kernel draws as this call samples: it truncates nothing."""
+        """Whether a kernel draws as this call samples: it divides by the temperature, and truncates nothing."""
         return not self._sampling.truncates and self._likeliest == self._sampling.greedy
 
     def draw_all(
@@ -88,92 +141,124 @@ class ReducedDraft:
         newest: torch.Tensor,
         implementation: Implementation = "auto",
     ) -> None:
-        """All tokens of every request, by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`.
-
-        Raises:
-            NonFiniteDraft: As in `draw`.
-        """
+        """All tokens of every request, by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`."""
         drawn = draft_head(
             weights,
             state,
             newest,
-            torch.from_numpy(self._keys.view(np.int64)).to(state.device),
-            torch.from_numpy(self._sequences.lengths[self._requests]).to(state.device),
-            self.token_ids.shape[1],
+            self._positions[0].keys,
+            self._positions[0].at,
+            len(self._positions),
             temperature=0.0 if self._sampling.greedy else self._sampling.temperature,
             stream=self._stream,
             with_probs=not self._couples_noise,
             implementation=implementation,
         )
-        self._confidence[:] = _max_probs(drawn.confidence, self._drafter).clip(*_CONFIDENCE)
-        self.token_ids[:] = self._token_ids[drawn.indices.cpu().numpy()]
+        self._indices = list(drawn.indices.unbind(dim=1))
+        self._max_probs = list(drawn.confidence.unbind(dim=1))
         self._probs = [] if drawn.probs is None else list(drawn.probs.unbind(dim=1))
 
-    def finish(self, max_draft_tokens: np.ndarray) -> Draft:
-        """The draft, each row cut to int64 `[batch]` tokens and behind its first ending token."""
-        ends = self._sequences.sampling.ends(self.token_ids)
-        lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, self.token_ids.shape[1])
-        draft_probs = None
-        if self._probs:
-            stacked = torch.stack(self._probs, dim=1)
-            draft_probs = stacked.new_zeros(*self.token_ids.shape, self._sequences.vocab_size)
-            draft_probs[:, :, torch.from_numpy(self._token_ids).to(stacked.device)] = stacked
-        return Draft(self.token_ids, np.minimum(max_draft_tokens, lengths), self._confidence, draft_probs)
+    def finish(self, max_draft_tokens: np.ndarray, unrunnable: np.ndarray | None = None) -> Draft:
+        """The draft, fetched in one download.
 
-    def _choose(self, q: torch.Tensor) -> np.ndarray:
+        Args:
+            max_draft_tokens: int64 `[batch]`, where each row is cut. It is cut behind its first ending token as well.
+            unrunnable: bool `[vocab]`, tokens that rows are cut behind too; None where there are none.
+
+        Raises:
+            NonFiniteDraft: The largest probability of a row, which is its confidence, is NaN.
+        """
+        indices = torch.cat(self._indices)
+        ids = indices if self._token_ids is None else self._token_ids[indices]
+        # Token ids and float32 numbers are exact in float64.
+        fetched = torch.stack([ids.double(), torch.cat(self._max_probs).double()]).cpu().numpy()
+        if np.isnan(fetched[1]).any():
+            raise NonFiniteDraft(
+                f"the draft logits of '{self._drafter}' are not finite. The policy's tokens are not affected. Likely "
+                "causes: weights of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave "
+                "it out"
+            )
+        row, column = np.concatenate(self.rows), np.repeat(np.arange(len(self.rows)), [len(rows) for rows in self.rows])
+        tokens = np.zeros((len(self._depths), len(self.rows)), np.int64)
+        confidence = np.full(tokens.shape, _UNKNOWN, np.float32)
+        tokens[row, column], confidence[row, column] = fetched[0], fetched[1].clip(*_CONFIDENCE)
+        last = self._sequences.sampling.ends(tokens)
+        if unrunnable is not None:
+            last |= unrunnable[tokens]
+        lengths = np.where(last.any(axis=1), last.argmax(axis=1) + 1, tokens.shape[1])
+        lengths = np.minimum(np.minimum(max_draft_tokens, self._depths), lengths)
+        return Draft(tokens, lengths, confidence, self._draft_probs())
+
+    def _draft_probs(self) -> torch.Tensor | None:
+        """The distributions that tokens were drawn from, float32 `[batch, depth, vocab]`; None where they were coupled."""
+        if not self._probs:
+            return None
+        batch = len(self._depths)
+        if self._token_ids is None and len(self.rows[-1]) == batch:
+            return torch.stack(self._probs, dim=1)
+        shape = batch, len(self.rows), self._sequences.vocab_size
+        draft_probs = self._probs[0].new_zeros(shape)
+        for column, (position, probs) in enumerate(zip(self._positions, self._probs, strict=True)):
+            if self._token_ids is None:
+                draft_probs[position.index, column] = probs
+            else:
+                draft_probs[position.index[:, None], column, self._token_ids] = probs
+        return draft_probs
+
+    def _processed(self, logits: torch.Tensor) -> torch.Tensor:
+        return process(logits.float(), self._sampling, self._prefixes)
+
+    def _by_kernel(
+        self, logits: torch.Tensor, position: _Position
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Indices, largest probabilities, and all probabilities where they are kept and not one-hot."""
+        keeps = not self._couples_noise and not self._likeliest
+        temperature = 0.0 if self._likeliest else self._sampling.temperature
+        if keeps or self._prefixes is not None or not self.by_kernel:
+            logits, temperature = self._processed(logits), 0.0 if self._likeliest else 1.0
+        drawn = draw(
+            logits,
+            position.keys,
+            position.at,
+            temperature=temperature,
+            stream=self._stream,
+            token_ids=self._token_ids,
+            implementation=implementation_on(logits.device),
+        )
+        return drawn.indices, drawn.max_probs, logits.softmax(dim=-1) if keeps else None
+
+    def _by_numba(
+        self, logits: torch.Tensor, position: _Position
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As `_by_kernel`, on a CPU."""
+        probs = self._processed(logits).softmax(dim=-1)
+        keys, at = position.keys.numpy().view(np.uint64), position.at.numpy()
         if self._likeliest:
-            return q.argmax(dim=-1).cpu().numpy()
-        positions = self._sequences.lengths[self._requests] + self._position
-        if q.device.type == "cpu":
-            return choose_among(q.numpy(), self._token_ids, self._keys, positions, int(self._stream))
-        device_keys = torch.from_numpy(self._keys.view(np.int64)).to(q.device)
-        device_ids = torch.from_numpy(self._token_ids).to(q.device)
-        e = noise.exponentials_of(device_keys, torch.from_numpy(positions).to(q.device), self._stream, device_ids)
-        return (q / e).argmax(dim=-1).cpu().numpy()
+            indices = probs.argmax(dim=-1)
+        elif self._token_ids is None:
+            indices = torch.from_numpy(choose(probs, keys, at, self._stream, greedy=False))
+        else:
+            ids = self._token_ids.numpy()
+            indices = torch.from_numpy(choose_among(probs.numpy(), ids, keys, at, int(self._stream)))
+        return indices, probs.amax(dim=-1), None if self._likeliest else probs
 
 
-def draw_full(
-    drafter: str,
-    logits: torch.Tensor,
-    sequences: Sequences,
-    requests: np.ndarray,
-    drafted: np.ndarray,
-    *,
-    couples_noise: bool,
-) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-    """The next draft token of some requests, under the sampling parameters of the call.
-
-    Args:
-        drafter: The speculator's name, for errors.
-        logits: float32 `[batch, vocab]`; may be changed in place.
-        sequences: All requests of the call.
-        requests: int64 `[batch]`.
-        drafted: int64 `[batch, position]`, the draft tokens before this one.
-        couples_noise: Draw with the policy's own noise; otherwise independently.
-
-    Returns:
-        Tokens int64 `[batch]`, confidences float32 `[batch]`, and the distribution they were drawn from, float32
-        `[batch, vocab]`. A confidence is the largest probability: a function of the prefix alone, for either verification.
-
-    Raises:
-        NonFiniteDraft: The largest probability of a row is NaN.
-    """
-    sampling, prefixes = sequences.sampling, None
-    if sampling.repetition_penalty != 1:
-        prefixes = [
-            torch.from_numpy(np.unique(np.append(sequences.token_ids[r, : sequences.lengths[r]], row)))
-            .long()
-            .to(logits.device)
-            for r, row in zip(requests, drafted, strict=True)
-        ]
-    probs = process(logits, sampling, prefixes).softmax(dim=-1)
-    confidence = _max_probs(probs.amax(dim=-1), drafter)
-    stream, keys = sequences.draft_noise(requests, couples_noise)
-    positions = sequences.lengths[requests] + drafted.shape[1]
-    tokens = choose(probs, keys, positions, stream, sampling.greedy)
-    if sampling.greedy:
-        probs = torch.nn.functional.one_hot(torch.from_numpy(tokens).to(probs.device), probs.shape[1]).to(probs)
-    return tokens, confidence, probs
+def _laid_out(
+    rows: Sequence[np.ndarray],
+    keys: np.ndarray,
+    lengths: np.ndarray,
+    carried: Sequence[np.ndarray],
+    device: torch.device,
+) -> tuple[list[_Position], list[torch.Tensor]]:
+    """The positions of a draft behind `lengths` committed tokens, int64 `[batch]`, and what goes along, in one upload."""
+    parts: list[np.ndarray] = []
+    for position, row in enumerate(rows):
+        stayed = np.searchsorted(rows[max(position - 1, 0)], row)
+        parts += [row, keys[row].view(np.int64), lengths[row] + position, stayed]
+    parts += carried
+    there = uploaded(np.concatenate(parts), device).split([len(part) for part in parts])
+    positions = [_Position(row, *there[4 * i : 4 * i + 4]) for i, row in enumerate(rows)]
+    return positions, list(there[4 * len(rows) :])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -202,16 +287,7 @@ def choose_among(probs, token_ids, keys, positions, stream):
     return choice
 
 
-def _max_probs(max_probs: torch.Tensor, drafter: str) -> np.ndarray:
-    """The largest probabilities of rows of draft logits, on the host: NaN where the logits are no distribution."""
-    found = max_probs.cpu().numpy()
-    if np.isnan(found).any():
-        raise NonFiniteDraft(
-            f"the draft logits of '{drafter}' are not finite. The policy's tokens are not affected. Likely causes: weights "
-            "of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave it out"
-        )
-    return found
-
-
-def _one_hot(index: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.one_hot(torch.from_numpy(index).to(like.device), like.shape[1]).to(like)
+def _one_hot(indices: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """float32 `[rows, tokens]`, shaped like `logits`."""
+    hot = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
+    return hot.scatter_(1, indices[:, None], 1.0)

@@ -16,6 +16,11 @@ def kernels_run_on(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
+def implementation_on(device: torch.device) -> Implementation:
+    """What a caller passes on that can do without kernels: they run on `device`, or the reference does."""
+    return "triton" if kernels_run_on(device) else "reference"
+
+
 def use_triton(tensor: torch.Tensor, implementation: Implementation) -> bool:
     """Whether a call on `tensor` runs the kernel.
 

@@ -18,7 +18,7 @@ from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.sampling import by_kernels as fused
 from atlas_rl.sampling.by_kernels import FusedVerifier, verifier_on
 from atlas_rl.sampling.verification import DrafterInvariant, RejectionSampling
-from atlas_rl.speculators.drawing import ReducedDraft
+from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.recurrent import speculator as recurrent
 from tests.drafters import recurrent_drafter
@@ -183,14 +183,14 @@ def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkey
     model = tiny_bigram()
     options |= {"num_generations": 3, "max_new_tokens": 12}
     eager = generated(model, verification, [recurrent_drafter()], **options)
-    draw_all, calls = ReducedDraft.draw_all, []
+    draw_all, calls = Drawing.draw_all, []
 
     def counted(self, *arguments):
         calls.append(len(arguments))
         draw_all(self, *arguments, **interpreted)
 
     monkeypatch.setattr(recurrent, "kernels_run_on", lambda device: True)
-    monkeypatch.setattr(ReducedDraft, "draw_all", counted)
+    monkeypatch.setattr(Drawing, "draw_all", counted)
     by_kernel = generated(model, verification, [recurrent_drafter()], **options)
     assert calls
     assert by_kernel.completion_ids == eager.completion_ids
@@ -202,7 +202,10 @@ def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkey
 def test_truncated_sampling_stays_eager(options, by_kernel):
     sampling = SamplingParams(max_new_tokens=8, **options)
     _, _, sequences, requests = case([1, 1], sampling, with_probs=False)
-    new = functools.partial(ReducedDraft, "a", sequences, requests, 2, np.arange(9), couples_noise=True)
+    ids = torch.arange(9)
+    new = functools.partial(
+        Drawing, "a", sequences, requests, np.full(2, 2), ids.device, couples_noise=True, token_ids=ids
+    )
     assert new().by_kernel == by_kernel
     assert new(argmax=True).by_kernel == sampling.greedy
 

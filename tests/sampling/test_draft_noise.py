@@ -13,27 +13,30 @@ from scipy import stats
 
 from atlas_kernels.noise import request_keys
 from atlas_rl.core import SamplingParams, Sequences
-from atlas_rl.speculators.drawing import ReducedDraft, draw_full
+from atlas_rl.speculators.drawing import Drawing
 from tests.exact import FALSE_ALARM
 
 REQUESTS, VOCAB, PROMPT = 20_000, 6, 3
 Q = np.array([0.4, 0.25, 0.15, 0.1, 0.07, 0.03])
 
 
-def reduced(sequences, depth, couples_noise):
-    drawing = ReducedDraft("a", sequences, np.arange(REQUESTS), depth, np.arange(VOCAB), couples_noise=couples_noise)
+def drawn(sequences, depth, couples_noise, token_ids):
+    depths = np.full(REQUESTS, depth)
+    device = torch.device("cpu")
+    drawing = Drawing(
+        "a", sequences, np.arange(REQUESTS), depths, device, couples_noise=couples_noise, token_ids=token_ids
+    )
     for _ in range(depth):
         drawing.draw(torch.from_numpy(Q).log().float().repeat(REQUESTS, 1))
-    return drawing.token_ids
+    return drawing.finish(depths).token_ids
+
+
+def reduced(sequences, depth, couples_noise):
+    return drawn(sequences, depth, couples_noise, torch.arange(VOCAB))
 
 
 def full(sequences, depth, couples_noise):
-    drafted = np.zeros((REQUESTS, 0), np.int64)
-    for _ in range(depth):
-        logits = torch.from_numpy(Q).log().float().repeat(REQUESTS, 1)
-        token, _, _ = draw_full("a", logits, sequences, np.arange(REQUESTS), drafted, couples_noise=couples_noise)
-        drafted = np.column_stack([drafted, token])
-    return drafted
+    return drawn(sequences, depth, couples_noise, None)
 
 
 def drawn_twice(draw, couples_noise):

@@ -26,7 +26,7 @@ from atlas_rl.core import SamplingParams
 from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.sampling.processing import entropies, process
 from atlas_rl.speculators.draft_lm import DraftLM
-from atlas_rl.speculators.drawing import NonFiniteDraft, ReducedDraft, draw_full
+from atlas_rl.speculators.drawing import Drawing, NonFiniteDraft
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.engines import (
     SETTINGS,
@@ -227,7 +227,7 @@ ROWS = {
 )
 def test_masked_logits_are_processed_as_by_transformers(rows: str, options: dict[str, float]) -> None:
     logits = ROWS[rows](4 * torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(0)))
-    prefixes = [torch.tensor([row % VOCAB, (row + 9) % VOCAB, 9]) for row in range(len(logits))]
+    prefixes = torch.tensor([[row % VOCAB, (row + 9) % VOCAB, 9] for row in range(len(logits))])
     steps = LogitsProcessorList()
     if "repetition_penalty" in options:
         steps.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
@@ -238,7 +238,7 @@ def test_masked_logits_are_processed_as_by_transformers(rows: str, options: dict
         steps.append(TopPLogitsWarper(options["top_p"]))
     if "min_p" in options:
         steps.append(MinPLogitsWarper(options["min_p"]))
-    expected = steps(torch.stack(prefixes), logits.clone())
+    expected = steps(prefixes, logits.clone())
     sampling = SamplingParams(max_new_tokens=1, **options)
     ours = process(logits.clone(), sampling, prefixes if sampling.repetition_penalty != 1 else None)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
@@ -295,11 +295,13 @@ def test_draft_logits_are_the_drafters_fault(couples_noise: bool, options: dict[
     logits[1, 7] = row
     if row == -INF:
         logits[1] = row
-    reduced = ReducedDraft("a_head", sequences, requests, 2, np.arange(300), couples_noise=couples_noise)
-    with pytest.raises(NonFiniteDraft, match="draft logits of 'a_head' are not finite"):
-        reduced.draw(logits.clone())
-    with pytest.raises(NonFiniteDraft, match="draft logits of 'a_lm' are not finite"):
-        draw_full("a_lm", logits, sequences, requests, np.zeros((2, 0), np.int64), couples_noise=couples_noise)
+    one = np.ones(2, np.int64)
+    for name, token_ids in (("a_head", torch.arange(300)), ("a_lm", None)):
+        device = torch.device("cpu")
+        drawing = Drawing(name, sequences, requests, one, device, couples_noise=couples_noise, token_ids=token_ids)
+        assert 0 <= int(drawing.draw(logits.clone())[1]) < 300  # the drafter runs on before anybody looks
+        with pytest.raises(NonFiniteDraft, match=f"draft logits of '{name}' are not finite"):
+            drawing.finish(one)
     assert not issubclass(NonFiniteDraft, NonFiniteLogits)
 
 
@@ -317,9 +319,11 @@ def test_a_draft_head_gone_nan_is_told_by_its_kernel_too(implementation: Any, we
         "token_ids": torch.arange(20),
     }
     tensors[weight][3] = NAN
-    draft = ReducedDraft("a_head", sequences, requests, 3, np.arange(20), couples_noise=True)
+    three, ids = np.full(2, 3), torch.arange(20)
+    drawing = Drawing("a_head", sequences, requests, three, ids.device, couples_noise=True, token_ids=ids)
+    drawing.draw_all(DraftHeadWeights(**tensors), torch.ones(2, 8), torch.zeros(2, dtype=torch.int64), implementation)
     with pytest.raises(NonFiniteDraft, match="a_head"):
-        draft.draw_all(DraftHeadWeights(**tensors), torch.ones(2, 8), torch.zeros(2, dtype=torch.int64), implementation)
+        drawing.finish(three)
 
 
 def test_a_draft_lm_gone_nan_is_not_called_the_policy(caplog: pytest.LogCaptureFixture) -> None:

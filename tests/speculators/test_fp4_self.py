@@ -15,6 +15,7 @@ from atlas_kernels.nvfp4 import dequantize, quantize, tensor_scale_for
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.draft_lm import DraftLM
+from atlas_rl.speculators.fp4_self import copy as fp4_copy
 from atlas_rl.speculators.fp4_self.copy import HEADROOM, FourBitCopy
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from tests.models import FACTORIES, tiny_gpt2, tiny_llama, tiny_qwen2
@@ -319,3 +320,29 @@ def test_policies_that_cannot_be_copied_are_named():
     model.model.layers[1].mlp.up_proj = Packed(32, 64, bias=False)
     with pytest.raises(ValueError, match=r"mlp.up_proj.weight.*Packed"):
         AtlasRolloutEngine(model=model, draft_model="fp4", console=False)
+
+
+def test_modules_are_changed_once_for_all_tokens_of_a_draft(monkeypatch):
+    running, forwards = FourBitCopy.running, []
+    monkeypatch.setattr(FourBitCopy, "running", lambda copied: forwards.append(1) or running(copied))
+    output = rollout(engine_of(policy(), k=4))
+    assert len(forwards) <= output.report.num_forwards
+    assert output.report.drafted["fp4_self"] > 3 * len(forwards)
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_a_copy_gone_nan_leaves_nothing_in_the_policys_cache(monkeypatch, layers):
+    """Cells behind a short text are masked for it, and would still enter as 0 * NaN."""
+    dense, made = fp4_copy._dense, []
+
+    def broken(weight, dtype):
+        made.append(1)
+        forward = dense(weight, dtype)
+        if layers == "last" and len(made) <= 7:  # the first layer's
+            return forward
+        return lambda module, input: forward(module, input) * torch.nan
+
+    monkeypatch.setattr(fp4_copy, "_dense", broken)
+    drafted = rollout(engine_of(policy()))
+    assert drafted.report.drafter_faults == {"fp4_self": 1}
+    assert drafted.completion_ids == plain(policy()).completion_ids

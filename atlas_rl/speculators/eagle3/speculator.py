@@ -20,8 +20,9 @@ from atlas_rl.policy.base import Segments
 from atlas_rl.policy.cpu_linear import by_columns
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.ragged_attention import RaggedBatch, active, ragged_attention
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
-from atlas_rl.speculators.drawing import ReducedDraft
+from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from atlas_rl.speculators.eagle3.head import Eagle3Head
 
@@ -62,7 +63,7 @@ class Eagle3Speculator(Speculator):
                 module.weight.data = by_columns(module.weight.data)
         self.needs = Needs(layers=self.head.config.layers)
         self._device = self.head.fc.weight.device
-        self._token_ids = self.head.token_ids.cpu().numpy()
+        self._token_ids = self.head.token_ids
         attention: Any = self.head.layers[0].self_attn
         self._cell_bytes: int = (
             attention.k_proj.out_features + attention.v_proj.out_features
@@ -121,18 +122,26 @@ class Eagle3Speculator(Speculator):
             return self.propose(sequences, requests, max_draft_tokens)  # without those that it forgot
         if depth <= 0:
             return Draft.empty(len(requests))
-        draft = ReducedDraft(self.name, sequences, requests, depth, self._token_ids, couples_noise=self._couples_noise)
         one = np.ones(len(requests), np.int64)
+        drawing = Drawing(
+            self.name,
+            sequences,
+            requests,
+            depth * one,
+            self._device,
+            couples_noise=self._couples_noise,
+            token_ids=self._token_ids,
+        )
         with torch.no_grad():
             self._fuse()
             self._run_prompts(sequences, requests[self._cached[requests] == 0])
             features = self._catch_up(sequences, requests)
-            draft.draw(self.head.logits(features))
+            indices = drawing.draw(self.head.logits(features))
             for position in range(depth - 1):
-                tokens = draft.token_ids[:, position]
+                tokens = self._token_ids[indices]
                 features = self._forward(tokens, features, requests, lengths - 1 + position, one)
-                draft.draw(self.head.logits(features))
-        return draft.finish(max_draft_tokens)
+                indices = drawing.draw(self.head.logits(features))
+        return drawing.finish(max_draft_tokens)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the features of committed positions until the head next runs."""
@@ -147,7 +156,7 @@ class Eagle3Speculator(Speculator):
         index = np.concatenate(
             [np.arange(first, first + n) for first, n in zip(verified.hidden.starts[rows], counts, strict=True)]
         )
-        taken = torch.from_numpy(index).to(self._device)
+        taken = uploaded(index, self._device)
         states = {n: states[taken] for n, states in verified.hidden.layers.items()}
         self._unfused.append((verified.requests[rows], counts, states))
         if sum(int(counts.sum()) for _, counts, _ in self._unfused) >= _FUSED_TOGETHER:
@@ -208,7 +217,7 @@ class Eagle3Speculator(Speculator):
         parts = [states for *_, states in self._unfused]
         self._unfused = []
         with torch.no_grad():
-            features = self.head.fuse({n: torch.cat([states[n] for states in parts]) for n in parts[0]})
+            features = self.head.fuse({n: _joined([states[n] for states in parts]) for n in parts[0]})
         for request, part in zip(requests, features.split(counts.tolist()), strict=True):
             if self._has_prompt[request]:
                 self._features[request].append(part)
@@ -241,28 +250,37 @@ class Eagle3Speculator(Speculator):
 
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
         """Run the committed positions that are not cached yet; features of the last one of each request."""
-        fresh, tokens, starts = [], [], self._cached[requests]
-        for request, start in zip(requests, starts, strict=True):
-            features = torch.cat(self._features[request])
+        fresh: list[torch.Tensor] = []
+        tokens, counts, starts = [], np.zeros(len(requests), np.int64), self._cached[requests]
+        for row, (request, start) in enumerate(zip(requests, starts, strict=True)):
+            counts[row] = sum(len(part) for part in self._features[request])
+            fresh += self._features[request]
             self._features[request] = []
-            fresh.append(features)
-            tokens.append(sequences.token_ids[request, start + 1 : start + 1 + len(features)])
-        counts = np.array([len(features) for features in fresh], np.int64)
+            tokens.append(sequences.token_ids[request, start + 1 : start + 1 + counts[row]])
         assert (starts + counts == sequences.lengths[requests] - 1).all(), "a feature for every position but the last"
         self._cached[requests] = starts + counts
         out = self._forward(np.concatenate(tokens).astype(np.int64), torch.cat(fresh), requests, starts, counts)
-        return out[torch.from_numpy(np.cumsum(counts) - 1).to(self._device)]
+        return out[uploaded(np.cumsum(counts) - 1, self._device)]
 
     def _forward(
-        self, tokens: np.ndarray, features: torch.Tensor, requests: np.ndarray, starts: np.ndarray, counts: np.ndarray
+        self,
+        tokens: np.ndarray | torch.Tensor,
+        features: torch.Tensor,
+        requests: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
     ) -> torch.Tensor:
         """Packed `[tokens, hidden]` through the head, its keys and values into the requests' cache rows."""
         cache = self._cache
         assert cache is not None
         segments = Segments(tokens, 0, starts, counts, self._row_of[requests])
-        (token_ids,) = cache.place(segments, self._device, tokens)
+        if isinstance(tokens, np.ndarray):
+            (ids,) = cache.place(segments, self._device, tokens)
+        else:
+            cache.place(segments, self._device)
+            ids = tokens
         embed = self.head.embed_tokens or self._policy.embed
-        embeddings = embed(token_ids).to(features.dtype)
+        embeddings = embed(ids).to(features.dtype)
         positions = cache.placed.token_positions
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -270,6 +288,10 @@ class Eagle3Speculator(Speculator):
 
         with active(cache):
             return self.head(embeddings[None], features[None], positions[None], attend)[0]
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Layer:

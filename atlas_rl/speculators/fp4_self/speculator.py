@@ -17,15 +17,14 @@ import numpy as np
 import torch
 
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
-from atlas_rl.policy.base import PolicyCache, Segments
+from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
-from atlas_rl.speculators.drawing import draw_full
+from atlas_rl.speculators.drawing import Drawing, NonFiniteDraft
 from atlas_rl.speculators.fp4_self.copy import FourBitCopy
 
 logger = logging.getLogger(__name__)
-
-_CONFIDENCE = (0.01, 0.99)
 
 
 class Fp4SelfSpeculator(Speculator):
@@ -49,6 +48,7 @@ class Fp4SelfSpeculator(Speculator):
         self._options = {"quantize_head": quantize_head, "quantize_embeddings": quantize_embeddings}
         self._copy: FourBitCopy | None = None
         self._version: int | None = None  # of the policy that was copied
+        self._policy: PolicyView | None = None
         self._cache: PolicyCache | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
@@ -56,7 +56,7 @@ class Fp4SelfSpeculator(Speculator):
         super().bind(policy, couples_noise)
         if policy.model is None:
             raise ValueError("draft_model='fp4' copies the policy's own modules, which must run in this process")
-        self._copy, self._version = FourBitCopy(policy.model, **self._options), None
+        self._copy, self._version, self._policy = FourBitCopy(policy.model, **self._options), None, policy
         if policy.device.type == "cpu":
             logger.warning(
                 "atlas_rl: on a CPU the four-bit copy of the policy is dequantized: it drafts at the policy's own price, "
@@ -81,31 +81,27 @@ class Fp4SelfSpeculator(Speculator):
             return Draft.empty(len(requests))
         copy, cache = self._current(sequences.policy_version), self._cache
         assert cache is not None, "propose() before start()"
-        rows, starts = cache.rows_of(requests), sequences.lengths[requests] - 1
+        assert self._policy is not None, "propose() before bind()"
+        rows, starts, runner = cache.rows_of(requests), sequences.lengths[requests] - 1, cache.runner
         newest = sequences.token_ids[requests, starts].astype(np.int64)
-        draft = Draft(
-            np.zeros((len(requests), depth), np.int64),
-            np.zeros(len(requests), np.int64),
-            np.full((len(requests), depth), 0.5, np.float32),
-        )
-        going, unrunnable = np.arange(len(requests)), cache.runner.unrunnable()
-        for position in range(depth):
-            going = going[max_draft_tokens[going] > position]
-            if not len(going):
-                break
-            one = np.ones(len(going), np.int64)
-            with copy.running():
-                segments = Segments(newest[going], 0, starts[going] + position, one, rows[going])
-                logits = cache.runner.forward(segments, np.arange(len(going)))
-            drafted = draft.token_ids[going, :position]
-            newest[going], confidence, q = draw_full(
-                self.name, logits, sequences, requests[going], drafted, couples_noise=self._couples_noise
-            )
-            self._append(draft, going, position, newest[going], confidence, q)
-            going = going[~sequences.sampling.ends(newest[going])]
-            if unrunnable is not None:
-                going = going[~unrunnable[newest[going]]]
-        return draft
+        unrunnable, device = runner.unrunnable(), self._policy.device
+        drawing = Drawing(self.name, sequences, requests, max_draft_tokens, device, couples_noise=self._couples_noise)
+        stand_ins = None  # what is run instead of each token; drafts are cut behind those that cannot be run
+        if unrunnable is not None:
+            stand_ins = uploaded(np.where(unrunnable, newest[0], np.arange(len(unrunnable))), device)
+        tokens: np.ndarray | torch.Tensor = newest[drawing.rows[0]]
+        with copy.running():
+            for position, going in enumerate(drawing.rows):
+                every = np.arange(len(going))
+                segments = Segments(tokens, 0, starts[going] + position, np.ones_like(every), rows[going])
+                tokens = drawing.draw(runner.forward(segments, every))
+                if stand_ins is not None:
+                    tokens = stand_ins[tokens]
+        try:
+            return drawing.finish(max_draft_tokens, unrunnable)
+        except NonFiniteDraft:
+            self._clean(runner, newest, starts, max_draft_tokens, rows)
+            raise
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Do nothing: the policy has run what was committed."""
@@ -123,19 +119,13 @@ class Fp4SelfSpeculator(Speculator):
             self._version = policy_version
         return self._copy
 
-    def _append(
-        self,
-        draft: Draft,
-        going: np.ndarray,
-        position: int,
-        tokens: np.ndarray,
-        confidence: np.ndarray,
-        q: torch.Tensor,
+    def _clean(
+        self, runner: PolicyRunner, newest: np.ndarray, starts: np.ndarray, depths: np.ndarray, rows: np.ndarray
     ) -> None:
-        draft.token_ids[going, position] = tokens
-        draft.confidence[going, position] = confidence.clip(*_CONFIDENCE)
-        draft.lengths[going] += 1
-        if not self._couples_noise:
-            if draft.draft_probs is None:
-                draft.draft_probs = q.new_zeros(*draft.token_ids.shape, q.shape[1])
-            draft.draft_probs[torch.from_numpy(going).to(q.device), position] = q
+        """Let the policy itself write every cell that was drafted in; arrays are int64 `[batch]`.
+
+        Numbers that are not finite would get into its own forward: a cell that is masked still enters as 0 * NaN.
+        """
+        drafted = depths > 0
+        tokens, counts = np.repeat(newest[drafted], depths[drafted]), depths[drafted]
+        runner.forward(Segments(tokens, 0, starts[drafted], counts, rows[drafted]), np.cumsum(counts) - 1)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from atlas_rl.core import Rollouts, Sequences, Verified
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.recurrent.distill import Distilled, Loss, Target, distill, new_optimizer
 from atlas_rl.speculators.recurrent.head import RecurrentHead
@@ -169,7 +170,7 @@ class Learner:
         """
         kept = np.flatnonzero(self._kept[verified.requests[row]])
         if len(kept):
-            states = hidden[torch.from_numpy(kept).to(self._device)].to(torch.float16)
+            states = hidden[uploaded(kept, self._device)].to(torch.float16)
             row, offset = row[kept], offset[kept]
             begins = sequences.lengths[verified.requests] - verified.num_committed
             tokens = verified.token_ids[row, offset]

@@ -16,8 +16,9 @@ import torch
 
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
-from atlas_rl.speculators.drawing import ReducedDraft
+from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.recurrent.distill import Distilled, Loss
 from atlas_rl.speculators.recurrent.head import FoldedHead
 from atlas_rl.speculators.recurrent.learner import Learner, LearnSettings
@@ -79,7 +80,8 @@ class RecurrentSpeculator(Speculator):
         self._policy: PolicyView | None = None
         self._follows = True  # whether the policy's logits can be learned
         self.learner: Learner
-        self._folded: tuple[int, FoldedHead] | None = None  # of a revision of the learner, made when first needed
+        # Of a revision of the learner, made when first needed.
+        self._folded: tuple[int, FoldedHead, torch.Tensor] | None = None
         self._newest: torch.Tensor  # [num_requests, hidden], what each request's newest token was drawn from
         self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
         self._began_s = clock()
@@ -132,21 +134,29 @@ class RecurrentSpeculator(Speculator):
         depth, learner = int(max_draft_tokens.max(initial=0)), self.learner
         if depth <= 0 or not learner.trained:
             return Draft.empty(len(requests))
-        draft = ReducedDraft(
-            self.name, sequences, requests, depth, learner.ids, couples_noise=self._couples_noise, argmax=self._argmax
+        head, token_ids = self._folded_head()
+        newest = learner.index_of[sequences.token_ids[requests, sequences.lengths[requests] - 1]]
+        drawing = Drawing(
+            self.name,
+            sequences,
+            requests,
+            np.full(len(requests), depth),
+            self._device,
+            couples_noise=self._couples_noise,
+            token_ids=token_ids,
+            argmax=self._argmax,
+            carried=(requests, newest),
         )
-        head = self._folded_head()
+        rows, indices = drawing.carried
         with torch.no_grad():
-            state = head.begin(self._newest[torch.from_numpy(requests).to(self._device)])
-            newest = learner.index_of[sequences.token_ids[requests, sequences.lengths[requests] - 1]]
-            if kernels_run_on(self._device) and draft.by_kernel:
-                weights = head.packed(torch.from_numpy(learner.ids).to(self._device), self._bound().dtype)
-                draft.draw_all(weights, state, torch.from_numpy(newest).to(self._device))
+            state = head.begin(self._newest[rows])
+            if kernels_run_on(self._device) and drawing.by_kernel:
+                drawing.draw_all(head.packed(token_ids, self._bound().dtype), state, indices)
             else:
                 for _ in range(depth):
-                    state = head.absorb(state, torch.from_numpy(newest).to(self._device))
-                    newest = draft.draw(head.logits(state))
-        self._proposed = requests, draft.finish(max_draft_tokens)
+                    state = head.absorb(state, indices)
+                    indices = drawing.draw(head.logits(state))
+        self._proposed = requests, drawing.finish(max_draft_tokens)
         return self._proposed[1]
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
@@ -156,10 +166,10 @@ class RecurrentSpeculator(Speculator):
         requests, count = verified.requests, verified.num_committed
         within = np.arange(int(count.max()))[None] < count[:, None]
         row, offset = np.nonzero(within)
-        index = torch.from_numpy(verified.hidden.starts[row] + offset).to(self._device)
+        places = np.concatenate([verified.hidden.starts[row] + offset, np.cumsum(count) - 1, requests])
+        index, ends, newest = uploaded(places, self._device).split([len(row), len(count), len(requests)])
         hidden = verified.hidden.head_inputs[index].detach()
-        ends = torch.from_numpy(np.cumsum(count) - 1).to(self._device)
-        self._newest[torch.from_numpy(requests).to(self._device)] = hidden[ends].float()
+        self._newest[newest] = hidden[ends].float()
         self.learner.observe(sequences, verified, row, offset, hidden, self._missed_at(verified), self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
@@ -227,11 +237,12 @@ class RecurrentSpeculator(Speculator):
             raise RuntimeError("the recurrent drafter has no policy yet: give it to an engine, or call bind(policy)")
         return self._policy
 
-    def _folded_head(self) -> FoldedHead:
-        """The head as drafting reads it, of its present revision."""
+    def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
+        """The head as drafting reads it, of its present revision, and its tokens, int64 `[vocab]` on the device."""
         if self._folded is None or self._folded[0] != self.learner.revision:
-            self._folded = self.learner.revision, FoldedHead(self.learner.head)
-        return self._folded[1]
+            token_ids = uploaded(self.learner.ids, self._device)
+            self._folded = self.learner.revision, FoldedHead(self.learner.head), token_ids
+        return self._folded[1:]
 
     def _missed_at(self, verified: Verified) -> np.ndarray:
         """Offset of the committed token that this head drafted otherwise: int64 `[batch]`, -1 for none."""
