@@ -190,12 +190,13 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
         processed, truncated = processed_logits(runner.rejection_sampler, logits, spec, metadata)
         drawn = draw(
             processed,
-            spec.draft_token_ids.cpu().numpy().astype(np.int64),
+            spec.draft_token_ids,
             np.array(spec.num_draft_tokens, np.int64),
             drafter.keys(batch.requests),
             batch.lengths,
             np.array([request.params.temperature < _GREEDY_BELOW for request in batch.requests]),
             truncated,
+            ranked=metadata.max_num_logprobs is not None and runner.rejection_sampler.is_processed_logprobs_mode,
         )
         if drawn.num_undefined:
             # Where logits were processed, it may be the request's own doing: one can exclude every token.
