@@ -133,10 +133,16 @@ def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> Drawn:
     num_accepted = np.cumprod(hits, axis=1).sum(axis=1)
     kept = np.arange(width)[None] <= num_accepted[:, None]
     index = np.where(kept, first[:, None] + np.arange(width)[None], 0)
-    figures = (decided.logprobs, decided.entropies, decided.max_probs)
-    of_kept = [np.where(kept, values[index], np.float32(0)) for values in figures]
-    ranks = None if decided.ranks is None else np.where(kept, decided.ranks[index], 0)
-    return Drawn(np.where(kept, drawn, NO_TOKEN), index, *of_kept, decided.num_undefined, ranks)
+    nothing = np.float32(0)
+    return Drawn(
+        token_ids=np.where(kept, drawn, NO_TOKEN),
+        index=index,
+        logprobs=np.where(kept, decided.logprobs[index], nothing),
+        entropies=np.where(kept, decided.entropies[index], nothing),
+        max_probs=np.where(kept, decided.max_probs[index], nothing),
+        num_undefined=decided.num_undefined,
+        ranks=None if decided.ranks is None else np.where(kept, decided.ranks[index], 0),
+    )
 
 
 def _decided_by_torch(logits: torch.Tensor, drafts: np.ndarray, rows: _Rows, truncated: bool) -> _Decided:

@@ -264,7 +264,7 @@ def launch_splits(
     """`choose_splits` over contiguous rows: its `(scores, tokens, sums)`."""
     (num_rows, vocab), device = rows.logits.shape, rows.logits.device
     blocks, splits, tiles_per_split = split_vocab(num_rows, vocab, device)
-    mixed = rows.greedy is not None and rows.temperature > 0
+    flags = rows.greedy if rows.temperature > 0 else None
     scores = torch.empty(num_rows, splits, dtype=torch.float64, device=device)
     tokens = torch.empty(num_rows, splits, dtype=torch.int32, device=device)
     sums = torch.empty(num_rows, splits, 4, dtype=torch.float32, device=device)
@@ -272,13 +272,13 @@ def launch_splits(
         choose_splits[(num_rows, splits)](
             **row_arguments(rows),
             excluded=rows.logits if excluded is None else excluded,
-            greedy=rows.greedy.view(torch.uint8) if mixed else rows.logits,
+            greedy=rows.logits if flags is None else flags.view(torch.uint8),
             scores=scores,
             tokens=tokens,
             sums=sums,
             tiles_per_split=tiles_per_split,
             STREAM=int(stream),
-            GREEDY=2 if mixed else int(rows.temperature == 0),
+            GREEDY=int(rows.temperature == 0) if flags is None else 2,
             EXCLUDE=exclude,
             BLOCKS=blocks,
             num_warps=NUM_WARPS,

@@ -14,6 +14,7 @@ import torch
 
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.vllm.draw import Drawn, draw
+from atlas_rl.vllm.internals.forward_time import ForwardTime
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler
 from atlas_rl.vllm.internals.sampler import processed_logits, sampler_output
 from atlas_rl.vllm.internals.version import INSTALLED, KNOWN_VERSIONS, check_version, installed_version
@@ -169,11 +170,14 @@ def _execute_model(original: Callable[..., Any], runner: Any, drafter: Hooks, sc
         for name, count in scheduled.num_scheduled_tokens.items()
         if name not in new
     )
-    with drafter.recorder.time("forward" if decodes else "prefill"):
-        output = original(scheduled, *args)
-        if runner.device.type != "cpu":
-            torch.accelerator.synchronize(runner.device)
-        return output
+    with _forward_time(runner).running(drafter.recorder, "forward" if decodes else "prefill"):
+        return original(scheduled, *args)
+
+
+def _forward_time(runner: Any) -> ForwardTime:
+    if not hasattr(runner, "_atlas_rl_forward_time"):
+        runner._atlas_rl_forward_time = ForwardTime(runner.device)
+    return runner._atlas_rl_forward_time
 
 
 def _sample_tokens(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> Any:
@@ -184,6 +188,7 @@ def _sample_tokens(original: Callable[..., Any], runner: Any, drafter: Hooks, *a
 def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: torch.Tensor, spec: Any) -> Any:
     assert spec is not None, "with a proposer every step has draft counts, zero included"
     with drafter.recorder.time("sample"):
+        began_s = drafter.recorder.clock()
         batch = _batch(runner)
         runner.input_batch.update_async_output_token_ids()
         metadata = runner.input_batch.sampling_metadata
@@ -198,6 +203,7 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
             truncated,
             ranked=metadata.max_num_logprobs is not None and runner.rejection_sampler.is_processed_logprobs_mode,
         )
+        _forward_time(runner).settle(drafter.recorder, "sample", began_s)
         if drawn.num_undefined:
             # Where logits were processed, it may be the request's own doing: one can exclude every token.
             own = drawn.num_undefined if not truncated else int((~logits.float().logsumexp(dim=-1).isfinite()).sum())
