@@ -58,9 +58,8 @@ def commit(
     num_committed = np.where(stopped, ends.argmax(axis=1) + 1, settled.num_tokens)
     num_committed = np.minimum(num_committed, max_lengths[requests] - sequences.lengths[requests])
     sequences.reserve(int((sequences.lengths[requests] + num_committed).max(initial=0)))
-    for row, request in enumerate(requests):
-        length, count = sequences.lengths[request], num_committed[row]
-        sequences.token_ids[request, length : length + count] = tokens[row, :count]
+    row, place = np.nonzero(np.arange(tokens.shape[1])[None] < num_committed[:, None])
+    sequences.token_ids[requests[row], sequences.lengths[requests[row]] + place] = tokens[row, place]
     sequences.lengths[requests] += num_committed
     finished = stopped | (sequences.lengths[requests] >= max_lengths[requests])
     counted = np.arange(settled.entropies.shape[1])[None] < num_committed[:, None]
