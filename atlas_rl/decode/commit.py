@@ -68,7 +68,7 @@ def commit(
         max_prob_sum=float(settled.max_probs[counted].sum()),
         num_tokens=int(num_committed.sum()),
     )
-    num_accepted = np.minimum(settled.num_tokens - 1, num_committed)
+    num_accepted = np.minimum(np.minimum(settled.num_tokens - 1, settled.num_drafted), num_committed)
     # Drafts behind an accepted ending token were neither accepted nor rejected.
     cut = settled.num_tokens > num_committed
     num_drafted = np.where(cut, num_accepted, settled.num_drafted)

@@ -26,6 +26,7 @@ from atlas_rl.report.report import StepReport, no_speculation_seconds
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.refresh import PolicyTracker
 from atlas_rl.vllm.following import RequestFollower
+from atlas_rl.vllm.graphs import uniform_drafts
 from atlas_rl.vllm.internals import Forward
 from atlas_rl.vllm.traffic import Traffic
 from atlas_rl.vllm.ways import ProposingInWays, observe_in_ways
@@ -75,7 +76,7 @@ class Drafting:
         self.speculates = True
         self.faults = Faults()
         self.num_undefined = 0  # positions of the call, or so far, at which the policy's logits were no distribution
-        self._max_draft_tokens = max_draft_tokens
+        self._max_draft_tokens, self._max_length = max_draft_tokens, max_length
         self._seen_version, self._num_reports = 0, 0
         self._traffic = Traffic()  # of requests nobody announced
         self.recorder = StepRecorder()
@@ -175,7 +176,7 @@ class Drafting:
         with self.recorder.time("observe"):
             self._observe(committed, forward_s, now_s)
         self._plan(committed, drafts)
-        return drafts
+        return self._uniform(forward, drafts)
 
     # ------------------------------------------------------------------------------------------------------- following
 
@@ -254,7 +255,7 @@ class Drafting:
             requests,
             np.maximum(drawn.token_ids[rows, : num_new.max()], 0),
             num_new,
-            forward.num_drafted[rows],
+            self._num_drafted(forward, rows, planned),
             drawn.entropies[rows],
             drawn.max_probs[rows],
             _hidden(forward, rows),
@@ -267,6 +268,16 @@ class Drafting:
         complete = self._planned is not None and len(planned) == len(self._planned.requests)
         as_planned = complete and len(rows) == len(planned) == len(forward.batch.names)
         return _Committed(rows, planned, verified, as_planned)
+
+    def _num_drafted(self, forward: Forward, rows: np.ndarray, planned: np.ndarray) -> np.ndarray:
+        """Draft tokens that were verified, int64 `[n]`, without those that only made the step uniform."""
+        num_drafted = forward.num_drafted[rows]
+        if self._planned is not None:
+            head = num_drafted[: len(planned)]
+            num_drafted[: len(planned)] = np.minimum(head, self._planned.admission.lengths[planned])
+            if forward.uniform:
+                num_drafted[len(planned) :] = 0
+        return num_drafted
 
     def _in_order(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """An order of followed requests, planned ones first and as they were planned; and their places in the plan."""
@@ -331,6 +342,14 @@ class Drafting:
             step, nothing = Step(room, int(lengths.sum()), []), np.zeros(len(room), np.int64)
             admission = Admission(nothing, nothing)
         self._planned = _Planned(step, admission, requests, began_s)
+
+    def _uniform(self, forward: Forward, drafts: list[list[int]]) -> list[list[int]]:
+        """`drafts`, of one length where vLLM replays full graphs only then and every row decodes."""
+        if not forward.uniform or not forward.num_new.all():
+            return drafts
+        batch = forward.batch
+        last_tokens = batch.token_ids[np.arange(len(drafts)), batch.lengths - 1]
+        return uniform_drafts(drafts, last_tokens, self._max_length - 1 - batch.lengths, forward.uniform)
 
 
 def _hidden(forward: Forward, rows: np.ndarray) -> Hidden:

@@ -55,6 +55,7 @@ class Forward:
         layers: Per layer that was asked for, `[tokens, hidden]`, inputs of it at every token of the forward.
         spans: int64 `[rows, 3]`: the row's first token in `layers`, how many there are, and the position of the first.
         drawn: What the sampler drew.
+        uniform: Draft tokens that every request must have for vLLM to replay a full graph; 0 where any number will do.
     """
 
     batch: Batch
@@ -65,6 +66,7 @@ class Forward:
     layers: dict[int, torch.Tensor]
     spans: np.ndarray
     drawn: Drawn
+    uniform: int = 0
 
 
 class Hooks(ABC):
@@ -223,6 +225,7 @@ def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: A
             layers={n: states.clone() for n, states in zip(drafter.layers, layers or (), strict=True)},
             spans=_spans(runner, scheduled, batch),
             drawn=drawn,
+            uniform=_uniform(runner),
         )
         return drafter.propose_after(forward)
 
@@ -245,6 +248,12 @@ _HOOKS: dict[str, Callable[..., Any]] = {
     "_sample": _sample,
     "propose_draft_token_ids": _propose,
 }
+
+
+def _uniform(runner: Any) -> int:
+    """See `Forward.uniform`. vLLM has settled its mode by the attention backend when the first request runs."""
+    mode = runner.cudagraph_dispatcher.cudagraph_mode
+    return runner.uniform_decode_query_len - 1 if mode.separate_routine() and mode.has_full_cudagraphs() else 0
 
 
 def _batch(runner: Any) -> Batch:
