@@ -90,7 +90,7 @@ _CHOOSE = partial(
     num_warps=verify_triton.NUM_WARPS,
     constants={
         "STREAM": 0,
-        "GREEDY": False,
+        "GREEDY": 0,
         "SCALED": True,
         "HAS_ALLOWED": True,
         "EXCLUDE": 0,
@@ -105,10 +105,11 @@ _LINEAR = partial(
     dict(zip(("OUTPUTS", "ROWS", "GROUPS"), nvfp4_triton.LINEAR_TILE, strict=True)) | {"COMPUTE": tl.bfloat16},
 )
 CASES = {
-    "verify.choose_splits": _CHOOSE("bullldifFILLI"),
-    "verify.choose_splits greedy": _CHOOSE("bullldifFILLI", GREEDY=True, SCALED=False, HAS_ALLOWED=False),
+    "verify.choose_splits": _CHOOSE("bulllbdifFILLI"),
+    "verify.choose_splits greedy": _CHOOSE("bulllbdifFILLI", GREEDY=1, SCALED=False, HAS_ALLOWED=False),
+    "verify.choose_splits mixed": _CHOOSE("bullludifFILLI", GREEDY=2, SCALED=False, HAS_ALLOWED=False),
     "verify.finish": _case(verify_triton.finish, "difllllfffI", 1, {"SPLITS": 64}),
-    "rejection.choose_splits": _CHOOSE("builldifFILLI", STREAM=2, EXCLUDE=2),
+    "rejection.choose_splits": _CHOOSE("buillbdifFILLI", STREAM=2, EXCLUDE=2),
     "rejection.residual_splits": _case(
         rejection_triton.residual_splits,
         "bulflllfdiFIILLI",

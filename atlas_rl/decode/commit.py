@@ -58,9 +58,8 @@ def commit(
     num_committed = np.where(stopped, ends.argmax(axis=1) + 1, settled.num_tokens)
     num_committed = np.minimum(num_committed, max_lengths[requests] - sequences.lengths[requests])
     sequences.reserve(int((sequences.lengths[requests] + num_committed).max(initial=0)))
-    for row, request in enumerate(requests):
-        length, count = sequences.lengths[request], num_committed[row]
-        sequences.token_ids[request, length : length + count] = tokens[row, :count]
+    row, place = np.nonzero(np.arange(tokens.shape[1])[None] < num_committed[:, None])
+    sequences.token_ids[requests[row], sequences.lengths[requests[row]] + place] = tokens[row, place]
     sequences.lengths[requests] += num_committed
     finished = stopped | (sequences.lengths[requests] >= max_lengths[requests])
     counted = np.arange(settled.entropies.shape[1])[None] < num_committed[:, None]
@@ -69,7 +68,7 @@ def commit(
         max_prob_sum=float(settled.max_probs[counted].sum()),
         num_tokens=int(num_committed.sum()),
     )
-    num_accepted = np.minimum(settled.num_tokens - 1, num_committed)
+    num_accepted = np.minimum(np.minimum(settled.num_tokens - 1, settled.num_drafted), num_committed)
     # Drafts behind an accepted ending token were neither accepted nor rejected.
     cut = settled.num_tokens > num_committed
     num_drafted = np.where(cut, num_accepted, settled.num_drafted)

@@ -96,6 +96,11 @@ class StepRecorder:
         """Seconds charged to `phase` so far, without those of a running timer."""
         return self._seconds[phase]
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Charge seconds of one phase to another: a device's work, for which the host waited later than it asked for it."""
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
+
     def forward(
         self,
         *,

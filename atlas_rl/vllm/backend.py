@@ -18,6 +18,7 @@ from atlas_rl.report import dead_drafters
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.vllm import internals
 from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_environment, check_sampling, speculative_config
+from atlas_rl.vllm.graphs import with_graphs
 from atlas_rl.vllm.lost_drafters import LostDrafters
 from atlas_rl.vllm.request_fields import EXTRA_REQUEST
 
@@ -33,16 +34,17 @@ NO_DRAFTER = (
 )
 
 
-def llm_arguments(draft_model: str | Path | None = None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that make it draft with our proposer.
+def llm_arguments(draft_model: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that make it draft with our proposer, and on CUDA capture graphs of its steps.
 
     Args:
         draft_model: Folder of an EAGLE-3 head, the static speculator.
+        arguments: Further ones of `vllm.LLM`, which win: graphs follow `max_num_seqs`, a `compilation_config` is kept.
     """
-    arguments: dict[str, Any] = {"speculative_config": speculative_config()}
+    own: dict[str, Any] = {"speculative_config": speculative_config()}
     if draft_model is not None:
-        arguments["additional_config"] = {"atlas_rl": {"draft_model": str(draft_model)}}
-    return arguments
+        own["additional_config"] = {"atlas_rl": {"draft_model": str(draft_model)}}
+    return with_graphs(own | arguments)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from atlas_rl.checks import reject_unknown
 from atlas_rl.core import SamplingParams
 
 PROPOSER = "atlas_rl.vllm.proposer.AtlasProposer"
-NUM_SPECULATIVE_TOKENS = 16
-"""Most draft tokens per step. The controller decides how many of them are used."""
+NUM_SPECULATIVE_TOKENS = 15
+"""Most draft tokens per step. The controller decides how many of them are used. `graphs.py` says why it is 15."""
 
 UNDEFINED_LOGITS = (
     "the policy's logits are not finite (NaN or infinite) at some position, so its tokens mean nothing: "

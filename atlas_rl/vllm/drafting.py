@@ -26,6 +26,7 @@ from atlas_rl.report.report import StepReport, no_speculation_seconds
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.refresh import PolicyTracker
 from atlas_rl.vllm.following import RequestFollower
+from atlas_rl.vllm.graphs import uniform_drafts
 from atlas_rl.vllm.internals import Forward
 from atlas_rl.vllm.traffic import Traffic
 from atlas_rl.vllm.ways import ProposingInWays, observe_in_ways
@@ -47,13 +48,13 @@ class _Committed:
 
     Attributes:
         rows: int64 `[n]`, rows of the forward.
-        num_planned: How many of them had a plan.
+        planned: int64 `[n]` or fewer, places in the plan of those that had one.
         verified: For the speculators.
         as_planned: Whether the forward ran the planned batch and nothing else.
     """
 
     rows: np.ndarray
-    num_planned: int
+    planned: np.ndarray
     verified: Verified
     as_planned: bool
 
@@ -75,7 +76,7 @@ class Drafting:
         self.speculates = True
         self.faults = Faults()
         self.num_undefined = 0  # positions of the call, or so far, at which the policy's logits were no distribution
-        self._max_draft_tokens = max_draft_tokens
+        self._max_draft_tokens, self._max_length = max_draft_tokens, max_length
         self._seen_version, self._num_reports = 0, 0
         self._traffic = Traffic()  # of requests nobody announced
         self.recorder = StepRecorder()
@@ -162,28 +163,29 @@ class Drafting:
 
     def step(self, forward: Forward) -> list[list[int]]:
         """Learn from a forward and draft for the next one: draft tokens of every row."""
-        drafts: list[list[int]] = [[] for _ in forward.sampled]
+        drafts: list[list[int]] = [[] for _ in forward.batch.names]
         now_s = self.recorder.clock()
         with self.recorder.time("observe"):
-            followed = self._follow(forward)
-        if not len(followed):
+            rows, requests = self._follow(forward)
+        if not len(rows):
             self._planned = None
             return drafts
         with self.recorder.time("commit"):
-            committed = self._commit(forward, followed)
+            committed = self._commit(forward, rows, requests)
             forward_s = self._account(committed)
         with self.recorder.time("observe"):
             self._observe(committed, forward_s, now_s)
         self._plan(committed, drafts)
-        return drafts
+        return self._uniform(forward, drafts)
 
     # ------------------------------------------------------------------------------------------------------- following
 
-    def _follow(self, forward: Forward) -> np.ndarray:
-        """Rows with new tokens whose requests drafters know, newcomers included."""
+    def _follow(self, forward: Forward) -> tuple[np.ndarray, np.ndarray]:
+        """Rows with new tokens whose requests drafters know, newcomers included, and those requests: int64 `[n]`."""
         requests = self.requests
-        requests.read_prompts(forward)
-        newcomers = requests.newcomers(forward)
+        known = requests.rows_of(forward.batch)
+        requests.read_prompts(forward, known)
+        newcomers = requests.newcomers(forward, known)
         for row in newcomers:
             arrival, prompt = requests.arrival(forward, row)
             if arrival.request is None and arrival.sampling is not None and requests.table.is_over():
@@ -192,8 +194,8 @@ class Drafting:
                     self._learn(self.tracker.version)
                 self._begin_epoch(arrival.sampling)
             requests.table.enter(arrival, prompt)  # or it is served without drafts
-        prompts = requests.prompts_of(forward, newcomers)
-        self._start([forward.batch.requests[row].name for row in newcomers], prompts)
+        if newcomers:
+            self._start([forward.batch.names[row] for row in newcomers], requests.prompts_of(forward, newcomers))
         return requests.followed(forward)
 
     def _start(self, names: list[str], prompts: Prompts) -> None:
@@ -243,48 +245,60 @@ class Drafting:
 
     # ------------------------------------------------------------------------------------------------------- observing
 
-    def _commit(self, forward: Forward, followed: np.ndarray) -> _Committed:
+    def _commit(self, forward: Forward, rows: np.ndarray, requests: np.ndarray) -> _Committed:
         """Append what the forward settled, up to an ending token."""
         table = self.requests.table
-        rows, num_planned, complete = self._in_order(forward, followed)
-        requests = self.requests.requests_of(forward, rows)
-        num_new = np.array([len(forward.sampled[row]) for row in rows])
-        tokens = np.zeros((len(rows), int(num_new.max())), np.int64)
-        for i, row in enumerate(rows):
-            tokens[i, : num_new[i]] = forward.sampled[row]
-        drawn, num_drafted = forward.drawn, forward.num_drafted[rows]
+        order, planned = self._in_order(requests)
+        rows, requests = rows[order], requests[order]
+        drawn, num_new = forward.drawn, forward.num_new[rows]
         settled = Settled(
-            requests, tokens, num_new, num_drafted, drawn.entropies[rows], drawn.max_probs[rows], _hidden(forward, rows)
+            requests,
+            np.maximum(drawn.token_ids[rows, : num_new.max()], 0),
+            num_new,
+            self._num_drafted(forward, rows, planned),
+            drawn.entropies[rows],
+            drawn.max_probs[rows],
+            _hidden(forward, rows),
         )
-        ends = table.ends(requests, tokens)
+        ends = table.ends(requests, settled.token_ids)
         verified = commit(settled, table.current, table.max_lengths, self.recorder, ends)
         for i in np.flatnonzero(verified.finished).tolist():
             self._count_ended(requests[i])
-            table.leave(forward.batch.requests[rows[i]].name)
-        as_planned = complete and len(rows) == num_planned == len(forward.sampled)
-        return _Committed(rows, num_planned, verified, as_planned)
+            table.leave(forward.batch.names[rows[i]])
+        complete = self._planned is not None and len(planned) == len(self._planned.requests)
+        as_planned = complete and len(rows) == len(planned) == len(forward.batch.names)
+        return _Committed(rows, planned, verified, as_planned)
 
-    def _in_order(self, forward: Forward, followed: np.ndarray) -> tuple[np.ndarray, int, bool]:
-        """Followed rows, planned ones first and in the plan's order; how many those are, and whether they are all."""
-        planned = self._planned
-        if planned is None:
-            return followed, 0, False
-        requests = self.requests.requests_of(forward, followed)
-        row_of = dict(zip(requests.tolist(), followed.tolist(), strict=True))
-        first = [row_of.pop(request) for request in planned.requests.tolist() if request in row_of]
-        rows = np.array(first + list(row_of.values()), np.int64)
-        return rows, len(first), len(first) == len(planned.requests)
+    def _num_drafted(self, forward: Forward, rows: np.ndarray, planned: np.ndarray) -> np.ndarray:
+        """Draft tokens that were verified, int64 `[n]`, without those that only made the step uniform."""
+        num_drafted = forward.num_drafted[rows]
+        if self._planned is not None:
+            head = num_drafted[: len(planned)]
+            num_drafted[: len(planned)] = np.minimum(head, self._planned.admission.lengths[planned])
+            if forward.uniform:
+                num_drafted[len(planned) :] = 0
+        return num_drafted
+
+    def _in_order(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """An order of followed requests, planned ones first and as they were planned; and their places in the plan."""
+        if self._planned is None:
+            return np.arange(len(requests)), np.zeros(0, np.int64)
+        where = np.full(len(self.requests.table.max_lengths), -1)
+        where[requests] = np.arange(len(requests))
+        first = where[self._planned.requests]
+        planned = np.flatnonzero(first >= 0)
+        rest = np.ones(len(requests), bool)
+        rest[first[planned]] = False
+        return np.append(first[planned], np.flatnonzero(rest)), planned
 
     def _account(self, committed: _Committed) -> float:
         """Count the forward; returns its seconds."""
         mark_s, self._forward_mark_s = self._forward_mark_s, self.recorder.seconds("forward")
         forward_s = self._forward_mark_s - mark_s
-        if committed.num_planned:
+        if len(committed.planned):
             planned = self._planned
             assert planned is not None, "some requests had a plan"
-            index = {request: i for i, request in enumerate(planned.requests.tolist())}
-            first = committed.verified.requests[: committed.num_planned].tolist()
-            drafters = planned.admission.drafters[[index[request] for request in first]]
+            drafters = planned.admission.drafters[committed.planned]
             self.no_speculation_forward_s += account(
                 self.recorder, self.controller, planned.step, committed.verified, drafters, forward_s
             )
@@ -319,19 +333,31 @@ class Drafting:
             with self.recorder.time("controller"):
                 admission = self.controller.admit(step)
                 draft = merge(step.drafts, list(self.speculators), admission, sequences.vocab_size)
-            for i, row in enumerate(rows):
-                drafts[row] = draft.token_ids[i, : draft.lengths[i]].tolist()
+            for row, tokens, length in zip(
+                rows.tolist(), draft.token_ids.tolist(), draft.lengths.tolist(), strict=True
+            ):
+                drafts[row] = tokens[:length]
             self.num_planned += int(draft.lengths.sum())
         else:
             step, nothing = Step(room, int(lengths.sum()), []), np.zeros(len(room), np.int64)
             admission = Admission(nothing, nothing)
         self._planned = _Planned(step, admission, requests, began_s)
 
+    def _uniform(self, forward: Forward, drafts: list[list[int]]) -> list[list[int]]:
+        """`drafts`, of one length where vLLM replays full graphs only then and every row decodes."""
+        if not forward.uniform or not forward.num_new.all():
+            return drafts
+        batch = forward.batch
+        last_tokens = batch.token_ids[np.arange(len(drafts)), batch.lengths - 1]
+        return uniform_drafts(drafts, last_tokens, self._max_length - 1 - batch.lengths, forward.uniform)
+
 
 def _hidden(forward: Forward, rows: np.ndarray) -> Hidden:
     """Hidden states at the positions that were drawn from; layers come for every token of the forward."""
+    if not forward.layers:
+        return Hidden(forward.starts[rows], forward.head_inputs, {})
     counts = forward.num_drafted + 1
-    ends = forward.spans[:, 0] + forward.spans[:, 1]
-    at = torch.from_numpy(np.concatenate([np.arange(e - n, e) for e, n in zip(ends, counts, strict=True)]))
+    first = forward.spans[:, 0] + forward.spans[:, 1] - counts
+    at = torch.from_numpy(np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
     layers = {n: states[at.to(states.device)] for n, states in forward.layers.items()}
     return Hidden(forward.starts[rows], forward.head_inputs, layers)

@@ -2,6 +2,8 @@
 
 The rule is that of `sampling/verification.py`: the token at a position is a function of prefix and noise, and a draft is
 accepted exactly when it is that token. Here every drafted position is drawn, and what follows the first miss is dropped.
+
+On CUDA the kernel of `atlas_kernels.verify` draws, and everything comes back in one download. On a CPU torch and numba do.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import numba
 import numpy as np
 import torch
 
+from atlas_kernels.dispatch import Implementation, kernels_run_on
 from atlas_kernels.noise import Stream
+from atlas_kernels.verify import verify
 from atlas_rl.sampling.processing import entropies
 from atlas_rl.sampling.verification import choose
 
@@ -30,6 +34,7 @@ class Drawn:
         entropies: float32 `[batch, draft_len + 1]`, nats, of the processed distribution; 0 where there is no token.
         max_probs: float32 `[batch, draft_len + 1]`, likewise.
         num_undefined: Positions whose logits were no distribution: NaN, infinite, or all excluded.
+        ranks: int64 `[batch, draft_len + 1]`, tokens that are at least as likely; None where they were not counted.
     """
 
     token_ids: np.ndarray
@@ -38,59 +43,171 @@ class Drawn:
     entropies: np.ndarray
     max_probs: np.ndarray
     num_undefined: int
+    ranks: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of logits, request by request.
+
+    Attributes:
+        request: int64 `[rows]`.
+        depth: int64 `[rows]`, drafts before the row's position.
+        starts: int64 `[batch + 1]`, first row of each request.
+        keys: uint64 `[rows]`, noise keys.
+        positions: int64 `[rows]`, index in the whole sequence of the token drawn.
+        greedy: bool `[rows]`.
+    """
+
+    request: np.ndarray
+    depth: np.ndarray
+    starts: np.ndarray
+    keys: np.ndarray
+    positions: np.ndarray
+    greedy: np.ndarray
+
+
+@dataclass(slots=True)
+class _Decided:
+    """The draw of every row, also of those behind a miss: arrays `[rows]`, and `drafts` int64 `[sum(num_drafts)]`."""
+
+    tokens: np.ndarray
+    drafts: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    max_probs: np.ndarray
+    num_undefined: int
+    ranks: np.ndarray | None
 
 
 def draw(
     logits: torch.Tensor,
-    drafts: np.ndarray,
+    drafts: np.ndarray | torch.Tensor,
     num_drafts: np.ndarray,
     keys: np.ndarray,
     starts: np.ndarray,
     greedy: np.ndarray,
     truncated: bool,
+    *,
+    ranked: bool = False,
+    implementation: Implementation = "auto",
 ) -> Drawn:
     """Draw every position of a step and keep, per request, the tokens up to the first that is no accepted draft.
 
     Args:
-        logits: float32 `[sum(num_drafts + 1), vocab]`, processed: request by request, the logits after its last committed
-            token, then after each draft token. Rows that are no distribution (a request may exclude every token) are
-            replaced in place by their likeliest token: vLLM goes on with some token, and so must we.
-        drafts: int64 `[sum(num_drafts)]`, request by request; a negative one is never accepted.
+        logits: `[sum(num_drafts + 1), vocab]`, processed: request by request, the logits after its last committed token,
+            then after each draft token. float32; for the kernel also bfloat16 or float16. Rows that are no distribution
+            (a request may exclude every token) are replaced in place by their likeliest token: vLLM goes on with some
+            token, and so must we.
+        drafts: `[sum(num_drafts)]`, request by request, on the host or beside `logits`; a negative one is never accepted.
         num_drafts: int64 `[batch]`.
         keys: uint64 `[batch]`, noise keys.
         starts: int64 `[batch]`, index in the whole sequence of the first token drawn.
         greedy: bool `[batch]`, requests that take the likeliest token.
         truncated: Whether some logits may be `-inf`.
+        ranked: Count ranks too, where that costs no download of its own: with the kernel.
+        implementation: "auto" is the kernel on CUDA, "reference" torch and numba.
     """
     counts = num_drafts + 1
-    row = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    offset = np.arange(len(row)) - first[row]
-    probs = logits.softmax(dim=-1)
-    max_probs = probs.amax(dim=-1).cpu().numpy()  # for the report, and NaN exactly where a row is no distribution
-    undefined = np.flatnonzero(np.isnan(max_probs))
-    if len(undefined):
-        rows = torch.from_numpy(undefined).to(logits.device)
-        certain = _certain(logits[rows])
-        logits[rows], probs[rows] = certain, certain.softmax(dim=-1)
-        max_probs[undefined], truncated = 1, True
-    tokens = _choose(probs, keys[row], starts[row] + offset, greedy[row])
-    width = int(counts.max(initial=1))
-    padded = np.full((len(counts), width), NO_TOKEN)
-    padded[row[offset < num_drafts[row]], offset[offset < num_drafts[row]]] = drafts
-    drawn = np.full((len(counts), width), NO_TOKEN)
-    drawn[row, offset] = tokens
+    request = np.repeat(np.arange(len(counts)), counts)
+    ends = np.cumsum(counts)
+    depth = np.arange(len(request)) - (ends - counts)[request]
+    rows = _Rows(request, depth, np.append(0, ends), keys[request], starts[request] + depth, greedy[request])
+    if implementation == "triton" or (implementation == "auto" and kernels_run_on(logits.device)):
+        decided = _decided_by_kernel(logits, torch.as_tensor(drafts), num_drafts, rows, ranked, implementation)
+    else:
+        decided = _decided_by_torch(logits, np.asarray(drafts, np.int64), rows, truncated)
+    return _kept(decided, num_drafts, rows)
+
+
+def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> Drawn:
+    """Per request, what was drawn up to the first token that is no accepted draft."""
+    row, depth, first = rows.request, rows.depth, rows.starts[:-1]
+    width = int((num_drafts + 1).max(initial=1))
+    drafted = depth < num_drafts[row]
+    padded = np.full((len(num_drafts), width), NO_TOKEN)
+    padded[row[drafted], depth[drafted]] = decided.drafts
+    drawn = np.full((len(num_drafts), width), NO_TOKEN)
+    drawn[row, depth] = decided.tokens
     hits = (padded == drawn) & (drawn != NO_TOKEN)
     num_accepted = np.cumprod(hits, axis=1).sum(axis=1)
     kept = np.arange(width)[None] <= num_accepted[:, None]
     index = np.where(kept, first[:, None] + np.arange(width)[None], 0)
+    nothing = np.float32(0)
+    return Drawn(
+        token_ids=np.where(kept, drawn, NO_TOKEN),
+        index=index,
+        logprobs=np.where(kept, decided.logprobs[index], nothing),
+        entropies=np.where(kept, decided.entropies[index], nothing),
+        max_probs=np.where(kept, decided.max_probs[index], nothing),
+        num_undefined=decided.num_undefined,
+        ranks=None if decided.ranks is None else np.where(kept, decided.ranks[index], 0),
+    )
+
+
+def _decided_by_torch(logits: torch.Tensor, drafts: np.ndarray, rows: _Rows, truncated: bool) -> _Decided:
+    probs = logits.softmax(dim=-1)
+    max_probs = probs.amax(dim=-1).cpu().numpy()  # for the report, and NaN exactly where a row is no distribution
+    undefined = np.flatnonzero(np.isnan(max_probs))
+    if len(undefined):
+        at = torch.from_numpy(undefined).to(logits.device)
+        certain = _certain(logits[at])
+        logits[at], probs[at] = certain, certain.softmax(dim=-1)
+        max_probs[undefined], truncated = 1, True
+    tokens = _choose(probs, rows.keys, rows.positions, rows.greedy)
     chosen = torch.from_numpy(tokens).to(logits.device)
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
     # Of every row, also of those behind a miss: to leave them out, the others would have to be copied, which costs more.
     nats = entropies(logits, probs, chosen, logprobs, truncated)
-    of_rows = (logprobs.cpu().numpy(), nats, max_probs)
-    of_kept = [np.where(kept, values[index], np.float32(0)) for values in of_rows]
-    return Drawn(np.where(kept, drawn, NO_TOKEN), index, of_kept[0], of_kept[1], of_kept[2], len(undefined))
+    return _Decided(tokens, drafts, logprobs.cpu().numpy(), nats, max_probs, len(undefined), None)
+
+
+def _decided_by_kernel(
+    logits: torch.Tensor,
+    drafts: torch.Tensor,
+    num_drafts: np.ndarray,
+    rows: _Rows,
+    ranked: bool,
+    implementation: Implementation,
+) -> _Decided:
+    """One upload, a dozen launches, one download; nothing of the size of `logits` but one byte per rank and token."""
+    device, num_rows = logits.device, len(rows.request)
+    # A row's draft, or the -1 behind the last draft.
+    source = np.where(rows.depth < num_drafts[rows.request], np.arange(num_rows) - rows.request, len(drafts))
+    keys, positions, at, flags, starts = _uploaded(
+        (rows.keys.view(np.int64), rows.positions, source, rows.greedy, rows.starts), device
+    )
+    drafts = torch.nn.functional.pad(drafts.to(device, torch.int64), (0, 1), value=NO_TOKEN)[at]
+    found = verify(logits, drafts, starts, keys, positions, greedy=flags != 0, implementation=implementation)
+    integers = [found.token_ids, drafts]
+    if ranked:
+        integers.append((logits >= logits.gather(1, found.token_ids[:, None])).sum(dim=-1))
+    floats = [found.logprobs, found.entropies, found.max_probs]
+    packed = torch.cat([each.to(torch.int32) for each in integers] + [each.view(torch.int32) for each in floats])
+    values = packed.cpu().numpy().reshape(-1, num_rows)
+    tokens, own_drafts, *ranks = values[:-3].astype(np.int64)
+    logprobs, nats, max_probs = values[-3:].view(np.float32)
+    undefined = np.flatnonzero(np.isnan(max_probs))
+    if len(undefined):
+        where = torch.from_numpy(undefined).to(device)
+        logits[where] = certain = _certain(logits[where])
+        tokens[undefined] = certain.argmax(dim=-1).cpu().numpy()
+        logprobs[undefined], nats[undefined], max_probs[undefined] = 0, 0, 1
+        for counted in ranks:
+            counted[undefined] = 1
+    own_drafts = own_drafts[rows.depth < num_drafts[rows.request]]
+    return _Decided(tokens, own_drafts, logprobs, nats, max_probs, len(undefined), ranks[0] if ranks else None)
+
+
+def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
+    """Some arrays on the device, as int64, in one copy that nobody waits for; each begins at a multiple of 16 bytes."""
+    width = max(map(len, arrays)) + 1 & ~1
+    packed = np.zeros((len(arrays), width), np.int64)
+    for row, array in zip(packed, arrays, strict=True):
+        row[: len(array)] = array
+    here = torch.from_numpy(packed)
+    there = (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
+    return [there[i, : len(array)] for i, array in enumerate(arrays)]
 
 
 def scores(
@@ -99,53 +216,68 @@ def scores(
     """Logprobs of the kept tokens as vLLM reports them: the drawn one, then the `num_logprobs` likeliest.
 
     Args:
-        scored: float32 `[positions, vocab]`, logits.
+        scored: `[positions, vocab]`, logits.
         drawn: What was drawn.
-        known: Logprobs of the kept tokens under `scored`, as `drawn.logprobs`, where they are known.
+        known: Logprobs of the kept tokens under `scored`, as `drawn.logprobs`, where they are known; `drawn.ranks` are
+            under the same `scored` then.
         num_logprobs: Likeliest tokens per position; negative for all.
         as_logits: Report logits instead.
 
     Returns:
-        Token ids int32 and values float32 `[batch * (draft_len + 1), 1 + num_logprobs]`, and the drawn tokens' ranks, int64;
-        0 where there is no token.
+        On the host: token ids int32 and values float32 `[batch * (draft_len + 1), 1 + num_logprobs]`, and the drawn tokens'
+        ranks, int64; 0 where there is no token.
     """
     kept = drawn.token_ids != NO_TOKEN
-    index, token_ids = drawn.index[kept], drawn.token_ids[kept]
-    rows, tokens = torch.from_numpy(index).to(scored.device), torch.from_numpy(token_ids).to(scored.device)[:, None]
-    ids, found = tokens, scored[rows[:, None], tokens]
+    if as_logits:
+        known = None
+    if known is not None and drawn.ranks is not None and num_logprobs == 0:
+        ids, values, counted = drawn.token_ids[kept][:, None], known[kept][:, None], drawn.ranks[kept]
+    else:
+        own = None if known is None else known[kept]
+        ids, values, counted = _looked_up(
+            scored, drawn.index[kept], drawn.token_ids[kept], own, num_logprobs, as_logits=as_logits
+        )
+    places = np.flatnonzero(kept)
+    out_ids = np.zeros((kept.size, ids.shape[1]), np.int32)
+    out_values = np.zeros((kept.size, ids.shape[1]), np.float32)
+    out_ranks = np.zeros(kept.size, np.int64)
+    out_ids[places], out_values[places], out_ranks[places] = ids, values, counted
+    return torch.from_numpy(out_ids), torch.from_numpy(out_values), torch.from_numpy(out_ranks)
+
+
+def _looked_up(
+    scored: torch.Tensor,
+    index: np.ndarray,
+    token_ids: np.ndarray,
+    own: np.ndarray | None,
+    num_logprobs: int,
+    *,
+    as_logits: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, values `[n, 1 + num_logprobs]` and ranks `[n]` of tokens drawn from the rows `index`, in one download.
+
+    Their logprobs are `own`, where those are known.
+    """
+    device = scored.device
+    rows, tokens = torch.from_numpy(index).to(device), torch.from_numpy(token_ids).to(device)[:, None]
+    ids, found = tokens, scored[rows[:, None], tokens].float()
     normaliser = torch.zeros_like(found)
-    if not as_logits and known is not None:
-        own = torch.from_numpy(known[kept]).to(scored.device)[:, None]
-        found, normaliser = own, found - own
+    if own is not None:
+        logits, found = found, torch.from_numpy(own).to(device)[:, None]
+        normaliser = logits - found
     elif not as_logits:
-        normaliser = scored[rows].logsumexp(dim=-1, keepdim=True)
+        normaliser = scored[rows].float().logsumexp(dim=-1, keepdim=True)
         found = found - normaliser
     if num_logprobs:
         likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
         # A processed distribution has tokens of no probability, which JSON cannot name; nobody ranks behind them.
         ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
-    places = torch.from_numpy(np.flatnonzero(kept)).to(scored.device)
-    out_ids = torch.zeros(kept.size, ids.shape[1], dtype=torch.int32, device=scored.device)
-    out_values = torch.zeros(kept.size, ids.shape[1], dtype=torch.float32, device=scored.device)
-    out_ranks = torch.zeros(kept.size, dtype=torch.int64, device=scored.device)
-    out_ids[places], out_values[places] = ids.to(torch.int32), found
-    out_ranks[places] = torch.from_numpy(ranks(scored, index, token_ids)).to(scored.device)
-    return out_ids, out_values, out_ranks
-
-
-def ranks(logits: torch.Tensor, index: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """How many tokens of a row are at least as likely as the one drawn from it: int64 `[n]`.
-
-    Args:
-        logits: float32 `[rows, vocab]`.
-        index: int64 `[n]`, rows.
-        tokens: int64 `[n]`.
-    """
-    if logits.device.type == "cpu":
-        return _ranks(logits.contiguous().numpy(), index, tokens)
-    values = logits[torch.from_numpy(index).to(logits.device)]
-    own = values.gather(1, torch.from_numpy(tokens).to(logits.device)[:, None])
-    return (values >= own).sum(dim=-1).cpu().numpy()
+    if device.type == "cpu":
+        return ids.numpy(), found.numpy(), _ranks(scored.float().contiguous().numpy(), index, token_ids)
+    counted = (scored[rows] >= scored[rows[:, None], tokens]).sum(dim=-1, keepdim=True)
+    parts = [ids.to(torch.int32), found.contiguous().view(torch.int32), counted.to(torch.int32)]
+    packed, width = torch.cat(parts, 1).cpu().numpy(), ids.shape[1]
+    return packed[:, :width], packed[:, width:-1].copy().view(np.float32), packed[:, -1]
 
 
 @numba.njit(cache=True, nogil=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+from typing import Any
+
 import numpy as np
 import torch
 
 from atlas_kernels.noise import mix64
 from atlas_rl.core import Hidden, Prompts
-from atlas_rl.vllm.internals import Forward, Request
+from atlas_rl.vllm.internals import Batch, Forward
 from atlas_rl.vllm.prompt_states import PromptStates
 from atlas_rl.vllm.request_fields import announced_as, sampling_of
 from atlas_rl.vllm.request_table import Arrival, RequestTable
@@ -33,12 +36,19 @@ class RequestFollower:
         self._seed, self._num_unseeded = seed, 0
         self._keys: dict[str, int] = {}
 
-    def keys(self, requests: list[Request]) -> np.ndarray:
+    def keys(self, batch: Batch) -> np.ndarray:
         """Noise keys uint64 `[rows]`: the call's, or of the request's seed, or of its turn, the same on every rank."""
-        for request in requests:
-            if request.name not in self._keys:
-                self._keys[request.name] = self._key_of(request)
-        return np.array([self._keys[request.name] for request in requests], np.uint64)
+        keys = list(map(self._keys.get, batch.names))
+        if None in keys:
+            for name in batch.names:
+                if name not in self._keys:
+                    self._keys[name] = self._key_of(batch.params_of(name))
+            keys = list(map(self._keys.get, batch.names))
+        return np.array(keys, np.uint64)
+
+    def rows_of(self, batch: Batch) -> np.ndarray:
+        """Row of `Sequences` of every row of a batch: int64 `[rows]`, -1 where drafters do not know the request."""
+        return np.fromiter(map(self.table.request_of.get, batch.names, repeat(-1)), np.int64, len(batch.names))
 
     def forget(self, name: str) -> int | None:
         """The engine has ended a request; its row where drafters know it, which they leave."""
@@ -49,46 +59,41 @@ class RequestFollower:
             self.table.leave(name)
         return row
 
-    def read_prompts(self, forward: Forward) -> None:
-        """Keep what a forward says of prompts that are not complete."""
-        if not forward.layers:
-            return
-        for (begin, count, position), request in zip(forward.spans.tolist(), forward.batch.requests, strict=True):
-            if request.name in self.table.request_of:
-                continue
-            end = min(count, request.num_prompt_tokens - position)
+    def read_prompts(self, forward: Forward, known: np.ndarray) -> None:
+        """Keep what a forward says of prompts that are not complete; `known` as of `rows_of`."""
+        batch = forward.batch
+        for row in np.flatnonzero(known < 0).tolist() if forward.layers else ():
+            begin, count, position = forward.spans[row].tolist()
+            end = min(count, int(batch.num_prompt_tokens[row]) - position)
             if end > 0:
                 pieces = {n: states[begin : begin + end] for n, states in forward.layers.items()}
-                self.prompt_states.add(request.name, position, pieces)
+                self.prompt_states.add(batch.names[row], position, pieces)
 
-    def newcomers(self, forward: Forward) -> list[int]:
+    def newcomers(self, forward: Forward, known: np.ndarray) -> list[int]:
         """Rows of the forward whose prompt is now complete; only these can be entered: drafters want all that follows."""
-        batch, rows = forward.batch, []
-        for row, (request, new) in enumerate(zip(batch.requests, forward.sampled, strict=True)):
-            known = request.name in self.table.request_of
-            if new and not known and batch.lengths[row] - len(new) == request.num_prompt_tokens:
-                rows.append(row)
-        return rows
+        complete = forward.batch.lengths - forward.num_new == forward.batch.num_prompt_tokens
+        return np.flatnonzero((forward.num_new > 0) & (known < 0) & complete).tolist()
 
     def arrival(self, forward: Forward, row: int) -> tuple[Arrival, np.ndarray]:
         """A newcomer, and its prompt int32 `[num_prompt_tokens]`."""
-        request = forward.batch.requests[row]
+        name, num_prompt_tokens = forward.batch.names[row], int(forward.batch.num_prompt_tokens[row])
+        params = forward.batch.params_of(name)
         arrival = Arrival(
-            name=request.name,
-            num_prompt_tokens=request.num_prompt_tokens,
-            sampling=sampling_of(request.params),
-            noise_key=self._keys[request.name],
-            request=self._announced(request),
+            name=name,
+            num_prompt_tokens=num_prompt_tokens,
+            sampling=sampling_of(params),
+            noise_key=self._keys[name],
+            request=self._announced(params),
         )
-        return arrival, forward.batch.token_ids[row, : request.num_prompt_tokens]
+        return arrival, forward.batch.token_ids[row, :num_prompt_tokens]
 
     def prompts_of(self, forward: Forward, rows: list[int]) -> Prompts:
         """Hidden states of the newcomers' prompts, as far as they were seen."""
         groups, found = [], []
         for row in rows if forward.layers else ():
-            request = forward.batch.requests[row]
-            states = self.prompt_states.take(request.name, forward.batch.token_ids[row, : request.num_prompt_tokens])
-            index = self.table.request_of.get(request.name)
+            name, length = forward.batch.names[row], forward.batch.num_prompt_tokens[row]
+            states = self.prompt_states.take(name, forward.batch.token_ids[row, :length])
+            index = self.table.request_of.get(name)
             if states is not None and index is not None:
                 groups.append(np.array([index]))
                 found.append(states)
@@ -98,23 +103,18 @@ class RequestFollower:
         layers = {n: torch.cat([states[n] for states in found]) for n in found[0]}
         return Prompts(groups, Hidden(np.cumsum(lengths) - lengths, torch.zeros(0, 0), layers))
 
-    def followed(self, forward: Forward) -> np.ndarray:
-        """Rows of the forward with new tokens whose requests drafters know: int64 `[n]`."""
-        rows = []
-        for row, (request, new) in enumerate(zip(forward.batch.requests, forward.sampled, strict=True)):
-            index = self.table.request_of.get(request.name)
-            if new and index is not None:
-                expected = self.table.current.lengths[index] + len(new)
-                assert expected == forward.batch.lengths[row], "every committed token passes here"
-                rows.append(row)
-        return np.array(rows, np.int64)
+    def followed(self, forward: Forward) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the forward with new tokens whose requests drafters know, and their rows of `Sequences`: int64 `[n]`."""
+        known = self.rows_of(forward.batch)
+        rows = np.flatnonzero((forward.num_new > 0) & (known >= 0))
+        requests = known[rows]
+        if len(rows):
+            expected = self.table.current.lengths[requests] + forward.num_new[rows]
+            assert np.array_equal(expected, forward.batch.lengths[rows]), "every committed token passes here"
+        return rows, requests
 
-    def requests_of(self, forward: Forward, rows: np.ndarray) -> np.ndarray:
-        """Rows of `Sequences`, int64 `[n]`, of followed rows of the forward."""
-        return np.array([self.table.request_of[forward.batch.requests[row].name] for row in rows], np.int64)
-
-    def _key_of(self, request: Request) -> int:
-        index, seed = self._announced(request), request.params.seed
+    def _key_of(self, params: Any) -> int:
+        index, seed = self._announced(params), params.seed
         if index is not None:
             return int(self.table.current.noise_keys[index])
         if seed is None:
@@ -122,7 +122,7 @@ class RequestFollower:
             return mix64(mix64(self._seed) ^ self._num_unseeded)
         return mix64(mix64(seed) ^ ~0 & 0xFFFFFFFFFFFFFFFF)
 
-    def _announced(self, request: Request) -> int | None:
+    def _announced(self, params: Any) -> int | None:
         """Index of a request in the sequences of the call that runs; None where that call did not announce it."""
         table = self.table
-        return announced_as(request.params, table.ticket, len(table.max_lengths))
+        return announced_as(params, table.ticket, len(table.max_lengths))

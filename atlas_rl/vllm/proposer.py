@@ -23,7 +23,7 @@ from atlas_rl.vllm import internals
 from atlas_rl.vllm.checkpoint import Described, check, describe, served_folder, tensors
 from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_engine, options_of
 from atlas_rl.vllm.drafting import Drafting
-from atlas_rl.vllm.internals import Forward, Hooks, Request, VllmView
+from atlas_rl.vllm.internals import Batch, Forward, Hooks, VllmView
 
 Value = TypeVar("Value")
 
@@ -91,8 +91,8 @@ class AtlasProposer(Hooks):
         """vLLM's own call, which the hooks replace: here only if they were not installed."""
         raise RuntimeError("atlas_rl: vLLM's model runner asked for drafts past the hooks; report this vLLM version")
 
-    def keys(self, requests: list[Request]) -> np.ndarray:
-        return self.drafting.requests.keys(requests)
+    def keys(self, batch: Batch) -> np.ndarray:
+        return self.drafting.requests.keys(batch)
 
     def ended(self, names: set[str]) -> None:
         self._guarded("forget", lambda: self.drafting.forget(names), None)
@@ -140,7 +140,7 @@ class AtlasProposer(Hooks):
         assert self.policy is not None
         if self.policy.stale:
             self.policy.refresh()  # on every rank, in the same step
-        drafts: list[list[int]] = [[] for _ in forward.sampled]
+        drafts: list[list[int]] = [[] for _ in forward.batch.names]
         if rank == 0:  # a controller reads its rank's own clock: it decides for all
             drafts = self._guarded("step", lambda: self.drafting.step(forward), drafts)
         return drafts if size == 1 else group.broadcast_object(drafts, src=0)

@@ -21,6 +21,7 @@ class PackedRows:
     positions: torch.Tensor
     temperature: float
     allowed: torch.Tensor | None
+    greedy: torch.Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -53,9 +54,13 @@ class PackedRows:
             raise ValueError(
                 f"allowed must be bool {list(logits.shape)} like logits, got {allowed.dtype} {list(allowed.shape)}"
             )
-        for name, tensor in (
-            per_row | {"row_starts": starts, "allowed": logits if allowed is None else allowed}
-        ).items():
+        greedy = self.greedy
+        if greedy is not None and (greedy.shape != logits.shape[:1] or greedy.dtype != torch.bool):
+            raise ValueError(
+                f"greedy must be bool [{len(logits)}], one per row, got {greedy.dtype} {list(greedy.shape)}"
+            )
+        optional = {name: each for name, each in (("allowed", allowed), ("greedy", greedy)) if each is not None}
+        for name, tensor in (per_row | {"row_starts": starts} | optional).items():
             if tensor.device != logits.device:
                 raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}: move them together")
         return self
@@ -70,4 +75,5 @@ class PackedRows:
             keys=self.keys.contiguous(),
             positions=self.positions.contiguous(),
             allowed=None if self.allowed is None else self.allowed.contiguous(),
+            greedy=None if self.greedy is None else self.greedy.contiguous(),
         )

@@ -53,6 +53,7 @@ def verify(
     *,
     temperature: float = 1.0,
     allowed: torch.Tensor | None = None,
+    greedy: torch.Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Verification:
     """Verify packed drafts, drafter-invariantly. Reads nothing back from the device.
@@ -67,6 +68,8 @@ def verify(
         positions: int64 `[rows]`, index in the whole sequence of the token that is drawn.
         temperature: `> 0`; 0 takes the likeliest token (the first of equals) and gives logprobs at temperature 1.
         allowed: bool `[rows, vocab]`; tokens that are False have probability zero. None allows all.
+        greedy: bool `[rows]`, rows that take the likeliest token, like temperature 0, but have figures at `temperature`.
+            None draws every row.
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Returns:
@@ -76,7 +79,7 @@ def verify(
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.
     """
-    rows = PackedRows(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed).checked()
+    rows = PackedRows(logits, draft_token_ids, row_starts, keys, positions, temperature, allowed, greedy).checked()
     return decide(rows, implementation)
 
 

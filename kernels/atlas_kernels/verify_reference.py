@@ -12,8 +12,11 @@ from atlas_kernels.rows import PackedRows
 def verify_reference(rows: PackedRows) -> tuple[torch.Tensor, ...]:
     """The fields of `atlas_kernels.verify.Verification`."""
     processed = processed_logits(rows.logits, rows.temperature, rows.allowed)
-    greedy = rows.temperature == 0
-    scores = processed if greedy else noisy_scores(processed, rows.keys, rows.positions, Stream.TARGET)
+    scores = processed
+    if rows.temperature > 0:
+        scores = noisy_scores(processed, rows.keys, rows.positions, Stream.TARGET)
+        if rows.greedy is not None:
+            scores = torch.where(rows.greedy[:, None], processed, scores)
     token_ids = first_argmax(scores)
     num_accepted = count_accepted(token_ids == rows.draft_token_ids, rows.row_starts)
     return token_ids, num_accepted, *summarise(processed.log_softmax(dim=-1), token_ids)

@@ -102,7 +102,7 @@ def likelier(x, ids, vocab, top, score, token, logit):
 
 @triton.jit
 def choose_splits(
-    logits, allowed, excluded, keys, positions, scores, tokens, sums,
+    logits, allowed, excluded, keys, positions, greedy, scores, tokens, sums,
     temperature, vocab, logits_stride, allowed_stride, tiles_per_split,
     STREAM: tl.constexpr, GREEDY: tl.constexpr, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr, EXCLUDE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -111,10 +111,11 @@ def choose_splits(
 
     Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: the best token's
     logit, the largest logit m, sum exp(l - m), and sum exp(l - m) (l - m). Excluded tokens (see `without_excluded`) count in
-    the sums, but are not chosen.
+    the sums, but are not chosen. Rows draw without noise if GREEDY is 1, or if it is 2 and `greedy[row]` is not 0.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)
+    silent = tl.load(greedy + row) != 0 if GREEDY == 2 else GREEDY == 1
     logits += row * logits_stride
     allowed += row * allowed_stride
     if EXCLUDE == 1:
@@ -134,7 +135,7 @@ def choose_splits(
         x = processed_logits(logits, allowed, ids, vocab, temperature, SCALED, HAS_ALLOWED)
         top = tl.max(x, axis=1)
         peak, total, moment = add_weights(x, tl.max(top, axis=0), peak, total, moment)
-        if GREEDY:
+        if silent:
             best_score, best_token, best_logit = likelier(
                 x, ids, vocab, tl.max(top, axis=0), best_score, best_token, best_logit
             )
@@ -263,6 +264,7 @@ def launch_splits(
     """`choose_splits` over contiguous rows: its `(scores, tokens, sums)`."""
     (num_rows, vocab), device = rows.logits.shape, rows.logits.device
     blocks, splits, tiles_per_split = split_vocab(num_rows, vocab, device)
+    flags = rows.greedy if rows.temperature > 0 else None
     scores = torch.empty(num_rows, splits, dtype=torch.float64, device=device)
     tokens = torch.empty(num_rows, splits, dtype=torch.int32, device=device)
     sums = torch.empty(num_rows, splits, 4, dtype=torch.float32, device=device)
@@ -270,12 +272,13 @@ def launch_splits(
         choose_splits[(num_rows, splits)](
             **row_arguments(rows),
             excluded=rows.logits if excluded is None else excluded,
+            greedy=rows.logits if flags is None else flags.view(torch.uint8),
             scores=scores,
             tokens=tokens,
             sums=sums,
             tiles_per_split=tiles_per_split,
             STREAM=int(stream),
-            GREEDY=rows.temperature == 0,
+            GREEDY=int(rows.temperature == 0) if flags is None else 2,
             EXCLUDE=exclude,
             BLOCKS=blocks,
             num_warps=NUM_WARPS,

@@ -153,6 +153,29 @@ def test_greedy_takes_the_first_of_the_likeliest():
     assert assert_same(logits, temperature=0).token_ids.tolist() == [4000, 0]
 
 
+def test_greedy_and_drawn_rows_in_one_batch():
+    """A server's requests differ; each row is what it would be alone, and at temperature 0 nobody draws."""
+    logits = torch.randn(6, 9000, generator=torch.Generator().manual_seed(2))
+    greedy = torch.tensor([True, False, True, False, False, True], device=DEVICE)
+    drawn, likeliest = run(logits, "reference", temperature=0.8), run(logits, "reference", temperature=0)
+    assert (drawn.token_ids != likeliest.token_ids).all()
+    for flags in (greedy, ~greedy, greedy | True, greedy & False):
+        mixed = assert_same(logits, greedy=flags, temperature=0.8)
+        assert torch.equal(mixed.token_ids, torch.where(flags, likeliest.token_ids, drawn.token_ids))
+        torch.testing.assert_close(mixed.entropies, drawn.entropies, rtol=1e-5, atol=1e-5)
+    assert torch.equal(assert_same(logits, greedy=greedy, temperature=0).token_ids, likeliest.token_ids)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_greedy_rows_that_are_no_distribution_among_drawn_ones(value):
+    logits, greedy = peaked(3, 9000), torch.tensor([False, True, False], device=DEVICE)
+    logits[1] = value
+    for implementation in ("triton", "reference"):
+        verified = run(logits, implementation, greedy=greedy)
+        assert verified.max_probs.isnan().tolist() == [False, True, False]
+        assert ((verified.token_ids >= 0) & (verified.token_ids < 9000)).all()
+
+
 def test_logits_with_padding_between_rows():
     logits = peaked(2, 300)
     padded = torch.full((2, 512), 99.0)
@@ -239,6 +262,8 @@ def test_the_engines_float32_probabilities_resolve_margins_of_1e_6(margin, agree
         ({"row_starts": torch.zeros(2)}, "row_starts must be"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"allowed": torch.zeros(2, 4, dtype=torch.bool)}, "allowed must be"),
+        ({"greedy": torch.zeros(2, dtype=torch.int64)}, "greedy must be bool"),
+        ({"greedy": torch.zeros(3, dtype=torch.bool)}, "greedy must be bool"),
         ({"keys": torch.zeros(2, dtype=torch.int64, device="meta")}, "keys is on meta and logits on"),
         ({"implementation": "cuda"}, "implementation must be"),
     ],

@@ -64,6 +64,60 @@ def test_a_request_that_excludes_every_token_itself_ends_nobody_elses(greedy: bo
     assert (ranks[drawn.token_ids.ravel() != NO_TOKEN] > 0).all()
 
 
+STEP = np.array([2, 0, 1, 3])  # drafts of each request
+FORMS = {
+    "drawn": np.zeros(4, bool),
+    "greedy": np.ones(4, bool),
+    "mixed": np.array([True, False, False, True]),
+}
+
+
+def both_ways(logits: torch.Tensor, drafts: np.ndarray, greedy: np.ndarray, seed: int) -> tuple[Drawn, Drawn]:
+    """One step by torch and numba, and by the kernel in Triton's interpreter, ranks counted."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    arguments: list[Any] = [STEP, request_keys(seed, 4), np.array([5, 9, 2, 700]), greedy, True]
+    by_torch = draw(logits.float().clone(), drafts, *arguments, implementation="reference")
+    on_device = torch.from_numpy(drafts).to(torch.int32)  # as vLLM has them
+    return by_torch, draw(logits.clone(), on_device, *arguments, ranked=True, implementation="triton")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_draws_the_same_step(form: str, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(2):
+        logits = (3 * torch.randn(10, 300, generator=torch.Generator().manual_seed(seed))).to(dtype)
+        arguments: list[Any] = [STEP, request_keys(seed, 4), np.array([5, 9, 2, 700]), FORMS[form], True]
+        alone = draw(logits.float().clone(), np.full(6, NO_TOKEN), *arguments, implementation="reference")
+        # Half of the drafts are what is drawn after no draft at all; a few are -1, which nothing accepts.
+        drafts = np.where(rng.random(6) < 0.5, np.repeat(alone.token_ids[:, 0], STEP), rng.integers(-1, 300, 6))
+        expected, found = both_ways(logits, drafts, FORMS[form], seed)
+        for name in ("token_ids", "index"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name))
+        for name in ("logprobs", "entropies", "max_probs"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+        for num_logprobs in (0, 3):
+            theirs = scores(logits, expected, expected.logprobs, num_logprobs, as_logits=False)
+            for ours, its in zip(
+                scores(logits, found, found.logprobs, num_logprobs, as_logits=False), theirs, strict=True
+            ):
+                torch.testing.assert_close(ours, its, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("row", "value"), [(0, NAN), (3, INF), (9, -INF)])
+def test_the_kernel_goes_on_where_a_row_is_no_distribution(row: int, value: float, form: str) -> None:
+    logits = 3 * torch.randn(10, 300, generator=torch.Generator().manual_seed(1))
+    logits[row] = value
+    expected, found = both_ways(logits, np.zeros(6, np.int64), FORMS[form], 0)
+    assert found.num_undefined == expected.num_undefined == 1
+    assert np.array_equal(found.token_ids, expected.token_ids)
+    for name in ("logprobs", "entropies", "max_probs"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+    assert found.ranks is not None
+    assert (found.ranks[found.token_ids != NO_TOKEN] >= 1).all()
+
+
 @pytest.mark.parametrize("least", [-INF, torch.finfo(torch.float32).min])
 def test_entropies_of_a_policy_that_masks(least: float) -> None:
     logits = logits_of_step()

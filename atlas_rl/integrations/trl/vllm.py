@@ -7,7 +7,6 @@ adapter around it takes its place in the trainer.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
 from collections.abc import Iterator
@@ -58,7 +57,9 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
         from trl.generation import vllm_generation
 
         own = vllm_generation.LLM
-        vllm_generation.LLM = functools.partial(own, **llm_arguments(draft_folder), **arguments)
+        vllm_generation.LLM = lambda *args, **options: own(
+            *args, **llm_arguments(draft_folder, **(arguments | options))
+        )
         try:
             yield
         finally:

@@ -24,7 +24,7 @@ from atlas_rl.vllm.internals.engine import (
     tensor_parallel,
 )
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler, tolerate_numba
-from atlas_rl.vllm.internals.runner import Batch, Forward, Hooks, Request, install
+from atlas_rl.vllm.internals.runner import Batch, Forward, Hooks, install
 from atlas_rl.vllm.internals.version import KNOWN_VERSIONS, check_version, installed_version
 from atlas_rl.vllm.internals.weights import load_all_or_nothing, reload_weights
 
@@ -33,7 +33,6 @@ __all__ = [
     "Batch",
     "Forward",
     "Hooks",
-    "Request",
     "VllmView",
     "abandon",
     "agree",

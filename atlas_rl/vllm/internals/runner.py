@@ -14,39 +14,31 @@ import torch
 
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.vllm.draw import Drawn, draw
+from atlas_rl.vllm.internals.forward_time import ForwardTime
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler
 from atlas_rl.vllm.internals.sampler import processed_logits, sampler_output
 from atlas_rl.vllm.internals.version import INSTALLED, KNOWN_VERSIONS, check_version, installed_version
 
 
 @dataclass(slots=True)
-class Request:
-    """A request as a worker knows it.
-
-    Attributes:
-        name: vLLM's name, which differs between ranks: a key of dictionaries on one rank, and nothing else.
-        num_prompt_tokens: Tokens of its prompt.
-        params: vLLM's sampling parameters.
-    """
-
-    name: str
-    num_prompt_tokens: int
-    params: Any
-
-
-@dataclass(slots=True)
 class Batch:
-    """The rows of one forward.
+    """The rows of one forward. vLLM's own arrays, row by row: a step asks nothing of its requests one by one.
 
     Attributes:
-        requests: Row by row.
+        names: vLLM's names of the requests, which differ between ranks: keys of dictionaries on one rank, and nothing else.
         token_ids: int32 `[rows, max_model_len]`, all tokens that are committed.
         lengths: int64 `[rows]`, how many those are.
+        num_prompt_tokens: int64 `[rows]`.
+        greedy: bool `[rows]`, requests that take the likeliest token.
+        params_of: vLLM's sampling parameters of a request, by its name.
     """
 
-    requests: list[Request]
+    names: list[str]
     token_ids: np.ndarray
     lengths: np.ndarray
+    num_prompt_tokens: np.ndarray
+    greedy: np.ndarray
+    params_of: Callable[[str], Any]
 
 
 @dataclass(slots=True)
@@ -55,23 +47,26 @@ class Forward:
 
     Attributes:
         batch: Its rows, newly sampled tokens included.
-        sampled: Per row, the tokens just committed; none for a row whose prompt is not complete yet.
+        num_new: int64 `[rows]`, tokens just committed, which `drawn` begins with; 0 for a row whose prompt is not complete
+            yet.
         num_drafted: int64 `[rows]`, draft tokens that were verified.
         starts: int64 `[rows]`, the row's first entry in `head_inputs`.
         head_inputs: `[positions, hidden]`, inputs of the LM head, outside of inference mode.
         layers: Per layer that was asked for, `[tokens, hidden]`, inputs of it at every token of the forward.
         spans: int64 `[rows, 3]`: the row's first token in `layers`, how many there are, and the position of the first.
         drawn: What the sampler drew.
+        uniform: Draft tokens that every request must have for vLLM to replay a full graph; 0 where any number will do.
     """
 
     batch: Batch
-    sampled: list[list[int]]
+    num_new: np.ndarray
     num_drafted: np.ndarray
     starts: np.ndarray
     head_inputs: torch.Tensor
     layers: dict[int, torch.Tensor]
     spans: np.ndarray
     drawn: Drawn
+    uniform: int = 0
 
 
 class Hooks(ABC):
@@ -85,7 +80,7 @@ class Hooks(ABC):
     """False after a load of new weights that failed when some had changed, until one succeeds."""
 
     @abstractmethod
-    def keys(self, requests: list[Request]) -> np.ndarray:
+    def keys(self, batch: Batch) -> np.ndarray:
         """Noise keys: uint64 `[rows]`. Equal on every rank of a tensor-parallel group."""
 
     @abstractmethod
@@ -169,11 +164,14 @@ def _execute_model(original: Callable[..., Any], runner: Any, drafter: Hooks, sc
         for name, count in scheduled.num_scheduled_tokens.items()
         if name not in new
     )
-    with drafter.recorder.time("forward" if decodes else "prefill"):
-        output = original(scheduled, *args)
-        if runner.device.type != "cpu":
-            torch.accelerator.synchronize(runner.device)
-        return output
+    with _forward_time(runner).running(drafter.recorder, "forward" if decodes else "prefill"):
+        return original(scheduled, *args)
+
+
+def _forward_time(runner: Any) -> ForwardTime:
+    if not hasattr(runner, "_atlas_rl_forward_time"):
+        runner._atlas_rl_forward_time = ForwardTime(runner.device)
+    return runner._atlas_rl_forward_time
 
 
 def _sample_tokens(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> Any:
@@ -184,45 +182,50 @@ def _sample_tokens(original: Callable[..., Any], runner: Any, drafter: Hooks, *a
 def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: torch.Tensor, spec: Any) -> Any:
     assert spec is not None, "with a proposer every step has draft counts, zero included"
     with drafter.recorder.time("sample"):
+        began_s = drafter.recorder.clock()
         batch = _batch(runner)
         runner.input_batch.update_async_output_token_ids()
         metadata = runner.input_batch.sampling_metadata
         processed, truncated = processed_logits(runner.rejection_sampler, logits, spec, metadata)
         drawn = draw(
             processed,
-            spec.draft_token_ids.cpu().numpy().astype(np.int64),
+            spec.draft_token_ids,
             np.array(spec.num_draft_tokens, np.int64),
-            drafter.keys(batch.requests),
+            drafter.keys(batch),
             batch.lengths,
-            np.array([request.params.temperature < _GREEDY_BELOW for request in batch.requests]),
+            batch.greedy,
             truncated,
+            ranked=metadata.max_num_logprobs is not None and runner.rejection_sampler.is_processed_logprobs_mode,
         )
+        _forward_time(runner).settle(drafter.recorder, "sample", began_s)
         if drawn.num_undefined:
             # Where logits were processed, it may be the request's own doing: one can exclude every token.
             own = drawn.num_undefined if not truncated else int((~logits.float().logsumexp(dim=-1).isfinite()).sum())
             if own:
                 drafter.undefined_logits(own)
-        runner._atlas_rl_drawn = drawn
+        runner._atlas_rl_drawn = batch, drawn
         return sampler_output(runner.rejection_sampler, logits, processed, drawn, metadata.max_num_logprobs)
 
 
 def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> list[list[int]]:
     """In place of the runner's own call of the proposer, which passes neither hidden states nor requests."""
     scheduled, sampled, _, _, hidden, layers, spec = args[:7]
-    batch = _batch(runner)
+    batch, drawn = runner._atlas_rl_drawn
+    batch.lengths = _lengths(runner, batch)
     num_drafted = np.array(spec.num_draft_tokens, np.int64)
     counts = num_drafted + 1
     # What drafters keep is trained on later: outside of vLLM's inference mode, and in memory of its own.
     with torch.inference_mode(False), torch.no_grad():
         forward = Forward(
             batch=batch,
-            sampled=sampled,
+            num_new=np.fromiter(map(len, sampled), np.int64, len(sampled)),
             num_drafted=num_drafted,
             starts=np.cumsum(counts) - counts,
             head_inputs=hidden.clone(),
             layers={n: states.clone() for n, states in zip(drafter.layers, layers or (), strict=True)},
             spans=_spans(runner, scheduled, batch),
-            drawn=runner._atlas_rl_drawn,
+            drawn=drawn,
+            uniform=_uniform(runner),
         )
         return drafter.propose_after(forward)
 
@@ -247,16 +250,31 @@ _HOOKS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _uniform(runner: Any) -> int:
+    """See `Forward.uniform`. vLLM has settled its mode by the attention backend when the first request runs."""
+    mode = runner.cudagraph_dispatcher.cudagraph_mode
+    return runner.uniform_decode_query_len - 1 if mode.separate_routine() and mode.has_full_cudagraphs() else 0
+
+
 def _batch(runner: Any) -> Batch:
-    rows = runner.input_batch
-    requests = []
-    for name in rows.req_ids:
-        state = runner.requests[name]
-        requests.append(Request(name, state.num_prompt_tokens, state.sampling_params))
-    return Batch(requests, rows.token_ids_cpu, rows.num_tokens_no_spec[: len(requests)].astype(np.int64))
+    rows, names = runner.input_batch, list(runner.input_batch.req_ids)
+    batch = Batch(
+        names=names,
+        token_ids=rows.token_ids_cpu,
+        lengths=np.zeros(0, np.int64),
+        num_prompt_tokens=rows.num_prompt_tokens[: len(names)].astype(np.int64),
+        greedy=rows.temperature_cpu[: len(names)] < _GREEDY_BELOW,
+        params_of=lambda name: runner.requests[name].sampling_params,
+    )
+    batch.lengths = _lengths(runner, batch)
+    return batch
+
+
+def _lengths(runner: Any, batch: Batch) -> np.ndarray:
+    return runner.input_batch.num_tokens_no_spec[: len(batch.names)].astype(np.int64)
 
 
 def _spans(runner: Any, scheduled: Any, batch: Batch) -> np.ndarray:
-    counts = np.array([scheduled.num_scheduled_tokens[request.name] for request in batch.requests], np.int64)
+    counts = np.fromiter(map(scheduled.num_scheduled_tokens.__getitem__, batch.names), np.int64, len(batch.names))
     computed = runner.input_batch.num_computed_tokens_cpu[: len(counts)].astype(np.int64)
     return np.stack([np.cumsum(counts) - counts, counts, computed], axis=1)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
+from atlas_kernels.dispatch import kernels_run_on
 from atlas_rl.vllm.draw import Drawn, scores
 
 
 def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> tuple[torch.Tensor, bool]:
-    """vLLM's own logits processing, of every position: float32 `[positions, vocab]`, and whether some may be `-inf`.
+    """vLLM's own logits processing, of every position: `[positions, vocab]`, and whether some may be `-inf`.
+
+    float32, or as they came where nothing is processed and the kernel reads them: a copy is the largest thing in a step.
 
     Both halves are processed as vLLM's rejection sampler does, step by step. Its own `forward` would draw as well, and hands
     over no processed logits where all requests are greedy.
@@ -22,7 +26,7 @@ def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: An
         metadata: vLLM's metadata of sampling.
     """
     if _untouched(metadata):
-        return logits.float(), False
+        return logits if kernels_run_on(logits.device) else logits.float(), False
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
     from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
 
@@ -57,13 +61,16 @@ def _untouched(metadata: Any) -> bool:
 def sampler_output(
     sampler: Any, logits: torch.Tensor, processed: torch.Tensor, drawn: Drawn, num_logprobs: int | None
 ) -> Any:
-    """vLLM's `SamplerOutput` of the tokens we drew, with the logprobs that were asked for (None for none)."""
+    """vLLM's `SamplerOutput` of the tokens we drew, with the logprobs that were asked for (None for none).
+
+    On the host, where vLLM wants them next. On the device it would fetch each of its four tensors by itself.
+    """
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-    tokens = torch.from_numpy(drawn.token_ids).to(device=logits.device, dtype=torch.int32)
+    tokens = torch.from_numpy(drawn.token_ids.astype(np.int32))
     if num_logprobs is None:
         return SamplerOutput(tokens, None)
-    scored = processed if sampler.is_processed_logprobs_mode else logits.float()
+    scored = processed if sampler.is_processed_logprobs_mode else logits
     # Where what is scored is what was drawn from, its normaliser is known: no pass over the vocabulary for that.
     known = drawn.logprobs if scored is processed else None
     found = scores(scored, drawn, known, num_logprobs, as_logits=sampler.is_logits_logprobs_mode)

@@ -1,0 +1,86 @@
+"""CUDA graphs that hold our steps: arguments for vLLM, decided before an engine is built.
+
+    python -m atlas_rl.vllm.graphs 256       # for `vllm serve --compilation-config`, with --max-num-seqs 256
+
+vLLM replays a full graph where one was captured for a step's tokens. Left alone it captures full graphs only for steps in
+which every request has exactly `1 + num_speculative_tokens` tokens. Ours have one token, or as many drafts as pay, and would
+all run piecewise. `FULL` captures graphs for whatever the requests of a step have, where the attention backend can
+(FlashAttention 3, Triton). Where it cannot (FlashInfer, FlashAttention 2), vLLM itself goes back to uniform steps, and
+`uniform_drafts` makes steps uniform that are small enough for it.
+
+A captured size is rounded up to a multiple of `1 + num_speculative_tokens`, and a step is padded to the next one. So that
+number is 16, in whose multiples vLLM counts anyway, and sizes above 256 tokens are an eighth apart: some forty graphs for
+steps of up to 4,096 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlas_rl.vllm.checks import NUM_SPECULATIVE_TOKENS
+
+MOST_TOKENS = 4096
+"""Larger steps keep a device busy for longer than the host takes to launch them."""
+FILLED_TOKENS = 256
+"""Steps of up to so many tokens read weights for longer than they compute (on a B200 up to some 280, by arithmetic)."""
+
+_ITS_OWN = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
+
+
+def capture_sizes(max_num_seqs: int, num_speculative_tokens: int = NUM_SPECULATIVE_TOKENS) -> list[int]:
+    """Tokens of the steps to capture, ascending: up to every request with all of its drafts."""
+    unit = 1 + num_speculative_tokens
+    limit = min(max_num_seqs * unit, max(MOST_TOKENS // unit * unit, unit))
+    sizes, size = [unit], unit
+    while size < limit:
+        size = min(size + max(unit, size // 8 // unit * unit), limit)
+        sizes.append(size)
+    return sizes
+
+
+def compilation_config(max_num_seqs: int | None = None) -> dict[str, Any]:
+    """vLLM's `compilation_config` for full graphs of our steps.
+
+    Args:
+        max_num_seqs: Most requests that run together; None where vLLM decides.
+    """
+    return {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture_sizes(max_num_seqs or MOST_TOKENS)}
+
+
+def with_graphs(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` with these graphs, where there is CUDA and the caller has set none of his own."""
+    if not torch.cuda.is_available() or any(arguments.get(name) is not None for name in _ITS_OWN):
+        return dict(arguments)
+    return {**arguments, "compilation_config": compilation_config(arguments.get("max_num_seqs"))}
+
+
+def uniform_drafts(
+    drafts: list[list[int]], last_tokens: np.ndarray, room: np.ndarray, num_draft_tokens: int
+) -> list[list[int]]:
+    """Drafts of one length, for a backend whose full graphs need that; as they are where the step would be too large.
+
+    What is added repeats a token. It is verified like any other, so nothing changes but the step's size.
+
+    Args:
+        drafts: Row by row, at most `num_draft_tokens` each.
+        last_tokens: int `[rows]`, the last committed token of each.
+        room: int `[rows]`, most draft tokens of each.
+        num_draft_tokens: The length; 0 where any length will do.
+    """
+    size = len(drafts) * (1 + num_draft_tokens)
+    if not num_draft_tokens or size > FILLED_TOKENS or room.min(initial=num_draft_tokens) < num_draft_tokens:
+        return drafts
+    ends = [draft[-1] if draft else last for draft, last in zip(drafts, last_tokens.tolist(), strict=True)]
+    return [(draft + [end] * num_draft_tokens)[:num_draft_tokens] for draft, end in zip(drafts, ends, strict=True)]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
+        sys.exit("usage: python -m atlas_rl.vllm.graphs MAX_NUM_SEQS, the server's --max-num-seqs")
+    print(json.dumps(compilation_config(int(sys.argv[1]))))

@@ -1,0 +1,66 @@
+"""Seconds of a forward on a device that works while the host goes on: by events, and without a wait of their own.
+
+Waiting for every forward, to time it, would keep the host from preparing what comes next. Two events mark a forward in the
+device's queue. They are read once the sampler has waited for what it drew, when both have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from atlas_rl.report.recorder import StepRecorder
+
+
+@dataclass(slots=True)
+class _Marked:
+    """A forward in the queue: its events, and seconds of the host that its phase has been charged."""
+
+    phase: str
+    began: Any
+    ended: Any
+    charged_s: float
+
+
+class ForwardTime:
+    """Charges the forwards of one device to their phases.
+
+    Args:
+        device: Of the forwards. On a CPU the host's own clock tells everything.
+        make_event: Makes an event that can be timed; for tests.
+    """
+
+    def __init__(self, device: torch.device, make_event: Callable[[], Any] | None = None) -> None:
+        self._queued = device.type != "cpu"
+        self._make_event = make_event or (lambda: torch.Event(device=device.type, enable_timing=True))
+        self._marked: _Marked | None = None
+
+    @contextmanager
+    def running(self, recorder: StepRecorder, phase: str) -> Iterator[None]:
+        """A forward is started inside, of this phase."""
+        self._marked = None
+        before = recorder.clock()
+        began = self._event()
+        with recorder.time(phase):
+            yield
+        if began is not None:
+            self._marked = _Marked(phase, began, self._event(), recorder.clock() - before)
+
+    def settle(self, recorder: StepRecorder, phase: str, since_s: float) -> None:
+        """The host has waited for the device, in `phase` since `since_s`: what of that was the forward's becomes its own."""
+        marked, self._marked = self._marked, None
+        if marked is None:
+            return
+        missing_s = marked.began.elapsed_time(marked.ended) / 1e3 - marked.charged_s
+        recorder.move(phase, marked.phase, min(max(missing_s, 0.0), recorder.clock() - since_s))
+
+    def _event(self) -> Any:
+        if not self._queued:
+            return None
+        event = self._make_event()
+        event.record()
+        return event

@@ -1,0 +1,167 @@
+"""Following, committing and drafting beside an engine, without vLLM: rows that move, and no Python per request."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atlas_rl.controller.base import Admission, Step
+from atlas_rl.controller.fixed import FixedController, NoSpeculation
+from atlas_rl.core import Draft, Sequences, Verified
+from atlas_rl.vllm.drafting import Drafting
+from atlas_rl.vllm.draw import NO_TOKEN, Drawn
+from atlas_rl.vllm.internals import Batch, Forward
+from tests.drafters import Stateless
+
+VOCAB, CONTEXT, PROMPT, K = 100, 256, 5, 3
+
+
+class Constant(Stateless):
+    """Drafts K zeros for everybody."""
+
+    name = "constant"
+
+    def __init__(self) -> None:
+        self.observed: list[Verified] = []
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        shape = len(requests), int(max_draft_tokens.max())
+        return Draft(np.zeros(shape, np.int64), max_draft_tokens, np.full(shape, 0.5, np.float32))
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        self.observed.append(verified)
+
+
+class Noting(FixedController):
+    """Notes which admissions came back to it."""
+
+    def __init__(self) -> None:
+        super().__init__(["constant"], "constant", K)
+        self.lengths: list[list[int]] = []
+
+    def observe(
+        self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
+    ) -> dict[str, Any] | None:
+        self.lengths.append(admission.lengths.tolist())
+        return super().observe(step, admission, verified, forward_s, step_s)
+
+
+class Engine:
+    """Rows of an engine that accepts every draft but the last, when there are any."""
+
+    def __init__(self, batch: int, speculates: bool) -> None:
+        self.drafting = Drafting(K, CONTEXT, batch, VOCAB)
+        self.drafter, self.controller = Constant(), Noting()
+        if speculates:
+            self.drafting.use({"constant": self.drafter}, self.controller)
+        else:
+            self.drafting.use({}, NoSpeculation())
+        self.names = [f"request {i}" for i in range(batch)]
+        self.lengths = dict.fromkeys(self.names, PROMPT)
+        self.drafts: dict[str, list[int]] = {name: [] for name in self.names}
+        self.params = SimpleNamespace(
+            extra_args=None, seed=3, temperature=1.0, top_k=0, top_p=1.0, max_tokens=200, stop_token_ids=[99],
+            eos_token_id=None, ignore_eos=True, repetition_penalty=1.0,
+        )  # fmt: skip
+
+    def forward(self) -> Forward:
+        """The next forward, which commits zeros."""
+        count = len(self.names)
+        num_drafted = np.array([len(self.drafts[name]) for name in self.names])
+        num_new = np.maximum(num_drafted, 1)
+        for name, new in zip(self.names, num_new.tolist(), strict=True):
+            self.lengths[name] += new
+        lengths = np.array([self.lengths[name] for name in self.names])
+        kept = np.arange(num_drafted.max() + 1)[None] < num_new[:, None]
+        tokens, figures = np.where(kept, 0, NO_TOKEN), kept.astype(np.float32)
+        drawn = Drawn(tokens, 0 * tokens, figures, figures, figures, 0)
+        batch = Batch(
+            names=list(self.names),
+            token_ids=np.zeros((count, CONTEXT), np.int32),
+            lengths=lengths,
+            num_prompt_tokens=np.full(count, PROMPT),
+            greedy=np.zeros(count, bool),
+            params_of=lambda name: self.params,
+        )
+        self.drafting.requests.keys(batch)
+        starts = np.cumsum(num_drafted + 1) - num_drafted - 1
+        spans = np.stack([starts, num_drafted + 1, lengths - num_new - 1], axis=1)
+        head_inputs = torch.zeros(int((num_drafted + 1).sum()), 4)
+        return Forward(batch, num_new, num_drafted, starts, head_inputs, {}, spans, drawn)
+
+    def step(self, forward: Forward) -> None:
+        with self.drafting.recorder.time("forward"):
+            time.sleep(1e-4)
+        drafts = self.drafting.step(forward)
+        self.drafts = {name: [] for name in self.lengths} | dict(zip(forward.batch.names, drafts, strict=True))
+
+
+def num_calls(function: Callable[[], object]) -> int:
+    """Calls that the interpreter makes inside, of Python and of C."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+def test_a_step_makes_no_call_per_request(speculates: bool) -> None:
+    def calls(batch: int) -> int:
+        engine = Engine(batch, speculates)
+        for _ in range(4):  # all enter in the first
+            engine.step(engine.forward())
+        assert engine.drafts["request 0"] == [0] * (K if speculates else 0)
+        forward = engine.forward()
+        return num_calls(lambda: engine.step(forward)) + num_calls(lambda: engine.drafting.requests.keys(forward.batch))
+
+    few, many = calls(8), calls(128)
+    assert abs(many - few) <= 8, "logarithms at most"
+
+
+def test_rows_that_move_come_and_go_keep_their_plans() -> None:
+    engine = Engine(6, speculates=True)
+    engine.step(engine.forward())
+    engine.step(engine.forward())
+    assert engine.controller.lengths == [[K] * 6]
+    engine.names = engine.names[::-1]
+    engine.step(engine.forward())  # the same batch in other rows
+    assert engine.controller.lengths[1:] == [[K] * 6]
+    for name in ("request 1", "request 4"):
+        engine.names.remove(name)
+    engine.step(engine.forward())  # some pause: nothing is learned of a batch that did not run
+    engine.names.append("request 1")
+    engine.step(engine.forward())
+    assert len(engine.controller.lengths) == 2
+    engine.step(engine.forward())
+    assert engine.controller.lengths[2:] == [[K] * 5]
+    for verified in engine.drafter.observed[1:]:
+        assert (verified.num_accepted == np.maximum(verified.num_committed - 1, 0)).all()
+    table = engine.drafting.requests.table
+    for name, length in engine.lengths.items():
+        if name != "request 4":
+            assert table.current.lengths[table.request_of[name]] == length
+
+
+def test_who_paused_is_counted_with_its_own_drafter() -> None:
+    engine = Engine(4, speculates=True)
+    engine.step(engine.forward())
+    drafters = engine.drafting._planned
+    assert drafters is not None
+    engine.names = ["request 3", "request 0"]
+    order, planned = engine.drafting._in_order(engine.drafting.requests.rows_of(engine.forward().batch))
+    assert (order.tolist(), planned.tolist()) == ([1, 0], [0, 3])
