@@ -131,6 +131,17 @@ def _is_pinned(device: Operations, func: Any, args: tuple[Any, ...], kwargs: dic
     return args[0] in device.pinned
 
 
+def _rms_norm(device: Operations, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One kernel on CUDA (`_fused_rms_norm`), some of torch's own on a CPU."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    learned = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if learned or not all(isinstance(tensor, CudaTensor) for tensor in tensors):
+        return func(*args, **kwargs)
+    device.record.event("launch", "rms_norm")
+    with unpretended():
+        return CudaTensor(func(*plain(args), **plain(kwargs)))
+
+
 def _new_tensor(device: Operations, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     like, asked = args[0], kwargs.get("device")
     there = isinstance(like, CudaTensor) if asked is None else torch.device(asked).type == "cuda"
@@ -168,4 +179,5 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.data.__get__: _data_get,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _data_set,  # type: ignore[attr-defined]
     torch.nn.functional.scaled_dot_product_attention: attend,
+    torch.nn.functional.rms_norm: _rms_norm,
 }

@@ -93,6 +93,9 @@ class PretendCuda(Record):
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
             "Event": lambda **options: _Event(self),
+            "CUDAGraph": lambda: None,
+            "graph_pool_handle": lambda: (0, 0),
+            "graph": _no_graph,
             "current_stream": lambda device=None: _Stream(self),
         }
 
@@ -115,6 +118,13 @@ class PretendCuda(Record):
 
     def _synchronize(self, device: Any = None) -> None:
         self.event("sync", "synchronize")
+
+
+@contextmanager
+def _no_graph(graph: Any, **options: Any) -> Iterator[None]:
+    """Nothing can be replayed: what would be captured is launched kernel by kernel, and counted."""
+    raise RuntimeError("a pretended device has no graphs")
+    yield
 
 
 class _Event:

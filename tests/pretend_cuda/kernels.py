@@ -25,6 +25,7 @@ _REFERENCES = (
     ("verify_triton", "verify_reference", "verify"),
     ("rejection_triton", "rejection_reference", "rejection"),
     ("draft_head_triton", "draft_head_reference", "draft_head"),
+    ("draw_triton", "draw_reference", "draw"),
     ("nvfp4_triton", "nvfp4_reference", "quantize"),
     ("nvfp4_triton", "nvfp4_reference", "linear"),
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from atlas_rl.policy.varlen import Packing, reference
 from tests.pretend_cuda.record import Record
 from tests.pretend_cuda.tensors import MIXED, CudaTensor, mapped, plain, tensors_in
 
@@ -163,6 +164,23 @@ class Operations:
             return
         kernels = -(-len(args[0]) // 128) if packet is _aten.cat else _KERNELS.get(packet, 1)
         self.record.event("launch", str(packet).removeprefix("aten."), count=kernels)
+
+
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_starts: torch.Tensor, key_starts: torch.Tensor,
+    max_queries: int, max_keys: int, dropout: float, causal: bool, debug: bool, *, scale: float | None = None,
+    window_size_left: int | None = None, window_size_right: int | None = None, seqused_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """What no CPU has: by the reference of `atlas_rl.policy.varlen`."""
+    assert seqused_k is not None, "sequences whose keys end where the next ones begin"
+    assert causal or window_size_right == 0 or max_queries == 1, "attention to later tokens"
+    packing = Packing(query_starts, key_starts, seqused_k, max_queries, max_keys)
+    window = None if window_size_left is None else window_size_left + 1
+    rest = [query.new_zeros(0) for _ in range(4)]
+    return reference(query, key[None], value[None], packing, scale, window), *rest
+
+
+_OF_CUDA_ALONE: dict[Any, Callable[..., Any]] = {_aten._flash_attention_forward: _flash_attention}
 
 
 def _wrapping(on_device: list[CudaTensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -148,7 +148,8 @@ def _step(head: RecurrentHead, optimizer: torch.optim.Optimizer, windows: Window
             per_position = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
         valid = torch.from_numpy(windows.valid).to(log_q.device)
         optimizer.zero_grad(set_to_none=True)
-        per_position[valid].mean().backward()
+        # Picked by a mask, how many there are would have to be fetched.
+        (torch.where(valid, per_position, 0.0).sum() / int(windows.valid.sum())).backward()
     torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
     optimizer.step()
 
