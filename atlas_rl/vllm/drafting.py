@@ -262,7 +262,7 @@ class Drafting:
         )
         ends = table.ends(requests, settled.token_ids)
         verified = commit(settled, table.current, table.max_lengths, self.recorder, ends)
-        for i in np.flatnonzero(verified.finished).tolist():
+        for i in verified.finished.nonzero()[0].tolist():
             self._count_ended(requests[i])
             table.leave(forward.batch.names[rows[i]])
         complete = self._planned is not None and len(planned) == len(self._planned.requests)
@@ -283,6 +283,9 @@ class Drafting:
         """An order of followed requests, planned ones first and as they were planned; and their places in the plan."""
         if self._planned is None:
             return np.arange(len(requests)), np.zeros(0, np.int64)
+        if len(requests) == len(self._planned.requests) and (requests == self._planned.requests).all():
+            same = np.arange(len(requests))  # as in most steps
+            return same, same
         where = np.full(len(self.requests.table.max_lengths), -1)
         where[requests] = np.arange(len(requests))
         first = where[self._planned.requests]
@@ -320,7 +323,7 @@ class Drafting:
     def _plan(self, committed: _Committed, drafts: list[list[int]]) -> None:
         """Plan and propose for the requests that go on; their draft tokens go into `drafts`, by row."""
         verified, table = committed.verified, self.requests.table
-        going = np.flatnonzero(~verified.finished)
+        going = (~verified.finished).nonzero()[0]
         self._planned = None
         if not len(going):
             return

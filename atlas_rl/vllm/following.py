@@ -72,7 +72,7 @@ class RequestFollower:
     def newcomers(self, forward: Forward, known: np.ndarray) -> list[int]:
         """Rows of the forward whose prompt is now complete; only these can be entered: drafters want all that follows."""
         complete = forward.batch.lengths - forward.num_new == forward.batch.num_prompt_tokens
-        return np.flatnonzero((forward.num_new > 0) & (known < 0) & complete).tolist()
+        return ((forward.num_new > 0) & (known < 0) & complete).nonzero()[0].tolist()
 
     def arrival(self, forward: Forward, row: int) -> tuple[Arrival, np.ndarray]:
         """A newcomer, and its prompt int32 `[num_prompt_tokens]`."""
@@ -106,11 +106,11 @@ class RequestFollower:
     def followed(self, forward: Forward) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the forward with new tokens whose requests drafters know, and their rows of `Sequences`: int64 `[n]`."""
         known = self.rows_of(forward.batch)
-        rows = np.flatnonzero((forward.num_new > 0) & (known >= 0))
+        rows = ((forward.num_new > 0) & (known >= 0)).nonzero()[0]
         requests = known[rows]
         if len(rows):
             expected = self.table.current.lengths[requests] + forward.num_new[rows]
-            assert np.array_equal(expected, forward.batch.lengths[rows]), "every committed token passes here"
+            assert (expected == forward.batch.lengths[rows]).all(), "every committed token passes here"
         return rows, requests
 
     def _key_of(self, params: Any) -> int:

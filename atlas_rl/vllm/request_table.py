@@ -163,6 +163,8 @@ class RequestTable:
 
     def ends(self, requests: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
         """Which tokens end their request: bool, like `token_ids` (int64 `[n, width]`) of `requests` (int64 `[n]`)."""
+        if len(self._ways) == 1:
+            return self._ways[0].ends(token_ids)
         ends = np.zeros(token_ids.shape, bool)
         for sampling, rows in self.ways(requests):
             ends[rows] = sampling.ends(token_ids[rows])
