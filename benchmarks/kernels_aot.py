@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import io
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,17 +73,16 @@ def _draft_head(kernel: Any, types: str) -> Case:
         "GREEDY": False,
         "SCALED": True,
         "WITH_PROBS": True,
-        "SPLITS": 128,
+        "SPLITS": draft_head_triton.SPLITS,
+        "MOST_SPLITS": 512,
         "CHUNK": draft_head_triton.CHUNK,
         "CALLED": False,
     }
     own = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    case = _case(kernel, types, draft_head_triton.NUM_WARPS, own)
-    # One program per 16 rows has a multiprocessor to itself: all registers, so long as none spill.
-    return replace(case, max_registers=255) if kernel is draft_head_triton.draft_whole else case
+    return _case(kernel, types, draft_head_triton.NUM_WARPS, own)
 
 
-_MASKED = {"SCALED": True, "HAS_ALLOWED": True, "SPLITS": 64}
+_MASKED = {"SCALED": True, "HAS_ALLOWED": True, "SPLITS": 128}
 _CHOOSE = partial(
     _case,
     verify_triton.choose_splits,
@@ -105,14 +104,14 @@ _LINEAR = partial(
     dict(zip(("OUTPUTS", "ROWS", "GROUPS"), nvfp4_triton.LINEAR_TILE, strict=True)) | {"COMPUTE": tl.bfloat16},
 )
 CASES = {
-    "verify.choose_splits": _CHOOSE("bulllbdifFILLI"),
-    "verify.choose_splits greedy": _CHOOSE("bulllbdifFILLI", GREEDY=1, SCALED=False, HAS_ALLOWED=False),
-    "verify.choose_splits mixed": _CHOOSE("bullludifFILLI", GREEDY=2, SCALED=False, HAS_ALLOWED=False),
-    "verify.finish": _case(verify_triton.finish, "difllllfffI", 1, {"SPLITS": 64}),
-    "rejection.choose_splits": _CHOOSE("buillbdifFILLI", STREAM=2, EXCLUDE=2),
+    "verify.choose_splits": _CHOOSE("bulbllbdifFIIII"),
+    "verify.choose_splits greedy": _CHOOSE("bulbllbdifFIIII", GREEDY=1, SCALED=False, HAS_ALLOWED=False),
+    "verify.choose_splits mixed": _CHOOSE("bulblludifFIIII", GREEDY=2, SCALED=False, HAS_ALLOWED=False),
+    "verify.finish": _case(verify_triton.finish, "difllllfffI", 1, {"SPLITS": 128}),
+    "rejection.choose_splits": _CHOOSE("bulillbdifFIIII", STREAM=2, EXCLUDE=2),
     "rejection.residual_splits": _case(
         rejection_triton.residual_splits,
-        "bulflllfdiFIILLI",
+        "bulflllfdiFIIIII",
         rejection_triton.RESIDUAL_WARPS,
         _MASKED,
         STREAM=2,
@@ -120,12 +119,12 @@ CASES = {
     ),
     "rejection.finish_rejection": _case(
         rejection_triton.finish_rejection,
-        "budifdilfilllllfffFIILLII",
+        "budifdilfilllllfffFIIIIII",
         1,
         _MASKED,
         ACCEPT_STREAM=1,
         ONE_HOT=False,
-        TILES=32,
+        TILES=256,
     ),
     "draw.choose_among_splits": _case(
         draw_triton.choose_among_splits,
@@ -175,7 +174,12 @@ def compiled(name: str, sm: int) -> dict[str, Any]:
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
     free = [argument for argument in case.kernel.arg_names if argument not in case.constants]
     signature = {argument: _TYPES[letter] for argument, letter in zip(free, case.types, strict=True)}
-    source = ASTSource(case.kernel, signature | dict.fromkeys(case.constants, "constexpr"), constexprs=case.constants)
+    source = ASTSource(
+        case.kernel,
+        signature | dict.fromkeys(case.constants, "constexpr"),
+        constexprs=case.constants,
+        attrs=_aligned(case),
+    )
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
@@ -192,6 +196,18 @@ def compiled(name: str, sm: int) -> dict[str, Any]:
         "registers": int(registers[1]),
         "shared_bytes": int(kernel.metadata.shared),
         "spill_bytes": int(spills[1]) + int(spills[2]),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v[248]\.", kernel.asm["ptx"])),
+    }
+
+
+def _aligned(case: Case) -> dict[tuple[int], list[list[Any]]]:
+    """Arguments that launches know for multiples of 16: pointers and sizes, but for those that kernels take as they come."""
+    return {
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in case.kernel.params
+        if parameter.name not in case.constants
+        and parameter.name != "temperature"
+        and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
     }
 
 

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--arms", nargs="+", help="instead of off, on and transformers' own generation")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--commit", help="of the checkout, where there is no git")
@@ -82,7 +83,8 @@ class Shared:
     def arms(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for batch in self.args.batches:
-            arms = ["off", "on", "transformers"] + (["history", "recurrent", "fp4"] if batch == 8 else [])
+            extra = ["history", "recurrent", "fp4"] if batch == 8 else []
+            arms = self.args.arms or ["off", "on", "transformers", *extra]
             own = self.warmed(*arms)
             rows += said(
                 decode.cell(

@@ -13,10 +13,8 @@ import torch
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
-from atlas_rl.policy.threads import attending
 from atlas_rl.report.report import PHASES
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
@@ -174,36 +172,25 @@ def asked_of_the_device(engine: AtlasRolloutEngine, prompts: Prompts, batch: int
 
 
 def step_and_graph(model: Any, batch: int, queries: int, context: int) -> dict[str, Any]:
-    """Milliseconds of a decode forward run eagerly, and of the same forward replayed as a CUDA graph."""
-    runner = InProcessRunner(model)
-    cache = runner.new_cache(batch, context + 256)
+    """Milliseconds of a decode forward, kernel by kernel and as a captured step."""
     segments = Segments(
         np.ones(batch * queries, np.int64), 0, np.full(batch, context, np.int64), np.full(batch, queries, np.int64)
     )
-    keep = np.arange(batch * queries)
-    with runner.session(cache):
-        eager = host_ms(lambda: runner.forward(segments, keep))
-        cache.place(segments, runner.device)
-        tokens = torch.from_numpy(segments.token_ids).cuda()
-        wanted = torch.from_numpy(keep).cuda()
-        graph = torch.cuda.CUDAGraph()
-        with ragged_attention.active(cache), attending(ragged_attention.NAME, runner.config):
-            runner.call(tokens, cache.token_positions, wanted)
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            with torch.cuda.graph(graph):
-                runner.call(tokens, cache.token_positions, wanted)
-            torch.cuda.synchronize()
-            capture_s = time.perf_counter() - began
-        replayed = host_ms(graph.replay)
-    return {
-        "batch": batch,
-        "queries": queries,
-        "context": context,
-        "eager_ms": eager,
-        "graph_ms": replayed,
-        "capture_s": capture_s,
-    }
+    prompts = Segments(
+        np.ones(batch * context, np.int64), 0, np.zeros(batch, np.int64), np.full(batch, context, np.int64)
+    )
+    found: dict[str, Any] = {"batch": batch, "queries": queries, "context": context}
+    for name, refused in (("eager", "measured kernel by kernel"), ("captured", None)):
+        runner = InProcessRunner(model)
+        runner._uncaptured = refused
+        cache = runner.new_cache(batch, context + 64)
+        with runner.session(cache):
+            runner.forward(prompts, np.arange(batch))
+            found[f"{name}_ms"] = host_ms(lambda runner=runner: runner.forward(segments, np.arange(batch * queries)))
+        if cache.steps is not None:
+            found["capture_s"] = cache.steps.capture_s
+            found["captured"] = cache.steps.captured
+    return found
 
 
 def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:

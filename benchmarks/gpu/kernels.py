@@ -75,7 +75,9 @@ def _verify_rows(count: int, rate: float) -> list[dict[str, Any]]:
         return (probs / noise.exponentials(keys, positions, Stream.TARGET, VOCAB)).argmax(-1)
 
     if count <= 128:
-        found.append({"kernel": "torch operations", "rows": count, "dtype": "float32", "ms": device_ms(eager, 5, 2)})
+        found.append(
+            {"kernel": "torch operations", "rows": count, "dtype": "float32", "ms": device_ms(eager, repeats=5)}
+        )
     return found
 
 

@@ -15,23 +15,22 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 
 
-def device_ms(call: Callable[[], Any], repeats: int = 30, warm_up: int = 5) -> dict[str, float]:
-    """Milliseconds of the device for `call`, by events; quantiles over the repeats.
-
-    The device has other work before each repeat, so that launches are hidden and kernels alone are timed.
-    """
-    ballast = torch.empty(64 << 20, device="cuda")
-    for _ in range(warm_up):
+def device_ms(call: Callable[[], Any], repeats: int = 30) -> dict[str, float]:
+    """Milliseconds of the device for `call`, which waits for nothing: captured, so that launches are not what is timed."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         call()
     marks = []
-    for _ in range(repeats):
-        ballast.zero_()
-        ballast.zero_()
+    for turn in range(repeats + 3):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         began.record()
-        call()
+        graph.replay()
         ended.record()
-        marks.append((began, ended))
+        if turn >= 3:
+            marks.append((began, ended))
     torch.cuda.synchronize()
     return quantiles([began.elapsed_time(ended) for began, ended in marks])
 

@@ -21,9 +21,17 @@ TILE = {"ROWS": 16, "UNITS": 16, "TOKENS": 32, "INNER": 32}
 _INTERPRETED_TILE = {"ROWS": 16, "UNITS": 256, "TOKENS": 1024, "INNER": 256}
 CHUNK = 1024
 """Tokens per step where logits are turned into probabilities."""
+SPLITS = 32
+"""Splits that are joined at a time: 64 take twice the registers."""
 NUM_WARPS = 4
 WHOLE_BYTES = 2 << 20
 """Weights up to this size are read by one program per 16 rows, at all k steps. Planned, not measured."""
+_SIZES = (
+    *("step", "row_tile", "unit_tile", "split", "row", "batch"),
+    *("num_tokens", "num_steps", "splits", "tiles_per_split"),
+)
+_PER_ROW = ("newest", "keys", "positions", "token_ids")
+"""No reason to compile anew: what changes from step to step, or with the vocabulary, and where a few numbers lie."""
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _EPSILON = tl.constexpr(torch.finfo(torch.float32).eps)
 
@@ -44,16 +52,21 @@ def state_tile(states, row, inner, batch, size, ELEMENT: tl.constexpr, COMPUTE: 
 
 
 @triton.jit
-def joined(scores, tokens, row, inside, splits, SPLITS: tl.constexpr):
-    """The token of the best score over a row's splits: int32 `[ROWS]`."""
-    split = tl.arange(0, SPLITS)
-    at = row[:, None].to(tl.int64) * splits + split[None, :]
-    candidates = tl.load(scores + at, mask=inside[:, None] & (split[None, :] < splits), other=float("-inf"))
-    best = tl.max(candidates, axis=1)
-    # Splits are in the order of the vocabulary: the first of equal ones has the first token.
-    winner = tl.min(tl.where(candidates == best[:, None], split[None, :], SPLITS), axis=1)
-    winner = tl.minimum(winner, SPLITS - 1)
-    return tl.load(tokens + row.to(tl.int64) * splits + winner, mask=inside, other=0)
+def joined(scores, tokens, row, inside, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """The token of the best score over a row's splits, of which `SPLITS` are looked at at a time: int32 `[ROWS]`."""
+    at = row.to(tl.int64) * splits
+    best = tl.full([ROWS], float("-inf"), tl.float64)
+    winner = tl.zeros([ROWS], tl.int32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        known = inside[:, None] & (split[None, :] < splits)
+        candidates = tl.load(scores + at[:, None] + split[None, :], mask=known, other=float("-inf"))
+        top = tl.max(candidates, axis=1)
+        # Splits are in the order of the vocabulary: the first of equal ones has the first token.
+        found = tl.min(tl.where(candidates == top[:, None], split[None, :], first + SPLITS), axis=1)
+        winner = tl.where(top > best, found, winner)
+        best = tl.maximum(best, top)
+    return tl.load(tokens + at + winner, mask=inside, other=0)
 
 
 @triton.jit
@@ -81,16 +94,18 @@ def gates_of_state(
 
 
 @triton.jit
-def absorbed_token(newest, scores, tokens, row, step, batch, splits, SPLITS: tl.constexpr):
+def absorbed_token(
+    newest, scores, tokens, row, step, batch, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
     """The token that the state absorbs at a step: int32 `[ROWS]`, the newest committed one first, then what was drawn."""
     of_step = (step - 1) * batch * splits
     # One of the two masks is empty.
     given = tl.load(newest + row, mask=row < tl.where(step == 0, batch, 0), other=0).to(tl.int32)
     drawn = row < tl.where(step == 0, 0, batch)
-    return given + joined(scores + of_step, tokens + of_step, row, drawn, splits, SPLITS)
+    return given + joined(scores + of_step, tokens + of_step, row, drawn, splits, ROWS, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_ROW)
 def advance(
     input_gates, state_gates, state_bias, states, newest, scores, tokens,
     step, row_tile, unit_tile, batch, size, splits,
@@ -110,7 +125,7 @@ def advance(
     reset, update, new = gates_of_state(
         state_gates, before, row, unit, batch, size, ELEMENT, COMPUTE, ROWS, UNITS, INNER
     )
-    token = absorbed_token(newest, scores, tokens, row, step, batch, splits, SPLITS)
+    token = absorbed_token(newest, scores, tokens, row, step, batch, splits, ROWS, SPLITS)
     known = unit[:, None] < size
     inside = known & (row[None, :] < batch)
     bias = state_bias + unit[:, None]
@@ -155,7 +170,7 @@ def noisy(x, token_ids, index, known, key, position, STREAM: tl.constexpr, ROWS:
     return x.to(tl.float64) - tl.log(exponentials_of(key, position, ids, STREAM).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_ROW)
 def score(
     outputs, bias, token_ids, states, keys, positions, scores, tokens, sums, probs,
     temperature, step, row_tile, split, batch, size, num_tokens, num_steps, splits, tiles_per_split,
@@ -206,11 +221,11 @@ def score(
     tl.store(sums + 2 * slot + 1, total, mask=alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_ROW)
 def finish_draft(
     scores, tokens, sums, probs, indices, confidence,
     step, row, batch, num_tokens, num_steps, splits,
-    GREEDY: tl.constexpr, WITH_PROBS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    GREEDY: tl.constexpr, WITH_PROBS: tl.constexpr, MOST_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
     CALLED: tl.constexpr = False,
 ):  # fmt: skip
     """Writes token and confidence of one row at one step, and turns the logits in `probs` into probabilities.
@@ -219,12 +234,12 @@ def finish_draft(
     """
     if not CALLED:
         row, step = tl.program_id(0), tl.program_id(1)
-    split = tl.arange(0, SPLITS)
+    split = tl.arange(0, MOST_SPLITS)
     inside = split < splits
     at = (step * batch + row) * splits
     candidates = tl.load(scores + at + split, mask=inside, other=float("-inf"))
     best = tl.max(candidates, axis=0)
-    token = tl.load(tokens + at + tl.min(tl.where(candidates == best, split, SPLITS - 1), axis=0))
+    token = tl.load(tokens + at + tl.min(tl.where(candidates == best, split, splits - 1), axis=0))
     peaks = tl.load(sums + 2 * (at + split), mask=inside, other=float("-inf"))
     peak = tl.max(peaks, axis=0)
     totals = tl.load(sums + 2 * (at + split) + 1, mask=inside, other=0.0)
@@ -240,7 +255,7 @@ def finish_draft(
             tl.store(probs + out * num_tokens + index, q, mask=index < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_ROW)
 def draft_whole(
     input_gates, state_gates, state_bias, outputs, bias, token_ids, states, newest, keys, positions, scores, tokens,
     sums, probs, indices, confidence,
@@ -308,7 +323,8 @@ def draft_head_triton(
         "GREEDY": call.temperature == 0,
         "SCALED": call.temperature not in (0, 1),
         "WITH_PROBS": call.with_probs,
-        "SPLITS": triton.next_power_of_2(splits),
+        "SPLITS": SPLITS,
+        "MOST_SPLITS": triton.next_power_of_2(_programs(device)),
         "CHUNK": CHUNK,
         # Set by calls from within a kernel; launched programs take their tile from the grid.
         **dict.fromkeys(("row_tile", "unit_tile", "split", "row", "step"), 0),
@@ -340,9 +356,13 @@ def split_tokens(
     tiles = triton.cdiv(tokens, tile["TOKENS"])
     if whole:
         return 1, tiles
-    splits = 2
+    splits = _programs(device)
     if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        splits = triton.cdiv(2 * processors, triton.cdiv(batch, tile["ROWS"]))
+        splits = triton.cdiv(splits, triton.cdiv(batch, tile["ROWS"]))
     tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
+
+
+def _programs(device: torch.device) -> int:
+    """Programs that use the whole device, and the most splits; of the interpreter, splits that suffice for a test."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

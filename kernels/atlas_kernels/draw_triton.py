@@ -15,6 +15,7 @@ from atlas_kernels.verify_triton import (
     join_sums,
     launch_splits,
     likelier,
+    most_splits,
     processed_logits,
 )
 
@@ -24,7 +25,11 @@ NUM_WARPS = 4
 _INTERPRETED = (1024, 2)  # tokens per step and splits: the interpreter pays per operation, not per element
 
 
-@triton.jit
+# As in `choose_splits`: neither sizes that change from step to step nor where numbers per row lie are compiled for.
+@triton.jit(
+    do_not_specialize=["num_tokens", "logits_stride", "tiles_per_split"],
+    do_not_specialize_on_alignment=["keys", "positions"],
+)
 def choose_among_splits(
     logits, token_ids, keys, positions, scores, tokens, sums,
     temperature, num_tokens, logits_stride, tiles_per_split,
@@ -70,7 +75,7 @@ def choose_among_splits(
     tl.store(sums + 4 * slot + 3, tl.sum(moment))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def finish_draw(scores, tokens, sums, indices, max_probs, splits, SPLITS: tl.constexpr):
     """Writes the choice of a row, and its largest probability; grid `[rows]`."""
     row = tl.program_id(0)
@@ -93,12 +98,11 @@ def draw_triton(call: DrawCall) -> tuple[torch.Tensor, torch.Tensor]:
             call.logits, call.positions, call.positions, call.keys, call.positions, call.temperature, None
         )
         scores, tokens, sums = launch_splits(rows.contiguous(), stream=call.stream)
+        most = most_splits(call.logits.shape[1], device)
     else:
         scores, tokens, sums = _launch_among(call, call.token_ids.contiguous())
-    splits = scores.shape[1]
-    finish_draw[(num_rows,)](
-        scores, tokens, sums, indices, max_probs, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1
-    )
+        most = triton.next_power_of_2(split_tokens(1, call.logits.shape[1], device)[1])
+    finish_draw[(num_rows,)](scores, tokens, sums, indices, max_probs, scores.shape[1], SPLITS=most, num_warps=1)
     return indices, max_probs
 
 

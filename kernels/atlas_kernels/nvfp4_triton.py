@@ -81,7 +81,7 @@ def quantize_weight(
     tl.atomic_max(amax, tl.max(tl.max(block_amax, axis=1), axis=0).to(tl.int32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_rows(
     inputs, packed, scales, tensor_scale, outputs,
     rows, in_features, out_features, groups,

@@ -16,6 +16,7 @@ from atlas_kernels.verify_triton import (
     empty_results,
     join_sums,
     launch_splits,
+    most_splits,
     processed_logits,
     row_arguments,
     store_figures,
@@ -26,7 +27,10 @@ RESIDUAL_TILE = 1024
 RESIDUAL_WARPS = 4
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_draft_tokens", "splits"],
+    do_not_specialize_on_alignment=["draft_token_ids", "draft_vocab", "keys", "positions"],
+)
 def residual_splits(
     logits, allowed, draft_token_ids, draft_probs, draft_vocab, keys, positions, sums, residual_scores, residual_tokens,
     temperature, vocab, num_draft_tokens, logits_stride, allowed_stride, splits,
@@ -71,7 +75,10 @@ def draft_probability(draft_probs, column_of, row, draft, num_draft_tokens):
     return tl.load(draft_probs + row * num_draft_tokens + column, mask=column >= 0, other=0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_draft_tokens", "splits", "tiles"],
+    do_not_specialize_on_alignment=["draft_token_ids", "column_of", "row_starts", "keys", "positions"],
+)
 def finish_rejection(
     logits, allowed, scores, tokens, sums, residual_scores, residual_tokens, draft_token_ids, draft_probs, column_of,
     row_starts, keys, positions, token_ids, num_accepted, logprobs, entropies, max_probs,
@@ -124,7 +131,7 @@ def rejection_triton(
         "num_draft_tokens": 0 if draft_vocab is None else len(draft_vocab),
         "sums": sums,
         "splits": scores.shape[1],
-        "SPLITS": triton.next_power_of_2(scores.shape[1]),
+        "SPLITS": most_splits(rows.logits.shape[1], rows.logits.device),
     }
     residual_scores, residual_tokens = None, None
     if draft_vocab is not None:
@@ -147,7 +154,7 @@ def rejection_triton(
         tiles=tiles,
         ACCEPT_STREAM=int(Stream.ACCEPT),
         ONE_HOT=one_hot,
-        TILES=triton.next_power_of_2(tiles),
+        TILES=triton.next_power_of_2(triton.cdiv(rows.logits.shape[1], RESIDUAL_TILE)),
         num_warps=1,
     )
     return results

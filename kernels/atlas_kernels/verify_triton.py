@@ -100,9 +100,13 @@ def likelier(x, ids, vocab, top, score, token, logit):
     return score, token, logit
 
 
-@triton.jit
+# Whatever changes from step to step is no reason to compile anew: sizes, and where the few numbers per row lie. What a run
+# has once stays specialised, so that rows of logits are read 16 bytes at a time.
+@triton.jit(
+    do_not_specialize=["tiles_per_split"], do_not_specialize_on_alignment=["keys", "positions", "excluded", "greedy"]
+)
 def choose_splits(
-    logits, allowed, excluded, keys, positions, greedy, scores, tokens, sums,
+    logits, allowed, excluded, column_of, keys, positions, greedy, scores, tokens, sums,
     temperature, vocab, logits_stride, allowed_stride, tiles_per_split,
     STREAM: tl.constexpr, GREEDY: tl.constexpr, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr, EXCLUDE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -111,7 +115,8 @@ def choose_splits(
 
     Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: the best token's
     logit, the largest logit m, sum exp(l - m), and sum exp(l - m) (l - m). Excluded tokens (see `without_excluded`) count in
-    the sums, but are not chosen. Rows draw without noise if GREEDY is 1, or if it is 2 and `greedy[row]` is not 0.
+    the sums, but are not chosen: `excluded` int64 `[rows]` has one per row, or `column_of` int32 `[vocab]` those of all. Rows
+    draw without noise if GREEDY is 1, or if it is 2 and `greedy[row]` is not 0.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)
@@ -120,6 +125,8 @@ def choose_splits(
     allowed += row * allowed_stride
     if EXCLUDE == 1:
         excluded += row
+    if EXCLUDE == 2:
+        excluded = column_of
     lanes = tl.arange(0, BLOCK)
     blocks = tl.arange(0, BLOCKS)
     negative_infinity = float("-inf")
@@ -190,7 +197,7 @@ def store_figures(logprobs, entropies, max_probs, row, logit, peak, total, momen
     tl.store(max_probs + row, 1.0 / total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["draft_token_ids", "row_starts"])
 def finish(
     scores, tokens, sums, draft_token_ids, row_starts, token_ids, num_accepted, logprobs, entropies, max_probs,
     splits,
@@ -225,7 +232,7 @@ def verify_triton(rows: PackedRows) -> tuple[torch.Tensor, ...]:
             rows.row_starts,
             *results,
             splits,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=most_splits(rows.logits.shape[1], rows.logits.device),
             num_warps=1,
         )
     return results
@@ -251,8 +258,8 @@ def row_arguments(rows: PackedRows) -> dict[str, Any]:
         "positions": rows.positions,
         "temperature": float(rows.temperature),
         "vocab": rows.logits.shape[1],
-        "logits_stride": rows.logits.stride(0),
-        "allowed_stride": mask.stride(0),
+        "logits_stride": rows.logits.shape[1],  # a single row may have any stride
+        "allowed_stride": rows.logits.shape[1],
         "SCALED": rows.temperature not in (0, 1),
         "HAS_ALLOWED": rows.allowed is not None,
     }
@@ -271,7 +278,8 @@ def launch_splits(
     if num_rows:
         choose_splits[(num_rows, splits)](
             **row_arguments(rows),
-            excluded=rows.logits if excluded is None else excluded,
+            excluded=excluded if exclude == 1 else rows.keys,
+            column_of=excluded if exclude == 2 else rows.logits,
             greedy=rows.logits if flags is None else flags.view(torch.uint8),
             scores=scores,
             tokens=tokens,
@@ -291,10 +299,21 @@ def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int, 
 
     There are about four programs per multiprocessor, so that few rows use the whole device too.
     """
-    blocks, splits = _INTERPRETED
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        blocks, splits = BLOCKS, triton.cdiv(4 * processors, max(rows, 1))
+    blocks, programs = _blocks_and_programs(device)
+    splits = triton.cdiv(programs, max(rows, 1)) if device.type == "cuda" else programs
     tiles = triton.cdiv(vocab, blocks * NOISE_BLOCK)
     tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
     return blocks, triton.cdiv(tiles, tiles_per_split), tiles_per_split
+
+
+def most_splits(vocab: int, device: torch.device) -> int:
+    """A power of two that no number of splits exceeds, however many rows there are."""
+    blocks, programs = _blocks_and_programs(device)
+    return triton.next_power_of_2(min(programs, triton.cdiv(vocab, blocks * NOISE_BLOCK)))
+
+
+def _blocks_and_programs(device: torch.device) -> tuple[int, int]:
+    """Noise blocks per step, and programs that use the whole device; in the interpreter, splits."""
+    if device.type != "cuda":
+        return _INTERPRETED
+    return BLOCKS, 4 * torch.cuda.get_device_properties(device).multi_processor_count

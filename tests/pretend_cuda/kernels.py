@@ -73,7 +73,7 @@ class Launches:
         if any(isinstance(v, torch.Tensor) and not isinstance(v, CudaTensor) for v in values):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         named = {name: value for name, value in kwargs.items() if name not in ("grid", "warmup")}
-        self._device.record.build(f"Triton {kernel.fn.__name__}", (kernel.fn, specialization(kernel.fn, args, named)))
+        self._device.record.build(f"Triton {kernel.fn.__name__}", (kernel.fn, specialization(kernel, args, named)))
         self._device.record.event("triton", kernel.fn.__name__)
         if self._blank:
             return None
@@ -115,20 +115,28 @@ def _on_device(value: torch.Tensor | None) -> CudaTensor | None:
     return None if value is None else CudaTensor(value)
 
 
-def specialization(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What Triton compiles a kernel anew for: constants, types, numbers that are 1 or multiples of 16, aligned pointers."""
-    signature = inspect.signature(function)
+def specialization(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles a kernel anew for: constants, types, numbers that are 1 or multiples of 16, aligned pointers.
+
+    Numbers and pointers are left out as far as the kernel says that it wants none of it.
+    """
+    signature = inspect.signature(kernel.fn)
+    whatever, anywhere = (
+        kernel.kwargs.get(name) or () for name in ("do_not_specialize", "do_not_specialize_on_alignment")
+    )
     given = {name: value for name, value in kwargs.items() if name in signature.parameters}
     bound = signature.bind(*args, **given)
     bound.apply_defaults()
     key: list[Any] = [kwargs.get("num_warps")]
     for name, value in bound.arguments.items():
         if isinstance(value, torch.Tensor):
-            key.append((name, value.dtype, value.inner.data_ptr() % 16 == 0 if isinstance(value, CudaTensor) else None))
+            aligned = value.inner.data_ptr() % 16 == 0 if isinstance(value, CudaTensor) else None
+            key.append((name, value.dtype, None if name in (*whatever, *anywhere) else aligned))
         elif "constexpr" in str(signature.parameters[name].annotation) or value is None or isinstance(value, bool):
             key.append((name, str(value)))
         elif isinstance(value, int):
-            key.append((name, "one" if value == 1 else "sixteens" if value % 16 == 0 else "int", abs(value) >= 2**31))
+            kind = "one" if value == 1 else "sixteens" if value % 16 == 0 else "int"
+            key.append((name, None if name in whatever else kind, abs(value) >= 2**31))
         else:
             key.append((name, type(value).__name__))
     return tuple(key)

@@ -1,0 +1,102 @@
+"""Triton compiles a kernel anew for constants, types, and numbers that are 1 or multiples of 16: once, while a batch drains.
+
+A variant takes 0.3 to 3 s to compile, while everybody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from atlas_kernels.draft_head_triton import draft_head_triton
+from atlas_kernels.head_call import DraftHeadWeights, HeadCall
+from atlas_kernels.noise import Stream
+from atlas_kernels.nvfp4_triton import linear_triton
+from atlas_kernels.rejection_triton import rejection_triton
+from atlas_kernels.rows import PackedRows
+from atlas_kernels.verify_triton import verify_triton
+from tests.pretend_cuda import PretendCuda
+
+VOCAB, SIZE = 151_936, 256
+BATCHES = (64, 63, 48, 33, 32, 17, 16, 15, 8, 3, 2, 1)
+DRAFTS = (0, 1, 3, 5)  # per request
+VOCABULARIES = (611, 1024, 1480, 3021, 4096, 5555, 8192)  # a drafter's grows
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
+    """A pretended H100 on which kernels are launched and write nothing."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="the kernels need Triton")
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *arguments, **named: None)
+    with PretendCuda() as cuda:
+        yield cuda
+
+
+def builds(device: PretendCuda) -> list[str]:
+    return sorted(event.what.removeprefix("Triton ") for event in device.events if event.kind == "build")
+
+
+def ints(count: int, offset: int = 0) -> torch.Tensor:
+    """int64 `[count]`, in memory that need not be aligned: a part of one upload."""
+    return torch.zeros(count + offset, dtype=torch.int64, device="cuda")[offset:]
+
+
+def packed(batch: int, drafts: int) -> PackedRows:
+    rows, offset = batch * (1 + drafts), batch % 2
+    logits = torch.empty(rows, VOCAB, dtype=torch.bfloat16, device="cuda")
+    starts = ints(batch + 1, offset)
+    return PackedRows(logits, ints(rows, offset), starts, ints(rows, offset), ints(rows, offset), 0.8, None)
+
+
+def by_rejection(batch: int, drafts: int) -> None:
+    rows = packed(batch, drafts)
+    for tokens in VOCABULARIES:
+        probs = torch.empty(len(rows.logits), tokens, device="cuda")
+        rejection_triton(rows, probs, ints(tokens))
+
+
+def drafted(batch: int, drafts: int, whole_bytes: int = 0) -> None:
+    for tokens in VOCABULARIES if drafts else ():
+        shapes = {"input_gates": (tokens + 1, 3 * SIZE), "state_gates": (3 * SIZE, SIZE), "state_bias": (3 * SIZE,)}
+        shapes |= {"outputs": (tokens, SIZE), "bias": (tokens,)}
+        made = {name: torch.empty(shape, dtype=torch.bfloat16, device="cuda") for name, shape in shapes.items()}
+        weights, offset = DraftHeadWeights(token_ids=ints(tokens), **made), batch % 2
+        state = torch.empty(batch, SIZE, device="cuda")
+        per_row = (ints(batch, offset) for _ in range(3))
+        draft_head_triton(
+            HeadCall(weights, state, *per_row, drafts, 0.8, Stream.TARGET, False), whole_bytes=whole_bytes
+        )
+
+
+def four_bits(batch: int, drafts: int) -> None:
+    x = torch.empty(batch * (1 + drafts), SIZE, dtype=torch.bfloat16, device="cuda")
+    weight = torch.empty(1024, SIZE // 2, dtype=torch.uint8, device="cuda")
+    scales = torch.empty(1024, SIZE // 16, dtype=torch.uint8, device="cuda")
+    linear_triton(x, weight, scales, torch.ones((), device="cuda"))
+
+
+CALLS: dict[str, tuple[Callable[[int, int], None], list[str]]] = {
+    "verify": (lambda batch, drafts: verify_triton(packed(batch, drafts)), ["choose_splits", "finish"]),
+    "one-hot rejection": (
+        lambda batch, drafts: rejection_triton(packed(batch, drafts), None, None),
+        ["choose_splits", "finish_rejection"],
+    ),
+    "rejection": (by_rejection, ["choose_splits", "finish_rejection", "residual_splits"]),
+    "draft head": (drafted, ["advance", "finish_draft", "score"]),
+    "draft head at once": (lambda batch, drafts: drafted(batch, drafts, 1 << 40), ["draft_whole"]),
+    "four bits": (four_bits, ["linear_rows"]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_batch_that_drains_compiles_each_kernel_once(call: str, device: PretendCuda) -> None:
+    """Whatever its size, the drafts and their vocabulary; wherever its few numbers per row lie in memory."""
+    run, kernels = CALLS[call]
+    for batch in BATCHES:
+        for drafts in DRAFTS:
+            run(batch, drafts)
+    assert builds(device) == kernels
