@@ -100,6 +100,10 @@ class Backend(ABC):
         """The policy's vocabulary as it is now; `vocab_size` is what it was when the backend was made."""
         return self.vocab_size
 
+    def moved(self) -> bool:
+        """Whether the policy is on another device than when the backend was made: drafters are then bound anew."""
+        return False
+
     @abstractmethod
     def eos_token_ids(self) -> list[int]:
         """Ending tokens that the policy's own configuration names; may be none."""
@@ -146,6 +150,7 @@ class InProcessBackend(Backend):
         self.runner = InProcessRunner(model)
         self.vocab_size, self.max_context = self.runner.vocab_size, self.runner.max_context
         self.view = InProcessView(self.runner.model)
+        self._device = self.runner.device
         self.couples_noise = verifier.couples_noise
         self._verifier, self._max_batch_size = verifier, max_batch_size
 
@@ -155,6 +160,9 @@ class InProcessBackend(Backend):
     def current_vocab_size(self) -> int:
         weight = self.runner.model.get_output_embeddings().weight
         return int(weight.shape[0]) if weight.dim() == 2 and weight.numel() else self.vocab_size  # else sharded away
+
+    def moved(self) -> bool:
+        return self.runner.device != self._device
 
     def generate(self, call: Call) -> Run:
         runner = self.runner

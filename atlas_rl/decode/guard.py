@@ -89,6 +89,7 @@ class GuardedSpeculator(Speculator):
         self.unguarded = speculator
         self.name, self.needs = speculator.name, speculator.needs
         self._faults = faults
+        self._policy: PolicyView | None = None
         self._version = -1  # of the policy at the latest call
         self._off_at: int | None = None  # the policy's version when it failed
 
@@ -100,6 +101,7 @@ class GuardedSpeculator(Speculator):
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Bind the speculator; what it raises is for whoever chose it, and is not caught."""
         self.unguarded.bind(policy, couples_noise)
+        self._policy = policy
         self.needs, self._off_at = self.unguarded.needs, None
 
     def start(
@@ -119,6 +121,8 @@ class GuardedSpeculator(Speculator):
         def propose() -> Draft:
             draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
             _check_draft(draft, max_draft_tokens, sequences.vocab_size)
+            if draft.draft_probs is not None and self._policy is not None:
+                draft.draft_probs = draft.draft_probs.to(self._policy.device)  # wherever the drafter works
             return draft
 
         return self._try("propose", propose, Draft.empty(len(requests)))

@@ -77,7 +77,7 @@ def refuse_layers(config: Any, name: str) -> None:
 
 
 def refuse_modules(model: nn.Module) -> None:
-    """Raise `ValueError` for a policy whose weights are elsewhere, or whose modules are compiled to something else."""
+    """Raise `ValueError` for a policy whose weights are elsewhere or in several places, or whose modules are compiled."""
     name = type(model).__name__
     away = next((key for key, weight in model.named_parameters() if weight.is_meta), None)
     if away is not None:
@@ -85,12 +85,27 @@ def refuse_modules(model: nn.Module) -> None:
             f"{name} has weights that are not in memory ({away} is on device 'meta'): it was offloaded by accelerate, or "
             "they were never loaded. Load it without offloading (no device_map that puts layers on 'cpu' or 'disk')"
         )
+    devices = _devices_of(model)
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name} is spread over several devices ({', '.join(devices)}): in process a policy runs on one, with one "
+            "attention cache. Load it onto one (device_map={'': 0}, or no device_map and .to('cuda')), or generate with "
+            "vLLM, which splits policies (tensor_parallel_size)"
+        )
     scripted = next((key for key, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
     if scripted is not None:
         raise ValueError(
             f"{name} has a module compiled by torch.jit ({scripted or 'itself'}), whose mode and forward cannot be changed "
             "for the time of a call: use the module that it was made from"
         )
+
+
+def _devices_of(model: nn.Module) -> list[str]:
+    """Where a policy's weights are, and where accelerate has put its layers (`device_map`)."""
+    # What is sharded away leaves an empty weight behind, anywhere.
+    devices = {str(weight.device) for weight in model.parameters() if weight.numel()}
+    placed = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    return sorted(placed if len(placed) > 1 else devices)
 
 
 def reach_of(config: Any) -> Reach | None:

@@ -320,7 +320,7 @@ class RolloutEngine:
 
     def _backend_for(self, model: Any) -> Backend:
         backend = self._backend
-        if backend is None or resized(backend) or not backend.runs(model):
+        if backend is None or resized(backend) or backend.moved() or not backend.runs(model):
             backend = new_backend(model, self.config)
             for speculator in (self._speculators or {}).values():
                 speculator.bind(backend.view, backend.couples_noise)

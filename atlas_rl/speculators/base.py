@@ -40,7 +40,9 @@ class Speculator(ABC):
     _couples_noise: bool = True
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Draft for this policy. Called before anything else, and again whenever the engine gets another policy.
+        """Draft for this policy, on the device where it is now.
+
+        Called before anything else, and again whenever the engine gets another policy, or finds it on another device.
 
         Args:
             policy: May be read while a call runs (`start`, `propose`, `observe`), when its weights are whole on every

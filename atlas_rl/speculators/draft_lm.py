@@ -45,7 +45,7 @@ class DraftLM(Speculator):
     acceptance and nothing else.
 
     Args:
-        model: The draft LM; only read.
+        model: The draft LM; moved to the policy's device, and only read.
         vocab_size: The policy's vocabulary size.
         same_tokenizer: Whether its tokenizer is known to be the policy's, so that sizes may differ by any amount.
 
@@ -64,8 +64,10 @@ class DraftLM(Speculator):
         self._cache: RaggedBatch | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Draft for this policy, whose vocabulary may have grown."""
+        """Draft for this policy, whose vocabulary may have grown, where it is now."""
         super().bind(policy, couples_noise)
+        if self._runner.device != policy.device:
+            self._runner = InProcessRunner(self._runner.model.to(policy.device))
         self._set_vocabulary(policy.vocab_size)
 
     def start(

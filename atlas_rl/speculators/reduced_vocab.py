@@ -81,6 +81,10 @@ class TokenRows:
             self.inputs, self.outputs = _appended(self.inputs, inputs), _appended(self.outputs, outputs)
             self.biases = torch.cat([self.biases, biases])
 
+    def move_to(self, device: torch.device) -> None:
+        """The policy is on another device now."""
+        self.inputs, self.outputs, self.biases = (rows.to(device) for rows in (self.inputs, self.outputs, self.biases))
+
     def reread(self, policy: PolicyView) -> None:
         """The policy's weights may have changed: take the rows anew."""
         self.inputs, self.outputs, self.biases = policy.rows_of(self.token_ids)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 
 from tests.pretend_cuda.attention import attend
 from tests.pretend_cuda.operations import Operations
-from tests.pretend_cuda.tensors import CUDA, CudaTensor, plain, unpretended
+from tests.pretend_cuda.tensors import CUDA, CudaTensor, plain, tensors_in, unpretended
 
 _CPU = torch.device("cpu")
 _NUMPY = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
@@ -30,7 +29,7 @@ def call(device: Operations, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     asked = kwargs.get("device")
     if asked is not None and torch.device(asked).type == "cuda":
         return _made(device, func, args, kwargs | {"device": "cpu"})
-    on_device = asked is None and any(isinstance(v, CudaTensor) for v in tree_flatten((args, kwargs))[0])
+    on_device = asked is None and any(isinstance(v, CudaTensor) for v in tensors_in((args, kwargs)))
     with device.made_here(on_device):
         return func(*args, **kwargs)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -31,7 +31,7 @@ class PretendCuda(Record):
         memory: Bytes of the device, all of them free.
         cudnn_attention: Whether attention in half precision goes to cuDNN first, as torch from 2.11 on has it on Hopper and
             Blackwell (cuDNN above 9.15.1, and TORCH_CUDNN_SDPA_DEPRIORITIZED not set).
-        interpret: Whether Triton kernels are interpreted rather than computed by their references (`kernels.py`).
+        kernels: How Triton kernels get their results (`kernels.py`): of their references, of the interpreter, or not at all.
         forbid: Kinds of events that raise where they happen (see also `forbidding`).
     """
 
@@ -43,12 +43,12 @@ class PretendCuda(Record):
         processors: int = 132,
         memory: int = 80 << 30,
         cudnn_attention: bool = True,
-        interpret: bool = False,
+        kernels: Literal["reference", "interpreted", "blank"] = "reference",
         forbid: Sequence[str] = (),
     ) -> None:
         super().__init__(roots, forbid)
         self._processors, self._memory, self._available = processors, memory, available
-        self._cudnn_attention, self._interpret = cudnn_attention, interpret
+        self._cudnn_attention, self._kernels = cudnn_attention, kernels
         self._stack = ExitStack()
 
     def __enter__(self) -> PretendCuda:
@@ -68,7 +68,7 @@ class PretendCuda(Record):
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to("cuda")` makes new parameters
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
-        stack.enter_context(Launches(device, interpret=self._interpret).running())
+        stack.enter_context(Launches(device, self._kernels).running())
         stack.enter_context(_Dispatch(device))
         stack.enter_context(_Functions(device))
         stack.enter_context(activated(device))

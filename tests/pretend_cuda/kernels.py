@@ -1,9 +1,8 @@
 """Triton kernels on pretended tensors: launched and compiled as on a GPU, computed by their references.
 
 Interpreted, a kernel takes half a second. So what a call of one of our kernels gives is computed by its reference, which
-gives the same (tests/kernels). The code of the host that launches it runs all the same, on memory that nothing is written
-to, so that its launches, copies and compilations are recorded. With `interpret`, and for kernels that are not listed here,
-the interpreter runs them.
+gives the same (tests/kernels). The code of the host that launches it runs all the same, on memory that nobody writes,
+so that its launches, copies and compilations are recorded. Kernels that are not listed here are interpreted.
 """
 
 from __future__ import annotations
@@ -37,12 +36,13 @@ class Launches:
 
     Args:
         device: Of the tensors.
-        interpret: Whether kernels are interpreted rather than computed by their references.
+        kernels: "reference" computes what calls of our kernels give by their references, "interpreted" interprets all, and
+            with "blank" nothing is written at all: to see what is launched.
     """
 
-    def __init__(self, device: Operations, *, interpret: bool) -> None:
-        self._device, self._interpret = device, interpret
-        self._blank = False  # whether launches write nothing
+    def __init__(self, device: Operations, kernels: str) -> None:
+        self._device, self._by_references = device, kernels == "reference"
+        self._blank = kernels == "blank"  # whether launches write nothing
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -59,7 +59,7 @@ class Launches:
 
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(InterpretedFunction, "run", run))
-            for launcher, reference, name in () if self._interpret else _REFERENCES:
+            for launcher, reference, name in _REFERENCES if self._by_references else ():
                 module = importlib.import_module(f"atlas_kernels.{launcher}")
                 same = getattr(importlib.import_module(f"atlas_kernels.{reference}"), f"{name}_reference")
                 called = self._by_reference(getattr(module, f"{name}_triton"), same)

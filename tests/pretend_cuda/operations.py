@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tests.pretend_cuda.record import Record
-from tests.pretend_cuda.tensors import MIXED, CudaTensor
+from tests.pretend_cuda.tensors import MIXED, CudaTensor, mapped, plain, tensors_in
 
 _aten = torch.ops.aten
 _INDICES = "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
@@ -92,14 +91,12 @@ class Operations:
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operation."""
         packet, asked = func.overloadpacket, kwargs.get("device")
-        flat, layout = tree_flatten((args, kwargs))
-        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         on_device = [value for value in tensors if isinstance(value, CudaTensor)]
         if not on_device and (tensors or not self._tags[-1]):
             return func(*args, **kwargs)
         self._check(packet, args, tensors)
-        numbers = tree_unflatten([v.inner if isinstance(v, CudaTensor) else v for v in flat], layout)
-        out = func(*numbers[0], **numbers[1])
+        out = func(*plain(args), **plain(kwargs))
         if packet is _aten.copy_:
             return self._copied(args)
         if packet is _aten._to_copy and asked is not None and asked.type == "cpu" and not self._tags[-1]:
@@ -110,8 +107,8 @@ class Operations:
         wrapped = _wrapping(on_device)
         if view and on_device and not on_device[0].is_inference():  # inference mode makes no inference tensor of a view
             with torch.inference_mode(False):
-                return tree_map(wrapped, out)
-        return tree_map(wrapped, out)
+                return mapped(out, wrapped)
+        return mapped(out, wrapped)
 
     def _check(self, packet: Any, args: Any, tensors: list[torch.Tensor]) -> None:
         """Raise where torch would for want of one device; note what it copies by itself, and where it waits."""
@@ -161,16 +158,19 @@ class Operations:
             return
         if packet is _aten._to_copy and isinstance(out, torch.Tensor) and not out.numel():
             return
+        if packet is _aten._to_copy and getattr(args[0], "_is_param", False):
+            self.record.event("launch", "cast of a weight", num_bytes=args[0].nbytes)
+            return
         kernels = -(-len(args[0]) // 128) if packet is _aten.cat else _KERNELS.get(packet, 1)
         self.record.event("launch", str(packet).removeprefix("aten."), count=kernels)
 
 
-def _wrapping(on_device: list[CudaTensor]) -> Callable[[Any], Any]:
+def _wrapping(on_device: list[CudaTensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Makes device tensors of results; what an operation changed in place stays the tensor that it was."""
     own = {id(value.inner): value for value in on_device}
 
-    def wrapped(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or isinstance(value, CudaTensor):
+    def wrapped(value: torch.Tensor) -> torch.Tensor:
+        if isinstance(value, CudaTensor):
             return value
         known = own.get(id(value))
         return CudaTensor(value) if known is None else known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +51,17 @@ class Record:
     def __init__(self, roots: Sequence[str | Path], forbid: Sequence[str]) -> None:
         self.roots = tuple(str(root).rstrip("/") + "/" for root in roots)
         self.events: list[Event] = []
+        self.entered: Counter[str] = Counter()  # how often each section was
         self._sections = [""]
         self._forbidden = tuple(forbid)
         self._built: set[Any] = set()
+        self._names: dict[str, tuple[bool, bool, str]] = {}
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Events inside are of this section."""
         self._sections.append(name)
+        self.entered[name] += 1
         try:
             yield
         finally:
@@ -83,19 +86,23 @@ class Record:
         finally:
             self._forbidden = before
 
-    def count(self, *kinds: str, section: str | None = None) -> int:
-        """Events of these kinds (kernels, of launches), in one section or all."""
-        return sum(e.count for e in self.events if e.kind in kinds and section in (None, e.section))
+    def count(self, *kinds: str, section: str | Collection[str] | None = None) -> int:
+        """Events of these kinds (kernels, of launches), in one section, in some or in all."""
+        return sum(e.count for e in self.of(*kinds, section=section))
 
-    def places(self, *kinds: str, section: str | None = None) -> Counter[tuple[str, str, str]]:
+    def of(self, *kinds: str, section: str | Collection[str] | None = None) -> list[Event]:
+        """Events of these kinds, in one section, in some or in all."""
+        wanted = (section,) if isinstance(section, str) else section
+        return [e for e in self.events if e.kind in kinds and (wanted is None or e.section in wanted)]
+
+    def places(self, *kinds: str, section: str | Collection[str] | None = None) -> Counter[tuple[str, str, str]]:
         """How often, by kind, operation and place."""
         found: Counter[tuple[str, str, str]] = Counter()
-        for event in self.events:
-            if event.kind in kinds and section in (None, event.section):
-                found[event.kind, event.what, event.where] += event.count
+        for event in self.of(*kinds, section=section):
+            found[event.kind, event.what, event.where] += event.count
         return found
 
-    def table(self, *kinds: str, section: str | None = None, per: int = 1) -> str:
+    def table(self, *kinds: str, section: str | Collection[str] | None = None, per: int = 1) -> str:
         """Places by count, the most frequent first; counts are divided by `per`, a number of steps."""
         rows = self.places(*(kinds or WAITS), section=section).most_common()
         return "\n".join(f"{n / per:8.2f}  {kind:9} {what:34} {where}" for (kind, what, where), n in rows)
@@ -118,15 +125,23 @@ class Record:
         library = ""
         while frame is not None:
             name = frame.f_code.co_filename
-            if not name.startswith((_OURS, "<")):
-                inside = name.startswith(self.roots) and "site-packages" not in name
-                place = f"{self._short(name)}:{frame.f_lineno} {frame.f_code.co_name}"
+            if name not in self._names:
+                self._names[name] = self._kind(name)
+            inside, calls_torch, short = self._names[name]
+            if inside or (calls_torch and not library):
+                place = f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
                 if inside:
                     return place, library
-                if not library and "/torch/" not in name and "unittest" not in name:
-                    library = place
+                library = place
             frame = frame.f_back
         return library or "?", library
+
+    def _kind(self, name: str) -> tuple[bool, bool, str]:
+        """Of a file: whether events are charged to it, whether it may be a library that calls torch, and its short name."""
+        if name.startswith((_OURS, "<")):
+            return False, False, ""
+        inside = name.startswith(self.roots) and "site-packages" not in name
+        return inside, "/torch/" not in name and "unittest" not in name, self._short(name)
 
     def _short(self, name: str) -> str:
         for root in sorted(self.roots, key=len, reverse=True):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
     from tests.pretend_cuda.operations import Operations
@@ -100,6 +99,31 @@ def unpretended() -> Iterator[None]:
         yield
 
 
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """Tensors among the arguments of a call, in their order."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from tensors_in(value)
+
+
+def mapped(values: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """`values`, arguments or results of a call, with `function` of every tensor in them."""
+    if isinstance(values, torch.Tensor):
+        return function(values)
+    if isinstance(values, dict):
+        return {name: mapped(value, function) for name, value in values.items()}
+    if isinstance(values, tuple | list):
+        made = [mapped(value, function) for value in values]
+        named = hasattr(values, "_fields")  # a namedtuple; torch's own take a list, as lists and tuples do
+        return type(values)(*made) if named else type(values)(made)
+    return values
+
+
 def plain(values: Any) -> Any:
     """`values` with the numbers of every tensor in them."""
-    return tree_map(lambda value: value.inner if isinstance(value, CudaTensor) else value, values)
+    return mapped(values, lambda tensor: tensor.inner if isinstance(tensor, CudaTensor) else tensor)

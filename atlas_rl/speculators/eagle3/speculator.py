@@ -38,7 +38,8 @@ class Eagle3Speculator(Speculator):
     """Drafts with an EAGLE-3 head, under the sampling parameters of the call.
 
     Args:
-        head: A loaded head, or the folder of a checkpoint, which is then read when the policy is known.
+        head: A loaded head, which is moved to the policy's device, or the folder of a checkpoint, which is then read when
+            the policy is known.
 
     Raises:
         ValueError: At `bind`: the checkpoint is damaged or belongs to another policy.
@@ -55,7 +56,8 @@ class Eagle3Speculator(Speculator):
         """Load the head for this policy."""
         super().bind(policy, couples_noise)
         self._policy = policy
-        self.head = self._given if isinstance(self._given, Eagle3Head) else load_eagle3(self._given, policy)
+        given = self._given
+        self.head = given.to(policy.device) if isinstance(given, Eagle3Head) else load_eagle3(given, policy)
         for module in self.head.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data = by_columns(module.weight.data)

@@ -8,7 +8,7 @@ of distillation (`distill.py`) over the tokens that the rollouts use (`reduced_v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,7 @@ class Learner:
         self._stride, self._num_logged = 1, 0
         self._log: list[_Logged] = []
         self._num_read = 0  # entries of the log whose tokens have rows
+        self._unread = np.zeros(0, np.int64)  # tokens of earlier calls that have none: weights are read in calls alone
         self._cut = 1.0  # share of the budget that training is worth
         self._agreement: float | None = None  # after the refresh before
         self._set_ids(np.zeros(0, np.int64))
@@ -117,6 +118,20 @@ class Learner:
         """Another policy of the same sizes: its embeddings are read at the next call."""
         self._rows_version = None
 
+    @trainable
+    def move_to(self, device: torch.device) -> None:
+        """What it learned, and what it learns from, goes where the policy is now."""
+        if device == self._device:
+            return
+        moments = self._optimizer.state_dict()
+        self._device, self.head = device, self.head.to(device)
+        self._optimizer = new_optimizer(self.head)
+        self._optimizer.load_state_dict(moments)  # to where the parameters are
+        self._rows.move_to(device)
+        self._buffer.move_to(device)
+        self._log = [replace(entry, hidden=entry.hidden.to(device)) for entry in self._log]
+        self.revision += 1
+
     # -------------------------------------------------------------------------------------------------------- a call
 
     def begin_call(self, sequences: Sequences, policy: PolicyView) -> None:
@@ -127,6 +142,8 @@ class Learner:
             self._rows.reread(policy)
             self._rows_version = sequences.policy_version
             self._set_tables(policy)
+        self._rows.add(self._unread, policy)
+        self._unread = self._unread[:0]
         self._stride, self._num_logged = 1, 0
         self._kept = np.ones(len(sequences.lengths), bool)
 
@@ -188,6 +205,8 @@ class Learner:
             missed = np.concatenate([entry.missed for entry in self._log])
             self._buffer.add(requests, positions, tokens, hidden, missed, self.sequences.policy_version)
             self._counts.add(tokens)
+            unread = [self._unread, *(entry.tokens for entry in self._log[self._num_read :])]
+            self._unread = np.unique(np.concatenate(unread))
         self._log, self._num_read, self.sequences = [], 0, None
 
     # ------------------------------------------------------------------------------------------------------- a refresh
@@ -208,11 +227,15 @@ class Learner:
             budget_s: Asked once: most seconds.
 
         Returns:
-            What was done; None where there is nothing to learn from.
+            What was done; None where there is nothing to learn from, or no token yet whose embeddings are known: a server
+            may be told of new weights before any request has ended.
         """
         self.end_call()
         self._counts.fade()
         if not self._buffer.has_windows:
+            return None
+        self._revise_vocabulary(policy)
+        if not len(self.ids):
             return None
         whole_s = budget_s()
         # A point of agreement is about a point of the time that generating takes, in this step and some more.
@@ -223,7 +246,6 @@ class Learner:
                 self._cut = 1.0
             return whole_s * self._cut
 
-        self._revise_vocabulary(policy)
         done = distill(
             self.head, self._optimizer, self._buffer, self._target(rollouts.sequences, policy), version=policy_version,
             budget_s=share_s, loss=self._settings.loss, rng=self._rng, clock=self._clock,
@@ -253,6 +275,8 @@ class Learner:
         """Take the tokens that the rollouts use by now; what was learned about those that stay is kept."""
         ids = self._counts.most_used(self._settings.max_vocab)
         ids = ids[self._rows.slots[ids] >= 0]
+        if not len(ids):
+            return  # of none of them the rows are known yet
         if np.array_equal(ids, self.ids) and len(self.head.outputs) == len(ids):
             return
         stayed = self.index_of[ids] < len(self.ids)

@@ -81,6 +81,10 @@ class RolloutBuffer:
         self._versions = np.concatenate([self._versions[dropped:], np.full(len(tokens), version)])
         self._weights = np.concatenate([self._weights[dropped:], weights])
 
+    def move_to(self, device: torch.device) -> None:
+        """The policy is on another device now, and so are the states of its next rollouts."""
+        self._hidden = self._hidden.to(device)
+
     def sample(self, num_windows: int, unroll: int, version: int, rng: np.random.Generator) -> Windows:
         """Windows from all over the buffer: more of recent policies, more of where the head's drafts were rejected.
 

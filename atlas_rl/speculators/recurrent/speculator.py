@@ -87,7 +87,7 @@ class RecurrentSpeculator(Speculator):
         self._began_s = clock()
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Draft for this policy: as learned where its sizes are those of the policy before, else from nothing."""
+        """Draft for this policy, on its device: as learned where the one before had its sizes, else from nothing."""
         super().bind(policy, couples_noise)
         self._follows = policy.form is not None
         if not self._follows:
@@ -100,6 +100,8 @@ class RecurrentSpeculator(Speculator):
         sizes = (policy.vocab_size, policy.hidden_size)
         if known == sizes:
             self.learner.forget_tables()
+            self.learner.move_to(policy.device)
+            self._reset(policy, self.learner)
             return
         if known is not None:
             logger.warning(
