@@ -194,10 +194,13 @@ class Drawing:
         if not self._probs:
             return None
         batch = len(self._depths)
-        if self._token_ids is None and len(self.rows[-1]) == batch:
+        everybody = len(self.rows[-1]) == batch  # has all positions
+        if everybody and self._token_ids is None:
             return torch.stack(self._probs, dim=1)
-        shape = batch, len(self.rows), self._sequences.vocab_size
-        draft_probs = self._probs[0].new_zeros(shape)
+        draft_probs = self._probs[0].new_zeros(batch, len(self.rows), self._sequences.vocab_size)
+        if everybody:
+            draft_probs[:, :, self._token_ids] = torch.stack(self._probs, dim=1)
+            return draft_probs
         for column, (position, probs) in enumerate(zip(self._positions, self._probs, strict=True)):
             if self._token_ids is None:
                 draft_probs[position.index, column] = probs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,62 +9,39 @@ import pytest
 import torch
 
 from atlas_rl.core import SamplingParams
-from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.speculators.drawing import Drawing
-from tests.gpu.test_pretend_cuda import ARMS, engine, generate, policy
+from tests.gpu.counts import counts_of
+from tests.gpu.engines import ARMS, calls_before_drafts, engine_of, generate, policy
 from tests.pretend_cuda import PretendCuda
 from tests.verification import VOCAB, case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LAUNCHES = {"history": 40, "recurrent": 40, "eagle3": 150, "draft_lm": 400, "fp4_self": 400}
-"""Most launches per decode step beside the policy's forward, at three drafted tokens, averaged over a short call."""
+_WAITS = ("sync", "d2h", "d2h_async", "h2d")
+# Launches per step beside the policy's forward. The probabilities that rejection keeps are written, merged and gathered.
+LAUNCHES_OF = {"recurrent": 45, "eagle3": 165, "draft_lm": 400, "fp4_self": 400}
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A pretended GPU, and how often steps were taken and drafts made; events of them are in sections of that name."""
-    calls: Counter[str] = Counter()
-
-    def count(device: PretendCuda, owner: type, method: str, name: str) -> None:
-        inner = device.sectioned(getattr(owner, method), name)
-
-        def called(self: Any, *args: Any) -> Any:
-            calls[name] += 1
-            return inner(self, *args)
-
-        monkeypatch.setattr(owner, method, called)
-
-    with PretendCuda() as device:
-        count(device, DecodeLoop, "step", "step")
-        count(device, DecodeLoop, "forward", "forward")
-        for arm in ARMS.values():
-            count(device, type(arm(lambda module: module)), "propose", "propose")
-        yield device, calls
+@pytest.mark.usefixtures("probed_once")
+@pytest.mark.parametrize("arm", LAUNCHES_OF)
+def test_launches_under_rejection(arm: str) -> None:
+    counts = counts_of(arm, verification="rejection", max_new_tokens=6, temperature=0.8)
+    assert counts.beside <= LAUNCHES_OF[arm]
 
 
+@pytest.mark.usefixtures("probed_once")
 @pytest.mark.parametrize("verification", ["invariant", "rejection"])
-@pytest.mark.parametrize("arm", LAUNCHES)
-def test_a_step_has_its_budget(arm: str, verification: str, counted: Any) -> None:
-    device, calls = counted
-    own = engine(device.move(policy()), ARMS[arm](device.move), audit_share=0, verification=verification)
-    if arm == "recurrent":  # which drafts nothing before its first refresh
-        generate(own, calls=1, temperature=0.8)
-        device.events.clear()
-        calls.clear()
-    generate(own, calls=1, temperature=0.8)
-    launches = sum(device.count("launch", "triton", section=name) for name in ("step", "propose"))
-    # Probabilities of drafts that are kept for rejection are written, merged and gathered.
-    budget = LAUNCHES[arm] * (1.1 if verification == "rejection" else 1)
-    assert launches <= budget * calls["step"], device.table("launch", section="propose", per=calls["step"])
-    assert not [event for event in device.events if event.kind == "launch" and "noise.py" in event.where]
-    # However many tokens a draft has, it is fetched at once. A copy looks at its weights once per policy update.
-    drafting = [
-        event for event in device.events if event.section == "propose" and "atlas_rl/speculators/" in event.where
-    ]
-    waits = [e for e in drafting if e.kind in ("sync", "d2h", "d2h_async") and "fp4_self/copy.py" not in e.where]
-    assert len(waits) <= calls["propose"]
-    assert len(waits) == 0 if arm == "history" else waits
-    assert not [event for event in drafting if event.kind == "h2d" and "fp4_self/copy.py" not in event.where]
+@pytest.mark.parametrize("arm", LAUNCHES_OF)
+def test_a_draft_is_fetched_once(arm: str, verification: str, cuda: PretendCuda, monkeypatch: Any) -> None:
+    """However many tokens it has, and whatever else is known beforehand goes up without a wait."""
+    speculator = ARMS[arm](cuda.move)
+    assert speculator is not None
+    monkeypatch.setattr(type(speculator), "propose", cuda.sectioned(type(speculator).propose, "propose"))
+    own = engine_of(cuda.move(policy()), speculator, verification=verification)
+    generate(own, calls_before_drafts(arm) + 1, max_new_tokens=6)
+    events = [e for e in cuda.of(*_WAITS, section="propose") if "atlas_rl/speculators/" in e.where]
+    drafts = cuda.entered["propose"]
+    assert 0 < len(events) <= drafts
+    assert {event.where.split(":")[0] for event in events} == {"atlas_rl/speculators/drawing.py"}
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -133,7 +109,7 @@ def test_the_interpreted_kernels_draw_it_too() -> None:
     for reduced in (False, True):
         options = {"couples_noise": True, "reduced": reduced, "depths": np.array([2, 1]), "argmax": False}
         here = drawn(CPU, "cold", **options)
-        with PretendCuda(interpret=True) as device:
+        with PretendCuda(kernels="interpreted") as device:
             there = drawn(CUDA, "cold", **options)
             assert device.count("triton") == 4
         assert here.token_ids.tolist() == there.token_ids.tolist()
