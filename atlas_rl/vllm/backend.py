@@ -41,10 +41,13 @@ def llm_arguments(draft_model: str | Path | None = None, **arguments: Any) -> di
         draft_model: Folder of an EAGLE-3 head, the static speculator.
         arguments: Further ones of `vllm.LLM`, which win: graphs follow `max_num_seqs`, a `compilation_config` is kept.
     """
-    own: dict[str, Any] = {"speculative_config": speculative_config()}
+    own: dict[str, Any] = {"speculative_config": speculative_config(), **arguments}
     if draft_model is not None:
-        own["additional_config"] = {"atlas_rl": {"draft_model": str(draft_model)}}
-    return with_graphs(own | arguments)
+        own["additional_config"] = {
+            **(own.get("additional_config") or {}),
+            "atlas_rl": {"draft_model": str(draft_model)},
+        }
+    return with_graphs(own)
 
 
 @contextmanager

@@ -131,6 +131,13 @@ def test_the_users_own_configuration_wins(monkeypatch: pytest.MonkeyPatch) -> No
     assert "compilation_config" not in llm_arguments(cudagraph_capture_sizes=[1, 2])
 
 
+def test_arguments_of_ones_own_stay_beside_ours() -> None:
+    made = llm_arguments("folder", max_num_seqs=8, additional_config={"other": 1})
+    assert made["additional_config"] == {"other": 1, "atlas_rl": {"draft_model": "folder"}}
+    assert made["max_num_seqs"] == 8
+    assert made["speculative_config"]["num_speculative_tokens"] == K
+
+
 def test_the_flag_of_a_server_is_printed() -> None:
     command = [sys.executable, "-m", "atlas_rl.vllm.graphs"]
     printed = subprocess.run([*command, "64"], capture_output=True, text=True, check=True).stdout
