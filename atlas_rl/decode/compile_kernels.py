@@ -1,4 +1,4 @@
-"""Compile the CPU kernels before the first measured step: numba does it once per machine, and caches the result.
+"""Compile kernels before the first measured step: numba and Triton do it once per machine, and cache the result.
 
 python -m atlas_rl.decode.compile_kernels
 """
@@ -8,14 +8,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
+import torch
 
 from atlas_kernels.noise import BLOCK, Stream, choose_rows, request_keys
 from atlas_rl.controller.depth_search import search
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
 from atlas_rl.core import SamplingParams, Sequences, Verified
+from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
+from atlas_rl.sampling.verification import Verifier
 from atlas_rl.speculators.drawing import choose_among
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 
@@ -28,20 +33,46 @@ _WORTH_SAYING_S = 3.0
 def compile_kernels() -> float:
     """Run every CPU kernel once on a toy batch; seconds it took. Later calls return at once."""
     began = time.perf_counter()
-    said = threading.Timer(_WORTH_SAYING_S, logger.warning, [_COMPILING])
+    with _announced("CPU", "about a minute"):
+        _run_all()
+    return time.perf_counter() - began
+
+
+def compile_verification(verifier: Verifier, sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
+    """Compile what verification launches on a GPU, before the first step; calls that need no more return at once.
+
+    Args:
+        verifier: As `verifier_on` gives it for the device.
+        sampling: Of the call.
+        vocab_size: Of the policy.
+        device: Of the logits.
+    """
+    temperature = kernel_temperature(sampling)
+    needed = verifier.couples_noise, temperature if temperature in (0, 1) else None, vocab_size, device
+    if isinstance(verifier, FusedVerifier) and needed not in _compiled:
+        with _announced("GPU", "some seconds"):
+            verifier.compile_for(sampling, vocab_size, device)
+        _compiled.add(needed)
+
+
+_compiled: set[tuple[bool, float | None, int, torch.device]] = set()
+
+
+@contextmanager
+def _announced(kind: str, how_long: str) -> Iterator[None]:
+    """Says that kernels are compiled inside, if that takes long, and how long it took."""
+    began = time.perf_counter()
+    saying = f"atlas_rl: compiling its {kind} kernels, once per machine: {how_long}"
+    said = threading.Timer(_WORTH_SAYING_S, logger.warning, [saying])
     said.daemon = True
     said.start()
     try:
-        _run_all()
+        yield
     finally:
         said.cancel()
     seconds = time.perf_counter() - began
     if seconds > _WORTH_SAYING_S:
-        logger.warning("atlas_rl: compiled its CPU kernels in %.0f s; they are cached for the next run", seconds)
-    return seconds
-
-
-_COMPILING = "atlas_rl: compiling its CPU kernels, once per machine: about a minute"
+        logger.warning("atlas_rl: compiled its %s kernels in %.0f s; they are cached for the next run", kind, seconds)
 
 
 def _run_all() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from atlas_rl.checks import token_ids
 from atlas_rl.controller.base import Controller
 from atlas_rl.core import Sequences
+from atlas_rl.decode.compile_kernels import compile_verification
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.unwrap import unwrap_policy
@@ -170,9 +171,11 @@ class InProcessBackend(Backend):
         num_requests, sequences = len(call.max_lengths), call.sequences
         num_rows = min(num_requests, self._max_batch_size or num_requests)
         with runner.session(runner.new_cache(num_rows, sequences.max_length)):
+            verifier = verifier_on(runner.device, self._verifier)
+            compile_verification(verifier, sequences.sampling, runner.vocab_size, runner.device)
             loop = DecodeLoop(
                 runner,
-                verifier_on(runner.device, self._verifier),
+                verifier,
                 call.speculators,
                 call.controller,
                 sequences,

@@ -65,11 +65,10 @@ class FusedVerifier(Verifier):
         drafts = np.full(len(row), -1, np.int64)
         drafted = depth < draft.lengths[row]
         drafts[drafted] = draft.token_ids[row[drafted], depth[drafted]]
-        temperature = 0.0 if sampling.greedy else sampling.temperature
-        if sampling.truncates or sampling.repetition_penalty != 1:
+        temperature = kernel_temperature(sampling)
+        if _is_processed(sampling):
             prefixes = prefixes_of(sequences, requests[row], draft, row, depth, device)
             logits = process(logits, sampling, prefixes)
-            temperature = 0.0 if sampling.greedy else 1.0  # it has been applied
         keys, positions = sequences.noise_keys[requests][row].view(np.int64), sequences.lengths[requests][row] + depth
         rows = [logits, *upload([drafts, starts, keys, positions], device)]
         if self.couples_noise:
@@ -80,6 +79,29 @@ class FusedVerifier(Verifier):
                 *rows, temperature=temperature, draft_probs=probs, implementation=self._implementation
             )
         return partial(_outcome, verified, logits, row, depth, sampling)
+
+    def compile_for(self, sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
+        """Run what `verify` runs, on one row without a draft; see `decode/compile_kernels.py`."""
+        none, zero = (torch.full((1,), number, device=device) for number in (-1, 0))
+        rows = torch.zeros(1, vocab_size, device=device), none, torch.tensor([0, 1], device=device), zero, zero
+        temperature = kernel_temperature(sampling)
+        if self.couples_noise:
+            verify(*rows, temperature=temperature, implementation=self._implementation)
+            return
+        for probs in (None, torch.zeros(1, vocab_size, device=device)):
+            verify_by_rejection(*rows, temperature=temperature, draft_probs=probs, implementation=self._implementation)
+
+
+def kernel_temperature(sampling: SamplingParams) -> float:
+    """The temperature that is left for kernels to apply; 0 is greedy."""
+    if sampling.greedy:
+        return 0.0
+    return 1.0 if _is_processed(sampling) else sampling.temperature
+
+
+def _is_processed(sampling: SamplingParams) -> bool:
+    """Whether torch applies truncation, penalties and the temperature before kernels see the logits."""
+    return sampling.truncates or sampling.repetition_penalty != 1
 
 
 def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor | None:

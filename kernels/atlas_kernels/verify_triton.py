@@ -258,11 +258,16 @@ def row_arguments(rows: PackedRows) -> dict[str, Any]:
         "positions": rows.positions,
         "temperature": float(rows.temperature),
         "vocab": rows.logits.shape[1],
-        "logits_stride": rows.logits.shape[1],  # a single row may have any stride
-        "allowed_stride": rows.logits.shape[1],
+        "logits_stride": _row_stride(rows.logits),
+        "allowed_stride": _row_stride(mask),
         "SCALED": rows.temperature not in (0, 1),
         "HAS_ALLOWED": rows.allowed is not None,
     }
+
+
+def _row_stride(rows: torch.Tensor) -> int:
+    """From row to row; of a single row, that may have any stride, what several have."""
+    return rows.stride(0) if len(rows) > 1 else rows.shape[1]
 
 
 def launch_splits(

@@ -19,6 +19,10 @@ from atlas_kernels.nvfp4_triton import linear_triton
 from atlas_kernels.rejection_triton import rejection_triton
 from atlas_kernels.rows import PackedRows
 from atlas_kernels.verify_triton import verify_triton
+from atlas_rl.decode import compile_kernels
+from atlas_rl.decode.loop import DecodeLoop
+from tests.engines import engine_of
+from tests.models import tiny_llama
 from tests.pretend_cuda import PretendCuda
 
 VOCAB, SIZE = 151_936, 256
@@ -100,3 +104,25 @@ def test_a_batch_that_drains_compiles_each_kernel_once(call: str, device: Preten
         for drafts in DRAFTS:
             run(batch, drafts)
     assert builds(device) == kernels
+
+
+@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+def test_verification_is_compiled_before_the_first_step_and_it_is_said(
+    verification: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compile_kernels, "_compiled", set())
+    monkeypatch.setattr(compile_kernels, "_WORTH_SAYING_S", 0.0)
+    with PretendCuda() as cuda:
+        monkeypatch.setattr(DecodeLoop, "run", cuda.sectioned(DecodeLoop.run, "run"))
+        engine = engine_of(cuda.move(tiny_llama(seed=11)), verification=verification, speculation=False, audit_share=0)
+        for options in (
+            {"temperature": 0.7},
+            {"temperature": 0},
+            {"top_k": 5, "temperature": 0.7},
+            {"temperature": 0.6},
+        ):
+            engine.generate([[5, 9, 2], [3]], max_new_tokens=3, eos_token_ids=[17], seed=0, **options)
+            assert not [event.what for event in cuda.events if event.kind == "build" and event.section == "run"]
+    assert len(builds(cuda)) == {"invariant": 4, "rejection": 12}[verification]
+    said = [record.message for record in caplog.records if "GPU kernels" in record.message]
+    assert len([line for line in said if "compiled its GPU kernels" in line]) == 3  # not for the second temperature
