@@ -21,6 +21,7 @@ import bisect
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class StepGraphs:
         self._steps: dict[Hashable, _Step] = {}
         self._variants: set[Hashable] = set()
         self._generation = -1
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self.captured = 0
         self.capture_s = 0.0
         self.refused: str | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 _TYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
-_DTYPES = {there: here for here, there in _TYPES.items()}
+_DTYPES: dict[torch.dtype, Any] = {there: here for here, there in _TYPES.items()}
 _ALIGNED = 16  # bytes, of where an array begins
 
 

@@ -115,8 +115,8 @@ def choose_splits(
 
     Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: the best token's
     logit, the largest logit m, sum exp(l - m), and sum exp(l - m) (l - m). Excluded tokens (see `without_excluded`) count in
-    the sums, but are not chosen: `excluded` int64 `[rows]` has one per row, or `column_of` int32 `[vocab]` those of all. Rows
-    draw without noise if GREEDY is 1, or if it is 2 and `greedy[row]` is not 0.
+    the sums, but are not chosen: `excluded` int64 `[rows]` has one per row, or `column_of` int32 `[vocab]` those of all.
+    Rows draw without noise if GREEDY is 1, or if it is 2 and `greedy[row]` is not 0.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)
