@@ -141,6 +141,8 @@ class RaggedBatch:
             return
         self.grow(int(targets.max()) + 1, length)
         caches = [cache for store in (self.keys, self.values) for cache in store.values()]
+        if not caches:  # nothing has run yet
+            return
         to = [cache[target, :length] for cache in caches for target in targets.tolist()]
         torch._foreach_copy_(to, [cache[source, :length] for cache in caches for _ in targets])
 

@@ -88,6 +88,14 @@ def test_reserving_drops_the_rows_behind():
             runner.reserve(2, 129)
 
 
+def test_rows_of_an_empty_cache_can_be_copied():
+    runner = InProcessRunner(tiny_llama(seed=3))
+    with runner.session(runner.new_cache(4, 64)):
+        runner.copy_rows(0, [1, 2], 0)
+        runner.copy_rows(0, [], 0)
+        run(runner, [0] * 2, [3, 3])
+
+
 def test_a_row_that_is_added_takes_nothing_from_the_others():
     model, tokens = tiny_llama(seed=2), np.random.default_rng(1).integers(VOCAB, size=60)
     with torch.no_grad():
