@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.policy import varlen
+from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.config import Eagle3Config
 from atlas_rl.speculators.eagle3.head import Eagle3Head
@@ -78,3 +82,78 @@ def test_tokens_are_those_of_the_cpu(arm, verification, sampling):
 def test_every_family(family):
     wanted = completions("history", "cpu", "sampled", FACTORIES[family])
     assert completions("history", "cuda", "sampled", FACTORIES[family]) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_flash_attention_reads_rows_as_far_as_they_are_filled(dtype, window, queries):
+    """Against the reference in float32; cells behind a row's end hold what no sum may see."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    keys, values = (torch.randn(5, 300, 2, 64, device="cuda", generator=generator).to(dtype) for _ in "kv")
+    lengths = torch.tensor([7, 300, 129, 64], dtype=torch.int32, device="cuda")
+    rows = torch.tensor([4, 0, 2, 1], device="cuda")
+    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        keys[row, length:] = values[row, length:] = float("nan")
+    query = torch.randn(4 * queries, 8, 64, device="cuda", generator=generator).to(dtype)
+    starts = torch.arange(0, 4 * queries + 1, queries, dtype=torch.int32, device="cuda")
+    firsts = torch.nn.functional.pad((rows * 300).int(), (0, 1))
+    packing = varlen.Packing(starts, firsts, lengths, queries, 300)
+    assert varlen.takes(query)
+    found = varlen.flash(query, keys, values, packing, None, window)
+    expected = varlen.reference(query.float(), keys.float(), values.float(), packing, None, window)
+    assert (found.float() - expected).abs().max() < 2e-2
+
+
+def steps_of(name, *, captured):
+    """Logits and taps of the same ragged steps, each shape three times, with rows that move and a cache that grows."""
+    runner = InProcessRunner(FACTORIES[name](seed=3).to("cuda", torch.bfloat16))
+    runner._uncaptured = None if captured else "to compare with"
+    cache, rng, out = runner.new_cache(8, 128), np.random.default_rng(5), []
+    lengths = np.array([5, 17, 2, 30])
+    with runner.session(cache):
+        tokens = rng.integers(64, size=int(lengths.sum()))
+        runner.forward(Segments(tokens, 0, np.zeros(4, np.int64), lengths), np.cumsum(lengths) - 1)
+        for turn in range(12):
+            counts = np.array([[1, 1, 1, 1], [3, 1, 2, 1]][turn % 2])
+            tokens, taps = rng.integers(64, size=int(counts.sum())), Taps(True, (1,))
+            logits = runner.forward(Segments(tokens, 0, lengths.copy(), counts), np.arange(len(tokens)), taps)
+            out += [logits.clone(), taps.head_inputs.float(), taps.layers[1].float()]
+            lengths += counts
+            if turn == 8:
+                runner.copy_rows(3, [1], int(lengths[3]))
+                lengths[1] = lengths[3]
+        runner.synchronize()
+    return out, cache
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_captured_steps_are_the_steps(name):
+    eager, _ = steps_of(name, captured=False)
+    replayed, cache = steps_of(name, captured=True)
+    if cache.attended == {True}:
+        assert cache.steps.refused is None
+        assert cache.steps.captured >= 2
+    for a, b in zip(eager, replayed, strict=True):
+        assert (a - b).abs().max() < 0.15 * max(1.0, float(a.abs().max()) / 4)
+
+
+def test_weights_that_are_changed_in_place_are_those_that_run():
+    """An optimizer step between two calls; and each call has graphs of its own."""
+    model = tiny_bigram(vocab=VOCAB, context=128, seed=2).to("cuda", torch.bfloat16)
+    engine = engine_of(model, speculation=False)
+
+    def tokens():
+        options = {"max_new_tokens": 24, "seed": 1, "eos_token_ids": [VOCAB - 1], "temperature": 0.0}
+        return engine.generate(PROMPTS, **options).completion_ids
+
+    before = tokens()
+    assert tokens() == before
+    with torch.no_grad():
+        model.get_output_embeddings().weight.neg_()
+    engine.policy_updated()
+    assert tokens() != before
+    with torch.no_grad():
+        model.get_output_embeddings().weight.neg_()
+    engine.policy_updated()
+    assert tokens() == before
