@@ -4,9 +4,13 @@ A policy's modules ask for some fifty kernels per layer. Launched one by one fro
 ms a forward of 28 layers, 4 ms of it work (Qwen3 of 0.6 billion weights on an H100, batch 1). A CUDA graph
 (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-graphs) asks for all of them at once.
 
-**Shapes.** A captured step has a fixed number of packed tokens, the next of a few sizes; what is missing repeats the last
-token, which writes what that token writes, and whose logits nobody reads. Every token is a sequence of its own to attention,
-one query over the cells up to its own, so that neither the number of rows nor their lengths are part of the shape.
+**Shapes.** A captured step has a fixed number of packed tokens, one of a few sizes; what is missing repeats the last token,
+which writes what that token writes, and whose logits nobody reads. A new size costs two steps that are launched kernel by
+kernel, ten times the price of a replay. So a somewhat larger size that there is serves as well, until one size has been
+wanted often enough (`_PATIENCE`) for its own graph to come in, as one rents skis before buying them.
+
+Every token is a sequence of its own to attention, one query over the cells up to its own, so that neither the number of rows
+nor their lengths are part of the shape.
 
 **What a graph holds.** Addresses: of the weights, of the cache, of what stands in for linear layers. So a graph belongs to
 one cache, which lives for one generation call, and weights stay in place meanwhile; where the cache's tensors move, the
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import bisect
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +41,8 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192,
 """Packed tokens of a step: from 16 on half more than are needed at most. Beyond the last a forward hides its launches."""
 
 _VARIANTS = 2
+_FEW = 16  # tokens: up to here a forward reads weights, and costs about the same
+_PATIENCE = 64  # steps of another size: what they waste is about what a capture costs, if each wastes a fifth of itself
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Taps], torch.Tensor]
 """Token ids, positions and wanted logits, int64 `[num_tokens]`, of placed tokens: gives logits, and fills the taps."""
@@ -76,6 +83,7 @@ class StepGraphs:
         self._forward, self._capture = forward, capture
         self._steps: dict[Hashable, _Step] = {}
         self._variants: set[Hashable] = set()
+        self._rented: Counter[Hashable] = Counter()  # steps of a size that were run by a larger one
         self._generation = -1
         self._pool: Any = None
         self.captured = 0
@@ -106,18 +114,17 @@ class StepGraphs:
         rows = np.arange(len(segments.lengths)) + segments.first_row if segments.rows is None else segments.rows
         cache.grow(int(rows.max()) + 1, int((segments.starts + segments.lengths).max()))
         if self._generation != cache.generation:
-            self._steps.clear()
-            self._variants.clear()
+            self._forget()
             self._generation = cache.generation
         num_tokens = len(segments.token_ids)
-        size = SIZES[bisect.bisect_left(SIZES, num_tokens)]
-        key = size, taps.wants_head_inputs, taps.wants_layers, variant
+        rest = taps.wants_head_inputs, taps.wants_layers, variant
+        size = self._size_for(num_tokens, rest)
+        key = size, *rest
         step = self._steps.get(key)
         if step is None:
             # The policy and a copy of it that drafts: of whatever else has stood in for its modules the graphs are gone.
             if variant not in self._variants and len(self._variants) == _VARIANTS:
-                self._steps.clear()
-                self._variants.clear()
+                self._forget()
             self._variants.add(variant)
             device = next(iter(cache.keys.values())).device
             inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
@@ -127,6 +134,20 @@ class StepGraphs:
         taps.head_inputs = step.taps.head_inputs[:num_tokens].clone()
         taps.layers = {layer: states[:num_tokens].clone() for layer, states in step.taps.layers.items()}
         return step.logits[:num_tokens]
+
+    def _size_for(self, num_tokens: int, rest: tuple[Hashable, ...]) -> int:
+        """The size to run so many tokens by: their own, or a larger one that has been run."""
+        own = SIZES[bisect.bisect_left(SIZES, num_tokens)]
+        near = [size for size in SIZES if own < size <= max(2 * own, _FEW) and (size, *rest) in self._steps]
+        if (own, *rest) in self._steps or not near or self._rented[own, *rest] == _PATIENCE:
+            return own
+        self._rented[own, *rest] += 1
+        return near[0]
+
+    def _forget(self) -> None:
+        self._steps.clear()
+        self._variants.clear()
+        self._rented.clear()
 
     def _advance(self, step: _Step, cache: RaggedBatch) -> None:
         """Run the step: plainly at first, which loads what a capture must not load, then captured, then replayed."""

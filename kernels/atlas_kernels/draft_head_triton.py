@@ -358,7 +358,7 @@ def split_tokens(
         return 1, tiles
     splits = _programs(device)
     if device.type == "cuda":
-        splits = triton.cdiv(splits, triton.cdiv(batch, tile["ROWS"]))
+        splits = triton.cdiv(splits, triton.cdiv(max(batch, 1), tile["ROWS"]))
     tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
 

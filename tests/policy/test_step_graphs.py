@@ -52,7 +52,7 @@ def test_a_step_of_fixed_shape_has_the_logits_of_a_ragged_one(name):
     plain, _ = forwards(name, fixed=False, taps=True)
     shaped, cache = forwards(name, fixed=True, taps=True)
     if cache.attended == {True}:
-        assert {key[0] for key in cache.steps._steps} == {2, 4, 12}  # of 2, 3, 4 and 10 tokens
+        assert {key[0] for key in cache.steps._steps} == {2, 4, 12}  # of 4, 10, 3, 10 and, without taps, 2 tokens
     else:
         assert cache.steps is None
     for a, b in zip(plain, shaped, strict=True):
@@ -81,6 +81,33 @@ def test_sizes_cover_every_step_and_waste_little():
     taken = sizes[np.searchsorted(sizes, np.arange(1, sizes[-1] + 1))]
     assert (taken <= np.maximum(2 * np.arange(1, sizes[-1] + 1), 2)).all()
     assert (taken[15:] <= 1.5 * np.arange(16, sizes[-1] + 1)).all()
+
+
+def sizes_of_steps(counts):
+    """The sizes that steps of so many tokens are run by, of one row each time."""
+    runner, seen = InProcessRunner(tiny_llama(layers=1, seed=3, context=2048)), []
+    cache = runner.new_cache(600, 2048)
+    cache.varlen = True
+    one, position = np.ones(1, np.int64), 1
+    with runner.session(cache):
+        runner.forward(Segments(one, 0, 0 * one, one), np.arange(1))
+        runner.reserve(1, 2048)  # so that no growth comes between
+        for count in counts:
+            runner.forward(Segments(np.ones(count, np.int64), 0, position * one, count * one), np.arange(count))
+            seen.append(len(cache.placed.token_rows))
+            position += count if position < 1000 else 0
+    return seen
+
+
+def test_a_size_that_there_is_serves_until_another_is_wanted_often():
+    assert sizes_of_steps([1, 1, 2, 1, 7, 3, 1]) == [1, 1, 2, 1, 8, 8, 1]
+    assert sizes_of_steps([30, 17, 12, 20, 33]) == [32, 32, 12, 32, 40]
+    wanted = [12] + [3] * (step_graphs._PATIENCE + 3)
+    assert sizes_of_steps(wanted) == [12] * (1 + step_graphs._PATIENCE) + [4] * 3
+
+
+def test_a_batch_that_drains_needs_few_sizes():
+    assert len(set(sizes_of_steps(range(128, 0, -1)))) <= 5
 
 
 def test_a_cache_goes_with_its_last_user():
