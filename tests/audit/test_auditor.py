@@ -11,7 +11,7 @@ from atlas_rl import AtlasRolloutEngine, SamplingParams
 from atlas_rl.audit.auditor import Auditor
 from atlas_rl.audit.scores import score
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.placement import Placement
 from atlas_rl.report.sinks import console_line, console_warnings, trainer_metrics
 from atlas_rl.sampling import verification
 from atlas_rl.sampling.verification import RejectionSampling, choose
@@ -161,14 +161,14 @@ def test_a_biased_verification_is_warned_of_in_the_step(monkeypatch, capsys):
 
 def test_an_attention_that_forgets_is_warned_of_in_the_step(monkeypatch):
     """A fault of long contexts only, which the five tokens of the backend's own probe cannot see."""
-    honest = RaggedBatch.mask
+    honest = Placement.mask
 
     def forgetful(self, group, window):
         mask = honest(self, group, window)
         mask[..., : max(0, self.context - 12)] = False
         return mask
 
-    monkeypatch.setattr(RaggedBatch, "mask", forgetful)
+    monkeypatch.setattr(Placement, "mask", forgetful)
     report = sample(engine=AtlasRolloutEngine(model=policy(), console=False, audit_share=0.2), num_generations=5).report
     assert any("not the policy's choice" in warning for warning in report.warnings)
     assert any("returned logprobs differ" in warning for warning in report.warnings)

@@ -22,7 +22,6 @@ from tests.gpu.counts import STEP, counts_of
 from tests.gpu.engines import ARMS, DEPTH, SAMPLINGS, autocast, engine_of, generate, policy
 from tests.pretend_cuda import WAITS, PretendCuda
 
-WAITING = "by_kernels.py:65, ragged_attention.py:94-106, in_process.py:109: an upload for every array of a step"
 TRUNCATED = "processing.py: top-k, top-p and min-p are 20 launches of torch for every drafted token"
 
 
@@ -42,14 +41,12 @@ def xfail(reason):
 WAITS_OF = {"plain": 3, "history": 3, "recurrent": 3, "eagle3": 3 + DEPTH, "draft_lm": 3 + DEPTH, "fp4_self": 3 + DEPTH}
 
 
-@xfail(WAITING)
 @pytest.mark.parametrize("arm", ARMS)
 def test_waits_of_a_step(arm):
     counts = counts_with(arm)
     assert counts.waits <= WAITS_OF[arm], counts.table
 
 
-@xfail(WAITING)
 @pytest.mark.parametrize("arm", ["plain", "draft_lm"])
 def test_a_penalty_adds_no_waits(arm):
     counts = counts_with(arm, "penalty")
@@ -77,7 +74,6 @@ def test_launches_beside_the_targets_forward(arm, sampling):
     assert counts_with(arm, sampling).beside <= LAUNCHES_OF[arm]
 
 
-@xfail("ragged_attention.py:246: with a mask, cuDNN plans anew for every context length")
 def test_attention_is_planned_once_per_run():
     assert counts_with("plain").num_plans <= 1
 
@@ -88,7 +84,6 @@ def test_attention_without_cudnn_plans_nothing():
         assert counts_of("plain", max_new_tokens=4).num_plans == 0
 
 
-@xfail("ragged_attention.py:167: the cache holds the weights' type, and is cast whole in every layer and step")
 def test_the_cache_holds_what_autocast_computes_in(cuda):
     generate(engine_of(cuda.move(autocast(policy()))), max_new_tokens=4)
     assert not [event for event in cuda.of("launch", section=STEP) if event.what == "sdpa autocast"]
@@ -100,7 +95,7 @@ def test_weights_are_not_cast_in_every_forward(cuda):
     assert not [event for event in cuda.of("launch", section=STEP) if event.what == "cast of a weight"]
 
 
-@xfail("ragged_attention.py:136: an index is copied and rows are written for every layer, keys and values apart")
+@xfail("the emulation runs `torch._foreach_copy_` tensor by tensor")
 def test_rows_are_copied_by_one_launch_and_one_upload(cuda):
     runner = InProcessRunner(cuda.move(policy()))
     cache = runner.new_cache(8, 32)
@@ -113,7 +108,6 @@ def test_rows_are_copied_by_one_launch_and_one_upload(cuda):
     assert cuda.count(*WAITS, "h2d_async") <= 1, cuda.table()
 
 
-@xfail("distill.py:151: the loss of positions that exist is taken by a mask")
 def test_a_refresh_reads_nothing_by_a_mask(cuda):
     engine = engine_of(cuda.move(policy()), ARMS["recurrent"](cuda.move))
     engine.generate([[3, 8, 1]], max_new_tokens=4, eos_token_ids=())
@@ -129,7 +123,6 @@ def test_verify_reads_nothing_back(cuda):
         verify(logits, ids, starts, ids, ids)
 
 
-@xfail("vllm/draw.py:69-93: noise by 600 launches of torch, figures fetched one by one")
 def test_vllm_draws_a_step_in_few_launches(cuda):
     logits, keys = torch.randn(4, 128, device="cuda"), np.arange(2, dtype=np.uint64)
     draw(logits, np.zeros(2, np.int64), np.ones(2, np.int64), keys, np.full(2, 9), np.zeros(2, bool), False)
@@ -155,7 +148,6 @@ def drafted(batch, device):
     draft_head(DraftHeadWeights(**weights), torch.empty(batch, SIZE, device=device), ids, ids, ids, 4)
 
 
-@xfail("verify_triton.py:260, draft_head_triton.py:275: kernels are compiled anew for sizes that are 1 or divide by 16")
 @pytest.mark.parametrize("call", [verified, drafted])
 def test_a_batch_that_drains_compiles_little(call):
     """Beyond what is compiled for the whole batch."""

@@ -23,6 +23,8 @@ from tests.casts import Casts
 from tests.engines import engine_of
 from tests.models import FACTORIES, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("accelerate_anew")
+
 BF16, FP16 = torch.bfloat16, torch.float16
 PROMPTS = [[1, 2, 3] * 10, [4], [5, 9, 2, 7, 7, 1]]
 

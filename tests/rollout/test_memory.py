@@ -244,7 +244,7 @@ def _only(num_cells):
     allocated = ragged_attention._allocated
 
     def full(like, *shape):
-        if shape[0] * shape[2] > num_cells:
+        if shape[0] * shape[1] > num_cells:
             raise MemoryError("the attention cache needs more")
         return allocated(like, *shape)
 
