@@ -23,6 +23,7 @@ from torch.nn import functional
 from atlas_rl.policy.head import affine_rows, linear_of
 from atlas_rl.policy.logit_form import LogitForm, after_head, fit_form, probe_products
 from atlas_rl.policy.threads import evaluation_mode
+from atlas_rl.policy.upload import uploaded
 
 
 class PolicyView(ABC):
@@ -90,7 +91,7 @@ class PolicyView(ABC):
 
     def rows_of(self, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Copies for int64 `[n]` tokens: input and output rows, float32 `[n, hidden]` each, and biases, float32 `[n]`."""
-        index = torch.from_numpy(token_ids).to(self.input_table.device)
+        index = uploaded(token_ids, self.input_table.device)
         outputs, biases = self.output_rows(index.to(self.device))
         inputs = self.input_table.detach()[index]
         return inputs.float().clone(), outputs.detach().float().clone(), biases.detach().float().clone()
