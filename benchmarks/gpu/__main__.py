@@ -1,8 +1,8 @@
 """Everything that waits for a GPU, part by part; each adds to what the output file has.
 
 python -m benchmarks.gpu.texts runs/gpu/texts.npz                       # where the demo is installed
-python -m benchmarks.gpu.policy runs/gpu/texts.npz /tmp/policy          # on the GPU: 45 s
-python -m benchmarks.gpu --policy /tmp/policy --texts runs/gpu/texts.npz
+python -m benchmarks.gpu.policy runs/gpu/texts.npz runs/gpu/policy     # on the GPU: 45 s
+python -m benchmarks.gpu --policy runs/gpu/policy --texts runs/gpu/texts.npz
 """
 
 from __future__ import annotations
