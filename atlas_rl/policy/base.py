@@ -85,6 +85,8 @@ class PolicyRunner(ABC):
     def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
         """Append the segments to the cache and return float32 logits `[len(keep), vocab]`, contiguous.
 
+        They may be changed in place, and the next forward may overwrite them. What `taps` catches stays.
+
         Args:
             segments: Tokens to run.
             keep: int64 indices into the packed tokens whose logits are wanted.

@@ -102,21 +102,26 @@ class InProcessRunner(PolicyRunner):
                 yield
 
     def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
-        logits = self.run(segments, keep, taps)
+        assert self._cache is not None, "forward() outside of session()"
+        steps = self._steps_of(self._cache)
+        if steps is not None and steps.serves(segments, keep):
+            self.linears.prepare(len(segments.token_ids))
+            logits = self._step(steps, self._cache, segments, taps or Taps())
+        else:
+            logits = self.run(segments, keep, taps)
         self._mark()
         return logits
 
     def run(
         self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, shift: np.ndarray | None = None
     ) -> torch.Tensor:
-        """`forward`, with positions moved by `shift`, int64 `[num_tokens]`: for the probe."""
+        """`forward` without fixed shapes, and with positions moved by `shift`, int64 `[num_tokens]`: for the probe.
+
+        What it returns stays as it is.
+        """
         batch = self._cache
         assert batch is not None, "forward() outside of session()"
         self.linears.prepare(len(segments.token_ids))
-        if shift is None:
-            steps = self._steps_of(batch)
-            if steps is not None and steps.serves(segments, keep):
-                return self._step(steps, batch, segments, taps or Taps())
         if isinstance(segments.token_ids, torch.Tensor):
             (wanted,), tokens = batch.place(segments, self.device, keep), segments.token_ids.to(self.device)
         else:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from atlas_kernels.noise import Stream
-
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from atlas_kernels.rows import LOGIT_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class DrawCall:
             ValueError: A shape, type, device or number does not fit.
         """
         logits = self.logits
-        if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _LOGIT_DTYPES:
+        if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in LOGIT_DTYPES:
             raise ValueError(
                 f"logits must be float32, bfloat16 or float16 [rows, tokens], got {logits.dtype} {list(logits.shape)}"
             )

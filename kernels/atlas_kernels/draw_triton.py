@@ -17,6 +17,7 @@ from atlas_kernels.verify_triton import (
     likelier,
     most_splits,
     processed_logits,
+    store_split,
 )
 
 TOKENS = 512
@@ -66,13 +67,9 @@ def choose_among_splits(
                 best_score = top
                 best_token = tl.min(tl.where(score == top, index, num_tokens), axis=0)
                 best_logit = tl.max(tl.where(index == best_token, x, negative_infinity), axis=0)
-    slot = row * tl.num_programs(1) + split
-    tl.store(scores + slot, best_score)
-    tl.store(tokens + slot, best_token)
-    tl.store(sums + 4 * slot, best_logit)
-    tl.store(sums + 4 * slot + 1, peak)
-    tl.store(sums + 4 * slot + 2, tl.sum(total))
-    tl.store(sums + 4 * slot + 3, tl.sum(moment))
+    store_split(
+        scores, tokens, sums, row * tl.num_programs(1) + split, best_score, best_token, best_logit, peak, total, moment
+    )
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class PackedRows:
             ValueError: A shape, type, device or number does not fit.
         """
         logits, allowed = self.logits, self.allowed
-        if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _LOGIT_DTYPES:
+        if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in LOGIT_DTYPES:
             raise ValueError(
                 f"logits must be float32, bfloat16 or float16 [rows, vocab], got {logits.dtype} {list(logits.shape)}"
             )

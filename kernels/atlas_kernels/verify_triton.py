@@ -100,6 +100,17 @@ def likelier(x, ids, vocab, top, score, token, logit):
     return score, token, logit
 
 
+@triton.jit
+def store_split(scores, tokens, sums, slot, score, token, logit, peak, total, moment):
+    """Writes the best of a split, and the split's sums (see `choose_splits`)."""
+    tl.store(scores + slot, score)
+    tl.store(tokens + slot, token)
+    tl.store(sums + 4 * slot, logit)
+    tl.store(sums + 4 * slot + 1, peak)
+    tl.store(sums + 4 * slot + 2, tl.sum(total))
+    tl.store(sums + 4 * slot + 3, tl.sum(moment))
+
+
 # Whatever changes from step to step is no reason to compile anew: sizes, and where the few numbers per row lie. What a run
 # has once stays specialised, so that rows of logits are read 16 bytes at a time.
 @triton.jit(
@@ -153,13 +164,9 @@ def choose_splits(
                 logits, allowed, excluded, key, position, temperature, vocab, start, top, best_score, best_token,
                 best_logit, STREAM, SCALED, HAS_ALLOWED, EXCLUDE, BLOCKS,
             )  # fmt: skip
-    slot = row * tl.num_programs(1) + split
-    tl.store(scores + slot, best_score)
-    tl.store(tokens + slot, best_token)
-    tl.store(sums + 4 * slot, best_logit)
-    tl.store(sums + 4 * slot + 1, peak)
-    tl.store(sums + 4 * slot + 2, tl.sum(total))
-    tl.store(sums + 4 * slot + 3, tl.sum(moment))
+    store_split(
+        scores, tokens, sums, row * tl.num_programs(1) + split, best_score, best_token, best_logit, peak, total, moment
+    )
 
 
 @triton.jit

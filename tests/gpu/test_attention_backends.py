@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
-from transformers import LlamaConfig
 
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.policy import attention_backends
 from atlas_rl.policy.attention_backends import attend, without_cudnn
 from atlas_rl.speculators.draft_lm import DraftLM
-from atlas_rl.speculators.eagle3.config import Eagle3Config
-from atlas_rl.speculators.eagle3.head import Eagle3Head
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from tests.engines import engine_of
+from tests.gpu.engines import eagle3_head
 from tests.models import tiny_bigram
 from tests.pretend_cuda import PretendCuda
 
@@ -25,19 +23,9 @@ def policy(layers=2):
     return tiny_bigram(vocab=VOCAB, context=128, layers=layers, seed=2).to(torch.bfloat16)
 
 
-def eagle3_head():
-    torch.manual_seed(0)
-    layer = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2
-    )
-    head = Eagle3Head(Eagle3Config(layer, 32, (0, 1)))
-    head.set_vocabulary(torch.arange(0, VOCAB, 4))
-    return head.to(torch.bfloat16).eval()
-
-
 ARMS = {
     "none": lambda move: None,
-    "eagle3": lambda move: Eagle3Speculator(move(eagle3_head())),
+    "eagle3": lambda move: Eagle3Speculator(move(eagle3_head().to(torch.bfloat16))),
     "draft_lm": lambda move: DraftLM(move(policy(layers=1)), VOCAB),
 }
 

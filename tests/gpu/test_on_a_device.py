@@ -5,35 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.policy import varlen
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.speculators.draft_lm import DraftLM
-from atlas_rl.speculators.eagle3.config import Eagle3Config
-from atlas_rl.speculators.eagle3.head import Eagle3Head
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from tests.engines import engine_of
+from tests.gpu.engines import eagle3_head
 from tests.models import FACTORIES, tiny_bigram
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 VOCAB, PROMPTS = 128, [[5, 9, 2, 7, 7, 1], [3, 8, 1], [9]]
-
-
-def eagle3_head():
-    torch.manual_seed(0)
-    layer = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2
-    )
-    head = Eagle3Head(Eagle3Config(layer, 32, (0, 1)))
-    head.set_vocabulary(torch.arange(0, VOCAB, 4))
-    return head.eval()
 
 
 ARMS = {

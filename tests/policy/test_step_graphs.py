@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.policy import ragged_attention, step_graphs, varlen
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.speculators.draft_lm import DraftLM
+from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from tests.engines import ARMS, SETTINGS, draft_model, engine_of, generate, reference
 from tests.models import FACTORIES, tiny_llama
 
@@ -153,6 +156,35 @@ def test_tokens_are_those_of_ragged_steps(arm, setting, fixed_shapes):
     assert any(cache.steps is not None and cache.steps._steps for cache in fixed_shapes)
     expected = reference.__wrapped__(setting)
     assert output.completion_ids == expected.completion_ids
+
+
+@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+@pytest.mark.parametrize("arm", ["draft LM", "fp4"])
+def test_nobody_reads_the_logits_of_a_step_before(arm, verification, fixed_shapes, monkeypatch):
+    """A graph writes where it wrote the last time: whoever kept logits would find others there."""
+    own, written = step_graphs.StepGraphs._advance, []
+
+    def advance(self, step, cache):
+        for logits in written:
+            logits.fill_(float("nan"))
+        own(self, step, cache)
+        written.append(step.logits)
+
+    def drafting():
+        drafter = DraftLM(draft_model(), VOCAB) if arm == "draft LM" else Fp4SelfSpeculator()
+        # Under rejection tokens depend on what is drafted: no decision may depend on the clock.
+        return engine_of(
+            speculators=[drafter],
+            controller=FixedController([drafter.name], drafter.name, 3),
+            verification=verification,
+        )
+
+    expected = generate(drafting())
+    monkeypatch.setattr(step_graphs.StepGraphs, "_advance", advance)
+    output = generate(drafting())
+    assert len(written) > 20
+    assert output.completion_ids == expected.completion_ids
+    assert output.report.drafter_faults == expected.report.drafter_faults
 
 
 def test_waves_and_retiring(fixed_shapes):
