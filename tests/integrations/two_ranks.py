@@ -6,6 +6,7 @@ importance-sampling correction is on in the end.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,10 @@ def main(folder: Path, shifted_rank: int) -> None:
     engine.rollout = shifted  # type: ignore[method-assign]
     trainer.train()
     (folder / f"rank{rank}").write_text(str(trainer.vllm_importance_sampling_correction))
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # no rank leaves while the other still waits for it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # DDP's reducer keeps gloo's threads; one that runs while the interpreter ends aborts the rank
 
 
 if __name__ == "__main__":
