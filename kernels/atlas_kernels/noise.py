@@ -33,6 +33,8 @@ import numba
 import numpy as np
 import torch
 
+from atlas_kernels.openmp import share_threads
+
 BLOCK = 128
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -42,11 +44,7 @@ _ROUNDS = 10
 _U_SCALE = 2.0**-32
 
 
-# One OpenMP runtime serves torch and numba: left alone, numba's first parallel call raises torch's threads to every core,
-# against OMP_NUM_THREADS (which torchrun sets to 1) and torch.set_num_threads. So numba adopts torch's number.
-_threads = torch.get_num_threads()
-numba.set_num_threads(min(_threads, numba.get_num_threads()))
-torch.set_num_threads(_threads)
+share_threads()
 
 
 class Stream(enum.IntEnum):

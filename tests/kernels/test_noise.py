@@ -5,8 +5,6 @@ Statistical tests use fixed seeds; over fresh seeds each would raise a false ala
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import cache
 
 import numpy as np
@@ -314,14 +312,3 @@ def chi_square(counts, p):
         pool = [], []
         expected = expected / expected[common].sum() * counts[common].sum()
     return stats.chisquare([*counts[common], *pool[0]], [*expected[common], *pool[1]]).pvalue
-
-
-@pytest.mark.slow
-def test_the_kernels_leave_torchs_threads_alone():
-    """In a process of its own: numba and torch share an OpenMP runtime, whose size numba sets when it starts."""
-    code = (
-        "import numba, torch; torch.set_num_threads(1); import atlas_kernels.noise;"
-        "print(numba.get_num_threads(), torch.get_num_threads())"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["1", "1"]
