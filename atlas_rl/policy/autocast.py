@@ -10,6 +10,9 @@ Here the cache holds the type that attention computes in (`as_attended`), and fo
 copies of their weights, half as large as these (`HalfWeights`). Both are what autocast would have made, so that results are
 the same to the bit. Only weights that a layer multiplies by as they are take part: not the experts of an MoE layer, which
 lie in one tensor.
+
+A processor without units for the type multiplies it number by number: 64 rows took six times as long as in float32. On a CPU
+a product of some size therefore goes by the fastest route (`linear_routes.py`), the same up to the order of summation.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.linear_routes import BUCKETS, MIN_BYTES, Contest, RouteTable, bucket_of, by_route
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
@@ -44,14 +48,18 @@ def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class _Half:
-    """A layer's weight and bias in a lower type."""
+    """A layer's weight and bias in a lower type, and on a CPU the routes to multiply by them."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype, table: RouteTable) -> None:
         self._weight, self._bias = (
             None if own is None else WeightCopy.of(own, own.detach().to(dtype)) for own in (layer.weight, layer.bias)
         )
         self.weight: Any = None if self._weight is None else self._weight.made
         self.bias: Any = None if self._bias is None else self._bias.made
+        self.contests: dict[int, Contest] = {}
+        if self.weight is not None and self.weight.device.type == "cpu" and self.weight.nbytes >= MIN_BYTES:
+            has_bias = self.bias is not None
+            self.contests = {n: table.contest(self.weight, has_bias, n, may_pack=False) for n in BUCKETS}
 
     def is_of(self, layer: Any) -> bool:
         pairs = ((self._weight, layer.weight), (self._bias, layer.bias))
@@ -64,15 +72,16 @@ class HalfWeights:
     Args:
         model: Its `nn.Linear` and `Conv1D` layers with float32 weights take part.
         free_bytes: Bytes that caches may take. Copies take no more than half of them, or there are none.
+        table: What is known of this machine's routes; None for its own.
 
     Attributes:
         num_bytes: Bytes of the copies that there are.
         most_bytes: Most of them that there were at once in the latest call.
     """
 
-    def __init__(self, model: nn.Module, free_bytes: Callable[[], int]) -> None:
+    def __init__(self, model: nn.Module, free_bytes: Callable[[], int], table: RouteTable | None = None) -> None:
         self.num_bytes = self.most_bytes = 0
-        self._model, self._free_bytes = model, free_bytes
+        self._model, self._free_bytes, self._given = model, free_bytes, table
 
     @contextmanager
     def installed(self, dtype: torch.dtype | None) -> Iterator[None]:
@@ -88,15 +97,16 @@ class HalfWeights:
         if dtype is None or not layers or num_bytes > _SHARE * self._free_bytes():
             yield
             return
-        before = self.num_bytes
+        before, table = self.num_bytes, self._given or RouteTable.of_this_machine()
         try:
-            halves = {layer: _Half(layer, dtype) for layer in layers}
+            halves = {layer: _Half(layer, dtype, table) for layer in layers}
             self.num_bytes += num_bytes
             self.most_bytes = max(self.most_bytes, self.num_bytes)
             with replaced_forwards({layer: _forward_of(layer.forward, dtype, halves) for layer in layers}):
                 yield
         finally:
             self.num_bytes = before
+            table.save()
 
 
 def _takes_part(module: Any) -> bool:
@@ -115,7 +125,13 @@ def _size_of(module: Any) -> int:
 
 
 def _linear(x: torch.Tensor, half: _Half) -> torch.Tensor:
-    return functional.linear(x, half.weight, half.bias)
+    rows = x.numel() // half.weight.shape[1]
+    if not half.contests or not rows:
+        return functional.linear(x, half.weight, half.bias)
+    flat = x.reshape(rows, -1).to(half.weight.dtype)
+    with torch.autocast("cpu", enabled=False):
+        out = by_route(half.contests[bucket_of(rows)], flat, half.weight, half.bias)
+    return out.view(*x.shape[:-1], -1)
 
 
 def _conv1d(x: torch.Tensor, half: _Half) -> torch.Tensor:

@@ -14,6 +14,7 @@ neither repacking nor a product that is transposed afterwards (`by_columns`).
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,22 +27,23 @@ from torch.nn import functional
 
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.linear_routes import (
-    BUCKET_OF,
     BUCKETS,
+    MIN_BYTES,
     PACKED,
     ROUTES,
     Contest,
     RouteTable,
+    bucket_of,
     packed,
+    packed_type,
     packed_weight,
+    timing,
 )
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
-MIN_BYTES = 1 << 18
-"""Smaller weights stay in any processor's own cache, where PyTorch's route is as good as another."""
-_TYPES = (torch.float32, torch.bfloat16)
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PILOTS = 3  # layers of a shape that are packed in order to see what it brings
 _WORTH = 0.25  # of the price that must have been lost before a shape is packed: calls that went on for long go on
 
@@ -90,7 +92,7 @@ class FastLinears:
     """The linear layers of a model by their fastest routes.
 
     Args:
-        model: Its `nn.Linear` layers of float32 or bfloat16 on a CPU take part.
+        model: Its `nn.Linear` layers of float32, bfloat16 or float16 on a CPU take part.
         table: What is known of this machine; None for that of the machine.
 
     Attributes:
@@ -127,14 +129,13 @@ class FastLinears:
 
     def prepare(self, num_rows: int) -> None:
         """Pack what is worth it, before a forward over `num_rows` tokens."""
-        if not 0 < num_rows <= BUCKETS[-1]:
-            return
         began_s, num_copies = time.perf_counter(), sum(len(shape.copies) for shape in self._shapes)
         for shape in self._shapes:
-            shape.prepare(shape.contests[BUCKET_OF[num_rows - 1]])
+            if num_rows in _rows_in_contests(shape.layers[0].weight.dtype):
+                shape.prepare(shape.contests[bucket_of(num_rows)])
         if sum(len(shape.copies) for shape in self._shapes) != num_copies:
             self.packing_s += time.perf_counter() - began_s
-            packed_bytes = sum(_bytes(layer) for shape in self._shapes for layer in shape.copies)
+            packed_bytes = sum(_packed_bytes(layer) for shape in self._shapes for layer in shape.copies)
             self.most_packed_bytes = max(self.most_packed_bytes, packed_bytes)
 
 
@@ -163,20 +164,25 @@ def _bytes(layer: nn.Linear) -> int:
     return layer.weight.numel() * layer.weight.element_size()
 
 
+def _packed_bytes(layer: nn.Linear) -> int:
+    kind = packed_type(layer.weight.dtype)
+    return 0 if kind is None else layer.weight.numel() * kind.itemsize
+
+
 def _fits(layers: list[nn.Linear]) -> bool:
-    return sum(map(_bytes, layers)) <= free_bytes(torch.device("cpu"))
+    return sum(map(_packed_bytes, layers)) <= free_bytes(torch.device("cpu"))
 
 
 def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
     """The forward of layers of a shape."""
     dtype, inputs = shape.layers[0].weight.dtype, shape.layers[0].in_features
-    contests, copies = shape.contests, shape.copies
+    contests, copies, rows_in_contests = shape.contests, shape.copies, _rows_in_contests(dtype)
 
     def forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some policies pass it by its name
         rows = input.numel() // inputs
-        if not 0 < rows <= BUCKETS[-1] or input.dtype != dtype or torch.is_autocast_enabled("cpu"):
+        if rows not in rows_in_contests or input.dtype != dtype or torch.is_autocast_enabled("cpu"):
             return functional.linear(input, layer.weight, layer.bias)
-        contest, copy = contests[BUCKET_OF[rows - 1]], copies.get(layer)
+        contest, copy = contests[bucket_of(rows)], copies.get(layer)
         if copy is not None and not copy.is_of(layer.weight):
             del copies[layer]
             copy = None
@@ -190,12 +196,14 @@ def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tens
     return forward
 
 
+def _rows_in_contests(dtype: torch.dtype) -> range:
+    """Numbers of rows for which layers of a type choose their routes: for many rows of float32 BLAS is at its best."""
+    return range(1, BUCKETS[-1] + 1 if dtype == torch.float32 else sys.maxsize)
+
+
 def _timed(contest: Contest, x: torch.Tensor, layer: nn.Linear, copy: WeightCopy | None) -> torch.Tensor:
-    route = contest.next(may_pack=copy is not None)
-    began_s = time.perf_counter()
-    out = _by(route, x, layer, copy)
-    contest.note(route, time.perf_counter() - began_s)
-    return out
+    with timing(contest, route := contest.next(may_pack=copy is not None), len(x)):
+        return _by(route, x, layer, copy)
 
 
 def _by(route: str, x: torch.Tensor, layer: nn.Linear, copy: WeightCopy | None) -> torch.Tensor:

@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,15 +26,22 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-PLAIN, TURNED, PADDED, PACKED = "plain", "turned", "padded", "packed"
-"""`F.linear`; weights as the tall operand; that with a second row where there is one; weights in oneDNN's own layout."""
+PLAIN, TURNED, PADDED, WIDENED, PACKED = "plain", "turned", "padded", "widened", "packed"
+"""`F.linear`; weights as the tall operand; that with a second row where there is one; in float32; in oneDNN's layout.
+
+A processor without units for bfloat16 multiplies it number by number: 32 rows take six times as long as in float32, 128 take
+eight times. `WIDENED` converts such weights in every forward, and a packed copy of them is one in float32.
+"""
 
 _ENOUGH = 4  # timings of a route: the first one warms caches and compiles
 _HOPELESS = 1.5  # times the best one that a route took twice: it is not tried again
 
+MIN_BYTES = 1 << 18
+"""Smaller weights stay in any processor's own cache, where PyTorch's route is as good as another."""
+
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Numbers of rows that have a contest; others take part in the next larger one's. Beyond the last, layers are plain."""
-BUCKET_OF = tuple(next(bucket for bucket in BUCKETS if rows <= bucket) for rows in range(1, BUCKETS[-1] + 1))
+"""Numbers of rows that have a contest; others take part in the next larger one's, or in the last one's."""
+_BUCKET_OF = tuple(next(bucket for bucket in BUCKETS if rows <= bucket) for rows in range(1, BUCKETS[-1] + 1))
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -49,29 +58,46 @@ def padded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return turned(x.expand(2, -1), weight, bias)[:1]
 
 
-ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, PADDED: padded}
+def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` of half precision in float32, rounded once: as it is defined, too, where the processor knows the type."""
+    return functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, PADDED: padded, WIDENED: widened}
+
+
+def bucket_of(rows: int) -> int:
+    """The number of rows whose contest a forward over `rows` rows takes part in."""
+    return _BUCKET_OF[min(rows, BUCKETS[-1]) - 1]
+
+
+def packed_type(dtype: torch.dtype) -> torch.dtype | None:
+    """The type of packed copies of weights: float32 where oneDNN has no other here; None where it packs nothing."""
+    return next((kind for kind in (dtype, torch.float32) if _can_pack(kind)), None)
 
 
 @cache
-def can_pack(dtype: torch.dtype) -> bool:
+def _can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN packs weights of a type here: `torch.compile` does it where weights are frozen, so torch has a way."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
-        packed_weight(torch.ones(16, 16, dtype=dtype))
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=dtype), 16)
+        torch.ops.mkldnn._linear_pointwise(torch.ones(2, 16, dtype=dtype), weight, None, "none", [], "")
     except RuntimeError:  # the processor lacks what bfloat16 needs
         return False
     return True
 
 
 def packed_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A copy of a weight in oneDNN's layout, for `packed`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+    """A copy of a weight in oneDNN's layout, for `packed`, of `packed_type`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(packed_type(weight.dtype)), 16)
 
 
 def packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` of `[rows, in]` with a weight from `packed_weight`."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    bias = None if bias is None else bias.to(weight.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "").to(x.dtype)
 
 
 @dataclass(slots=True)
@@ -93,9 +119,14 @@ class Contest:
     is_whole: bool = True
 
     @classmethod
-    def between(cls, rows: int, dtype: torch.dtype) -> Contest:
+    def between(cls, rows: int, dtype: torch.dtype, may_pack: bool = True) -> Contest:
         """A new contest for a number of rows of a type."""
-        names = [name for name in ROUTES if name != PADDED or rows == 1] + [PACKED] * can_pack(dtype)
+        takes_part = {
+            PADDED: rows == 1,
+            WIDENED: dtype != torch.float32,
+            PACKED: may_pack and packed_type(dtype) is not None,
+        }
+        names = [name for name in (*ROUTES, PACKED) if takes_part.get(name, True)]
         return cls({name: [] for name in names})
 
     def next(self, may_pack: bool) -> str:
@@ -142,6 +173,22 @@ class Contest:
         return min((name for name in self.seconds if name != but), key=self.cost_s)
 
 
+def by_route(contest: Contest, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` of `[rows, in]` by the best route without a copy of the weight, timed as long as that is not known."""
+    if contest.winner is not None:
+        return ROUTES[contest.runner_up](x, weight, bias)
+    with timing(contest, route := contest.next(may_pack=False), len(x)):
+        return ROUTES[route](x, weight, bias)
+
+
+@contextmanager
+def timing(contest: Contest, route: str, rows: int) -> Iterator[None]:
+    """Inside, a route is taken for so many rows; those of the last bucket may be more than it says."""
+    began_s = time.perf_counter()
+    yield
+    contest.note(route, (time.perf_counter() - began_s) * min(1.0, BUCKETS[-1] / rows))
+
+
 @dataclass(slots=True)
 class RouteTable:
     """Contests of a machine, and the file that they are kept in.
@@ -175,13 +222,15 @@ class RouteTable:
         table._num_saved = len(table.contests)
         return table
 
-    def contest(self, weight: torch.Tensor, has_bias: bool, rows: int) -> Contest:
-        """The contest of a weight's shape and type for a bucket of rows."""
+    def contest(self, weight: torch.Tensor, has_bias: bool, rows: int, may_pack: bool = True) -> Contest:
+        """The contest of a weight's shape and type for a bucket of rows, with or without packed copies."""
         outputs, inputs = weight.shape
         name = f"{outputs}x{inputs} {str(weight.dtype).removeprefix('torch.')}{' bias' if has_bias else ''}, {rows}"
-        if name not in self.contests:
-            self.contests[name] = Contest.between(rows, weight.dtype)
-        return self.contests[name]
+        name, new = name + ", unpacked" * (not may_pack), Contest.between(rows, weight.dtype, may_pack)
+        known = self.contests.setdefault(name, new)
+        if known.is_whole and known.seconds.keys() != new.seconds.keys():  # another release's
+            known = self.contests[name] = new
+        return known
 
     def save(self) -> None:
         """Keep what is decided. A disk that cannot be written to costs a few timings in the next run."""

@@ -17,6 +17,7 @@ from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy import autocast, ragged_attention
 from atlas_rl.policy.autocast import HalfWeights
 from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.linear_routes import BUCKETS, PLAIN, TURNED, WIDENED, RouteTable
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.casts import Casts
@@ -91,6 +92,31 @@ def test_a_step_converts_activations_only_and_rollouts_are_the_same(
 
 def linears_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if class_of(module) in (nn.Linear, Conv1D)]
+
+
+@pytest.mark.parametrize("route", [PLAIN, TURNED, WIDENED, None])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_large_layers_on_a_cpu_go_by_the_fastest_route(route: str | None, bias: bool, dtype: torch.dtype) -> None:
+    """A processor may have no units for half precision; whatever is taken, the result is autocast's up to rounding."""
+    torch.manual_seed(0)
+    layer, table = nn.Linear(400, 500, bias=bias), RouteTable(None, "nobody's")
+    if route is not None:
+        for rows in BUCKETS:
+            contest = table.contest(layer.weight.to(dtype), bias, rows, may_pack=False)
+            contest.seconds = {name: [0.5 if name == route else 0.7] for name in contest.seconds}
+            contest.decide()
+    for rows in (1, 3, 300):
+        x = torch.randn(1, rows, 400)
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            expected = layer(x)
+            with HalfWeights(layer, lambda: 1 << 40, table).installed(dtype):
+                for ours in (layer(x), layer(x.to(dtype)), *(layer(x) for _ in range(10))):
+                    assert (ours.dtype, ours.shape) == (dtype, expected.shape)
+                    torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
+    decided = [contest for contest in table.contests.values() if contest.winner]
+    assert len(decided) == (len(BUCKETS) if route else 3)
+    assert not any("packed" in contest.seconds for contest in decided)
 
 
 @pytest.mark.parametrize("drafter", [HistorySpeculator, Fp4SelfSpeculator])

@@ -12,9 +12,21 @@ from torch import nn
 from torch.nn import functional
 
 from atlas_rl.policy import cpu_linear
-from atlas_rl.policy.cpu_linear import MIN_BYTES, FastLinears, by_columns
+from atlas_rl.policy.cpu_linear import FastLinears, by_columns
 from atlas_rl.policy.guise import class_of
-from atlas_rl.policy.linear_routes import BUCKETS, PACKED, PADDED, PLAIN, TURNED, Contest, RouteTable, can_pack
+from atlas_rl.policy.linear_routes import (
+    BUCKETS,
+    MIN_BYTES,
+    PACKED,
+    PADDED,
+    PLAIN,
+    ROUTES,
+    TURNED,
+    WIDENED,
+    Contest,
+    RouteTable,
+    packed_type,
+)
 
 INPUTS, OUTPUTS = 200, 700  # large enough in bfloat16 as well
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -72,17 +84,17 @@ def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     assert ours.dtype == expected.dtype
     assert ours.shape == expected.shape
     assert ours.is_contiguous() == expected.is_contiguous()
-    tolerance = {torch.float32: 1e-5, BF16: 2e-2}.get(ours.dtype, 0.0)
+    tolerance = {torch.float32: 1e-5, BF16: 2e-2, FP16: 2e-3}[ours.dtype]
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("setting", AUTOCASTS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
 def test_a_layer_returns_what_it_returns_otherwise(setting: str, bias: bool, dtype: torch.dtype) -> None:
     """By every route, for every number of rows; under autocast, which converts the bias as well, to the bit."""
     linear = layer_of(bias, dtype)
-    routes = {route: FastLinears(linear, table_where(route)) for route in (PLAIN, TURNED, PADDED, PACKED, None)}
+    routes = {route: FastLinears(linear, table_where(route)) for route in (*ROUTES, PACKED, None)}
     num_packed = dict.fromkeys(routes, 0)
     for mode, shapes in ((torch.no_grad, list(SHAPES)), (torch.inference_mode, ["contiguous"])):
         for shape, rows in ((shape, rows) for shape in shapes for rows in ROWS):
@@ -101,7 +113,7 @@ def test_a_layer_returns_what_it_returns_otherwise(setting: str, bias: bool, dty
                         assert torch.equal(ours, expected)
     assert type(linear) is nn.Linear
     for route, num_bytes in num_packed.items():
-        assert (num_bytes > 0) == (route in (PACKED, None) and can_pack(dtype))
+        assert (num_bytes > 0) == (route in (PACKED, None) and packed_type(dtype) is not None)
 
 
 @pytest.mark.parametrize("route", [PLAIN, TURNED, PADDED, PACKED])
@@ -132,7 +144,7 @@ def test_inputs_of_a_lower_type_into_float32_weights_are_converted_by_autocast_o
 @pytest.fixture
 def num_packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the weights that are packed."""
-    if not can_pack(torch.float32):
+    if packed_type(torch.float32) is None:
         pytest.skip("this torch has no packed linear layers")
     count, pack = [0], cpu_linear.packed_weight
 
@@ -225,6 +237,36 @@ def test_layers_without_a_copy_leave_that_route_to_others() -> None:
     assert contest.gain_s == pytest.approx(1.4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
+def test_half_precision_may_be_computed_in_float32(dtype: torch.dtype) -> None:
+    """For any number of rows; as float32 is, it would only be copied."""
+    linear, seen = layer_of(dtype=dtype), []
+    table = RouteTable(None, "nobody's")
+    linears = FastLinears(linear, table)
+    for rows in (1, 300, 900):
+        with torch.no_grad(), linears.installed():
+            for _ in range(20):
+                linears.prepare(rows)
+                linear(torch.randn(rows, INPUTS, dtype=dtype))
+    for contest in table.contests.values():
+        seen += [name for name, seconds in contest.seconds.items() if seconds]
+    assert (WIDENED in seen) == (dtype != torch.float32)
+    decided = [int(name.rpartition(", ")[2]) for name, contest in table.contests.items() if contest.winner]
+    assert decided == ([1] if dtype == torch.float32 else [1, BUCKETS[-1]])
+
+
+def test_a_contest_without_a_route_that_there_is_now_is_held_again(tmp_path: Path) -> None:
+    weight, path = torch.empty(9, 5, dtype=BF16), tmp_path / "routes.json"
+    old = RouteTable(path, "mine")
+    contest = old.contest(weight, True, 4)
+    del contest.seconds[WIDENED]
+    for route in contest.seconds:
+        contest.seconds[route] = [0.5]
+    contest.decide()
+    old.save()
+    assert RouteTable._loaded(path, "mine").contest(weight, True, 4).winner is None
+
+
 def test_what_was_found_is_kept_by_machine(tmp_path: Path) -> None:
     weight, path = torch.empty(9, 5), tmp_path / "deep" / "routes.json"
     table = RouteTable(path, "mine")
@@ -305,7 +347,7 @@ def test_layers_are_put_back_after_an_exception_and_sessions_nest() -> None:
                 assert linear.forward.__func__ is not nn.Linear.forward
             assert linear.forward.__func__ is not nn.Linear.forward
             linears.prepare(4)
-            assert linears.most_packed_bytes == (4 * INPUTS * OUTPUTS if can_pack(torch.float32) else 0)
+            assert linears.most_packed_bytes == (4 * INPUTS * OUTPUTS if packed_type(torch.float32) else 0)
             raise KeyError
 
     with pytest.raises(KeyError):
