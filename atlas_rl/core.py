@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import Stream, draft_keys
+from atlas_kernels.truncate import Truncation
 from atlas_rl.checks import number, token_ids, whole
 from atlas_rl.policy.base import roomy
+from atlas_rl.policy.upload import uploaded
 
 TEMPERATURES = (1e-20, 1e20)
 """Least and largest temperature above 0. Logits up to 1e8 stay finite in float32, also with the largest penalty."""
@@ -103,6 +105,11 @@ class SamplingParams:
         return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
+    def truncation(self) -> Truncation:
+        """Which tokens keep a probability."""
+        return Truncation(self.top_k, self.top_p, self.min_p)
+
+    @property
     def plain(self) -> bool:
         """Whether the processed distribution is the policy's softmax at `temperature`, unchanged."""
         return not self.greedy and not self.truncates and self.repetition_penalty == 1
@@ -181,12 +188,15 @@ class Draft:
             alone, never of the drawn token; under drafter-invariant verification it may also read the noise.
         draft_probs: Only for engines that verify by rejection, float32 `[batch, draft_len, vocab]` on the policy's
             device: the distribution each draft token was drawn from. `None` means one-hot drafts.
+        probs_are_checked: Whether who drew them has seen that they are finite, in what it fetched anyway. Otherwise whoever
+            takes the draft looks, and on a GPU the host waits for that.
     """
 
     token_ids: np.ndarray
     lengths: np.ndarray
     confidence: np.ndarray
     draft_probs: torch.Tensor | None = None
+    probs_are_checked: bool = False
 
     @staticmethod
     def empty(batch: int) -> Draft:
@@ -195,8 +205,11 @@ class Draft:
 
     def of(self, rows: np.ndarray) -> Draft:
         """The draft of some rows only, int64 `[n]`."""
-        draft_probs = None if self.draft_probs is None else self.draft_probs[rows]
-        return Draft(self.token_ids[rows], self.lengths[rows], self.confidence[rows], draft_probs)
+        probs = self.draft_probs
+        draft_probs = None if probs is None else probs.index_select(0, uploaded(rows, probs.device))
+        return Draft(
+            self.token_ids[rows], self.lengths[rows], self.confidence[rows], draft_probs, self.probs_are_checked
+        )
 
     def spread(self, rows: np.ndarray, batch: int) -> Draft:
         """Scatter this draft into a batch of `batch` rows: row i goes to `rows[i]`, all other rows are empty."""
@@ -209,8 +222,8 @@ class Draft:
         draft_probs = None
         if self.draft_probs is not None:
             draft_probs = self.draft_probs.new_zeros(batch, *self.draft_probs.shape[1:])
-            draft_probs[rows] = self.draft_probs
-        return Draft(token_ids, lengths, confidence, draft_probs)
+            draft_probs.index_copy_(0, uploaded(rows, draft_probs.device), self.draft_probs)
+        return Draft(token_ids, lengths, confidence, draft_probs, self.probs_are_checked)
 
 
 @dataclass(frozen=True, slots=True)

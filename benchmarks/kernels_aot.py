@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atlas_kernels import draft_head_triton, draw_triton, nvfp4_triton, rejection_triton, verify_triton
+from atlas_kernels import draft_head_triton, draw_triton, nvfp4_triton, rejection_triton, truncate_triton, verify_triton
 from benchmarks.common import ROOT, environment, write_result
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -128,11 +128,17 @@ CASES = {
     ),
     "draw.choose_among_splits": _case(
         draw_triton.choose_among_splits,
-        "bllldifFILI",
+        "bllldifFILII",
         draw_triton.NUM_WARPS,
         {"STREAM": 0, "GREEDY": False, "SCALED": True, "TOKENS": draw_triton.TOKENS},
     ),
     "draw.finish_draw": _case(draw_triton.finish_draw, "diflfI", 1, {"SPLITS": 64}),
+    "truncate.truncate_rows": _case(
+        truncate_triton.truncate_rows,
+        "ffFIIIIII",
+        truncate_triton.NUM_WARPS,
+        {"SCALED": True, "TOP_K": True, "TOP_P": True, "MIN_P": True, "TOKENS": truncate_triton.TOKENS},
+    ),
     "draft_head.advance": _draft_head(draft_head_triton.advance, "bbbfldiIIIIII"),
     "draft_head.score": _draft_head(draft_head_triton.score, "bblflldiffFIIIIIIIII"),
     "draft_head.finish_draft": _draft_head(draft_head_triton.finish_draft, "difflfIIIIII"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -48,14 +48,22 @@ def compile_verification(verifier: Verifier, sampling: SamplingParams, vocab_siz
         device: Of the logits.
     """
     temperature = kernel_temperature(sampling)
+    needed: tuple[Hashable, ...]
     needed = verifier.couples_noise, temperature if temperature in (0, 1) else None, vocab_size, device
+    if sampling.truncates:
+        needed += (
+            sampling.temperature == 1,
+            sampling.top_k in range(1, vocab_size),
+            sampling.top_p < 1,
+            sampling.min_p > 0,
+        )
     if isinstance(verifier, FusedVerifier) and needed not in _compiled:
         with _announced("GPU", "some seconds"):
             verifier.compile_for(sampling, vocab_size, device)
         _compiled.add(needed)
 
 
-_compiled: set[tuple[bool, float | None, int, torch.device]] = set()
+_compiled: set[tuple[Hashable, ...]] = set()  # calls of kernels, as far as they are compiled for
 
 
 @contextmanager

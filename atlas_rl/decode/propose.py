@@ -9,6 +9,7 @@ import torch
 
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.core import Draft, Sequences
+from atlas_rl.policy.upload import uploaded
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
 
@@ -85,20 +86,36 @@ def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, v
     if width == 0:
         return merged
     merged = Draft(np.zeros((batch, width), np.int64), admission.lengths, np.zeros((batch, width), np.float32))
-    with_probs = [draft.draft_probs for draft in drafts.values() if draft.draft_probs is not None]
-    if with_probs:
-        merged.draft_probs = with_probs[0].new_zeros(batch, width, vocab_size)
+    rows_of = {
+        name: np.flatnonzero((admission.drafters == names.index(name)) & (admission.lengths > 0)) for name in drafts
+    }
     for name, draft in drafts.items():
-        rows = np.flatnonzero((admission.drafters == names.index(name)) & (admission.lengths > 0))
-        columns = min(width, draft.token_ids.shape[1])
+        rows, columns = rows_of[name], min(width, draft.token_ids.shape[1])
         merged.token_ids[rows, :columns] = draft.token_ids[rows, :columns]
         merged.confidence[rows, :columns] = draft.confidence[rows, :columns]
-        if merged.draft_probs is not None and len(rows):
-            index = torch.from_numpy(rows).to(merged.draft_probs.device)
-            if draft.draft_probs is not None:
-                merged.draft_probs[index, :columns] = draft.draft_probs[index, :columns]
-            else:
-                tokens = torch.from_numpy(merged.token_ids[rows]).to(index.device)
-                one_hot = torch.nn.functional.one_hot(tokens, vocab_size)
-                merged.draft_probs[index] = one_hot.to(merged.draft_probs.dtype)
+    merged.draft_probs = _merged_probs(drafts, rows_of, merged, vocab_size)
     return merged
+
+
+def _merged_probs(
+    drafts: Mapping[str, Draft], rows_of: Mapping[str, np.ndarray], merged: Draft, vocab_size: int
+) -> torch.Tensor | None:
+    """`draft_probs` of the merged draft, of requests that draft; rows of others mean nothing. Waits for no device."""
+    used = [name for name, rows in rows_of.items() if len(rows)]
+    with_probs = [probs for name in used if (probs := drafts[name].draft_probs) is not None]
+    if not with_probs:
+        return None
+    width = merged.token_ids.shape[1]
+    if len(used) == 1:  # nothing to merge: the vocabulary is large, and a copy of it is not free
+        return with_probs[0][:, :width]
+    draft_probs = with_probs[0].new_zeros(*merged.token_ids.shape, vocab_size)
+    for name in used:
+        own, rows = drafts[name].draft_probs, rows_of[name]
+        index = uploaded(rows, draft_probs.device)
+        if own is not None:
+            draft_probs[index, : own.shape[1]] = own[index, :width]
+        else:
+            tokens = uploaded(merged.token_ids[rows], draft_probs.device)
+            one_hot = torch.nn.functional.one_hot(tokens, vocab_size)
+            draft_probs[index] = one_hot.to(draft_probs.dtype)
+    return draft_probs

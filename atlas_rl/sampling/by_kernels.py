@@ -7,6 +7,7 @@ position. The decisions are those of `verification.py` (`docs/kernels.md` says w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -83,7 +84,10 @@ class FusedVerifier(Verifier):
     def compile_for(self, sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
         """Run what `verify` runs, on one row without a draft; see `decode/compile_kernels.py`."""
         none, zero = (torch.full((1,), number, device=device) for number in (-1, 0))
-        rows = torch.zeros(1, vocab_size, device=device), none, torch.tensor([0, 1], device=device), zero, zero
+        logits = torch.zeros(1, vocab_size, device=device)
+        if sampling.truncates:
+            logits = process(logits, replace(sampling, repetition_penalty=1.0), None)
+        rows = logits, none, torch.tensor([0, 1], device=device), zero, zero
         temperature = kernel_temperature(sampling)
         if self.couples_noise:
             verify(*rows, temperature=temperature, implementation=self._implementation)

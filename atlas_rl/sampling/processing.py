@@ -1,6 +1,7 @@
 """From the policy's logits to the distribution that is sampled.
 
-Order and tie rules are those of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p.
+Order and tie rules are those of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p. The last
+three are `atlas_kernels.truncate`, which keeps the same tokens on every device.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from atlas_kernels.dispatch import implementation_on
 from atlas_kernels.noise import BLOCK
+from atlas_kernels.truncate import truncate
 from atlas_rl.core import SamplingParams
 from atlas_rl.policy.upload import uploaded
 
@@ -35,11 +38,10 @@ def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: torch.Tens
         logits.scatter_(1, prefixes, torch.where(seen < 0, seen * penalty, seen / penalty))
     if sampling.greedy:
         return logits
-    if sampling.temperature != 1:
-        logits = logits.div_(sampling.temperature)
     if sampling.truncates:
-        logits = _truncate(logits, sampling)
-    return logits
+        temperature, how = sampling.temperature, implementation_on(logits.device)
+        return truncate(logits, sampling.truncation, temperature=temperature, out=logits, implementation=how)
+    return logits if sampling.temperature == 1 else logits.div_(sampling.temperature)
 
 
 def padded_prefixes(texts: np.ndarray, rows: np.ndarray, ends: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -59,22 +61,6 @@ def padded_prefixes(texts: np.ndarray, rows: np.ndarray, ends: np.ndarray, devic
     found = known.view(texts.shape).index_select(0, row)
     before = torch.arange(texts.shape[1], device=device) < end[:, None]
     return torch.where(before, found, found[:, :1]).long()
-
-
-def _truncate(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    excluded = float("-inf")
-    if 0 < sampling.top_k < logits.shape[-1]:
-        threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, excluded)
-    if sampling.top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        below = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
-        below[:, -1] = False
-        logits = logits.masked_fill(below.scatter(1, order, below), excluded)
-    if sampling.min_p > 0:
-        probs = logits.softmax(dim=-1)
-        logits = logits.masked_fill(probs < sampling.min_p * probs.amax(dim=-1, keepdim=True), excluded)
-    return logits
 
 
 def entropies(

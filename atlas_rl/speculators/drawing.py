@@ -19,7 +19,7 @@ from atlas_kernels.draft_head import draft_head
 from atlas_kernels.draw import draw
 from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.core import Draft, Sequences
-from atlas_rl.policy.upload import uploaded
+from atlas_rl.policy.upload import download, uploaded
 from atlas_rl.sampling.processing import padded_prefixes, process
 from atlas_rl.sampling.verification import choose
 
@@ -131,8 +131,8 @@ class Drawing:
 
     @property
     def by_kernel(self) -> bool:
-        """Whether a kernel draws as this call samples: it divides by the temperature, and truncates nothing."""
-        return not self._sampling.truncates and self._likeliest == self._sampling.greedy
+        """Whether the draft head kernel draws as this call does: it takes the likeliest token at temperature 0 only."""
+        return self._likeliest == self._sampling.greedy
 
     def draw_all(
         self,
@@ -150,6 +150,7 @@ class Drawing:
             self._positions[0].at,
             len(self._positions),
             temperature=0.0 if self._sampling.greedy else self._sampling.temperature,
+            truncation=self._sampling.truncation if self._sampling.truncates else None,
             stream=self._stream,
             with_probs=not self._couples_noise,
             implementation=implementation,
@@ -170,9 +171,8 @@ class Drawing:
         """
         indices = torch.cat(self._indices)
         ids = indices if self._token_ids is None else self._token_ids[indices]
-        # Token ids and float32 numbers are exact in float64.
-        fetched = torch.stack([ids.double(), torch.cat(self._max_probs).double()]).cpu().numpy()
-        if np.isnan(fetched[1]).any():
+        fetched_ids, max_probs = download([ids, torch.cat(self._max_probs)])
+        if np.isnan(max_probs).any():
             raise NonFiniteDraft(
                 f"the draft logits of '{self._drafter}' are not finite. The policy's tokens are not affected. Likely "
                 "causes: weights of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave "
@@ -181,13 +181,14 @@ class Drawing:
         row, column = np.concatenate(self.rows), np.repeat(np.arange(len(self.rows)), [len(rows) for rows in self.rows])
         tokens = np.zeros((len(self._depths), len(self.rows)), np.int64)
         confidence = np.full(tokens.shape, _UNKNOWN, np.float32)
-        tokens[row, column], confidence[row, column] = fetched[0], fetched[1].clip(*_CONFIDENCE)
+        tokens[row, column], confidence[row, column] = fetched_ids, max_probs.clip(*_CONFIDENCE)
         last = self._sequences.sampling.ends(tokens)
         if unrunnable is not None:
             last |= unrunnable[tokens]
         lengths = np.where(last.any(axis=1), last.argmax(axis=1) + 1, tokens.shape[1])
         lengths = np.minimum(np.minimum(max_draft_tokens, self._depths), lengths)
-        return Draft(tokens, lengths, confidence, self._draft_probs())
+        # A row's largest probability is a number exactly if all of them are.
+        return Draft(tokens, lengths, confidence, self._draft_probs(), probs_are_checked=True)
 
     def _draft_probs(self) -> torch.Tensor | None:
         """The distributions that tokens were drawn from, float32 `[batch, depth, vocab]`; None where they were coupled."""
@@ -217,7 +218,7 @@ class Drawing:
         """Indices, largest probabilities, and all probabilities where they are kept and not one-hot."""
         keeps = not self._couples_noise and not self._likeliest
         temperature = 0.0 if self._likeliest else self._sampling.temperature
-        if keeps or self._prefixes is not None or not self.by_kernel:
+        if keeps or self._prefixes is not None or self._sampling.truncates or self._likeliest != self._sampling.greedy:
             logits, temperature = self._processed(logits), 0.0 if self._likeliest else 1.0
         drawn = draw(
             logits,

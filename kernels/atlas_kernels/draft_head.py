@@ -14,7 +14,7 @@ unless the two best scores are closer than float32 resolves.
 
 **Launches.** A token needs the whole state before its logits, and all logits before the next state. Small weights take one
 launch: one program per 16 rows reads them at all k steps. Large ones are spread over the device, in two launches per token
-and one at the end.
+and one at the end. Where tokens are truncated a row has to be known as a whole before one is drawn: five launches per token.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from atlas_kernels.dispatch import Implementation, use_triton
 from atlas_kernels.draft_head_reference import draft_head_reference
 from atlas_kernels.head_call import DraftHeadWeights, HeadCall
 from atlas_kernels.noise import Stream
+from atlas_kernels.truncate import Truncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ def draft_head(
     temperature: float = 1.0,
     stream: Stream = Stream.TARGET,
     with_probs: bool = False,
+    truncation: Truncation | None = None,
     implementation: Implementation = "auto",
 ) -> HeadDraft:
     """Draft `num_tokens` tokens for every row. Reads nothing back from the device.
@@ -70,14 +72,19 @@ def draft_head(
         temperature: `> 0`; 0 takes the likeliest token, the first of equals.
         stream: The noise stream to draw from: the policy's own, or that of independent drafts.
         with_probs: Whether to return the distributions.
+        truncation: Which tokens are drawn and counted, of the reduced vocabulary's; None for all. At temperature > 0.
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.
     """
-    call = HeadCall(weights, state, newest, keys, positions, num_tokens, temperature, stream, with_probs).checked()
+    call = HeadCall(
+        weights, state, newest, keys, positions, num_tokens, temperature, stream, with_probs, truncation
+    ).checked()
     if use_triton(state, implementation):
-        from atlas_kernels.draft_head_triton import draft_head_triton
-
-        return HeadDraft(*draft_head_triton(call))
+        if truncation is None:
+            from atlas_kernels.draft_head_triton import draft_head_triton as run
+        else:
+            from atlas_kernels.truncated_head_triton import draft_head_triton as run
+        return HeadDraft(*run(call))
     return HeadDraft(*draft_head_reference(call))

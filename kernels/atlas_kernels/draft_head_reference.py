@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from atlas_kernels import noise
 from atlas_kernels.head_call import DraftHeadWeights, HeadCall
+from atlas_kernels.truncate_reference import truncate_reference
 from atlas_kernels.verify_reference import first_argmax, processed_logits
 
 
@@ -16,7 +17,7 @@ def draft_head_reference(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, to
     indices, confidences, distributions = [], [], []
     for step in range(call.num_tokens):
         state = absorbed(weights, state, newest)
-        log_weights = processed_logits(logits(weights, state), call.temperature, None)
+        log_weights = _processed(call, logits(weights, state))
         scores = log_weights
         if call.temperature > 0:
             e = noise.exponentials_of(call.keys, call.positions + step, int(call.stream), weights.token_ids)
@@ -30,6 +31,13 @@ def draft_head_reference(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, to
             distributions.append((one_hot if call.temperature == 0 else probs).float())
     all_probs = torch.stack(distributions, dim=1) if call.with_probs else None
     return torch.stack(indices, dim=1), torch.stack(confidences, dim=1), all_probs
+
+
+def _processed(call: HeadCall, x: torch.Tensor) -> torch.Tensor:
+    """Logits of the distribution that tokens are drawn from: float64 `[batch, tokens]`."""
+    if call.truncation is None:
+        return processed_logits(x, call.temperature, None)
+    return truncate_reference(x, call.truncation, call.temperature, torch.empty_like(x)).double()
 
 
 def absorbed(weights: DraftHeadWeights, state: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from atlas_kernels.head_call import HeadCall
+from atlas_kernels.head_call import DraftHeadWeights, HeadCall
 from atlas_kernels.noise_triton import exponentials_of
 
 TILE = {"ROWS": 16, "UNITS": 16, "TOKENS": 32, "INNER": 32}
@@ -293,7 +293,7 @@ def draft_head_triton(
     """The fields of `atlas_kernels.draft_head.HeadDraft`. Weights of up to `whole_bytes` take one launch."""
     weights, state, num_steps = call.weights, call.state, call.num_tokens
     (batch, size), device, tokens = state.shape, state.device, len(weights.token_ids)
-    tile, compute = (TILE, _TYPES[weights.outputs.dtype]) if device.type == "cuda" else (_INTERPRETED_TILE, tl.float32)
+    tile, compute = tile_on(device, weights)
     whole = weights.num_bytes <= whole_bytes
     splits, tiles_per_split = split_tokens(batch, tokens, tile, device, whole=whole)
     states = torch.empty(num_steps + 1, batch, size, device=device)
@@ -317,7 +317,7 @@ def draft_head_triton(
         "num_steps": num_steps,
         "splits": splits,
         "tiles_per_split": tiles_per_split,
-        "ELEMENT": _TYPES[weights.outputs.dtype],
+        "ELEMENT": element_of(weights),
         "COMPUTE": compute,
         "STREAM": int(call.stream),
         "GREEDY": call.temperature == 0,
@@ -332,16 +332,26 @@ def draft_head_triton(
     }
     row_tiles = triton.cdiv(batch, tile["ROWS"])
     if batch and whole:
-        _launch(draft_whole, (row_tiles,), arguments)
+        launch(draft_whole, (row_tiles,), arguments)
     elif batch:
         for step in range(num_steps):
-            _launch(advance, (row_tiles, triton.cdiv(size, tile["UNITS"])), arguments | {"step": step})
-            _launch(score, (row_tiles, splits), arguments | {"step": step})
-        _launch(finish_draft, (batch, num_steps), arguments)
+            launch(advance, (row_tiles, triton.cdiv(size, tile["UNITS"])), arguments | {"step": step})
+            launch(score, (row_tiles, splits), arguments | {"step": step})
+        launch(finish_draft, (batch, num_steps), arguments)
     return arguments["indices"], arguments["confidence"], arguments["probs"]
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+def element_of(weights: DraftHeadWeights) -> Any:
+    """Triton's type of the weights."""
+    return _TYPES[weights.outputs.dtype]
+
+
+def tile_on(device: torch.device, weights: DraftHeadWeights) -> tuple[dict[str, int], Any]:
+    """Sizes of tiles, and the type of what products multiply."""
+    return (TILE, element_of(weights)) if device.type == "cuda" else (_INTERPRETED_TILE, tl.float32)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Launch `kernel` with those of the arguments that it takes."""
     kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=NUM_WARPS)
 

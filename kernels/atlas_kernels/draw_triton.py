@@ -28,20 +28,21 @@ _INTERPRETED = (1024, 2)  # tokens per step and splits: the interpreter pays per
 
 # As in `choose_splits`: neither sizes that change from step to step nor where numbers per row lie are compiled for.
 @triton.jit(
-    do_not_specialize=["num_tokens", "logits_stride", "tiles_per_split"],
+    do_not_specialize=["num_tokens", "logits_stride", "tiles_per_split", "step"],
     do_not_specialize_on_alignment=["keys", "positions"],
 )
 def choose_among_splits(
     logits, token_ids, keys, positions, scores, tokens, sums,
-    temperature, num_tokens, logits_stride, tiles_per_split,
+    temperature, num_tokens, logits_stride, tiles_per_split, step,
     STREAM: tl.constexpr, GREEDY: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """`choose_splits` over a reduced vocabulary, every score written out; grid `[rows, splits]`.
 
-    Writes `scores`, `tokens` (columns of the logits) and `sums` as `choose_splits` does.
+    Writes `scores`, `tokens` (columns of the logits) and `sums` as `choose_splits` does. The noise is that of `step`
+    positions behind `positions`.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    key, position = tl.load(keys + row), tl.load(positions + row)
+    key, position = tl.load(keys + row), tl.load(positions + row) + step
     logits += row * logits_stride
     negative_infinity = float("-inf")
     best_score, best_token, best_logit = tl.full([], negative_infinity, tl.float64), 0, negative_infinity
@@ -72,7 +73,7 @@ def choose_among_splits(
     )
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["indices", "max_probs"])
 def finish_draw(scores, tokens, sums, indices, max_probs, splits, SPLITS: tl.constexpr):
     """Writes the choice of a row, and its largest probability; grid `[rows]`."""
     row = tl.program_id(0)
@@ -87,24 +88,31 @@ def draw_triton(call: DrawCall) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, device = len(call.logits), call.logits.device
     indices = torch.empty(num_rows, dtype=torch.int64, device=device)
     max_probs = torch.empty(num_rows, dtype=torch.float32, device=device)
-    if not num_rows:
-        return indices, max_probs
-    if call.token_ids is None:
+    if num_rows and call.token_ids is not None:
+        draw_among(call, call.token_ids.contiguous(), indices, max_probs)
+    elif num_rows:
         # `choose_splits` reads neither drafts nor where requests begin.
         rows = PackedRows(
             call.logits, call.positions, call.positions, call.keys, call.positions, call.temperature, None
         )
         scores, tokens, sums = launch_splits(rows.contiguous(), stream=call.stream)
         most = most_splits(call.logits.shape[1], device)
-    else:
-        scores, tokens, sums = _launch_among(call, call.token_ids.contiguous())
-        most = triton.next_power_of_2(split_tokens(1, call.logits.shape[1], device)[1])
-    finish_draw[(num_rows,)](scores, tokens, sums, indices, max_probs, scores.shape[1], SPLITS=most, num_warps=1)
+        finish_draw[(num_rows,)](scores, tokens, sums, indices, max_probs, scores.shape[1], SPLITS=most, num_warps=1)
     return indices, max_probs
 
 
-def _launch_among(call: DrawCall, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`choose_among_splits`: its `(scores, tokens, sums)`."""
+def draw_among(
+    call: DrawCall, token_ids: torch.Tensor, indices: torch.Tensor, max_probs: torch.Tensor, step: int = 0
+) -> None:
+    """Draw over a reduced vocabulary into `indices` int64 and `max_probs` float32 `[rows]`, at least one row.
+
+    Args:
+        call: Its positions are `step` less than those whose noise is drawn.
+        token_ids: int64 `[tokens]`, in one piece.
+        indices: Gets what is drawn.
+        max_probs: Gets the largest probabilities.
+        step: See `call`.
+    """
     logits = call.logits if call.logits.stride(1) == 1 else call.logits.contiguous()
     (num_rows, num_tokens), device = logits.shape, logits.device
     tile, splits, tiles_per_split = split_tokens(num_rows, num_tokens, device)
@@ -123,13 +131,15 @@ def _launch_among(call: DrawCall, token_ids: torch.Tensor) -> tuple[torch.Tensor
         num_tokens,
         logits.stride(0),
         tiles_per_split,
+        step,
         STREAM=int(call.stream),
         GREEDY=call.temperature == 0,
         SCALED=call.temperature not in (0, 1),
         TOKENS=tile,
         num_warps=NUM_WARPS,
     )
-    return scores, tokens, sums
+    most = triton.next_power_of_2(split_tokens(1, num_tokens, device)[1])
+    finish_draw[(num_rows,)](scores, tokens, sums, indices, max_probs, splits, SPLITS=most, num_warps=1)
 
 
 def split_tokens(rows: int, tokens: int, device: torch.device) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from atlas_kernels.noise import Stream
+from atlas_kernels.truncate import Truncation
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,6 +77,7 @@ class HeadCall:
     temperature: float
     stream: Stream
     with_probs: bool
+    truncation: Truncation | None = None
 
     def checked(self) -> HeadCall:
         """This call, if its arguments fit each other.
@@ -100,4 +102,8 @@ class HeadCall:
             raise ValueError(f"num_tokens must be at least 1, got {self.num_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
+        if self.truncation is not None and self.temperature == 0:
+            raise ValueError(
+                "truncation goes with a temperature > 0: without noise the likeliest token is taken anyway"
+            )
         return self

@@ -1,7 +1,4 @@
-"""What a decode step may cost the host: waits, launches, compilations and copies, on a pretended GPU.
-
-What is marked `xfail` is not so yet. Each mark goes with its repair; the budget stays.
-"""
+"""What a decode step may cost the host: waits, launches, compilations and copies, on a pretended GPU."""
 
 from __future__ import annotations
 
@@ -22,19 +19,12 @@ from tests.gpu.counts import STEP, counts_of
 from tests.gpu.engines import ARMS, DEPTH, SAMPLINGS, autocast, engine_of, generate, policy
 from tests.pretend_cuda import WAITS, PretendCuda
 
-TRUNCATED = "processing.py: top-k, top-p and min-p are 20 launches of torch for every drafted token"
-
-
 pytestmark = pytest.mark.usefixtures("probed_once")
 
 
 @cache
 def counts_with(arm, sampling="sampled"):
     return counts_of(arm, max_new_tokens=6, **SAMPLINGS[sampling])
-
-
-def xfail(reason):
-    return pytest.mark.xfail(reason=reason, strict=True)
 
 
 # Waits of the host per step: the upload, the download and the clock's; a drafter that draws token by token adds its own.
@@ -60,11 +50,13 @@ CASES = [
     ("plain", "truncated"),
     ("history", "sampled"),
     ("recurrent", "sampled"),
-    pytest.param("recurrent", "truncated", marks=xfail(TRUNCATED)),
+    ("recurrent", "truncated"),
     ("eagle3", "greedy"),
     ("eagle3", "sampled"),
+    ("eagle3", "truncated"),
     ("draft_lm", "greedy"),
     ("draft_lm", "sampled"),
+    ("draft_lm", "truncated"),
     ("fp4_self", "sampled"),
 ]
 

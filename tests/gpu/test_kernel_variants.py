@@ -18,6 +18,9 @@ from atlas_kernels.noise import Stream
 from atlas_kernels.nvfp4_triton import linear_triton
 from atlas_kernels.rejection_triton import rejection_triton
 from atlas_kernels.rows import PackedRows
+from atlas_kernels.truncate import Truncation
+from atlas_kernels.truncate_triton import truncate_triton
+from atlas_kernels.truncated_head_triton import draft_head_triton as truncated_head_triton
 from atlas_kernels.verify_triton import verify_triton
 from atlas_rl.decode import compile_kernels
 from atlas_rl.decode.loop import DecodeLoop
@@ -63,7 +66,7 @@ def by_rejection(batch: int, drafts: int) -> None:
         rejection_triton(rows, probs, ints(tokens))
 
 
-def drafted(batch: int, drafts: int, whole_bytes: int = 0) -> None:
+def drafted(batch: int, drafts: int, whole_bytes: int = 0, truncation: Truncation | None = None) -> None:
     for tokens in VOCABULARIES if drafts else ():
         shapes = {"input_gates": (tokens + 1, 3 * SIZE), "state_gates": (3 * SIZE, SIZE), "state_bias": (3 * SIZE,)}
         shapes |= {"outputs": (tokens, SIZE), "bias": (tokens,)}
@@ -71,9 +74,11 @@ def drafted(batch: int, drafts: int, whole_bytes: int = 0) -> None:
         weights, offset = DraftHeadWeights(token_ids=ints(tokens), **made), batch % 2
         state = torch.empty(batch, SIZE, device="cuda")
         per_row = (ints(batch, offset) for _ in range(3))
-        draft_head_triton(
-            HeadCall(weights, state, *per_row, drafts, 0.8, Stream.TARGET, False), whole_bytes=whole_bytes
-        )
+        call = HeadCall(weights, state, *per_row, drafts, 0.8, Stream.TARGET, False, truncation)
+        if truncation is None:
+            draft_head_triton(call, whole_bytes=whole_bytes)
+        else:
+            truncated_head_triton(call)
 
 
 def four_bits(batch: int, drafts: int) -> None:
@@ -81,6 +86,11 @@ def four_bits(batch: int, drafts: int) -> None:
     weight = torch.empty(1024, SIZE // 2, dtype=torch.uint8, device="cuda")
     scales = torch.empty(1024, SIZE // 16, dtype=torch.uint8, device="cuda")
     linear_triton(x, weight, scales, torch.ones((), device="cuda"))
+
+
+def truncated(batch: int, drafts: int) -> None:
+    logits = torch.empty(batch * (1 + drafts), VOCAB, device="cuda")
+    truncate_triton(logits, Truncation(7 + drafts, 0.5 + 1 / batch / 4, 0.01), 0.8, logits)
 
 
 CALLS: dict[str, tuple[Callable[[int, int], None], list[str]]] = {
@@ -92,6 +102,12 @@ CALLS: dict[str, tuple[Callable[[int, int], None], list[str]]] = {
     "rejection": (by_rejection, ["choose_splits", "finish_rejection", "residual_splits"]),
     "draft head": (drafted, ["advance", "finish_draft", "score"]),
     "draft head at once": (lambda batch, drafts: drafted(batch, drafts, 1 << 40), ["draft_whole"]),
+    "truncation": (truncated, ["truncate_rows"]),
+    # A vocabulary is a multiple of 16, whose rows are read 16 bytes at a time, or it is not.
+    "truncated draft head": (
+        lambda batch, drafts: drafted(batch, drafts, truncation=Truncation(9, 0.9)),
+        ["advance", "choose_among_splits", "finish_draw", "score", "truncate_rows", "truncate_rows"],
+    ),
     "four bits": (four_bits, ["linear_rows"]),
 }
 
@@ -123,6 +139,6 @@ def test_verification_is_compiled_before_the_first_step_and_it_is_said(
         ):
             engine.generate([[5, 9, 2], [3]], max_new_tokens=3, eos_token_ids=[17], seed=0, **options)
             assert not [event.what for event in cuda.events if event.kind == "build" and event.section == "run"]
-    assert len(builds(cuda)) == {"invariant": 4, "rejection": 12}[verification]
+    assert len(builds(cuda)) == {"invariant": 5, "rejection": 13}[verification]
     said = [record.message for record in caplog.records if "GPU kernels" in record.message]
     assert len([line for line in said if "compiled its GPU kernels" in line]) == 3  # not for the second temperature

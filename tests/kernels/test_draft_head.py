@@ -17,6 +17,7 @@ from atlas_kernels.draft_head import HeadDraft, draft_head
 from atlas_kernels.draft_head_reference import absorbed, logits
 from atlas_kernels.head_call import DraftHeadWeights, HeadCall
 from atlas_kernels.noise import Stream, exponentials, request_keys
+from atlas_kernels.truncate import Truncation
 from atlas_rl.speculators.drawing import choose_among
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from tests.exact import CERTAIN, FALSE_ALARM
@@ -126,6 +127,31 @@ def test_saturated_rows():
     draft = assert_same(arguments)
     assert (draft.indices == 77).all()
     assert (draft.confidence == 1).all()
+
+
+@pytest.mark.parametrize("stream", [Stream.TARGET, Stream.DRAFT])
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 20), (1, 1), (5, 303)])
+def test_truncated_tokens_are_neither_drawn_nor_counted(batch, tokens, stream):
+    arguments, options = (
+        case(batch, tokens, 24, seed=tokens),
+        {"temperature": 0.9, "stream": stream, "with_probs": True},
+    )
+    truncation = Truncation(top_k=30, top_p=0.8, min_p=0.02)
+    kernel, reference = (
+        draft_head(*arguments, 3, truncation=truncation, implementation=how, **options)
+        for how in ("triton", "reference")
+    )
+    assert torch.equal(kernel.indices, reference.indices)
+    torch.testing.assert_close(kernel.confidence, reference.confidence, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kernel.probs, reference.probs, rtol=1e-4, atol=1e-6)
+    assert torch.equal(kernel.probs > 0, reference.probs > 0)
+    assert ((kernel.probs > 0).sum(dim=-1) <= 30).all()
+    assert (kernel.probs.gather(2, kernel.indices[:, :, None]) > 0).all()
+
+
+def test_greedy_drafts_are_not_truncated():
+    with pytest.raises(ValueError, match="truncation goes with a temperature > 0"):
+        draft_head(*case(2, 20, 16), 3, temperature=0.0, truncation=Truncation(top_k=3), implementation="reference")
 
 
 def test_no_rows():

@@ -25,7 +25,9 @@ _REFERENCES = (
     ("verify_triton", "verify_reference", "verify"),
     ("rejection_triton", "rejection_reference", "rejection"),
     ("draft_head_triton", "draft_head_reference", "draft_head"),
+    ("truncated_head_triton", "draft_head_reference", "draft_head"),
     ("draw_triton", "draw_reference", "draw"),
+    ("truncate_triton", "truncate_reference", "truncate"),
     ("nvfp4_triton", "nvfp4_reference", "quantize"),
     ("nvfp4_triton", "nvfp4_reference", "linear"),
 )

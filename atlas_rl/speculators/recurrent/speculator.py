@@ -253,7 +253,8 @@ class RecurrentSpeculator(Speculator):
             # A serving engine may have put a request off: nothing is known of its draft then.
             back = np.flatnonzero([int(request) in row_of for request in requests])
             rows = np.array([row_of[int(request)] for request in requests[back]], np.int64)
-            tried, accepted = verified.outcome_of(draft.of(back), rows)
+            tokens = Draft(draft.token_ids[back], draft.lengths[back], draft.confidence[back])
+            tried, accepted = verified.outcome_of(tokens, rows)
             missed[rows] = np.where(tried > accepted, accepted, -1)
             self._proposed = None
         return missed

@@ -1,0 +1,64 @@
+"""The eager reference of `truncate`: rows sorted, and every weight written out, in integers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from atlas_kernels.truncate import Truncation
+
+# (1 - 2**-f) / f for f in [0, 1], alternating in sign, as multiples of 2**-31: 2**-f is right within 3e-9, and never rises.
+COEFFICIENTS = (1488522236, 515882469, 119193747, 20652244, 2856024, 319744, 24275)
+FRACTION_BITS = 24
+STEPS_PER_NAT = 2**FRACTION_BITS * 1.4426950408889634
+"""Distances from the largest logit are counted in `2**-24` of a halving, rounded down."""
+MOST_STEPS = 41 * 2**FRACTION_BITS
+"""From here on a token weighs nothing."""
+
+
+def truncate_reference(
+    logits: torch.Tensor, truncation: Truncation, temperature: float, out: torch.Tensor
+) -> torch.Tensor:
+    """`out`; arguments as in `atlas_kernels.truncate.truncate`."""
+    scaled = logits.float()
+    if temperature != 1:
+        # A tensor divides; a Python number would be turned into a multiplication by its reciprocal on CUDA.
+        scaled = scaled / torch.tensor(temperature, dtype=torch.float32, device=logits.device)
+    peak = scaled.amax(dim=-1, keepdim=True)
+    keys, weight = ordered(scaled), weights(scaled, peak)
+    dropped = torch.zeros_like(scaled, dtype=torch.bool)
+    if 0 < truncation.top_k < scaled.shape[1]:
+        dropped = keys < keys.topk(truncation.top_k, dim=-1).values[:, -1:]
+        weight = weight.masked_fill(dropped, 0)
+    if truncation.top_p < 1:
+        order = keys.sort(dim=-1, stable=True).indices
+        sums = weight.gather(1, order).cumsum(dim=-1)
+        below = sums <= share_of(sums[:, -1:], truncation.dropped_share)
+        dropped = dropped | below.scatter(1, order, below)
+    if truncation.min_p > 0:
+        dropped = dropped | (weight >> 9 < truncation.least_share)
+    return out.copy_(scaled.masked_fill(dropped & peak.isfinite(), float("-inf")))
+
+
+def ordered(x: torch.Tensor) -> torch.Tensor:
+    """int32 in the order of the float32 numbers `x`; the two zeros are equal."""
+    bits = torch.where(x == 0, 0.0, x).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def weights(x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+    """About `2**40 exp(x - peak)`, rounded down: int64, like float32 `x`. Only `x - peak` and its scaling are rounded."""
+    steps = ((peak - x) * STEPS_PER_NAT).clamp(max=MOST_STEPS).nan_to_num(MOST_STEPS).long()
+    fraction = (steps & (2**FRACTION_BITS - 1)) << (31 - FRACTION_BITS)
+    series = torch.full_like(fraction, COEFFICIENTS[-1])
+    for coefficient in reversed(COEFFICIENTS[:-1]):
+        series = coefficient - (fraction * series >> 31)
+    return (2**31 - (fraction * series >> 31) << 9) >> (steps >> FRACTION_BITS)
+
+
+def share_of(total: torch.Tensor, share: int) -> torch.Tensor:
+    """`floor(total * share / 2**31)` of int64 numbers below `2**62`, without overflow."""
+    low = total & (2**31 - 1)
+    return (total >> 31) * share + (low * share >> 31)
