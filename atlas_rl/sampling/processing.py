@@ -1,7 +1,7 @@
 """From the policy's logits to the distribution that is sampled.
 
-Order and tie rules are those of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p. The last
-three are `atlas_kernels.truncate`, which keeps the same tokens on every device.
+The order is that of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p. The last three are
+`atlas_kernels.truncate`, which keeps the same tokens on every device, and says which of equal ones.
 """
 
 from __future__ import annotations

@@ -82,9 +82,11 @@ def draft_head(
         weights, state, newest, keys, positions, num_tokens, temperature, stream, with_probs, truncation
     ).checked()
     if use_triton(state, implementation):
-        if truncation is None:
-            from atlas_kernels.draft_head_triton import draft_head_triton as run
-        else:
-            from atlas_kernels.truncated_head_triton import draft_head_triton as run
-        return HeadDraft(*run(call))
+        if truncation is not None:
+            from atlas_kernels import truncated_head_triton
+
+            return HeadDraft(*truncated_head_triton.draft_head_triton(call))
+        from atlas_kernels.draft_head_triton import draft_head_triton
+
+        return HeadDraft(*draft_head_triton(call))
     return HeadDraft(*draft_head_reference(call))

@@ -1,7 +1,7 @@
 """Truncates rows of logits by top-k, then top-p, then min-p: tokens outside get `-inf`.
 
-Order and tie rules are those of `transformers.generate`, whose sort is stable on a CPU. With l = logits / T and m the
-largest l:
+As many tokens are kept as by `transformers.generate`, and as likely ones; among equal ones it leaves the choice to a sort
+that is not stable. With l = logits / T and m the largest l:
 
     top-k   keeps l >= the k-th largest l, so every token that is equal to the k-th
     top-p   puts what is left in ascending order, equal tokens by their ids, and drops from its beginning as long as the sum

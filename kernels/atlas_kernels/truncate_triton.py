@@ -123,7 +123,7 @@ def truncate_rows(
     logits, out, temperature, vocab, logits_stride, out_stride, top_k, dropped_share, least_share,
     SCALED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Truncates one row; grid `[rows]`. `out` may be `logits`: a thread reads what it writes, and is the last to."""
+    """Truncates one row; grid `[rows]`. `out` may be `logits`: a tile is read before it is written, and never again."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     out += row * out_stride
