@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import Stream, draft_keys
-from atlas_kernels.truncate import Truncation
+from atlas_kernels.truncation import Truncation
 from atlas_rl.checks import number, token_ids, whole
 from atlas_rl.policy.base import roomy
 from atlas_rl.policy.upload import uploaded

@@ -27,7 +27,7 @@ from atlas_kernels.dispatch import Implementation, use_triton
 from atlas_kernels.draft_head_reference import draft_head_reference
 from atlas_kernels.head_call import DraftHeadWeights, HeadCall
 from atlas_kernels.noise import Stream
-from atlas_kernels.truncate import Truncation
+from atlas_kernels.truncation import Truncation
 
 
 @dataclass(frozen=True, slots=True)

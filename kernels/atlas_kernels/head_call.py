@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from atlas_kernels.noise import Stream
-from atlas_kernels.truncate import Truncation
+from atlas_kernels.truncation import Truncation
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

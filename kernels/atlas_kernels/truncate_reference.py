@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from atlas_kernels.truncate import Truncation
+from atlas_kernels.truncation import Truncation
 
 # (1 - 2**-f) / f for f in [0, 1], alternating in sign, as multiples of 2**-31: 2**-f is right within 3e-9, and never rises.
 COEFFICIENTS = (1488522236, 515882469, 119193747, 20652244, 2856024, 319744, 24275)

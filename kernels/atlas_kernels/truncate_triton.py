@@ -6,17 +6,13 @@ that are in cache after the first. Tiles without a logit in the interval cost a 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
 from atlas_kernels import truncate_reference
+from atlas_kernels.truncation import Truncation
 from atlas_kernels.verify_triton import processed_logits
-
-if TYPE_CHECKING:
-    from atlas_kernels.truncate import Truncation
 
 TOKENS = 4096
 """Tokens per step, 8 per thread."""

@@ -18,9 +18,9 @@ from atlas_kernels.noise import Stream
 from atlas_kernels.nvfp4_triton import linear_triton
 from atlas_kernels.rejection_triton import rejection_triton
 from atlas_kernels.rows import PackedRows
-from atlas_kernels.truncate import Truncation
 from atlas_kernels.truncate_triton import truncate_triton
 from atlas_kernels.truncated_head_triton import draft_head_triton as truncated_head_triton
+from atlas_kernels.truncation import Truncation
 from atlas_kernels.verify_triton import verify_triton
 from atlas_rl.decode import compile_kernels
 from atlas_rl.decode.loop import DecodeLoop

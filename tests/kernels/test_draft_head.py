@@ -17,7 +17,7 @@ from atlas_kernels.draft_head import HeadDraft, draft_head
 from atlas_kernels.draft_head_reference import absorbed, logits
 from atlas_kernels.head_call import DraftHeadWeights, HeadCall
 from atlas_kernels.noise import Stream, exponentials, request_keys
-from atlas_kernels.truncate import Truncation
+from atlas_kernels.truncation import Truncation
 from atlas_rl.speculators.drawing import choose_among
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from tests.exact import CERTAIN, FALSE_ALARM

@@ -13,8 +13,9 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from atlas_kernels.draw import draw
 from atlas_kernels.noise import request_keys
-from atlas_kernels.truncate import Truncation, truncate
+from atlas_kernels.truncate import truncate
 from atlas_kernels.truncate_reference import ordered, share_of, weights
+from atlas_kernels.truncation import Truncation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INFINITY = float("inf")
