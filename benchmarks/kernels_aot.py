@@ -132,7 +132,7 @@ CASES = {
         draw_triton.NUM_WARPS,
         {"STREAM": 0, "GREEDY": False, "SCALED": True, "TOKENS": draw_triton.TOKENS},
     ),
-    "draw.finish_draw": _case(draw_triton.finish_draw, "diflfI", 1, {"SPLITS": 64}),
+    "draw.finish_draw": _case(draw_triton.finish_draw, "diflfI", 1, {"SPLITS": draw_triton.SPLITS}),
     "truncate.truncate_rows": _case(
         truncate_triton.truncate_rows,
         "ffFIIIIII",

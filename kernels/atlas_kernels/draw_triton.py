@@ -23,6 +23,8 @@ from atlas_kernels.verify_triton import (
 TOKENS = 512
 """Tokens per step over a reduced vocabulary, 4 per thread."""
 NUM_WARPS = 4
+SPLITS = 64
+"""Splits that `finish_draw` is compiled for, at least: a reduced vocabulary that grows to 32,768 tokens compiles it once."""
 _INTERPRETED = (1024, 2)  # tokens per step and splits: the interpreter pays per operation, not per element
 
 
@@ -138,7 +140,7 @@ def draw_among(
         TOKENS=tile,
         num_warps=NUM_WARPS,
     )
-    most = triton.next_power_of_2(split_tokens(1, num_tokens, device)[1])
+    most = max(SPLITS, triton.next_power_of_2(split_tokens(1, num_tokens, device)[1]))
     finish_draw[(num_rows,)](scores, tokens, sums, indices, max_probs, splits, SPLITS=most, num_warps=1)
 
 
