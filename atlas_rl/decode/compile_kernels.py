@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import BLOCK, Stream, choose_rows, request_keys
+from atlas_kernels.truncate import truncate
+from atlas_kernels.truncation import Truncation
 from atlas_rl.controller.depth_search import search
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
 from atlas_rl.core import SamplingParams, Sequences, Verified
@@ -88,6 +90,7 @@ def _run_all() -> None:
     probs = np.full((2, BLOCK), 1 / BLOCK, np.float32)
     choose_rows(probs, probs[:, :1], request_keys(0, 2), requests, int(Stream.TARGET))
     choose_among(probs, np.arange(BLOCK), request_keys(0, 2), requests, int(Stream.TARGET))
+    truncate(torch.zeros(1, BLOCK), Truncation(top_p=0.5))
     profiles, depths = np.zeros((2, MAX_LOOKAHEAD)), np.array([1, 2])
     search(profiles, profiles[None], np.ones(2, bool), np.ones(2 * MAX_LOOKAHEAD + 3), np.ones((3, 2)), depths, 1.0)
     DraftForecast().predict(np.zeros(2))

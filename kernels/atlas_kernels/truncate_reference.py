@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numba
+import numpy as np
 import torch
 
 from atlas_kernels.truncation import Truncation
@@ -13,6 +15,8 @@ STEPS_PER_NAT = 2**FRACTION_BITS * 1.4426950408889634
 """Distances from the largest logit are counted in `2**-24` of a halving, rounded down."""
 MOST_STEPS = 41 * 2**FRACTION_BITS
 """From here on a token weighs nothing."""
+_DESCENDING = COEFFICIENTS[::-1]
+_FRACTION_MASK, _FRACTION_SHIFT = 2**FRACTION_BITS - 1, 31 - FRACTION_BITS
 
 
 def truncate_reference(
@@ -24,13 +28,13 @@ def truncate_reference(
         # A tensor divides; a Python number would be turned into a multiplication by its reciprocal on CUDA.
         scaled = scaled / torch.tensor(temperature, dtype=torch.float32, device=logits.device)
     peak = scaled.amax(dim=-1, keepdim=True)
-    keys, weight = ordered(scaled), weights(scaled, peak)
     dropped = torch.zeros_like(scaled, dtype=torch.bool)
+    weight = weights(scaled, peak) if truncation.top_p < 1 or truncation.min_p > 0 else torch.empty(0)
     if 0 < truncation.top_k < scaled.shape[1]:
-        dropped = keys < keys.topk(truncation.top_k, dim=-1).values[:, -1:]
-        weight = weight.masked_fill(dropped, 0)
+        dropped = scaled < scaled.topk(truncation.top_k, dim=-1).values[:, -1:]
+        weight = weight.masked_fill(dropped, 0) if len(weight) else weight
     if truncation.top_p < 1:
-        order = keys.sort(dim=-1, stable=True).indices
+        order = scaled.sort(dim=-1, stable=True).indices
         sums = weight.gather(1, order).cumsum(dim=-1)
         below = sums <= share_of(sums[:, -1:], truncation.dropped_share)
         dropped = dropped | below.scatter(1, order, below)
@@ -39,20 +43,31 @@ def truncate_reference(
     return out.copy_(scaled.masked_fill(dropped & peak.isfinite(), float("-inf")))
 
 
-def ordered(x: torch.Tensor) -> torch.Tensor:
-    """int32 in the order of the float32 numbers `x`; the two zeros are equal."""
-    bits = torch.where(x == 0, 0.0, x).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 def weights(x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
     """About `2**40 exp(x - peak)`, rounded down: int64, like float32 `x`. Only `x - peak` and its scaling are rounded."""
-    steps = ((peak - x) * STEPS_PER_NAT).clamp(max=MOST_STEPS).nan_to_num(MOST_STEPS).long()
+    steps = ((peak - x) * STEPS_PER_NAT).clamp(max=MOST_STEPS).nan_to_num(MOST_STEPS).int()
+    if steps.device.type == "cpu":
+        return torch.from_numpy(_weights_of(steps.numpy().reshape(-1))).view(steps.shape)
+    steps = steps.long()
     fraction = (steps & (2**FRACTION_BITS - 1)) << (31 - FRACTION_BITS)
     series = torch.full_like(fraction, COEFFICIENTS[-1])
     for coefficient in reversed(COEFFICIENTS[:-1]):
         series = coefficient - (fraction * series >> 31)
     return (2**31 - (fraction * series >> 31) << 9) >> (steps >> FRACTION_BITS)
+
+
+@numba.njit(cache=True, nogil=True)
+def _weights_of(steps):
+    """The same of int32 `[n]`: some twenty integer operations of torch took longer than the sort."""
+    out = np.empty(len(steps), np.int64)
+    for index in range(len(steps)):
+        step = np.int64(steps[index])
+        fraction = (step & _FRACTION_MASK) << _FRACTION_SHIFT
+        series = np.int64(0)
+        for coefficient in _DESCENDING:
+            series = coefficient - (fraction * series >> 31)
+        out[index] = ((2147483648 - (fraction * series >> 31)) << 9) >> (step >> FRACTION_BITS)
+    return out
 
 
 def share_of(total: torch.Tensor, share: int) -> torch.Tensor:

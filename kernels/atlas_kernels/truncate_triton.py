@@ -28,7 +28,7 @@ _MOST_STEPS = tl.constexpr(float(truncate_reference.MOST_STEPS))
 
 @triton.jit
 def ordered(x):
-    """As `truncate_reference.ordered`."""
+    """int32 in the order of the float32 numbers `x`; the two zeros are equal."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
