@@ -241,6 +241,8 @@ def test_masked_logits_are_processed_as_by_transformers(rows: str, options: dict
     expected = steps(prefixes, logits.clone())
     sampling = SamplingParams(max_new_tokens=1, **options)
     ours = process(logits.clone(), sampling, prefixes if sampling.repetition_penalty != 1 else None)
+    if rows == "ties":  # which of equal tokens stay is left to a sort that is not stable there
+        ours, expected = (each.sort(dim=-1).values for each in (ours, expected))
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
 
 
