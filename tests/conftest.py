@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test reaches a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any import of torch; tiny policies are faster so
+
+# Before any import of numba: with the folder of `own_cache` every process would compile the kernels anew.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path.home() / ".cache" / "atlas_rl" / "numba"))
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState

@@ -5,13 +5,14 @@ A decision weighs some twenty answers, each a ranking of all draft slots of the 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from atlas_kernels.jit_cache import cached_njit
 
 _LEVELS = 64  # resolution of the ranking by survival: drafts that do not exist yet need no finer one
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def search(current, expected, better, forward_s, draft_s, depths, discount):
     """Find the answer with the highest expected goodput.
 
@@ -66,7 +67,7 @@ def search(current, expected, better, forward_s, draft_s, depths, discount):
     return answer[0], answer[1], expected_of_it
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _verified(current, expected, draw, sums, better, whom, depth, forward_s, draft_s, discount, counts, masses):
     """Tokens and seconds of one draw, verified as far as is best, and the discount on it: 1 if nothing is verified."""
     batch, lookahead = current.shape

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from atlas_kernels.jit_cache import cached_njit
 
 MAX_LOOKAHEAD = 16
 # Situations differ by how likely the first token of the best draft so far is to survive: no draft, unlikely, ...
@@ -92,7 +93,7 @@ class DraftForecast:
         self._measured = new
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _remembered(
     profiles: np.ndarray, counts: np.ndarray, group: np.ndarray, draws: int, turn: int, unknown: np.ndarray
 ) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numba
 import numpy as np
 import torch
 
@@ -18,6 +17,7 @@ from atlas_kernels.dispatch import Implementation, implementation_on
 from atlas_kernels.draft_head import draft_head
 from atlas_kernels.draw import draw
 from atlas_kernels.head_call import DraftHeadWeights
+from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.policy.upload import download, uploaded
 from atlas_rl.sampling.processing import padded_prefixes, process
@@ -265,7 +265,7 @@ def _laid_out(
     return positions, list(there[4 * len(rows) :])
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def choose_among(probs, token_ids, keys, positions, stream):
     """`argmax p(x) / E(x)` of every row over some tokens.
 

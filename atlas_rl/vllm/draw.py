@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 
 from atlas_kernels.dispatch import Implementation, kernels_run_on
+from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.noise import Stream
 from atlas_kernels.verify import verify
 from atlas_rl.sampling.processing import entropies
@@ -280,7 +280,7 @@ def _looked_up(
     return packed[:, :width], packed[:, width:-1].copy().view(np.float32), packed[:, -1]
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _ranks(logits: np.ndarray, index: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """One pass and nothing written, where torch would write every comparison out."""
     found = np.zeros(len(index), np.int64)

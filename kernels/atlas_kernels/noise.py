@@ -33,6 +33,7 @@ import numba
 import numpy as np
 import torch
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.openmp import share_threads
 
 BLOCK = 128
@@ -129,7 +130,7 @@ def _excess(key, position, token, stream):
     return np.float32(_exponential_of_word(word))
 
 
-@numba.njit(cache=True)
+@cached_njit()
 def exponential(key, position, token, stream):
     """E of one token at one position: float32 (uint64 key; int position, token and stream).
 
@@ -141,7 +142,7 @@ def exponential(key, position, token, stream):
     return minimum + _excess(key, position, token, stream)
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@cached_njit(nogil=True, parallel=True)
 def choose_rows(probs, block_max, keys, positions, stream):
     """`argmax_x p(x) / E(x)` of every row.
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.history.match import advance, new_cursors, refill
@@ -74,7 +75,7 @@ def _draft_row(request, length, want, cursors, count, live, archive, model, scra
     return want
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _draft_rows(requests, lengths, want, cursors, counts, live, archive, model, mode, keys, stops, out, confidence):
     """Draft every row; returns the lengths of the drafts."""
     drafted = np.zeros(len(requests), np.int64)
@@ -103,7 +104,7 @@ def _learn_token(request, position, cursors, count, live, archive, model, scratc
     return advance(cursors, count, row[position], row, position + 1, position + 1, request, live, archive)
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _observe_rows(requests, starts, ends, cursors, counts, live, archive, model, mode, keys):
     """Learn from the tokens `starts[i] .. ends[i] - 1` of every request and move its cursors past them."""
     scratch = new_scratch()

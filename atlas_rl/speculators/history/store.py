@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numba
 import numpy as np
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def in_prompt(info):
     return info & _IN_PROMPT != 0
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _index_live(live, requests, ends):
     """File the tokens from `indexed[request]` up to `end` of every request."""
     num_requests = len(live.tokens)
@@ -148,7 +149,7 @@ def _file_node(archive, code, context, end, run, tag):
             archive.heads[family, bucket] = code + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _append(archive, tokens, prompt_length, tag, index_prompt, version):
     """Append one rollout and its separator, which carries the policy version.
 
@@ -165,7 +166,7 @@ def _append(archive, tokens, prompt_length, tag, index_prompt, version):
     _write_node(archive, SEPARATOR, version)
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _replay(archive, tokens, infos):
     """Append nodes as `oldest_first` lists them, filing each as it was filed before."""
     run = 0

@@ -1,0 +1,166 @@
+"""Compiled CPU kernels that are kept by their content, so that a new checkout, or a copy elsewhere, finds them.
+
+numba keeps compiled code beside the source, under the source's path and time of change: a new clone compiles everything
+again, about a minute. It also looks at no other file: a kernel whose callee changed in another module is served as it was.
+Here the key is what the machine code was made from: the files of a kernel and of all kernels that it calls, and the
+constants that it takes from other modules. The processor, the signature and numba's version stand in numba's own index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import caching, config
+
+_OURS = ("atlas_kernels", "atlas_rl")
+_CONSTANTS = (bool, int, float, complex, str, bytes, tuple, np.generic, np.ndarray)
+
+
+def cached_njit(**options: Any) -> Callable[[Callable], Any]:
+    """`numba.njit` whose machine code is kept by content; `options` are numba's, without `cache`.
+
+    `NUMBA_DISABLE_JIT`, `NUMBA_CACHE_DIR` and `NUMBA_CACHE_LOCATOR_CLASSES` hold as for any kernel.
+    """
+
+    def decorate(function: Callable) -> Any:
+        kernel = numba.njit(**options)(function)
+        if kernel is not function:  # NUMBA_DISABLE_JIT leaves the function as it is
+            kernel._cache = _ContentCache(function)
+        return kernel
+
+    return decorate
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: `NUMBA_CACHE_DIR`, else `numba` beside what else is found out about a machine."""
+    if config.CACHE_DIR:
+        return Path(config.CACHE_DIR)
+    own = os.environ.get("ATLAS_RL_CACHE")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlas_rl"
+    return (Path(own) if own else user) / "numba"
+
+
+def content_key(function: Any) -> str:
+    """Hexadecimal key of all that a kernel is compiled from, once the modules of its callees are loaded."""
+    parts, seen, waiting = set(), set(), [function]
+    while waiting:
+        called = waiting.pop()
+        if called in seen:
+            continue
+        seen.add(called)
+        parts.add(f"{called.__module__} {_digest_of(inspect.getfile(called))}")
+        for name, value in _globals_of(called) if isinstance(called, FunctionType) else ():
+            value = getattr(value, "py_func", value)
+            if isinstance(value, (FunctionType, type)) and _is_ours(value.__module__):
+                waiting.append(value)
+            elif isinstance(value, _CONSTANTS):
+                parts.add(f"{called.__module__}.{name} = {_shown(value)}")
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+class _ContentCache:
+    """Stands in for numba's cache of one function. It is opened at the first call, when all callees are defined."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    @cached_property
+    def _opened(self) -> Any:
+        try:
+            return _KeptByContent(self._function)
+        except RuntimeError:  # no folder that can be written to: compiled once per process
+            return caching.NullCache()
+
+    @property
+    def cache_path(self) -> str | None:
+        return self._opened.cache_path
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        return self._opened.load_overload(signature, target_context)
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        self._opened.save_overload(signature, compiled)
+
+    def flush(self) -> None:
+        self._opened.flush()
+
+
+class _Locator:
+    """Tells numba in which folder and under which key a function is kept; the members are those that numba asks."""
+
+    def __init__(self, function: Any, path: str) -> None:
+        self._py_file, self._folder, self._key = path, cache_folder(), content_key(function)
+
+    @classmethod
+    def from_function(cls, function: Any, path: str) -> _Locator | None:
+        locator = cls(function, path)
+        try:
+            locator.ensure_cache_path()
+        except OSError:
+            return None  # numba asks its own locators next
+        return locator
+
+    def ensure_cache_path(self) -> None:
+        """Make the folder; raises `OSError` if it cannot be written to."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self._folder).close()
+
+    def get_cache_path(self) -> str:
+        return str(self._folder)
+
+    def get_source_stamp(self) -> str:
+        return self._key
+
+    def get_disambiguator(self) -> str:
+        """Part of the file names, so that two versions of a kernel do not push each other out."""
+        return self._key[:16]
+
+
+class _Kept(caching.CompileResultCacheImpl):
+    _locator_classes = (_Locator, *caching.CompileResultCacheImpl._locator_classes)
+
+
+class _KeptByContent(caching.FunctionCache):
+    _impl_class = _Kept
+
+
+def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Names that a function takes from its module, and of modules of ours that it names, with their values."""
+    names = set(_names_in(function.__code__))
+    for name in names & function.__globals__.keys():
+        value = function.__globals__[name]
+        if isinstance(value, ModuleType):
+            inner = names & vars(value).keys() if _is_ours(value.__name__) else ()
+            yield from ((f"{name}.{attribute}", vars(value)[attribute]) for attribute in inner)
+        else:
+            yield name, value
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in _OURS
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} {value.shape} {value.tobytes().hex()}" if isinstance(value, np.ndarray) else repr(value)
+
+
+@cache
+def _digest_of(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,143 @@
+"""Compiled kernels are found by their content: by a copy of the package elsewhere, and not after a change. In processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from numba.core import config
+
+from atlas_kernels.jit_cache import cache_folder
+from atlas_rl.policy import linear_routes
+from tests import ROOT
+
+pytestmark = pytest.mark.slow
+
+COUNTING = """
+import json
+from numba.core import event
+compiled = event.RecordingListener()
+event.register("numba:compile", compiled)
+{work}
+result = {result}
+print(json.dumps([sorted(e.data["dispatcher"].py_func.__name__ for _, e in compiled.buffer if e.is_start), result]))
+"""
+ALL_KERNELS = COUNTING.format(
+    work="from atlas_rl.decode.compile_kernels import compile_kernels; compile_kernels(); import atlas_rl",
+    result="atlas_rl.__file__",
+)
+
+
+def run(code: str, *path: Path, **environment: str):
+    own = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    own["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    command = [sys.executable, "-c", code]
+    # In that folder, because Python looks in the present one first.
+    done = subprocess.run(command, cwd=path[0], env=own | environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_new_checkout_compiles_nothing(tmp_path: Path):
+    """The first process may find the user's kernels, or has to compile; the copy must find them."""
+    user = {"ATLAS_RL_CACHE": str(Path.home() / ".cache" / "atlas_rl")}
+    run(ALL_KERNELS, ROOT, ROOT / "kernels", **user)
+    copied = tmp_path / "checkout"
+    for name in ("atlas_rl", "kernels"):
+        shutil.copytree(
+            ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"), copy_function=shutil.copy
+        )
+    names, file = run(ALL_KERNELS, copied, copied / "kernels", **user)
+    assert file == str(copied / "atlas_rl" / "__init__.py")
+    assert names == []
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package by the name of ours whose kernel takes a function and a constant from other modules."""
+    folder = tmp_path / "one" / "atlas_rl"
+    folder.mkdir(parents=True)
+    texts = {
+        "__init__": "",
+        "constants": "OFFSET = 1\n",
+        "inner": "import numba\n\n@numba.njit\ndef double(x):\n    return 2 * x\n",
+        "outer": """
+            from atlas_kernels.jit_cache import cached_njit
+            from atlas_rl import inner
+            from atlas_rl.constants import OFFSET
+
+            @cached_njit(nogil=True)
+            def kernel(x):
+                return late(inner.double(x)) + OFFSET
+
+            import numba
+
+            @numba.njit(inline="always")
+            def late(x):
+                return x + 100
+            """,
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    return folder
+
+
+KERNEL = COUNTING.format(work="from atlas_rl.outer import kernel", result="kernel(5)")
+
+
+def test_what_changed_is_compiled_anew_wherever_it_stands(package: Path, tmp_path: Path):
+    where = {"ATLAS_RL_CACHE": str(tmp_path / "cache")}
+    kernels = ROOT / "kernels"
+    names, result = run(KERNEL, package.parent, kernels, **where)
+    assert "kernel" in names
+    assert result == 111
+    assert run(KERNEL, package.parent, kernels, **where) == [[], 111]
+    other = tmp_path / "two"
+    shutil.copytree(package, other / "atlas_rl", ignore=shutil.ignore_patterns("__pycache__"))
+    assert run(KERNEL, other, kernels, **where) == [[], 111]
+    for module, old, new, expected in (
+        ("constants", "1", "7", 117),
+        ("inner", "2 *", "3 *", 122),
+        ("outer", "+ 100", "+ 200", 222),
+    ):
+        file = other / "atlas_rl" / f"{module}.py"
+        file.write_text(file.read_text().replace(old, new))
+        names, result = run(KERNEL, other, kernels, **where)
+        assert "kernel" in names
+        assert result == expected
+    assert run(KERNEL, package.parent, kernels, **where) == [[], 111], "the first one's is still there"
+
+
+def test_numbas_own_settings_hold(package: Path, tmp_path: Path):
+    kernels, given = ROOT / "kernels", tmp_path / "given"
+    cache = {"ATLAS_RL_CACHE": str(tmp_path / "cache")}
+    names, _ = run(KERNEL, package.parent, kernels, NUMBA_CACHE_DIR=str(given), **cache)
+    assert "kernel" in names
+    assert list(given.glob("*kernel*.nbc"))
+    assert not (tmp_path / "cache").exists()
+    assert run(KERNEL, package.parent, kernels, NUMBA_DISABLE_JIT="1", **cache) == [[], 111]
+    run(KERNEL, package.parent, kernels, NUMBA_CACHE_LOCATOR_CLASSES="InTreeCacheLocator", **cache)
+    assert list((package / "__pycache__").glob("*kernel*.nbc"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_made_costs_nothing_but_time(package: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    names, result = run(KERNEL, package.parent, ROOT / "kernels", ATLAS_RL_CACHE=str(tmp_path / "file"))
+    assert "kernel" in names
+    assert result == 111
+
+
+def test_kernels_lie_beside_what_else_is_known_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Two packages that must not import each other say where."""
+    for name, value in (("ATLAS_RL_CACHE", "own"), ("XDG_CACHE_HOME", "xdg"), ("HOME", "home")):
+        monkeypatch.setenv(name, str(tmp_path / value))
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    for name in ("ATLAS_RL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        assert cache_folder() == linear_routes.cache_folder() / "numba"
+        monkeypatch.delenv(name)
