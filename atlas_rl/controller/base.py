@@ -110,7 +110,10 @@ class Controller(ABC):
 
     @abstractmethod
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        """Estimated seconds of a forward that decodes one token for each of `batch` requests; None if unknown."""
+        """Estimated seconds of a forward that decodes one token for each of `batch` requests.
+
+        None unless forwards of that size, or of sizes around it that cost about the same, were measured.
+        """
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         """Per speculator: draft tokens scored since the last call, and the calibration error of their estimates."""

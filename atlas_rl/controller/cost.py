@@ -23,6 +23,8 @@ _KNOWN = 8  # samples of a size from which on it tells how fast the machine is a
 _LEVEL_FORWARDS = 9  # latest forwards, of any size, whose median of measured over expected is the machine's level
 _DRAFTS = 12  # latest calls of a drafter, per octave of rows, that its cost is fitted to
 _PRIOR_CALLS = 0.03  # calls that the prior "in proportion to the depth" counts for
+_MEASURED = 3  # forwards of a size after which its cost counts as measured: their median ignores one outlier
+_ABOUT = 1.1  # bound on the ratio of two costs that are about the same
 _SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usual ones
 
 
@@ -77,6 +79,19 @@ class CostModel:
         """Forwards seen within a tenth of this size, of those that are remembered."""
         near = (size for size in self._samples if 0.9 * num_tokens <= size <= 1.1 * num_tokens)
         return sum(len(self._samples[size]) for size in near)
+
+    def knows(self, num_tokens: int) -> bool:
+        """Whether what is predicted for this size was measured: at it, or at sizes around it that cost about the same.
+
+        More tokens never cost less, so a size between two others costs what lies between.
+        """
+        measured = sorted(size for size, samples in self._samples.items() if len(samples) >= _MEASURED)
+        below = [size for size in measured if size <= num_tokens]
+        above = [size for size in measured if size + _width(size) > num_tokens]
+        if not below or not above:
+            return False
+        table = self._predicted(above[0])
+        return bool(table[above[0]] <= _ABOUT * table[below[-1]])
 
     def _predicted(self, max_tokens: int) -> np.ndarray:
         if len(self._table) <= max_tokens:

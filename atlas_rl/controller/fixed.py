@@ -7,15 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.controller.base import Admission, Controller, Step
+from atlas_rl.controller.base import Admission, Controller, Step, step_record
 from atlas_rl.controller.cost import CostModel
 from atlas_rl.core import Draft, Verified
 
 
 class NoSpeculation(Controller):
-    """Asks nobody and learns nothing: plain decoding, one token per request and step."""
+    """Asks nobody and learns nothing: plain decoding, one token per request and step.
+
+    Args:
+        explain: Return a record of every step from `observe`.
+    """
 
     speculators = ()
+
+    def __init__(self, *, explain: bool = False) -> None:
+        self._explain = explain
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         return {}
@@ -26,7 +33,7 @@ class NoSpeculation(Controller):
     def observe(
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
-        return None
+        return step_record(step, admission, verified, forward_s, self.speculators) if self._explain else None
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
         """Nothing to do: it has learned nothing."""
@@ -79,4 +86,4 @@ class FixedController(Controller):
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         table = self._cost.predict(batch, context_tokens)
-        return None if table is None else float(table[batch])
+        return float(table[batch]) if table is not None and self._cost.knows(batch) else None

@@ -39,7 +39,7 @@ _LEAST_TRIAL = 0.03
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures plain decoding anew
 _PLAIN_KNOWN = 3  # forwards of about a size after which its cost is known: their median ignores one outlier
 _PLAIN_APART = 4  # steps between plain steps while the size is not known yet
-_FORWARD_STEPS = 16  # latest steps that tell the forward's share of a step
+_PLAIN_SHARES = 16  # latest steps without drafts that tell the forward's share of such a step
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class GoodputController(Controller):
         self.speculators = tuple(speculators)
         self._models = {name: DrafterModel() for name in self.speculators}
         self._cost = CostModel()  # of a step without its drafting: forward, sampling, bookkeeping
-        self._forward_shares: deque[float] = deque(maxlen=_FORWARD_STEPS)  # the forward's share of that
+        self._plain_shares: deque[float] = deque(maxlen=_PLAIN_SHARES)  # the forward's share of that, without drafts
         self._kept_drafting, self._kept_plain = Kept(), Kept()  # steps with verified drafts, and without
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
         self._pause = Pause()
@@ -137,7 +137,8 @@ class GoodputController(Controller):
             self._pause.observe(step.batch, decision.promise is not None)
         undrafted_s = step_s - sum(step.draft_s.values())
         self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
-        self._forward_shares.append(forward_s / undrafted_s)
+        if not slots:
+            self._plain_shares.append(forward_s / undrafted_s)
         record = self._record(decision, admission, verified, forward_s, undrafted_s) if self._explain else None
         self._compare(decision, slots > 0, float(verified.num_committed.sum()), undrafted_s, step_s)
         for name in step.drafts:
@@ -156,7 +157,9 @@ class GoodputController(Controller):
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         table = self._cost.predict(batch, context_tokens)
-        return None if table is None else float(table[batch]) * sum(self._forward_shares) / len(self._forward_shares)
+        if table is None or not self._plain_shares or not self._cost.knows(batch):
+            return None
+        return float(table[batch]) * sum(self._plain_shares) / len(self._plain_shares)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return {name: model.acceptance.take_calibration() for name, model in self._models.items()}

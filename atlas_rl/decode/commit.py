@@ -8,6 +8,7 @@ import numpy as np
 
 from atlas_rl.controller.base import Controller, Step
 from atlas_rl.core import Hidden, Sequences, Verified
+from atlas_rl.decode.plain_run import PlainCosts
 from atlas_rl.report.recorder import StepRecorder
 
 
@@ -82,7 +83,8 @@ def account(
     verified: Verified,
     drafters: np.ndarray,
     forward_s: float,
-) -> float:
+    plain: PlainCosts,
+) -> None:
     """Count one decoding forward.
 
     Args:
@@ -92,10 +94,7 @@ def account(
         verified: What came of it.
         drafters: int64 `[n]`, whose draft each of the first `n` requests of `verified` used; the others had no plan.
         forward_s: Seconds of the forward.
-
-    Returns:
-        Estimated seconds of plain forwards for the same tokens: one forward of this batch for every token per request that
-        this one committed.
+        plain: Gets what a plain forward in its place costs.
     """
     count = len(drafters)
     num_committed, num_drafted = verified.num_committed[:count], verified.num_drafted[:count]
@@ -108,7 +107,6 @@ def account(
         )
     else:
         recorder.forward(num_committed=num_committed)
-    plain_s = forward_s
-    if num_drafted.any():
-        plain_s = controller.plain_forward_s(step.batch, step.context_tokens) or forward_s
-    return plain_s * float(num_committed.mean())
+    if recorder.speculates:
+        drafted = num_drafted.any()
+        plain.note(count, controller.plain_forward_s(count, step.context_tokens) if drafted else forward_s)

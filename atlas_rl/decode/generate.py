@@ -16,6 +16,7 @@ from atlas_rl.controller.base import Controller
 from atlas_rl.core import Sequences
 from atlas_rl.decode.compile_kernels import compile_verification
 from atlas_rl.decode.loop import DecodeLoop
+from atlas_rl.decode.plain_run import PlainForwards
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.policy.view import InProcessView, PolicyView
@@ -53,13 +54,13 @@ class Run:
 
     Attributes:
         logprobs: Per request, of its completion tokens, under the processed distribution.
-        no_speculation_forward_s: Estimated seconds of plain forwards for the same tokens.
+        plain: Forwards that the same tokens take without speculation.
         findings: What is wrong with the drafters, in words that name the cause.
         trace: What the controller says of every step, if it explains itself.
     """
 
     logprobs: list[list[float]]
-    no_speculation_forward_s: float
+    plain: PlainForwards
     findings: list[str]
     trace: list[dict[str, Any]] = field(default_factory=list)
 
@@ -188,7 +189,8 @@ class InProcessBackend(Backend):
         call.recorder.packed(runner.linears.packing_s, num_bytes)
         asked = loop.proposing
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
-        return Run(loop.logprobs, loop.no_speculation_forward_s, list(findings), loop.trace)
+        plain = loop.plain_costs.run(sequences.lengths - sequences.prompt_lengths, num_rows)
+        return Run(loop.logprobs, plain, list(findings), loop.trace)
 
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(getattr(self.runner.model, "generation_config", None))

@@ -16,6 +16,7 @@ import torch
 from atlas_rl.controller.base import Controller
 from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
+from atlas_rl.decode.plain_run import PlainCosts
 from atlas_rl.decode.propose import Proposing, merge
 from atlas_rl.decode.room import CacheRoom
 from atlas_rl.decode.stand_ins import stand_in
@@ -67,7 +68,7 @@ class DecodeLoop:
         self.active = np.zeros(0, np.int64)
         self.room = CacheRoom(runner, sequences, max_lengths, num_rows)
         self.max_lengths = max_lengths
-        self.no_speculation_forward_s = 0.0
+        self.plain_costs = PlainCosts()
         self.proposing = Proposing(speculators, controller, recorder)
         self.trace: list[dict[str, Any]] = []  # of a controller that explains itself, one record per step
         self._names = list(speculators)
@@ -117,9 +118,7 @@ class DecodeLoop:
                 self.trace.append(record | {"step_s": step_s})
             self._observe(verified)
         with self.recorder.time("commit"):
-            self.no_speculation_forward_s += account(
-                self.recorder, self.controller, step, verified, admission.drafters, forward_s
-            )
+            account(self.recorder, self.controller, step, verified, admission.drafters, forward_s, self.plain_costs)
             self._retire(verified.finished)
 
     def forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden]:

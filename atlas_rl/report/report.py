@@ -88,7 +88,8 @@ class StepReport:
         mean_max_prob: Mean probability of the likeliest token; None if not measured.
         num_scored_tokens: Tokens over which `entropy` and `mean_max_prob` are means.
         no_speculation_s: Estimated seconds of the same tokens without speculation (`no_speculation_seconds`), to be
-            compared with `generate_s`. None if no speculator could draft, or nothing was estimated.
+            compared with `generate_s`. None if no speculator could draft, or where the run has not measured what plain
+            forwards of such batches cost.
         baseline_tokens_per_s: Tokens per second of a measured rerun without speculation; None without a rerun.
         step_s: Seconds of the whole training step, generation included; None until known.
         active_batch_curve: Pairs of (index of the decoding forward, active requests), at most 64; shows the long tail.
@@ -291,23 +292,23 @@ def amdahl_bound(generation_share: float, alpha: float) -> float:
     return 1 / (generation_share / alpha + 1 - generation_share)
 
 
-def no_speculation_seconds(report: StepReport, plain_forward_s: float) -> float:
+def no_speculation_seconds(report: StepReport, num_forwards: int, forwards_s: float | None) -> float | None:
     """Estimated seconds of the generation that `report` describes, had it been done without speculation.
 
-    Without speculation the loop turns `accepted_length` times as often for the same tokens, so
-
-        seconds = prefill_s + sample_s + (commit_s + other_s) * accepted_length + plain_forward_s
+        seconds = prefill_s + sample_s + (commit_s + other_s) * num_forwards / report.num_forwards + forwards_s
 
     Prompts cost the same, and as many tokens are drawn (`sample_s`). Commits and the rest of a turn (`other_s`) are paid
     once per turn. Drafting, planning and learning fall away, and plain forwards stand in for the verifying ones.
 
     Args:
         report: Of a generation with speculation, before refresh and sync are added to it.
-        plain_forward_s: Estimated seconds of the decoding forwards that plain decoding would have needed, from the fitted
-            cost model.
+        num_forwards: Decoding forwards that plain decoding makes for the same tokens.
+        forwards_s: Estimated seconds of these; None where nobody knows, and then there is no estimate.
     """
-    turns_s = (report.commit_s + report.other_s) * report.accepted_length
-    return report.prefill_s + report.sample_s + turns_s + plain_forward_s
+    if forwards_s is None:
+        return None
+    turns_s = (report.commit_s + report.other_s) * num_forwards / max(1, report.num_forwards)
+    return report.prefill_s + report.sample_s + turns_s + forwards_s
 
 
 def _finite(value: Any) -> Any:

@@ -175,13 +175,15 @@ class RolloutEngine:
         )
         use = self.config.speculation if speculation is None else speculation
         speculators = self._speculators_for(backend) if use else {}
-        controller = self._controller if use and self._controller is not None else NoSpeculation()
+        plain = NoSpeculation(explain=self.config.trace)
+        controller = self._controller if use and self._controller is not None else plain
         recorder = StepRecorder(speculators=tuple(speculators), clock=self.config.clock)
         call = Call(sequences, max_lengths, speculators, controller, recorder, extra or {})
         run = backend.generate(call)
         if self._trace_sink is not None:
             with self._lost.tolerate("controller trace"):
-                self._trace_sink.write_rows({"call": self._calls, "step": i, **s} for i, s in enumerate(run.trace))
+                call_of = {"call": self._calls, "speculation": use}
+                self._trace_sink.write_rows(call_of | {"step": i, **s} for i, s in enumerate(run.trace))
         for message in run.findings:
             recorder.warn(message)
         self._faults.report_to(recorder)
@@ -383,7 +385,7 @@ class RolloutEngine:
         )
         refresh_s, sync_s = self._policy.take_refresh_s(), self._sync_s
         self._sync_s = 0.0
-        plain_s = no_speculation_seconds(report, run.no_speculation_forward_s)
+        plain_s = no_speculation_seconds(report, run.plain.num_forwards, run.plain.seconds)
         calibration = {name: (n, error) for name, (n, error) in call.controller.take_calibration().items() if n}
         return replace(
             report,

@@ -163,7 +163,7 @@ class VllmBackend(Backend):
             *dead_drafters.findings(call.recorder, drafting.proposing.num_asked, drafting.proposing.num_proposed),
             *self._lost.findings(call.recorder, drafting.num_planned),
         ]
-        return Run(logprobs, drafting.no_speculation_forward_s, findings)
+        return Run(logprobs, drafting.plain_forwards(call), findings)
 
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(self.view.config)

@@ -20,9 +20,10 @@ from atlas_rl.core import Hidden, Prompts, Rollouts, SamplingParams, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.generate import Call
 from atlas_rl.decode.guard import Faults
+from atlas_rl.decode.plain_run import PlainCosts, PlainForwards
 from atlas_rl.decode.propose import merge
 from atlas_rl.report.recorder import StepRecorder
-from atlas_rl.report.report import StepReport, no_speculation_seconds
+from atlas_rl.report.report import StepReport
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.refresh import PolicyTracker
 from atlas_rl.vllm.following import RequestFollower
@@ -76,7 +77,7 @@ class Drafting:
         self.speculates = True
         self.faults = Faults()
         self.num_undefined = 0  # positions of the call, or so far, at which the policy's logits were no distribution
-        self._max_draft_tokens, self._max_length = max_draft_tokens, max_length
+        self._max_draft_tokens, self._max_length, self._max_batch = max_draft_tokens, max_length, max_batch
         self._seen_version, self._num_reports = 0, 0
         self._traffic = Traffic()  # of requests nobody announced
         self.recorder = StepRecorder()
@@ -93,7 +94,7 @@ class Drafting:
         self._epoch_mark_s -= self._busy_s()
         self.recorder = recorder
         self.proposing = ProposingInWays(self.speculators, self.controller, recorder, self.requests.table)
-        self.no_speculation_forward_s = 0.0
+        self._plain_costs = PlainCosts()
         self.num_planned = 0
         self._planned: _Planned | None = None
         self._forward_mark_s = recorder.seconds("forward")
@@ -109,6 +110,11 @@ class Drafting:
         self.record(call.recorder)
         self.num_undefined = 0
         return self.requests.table.announce(call.sequences, call.max_lengths)
+
+    def plain_forwards(self, call: Call) -> PlainForwards:
+        """Forwards that the call's tokens take without speculation; `call` has ended, and its sequences are complete."""
+        sequences = call.sequences
+        return self._plain_costs.run(sequences.lengths - sequences.prompt_lengths, self._max_batch)
 
     def end(self) -> None:
         """The call is over."""
@@ -127,7 +133,8 @@ class Drafting:
     def take_report(self) -> StepReport:
         """What was done for requests that ended since the last call, on an engine whose requests nobody announces.
 
-        `generate_s` is the time in which the worker was busy.
+        `generate_s` is the time in which the worker was busy. Nothing is estimated of a server without speculation: which
+        requests would have met there, nobody knows.
         """
         traffic = self._traffic
         self.faults.report_to(self.recorder)
@@ -141,10 +148,9 @@ class Drafting:
         # The lengths are those of the newest requests, where many have ended.
         report = replace(report, num_requests=traffic.num_requests, num_tokens=traffic.num_tokens)
         traffic.reset()
-        plain_s = no_speculation_seconds(report, self.no_speculation_forward_s)
         self._num_reports += 1
         self.record(StepRecorder(speculators=tuple(self.speculators)))
-        return replace(report, no_speculation_s=plain_s if self.speculators else None)
+        return report
 
     def forget(self, names: set[str]) -> None:
         """The engine has ended these requests, perhaps for a reason that is not seen here (a stop string, a client gone)."""
@@ -302,8 +308,14 @@ class Drafting:
             planned = self._planned
             assert planned is not None, "some requests had a plan"
             drafters = planned.admission.drafters[committed.planned]
-            self.no_speculation_forward_s += account(
-                self.recorder, self.controller, planned.step, committed.verified, drafters, forward_s
+            account(
+                self.recorder,
+                self.controller,
+                planned.step,
+                committed.verified,
+                drafters,
+                forward_s,
+                self._plain_costs,
             )
         return forward_s
 

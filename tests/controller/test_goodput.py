@@ -29,7 +29,10 @@ def test_nothing_is_drafted_before_a_plain_forward_is_known():
     assert run.controller.plain_forward_s(4, 0) is None
     run.step(batch=4)
     assert run.admissions[0].lengths.sum() == 0
+    assert run.controller.plain_forward_s(4, 0) is None, "one forward may have been interrupted"
+    run.run(20, batch=4)
     assert run.controller.plain_forward_s(4, 0) == pytest.approx(affine(4), rel=0.1)
+    assert run.controller.plain_forward_s(64, 0) is None, "nor is it known of a size that nobody tried"
 
 
 def test_no_more_is_asked_or_admitted_than_there_is_room_for():

@@ -22,10 +22,11 @@ def test_derived_figures():
     assert make_report(completion_lengths=(1, 9, 2)).completion_length_p50 == 2
 
 
-def test_no_speculation_pays_for_as_many_turns_as_tokens_were_accepted():
+def test_no_speculation_pays_for_its_own_turns():
     report = make_report(prefill_s=1.0, draft_s=64.0, sample_s=2.0, commit_s=4.0, controller_s=64.0, other_s=8.0)
-    assert report.accepted_length == 2
-    assert no_speculation_seconds(report, 16.0) == 1.0 + 2.0 + 2 * (4.0 + 8.0) + 16.0
+    turns = 3 * report.num_forwards
+    assert no_speculation_seconds(report, turns, 16.0) == 1.0 + 2.0 + 3 * (4.0 + 8.0) + 16.0
+    assert no_speculation_seconds(report, turns, None) is None
 
 
 def test_amdahl_formula():

@@ -1,0 +1,95 @@
+"""What the decoding forwards of a call would have cost without speculation, as far as the call itself knows.
+
+The tokens are the same without speculation, so the plain run is known exactly once the call has ended: a request of n
+tokens takes part in n - 1 forwards. How many forwards there are follows from the longest requests, not from the mean. Steps
+with speculation cannot be scaled to it: a request that is lucky with its drafts ends early and leaves the others alone,
+where a plain batch stays together.
+
+What a plain forward costs is noted in every step: measured where the step had no drafts, else as the controller estimates
+it. The controller does so only for batch sizes that it has measured.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_NOTED_SHARE = 0.9  # of the plain forwards whose batch size must have been noted, for an estimate
+
+
+@dataclass(frozen=True, slots=True)
+class PlainForwards:
+    """Plain forwards of a call.
+
+    Attributes:
+        num_forwards: How many there would have been; exact.
+        seconds: What they would have cost; None where too few of their batch sizes are known.
+    """
+
+    num_forwards: int
+    seconds: float | None
+
+
+@dataclass(slots=True)
+class PlainCosts:
+    """Seconds of a plain forward by batch size, as noted during one call.
+
+    Attributes:
+        seconds: Sum over the steps of a batch size.
+        steps: How many steps were noted.
+    """
+
+    seconds: dict[int, float] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
+
+    def note(self, batch: int, plain_s: float | None) -> None:
+        """A step of `batch` requests: a plain forward in its place costs `plain_s`; None where nobody knows."""
+        if plain_s is not None:
+            self.seconds[batch] = self.seconds.get(batch, 0.0) + plain_s
+            self.steps[batch] = self.steps.get(batch, 0) + 1
+
+    def run(self, completion_lengths: np.ndarray, num_rows: int) -> PlainForwards:
+        """The call without speculation.
+
+        Args:
+            completion_lengths: int64 `[num_requests]`, tokens of each request in the order of admission.
+            num_rows: Most requests decoded together.
+        """
+        plain = plain_batches(completion_lengths, num_rows)
+        num_forwards = sum(plain.values())
+        sizes = sorted(self.steps)
+        if not num_forwards or not sizes:
+            return PlainForwards(num_forwards, None if num_forwards else 0.0)
+        # Between two sizes that were noted a third costs what lies between; outside of them nobody knows.
+        inside = {batch: count for batch, count in plain.items() if sizes[0] <= batch <= sizes[-1]}
+        if sum(inside.values()) < _NOTED_SHARE * num_forwards:
+            return PlainForwards(num_forwards, None)
+        means = [self.seconds[size] / self.steps[size] for size in sizes]
+        seconds = float(np.interp(list(plain), sizes, means) @ np.array(list(plain.values()), np.float64))
+        return PlainForwards(num_forwards, seconds)
+
+
+def plain_batches(completion_lengths: np.ndarray, num_rows: int) -> dict[int, int]:
+    """How many forwards of each batch size plain decoding makes.
+
+    Args:
+        completion_lengths: int64 `[num_requests]`; the first token of each comes from its prompt's forward.
+        num_rows: Most requests decoded together; a waiting one takes the place of one that ends.
+
+    Returns:
+        Forwards by batch size.
+    """
+    waiting = [int(length) - 1 for length in completion_lengths if length > 1][::-1]
+    ends: list[int] = []  # of the active requests, in forwards since the beginning
+    found: dict[int, int] = {}
+    now = 0
+    while waiting or ends:
+        while waiting and len(ends) < num_rows:
+            heapq.heappush(ends, now + waiting.pop())
+        found[len(ends)] = found.get(len(ends), 0) + ends[0] - now
+        now = ends[0]
+        while ends and ends[0] == now:
+            heapq.heappop(ends)
+    return found

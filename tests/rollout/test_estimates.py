@@ -1,0 +1,92 @@
+"""What a run without speculation would take: counted exactly, and estimated on a clock that only forwards move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from atlas_rl.decode.plain_run import PlainCosts, PlainForwards, plain_batches
+from tests.drafters import RandomDrafter
+from tests.engines import MAX_NEW, PROMPTS, engine_of, fixed, generate, parrot, policy, reference
+
+COSTS = {
+    "flat": lambda tokens: 0.05,
+    "affine": lambda tokens: 0.05 + 0.002 * tokens,
+    "in proportion": lambda tokens: 0.005 * tokens,
+}
+
+
+class Clock:
+    """Stands still but for the policy's forwards, which take what a cost function says."""
+
+    def __init__(self, cost: Callable[[int], float]) -> None:
+        self.now, self._cost = 0.0, cost
+
+    def __call__(self) -> float:
+        return self.now
+
+    @contextmanager
+    def watching(self, model) -> Iterator[None]:
+        def tick(module, arguments) -> None:
+            self.now += self._cost(arguments[0].numel())
+
+        hook = model.get_input_embeddings().register_forward_pre_hook(tick)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@pytest.mark.parametrize("num_rows", [None, 3])
+def test_the_plain_forwards_are_counted_exactly(num_rows):
+    output = generate(engine_of(speculation=False, max_batch_size=num_rows))
+    lengths = np.array([len(row) for row in output.completion_ids])
+    found = plain_batches(lengths, num_rows or len(lengths))
+    assert sum(found.values()) == output.report.num_forwards
+    assert sum(batch * count for batch, count in found.items()) == output.report.num_request_forwards
+
+
+def test_a_lucky_request_does_not_make_plain_decoding_dearer():
+    """Scaled from the steps with speculation it did: 40 of two requests and 60 of the other one alone for 99 of both."""
+    costs = PlainCosts()
+    for batch in [2] * 20 + [1] * 30:
+        costs.note(batch, 0.05)
+    assert costs.run(np.array([100, 100]), num_rows=2) == PlainForwards(99, pytest.approx(99 * 0.05))
+
+
+def test_sizes_that_nobody_measured_have_no_estimate():
+    costs = PlainCosts()
+    for batch, seconds in ((8, 0.08), (4, None), (2, 0.02)):
+        costs.note(batch, seconds)
+    assert costs.run(np.array([11] * 4), num_rows=4).seconds == pytest.approx(10 * 0.04), "between two that were"
+    assert costs.run(np.array([11] * 9), num_rows=9).seconds is None
+    assert costs.run(np.array([11]), num_rows=1).seconds is None
+    assert costs.run(np.array([1, 1]), num_rows=2) == PlainForwards(0, 0.0)
+    assert PlainCosts().run(np.array([5]), num_rows=1).seconds is None
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_the_estimate_is_what_the_rerun_takes(cost):
+    """Texts of many lengths and a drafter that is lucky with some, by every cost of a forward."""
+    clock = Clock(COSTS[cost])
+    engine = engine_of(speculators=[parrot(0.3)], clock=clock, audit_share=0.0)
+    estimated = []
+    with clock.watching(policy()):
+        for _ in range(6):
+            report = generate(engine).report
+            plain = generate(engine_of(speculation=False, clock=clock, audit_share=0.0)).report
+            estimated.append(report.no_speculation_s)
+    assert plain.num_forwards == MAX_NEW - 1
+    known = [seconds for seconds in estimated if seconds is not None]
+    assert estimated[-1] is not None, "by then every batch size was measured"
+    assert report.accepted_length > 1.3 or cost == "in proportion"
+    assert known == pytest.approx([plain.generate_s] * len(known), rel=0.1)
+
+
+def test_a_run_that_always_drafts_estimates_nothing():
+    report = generate(fixed(RandomDrafter(), 5)).report
+    assert report.no_speculation_s is report.speedup_estimate is None
+    assert len(reference().completion_ids) == 2 * len(PROMPTS)
