@@ -1,12 +1,13 @@
 """The demo: GRPO on a real language model, with rollouts by AtlasRolloutEngine.
 
-    python examples/grpo_demo/run.py                    # warm-started policy, 8 steps
+    python examples/grpo_demo/run.py                    # warm-started policy, 5 epochs over 8 questions
     python examples/grpo_demo/run.py --raw-policy       # the raw instruct policy: high entropy, few drafts accepted
-    python examples/grpo_demo/run.py --steps 30 --plot  # long enough to see the reward rise
+    python examples/grpo_demo/run.py --epochs 20 --plot # long enough to see the reward rise
 
-Every training step prints the engine's report line and the trainer's reward line. Every fourth generation (see
-`--baseline-every`) is repeated without speculation on the same prompts, weights and seed. The closing table compares
-the two.
+Few requests at a time and the same questions in every epoch: so a CPU resembles the runs that speculation is for
+(`announce` says it). Every training step prints the engine's report line and the trainer's reward line. Every generation
+(see `--baseline-every`) is repeated without speculation on the same prompts, weights and seed, and once per epoch by TRL's
+own generation. The closing tables compare them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
+from peer import KeepsGenerations, time_trl
 from policy import load_policy
+from table import print_table, summarize_rollouts
 from tasks import FAMILIES, build_dataset, reward_func
 
+REPORTS, TRACE = "rollouts.jsonl", "controller.jsonl"
 EAGLE3 = Path(__file__).resolve().parent / "eagle3"  # the static drafter, trained for the warm-started policy
+CPU_ROOM = 8  # requests at a time up to which a plain step of this policy leaves two cores room for drafts
 RECORDED_LAYERS = (2, 15, 27)  # low, middle and high of the policy's 30: what its EAGLE-3 head reads
 
 # transformers renames this option while TRL still defines it by the old name.
@@ -43,13 +48,15 @@ def main() -> None:
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_policy(warm=not args.raw_policy)
-    trainer, progress = build_trainer(model, tokenizer, args)
+    generations = KeepsGenerations(reward_func)
+    trainer, progress = build_trainer(model, tokenizer, args, generations)
     engine = attach_engine(trainer, args)
     announce(args)
     held_out = [evaluate(trainer, args, "before")]
     trainer.train()
     held_out.append(evaluate(trainer, args, "after"))
-    summary = summarize(args, engine, progress.rows, held_out) | {"total_s": time.perf_counter() - started}
+    trl = compare_with_trl(trainer, engine, generations, args) if engine else []
+    summary = summarize(args, engine, progress.rows, held_out) | {"trl": trl, "total_s": time.perf_counter() - started}
     print_table(summary)
     path = args.output_dir / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
@@ -60,15 +67,18 @@ def main() -> None:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps, each on freshly generated completions")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
+    parser.add_argument("--questions", type=int, default=8, help="questions of an epoch")
+    parser.add_argument("--epochs", type=int, default=5, help="times that every question is met")
+    parser.add_argument("--steps", type=int, help="optimizer steps, each on fresh completions; default: all epochs")
+    parser.add_argument("--prompts", type=int, default=2, help="questions per step")
     parser.add_argument("--num-generations", type=int, default=4, help="completions per prompt (the group)")
     parser.add_argument("--max-new-tokens", type=int, default=160, help="completion tokens at most")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--raw-policy", action="store_true", help="leave the warm start out")
     parser.add_argument("--engine", choices=("atlas", "trl"), default="atlas", help="trl: TRL's own generation")
-    parser.add_argument("--baseline-every", type=int, default=4, help="rerun every N-th generation without speculation")
+    parser.add_argument("--baseline-every", type=int, default=1, help="rerun every N-th generation without speculation")
+    parser.add_argument("--trl-every", type=int, help="let TRL repeat every N-th generation; default: one per epoch")
     parser.add_argument("--eval-prompts", type=int, default=0, help="held-out questions answered before and after")
     parser.add_argument("--record", type=Path, help="folder that gets every rollout with its hidden states, for replay")
     parser.add_argument("--plot", action="store_true", help="draw the reward curve (needs matplotlib)")
@@ -76,15 +86,22 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
     args = parser.parse_args(arguments)
-    for name in ("steps", "prompts", "max_new_tokens", "baseline_every"):
-        if getattr(args, name) < 1:
+    for name in ("questions", "epochs", "steps", "prompts", "max_new_tokens", "baseline_every", "trl_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.questions % args.prompts:
+        parser.error(f"--questions {args.questions} must be a multiple of --prompts {args.prompts}")
     if args.num_generations < 2:
         parser.error("--num-generations must be at least 2: GRPO compares the completions of a group")
+    args.steps_per_epoch = args.questions // args.prompts
+    args.steps = args.steps or args.epochs * args.steps_per_epoch
+    args.trl_every = args.trl_every or args.steps_per_epoch
     return args
 
 
-def build_trainer(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[GRPOTrainer, Progress]:
+def build_trainer(
+    model: Any, tokenizer: Any, args: argparse.Namespace, generations: KeepsGenerations
+) -> tuple[GRPOTrainer, Progress]:
     """Build a GRPO trainer with quiet logging, and the callback that prints and keeps one row per step."""
     completions = args.prompts * args.num_generations
     config = GRPOConfig(
@@ -114,9 +131,9 @@ def build_trainer(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple
     )
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=reward_func,
+        reward_funcs=generations,
         args=config,
-        train_dataset=build_dataset("train", args.steps * args.prompts, args.seed, args.families),
+        train_dataset=build_dataset("train", args.questions, args.seed, args.families),
         eval_dataset=build_dataset("eval", max(1, args.eval_prompts), args.seed, args.families),
         processing_class=tokenizer,
     )
@@ -161,29 +178,63 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
     from atlas_rl.speculators.history.speculator import HistorySpeculator
     from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
-    (args.output_dir / "rollouts.jsonl").unlink(missing_ok=True)  # the engine appends; a demo starts afresh
+    for name in REPORTS, TRACE:
+        (args.output_dir / name).unlink(missing_ok=True)  # the engine appends; a demo starts afresh
     if args.record:
         speculators = [
             HistorySpeculator(),
             RecurrentSpeculator(),
             RecordingSpeculator(args.record, layers=RECORDED_LAYERS),
         ]
-        engine = AtlasRolloutEngine(output_dir=args.output_dir, speculators=speculators)
+        engine = AtlasRolloutEngine(output_dir=args.output_dir, trace=True, speculators=speculators)
     else:
         static = EAGLE3 if EAGLE3.is_dir() and not args.raw_policy else None
-        engine = AtlasRolloutEngine(output_dir=args.output_dir, draft_model=static)
+        engine = AtlasRolloutEngine(output_dir=args.output_dir, trace=True, draft_model=static)
     engine.attach(trainer, baseline_every=args.baseline_every)
     return engine
 
 
 def announce(args: argparse.Namespace) -> None:
-    """Print what is about to run."""
-    policy = "raw" if args.raw_policy else "warm-started"
+    """Print what is about to run, and where it stands to the runs that speculation is for."""
+    policy, requests = "raw" if args.raw_policy else "warm-started", args.prompts * args.num_generations
     print(
         f"GRPO, {policy} SmolLM2-135M on {', '.join(args.families)}: {args.steps} steps of {args.prompts} prompts x "
-        f"{args.num_generations} completions, rollouts by {args.engine}, {torch.get_num_threads()} threads",
-        flush=True,
+        f"{args.num_generations} completions, {args.questions} questions, rollouts by {args.engine}, "
+        f"{torch.get_num_threads()} threads"
     )
+    if torch.cuda.is_available():
+        return
+    print(
+        "Speculation pays where a step has room: where more tokens in a forward cost little. A B200 has room for some 280\n"
+        "tokens, two CPU cores for about 10."
+    )
+    if requests > CPU_ROOM:
+        print(
+            f"{requests} requests at a time fill that room without any drafts: there is NOTHING TO WIN here while they are\n"
+            f"all active, and what is left is the tail. Up to {CPU_ROOM} a CPU resembles a GPU at its usual batches."
+        )
+    else:
+        print(
+            f"So this run has {requests} requests at a time, of many lengths, which end one by one. It meets every\n"
+            "question again in every epoch, as RL runs do: the history drafter learns from that."
+        )
+    print(flush=True)
+
+
+def compare_with_trl(
+    trainer: GRPOTrainer, engine: Any, generations: KeepsGenerations, args: argparse.Namespace
+) -> list[dict[str, float]]:
+    """Let TRL's own generation repeat some training steps token by token, and give the seconds beside the engine's."""
+    reports = {r.step: r for r in engine.reports if r.mode == "train" and r.baseline_tokens_per_s}
+    chosen = [step for step in sorted(reports.keys() & generations.kept.keys()) if step % args.trl_every == 0]
+    print(f"\nTRL's own generation repeats {len(chosen)} of the steps ...", flush=True)
+    rows = []
+    for step in chosen:
+        report, trl_s = reports[step], time_trl(trainer, generations.kept[step])
+        off_s = report.num_tokens / report.baseline_tokens_per_s
+        row = {"step": step, "num_tokens": report.num_tokens, "on_s": report.generate_s, "off_s": off_s, "trl_s": trl_s}
+        rows.append(row)
+    return rows
 
 
 def evaluate(trainer: GRPOTrainer, args: argparse.Namespace, when: str) -> float | None:
@@ -215,76 +266,10 @@ def summarize(
         "train_s": sum(row["step_s"] for row in rows),
         "steps": rows,
     }
-    return summary | ({"rollouts": summarize_rollouts(engine)} if engine else {})
-
-
-def summarize_rollouts(engine: Any) -> dict[str, Any]:
-    """Sum up the engine's figures over the run, and over the generations that were repeated without speculation."""
-    reports = [report for report in engine.reports if report.mode == "train"]
-    paired = [report for report in reports if report.baseline_tokens_per_s is not None]
-    num_tokens = sum(report.num_tokens for report in reports)
-    figures: dict[str, Any] = {
-        "generations": len(reports),
-        "num_tokens": num_tokens,
-        "generate_s": sum(report.generate_s for report in reports),
-        "tokens_per_s": num_tokens / sum(report.generate_s for report in reports),
-        "accepted_length": _weighted_mean(reports, "accepted_length"),
-        "acceptance_rate": _weighted_mean(reports, "acceptance_rate"),
-        "entropy": _weighted_mean(reports, "entropy"),
-        "estimated_tokens_per_s_without": _weighted_mean(reports, "no_speculation_tokens_per_s"),
-        "estimated_speedup": _weighted_mean(reports, "speedup_estimate"),
-        "paired_generations": len(paired),
-    }
-    if paired:
-        # Speeds are compared over equal tokens: total tokens over total seconds, on each side.
-        tokens = sum(report.num_tokens for report in paired)
-        with_s = sum(report.num_tokens / report.tokens_per_s for report in paired)
-        without_s = sum(report.num_tokens / report.baseline_tokens_per_s for report in paired)
-        figures |= {
-            "paired_tokens": tokens,
-            "paired_tokens_per_s": tokens / with_s,
-            "paired_tokens_per_s_without": tokens / without_s,
-            "paired_speedup": without_s / with_s,
-        }
-    return figures
-
-
-def _weighted_mean(reports: list[Any], name: str) -> float | None:
-    """Average a report's figure over the run's tokens; None if no report has it."""
-    rows = [(getattr(r, name), r.num_tokens) for r in reports if getattr(r, name) is not None]
-    weight = sum(tokens for _, tokens in rows)
-    return sum(value * tokens for value, tokens in rows) / weight if weight else None
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """Print the closing table."""
-    rollouts = summary.get("rollouts")
-    print()
-    if rollouts:
-        paired = rollouts.get("paired_tokens_per_s")
-        print(f"{'rollouts':<38}{'speculation on':>16}{'off':>12}")
-        if paired:
-            label = f"tokens/s, same {rollouts['paired_generations']} generations"
-            print(f"{label:<38}{paired:>16.1f}{rollouts['paired_tokens_per_s_without']:>12.1f}")
-            print(f"{'speedup, measured':<38}{rollouts['paired_speedup']:>15.2f}x{1:>11.2f}x")
-        without = _number(rollouts["estimated_tokens_per_s_without"], ".1f")
-        print(f"{'tokens/s, whole run (off: estimated)':<38}{rollouts['tokens_per_s']:>16.1f}{without:>12}")
-        print(f"{'accepted length':<38}{_number(rollouts['accepted_length'], '.2f'):>16}{1:>12.2f}")
-        print(f"{'entropy of the policy, nats/token':<38}{_number(rollouts['entropy'], '.3f'):>16}")
-        print(f"{'tokens generated':<38}{rollouts['num_tokens']:>16}")
-        print(f"{'generation seconds':<38}{rollouts['generate_s']:>16.1f}")
-    window = summary["reward_window_steps"]
-    print(f"{f'mean reward, first {window} steps':<38}{summary['reward_first']:>16.3f}")
-    print(f"{f'mean reward, last {window} steps':<38}{summary['reward_last']:>16.3f}")
-    before, after = summary["held_out_reward_before_after"]
-    if before is not None and after is not None:
-        print(f"{'held-out reward, before':<38}{before:>16.3f}")
-        print(f"{'held-out reward, after':<38}{after:>16.3f}")
-    print(f"{'training seconds':<38}{summary['train_s']:>16.1f}")
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+    if engine is None:
+        return summary
+    trace = args.output_dir / TRACE
+    return summary | {"rollouts": summarize_rollouts(engine.reports, trace, args.steps_per_epoch)}
 
 
 def plot_rewards(rows: list[dict[str, float]], path: Path, window: int = 5) -> None:
