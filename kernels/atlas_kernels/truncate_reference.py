@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.truncation import Truncation
 
 # (1 - 2**-f) / f for f in [0, 1], alternating in sign, as multiples of 2**-31: 2**-f is right within 3e-9, and never rises.
@@ -56,7 +56,7 @@ def weights(x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
     return (2**31 - (fraction * series >> 31) << 9) >> (steps >> FRACTION_BITS)
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _weights_of(steps):
     """The same of int32 `[n]`: some twenty integer operations of torch took longer than the sort."""
     out = np.empty(len(steps), np.int64)
