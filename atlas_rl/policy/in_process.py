@@ -39,6 +39,7 @@ class InProcessRunner(PolicyRunner):
 
     Args:
         model: The policy, or a wrapper around it. Only read.
+        is_placed: Whether its weights are where they will be run; sharding may still have to bring them there.
 
     Attributes:
         config: Its text configuration.
@@ -49,7 +50,7 @@ class InProcessRunner(PolicyRunner):
         ValueError: Not a causal LM, or one whose attention cannot be run this way.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, is_placed: bool = True) -> None:
         self.model: Any = unwrap_policy(model)
         config = getattr(self.model, "config", None)
         if config is None or not hasattr(self.model, "get_output_embeddings"):
@@ -64,7 +65,8 @@ class InProcessRunner(PolicyRunner):
             raise ValueError(f"{type(self.model).__name__} is not a causal LM: load one with AutoModelForCausalLM")
         self.config = config.get_text_config()
         refuse_layers(self.config, type(self.model).__name__)
-        refuse_modules(self.model)
+        if is_placed:
+            refuse_modules(self.model)
         self.vocab_size = int(head.weight.shape[0]) if head.weight.numel() else int(self.config.vocab_size)
         self.call = ForwardCall(self.model, self.vocab_size)
         self.max_context = context_of(self.model, self.config)

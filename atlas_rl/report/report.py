@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from atlas_rl.report.sums import (
@@ -24,6 +24,7 @@ from atlas_rl.report.sums import (
     mean_by_key,
     mean_over,
     of_slowest,
+    rate_of_slowest,
     rate_over,
     same,
     total,
@@ -79,7 +80,8 @@ class StepReport:
         controller_s: Seconds of planning.
         observe_s: Seconds of learning from verified tokens, controller and speculators together.
         refresh_s: Seconds of refreshing speculators after a policy update.
-        sync_s: Seconds of bringing policy weights into the engine.
+        sync_s: Seconds of bringing policy weights into the engine: loading them into vLLM, or gathering them from the ranks
+            that hold them.
         audit_s: Seconds of auditing a share of the rollouts.
         packing_s: Seconds, part of `prefill_s` and `forward_s`, of packing weights for faster products on a CPU.
         packed_bytes: Most bytes of copies of weights at once: packed ones, and those in the type of a trainer's autocast.
@@ -141,7 +143,7 @@ class StepReport:
     num_scored_tokens: int = field(default=0, metadata=_COUNT)
     no_speculation_s: float | None = field(default=None, metadata=_OPTIONAL_SECONDS)
     baseline_tokens_per_s: float | None = field(
-        default=None, metadata=adds(total_if_all, steps=rate_over("num_tokens"))
+        default=None, metadata=adds(rate_of_slowest("num_tokens"), steps=rate_over("num_tokens"))
     )
     step_s: float | None = field(default=None, metadata=_OPTIONAL_SECONDS)
     active_batch_curve: tuple[tuple[int, int], ...] = field(
@@ -290,6 +292,18 @@ def amdahl_bound(generation_share: float, alpha: float) -> float:
     if not 0 <= generation_share <= 1 or not alpha > 0:
         raise ValueError(f"need a share in [0, 1] and alpha > 0, got {generation_share} and {alpha}")
     return 1 / (generation_share / alpha + 1 - generation_share)
+
+
+def with_sync(report: StepReport, seconds: float) -> StepReport:
+    """The report with further seconds of bringing weights in, which are spent with speculation and without."""
+    plain_s, rate = report.no_speculation_s, report.baseline_tokens_per_s
+    return replace(
+        report,
+        sync_s=report.sync_s + seconds,
+        generate_s=report.generate_s + seconds,
+        no_speculation_s=None if plain_s is None else plain_s + seconds,
+        baseline_tokens_per_s=report.num_tokens / (report.num_tokens / rate + seconds) if rate else rate,
+    )
 
 
 def no_speculation_seconds(report: StepReport, num_forwards: int, forwards_s: float | None) -> float | None:

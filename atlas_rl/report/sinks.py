@@ -15,7 +15,7 @@ from atlas_rl.report.report import ORIGIN, PHASES, StepReport
 from atlas_rl.report.sums import concatenate
 
 CONSOLE_WIDTH = 140
-_REPORTS, _TRACE = "rollouts.jsonl", "controller.jsonl"
+_REPORTS = "rollouts.jsonl"
 _MAX_NAMED = 10  # line numbers in one warning
 
 
@@ -125,14 +125,17 @@ class JsonlSink:
 def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]:
     """The files of an engine's reports and, if wanted, of its controller's trace.
 
-    Every line says which engine wrote it and in which process (`ORIGIN`): engines may share a folder.
+    Every line says which engine wrote it and in which process (`ORIGIN`): engines may share a folder. Traces of several
+    ranks (`RANK` and `WORLD_SIZE` of torchrun) have a file each: `controller.rank0.jsonl` and so on.
 
     Raises:
         ValueError: The folder cannot be written to.
     """
-    check_folder(folder, "output_dir", _REPORTS, _TRACE)
-    origin = dict(zip(ORIGIN, (uuid4().hex[:12], int(os.environ.get("RANK", 0))), strict=True))
-    return JsonlSink(folder / _REPORTS, origin), JsonlSink(folder / _TRACE, origin) if trace else None
+    rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    trace_name = f"controller.rank{rank}.jsonl" if several else "controller.jsonl"
+    check_folder(folder, "output_dir", _REPORTS, trace_name)
+    origin = dict(zip(ORIGIN, (uuid4().hex[:12], rank), strict=True))
+    return JsonlSink(folder / _REPORTS, origin), JsonlSink(folder / trace_name, origin) if trace else None
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

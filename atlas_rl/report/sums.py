@@ -123,6 +123,22 @@ def mean_by_key(counts_name: str) -> Reducer:
     return means
 
 
+def rate_of_slowest(count_name: str) -> Reducer:
+    """A rate per second side by side: all of the field `count_name` over the seconds of the report that takes longest.
+
+    None unless every report has a rate.
+    """
+
+    def rate(reports: Sequence[Any], name: str) -> float | None:
+        rates, counts = _values(reports, name), _values(reports, count_name)
+        if not all(rates):
+            return None
+        seconds = max(count / rate for count, rate in zip(counts, rates, strict=True))
+        return sum(counts) / seconds if seconds else None
+
+    return rate
+
+
 def rate_over(count_name: str) -> Reducer:
     """A rate per second in turns: all of the field `count_name` over the seconds that it took at each report's own rate.
 

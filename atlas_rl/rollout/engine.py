@@ -25,7 +25,7 @@ from atlas_rl.decode.guard import Faults, GuardedController
 from atlas_rl.policy.threads import one_at_a_time
 from atlas_rl.report.lost_writes import LostWrites
 from atlas_rl.report.recorder import StepRecorder
-from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds
+from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds, with_sync
 from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings, sinks_in
 from atlas_rl.rollout.backends import check_tokenizer, new_backend, resized, static_speculator
 from atlas_rl.rollout.output import GenerationOutput
@@ -387,12 +387,12 @@ class RolloutEngine:
         self._sync_s = 0.0
         plain_s = no_speculation_seconds(report, run.plain.num_forwards, run.plain.seconds)
         calibration = {name: (n, error) for name, (n, error) in call.controller.take_calibration().items() if n}
-        return replace(
+        report = replace(
             report,
             scored={name: n for name, (n, _) in calibration.items()},
             calibration_error={name: error for name, (_, error) in calibration.items()},
             refresh_s=refresh_s,
-            sync_s=sync_s,
-            generate_s=report.generate_s + refresh_s + sync_s,
+            generate_s=report.generate_s + refresh_s,
             no_speculation_s=plain_s if call.recorder.speculates else None,
         )
+        return with_sync(report, sync_s)

@@ -25,6 +25,7 @@ from atlas_rl.speculators.base import Speculator
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "atlas_rl.safetensors"
+_OF_RANKS = "atlas_rl.rank*.safetensors"
 _FORMAT = "atlas_rl.speculators.2"  # 1 had no checksum
 _SEPARATOR = "/"
 _AFRESH = "delete it to let the drafters start afresh"
@@ -77,6 +78,36 @@ def file_to_read(path: Any) -> Path:
         found = "is a folder" if file.is_dir() else "does not exist"
         raise ValueError(f"path='{file}' {found}: give a file that save_drafters() wrote")
     return file
+
+
+def file_of_rank(folder: Path, rank: int) -> Path:
+    """Where a rank of a training keeps its drafters' state, beside the trainer's checkpoint."""
+    return folder / (_OF_RANKS.replace("*", str(rank)) if rank else FILE_NAME)
+
+
+def file_to_resume(folder: Path, rank: int) -> Path | None:
+    """What a rank resumes from: its own file, or where the training had fewer ranks that of another; None for none."""
+    own, files = file_of_rank(folder, rank), _files_of_ranks(folder)
+    if own.is_file() or not files:
+        return own if own.is_file() else None
+    return files[sorted(files)[rank % len(files)]]
+
+
+def drop_ranks(folder: Path, num_ranks: int) -> None:
+    """Remove what an earlier training with more ranks has left in a checkpoint's folder."""
+    for rank, file in _files_of_ranks(folder).items():
+        if rank >= num_ranks:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def _files_of_ranks(folder: Path) -> dict[int, Path]:
+    found = {0: folder / FILE_NAME} if (folder / FILE_NAME).is_file() else {}
+    for file in folder.glob(_OF_RANKS):
+        number = file.name.split(".")[1].removeprefix("rank")
+        if number.isdecimal():
+            found[int(number)] = file
+    return found
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from atlas_rl.report.report import amdahl_bound, no_speculation_seconds
+from atlas_rl.report.report import amdahl_bound, no_speculation_seconds, with_sync
 from tests.reports import make_report
 
 
@@ -36,3 +36,14 @@ def test_amdahl_formula():
     for share, alpha in ((1.1, 2), (-0.1, 2), (0.5, 0)):
         with pytest.raises(ValueError, match="share"):
             amdahl_bound(share, alpha)
+
+
+def test_weights_come_in_with_speculation_and_without():
+    report = make_report(num_tokens=30, generate_s=2.0, sync_s=0.0, no_speculation_s=3.0, baseline_tokens_per_s=10.0)
+    synced = with_sync(report, 1.0)
+    assert (synced.sync_s, synced.generate_s, synced.no_speculation_s) == (1.0, 3.0, 4.0)
+    assert synced.baseline_tokens_per_s == pytest.approx(30 / 4)
+    assert synced.speedup_measured == pytest.approx(synced.speedup_estimate) == pytest.approx(4 / 3)
+    unknown = with_sync(make_report(no_speculation_s=None), 1.0)
+    assert unknown.no_speculation_s is None
+    assert unknown.baseline_tokens_per_s is None

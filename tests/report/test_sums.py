@@ -117,3 +117,23 @@ def test_curve_is_thinned_with_its_ends():
     assert len(thin) == 64
     assert (thin[0], thin[-1]) == (curve[0], curve[-1])
     assert sorted(set(thin)) == list(thin)
+
+
+@pytest.mark.parametrize("ranks", [((100, 1.0), (100, 1.0)), ((200, 1.0), (20, 0.1)), ((200, 1.0), (40, 0.1))])
+def test_ranks_that_gain_nothing_gain_nothing_together(ranks):
+    """The trainer waits for the slowest rank, with speculation and without."""
+    reports = [
+        make_report(num_tokens=tokens, generate_s=seconds, baseline_tokens_per_s=tokens / seconds)
+        for tokens, seconds in ranks
+    ]
+    assert [report.speedup_measured for report in reports] == pytest.approx([1.0, 1.0])
+    assert merge(reports).speedup_measured == pytest.approx(1.0)
+
+
+def test_ranks_that_gain_alike_gain_that_together():
+    twice = [
+        make_report(num_tokens=tokens, generate_s=seconds, baseline_tokens_per_s=tokens / seconds / 2)
+        for tokens, seconds in ((300, 3.0), (20, 0.1))
+    ]
+    assert merge(twice).speedup_measured == pytest.approx(2.0)
+    assert merge([twice[0], make_report(baseline_tokens_per_s=None)]).speedup_measured is None

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from atlas_rl.sync.checkpoint import load_state, save_state
+from atlas_rl.sync.checkpoint import FILE_NAME, drop_ranks, file_of_rank, file_to_resume, load_state, save_state
 from tests import ROOT
 from tests.engines import engine_of, generate
 
@@ -169,3 +169,21 @@ def test_no_damage_ends_the_process(tmp_path, state):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-3000:]
     assert int(done.stdout.split()[-3]) > 20
+
+
+def test_each_rank_resumes_from_its_own_file(tmp_path):
+    for rank in range(3):
+        file_of_rank(tmp_path, rank).touch()
+    assert [file_to_resume(tmp_path, rank) for rank in range(3)] == [file_of_rank(tmp_path, rank) for rank in range(3)]
+    assert file_of_rank(tmp_path, 0).name == FILE_NAME, "the file of a training with one process"
+
+
+def test_where_ranks_have_changed_others_files_serve(tmp_path):
+    assert file_to_resume(tmp_path, 1) is None
+    for rank in (0, 2):
+        file_of_rank(tmp_path, rank).touch()
+    (tmp_path / "atlas_rl.rankx.safetensors").touch()
+    chosen = [file_to_resume(tmp_path, rank) for rank in range(4)]
+    assert chosen == [file_of_rank(tmp_path, rank) for rank in (0, 2, 2, 2)]
+    drop_ranks(tmp_path, 2)
+    assert [file_to_resume(tmp_path, rank) for rank in range(3)] == 3 * [file_of_rank(tmp_path, 0)]

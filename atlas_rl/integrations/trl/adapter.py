@@ -7,25 +7,25 @@ correction, tools, environments, evaluation. The trainer is built with `use_vllm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from trl.models.utils import unwrap_model_for_generation
 
 from atlas_kernels.noise import mix64
 from atlas_rl.checks import shown
-from atlas_rl.integrations.trl.checks import check_policy_in_process, check_trainer, is_whole
+from atlas_rl.integrations.trl.checks import check_gathering, check_policy_in_process, check_trainer, is_whole
 from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from atlas_rl.integrations.trl.reports import ReportCallback
 from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, left_to_the_policy, read_sampling
+from atlas_rl.integrations.trl.whole_policy import whole_policy
 from atlas_rl.policy.supported import context_of
 from atlas_rl.policy.unwrap import unwrap_policy
-from atlas_rl.report.report import Mode, StepReport
+from atlas_rl.report.report import Mode, StepReport, with_sync
 
 if TYPE_CHECKING:
     from atlas_rl.rollout.engine import RolloutEngine
@@ -39,6 +39,7 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerA
     if getattr(trainer, "vllm_generation", None) is not None:
         raise ValueError("the trainer already generates with vLLM: build it with use_vllm=False and attach once")
     check_same_policy(engine, trainer)
+    check_gathering(trainer)
     sampling_in_process(trainer, seed=0)
     check_policy_in_process(trainer)
     if is_whole(trainer):
@@ -73,7 +74,11 @@ def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
 
     The trainer calls it for the first time in the middle of `train`. If it resumes, the drafters are restored now, from
     where the trainer saves them: which folder it resumed from is not known any more.
+
+    Raises:
+        ValueError: The trainer asks for what the engine does not have.
     """
+    check_gathering(trainer)
     adapter = TrainerAdapter(engine, trainer, baseline_every=0)
     if trainer.state.global_step > 0:
         adapter.drafter_state.restore(trainer.args, trainer.state)
@@ -157,6 +162,7 @@ class TrainerAdapter:
         step = int(self.trainer.state.global_step)
         if self._synced_step != step:
             self._synced_step = step
+            self._importance.begin_step(self._sampling(seed=0).params)
             self.engine.policy_updated(step)
 
     def generate(
@@ -203,7 +209,9 @@ class TrainerAdapter:
         trainer, step = self.trainer, int(self.trainer.state.global_step)
         mode: Mode = "train" if trainer.model.training else "eval"
         sampling = self._sampling(self._seed(step, mode))
+        began_s = time.perf_counter()
         with self._policy() as model:
+            gathering_s = time.perf_counter() - began_s
             output = self.engine.rollout(
                 model,
                 prompts,
@@ -219,30 +227,22 @@ class TrainerAdapter:
                     report = self._with_baseline(model, prompts, sampling, output)
                 self._train_calls += 1
                 self._importance.observe(model, sampling.params, output)
+            left_s = time.perf_counter()
+        gathering_s += time.perf_counter() - left_s
+        report = with_sync(report, gathering_s)
         self._reports.add(report)
-        return output
+        return replace(output, report=report)
 
     def _sampling(self, seed: int) -> TrainerSampling:
         """Hook: the trainer's sampling options. Raises `ValueError` for those that the engine cannot honour."""
         return sampling_in_process(self.trainer, seed)
 
-    @contextmanager
-    def _policy(self) -> Iterator[Any]:
+    def _policy(self) -> AbstractContextManager[Any]:
         """Hook: what `RolloutEngine.rollout` generates with, ready for one call.
 
-        In process it is the trainer's model, with DeepSpeed ZeRO-3 and FSDP shards gathered meanwhile.
+        In process it is the trainer's model, with DeepSpeed ZeRO-3 and FSDP shards gathered once, for the whole call.
         """
-        trainer = self.trainer
-        with (
-            unwrap_model_for_generation(
-                trainer.model_wrapped,
-                trainer.accelerator,
-                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-            ) as model,
-            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-        ):
-            yield model
+        return whole_policy(self.trainer)
 
     def _audited(self) -> nn.Module | None:
         """Hook: the policy whose plain forward the audit compares with, if another copy of it generates.
@@ -266,7 +266,10 @@ class TrainerAdapter:
     ) -> StepReport:
         """The report of `output` with the tokens/s of a rerun without speculation, whose tokens must be the same."""
         plain = self.engine.rollout(model, prompts, sampling.params, speculation=False, extra=sampling.extra)
-        report = replace(output.report, baseline_tokens_per_s=plain.report.tokens_per_s)
+        # Weights come to the engine whether it speculates or not.
+        report = replace(
+            output.report, baseline_tokens_per_s=with_sync(plain.report, output.report.sync_s).tokens_per_s
+        )
         if plain.completion_ids != output.completion_ids and self.engine.config.verification == "invariant":
             pairs = zip(plain.completion_ids, output.completion_ids, strict=True)
             changed = sum(a != b for a, b in pairs)

@@ -11,6 +11,7 @@ from typing import Any
 
 from atlas_rl.checks import whole
 from atlas_rl.decode.generate import ending_ids
+from atlas_rl.integrations.trl.whole_policy import shards
 from atlas_rl.policy.in_process import InProcessRunner
 
 _STAGES = ("_generate_and_score_completions", "_generate", "_generate_single_turn", "vllm_generation")
@@ -36,12 +37,56 @@ def check_trainer(trainer: Any, baseline_every: int) -> None:
     _check_correction(trainer)
 
 
+def check_gathering(trainer: Any) -> None:
+    """Raise `ValueError` where weights could not be gathered once per generation call, by all ranks together.
+
+    Ranks generate different numbers of tokens. A collective in every forward, or calls of some ranks only, would make them
+    wait for each other for ever.
+    """
+    once = "the engine gathers the policy once per generation call, because ranks need different numbers of forwards"
+    splits = _splits_forwards(trainer)
+    if splits:
+        raise ValueError(
+            f"{splits} makes every forward of the policy a collective: {once}. Switch it off, or generate with vLLM"
+        )
+    sharder = shards(trainer)
+    if sharder == "DeepSpeed ZeRO-3" and not trainer.args.ds3_gather_for_generation:
+        raise ValueError(
+            f"ds3_gather_for_generation=False gathers ZeRO-3's shards in every forward: {once}. Leave it at True, or "
+            "generate with vLLM where the whole policy does not fit on a device"
+        )
+    if sharder and getattr(trainer, "tools", None):
+        raise ValueError(
+            f"with tools each rank asks for as many generation calls as its own completions need, and {sharder} gathers the "
+            "policy in each of them, which takes all ranks: train with DDP or ZeRO-2, or generate with vLLM"
+        )
+
+
+def _splits_forwards(trainer: Any) -> str:
+    """What spreads a single forward over ranks, in words; empty where nothing does."""
+    model, state = trainer.model, trainer.accelerator.state
+    layout = getattr(trainer.accelerator, "parallelism_config", None)
+    for kind, words in (("tp", "tensor parallelism"), ("cp", "context parallelism"), ("sp", "sequence parallelism")):
+        if getattr(layout, f"{kind}_enabled", False):
+            return f"{words} (parallelism_config, {kind}_size={getattr(layout, f'{kind}_size')})"
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        return f"tensor parallelism (the policy was loaded with tp_size={model.tp_size})"
+    plugin = getattr(state, "deepspeed_plugin", None)
+    size = plugin.deepspeed_config.get("tensor_parallel", {}).get("autotp_size", 0) if plugin else 0
+    if size > 1:
+        return f"DeepSpeed's tensor parallelism (autotp_size={size})"
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(distributed, "enable_expert_parallel", False):
+        return "expert parallelism (distributed_config)"
+    return ""
+
+
 def check_policy_in_process(trainer: Any) -> None:
     """Raise `ValueError` for a policy, ending tokens or prompts that the engine cannot run in process.
 
     A policy whose weights are whole is probed at once. One that DeepSpeed or FSDP will shard is on no device yet.
     """
-    runner = InProcessRunner(trainer.model)
+    runner = InProcessRunner(trainer.model, is_placed=not shards(trainer))
     for token in ending_ids(trainer.eos_token_ids):
         if token >= runner.vocab_size:
             raise ValueError(
@@ -59,7 +104,7 @@ def check_policy_in_process(trainer: Any) -> None:
 
 def is_whole(trainer: Any) -> bool:
     """Whether the policy's weights are whole, and where the trainer will run them."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if trainer.is_deepspeed_enabled or shards(trainer):
         return False
     return all(parameter.device.type == trainer.accelerator.device.type for parameter in trainer.model.parameters())
 

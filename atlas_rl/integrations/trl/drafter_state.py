@@ -1,4 +1,8 @@
-"""Saves what the drafters know with the trainer's checkpoints, and restores it from the one that a run resumes from."""
+"""Saves what the drafters know with the trainer's checkpoints, and restores it from the one that a run resumes from.
+
+Drafters of different ranks know different things, so each rank has a file. If the number of ranks changes, ranks without a
+file take those of others.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from atlas_rl.sync.checkpoint import FILE_NAME
+from atlas_rl.sync.checkpoint import FILE_NAME, drop_ranks, file_of_rank, file_to_resume
 
 if TYPE_CHECKING:
     from atlas_rl.rollout.engine import RolloutEngine
@@ -54,8 +58,8 @@ class DrafterStateCallback(TrainerCallback):
     def restore(self, args: TrainingArguments, state: TrainerState) -> None:
         """Restore the drafters of a run that resumes; where there is nothing to restore, a warning says so."""
         folder = self._resumed_folder(args, state)
-        saved = folder / FILE_NAME
-        if saved.is_file():
+        saved = file_to_resume(folder, int(self._trainer.accelerator.process_index))
+        if saved is not None:
             self._engine.load_drafters(saved)
         else:
             logger.warning(
@@ -67,8 +71,10 @@ class DrafterStateCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save what the drafters know beside the trainer's checkpoint."""
-        if self._trainer.accelerator.is_main_process:
-            self._engine.save_drafters(_checkpoint_folder(args, state) / FILE_NAME)
+        folder, accelerator = _checkpoint_folder(args, state), self._trainer.accelerator
+        self._engine.save_drafters(file_of_rank(folder, int(accelerator.process_index)))
+        if accelerator.is_main_process:
+            drop_ranks(folder, int(accelerator.num_processes))
 
     def _resumed_folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         asked: Any = self._asked

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from atlas_rl.audit.plain_forward import plain_logits
 from atlas_rl.audit.scores import FULL_PRECISION, LOW_PRECISION
 from atlas_rl.core import SamplingParams
+from atlas_rl.policy.sharded import rounds_in_training
 from atlas_rl.policy.unwrap import unwrap_policy
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ENOUGH_TOKENS = 32  # of all ranks
-_ROWS = 16  # most rollouts compared per generation; the same number on every rank, whose forwards may be collective
+_ROWS = 16  # most rollouts compared per generation
 _POSITIONS = 1024  # most compared positions of a rollout
 _CHUNK = 64  # positions whose float32 logits are held together
 _OUTLIER = 10  # the largest difference may be so many times the limit of the mean
@@ -68,8 +69,8 @@ class Comparison:
 class ImportanceCheck(TrainerCallback):
     """Compares sampled logprobs with the trainer's forward pass, and drops the correction where they are the same.
 
-    Ranks decide together, at the end of an optimizer step, which each of them reaches equally often: ranks that decided
-    differently would run different collectives and wait for each other for ever.
+    Ranks decide together, at the begin and the end of an optimizer step, which each of them reaches equally often. Ranks
+    that decided differently would run different collectives and wait for each other for ever.
 
     Args:
         trainer: Whose `vllm_importance_sampling_correction` is switched off if they agree.
@@ -82,26 +83,47 @@ class ImportanceCheck(TrainerCallback):
         self._dropped = False
         self._own = Comparison()
 
+    def begin_step(self, sampling: SamplingParams) -> None:
+        """Before the first rollouts of a policy version: options that have changed switch the correction on again."""
+        if not self._dropped:
+            return
+        reason = next(filter(None, self._of_all_ranks(self._difference_in_law(sampling))), "")
+        if reason:
+            self._dropped, self._trainer.vllm_importance_sampling_correction = False, True
+            logger.warning("atlas_rl: importance-sampling correction switched on again: %s", reason)
+
     def observe(self, model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> None:
-        """Compare the rollouts of one training call by `model`, until there are enough of them."""
+        """Compare the rollouts of one training call by `model`, until there are enough of them.
+
+        Raises:
+            ValueError: Sampling options have changed since the step began, and the correction is off.
+        """
         if self._dropped:
-            reason = self._difference_in_law(sampling)
-            if reason:  # options may change in the middle of a run
-                self._dropped, self._trainer.vllm_importance_sampling_correction = False, True
-                logger.warning("atlas_rl: importance-sampling correction switched on again: %s", reason)
+            if self._trainer.accelerator.num_processes == 1:
+                self.begin_step(sampling)
+            elif reason := self._difference_in_law(sampling):
+                raise ValueError(
+                    f"{reason}: this changed between two generation calls of one policy version, where ranks cannot decide "
+                    "together to correct for it. Change sampling options at the end of a step (on_step_end), or give the "
+                    "engine spare_importance_sampling=False"
+                )
             return
         if not self._pending or not self._trainer.use_vllm or self._own.num_tokens >= _ENOUGH_TOKENS:
             return
-        self._own.reason = self._own.reason or self._difference_in_law(sampling)
+        self._own.reason = self._own.reason or self._difference_in_law(sampling) or self._difference_in_weights()
         if not self._own.reason:
             self._compare(model, sampling, output)
         if self._trainer.accelerator.num_processes == 1:
             self._settle([self._own])
 
+    def _of_all_ranks(self, own: Any) -> list[Any]:
+        """What each rank has; all of them have to come here."""
+        return [own] if self._trainer.accelerator.num_processes == 1 else list(gather_object([own]))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ranks decide together, by the worst of them."""
         if self._pending and self._trainer.accelerator.num_processes > 1:
-            self._settle(gather_object([self._own]))
+            self._settle(self._of_all_ranks(self._own))
 
     def _difference_in_law(self, sampling: SamplingParams) -> str:
         """Why the trainer scores another distribution than the sampled one, in words; empty where it does not."""
@@ -110,6 +132,11 @@ class ImportanceCheck(TrainerCallback):
         scored_at = getattr(self._trainer, "temperature", 1.0)
         if sampling.temperature != scored_at:
             return f"rollouts are sampled at temperature {sampling.temperature:g}, and scored at {scored_at:g}"
+        return ""
+
+    def _difference_in_weights(self) -> str:
+        if rounds_in_training(self._trainer.model_wrapped):
+            return "rollouts are sampled with the weights that FSDP1 keeps, and scored with what its mixed precision rounds"
         return ""
 
     def _compare(self, model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> None:

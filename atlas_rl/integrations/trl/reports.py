@@ -34,6 +34,7 @@ class ReportCallback(TrainerCallback):
         self._engine = engine
         self._trainer = trainer
         self._pending: dict[Mode, list[StepReport]] = {"train": [], "eval": [], "standalone": []}
+        self._evaluation: StepReport | None = None  # so far, of all ranks
         self._step_began = time.perf_counter()
         self._generated = False
         self.leads = True
@@ -43,9 +44,6 @@ class ReportCallback(TrainerCallback):
         """Take the report of one generation call of the present step or evaluation."""
         self._pending[report.mode].append(report)
         self._generated = True
-        if report.mode == "eval":
-            # Evaluation logs before any callback hears of its end.
-            self._log(report)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,27 +64,38 @@ class ReportCallback(TrainerCallback):
                 type(self._trainer).__name__,
             )
         if report is not None:
-            self._log(report)
+            for name, value in trainer_metrics(report).items():
+                self._trainer._metrics["train"][name].append(value)
             if self._trainer.accelerator.is_main_process:
                 self._engine.publish(report)
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the evaluation so far: it is logged before any callback hears of its end."""
+        report = self._take("eval", step_s=None)
+        if report is None:
+            return
+        self._evaluation = report if self._evaluation is None else concatenate([self._evaluation, report])
+        # One value per figure: the trainer's log takes the mean of several, which is wrong for counts and for rates.
+        self._trainer._metrics["eval"].update(
+            {name: [value] for name, value in trainer_metrics(self._evaluation).items()}
+        )
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish the evaluation. The training step that it interrupts does not count its time."""
-        report = self._take("eval", step_s=None)
+        self.on_prediction_step(args, state, control)  # a loop of somebody's own may tell of no batches
+        report, self._evaluation = self._evaluation, None
         self._step_began = time.perf_counter()
         if report is not None and self._trainer.accelerator.is_main_process:
             self._engine.publish(report)
 
-    def _take(self, mode: Mode, step_s: float | None) -> StepReport | None:
-        """One report of the pending ones of all ranks; None if there are none. Every rank has to call it."""
-        reports, self._pending[mode] = self._pending[mode], []
-        if not reports:
-            return None
-        own = replace(concatenate(reports), step_s=step_s)
-        if self._trainer.accelerator.num_processes == 1:
-            return own
-        return merge(gather_object([own] if self.leads else []))
+    on_predict = on_evaluate
 
-    def _log(self, report: StepReport) -> None:
-        for name, value in trainer_metrics(report).items():
-            self._trainer._metrics["eval" if report.mode == "eval" else "train"][name].append(value)
+    def _take(self, mode: Mode, step_s: float | None) -> StepReport | None:
+        """One report of all ranks' pending ones; None if there are none. Every rank calls it, whether it has some or not."""
+        reports, self._pending[mode] = self._pending[mode], []
+        own = [replace(concatenate(reports), step_s=step_s)] if reports and self.leads else []
+        if self._trainer.accelerator.num_processes > 1:
+            own = gather_object(own)
+        return merge(own) if own else None

@@ -1,0 +1,70 @@
+"""A trainer's policy, ready for one generation call: whole on every rank, and put back whatever happens meanwhile.
+
+TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off where generation raises, and
+lets FSDP gather layer by layer in every forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trl.models.utils import add_hooks, remove_hooks
+
+from atlas_rl.policy.sharded import gathered, is_sharded
+
+
+def shards(trainer: Any) -> str:
+    """What shards the policy's weights over ranks: "DeepSpeed ZeRO-3", "FSDP1" or "FSDP2"; empty where nothing does."""
+    if trainer._dist.is_zero3:
+        return "DeepSpeed ZeRO-3"
+    if trainer._dist.is_fsdp:
+        return f"FSDP{trainer._dist.fsdp_version}"
+    return "FSDP" if is_sharded(trainer.model_wrapped) else ""
+
+
+@contextmanager
+def whole_policy(trainer: Any) -> Iterator[Any]:
+    """Inside, the trainer's model without parallel wrappers, with all its weights on this rank; no forward communicates.
+
+    Gathering is collective: all ranks have to come here equally often.
+    """
+    wrapped = trainer.model_wrapped
+    model = trainer.accelerator.unwrap_model(wrapped)
+    with (
+        _without_checkpointing(model, trainer.args.gradient_checkpointing_kwargs),
+        _of_zero3(trainer),
+        gathered(wrapped),
+    ):
+        yield model
+
+
+@contextmanager
+def _without_checkpointing(model: Any, kwargs: Any) -> Iterator[None]:
+    """Inside, no activations are checkpointed."""
+    checkpoints = model.is_gradient_checkpointing
+    if checkpoints:
+        model.gradient_checkpointing_disable()
+    try:
+        yield
+    finally:
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+@contextmanager
+def _of_zero3(trainer: Any) -> Iterator[None]:
+    """Inside, weights that ZeRO-3 has sharded are whole, and DeepSpeed's hooks, which would shard them again, are off."""
+    if not trainer._dist.is_zero3:
+        yield
+        return
+    import deepspeed
+
+    engine = trainer.model_wrapped
+    with deepspeed.zero.GatheredParameters(engine.parameters()):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)

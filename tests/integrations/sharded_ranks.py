@@ -1,0 +1,253 @@
+"""One rank of several small GRPO runs: `torchrun -m tests.integrations.sharded_ranks WRAPPER FOLDER`.
+
+Every completion is compared, in the rank that made it, with what a single process without speculation draws from the whole
+weights. Each rank writes what it saw. In the last run one rank raises while it generates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import TrainerCallback
+
+from atlas_rl import AtlasRolloutEngine
+from tests.integrations.cpu_devices import options_of, pretend
+from tests.models import tiny_bigram
+from tests.trainers import DATA, WORDS, build_trainer, with_special_tokens, word_tokenizer
+
+LONG, SHORT = 14, 3  # most tokens of a completion on rank 1 and on rank 0
+
+
+def policy() -> Any:
+    return with_special_tokens(tiny_bigram(vocab=len(WORDS), hidden=32, context=64, seed=1, logit_std=2.5))
+
+
+def with_lora(model: Any) -> Any:
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+class Watched:
+    """A trainer whose every generation call is compared with a single process.
+
+    Args:
+        wrapper: What spreads it over ranks.
+        folder: Of its files.
+        options: Of `build_trainer`.
+    """
+
+    def __init__(self, wrapper: str, folder: Path, *, kept: bool = False, **options: Any) -> None:
+        for state in (AcceleratorState, GradientState):
+            state._shared_state.clear()
+        self.wrapper, self.peft = wrapper, bool(options.get("peft"))
+        of_wrapper = options_of(wrapper, reshard_after_forward=not kept)
+        options = {"lr_scheduler_type": "constant"} | of_wrapper | options
+        self.trainer = build_trainer("grpo", policy(), word_tokenizer(), folder / "trainer", **options)
+        self.rank = int(self.trainer.accelerator.process_index)
+        assert self.trainer.accelerator.num_processes == 2
+        self.trainer.max_completion_length = LONG if self.rank else SHORT
+        self.engine = AtlasRolloutEngine(console=False, audit_share=0.2, output_dir=folder / "atlas", trace=True)
+        self.engine.attach(self.trainer, baseline_every=2)
+        self.adapter = self.trainer.vllm_generation
+        self.calls: list[dict[str, Any]] = []
+        self._rollout, self._generate = self.engine.rollout, self.adapter._generate
+        self.engine.rollout = self.compared  # type: ignore[method-assign]
+        self.adapter._generate = self.gathered
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def gathered(self, prompts: Any) -> Any:
+        """A generation call, with the weights of before it, brought together in another way."""
+        self._weights = whole_weights(self.trainer, self.wrapper)
+        return self._generate(prompts)
+
+    def compared(self, model: Any, prompts: Any, sampling: Any, **kwargs: Any) -> Any:
+        output = self._rollout(model, prompts, sampling, **kwargs)
+        if kwargs.get("speculation") is False:
+            return output
+        alone = with_lora(policy()) if self.peft else policy()
+        alone.load_state_dict(self._weights)
+        single = AtlasRolloutEngine(console=False, speculation=False, audit_share=0.0)
+        expected = single.rollout(alone, prompts, sampling)
+        same = [a == b for a, b in zip(output.completion_ids, expected.completion_ids, strict=True)]
+        pairs = zip(output.logprobs, expected.logprobs, strict=True)
+        worst = max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True))
+        total = float(sum(weight.double().abs().sum() for weight in self._weights.values()))
+        self.calls.append(
+            {
+                "mode": kwargs["mode"],
+                "same": sum(same),
+                "completions": len(same),
+                "logprob_error_nats": worst,
+                "lengths": [len(row) for row in output.completion_ids],
+                "drafted": sum(output.report.drafted.values()),
+                "weights": total,
+                "seed": sampling.seed,
+            }
+        )
+        return output
+
+    def summary(self) -> dict[str, Any]:
+        """What the test reads."""
+        return {
+            "calls": self.calls,
+            "reports": [report.to_dict() for report in self.engine.reports],
+            "log": self.trainer.state.log_history,
+            "correction": self.trainer.vllm_importance_sampling_correction,
+        }
+
+
+def whole_weights(trainer: Any, wrapper: str) -> dict[str, torch.Tensor]:
+    """Copies of all weights of the policy, by the names that they have in a single process."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+
+    def copies() -> dict[str, torch.Tensor]:
+        return {name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in model.named_parameters()}
+
+    if wrapper == "fsdp2":
+        for module in trainer.model_wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    if wrapper == "fsdp1":
+        with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
+            return copies()
+    if wrapper == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return copies()
+    return copies()
+
+
+def at_rest(trainer: Any) -> list[Any]:
+    """What a generation call must put back."""
+    zero3 = trainer._dist.is_zero3  # whose hooks are registered anew
+
+    def hooks(module: Any) -> list[Any]:
+        both = (module._forward_pre_hooks, module._forward_hooks)
+        return [len(each) if zero3 else list(each) for each in both]
+
+    modules = [
+        (name, type(m).__name__, m.training, getattr(m, "gradient_checkpointing", None), "forward" in vars(m), hooks(m))
+        for name, m in trainer.model_wrapped.named_modules()
+    ]
+    weights = [(name, type(p).__name__, p.requires_grad) for name, p in trainer.model_wrapped.named_parameters()]
+    sizes = [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model_wrapped.parameters()]
+    return [modules, weights, sizes]
+
+
+class Interrupted(TrainerCallback):
+    """After the first step a generation call raises on all ranks; the policy has to be as before."""
+
+    def __init__(self, watched: Watched) -> None:
+        self.watched = watched
+        self.put_back: bool | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != 1:
+            return
+        before = at_rest(self.watched.trainer)
+        with raising(self.watched.engine):
+            try:
+                self.watched.adapter._generate([[2, 3, 4]])
+            except RuntimeError as error:
+                self.put_back = str(error) == "on purpose" and at_rest(self.watched.trainer) == before
+
+
+@contextmanager
+def raising(engine: Any) -> Iterator[None]:
+    """Inside, rollouts raise in the middle of their first forward."""
+    own = engine.rollout
+
+    def rollout(model: Any, *args: Any, **kwargs: Any) -> Any:
+        def fail(*_: Any) -> None:
+            raise RuntimeError("on purpose")
+
+        handle = model.get_output_embeddings().register_forward_pre_hook(fail)
+        try:
+            return own(model, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    engine.rollout = rollout
+    try:
+        yield
+    finally:
+        engine.rollout = own
+
+
+def full(wrapper: str, folder: Path) -> dict[str, Any]:
+    """Evaluation, a call that raises, and a checkpoint from which another trainer goes on."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": DATA.select(range(8))}
+    watched = Watched(wrapper, folder, **saving, **evaluated)
+    interrupted = Interrupted(watched)
+    watched.trainer.add_callback(interrupted)
+    watched.trainer.train()
+    resumed = Watched(wrapper, folder, **saving)
+    resumed.trainer.train(resume_from_checkpoint=str(folder / "trainer" / "checkpoint-2"))
+    return watched.summary() | {"put_back": interrupted.put_back, "resumed": resumed.summary()}
+
+
+def lora(wrapper: str, folder: Path) -> dict[str, Any]:
+    """Adapters, with activations checkpointed."""
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    watched = Watched(wrapper, folder, peft=True, max_steps=2, **checkpointing)
+    interrupted = Interrupted(watched)
+    watched.trainer.add_callback(interrupted)
+    watched.trainer.train()
+    return watched.summary() | {"put_back": interrupted.put_back}
+
+
+def kept(wrapper: str, folder: Path) -> dict[str, Any]:
+    """Weights that training keeps gathered after a forward."""
+    watched = Watched(wrapper, folder, kept=True, max_steps=2, beta=0.02)
+    watched.trainer.train()
+    return watched.summary()
+
+
+def one_raises(wrapper: str, folder: Path) -> dict[str, Any]:
+    """Rank 1 raises while it generates: this run ends, on both ranks."""
+    watched = Watched(wrapper, folder, max_steps=3)
+    with raising(watched.engine) if watched.rank else nothing():
+        watched.trainer.train()
+    return {}
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+def main(wrapper: str, folder: Path) -> None:
+    pretend(wrapper)
+    cases = [full, lora, *([kept] if wrapper.startswith("fsdp") else []), one_raises]
+    for case in cases:
+        summary = case(wrapper, folder / case.__name__)
+        rank = PartialState().process_index
+        (folder / f"{case.__name__}.rank{rank}.json").write_text(json.dumps(summary))
+        torch.distributed.barrier()
+    os._exit(0)
+
+
+def leave(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """End a rank that failed at once: gloo's threads can abort an interpreter that ends by itself."""
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.excepthook = leave
+    torch.set_num_threads(1)
+    main(sys.argv[1], Path(sys.argv[2]))

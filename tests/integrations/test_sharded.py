@@ -1,0 +1,125 @@
+"""Policies that are spread over ranks, each way with two gloo ranks on the CPU: every completion is the single process's.
+
+`sharded_ranks.py` is what a rank runs: several trainings in one launch, because a launch takes longer than all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import ROOT
+from tests.integrations.sharded_ranks import LONG, SHORT
+
+WRAPPERS = ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
+LIMIT_S = 240
+
+
+@pytest.fixture(scope="module", params=WRAPPERS)
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the ranks of one launch wrote, how it ended, and its folder."""
+    wrapper = request.param
+    if wrapper.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install atlas-rl[deepspeed]")
+    folder = tmp_path_factory.mktemp(wrapper)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "tests.integrations.sharded_ranks", wrapper, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    cases = ["full", "lora", *(["kept"] if wrapper.startswith("fsdp") else [])]
+    written = [folder / f"{case}.rank{rank}.json" for case in cases for rank in range(2)]
+    assert all(file.is_file() for file in written), done.stderr[-4000:]
+    seen = {case: [json.loads((folder / f"{case}.rank{rank}.json").read_text()) for rank in range(2)] for case in cases}
+    return SimpleNamespace(wrapper=wrapper, cases=seen, done=done, folder=folder)
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_completion_is_the_single_process_s(launched: Any) -> None:
+    runs = [run for ranks in launched.cases.values() for run in ranks]
+    runs += [run["resumed"] for run in launched.cases["full"]]
+    for run in runs:
+        assert run["calls"]
+        for call in run["calls"]:
+            assert call["same"] == call["completions"] > 0
+            assert call["logprob_error_nats"] < 1e-4
+        assert sum(call["drafted"] for call in run["calls"]) > 0
+        steps = {call["weights"] for call in run["calls"] if call["mode"] == "train"}
+        assert len(steps) == len(run["reports"]) - sum(report["mode"] == "eval" for report in run["reports"]), (
+            "the policy moved between the steps"
+        )
+
+
+def test_ranks_had_lengths_and_seeds_of_their_own(launched: Any) -> None:
+    for ranks in launched.cases.values():
+        longest = [max(length for call in run["calls"] for length in call["lengths"]) for run in ranks]
+        assert longest[0] <= SHORT < longest[1] <= LONG
+        first, second = ({call["seed"] for call in run["calls"]} for run in ranks)
+        assert not first & second
+
+
+def test_a_call_that_raises_leaves_the_policy_as_it_was(launched: Any) -> None:
+    for case in ("full", "lora"):
+        assert [run["put_back"] for run in launched.cases[case]] == [True, True]
+
+
+def test_a_rank_that_raises_ends_the_run(launched: Any) -> None:
+    assert launched.done.returncode != 0
+    assert "on purpose" in launched.done.stderr
+    assert not list(launched.folder.glob("one_raises.rank*.json"))
+
+
+def test_reports_are_those_of_all_ranks(launched: Any) -> None:
+    for ranks in launched.cases.values():
+        reports = ranks[0]["reports"]
+        assert not ranks[1]["reports"], "one rank publishes"
+        for mode in {report["mode"] for report in reports}:
+            calls = [call for run in ranks for call in run["calls"] if call["mode"] == mode]
+            own = [report for report in reports if report["mode"] == mode]
+            assert sum(report["num_tokens"] for report in own) == sum(sum(call["lengths"]) for call in calls)
+        for report in reports:
+            assert report["sync_s"] > 0
+            assert not report["warnings"], (
+                "reruns without speculation have the same tokens, and the audit finds nothing"
+            )
+        measured = [report["speedup_measured"] for report in reports if report["mode"] == "train"]
+        assert measured[0] is not None
+
+
+def test_logged_evaluation_figures_are_those_of_all_ranks(launched: Any) -> None:
+    run = launched.cases["full"][0]
+    (report,) = [report for report in run["reports"] if report["mode"] == "eval"]
+    (logged,) = [row for row in run["log"] if "eval_atlas/num_tokens" in row]
+    assert report["num_requests"] == 32
+    for name in ("num_tokens", "accepted_length", "tokens_per_s", "num_forwards"):
+        assert logged[f"eval_atlas/{name}"] == pytest.approx(report[name])
+
+
+def test_ranks_take_one_decision_on_importance_sampling(launched: Any) -> None:
+    for ranks in launched.cases.values():
+        assert [run["correction"] for run in ranks] == [False, False]
+
+
+def test_each_rank_has_files_of_its_own(launched: Any) -> None:
+    saved = launched.folder / "full" / "trainer" / "checkpoint-2"
+    assert sorted(file.name for file in saved.glob("atlas_rl*")) == [
+        "atlas_rl.rank1.safetensors",
+        "atlas_rl.safetensors",
+    ]
+    for rank in range(2):
+        lines = (launched.folder / "full" / "atlas" / f"controller.rank{rank}.jsonl").read_text().splitlines()
+        assert {json.loads(line)["rank"] for line in lines} == {rank}
+    for run in launched.cases["full"]:
+        first, second = ([call for call in each["calls"] if call["mode"] == "train"] for each in (run, run["resumed"]))
+        assert second[0]["seed"] == first[2]["seed"]
+        assert second[0]["weights"] == pytest.approx(first[2]["weights"]), "the resumed run begins with step 2's policy"
