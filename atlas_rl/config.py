@@ -30,8 +30,8 @@ class EngineConfig:
         max_batch_size: Most requests decoded together; None takes what memory allows.
         output_dir: Folder that gets `rollouts.jsonl`, one report per line, with the engine that wrote it (`engine`, a name
             of its own) and its process (`rank`); None writes none.
-        trace: Append one line per decode step to `controller.jsonl` in `output_dir`: whom the controller asked, what it
-            expected, and what came.
+        trace: Append one line per decode step to `controller.jsonl` in `output_dir`, with several ranks to one file per
+            rank: whom the controller asked, what it expected, and what came.
         console: Print one line per report.
         spare_importance_sampling: In process the sampled logprobs are the trainer's own, so its importance-sampling
             correction multiplies by one at the price of a forward pass. True checks that on the first step and then

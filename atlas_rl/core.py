@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,10 @@ class Sequences:
             grown = np.zeros((num_requests, roomy(length, self.max_length)), np.int32)
             grown[:, :capacity] = self.token_ids
             self.token_ids = grown
+
+    def trimmed(self) -> Sequences:
+        """A copy whose `token_ids` end with the longest text."""
+        return replace(self, token_ids=self.token_ids[:, : int(self.lengths.max(initial=0))].copy(), max_length=0)
 
     def prompt(self, request: int) -> list[int]:
         """The prompt's tokens of one request."""
@@ -339,10 +343,12 @@ class Rollouts:
     Attributes:
         sequences: Every request, complete.
         generate_s: Seconds that generating them took, refreshes aside; None where nobody measured.
+        elsewhere: Calls that other ranks have finished since the last refresh: token ids, without hidden states.
     """
 
     sequences: Sequences
     generate_s: float | None = None
+    elsewhere: tuple[Sequences, ...] = ()
 
 
 def prompt_key(row: np.ndarray) -> int:

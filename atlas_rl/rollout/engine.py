@@ -32,7 +32,7 @@ from atlas_rl.rollout.output import GenerationOutput
 from atlas_rl.rollout.requests import build_sequences, check_names
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.checkpoint import file_to_read, file_to_write, load_state, restore, save_state
-from atlas_rl.sync.refresh import PolicyTracker
+from atlas_rl.sync.refresh import PolicyTracker, RolloutExchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -246,6 +246,10 @@ class RolloutEngine:
         self._backend.load_weights(weights)
         self.synced(time.perf_counter() - began)
         self.policy_updated(version)
+
+    def share_rollouts(self, exchange: RolloutExchange) -> None:
+        """Let the drafters learn from other ranks' rollouts as well; for integrations."""
+        self._policy.exchange = exchange
 
     def synced(self, seconds: float) -> None:
         """Bringing the policy's weights into the engine took so long; for integrations. The next report has it."""

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from atlas_rl.checks import shown
 from atlas_rl.controller.base import Controller
-from atlas_rl.core import Rollouts
+from atlas_rl.core import Rollouts, Sequences
 from atlas_rl.speculators.base import Speculator
 
 MAX_VERSION = 2**31 - 1
 _MAX_DIGITS = 10
+
+
+class RolloutExchange(ABC):
+    """Brings finished rollouts from rank to rank, so that what one rank sees serves the drafters of all."""
+
+    @abstractmethod
+    def put(self, sequences: Sequences) -> None:
+        """A call of this rank ended."""
+
+    @abstractmethod
+    def take(self) -> tuple[list[Sequences], float]:
+        """Calls of other ranks that have come since this was last asked, and the seconds that bringing them took."""
 
 
 class PolicyTracker:
@@ -22,10 +36,15 @@ class PolicyTracker:
 
     Args:
         clock: Seconds since some fixed moment.
+
+    Attributes:
+        version: The policy's.
+        exchange: Brings other ranks' rollouts; None where there are none.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.version = 0
+        self.exchange: RolloutExchange | None = None
         self._clock = clock
         self._newest: Rollouts | None = None
         self._refresh_s = 0.0
@@ -49,6 +68,8 @@ class PolicyTracker:
     def finished(self, rollouts: Rollouts) -> None:
         """A generation call ended; its rollouts are the newest."""
         self._newest = rollouts
+        if self.exchange is not None:
+            self.exchange.put(rollouts.sequences)
 
     def advance(
         self, speculators: Mapping[str, Speculator], controller: Controller | None, version: int | None = None
@@ -58,6 +79,10 @@ class PolicyTracker:
         if self._newest is None:
             return
         began = self._clock()
+        if self.exchange is not None:
+            elsewhere, seconds = self.exchange.take()
+            self._newest = replace(self._newest, elsewhere=tuple(elsewhere))
+            self._refresh_s += seconds
         measured = {name: speculator.refresh(self._newest, self.version) for name, speculator in speculators.items()}
         if controller is not None:
             controller.policy_updated({name: survival for name, survival in measured.items() if survival is not None})

@@ -122,3 +122,14 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path):
     )
     with pytest.warns(UserWarning, match="skipped 4 half-written or damaged lines: 2, 3, 4, 5$"):
         assert read_jsonl(path) == [{"step": 1}, {"step": 3}]
+
+
+@pytest.mark.parametrize(("world", "name"), [("1", "controller.jsonl"), ("2", "controller.rank1.jsonl")])
+def test_each_rank_has_a_trace_of_its_own(world, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", world)
+    reports, trace = sinks_in(tmp_path, trace=True)
+    reports.write(make_report())
+    trace.write_rows([{"step": 0}])
+    assert sorted(file.name for file in tmp_path.iterdir()) == [name, "rollouts.jsonl"]
+    assert read_jsonl(tmp_path / name)[0]["rank"] == 1

@@ -117,6 +117,21 @@ def test_rollouts_made_elsewhere_are_adopted():
     assert draft(spec, sequences, 0, 8) == [20, 21, 22, EOS]
 
 
+def test_rollouts_of_other_ranks_are_archived_beside_ones_own():
+    spec = one_hot()
+    own, elsewhere = call([[10, 11, 12]]), call([[30, 31, 32, 40, 41, EOS]])
+    elsewhere.prompt_lengths[:] = 3
+    elsewhere.prompt_keys[:] = hash((30, 31, 32))
+    spec.start(own, np.array([0]))
+    commit(spec, own, {0: [20, 21, EOS]}, finished=True)
+    spec.refresh(Rollouts(own, elsewhere=(elsewhere.trimmed(),)), 1)
+    sequences = call([[10, 11, 12], [30, 31, 32]])
+    spec.start(sequences, np.arange(2))
+    assert draft(spec, sequences, 0, 8) == [20, 21, EOS]
+    assert draft(spec, sequences, 1, 8) == [40, 41, EOS]
+    assert spec.num_archived_tokens == 2 * (3 + 3 + 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- state
 
 

@@ -19,6 +19,7 @@ from atlas_kernels.noise import mix64
 from atlas_rl.checks import shown
 from atlas_rl.integrations.trl.checks import check_gathering, check_policy_in_process, check_trainer, is_whole
 from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
+from atlas_rl.integrations.trl.exchange import ExchangeCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from atlas_rl.integrations.trl.reports import ReportCallback
 from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, left_to_the_policy, read_sampling
@@ -140,7 +141,10 @@ class TrainerAdapter:
         self._importance = ImportanceCheck(trainer, self.shares_weights and engine.config.spare_importance_sampling)
         self._reports = ReportCallback(engine, trainer)
         self.drafter_state = DrafterStateCallback(engine, trainer)
-        for callback in (self._reports, self._importance, self.drafter_state):
+        exchange = ExchangeCallback(trainer)
+        if trainer.accelerator.num_processes > 1:
+            engine.share_rollouts(exchange)
+        for callback in (self._reports, self._importance, self.drafter_state, exchange):
             trainer.add_callback(callback)
 
     def install(self) -> None:

@@ -203,8 +203,10 @@ class HistorySpeculator(Speculator):
         self._finished.extend(requests[verified.finished].tolist())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Archive the call that `rollouts` came from; the oldest rollouts leave the ring by themselves."""
+        """Archive the call that `rollouts` came from, and other ranks' calls; the oldest leave the ring by themselves."""
         self._end_call()
+        for sequences in rollouts.elsewhere:
+            self._archive_rollouts(sequences, list(range(len(sequences.lengths))))
         if rollouts.sequences is not self._archived:
             self._archive_rollouts(rollouts.sequences, list(range(len(rollouts.sequences.lengths))))
             self._archived = rollouts.sequences
