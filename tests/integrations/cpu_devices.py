@@ -56,7 +56,7 @@ def options_of(wrapper: str, *, reshard_after_forward: bool = True) -> dict[str,
     version = int(wrapper[-1])
     config = {"version": version, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     if version == 1:
-        config |= {"use_orig_params": True}
+        config |= {"use_orig_params": True, "sync_module_states": False}
         if not reshard_after_forward:
             config |= {"reshard_after_forward": "SHARD_GRAD_OP"}
     else:

@@ -1,7 +1,8 @@
 """A trainer's policy, ready for one generation call: whole on every rank, and put back whatever happens meanwhile.
 
-TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off where generation raises, and
-lets FSDP gather layer by layer in every forward.
+TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off where generation raises, lets
+FSDP gather layer by layer in every forward, and switches checkpointing on by a method of transformers that registers one more
+hook on the embeddings each time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from trl.models.utils import add_hooks, remove_hooks
 
 from atlas_rl.policy.sharded import gathered, is_sharded
@@ -32,25 +34,21 @@ def whole_policy(trainer: Any) -> Iterator[Any]:
     """
     wrapped = trainer.model_wrapped
     model = trainer.accelerator.unwrap_model(wrapped)
-    with (
-        _without_checkpointing(model, trainer.args.gradient_checkpointing_kwargs),
-        _of_zero3(trainer),
-        gathered(wrapped),
-    ):
+    with _without_checkpointing(model), _of_zero3(trainer), gathered(wrapped):
         yield model
 
 
 @contextmanager
-def _without_checkpointing(model: Any, kwargs: Any) -> Iterator[None]:
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Inside, no activations are checkpointed."""
-    checkpoints = model.is_gradient_checkpointing
-    if checkpoints:
-        model.gradient_checkpointing_disable()
+    flagged: list[Any] = [module for module in model.modules() if vars(module).get("gradient_checkpointing")]
     try:
+        for module in flagged:
+            module.gradient_checkpointing = False
         yield
     finally:
-        if checkpoints:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        for module in flagged:
+            module.gradient_checkpointing = True
 
 
 @contextmanager
