@@ -6,6 +6,7 @@ accelerate knows DeepSpeed and FSDP on accelerators only. What runs then is torc
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ def pretend(wrapper: str) -> None:
 
     state.PartialState._prepare_backend = backend
     state.PartialState.set_device = device
+    if wrapper == "fsdp1":
+        from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+        # It frees the weights on the device once they are on the CPU: here it would free what it returns.
+        FlatParamHandle.to_cpu = lambda self: nullcontext()  # type: ignore[method-assign]
     if wrapper.startswith("zero"):
         from deepspeed import comm
 
@@ -36,8 +42,11 @@ def pretend(wrapper: str) -> None:
             comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
-def options_of(wrapper: str, *, reshard_after_forward: bool = True) -> dict[str, Any]:
-    """Of a trainer's configuration, for "ddp", "zero2", "zero3", "fsdp1" or "fsdp2"."""
+def options_of(wrapper: str, *, kept: bool = False) -> dict[str, Any]:
+    """Of a trainer's configuration, for "ddp", "zero2", "zero3", "fsdp1" or "fsdp2".
+
+    With `kept`, FSDP keeps weights gathered after a forward, and FSDP2 loads them on rank 0 alone.
+    """
     if wrapper == "ddp":
         return {"ddp_backend": "gloo"}
     if wrapper.startswith("zero"):
@@ -54,11 +63,10 @@ def options_of(wrapper: str, *, reshard_after_forward: bool = True) -> dict[str,
         config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         return {"use_cpu": False, "deepspeed": config}
     version = int(wrapper[-1])
-    config = {"version": version, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    config: dict[str, Any] = {"version": version, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     if version == 1:
         config |= {"use_orig_params": True, "sync_module_states": False}
-        if not reshard_after_forward:
-            config |= {"reshard_after_forward": "SHARD_GRAD_OP"}
+        config |= {"reshard_after_forward": "SHARD_GRAD_OP"} if kept else {}
     else:
-        config |= {"reshard_after_forward": reshard_after_forward}
-    return {"use_cpu": False, "fsdp": "full_shard auto_wrap", "fsdp_config": config}
+        config |= {"reshard_after_forward": not kept, "cpu_ram_efficient_loading": kept}
+    return {"use_cpu": False, "fsdp": True, "fsdp_config": config}

@@ -38,6 +38,19 @@ def with_lora(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
+def saved_policy(folder: Path) -> str:
+    """A folder of it, from which transformers loads it on rank 0 alone where FSDP is told so."""
+    if PartialState().is_main_process:
+        policy().save_pretrained(folder / "policy")
+    torch.distributed.barrier()
+    return str(folder / "policy")
+
+
+def distinct_words(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward that differs within almost every group."""
+    return [float(len(set(completion.split()))) for completion in completions]
+
+
 class Watched:
     """A trainer whose every generation call is compared with a single process.
 
@@ -51,9 +64,11 @@ class Watched:
         for state in (AcceleratorState, GradientState):
             state._shared_state.clear()
         self.wrapper, self.peft = wrapper, bool(options.get("peft"))
-        of_wrapper = options_of(wrapper, reshard_after_forward=not kept)
-        options = {"lr_scheduler_type": "constant"} | of_wrapper | options
-        self.trainer = build_trainer("grpo", policy(), word_tokenizer(), folder / "trainer", **options)
+        options = {"lr_scheduler_type": "constant"} | options_of(wrapper, kept=kept) | options
+        model = saved_policy(folder) if kept and wrapper == "fsdp2" else policy()
+        self.trainer = build_trainer(
+            "grpo", model, word_tokenizer(), folder / "trainer", reward_funcs=distinct_words, **options
+        )
         self.rank = int(self.trainer.accelerator.process_index)
         assert self.trainer.accelerator.num_processes == 2
         self.trainer.max_completion_length = LONG if self.rank else SHORT
@@ -213,7 +228,7 @@ def lora(wrapper: str, folder: Path) -> dict[str, Any]:
 
 
 def kept(wrapper: str, folder: Path) -> dict[str, Any]:
-    """Weights that training keeps gathered after a forward."""
+    """Weights that training keeps gathered after a forward; with FSDP2, loaded on rank 0 alone."""
     watched = Watched(wrapper, folder, kept=True, max_steps=2)
     watched.trainer.train()
     return watched.summary()

@@ -1,8 +1,8 @@
 """A trainer's policy, ready for one generation call: whole on every rank, and put back whatever happens meanwhile.
 
-TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off where generation raises, lets
-FSDP gather layer by layer in every forward, and switches checkpointing on by a method of transformers that registers one more
-hook on the embeddings each time.
+TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off where generation raises, and
+lets FSDP gather layer by layer in every forward. It switches checkpointing on by a method of transformers that registers one
+more hook on the embeddings each time.
 """
 
 from __future__ import annotations
