@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.core import SamplingParams
+from atlas_rl.integrations.trl import importance
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from tests import ROOT
 from tests.models import tiny_llama
@@ -31,7 +32,11 @@ def trainer(*, temperature: float = 0.8, autocast: bool = False) -> Any:
 
     accelerator = SimpleNamespace(num_processes=1, is_main_process=True, autocast=precision)
     return SimpleNamespace(
-        vllm_importance_sampling_correction=True, use_vllm=True, temperature=temperature, accelerator=accelerator
+        vllm_importance_sampling_correction=True,
+        use_vllm=True,
+        temperature=temperature,
+        accelerator=accelerator,
+        model_wrapped=torch.nn.Identity(),
     )
 
 
@@ -89,6 +94,16 @@ def test_one_long_rollout_that_differs_is_enough_to_keep_it(llama: PreTrainedMod
         logprobs=[[value + 0.3 for value in first], second, first[:1]],
     )
     ImportanceCheck(checked, wanted=True).observe(llama, SAMPLING, mixed)
+    assert checked.vllm_importance_sampling_correction
+
+
+def test_kept_where_training_rounds_weights_that_are_gathered_whole(
+    llama: PreTrainedModel, rollouts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP1 with mixed precision: the gathered policy agrees with itself, and is not what the trainer scores with."""
+    checked = trainer()
+    monkeypatch.setattr(importance, "rounds_in_training", lambda model: model is checked.model_wrapped)
+    ImportanceCheck(checked, wanted=True).observe(llama, SAMPLING, rollouts)
     assert checked.vllm_importance_sampling_correction
 
 

@@ -1,7 +1,8 @@
 """Brings every rank's rollouts to every rank after an optimizer step, as token ids.
 
 With N ranks each sees one prompt in N, and a prompt that comes back in the next epoch goes to another rank most of the time.
-An index of this rank's rollouts alone would know little of it. A step's rollouts are a few MB at most.
+An index of this rank's rollouts alone would know little of it. A step's rollouts are a few MB at most. Rollouts of evaluations
+stay where they are: an evaluation's prompts come back to the same rank.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         taken = self._others, self._seconds
         self._others, self._seconds = [], 0.0
         return taken
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep an evaluation's rollouts to this rank."""
+        self._own = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Send what this rank finished since the last step, and keep what the others did."""
