@@ -1,8 +1,8 @@
 """Brings every rank's rollouts to every rank after an optimizer step, as token ids.
 
 With N ranks each sees one prompt in N, and a prompt that comes back in the next epoch goes to another rank most of the time.
-An index of this rank's rollouts alone would know little of it. A step's rollouts are a few MB at most. Rollouts of evaluations
-stay where they are: an evaluation's prompts come back to the same rank.
+An index of this rank's rollouts alone would know little of it. A step's rollouts are a few MB at most. Rollouts of
+evaluations stay where they are: an evaluation's prompts come back to the same rank.
 """
 
 from __future__ import annotations
