@@ -16,7 +16,7 @@ Afterwards everything is sharded and hooked as before, whatever happened inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -63,7 +63,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unsharded(modules: list[FSDPModule]) -> Iterator[None]:
+def _unsharded(modules: Sequence[FSDPModule]) -> Iterator[None]:
     """Inside, FSDP2 modules have whole weights."""
     try:
         for module in modules:

@@ -53,11 +53,11 @@ def test_every_completion_is_the_single_process_s(launched: Any) -> None:
         for call in run["calls"]:
             assert call["same"] == call["completions"] > 0
             assert call["logprob_error_nats"] < 1e-4
-        assert sum(call["drafted"] for call in run["calls"]) > 0
 
 
 def test_the_policy_moved_between_calls_and_is_one_on_all_ranks(launched: Any) -> None:
     for ranks in launched.cases.values():
+        assert sum(call["drafted"] for run in ranks for call in run["calls"]) > 0
         first, second = ([call["weights"] for call in run["calls"]] for run in ranks)
         assert first == second
         assert len(set(first)) > 1

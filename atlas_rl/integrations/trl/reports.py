@@ -90,7 +90,11 @@ class ReportCallback(TrainerCallback):
         if report is not None and self._trainer.accelerator.is_main_process:
             self._engine.publish(report)
 
-    on_predict = on_evaluate
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Publish what was generated for a prediction, likewise."""
+        self.on_evaluate(args, state, control)
 
     def _take(self, mode: Mode, step_s: float | None) -> StepReport | None:
         """One report of all ranks' pending ones; None if there are none. Every rank calls it, whether it has some or not."""
