@@ -1,0 +1,118 @@
+"""What the exchange of rollouts between ranks brings: accepted length per epoch with 1, 2 and 4 ranks.
+
+    python -m benchmarks.exchange                     # some five minutes on two cores
+
+GRPO of a tiny random policy over sixteen prompts, six epochs, drafts of four tokens by the history index alone. A step
+has the same eight prompts' groups of two whatever the number of ranks. Each rank draws with a seed of its own, so that arms
+with different numbers of ranks have different rollouts; the two arms of one number of ranks have the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer
+
+from atlas_rl import AtlasRolloutEngine
+from atlas_rl.controller.fixed import FixedController
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from benchmarks.common import ROOT, environment, write_result
+from tests.models import tiny_llama
+from tests.trainers import arguments, with_special_tokens
+
+RESULT = ROOT / "benchmarks" / "results" / "exchange_cpu.json"
+VOCAB, PROMPTS, ROWS_PER_STEP, EPOCHS = 512, 16, 16, 6
+STEPS_PER_EPOCH = 2 * PROMPTS // ROWS_PER_STEP
+ARMS = ((1, "exchanged"), (2, "exchanged"), (2, "apart"), (4, "exchanged"), (4, "apart"))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", *(f"w{number}" for number in range(VOCAB - 2))]
+    base = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="<eos>", unk_token="w0")
+
+
+def reward(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(completion) % 7) for completion in completions]
+
+
+def arm(folder: Path, way: str) -> None:
+    """One rank of one arm; rank 0 writes the figures."""
+    torch.set_num_threads(1)
+    world = int(os.environ["WORLD_SIZE"])
+    prompts = [" ".join(f"w{(37 * row + 11 * word) % (VOCAB - 2)}" for word in range(4)) for row in range(PROMPTS)]
+    args = arguments(
+        GRPOConfig,
+        folder,
+        per_device_train_batch_size=ROWS_PER_STEP // world,
+        num_generations=2,
+        max_completion_length=32,
+        max_steps=STEPS_PER_EPOCH * EPOCHS,
+        learning_rate=1e-5,
+        ddp_backend="gloo",
+    )
+    trainer = GRPOTrainer(
+        model=with_special_tokens(tiny_llama(vocab=VOCAB, hidden=64, context=96, seed=3, logit_std=14)),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer(),
+    )
+    controller = FixedController(["history"], "history", 4)
+    engine = AtlasRolloutEngine(console=False, audit_share=0, speculators=[HistorySpeculator()], controller=controller)
+    engine.attach(trainer)
+    if way == "apart":
+        engine._policy.exchange = None
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        (folder / "figures.json").write_text(json.dumps(figures(engine, world, way)))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    os._exit(0)  # gloo's threads can abort an interpreter that ends by itself
+
+
+def figures(engine: AtlasRolloutEngine, world: int, way: str) -> dict[str, Any]:
+    epochs = [
+        engine.reports[begin : begin + STEPS_PER_EPOCH] for begin in range(0, len(engine.reports), STEPS_PER_EPOCH)
+    ]
+    tokens = [sum(report.num_decoded_tokens for report in epoch) for epoch in epochs]
+    forwards = [sum(report.num_request_forwards for report in epoch) for epoch in epochs]
+    return {
+        "ranks": world,
+        "rollouts": way,
+        "accepted_length_by_epoch": [round(t / f, 3) for t, f in zip(tokens, forwards, strict=True)],
+        "refresh_s_per_step": round(sum(report.refresh_s for report in engine.reports) / len(engine.reports), 4),
+        "entropy_nats": engine.reports[0].entropy,
+    }
+
+
+def main() -> None:
+    rows = []
+    for ranks, way in ARMS:
+        with tempfile.TemporaryDirectory() as folder:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            command = [*launch, "-m", "benchmarks.exchange", folder, way]
+            subprocess.run(
+                command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True
+            )
+            rows.append(json.loads((Path(folder) / "figures.json").read_text()))
+            print(rows[-1], flush=True)
+    write_result(RESULT, {"command": "python -m benchmarks.exchange", **environment(), "arms": rows})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        arm(Path(sys.argv[1]), sys.argv[2])
+    else:
+        main()
