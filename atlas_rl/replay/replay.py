@@ -48,19 +48,9 @@ def replay(
         between calls, which are the caller's.
     """
     true = recorded.sequences
-    token_ids = np.zeros_like(true.token_ids)
-    for request, length in enumerate(true.prompt_lengths):
-        token_ids[request, :length] = true.token_ids[request, :length]
-    sequences = Sequences(
-        token_ids, true.prompt_lengths.copy(), true.prompt_lengths, true.prompt_keys, true.noise_keys, true.sampling,
-        true.vocab_size, true.policy_version, true.max_length,
-    )  # fmt: skip
+    sequences, max_lengths = unfinished(recorded)
     clock = ToldClock() if costs else None
     recorder = StepRecorder(speculators=tuple(speculators), clock=clock or time.perf_counter)
-    # A rollout that stopped by itself could have gone on: drafts reach as far as they did when it was made.
-    stopped = true.sampling.ends(true.token_ids[np.arange(len(true.lengths)), true.lengths - 1])
-    max_lengths = np.minimum(true.prompt_lengths + true.sampling.max_new_tokens, true.max_length)
-    max_lengths = np.where(stopped, max_lengths, true.lengths)
     loop = _ReplayLoop(recorded, speculators, controller, sequences, max_lengths, recorder)
     if costs is not None and clock is not None:
         loop.pay(costs, clock)
@@ -76,6 +66,29 @@ def replay(
     return report, Rollouts(sequences)
 
 
+def unfinished(recorded: Recorded) -> tuple[Sequences, np.ndarray]:
+    """The requests of a recorded call before their first token, and int64 `[num_requests]`, tokens at which each ends."""
+    true = recorded.sequences
+    token_ids = np.zeros_like(true.token_ids)
+    for request, length in enumerate(true.prompt_lengths):
+        token_ids[request, :length] = true.token_ids[request, :length]
+    sequences = Sequences(
+        token_ids, true.prompt_lengths.copy(), true.prompt_lengths, true.prompt_keys, true.noise_keys, true.sampling,
+        true.vocab_size, true.policy_version, true.max_length,
+    )  # fmt: skip
+    # A rollout that stopped by itself could have gone on: drafts reach as far as they did when it was made.
+    stopped = true.sampling.ends(true.token_ids[np.arange(len(true.lengths)), true.lengths - 1])
+    max_lengths = np.minimum(true.prompt_lengths + true.sampling.max_new_tokens, true.max_length)
+    return sequences, np.where(stopped, max_lengths, true.lengths)
+
+
+def head_inputs_at(recorded: Recorded) -> np.ndarray:
+    """Per request, int64: add the position of a completion token to get its place in `recorded.last`."""
+    completions = recorded.sequences.lengths - recorded.sequences.prompt_lengths
+    places: np.ndarray = np.cumsum(completions) - completions - recorded.sequences.prompt_lengths
+    return places
+
+
 class _ReplayLoop(DecodeLoop):
     """The decode loop, its forwards answered by the record."""
 
@@ -89,11 +102,11 @@ class _ReplayLoop(DecodeLoop):
         recorder: StepRecorder,
     ) -> None:
         true = recorded.sequences
-        runner, verifier = _NoRunner(true.vocab_size), _FromRecord(true)
+        runner, verifier = NoRunner(true.vocab_size), _FromRecord(true)
         super().__init__(runner, verifier, speculators, controller, sequences, len(true.lengths), max_lengths, recorder)
         self._recorded = recorded
-        completions, cached = true.lengths - true.prompt_lengths, true.lengths - 1
-        self._head_inputs_at = np.cumsum(completions) - completions - true.prompt_lengths
+        cached = true.lengths - 1
+        self._head_inputs_at = head_inputs_at(recorded)
         self._layers_at = np.cumsum(cached) - cached
         self._paid: tuple[Costs, ToldClock] | None = None
 
@@ -157,8 +170,8 @@ class _FromRecord(Verifier):
         return Outcome(tokens, num_accepted, nothing, nothing.copy(), nothing.copy())
 
 
-class _NoRunner(PolicyRunner):
-    """There is no policy to run; the loop only moves rows about."""
+class NoRunner(PolicyRunner):
+    """Stands where a policy would run: the loop only moves rows about."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

@@ -73,6 +73,11 @@ class StepRecorder:
         return self._timers[phase]
 
     @property
+    def running(self) -> str:
+        """Phase whose seconds are being charged; empty outside of all timers."""
+        return self._running[-1] if self._running else ""
+
+    @property
     def speculates(self) -> bool:
         """Whether any speculator may draft."""
         return bool(self._speculators)

@@ -72,14 +72,17 @@ class FusedVerifier(Verifier):
             logits = process(logits, sampling, prefixes)
         keys, positions = sequences.noise_keys[requests][row].view(np.int64), sequences.lengths[requests][row] + depth
         rows = [logits, *upload([drafts, starts, keys, positions], device)]
-        if self.couples_noise:
-            verified = verify(*rows, temperature=temperature, implementation=self._implementation)
-        else:
-            probs = _packed_probs(draft, row, depth)
-            verified = verify_by_rejection(
-                *rows, temperature=temperature, draft_probs=probs, implementation=self._implementation
-            )
+        probs = None if self.couples_noise else _packed_probs(draft, row, depth)
+        verified = self._launch(rows, probs, temperature)
         return partial(_outcome, verified, logits, row, depth, sampling)
+
+    def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
+        """The kernel over packed rows; `probs` are those of drafts that were drawn, for rejection sampling."""
+        if self.couples_noise:
+            return verify(*rows, temperature=temperature, implementation=self._implementation)
+        return verify_by_rejection(
+            *rows, temperature=temperature, draft_probs=probs, implementation=self._implementation
+        )
 
     def compile_for(self, sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
         """Run what `verify` runs, on one row without a draft; see `decode/compile_kernels.py`."""

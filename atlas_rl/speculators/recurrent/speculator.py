@@ -147,17 +147,21 @@ class RecurrentSpeculator(Speculator):
             argmax=self._argmax,
             carried=(requests, newest),
         )
+        self._draw(head, token_ids, drawing, depth)
+        self._proposed = requests, drawing.finish(max_draft_tokens)
+        return self._proposed[1]
+
+    def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
+        """Everything that a draft asks of the device."""
         rows, indices = drawing.carried
         with torch.no_grad():
             state = head.begin(self._newest[rows])
             if kernels_run_on(self._device) and drawing.by_kernel:
                 drawing.draw_all(head.packed(token_ids, self._bound().dtype), state, indices)
-            else:
-                for _ in range(depth):
-                    state = head.absorb(state, indices)
-                    indices = drawing.draw(head.logits(state))
-        self._proposed = requests, drawing.finish(max_draft_tokens)
-        return self._proposed[1]
+                return
+            for _ in range(depth):
+                state = head.absorb(state, indices)
+                indices = drawing.draw(head.logits(state))
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the hidden states that the committed tokens were drawn from."""

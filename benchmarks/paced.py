@@ -1,0 +1,299 @@
+"""A device that can be timed without having it: real host code beside forwards that take what the planner says.
+
+Time is virtual. It is the host's own time, less what the simulation itself costs (`outside`), plus the waits for the device.
+A forward is submitted and returns at once. Whoever reads its results has the clock put forward to the moment at which the
+device would have finished. So host code is real and counted, a wait takes no time to simulate, and the machine that runs the
+simulation needs nothing but one quiet core.
+
+Tokens and hidden states come from a recorded call, and a recurrent head's drafts from its own network, run outside of time
+and remembered: both depend on the prefix alone. So acceptance is real.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlas_kernels.verify import Verification
+from atlas_rl.controller.base import Controller
+from atlas_rl.core import Draft, Hidden, Sequences
+from atlas_rl.decode.loop import DecodeLoop
+from atlas_rl.planner.roofline import forward
+from atlas_rl.planner.speculation import Setting
+from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.replay.record import Recorded
+from atlas_rl.replay.replay import NoRunner, head_inputs_at, unfinished
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.sampling.by_kernels import FusedVerifier
+from atlas_rl.sampling.verification import DrafterInvariant, Outcome
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.drawing import Drawing
+from atlas_rl.speculators.recurrent.head import FoldedHead
+from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
+
+CALL_S = 8e-6
+"""Host seconds of one call into the driver (a copy, a launch, a replay of a graph): assumed, not measured."""
+
+VERIFY_S, VERIFY_ROW_S = 30e-6, 2.0e-6
+"""Device seconds of verification, fixed and per row of 151,936 logits: docs/gpu.md, measured on an H100."""
+
+_REMEMBERED = 16  # longest draft
+
+
+class Device:
+    """Runs what is submitted, one after the other, in virtual time.
+
+    Attributes:
+        busy_s: Seconds of what was submitted: how long the same work takes if the host takes none.
+        gaps_s: Per forward of the policy, the seconds that the device waited for the host since the forward before.
+        waited_s: Seconds that the host waited, by phase of the recorder.
+    """
+
+    def __init__(self) -> None:
+        self._shift_s, self._ready_s = 0.0, 0.0
+        self._gap_s, self._outside = 0.0, 0
+        self.busy_s = 0.0
+        self.gaps_s: list[float] = []
+        self.waited_s: dict[str, float] = defaultdict(float)
+        self.phase: Callable[[], str] = lambda: ""
+
+    def clock(self) -> float:
+        """Seconds of virtual time."""
+        return time.perf_counter() + self._shift_s
+
+    def submit(self, seconds: float, *, calls: int = 1) -> None:
+        """Work of `seconds`, which takes the host `calls` calls into the driver to ask for."""
+        self._shift_s += calls * CALL_S
+        now = self.clock()
+        self._gap_s += max(0.0, now - self._ready_s)
+        self._ready_s = max(now, self._ready_s) + seconds
+        self.busy_s += seconds
+
+    def forward(self, seconds: float) -> None:
+        """A forward of the policy: an upload and a graph."""
+        self.submit(seconds, calls=2)
+        self.gaps_s.append(self._gap_s)
+        self._gap_s = 0.0
+
+    def wait(self) -> None:
+        """The host reads results: not before they are there."""
+        waiting = self._ready_s - self.clock()
+        if waiting > 0:
+            self._shift_s += waiting
+            self.waited_s[self.phase()] += waiting
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """What happens inside takes no time: it is the simulation's."""
+        began = time.perf_counter()
+        self._outside += 1
+        try:
+            yield
+        finally:
+            self._outside -= 1
+            if not self._outside:
+                self._shift_s -= time.perf_counter() - began
+
+
+class Costs:
+    """Seconds of forwards of one setting, from the planner's roofline.
+
+    Args:
+        setting: The policy, its recurrent drafter and the machine; `context` is added to the recorded texts.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._known: dict[tuple[int, int, int], float] = {}
+        self._drafts: dict[int, float] = {}
+
+    def forward_s(self, batch: int, num_tokens: int, context_tokens: int) -> float:
+        """A forward over `num_tokens` of `batch` requests, which have `context_tokens` together."""
+        setting, mean = self._setting, context_tokens // batch // 16 * 16
+        key = batch, num_tokens, mean
+        if key not in self._known:
+            self._known[key] = forward(
+                setting.model,
+                setting.precision,
+                setting.machine,
+                batch=batch,
+                tokens=num_tokens / batch,  # type: ignore[arg-type]  # rows are ragged
+                context=setting.context + mean,
+            ).total_s
+        return self._known[key]
+
+    def draft_s(self, batch: int, depth: int) -> float:
+        """A draft of the recurrent head."""
+        if batch not in self._drafts:
+            step = self._setting.draft_step(batch)
+            assert step is not None, "a pace setting has a drafter"
+            self._drafts[batch] = step.total_s
+        return depth * self._drafts[batch]
+
+
+class PacedRunner(NoRunner):
+    """Answers forwards from a record, in the device's time."""
+
+    def __init__(self, recorded: Recorded, device: Device, costs: Costs) -> None:
+        super().__init__(recorded.sequences.vocab_size)
+        self.loop: PacedLoop
+        self.recorded, self._device, self._costs = recorded, device, costs
+
+    def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
+        device = self._device
+        with device.outside():
+            requests, lengths = self.loop.active, segments.lengths
+            if taps is not None and taps.wants_head_inputs:
+                row = np.repeat(np.arange(len(requests)), lengths)
+                offset = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
+                taps.head_inputs = self.loop.drawn_from(requests[row], segments.starts[row] + 1 + offset)
+            seconds = self._costs.forward_s(len(lengths), int(lengths.sum()), int(segments.starts.sum()))
+        device.forward(seconds)
+        return torch.empty(0)
+
+    def copy_rows(self, source: int, targets: Any, length: int) -> None:
+        self._device.submit(0.0)
+
+    def synchronize(self) -> None:
+        self._device.wait()
+
+
+class PacedVerifier(FusedVerifier):
+    """Verification as on a GPU, its kernel answered by the record."""
+
+    def __init__(self, recorded: Recorded, device: Device) -> None:
+        super().__init__(DrafterInvariant(), "reference")
+        self._true, self._device = recorded.sequences, device
+        self._requests = np.zeros(0, np.int64)
+
+    def begin(
+        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
+    ) -> Callable[[], Outcome]:
+        self._requests = requests
+        finish = super().begin(logits, draft, sequences, requests)
+
+        def outcome() -> Outcome:
+            self._device.wait()
+            return finish()
+
+        return outcome
+
+    def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
+        device, true = self._device, self._true
+        with device.outside():
+            _, drafts, starts, _, positions = (tensor.numpy() for tensor in rows)
+            counts = np.diff(starts)
+            request = np.repeat(self._requests, counts)
+            inside = np.minimum(positions, true.lengths[request] - 1)
+            tokens = true.token_ids[request, inside].astype(np.int64)
+            stands = (tokens == drafts) & (positions < true.lengths[request])
+            wrong = np.cumsum(~stands)
+            before = wrong - ~stands - np.repeat(np.append(0, wrong)[starts[:-1]], counts)
+            accepted = np.add.reduceat((stands & (before == 0)).astype(np.int64), starts[:-1])
+            figures = torch.full((len(tokens),), 0.5)
+            verified = Verification(torch.from_numpy(tokens), torch.from_numpy(accepted), figures, figures, figures)
+        device.submit(VERIFY_S + VERIFY_ROW_S * len(tokens), calls=3)  # an upload, a launch, and the download's
+        return verified
+
+
+class PacedLoop(DecodeLoop):
+    """The decode loop over a recorded call, in the device's time.
+
+    Attributes:
+        steps: Per step and phase, the host's seconds without waits.
+    """
+
+    def __init__(
+        self,
+        recorded: Recorded,
+        speculators: Mapping[str, Speculator],
+        controller: Controller,
+        costs: Costs,
+    ) -> None:
+        self.device = Device()
+        sequences, max_lengths = unfinished(recorded)
+        recorder = StepRecorder(speculators=tuple(speculators), clock=self.device.clock)
+        runner = PacedRunner(recorded, self.device, costs)
+        verifier = PacedVerifier(recorded, self.device)
+        num_rows = len(max_lengths)
+        super().__init__(runner, verifier, speculators, controller, sequences, num_rows, max_lengths, recorder)
+        runner.loop, self._costs, self._told = self, costs, head_inputs_at(recorded)
+        self._recorded = recorded
+        self.device.phase = lambda: recorder.running
+        self.steps: list[dict[str, float]] = []
+
+    def drawn_from(self, requests: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """What the tokens at `positions` of `requests` (int64 `[n]` each) were drawn from."""
+        last = self._recorded.sequences.lengths[requests] - 1
+        return self._recorded.last[torch.from_numpy(self._told[requests] + np.minimum(positions, last))].float()
+
+    def step(self) -> None:
+        before = self._host_s()
+        super().step()
+        self.steps.append({phase: seconds - before[phase] for phase, seconds in self._host_s().items()})
+
+    def prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden]:
+        with self.device.outside():
+            lengths = self.sequences.prompt_lengths[leaders]
+            hidden = Hidden(np.cumsum(lengths) - lengths, self.drawn_from(leaders, lengths), {})
+            seconds = self._costs.forward_s(len(leaders), int(lengths.sum()), 0)
+        self.device.submit(seconds)
+        return torch.empty(len(leaders), 0), hidden
+
+    def _host_s(self) -> dict[str, float]:
+        phases = ("controller", "draft", "forward", "sample", "commit", "observe")
+        return {phase: self.recorder.seconds(phase) - self.device.waited_s[phase] for phase in phases}
+
+
+class PacedRecurrent(RecurrentSpeculator):
+    """The recurrent head, its network run outside of time and remembered, and charged to the device.
+
+    A draft is a function of prefix, noise and weights. The recorded texts are given, so each (request, position) is drafted
+    once, to a depth that is at least the one wanted.
+    """
+
+    loop: PacedLoop
+
+    def follow(self, recorded: Recorded, of: np.ndarray, loop: PacedLoop) -> None:
+        """Draft in `loop`, whose requests are `of` (int64 `[n]`) of `recorded`."""
+        if not hasattr(self, "_drafted"):
+            shape = *recorded.sequences.token_ids.shape, _REMEMBERED
+            self._drafted, self._sure = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+            self._depths = np.zeros(shape[:2], np.int64)
+        self._of, self.loop = of, loop
+
+    def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
+        device = self.loop.device
+        with device.outside():
+            requests, newest = (carried.numpy() for carried in drawing.carried)
+            positions = self.loop.sequences.lengths[requests]
+            own = self._of[requests]
+            missing = np.flatnonzero(self._depths[own, positions] < depth)
+            if len(missing):
+                self._remember(head, token_ids, requests[missing], newest[missing], depth)
+            tokens, sure = self._drafted[own, positions, :depth], self._sure[own, positions, :depth]
+            drawing._indices = list(torch.from_numpy(tokens.copy()).unbind(dim=1))
+            drawing._max_probs = list(torch.from_numpy(sure.copy()).unbind(dim=1))
+            seconds = self.loop._costs.draft_s(len(requests), depth)
+        device.submit(seconds, calls=3)  # an upload, the kernel, and the download's
+        device.wait()
+
+    def _remember(
+        self, head: FoldedHead, token_ids: torch.Tensor, requests: np.ndarray, newest: np.ndarray, depth: int
+    ) -> None:
+        sequences, depth = self.loop.sequences, next(d for d in (4, 8, 12, _REMEMBERED) if d >= depth)
+        drawing = Drawing(
+            self.name, sequences, requests, np.full(len(requests), depth), self._device,
+            couples_noise=self._couples_noise, token_ids=token_ids, carried=(requests, newest),
+        )  # fmt: skip
+        super()._draw(head, token_ids, drawing, depth)
+        own, positions = self._of[requests], sequences.lengths[requests]
+        self._drafted[own, positions, :depth] = torch.stack(drawing._indices, dim=1).numpy()
+        self._sure[own, positions, :depth] = torch.stack(drawing._max_probs, dim=1).numpy()
+        self._depths[own, positions] = depth
