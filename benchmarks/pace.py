@@ -1,13 +1,13 @@
 """The pace of a step near a GPU's forward: what the host's own work leaves of speculation's gain, without a GPU.
 
     python -m benchmarks.pace record             # once: rollouts and hidden states of two policies, 20 minutes on two cores
-    python -m benchmarks.pace measure            # every cell, some minutes on one core (set OMP_NUM_THREADS=1)
+    python -m benchmarks.pace measure            # every cell, some minutes on one core
     python -m benchmarks.pace measure --quick    # one setting, three batches
 
 `benchmarks/paced.py` says how: forwards take what the planner predicts for the setting; the host's code is real and timed.
 So `tokens_per_s` are predictions, but host milliseconds are measured. A cell is a setting, a policy and a batch. Its arms:
 *off*, each drafter of the default configuration alone at `FIXED` tokens, and the controller with both. Drafters start from
-what they learned of two earlier calls over other prompts; the controller has one pass over the cell to get used to it, with
+what they learned of an earlier call over other prompts; the controller has one pass over the cell to get used to it, with
 drafters that are put back afterwards. The rest of the passes count. Nothing of a pass enters the archive of the next one.
 
     tokens_per_s        all tokens of the cell's calls over the seconds to the end of the rollouts
@@ -55,13 +55,9 @@ BATCHES = (1, 8, 32, 64, 128, 256)
 CONTEXT = 1024  # tokens before each recorded text: prompts of a real task are longer than the demo's
 FIXED = 4  # draft tokens of a drafter alone
 GROUP = 8
-STEP_S, BETWEEN_UPDATES_S = 0.2, 120.0  # what a distillation step takes, and the time that a refresh has a share of
-CALLS, LEARNED_CALLS, PROMPTS, NEW_TOKENS = (
-    6,
-    2,
-    8,
-    48,
-)  # recorded calls, those that drafters learn from, prompts of each
+STEP_S, BETWEEN_UPDATES_S = 0.2, 240.0  # what a distillation step takes, and the time that a refresh has a share of
+PROMPTS, NEW_TOKENS = 8, 48  # of each recorded call
+CALLS, LEARNED_CALLS = 5, 1  # recorded, and those of them that drafters learn from
 MOST_CALLS = {1: 6, 8: 4, 32: 2}  # of a pass, for batches of which the record holds more
 ARMS = ("off", "history", "recurrent", "controller")
 
@@ -228,11 +224,14 @@ def measure(args: argparse.Namespace) -> None:
     if args.keep and args.output.is_file():
         cells = json.loads(args.output.read_text())["cells"]
     torch.set_grad_enabled(False)
+    torch.set_num_threads(1)  # `benchmarks/paced.py` counts one thread
     for policy in args.policies:
         learned = Learned.of(args.records / policy)
         for name in args.settings:
             setting = setting_of(name)
             for batch in args.batches:
+                if batch > len(learned.recorded.sequences.lengths):
+                    continue  # fewer were recorded
                 rows = cell(learned, setting, batch, args.passes)
                 names = {"setting": name, "policy": policy, "batch": batch}
                 cells = [row for row in cells if {key: row[key] for key in names} != names]

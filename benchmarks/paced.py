@@ -1,9 +1,9 @@
 """A device that can be timed without having it: real host code beside forwards that take what the planner says.
 
-Time is virtual. It is the host's own time, less what the simulation itself costs (`outside`), plus the waits for the device.
-A forward is submitted and returns at once. Whoever reads its results has the clock put forward to the moment at which the
-device would have finished. So host code is real and counted, a wait takes no time to simulate, and the machine that runs the
-simulation needs nothing but one quiet core.
+Time is virtual. It is the processor time of the loop's thread, less what the simulation itself costs (`outside`), plus the
+waits for the device. A forward is submitted and returns at once. Whoever reads its results has the clock put forward to the
+moment at which the device would have finished. So host code is real and counted, a wait takes no time to simulate, and other
+processes on the machine disturb little. Work that torch gives to other threads would not be counted: give it one.
 
 Tokens and hidden states come from a recorded call, and a recurrent head's drafts from its own network, run outside of time
 and remembered: both depend on the prefix alone. So acceptance is real.
@@ -65,7 +65,7 @@ class Device:
 
     def clock(self) -> float:
         """Seconds of virtual time."""
-        return time.perf_counter() + self._shift_s
+        return time.thread_time() + self._shift_s
 
     def submit(self, seconds: float, *, calls: int = 1) -> None:
         """Work of `seconds`, which takes the host `calls` calls into the driver to ask for."""
@@ -91,14 +91,14 @@ class Device:
     @contextmanager
     def outside(self) -> Iterator[None]:
         """What happens inside takes no time: it is the simulation's."""
-        began = time.perf_counter()
+        began = time.thread_time()
         self._outside += 1
         try:
             yield
         finally:
             self._outside -= 1
             if not self._outside:
-                self._shift_s -= time.perf_counter() - began
+                self._shift_s -= time.thread_time() - began
 
 
 class Costs:
@@ -156,6 +156,10 @@ class PacedRunner(NoRunner):
             seconds = self._costs.forward_s(len(lengths), int(lengths.sum()), int(segments.starts.sum()))
         device.forward(seconds)
         return torch.empty(0)
+
+    @property
+    def works_beside_host(self) -> bool:
+        return True
 
     def copy_rows(self, source: int, targets: Any, length: int) -> None:
         self._device.submit(0.0)
@@ -223,7 +227,7 @@ class PacedLoop(DecodeLoop):
         verifier = PacedVerifier(recorded, self.device)
         num_rows = len(max_lengths)
         super().__init__(runner, verifier, speculators, controller, sequences, num_rows, max_lengths, recorder)
-        runner.loop, self._costs, self._told = self, costs, head_inputs_at(recorded)
+        runner.loop, self.costs, self._told = self, costs, head_inputs_at(recorded)
         self._recorded = recorded
         self.device.phase = lambda: recorder.running
         self.steps: list[dict[str, float]] = []
@@ -242,7 +246,7 @@ class PacedLoop(DecodeLoop):
         with self.device.outside():
             lengths = self.sequences.prompt_lengths[leaders]
             hidden = Hidden(np.cumsum(lengths) - lengths, self.drawn_from(leaders, lengths), {})
-            seconds = self._costs.forward_s(len(leaders), int(lengths.sum()), 0)
+            seconds = self.costs.forward_s(len(leaders), int(lengths.sum()), 0)
         self.device.submit(seconds)
         return torch.empty(len(leaders), 0), hidden
 
@@ -258,7 +262,7 @@ class PacedRecurrent(RecurrentSpeculator):
     once, to a depth that is at least the one wanted.
     """
 
-    loop: PacedLoop
+    loop: PacedLoop | None = None  # None while it learns, which nobody times
 
     def follow(self, recorded: Recorded, of: np.ndarray, loop: PacedLoop) -> None:
         """Draft in `loop`, whose requests are `of` (int64 `[n]`) of `recorded`."""
@@ -269,25 +273,44 @@ class PacedRecurrent(RecurrentSpeculator):
         self._of, self.loop = of, loop
 
     def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
-        device = self.loop.device
-        with device.outside():
+        loop = self.loop
+        assert loop is not None, "it drafts in paced loops only"
+        with loop.device.outside():
             requests, newest = (carried.numpy() for carried in drawing.carried)
-            positions = self.loop.sequences.lengths[requests]
+            positions = loop.sequences.lengths[requests]
             own = self._of[requests]
             missing = np.flatnonzero(self._depths[own, positions] < depth)
             if len(missing):
-                self._remember(head, token_ids, requests[missing], newest[missing], depth)
+                self._remember(head, token_ids, loop.sequences, requests[missing], newest[missing], depth)
             tokens, sure = self._drafted[own, positions, :depth], self._sure[own, positions, :depth]
             drawing._indices = list(torch.from_numpy(tokens.copy()).unbind(dim=1))
             drawing._max_probs = list(torch.from_numpy(sure.copy()).unbind(dim=1))
-            seconds = self.loop._costs.draft_s(len(requests), depth)
-        device.submit(seconds, calls=3)  # an upload, the kernel, and the download's
-        device.wait()
+        loop.device.submit(
+            loop.costs.draft_s(len(requests), depth), calls=3
+        )  # an upload, the kernel, and the download's
+        loop.device.wait()
+
+    def _take(
+        self, states: torch.Tensor, index: torch.Tensor, ends: torch.Tensor, newest: torch.Tensor
+    ) -> torch.Tensor:
+        if self.loop is None:
+            return super()._take(states, index, ends, newest)
+        device = self.loop.device
+        with device.outside():
+            hidden = super()._take(states, index, ends, newest)
+        device.submit(0.0, calls=5)  # an upload, two reads and a write of rows, and a change of type
+        return hidden
 
     def _remember(
-        self, head: FoldedHead, token_ids: torch.Tensor, requests: np.ndarray, newest: np.ndarray, depth: int
+        self,
+        head: FoldedHead,
+        token_ids: torch.Tensor,
+        sequences: Sequences,
+        requests: np.ndarray,
+        newest: np.ndarray,
+        depth: int,
     ) -> None:
-        sequences, depth = self.loop.sequences, next(d for d in (4, 8, 12, _REMEMBERED) if d >= depth)
+        depth = next(d for d in (4, 8, 12, _REMEMBERED) if d >= depth)
         drawing = Drawing(
             self.name, sequences, requests, np.full(len(requests), depth), self._device,
             couples_noise=self._couples_noise, token_ids=token_ids, carried=(requests, newest),

@@ -7,6 +7,9 @@ from itertools import chain
 
 import numpy as np
 
+from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
+from atlas_rl.controller.slots import LEAST, survival_of
+
 _EDGES = np.linspace(-5.0, 5.0, 21)  # bins of the confidence, in logits: fine where they decide whether a draft pays
 _NUM_BINS = len(_EDGES) + 1
 _POSITIONS = np.array([0, 1, 2, 4, 8])  # first draft position of each class of positions
@@ -59,6 +62,21 @@ class AcceptanceModel:
         """
         return self._estimate(*_bins(confidence), _classes(confidence.shape[1])[None])
 
+    def survival(self, confidence: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Probability that each position is accepted together with all before it.
+
+        Args:
+            confidence: float32 `[batch, draft_len]`.
+            lengths: int64 `[batch]`.
+
+        Returns:
+            float64 `[batch, MAX_LOOKAHEAD]`, zero past a row's length.
+        """
+        stands: np.ndarray = survival_of(
+            np.ascontiguousarray(confidence, np.float32), lengths, _EDGES, _POSITION_CLASSES, *self._lines_now()
+        )
+        return stands
+
     def observe(self, confidence: np.ndarray, num_tried: np.ndarray, num_accepted: np.ndarray) -> None:
         """Learn from drafts whose outcome is known.
 
@@ -103,13 +121,16 @@ class AcceptanceModel:
 
     def _estimate(self, own: np.ndarray, cell: np.ndarray, position_class: np.ndarray) -> np.ndarray:
         """Estimate single positions. Shrunk twice, an estimate is linear in the confidence: `a + b * own`, by cell."""
+        a, b = self._lines_now()
+        return a[position_class, cell] + b[position_class, cell] * own
+
+    def _lines_now(self) -> tuple[np.ndarray, np.ndarray]:
         if self._lines is None:
             tried, accepted = self._tried.sum(axis=0), self._accepted.sum(axis=0)
             guess = _PRIOR_WEIGHT / (self._tried + _PRIOR_WEIGHT)
             anywhere = guess / (tried + _PRIOR_WEIGHT)
             self._lines = self._accepted / (self._tried + _PRIOR_WEIGHT) + anywhere * accepted, anywhere * _PRIOR_WEIGHT
-        a, b = self._lines
-        return a[position_class, cell] + b[position_class, cell] * own
+        return self._lines
 
     def _score(self, estimates: np.ndarray, accepted: np.ndarray) -> None:
         bins = np.minimum((estimates * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)
@@ -119,10 +140,13 @@ class AcceptanceModel:
 
 def _bins(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The confidence as float64 inside (0, 1), and its bin."""
-    own = np.clip(confidence.astype(np.float64), 1e-4, 1 - 1e-4)
+    own = np.clip(confidence.astype(np.float64), LEAST, 1 - LEAST)
     return own, np.searchsorted(_EDGES, np.log(own / (1 - own)))
 
 
 def _classes(draft_len: int) -> np.ndarray:
     """Class of draft position 0, 1, ...: int64 `[draft_len]`."""
     return np.searchsorted(_POSITIONS, np.arange(draft_len), side="right") - 1
+
+
+_POSITION_CLASSES = _classes(MAX_LOOKAHEAD)

@@ -93,7 +93,8 @@ class Controller(ABC):
             admission: Draft tokens that were verified.
             verified: Tokens that were committed.
             forward_s: Seconds of the target forward.
-            step_s: Seconds of the whole step so far: planning, proposals, forward, sampling and commit.
+            step_s: Seconds of the whole step, from the outcome before to its own. Where learning runs beside the device, the
+                next step has been planned by now.
 
         Returns:
             A record of the step as JSON values, from a controller that explains itself; else None.

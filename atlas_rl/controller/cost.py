@@ -67,7 +67,8 @@ class CostModel:
         samples.append(scaled)
         self._observed += 1
         if len(samples) <= _KNOWN or _due(self._observed, 4):
-            self._table = np.zeros(0)
+            # Now and not when it is asked for: learning runs beside the device, and decisions do not.
+            self._tabulate(max(len(self._table) - 1, size))
 
     def predict(self, max_tokens: int, context_tokens: int = 0) -> np.ndarray | None:
         """Seconds of forwards over 0, 1, ... `max_tokens` tokens: float64 `[max_tokens + 1]`; None without evidence."""
@@ -162,7 +163,7 @@ class DraftCost:
         calls.append((rows, max(depth, 1), backlog, max(seconds, 1e-9)))
         self._observed += 1
         if _due(self._observed, 8):
-            self._shares = None
+            self._shares = self._fit()
 
     def predict(self, rows: int, depth: _Depth, backlog: int = 0) -> _Depth:
         """Seconds of a call, for one depth or several: float, or float64 `[n]`.
@@ -177,8 +178,7 @@ class DraftCost:
         """
         if not self._calls:
             raise ValueError("no call was observed yet")
-        if self._shares is None:
-            self._shares = self._fit()
+        assert self._shares is not None, "the first call is fitted"
         fixed, per_depth, per_token, per_backlog = self._shares
         octave = rows.bit_length()
         level = self._levels[min(self._levels, key=lambda known: abs(known - octave))]

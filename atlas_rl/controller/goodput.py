@@ -27,6 +27,7 @@ from atlas_rl.controller.cost import CostModel
 from atlas_rl.controller.depth_search import search
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
+from atlas_rl.controller.slots import compare, lengths_of, num_admitted, take_better
 from atlas_rl.core import Verified
 
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
@@ -42,9 +43,9 @@ _PLAIN_APART = 4  # steps between plain steps while the size is not known yet
 _PLAIN_SHARES = 16  # latest steps without drafts that tell the forward's share of such a step
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Decision:
-    """The step at hand: `plan` opens it, `observe` closes it.
+    """One step: `plan` opens it, `observe` closes it, perhaps after the next one was planned.
 
     Attributes:
         step: The step.
@@ -96,16 +97,16 @@ class GoodputController(Controller):
         self._pause = Pause()
         self._drawn_as: Hashable = None
         self._explain = explain
-        self._at_hand: _Decision | None = None
+        self._at_hand: deque[_Decision] = deque(maxlen=2)  # a step is learned from while the next one runs
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
         if not step.drafts:
-            self._at_hand = _Decision(step)
+            decision = self._decision(step)
             self._draw_as(step.drawn_as)
             if not left or self._plain_due(step) or self._pause.holds(step.batch):
                 return {}
-            self._at_hand.planned = True
+            decision.planned = True
         if not left or _any_drawn(step):
             # Once a drawn draft is there, asking another for the same request would depend on the drawn tokens.
             return {}
@@ -121,6 +122,14 @@ class GoodputController(Controller):
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
+        admission = self._admission(step, decision)
+        # Noted here: the next step is planned before this one is observed.
+        self._steps_since_plain = self._steps_since_plain + 1 if admission.lengths.any() else 0
+        if decision.planned:
+            self._pause.observe(step.batch, decision.promise is not None)
+        return admission
+
+    def _admission(self, step: Step, decision: _Decision) -> Admission:
         best = self._best_drafts(decision)
         table = self._cost.predict(step.batch, step.context_tokens)
         if decision.is_trial:
@@ -132,9 +141,6 @@ class GoodputController(Controller):
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
         decision, slots = self._decision(step), int(admission.lengths.sum())
-        self._steps_since_plain = self._steps_since_plain + 1 if slots else 0
-        if decision.planned:
-            self._pause.observe(step.batch, decision.promise is not None)
         undrafted_s = step_s - sum(step.draft_s.values())
         self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         if not slots:
@@ -146,7 +152,7 @@ class GoodputController(Controller):
         for name, model in self._models.items():
             if name in step.ready and name not in step.drafts and len(model.cost):
                 model.purse_s = min(model.purse_s + _EXPLORED_SHARE * step_s, self._trial_s(name, step))
-        self._at_hand = None
+        self._at_hand.remove(decision)
         return record
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
@@ -168,9 +174,11 @@ class GoodputController(Controller):
 
     def _decision(self, step: Step) -> _Decision:
         """The decision about `step`; a step that was not planned gets one that asks nobody."""
-        if self._at_hand is None or self._at_hand.step is not step:
-            self._at_hand = _Decision(step)
-        return self._at_hand
+        for decision in self._at_hand:
+            if decision.step is step:
+                return decision
+        self._at_hand.append(_Decision(step))
+        return self._at_hand[-1]
 
     def _draw_as(self, distribution: Hashable) -> None:
         if distribution != self._drawn_as:
@@ -194,14 +202,11 @@ class GoodputController(Controller):
         survival, drafters = np.zeros((step.batch, MAX_LOOKAHEAD)), np.zeros(step.batch, np.int64)
         # Rejection verification: whether a drawn token is verified must not depend on the token. Confidences of later
         # positions are computed from it, so a request's drafter is chosen by first positions only.
-        drawn = _any_drawn(step)
-        best = np.zeros(step.batch)
+        columns = 1 if _any_drawn(step) else MAX_LOOKAHEAD
+        gains = np.zeros(step.batch)
         for name in step.drafts:
-            own = self._survival(name, decision)
-            gain = (own[:, :1] if drawn else own).sum(axis=1)
-            better = gain > best
-            survival[better], best[better] = own[better], gain[better]
-            drafters[better] = self.speculators.index(name)
+            index = self.speculators.index(name)
+            take_better(survival, gains, drafters, self._survival(name, decision), index, columns)
         return _BestDrafts(survival, drafters)
 
     def _survival(self, name: str, decision: _Decision) -> np.ndarray:
@@ -211,12 +216,7 @@ class GoodputController(Controller):
         """
         if name not in decision.survivals:
             draft = decision.step.drafts[name]
-            width = min(draft.confidence.shape[1], MAX_LOOKAHEAD)
-            estimate = self._models[name].acceptance.estimate(draft.confidence[:, :width])
-            present = np.arange(width)[None] < draft.lengths[:, None]
-            survival = np.zeros((decision.step.batch, MAX_LOOKAHEAD))
-            survival[:, :width] = np.cumprod(np.where(present, estimate, 0.0), axis=1)
-            decision.survivals[name] = survival
+            decision.survivals[name] = self._models[name].acceptance.survival(draft.confidence, draft.lengths)
         return decision.survivals[name]
 
     def _wanted(self, name: str, best: _BestDrafts, decision: _Decision) -> np.ndarray:
@@ -227,8 +227,7 @@ class GoodputController(Controller):
             return np.full(batch, _TRIAL_DEPTH)
         spent_s = sum(step.draft_s.values())
         expected = model.forecast.predict(best.survival[:, 0])
-        expected[:, np.arange(MAX_LOOKAHEAD)[None] >= step.room[:, None]] = 0.0
-        better = expected.mean(axis=0).sum(axis=1) > best.survival.sum(axis=1)
+        better = compare(expected, step.room, best.survival)
         table = self._cost.predict(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
         assert table is not None, "a plain step comes before the first plan"
         # Two candidates: the requests where it is expected to do better, and all of them where that costs no more.
@@ -279,37 +278,18 @@ class GoodputController(Controller):
 
     def _best_lengths(self, survival: np.ndarray, decision: _Decision) -> np.ndarray:
         """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch, n where G peaks."""
-        batch = decision.step.batch
+        step, batch = decision.step, decision.step.batch
         if decision.prediction is None or not survival.any():
             return np.zeros(batch, np.int64)
-        rows, positions = np.nonzero(survival)
-        order = np.lexsort((positions, -survival[rows, positions]))  # a row's slots stay in order: survival never rises
-        num_slots, decision.prediction = self._num_admitted(survival, decision.step)
-        return np.bincount(rows[order[:num_slots]], minlength=batch).astype(np.int64)
-
-    def _num_admitted(self, survival: np.ndarray, step: Step) -> tuple[int, Prediction]:
-        """How many slots to admit, in falling order of survival, and what is expected of the step then."""
-        batch = step.batch
         values = survival[survival > 0]
-        values[::-1].sort()
+        values.sort()
         table = self._cost.predict(batch + len(values), step.context_tokens)
         assert table is not None, "a plain step comes before the first plan"
-        gained = np.concatenate([[0.0], np.cumsum(values)])
-        seconds = table[batch : batch + len(values) + 1]
-        # The drafts are paid for, however many slots are admitted: that makes one more slot relatively cheaper.
-        whole_s = seconds + self._drafting_s(step)
         factor = discount(self._kept_drafting, self._kept_plain)
-        if _any_drawn(step):
-            # Slot by slot, until the next one does not pay: a slot's admission then depends on likelier slots alone,
-            # never on a later one of its own row. For the same reason the discount is on what each slot gains.
-            goodput = (batch + factor * gained) / whole_s
-            stops = np.flatnonzero(np.diff(goodput) <= 0)
-            best = int(stops[0]) if len(stops) else len(values)
-        else:
-            goodput = (batch + gained) / whole_s
-            goodput[1:] *= factor
-            best = int(np.argmax(goodput))
-        return best, Prediction(float(batch + gained[best]), float(seconds[best]))
+        best, gained = num_admitted(values, batch, table, self._drafting_s(step), factor, _any_drawn(step))
+        decision.prediction = Prediction(batch + gained, float(table[batch + best]))
+        lengths: np.ndarray = lengths_of(survival, values, best)
+        return lengths
 
     def _drafting_s(self, step: Step) -> float:
         """Seconds of a step's drafts: measured, or expected if any of them was drawn.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from atlas_rl.controller.base import Controller, Step
 from atlas_rl.core import Hidden, Sequences, Verified
 from atlas_rl.decode.plain_run import PlainCosts
+from atlas_rl.decode.settling import Drawn, Fates, Texts, settle
 from atlas_rl.report.recorder import StepRecorder
+
+NOBODY_SAYS, NOBODY_WANTS = np.zeros((0, 0), np.bool_), np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Settled:
         entropies: float32 `[batch, at least max(num_tokens)]`, nats, of the distribution each token was drawn from.
         max_probs: float32, same shape, probability of its likeliest token.
         hidden: States that the tokens were drawn from.
+        logprobs: float32, same shape as the entropies; without rows where the engine keeps its own.
     """
 
     requests: np.ndarray
@@ -33,6 +37,7 @@ class Settled:
     entropies: np.ndarray
     max_probs: np.ndarray
     hidden: Hidden
+    logprobs: np.ndarray = field(default_factory=lambda: NOBODY_WANTS)
 
 
 def commit(
@@ -40,7 +45,8 @@ def commit(
     sequences: Sequences,
     max_lengths: np.ndarray,
     recorder: StepRecorder,
-    ends: np.ndarray | None = None,
+    ends: np.ndarray = NOBODY_SAYS,
+    logprobs: np.ndarray = NOBODY_WANTS,
 ) -> Verified:
     """Append tokens to their sequences, up to an ending token, and say which requests end.
 
@@ -49,31 +55,29 @@ def commit(
         sequences: Appended to.
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
         recorder: Gets the entropies.
-        ends: bool like `settled.token_ids`, tokens that end their request; None asks the sampling parameters of the call.
+        ends: bool like `settled.token_ids`, tokens that end their request; by default the sampling parameters of the call
+            say so.
+        logprobs: float32 `[num_requests, n]`, gets the tokens' logprobs by place in the completion; has room for them.
     """
     requests, tokens = settled.requests, settled.token_ids
-    if ends is None:
-        ends = sequences.sampling.ends(tokens)
-    ends = ends & (np.arange(ends.shape[1])[None] < settled.num_tokens[:, None])
-    stopped = ends.any(axis=1)
-    num_committed = np.where(stopped, ends.argmax(axis=1) + 1, settled.num_tokens)
-    num_committed = np.minimum(num_committed, max_lengths[requests] - sequences.lengths[requests])
-    sequences.reserve(int((sequences.lengths[requests] + num_committed).max(initial=0)))
-    row, place = np.nonzero(np.arange(tokens.shape[1])[None] < num_committed[:, None])
-    sequences.token_ids[requests[row], sequences.lengths[requests[row]] + place] = tokens[row, place]
-    sequences.lengths[requests] += num_committed
-    finished = stopped | (sequences.lengths[requests] >= max_lengths[requests])
-    counted = np.arange(settled.entropies.shape[1])[None] < num_committed[:, None]
-    recorder.distribution(
-        entropy_sum=float(settled.entropies[counted].sum()),
-        max_prob_sum=float(settled.max_probs[counted].sum()),
-        num_tokens=int(num_committed.sum()),
+    reached = np.minimum(sequences.lengths[requests] + settled.num_tokens, max_lengths[requests])
+    sequences.reserve(int(reached.max(initial=0)))
+    drawn = Drawn(
+        requests,
+        np.ascontiguousarray(tokens, np.int64),
+        np.ascontiguousarray(settled.num_tokens, np.int64),
+        np.ascontiguousarray(settled.num_drafted, np.int64),
+        np.ascontiguousarray(settled.entropies),
+        np.ascontiguousarray(settled.max_probs),
+        settled.logprobs if len(logprobs) else NOBODY_WANTS,
+        ends,
+        sequences.sampling.stops,
     )
-    num_accepted = np.minimum(np.minimum(settled.num_tokens - 1, settled.num_drafted), num_committed)
-    # Drafts behind an accepted ending token were neither accepted nor rejected.
-    cut = settled.num_tokens > num_committed
-    num_drafted = np.where(cut, num_accepted, settled.num_drafted)
-    return Verified(requests, tokens, num_committed, num_accepted, num_drafted, finished, settled.hidden)
+    texts = Texts(sequences.token_ids, sequences.lengths, max_lengths, sequences.prompt_lengths, logprobs)
+    fates = Fates.of(len(requests))
+    entropy_sum, max_prob_sum, num_tokens = settle(drawn, texts, fates)
+    recorder.distribution(entropy_sum=entropy_sum, max_prob_sum=max_prob_sum, num_tokens=num_tokens)
+    return Verified(requests, tokens, *fates, settled.hidden)
 
 
 def account(

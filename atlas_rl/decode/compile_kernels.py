@@ -18,10 +18,18 @@ import torch
 from atlas_kernels.noise import BLOCK, Stream, choose_rows, request_keys
 from atlas_kernels.truncate import truncate
 from atlas_kernels.truncation import Truncation
+from atlas_rl.controller.acceptance import AcceptanceModel
+from atlas_rl.controller.base import Admission
 from atlas_rl.controller.depth_search import search
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
-from atlas_rl.core import SamplingParams, Sequences, Verified
+from atlas_rl.controller.slots import compare, lengths_of, num_admitted, take_better
+from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences
+from atlas_rl.decode.commit import Settled, commit
+from atlas_rl.decode.guard import Faults, GuardedSpeculator
+from atlas_rl.decode.propose import merge
+from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
+from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
 from atlas_rl.sampling.verification import Verifier
 from atlas_rl.speculators.drawing import choose_among
 from atlas_rl.speculators.history.speculator import HistorySpeculator
@@ -94,15 +102,27 @@ def _run_all() -> None:
     profiles, depths = np.zeros((2, MAX_LOOKAHEAD)), np.array([1, 2])
     search(profiles, profiles[None], np.ones(2, bool), np.ones(2 * MAX_LOOKAHEAD + 3), np.ones((3, 2)), depths, 1.0)
     DraftForecast().predict(np.zeros(2))
-    history = HistorySpeculator()
+    survival = AcceptanceModel().survival(np.full((2, 2), 0.5, np.float32), np.full(2, 2))
+    take_better(survival, np.zeros(2), np.zeros(2, np.int64), survival, 0, 1)
+    compare(profiles[None], depths, survival)
+    values = np.ones(2)
+    lengths_of(survival, values, num_admitted(values, 2, np.ones(5), 0.0, 1.0, False)[0])
+    sequences = _toy_sequences()
+    draft = Draft(np.zeros((2, 1), np.int64), np.ones(2, np.int64), np.zeros((2, 1), np.float32))
+    packed_tokens(requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths)
+    packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
+    figures = np.ones(len(packed[0]), np.float32)
+    unpacked(packed[1], np.ones(2, np.int64), packed[0], figures, figures, figures, sequences.sampling.stops, 2)
+    history = GuardedSpeculator(HistorySpeculator(), Faults())
     for _ in range(2):  # the second call archives the first
         sequences = _toy_sequences()
         history.start(sequences, requests)
-        history.propose(sequences, requests, np.full(2, 4))
-        sequences.token_ids[:, 8] = 1
-        sequences.lengths += 1
-        ones = np.ones(2, np.int64)
-        history.observe(sequences, Verified(requests, ones[:, None], ones, 0 * ones, ones, np.ones(2, bool)))
+        drafted = history.propose(sequences, requests, np.full(2, 4))
+        merge({"": drafted}, [""], Admission(0 * requests, drafted.lengths), 4)
+        ones, figures = np.ones(2, np.int64), np.ones((2, 1), np.float32)
+        settled = Settled(requests, ones[:, None], ones, 0 * ones, figures, figures, Hidden.none())
+        history.observe(sequences, commit(settled, sequences, sequences.lengths + 1, StepRecorder()))
+        history.learn()
 
 
 def _toy_sequences() -> Sequences:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.report.recorder import StepRecorder
@@ -130,6 +131,9 @@ class GuardedSpeculator(Speculator):
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         self._try("observe", lambda: self.unguarded.observe(sequences, verified), None)
 
+    def learn(self) -> None:
+        self._try("learn", self.unguarded.learn, None)
+
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         if policy_version != self._off_at:
             self._off_at = None
@@ -236,6 +240,13 @@ def _check_draft(draft: Draft, max_draft_tokens: np.ndarray, vocab_size: int) ->
         raise ValueError(
             f"a draft has lengths up to {draft.lengths.max()}, of {width} tokens, more than it was asked for"
         )
+    probs = draft.draft_probs
+    tokens, confidence = (
+        np.ascontiguousarray(draft.token_ids, np.int64),
+        np.ascontiguousarray(draft.confidence, np.float32),
+    )
+    if probs is None and _can_be(tokens, confidence, np.ascontiguousarray(draft.lengths, np.int64), vocab_size):
+        return
     drafted = np.arange(width)[None] < draft.lengths[:, None]
     if ((draft.token_ids < 0) | (draft.token_ids >= vocab_size))[drafted].any():
         raise ValueError(f"a draft has tokens outside the policy's vocabulary of {vocab_size}")
@@ -249,6 +260,16 @@ def _check_draft(draft: Draft, max_draft_tokens: np.ndarray, vocab_size: int) ->
     # The host waits for the answer on a GPU: those who fetch their drafts have it already.
     if not draft.probs_are_checked and not torch.isfinite(probs).all():
         raise ValueError("a draft has draft_probs that are not finite")
+
+
+@cached_njit(nogil=True)
+def _can_be(tokens: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, vocab_size: int) -> bool:
+    """Whether tokens and confidences are within their bounds: in one pass, for the drafts of every step."""
+    for row in range(len(lengths)):
+        for column in range(lengths[row]):
+            if not (0 <= tokens[row, column] < vocab_size and 0 <= confidence[row, column] <= 1):
+                return False
+    return True
 
 
 def _checked_backlog(backlog: object) -> int | None:

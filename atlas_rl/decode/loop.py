@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from atlas_rl.controller.base import Controller
+from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.plain_run import PlainCosts
 from atlas_rl.decode.propose import Proposing, merge
 from atlas_rl.decode.room import CacheRoom
 from atlas_rl.decode.stand_ins import stand_in
-from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire
+from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire, roomy
 from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.sampling.packing import packed_tokens
 from atlas_rl.sampling.verification import Outcome, Verifier
 from atlas_rl.speculators.base import Speculator
 
@@ -30,6 +32,25 @@ _PAUSED = (
     "max_batch_size, or leave more memory free"
 )
 PREFILL_TOKENS = 4096  # packed prompt tokens per forward: bounds the activations of a wave of long prompts
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A step that was run, and is still to be learned from.
+
+    Attributes:
+        step: As planned, with its drafts.
+        admission: What was verified.
+        verified: What came of it.
+        forward_s: Seconds of the forward.
+        step_s: Seconds from the outcome before to its own: what a step takes, without what the device hides.
+    """
+
+    step: Step
+    admission: Admission
+    verified: Verified
+    forward_s: float
+    step_s: float
 
 
 class DecodeLoop:
@@ -64,7 +85,7 @@ class DecodeLoop:
         self.sequences = sequences
         self.recorder = recorder
         num_requests = len(sequences.lengths)
-        self.logprobs: list[list[float]] = [[] for _ in range(num_requests)]
+        self._logprobs = np.zeros((num_requests, 0), np.float32)  # by place in the completion
         self.active = np.zeros(0, np.int64)
         self.room = CacheRoom(runner, sequences, max_lengths, num_rows)
         self.max_lengths = max_lengths
@@ -74,6 +95,14 @@ class DecodeLoop:
         self._names = list(speculators)
         self._needs = Needs.of(speculator.needs for speculator in speculators.values())
         self._cache = PolicyCache(runner, self.rows_of)
+        self._unlearned: _Run | None = None
+        self._arrived_s = 0.0  # when the newest outcome did
+
+    @property
+    def logprobs(self) -> list[list[float]]:
+        """Per request, of its completion tokens so far, under the processed distribution."""
+        counts = self.sequences.lengths - self.sequences.prompt_lengths
+        return [row[:count].tolist() for row, count in zip(self._logprobs, counts, strict=True)]
 
     def rows_of(self, requests: np.ndarray) -> np.ndarray:
         """Cache rows of active requests: int64 `[n]` for int64 `[n]`."""
@@ -88,38 +117,57 @@ class DecodeLoop:
                 self.admit_waiting()
                 if len(self.active):
                     self.step()
+            self._learn()
         if self.room.num_paused:
             self.recorder.warn(_PAUSED.format(self.room.num_paused))
 
     def step(self) -> None:
-        """One target forward over the active batch."""
+        """One target forward over the active batch.
+
+        The device waits for what stands before the forward. So nothing does but what the forward needs: what was learned of
+        one step is learned while the device runs the next.
+        """
         self.active = requests = self.room.go_on(self.active)
-        began_s = self.recorder.clock()
         step = self.proposing.run(self.sequences, requests, self.room.drafts(requests))
         with self.recorder.time("controller"):
             admission = self.controller.admit(step)
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
-        forward_s = -self.recorder.seconds("forward")
+        asked_s = self.recorder.clock()
         with self.recorder.time("forward"):
             logits, hidden = self.forward(requests, draft)
         with self.recorder.time("sample"):
             verifying = self.verifier.begin(logits, draft, self.sequences, requests)
+        apart_s = self._learn()
         with self.recorder.time("forward"):
-            self.runner.synchronize()  # what was asked for since then waits behind the forward
-        forward_s += self.recorder.seconds("forward")
+            self.runner.synchronize()
+        forward_s = self.recorder.clock() - asked_s - (0.0 if self.runner.works_beside_host else apart_s)
         with self.recorder.time("sample"):
             outcome = verifying()
+        began_s, self._arrived_s = self._arrived_s, self.recorder.clock()
         with self.recorder.time("commit"):
             verified = self.commit(requests, outcome, draft.lengths, hidden)
         with self.recorder.time("observe"):
-            step_s = self.recorder.clock() - began_s
-            record = self.controller.observe(step, admission, verified, forward_s, step_s)
-            if record is not None:
-                self.trace.append(record | {"step_s": step_s})
             self._observe(verified)
         with self.recorder.time("commit"):
-            account(self.recorder, self.controller, step, verified, admission.drafters, forward_s, self.plain_costs)
             self._retire(verified.finished)
+        self._unlearned = _Run(step, admission, verified, forward_s, self._arrived_s - began_s)
+
+    def _learn(self) -> float:
+        """Learn from the step before, and count it; seconds that this took."""
+        began_s, run = self.recorder.clock(), self._unlearned
+        self._unlearned = None
+        with self.recorder.time("observe"):
+            for speculator in self.speculators.values():
+                speculator.learn()
+            if run is not None:
+                record = self.controller.observe(run.step, run.admission, run.verified, run.forward_s, run.step_s)
+                if record is not None:
+                    self.trace.append(record | {"step_s": run.step_s})
+                account(
+                    self.recorder, self.controller, run.step, run.verified, run.admission.drafters, run.forward_s,
+                    self.plain_costs,
+                )  # fmt: skip
+        return self.recorder.clock() - began_s
 
     def forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden]:
         """Run the policy over the last committed token and every draft token of each request, packed.
@@ -127,14 +175,12 @@ class DecodeLoop:
         Returns:
             float32 logits `[sum(draft.lengths + 1), vocab]`, and hidden states at the same positions.
         """
-        lengths = draft.lengths + 1
-        starts = self.sequences.lengths[requests] - 1
-        tokens = np.empty(int(lengths.sum()), np.int64)
-        first = np.cumsum(lengths) - lengths
-        tokens[first] = self.sequences.token_ids[requests, starts]
-        row, position = np.nonzero(np.arange(draft.token_ids.shape[1])[None] < draft.lengths[:, None])
-        tokens[first[row] + 1 + position] = draft.token_ids[row, position]
-        unknown = stand_in(tokens, lengths, self.runner.unrunnable() if len(row) else None)
+        sequences = self.sequences
+        tokens, first, starts, lengths = packed_tokens(
+            requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths
+        )
+        drafted = len(tokens) > len(requests)
+        unknown = stand_in(tokens, lengths, self.runner.unrunnable() if drafted else None)
         taps = self._taps()
         logits = self.runner.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), taps)
         if len(unknown):
@@ -155,11 +201,12 @@ class DecodeLoop:
             outcome.entropies,
             outcome.max_probs,
             hidden,
+            outcome.logprobs,
         )
-        verified = commit(settled, self.sequences, self.max_lengths, self.recorder)
-        for row, request in enumerate(requests):
-            self.logprobs[request].extend(outcome.logprobs[row, : verified.num_committed[row]].tolist())
-        return verified
+        longest = int((self.sequences.lengths - self.sequences.prompt_lengths).max()) + outcome.token_ids.shape[1]
+        if longest > self._logprobs.shape[1]:
+            self._logprobs = np.pad(self._logprobs, ((0, 0), (0, roomy(longest) - self._logprobs.shape[1])))
+        return commit(settled, self.sequences, self.max_lengths, self.recorder, logprobs=self._logprobs)
 
     def _observe(self, verified: Verified) -> None:
         for speculator in self.speculators.values():
@@ -210,6 +257,7 @@ class DecodeLoop:
                 self.runner.forward(segments, np.cumsum(segments.lengths) - 1)
         if ended:
             self.active = np.concatenate([self.active, wave])
+            self._arrived_s = self.recorder.clock()
 
     @contextmanager
     def _prefilling(self, wave: np.ndarray) -> Iterator[list[bool]]:
@@ -248,6 +296,7 @@ class DecodeLoop:
             veterans = len(self.active)
             self.active = np.concatenate([self.active, requests])
             self._retire(np.concatenate([np.zeros(veterans, bool), verified.finished]))
+        self._arrived_s = self.recorder.clock()
 
     def prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden]:
         """Fill the cache with one prompt per row.

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 import numpy as np
 import torch
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.policy.upload import uploaded
@@ -79,6 +80,23 @@ class Proposing:
         return sequences.sampling.distribution
 
 
+@cached_njit(nogil=True)
+def take_rows(
+    token_ids: np.ndarray,
+    confidence: np.ndarray,
+    own: np.ndarray,
+    lengths: np.ndarray,
+    own_tokens: np.ndarray,
+    own_confidence: np.ndarray,
+) -> None:
+    """Copy one drafter's tokens and confidences into the rows that are its `own`, to their lengths; a loop, compiled."""
+    for row in range(len(own)):
+        if own[row]:
+            for column in range(lengths[row]):
+                token_ids[row, column] = own_tokens[row, column]
+                confidence[row, column] = own_confidence[row, column]
+
+
 def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, vocab_size: int) -> Draft:
     """Merge drafts into one per request: from the admitted speculator, to the admitted length."""
     batch, width = len(admission.lengths), int(admission.lengths.max(initial=0))
@@ -90,9 +108,10 @@ def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, v
         name: np.flatnonzero((admission.drafters == names.index(name)) & (admission.lengths > 0)) for name in drafts
     }
     for name, draft in drafts.items():
-        rows, columns = rows_of[name], min(width, draft.token_ids.shape[1])
-        merged.token_ids[rows, :columns] = draft.token_ids[rows, :columns]
-        merged.confidence[rows, :columns] = draft.confidence[rows, :columns]
+        take_rows(
+            merged.token_ids, merged.confidence, admission.drafters == names.index(name), admission.lengths,
+            np.ascontiguousarray(draft.token_ids, np.int64), np.ascontiguousarray(draft.confidence, np.float32),
+        )  # fmt: skip
     merged.draft_probs = _merged_probs(drafts, rows_of, merged, vocab_size)
     return merged
 

@@ -93,6 +93,11 @@ class PolicyRunner(ABC):
             taps: Hidden states to catch, filled in place.
         """
 
+    @property
+    def works_beside_host(self) -> bool:
+        """Whether a forward goes on while the host does other things, as on a GPU."""
+        return False
+
     def unrunnable(self) -> np.ndarray | None:
         """Tokens whose embeddings are not finite, bool `[vocab]`; None where there are none.
 
@@ -175,6 +180,8 @@ def retire(active: np.ndarray, finished: np.ndarray, cached: Callable[[int], int
     Returns:
         int64 `[batch - finished]`, the request in each row now.
     """
+    if not finished.any():
+        return active
     kept = int((~finished).sum())
     remaining = active.copy()
     gaps = np.flatnonzero(finished[:kept])

@@ -163,6 +163,10 @@ class InProcessRunner(PolicyRunner):
             )  # fmt: skip
         return logits
 
+    @property
+    def works_beside_host(self) -> bool:
+        return self.device.type != "cpu"
+
     def unrunnable(self) -> np.ndarray | None:
         if self._unrunnable is None:
             self._unrunnable = (rows_not_finite(self.model.get_input_embeddings().weight, self.vocab_size),)

@@ -19,6 +19,7 @@ from atlas_kernels.verify import Verification, verify
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.policy.logits import require_distributions
 from atlas_rl.policy.upload import download, upload
+from atlas_rl.sampling.packing import packed_positions, unpacked
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import (
     DrafterInvariant,
@@ -59,22 +60,16 @@ class FusedVerifier(Verifier):
         self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
     ) -> Callable[[], Outcome]:
         sampling, device = sequences.sampling, logits.device
-        counts = draft.lengths + 1
-        starts = np.append(0, np.cumsum(counts))
-        row = np.repeat(np.arange(len(requests)), counts)
-        depth = np.arange(len(row)) - starts[row]
-        drafts = np.full(len(row), -1, np.int64)
-        drafted = depth < draft.lengths[row]
-        drafts[drafted] = draft.token_ids[row[drafted], depth[drafted]]
+        packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
+        drafts, starts, keys, positions, row, depth = packed
         temperature = kernel_temperature(sampling)
         if _is_processed(sampling):
             prefixes = prefixes_of(sequences, requests[row], draft, row, depth, device)
             logits = process(logits, sampling, prefixes)
-        keys, positions = sequences.noise_keys[requests][row].view(np.int64), sequences.lengths[requests][row] + depth
         rows = [logits, *upload([drafts, starts, keys, positions], device)]
         probs = None if self.couples_noise else _packed_probs(draft, row, depth)
         verified = self._launch(rows, probs, temperature)
-        return partial(_outcome, verified, logits, row, depth, sampling)
+        return partial(_outcome, verified, logits, starts, sampling)
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
         """The kernel over packed rows; `probs` are those of drafts that were drawn, for rejection sampling."""
@@ -121,29 +116,15 @@ def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Ten
     return draft.draft_probs[there[0], there[1]]
 
 
-def _outcome(
-    verified: Verification, logits: torch.Tensor, row: np.ndarray, depth: np.ndarray, sampling: SamplingParams
-) -> Outcome:
+def _outcome(verified: Verification, logits: torch.Tensor, starts: np.ndarray, sampling: SamplingParams) -> Outcome:
     """Packed results, from the device, as one row per request; zeros behind what is committed.
 
     Whether the logits were distributions is read off what is downloaded anyway.
     """
-    num_accepted, tokens, *figures = download(
+    num_accepted, *results = download(
         [verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs]
     )
-    width = int(depth.max()) + 1
-    outcome = Outcome(
-        np.zeros((len(num_accepted), width), np.int64),
-        num_accepted,
-        *(np.zeros((len(num_accepted), width), np.float32) for _ in range(3)),
-    )
-    ends = np.cumsum(sampling.ends(tokens))
-    start = np.arange(len(row)) - depth
-    ended = np.append(0, ends)  # before each row of logits
-    valid = (depth <= num_accepted[row]) & (ended[:-1] == ended[start])  # behind an ending token nothing is committed
-    require_distributions(figures[2][valid], logits, np.flatnonzero(valid))
-    row, depth = row[valid], depth[valid]
-    outcome.token_ids[row, depth] = tokens[valid]
-    for array, values in zip((outcome.logprobs, outcome.entropies, outcome.max_probs), figures, strict=True):
-        array[row, depth] = values[valid]
-    return outcome
+    width = int(np.diff(starts).max())
+    tokens, logprobs, entropies, max_probs, counts = unpacked(starts, num_accepted, *results, sampling.stops, width)
+    require_distributions(results[3][counts], logits, np.flatnonzero(counts))
+    return Outcome(tokens, num_accepted, logprobs, entropies, max_probs)

@@ -28,7 +28,8 @@ class Speculator(ABC):
     weights, training mode or random state. Implementations raise on internal failure; the loop never hides it.
 
     Order of the calls: `bind`; then in every generation call `start` for each group of requests that enters the batch, and
-    per decode step `backlog`, `propose` (if the controller asks) and `observe`; between calls `refresh`.
+    per decode step `backlog`, `propose` (if the controller asks), `observe`, and `learn`, which may come late; between calls
+    `refresh`.
     """
 
     name: str
@@ -101,7 +102,14 @@ class Speculator(ABC):
 
     @abstractmethod
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Learn from verified tokens and let go of the state of finished requests."""
+        """Follow verified tokens, as far as the next draft needs it, and let go of the state of finished requests."""
+
+    def learn(self) -> None:  # noqa: B027 - most put nothing off
+        """Do what `observe` put off because no draft waits for it.
+
+        Engines call this while the device runs the next forward, so that it takes no time of a step. It may come late or
+        not at all: what is put off is done at the latest when it is needed, or when the next `observe` puts off more.
+        """
 
     @abstractmethod
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:

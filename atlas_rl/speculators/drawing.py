@@ -90,8 +90,16 @@ class Drawing:
         self._depths, self._token_ids, self._device = depths, token_ids, device
         self._couples_noise, self._likeliest = couples_noise, argmax or sampling.greedy
         self._stream, keys = sequences.draft_noise(requests, couples_noise)
-        self.rows = [np.flatnonzero(depths > position) for position in range(int(depths.max()))]
-        self._positions, self.carried = _laid_out(self.rows, keys, sequences.lengths[requests], carried, device)
+        deepest = int(depths.max())
+        self._uniform = bool((depths == deepest).all())
+        self.rows = (
+            [np.arange(len(depths))] * deepest
+            if self._uniform
+            else [np.flatnonzero(depths > position) for position in range(deepest)]
+        )
+        lengths = sequences.lengths[requests]
+        lay_out = _laid_out_alike if self._uniform else _laid_out
+        self._positions, self.carried = lay_out(self.rows, keys, lengths, carried, device)
         self._indices: list[torch.Tensor] = []  # drawn so far, like the next two
         self._max_probs: list[torch.Tensor] = []
         self._probs: list[torch.Tensor] = []
@@ -178,10 +186,7 @@ class Drawing:
                 "causes: weights of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave "
                 "it out"
             )
-        row, column = np.concatenate(self.rows), np.repeat(np.arange(len(self.rows)), [len(rows) for rows in self.rows])
-        tokens = np.zeros((len(self._depths), len(self.rows)), np.int64)
-        confidence = np.full(tokens.shape, _UNKNOWN, np.float32)
-        tokens[row, column], confidence[row, column] = fetched_ids, max_probs.clip(*_CONFIDENCE)
+        tokens, confidence = self._by_row(fetched_ids, max_probs.clip(*_CONFIDENCE))
         last = self._sequences.sampling.ends(tokens)
         if unrunnable is not None:
             last |= unrunnable[tokens]
@@ -189,6 +194,17 @@ class Drawing:
         lengths = np.minimum(np.minimum(max_draft_tokens, self._depths), lengths)
         # A row's largest probability is a number exactly if all of them are.
         return Draft(tokens, lengths, confidence, self._draft_probs(), probs_are_checked=True)
+
+    def _by_row(self, drawn: np.ndarray, sure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 and confidences float32 `[batch, depth]`, of those position by position."""
+        batch, depth = len(self._depths), len(self.rows)
+        if self._uniform:
+            tokens = np.ascontiguousarray(drawn.reshape(depth, batch).T, np.int64)
+            return tokens, np.ascontiguousarray(sure.reshape(depth, batch).T, np.float32)
+        row, column = np.concatenate(self.rows), np.repeat(np.arange(depth), [len(rows) for rows in self.rows])
+        tokens, confidence = np.zeros((batch, depth), np.int64), np.full((batch, depth), _UNKNOWN, np.float32)
+        tokens[row, column], confidence[row, column] = drawn, sure
+        return tokens, confidence
 
     def _draft_probs(self) -> torch.Tensor | None:
         """The distributions that tokens were drawn from, float32 `[batch, depth, vocab]`; None where they were coupled."""
@@ -263,6 +279,24 @@ def _laid_out(
     there = uploaded(np.concatenate(parts), device).split([len(part) for part in parts])
     positions = [_Position(row, *there[4 * i : 4 * i + 4]) for i, row in enumerate(rows)]
     return positions, list(there[4 * len(rows) :])
+
+
+def _laid_out_alike(
+    rows: Sequence[np.ndarray],
+    keys: np.ndarray,
+    lengths: np.ndarray,
+    carried: Sequence[np.ndarray],
+    device: torch.device,
+) -> tuple[list[_Position], list[torch.Tensor]]:
+    """`_laid_out` where every row has every position, in a few array operations however many there are."""
+    batch, depth = len(keys), len(rows)
+    own = np.empty((2 + depth, batch), np.int64)
+    own[0], own[1] = rows[0], keys.view(np.int64)
+    own[2:] = lengths + np.arange(depth)[:, None]
+    there = uploaded(np.concatenate([own.reshape(-1), *carried]), device)
+    parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])
+    positions = [_Position(row, parts[0], parts[1], parts[2 + i], parts[0]) for i, row in enumerate(rows)]
+    return positions, list(parts[2 + depth :])
 
 
 @cached_njit(nogil=True)

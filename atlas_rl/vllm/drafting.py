@@ -182,6 +182,9 @@ class Drafting:
         with self.recorder.time("observe"):
             self._observe(committed, forward_s, now_s)
         self._plan(committed, drafts)
+        with self.recorder.time("observe"):
+            for speculator in self.speculators.values() if self.speculates else ():
+                speculator.learn()
         return self._uniform(forward, drafts)
 
     # ------------------------------------------------------------------------------------------------------- following
@@ -266,7 +269,7 @@ class Drafting:
             drawn.max_probs[rows],
             _hidden(forward, rows),
         )
-        ends = table.ends(requests, settled.token_ids)
+        ends = np.ascontiguousarray(table.ends(requests, settled.token_ids))
         verified = commit(settled, table.current, table.max_lengths, self.recorder, ends)
         for i in verified.finished.nonzero()[0].tolist():
             self._count_ended(requests[i])

@@ -14,7 +14,7 @@ likeliest token alone would be right with probability max p.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
 import numpy as np
@@ -92,28 +92,48 @@ def _draft_rows(requests, lengths, want, cursors, counts, live, archive, model, 
     return drafted
 
 
-@numba.njit
-def _learn_token(request, position, cursors, count, live, archive, model, scratch, mode, key):
-    """Learn from the token at `position`, as if it had been drafted; returns how many cursors it leaves."""
-    row = live.tokens[request]
-    count = refill(cursors, count, row, position, request, live, archive)
-    if count > 0:
-        at = mix(cursors, count, model, scratch)
-        best = choose(cursors, count, at, model, scratch, mode, key, position)
-        learn(cursors, count, row[position], best, at, model, scratch, mode)
-    return advance(cursors, count, row[position], row, position + 1, position + 1, request, live, archive)
+@cached_njit(nogil=True)
+def _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_counts):
+    """Move every request's cursors past its tokens `starts[i] .. ends[i] - 1`.
+
+    `met` (int32 `[tokens, MAX_CURSORS, 4]`) and `met_counts` (int64 `[tokens]`) get the cursors that each token met.
+    """
+    token = 0
+    for i in range(len(requests)):
+        request = requests[i]
+        row, own, count = live.tokens[request], cursors[request], counts[request]
+        for position in range(starts[i], ends[i]):
+            count = refill(own, count, row, position, request, live, archive)
+            met[token, :count] = own[:count]
+            met_counts[token] = count
+            token += 1
+            count = advance(own, count, row[position], row, position + 1, position + 1, request, live, archive)
+        counts[request] = count
 
 
 @cached_njit(nogil=True)
-def _observe_rows(requests, starts, ends, cursors, counts, live, archive, model, mode, keys):
-    """Learn from the tokens `starts[i] .. ends[i] - 1` of every request and move its cursors past them."""
+def _learn_rows(requests, starts, ends, tokens, met, met_counts, model, mode, keys):
+    """Learn from the tokens that `_move_rows` moved past, as if each had been drafted from the cursors that it met."""
     scratch = new_scratch()
+    token = 0
     for i in range(len(requests)):
         request = requests[i]
         for position in range(starts[i], ends[i]):
-            counts[request] = _learn_token(
-                request, position, cursors[request], counts[request], live, archive, model, scratch, mode, keys[request]
-            )
+            count, cursors = met_counts[token], met[token]
+            token += 1
+            if count > 0:
+                at = mix(cursors, count, model, scratch)
+                best = choose(cursors, count, at, model, scratch, mode, keys[request], position)
+                learn(cursors, count, tokens[request, position], best, at, model, scratch, mode)
+
+
+class _PutOff(NamedTuple):
+    """Tokens of one step to learn from: int64 `[n]` requests, first and last position, and the draft mode."""
+
+    requests: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    mode: int
 
 
 class HistorySpeculator(Speculator):
@@ -140,6 +160,8 @@ class HistorySpeculator(Speculator):
         self._live: LiveIndex | None = None
         self._finished: list[int] = []
         self._cursors, self._counts, self._observed = new_cursors(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._put_off: _PutOff | None = None
+        self._met, self._met_counts = new_cursors(0), np.zeros(0, np.int64)  # cursors that its tokens met
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy. What is archived of one with more tokens goes: drafts index the policy's logits."""
@@ -190,17 +212,32 @@ class HistorySpeculator(Speculator):
         return Draft(tokens, lengths, confidence)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Score what the cursors predicted against what came, then index it."""
+        """Move the cursors past what came and index it; what they predicted is scored later."""
+        self.learn()
         live = self._live_of(sequences)
         requests = verified.requests
-        ends = sequences.lengths[requests]
-        _observe_rows(
-            requests, self._observed[requests], ends, self._cursors, self._counts, live.view,
-            self._archive.view, self._model, self._mode(sequences), sequences.noise_keys,
+        starts, ends = self._observed[requests], sequences.lengths[requests]
+        num_tokens = int((ends - starts).sum())
+        if num_tokens > len(self._met):
+            self._met, self._met_counts = new_cursors(2 * num_tokens), np.zeros(2 * num_tokens, np.int64)
+        _move_rows(
+            requests, starts, ends, self._cursors, self._counts, live.view, self._archive.view, self._met,
+            self._met_counts,
         )  # fmt: skip
+        self._put_off = _PutOff(requests, starts, ends, self._mode(sequences))
         self._observed[requests] = ends
         live.extend(requests, ends)
         self._finished.extend(requests[verified.finished].tolist())
+
+    def learn(self) -> None:
+        """Score what the cursors predicted of the latest tokens against what came."""
+        if self._put_off is not None and self._live is not None and self._sequences is not None:
+            requests, starts, ends, mode = self._put_off
+            _learn_rows(
+                requests, starts, ends, self._live.view.tokens, self._met, self._met_counts, self._model, mode,
+                self._sequences.noise_keys,
+            )  # fmt: skip
+        self._put_off = None
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Archive the call that `rollouts` came from, and other ranks' calls; the oldest leave the ring by themselves."""
@@ -215,6 +252,7 @@ class HistorySpeculator(Speculator):
 
     def state_dict(self) -> dict[str, Any]:
         """Archive, with what has finished by now, and learned weights; a call under way goes on unharmed."""
+        self.learn()
         self._archive_finished()
         return {
             "kind": _STATE_KIND,
@@ -260,6 +298,7 @@ class HistorySpeculator(Speculator):
 
     def _end_call(self) -> None:
         """Archive the finished requests of the present call and drop its index."""
+        self.learn()
         self._archive_finished()
         if self._sequences is not None:
             self._archived = self._sequences
@@ -286,4 +325,5 @@ class HistorySpeculator(Speculator):
             seen.add(tag)
 
     def _close_call(self) -> None:
+        self._put_off = None
         self._sequences, self._live, self._finished = None, None, []

@@ -149,8 +149,8 @@ class Learner:
 
     def observe(
         self,
-        sequences: Sequences,
         verified: Verified,
+        begins: np.ndarray,
         row: np.ndarray,
         offset: np.ndarray,
         hidden: torch.Tensor,
@@ -160,8 +160,8 @@ class Learner:
         """Log committed tokens.
 
         Args:
-            sequences: Of the call.
             verified: What was committed.
+            begins: int64 `[batch]`, position of each row's first committed token.
             row: int64 `[n]`, row in `verified` of each committed token.
             offset: int64 `[n]`, its place among the row's committed tokens.
             hidden: `[n, hidden]`, what it was drawn from.
@@ -172,7 +172,6 @@ class Learner:
         if len(kept):
             states = hidden[uploaded(kept, self._device)].to(torch.float16)
             row, offset = row[kept], offset[kept]
-            begins = sequences.lengths[verified.requests] - verified.num_committed
             tokens = verified.token_ids[row, offset]
             self._log.append(
                 _Logged(verified.requests[row], begins[row] + offset, tokens, states, missed[row] == offset)

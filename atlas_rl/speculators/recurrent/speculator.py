@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,6 +85,7 @@ class RecurrentSpeculator(Speculator):
         self._folded: tuple[int, FoldedHead, torch.Tensor] | None = None
         self._newest: torch.Tensor  # [num_requests, hidden], what each request's newest token was drawn from
         self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
+        self._put_off: Callable[[], None] | None = None
         self._began_s = clock()
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
@@ -120,6 +122,7 @@ class RecurrentSpeculator(Speculator):
         """A new `Sequences` starts a new call; embeddings are re-read if the policy version changed."""
         if not self._follows or sequences is self.learner.sequences:
             return
+        self.learn()
         self.learner.begin_call(sequences, self._bound())
         self._proposed = None
         shape = len(sequences.lengths), self.learner.head.hidden_size
@@ -164,7 +167,8 @@ class RecurrentSpeculator(Speculator):
                 indices = drawing.draw(head.logits(state))
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Keep the hidden states that the committed tokens were drawn from."""
+        """Keep the hidden states that the newest tokens were drawn from; all others are logged later."""
+        self.learn()
         if not self._follows:
             return
         requests, count = verified.requests, verified.num_committed
@@ -172,12 +176,39 @@ class RecurrentSpeculator(Speculator):
         row, offset = np.nonzero(within)
         places = np.concatenate([verified.hidden.starts[row] + offset, np.cumsum(count) - 1, requests])
         index, ends, newest = uploaded(places, self._device).split([len(row), len(count), len(requests)])
-        hidden = verified.hidden.head_inputs[index].detach()
+        hidden = self._take(verified.hidden.head_inputs, index, ends, newest)
+        begins, proposed, self._proposed = sequences.lengths[requests] - count, self._proposed, None
+        self._put_off = partial(self._log, verified, begins, row, offset, hidden, proposed)
+
+    def _take(
+        self, states: torch.Tensor, index: torch.Tensor, ends: torch.Tensor, newest: torch.Tensor
+    ) -> torch.Tensor:
+        """Everything that `observe` asks of the device: keeps the newest states, returns those at `index`."""
+        hidden = states[index].detach()
         self._newest[newest] = hidden[ends].float()
-        self.learner.observe(sequences, verified, row, offset, hidden, self._missed_at(verified), self._bound())
+        return hidden
+
+    def learn(self) -> None:
+        """Log the latest tokens, to learn from them at the refresh."""
+        put_off, self._put_off = self._put_off, None
+        if put_off is not None:
+            put_off()
+
+    def _log(
+        self,
+        verified: Verified,
+        begins: np.ndarray,
+        row: np.ndarray,
+        offset: np.ndarray,
+        hidden: torch.Tensor,
+        proposed: tuple[np.ndarray, Draft] | None,
+    ) -> None:
+        missed = _missed_at(verified, proposed)
+        self.learner.observe(verified, begins, row, offset, hidden, missed, self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Learn from the newest rollouts: within `budget_share` of the time since the last refresh, one step at least."""
+        self.learn()
         self.policy_version = policy_version
         if not self._follows:
             return None
@@ -194,6 +225,7 @@ class RecurrentSpeculator(Speculator):
 
     def state_dict(self) -> dict[str, Any]:
         """What it has learned, and for which policy."""
+        self.learn()
         if self._policy is None:
             return {}
         vocab_size, hidden_size = self.learner.sizes
@@ -234,7 +266,7 @@ class RecurrentSpeculator(Speculator):
     def _reset(self, policy: PolicyView, learner: Learner) -> None:
         self._device, self.learner = policy.device, learner
         self._newest = torch.zeros(0, policy.hidden_size, dtype=torch.float32, device=self._device)
-        self._folded, self._proposed = None, None
+        self._folded, self._proposed, self._put_off = None, None, None
 
     def _bound(self) -> PolicyView:
         if self._policy is None:
@@ -248,17 +280,28 @@ class RecurrentSpeculator(Speculator):
             self._folded = self.learner.revision, FoldedHead(self.learner.head), token_ids
         return self._folded[1:]
 
-    def _missed_at(self, verified: Verified) -> np.ndarray:
-        """Offset of the committed token that this head drafted otherwise: int64 `[batch]`, -1 for none."""
-        missed = np.full(len(verified.requests), -1)
-        if self._proposed is not None:
-            requests, draft = self._proposed
-            row_of = {int(request): row for row, request in enumerate(verified.requests)}
-            # A serving engine may have put a request off: nothing is known of its draft then.
-            back = np.flatnonzero([int(request) in row_of for request in requests])
-            rows = np.array([row_of[int(request)] for request in requests[back]], np.int64)
-            tokens = Draft(draft.token_ids[back], draft.lengths[back], draft.confidence[back])
-            tried, accepted = verified.outcome_of(tokens, rows)
-            missed[rows] = np.where(tried > accepted, accepted, -1)
-            self._proposed = None
+
+def _missed_at(verified: Verified, proposed: tuple[np.ndarray, Draft] | None) -> np.ndarray:
+    """Offset of the committed token that the head drafted otherwise: int64 `[batch]`, -1 for none.
+
+    Args:
+        verified: What was committed.
+        proposed: Requests that the head drafted for since the verification before, and its drafts.
+    """
+    missed = np.full(len(verified.requests), -1)
+    if proposed is None:
         return missed
+    requests, draft = proposed
+    if np.array_equal(requests, verified.requests):  # as in most steps
+        tried, accepted = verified.outcome_of(draft)
+        return np.where(tried > accepted, accepted, -1)
+    # A controller may ask for some requests only, and a serving engine may have put a request off: nothing is known of
+    # its draft then.
+    order = np.argsort(verified.requests)
+    at = np.minimum(np.searchsorted(verified.requests, requests, sorter=order), len(order) - 1)
+    back = np.flatnonzero(verified.requests[order[at]] == requests)
+    rows = order[at[back]]
+    tokens = Draft(draft.token_ids[back], draft.lengths[back], draft.confidence[back])
+    tried, accepted = verified.outcome_of(tokens, rows)
+    missed[rows] = np.where(tried > accepted, accepted, -1)
+    return missed

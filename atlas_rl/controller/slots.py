@@ -1,0 +1,149 @@
+"""Draft slots of a batch, compiled: how likely each survives, whose draft is best, and how many slots are verified.
+
+A decision looks at every slot a few times. In numpy each look costs some microseconds per operation, and there are dozens in
+a step that takes the device a few milliseconds. Every function here has its numpy form in `tests/controller/test_slots.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from atlas_kernels.jit_cache import cached_njit
+from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
+
+LEAST = 1e-4
+"""Confidences are kept this far from 0 and 1: their logarithms are taken."""
+
+
+@cached_njit(nogil=True)
+def survival_of(confidence, lengths, edges, position_class, a, b):
+    """Probability that each slot of a draft is accepted together with all before it.
+
+    Args:
+        confidence: float32 `[batch, draft_len]`.
+        lengths: int64 `[batch]`.
+        edges: float64 `[n]`, bins of the confidence in logits.
+        position_class: int64 `[MAX_LOOKAHEAD]`, class of each position.
+        a: float64 `[classes, n + 1]`; acceptance is `a + b * confidence`.
+        b: float64 `[classes, n + 1]`.
+
+    Returns:
+        float64 `[batch, MAX_LOOKAHEAD]`, zero past a row's length.
+    """
+    survival = np.zeros((len(lengths), MAX_LOOKAHEAD))
+    for row in range(len(lengths)):
+        stands = 1.0
+        for position in range(min(lengths[row], confidence.shape[1], MAX_LOOKAHEAD)):
+            own = min(max(np.float64(confidence[row, position]), LEAST), 1 - LEAST)
+            cell = np.searchsorted(edges, math.log(own / (1 - own)))
+            kind = position_class[position]
+            stands *= a[kind, cell] + b[kind, cell] * own
+            survival[row, position] = stands
+    return survival
+
+
+@cached_njit(nogil=True)
+def take_better(survival, gains, drafters, own, index, columns):
+    """Let a request have the draft of drafter `index` where it gains more, in place.
+
+    Args:
+        survival: float64 `[batch, MAX_LOOKAHEAD]`, of the best drafts so far.
+        gains: float64 `[batch]`, of the best drafts so far: survival summed over the first `columns` positions.
+        drafters: int64 `[batch]`, whose they are.
+        own: float64 `[batch, MAX_LOOKAHEAD]`, survival of this drafter's.
+        index: Of the drafter.
+        columns: Positions that count.
+    """
+    for row in range(len(gains)):
+        gain = 0.0
+        for position in range(columns):
+            gain += own[row, position]
+        if gain > gains[row]:
+            gains[row], drafters[row] = gain, index
+            survival[row] = own[row]
+
+
+@cached_njit(nogil=True)
+def compare(expected, room, survival):
+    """Cut expected drafts to the room that there is, in place, and say where they beat those at hand.
+
+    Args:
+        expected: float64 `[draws, batch, lookahead]`.
+        room: int64 `[batch]`.
+        survival: float64 `[batch, lookahead]`, of the drafts at hand.
+
+    Returns:
+        bool `[batch]`.
+    """
+    draws, batch, lookahead = expected.shape
+    better = np.empty(batch, np.bool_)
+    for row in range(batch):
+        hoped = 0.0
+        for draw in range(draws):
+            for position in range(lookahead):
+                if position >= room[row]:
+                    expected[draw, row, position] = 0.0
+                hoped += expected[draw, row, position]
+        at_hand = 0.0
+        for position in range(lookahead):
+            at_hand += survival[row, position]
+        better[row] = hoped / draws > at_hand
+    return better
+
+
+@cached_njit(nogil=True)
+def num_admitted(values, batch, seconds, drafting_s, factor, one_by_one):
+    """How many slots to verify, in falling order of survival, for the most tokens per second.
+
+    Args:
+        values: float64 `[n]`, survival of the slots, rising.
+        batch: Requests.
+        seconds: float64, at least `[batch + n + 1]`, of a forward over 0, 1, ... tokens.
+        drafting_s: Seconds of the drafts, which are paid for however many slots are verified.
+        factor: Discount on the goodput of steps with drafts.
+        one_by_one: Stop at the first slot that does not pay, and discount what slots gain: a slot's admission then depends
+            on likelier slots alone, never on a later one of its own row.
+
+    Returns:
+        Their number, and the tokens that they are expected to bring.
+    """
+    best, tokens, gained = 0, 0.0, 0.0
+    highest = batch / (seconds[batch] + drafting_s)
+    before = highest
+    for count in range(1, len(values) + 1):
+        gained += values[len(values) - count]
+        whole_s = seconds[batch + count] + drafting_s
+        goodput = (batch + factor * gained if one_by_one else factor * (batch + gained)) / whole_s
+        if one_by_one:
+            if goodput <= before:
+                break
+            before = goodput
+        if goodput > highest:
+            highest, best, tokens = goodput, count, gained
+    return best, tokens
+
+
+@cached_njit(nogil=True)
+def lengths_of(survival, values, count):
+    """Slots of each request among the `count` likeliest of the batch: int64 `[batch]`.
+
+    Among equals earlier positions come first, then earlier rows. `values` are the slots' survivals, rising.
+    """
+    batch, lookahead = survival.shape
+    lengths = np.zeros(batch, np.int64)
+    if count == 0:
+        return lengths
+    least = values[len(values) - count]
+    left = count
+    for row in range(batch):
+        while lengths[row] < lookahead and survival[row, lengths[row]] > least:
+            lengths[row] += 1
+        left -= lengths[row]
+    for position in range(lookahead):
+        for row in range(batch):
+            if left > 0 and lengths[row] == position and survival[row, position] == least:
+                lengths[row] += 1
+                left -= 1
+    return lengths

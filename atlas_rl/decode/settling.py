@@ -1,0 +1,133 @@
+"""What a forward settled becomes part of the texts: one pass over the rows, compiled, and the same in plain numpy.
+
+A step of a few milliseconds leaves no time for a dozen numpy calls over a few hundred rows, nor for a turn of Python per
+request. `settle` takes about as long as one such call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from atlas_kernels.jit_cache import cached_njit
+
+
+class Texts(NamedTuple):
+    """What grows by committed tokens.
+
+    Attributes:
+        token_ids: int32 `[num_requests, capacity]`.
+        lengths: int64 `[num_requests]`.
+        max_lengths: int64 `[num_requests]`, tokens at which a request ends.
+        prompt_lengths: int64 `[num_requests]`.
+        logprobs: float32 `[num_requests, completion capacity]`; without rows where nobody wants them.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    max_lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    logprobs: np.ndarray
+
+
+class Drawn(NamedTuple):
+    """Tokens that a forward settled; a row's first `num_tokens` columns count.
+
+    Attributes:
+        requests: int64 `[batch]`.
+        token_ids: int64 `[batch, width]`.
+        num_tokens: int64 `[batch]`, at least 1.
+        num_drafted: int64 `[batch]`, draft tokens that were verified.
+        entropies: float32 `[batch, at least width]`, and so are the next two.
+        max_probs: Probability of the likeliest token.
+        logprobs: Without rows where nobody wants them.
+        ends: bool `[batch, width]`, tokens that end their request; without rows, `stops` (int64 `[n]`) say so.
+        stops: Tokens that end a request.
+    """
+
+    requests: np.ndarray
+    token_ids: np.ndarray
+    num_tokens: np.ndarray
+    num_drafted: np.ndarray
+    entropies: np.ndarray
+    max_probs: np.ndarray
+    logprobs: np.ndarray
+    ends: np.ndarray
+    stops: np.ndarray
+
+
+class Fates(NamedTuple):
+    """What became of each row: int64 `[batch]`, three times, and bool `[batch]`; see `Verified`."""
+
+    num_committed: np.ndarray
+    num_accepted: np.ndarray
+    num_drafted: np.ndarray
+    finished: np.ndarray
+
+    @staticmethod
+    def of(batch: int) -> Fates:
+        """Room for those of `batch` rows."""
+        committed, accepted, drafted = (np.empty(batch, np.int64) for _ in range(3))
+        return Fates(committed, accepted, drafted, np.empty(batch, np.bool_))
+
+
+@cached_njit(nogil=True)
+def settle(drawn, texts, fates):
+    """Append every row's tokens up to its first ending one, or to its limit, and fill `fates`.
+
+    There must be room for the tokens. Drafts behind an accepted ending token were neither accepted nor rejected.
+
+    Returns:
+        Sums over the committed tokens: of entropies, of largest probabilities, and their number.
+    """
+    entropy_sum, max_prob_sum, total = 0.0, 0.0, 0
+    for i in range(len(drawn.requests)):
+        request, settled = drawn.requests[i], drawn.num_tokens[i]
+        length = texts.lengths[request]
+        limit = min(settled, texts.max_lengths[request] - length)
+        count, stopped = 0, False
+        while count < settled and not stopped:
+            token = drawn.token_ids[i, count]
+            if len(drawn.ends) > 0:
+                stopped = drawn.ends[i, count]
+            else:
+                for stop in drawn.stops:
+                    stopped = stopped or token == stop
+            count += 1
+        count = min(count, limit)
+        for j in range(count):
+            texts.token_ids[request, length + j] = drawn.token_ids[i, j]
+            entropy_sum += drawn.entropies[i, j]
+            max_prob_sum += drawn.max_probs[i, j]
+            if len(drawn.logprobs) > 0:
+                texts.logprobs[request, length - texts.prompt_lengths[request] + j] = drawn.logprobs[i, j]
+        texts.lengths[request] = length + count
+        total += count
+        accepted = min(settled - 1, drawn.num_drafted[i], count)
+        fates.num_committed[i], fates.num_accepted[i] = count, accepted
+        fates.num_drafted[i] = accepted if settled > count else drawn.num_drafted[i]
+        fates.finished[i] = stopped or length + count >= texts.max_lengths[request]
+    return entropy_sum, max_prob_sum, total
+
+
+def settle_in_numpy(drawn: Drawn, texts: Texts, fates: Fates) -> tuple[float, float, int]:
+    """What `settle` does, one array operation at a time; to read, and to hold `settle` against."""
+    requests, tokens = drawn.requests, drawn.token_ids
+    ends = drawn.ends if len(drawn.ends) else (tokens[..., None] == drawn.stops).any(axis=-1)
+    ends = ends & (np.arange(tokens.shape[1])[None] < drawn.num_tokens[:, None])
+    stopped = ends.any(axis=1)
+    count = np.where(stopped, ends.argmax(axis=1) + 1, drawn.num_tokens)
+    count = np.minimum(count, texts.max_lengths[requests] - texts.lengths[requests])
+    row, place = np.nonzero(np.arange(tokens.shape[1])[None] < count[:, None])
+    texts.token_ids[requests[row], texts.lengths[requests[row]] + place] = tokens[row, place]
+    if len(drawn.logprobs):
+        completed = texts.lengths[requests[row]] - texts.prompt_lengths[requests[row]]
+        texts.logprobs[requests[row], completed + place] = drawn.logprobs[row, place]
+    texts.lengths[requests] += count
+    fates.num_committed[:] = count
+    fates.num_accepted[:] = np.minimum(np.minimum(drawn.num_tokens - 1, drawn.num_drafted), count)
+    fates.num_drafted[:] = np.where(drawn.num_tokens > count, fates.num_accepted, drawn.num_drafted)
+    fates.finished[:] = stopped | (texts.lengths[requests] >= texts.max_lengths[requests])
+    entropies, max_probs = drawn.entropies[row, place], drawn.max_probs[row, place]
+    return float(entropies.sum(dtype=np.float64)), float(max_probs.sum(dtype=np.float64)), int(count.sum())

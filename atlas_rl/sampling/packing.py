@@ -1,0 +1,109 @@
+"""Between rows of a batch and packed positions, compiled: what a forward runs, what verification decides, what came of it.
+
+A request has `draft_lengths + 1` packed positions, request by request: its last committed token, then its drafts. The numpy
+forms are in `tests/sampling/test_packing.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from atlas_kernels.jit_cache import cached_njit
+
+
+@cached_njit(nogil=True)
+def packed_tokens(requests, texts, lengths, drafts, draft_lengths):
+    """The tokens that a forward runs.
+
+    Args:
+        requests: int64 `[batch]`.
+        texts: int32 `[num_requests, capacity]`.
+        lengths: int64 `[num_requests]`, committed tokens.
+        drafts: int64 `[batch, draft_len]`.
+        draft_lengths: int64 `[batch]`.
+
+    Returns:
+        int64 `[n]` tokens; int64 `[batch]` three times: each row's first place among them, position of the first in its
+        sequence, and number of them.
+    """
+    batch = len(requests)
+    first, starts, counts = np.empty(batch, np.int64), np.empty(batch, np.int64), np.empty(batch, np.int64)
+    total = 0
+    for row in range(batch):
+        first[row], starts[row], counts[row] = total, lengths[requests[row]] - 1, draft_lengths[row] + 1
+        total += counts[row]
+    tokens = np.empty(total, np.int64)
+    for row in range(batch):
+        tokens[first[row]] = texts[requests[row], starts[row]]
+        for depth in range(draft_lengths[row]):
+            tokens[first[row] + 1 + depth] = drafts[row, depth]
+    return tokens, first, starts, counts
+
+
+@cached_njit(nogil=True)
+def packed_positions(requests, lengths, noise_keys, drafts, draft_lengths):
+    """The positions that verification decides.
+
+    Args:
+        requests: int64 `[batch]`.
+        lengths: int64 `[num_requests]`, committed tokens.
+        noise_keys: uint64 `[num_requests]`.
+        drafts: int64 `[batch, draft_len]`.
+        draft_lengths: int64 `[batch]`.
+
+    Returns:
+        int64 `[n]` drafts to decide, -1 in a request's last position; int64 `[batch + 1]`, where each row begins; int64
+        `[n]` four times: bits of the noise keys, positions in the sequence, rows, and drafts before each position.
+    """
+    batch = len(requests)
+    begins = np.zeros(batch + 1, np.int64)
+    for row in range(batch):
+        begins[row + 1] = begins[row] + draft_lengths[row] + 1
+    total = begins[batch]
+    decided, keys, positions = np.empty(total, np.int64), np.empty(total, np.int64), np.empty(total, np.int64)
+    rows, depths = np.empty(total, np.int64), np.empty(total, np.int64)
+    for row in range(batch):
+        for depth in range(draft_lengths[row] + 1):
+            at = begins[row] + depth
+            decided[at] = drafts[row, depth] if depth < draft_lengths[row] else -1
+            keys[at] = np.int64(noise_keys[requests[row]])
+            positions[at] = lengths[requests[row]] + depth
+            rows[at], depths[at] = row, depth
+    return decided, begins, keys, positions, rows, depths
+
+
+@cached_njit(nogil=True)
+def unpacked(begins, accepted, tokens, logprobs, entropies, max_probs, stops, width):
+    """Packed results as one row per request, zeros behind what is committed.
+
+    Args:
+        begins: int64 `[batch + 1]`, where each row begins.
+        accepted: int64 `[batch]`, accepted drafts.
+        tokens: int64 `[n]`, of every packed position.
+        logprobs: float32 `[n]`.
+        entropies: float32 `[n]`.
+        max_probs: float32 `[n]`.
+        stops: int64 `[k]`, tokens behind which nothing is committed.
+        width: Columns of the results.
+
+    Returns:
+        int64 `[batch, width]` tokens; float32 `[batch, width]` logprobs, entropies and largest probabilities; bool `[n]`,
+        positions that count.
+    """
+    batch = len(accepted)
+    told = np.zeros((batch, width), np.int64)
+    figures = np.zeros((3, batch, width), np.float32)
+    counts = np.zeros(len(tokens), np.bool_)
+    for row in range(batch):
+        for depth in range(accepted[row] + 1):
+            at = begins[row] + depth
+            counts[at] = True
+            told[row, depth] = tokens[at]
+            figures[0, row, depth], figures[1, row, depth] = logprobs[at], entropies[at]
+            figures[2, row, depth] = max_probs[at]
+            stopped = False
+            for stop in stops:
+                stopped = stopped or tokens[at] == stop
+            if stopped:
+                break
+    return told, figures[0], figures[1], figures[2], counts
