@@ -313,5 +313,9 @@ def test_every_step_can_be_explained():
 
 def test_forwards_that_stop_growing_dearer_are_found():
     """From 32 to 48 tokens they grow, beyond they do not: a line through what a few drafts take would never go there."""
-    run = world(lambda tokens: 0.050 + 0.002 * min(max(tokens - 32, 0), 16), cheap=sure(0.5)).run(150, batch=32)
-    assert run.mean_length(last=50) > 1
+    found = []
+    for seed in range(8):  # a run of 150 steps may be unlucky in what it tries
+        simulated = world(lambda tokens: 0.050 + 0.002 * min(max(tokens - 32, 0), 16), cheap=sure(0.5))
+        simulated.rng = np.random.default_rng(seed)
+        found.append(simulated.run(150, batch=32).mean_length(last=50))
+    assert np.mean(found) > 1
