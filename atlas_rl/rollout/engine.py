@@ -355,8 +355,7 @@ class RolloutEngine:
         Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
         leaves it the distribution.
         """
-        sequences = call.sequences
-        rows = range(len(sequences.lengths))
+        sequences, rows = call.sequences, range(len(call.sequences.lengths))
         self._auditor.engine_dtype = backend.engine_dtype
         with call.recorder.time("audit"):
             audit = self._auditor.audit(
@@ -387,8 +386,7 @@ class RolloutEngine:
             num_prompt_tokens=int(sequences.prompt_lengths.sum()),
             completion_lengths=sequences.lengths - sequences.prompt_lengths,
         )
-        refresh_s, sync_s = self._policy.take_refresh_s(), self._sync_s
-        self._sync_s = 0.0
+        refresh_s, sync_s, self._sync_s = self._policy.take_refresh_s(), self._sync_s, 0.0
         plain_s = no_speculation_seconds(report, run.plain.num_forwards, run.plain.seconds)
         calibration = {name: (n, error) for name, (n, error) in call.controller.take_calibration().items() if n}
         report = replace(
