@@ -60,9 +60,28 @@ def _of_zero3(trainer: Any) -> Iterator[None]:
     import deepspeed
 
     engine = trainer.model_wrapped
-    with deepspeed.zero.GatheredParameters(engine.parameters()):
+    with deepspeed.zero.GatheredParameters(engine.parameters()), _without_start_of_forward(engine):
         remove_hooks(engine)
         try:
             yield
         finally:
             add_hooks(engine)
+
+
+@contextmanager
+def _without_start_of_forward(engine: Any) -> Iterator[None]:
+    """Inside, a forward of the whole model does not ask the other ranks whether they begin one too.
+
+    TRL's `remove_hooks` leaves this one hook of DeepSpeed's, and ranks run forwards of their own here: they would wait for
+    each other for ever.
+    """
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    handle = getattr(offload, "fwd_pre_hook", None)
+    hooks = None if handle is None else offload.module._forward_pre_hooks  # type: ignore[union-attr]
+    hook = None if hooks is None else hooks.pop(handle.id, None)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hooks[handle.id] = hook
+            hooks.move_to_end(handle.id, last=False)  # before those that gather layers
