@@ -75,10 +75,10 @@ def _without_start_of_forward(engine: Any) -> Iterator[None]:
     TRL's `remove_hooks` leaves this one hook of DeepSpeed's, and ranks run forwards of their own here: they would wait for
     each other for ever.
     """
-    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
-    handle = getattr(offload, "fwd_pre_hook", None)
-    hooks = None if handle is None else offload.module._forward_pre_hooks  # type: ignore[union-attr]
-    hook = None if hooks is None else hooks.pop(handle.id, None)
+    offload: Any = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    handle: Any = getattr(offload, "fwd_pre_hook", None)
+    hooks: Any = {} if handle is None else offload.module._forward_pre_hooks
+    hook = None if handle is None else hooks.pop(handle.id, None)
     try:
         yield
     finally:
