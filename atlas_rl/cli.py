@@ -16,9 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train_speculator(commands)
     _add_plan(commands)
+    _add_report(commands)
     args = parser.parse_args(arguments)
     try:
-        args.run(args)
+        args.run_command(args)
     except (ValueError, OSError) as error:
         print(f"atlas-rl {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -54,7 +55,7 @@ def _add_train_speculator(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(run=train_speculator)
+    parser.set_defaults(run_command=train_speculator)
 
 
 def _add_plan(commands: Any) -> None:
@@ -84,7 +85,20 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--round-overhead-ms", type=float, default=0.0, help="what the engine adds to every round that "
                         "drafts, if measured [0]")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON in SI units")
-    parser.set_defaults(run=plan)
+    parser.set_defaults(run_command=plan)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="one HTML page of a run, or of several side by side",
+        description="Write one HTML page that needs nothing but a browser: whether speculation paid, where the seconds "
+        "went, who drafted and how well, warnings and what to do about them. Ranks are merged; a run may be going on.",
+    )
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a run (output_dir), or its rollouts.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page [report.html]")
+    parser.add_argument("--all", action="store_true", help="show earlier runs in the same file, too")
+    parser.set_defaults(run_command=report)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -123,3 +137,10 @@ def train_speculator(args: argparse.Namespace) -> None:
     from atlas_rl.training import command
 
     command.train_speculator(args, AtlasRolloutEngine)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write a page of runs; see `report/page/command.py`. Loads neither torch nor transformers."""
+    from atlas_rl.report.page.command import write_report
+
+    write_report(args)

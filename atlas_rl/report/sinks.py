@@ -15,7 +15,7 @@ from atlas_rl.report.report import ORIGIN, PHASES, StepReport
 from atlas_rl.report.sums import concatenate
 
 CONSOLE_WIDTH = 140
-_REPORTS = "rollouts.jsonl"
+REPORTS_FILE = "rollouts.jsonl"
 _MAX_NAMED = 10  # line numbers in one warning
 
 
@@ -133,9 +133,9 @@ def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]
     """
     rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
     trace_name = f"controller.rank{rank}.jsonl" if several else "controller.jsonl"
-    check_folder(folder, "output_dir", _REPORTS, trace_name)
+    check_folder(folder, "output_dir", REPORTS_FILE, trace_name)
     origin = dict(zip(ORIGIN, (uuid4().hex[:12], rank), strict=True))
-    return JsonlSink(folder / _REPORTS, origin), JsonlSink(folder / trace_name, origin) if trace else None
+    return JsonlSink(folder / REPORTS_FILE, origin), JsonlSink(folder / trace_name, origin) if trace else None
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -143,8 +143,17 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
     Lines that hold none, because they were half written or damaged, are skipped with one warning that counts them.
     """
-    rows, skipped = [], []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+    rows, skipped = parse_jsonl(Path(path).read_bytes())
+    if skipped:
+        where = ", ".join(map(str, skipped[:_MAX_NAMED])) + (", ..." if len(skipped) > _MAX_NAMED else "")
+        warnings.warn(f"{path}: skipped {len(skipped)} half-written or damaged lines: {where}", stacklevel=2)
+    return list(rows.values())
+
+
+def parse_jsonl(content: bytes) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """The objects of a JSONL file by line number, counted from 1, and the numbers of the lines that hold none."""
+    rows, skipped = {}, []
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -152,13 +161,10 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):  # no JSON, or bytes that are no UTF-8
             row = None
         if isinstance(row, dict):
-            rows.append(row)
+            rows[number] = row
         else:
             skipped.append(number)
-    if skipped:
-        where = ", ".join(map(str, skipped[:_MAX_NAMED])) + (", ..." if len(skipped) > _MAX_NAMED else "")
-        warnings.warn(f"{path}: skipped {len(skipped)} half-written or damaged lines: {where}", stacklevel=2)
-    return rows
+    return rows, skipped
 
 
 def summary_table(reports: Sequence[StepReport], *, baseline: Sequence[StepReport] = ()) -> str:

@@ -1,0 +1,81 @@
+"""Checks that a line of a report file is a report, so that a damaged one is counted and not drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any, get_args
+
+from atlas_rl.report.report import Mode, StepReport
+
+_FIELDS = {field.name: field for field in fields(StepReport)}
+_DERIVED = {name for name, value in vars(StepReport).items() if isinstance(value, property)}
+
+
+def report_of(row: Mapping[str, Any]) -> StepReport:
+    """The report of a line.
+
+    Keys that no report has are left out: callers may add figures of their own.
+
+    Raises:
+        ValueError: Fields are missing, of another type, or do not fit each other.
+    """
+    required = [
+        name for name, field in _FIELDS.items() if field.default is MISSING and field.default_factory is MISSING
+    ]
+    if missing := [name for name in required if name not in row]:
+        raise ValueError(f"no step report: it lacks {', '.join(missing)}")
+    given = {name: row[name] for name in _FIELDS if name in row}
+    for name, value in given.items():
+        if not FORMS[str(_FIELDS[name].type)](value):
+            raise ValueError(f"no step report: its {name} is {value!r:.60}")
+    report = StepReport.from_dict(given)
+    if set(report.drafted) != set(report.accepted):
+        raise ValueError("no step report: drafted and accepted name other speculators")
+    if len(report.drafted_by_position) != len(report.accepted_by_position):
+        raise ValueError("no step report: drafted and accepted have other positions")
+    return report
+
+
+def unknown_keys(row: Mapping[str, Any], origin: tuple[str, ...]) -> set[str]:
+    """Keys of a line that are neither a field, a derived figure nor one of `origin`."""
+    return set(row) - set(_FIELDS) - _DERIVED - set(origin)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_optional_number(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _each(form: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, list | tuple) and all(map(form, values))
+
+
+def _by_name(form: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, dict) and all(map(form, values.values()))
+
+
+def _is_point(value: Any) -> bool:
+    return _each(_is_count)(value) and len(value) == 2
+
+
+FORMS: Mapping[str, Callable[[Any], bool]] = {
+    "int": _is_count,
+    "float": _is_number,
+    "float | None": _is_optional_number,
+    "Mode": lambda value: value in get_args(Mode),
+    "dict[str, int]": _by_name(_is_count),
+    "dict[str, float]": _by_name(_is_number),
+    "tuple[int, ...]": _each(_is_count),
+    "tuple[str, ...]": _each(lambda value: isinstance(value, str)),
+    "tuple[tuple[int, int], ...]": _each(_is_point),
+}
+"""By a field's annotation, whether a JSON value fits it."""

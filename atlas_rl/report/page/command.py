@@ -1,0 +1,54 @@
+"""What `atlas-rl report` does: reads runs, writes one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from datetime import datetime
+from pathlib import Path
+
+from atlas_rl.report.page.html import page
+from atlas_rl.report.page.reading import read_runs
+
+
+def write_report(args: argparse.Namespace) -> None:
+    """Write the page of `args.run`, one path or several, to `args.output`.
+
+    Raises:
+        ValueError: Plotly is missing, or a path holds no run.
+        OSError: A file cannot be read or written.
+    """
+    source = plotly_js()
+    runs = read_runs(args.run, earlier=args.all)
+    made_at = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    _write(args.output, page(runs, source, made_at))
+    print(
+        f"{args.output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {sum(len(r.steps) for r in runs):,} steps"
+    )
+    for run in runs:
+        for note in run.notes:
+            print(f"  {run.name}: {note}")
+
+
+def plotly_js() -> str:
+    """Source of plotly.js, from the Python package; `ValueError` where it is missing."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ValueError(
+            "the page's charts need plotly: pip install 'atlas-rl[report]', or in a checkout pip install -e '.[report]'"
+        ) from error
+    return get_plotlyjs()
+
+
+def _write(output: Path, text: str) -> None:
+    """Replace a file in one go: a browser that reloads it never sees half a page."""
+    if output.is_dir():
+        raise ValueError(f"--output '{output}' is a folder: name a file in it, such as {output / 'report.html'}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(output)
+    finally:
+        draft.unlink(missing_ok=True)

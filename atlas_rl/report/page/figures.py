@@ -1,0 +1,137 @@
+"""Parts of a page: panels, figures in plotly's JSON, and tables. Nothing here loads plotly.
+
+Colours of text and grid are the page's: they follow the reader's light or dark scheme (`page.js`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atlas_rl.report.page.reading import Run
+from atlas_rl.report.report import StepReport
+from atlas_rl.report.sums import concatenate
+
+COLORS = ("#3b82c4", "#d9822b", "#2f9e77", "#c0569b", "#8a6fd1", "#a8892c", "#d1495b", "#4aa8b5", "#7d8590", "#6b8e23")
+"""Readable on white and on near-black."""
+GREY = "#8b929c"
+MOST_POINTS = 250
+"""Of one line; longer runs are drawn as sums over neighbouring steps."""
+_FEW_POINTS = 40  # up to here a line shows its points
+_FEW_TICKS = 12
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart: traces and layout of plotly, with a caption of its own or none."""
+
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    caption: str = ""
+    height_px: int = 300
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; the first column names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One section of the page.
+
+    Attributes:
+        key: Its anchor.
+        title: Two or three words.
+        sentence: What it shows.
+        parts: What it shows it with.
+        absent: Why there is nothing to show; empty where there is.
+    """
+
+    key: str
+    title: str
+    sentence: str
+    parts: tuple[Figure | Table, ...] = ()
+    absent: str = ""
+
+
+def color_of(index: int) -> str:
+    """The colour of the index-th run or drafter."""
+    return COLORS[index % len(COLORS)]
+
+
+def groups(steps: Sequence[StepReport], most: int = MOST_POINTS) -> list[Sequence[StepReport]]:
+    """Neighbouring steps, at most `most` groups of equal size."""
+    size = -(-len(steps) // most)
+    return [steps[i : i + size] for i in range(0, len(steps), size)]
+
+
+def points(steps: Sequence[StepReport]) -> list[StepReport]:
+    """One report per group: counts and seconds added up, so that its ratios are those of all its tokens."""
+    return [concatenate(group) for group in groups(steps)]
+
+
+def having(steps: Iterable[StepReport], *names: str) -> list[StepReport]:
+    """The steps in which all of these figures are known."""
+    return [report for report in steps if all(getattr(report, name) is not None for name in names)]
+
+
+def pale(color: str) -> str:
+    """A colour of `COLORS`, for areas that lie over each other."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.15)"
+
+
+def line(name: str, x: Sequence[Any], y: Sequence[Any], color: str, **more: Any) -> dict[str, Any]:
+    """A line over steps; its points are marked where there are few."""
+    mode = "lines+markers" if len(x) <= _FEW_POINTS else "lines"
+    trace = {"type": "scatter", "mode": mode, "name": name, "x": list(x), "y": list(y)}
+    return trace | {"line": {"color": color, "width": 2}, "marker": {"color": color, "size": 5}} | more
+
+
+def dots(name: str, x: Sequence[Any], y: Sequence[Any], color: str, **more: Any) -> dict[str, Any]:
+    """Single points."""
+    marker = {"color": color, "size": 9, "symbol": "diamond"}
+    return {"type": "scatter", "mode": "markers", "name": name, "x": list(x), "y": list(y), "marker": marker} | more
+
+
+def bars(name: str, x: Sequence[Any], y: Sequence[Any], color: str, **more: Any) -> dict[str, Any]:
+    """Horizontal bars, `x` long, one for every name in `y`."""
+    trace = {"type": "bar", "orientation": "h", "name": name, "x": list(x), "y": list(y)}
+    return trace | {"marker": {"color": color}} | more
+
+
+def layout(x_title: str, y_title: str, **more: Any) -> dict[str, Any]:
+    """Axes with titles; y begins at zero, because most figures here are amounts."""
+    axes = {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": y_title}, "rangemode": "tozero"}}
+    return axes | more
+
+
+def over_steps(runs: Sequence[Run], y_title: str, **more: Any) -> dict[str, Any]:
+    """Axes of figures over the steps of runs; few steps get a tick each, and none between them."""
+    title = {"train": "training step", "standalone": "call", "eval": "evaluation at step"}[runs[0].mode]
+    size = max(len(group) for run in runs for group in groups(run.steps))
+    axes = layout(f"{title} ({size} per point)" if size > 1 else title, y_title, **more)
+    numbers = [report.step for run in runs for report in run.steps]
+    axes["xaxis"] |= whole_ticks(min(numbers), max(numbers))
+    return axes
+
+
+def whole_ticks(least: int, most: int) -> dict[str, Any]:
+    """Part of an axis of whole numbers."""
+    return {"dtick": 1, "tickformat": "d"} if most - least <= _FEW_TICKS else {"tickformat": "d"}
+
+
+def mark(y: float, text: str) -> dict[str, Any]:
+    """Layout of a horizontal line with its meaning written at its right end."""
+    shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y}
+    label = {"xref": "paper", "x": 1, "y": y, "text": text, "showarrow": False, "xanchor": "right", "yanchor": "bottom"}
+    return {
+        "shapes": [shape | {"line": {"color": GREY, "width": 1.5, "dash": "dot"}}],
+        "annotations": [label | {"font": {"size": 11, "color": GREY}}],
+    }

@@ -1,0 +1,88 @@
+"""The top of the page: each run's figures, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from atlas_rl.report.page.figures import Table
+from atlas_rl.report.page.reading import Run
+from atlas_rl.report.page.totals import Totals, totals
+from atlas_rl.report.page.verdict import verdict
+
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A run's name, its tiles (label, value, remark), its verdict and its notes."""
+
+    name: str
+    tiles: tuple[tuple[str, str, str], ...]
+    verdict: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def headline(run: Run) -> Headline:
+    """The headline of one run."""
+    figures = totals(run.steps)
+    tiles = tuple((label, form(figures), remark(figures)) for label, form, remark in _ROWS)
+    return Headline(run.name, tiles, tuple(verdict(run.steps)), run.notes)
+
+
+def side_by_side(runs: Sequence[Run]) -> Table:
+    """The same figures of several runs, a column each."""
+    figures = [totals(run.steps) for run in runs]
+    rows = [(label, *(form(of) for of in figures)) for label, form, _ in _ROWS]
+    return Table(("", *(run.name for run in runs)), rows)
+
+
+def ratio(value: float | None) -> str:
+    """A gain as text."""
+    return _NONE if value is None else f"{value:.2f}×"
+
+
+def share(value: float | None) -> str:
+    """A share as text."""
+    return _NONE if value is None else f"{value:.0%}"
+
+
+def amount(value: float | None) -> str:
+    """A number as text, with three digits at least."""
+    if value is None:
+        return _NONE
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _of_steps(count: int, run: Totals) -> str:
+    return f"{count} of {run.num_steps} steps" if count else "no step has one"
+
+
+def _share_remark(run: Totals) -> str:
+    return "reruns count as the rest" if run.shares_with_reruns else "of the training step"
+
+
+_ROWS: tuple[tuple[str, Callable[[Totals], str], Callable[[Totals], str]], ...] = (
+    ("tokens/s", lambda run: amount(run.all.tokens_per_s), lambda run: f"{run.all.num_tokens:,} tokens"),
+    ("gain, measured", lambda run: ratio(run.measured), lambda run: _of_steps(run.num_measured, run)),
+    ("gain, estimated", lambda run: ratio(run.estimated), lambda run: _of_steps(run.num_estimated, run)),
+    (
+        "accepted length",
+        lambda run: f"{run.all.accepted_length:.2f}" if run.all.speculation else _NONE,
+        lambda run: "tokens per forward and request" if run.all.speculation else "speculation was off",
+    ),
+    (
+        "drafts accepted",
+        lambda run: share(run.all.acceptance_rate),
+        lambda run: f"{sum(run.all.drafted.values()):,} drafted",
+    ),
+    ("rollout's share", lambda run: share(run.generation_share), _share_remark),
+    ("Amdahl bound", lambda run: ratio(run.amdahl_bound), lambda run: "of the step, at this length"),
+    (
+        "entropy",
+        lambda run: _NONE if run.all.entropy is None else f"{run.all.entropy:.2f}",
+        lambda run: "nats per token",
+    ),
+    ("steps", lambda run: f"{run.num_steps:,}", lambda run: f"{amount(run.all.generate_s)} s of generation"),
+    ("warnings", lambda run: f"{len(run.all.warnings):,}", lambda run: "different ones"),
+)

@@ -1,0 +1,233 @@
+"""Reads runs from report files: which lines belong together, and what had to be left out.
+
+Several engines may have written one file: the ranks of a launch, a run that was resumed, and runs one after the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from atlas_rl.report.page.checking import report_of, unknown_keys
+from atlas_rl.report.report import ORIGIN, Mode, StepReport
+from atlas_rl.report.sinks import REPORTS_FILE, parse_jsonl
+from atlas_rl.report.sums import merge
+
+_MODES: tuple[Mode, ...] = ("train", "standalone", "eval")
+_GOING_STEPS = 3  # a file that was written less than this many steps ago may still be written
+
+
+@dataclass(frozen=True)
+class Run:
+    """The steps of one run.
+
+    Attributes:
+        name: Tells it from the others on the page.
+        mode: Of its steps: `train` if it has any, else `standalone`, else `eval`.
+        steps: One report per step, ranks merged, in order.
+        notes: What was skipped, merged or left out, a sentence each.
+    """
+
+    name: str
+    mode: Mode
+    steps: tuple[StepReport, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    engine: str
+    rank: int
+    report: StepReport
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Lines of processes that were started together: one engine per rank."""
+
+    lines: tuple[_Line, ...]
+
+    @property
+    def first_step(self) -> int:
+        return self.lines[0].report.step
+
+
+def read_runs(paths: Sequence[Path], *, earlier: bool = False, now_s: float | None = None) -> list[Run]:
+    """The runs of report files, named by what tells their paths apart.
+
+    Args:
+        paths: `rollouts.jsonl` files, or folders that hold one.
+        earlier: Include runs that had ended when the newest one of the same file began.
+        now_s: Seconds since the epoch; None takes the clock.
+
+    Raises:
+        ValueError: A path holds no report, or is given twice.
+        OSError: A file cannot be read.
+    """
+    files = [report_file(path) for path in paths]
+    if len(set(files)) < len(files):
+        raise ValueError("a run is given twice: name each once")
+    runs = []
+    for file, name in zip(files, _names(files), strict=True):
+        runs += _read(file, name, earlier, time.time() if now_s is None else now_s)
+    return runs
+
+
+def report_file(path: Path) -> Path:
+    """The report file that a path stands for.
+
+    Raises:
+        ValueError: There is none; the message names those in folders below.
+    """
+    if path.is_dir():
+        if (path / REPORTS_FILE).is_file():
+            return (path / REPORTS_FILE).resolve()
+        below = sorted(path.glob(f"*/{REPORTS_FILE}")) + sorted(path.glob(f"*/*/{REPORTS_FILE}"))
+        hint = f"; did you mean {' or '.join(str(file.parent) for file in below[:4])}?" if below else ""
+        raise ValueError(
+            f"'{path}' holds no {REPORTS_FILE}{hint or ': AtlasRolloutEngine(output_dir=...) writes it there'}"
+        )
+    if not path.is_file():
+        raise ValueError(f"there is no '{path}': name the folder of a run, or its {REPORTS_FILE}")
+    return path.resolve()
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The shortest ends of the folders' paths that differ."""
+    folders = [file.parent.parts if file.name == REPORTS_FILE else file.parts for file in files]
+    for length in range(1, max(map(len, folders)) + 1):
+        names = ["/".join(folder[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read(file: Path, name: str, earlier: bool, now_s: float) -> list[Run]:
+    rows, skipped = parse_jsonl(file.read_bytes())
+    lines, refused = _lines(rows)
+    if not lines:
+        reason = f": {next(iter(refused.values()))}" if refused else ""
+        raise ValueError(f"'{file}' holds no step report{reason}")
+    notes = _notes_on_lines(rows, skipped, refused)
+    groups = _groups(_launches(lines))
+    began = groups[-1][0].lines[0].number
+    kept = [group for group in groups if earlier or _last_line(group) >= began]
+    if len(kept) < len(groups):
+        notes.append(f"{len(groups) - len(kept)} earlier runs in the same file are left out: --all shows them.")
+    runs = [_run(name if len(kept) == 1 else f"{name} #{i}", group) for i, group in enumerate(kept, start=1)]
+    notes += _going(runs[-1], now_s - file.stat().st_mtime)
+    return [replace(run, notes=(*run.notes, *notes)) for run in runs]
+
+
+def _lines(rows: Mapping[int, Mapping[str, Any]]) -> tuple[list[_Line], dict[int, str]]:
+    lines, refused = [], {}
+    for number, row in rows.items():
+        try:
+            report = report_of(row)
+        except ValueError as error:
+            refused[number] = str(error)
+        else:
+            rank = row.get("rank", 0)
+            lines.append(_Line(number, str(row.get("engine", "")), rank if isinstance(rank, int) else 0, report))
+    return lines, refused
+
+
+def _notes_on_lines(
+    rows: Mapping[int, Mapping[str, Any]], skipped: Sequence[int], refused: Mapping[int, str]
+) -> list[str]:
+    notes = []
+    if skipped:
+        notes.append(f"{len(skipped)} half-written or damaged {_lines_named(skipped)} skipped.")
+    if refused:
+        notes.append(f"{len(refused)} {_lines_named(refused)} skipped ({next(iter(refused.values()))}).")
+    unknown = sorted(set().union(*(unknown_keys(row, ORIGIN) for n, row in rows.items() if n not in refused)))
+    if unknown:
+        notes.append(f"Figures that this version does not know are left out: {', '.join(unknown[:10])}.")
+    return notes
+
+
+def _lines_named(numbers: Iterable[int]) -> str:
+    numbers = list(numbers)
+    first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    return f"{'line' if len(numbers) == 1 else 'lines'} ({first}) {'was' if len(numbers) == 1 else 'were'}"
+
+
+def _launches(lines: Sequence[_Line]) -> list[_Launch]:
+    """The n-th engine of every rank belong together: a process makes a random name for its engine when it starts."""
+    place: dict[tuple[int, str], int] = {}
+    of_rank: dict[int, int] = {}
+    launches: dict[int, list[_Line]] = {}
+    for line in lines:
+        key = (line.rank, line.engine)
+        if key not in place:
+            place[key] = of_rank.get(line.rank, 0)
+            of_rank[line.rank] = place[key] + 1
+        launches.setdefault(place[key], []).append(line)
+    return [_Launch(tuple(of)) for of in launches.values()]
+
+
+def _groups(launches: Sequence[_Launch]) -> list[list[_Launch]]:
+    """Launches by run: one that begins later in the file and at a later step goes on where the one before it stopped."""
+    groups: list[list[_Launch]] = []
+    for launch in launches:
+        before = groups[-1] if groups else None
+        resumed = before and launch.lines[0].number > _last_line(before) and launch.first_step > before[0].first_step
+        if before and resumed:
+            before.append(launch)
+        else:
+            groups.append([launch])
+    return groups
+
+
+def _last_line(group: Sequence[_Launch]) -> int:
+    return max(line.number for launch in group for line in launch.lines)
+
+
+def _run(name: str, group: Sequence[_Launch]) -> Run:
+    notes: list[str] = []
+    reports: list[StepReport] = []
+    for launch in group:
+        merged, more = _merged(launch)
+        kept = [report for report in reports if report.step < launch.first_step]
+        if launch is not group[0]:
+            again = len(reports) - len(kept)
+            notes.append(f"The run was resumed at step {launch.first_step}; {again} steps were done again.")
+        reports, notes = kept + merged, notes + more
+    mode = next(mode for mode in _MODES if any(report.mode == mode for report in reports))
+    steps = [report for report in reports if report.mode == mode]
+    if len(steps) < len(reports):
+        others = len(reports) - len(steps)
+        notes.append(f"{others} {'line' if others == 1 else 'lines'} of other modes than {mode} are left out.")
+    return Run(name, mode, tuple(sorted(steps, key=lambda report: report.step)), tuple(notes))
+
+
+def _merged(launch: _Launch) -> tuple[list[StepReport], list[str]]:
+    """One report per step; steps that not every rank has reported are left out, as long as any are whole."""
+    ranks = {line.rank for line in launch.lines}
+    found: dict[tuple[Any, ...], dict[int, StepReport]] = {}
+    seen: dict[tuple[Any, ...], int] = {}
+    for line in launch.lines:
+        report = line.report
+        key = (report.mode, report.step, report.policy_version)
+        turn = seen.get((line.rank, *key), 0)  # several generations of one step stay apart
+        seen[(line.rank, *key)] = turn + 1
+        found.setdefault((*key, turn), {})[line.rank] = report
+    whole = [list(by_rank.values()) for by_rank in found.values() if len(by_rank) == len(ranks)]
+    notes = []
+    if len(ranks) > 1:
+        notes.append(f"{len(ranks)} ranks are merged: counts add up, seconds are those of the slowest.")
+    if whole and len(whole) < len(found):
+        notes.append(f"{len(found) - len(whole)} steps are left out: not every rank has reported them.")
+    return [merge(reports) for reports in whole or (list(of.values()) for of in found.values())], notes
+
+
+def _going(run: Run, age_s: float) -> list[str]:
+    usual_s = median(report.step_s or report.generate_s for report in run.steps)
+    if age_s > _GOING_STEPS * usual_s + 1:
+        return []
+    return [f"The last line was written {max(0.0, age_s):.0f} s before this page was made: the run may be going on."]

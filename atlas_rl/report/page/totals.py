@@ -1,0 +1,80 @@
+"""Figures of a whole run, each over the steps that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atlas_rl.report.page.figures import having
+from atlas_rl.report.report import PHASES, StepReport
+from atlas_rl.report.sums import concatenate
+
+OVERHEAD = ("draft", "controller", "observe", "refresh")
+"""Phases that a run without speculation does not have."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A run in a few numbers; None where no step knows.
+
+    Attributes:
+        all: All steps added up.
+        num_steps: How many they are.
+        measured: Tokens/s over those of the reruns without speculation.
+        num_measured: Steps with such a rerun.
+        estimated: Tokens/s over the estimate of those without speculation.
+        num_estimated: Steps with such an estimate.
+        generation_share: Generation's share of the training steps' time.
+        amdahl_bound: Most that the whole step can gain at this accepted length.
+        overhead_share: Share of generation that goes to drafting, planning, learning and refreshing.
+        shares_with_reruns: Whether the two before count the time of reruns, as no step was without one.
+    """
+
+    all: StepReport
+    num_steps: int
+    measured: float | None
+    num_measured: int
+    estimated: float | None
+    num_estimated: int
+    generation_share: float | None
+    amdahl_bound: float | None
+    overhead_share: float
+    shares_with_reruns: bool
+
+    @property
+    def gain(self) -> float | None:
+        """The measured gain, or else the estimated one."""
+        return self.estimated if self.measured is None else self.measured
+
+
+def totals(steps: Sequence[StepReport]) -> Totals:
+    """Add up the steps of a run, at least one."""
+    total = concatenate(steps)
+    measured, estimated = having(steps, "baseline_tokens_per_s"), having(steps, "no_speculation_s")
+    timed = having(steps, "step_s")
+    # A rerun without speculation belongs to the time of its step and not to its generation.
+    undisturbed = [report for report in timed if report.baseline_tokens_per_s is None]
+    shares = concatenate(undisturbed or timed) if timed else None
+    bounded = [report for report in undisturbed or timed if report.amdahl_bound is not None]
+    return Totals(
+        all=total,
+        num_steps=len(steps),
+        measured=concatenate(measured).speedup_measured if measured else None,
+        num_measured=len(measured),
+        estimated=concatenate(estimated).speedup_estimate if estimated else None,
+        num_estimated=len(estimated),
+        generation_share=shares.generation_share if shares else None,
+        amdahl_bound=concatenate(bounded).amdahl_bound if bounded else None,
+        overhead_share=sum(phase_s(total, name) for name in OVERHEAD) / total.generate_s if total.generate_s else 0.0,
+        shares_with_reruns=bool(timed) and not undisturbed,
+    )
+
+
+def phase_s(report: StepReport, phase: str) -> float:
+    """Seconds of a phase of `PHASES`, or of `other`."""
+    return getattr(report, f"{phase}_s")
+
+
+def phases_of(reports: Sequence[StepReport]) -> list[str]:
+    """Phases that took any time in these reports, `other` last."""
+    return [phase for phase in (*PHASES, "other") if any(phase_s(report, phase) > 0 for report in reports)]

@@ -1,0 +1,93 @@
+"""Says in sentences whether speculation paid in a run, why not, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from atlas_rl.report.page.totals import Totals, totals
+from atlas_rl.report.report import StepReport
+
+_NOISE = 0.02  # a gain this close to one is none
+_LATE_STEPS = 8  # from here on the last quarter of a run is looked at on its own
+_HIGH_OVERHEAD = 0.15
+_LOW_ACCEPTANCE = 0.35
+_HARDLY_DRAFTED = 0.1  # draft tokens per decoded one
+
+
+def verdict(steps: Sequence[StepReport]) -> list[str]:
+    """Sentences about a run of at least one step, the most important first."""
+    run = totals(steps)
+    if not run.all.speculation:
+        return [
+            "Speculation was off: these are the figures of plain decoding, which another run can be compared with.",
+            *_bound(run),
+        ]
+    return [_outcome(run), *_lately(steps), *_reasons(run), *_bound(run), *_changes(run)]
+
+
+def _outcome(run: Totals) -> str:
+    if run.gain is None:
+        return (
+            "Whether speculation paid is not known yet: no step has an estimate of its time without speculation, and none "
+            "was repeated without it."
+        )
+    if run.measured is not None:
+        known = f"measured on {run.num_measured} of {_steps(run.num_steps)}"
+        if run.estimated is not None:
+            known += f"; the estimate over {_steps(run.num_estimated)} is {run.estimated:.2f}x"
+    else:
+        known = f"estimated over {run.num_estimated} of {_steps(run.num_steps)}, not measured"
+    if run.gain > 1 + _NOISE:
+        return f"Speculation paid: {run.gain:.2f}x the tokens/s of no speculation ({known})."
+    if run.gain < 1 - _NOISE:
+        return f"Speculation cost speed: {run.gain:.2f}x the tokens/s of no speculation ({known})."
+    return f"Speculation made no difference: {run.gain:.2f}x the tokens/s of no speculation ({known})."
+
+
+def _lately(steps: Sequence[StepReport]) -> list[str]:
+    if len(steps) < _LATE_STEPS:
+        return []
+    late = totals(steps[-(len(steps) // 4) :])
+    if late.gain is None:
+        return []
+    how = "measured" if late.measured is not None else "estimated"
+    return [f"In the last {late.num_steps} steps it was {late.gain:.2f}x ({how})."]
+
+
+def _reasons(run: Totals) -> list[str]:
+    if run.gain is None or run.gain > 1 + _NOISE:
+        return []
+    reasons, total = [], run.all
+    if run.overhead_share > _HIGH_OVERHEAD:
+        reasons.append(
+            f"Drafting, planning and learning took {run.overhead_share:.0%} of the generation. On a small policy or in "
+            "short runs the accepted drafts do not pay that back."
+        )
+    rate = total.acceptance_rate
+    if rate is not None and rate < _LOW_ACCEPTANCE:
+        at = "" if total.entropy is None else f" at an entropy of {total.entropy:.2f} nats per token"
+        reasons.append(f"{rate:.0%} of the draft tokens were accepted{at}: the more random a policy, the fewer are.")
+    if sum(total.drafted.values()) < _HARDLY_DRAFTED * total.num_decoded_tokens:
+        reasons.append("Few tokens were drafted: the controller expected drafts not to pay.")
+    return reasons
+
+
+def _bound(run: Totals) -> list[str]:
+    if run.generation_share is None:
+        return []
+    text = f"Generation took {run.generation_share:.0%} of the training step"
+    if run.all.speculation and run.amdahl_bound is not None:
+        text += f"; at this accepted length the whole step can become at most {run.amdahl_bound:.2f}x as fast"
+    return [text + (" (reruns without speculation count as the rest of the step)." if run.shares_with_reruns else ".")]
+
+
+def _changes(run: Totals) -> list[str]:
+    if run.measured is None and run.all.mode == "train":
+        return ["To measure the gain instead of estimating it, attach with `baseline_every=20`."]
+    if run.measured is not None and run.measured < 1 - _NOISE:
+        return ["`AtlasRolloutEngine(speculation=False)` draws the same tokens without drafts."]
+    return []
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'' if count == 1 else 's'}"
