@@ -15,12 +15,14 @@ from atlas_rl.report.page.figures import (
     over_steps,
     points,
     whole_ticks,
+    whose,
 )
 from atlas_rl.report.page.reading import Run
 from atlas_rl.report.page.speed import known_points, steps_of
 from atlas_rl.report.sums import concatenate
 
 _ENOUGH_DRAFTS = 20  # verified at a position, for its acceptance to be shown
+_ENOUGH_PER_POINT = 10
 
 
 def speculators(runs: Sequence[Run]) -> Panel:
@@ -34,7 +36,7 @@ def speculators(runs: Sequence[Run]) -> Panel:
         total = concatenate(run.steps)
         for name, drafted in total.drafted.items():
             rate = f" ({total.accepted[name] / drafted:.0%})" if drafted else ""
-            rows.append(f"{_of(run, drafting)}{name}{rate}")
+            rows.append(f"{whose(run, drafting, ': ')}{name}{rate}")
             accepted.append(total.accepted[name])
             refused.append(drafted - total.accepted[name])
     data = [bars("accepted", accepted, rows, color_of(2)), bars("not accepted", refused, rows, GREY)]
@@ -49,11 +51,14 @@ def _over_steps(run: Run, drafting: Sequence[Run]) -> Figure:
     reports = points(run.steps)
     names = list(dict.fromkeys(name for report in reports for name in report.drafted))
     for i, name in enumerate(names):
-        rates = [r.accepted[name] / r.drafted[name] if r.drafted.get(name) else None for r in reports]
-        data.append(line(name, steps_of(reports), rates, color_of(i), connectgaps=True))
+        rates = [
+            r.accepted[name] / r.drafted[name] if r.drafted.get(name, 0) >= _ENOUGH_PER_POINT else None for r in reports
+        ]
+        data.append(line(name, steps_of(reports), rates, color_of(i), mode="lines+markers"))
     axes = over_steps([run], "accepted share")
     axes["yaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}
-    return Figure(data, axes, f"{_of(run, drafting)}accepted share over steps".capitalize())
+    caption = f"{whose(run, drafting, ': ')}Accepted share over steps, of {_ENOUGH_PER_POINT} draft tokens at least"
+    return Figure(data, axes, caption)
 
 
 def by_position(runs: Sequence[Run]) -> Panel:
@@ -106,13 +111,8 @@ def calibration(runs: Sequence[Run]) -> Panel:
         names = list(dict.fromkeys(name for report in reports for name in report.calibration_error))
         for i, name in enumerate(names):
             errors = [report.calibration_error.get(name) for report in reports]
-            data.append(line(name, steps_of(reports), errors, color_of(i), connectgaps=True))
+            data.append(line(name, steps_of(reports), errors, color_of(i), mode="lines+markers"))
         if data:
-            whose = f"{run.name}" if len(runs) > 1 else ""
-            parts.append(Figure(data, over_steps([run], "error of the share"), whose))
+            parts.append(Figure(data, over_steps([run], "error of the share"), whose(run, runs, "")))
     absent = "" if parts else "No draft was scored against an estimate."
     return Panel("calibration", "Calibration of the controller", sentence, tuple(parts), absent)
-
-
-def _of(run: Run, runs: Sequence[Run]) -> str:
-    return f"{run.name}: " if len(runs) > 1 else ""

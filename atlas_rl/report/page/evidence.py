@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from atlas_rl.report.advice import advice_for
-from atlas_rl.report.page.figures import Figure, Panel, Table, color_of, groups, having, line, mark, over_steps
+from atlas_rl.report.page.figures import Figure, Panel, Table, color_of, groups, having, line, mark, over_steps, whose
 from atlas_rl.report.page.reading import Run
 from atlas_rl.report.page.speed import known_points, steps_of
 from atlas_rl.report.sums import concatenate
@@ -41,11 +41,11 @@ def audit(runs: Sequence[Run]) -> Panel:
             rows.append((run.name, share, "–" if total.audit_z is None else f"{total.audit_z:+.1f}", shown))
     if not evidence and not rows:
         return Panel("audit", "Audit", sentence, absent="No token was audited yet (option audit_share).")
-    axes = over_steps(runs, "evidence, nats", **mark(ALARM_NATS, "warning"))
+    axes = over_steps(runs, "evidence, nats", **mark(ALARM_NATS))
     axes["yaxis"]["rangemode"] = "normal"
     parts: list[Figure | Table] = [Figure(evidence, axes, "Evidence")] if evidence else []
     if scores:
-        z_axes = over_steps(runs, "standard deviations", **mark(0, ""))
+        z_axes = over_steps(runs, "standard deviations", **mark(0))
         z_axes["yaxis"]["rangemode"] = "normal"
         caption = "Score of each step: below 0 more random than the policy, above 0 greedier; within ±3 is chance"
         parts.append(Figure(scores, z_axes, caption))
@@ -64,12 +64,11 @@ def warnings(runs: Sequence[Run]) -> Panel:
                 when.setdefault(message, []).append(report.step)
         rows = [(text, _steps(at), advice_for(text)) for text, at in list(when.items())[:_MOST_WARNINGS]]
         more = f", the first {_MOST_WARNINGS} of {len(when)}" if len(when) > _MOST_WARNINGS else ""
-        whose = f"{run.name}{more}" if len(runs) > 1 or more else ""
         if rows:
-            parts.append(Table(("warning", "steps", "what to do"), rows, whose))
+            parts.append(Table(("warning", "steps", "what to do"), rows, whose(run, runs, "") + more))
         faults = concatenate(run.steps).drafter_faults
         if faults:
-            header = (f"errors of drafters{_of(run, runs)}", "count")
+            header = (f"errors of drafters{' of ' if len(runs) > 1 else ''}{whose(run, runs, '')}", "count")
             parts.append(Table(header, [(name, f"{count:,}") for name, count in faults.items()]))
     absent = "" if parts else "There was none."
     return Panel("warnings", "Warnings", sentence, tuple(parts), absent)
@@ -79,7 +78,3 @@ def _steps(at: Sequence[int]) -> str:
     if len(at) == 1:
         return f"{at[0]}"
     return f"{at[0]} to {at[-1]} ({len(at)}×)"
-
-
-def _of(run: Run, runs: Sequence[Run]) -> str:
-    return f", {run.name}" if len(runs) > 1 else ""

@@ -127,11 +127,12 @@ def whole_ticks(least: int, most: int) -> dict[str, Any]:
     return {"dtick": 1, "tickformat": "d"} if most - least <= _FEW_TICKS else {"tickformat": "d"}
 
 
-def mark(y: float, text: str) -> dict[str, Any]:
-    """Layout of a horizontal line with its meaning written at its right end."""
+def mark(y: float) -> dict[str, Any]:
+    """Layout of a dotted horizontal line."""
     shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y}
-    label = {"xref": "paper", "x": 1, "y": y, "text": text, "showarrow": False, "xanchor": "right", "yanchor": "bottom"}
-    return {
-        "shapes": [shape | {"line": {"color": GREY, "width": 1.5, "dash": "dot"}}],
-        "annotations": [label | {"font": {"size": 11, "color": GREY}}],
-    }
+    return {"shapes": [shape | {"line": {"color": GREY, "width": 1.5, "dash": "dot"}}]}
+
+
+def whose(run: Run, runs: Sequence[Run], after: str = ", ") -> str:
+    """The run's name before what is said of it; nothing where there is but one run."""
+    return f"{run.name}{after}" if len(runs) > 1 else ""

@@ -77,7 +77,11 @@ _ROWS: tuple[tuple[str, Callable[[Totals], str], Callable[[Totals], str]], ...] 
         lambda run: f"{sum(run.all.drafted.values()):,} drafted",
     ),
     ("rollout's share", lambda run: share(run.generation_share), _share_remark),
-    ("Amdahl bound", lambda run: ratio(run.amdahl_bound), lambda run: "of the step, at this length"),
+    (
+        "Amdahl bound",
+        lambda run: ratio(run.amdahl_bound if run.all.speculation else None),
+        lambda run: "of the step, at this length",
+    ),
     (
         "entropy",
         lambda run: _NONE if run.all.entropy is None else f"{run.all.entropy:.2f}",

@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
-  const options = { displayModeBar: false, responsive: true };
+  const options = { displayModeBar: false };
   const printWidth = 680; // px, of a page of A4 or letter
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -33,7 +33,12 @@
       Object.entries(figures).map(([id, { data, layout }]) => Plotly.react(id, data, dressed(data, layout, print), options)),
     );
 
+  const resized = new ResizeObserver((entries) => {
+    for (const { target } of entries) if (target.layout?.autosize) Plotly.Plots.resize(target);
+  });
+
   draw(false).then(() => {
+    document.querySelectorAll(".chart").forEach((chart) => resized.observe(chart));
     document.body.dataset.drawn = document.querySelectorAll(".chart .main-svg").length;
   });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(false));

@@ -21,6 +21,7 @@ from atlas_rl.report.page.figures import (
     over_steps,
     pale,
     points,
+    whose,
 )
 from atlas_rl.report.page.reading import Run
 from atlas_rl.report.page.totals import phase_s, phases_of, totals
@@ -40,12 +41,15 @@ PHASE_COLORS = {
     "audit": "#9c755f",
     "other": GREY,
 }
-_REST = "rest of the training step"
+_USUAL_SHARE, _SPIKE = 0.95, 3.0  # of steps that decide a height, and how much higher one has to be to be cut off
+_REST = "rest of step"
 
 
 def accepted_length(runs: Sequence[Run]) -> Panel:
     """Accepted length over steps."""
-    sentence = "Tokens that one forward of the policy committed per request; 1 is decoding without speculation."
+    sentence = (
+        "Tokens that one forward of the policy committed per request; 1 (dotted) is decoding without speculation."
+    )
     drafting = [(i, run) for i, run in enumerate(runs) if totals(run.steps).all.speculation]
     if not drafting:
         return Panel("accepted-length", "Accepted length", sentence, absent="Speculation was off.")
@@ -53,7 +57,7 @@ def accepted_length(runs: Sequence[Run]) -> Panel:
     for i, run in drafting:
         reports = points(run.steps)
         data.append(line(run.name, steps_of(reports), [r.accepted_length for r in reports], color_of(i)))
-    axes = over_steps(runs, "tokens", **mark(1, "no speculation"))
+    axes = over_steps(runs, "tokens", **mark(1))
     axes["yaxis"]["rangemode"] = "normal"
     return Panel("accepted-length", "Accepted length", sentence, (Figure(data, axes),))
 
@@ -71,34 +75,34 @@ def tokens_per_s(runs: Sequence[Run]) -> Panel:
         estimated = known_points(run.steps, "no_speculation_s")
         if estimated:
             values = [r.no_speculation_tokens_per_s for r in estimated]
-            name, style = f"{run.name}, no speculation (est.)", {"color": color, "width": 1.5, "dash": "dash"}
+            name, style = f"{whose(run, runs)}no speculation (est.)", {"color": color, "width": 1.5, "dash": "dash"}
             data.append(line(name, steps_of(estimated), values, color, line=style, mode="lines"))
         measured = known_points(run.steps, "baseline_tokens_per_s")
         if measured:
             values = [r.baseline_tokens_per_s for r in measured]
-            data.append(dots(f"{run.name}, no speculation (measured)", steps_of(measured), values, color))
+            data.append(dots(f"{whose(run, runs)}no speculation (measured)", steps_of(measured), values, color))
     return Panel("tokens-per-s", "Tokens per second", sentence, (Figure(data, over_steps(runs, "tokens/s")),))
 
 
 def gain(runs: Sequence[Run]) -> Panel:
     """Gain over no speculation over steps."""
-    sentence = "Tokens per second over those without speculation: above 1 speculation paid in that step."
+    sentence = "Tokens per second over those without speculation: above 1 (dotted) speculation paid in that step."
     data = []
     for i, run in enumerate(runs):
         estimated = known_points(run.steps, "no_speculation_s")
         if estimated:
             values = [r.speedup_estimate for r in estimated]
-            data.append(line(f"{run.name}, estimated", steps_of(estimated), values, color_of(i)))
+            data.append(line(f"{whose(run, runs)}estimated", steps_of(estimated), values, color_of(i)))
         measured = known_points(run.steps, "baseline_tokens_per_s")
         if measured:
             values = [r.speedup_measured for r in measured]
-            data.append(dots(f"{run.name}, measured", steps_of(measured), values, color_of(i)))
+            data.append(dots(f"{whose(run, runs)}measured", steps_of(measured), values, color_of(i)))
     if not data:
         reason = (
             "No step has an estimate, as speculation was off or the run has just begun, and none was rerun without it."
         )
         return Panel("gain", "Gain over no speculation", sentence, absent=reason)
-    axes = over_steps(runs, "gain", **mark(1, "no gain"))
+    axes = over_steps(runs, "gain", **mark(1))
     axes["yaxis"]["rangemode"] = "normal"
     return Panel("gain", "Gain over no speculation", sentence, (Figure(data, axes),))
 
@@ -132,9 +136,14 @@ def _seconds_by_step(run: Run, runs: Sequence[Run]) -> Figure:
         rest = [max(0.0, (r.step_s or 0.0) - r.generate_s) / len(g) for r, g in zip(sums, split, strict=True)]
         style = {"line": {"width": 0.5, "color": GREY}, "fillcolor": "rgba(139,146,156,0.18)"}
         data.append(_area(_REST, x, rest, "rgba(139,146,156,0.4)", style if len(x) > 1 else {}, shape))
-    whose = f", {run.name}" if len(runs) > 1 else ""
     axes = over_steps([run], "s per step", barmode="stack", legend={"traceorder": "normal"})
-    return Figure(data, axes, f"Per step, with the rest of the training step where it is known{whose}", 360)
+    caption = f"{whose(run, runs, ': ')}Per step, with the rest of the training step where it is known"
+    heights = sorted(sum(values) for values in zip(*(trace["y"] for trace in data), strict=True))
+    usual = heights[int(_USUAL_SHARE * (len(heights) - 1))]
+    if heights[-1] > _SPIKE * usual:
+        axes["yaxis"]["range"] = [0, 1.5 * usual]
+        caption += f"; the highest, {heights[-1]:.3g} s, is cut off"
+    return Figure(data, axes, caption, 360)
 
 
 def _area(
@@ -167,7 +176,7 @@ def long_tail(runs: Sequence[Run]) -> Panel:
         if newest.active_batch_curve:
             at, active = zip(*newest.active_batch_curve, strict=True)
             style = {"color": color_of(i), "width": 2, "shape": "hv"}
-            name = f"{run.name}, step {newest.step}"
+            name = f"{whose(run, runs)}step {newest.step}"
             curves.append(
                 line(
                     name, at, active, color_of(i), line=style, mode="lines", fill="tozeroy", fillcolor=pale(color_of(i))
@@ -184,7 +193,7 @@ def long_tail(runs: Sequence[Run]) -> Panel:
             values = [getattr(report, f"completion_length_{figure}") for report in reports]
             style = {"color": color_of(i), "width": 2 if dash == "solid" else 1.3, "dash": dash}
             if reports:
-                lengths.append(line(f"{run.name}, {label}", steps_of(reports), values, color_of(i), line=style))
+                lengths.append(line(f"{whose(run, runs)}{label}", steps_of(reports), values, color_of(i), line=style))
     if lengths:
         parts.append(Figure(lengths, over_steps(runs, "tokens"), "Completion lengths"))
     absent = "" if parts else "No step recorded its requests."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from atlas_rl.report.page.totals import Totals, totals
 from atlas_rl.report.report import StepReport
 
 _NOISE = 0.02  # a gain this close to one is none
 _LATE_STEPS = 8  # from here on the last quarter of a run is looked at on its own
+_SLOW_START = 4.0  # times the median step
 _HIGH_OVERHEAD = 0.15
 _LOW_ACCEPTANCE = 0.35
 _HARDLY_DRAFTED = 0.1  # draft tokens per decoded one
@@ -22,7 +24,7 @@ def verdict(steps: Sequence[StepReport]) -> list[str]:
             "Speculation was off: these are the figures of plain decoding, which another run can be compared with.",
             *_bound(run),
         ]
-    return [_outcome(run), *_lately(steps), *_reasons(run), *_bound(run), *_changes(run)]
+    return [_outcome(run), *_start(steps), *_lately(steps), *_reasons(run), *_bound(run), *_changes(run)]
 
 
 def _outcome(run: Totals) -> str:
@@ -42,6 +44,18 @@ def _outcome(run: Totals) -> str:
     if run.gain < 1 - _NOISE:
         return f"Speculation cost speed: {run.gain:.2f}x the tokens/s of no speculation ({known})."
     return f"Speculation made no difference: {run.gain:.2f}x the tokens/s of no speculation ({known})."
+
+
+def _start(steps: Sequence[StepReport]) -> list[str]:
+    """What the run is without its first step, if that was far slower than the others."""
+    usual_s = median(report.generate_s for report in steps)
+    rest = steps[1:]
+    if not rest or steps[0].generate_s < _SLOW_START * usual_s:
+        return []
+    gain = totals(rest).gain
+    without = "" if gain is None else f" Without it the gain is {gain:.2f}x."
+    took = f"Step {steps[0].step} took {steps[0].generate_s:.3g} s, most likely for what is compiled and loaded once."
+    return [took + without]
 
 
 def _lately(steps: Sequence[StepReport]) -> list[str]:
