@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_train_speculator(commands)
     _add_plan(commands)
     _add_report(commands)
+    _add_compare(commands)
     args = parser.parse_args(arguments)
     try:
         args.run_command(args)
@@ -101,6 +102,19 @@ def _add_report(commands: Any) -> None:
     parser.set_defaults(run_command=report)
 
 
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="two runs' figures with their noise",
+        description="Print the figures of two runs, the spread of their steps, and the ratio of the second to the first "
+        "with a bootstrap interval.",
+    )
+    parser.add_argument("first", type=Path, help="folder of a run (output_dir), or its rollouts.jsonl")
+    parser.add_argument("second", type=Path, help="of the run that is divided by it")
+    parser.add_argument("--skip", type=int, default=0, help="steps to leave out at the start of both [0]")
+    parser.set_defaults(run_command=compare)
+
+
 def plan(args: argparse.Namespace) -> None:
     """Work out one setting and print it. Loads neither torch nor transformers."""
     from atlas_rl.planner.drafters import drafter_model
@@ -144,3 +158,10 @@ def report(args: argparse.Namespace) -> None:
     from atlas_rl.report.page.command import write_report
 
     write_report(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Compare two runs; see `report/compare.py`. Loads neither torch nor transformers."""
+    from atlas_rl.report.compare import run_command
+
+    run_command(args)

@@ -197,7 +197,7 @@ def summary_table(reports: Sequence[StepReport], *, baseline: Sequence[StepRepor
     for name, drafted in total.drafted.items():
         cells = [f"{total.accepted[name]} / {drafted}", *(["-", ""] if baseline else [])]
         rows.append([f"accepted / drafted, {name}", *cells])
-    return _markdown(rows)
+    return markdown(rows)
 
 
 _SUMMARY_ROWS = (
@@ -218,7 +218,8 @@ _SUMMARY_ROWS = (
 _COMPARED = ("tokens_per_s", "us_per_token", "generate_s", "num_forwards")
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of text; the first row is its header, the first column its names."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:

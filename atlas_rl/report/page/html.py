@@ -27,6 +27,8 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel], ...] = (
     evidence.audit,
 )
 """In the page's order."""
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+"""The page holds all that it needs: a browser may fetch nothing for it."""
 
 
 def page(runs: Sequence[Run], plotly_js: str, made_at: str) -> str:
@@ -56,6 +58,7 @@ def page(runs: Sequence[Run], plotly_js: str, made_at: str) -> str:
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="color-scheme" content="light dark">',
             '<link rel="icon" href="data:,">',  # or the browser asks the server for one
             f"<title>{escape(names)}: rollouts</title>",

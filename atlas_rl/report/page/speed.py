@@ -89,11 +89,11 @@ def gain(runs: Sequence[Run]) -> Panel:
     sentence = "Tokens per second over those without speculation: above 1 (dotted) speculation paid in that step."
     data = []
     for i, run in enumerate(runs):
-        estimated = known_points(run.steps, "no_speculation_s")
+        estimated = known_points(run.steps, "speedup_estimate")
         if estimated:
             values = [r.speedup_estimate for r in estimated]
             data.append(line(f"{whose(run, runs)}estimated", steps_of(estimated), values, color_of(i)))
-        measured = known_points(run.steps, "baseline_tokens_per_s")
+        measured = known_points(run.steps, "speedup_measured")
         if measured:
             values = [r.speedup_measured for r in measured]
             data.append(dots(f"{whose(run, runs)}measured", steps_of(measured), values, color_of(i)))
@@ -112,6 +112,8 @@ def seconds(runs: Sequence[Run]) -> Panel:
     sentence = "Where every second of the generation went; the phases add up to it."
     whole = [concatenate(run.steps) for run in runs]
     names = [run.name for run in runs]
+    if not phases_of(whole):
+        return Panel("seconds", "Where the seconds went", sentence, absent="No seconds were recorded.")
     data = []
     for phase in phases_of(whole):
         us = [1e6 * phase_s(total, phase) / total.num_tokens if total.num_tokens else 0.0 for total in whole]
@@ -119,7 +121,7 @@ def seconds(runs: Sequence[Run]) -> Panel:
     axes = layout("µs per generated token", "", barmode="stack", legend={"traceorder": "normal"})
     axes["yaxis"] = {"automargin": True, "showticklabels": len(runs) > 1, "autorange": "reversed"}
     parts: list[Figure | Table] = [Figure(data, axes, "Per token, over the whole run", 170 + 40 * len(runs))]
-    parts += [_seconds_by_step(run, runs) for run in runs]
+    parts += [_seconds_by_step(run, runs) for run in runs if phases_of(run.steps)]
     return Panel("seconds", "Where the seconds went", sentence, (*parts, _seconds_table(runs, whole)))
 
 
@@ -156,7 +158,7 @@ def _area(
 
 def _seconds_table(runs: Sequence[Run], whole: Sequence[StepReport]) -> Table:
     rows = [
-        (phase, *(f"{phase_s(t, phase):.3g} s, {phase_s(t, phase) / t.generate_s:.1%}" for t in whole))
+        (phase, *(f"{phase_s(t, phase):.3g} s, {phase_s(t, phase) / (t.generate_s or 1):.1%}" for t in whole))
         for phase in phases_of(whole)
     ]
     rows.append(("generation", *(f"{t.generate_s:.3g} s" for t in whole)))

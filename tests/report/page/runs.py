@@ -14,6 +14,9 @@ from atlas_rl.report.report import StepReport
 from tests.engines import engine_of, generate
 from tests.reports import make_report
 
+OFF = {"drafted": {}, "accepted": {}, "drafted_by_position": (), "accepted_by_position": (), "no_speculation_s": None}
+"""Changes that make a report one of a step without speculation."""
+
 
 def write(folder: Path, lines: Iterable[tuple[str, int, StepReport]]) -> Path:
     """A report file of (engine, rank, report)."""

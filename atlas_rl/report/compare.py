@@ -1,0 +1,195 @@
+"""Two runs' figures beside each other, with their noise.
+
+A figure of a run is a sum over its steps divided by another, such as tokens by seconds. Its noise is what comes of drawing the
+run's steps again: a bootstrap over blocks of neighbouring steps, as these resemble each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from atlas_rl.report.page.reading import Run, read_runs
+from atlas_rl.report.report import StepReport
+from atlas_rl.report.sinks import markdown
+
+_ENOUGH_STEPS = 5  # for an interval
+_RESAMPLES = 2_000
+_NONE = "-"
+Part = tuple[float, float]
+"""What a step adds to both sums."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of two runs; what is not known is None.
+
+    Attributes:
+        label: Name and unit.
+        values: Of both runs, over all their steps.
+        spreads: Of both runs, the 10th and 90th percentile of the steps' own values.
+        ratio: Second run over first.
+        interval: 95% interval of the ratio; None for runs of fewer than five steps that have the figure.
+    """
+
+    label: str
+    values: tuple[float | None, float | None]
+    spreads: tuple[Part | None, Part | None]
+    ratio: float | None
+    interval: Part | None
+
+
+def compare(first: Sequence[StepReport], second: Sequence[StepReport], *, seed: int = 0) -> list[Comparison]:
+    """Compare the figures that at least one of two runs has.
+
+    Runs of the same steps are drawn again together: what makes a step slow in both, such as its prompts, is no noise of the
+    ratio then.
+
+    Args:
+        first: Steps of a run, at least one.
+        second: Steps of the run that is divided by it.
+        seed: Of the bootstrap.
+    """
+    found = []
+    for label, part in FIGURES.items():
+        runs = [[(report.step, both) for report in of if (both := part(report)) is not None] for of in (first, second)]
+        if not any(runs):
+            continue
+        sums = [np.array([both for _, both in run], np.float64).reshape(-1, 2) for run in runs]
+        values = [_ratio(*of.sum(0)) for of in sums]
+        paired = [step for step, _ in runs[0]] == [step for step, _ in runs[1]]
+        ratio = None if None in values else _ratio(values[1] or 0.0, values[0] or 0.0)
+        interval = _interval(sums[0], sums[1], paired, seed) if ratio is not None else None
+        found.append(Comparison(label, (values[0], values[1]), (_spread(sums[0]), _spread(sums[1])), ratio, interval))
+    return found
+
+
+def table(first: Run, second: Run, *, skip: int = 0) -> str:
+    """The comparison as text.
+
+    Args:
+        first: The run that is divided by.
+        second: The run that is divided.
+        skip: Steps to leave out at the start of both.
+
+    Raises:
+        ValueError: A run has no more steps than are skipped.
+    """
+    for run in (first, second):
+        if len(run.steps) <= skip:
+            raise ValueError(f"{run.name} has {len(run.steps)} steps and --skip leaves out {skip}: skip fewer")
+    rows = [["", first.name, "its steps", second.name, "its steps", "ratio", "95% interval"]]
+    for row in compare(first.steps[skip:], second.steps[skip:]):
+        sides = [
+            cell for pair in zip(row.values, row.spreads, strict=True) for cell in (_number(pair[0]), _range(pair[1]))
+        ]
+        ratio = _NONE if row.ratio is None else f"{row.ratio:.2f}x"
+        rows.append([row.label, *sides, ratio, _range(row.interval)])
+    counts = f"{len(first.steps) - skip} and {len(second.steps) - skip} steps"
+    foot = (
+        f"{counts}. 'its steps': from the 10th to the 90th percentile of single steps. An interval that holds 1 is no "
+        "difference; it knows the noise within these runs, not that of another seed or machine."
+    )
+    return f"{markdown(rows)}\n\n{foot}"
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Print the comparison of `args.first` and `args.second`.
+
+    Raises:
+        ValueError: A path holds no run or several, or `--skip` leaves nothing.
+        OSError: A file cannot be read.
+    """
+    if args.skip < 0:
+        raise ValueError(f"--skip is a number of steps, got {args.skip}")
+    runs = read_runs([args.first, args.second])
+    if len(runs) != 2:
+        raise ValueError(
+            f"these are {len(runs)} runs ({', '.join(run.name for run in runs)}): name two files of one run each"
+        )
+    print(table(*runs, skip=args.skip))
+    for run in runs:
+        for note in run.notes:
+            print(f"{run.name}: {note}")
+
+
+def _drafts(report: StepReport) -> Part | None:
+    return (sum(report.accepted.values()), sum(report.drafted.values())) if report.speculation else None
+
+
+def _of(numerator: float | None, denominator: float | None) -> Part | None:
+    return None if numerator is None or denominator is None else (numerator, denominator)
+
+
+def _baseline(report: StepReport) -> Part | None:
+    return (
+        (report.num_tokens / report.baseline_tokens_per_s, report.generate_s) if report.baseline_tokens_per_s else None
+    )
+
+
+def _entropy(report: StepReport) -> Part | None:
+    scored = report.num_scored_tokens
+    return None if report.entropy is None else (report.entropy * scored, scored)
+
+
+FIGURES: dict[str, Callable[[StepReport], Part | None]] = {
+    "tokens/s": lambda report: (report.num_tokens, report.generate_s),
+    "generation, s per step": lambda report: (report.generate_s, 1.0),
+    "training step, s": lambda report: _of(report.step_s, 1.0),
+    "rollout's share of the step": lambda report: _of(report.generate_s, report.step_s),
+    "gain, measured": _baseline,
+    "gain, estimated": lambda report: _of(report.no_speculation_s, report.generate_s),
+    "accepted length": lambda report: (report.num_decoded_tokens, report.num_request_forwards),
+    "drafts accepted, share": _drafts,
+    "entropy, nats per token": _entropy,
+    "completion length, tokens": lambda report: (report.num_tokens, report.num_requests),
+}
+"""By label, what a step adds to a figure's two sums; None where the step does not know."""
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return float(numerator / denominator) if denominator else None
+
+
+def _spread(sums: np.ndarray) -> Part | None:
+    own = sums[sums[:, 1] != 0]
+    if len(own) < 2:
+        return None
+    low, high = np.quantile(own[:, 0] / own[:, 1], [0.1, 0.9])
+    return float(low), float(high)
+
+
+def _interval(first: np.ndarray, second: np.ndarray, paired: bool, seed: int) -> Part | None:
+    if min(len(first), len(second)) < _ENOUGH_STEPS:
+        return None
+    random = np.random.default_rng(seed)
+    rows = _drawn(random, len(first))
+    again = rows if paired else _drawn(random, len(second))
+    below, above = first[rows].sum(1), second[again].sum(1)  # [resamples, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (above[:, 0] / above[:, 1]) / (below[:, 0] / below[:, 1])
+    known = ratios[np.isfinite(ratios)]
+    if len(known) < _RESAMPLES // 2:
+        return None
+    low, high = np.quantile(known, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _drawn(random: np.random.Generator, num_steps: int) -> np.ndarray:
+    """Indices `[resamples, num_steps]` of steps, in circular blocks of about the cube root of their number."""
+    size = max(1, round(num_steps ** (1 / 3)))
+    starts = random.integers(num_steps, size=(_RESAMPLES, -(-num_steps // size)))
+    return ((starts[:, :, None] + np.arange(size)) % num_steps).reshape(_RESAMPLES, -1)[:, :num_steps]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return _NONE
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _range(ends: Part | None) -> str:
+    return _NONE if ends is None else f"{_number(ends[0])} to {_number(ends[1])}"
