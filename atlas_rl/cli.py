@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_plan(commands)
     _add_report(commands)
     _add_compare(commands)
+    _add_doctor(commands)
     args = parser.parse_args(arguments)
     try:
         args.run_command(args)
@@ -115,6 +116,16 @@ def _add_compare(commands: Any) -> None:
     parser.set_defaults(run_command=compare)
 
 
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what this machine can run, and what is missing",
+        description="Print versions, GPU, engines and kernels of this machine, and for what is missing the command that "
+        "brings it. Exit status 1 if what is needed or installed does not work; optional parts that are missing are no fault.",
+    )
+    parser.set_defaults(run_command=doctor)
+
+
 def plan(args: argparse.Namespace) -> None:
     """Work out one setting and print it. Loads neither torch nor transformers."""
     from atlas_rl.planner.drafters import drafter_model
@@ -165,3 +176,13 @@ def compare(args: argparse.Namespace) -> None:
     from atlas_rl.report.compare import run_command
 
     run_command(args)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Look at this machine; exit status 1 for what does not work. See `doctor.py`."""
+    from atlas_rl.doctor import examine, report_on
+
+    findings = examine()
+    print(report_on(findings))
+    if any(finding.state == "broken" for finding in findings):
+        raise SystemExit(1)

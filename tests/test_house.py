@@ -22,7 +22,7 @@ FLOORS = {
     4: ("speculators", "audit"),
     5: ("config", "decode", "sync"),
     6: ("vllm", "replay"),
-    7: ("rollout", "training"),
+    7: ("rollout", "training", "doctor"),
     8: ("integrations",),
     9: ("engine",),
     10: ("atlas_rl",),  # the package itself, with `cli` and `__main__`

@@ -1,7 +1,7 @@
 """Two runs' figures beside each other, with their noise.
 
-A figure of a run is a sum over its steps divided by another, such as tokens by seconds. Its noise is what comes of drawing the
-run's steps again: a bootstrap over blocks of neighbouring steps, as these resemble each other.
+A figure of a run is a sum over its steps divided by another, such as tokens by seconds. Its noise is what comes of drawing
+the run's steps again: a bootstrap over blocks of neighbouring steps, as these resemble each other.
 """
 
 from __future__ import annotations
@@ -107,9 +107,8 @@ def run_command(args: argparse.Namespace) -> None:
         raise ValueError(f"--skip is a number of steps, got {args.skip}")
     runs = read_runs([args.first, args.second])
     if len(runs) != 2:
-        raise ValueError(
-            f"these are {len(runs)} runs ({', '.join(run.name for run in runs)}): name two files of one run each"
-        )
+        names = ", ".join(run.name for run in runs)
+        raise ValueError(f"these are {len(runs)} runs ({names}): name two files of one run each")
     print(table(*runs, skip=args.skip))
     for run in runs:
         for note in run.notes:
@@ -122,6 +121,11 @@ def _drafts(report: StepReport) -> Part | None:
 
 def _of(numerator: float | None, denominator: float | None) -> Part | None:
     return None if numerator is None or denominator is None else (numerator, denominator)
+
+
+def _undisturbed_s(report: StepReport) -> float | None:
+    """Seconds of the training step; None for one that holds a rerun without speculation, too."""
+    return None if report.baseline_tokens_per_s else report.step_s
 
 
 def _baseline(report: StepReport) -> Part | None:
@@ -138,8 +142,8 @@ def _entropy(report: StepReport) -> Part | None:
 FIGURES: dict[str, Callable[[StepReport], Part | None]] = {
     "tokens/s": lambda report: (report.num_tokens, report.generate_s),
     "generation, s per step": lambda report: (report.generate_s, 1.0),
-    "training step, s": lambda report: _of(report.step_s, 1.0),
-    "rollout's share of the step": lambda report: _of(report.generate_s, report.step_s),
+    "training step, s": lambda report: _of(_undisturbed_s(report), 1.0),
+    "rollout's share of the step": lambda report: _of(report.generate_s, _undisturbed_s(report)),
     "gain, measured": _baseline,
     "gain, estimated": lambda report: _of(report.no_speculation_s, report.generate_s),
     "accepted length": lambda report: (report.num_decoded_tokens, report.num_request_forwards),

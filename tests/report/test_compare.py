@@ -23,16 +23,18 @@ def by_label(first, second):
 def test_figures_are_those_of_the_whole_run():
     first, second = noisy(1), noisy(2, seconds=1.0)
     rows = by_label(first, second)
-    for row, name in (
-        ("tokens/s", "tokens_per_s"),
-        ("gain, estimated", "speedup_estimate"),
-        ("entropy, nats per token", "entropy"),
-    ):
+    names = {
+        "tokens/s": "tokens_per_s",
+        "gain, estimated": "speedup_estimate",
+        "entropy, nats per token": "entropy",
+        "rollout's share of the step": "generation_share",
+    }
+    for row, name in names.items():
         assert rows[row].values == pytest.approx([getattr(concatenate(run), name) for run in (first, second)])
     measured = [make_report(baseline_tokens_per_s=rate) for rate in (5.0, 20.0)]
-    assert by_label(measured, measured)["gain, measured"].values[0] == pytest.approx(
-        concatenate(measured).speedup_measured
-    )
+    rows = by_label(measured, measured)
+    assert rows["gain, measured"].values[0] == pytest.approx(concatenate(measured).speedup_measured)
+    assert "training step, s" not in rows, "a rerun is part of the step's time"
 
 
 def test_the_interval_holds_the_true_ratio_and_not_one_that_is_false():
