@@ -121,7 +121,7 @@ def _add_doctor(commands: Any) -> None:
         "doctor",
         help="what this machine can run, and what is missing",
         description="Print versions, GPU, engines and kernels of this machine, and for what is missing the command that "
-        "brings it. Exit status 1 if what is needed or installed does not work; optional parts that are missing are no fault.",
+        "brings it. Exit status 1 if what is needed or installed does not work; missing optional parts are no fault.",
     )
     parser.set_defaults(run_command=doctor)
 
