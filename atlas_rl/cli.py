@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         args.run_command(args)
+    except BrokenPipeError as error:
+        # Whoever read the output has enough of it (`| head`). What is left must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from error
     except (ValueError, OSError) as error:
         print(f"atlas-rl {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -7,7 +7,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from atlas_rl.report.page.html import page
+from atlas_rl.report.page.html import BEGINNING, page
 from atlas_rl.report.page.reading import read_runs
 
 
@@ -18,6 +18,7 @@ def write_report(args: argparse.Namespace) -> None:
         ValueError: Plotly is missing, or a path holds no run.
         OSError: A file cannot be read or written.
     """
+    _check_output(args.output)
     source = plotly_js()
     runs = read_runs(args.run, earlier=args.all)
     made_at = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -41,10 +42,18 @@ def plotly_js() -> str:
     return get_plotlyjs()
 
 
-def _write(output: Path, text: str) -> None:
-    """Replace a file in one go: a browser that reloads it never sees half a page."""
+def _check_output(output: Path) -> None:
+    """Refuse to replace what is no page: a mistyped name must not cost a run its figures."""
     if output.is_dir():
         raise ValueError(f"--output '{output}' is a folder: name a file in it, such as {output / 'report.html'}")
+    if output.exists() and output.stat().st_size:
+        with output.open("rb") as file:
+            if not file.read(len(BEGINNING)) == BEGINNING.encode():
+                raise ValueError(f"--output '{output}' exists and is no page: name another file")
+
+
+def _write(output: Path, text: str) -> None:
+    """Replace a file in one go: a browser that reloads it never sees half a page."""
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:

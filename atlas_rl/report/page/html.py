@@ -27,6 +27,7 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel], ...] = (
     evidence.audit,
 )
 """In the page's order."""
+BEGINNING = "<!DOCTYPE html>"
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 """The page holds all that it needs: a browser may fetch nothing for it."""
 
@@ -55,7 +56,7 @@ def page(runs: Sequence[Run], plotly_js: str, made_at: str) -> str:
     drawn = {ids[id(figure)]: {"data": figure.data, "layout": figure.layout} for figure in figures}
     return "\n".join(
         [
-            "<!DOCTYPE html>",
+            BEGINNING,
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',

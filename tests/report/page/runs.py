@@ -9,9 +9,11 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+from atlas_rl import AtlasRolloutEngine
 from atlas_rl.report.page.reading import Run
 from atlas_rl.report.report import StepReport
 from tests.engines import engine_of, generate
+from tests.models import tiny_llama
 from tests.reports import make_report
 
 OFF = {"drafted": {}, "accepted": {}, "drafted_by_position": (), "accepted_by_position": (), "no_speculation_s": None}
@@ -43,6 +45,19 @@ def real_folder(speculation: bool = True, num_calls: int = 4) -> Path:
     for call in range(num_calls):
         generate(engine, seed=call)
         engine.policy_updated()
+    return folder
+
+
+@cache
+def grpo_folder() -> Path:
+    """The folder of a tiny GRPO run, of which every generation was repeated without speculation."""
+    from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
+
+    folder = Path(mkdtemp())
+    policy = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+    trainer = build_trainer("grpo", policy, word_tokenizer(), folder)
+    AtlasRolloutEngine(output_dir=folder, console=False).attach(trainer, baseline_every=1)
+    trainer.train()
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 from atlas_rl.cli import main
 from atlas_rl.report.page.html import PANELS
 from atlas_rl.report.page.reading import read_runs
-from tests.report.page.runs import OFF, long_run, real_folder, steps, write
+from tests.report.page.runs import OFF, grpo_folder, long_run, real_folder, steps, write
 
 pytest.importorskip("plotly")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -48,6 +48,8 @@ def reports_of(folder: Path):
 def folders(name: str, tmp_path: Path) -> list[Path]:
     if name == "real, beside one without speculation":
         return [real_folder(), real_folder(False)]
+    if name == "GRPO":
+        return [grpo_folder()]
     reports = {
         "one step": lambda: reports_of(real_folder())[:1],
         "no speculation": lambda: steps(range(5), **OFF),
@@ -61,7 +63,7 @@ def folders(name: str, tmp_path: Path) -> list[Path]:
     return [folder]
 
 
-KINDS = ("real, beside one without speculation", "one step", "no speculation", "500 steps", "broken lines")
+KINDS = ("real, beside one without speculation", "one step", "no speculation", "500 steps", "broken lines", "GRPO")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -78,6 +80,8 @@ def test_the_page_opens_without_errors_and_shows_every_panel(name, tmp_path, cap
     assert int(re.search(r'data-drawn="(\d+)"', dom).group(1)) >= charts
     for make in PANELS:
         assert f'<section id="{make([read_runs(folders(name, tmp_path))[0]]).key}">' in body
+    if name == "GRPO":
+        assert "measured on 3 of 3 steps" in body
     if name == "broken lines":
         assert "1 half-written or damaged line (1)" not in body  # two of them: the first and the last
         assert "2 half-written or damaged lines (1, 6) were skipped" in body
