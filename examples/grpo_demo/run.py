@@ -26,6 +26,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
+from atlas_rl.report.page.command import write_page
 from peer import KeepsGenerations, time_trl
 from policy import load_policy
 from table import print_table, summarize_rollouts
@@ -61,6 +62,8 @@ def main() -> None:
     path = args.output_dir / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\nwritten: {path}" + (f" and {args.output_dir / 'rollouts.jsonl'}" if engine else ""))
+    if engine:
+        write_page([args.output_dir], args.output_dir / "report.html")
     if args.plot:
         plot_rewards(progress.rows, args.output_dir / "reward.png")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -12,20 +13,28 @@ from atlas_rl.report.page.reading import read_runs
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """Write the page of `args.run`, one path or several, to `args.output`.
+    """`write_page` as the command line asks for it."""
+    write_page(args.run, args.output, earlier=args.all)
+
+
+def write_page(paths: Sequence[Path], output: Path, *, earlier: bool = False) -> None:
+    """Write the page of one run or several, and print what it holds.
+
+    Args:
+        paths: Folders of runs, or their `rollouts.jsonl`.
+        output: The page; a file that is no page is not replaced.
+        earlier: Whether to show earlier runs in the same files, too.
 
     Raises:
         ValueError: Plotly is missing, or a path holds no run.
         OSError: A file cannot be read or written.
     """
-    _check_output(args.output)
+    _check_output(output)
     source = plotly_js()
-    runs = read_runs(args.run, earlier=args.all)
+    runs = read_runs(paths, earlier=earlier)
     made_at = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    _write(args.output, page(runs, source, made_at))
-    print(
-        f"{args.output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {sum(len(r.steps) for r in runs):,} steps"
-    )
+    _write(output, page(runs, source, made_at))
+    print(f"{output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {sum(len(r.steps) for r in runs):,} steps")
     for run in runs:
         for note in run.notes:
             print(f"  {run.name}: {note}")
