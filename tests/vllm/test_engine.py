@@ -67,7 +67,8 @@ def test_requests_of_many_lengths_on_few_rows(policy: Any, llm: Any) -> None:
         assert report.num_decoded_tokens == report.num_tokens - report.num_requests, "the first come from prefills"
         assert report.forward_s > 0
         assert report.entropy is not None
-        assert report.no_speculation_s is not None
+        # Whether there is an estimate depends on which batch sizes were timed often enough.
+        assert report.no_speculation_s is None or report.no_speculation_s > 0
         assert not report.warnings
 
 
