@@ -19,7 +19,7 @@ from tests import ROOT
 from tests.integrations.sharded_ranks import LONG, SHORT
 
 WRAPPERS = ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
-LIMIT_S = 240
+LIMIT_S = 400
 
 
 @pytest.fixture(scope="module", params=WRAPPERS)
