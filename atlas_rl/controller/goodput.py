@@ -283,7 +283,9 @@ class GoodputController(Controller):
             return np.zeros(batch, np.int64)
         values = survival[survival > 0]
         values.sort()
-        table = self._cost.predict(batch + len(values), step.context_tokens)
+        # As many as there could be: larger sizes than were asked for so far bring newer measurements into the table, and
+        # how many slots there are depends on ending tokens that were drawn.
+        table = self._cost.predict(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
         assert table is not None, "a plain step comes before the first plan"
         factor = discount(self._kept_drafting, self._kept_plain)
         best, gained = num_admitted(values, batch, table, self._drafting_s(step), factor, _any_drawn(step))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from atlas_rl.controller.base import Step
+from atlas_rl.controller.cost import CostModel
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.core import Draft
 from tests.controller_simulator import CONTEXT, ROOM, World, affine, sure, world
@@ -96,3 +97,22 @@ def test_whether_a_trial_is_verified_does_not_depend_on_an_ending_token_that_was
         step.drafts["a"] = Draft(np.zeros((4, 4), np.int64), lengths, confidence, torch.zeros(4, 4, 2))
         admitted.append(np.minimum(controller.admit(step).lengths, [1, 4, 4, 4]).tolist())
     assert admitted[0] == admitted[1]
+
+
+def test_an_ending_token_that_was_drawn_does_not_bring_newer_costs_into_the_decision(monkeypatch: pytest.MonkeyPatch):
+    """Asked for a larger forward than before, the costs are fitted anew, to the newest measurements."""
+    asked: list[int] = []
+    predict = CostModel.predict
+    monkeypatch.setattr(
+        CostModel, "predict", lambda self, size, context=0: asked.append(size) or predict(self, size, context)
+    )
+    seen = []
+    for first_length in (4, 1):
+        controller = world(affine, a=sure(0.8)).run(1, batch=4).controller
+        lengths = np.array([first_length, 4, 4, 4])
+        draft = Draft(np.zeros((4, 4), np.int64), lengths, np.full((4, 4), 0.9, np.float32), torch.zeros(4, 4, 2))
+        step = Step(np.full(4, ROOM), 4 * CONTEXT, ["a"], {"a": np.full(4, 4)}, {"a": draft}, {"a": 1e-5})
+        asked.clear()
+        controller.admit(step)
+        seen.append(list(asked))
+    assert seen[0] == seen[1] != []
