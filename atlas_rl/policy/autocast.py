@@ -17,7 +17,7 @@ a product of some size therefore goes by the fastest route (`linear_routes.py`),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,16 +50,13 @@ def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 class _Half:
     """A layer's weight and bias in a lower type, and on a CPU the routes to multiply by them."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype, table: RouteTable) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         self._weight, self._bias = (
             None if own is None else WeightCopy.of(own, own.detach().to(dtype)) for own in (layer.weight, layer.bias)
         )
         self.weight: Any = None if self._weight is None else self._weight.made
         self.bias: Any = None if self._bias is None else self._bias.made
-        self.contests: dict[int, Contest] = {}
-        if self.weight is not None and self.weight.device.type == "cpu" and self.weight.nbytes >= MIN_BYTES:
-            has_bias = self.bias is not None
-            self.contests = {n: table.contest(self.weight, has_bias, n, may_pack=False) for n in BUCKETS}
+        self.contests: dict[int, Contest] = {}  # by rows; none where PyTorch's route is taken
 
     def is_of(self, layer: Any) -> bool:
         pairs = ((self._weight, layer.weight), (self._bias, layer.bias))
@@ -99,7 +96,8 @@ class HalfWeights:
             return
         before, table = self.num_bytes, self._given or RouteTable.of_this_machine()
         try:
-            halves = {layer: _Half(layer, dtype, table) for layer in layers}
+            halves = {layer: _Half(layer, dtype) for layer in layers}
+            _choose_routes(halves.values(), table)
             self.num_bytes += num_bytes
             self.most_bytes = max(self.most_bytes, self.num_bytes)
             with replaced_forwards({layer: _forward_of(layer.forward, dtype, halves) for layer in layers}):
@@ -107,6 +105,18 @@ class HalfWeights:
         finally:
             self.num_bytes = before
             table.save()
+
+
+def _choose_routes(halves: Iterable[_Half], table: RouteTable) -> None:
+    """Give layers of a CPU their contests, which those of one shape share."""
+    found: dict[tuple[torch.Size, bool], dict[int, Contest]] = {}
+    for half in halves:
+        weight, has_bias = half.weight, half.bias is not None
+        if weight is not None and weight.device.type == "cpu" and weight.nbytes >= MIN_BYTES:
+            if (weight.shape, has_bias) not in found:
+                own = {rows: table.contest(weight, has_bias, rows, may_pack=False) for rows in BUCKETS}
+                found[weight.shape, has_bias] = own
+            half.contests = found[weight.shape, has_bias]
 
 
 def _takes_part(module: Any) -> bool:

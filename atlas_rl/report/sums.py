@@ -128,15 +128,7 @@ def rate_of_slowest(count_name: str) -> Reducer:
 
     None unless every report has a rate.
     """
-
-    def rate(reports: Sequence[Any], name: str) -> float | None:
-        rates, counts = _values(reports, name), _values(reports, count_name)
-        if not all(rates):
-            return None
-        seconds = max(count / rate for count, rate in zip(counts, rates, strict=True))
-        return sum(counts) / seconds if seconds else None
-
-    return rate
+    return _rate(count_name, max)
 
 
 def rate_over(count_name: str) -> Reducer:
@@ -144,12 +136,15 @@ def rate_over(count_name: str) -> Reducer:
 
     None unless every report has a rate.
     """
+    return _rate(count_name, sum)
 
+
+def _rate(count_name: str, together: Callable[[Iterable[float]], float]) -> Reducer:
     def rate(reports: Sequence[Any], name: str) -> float | None:
         rates, counts = _values(reports, name), _values(reports, count_name)
         if not all(rates):
             return None
-        seconds = sum(count / rate for count, rate in zip(counts, rates, strict=True))
+        seconds = together(count / rate for count, rate in zip(counts, rates, strict=True))
         return sum(counts) / seconds if seconds else None
 
     return rate

@@ -44,8 +44,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 _ROUNDS = 10
 _U_SCALE = 2.0**-32
 
-
-share_threads()
+share_threads()  # before any kernel is compiled
 
 
 class Stream(enum.IntEnum):
