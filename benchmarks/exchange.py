@@ -9,13 +9,14 @@ with different numbers of ranks have different rollouts; the two arms of one num
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
@@ -47,8 +48,8 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(completion) % 7) for completion in completions]
 
 
-def arm(folder: Path, way: str) -> None:
-    """One rank of one arm; rank 0 writes the figures."""
+def arm(folder: Path, way: str) -> NoReturn:
+    """One rank of one arm, which ends the process; rank 0 writes the figures."""
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     prompts = [" ".join(f"w{(37 * row + 11 * word) % (VOCAB - 2)}" for word in range(4)) for row in range(PROMPTS)]
@@ -98,21 +99,24 @@ def figures(engine: AtlasRolloutEngine, world: int, way: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--rank-of", nargs=2, metavar=("FOLDER", "WAY"), help="be one rank of one arm, under torchrun")
+    args = parser.parse_args()
+    if args.rank_of:
+        arm(Path(args.rank_of[0]), args.rank_of[1])
     rows = []
     for ranks, way in ARMS:
         with tempfile.TemporaryDirectory() as folder:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-            command = [*launch, "-m", "benchmarks.exchange", folder, way]
+            command = [*launch, "-m", "benchmarks.exchange", "--rank-of", folder, way]
             subprocess.run(
                 command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True
             )
             rows.append(json.loads((Path(folder) / "figures.json").read_text()))
             print(rows[-1], flush=True)
-    write_result(RESULT, {"command": "python -m benchmarks.exchange", **environment(), "arms": rows})
+    write_result(args.output, {"command": "python -m benchmarks.exchange", **environment(), "arms": rows})
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        arm(Path(sys.argv[1]), sys.argv[2])
-    else:
-        main()
+    main()
