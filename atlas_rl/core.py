@@ -349,11 +349,13 @@ class Rollouts:
         sequences: Every request, complete.
         generate_s: Seconds that generating them took, refreshes aside; None where nobody measured.
         elsewhere: Calls that other ranks have finished since the last refresh: token ids, without hidden states.
+        measuring_s: Seconds since the last refresh that went into reruns, to measure: no part of the run.
     """
 
     sequences: Sequences
     generate_s: float | None = None
     elsewhere: tuple[Sequences, ...] = ()
+    measuring_s: float = 0.0
 
 
 def prompt_key(row: np.ndarray) -> int:

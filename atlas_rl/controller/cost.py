@@ -25,6 +25,7 @@ _DRAFTS = 12  # latest calls of a drafter, per octave of rows, that its cost is 
 _PRIOR_CALLS = 0.03  # calls that the prior "in proportion to the depth" counts for
 _MEASURED = 3  # forwards of a size after which its cost counts as measured: their median ignores one outlier
 _ABOUT = 1.1  # bound on the ratio of two costs that are about the same
+_TICK_S = 1e-9  # least seconds that anything takes: a coarse clock may stand still meanwhile
 _SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usual ones
 
 
@@ -52,7 +53,7 @@ class CostModel:
 
     def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
         """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
-        size = _bucket(num_tokens)
+        size, seconds = _bucket(num_tokens), max(seconds, _TICK_S)
         self._learn_context(size, seconds, context_tokens)
         scaled = seconds / self._factor(context_tokens)
         expected = float(self._predicted(size)[size]) if self._observed else scaled
@@ -130,7 +131,7 @@ class CostModel:
             seen[where] = table[where]
         # Nor may an interpolated size cost more than a larger one that was measured.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
-        self._table = np.maximum.accumulate(np.maximum(table, 1e-9))
+        self._table = np.maximum.accumulate(np.maximum(table, _TICK_S))
 
 
 class DraftCost:
@@ -160,7 +161,7 @@ class DraftCost:
     def observe(self, rows: int, depth: int, seconds: float, backlog: int = 0) -> None:
         """One call took `seconds`."""
         calls = self._calls.setdefault(rows.bit_length(), deque(maxlen=_DRAFTS))
-        calls.append((rows, max(depth, 1), backlog, max(seconds, 1e-9)))
+        calls.append((rows, max(depth, 1), backlog, max(seconds, _TICK_S)))
         self._observed += 1
         if _due(self._observed, 8):
             self._shares = self._fit()

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from atlas_kernels.noise import BLOCK, Stream, choose_rows, request_keys
+from atlas_kernels.noise import BLOCK, Stream, request_keys
 from atlas_kernels.truncate import truncate
 from atlas_kernels.truncation import Truncation
 from atlas_rl.controller.acceptance import AcceptanceModel
@@ -30,7 +30,7 @@ from atlas_rl.decode.propose import merge
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
 from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
-from atlas_rl.sampling.verification import Verifier
+from atlas_rl.sampling.verification import Verifier, choose
 from atlas_rl.speculators.drawing import choose_among
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 
@@ -95,9 +95,9 @@ def _announced(kind: str, how_long: str) -> Iterator[None]:
 
 def _run_all() -> None:
     requests = np.arange(2)
-    probs = np.full((2, BLOCK), 1 / BLOCK, np.float32)
-    choose_rows(probs, probs[:, :1], request_keys(0, 2), requests, int(Stream.TARGET))
-    choose_among(probs, np.arange(BLOCK), request_keys(0, 2), requests, int(Stream.TARGET))
+    probs = torch.full((2, BLOCK), 1 / BLOCK)
+    choose(probs, request_keys(0, 2), requests, Stream.TARGET, greedy=False)
+    choose_among(probs.numpy(), np.arange(BLOCK), request_keys(0, 2), requests, int(Stream.TARGET))
     truncate(torch.zeros(1, BLOCK), Truncation(top_p=0.5))
     profiles, depths = np.zeros((2, MAX_LOOKAHEAD)), np.array([1, 2])
     search(profiles, profiles[None], np.ones(2, bool), np.ones(2 * MAX_LOOKAHEAD + 3), np.ones((3, 2)), depths, 1.0)

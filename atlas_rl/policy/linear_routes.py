@@ -34,6 +34,7 @@ eight times. `WIDENED` converts such weights in every forward, and a packed copy
 """
 
 _ENOUGH = 4  # timings of a route: the first one warms caches and compiles
+_WIDENED_BYTES = 1 << 25  # of a weight's pieces in float32
 _HOPELESS = 1.5  # times the best one that a route took twice: it is not tried again
 
 MIN_BYTES = 1 << 18
@@ -59,8 +60,14 @@ def padded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` of half precision in float32, rounded once: as it is defined, too, where the processor knows the type."""
-    return functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    """`F.linear` of half precision in float32, rounded once: as it is defined, too, where the processor knows the type.
+
+    The weight is converted piece by piece: an LM head in float32 would take gigabytes that nobody was asked for.
+    """
+    x32 = x.float()
+    pieces = weight.split(max(1, _WIDENED_BYTES // (4 * weight.shape[1])))
+    out = torch.cat([functional.linear(x32, piece.float()) for piece in pieces], dim=-1)
+    return (out if bias is None else out.add_(bias.float())).to(x.dtype)
 
 
 ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, PADDED: padded, WIDENED: widened}

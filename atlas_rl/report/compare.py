@@ -123,11 +123,6 @@ def _of(numerator: float | None, denominator: float | None) -> Part | None:
     return None if numerator is None or denominator is None else (numerator, denominator)
 
 
-def _undisturbed_s(report: StepReport) -> float | None:
-    """Seconds of the training step; None for one that holds a rerun without speculation, too."""
-    return None if report.baseline_tokens_per_s else report.step_s
-
-
 def _baseline(report: StepReport) -> Part | None:
     return (
         (report.num_tokens / report.baseline_tokens_per_s, report.generate_s) if report.baseline_tokens_per_s else None
@@ -142,8 +137,8 @@ def _entropy(report: StepReport) -> Part | None:
 FIGURES: dict[str, Callable[[StepReport], Part | None]] = {
     "tokens/s": lambda report: (report.num_tokens, report.generate_s),
     "generation, s per step": lambda report: (report.generate_s, 1.0),
-    "training step, s": lambda report: _of(_undisturbed_s(report), 1.0),
-    "rollout's share of the step": lambda report: _of(report.generate_s, _undisturbed_s(report)),
+    "training step, s": lambda report: _of(report.step_s, 1.0),
+    "rollout's share of the step": lambda report: _of(report.generate_s, report.step_s),
     "gain, measured": _baseline,
     "gain, estimated": lambda report: _of(report.no_speculation_s, report.generate_s),
     "accepted length": lambda report: (report.num_decoded_tokens, report.num_request_forwards),

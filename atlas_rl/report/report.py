@@ -93,7 +93,7 @@ class StepReport:
             compared with `generate_s`. None if no speculator could draft, or where the run has not measured what plain
             forwards of such batches cost.
         baseline_tokens_per_s: Tokens per second of a measured rerun without speculation; None without a rerun.
-        step_s: Seconds of the whole training step, generation included; None until known.
+        step_s: Seconds of the whole training step, generation included, reruns that only measure aside; None until known.
         active_batch_curve: Pairs of (index of the decoding forward, active requests), at most 64; shows the long tail.
         completion_lengths: Generated tokens of each request.
         num_audited_tokens: Tokens compared with a plain forward pass of the policy (`audit/auditor.py`).

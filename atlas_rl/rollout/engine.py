@@ -251,6 +251,10 @@ class RolloutEngine:
         """Let the drafters learn from other ranks' rollouts as well; for integrations."""
         self._policy.exchange = exchange
 
+    def measured(self, seconds: float) -> None:
+        """A rerun took so long, only to measure; for integrations. It earns the drafters no time to learn."""
+        self._policy.measured(seconds)
+
     def synced(self, seconds: float) -> None:
         """Bringing the policy's weights into the engine took so long; for integrations. The next report has it."""
         self._sync_s += seconds

@@ -47,7 +47,7 @@ class PolicyTracker:
         self.exchange: RolloutExchange | None = None
         self._clock = clock
         self._newest: Rollouts | None = None
-        self._refresh_s = 0.0
+        self._refresh_s = self._measuring_s = 0.0
 
     def checked(self, version: str | int | None) -> int | None:
         """A version that comes from outside, as a number; None for none.
@@ -71,6 +71,10 @@ class PolicyTracker:
         if self.exchange is not None:
             self.exchange.put(rollouts.sequences)
 
+    def measured(self, seconds: float) -> None:
+        """A rerun took so long, to measure. Drafters learn for a share of the run's time, and this is none of it."""
+        self._measuring_s += seconds
+
     def advance(
         self, speculators: Mapping[str, Speculator], controller: Controller | None, version: int | None = None
     ) -> None:
@@ -83,10 +87,11 @@ class PolicyTracker:
             elsewhere, seconds = self.exchange.take()
             self._newest = replace(self._newest, elsewhere=tuple(elsewhere))
             self._refresh_s += seconds
+        self._newest = replace(self._newest, measuring_s=self._measuring_s)
         measured = {name: speculator.refresh(self._newest, self.version) for name, speculator in speculators.items()}
         if controller is not None:
             controller.policy_updated({name: survival for name, survival in measured.items() if survival is not None})
-        self._newest = None
+        self._newest, self._measuring_s = None, 0.0
         self._refresh_s += self._clock() - began
 
     def take_refresh_s(self) -> float:

@@ -205,7 +205,8 @@ class Drafting:
             requests.table.enter(arrival, prompt)  # or it is served without drafts
         if newcomers:
             self._start([forward.batch.names[row] for row in newcomers], requests.prompts_of(forward, newcomers))
-        return requests.followed(forward)
+            known = requests.rows_of(forward.batch)
+        return requests.followed(forward, known)
 
     def _start(self, names: list[str], prompts: Prompts) -> None:
         table = self.requests.table

@@ -103,9 +103,11 @@ class RequestFollower:
         layers = {n: torch.cat([states[n] for states in found]) for n in found[0]}
         return Prompts(groups, Hidden(np.cumsum(lengths) - lengths, torch.zeros(0, 0), layers))
 
-    def followed(self, forward: Forward) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the forward with new tokens whose requests drafters know, and their rows of `Sequences`: int64 `[n]`."""
-        known = self.rows_of(forward.batch)
+    def followed(self, forward: Forward, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the forward with new tokens whose requests drafters know, and their rows of `Sequences`: int64 `[n]`.
+
+        `known` is what `rows_of` says, newcomers included.
+        """
         rows = ((forward.num_new > 0) & (known >= 0)).nonzero()[0]
         requests = known[rows]
         if len(rows):

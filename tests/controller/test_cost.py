@@ -21,6 +21,15 @@ def test_without_evidence_there_is_no_prediction():
     assert CostModel().predict(8) is None
 
 
+def test_a_clock_that_stands_still_is_no_error():
+    model, drafts = CostModel(), DraftCost()
+    for tokens in (1, 8, 8, 1) * 8:
+        model.observe(tokens, 0.0, context_tokens=100)
+        drafts.observe(tokens, 2, 0.0)
+    assert 0 < model.predict(8, 100)[8] < 1e-6
+    assert 0 <= drafts.predict(8, 2) < 1e-6
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_an_affine_cost_is_recovered_under_noise_and_outliers(seed):
     table = observed(affine, [4, 6, 8, 12, 16, 24, 40, 64], seed=seed).predict(80)

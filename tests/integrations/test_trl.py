@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.core import Rollouts
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.models import tiny_llama
 from tests.trainers import DATA, WORDS, build_trainer, rewards, with_special_tokens, word_tokenizer
@@ -56,6 +58,31 @@ def test_attached_trainers_train(kind: str, peft: bool, tokenizer: Any, tmp_path
     assert [entry["atlas/tokens_per_s"] for entry in logged] == pytest.approx(speeds)
     gains = [report.speedup_measured for report in engine.reports]
     assert [entry["atlas/speedup_measured"] for entry in logged] == pytest.approx(gains)
+
+
+def test_a_rerun_is_no_part_of_the_run(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seconds, here a pause in each rerun, are neither the training step's nor the drafters' to learn in."""
+    seen: list[float] = []
+
+    class Watching(HistorySpeculator):
+        def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+            seen.append(rollouts.measuring_s)
+            return super().refresh(rollouts, policy_version)
+
+    trainer = build("grpo", tokenizer, tmp_path)
+    engine = AtlasRolloutEngine(speculators=[Watching()], console=False).attach(trainer, baseline_every=2)
+    generate = engine.rollout
+
+    def slow_to_rerun(*args: Any, speculation: bool | None = None, **options: Any) -> Any:
+        time.sleep(1.0 if speculation is False else 0.0)
+        return generate(*args, speculation=speculation, **options)
+
+    monkeypatch.setattr(engine, "rollout", slow_to_rerun)
+    began_s = time.perf_counter()
+    trainer.train()
+    assert sum(report.step_s or 0.0 for report in engine.reports) < time.perf_counter() - began_s - 2.0
+    assert [seconds >= 1.0 for seconds in seen] == [True, False]
+    assert seen[1] == 0.0
 
 
 def test_rollout_func_is_the_second_way_in(tokenizer: Any, tmp_path: Path) -> None:

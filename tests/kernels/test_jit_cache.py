@@ -57,6 +57,41 @@ def test_a_new_checkout_compiles_nothing(tmp_path: Path):
     assert names == []
 
 
+RUNS = """
+import gc, json
+from numba.core.dispatcher import Dispatcher
+from atlas_rl.decode.compile_kernels import compile_kernels
+
+def known():
+    found = [kernel for kernel in gc.get_objects() if isinstance(kernel, Dispatcher) and "atlas" in kernel.__module__]
+    return {(kernel.py_func.__name__, str(signature)) for kernel in found for signature in kernel.signatures}
+
+compile_kernels()
+before = known()
+from atlas_rl.speculators.draft_lm import DraftLM
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from tests.drafters import recurrent_drafter
+from tests.engines import SETTINGS, VOCAB, draft_model, engine_of, generate
+
+for verification in ("invariant", "rejection"):
+    drafters = [HistorySpeculator(), recurrent_drafter(), DraftLM(draft_model(), VOCAB)]
+    engine = engine_of(speculators=drafters, verification=verification)
+    generate(engine)
+    engine.policy_updated()  # now the recurrent head drafts
+    for options in (*SETTINGS.values(), {"temperature": 0.0}):
+        output = generate(engine, **options)
+    assert sum(output.report.drafted.values()) > 0
+print(json.dumps([len(before), sorted(known() - before)]))
+"""
+
+
+def test_set_up_compiles_what_runs_need():
+    """A kernel that meets other types or layouts of arrays in a run is compiled there, in the midst of it: for seconds."""
+    num_known, found_later = run(RUNS, ROOT, ROOT / "kernels", OMP_NUM_THREADS="1")
+    assert num_known > 20
+    assert found_later == []
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A package by the name of ours whose kernel takes a function and a constant from other modules."""

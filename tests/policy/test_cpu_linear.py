@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from atlas_rl.policy import cpu_linear
+from atlas_rl.policy import cpu_linear, linear_routes
 from atlas_rl.policy.cpu_linear import FastLinears, by_columns
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.linear_routes import (
@@ -26,6 +26,7 @@ from atlas_rl.policy.linear_routes import (
     Contest,
     RouteTable,
     packed_type,
+    widened,
 )
 
 INPUTS, OUTPUTS = 200, 700  # large enough in bfloat16 as well
@@ -253,6 +254,22 @@ def test_half_precision_may_be_computed_in_float32(dtype: torch.dtype) -> None:
     assert (WIDENED in seen) == (dtype != torch.float32)
     decided = [int(name.rpartition(", ")[2]) for name, contest in table.contests.items() if contest.winner]
     assert decided == ([1] if dtype == torch.float32 else [1, BUCKETS[-1]])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_weight_is_converted_piece_by_piece(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(bias, BF16), torch.randn(5, INPUTS).to(BF16)
+    sizes, linear = [], functional.linear
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(weight))
+        return linear(x, weight, *bias)
+
+    monkeypatch.setattr(functional, "linear", counted)
+    whole = widened(x, layer.weight, layer.bias)
+    monkeypatch.setattr(linear_routes, "_WIDENED_BYTES", 4 * INPUTS * 300)
+    close(widened(x, layer.weight, layer.bias), whole)
+    assert sizes == [OUTPUTS, 300, 300, 100]
 
 
 def test_a_contest_without_a_route_that_there_is_now_is_held_again(tmp_path: Path) -> None:

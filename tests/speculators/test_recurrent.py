@@ -181,6 +181,16 @@ def test_a_budget_is_kept():
     assert [done.num_steps for done in speculator.refreshes] == [1, 1]
 
 
+@pytest.mark.parametrize(("measuring_s", "learns"), [(0.0, True), (5.0, False)])
+def test_time_that_only_measures_earns_no_time_to_learn(measuring_s, learns):
+    speculator = recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
+    rollout(engine_of(policy(), speculator), 0)
+    speculator._began_s = speculator._clock() - 5.0
+    speculator.refresh(Rollouts(speculator.learner.sequences, 1.0, measuring_s=measuring_s), 1)
+    assert (speculator.refreshes[-1].num_steps > 20) == learns
+    assert learns or speculator.refreshes[-1].num_steps == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("generate_s", "pays"), [(1e9, True), (0.0, False)])
 def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):

@@ -269,7 +269,11 @@ class TrainerAdapter:
         self, model: Any, prompts: list[list[int]], sampling: TrainerSampling, output: GenerationOutput
     ) -> StepReport:
         """The report of `output` with the tokens/s of a rerun without speculation, whose tokens must be the same."""
+        began_s = time.perf_counter()
         plain = self.engine.rollout(model, prompts, sampling.params, speculation=False, extra=sampling.extra)
+        measuring_s = time.perf_counter() - began_s
+        self.engine.measured(measuring_s)
+        self._reports.measured(measuring_s)
         # Weights come to the engine whether it speculates or not.
         report = replace(
             output.report, baseline_tokens_per_s=with_sync(plain.report, output.report.sync_s).tokens_per_s

@@ -45,6 +45,10 @@ class ReportCallback(TrainerCallback):
         self._pending[report.mode].append(report)
         self._generated = True
 
+    def measured(self, seconds: float) -> None:
+        """A rerun took so long, only to measure: the training step does not count it."""
+        self._step_began += seconds
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -58,10 +58,6 @@ def _of_steps(count: int, run: Totals) -> str:
     return f"{count} of {run.num_steps} steps" if count else "no step has one"
 
 
-def _share_remark(run: Totals) -> str:
-    return "reruns count as the rest" if run.shares_with_reruns else "of the training step"
-
-
 _ROWS: tuple[tuple[str, Callable[[Totals], str], Callable[[Totals], str]], ...] = (
     ("tokens/s", lambda run: amount(run.all.tokens_per_s), lambda run: f"{run.all.num_tokens:,} tokens"),
     ("gain, measured", lambda run: ratio(run.measured), lambda run: _of_steps(run.num_measured, run)),
@@ -76,7 +72,7 @@ _ROWS: tuple[tuple[str, Callable[[Totals], str], Callable[[Totals], str]], ...] 
         lambda run: share(run.all.acceptance_rate),
         lambda run: f"{sum(run.all.drafted.values()):,} drafted",
     ),
-    ("rollout's share", lambda run: share(run.generation_share), _share_remark),
+    ("rollout's share", lambda run: share(run.generation_share), lambda run: "of the training step"),
     (
         "Amdahl bound",
         lambda run: ratio(run.amdahl_bound if run.all.speculation else None),

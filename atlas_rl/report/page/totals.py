@@ -27,7 +27,6 @@ class Totals:
         generation_share: Generation's share of the training steps' time.
         amdahl_bound: Most that the whole step can gain at this accepted length.
         overhead_share: Share of generation that goes to drafting, planning, learning and refreshing.
-        shares_with_reruns: Whether the two before count the time of reruns, as no step was without one.
     """
 
     all: StepReport
@@ -39,7 +38,6 @@ class Totals:
     generation_share: float | None
     amdahl_bound: float | None
     overhead_share: float
-    shares_with_reruns: bool
 
     @property
     def gain(self) -> float | None:
@@ -52,10 +50,7 @@ def totals(steps: Sequence[StepReport]) -> Totals:
     total = concatenate(steps)
     measured, estimated = having(steps, "baseline_tokens_per_s"), having(steps, "no_speculation_s")
     timed = having(steps, "step_s")
-    # A rerun without speculation belongs to the time of its step and not to its generation.
-    undisturbed = [report for report in timed if report.baseline_tokens_per_s is None]
-    shares = concatenate(undisturbed or timed) if timed else None
-    bounded = [report for report in undisturbed or timed if report.amdahl_bound is not None]
+    bounded = [report for report in timed if report.amdahl_bound is not None]
     return Totals(
         all=total,
         num_steps=len(steps),
@@ -63,10 +58,9 @@ def totals(steps: Sequence[StepReport]) -> Totals:
         num_measured=len(measured),
         estimated=concatenate(estimated).speedup_estimate if estimated else None,
         num_estimated=len(estimated),
-        generation_share=shares.generation_share if shares else None,
+        generation_share=concatenate(timed).generation_share if timed else None,
         amdahl_bound=concatenate(bounded).amdahl_bound if bounded else None,
         overhead_share=sum(phase_s(total, name) for name in OVERHEAD) / total.generate_s if total.generate_s else 0.0,
-        shares_with_reruns=bool(timed) and not undisturbed,
     )
 
 

@@ -92,7 +92,7 @@ def _bound(run: Totals) -> list[str]:
     text = f"Generation took {run.generation_share:.0%} of the training step"
     if run.all.speculation and run.amdahl_bound is not None:
         text += f"; at this accepted length the whole step can become at most {run.amdahl_bound:.2f}x as fast"
-    return [text + (" (reruns without speculation count as the rest of the step)." if run.shares_with_reruns else ".")]
+    return [text + "."]
 
 
 def _changes(run: Totals) -> list[str]:

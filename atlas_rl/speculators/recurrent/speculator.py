@@ -212,13 +212,14 @@ class RecurrentSpeculator(Speculator):
         self.policy_version = policy_version
         if not self._follows:
             return None
-        done = self.learner.refresh(
-            rollouts, policy_version, self._bound(), lambda: self._budget_share * (self._clock() - self._began_s)
-        )
+        done = self.learner.refresh(rollouts, policy_version, self._bound(), lambda: self._budget_s(rollouts))
         if done is not None:
             self.refreshes.append(done)
             self._began_s = self._clock()
         return np.cumprod(self.refreshes[-1].by_position) if self.refreshes else None
+
+    def _budget_s(self, rollouts: Rollouts) -> float:
+        return self._budget_share * max(0.0, self._clock() - self._began_s - rollouts.measuring_s)
 
     def weights(self) -> Iterable[torch.Tensor]:
         return self.learner.head.parameters() if self._policy is not None else ()

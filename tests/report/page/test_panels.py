@@ -135,14 +135,6 @@ def test_a_slow_first_step_is_told_apart():
     assert "Step 0" not in " ".join(verdict(steps(range(5))))
 
 
-def test_shares_of_the_step_leave_reruns_out():
-    rerun = steps([0], baseline_tokens_per_s=10.0, step_s=50.0)
-    assert totals([*rerun, *steps(range(1, 3))]).generation_share == pytest.approx(2 / 5)
-    only = totals(rerun)
-    assert only.shares_with_reruns
-    assert only.generation_share == pytest.approx(2 / 50)
-
-
 def test_the_headline_of_one_run_and_of_several():
     tiles = {label: value for label, value, _ in headline(run_of(steps(range(4)))).tiles}
     assert (tiles["tokens/s"], tiles["gain, measured"], tiles["gain, estimated"]) == ("15", "–", "1.50×")
