@@ -175,31 +175,29 @@ class RolloutEngine:
         )
         use = self.config.speculation if speculation is None else speculation
         speculators = self._speculators_for(backend) if use else {}
-        plain = NoSpeculation(explain=self.config.trace)
-        controller = self._controller if use and self._controller is not None else plain
+        controller = (self._controller if use else None) or NoSpeculation(explain=self.config.trace)
         recorder = StepRecorder(speculators=tuple(speculators), clock=self.config.clock)
         call = Call(sequences, max_lengths, speculators, controller, recorder, extra or {})
         run = backend.generate(call)
         if self._trace_sink is not None:
             with self._lost.tolerate("controller trace"):
-                call_of = {"call": self._calls, "speculation": use}
-                self._trace_sink.write_rows(call_of | {"step": i, **s} for i, s in enumerate(run.trace))
+                kept = {"call": self._calls, "speculation": use}
+                self._trace_sink.write_rows(kept | {"step": i, **step} for i, step in enumerate(run.trace))
         for message in run.findings:
             recorder.warn(message)
         self._faults.report_to(recorder)
-        audit = None
+        figures = {}
         audited = backend.audited(model, policy)
         if self.config.audit_share and speculation is not False and audited is not None and not extra:
-            audit = self._audit(audited, backend, call, run)
-        report = self._report(call, run, mode, self._calls if step is None else step)
-        if audit is not None:
-            report = replace(report, **audit.figures())
+            figures = self._audit(audited, backend, call, run).figures()
+        report = replace(self._report(call, run, mode, self._calls if step is None else step), **figures)
         if speculators:
             self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s - report.sync_s))
         self._calls += 1
-        completions = [sequences.completion(request) for request in range(len(sequences.lengths))]
-        prompt_ids = [sequences.prompt(request) for request in range(len(sequences.lengths))]
-        return GenerationOutput(prompt_ids, completions, run.logprobs, report)
+        texts = [
+            (sequences.prompt(request), sequences.completion(request)) for request in range(len(sequences.lengths))
+        ]
+        return GenerationOutput([prompt for prompt, _ in texts], [text for _, text in texts], run.logprobs, report)
 
     def meet(self, model: Any) -> None:
         """Make the speculators for `model` now, not at the first rollout, so that what they lack is found before any work.
