@@ -170,9 +170,8 @@ class RolloutEngine:
             policy: The policy in process, for the audit, where vLLM runs a copy of it; None audits nothing there.
         """
         backend = self._backend_for(model)
-        sequences, max_lengths = build_sequences(
-            prompts, num_generations, sampling, backend.vocab_size, backend.max_context, self.policy_version
-        )
+        sizes = backend.vocab_size, backend.max_context
+        sequences, max_lengths = build_sequences(prompts, num_generations, sampling, *sizes, self.policy_version)
         use = self.config.speculation if speculation is None else speculation
         speculators = self._speculators_for(backend) if use else {}
         controller = (self._controller if use else None) or NoSpeculation(explain=self.config.trace)
@@ -181,12 +180,12 @@ class RolloutEngine:
         run = backend.generate(call)
         if self._trace_sink is not None:
             with self._lost.tolerate("controller trace"):
-                kept = {"call": self._calls, "speculation": use}
-                self._trace_sink.write_rows(kept | {"step": i, **step} for i, step in enumerate(run.trace))
+                own = {"call": self._calls, "speculation": use}
+                self._trace_sink.write_rows(own | {"step": i, **each} for i, each in enumerate(run.trace))
         for message in run.findings:
             recorder.warn(message)
         self._faults.report_to(recorder)
-        figures = {}
+        figures: dict[str, Any] = {}
         audited = backend.audited(model, policy)
         if self.config.audit_share and speculation is not False and audited is not None and not extra:
             figures = self._audit(audited, backend, call, run).figures()
@@ -194,10 +193,9 @@ class RolloutEngine:
         if speculators:
             self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s - report.sync_s))
         self._calls += 1
-        texts = [
-            (sequences.prompt(request), sequences.completion(request)) for request in range(len(sequences.lengths))
-        ]
-        return GenerationOutput([prompt for prompt, _ in texts], [text for _, text in texts], run.logprobs, report)
+        everyone = range(len(sequences.lengths))
+        prompt_ids, texts = list(map(sequences.prompt, everyone)), list(map(sequences.completion, everyone))
+        return GenerationOutput(prompt_ids, texts, run.logprobs, report)
 
     def meet(self, model: Any) -> None:
         """Make the speculators for `model` now, not at the first rollout, so that what they lack is found before any work.
