@@ -97,7 +97,7 @@ def _in_words_of_vllm(flags: Sequence[str]) -> list[str]:
             found.append(flag)
             continue
         name = _name(flag)
-        spelled = _OF_TRL.get(name, name) + flag[len(name) :]
+        spelled = _OF_TRL.get(name, name) + flag[len(name) :]  # a flag and its name are equally long
         if name in _SWITCHES_OF_TRL and "=" not in flag and rest and rest[0].lower() in ("true", "false"):
             on = rest.pop(0).lower() == "true"
             spelled = name if on else f"--no-{name.removeprefix('--')}"

@@ -194,9 +194,11 @@ def test_weights_that_are_refused_leave_the_old_ones_and_a_server_that_goes_on(
 def test_a_server_whose_policy_somebody_else_changed_is_noticed(
     server: Server, folders: list[Path], tmp_path: Path
 ) -> None:
-    trainer = build(loaded(folders[0]), server.address, tmp_path)
-    AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
-    adapter = trainer.vllm_generation
+    engine = AtlasRolloutEngine(console=False)
+    with engine.prepare_vllm():  # the second way in: TRL builds its client, which knows gloo then
+        trainer = build(loaded(folders[0]), server.address, tmp_path, use_vllm=True)
+    adapter = engine.attach(trainer)._adapter
+    assert trainer.vllm_generation is adapter
     adapter.sync_weights()
     call(server.address, "atlas_policy_updated")
     with pytest.raises(RuntimeError, match=r"expected \d+: somebody else has changed its weights"):

@@ -253,9 +253,8 @@ class ServerAdapter(TrainerAdapter):
         """The server's report of a call, with what the trainer counted and waited for."""
         client = self._main_client
         if call.failure is not None:
-            raise type(call.failure)(
-                f"the vLLM server at {client.base_url} gave no completions: {call.failure}"
-            ) from call.failure
+            kind = RuntimeError if isinstance(call.failure, RuntimeError) else ConnectionError
+            raise kind(f"the vLLM server at {client.base_url} gave no completions: {call.failure}") from call.failure
         report = client.report()
         if report.policy_version != self._server.policy_version:
             raise RuntimeError(
