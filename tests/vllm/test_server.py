@@ -129,7 +129,7 @@ def test_a_trainer_in_server_mode_trains_and_the_drafters_follow(
     peft: bool, server: Server, folders: list[Path], tmp_path: Path
 ) -> None:
     trainer = build(
-        loaded(folders[0]), server.address, tmp_path, peft=peft, learning_rate=3e-2, max_completion_length=40
+        loaded(folders[0]), server.address, tmp_path, peft=peft, learning_rate=1e-2, max_completion_length=40
     )
     engine = AtlasRolloutEngine(backend="vllm", output_dir=tmp_path, console=False)
     before = call(server.address, "atlas_status")["policy_version"]
@@ -145,7 +145,7 @@ def test_a_trainer_in_server_mode_trains_and_the_drafters_follow(
         assert report.num_requests == 8
         assert report.num_tokens == sum(report.completion_lengths)
         assert 0 < report.sync_s + report.refresh_s < report.generate_s < (report.step_s or 0)
-        assert report.forward_s > 0
+        assert report.prefill_s + report.forward_s > 0
         assert not report.warnings
     assert set(engine.reports[0].drafted) == {"history", "recurrent"}
     assert sum(sum(report.accepted.values()) for report in engine.reports) > 0

@@ -29,7 +29,7 @@ def main(policy: str, address: str, port: int, folder: Path) -> None:
         ddp_backend="gloo",
         max_steps=2,
         per_device_train_batch_size=4,
-        learning_rate=3e-2,
+        learning_rate=1e-2,
         vllm_mode="server",
         vllm_server_base_url=address,
         vllm_group_port=port,
