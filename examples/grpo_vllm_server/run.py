@@ -10,6 +10,7 @@ Task and reward are those of the demo in `grpo_demo/`; only the engine differs.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def configuration(args: argparse.Namespace) -> GRPOConfig:
         beta=0.0,
         bf16=args.bf16,
         use_cpu=cpu,
-        ddp_backend="gloo" if cpu else None,
+        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
