@@ -147,11 +147,8 @@ class TrainerAdapter:
         exchange = ExchangeCallback(trainer)
         if trainer.accelerator.num_processes > 1 and self.drafts_here:
             engine.share_rollouts(exchange)
-        for callback in (
-            self._reports,
-            self._importance,
-            *((self.drafter_state, exchange) if self.drafts_here else ()),
-        ):
+        of_drafters = (self.drafter_state, exchange) if self.drafts_here else ()
+        for callback in (self._reports, self._importance, *of_drafters):
             trainer.add_callback(callback)
 
     def install(self) -> None:

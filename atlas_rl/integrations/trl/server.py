@@ -76,6 +76,12 @@ def _new_generation(trainer: Any) -> Any:
     from trl.generation.vllm_generation import VLLMGeneration
 
     args = trainer.args
+    address = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    # Asked before all ranks wait for the main process to connect.
+    agreed(
+        trainer.accelerator,
+        lambda: AtlasClient(address, connection_timeout=args.vllm_server_timeout).check_server_is_ours(),
+    )
     with our_clients():
         return VLLMGeneration(
             model=trainer.model,
@@ -92,6 +98,21 @@ def _new_generation(trainer: Any) -> Any:
             generation_kwargs=args.generation_kwargs,
             **{name: getattr(trainer, name) for name in _FROM_TRAINER},
         )
+
+
+def agreed(accelerator: Any, call: Callable[[], Value]) -> Value:
+    """What `call` returns on the main process, on every rank; what it raises there is raised on every rank."""
+    told: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            told = [(call(), None)]
+        except (OSError, RuntimeError, ValueError) as error:
+            told = [(None, error)]
+    broadcast_object_list(told, from_process=0)
+    value, raised = told[0]
+    if raised is not None:
+        raise raised
+    return value
 
 
 class ServerAdapter(TrainerAdapter):
@@ -182,21 +203,8 @@ class ServerAdapter(TrainerAdapter):
             if self._client is not None:
                 self._client.call = None
 
-    # ---------------------------------------------------------------------------------- on the main process, for all ranks
-
     def _agreed(self, call: Callable[[], Value]) -> Value:
-        """What `call` returns on the main process, on every rank; what it raises there is raised on every rank."""
-        told: list[Any] = [None]
-        if self._accelerator.is_main_process:
-            try:
-                told = [(call(), None)]
-            except (OSError, RuntimeError, ValueError) as error:
-                told = [(None, error)]
-        broadcast_object_list(told, from_process=0)
-        value, raised = told[0]
-        if raised is not None:
-            raise raised
-        return value
+        return agreed(self._accelerator, call)
 
     @property
     def _main_client(self) -> AtlasClient:

@@ -78,8 +78,12 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
 
     # ------------------------------------------------------------------------------------------------------- our calls
 
-    def check_server_is_ours(self) -> None:
-        """Raise `ValueError` for a server that no drafter of ours is in, or that would not tell it of new weights."""
+    def check_server_is_ours(self) -> str:
+        """Raise `ValueError` for a server that no drafter of ours is in, or that would not tell it of new weights.
+
+        Returns:
+            The name of its weight-transfer backend.
+        """
         config = self.get_server_info()
         drafting, parallel = config.get("speculative_config") or {}, config.get("parallel_config") or {}
         transfer = (config.get("weight_transfer_config") or {}).get("backend")
@@ -105,6 +109,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
                 f"the vLLM server at {self.base_url} returns {mode}, not the logprobs of the sampled distribution: "
                 f"{START_OURS}"
             )
+        return str(transfer)
 
     def status(self) -> ServerStatus:
         """Which server answers, and what it serves."""
@@ -185,8 +190,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         Raises:
             ValueError: See `check_server_is_ours`.
         """
-        self.check_server_is_ours()
-        if self.get_server_info()["weight_transfer_config"]["backend"] != GLOO:
+        if self.check_server_is_ours() != GLOO:
             super().init_communicator(device)
             return
         where = urlparse(self.base_url)
