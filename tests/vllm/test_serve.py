@@ -46,11 +46,12 @@ def test_a_trainer_can_rely_on_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_is_given_is_kept() -> None:
     gloo = json.dumps({"backend": "atlas_gloo"})
-    flags = ("--weight_transfer_config", gloo, "--max-logprobs=20", "--kv-cache-memory-bytes", "1000000")
+    flags = ("--weight-transfer-config", gloo, "--max-logprobs=20", "--kv-cache-memory-bytes", "1000000")
     given = command(*flags)
     assert given[-len(flags) :] == list(flags)
     assert sum("logprobs" in flag and flag.startswith("--max") for flag in given) == 1
-    assert "--weight-transfer-config" not in given
+    assert given.count("--weight-transfer-config") == 1
+    assert command("--weight_transfer_config", gloo) == command("--weight-transfer-config", gloo)
 
 
 def test_flags_of_trl_are_put_into_words_of_vllm() -> None:
