@@ -20,7 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_report(commands)
     _add_compare(commands)
     _add_doctor(commands)
-    args = parser.parse_args(arguments)
+    _add_vllm_serve(commands)
+    args, flags = parser.parse_known_args(arguments)
+    if args.command == "vllm-serve":
+        args.flags = flags  # vLLM's
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         args.run_command(args)
     except BrokenPipeError as error:
@@ -131,6 +136,20 @@ def _add_doctor(commands: Any) -> None:
     parser.set_defaults(run_command=doctor)
 
 
+def _add_vllm_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "vllm-serve",
+        help="vLLM's server with drafters that follow a trainer's policy",
+        usage="atlas-rl vllm-serve MODEL [--draft-model FOLDER] [flags of `vllm serve` or `trl vllm-serve`]",
+        description="Run `vllm serve` with this package's proposer, worker extension and weight transfer. What it adds is "
+        "printed. A TRL trainer in server mode is attached as any other (docs/scaling.md).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", help="folder or name of the policy, if it is not the first argument")
+    parser.add_argument("--draft-model", type=Path, help="folder of an EAGLE-3 head, the static speculator")
+    parser.set_defaults(run_command=vllm_serve)
+
+
 def plan(args: argparse.Namespace) -> None:
     """Work out one setting and print it. Loads neither torch nor transformers."""
     from atlas_rl.planner.drafters import drafter_model
@@ -191,3 +210,15 @@ def doctor(args: argparse.Namespace) -> None:
     print(report_on(findings))
     if any(finding.state == "broken" for finding in findings):
         raise SystemExit(1)
+
+
+def vllm_serve(args: argparse.Namespace) -> None:
+    """Become vLLM's server; see `vllm/serve.py`."""
+    model, flags = args.model, list(args.flags)
+    if model is None and flags and not flags[0].startswith("-"):
+        model = flags.pop(0)
+    if model is None:
+        raise ValueError("which model? It comes first: atlas-rl vllm-serve MODEL, then vLLM's flags")
+    from atlas_rl.vllm.serve import serve
+
+    serve(model, flags, args.draft_model)

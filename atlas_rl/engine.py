@@ -30,7 +30,8 @@ class AtlasRolloutEngine(RolloutEngine):
 
         Args:
             trainer: Built as usual: with `use_vllm=False` for generation in process or for `backend="vllm"`, or inside
-                `prepare_vllm()` with `use_vllm=True`.
+                `prepare_vllm()` with `use_vllm=True`. With `vllm_mode="server"` a server generates that
+                `atlas-rl vllm-serve` started.
             baseline_every: Repeat every n-th training generation without speculation, check that the tokens are the
                 same, and put its tokens/s into the report; 0 never. For measurements: it costs the time it measures.
             unknown: Refused, with the nearest option's name.
@@ -40,11 +41,15 @@ class AtlasRolloutEngine(RolloutEngine):
                 is then as it was.
         """
         reject_unknown(unknown, ("baseline_every",), "attach()")
-        from atlas_rl.integrations.trl import adapter, vllm
-
         asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
-        attach = vllm.attach if asks or self.config.backend == "vllm" else adapter.attach
-        self._adapter = attach(self, trainer, baseline_every)
+        module: Any
+        if not asks and self.config.backend != "vllm":
+            from atlas_rl.integrations.trl import adapter as module
+        elif getattr(getattr(trainer, "args", None), "vllm_mode", "colocate") == "server":
+            from atlas_rl.integrations.trl import server as module
+        else:
+            from atlas_rl.integrations.trl import vllm as module
+        self._adapter = module.attach(self, trainer, baseline_every)
         self._without_policy = (
             "this engine is attached to a trainer, which asks it for rollouts in train(). For prompts of your own use "
             "AtlasRolloutEngine(model=trainer.model, tokenizer=...).generate(...)"

@@ -67,6 +67,10 @@ ADVICE: tuple[tuple[str, str], ...] = (
         r"completions differ from the rerun without speculation",
         "In float16 and bfloat16 a few are expected. In float32 please report it with the policy's class and versions.",
     ),
+    (
+        r"tokens for others meanwhile",
+        "Give the trainer a server of its own. Its tokens are right; only the figures of drafting and the rate are mixed.",
+    ),
 )
 """Pairs of a pattern and what to do. The first that is found in a warning holds."""
 

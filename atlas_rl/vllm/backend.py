@@ -25,7 +25,8 @@ from atlas_rl.vllm.request_fields import EXTRA_REQUEST
 if TYPE_CHECKING:
     from atlas_rl.vllm.proposer import AtlasProposer
 
-_CPU_CACHE_BYTES = 2 << 30
+CPU_CACHE_BYTES = 2 << 30
+"""Of an engine's cache on a CPU, where vLLM would take nearly all memory of the machine."""
 
 NO_DRAFTER = (
     "this vLLM engine was built without our drafter. Build the trainer inside the engine, then attach:\n"
@@ -78,7 +79,7 @@ def build_llm(model: str | Path, draft_model: str | Path | None) -> Any:
 
         arguments = llm_arguments(draft_model)
         if not torch.cuda.is_available() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+            arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         return LLM(model=str(model), logprobs_mode="processed_logprobs", **arguments)
 
 

@@ -126,7 +126,8 @@ class Drafting:
         table = self.requests.table
         self.requests.prompt_states.clear()
         self._end_epoch()
-        self._learn(version)
+        with self.recorder.time("refresh"):
+            self._learn(version)
         if table.sequences is not None:
             self._begin_epoch(table.current.sampling)
 

@@ -6,6 +6,7 @@ vLLM builds it in every worker, before it loads the policy. Options come in vLLM
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.internals import Batch, Forward, Hooks, VllmView
 
 Value = TypeVar("Value")
+_NEW_WEIGHTS = ("atlas_load_weights", "atlas_policy_updated", "finish_weight_update")
+"""Methods of a worker after which cached prefixes are another policy's."""
 
 
 class AtlasProposer(Hooks):
@@ -40,9 +43,12 @@ class AtlasProposer(Hooks):
 
     def __init__(self, vllm_config: Any) -> None:
         internals.install()  # before the runner that asks for this object loads its model
-        internals.reset_prefix_cache_with_new_weights(("atlas_load_weights", "atlas_policy_updated"))
+        internals.reset_prefix_cache_with_new_weights(_NEW_WEIGHTS)
+        internals.register_backends()
+        internals.follow_adapters()
         check_engine(vllm_config)
         self.options = options_of(vllm_config)
+        self.identity = secrets.token_hex(8)  # a server that was started again has another one
         self.policy: VllmView | None = None
         self._model: nn.Module | None = None
         model_config = vllm_config.model_config
@@ -67,6 +73,7 @@ class AtlasProposer(Hooks):
     def load_model(self, target_model: nn.Module) -> None:
         """Called by vLLM. Nothing is built yet: tensors made now are lost when the engine goes to sleep at level 2."""
         self._model = target_model
+        internals.follow(target_model, self)
         try:
             folder = served_folder(self._model_config.model, self._model_config.revision)
             self._served = describe(folder)
@@ -121,6 +128,14 @@ class AtlasProposer(Hooks):
         except ValueError as error:
             return str(error)
         return None
+
+    def status(self) -> dict[str, Any]:
+        """See `AtlasWorkerExtension.atlas_status`."""
+        return {
+            "server": self.identity,
+            "policy_version": self.drafting.tracker.version,
+            "weights_are_whole": self.weights_are_whole,
+        }
 
     def take_report(self) -> StepReport:
         """See `Drafting.take_report`."""

@@ -46,6 +46,15 @@ class AtlasWorkerExtension:
         """
         return self._answer(self._atlas_proposer().load_checkpoint(self.model_runner, folder, version))
 
+    def atlas_status(self) -> dict[str, Any]:
+        """What a trainer compares before it relies on the server.
+
+        Returns:
+            `server`, a random name that a restart changes; `policy_version`; `weights_are_whole`, False while an update has
+            changed some weights and not all.
+        """
+        return self._atlas_proposer().status()
+
     def atlas_report(self) -> dict[str, Any]:
         """A step report, as JSON, of the requests that ended since the last call."""
         return self._atlas_proposer().take_report().to_dict()

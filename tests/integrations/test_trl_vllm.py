@@ -122,7 +122,6 @@ def test_a_trainer_with_a_vllm_of_its_own_is_told_the_fix(folder: Path, tokenize
         ({"min_p": 0.1}, "min_p"),
         ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),
         ({"generation_kwargs": {"n": 2}}, "n is set by the engine"),
-        ({"vllm_mode": "server"}, "server mode"),
     ],
     ids=str,
 )

@@ -31,6 +31,7 @@ WARNINGS = [
     UNDEFINED_LOGITS,
     "history: propose() raised KeyError: 3; it is off until the next policy update",
     "2 of 8 completions differ from the rerun without speculation: expected only from near-ties",
+    "the server generated 7 tokens for others meanwhile: its figures of drafting and its seconds count them",
     "audit: returned logprobs differ from a plain forward pass by 7 nats on average, 7 at most: they are taken before "
     "temperature and truncation (vLLM: logprobs_mode='processed_logprobs')",
 ]

@@ -1,35 +1,36 @@
-"""`vllm serve` with our proposer by its own flags, over loopback: an OpenAI client sees nothing but the policy's tokens."""
+"""`atlas-rl vllm-serve` over loopback: for any OpenAI client, and for TRL trainers in server mode.
+
+One server does for all tests: starting it takes longer than they do. The last one kills it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from atlas_rl.vllm.checks import speculative_config
-from tests import vllm_engines  # first: it skips this module where there is no vLLM
+from atlas_rl import AtlasRolloutEngine
+from tests import ROOT, vllm_engines  # first: it skips this module where there is no vLLM
 from tests.models import tiny_bigram
-from tests.trainers import WORDS, word_tokenizer
+from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
+from tests.vllm_server import Server, call, free_port, post, serving
 
 __all__ = ["vllm_engines"]
-START_S = 240
-EXTENSION = "atlas_rl.vllm.server.AtlasWorkerExtension"
+LIMIT_S = 400
 
 
-def policy(seed: int) -> Any:
-    return tiny_bigram(vocab=len(WORDS), hidden=64, heads=2, kv_heads=2, context=128, seed=seed, logit_std=3.0)
+def policy(seed: int, hidden: int = 64) -> Any:
+    shape = {"vocab": len(WORDS), "hidden": hidden, "heads": 2, "kv_heads": 2, "context": 128}
+    return with_special_tokens(tiny_bigram(**shape, seed=seed, logit_std=3.0))
 
 
 @pytest.fixture(scope="module")
@@ -45,60 +46,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def server(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a running server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs. The command itself asks for its version under a name that the CPU wheel does not have.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folders[0])]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "policy", "--dtype", "float32"]
-    command += ["--max-model-len", "128", "--max-num-seqs", "16", "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", str(64 << 20)]
-    command += ["--speculative-config", json.dumps(speculative_config()), "--worker-extension-cls", EXTENSION]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # As a user starts it, whatever tests of engines in this process have set: the scheduler in a process of its own.
-            env=os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait(address, process, log)
-        yield address
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
-
-
-def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-    raise AssertionError(f"no server after {START_S} s: {log.read_text()[-4000:]}")
-
-
-def post(address: str, path: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(
-        address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        text = answer.read()
-    return json.loads(text) if text else None
-
-
-def call(address: str, method: str, *args: str) -> dict[str, Any]:
-    return post(address, "/collective_rpc", {"method": method, "args": list(args)})["results"][0]
+def server(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(folders[0], tmp_path_factory.mktemp("server")) as running:
+        yield running
 
 
 def complete(address: str, seed: int, **options: Any) -> Any:
@@ -114,23 +64,24 @@ def complete(address: str, seed: int, **options: Any) -> Any:
     return post(address, "/v1/completions", body | options)["choices"]
 
 
-def test_it_serves_the_policy_learns_from_traffic_and_follows_new_weights(server: str, folders: list[Path]) -> None:
-    first = [[choice["text"] for choice in complete(server, seed)] for seed in range(8)]
-    report = call(server, "atlas_report")
+def test_it_serves_the_policy_learns_from_traffic_and_follows_new_weights(server: Server, folders: list[Path]) -> None:
+    address = server.address
+    first = [[choice["text"] for choice in complete(address, seed)] for seed in range(8)]
+    report = call(address, "atlas_report")
     assert report["num_requests"] == 64
     assert report["num_tokens"] == 64 * 60
     assert sum(report["accepted"].values()) > 0
     assert report["accepted_length"] > 1
-    assert [[choice["text"] for choice in complete(server, seed)] for seed in range(8)] == first
-    _logprobs_are_those_of(policy(1), complete(server, 99, n=1)[0])
+    assert [[choice["text"] for choice in complete(address, seed)] for seed in range(8)] == first
+    _logprobs_are_those_of(policy(1), complete(address, 99, n=1)[0])
 
-    loaded = call(server, "atlas_load_weights", str(folders[1]), "5")
+    loaded = call(address, "atlas_load_weights", str(folders[1]), "5")
     assert loaded["policy_version"] == 5
     # On a CPU vLLM's worker is a process of its own, which cannot empty the prefix cache; the answer says so.
-    post(server, loaded["left_to_do"].removeprefix("POST "), {})
-    _logprobs_are_those_of(policy(2), complete(server, 99, n=1)[0])
-    assert call(server, "atlas_policy_updated")["policy_version"] == 6
-    assert call(server, "atlas_report")["policy_version"] == 6
+    post(address, loaded["left_to_do"].removeprefix("POST "), {})
+    _logprobs_are_those_of(policy(2), complete(address, 99, n=1)[0])
+    assert call(address, "atlas_policy_updated")["policy_version"] == 6
+    assert call(address, "atlas_report")["policy_version"] == 6
 
 
 def _logprobs_are_those_of(model: Any, choice: Any) -> None:
@@ -140,3 +91,202 @@ def _logprobs_are_those_of(model: Any, choice: Any) -> None:
         logprobs = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     expected = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     assert torch.allclose(torch.tensor(choice["logprobs"]["token_logprobs"]), expected, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------- TRL trainers
+
+
+def build(model: Any, address: str, output: Path, **options: Any) -> Any:
+    server = {"vllm_mode": "server", "vllm_server_base_url": address, "vllm_group_port": free_port()}
+    return build_trainer("grpo", model, word_tokenizer(), output, **(server | options))
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def errors_of(trainer: Any) -> list[float]:
+    """Has every generation of a trainer compare its logprobs with the trainer's own policy: largest difference in nats."""
+    adapter, found = trainer.vllm_generation, []
+    generate = adapter.generate
+
+    def compared(*args: Any, **kwargs: Any) -> Any:
+        prompts, completions, logprobs, token_ids = generate(*args, **kwargs)
+        for prompt, completion, own in zip(prompts, completions, logprobs, strict=True):
+            with torch.no_grad():
+                logits = trainer.model(input_ids=torch.tensor([[*prompt, *completion]])).logits
+            each = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            expected = each.gather(1, torch.tensor(completion)[:, None])[:, 0]
+            found.append((expected - torch.tensor(own)[:, 0]).abs().max().item())
+        return prompts, completions, logprobs, token_ids
+
+    adapter.generate = compared
+    return found
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_trainer_in_server_mode_trains_and_the_drafters_follow(
+    peft: bool, server: Server, folders: list[Path], tmp_path: Path
+) -> None:
+    trainer = build(
+        loaded(folders[0]), server.address, tmp_path, peft=peft, learning_rate=1e-2, max_completion_length=40
+    )
+    engine = AtlasRolloutEngine(backend="vllm", output_dir=tmp_path, console=False)
+    before = call(server.address, "atlas_status")["policy_version"]
+    assert engine.attach(trainer) is engine
+    errors = errors_of(trainer)
+    trainer.train()
+
+    assert call(server.address, "atlas_status")["policy_version"] == before + 3, "by itself"
+    assert [report.policy_version for report in engine.reports] == [0, 1, 2]
+    assert len(errors) == 3 * 8
+    assert max(errors) < 1e-3, "the server has the trainer's weights"
+    for report in engine.reports:
+        assert report.num_requests == 8
+        assert report.num_tokens == sum(report.completion_lengths)
+        assert 0 < report.sync_s + report.refresh_s < report.generate_s < (report.step_s or 0)
+        assert report.prefill_s + report.forward_s > 0
+        assert not report.warnings
+    assert set(engine.reports[0].drafted) == {"history", "recurrent"}
+    assert sum(sum(report.accepted.values()) for report in engine.reports) > 0
+    assert engine.reports[-1].refresh_s > 0, "drafters learn at an update"
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["num_tokens"] for row in rows] == [report.num_tokens for report in engine.reports]
+    logged = [row["atlas/accepted_length"] for row in trainer.state.log_history if "atlas/accepted_length" in row]
+    assert logged == pytest.approx([report.accepted_length for report in engine.reports])
+
+
+def test_a_call_has_a_seed_and_each_prompt_noise_of_its_own(
+    server: Server, folders: list[Path], tmp_path: Path
+) -> None:
+    trainer = build(loaded(folders[0]), server.address, tmp_path, max_completion_length=40)
+    AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    adapter = trainer.vllm_generation
+    adapter.sync_weights()
+    prompts = [[2, 3, 4]] * 8  # two groups of four, as when a dataset has a prompt twice
+    first = adapter.generate(prompts, None, 4)[1]
+    second = adapter.generate(prompts, None, 4)[1]
+    assert len({tuple(completion) for completion in first + second}) > 14
+    adapter._calls_at_step.clear()  # as in a run that is repeated
+    assert adapter.generate(prompts, None, 4)[1] == first
+
+
+def test_weights_that_are_refused_leave_the_old_ones_and_a_server_that_goes_on(
+    server: Server, folders: list[Path], tmp_path: Path
+) -> None:
+    call(server.address, "atlas_load_weights", str(folders[1]))
+    post(server.address, "/reset_prefix_cache?reset_running_requests=true", {})
+    version = call(server.address, "atlas_status")["policy_version"]
+    foreign = build(policy(3, hidden=32), server.address, tmp_path, max_steps=1)
+    AtlasRolloutEngine(backend="vllm", console=False).attach(foreign)
+    with pytest.raises(RuntimeError, match=r"weights did not reach the vLLM server at .*update_weights with 500"):
+        foreign.train()
+    status = call(server.address, "atlas_status")
+    assert (status["policy_version"], status["weights_are_whole"]) == (version, True)
+    _logprobs_are_those_of(policy(2), complete(server.address, 7, n=1)[0])
+
+    trainer = build(loaded(folders[0]), server.address, tmp_path, max_steps=1)
+    engine = AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    trainer.train()
+    assert engine.reports[0].num_requests == 8
+
+
+def test_a_server_whose_policy_somebody_else_changed_is_noticed(
+    server: Server, folders: list[Path], tmp_path: Path
+) -> None:
+    engine = AtlasRolloutEngine(console=False)
+    with engine.prepare_vllm():  # the second way in: TRL builds its client, which knows gloo then
+        trainer = build(loaded(folders[0]), server.address, tmp_path, use_vllm=True)
+    adapter = engine.attach(trainer)._adapter
+    assert trainer.vllm_generation is adapter
+    adapter.sync_weights()
+    call(server.address, "atlas_policy_updated")
+    with pytest.raises(RuntimeError, match=r"expected \d+: somebody else has changed its weights"):
+        adapter.generate([[2, 3]] * 4, None, 4)
+    adapter._server = replace(adapter._server, server="another")
+    with pytest.raises(RuntimeError, match="was started again and has forgotten the policy"):
+        adapter.generate([[2, 3]] * 4, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({"draft_model": "."}, {}, "draft_model is not an option.*vllm-serve MODEL --draft-model FOLDER"),
+        ({"speculation": False}, {}, "speculation=False cannot be told to a server"),
+        ({}, {"baseline_every": 2}, "leave baseline_every=0"),
+    ],
+    ids=str,
+)
+def test_what_a_server_cannot_honour_is_refused(
+    options: dict[str, Any], arguments: dict[str, Any], message: str, folders: list[Path], tmp_path: Path
+) -> None:
+    trainer = build(loaded(folders[0]), "http://127.0.0.1:9", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AtlasRolloutEngine(backend="vllm", console=False, **options).attach(trainer, **arguments)
+    assert not trainer.use_vllm
+
+
+def test_a_server_without_our_extension_is_refused(
+    server: Server, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atlas_rl.integrations.trl.server_client import AtlasClient
+
+    config = AtlasClient(base_url=server.address).get_server_info()
+    plain = config | {
+        "speculative_config": None,
+        "weight_transfer_config": {"backend": "nccl"},
+        "parallel_config": config["parallel_config"] | {"worker_extension_cls": ""},
+    }
+    monkeypatch.setattr(AtlasClient, "get_server_info", lambda client: plain)
+    trainer = build(loaded(folders[0]), server.address, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"without our proposer .* worker extension .* start it with `atlas-rl vllm-serve"
+    ):
+        AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    assert not trainer.use_vllm
+
+
+def test_two_ranks_share_a_server(server: Server, folders: list[Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "tests.vllm.two_ranks", str(folders[0]), server.address, str(free_port()), str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for rank in ranks:
+        assert rank["versions"] == ([0, 1] if rank is ranks[0] else [])
+        assert rank["num_compared"] == 2 * 4
+        assert rank["error_nats"] < 1e-3
+        assert rank["logged"] == ranks[0]["logged"], "every rank logs the report of all"
+        assert "somebody else has changed its weights" in rank["refused"], "on every rank"
+    assert ranks[0]["completions"] != ranks[1]["completions"]
+    assert ranks[0]["num_requests"] == [8, 8]
+
+
+def test_the_example_runs(server: Server, folders: list[Path], tmp_path: Path) -> None:
+    script = ROOT / "examples" / "grpo_vllm_server" / "run.py"
+    options = ["--model", str(folders[0]), "--server", server.address, "--group-port", str(free_port())]
+    options += ["--steps", "2", "--prompts", "1", "--max-new-tokens", "16", "--output-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(script), *options], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [report["policy_version"] for report in reports] == [0, 1]
+    assert all(report["num_requests"] == 4 and not report["warnings"] for report in reports)
+    assert done.stdout.count("atlas step") == 2
+
+
+def test_a_server_that_dies_in_a_run_is_a_clear_error(server: Server, folders: list[Path], tmp_path: Path) -> None:
+    class Killer(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            server.kill()
+
+    trainer = build(loaded(folders[0]), server.address, tmp_path)
+    engine = AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    trainer.add_callback(Killer())
+    with pytest.raises(ConnectionError, match=r"does not answer .* start it again, and resume the run from its last"):
+        trainer.train()
+    assert len(engine.reports) == 1
+    assert trainer.state.global_step == 1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.sync.refresh import MAX_VERSION, PolicyTracker
 from atlas_rl.vllm.checkpoint import check, describe
-from atlas_rl.vllm.internals import drafter_of
+from atlas_rl.vllm.internals import drafter_of, runner_of
 from tests.models import tiny_bigram
 from tests.vllm_engines import completions, engine  # first: it skips this module where there is no vLLM
 
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def llm(folders: list[Path]) -> Any:
     options = {"enable_prefix_caching": True, "block_size": 32, "worker_extension_cls": EXTENSION}
-    return engine(folders[0], max_num_seqs=8, **options)
+    return engine(folders[0], max_num_seqs=8, weight_transfer_config={"backend": "atlas_nccl"}, **options)
 
 
 def text(llm: Any) -> list[list[int]]:
@@ -261,3 +261,19 @@ def test_weights_that_are_not_finite_are_said_at_the_call(llm: Any) -> None:
 def test_precisions_of_trainers_are_taken_for_one_another(folders: list[Path], tmp_path: Path) -> None:
     policy(1).to(torch.bfloat16).save_pretrained(tmp_path)
     check(tmp_path, describe(folders[0]), torch.float32)
+
+
+def test_the_end_of_a_weight_transfer_tells_the_drafters_and_empties_the_prefix_cache(
+    llm: Any, folders: list[Path]
+) -> None:
+    """`atlas_nccl` but for the wire: its tensors are read from a file, in the place where NCCL would bring them."""
+    load(llm, folders[0])
+    text(llm)
+    status = llm.collective_rpc("atlas_status")[0]
+    llm.collective_rpc("start_weight_update")
+    assert llm.collective_rpc("atlas_status")[0] == status | {"weights_are_whole": False}
+    model = runner_of(llm).get_model()
+    model.load_weights(load_file(folders[2] / "model.safetensors").items())
+    llm.collective_rpc("finish_weight_update")
+    assert llm.collective_rpc("atlas_status")[0] == status | {"policy_version": status["policy_version"] + 1}
+    assert text(llm)[1] == greedy_text_of(policy(2)), "no prefix of the old policy is left"

@@ -127,6 +127,9 @@ class TrainerAdapter:
     shares_weights: bool = True
     """Whether rollouts are sampled from the trainer's own weights, whose importance ratios are 1."""
 
+    drafts_here: bool = True
+    """Whether drafters live in the trainer's processes, which then save what they know and exchange rollouts."""
+
     ranks_per_engine: int = 1
     """Ranks that generate the same rollouts together. They share the seed."""
 
@@ -142,9 +145,10 @@ class TrainerAdapter:
         self._reports = ReportCallback(engine, trainer)
         self.drafter_state = DrafterStateCallback(engine, trainer)
         exchange = ExchangeCallback(trainer)
-        if trainer.accelerator.num_processes > 1:
+        if trainer.accelerator.num_processes > 1 and self.drafts_here:
             engine.share_rollouts(exchange)
-        for callback in (self._reports, self._importance, self.drafter_state, exchange):
+        of_drafters = (self.drafter_state, exchange) if self.drafts_here else ()
+        for callback in (self._reports, self._importance, *of_drafters):
             trainer.add_callback(callback)
 
     def install(self) -> None:
@@ -152,7 +156,8 @@ class TrainerAdapter:
         self.trainer.use_vllm = True
         self.trainer.vllm_generation = self
         self.trainer._last_loaded_step = -1  # sync before the first generation
-        self.drafter_state.follow()
+        if self.drafts_here:
+            self.drafter_state.follow()
 
     @property
     def llm(self) -> Any:
@@ -185,7 +190,7 @@ class TrainerAdapter:
         Raises:
             ValueError: Prompts with images.
         """
-        _refuse_images(images)
+        refuse_images(images)
         with profiler or nullcontext():
             output = self._generate(prompts)
         logprobs = [[[value] for value in row] for row in output.logprobs]
@@ -199,7 +204,7 @@ class TrainerAdapter:
             ValueError: Prompts with images.
         """
         prompt_ids, images, _ = self.trainer._tokenize_prompts(prompts)
-        _refuse_images(images)
+        refuse_images(images)
         self.sync_weights()
         output = self._generate(prompt_ids)
         return {
@@ -289,6 +294,7 @@ class TrainerAdapter:
         return report
 
 
-def _refuse_images(images: list[Any] | None) -> None:
+def refuse_images(images: list[Any] | None) -> None:
+    """Raise `ValueError` for prompts with images."""
     if images is not None and any(images):
         raise ValueError("prompts with images cannot be generated in process: use TRL's own engine for them")

@@ -43,7 +43,7 @@ _FROM_ARGUMENTS = (
 
 @contextmanager
 def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
-    """Make every `LLM` that TRL builds inside this context draft with our proposer.
+    """Make every `LLM` that TRL builds inside this context draft with our proposer, and every client of a server ours.
 
     Args:
         config: Its `draft_model` is the static drafter.
@@ -56,12 +56,15 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
     with in_this_process():
         from trl.generation import vllm_generation
 
+        from atlas_rl.integrations.trl.server_client import our_clients
+
         own = vllm_generation.LLM
         vllm_generation.LLM = lambda *args, **options: own(
             *args, **llm_arguments(draft_folder, **(arguments | options))
         )
         try:
-            yield
+            with our_clients():
+                yield
         finally:
             vllm_generation.LLM = own
 
@@ -71,13 +74,8 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdap
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every)
     check_same_policy(engine, trainer)
-    if trainer.args.vllm_mode != "colocate":
-        raise ValueError(
-            "in server mode the drafters live in the server: start it as docs/vllm.md says and attach nothing, or set "
-            "vllm_mode='colocate'"
-        )
     # Refuse what cannot be honoured before a vLLM engine is built.
-    _checked_sampling(trainer, seed=0)
+    checked_sampling(trainer, seed=0)
     unwrap_policy(trainer.model)  # vLLM gets merged layers: what lives in a wrapper would be lost
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:
@@ -197,7 +195,7 @@ class VllmAdapter(TrainerAdapter):
             self.generation._llm_weights_sleeping = False
 
     def _sampling(self, seed: int) -> TrainerSampling:
-        sampling = _checked_sampling(self.trainer, seed)
+        sampling = checked_sampling(self.trainer, seed)
         regex = self.generation.structured_outputs_regex
         if regex is None:
             return sampling
@@ -219,7 +217,7 @@ class VllmAdapter(TrainerAdapter):
         return accelerator.unwrap_model(self.trainer.model)  # its PEFT wrapper and mixed precision stay on
 
 
-def _checked_sampling(trainer: Any, seed: int) -> TrainerSampling:
+def checked_sampling(trainer: Any, seed: int) -> TrainerSampling:
     """The trainer's sampling options. Raises `ValueError` for those that vLLM cannot honour under speculation."""
     sampling = read_sampling(trainer, seed)
     check_sampling(sampling.params, sampling.extra)

@@ -9,10 +9,13 @@ What is here and why:
     sampler   vLLM's own processing of logits, without its drawing
     engine    the embeddings of a loaded model, as drafters read them; an engine's proposer, ranks and prefix cache
     weights   new weights, all or nothing
+    adapters  LoRA adapters that come to a running engine
+    transfer  weight-transfer backends of ours, from which drafters hear of a new policy (`transfer_engines`)
 
 Before adding a version, run tests/vllm/test_exactness.py on it. vLLM is imported inside functions only.
 """
 
+from atlas_rl.vllm.internals.adapters import follow_adapters
 from atlas_rl.vllm.internals.engine import (
     VllmView,
     abandon,
@@ -25,6 +28,7 @@ from atlas_rl.vllm.internals.engine import (
 )
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler, tolerate_numba
 from atlas_rl.vllm.internals.runner import Batch, Forward, Hooks, install
+from atlas_rl.vllm.internals.transfer import follow, register_backends
 from atlas_rl.vllm.internals.version import KNOWN_VERSIONS, check_version, installed_version
 from atlas_rl.vllm.internals.weights import load_all_or_nothing, reload_weights
 
@@ -38,10 +42,13 @@ __all__ = [
     "agree",
     "check_version",
     "drafter_of",
+    "follow",
+    "follow_adapters",
     "in_engine_process",
     "install",
     "installed_version",
     "load_all_or_nothing",
+    "register_backends",
     "reload_weights",
     "repair_cpu_sampler",
     "reset_prefix_cache_with_new_weights",

@@ -1,0 +1,293 @@
+"""Lets TRL trainers generate with a vLLM server whose drafters follow the policy (`vllm_mode="server"`).
+
+TRL's `VLLMGeneration` stays, with its client: it gathers prompts and weights over ranks and sends them. The drafters hear
+of new weights in the server. The adapter around it gives every call a seed, fetches the server's report, and sees to it that
+the server serves the trainer's policy and no other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accelerate.utils import broadcast_object_list
+
+from atlas_rl.config import EngineConfig
+from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once, check_same_policy, refuse_images
+from atlas_rl.integrations.trl.checks import check_trainer
+from atlas_rl.integrations.trl.sampling import TrainerSampling
+from atlas_rl.integrations.trl.server_client import AtlasClient, Call, ServerStatus, our_clients
+from atlas_rl.integrations.trl.vllm import checked_sampling
+from atlas_rl.policy.unwrap import unwrap_policy
+from atlas_rl.report.report import Mode, StepReport
+
+if TYPE_CHECKING:
+    from atlas_rl.rollout.engine import RolloutEngine
+
+Value = TypeVar("Value")
+
+_FROM_TRAINER = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
+_OF_A_SERVER = {
+    "draft_model": "give the server its folder, `atlas-rl vllm-serve MODEL --draft-model FOLDER`",
+    "speculators": "the server makes its own",
+    "controller": "the server makes its own",
+    "trace": "a server keeps no trace",
+    "max_batch_size": "a server has --max-num-seqs",
+}
+"""Options of the engine that a trainer cannot give a server, and what to do."""
+
+
+def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAdapter:
+    """Put the engine around the trainer's client of a server. Raises, and changes nothing, if it cannot.
+
+    Raises:
+        ValueError: Options of engine or trainer that a server cannot honour; a server without our drafters.
+        ConnectionError: No server answers.
+    """
+    check_attached_once(engine, trainer)
+    check_trainer(trainer, baseline_every)
+    check_same_policy(engine, trainer)
+    _check_options(engine.config, baseline_every)
+    checked_sampling(trainer, seed=0)
+    unwrap_policy(trainer.model)  # the server gets merged layers: what lives in a wrapper would be lost
+    generation = getattr(trainer, "vllm_generation", None) or _new_generation(trainer)
+    adapter = ServerAdapter(engine, trainer, generation)
+    adapter.install()
+    return adapter
+
+
+def _check_options(config: EngineConfig, baseline_every: int) -> None:
+    for name, instead in _OF_A_SERVER.items():
+        if getattr(config, name) not in (None, False):
+            raise ValueError(f"{name} is not an option of a trainer whose server drafts: {instead}")
+    if not config.speculation:
+        raise ValueError("speculation=False cannot be told to a server: start it with `vllm serve` and attach nothing")
+    if config.verification != "invariant":
+        raise ValueError("the server verifies by drafter-invariant sampling: leave verification='invariant'")
+    if baseline_every:
+        raise ValueError("a server does not repeat calls without speculation: leave baseline_every=0")
+
+
+def _new_generation(trainer: Any) -> Any:
+    """What TRL would have built for `use_vllm=True`, with our client."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    args = trainer.args
+    address = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    # Asked before all ranks wait for the main process to connect.
+    agreed(
+        trainer.accelerator,
+        lambda: AtlasClient(address, connection_timeout=args.vllm_server_timeout).check_server_is_ours(),
+    )
+    with our_clients():
+        return VLLMGeneration(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            mode="server",
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+            logprobs=0,
+            generation_kwargs=args.generation_kwargs,
+            **{name: getattr(trainer, name) for name in _FROM_TRAINER},
+        )
+
+
+def agreed(accelerator: Any, call: Callable[[], Value]) -> Value:
+    """What `call` returns on the main process, on every rank; what it raises there is raised on every rank."""
+    told: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            told = [(call(), None)]
+        except (OSError, RuntimeError, ValueError) as error:
+            told = [(None, error)]
+    broadcast_object_list(told, from_process=0)
+    value, raised = told[0]
+    if raised is not None:
+        raise raised
+    return value
+
+
+class ServerAdapter(TrainerAdapter):
+    """Generates for a trainer through TRL's own `VLLMGeneration` and a server that drafts.
+
+    Only the main process talks to the server. What goes wrong there is raised on every rank, so that none waits for it.
+
+    Args:
+        engine: Publishes the reports.
+        trainer: Its sampling options are read at every generation.
+        generation: TRL's `VLLMGeneration` in server mode.
+
+    Raises:
+        ValueError: Sampling options that cannot be honoured, or a server without our drafters.
+        ConnectionError: No server answers.
+    """
+
+    shares_weights = False
+    drafts_here = False
+
+    def __init__(self, engine: RolloutEngine, trainer: Any, generation: Any) -> None:
+        self.generation = generation
+        self._accelerator = trainer.accelerator
+        self._client = AtlasClient.adopting(generation.vllm_client) if self._accelerator.is_main_process else None
+        self._server: ServerStatus = self._agreed(self._meet)
+        self._sync_s = 0.0
+        super().__init__(engine, trainer, baseline_every=0)
+        self._reports.leads = self._accelerator.is_main_process  # whose report is that of all ranks' rollouts
+
+    def install(self) -> None:
+        if self._client is not None:
+            self.generation.vllm_client = self._client
+        super().install()
+
+    def sync_weights(self) -> None:
+        """Send the policy's weights to the server after an update; there the drafters are refreshed."""
+        step = int(self.trainer.state.global_step)
+        if self._synced_step == step:
+            return
+        began_s = time.perf_counter()
+        self._agreed(lambda: self._check_server(self._server.policy_version))
+        failure = self._failure(self.generation.sync_weights)
+        self._server = self._agreed(lambda: self._settled(failure))
+        self._synced_step = step
+        self._sync_s += time.perf_counter() - began_s
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list[Any] | None,
+        num_generations: int,
+        profiler: AbstractContextManager[Any] | None = None,
+    ) -> Any:
+        """Generate as `VLLMGeneration.generate` does, on all ranks together.
+
+        Raises:
+            ValueError: Prompts with images.
+            ConnectionError: The server does not answer.
+            RuntimeError: It answers an error, or serves another policy than the trainer's.
+        """
+        refuse_images(images)
+        step = int(self.trainer.state.global_step)
+        mode: Mode = "train" if self.trainer.model.training else "eval"
+        sampling = self._sampling(self._seed(step, mode))
+        for name in _FROM_TRAINER:
+            setattr(self.generation, name, getattr(self.trainer, name))
+        call = Call(sampling.params.seed, list(sampling.params.eos_token_ids))
+        self._agreed(lambda: self._check_server(self._server.policy_version))
+        began_s = time.perf_counter()
+        with self._calling(call):
+            answer = self.generation.generate(prompts, images, num_generations, profiler)
+        seconds = time.perf_counter() - began_s
+        report = self._agreed(lambda: self._report(call, step, mode, seconds))
+        self._reports.add(report)
+        return answer
+
+    def _sampling(self, seed: int) -> TrainerSampling:
+        return checked_sampling(self.trainer, seed)
+
+    @contextmanager
+    def _calling(self, call: Call) -> Iterator[None]:
+        """Requests that the main process sends inside are those of `call`."""
+        if self._client is not None:
+            self._client.call = call
+        try:
+            yield
+        finally:
+            if self._client is not None:
+                self._client.call = None
+
+    def _agreed(self, call: Callable[[], Value]) -> Value:
+        return agreed(self._accelerator, call)
+
+    @property
+    def _main_client(self) -> AtlasClient:
+        assert self._client is not None, "only the main process has a client"
+        return self._client
+
+    def _meet(self) -> ServerStatus:
+        """The server, if it is ours; what it did before is nobody's report."""
+        self._main_client.check_server_is_ours()
+        self._main_client.report()
+        return self._main_client.status()
+
+    def _check_server(self, version: int) -> ServerStatus:
+        """The server's status; `RuntimeError` unless it is the one that was met, and serves this version."""
+        client = self._main_client
+        now = client.status()
+        if now.server != self._server.server:
+            raise RuntimeError(
+                f"the vLLM server at {client.base_url} was started again and has forgotten the policy: resume the run from "
+                "its last checkpoint, which sends the weights anew"
+            )
+        if now.policy_version != version:
+            raise RuntimeError(
+                f"the vLLM server at {client.base_url} serves policy version {now.policy_version}, expected {version}: "
+                "somebody else has changed its weights, or an update was lost. One server serves one trainer"
+            )
+        if not now.weights_are_whole:
+            raise RuntimeError(
+                f"the vLLM server at {client.base_url} holds a policy that is partly new: a weight update did not come to "
+                "its end. Resume the run from its last checkpoint, which sends the weights anew"
+            )
+        return now
+
+    def _failure(self, call: Callable[[], Any]) -> Exception | None:
+        """What `call` raises on the main process, for `_settled` to tell; other ranks have nothing to lose it for."""
+        if self._client is None:
+            call()
+            return None
+        try:
+            call()
+        except (OSError, RuntimeError, ValueError) as error:
+            return error
+        return None
+
+    def _settled(self, failure: Exception | None) -> ServerStatus:
+        """The server after a sync; raises if it failed."""
+        if failure is not None:
+            raise RuntimeError(
+                f"the policy's weights did not reach the vLLM server at {self._main_client.base_url}: {failure}"
+            ) from failure
+        return self._check_server(self._server.policy_version + 1)
+
+    def _report(self, call: Call, step: int, mode: Mode, seconds: float) -> StepReport:
+        """The server's report of a call, with what the trainer counted and waited for."""
+        client = self._main_client
+        if call.failure is not None:
+            kind = RuntimeError if isinstance(call.failure, RuntimeError) else ConnectionError
+            raise kind(f"the vLLM server at {client.base_url} gave no completions: {call.failure}") from call.failure
+        report = client.report()
+        if report.policy_version != self._server.policy_version:
+            raise RuntimeError(
+                f"the vLLM server at {client.base_url} generated with policy version {report.policy_version}, expected "
+                f"{self._server.policy_version}: it was started again, or somebody else has changed its weights"
+            )
+        warnings, num_tokens = report.warnings, sum(call.completion_lengths)
+        if report.num_tokens > num_tokens:
+            warnings += (
+                f"the server generated {report.num_tokens - num_tokens} tokens for others meanwhile: its figures of "
+                "drafting and its seconds count them",
+            )
+        sync_s, self._sync_s = self._sync_s, 0.0
+        busy_s = report.generate_s - report.refresh_s
+        return replace(
+            report,
+            step=step,
+            policy_version=step,
+            mode=mode,
+            num_requests=len(call.completion_lengths),
+            num_prompt_tokens=call.num_prompt_tokens,
+            num_tokens=num_tokens,
+            completion_lengths=call.completion_lengths,
+            generate_s=seconds + sync_s,
+            sync_s=max(0.0, sync_s - report.refresh_s),
+            other_s=max(0.0, seconds - busy_s),
+            warnings=warnings,
+        )

@@ -1,0 +1,259 @@
+"""TRL's client of a vLLM server, extended by what our server takes: seeds per prompt, weights over gloo, reports."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from trl.generation.vllm_client import VLLMClient
+
+from atlas_kernels.noise import mix64
+from atlas_rl.report.report import StepReport
+from atlas_rl.vllm.checks import PROPOSER
+from atlas_rl.vllm.internals.transfer import BACKENDS, GLOO
+from atlas_rl.vllm.serve import EXTENSION
+from atlas_rl.vllm.weight_group import WeightGroup, address_towards
+
+_ANSWER_S = 600.0
+_AT_ONCE = 64  # requests, as many as TRL's session keeps connections
+_ANSWER = ("prompt_ids", "completion_ids", "logprobs", "logprob_token_ids")
+_LONGEST = 2000  # of an answer in a message
+
+START_OURS = "start it with `atlas-rl vllm-serve MODEL` (docs/scaling.md)"
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """See `AtlasWorkerExtension.atlas_status`."""
+
+    server: str
+    policy_version: int
+    weights_are_whole: bool
+
+
+@dataclass
+class Call:
+    """One generation call: its seed, the tokens that end a completion, and what came of it.
+
+    Attributes:
+        seed: Of the noise of all its completions.
+        stop_token_ids: Tokens that end a completion.
+        num_prompt_tokens: Of all requests, repeats counted.
+        completion_lengths: In tokens, one per request.
+        failure: What went wrong. TRL goes on with no completions, so that all ranks come to where it is told.
+    """
+
+    seed: int
+    stop_token_ids: list[int]
+    num_prompt_tokens: int = 0
+    completion_lengths: tuple[int, ...] = ()
+    failure: Exception | None = None
+
+
+class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
+    """TRL's client; what it does not have of its own is TRL's.
+
+    Errors are built-in ones that name the server: ConnectionError where it does not answer, RuntimeError for what it
+    answers. Calls that must not happen twice are not repeated.
+    """
+
+    call: Call | None = None
+    _group: WeightGroup | None = None
+
+    @classmethod
+    def adopting(cls, client: VLLMClient) -> AtlasClient:
+        """A client that TRL has made, with these methods: connections and communicator are the same."""
+        own = cls.__new__(cls)
+        own.__dict__ = client.__dict__
+        return own
+
+    # ------------------------------------------------------------------------------------------------------- our calls
+
+    def check_server_is_ours(self) -> str:
+        """Raise `ValueError` for a server that no drafter of ours is in, or that would not tell it of new weights.
+
+        Returns:
+            The name of its weight-transfer backend.
+        """
+        config = self.get_server_info()
+        drafting, parallel = config.get("speculative_config") or {}, config.get("parallel_config") or {}
+        transfer = (config.get("weight_transfer_config") or {}).get("backend")
+        lacks = [
+            text
+            for text, missing in (
+                (f"our proposer ({PROPOSER})", drafting.get("model") != PROPOSER),
+                (f"our worker extension ({EXTENSION})", parallel.get("worker_extension_cls") != EXTENSION),
+                (
+                    f"a weight transfer that tells drafters of new weights ({' or '.join(BACKENDS)})",
+                    transfer not in BACKENDS,
+                ),
+            )
+            if missing
+        ]
+        if lacks:
+            raise ValueError(
+                f"the vLLM server at {self.base_url} was started without {', without '.join(lacks)}: {START_OURS}"
+            )
+        mode = config["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise ValueError(
+                f"the vLLM server at {self.base_url} returns {mode}, not the logprobs of the sampled distribution: "
+                f"{START_OURS}"
+            )
+        return str(transfer)
+
+    def status(self) -> ServerStatus:
+        """Which server answers, and what it serves."""
+        return ServerStatus(**self._rpc("atlas_status"))
+
+    def report(self) -> StepReport:
+        """The report of what the server did since this was last asked; `ValueError` for one of another version."""
+        return StepReport.from_dict(self._rpc("atlas_report"))
+
+    def _rpc(self, method: str) -> dict[str, Any]:
+        return self.ask("/collective_rpc", {"method": method})["results"][0]
+
+    def ask(self, path: str, body: dict[str, Any]) -> Any:
+        """The answer to one POST, which is not repeated.
+
+        Raises:
+            ConnectionError: No server answers.
+            RuntimeError: It answers an error, whose text the message has.
+        """
+        request = urllib.request.Request(
+            self.base_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise self._refused(path, error.code, error.read().decode(errors="replace")) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionError(
+                f"the vLLM server at {self.base_url} does not answer ({error}). If it has died, its log says why: start it "
+                "again, and resume the run from its last checkpoint"
+            ) from error
+        return json.loads(text) if text else None
+
+    def _refused(self, path: str, code: int, text: str) -> RuntimeError:
+        return RuntimeError(f"the vLLM server at {self.base_url} answered {path} with {code}: {text[:_LONGEST]}")
+
+    # ------------------------------------------------------------------------------------------------------ generating
+
+    def generate(  # type: ignore[override]
+        self, prompts: Any, features: Any = None, n: int = 1, generation_kwargs: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        """As TRL's, within a `call` with a request and a seed for each prompt.
+
+        A request of several prompts has one seed. Their completions would be drawn with the same noise.
+        """
+        call = self.call
+        if call is None:
+            return super().generate(prompts, features, n=n, generation_kwargs=generation_kwargs, **options)
+
+        def complete(index: int) -> dict[str, Any]:
+            seed = mix64(call.seed ^ mix64(index + 1)) >> 2  # below 2^62: vLLM adds the sample's number
+            asked = {**(generation_kwargs or {}), "seed": seed, "stop_token_ids": call.stop_token_ids}
+            return super(AtlasClient, self).generate([prompts[index]], n=n, generation_kwargs=asked, **options)
+
+        answers: list[dict[str, Any]] = []
+        try:
+            with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(prompts)))) as executor:
+                answers += executor.map(complete, range(len(prompts)))
+        except (OSError, RuntimeError) as error:
+            call.failure = error
+        joined: dict[str, Any] = {name: [row for answer in answers for row in answer[name]] for name in _ANSWER}
+        call.num_prompt_tokens = n * sum(map(len, joined["prompt_ids"]))
+        call.completion_lengths = tuple(map(len, joined["completion_ids"]))
+        return joined
+
+    def _post(self, url: str, **options: Any) -> Any:
+        response = self.session.post(url, **options)
+        if response.status_code != 200:
+            raise self._refused(urlparse(url).path, response.status_code, response.text)
+        return response.json()
+
+    # --------------------------------------------------------------------------------------------------------- weights
+
+    def init_communicator(self, device: torch.device | str | int = 0) -> None:
+        """Connect to the server's workers, over gloo where its backend is that, else as TRL does.
+
+        Raises:
+            ValueError: See `check_server_is_ours`.
+        """
+        if self.check_server_is_ours() != GLOO:
+            super().init_communicator(device)
+            return
+        where = urlparse(self.base_url)
+        address = address_towards(where.hostname or "", where.port or 80)
+        world_size = self.get_world_size() + 1
+        info = {"master_address": address, "master_port": self.group_port, "rank_offset": 1, "world_size": world_size}
+        # Each of both waits for the other.
+        with ThreadPoolExecutor(1) as executor:
+            joined = executor.submit(self.ask, "/init_weight_transfer_engine", {"init_info": info})
+            self._group = WeightGroup(address, self.group_port, 0, world_size)
+            joined.result()
+
+    def update_named_params(
+        self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, torch.Tensor]]
+    ) -> None:
+        """As TRL's. `named_params` is read to its end whatever happens: TRL merges adapters in it and unmerges them last."""
+        try:
+            if self._group is None:
+                super().update_named_params(metadata, named_params)
+            else:
+                self._update_over_gloo(self._group, metadata, named_params)
+        finally:
+            for _ in named_params:
+                pass
+
+    def _update_over_gloo(
+        self,
+        group: WeightGroup,
+        metadata: list[tuple[str, str, list[int]]],
+        named_params: Iterator[tuple[str, torch.Tensor]],
+    ) -> None:
+        names, dtype_names, shapes = (list(field) for field in zip(*metadata, strict=True))
+        info = {"names": names, "dtype_names": dtype_names, "shapes": shapes}
+        self._start_weight_update()
+        with ThreadPoolExecutor(1) as executor:
+            loaded = executor.submit(self.ask, "/update_weights", {"update_info": info})
+            for _, tensor in named_params:
+                if loaded.done():
+                    loaded.result()  # refused before all had come
+                group.send(tensor)
+            loaded.result()
+        self._finish_weight_update()
+
+    def _start_weight_update(self) -> None:
+        self.ask("/start_weight_update", {})
+
+    def _finish_weight_update(self) -> None:
+        self.ask("/finish_weight_update", {})
+
+    def close_communicator(self) -> None:
+        if self._group is None:
+            super().close_communicator()
+        self._group = None
+
+
+@contextmanager
+def our_clients() -> Iterator[None]:
+    """Every client of a server that TRL builds inside is ours."""
+    from trl.generation import vllm_generation
+
+    own = vllm_generation.VLLMClient
+    vllm_generation.VLLMClient = AtlasClient  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        vllm_generation.VLLMClient = own  # type: ignore[misc]

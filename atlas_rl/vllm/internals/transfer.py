@@ -1,0 +1,55 @@
+"""Weight-transfer backends of ours by name, and the drafters that hear from them of a new policy.
+
+A trainer elsewhere updates a server's weights by `start_weight_update`, `update_weights` and `finish_weight_update`. vLLM
+tells nobody of them but the engine of the backend that it was started with. So the engines are ours
+(`transfer_engines.py`), and what drafts for a model hears of it from here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+from torch import nn
+
+NCCL, GLOO = "atlas_nccl", "atlas_gloo"
+BACKENDS = (NCCL, GLOO)
+"""vLLM's own NCCL engine, and one over gloo, for CPUs. Both tell the drafters."""
+
+_CLASSES = {NCCL: "AtlasNcclEngine", GLOO: "AtlasGlooEngine"}
+
+
+class Follower(Protocol):
+    """What drafts for a model whose weights come from elsewhere."""
+
+    weights_are_whole: bool
+    """False while an update has changed some weights and not all of them."""
+
+    def weights_changed(self) -> None:
+        """The model has new weights."""
+
+    def policy_updated(self, version: int | None) -> dict[str, Any]:
+        """The policy has moved; None counts its version up by one."""
+
+
+_FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Follower]] = weakref.WeakKeyDictionary()
+
+
+def follow(model: nn.Module, follower: Follower) -> None:
+    """Let `follower` hear of new weights of `model`; neither is kept alive by it."""
+    _FOLLOWERS[model] = weakref.ref(follower)
+
+
+def follower_of(model: nn.Module) -> Follower | None:
+    """What follows a model; None where nothing does."""
+    found = _FOLLOWERS.get(model)
+    return None if found is None else found()
+
+
+def register_backends() -> None:
+    """Make the backends known to vLLM in this process; a worker asks for one when it has loaded its model."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    for name, class_name in _CLASSES.items():
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, f"{__package__}.transfer_engines", class_name)

@@ -1,0 +1,116 @@
+"""vLLM's weight-transfer engines that tell the drafters. vLLM itself loads this module, by the names of `transfer.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+from atlas_rl.vllm.internals.transfer import follower_of
+from atlas_rl.vllm.internals.weights import load_all_or_nothing
+from atlas_rl.vllm.weight_group import WeightGroup
+
+
+class _TellsDrafters(WeightTransferEngine):
+    """Tells what drafts for the model of a weight update. An update of a draft model of vLLM's own is none of theirs."""
+
+    def start_weight_update(self) -> None:
+        self._mark(whole=False)
+        super().start_weight_update()
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._mark(whole=True)
+        self._tell()
+
+    def _mark(self, *, whole: bool) -> None:
+        follower = self._follower()
+        if follower is not None:
+            follower.weights_are_whole = whole
+
+    def _tell(self) -> None:
+        follower = self._follower()
+        if follower is not None:
+            follower.weights_changed()
+            follower.policy_updated(None)
+
+    def _follower(self) -> Any:
+        return follower_of(self.model) if self.model is self._default_model else None
+
+
+class AtlasNcclEngine(_TellsDrafters, NCCLWeightTransferEngine):
+    """`atlas_nccl`: vLLM's own transfer, and the drafters follow."""
+
+
+@dataclass(kw_only=True)
+class GlooInitInfo(WeightTransferInitInfo):
+    """Where the trainer waits; workers are ranks `rank_offset` and up of `world_size`."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """Names, types (`"float32"`) and shapes of the tensors to come, in their order."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class AtlasGlooEngine(_TellsDrafters):
+    """`atlas_gloo`: the whole policy in one update, received to its end before a weight changes, and all or nothing."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+
+    _group: WeightGroup | None = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        parallel, at = self.parallel_config, init_info
+        rank = parallel.data_parallel_index * parallel.world_size + parallel.rank + at.rank_offset
+        self._group = WeightGroup(at.master_address, at.master_port, rank, at.world_size)
+
+    def start_weight_update(self) -> None:
+        """Nothing changes before all has come."""
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        if self._group is None:
+            raise RuntimeError("no trainer has connected: POST /init_weight_transfer_engine comes first")
+        announced = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+        weights = [(name, self._group.receive(shape, getattr(torch, dtype))) for name, dtype, shape in announced]
+        load_all_or_nothing(self._runner(), weights)
+
+    def finish_weight_update(self) -> None:
+        self._tell()
+
+    def _runner(self) -> Any:
+        """What loading asks of a model runner. Caches of LoRA and images: vLLM's worker and its client reset them."""
+        return SimpleNamespace(
+            get_model=lambda: self.model,
+            model_config=self.model_config,
+            reset_lora_state=lambda: None,
+            reset_encoder_cache=lambda: None,
+            reset_mm_cache=lambda: None,
+        )
+
+    def shutdown(self) -> None:
+        self._group = None
+
+    @classmethod
+    def trainer_init(cls, *args: Any, **options: Any) -> Any:
+        """vLLM before 0.28 asks its engines for the trainer's side as well, in this method and the next."""
+        raise NotImplementedError("the trainer's side is atlas_rl.vllm.weight_group.WeightGroup")
+
+    trainer_send_weights = trainer_init

@@ -1,0 +1,107 @@
+"""The command of `atlas-rl vllm-serve`: which flags it adds, and which it refuses. No server is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atlas_rl.cli import main
+from tests import vllm_engines  # first: it skips this module where there is no vLLM
+
+__all__ = ["vllm_engines"]
+
+
+def command(*flags: str, **options: Any) -> list[str]:
+    from atlas_rl.vllm.serve import serve_command
+
+    return serve_command("POLICY", flags, environment={}, **options)[0]
+
+
+def value(given: list[str], flag: str) -> str:
+    assert given.count(flag) == 1, given
+    return given[given.index(flag) + 1]
+
+
+def test_a_trainer_can_rely_on_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = command("--port", "8001")
+    assert given[-2:] == ["--port", "8001"]
+    assert json.loads(value(given, "--speculative-config"))["model"] == "atlas_rl.vllm.proposer.AtlasProposer"
+    assert value(given, "--worker-extension-cls") == "atlas_rl.vllm.server.AtlasWorkerExtension"
+    assert value(given, "--logprobs-mode") == "processed_logprobs"
+    assert value(given, "--max-logprobs") == "-1"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert json.loads(value(command(), "--weight-transfer-config")) == {"backend": "atlas_gloo"}
+    assert value(command(), "--kv-cache-memory-bytes") == str(2 << 30)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    on_cuda = command("--max_num_seqs=32")
+    assert json.loads(value(on_cuda, "--weight-transfer-config")) == {"backend": "atlas_nccl"}
+    graphs = json.loads(value(on_cuda, "--compilation-config"))
+    assert (graphs["cudagraph_mode"], max(graphs["cudagraph_capture_sizes"])) == ("FULL", 32 * 16)
+    assert "--kv-cache-memory-bytes" not in on_cuda
+    assert "--compilation-config" not in command("--enforce-eager")
+
+
+def test_what_is_given_is_kept() -> None:
+    gloo = json.dumps({"backend": "atlas_gloo"})
+    flags = ("--weight-transfer-config", gloo, "--max-logprobs=20", "--kv-cache-memory-bytes", "1000000")
+    given = command(*flags)
+    assert given[-len(flags) :] == list(flags)
+    assert sum("logprobs" in flag and flag.startswith("--max") for flag in given) == 1
+    assert given.count("--weight-transfer-config") == 1
+    assert command("--weight_transfer_config", gloo) == command("--weight-transfer-config", gloo)
+
+
+def test_flags_of_trl_are_put_into_words_of_vllm() -> None:
+    flags = "--port 1 --vllm_model_impl auto --log_level=debug --enforce_eager True --enable_prefix_caching False"
+    assert " ".join(command(*flags.split())).endswith(
+        "--port 1 --model-impl auto --uvicorn-log-level=debug --enforce-eager --no-enable-prefix-caching"
+    )
+
+
+def test_the_static_head_goes_beside_other_configuration(tmp_path: Path) -> None:
+    given = command("--additional-config", '{"a": 1}', "--port", "1", draft_model=tmp_path)
+    assert json.loads(value(given, "--additional-config")) == {"a": 1, "atlas_rl": {"draft_model": str(tmp_path)}}
+    assert given[-2:] == ["--port", "1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("vllm-serve", "which model? It comes first"),
+        ("vllm-serve --port 8000 POLICY", "which model? It comes first"),
+        ("vllm-serve POLICY --speculative_config {}", "--speculative-config is set by this command"),
+        ("vllm-serve POLICY --speculative-config.method ngram", "--speculative-config is set by this command"),
+        ("vllm-serve POLICY --worker-extension-cls a.B", "--worker-extension-cls is set by this command"),
+        ('vllm-serve POLICY --weight-transfer-config {"backend":"nccl"}', "'nccl', which does not tell the drafters"),
+        ("vllm-serve POLICY --weight-transfer-config nccl", "takes a JSON object such as"),
+        ("vllm-serve POLICY --draft-model /no/such/folder", "there is no such folder"),
+    ],
+)
+def test_what_is_wrong_is_said_before_vllm_starts(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.execve", lambda *arguments: pytest.fail(f"started {arguments}"))
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_it_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+    main(["vllm-serve", "POLICY", "--enable-lora", "--max-lora-rank", "8"])
+    path, line, environment = started[0]
+    assert path == line[0]
+    assert "POLICY" in line
+    assert line[-3:] == ["--enable-lora", "--max-lora-rank", "8"]
+    assert environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def test_other_commands_still_refuse_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "--port", "1"])
+    assert "unrecognized arguments: --port 1" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""A real server for the tests, over loopback, started as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests import ROOT
+
+START_S = 600  # ten times what it takes on two idle cores
+_ANSWER_S = 120
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: its address, its process, which leads a group of its own, and its log."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def kill(self) -> None:
+        """End it and all its workers at once."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def serving(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
+    """`atlas-rl vllm-serve` of a policy of 128 tokens of context, in float32; its log goes to `folder`."""
+    port = free_port()
+    command = [sys.executable, "-m", "atlas_rl", "vllm-serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", "policy", "--dtype", "float32", "--max-model-len", "128", "--max_num_seqs", "16"]
+    command += ["--enforce_eager", "True", "--kv-cache-memory-bytes", str(64 << 20), *flags]
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # As a user starts it, whatever tests of engines in this process have set: the scheduler in a process of its own.
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        server.kill()
+
+
+def _wait(server: Server) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        assert server.process.poll() is None, server.log.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(f"{server.address}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise AssertionError(f"no server after {START_S} s: {server.log.read_text()[-4000:]}")
+
+
+def post(address: str, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+        text = answer.read()
+    return json.loads(text) if text else None
+
+
+def call(address: str, method: str, *args: str) -> dict[str, Any]:
+    """A method of the worker extension."""
+    return post(address, "/collective_rpc", {"method": method, "args": list(args)})["results"][0]
