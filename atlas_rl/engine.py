@@ -40,10 +40,10 @@ class AtlasRolloutEngine(RolloutEngine):
                 is then as it was.
         """
         reject_unknown(unknown, ("baseline_every",), "attach()")
-        from atlas_rl.integrations.trl import adapter, vllm
+        from atlas_rl.integrations.trl import in_process, vllm
 
         asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
-        attach = vllm.attach if asks or self.config.backend == "vllm" else adapter.attach
+        attach = vllm.attach if asks or self.config.backend == "vllm" else in_process.attach
         self._adapter = attach(self, trainer, baseline_every)
         self._without_policy = (
             "this engine is attached to a trainer, which asks it for rollouts in train(). For prompts of your own use "
