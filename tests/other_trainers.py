@@ -14,6 +14,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from atlas_rl import AtlasRolloutEngine
 from tests.models import tiny_bigram
 from tests.trainers import DATA, WORDS, rewards, with_special_tokens, word_tokenizer
 
@@ -33,8 +34,8 @@ GROUPS, LENGTH = {"num_generations": 4}, {"max_completion_length": 12}
 
 
 def policy(seed: int = 1, vocab: int = len(WORDS)) -> PreTrainedModel:
-    """A policy that a drafter can learn, whose context takes every trainer's prompts."""
-    model = tiny_bigram(vocab=vocab, hidden=64, heads=4, kv_heads=2, context=256, seed=seed, logit_std=2.5)
+    """A policy that a drafter can learn, whose context takes every trainer's prompts, and that vLLM runs on CPUs."""
+    model = tiny_bigram(vocab=vocab, hidden=64, heads=2, kv_heads=2, context=256, seed=seed, logit_std=2.5)
     return with_special_tokens(model)
 
 
@@ -181,6 +182,22 @@ def trained_rows(trainer: Any) -> list[list[Pair]]:
 
     trainer.compute_loss = recorded
     return seen
+
+
+def expected_rows(engine: AtlasRolloutEngine) -> list[list[Pair]]:
+    """A list that gets what every rollout ought to have been: drawn without speculation, from the policy as it is then."""
+    calls: list[list[Pair]] = []
+    rollout = engine.rollout
+
+    def repeated(model: Any, prompts: Any, sampling: Any, **kwargs: Any) -> Any:
+        plain = AtlasRolloutEngine(speculation=False, console=False, audit_share=0.0)
+        output = plain.rollout(model, prompts, sampling)
+        rows = zip(output.prompt_ids, output.completion_ids, strict=True)
+        calls.append([(tuple(prompt), tuple(completion)) for prompt, completion in rows])
+        return rollout(model, prompts, sampling, **kwargs)
+
+    engine.rollout = repeated  # type: ignore[method-assign]
+    return calls
 
 
 def _pairs(prompts: Any, prompt_mask: Any, completions: Any, mask: Any) -> list[Pair]:

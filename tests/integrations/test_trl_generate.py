@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
+import logging
 from typing import Any
 
 import pytest
@@ -24,76 +23,82 @@ GREEDY = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0, eos
 SAMPLING = GenerationConfig(max_new_tokens=9, do_sample=True, temperature=0.8, top_k=0, pad_token_id=0)
 
 
-def inside(folder: Path, run: Callable[[Any], Any]) -> tuple[Any, AtlasRolloutEngine]:
-    """What `run(policy)` returns where a trainer's policy is served; and the engine, whose reports count its calls."""
-    trainer = build_other("gkd", folder, max_steps=1, lmbda=0.0)
-    answers = []
-    loss = trainer.compute_loss
+Answers = dict[str, Any]
+
+
+def both(model: Any, prompts: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+    """What transformers generates with this policy, and what its `generate` does."""
+    return type(model).generate(model, prompts, **options), model.generate(prompts, **options)
+
+
+def ask(model: Any) -> Answers:
+    """Calls of all kinds of a policy that is served; each with what transformers itself says."""
+    model.eval()
+    greedy = {"attention_mask": MASK, "generation_config": GREEDY}
+    beams = {"attention_mask": MASK, "num_beams": 2, "max_new_tokens": 5, "do_sample": False}
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.neg_()
+    return {
+        "greedy": both(model, PROMPTS, **greedy),
+        "as_dict": model.generate(input_ids=PROMPTS, return_dict_in_generate=True, **greedy),
+        "several": model.generate(PROMPTS, SAMPLING, attention_mask=MASK, num_return_sequences=2),
+        "beams": both(model, PROMPTS, **beams),
+        "beams_again": both(model, PROMPTS, **beams),
+        "twin": both(twin, PROMPTS, **greedy),
+    }
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, list[str], AtlasRolloutEngine]:
+    """Answers that a policy gave in the middle of a training; what was warned of; and the engine."""
+    trainer = build_other("gkd", tmp_path_factory.mktemp("gkd"), max_steps=1, lmbda=0.0)
+    answers: Answers = {}
+    loss, logger = trainer.compute_loss, logging.getLogger("atlas_rl")
 
     def calling(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        answers.append(run(trainer.model))
+        answers.update(ask(trainer.model))
         return loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = calling
     engine = AtlasRolloutEngine(console=False).attach(trainer)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
     trainer.train()
-    return answers[0], engine
+    logger.removeHandler(handler)
+    return answers, [record for record in records if "left to transformers" in record], engine
 
 
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_greedy_answers_are_those_of_transformers(as_dict: bool, tmp_path: Path) -> None:
-    options = {"attention_mask": MASK, "generation_config": GREEDY, "return_dict_in_generate": as_dict}
-
-    def both(model: Any) -> tuple[Any, Any]:
-        plain = type(model).generate(model.eval(), PROMPTS, **options)
-        answer = model.generate(input_ids=PROMPTS, **options) if as_dict else model.generate(PROMPTS, **options)
-        return plain, answer
-
-    (plain, answer), engine = inside(tmp_path, both)
-    assert len(engine.reports) == 1
-    if as_dict:
-        assert isinstance(answer, GenerateDecoderOnlyOutput)
-        plain, answer = plain.sequences, answer.sequences
+def test_greedy_answers_are_those_of_transformers(asked: Any) -> None:
+    answers, _, _ = asked
+    plain, answer = answers["greedy"]
     assert torch.equal(plain, answer)
-    assert (plain[:, 4:] == 1).any(), "some rows end early and are padded"
+    assert (plain[:, 4:] == 0).any(), "some rows end early and are padded"
+    assert isinstance(answers["as_dict"], GenerateDecoderOnlyOutput)
+    assert torch.equal(plain, answers["as_dict"].sequences)
 
 
-def test_several_sequences_of_a_prompt_lie_together(tmp_path: Path) -> None:
-    answer, engine = inside(
-        tmp_path, lambda model: model.generate(PROMPTS, SAMPLING, attention_mask=MASK, num_return_sequences=2)
-    )
+def test_several_sequences_of_a_prompt_lie_together(asked: Any) -> None:
+    answer = asked[0]["several"]
     assert torch.equal(answer[:, :4], PROMPTS.repeat_interleave(2, dim=0))
-    assert engine.reports[0].num_requests == 6
     assert not torch.equal(answer[0], answer[1])
 
 
-def test_what_cannot_be_served_is_left_to_transformers_and_told_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    beams = {"attention_mask": MASK, "num_beams": 2, "max_new_tokens": 5, "do_sample": False}
-
-    def run(model: Any) -> list[Any]:
-        return [type(model).generate(model, PROMPTS, **beams), *(model.generate(PROMPTS, **beams) for _ in range(2))]
-
-    (plain, *answers), engine = inside(tmp_path, run)
-    assert all(torch.equal(plain, answer) for answer in answers)
-    assert not engine.reports
-    told = [record.message for record in caplog.records if "left to transformers" in record.message]
+def test_what_cannot_be_served_is_left_to_transformers_and_told_once(asked: Any) -> None:
+    answers, told, engine = asked
+    for name in ("beams", "beams_again"):
+        assert torch.equal(*answers[name])
     assert len(told) == 1
     assert "num_beams=2" in told[0]
+    assert [report.num_requests for report in engine.reports] == [3 + 3 + 6], "of the calls that were served"
 
 
-def test_a_copy_of_the_policy_keeps_its_own_generate(tmp_path: Path) -> None:
-    def of_copy(model: Any) -> tuple[Any, Any]:
-        twin = copy.deepcopy(model).eval()
-        with torch.no_grad():
-            twin.get_output_embeddings().weight[5] = 100 * twin.get_output_embeddings().weight[5].abs()
-        options = {"attention_mask": MASK, "generation_config": GREEDY}
-        return type(twin).generate(twin, PROMPTS, **options), twin.generate(PROMPTS, **options)
-
-    (plain, answer), engine = inside(tmp_path, of_copy)
-    assert torch.equal(plain, answer)
-    assert not engine.reports
+def test_a_copy_of_the_policy_keeps_its_own_generate(asked: Any) -> None:
+    answers, _, _ = asked
+    assert torch.equal(*answers["twin"])
+    assert not torch.equal(answers["twin"][0], answers["greedy"][0])
 
 
 PLAIN = {"max_new_tokens": 4, "eos_token_ids": (1,)}
@@ -103,9 +108,9 @@ PLAIN = {"max_new_tokens": 4, "eos_token_ids": (1,)}
     ("config", "options", "expected"),
     [
         (SAMPLING, {}, {"max_new_tokens": 9, "temperature": 0.8}),
-        (SAMPLING, {"temperature": 0.5, "min_p": 0.1, "eos_token_id": [1, 7]}, {"temperature": 0.5, "min_p": 0.1, "eos_token_ids": (1, 7)}),
+        (SAMPLING, {"min_p": 0.1, "eos_token_id": [1, 7]}, {"min_p": 0.1, "eos_token_ids": (1, 7)}),
         (None, {"max_new_tokens": 4}, {"temperature": 0.0}),
-        (None, {"max_new_tokens": 4, "top_p": 0.9, "repetition_penalty": 1.2}, {"temperature": 0.0, "repetition_penalty": 1.2}),
+        (None, {"max_new_tokens": 4, "top_p": 0.9, "repetition_penalty": 2}, {"temperature": 0, "repetition_penalty": 2}),
         (None, {"max_new_tokens": 4, "do_sample": True, "top_p": 0.9}, {"top_p": 0.9, "top_k": 50}),
         (GenerationConfig(max_new_tokens=4, do_sample=True), {}, {"top_k": 50}),
     ],
@@ -149,7 +154,7 @@ def test_the_policys_own_configuration_fills_what_a_call_leaves_open() -> None:
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "asks for output_hidden_states"),
         ({"max_new_tokens": None}, "max_new_tokens is not set"),
         ({"max_new_tokens": None, "max_length": 20}, "max_new_tokens is not set"),
-        ({"num_return_sequences": 2, "do_sample": False}, "several greedy"),
+        ({"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
         ({"attention_mask": MASK.flip(1)}, "padded within or on the right"),
         ({"attention_mask": MASK * 0 + torch.tensor([0, 0, 0, 0])}, "padded within or on the right"),
         ({"attention_mask": torch.ones(3, 1, 4, 4)}, "no table of zeros and ones"),

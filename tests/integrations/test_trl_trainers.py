@@ -13,28 +13,12 @@ from trl.distributed import DistributedBackend
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.integrations.trl.kinds import kind_of
-from tests.other_trainers import CHAT, KINDS, Pair, build_other, policy, trained_rows
+from tests.other_trainers import CHAT, KINDS, Pair, build_other, expected_rows, policy, trained_rows
 from tests.trainers import PAD, word_tokenizer
 
 
 def attach(trainer: Any, **options: Any) -> AtlasRolloutEngine:
     return AtlasRolloutEngine(console=False, **options).attach(trainer)
-
-
-def expected_rows(engine: AtlasRolloutEngine) -> list[list[Pair]]:
-    """A list that gets what every rollout ought to have been: drawn without speculation, from the policy as it is then."""
-    calls: list[list[Pair]] = []
-    rollout = engine.rollout
-
-    def repeated(model: Any, prompts: Any, sampling: Any, **kwargs: Any) -> Any:
-        plain = AtlasRolloutEngine(speculation=False, console=False, audit_share=0.0)
-        output = plain.rollout(model, prompts, sampling)
-        rows = zip(output.prompt_ids, output.completion_ids, strict=True)
-        calls.append([(tuple(prompt), tuple(completion)) for prompt, completion in rows])
-        return rollout(model, prompts, sampling, **kwargs)
-
-    engine.rollout = repeated  # type: ignore[method-assign]
-    return calls
 
 
 def without_padding(rows: list[Pair]) -> list[Pair]:
@@ -175,7 +159,7 @@ def test_engines_and_wrappers_are_told_apart(tmp_path: Path) -> None:
     trainer._dist = DistributedBackend(trainer.accelerator)
     trainer._dist.fsdp_version = 2
     with pytest.raises(
-        ValueError, match="GKDTrainer calls model.generate.*FSDP2 shards there: train with DDP or ZeRO-2"
+        ValueError, match=r"GKDTrainer calls model.generate.*FSDP2 shards there: train with DDP or ZeRO-2"
     ):
         attach(trainer)
     del trainer._dist

@@ -50,7 +50,7 @@ class GenerateCall:
         width = max(map(len, completions))
         rows = [[*tokens, *[self.pad_token_id] * (width - len(tokens))] for tokens in completions]
         inputs = self.input_ids.repeat_interleave(len(self.prompts) // len(self.input_ids), dim=0)
-        sequences = torch.cat([inputs, torch.tensor(rows, dtype=inputs.dtype, device=inputs.device)], dim=1)
+        sequences: Any = torch.cat([inputs, torch.tensor(rows, dtype=inputs.dtype, device=inputs.device)], dim=1)
         return GenerateDecoderOnlyOutput(sequences=sequences) if self.as_dict else sequences
 
 
@@ -74,8 +74,6 @@ def read_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         raise ValueError(f"it asks for {', '.join(wanted)}")
     sampling = _honoured(read_generation_config(config, seed=0))
     times = int(config.num_return_sequences or 1)
-    if times > 1 and sampling.greedy:
-        raise ValueError("it asks for several greedy sequences of a prompt")
     prompts = _prompts(input_ids, mask, config)
     ending = sampling.eos_token_ids[:1] or (0,)
     return GenerateCall(

@@ -29,6 +29,7 @@ from atlas_rl.vllm.checks import check_sampling
 from atlas_rl.vllm.internals import drafter_of
 
 if TYPE_CHECKING:
+    from atlas_rl.core import SamplingParams
     from atlas_rl.rollout.engine import RolloutEngine
     from atlas_rl.rollout.output import GenerationOutput
 
@@ -162,13 +163,13 @@ class VllmAdapter(TrainerAdapter):
         if moved:
             self.engine.policy_updated(step)
 
-    def _generate(self, prompts: list[list[int]]) -> GenerationOutput:
+    def _generate(self, prompts: list[list[int]], asked: SamplingParams | None = None) -> GenerationOutput:
         if self._asleep:
             self.sync_weights()
         own, everyone = self._of_group(prompts)
         if self.generation.enable_sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
-        output = super()._generate(everyone)
+        output = super()._generate(everyone, asked)
         if self.generation.enable_sleep_mode:
             self.llm.sleep(level=2)
             self.generation._llm_weights_sleeping = True
