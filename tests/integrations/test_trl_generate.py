@@ -52,7 +52,7 @@ def ask(model: Any) -> Answers:
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, list[str], AtlasRolloutEngine]:
     """Answers that a policy gave in the middle of a training; what was warned of; and the engine."""
-    trainer = build_other("gkd", tmp_path_factory.mktemp("gkd"), max_steps=1, lmbda=0.0)
+    trainer = build_other("a2po", tmp_path_factory.mktemp("a2po"), max_steps=1)
     answers: Answers = {}
     loss, logger = trainer.compute_loss, logging.getLogger("atlas_rl")
 
@@ -92,7 +92,9 @@ def test_what_cannot_be_served_is_left_to_transformers_and_told_once(asked: Any)
         assert torch.equal(*answers[name])
     assert len(told) == 1
     assert "num_beams=2" in told[0]
-    assert [report.num_requests for report in engine.reports] == [3 + 3 + 6], "of the calls that were served"
+    assert [report.num_requests for report in engine.reports] == [4 + 3 + 3 + 6], (
+        "the trainer's own, and those that were served"
+    )
 
 
 def test_a_copy_of_the_policy_keeps_its_own_generate(asked: Any) -> None:
@@ -156,7 +158,8 @@ def test_the_policys_own_configuration_fills_what_a_call_leaves_open() -> None:
         ({"max_new_tokens": None, "max_length": 20}, "max_new_tokens is not set"),
         ({"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
         ({"attention_mask": MASK.flip(1)}, "padded within or on the right"),
-        ({"attention_mask": MASK * 0 + torch.tensor([0, 0, 0, 0])}, "padded within or on the right"),
+        ({"attention_mask": 0 * MASK}, "padded within or on the right"),
+        ({"attention_mask": MASK.tolist()}, "no table of zeros and ones"),
         ({"attention_mask": torch.ones(3, 1, 4, 4)}, "no table of zeros and ones"),
         ({"temperature": -1.0}, "temperature"),
     ],

@@ -201,5 +201,5 @@ def test_each_of_the_others_has_its_sentence(module: str, name: str, message: st
     derived = type("Mine", (of_trl,), {})
     with pytest.raises(ValueError, match=f"{name} {message}"):
         kind_of(object.__new__(of_trl))
-    with pytest.raises(ValueError, match=f"Mine is an? {name}, which {message}"):
+    with pytest.raises(ValueError, match=f"Mine derives from {name}, which {message}"):
         kind_of(object.__new__(derived))

@@ -40,7 +40,7 @@ def generated_rows(engine: AtlasRolloutEngine) -> list[list[Pair]]:
     return calls
 
 
-@pytest.mark.parametrize("kind", ["distillation", "sdft", "sdpo", "gold", "iw_opd"])
+@pytest.mark.parametrize("kind", ["gmpo", "distillation", "sdft", "sdpo", "gold", "iw_opd"])
 def test_vllm_generates_what_a_trainer_trains_on(kind: str, tmp_path: Path) -> None:
     engine = AtlasRolloutEngine(console=False)
     with engine.prepare_vllm(dtype="float32"):

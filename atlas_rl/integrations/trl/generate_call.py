@@ -135,7 +135,11 @@ def _prompts(input_ids: Any, mask: Any, config: GenerationConfig) -> list[list[i
         raise ValueError("its prompts are not a table of token ids")
     if mask is None:
         mask = _inferred_mask(input_ids, config)
-    if mask.shape != input_ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.shape != input_ids.shape
+        or not bool(((mask == 0) | (mask == 1)).all())
+    ):
         raise ValueError("its attention_mask is no table of zeros and ones beside the prompts")
     if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1:].all()):
         raise ValueError("its prompts are padded within or on the right")

@@ -90,7 +90,7 @@ def kind_of(trainer: Any) -> Kind:
             if of_trl and owner.__name__ in _KINDS:
                 return _KINDS[owner.__name__]
             if of_trl and owner.__name__ in _NOT_SERVED:
-                derived = "" if owner is type(trainer) else f" is an {owner.__name__}, which"
+                derived = "" if owner is type(trainer) else f" derives from {owner.__name__}, which"
                 raise ValueError(
                     f"{type(trainer).__name__}{derived} {_NOT_SERVED[owner.__name__]}. For prompts of your own "
                     f"{_STAND_ALONE}"

@@ -230,9 +230,13 @@ def read_generation_config(config: GenerationConfig, seed: int) -> TrainerSampli
         **options,
     )
     given.pop("num_return_sequences", None)  # the caller's business
-    return TrainerSampling(
-        params, {name: value for name, value in given.items() if not _is_neutral(name, value, params)}
-    )
+    defaults = GenerationConfig._get_default_generation_params()  # of options that are newer than the lists above, too
+    extra = {
+        name: value
+        for name, value in given.items()
+        if not _is_neutral(name, value, params) and not (name in defaults and equals(value, defaults[name]))
+    }
+    return TrainerSampling(params, extra)
 
 
 def _check_do_sample(asked: Mapping[str, Any]) -> None:
