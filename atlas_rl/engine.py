@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class AtlasRolloutEngine(RolloutEngine):
     """Rollouts by speculative decoding that follows the policy.
 
-        AtlasRolloutEngine().attach(trainer)                                 # GRPOTrainer, RLOOTrainer
+        AtlasRolloutEngine().attach(trainer)                                 # every trainer of TRL that samples
         GRPOTrainer(..., rollout_func=AtlasRolloutEngine())                  # the second way in
         AtlasRolloutEngine(model=policy, tokenizer=tok).generate(prompts, max_new_tokens=64)
 
@@ -26,7 +26,7 @@ class AtlasRolloutEngine(RolloutEngine):
     _adapter: Any = None
 
     def attach(self, trainer: Trainer, *, baseline_every: int = 0, **unknown: Any) -> AtlasRolloutEngine:
-        """Make `trainer` (GRPOTrainer, RLOOTrainer) generate with this engine; returns the engine.
+        """Make `trainer`, one of TRL's that sample (docs/trainers.md), generate with this engine; returns the engine.
 
         Args:
             trainer: Built as usual: with `use_vllm=False` for generation in process or for `backend="vllm"`, or inside
@@ -44,7 +44,7 @@ class AtlasRolloutEngine(RolloutEngine):
         asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
         module: Any
         if not asks and self.config.backend != "vllm":
-            from atlas_rl.integrations.trl import adapter as module
+            from atlas_rl.integrations.trl import in_process as module
         elif getattr(getattr(trainer, "args", None), "vllm_mode", "colocate") == "server":
             from atlas_rl.integrations.trl import server as module
         else:

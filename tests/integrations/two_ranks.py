@@ -1,7 +1,7 @@
 """One rank of a small GRPO run with gloo: `torchrun -m tests.integrations.two_ranks FOLDER SHIFTED_RANK`.
 
 The sampled logprobs of one rank are shifted, so that it finds what the other does not. Each rank writes whether its
-importance-sampling correction is on in the end.
+importance-sampling correction is on in the end. Where none is shifted, an OnlineDPO run follows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,21 @@ import torch
 
 from atlas_rl import AtlasRolloutEngine
 from tests.models import tiny_llama
+from tests.other_trainers import build_other, expected_rows, trained_rows
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
+
+
+def train_another(folder: Path) -> None:
+    """Train a trainer that calls `model.generate`; its rows must be those of generations without speculation."""
+    trainer = build_other("online_dpo", folder, ddp_backend="gloo")
+    trained = trained_rows(trainer)
+    engine = AtlasRolloutEngine(console=False).attach(trainer)
+    expected = expected_rows(engine)
+    trainer.train()
+    assert len(expected) == 2
+    assert [sorted(rows) for rows in trained] == [sorted(rows) for rows in expected]
+    requests = [report.num_requests for report in engine.reports]
+    assert requests == ([16, 16] if trainer.accelerator.is_main_process else []), "those of both ranks in one report"
 
 
 def main(folder: Path, shifted_rank: int) -> None:
@@ -35,6 +49,8 @@ def main(folder: Path, shifted_rank: int) -> None:
 
     engine.rollout = shifted  # type: ignore[method-assign]
     trainer.train()
+    if shifted_rank < 0:
+        train_another(folder / f"other{rank}")
     (folder / f"rank{rank}").write_text(str(trainer.vllm_importance_sampling_correction))
     torch.distributed.barrier()  # no rank leaves while the other still waits for it
     sys.stdout.flush()

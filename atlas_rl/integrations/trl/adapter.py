@@ -1,4 +1,4 @@
-"""Lets TRL's GRPOTrainer and RLOOTrainer generate with the engine, in the trainer's process.
+"""Lets TRL's trainers that can ask vLLM generate with the engine, in the trainer's process.
 
 The seam is the object that TRL keeps for vLLM. Trainers ask `trainer.vllm_generation` to sync weights and to generate,
 whatever object stands there. An adapter with the same two methods keeps every feature of that path: importance-sampling
@@ -17,7 +17,7 @@ from torch import nn
 
 from atlas_kernels.noise import mix64
 from atlas_rl.checks import shown
-from atlas_rl.integrations.trl.checks import check_gathering, check_policy_in_process, check_trainer, is_whole
+from atlas_rl.integrations.trl.checks import check_gathering
 from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
 from atlas_rl.integrations.trl.exchange import ExchangeCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
@@ -29,30 +29,14 @@ from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.report.report import Mode, StepReport, with_sync
 
 if TYPE_CHECKING:
+    from atlas_rl.core import SamplingParams
     from atlas_rl.rollout.engine import RolloutEngine
     from atlas_rl.rollout.output import GenerationOutput
 
 
-def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
-    """Put the engine where the trainer expects its vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
-    check_attached_once(engine, trainer)
-    check_trainer(trainer, baseline_every)
-    if getattr(trainer, "vllm_generation", None) is not None:
-        raise ValueError("the trainer already generates with vLLM: build it with use_vllm=False and attach once")
-    check_same_policy(engine, trainer)
-    check_gathering(trainer)
-    sampling_in_process(trainer, seed=0)
-    check_policy_in_process(trainer)
-    if is_whole(trainer):
-        engine.meet(trainer.model)
-    adapter = TrainerAdapter(engine, trainer, baseline_every)
-    adapter.install()
-    return adapter
-
-
 def check_attached_once(engine: RolloutEngine, trainer: Any) -> None:
     """Raise `ValueError` for a trainer that an engine is attached to."""
-    present = getattr(trainer, "vllm_generation", None)
+    present = getattr(trainer, "atlas_adapter", None) or getattr(trainer, "vllm_generation", None)
     if isinstance(present, TrainerAdapter):
         if present.engine is engine:
             raise ValueError("the trainer already generates with this engine: attach once")
@@ -91,7 +75,7 @@ def sampling_in_process(trainer: Any, seed: int) -> TrainerSampling:
     of_policy = left_to_the_policy(trainer)
     sampling = read_sampling(trainer, seed, of_policy)
     if sampling.extra:
-        asked = trainer.args.generation_kwargs or {}
+        asked = getattr(trainer.args, "generation_kwargs", None) or {}
         theirs = {
             name: value for name, value in sampling.extra.items() if asked.get(name) is None and name in of_policy
         }
@@ -112,8 +96,8 @@ class TrainerAdapter:
     """Generates for a trainer that believes it talks to `trl.generation.vllm_generation.VLLMGeneration`.
 
     Trainers call `sync_weights`, `generate` and `llm`. A subclass for another engine overrides `llm` and `sync_weights`,
-    the two class attributes, and three hooks: `_sampling` says what it can honour, `_policy` what generates, and
-    `_audited` what its samples are compared with. It may wrap `_generate`, which is one generation call.
+    the two class attributes, and four hooks: `_mode` says what a call is for, `_sampling` what it can honour, `_policy` what
+    generates, and `_audited` what its samples are compared with. It may wrap `_generate`, which is one generation call.
 
     Args:
         engine: Generates.
@@ -143,6 +127,8 @@ class TrainerAdapter:
         self._sampling(seed=0)  # refuse options that cannot be honoured before the trainer is touched
         self._importance = ImportanceCheck(trainer, self.shares_weights and engine.config.spare_importance_sampling)
         self._reports = ReportCallback(engine, trainer)
+        # A share of the steps may learn from the dataset's own completions.
+        self._reports.may_pause = getattr(trainer, "lmbda", 1.0) < 1.0
         self.drafter_state = DrafterStateCallback(engine, trainer)
         exchange = ExchangeCallback(trainer)
         if trainer.accelerator.num_processes > 1 and self.drafts_here:
@@ -213,11 +199,14 @@ class TrainerAdapter:
             "logprobs": output.logprobs,
         }
 
-    def _generate(self, prompts: list[list[int]]) -> GenerationOutput:
-        """One generation call: generated, compared with a rerun where that is due, and reported."""
-        trainer, step = self.trainer, int(self.trainer.state.global_step)
-        mode: Mode = "train" if trainer.model.training else "eval"
-        sampling = self._sampling(self._seed(step, mode))
+    def _generate(self, prompts: list[list[int]], asked: SamplingParams | None = None) -> GenerationOutput:
+        """One generation call: generated, compared with a rerun where that is due, and reported.
+
+        `asked` are the sampling options of this call; None takes the trainer's. The seed is the adapter's in any case.
+        """
+        step, mode = int(self.trainer.state.global_step), self._mode()
+        seed = self._seed(step, mode)
+        sampling = self._sampling(seed) if asked is None else TrainerSampling(replace(asked, seed=seed), {})
         began_s = time.perf_counter()
         with self._policy() as model:
             gathering_s = time.perf_counter() - began_s
@@ -241,6 +230,10 @@ class TrainerAdapter:
         report = with_sync(report, gathering_s)
         self._reports.add(report)
         return replace(output, report=report)
+
+    def _mode(self) -> Mode:
+        """Hook: what a call generates for."""
+        return "train" if self.trainer.model.training else "eval"
 
     def _sampling(self, seed: int) -> TrainerSampling:
         """Hook: the trainer's sampling options. Raises `ValueError` for those that the engine cannot honour."""

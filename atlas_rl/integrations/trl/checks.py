@@ -10,30 +10,29 @@ from types import CodeType
 from typing import Any
 
 from atlas_rl.checks import whole
-from atlas_rl.decode.generate import ending_ids
+from atlas_rl.core import SamplingParams
+from atlas_rl.integrations.trl.kinds import Way, kind_of
 from atlas_rl.integrations.trl.whole_policy import shards
 from atlas_rl.policy.in_process import InProcessRunner
-
-_STAGES = ("_generate_and_score_completions", "_generate", "_generate_single_turn", "vllm_generation")
-"""The way of a training step to the engine: each method of a trainer calls the next one."""
 
 _CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
-def check_trainer(trainer: Any, baseline_every: int) -> None:
-    """Raise `ValueError` for a trainer that no engine can be attached to."""
+def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> None:
+    """Raise `ValueError` for a trainer that no engine can be attached to, or not with this backend."""
     whole("baseline_every", baseline_every, 0, hint="(0 never)")
-    if not hasattr(trainer, "_generate_single_turn") or not hasattr(trainer, "_metrics"):
-        got = f"the class {trainer.__name__}" if isinstance(trainer, type) else f"a {type(trainer).__name__}"
+    kind = kind_of(trainer)
+    way = kind.in_process if in_process else kind.vllm
+    if way is None:
         raise ValueError(
-            f"attach() takes a trainer that is built, a GRPOTrainer or an RLOOTrainer, got {got}. For a policy, or for "
-            "another trainer, use AtlasRolloutEngine(model=policy, tokenizer=...).generate(...)"
+            f"{type(trainer).__name__} has no vLLM that an engine could be put into: build it with use_vllm=False and "
+            "attach AtlasRolloutEngine(), which generates in process"
         )
     if getattr(trainer, "rollout_func", None) is not None:
         raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")
     if getattr(trainer, "use_transformers_continuous_batching", False):
         raise ValueError("set use_transformers_continuous_batching=False: the engine batches by itself")
-    _check_way_to_the_engine(trainer)
+    _check_way_to_the_engine(trainer, way)
     _check_correction(trainer)
 
 
@@ -50,6 +49,11 @@ def check_gathering(trainer: Any) -> None:
             f"{splits} makes every forward of the policy a collective: {once}. Switch it off, or generate with vLLM"
         )
     sharder = shards(trainer)
+    if sharder and kind_of(trainer).calls_the_policy:
+        raise ValueError(
+            f"{type(trainer).__name__} calls model.generate, and the engine does not gather a policy that {sharder} shards "
+            "there: train with DDP or ZeRO-2, or generate with vLLM where docs/trainers.md says that it can"
+        )
     if sharder == "DeepSpeed ZeRO-3" and not trainer.args.ds3_gather_for_generation:
         raise ValueError(
             f"ds3_gather_for_generation=False gathers ZeRO-3's shards in every forward: {once}. Leave it at True, or "
@@ -81,13 +85,13 @@ def _splits_forwards(trainer: Any) -> str:
     return ""
 
 
-def check_policy_in_process(trainer: Any) -> None:
+def check_policy_in_process(trainer: Any, sampling: SamplingParams) -> None:
     """Raise `ValueError` for a policy, ending tokens or prompts that the engine cannot run in process.
 
     A policy whose weights are whole is probed at once. One that DeepSpeed or FSDP will shard is on no device yet.
     """
     runner = InProcessRunner(trainer.model, is_placed=not shards(trainer))
-    for token in ending_ids(trainer.eos_token_ids):
+    for token in sampling.eos_token_ids:
         if token >= runner.vocab_size:
             raise ValueError(
                 f"the ending token {token} lies outside the policy's vocabulary of {runner.vocab_size} tokens: correct "
@@ -99,7 +103,7 @@ def check_policy_in_process(trainer: Any) -> None:
         with runner.session(runner.new_cache(1, 1)):
             pass
         # A prompt has a token at least, and the last one drawn is not run.
-        runner.check_reach(min(trainer.max_completion_length, runner.max_context or trainer.max_completion_length))
+        runner.check_reach(min(sampling.max_new_tokens, runner.max_context or sampling.max_new_tokens))
 
 
 def is_whole(trainer: Any) -> bool:
@@ -109,9 +113,9 @@ def is_whole(trainer: Any) -> bool:
     return all(parameter.device.type == trainer.accelerator.device.type for parameter in trainer.model.parameters())
 
 
-def _check_way_to_the_engine(trainer: Any) -> None:
+def _check_way_to_the_engine(trainer: Any, way: Way) -> None:
     """Raise `ValueError` where a trainer generates in a method of its own, which never asks the engine."""
-    for stage, following in pairwise(_STAGES):
+    for stage, following in pairwise(way):
         method = getattr(trainer, stage, None)
         if method is not None and not _mentions(method, trainer, {stage, following}):
             raise ValueError(

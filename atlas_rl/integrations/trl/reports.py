@@ -39,6 +39,8 @@ class ReportCallback(TrainerCallback):
         self._generated = False
         self.leads = True
         """Whether this rank's rollouts are counted. Ranks that generate the same rollouts count once."""
+        self.may_pause = False
+        """Whether the trainer has steps without rollouts, so that a first one is no sign of a trainer that bypasses us."""
 
     def add(self, report: StepReport) -> None:
         """Take the report of one generation call of the present step or evaluation."""
@@ -60,7 +62,7 @@ class ReportCallback(TrainerCallback):
         now = time.perf_counter()
         report = self._take("train", step_s=now - self._step_began)
         self._step_began = now
-        if not self._generated:
+        if not self._generated and not self.may_pause:
             self._generated = True  # said once
             logger.warning(
                 "atlas_rl: %s made its first training step without asking the engine for rollouts: it generates in code "

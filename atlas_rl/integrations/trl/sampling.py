@@ -1,4 +1,4 @@
-"""Reads a TRL trainer's sampling options, for either engine.
+"""Reads a TRL trainer's sampling options, for either engine, and those of a call of `model.generate`.
 
 A trainer keeps the common options as attributes of its own and the rest in `generation_kwargs`, which win over attributes
 of the same name. Both engines read them here; they differ in the entries of `generation_kwargs` that they can honour. An
@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from atlas_rl.checks import empty, equals, shown, whole, wrong
 from atlas_rl.core import SamplingParams
-from atlas_rl.decode.generate import ending_ids
+from atlas_rl.decode.generate import ending_ids, ending_tokens_of
 
 OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options that every engine has. The trainer itself sets the number of tokens, the ending tokens and the seed."""
@@ -162,19 +162,18 @@ def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None =
     Raises:
         ValueError: A value that is out of its range.
     """
-    asked = trainer.args.generation_kwargs or {}
+    asked = getattr(trainer.args, "generation_kwargs", None) or {}
     if not isinstance(asked, Mapping):
         raise wrong("generation_kwargs", "a dict of options or None", asked)
-    given = {name: getattr(trainer, name) for name in OPTIONS} | dict(asked)
+    given = {name: _option(trainer, name) for name in OPTIONS} | dict(asked)
     given |= {name: value for name, value in (of_policy or {}).items() if given.get(name) is None}
     options = {name: _OFF[name] if (value := given.pop(name)) is None else value for name in OPTIONS}
     if equals(options["top_k"], -1):
         options["top_k"] = 0  # vLLM's word for off
     _check_do_sample(asked)
-    endings = ending_ids(trainer.eos_token_ids, "the ending tokens (eos_token_id of the policy's generation_config)")
     params = SamplingParams(
-        max_new_tokens=whole("max_completion_length", trainer.max_completion_length, 1),
-        eos_token_ids=tuple(endings),
+        max_new_tokens=whole("max_completion_length", _option(trainer, "max_completion_length"), 1),
+        eos_token_ids=tuple(_endings(trainer)),
         seed=seed,
         **options,
     )
@@ -191,6 +190,52 @@ def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None =
             raise ValueError(
                 f"generation_kwargs has {name}={extra[name]!r}, which is not what the trainer has: {of_trainer}"
             )
+    return TrainerSampling(params, extra)
+
+
+def _option(trainer: Any, name: str) -> Any:
+    """An option that some trainers keep as an attribute of their own, some among their arguments, and some do not have."""
+    return getattr(trainer, name) if hasattr(trainer, name) else getattr(trainer.args, name, None)
+
+
+def _endings(trainer: Any) -> list[int]:
+    """The ending tokens; of a trainer that keeps none those of its tokenizer and its policy, at which vLLM ends too."""
+    if hasattr(trainer, "eos_token_ids"):
+        return ending_ids(trainer.eos_token_ids, "the ending tokens (eos_token_id of the policy's generation_config)")
+    sources = (trainer.processing_class, getattr(trainer.model, "generation_config", None))
+    return list(dict.fromkeys(token for source in sources for token in ending_tokens_of(source)))
+
+
+def read_generation_config(config: GenerationConfig, seed: int) -> TrainerSampling:
+    """The sampling options of one call of `model.generate`, from the configuration that transformers has made for it.
+
+    Args:
+        config: Complete: what it lacks is off. Without `do_sample` the call is greedy, and only the penalty holds.
+        seed: Of the noise.
+
+    Raises:
+        ValueError: No number of new tokens, or a value that is out of its range.
+    """
+    known = {name for name in vars(GenerationConfig()) if name[0] != "_"}
+    given = {name: value for name, value in vars(config).items() if name in known and value is not None}
+    if "max_new_tokens" not in given:
+        raise ValueError("max_new_tokens is not set")
+    options = {name: given.pop(name, _OFF[name]) for name in OPTIONS}
+    if not given.pop("do_sample", False):
+        options = {**_OFF, "repetition_penalty": options["repetition_penalty"], "temperature": 0.0}
+    params = SamplingParams(
+        max_new_tokens=given.pop("max_new_tokens"),
+        eos_token_ids=tuple(ending_ids(given.pop("eos_token_id", None), "eos_token_id of the generation_config")),
+        seed=seed,
+        **options,
+    )
+    given.pop("num_return_sequences", None)  # the caller's business
+    defaults = GenerationConfig._get_default_generation_params()  # of options that are newer than the lists above, too
+    extra = {
+        name: value
+        for name, value in given.items()
+        if not _is_neutral(name, value, params) and not (name in defaults and equals(value, defaults[name]))
+    }
     return TrainerSampling(params, extra)
 
 

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from atlas_rl.config import EngineConfig
 from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once, check_same_policy, refuse_images
 from atlas_rl.integrations.trl.checks import check_trainer
+from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling
 from atlas_rl.integrations.trl.server_client import AtlasClient, Call, ServerStatus, our_clients
 from atlas_rl.integrations.trl.vllm import checked_sampling
@@ -48,7 +49,11 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAd
         ConnectionError: No server answers.
     """
     check_attached_once(engine, trainer)
-    check_trainer(trainer, baseline_every)
+    check_trainer(trainer, baseline_every, in_process=False)
+    if not kind_of(trainer).built_later:
+        raise ValueError(
+            f"no server generates for {type(trainer).__name__} yet: set vllm_mode='colocate', or use_vllm=False"
+        )
     check_same_policy(engine, trainer)
     _check_options(engine.config, baseline_every)
     checked_sampling(trainer, seed=0)

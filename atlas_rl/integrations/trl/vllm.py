@@ -20,6 +20,7 @@ from torch import nn
 from atlas_rl.config import EngineConfig
 from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once, check_same_policy
 from atlas_rl.integrations.trl.checks import check_trainer
+from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.rollout.backends import vllm_draft_folder
@@ -28,6 +29,7 @@ from atlas_rl.vllm.checks import check_sampling
 from atlas_rl.vllm.internals import drafter_of
 
 if TYPE_CHECKING:
+    from atlas_rl.core import SamplingParams
     from atlas_rl.rollout.engine import RolloutEngine
     from atlas_rl.rollout.output import GenerationOutput
 
@@ -72,12 +74,17 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
     """Put the engine around the trainer's vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
     check_attached_once(engine, trainer)
-    check_trainer(trainer, baseline_every)
+    check_trainer(trainer, baseline_every, in_process=False)
     check_same_policy(engine, trainer)
     # Refuse what cannot be honoured before a vLLM engine is built.
     checked_sampling(trainer, seed=0)
     unwrap_policy(trainer.model)  # vLLM gets merged layers: what lives in a wrapper would be lost
     generation = getattr(trainer, "vllm_generation", None)
+    if generation is None and not kind_of(trainer).built_later:
+        raise ValueError(
+            f"{type(trainer).__name__} sets up more than a vLLM where it builds one: build it inside of "
+            "engine.prepare_vllm(), with use_vllm=True and vllm_mode='colocate'"
+        )
     if generation is None:
         generation = _new_generation(engine.config, trainer)
     elif drafter_of(generation.llm) is None:
@@ -154,13 +161,13 @@ class VllmAdapter(TrainerAdapter):
         if moved:
             self.engine.policy_updated(step)
 
-    def _generate(self, prompts: list[list[int]]) -> GenerationOutput:
+    def _generate(self, prompts: list[list[int]], asked: SamplingParams | None = None) -> GenerationOutput:
         if self._asleep:
             self.sync_weights()
         own, everyone = self._of_group(prompts)
         if self.generation.enable_sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
-        output = super()._generate(everyone)
+        output = super()._generate(everyone, asked)
         if self.generation.enable_sleep_mode:
             self.llm.sleep(level=2)
             self.generation._llm_weights_sleeping = True

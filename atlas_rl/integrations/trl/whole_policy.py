@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from trl.distributed import DistributedBackend
 from trl.models.utils import add_hooks, remove_hooks
 
 from atlas_rl.policy.sharded import gathered, is_sharded
@@ -19,11 +20,18 @@ from atlas_rl.policy.sharded import gathered, is_sharded
 
 def shards(trainer: Any) -> str:
     """What shards the policy's weights over ranks: "DeepSpeed ZeRO-3", "FSDP1" or "FSDP2"; empty where nothing does."""
-    if trainer._dist.is_zero3:
+    backend = _backend_of(trainer)
+    if backend.is_zero3:
         return "DeepSpeed ZeRO-3"
-    if trainer._dist.is_fsdp:
-        return f"FSDP{trainer._dist.fsdp_version}"
+    if backend.is_fsdp:
+        return f"FSDP{backend.fsdp_version}"
     return "FSDP" if is_sharded(trainer.model_wrapped) else ""
+
+
+def _backend_of(trainer: Any) -> Any:
+    """TRL's word on what spreads the trainer over ranks. Not every trainer keeps one."""
+    kept = getattr(trainer, "_dist", None)
+    return DistributedBackend(trainer.accelerator) if kept is None else kept
 
 
 @contextmanager
@@ -54,7 +62,7 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _of_zero3(trainer: Any) -> Iterator[None]:
     """Inside, weights that ZeRO-3 has sharded are whole, and DeepSpeed's hooks, which would shard them again, are off."""
-    if not trainer._dist.is_zero3:
+    if not _backend_of(trainer).is_zero3:
         yield
         return
     import deepspeed
