@@ -149,7 +149,7 @@ def build(model_type: str, *, seed: int = 0, logit_std: float = 2.0, **options: 
             for parameter in model.parameters():
                 if parameter.ndim >= 2 and min(parameter.shape) > 1:
                     parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-        tokens = torch.randint(VOCAB, (2, 24))
+        tokens = torch.randint(min(VOCAB, model.get_input_embeddings().num_embeddings), (2, 24))
     head = model.get_output_embeddings()
     with torch.no_grad():
         for _ in range(2):  # twice, because tied embeddings change the input as well
