@@ -122,7 +122,8 @@ class PolicyRunner(ABC):
     def cells_that_fit(self) -> int:
         """Tokens that memory allows the session's cache now, over all rows, those that it holds included.
 
-        A row takes as many cells as the longest one needs, and `state_cells`. The answer is an estimate before the first forward.
+        A row takes as many cells as the longest one needs, and `state_cells`. The answer is an estimate before the first
+        forward.
         """
 
     @property

@@ -17,7 +17,7 @@ where a window or code of somebody's own is looked at two long ones, which `_FLO
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +33,7 @@ from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.logits import rows_not_finite, rows_that_differ
 from atlas_rl.policy.own_code import own_code
 from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.recurrent_layers import RecurrentLayer
 from atlas_rl.policy.supported import REMEDY, Reach, layers_that_attend, nearest, reach_of
 from atlas_rl.policy.threads import watched_forwards
 
@@ -51,7 +52,7 @@ class Probeable(Protocol):
     model: Any
     config: Any
     call: ForwardCall
-    recurrent: Mapping[int, Any]
+    recurrent: dict[int, RecurrentLayer]
     vocab_size: int
     max_context: int | None
     own_attention: str

@@ -6,10 +6,10 @@
 | `GatedDelta` | Qwen3-Next, Qwen3.5, with experts or not |
 | `Mamba2` | Bamba, Falcon-H1, Granite 4 H, Nemotron-H |
 
-A layer's forward is cut in three: *project* is a map of each token, *mix* is what tokens do to each other, over the rows of the
-cache (`recurrent_rows.py`), and *finish* is a map of each token again. Submodules are called as such, so that adapters and
-faster linear layers take part. The recurrence is transformers' own function, or the kernel that stands in for it. What is told
-to it for a token that is not there (decay 1, no update) leaves the state exactly as it is.
+A layer's forward is cut in three: *project* is a map of each token, *mix* is what tokens do to each other, over the rows of
+the cache (`recurrent_rows.py`), and *finish* is a map of each token again. Submodules are called as such, so that adapters
+and faster linear layers take part. The recurrence is transformers' own function, or the kernel that stands in for it. What it
+is told for a token that is not there (decay 1, no update) leaves the state exactly as it is.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RecurrentLayer(ABC):
         return self.module.conv1d
 
     def _activated(self, signal: torch.Tensor) -> torch.Tensor:
-        return ACT2FN[self.module.activation](signal)  # type: ignore[no-any-return]
+        return ACT2FN[self.module.activation](signal)
 
     def _recurrence(self) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(sys.modules[class_of(self.module).__module__], self.function)
@@ -123,7 +123,7 @@ class ShortConv(RecurrentLayer):
         return before * values, after
 
     def _finish(self, outputs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        return self.module.out_proj(rest * outputs)  # type: ignore[no-any-return]
+        return self.module.out_proj(rest * outputs)
 
 
 class GatedDelta(RecurrentLayer):
@@ -162,7 +162,7 @@ class GatedDelta(RecurrentLayer):
     def _finish(self, outputs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         own, heads = self.module, (-1, self.module.head_v_dim)
         normed = own.norm(outputs.reshape(heads), rest.reshape(heads))
-        return own.out_proj(normed.view(outputs.shape))  # type: ignore[no-any-return]
+        return own.out_proj(normed.view(outputs.shape))
 
 
 class GroupedGatedDelta(GatedDelta):
@@ -218,7 +218,7 @@ class Mamba2(RecurrentLayer):
 
     def _finish(self, outputs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         normed = self.module.norm(outputs, rest)
-        return self.module.out_proj(normed.to(rest.dtype))  # type: ignore[no-any-return]
+        return self.module.out_proj(normed.to(rest.dtype))
 
 
 class ScaledMamba2(Mamba2):
@@ -235,7 +235,7 @@ class ScaledMamba2(Mamba2):
     def _finish(self, outputs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         own = self.module
         normed = own.norm(outputs, rest) if own.mamba_rms_norm else outputs * functional.silu(rest)
-        return own.out_proj(normed.to(rest.dtype))  # type: ignore[no-any-return]
+        return own.out_proj(normed.to(rest.dtype))
 
 
 _KNOWN: dict[str, type[RecurrentLayer]] = {

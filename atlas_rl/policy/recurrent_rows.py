@@ -1,15 +1,15 @@
 """What recurrent layers keep of each request, and how a rejected draft leaves no trace in it.
 
-A layer with a running state (a short convolution, a gated delta rule, Mamba-2) has no cells that could be overwritten: what
-went into its state cannot be taken out. So the state of a row stands at its last *settled* token, one that no later forward
-goes back behind. Of the tokens after it the layer's own inputs are recorded, which are a few thousand numbers where the state
-is a few hundred thousand. The next forward first advances the state by as many of them as were accepted, and then runs what is
-new:
+A layer with a running state (a gated delta rule, Mamba-2) has no cells that could be overwritten: what went into its state
+cannot be taken out. So the state of a row stands at its last *settled* token, one that no later forward goes back behind. Of
+the tokens after it the layer's inputs are recorded: they are small, where a copy of the state per token would be large. The
+next forward first advances the state by as many of them as were accepted, and then runs what is new:
 
     state at settled --(recorded, accepted)--> --(new, settled)--> state from now on --(drafts)--> dropped
 
-Both arrows are one pass of the layer's recurrence over a rectangle of tokens. Tokens that a row does not have are *not live*:
-they are zeros, and the recurrence is told to leave the state as it is. A forward without drafts has the first pass alone.
+This is two passes of the recurrence, up to what is settled and over the drafts, each over a rectangle of tokens. Tokens that
+a row does not have are *not live*: they are zeros, and the recurrence leaves the state exactly as it is. The first new token of
+a verification is committed already, so that a forward without drafts has the first pass alone.
 
 A convolution over the last tokens needs no state beside the record: the record begins as many tokens before the state as the
 convolution looks back.
@@ -26,6 +26,7 @@ import torch
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.memory import allocated
 from atlas_rl.policy.upload import upload
+
 
 class Recurrence(Protocol):
     """What a recurrent layer does with its inputs."""
@@ -135,7 +136,9 @@ class RecurrentRows:
         self._refuse_gaps(rows, recorded, fresh)
         settled = segments.settled_tokens - at
         if (settled < 0).any():
-            raise RuntimeError("a row of the recurrent layers' cache is to be rolled back behind its last settled token")
+            raise RuntimeError(
+                "a row of the recurrent layers' cache is to be rolled back behind its last settled token"
+            )
         totals = recorded + lengths
         drafts = totals - settled
         self._widen(int(drafts.max()))
@@ -254,12 +257,19 @@ def _steps(
     lives = [np.arange(count.max())[None] < count[:, None] for count in counts]
     consecutive = bool((np.diff(rows) == 1).all())
     there = upload([row, step, place, fresh, settled, *lives, *([] if consecutive else [rows])], device)
+    token_rows, token_steps, token_places, fresh_there, first_draft, *live = there[:8]
     return _Steps(
-        slice(int(rows[0]), int(rows[0]) + len(rows)) if consecutive else there[-1],
-        *there[:4],
-        bool(fresh.all()),
-        *there[4:8],
-        int((recorded + lengths).max()),
+        rows=slice(int(rows[0]), int(rows[0]) + len(rows)) if consecutive else there[8],
+        token_rows=token_rows,
+        token_steps=token_steps,
+        token_places=token_places,
+        fresh=fresh_there,
+        all_fresh=bool(fresh.all()),
+        first_draft=first_draft,
+        live_settled=live[0],
+        live_drafts=live[1],
+        live_recorded=live[2],
+        steps=int((recorded + lengths).max()),
     )
 
 

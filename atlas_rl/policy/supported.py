@@ -83,7 +83,9 @@ def refuse_layers(config: Any, name: str, recurrent: Container[int] = ()) -> Non
         recurrent: Numbers of the recurrent layers that can (`policy/recurrent_layers.py`).
     """
     known = _ATTENTION_TYPES | _MLP_TYPES | _MLP_ALONE_TYPES
-    other = sorted({kind for layer, kind in enumerate(_kinds_of(config)) if kind not in known and layer not in recurrent})
+    other = sorted(
+        {kind for layer, kind in enumerate(_kinds_of(config)) if kind not in known and layer not in recurrent}
+    )
     if other:
         raise ValueError(
             f"{name} has layers of type {', '.join(map(repr, other))}: in process only 'full_attention' and "

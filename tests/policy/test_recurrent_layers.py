@@ -1,4 +1,4 @@
-"""Recurrent layers over ragged rows: the logits of plain forwards, whatever was drafted, rejected, copied or dropped before."""
+"""Recurrent layers over ragged rows: the logits of plain forwards, whatever was drafted, rejected, copied or dropped."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def test_what_is_not_a_number_stays_in_its_row_and_goes_with_its_draft(family):
     runner, (a, b) = InProcessRunner(model), (np.where(text == 5, 6, text) for text in texts(2))
     with runner.session(runner.new_cache(2, LENGTH)):
         runner.forward(Segments(np.append(a[:4], b[:2]), 0, np.zeros(2, int), np.array([4, 2])), np.arange(6))
-        got = runner.forward(Segments(np.array([a[4], 5, 5, b[2]]), 0, np.array([4, 2]), np.array([3, 1])), np.arange(4))
+        got = runner.forward(
+            Segments(np.array([a[4], 5, 5, b[2]]), 0, np.array([4, 2]), np.array([3, 1])), np.arange(4)
+        )
         assert got.isfinite().all(1).tolist() == [True, False, False, True]
         got = runner.forward(Segments(np.array([a[5], b[3]]), 0, np.array([5, 3]), np.ones(2, int)), np.arange(2))
     for logits, text in zip(got, (a[:6], b[:4]), strict=True):

@@ -23,8 +23,7 @@ from tests.engines import VOCAB, engine_of, generate
 from tests.exact import FALSE_ALARM, p_value, sequence_probabilities
 from tests.policy.test_recurrent_layers import FAMILIES
 
-TWO = ["lfm2", "qwen3_next"]
-HIDDEN = 32
+TWO = ["lfm2", "qwen3_5_text"]
 
 
 @cache
@@ -56,18 +55,21 @@ def test_the_tokens_do_not_depend_on_drafts_and_are_the_policys(family):
     output = generate(drafting(policy(family), Parrot(wanted.completion_ids, error_rate=0.3), max_batch_size=4))
     assert output.completion_ids == wanted.completion_ids
     assert 0 < output.report.acceptance_rate < 1
-    for prompt, completion, logprobs in zip(
-        wanted.prompt_ids, wanted.completion_ids, output.logprobs, strict=True
-    ):
+    for prompt, completion, logprobs in zip(wanted.prompt_ids, wanted.completion_ids, output.logprobs, strict=True):
         assert np.allclose(logprobs, logprobs_of(policy(family), prompt, completion), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", TWO)
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "bamba"])
 def test_greedy_tokens_are_those_of_transformers_own_generate(family):
     model, prompt = policy(family), [5, 9, 4, 11, 30]
     own = model.generate(torch.tensor([prompt]), max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
     output = generate(
-        drafting(model, RandomDrafter()), [prompt], temperature=0.0, max_new_tokens=14, eos_token_ids=[], num_generations=1
+        drafting(model, RandomDrafter()),
+        [prompt],
+        temperature=0.0,
+        max_new_tokens=14,
+        eos_token_ids=[],
+        num_generations=1,
     )
     assert output.completion_ids == [own[0, len(prompt) :].tolist()]
 
@@ -103,25 +105,27 @@ def test_the_policy_drafting_for_itself_is_always_accepted(family):
 
 @pytest.mark.parametrize("family", TWO)
 def test_requests_that_wait_for_memory_have_the_same_tokens(family, monkeypatch):
-    generate(engine := engine_of(policy(family)), max_new_tokens=1)
-    monkeypatch.setattr(InProcessRunner, "free_bytes", lambda self: 20 * self.row_bytes(12))
-    assert generate(engine).completion_ids == reference(family).completion_ids
-    monkeypatch.setattr(InProcessRunner, "free_bytes", lambda self: 4 * self.row_bytes(12))
-    output = generate(engine)
-    assert output.completion_ids == reference(family).completion_ids
-    assert any("memory" in warning for warning in output.report.warnings)
+    options = {"max_new_tokens": 64, "eos_token_ids": [], "num_generations": 1}
+    engine, wanted = engine_of(policy(family)), generate(engine_of(policy(family), speculation=False), **options)
+    monkeypatch.setattr(InProcessRunner, "free_bytes", lambda self: 3 * self.row_bytes(46))
+    output = generate(engine, **options)
+    assert output.completion_ids == wanted.completion_ids
+    assert any("memory for the attention cache ran short" in warning for warning in output.report.warnings)
 
 
 @pytest.mark.parametrize("family", TWO)
 def test_adapters_of_recurrent_layers_count(family):
     model = get_peft_model(
-        build(family, seed=2), LoraConfig(target_modules=["in_proj", "in_proj_qkvz", "out_proj"], init_lora_weights=False)
+        build(family, seed=2),
+        LoraConfig(target_modules=["in_proj", "in_proj_qkv", "out_proj"], init_lora_weights=False),
     ).eval()
     wanted = generate(engine_of(model, speculation=False))
     assert wanted.completion_ids != reference(family).completion_ids
     output = generate(drafting(model, Parrot(wanted.completion_ids, error_rate=0.3)))
     assert output.completion_ids == wanted.completion_ids
-    assert np.allclose(output.logprobs[0], logprobs_of(model, wanted.prompt_ids[0], wanted.completion_ids[0]), atol=1e-3)
+    assert np.allclose(
+        output.logprobs[0], logprobs_of(model, wanted.prompt_ids[0], wanted.completion_ids[0]), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("verification", ["invariant", "rejection"])
@@ -129,7 +133,7 @@ def test_adapters_of_recurrent_layers_count(family):
 def test_samples_have_the_policys_distribution(family, verification):
     model, prompt, new = build(family, vocab_size=4, logit_std=1.2), [1, 3, 2], 4
     engine = drafting(model, RandomDrafter(with_probs=True), 2, verification=verification)
-    output = engine.generate([prompt], num_generations=4000, max_new_tokens=new, eos_token_ids=[0], seed=11)
+    output = engine.generate([prompt], num_generations=2500, max_new_tokens=new, eos_token_ids=[0], seed=11)
     assert output.report.accepted["random"] > 0
     expected = sequence_probabilities(model, prompt, SamplingParams(max_new_tokens=new, eos_token_ids=(0,)))
     assert p_value(output.completion_ids, expected) > FALSE_ALARM
