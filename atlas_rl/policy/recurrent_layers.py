@@ -8,8 +8,8 @@
 
 A layer's forward is cut in three: *project* is a map of each token, *mix* is what tokens do to each other, over the rows of
 the cache (`recurrent_rows.py`), and *finish* is a map of each token again. Submodules are called as such, so that adapters
-and faster linear layers take part. The recurrence is transformers' own function, or the kernel that stands in for it. What it
-is told for a token that is not there (decay 1, no update) leaves the state exactly as it is.
+and faster linear layers take part. The recurrence is transformers' own function, or the kernel that stands in for it. What
+it is told for a token that is not there (decay 1, no update) leaves the state exactly as it is.
 """
 
 from __future__ import annotations

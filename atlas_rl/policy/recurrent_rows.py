@@ -8,8 +8,8 @@ next forward first advances the state by as many of them as were accepted, and t
     state at settled --(recorded, accepted)--> --(new, settled)--> state from now on --(drafts)--> dropped
 
 This is two passes of the recurrence, up to what is settled and over the drafts, each over a rectangle of tokens. Tokens that
-a row does not have are *not live*: they are zeros, and the recurrence leaves the state exactly as it is. The first new token of
-a verification is committed already, so that a forward without drafts has the first pass alone.
+a row does not have are *not live*: they are zeros, and the recurrence leaves the state exactly as it is. The first new token
+of a verification is committed already, so that a forward without drafts has the first pass alone.
 
 A convolution over the last tokens needs no state beside the record: the record begins as many tokens before the state as the
 convolution looks back.
