@@ -158,7 +158,13 @@ class RecurrentRows:
         mixed = recurrence.convolved(window)
         if not recurrence.has_state:
             return mixed[steps.token_rows, steps.token_steps]
-        state, outputs = self._state(layer), []
+        # Autocast would round the state at every step, where the policy's own forward rounds it once a chunk.
+        with torch.autocast(new.device.type, enabled=False):
+            return self._scanned(layer, mixed, held_rows, recurrence)
+
+    def _scanned(self, layer: int, mixed: torch.Tensor, held_rows: int, recurrence: Recurrence) -> torch.Tensor:
+        """Both passes over `[batch, steps, mixed]`, and outputs of the new tokens."""
+        steps, outputs, state = self._placed, [], self._state(layer)
         if count := steps.live_settled.shape[1]:
             live = steps.live_settled
             output, state = recurrence.scan(_only(mixed[:, :count], live), live, state)

@@ -120,6 +120,21 @@ def test_what_is_not_a_number_stays_in_its_row_and_goes_with_its_draft(family):
         assert (logits - plain_logits(model, text)[-1]).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba"])
+def test_states_are_float32_under_autocast(family):
+    model, (text,) = policy(family), texts(1)
+    runner = InProcessRunner(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain_logits(model, text)
+        with runner.session(cache := runner.new_cache(1, LENGTH)):
+            got = [runner.forward(Segments(text[:8], 0, np.zeros(1, int), np.array([8])), np.arange(8))]
+            for start in range(8, LENGTH):
+                step = Segments(text[start : start + 1], 0, np.array([start]), np.ones(1, int))
+                got.append(runner.forward(step, np.arange(1)))
+    assert {state.dtype for state in cache.recurrent._states.values()} == {torch.float32}
+    assert (torch.cat(got) - expected).abs().mean() < 0.05  # logits spread by two nats
+
+
 def test_a_row_cannot_go_back_behind_what_is_settled():
     runner, (text,) = InProcessRunner(policy("lfm2")), texts(1)
     with runner.session(runner.new_cache(2, LENGTH)):
