@@ -142,15 +142,16 @@ class RaggedBatch:
     def recur(self, layer: int, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
         """Run a recurrent layer, `[num_tokens, inputs]` to `[num_tokens, outputs]`, from and to its states in the rows."""
         assert self.recurrent is not None, "a recurrent layer over a cache for attention alone"
+        begun = layer in self.recurrent
         try:
             return self.recurrent.run(layer, inputs, self.held_rows, recurrence)
         except MemoryError:
-            self._drop()
+            if not begun:
+                self._drop()
             raise
 
     def _drop(self) -> None:
-        """Let go of what the first layers have taken, where others got no memory: fewer rows can be tried then."""
-        # No row is complete yet: later forwards make room before they begin.
+        """Let go of what the first layers have taken, where the next got no memory: fewer rows can be tried then."""
         self.keys, self.values, self.held_rows, self.held_cells, self.tight = {}, {}, 0, 0, True
         if self.recurrent is not None:
             self.recurrent.clear()

@@ -19,9 +19,9 @@ from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.training.eagle3 import TrainSettings, new_head
 from benchmarks.tiny_policies import build
 from tests.drafters import Parrot, RandomDrafter, recurrent_drafter
-from tests.engines import VOCAB, engine_of, generate
+from tests.engines import PROMPTS, VOCAB, engine_of, generate
 from tests.exact import FALSE_ALARM, p_value, sequence_probabilities
-from tests.policy.test_recurrent_layers import FAMILIES
+from tests.models import HYBRIDS
 
 TWO = ["lfm2", "qwen3_5_text"]
 
@@ -48,7 +48,7 @@ def logprobs_of(model, prompt, completion):
     return logits.float().log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HYBRIDS)
 def test_the_tokens_do_not_depend_on_drafts_and_are_the_policys(family):
     wanted = reference(family)
     # Rows for four of ten requests: the others wait, and rows move when some end.
@@ -105,10 +105,10 @@ def test_the_policy_drafting_for_itself_is_always_accepted(family):
 
 @pytest.mark.parametrize("family", TWO)
 def test_requests_that_wait_for_memory_have_the_same_tokens(family, monkeypatch):
-    options = {"max_new_tokens": 64, "eos_token_ids": [], "num_generations": 1}
-    engine, wanted = engine_of(policy(family)), generate(engine_of(policy(family), speculation=False), **options)
-    monkeypatch.setattr(InProcessRunner, "free_bytes", lambda self: 3 * self.row_bytes(46))
-    output = generate(engine, **options)
+    options = {"prompts": PROMPTS[:3], "max_new_tokens": 44, "eos_token_ids": [], "num_generations": 1}
+    wanted = generate(engine_of(policy(family), speculation=False), **options)
+    monkeypatch.setattr(InProcessRunner, "free_bytes", lambda self: 2 * self.row_bytes(46))
+    output = generate(drafting(policy(family), Parrot(wanted.completion_ids, error_rate=0.1)), **options)
     assert output.completion_ids == wanted.completion_ids
     assert any("memory for the attention cache ran short" in warning for warning in output.report.warnings)
 
