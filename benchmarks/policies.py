@@ -1,7 +1,7 @@
 """Which policies run in process: every causal-LM class of the installed transformers, tiny, held against plain forwards.
 
     python -m benchmarks.policies                  all classes; minutes; writes the result and the table of docs/policies.md
-    python -m benchmarks.policies --only phi3 doge   prints, writes nothing
+    python -m benchmarks.policies --only phi3 doge   prints, writes nothing; with --update, it writes the rows of these
 
 Each class is built tiny and generates for rows of different lengths, past its windows and chunks: greedily, and sampled.
 Every greedy token must be the likeliest of a plain forward over the text before it, and every sampled token's logprob that
@@ -14,6 +14,7 @@ of CPU time.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import re
@@ -215,6 +216,14 @@ def _shortened(text: str) -> str:
     return f"{head.rpartition('. ')[0] or head.rpartition(' ')[0]} ..."
 
 
+def updated(result: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
+    """The recorded result with some rows of this run in it; `updates` says which, and what ran them."""
+    rows = {outcome.name: asdict(outcome) for outcome in outcomes}
+    update = {"environment": environment(), "names": list(rows)}
+    policies = [rows.get(row["name"], row) for row in result["policies"]]
+    return {**result, "policies": policies, "updates": [*result.get("updates", []), update]}
+
+
 def write_page(result: dict[str, Any], page: Path = PAGE) -> None:
     """Put the table where the page has it."""
     text = page.read_text(encoding="utf-8")
@@ -225,6 +234,7 @@ def write_page(result: dict[str, Any], page: Path = PAGE) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="model types or variants")
+    parser.add_argument("--update", action="store_true", help="write the rows of --only into the recorded result")
     parser.add_argument("--limit", type=int, default=60, help="seconds of CPU time per class")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -237,7 +247,11 @@ def main() -> None:
         outcomes.append(in_process_of_its_own(name, arguments.limit))
         last = outcomes[-1]
         print(f"{len(outcomes)}/{len(names)} {last.name}: {last.outcome}. {last.detail}", flush=True)
-    if not arguments.only:
+    if arguments.update:
+        result = updated(json.loads(RESULT.read_text(encoding="utf-8")), outcomes)
+        write_result(RESULT, result)
+        write_page(result)
+    elif not arguments.only:
         result = {
             "environment": environment(),
             "seconds": round(time.perf_counter() - began, 1),

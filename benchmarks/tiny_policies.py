@@ -52,9 +52,17 @@ _SHRUNK: tuple[tuple[str, Any], ...] = (
 
 # Fields that the names above get wrong, by model type.
 _ALTERNATING = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
-_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 16, "mamba_chunk_size": 8}
+_DELTA = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_HALF_RECURRENT = ["linear_attention", "full_attention"] * (_LAYERS // 2)
+_HALF_CONVOLVED = ["conv", "full_attention"] * (_LAYERS // 2)
 _OWN: dict[str, dict[str, Any]] = {
-    "bamba": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "cohere_compass_text": {
         "layer_types": _ALTERNATING,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _ALTERNATING},
@@ -64,7 +72,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "granitemoehybrid": _MAMBA,
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "granitemoehybrid": {**_MAMBA, "layer_types": _HALF_RECURRENT},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
@@ -74,7 +83,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (_LAYERS // 2)},
+    "lfm2": {"layer_types": _HALF_CONVOLVED},
+    "lfm2_moe": {"layer_types": _HALF_CONVOLVED},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8},
+    "qwen3_5_moe_text": _DELTA,
+    "qwen3_5_text": _DELTA,
+    "qwen3_next": _DELTA,
 }
 
 
@@ -135,7 +149,7 @@ def build(model_type: str, *, seed: int = 0, logit_std: float = 2.0, **options: 
             for parameter in model.parameters():
                 if parameter.ndim >= 2 and min(parameter.shape) > 1:
                     parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-        tokens = torch.randint(VOCAB, (2, 24))
+        tokens = torch.randint(min(VOCAB, model.get_input_embeddings().num_embeddings), (2, 24))
     head = model.get_output_embeddings()
     with torch.no_grad():
         for _ in range(2):  # twice, because tied embeddings change the input as well

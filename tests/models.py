@@ -153,6 +153,12 @@ FACTORIES: dict[str, Callable[..., PreTrainedModel]] = {
     "gpt2": tiny_gpt2,
 }
 
+HYBRIDS = (
+    "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "bamba", "falcon_h1", "granitemoehybrid",
+    "nemotron_h",
+)  # fmt: skip
+"""Model types whose layers have a running state, for `benchmarks.tiny_policies.build`."""
+
 
 def _shape(vocab: int, layers: int, hidden: int, heads: int, kv_heads: int, context: int) -> dict[str, Any]:
     return {

@@ -321,7 +321,7 @@ class DecodeLoop:
             counts = lengths[chunk]
             texts = [self.sequences.token_ids[r, :n] for r, n in zip(requests[chunk], counts, strict=True)]
             tokens = np.concatenate(texts).astype(np.int64)
-            yield Segments(tokens, first_row + chunk.start, np.zeros_like(counts), counts)
+            yield Segments(tokens, first_row + chunk.start, np.zeros_like(counts), counts, settled=counts)
 
     def _prompt_group(self, request: int, groups: Mapping[int, list[int]]) -> int:
         """The request that leads this one's group: the first in the wave with the same prompt, or itself."""

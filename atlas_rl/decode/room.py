@@ -50,16 +50,16 @@ class CacheRoom:
         # A prefill holds up everybody: wait until a quarter of the rows is free, unless nothing else is running.
         if not self.waiting or (len(active) and free < max(1, self._fitting // 4)):
             return np.zeros(0, np.int64)
-        cells = self._runner.cells_that_fit()
+        cells, besides = self._runner.cells_that_fit(), self._runner.state_cells
         longest = int(self._wanted(active).max(initial=0))
         wave: list[int] = []
         while self.waiting and len(active) + len(wave) < self._most:
             longer, num_rows = max(longest, int(self._wanted(self.waiting[0]))), len(active) + len(wave)
-            if num_rows and (num_rows + 1) * longer > cells:
+            if num_rows and (num_rows + 1) * (longer + besides) > cells:
                 break
             longest = longer
             wave.append(self.waiting.popleft())
-        self._fitting = min(self._most, max(1, cells // longest))
+        self._fitting = min(self._most, max(1, cells // (longest + besides)))
         while wave:
             try:
                 self._runner.reserve(len(active) + len(wave), longest)
@@ -106,7 +106,7 @@ class CacheRoom:
         needed = min(int(lengths.max()) + LOOKAHEAD, int(self._max_lengths[active].max()))
         if needed <= self._runner.held_cells:
             return active
-        fitting = max(1, self._runner.cells_that_fit() // needed)
+        fitting = max(1, self._runner.cells_that_fit() // (needed + self._runner.state_cells))
         while True:
             self._fitting = min(self._max_rows, fitting)
             if len(active) > fitting:

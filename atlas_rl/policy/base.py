@@ -27,6 +27,8 @@ class Segments:
         starts: int64 `[rows]`, position of each row's first new token; everything before it is cached.
         lengths: int64 `[rows]`, at least 1 each.
         rows: int64 `[rows]`, cache rows instead of consecutive ones from `first_row`; with gaps, reading them costs a copy.
+        settled: int64 `[rows]`, tokens of each row that no later forward replaces; recurrent layers move their state there.
+            None: all that were cached before, and the first new one. The others are drafts.
     """
 
     token_ids: np.ndarray | torch.Tensor
@@ -34,6 +36,12 @@ class Segments:
     starts: np.ndarray
     lengths: np.ndarray
     rows: np.ndarray | None = None
+    settled: np.ndarray | None = None
+
+    @property
+    def settled_tokens(self) -> np.ndarray:
+        """int64 `[rows]`: see `settled`."""
+        return self.starts + 1 if self.settled is None else self.settled
 
 
 @dataclass(slots=True)
@@ -61,7 +69,8 @@ class PolicyRunner(ABC):
     """Runs the policy over packed segments of ragged rows and keeps one attention cache row per request.
 
     Cells beyond a row's valid length may hold rejected drafts; they are overwritten by the next `forward` of the row and
-    are never attended to before that.
+    are never attended to before that. A row may go back to any length from what was last said to be settled on
+    (`Segments.settled`), and to nothing.
     """
 
     vocab_size: int
@@ -113,8 +122,14 @@ class PolicyRunner(ABC):
     def cells_that_fit(self) -> int:
         """Tokens that memory allows the session's cache now, over all rows, those that it holds included.
 
-        A row takes as many cells as the longest one needs. The answer is an estimate before the first forward.
+        A row takes as many cells as the longest one needs, and `state_cells`. The answer is an estimate before the first
+        forward.
         """
+
+    @property
+    def state_cells(self) -> int:
+        """Tokens in the cache that take as much memory as what a row has besides: the state of recurrent layers."""
+        return 0
 
     @property
     @abstractmethod

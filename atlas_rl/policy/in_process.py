@@ -23,9 +23,18 @@ from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.recurrent_layers import RecurrentLayer, recurrent_layers
+from atlas_rl.policy.recurrent_rows import RecurrentRows
 from atlas_rl.policy.step_graphs import StepGraphs
 from atlas_rl.policy.supported import context_of, refuse_layers, refuse_modules
-from atlas_rl.policy.threads import attending, evaluation_mode, generating, stand_ins, watched_forwards
+from atlas_rl.policy.threads import (
+    attending,
+    evaluation_mode,
+    generating,
+    replaced_forwards,
+    stand_ins,
+    watched_forwards,
+)
 from atlas_rl.policy.unwrap import unwrap_policy
 
 logger = logging.getLogger(__name__)
@@ -33,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 class InProcessRunner(PolicyRunner):
     """Any Hugging Face causal LM whose layers attend to the row's own tokens: Llama, Qwen, Gemma, GPT-2 and kin.
+
+    Some recurrent layers can be run as well (`policy/recurrent_layers.py`).
 
     A policy whose configuration says that it cannot be run is refused at once. Before the first forward it is probed
     (`policy/probe.py`).
@@ -44,6 +55,7 @@ class InProcessRunner(PolicyRunner):
     Attributes:
         config: Its text configuration.
         call: Runs its forward.
+        recurrent: Its layers with a running state, by their number.
         max_context: Longest text that it can be run over, see `policy/supported.py`.
 
     Raises:
@@ -64,7 +76,8 @@ class InProcessRunner(PolicyRunner):
         if getattr(config, "is_encoder_decoder", False) or not self.model.can_generate():
             raise ValueError(f"{type(self.model).__name__} is not a causal LM: load one with AutoModelForCausalLM")
         self.config = config.get_text_config()
-        refuse_layers(self.config, type(self.model).__name__)
+        self.recurrent = recurrent_layers(self.model)
+        refuse_layers(self.config, type(self.model).__name__, self.recurrent)
         if is_placed:
             refuse_modules(self.model)
         self.vocab_size = int(head.weight.shape[0]) if head.weight.numel() else int(self.config.vocab_size)
@@ -92,7 +105,8 @@ class InProcessRunner(PolicyRunner):
     def new_cache(self, num_rows: int, capacity: int) -> RaggedBatch:
         # transformers' SDPA path ignores `softcap`, its other paths apply it: do as the trainer's own forward does.
         softcap = self.config._attn_implementation != "sdpa"
-        return RaggedBatch(num_rows, capacity, honour_softcap=softcap, free_bytes=self.free_bytes)
+        states = RecurrentRows(num_rows) if self.recurrent else None
+        return RaggedBatch(num_rows, capacity, honour_softcap=softcap, free_bytes=self.free_bytes, recurrent=states)
 
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
@@ -139,7 +153,8 @@ class InProcessRunner(PolicyRunner):
         """The policy over tokens that have been placed in `cache`."""
         layers = self._layers if taps.wants_layers else nn.ModuleList()
         attention = attending(ragged_attention.NAME, self.config)
-        with ragged_attention.active(cache), attention, _tapped(self.model, layers, taps):
+        mixers = {each.module: partial(_recur, cache, layer, each) for layer, each in self.recurrent.items()}
+        with ragged_attention.active(cache), attention, replaced_forwards(mixers), _tapped(self.model, layers, taps):
             logits = self.call(tokens, positions, keep)
         self._autocast = cache.autocast
         if taps.wants_head_inputs and not self.call.keeps:
@@ -180,7 +195,7 @@ class InProcessRunner(PolicyRunner):
     def row_bytes(self, capacity: int) -> int:
         """Bytes of cache that one row of `capacity` tokens takes."""
         with torch.no_grad(), evaluation_mode(self.model):
-            return self._look().token_bytes * capacity
+            return self._look().token_bytes * capacity + self._look().state_bytes
 
     def check_reach(self, tokens: int) -> None:
         """Raise `ValueError` where rows of `tokens` tokens would depend on their neighbours, or lose a mask."""
@@ -196,7 +211,16 @@ class InProcessRunner(PolicyRunner):
     def cells_that_fit(self) -> int:
         cache = self._cache
         assert cache is not None, "cells_that_fit() outside of session()"
-        return cache.cells_that_fit(cache.cell_bytes or self.row_bytes(1))
+        return cache.cells_that_fit(self._cell_bytes(cache))
+
+    @property
+    def state_cells(self) -> int:
+        cache = self._cache
+        assert cache is not None, "state_cells outside of session()"
+        return -(-(cache.state_bytes or self._look().state_bytes) // max(1, self._cell_bytes(cache)))
+
+    def _cell_bytes(self, cache: RaggedBatch) -> int:
+        return cache.cell_bytes or self._look().token_bytes
 
     @property
     def held_cells(self) -> int:
@@ -208,7 +232,7 @@ class InProcessRunner(PolicyRunner):
         cache = self._cache
         assert cache is not None, "reserve() outside of session()"
         if num_rows > cache.held_rows or length > cache.held_cells:
-            cache.reserve(num_rows, length, self.cells_that_fit())
+            cache.reserve(num_rows, length, self.cells_that_fit() - num_rows * self.state_cells)
 
     def synchronize(self) -> None:
         if self._asked is not None:
@@ -243,6 +267,13 @@ class InProcessRunner(PolicyRunner):
         if self._probed is None:
             self._probed = probe(self)
         return self._probed
+
+
+def _recur(
+    cache: RaggedBatch, layer: int, own: RecurrentLayer, module: nn.Module, hidden_states: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    """The forward of a recurrent layer over the rows of a cache; a mask would be of padding, and there is none."""
+    return own.forward(hidden_states, lambda inputs: cache.recur(layer, inputs, own))
 
 
 @contextmanager

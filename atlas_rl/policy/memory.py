@@ -1,7 +1,8 @@
-"""Memory that caches may take: what is free now, less a share for everything else."""
+"""Memory that caches may take: what is free now, less a share for everything else; and taking it."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -18,6 +19,18 @@ def free_bytes(device: torch.device) -> int:
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int((free + held) * _SHARE["cuda"])
     return int(_host_bytes() * _SHARE["cpu"])
+
+
+def allocated(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Memory of the kind of `like`, for a cache; `MemoryError` where there is none."""
+    try:
+        return like.new_empty(shape)
+    except RuntimeError as error:  # the only one that this call has, under several names
+        gib = math.prod(shape) * like.element_size() / 2**30
+        raise MemoryError(
+            f"the attention cache needs {gib:.2f} GiB more, and there is no memory for it: lower max_batch_size or "
+            "max_new_tokens, or leave more memory free"
+        ) from error
 
 
 def _host_bytes() -> int:

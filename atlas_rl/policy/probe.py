@@ -33,7 +33,8 @@ from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.logits import rows_not_finite, rows_that_differ
 from atlas_rl.policy.own_code import own_code
 from atlas_rl.policy.ragged_attention import RaggedBatch
-from atlas_rl.policy.supported import REMEDY, Reach, nearest, reach_of
+from atlas_rl.policy.recurrent_layers import RecurrentLayer
+from atlas_rl.policy.supported import REMEDY, Reach, layers_that_attend, nearest, reach_of
 from atlas_rl.policy.threads import watched_forwards
 
 _FLOPS = {"cpu": 1e11, "cuda": 1e13}  # about a second, and a twentieth of one, of a machine of that kind
@@ -51,6 +52,7 @@ class Probeable(Protocol):
     model: Any
     config: Any
     call: ForwardCall
+    recurrent: dict[int, RecurrentLayer]
     vocab_size: int
     max_context: int | None
     own_attention: str
@@ -73,10 +75,12 @@ class Probed:
 
     Attributes:
         token_bytes: What one token takes in the cache, over all layers.
+        state_bytes: What a row takes besides.
         reach: Up to where a ragged forward is right; None for everywhere.
     """
 
     token_bytes: int
+    state_bytes: int
     reach: Reach | None
 
 
@@ -94,7 +98,7 @@ def probe(runner: Probeable) -> Probed:
 class _Probe:
     def __init__(self, runner: Probeable) -> None:
         self._runner, self._config, self._name = runner, runner.config, type(runner.model).__name__
-        self._exact = False
+        self._exact, self._state_bytes = False, 0
         unrunnable = rows_not_finite(self._runner.model.get_input_embeddings().weight, self._runner.vocab_size)
         known = np.arange(self._runner.vocab_size)
         # Where none is finite, the logits say so.
@@ -110,7 +114,7 @@ class _Probe:
         limit = min(self._runner.max_context or traced.HORIZON, reach.tokens if reach else traced.HORIZON)
         for check in (self._far_rows, self._rows):
             self._guarded(lambda check=check: check(limit, trace.windows))  # type: ignore[misc]
-        return Probed(trace.token_bytes, reach)
+        return Probed(trace.token_bytes, self._state_bytes, reach)
 
     def _tokens(self, count: int) -> np.ndarray:
         """int64 `[count]`, all over the vocabulary, but for tokens whose embeddings are not finite."""
@@ -162,7 +166,8 @@ class _Probe:
 
         trace = self._guarded(run)
         layers = getattr(self._config, "decoder_layers", None) or self._config.num_hidden_layers
-        traced.refuse_structure(trace, int(layers), self._name)
+        attending = layers_that_attend(self._config, int(layers), self._runner.recurrent)
+        traced.refuse_structure(trace, attending, self._name)
         return trace
 
     def _far_rows(self, limit: int, windows: list[int]) -> None:
@@ -183,7 +188,8 @@ class _Probe:
         expected = [self._plain(short), self._plain(long)]
         cuts = [_cuts(len(short)), _cuts(len(long))]
         pieces: list[list[torch.Tensor]] = [[], []]
-        with self._runner.ragged(self._runner.new_cache(3, length)):
+        cache = self._runner.new_cache(3, length)
+        with self._runner.ragged(cache):
             for starts, stops in pairwise(np.array(cuts).T):
                 lengths = stops - starts
                 ids = np.concatenate([row[a:b] for row, a, b in zip((short, long), starts, stops, strict=True)])
@@ -191,6 +197,7 @@ class _Probe:
                 logits = self._runner.run(segments, np.arange(len(ids)))
                 for row, part in enumerate(logits.split(lengths.tolist())):
                     pieces[row].append(part)
+        self._state_bytes = cache.state_bytes
         how = f"with rows of {len(short)} and {len(long)} tokens"
         got = [torch.cat(parts) for parts in pieces]
         # What reads the token before in the batch is wrong at the first token of every segment, and right everywhere else.

@@ -16,7 +16,6 @@ of them needs and a margin. What texts might come to costs nothing.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +30,9 @@ from atlas_rl.policy import varlen
 from atlas_rl.policy.attention_backends import attend
 from atlas_rl.policy.autocast import as_attended, autocast_type
 from atlas_rl.policy.base import Segments, roomy
+from atlas_rl.policy.memory import allocated
 from atlas_rl.policy.placement import Placement, place
+from atlas_rl.policy.recurrent_rows import Recurrence, RecurrentRows
 
 NAME = "atlas_ragged"
 
@@ -58,6 +59,7 @@ class RaggedBatch:
         placement: Of the tokens that are run, or have been run last.
         attended: Whether attention has gone over a rectangle (False) and over sequences of any length (True).
         steps: Decode steps of fixed shapes over this cache, which go with it.
+        recurrent: What recurrent layers keep of the rows; None where the policy has none.
     """
 
     num_rows: int
@@ -77,6 +79,7 @@ class RaggedBatch:
     placement: Placement | None = None
     attended: set[bool] = field(default_factory=set)
     steps: Any = None  # a StepGraphs, which runs over this cache
+    recurrent: RecurrentRows | None = None
 
     def place(self, segments: Segments, device: torch.device, *also: np.ndarray) -> list[torch.Tensor]:
         """Get ready for the next forward: room in the cache, and indices on the device.
@@ -93,6 +96,8 @@ class RaggedBatch:
         last_row = segments.first_row + len(segments.lengths) - 1 if rows is None else int(rows.max())
         self.grow(last_row + 1, int((segments.starts + segments.lengths).max()))
         self.placement, there = place(segments, self.held_cells, device, also)
+        if self.recurrent is not None:
+            self.recurrent.place(segments, device)
         return there
 
     @property
@@ -103,8 +108,8 @@ class RaggedBatch:
 
     @property
     def takes_steps(self) -> bool:
-        """Whether all attention takes packed tokens as they come, so that a step may have a fixed shape."""
-        return bool(self.keys) and self.attended == {True}
+        """Whether all layers take packed tokens as they come, so that a step may have a fixed shape."""
+        return bool(self.keys) and self.attended == {True} and self.recurrent is None
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write `[1, kv_heads, num_tokens, dim]` into the rows."""
@@ -127,19 +132,37 @@ class RaggedBatch:
         """Make the tensors of a layer, in the first forward."""
         rows, cells = self.held_rows, self.held_cells
         try:
-            self.keys[layer] = _allocated(key, rows, cells, key.shape[1], key.shape[3]).zero_()
-            self.values[layer] = _allocated(value, rows, cells, value.shape[1], value.shape[3]).zero_()
+            self.keys[layer] = allocated(key, rows, cells, key.shape[1], key.shape[3]).zero_()
+            self.values[layer] = allocated(value, rows, cells, value.shape[1], value.shape[3]).zero_()
             self.generation += 1
         except MemoryError:
-            # No row is complete yet. What the layers before have taken goes, so that fewer rows can be tried.
-            self.keys, self.values, self.held_rows, self.held_cells, self.tight = {}, {}, 0, 0, True
+            self._drop()
             raise
+
+    def recur(self, layer: int, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+        """Run a recurrent layer, `[num_tokens, inputs]` to `[num_tokens, outputs]`, from and to its states in the rows."""
+        assert self.recurrent is not None, "a recurrent layer over a cache for attention alone"
+        begun = layer in self.recurrent
+        try:
+            return self.recurrent.run(layer, inputs, self.held_rows, recurrence)
+        except MemoryError:
+            if not begun:
+                self._drop()
+            raise
+
+    def _drop(self) -> None:
+        """Let go of what the first layers have taken, where the next got no memory: fewer rows can be tried then."""
+        self.keys, self.values, self.held_rows, self.held_cells, self.tight = {}, {}, 0, 0, True
+        if self.recurrent is not None:
+            self.recurrent.clear()
 
     def copy_rows(self, source: int, targets: np.ndarray, length: int) -> None:
         """Give rows `targets` (int64 `[n]`) the first `length` cells of row `source`: all layers at once."""
         if not len(targets):
             return
         self.grow(int(targets.max()) + 1, length)
+        if self.recurrent is not None:
+            self.recurrent.copy_rows(source, targets, length)
         caches = [cache for store in (self.keys, self.values) for cache in store.values()]
         if not caches:  # nothing has run yet
             return
@@ -154,7 +177,13 @@ class RaggedBatch:
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for store in (self.keys, self.values) for tensor in store.values())
+        states = 0 if self.recurrent is None else self.recurrent.num_bytes
+        return states + sum(tensor.nbytes for store in (self.keys, self.values) for tensor in store.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what recurrent layers keep of a row; 0 before the first forward."""
+        return 0 if self.recurrent is None else self.recurrent.row_bytes
 
     def cells_that_fit(self, cell_bytes: int) -> int:
         """Tokens that memory allows now over all rows; `cell_bytes` is what one takes, as far as it is not known."""
@@ -205,6 +234,8 @@ class RaggedBatch:
         try:
             for store, layer in tensors:  # one by one: no more than one tensor is there twice
                 store[layer] = self._resized(store[layer], num_rows, cells)
+            if self.recurrent is not None:
+                self.recurrent.resize(num_rows)
         finally:  # it may have ended at any of them
             self.held_rows = min((store[layer].shape[0] for store, layer in tensors), default=num_rows)
             self.held_cells = min((store[layer].shape[1] for store, layer in tensors), default=cells)
@@ -213,7 +244,7 @@ class RaggedBatch:
         if old.shape[:2] == (num_rows, cells):
             return old
         self.generation += 1
-        new = _allocated(old, num_rows, cells, *old.shape[2:])
+        new = allocated(old, num_rows, cells, *old.shape[2:])
         rows, filled = min(num_rows, old.shape[0]), min(cells, old.shape[1])
         new[:rows, :filled] = old[:rows, :filled]
         # Zeros, not empty: a masked cell still enters 0 * value, and stale memory may hold NaN.
@@ -310,18 +341,6 @@ def _padded(
         out = attend(folded, keys, values, scale=scaling, mask=placed.mask(group, window))
     out = out.view(rows, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4).reshape(rows * length, heads, -1)
     return out if padding.unpad is None else out.index_select(0, padding.unpad)
-
-
-def _allocated(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Memory of the kind of `like`; `MemoryError` where there is none."""
-    try:
-        return like.new_empty(shape)
-    except RuntimeError as error:  # the only one that this call has, under several names
-        gib = math.prod(shape) * like.element_size() / 2**30
-        raise MemoryError(
-            f"the attention cache needs {gib:.2f} GiB more, and there is no memory for it: lower max_batch_size or "
-            "max_new_tokens, or leave more memory free"
-        ) from error
 
 
 def _softcapped(

@@ -7,7 +7,7 @@ refused here, by name. What can be run up to some length gets a `Reach`; longer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import nn
 REMEDY = "generate with the trainer's own engine, or with vLLM if it knows the policy"
 _ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 _MLP_TYPES = frozenset({"dense", "sparse"})  # some configurations list kinds of MLPs under the same name
+_MLP_ALONE_TYPES = frozenset({"mlp", "moe"})  # Nemotron-H: layers of nothing else
+_BOTH = "hybrid"  # Falcon-H1: attention and a recurrence side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +68,40 @@ def _differs(config: Any, name: str) -> bool:
     return name in (getattr(config, "per_layer_attributes", None) or ())
 
 
-def refuse_layers(config: Any, name: str) -> None:
-    """Raise `ValueError` for a policy `name` with layers that are neither full nor sliding attention, nor in chunks."""
+def _kinds_of(config: Any) -> list[str]:
+    """The type of each layer; empty where the configuration does not say."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    other = sorted({str(kind) for kind in kinds} - _ATTENTION_TYPES - _MLP_TYPES)
+    return [str(kind) for kind in kinds]
+
+
+def refuse_layers(config: Any, name: str, recurrent: Container[int] = ()) -> None:
+    """Raise `ValueError` for a policy `name` with layers of a type that cannot run over ragged rows.
+
+    Args:
+        config: Its text configuration.
+        name: Of its class.
+        recurrent: Numbers of the recurrent layers that can (`policy/recurrent_layers.py`).
+    """
+    known = _ATTENTION_TYPES | _MLP_TYPES | _MLP_ALONE_TYPES
+    other = sorted(
+        {kind for layer, kind in enumerate(_kinds_of(config)) if kind not in known and layer not in recurrent}
+    )
     if other:
         raise ValueError(
             f"{name} has layers of type {', '.join(map(repr, other))}: in process only 'full_attention' and "
-            f"'sliding_attention' layers can run rows of different lengths together; {REMEDY}"
+            "'sliding_attention' layers, and the recurrent ones of LFM2, Qwen3-Next, Qwen3.5, Bamba, Falcon-H1, Granite 4 H "
+            f"and Nemotron-H, can run rows of different lengths together; {REMEDY}"
         )
+
+
+def layers_that_attend(config: Any, num_layers: int, recurrent: Container[int]) -> set[int]:
+    """Numbers of the layers that have attention, as far as the configuration says."""
+    kinds = dict(enumerate(_kinds_of(config)))
+    return {
+        layer
+        for layer in range(num_layers)
+        if kinds.get(layer) not in _MLP_ALONE_TYPES and (layer not in recurrent or kinds.get(layer) == _BOTH)
+    }
 
 
 def refuse_modules(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ ragged attention would hide, without running a text of that length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -84,16 +84,19 @@ def tracing() -> Iterator[Trace]:
         _current.reset(token)
 
 
-def refuse_structure(trace: Trace, num_layers: int, name: str) -> None:
-    """Raise `ValueError` for a policy `name` whose attention cannot run over a ragged batch, and say what was found."""
+def refuse_structure(trace: Trace, attending: Set[int], name: str) -> None:
+    """Raise `ValueError` for a policy `name` whose attention cannot run over a ragged batch, and say what was found.
+
+    `attending` are the numbers of the layers that have attention.
+    """
     calls = trace.calls
-    if not calls and not trace.unnumbered:
+    if attending and not calls and not trace.unnumbered:
         _refuse(name, "does not run its attention through transformers' attention interface (AttentionInterface)")
     if trace.unnumbered:
         _refuse(name, "has attention modules that do not say which layer they are (layer_idx)")
     if repeated := [layer for layer, of_layer in sorted(calls.items()) if len(of_layer) > 1]:
         _refuse(name, f"calls the attention of some layers more than once in a forward: {_listed(repeated)}")
-    if missing := sorted(set(range(num_layers)) - set(calls)):
+    if missing := sorted(attending - set(calls)):
         _refuse(name, f"has layers that do not call transformers' attention interface: {_listed(missing)}")
     if any(of_layer[0].sinks for of_layer in calls.values()):
         _refuse(name, "has attention sinks (s_aux)")

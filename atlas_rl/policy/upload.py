@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-_TYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
+_TYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(bool): torch.bool,
+}
 _DTYPES: dict[torch.dtype, Any] = {there: here for here, there in _TYPES.items()}
 _ALIGNED = 16  # bytes, of where an array begins
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Copies on `device`, in the shapes and types of `arrays` (int64, int32 or float32).
+    """Copies on `device`, in the shapes and types of `arrays` (int64, int32, float32 or bool).
 
     On a CPU they may share memory with the arrays. Elsewhere it is one copy from pinned memory: the host goes on at once,
     and what it queues afterwards sees the numbers.

@@ -125,7 +125,8 @@ class DraftLM(Speculator):
         with self._runner.session(self._cache):
             for position, rows in enumerate(drawing.rows):
                 new = np.ones(len(rows), np.int64) if position else lengths[rows] - self._cached[active[rows]]
-                segments = Segments(self._readable(tokens), 0, lengths[rows] + position - new, new, rows)
+                starts = lengths[rows] + position - new
+                segments = Segments(self._readable(tokens), 0, starts, new, rows, settled=lengths[rows])
                 logits = self._in_policys_vocabulary(self._runner.forward(segments, np.cumsum(new) - 1))
                 tokens = drawing.draw(logits)
         draft = drawing.finish(depths)
@@ -164,7 +165,7 @@ class DraftLM(Speculator):
         if needed <= cache.held_cells and len(lengths) <= cache.held_rows:
             return
         with self._runner.session(cache):
-            excess = len(lengths) - max(1, self._runner.cells_that_fit() // max(1, needed))
+            excess = len(lengths) - max(1, self._runner.cells_that_fit() // (max(1, needed) + self._runner.state_cells))
             if excess > 0:
                 lost = np.zeros(len(lengths), bool)
                 lost[np.argsort(lengths, kind="stable")[:excess]] = True

@@ -15,6 +15,7 @@ from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
+from benchmarks.tiny_policies import build
 from tests.engines import engine_of
 from tests.gpu.engines import eagle3_head
 from tests.models import FACTORIES, tiny_bigram
@@ -70,6 +71,12 @@ def test_tokens_are_those_of_the_cpu(arm, verification, sampling):
 def test_every_family(family):
     wanted = completions("history", "cpu", "sampled", FACTORIES[family])
     assert completions("history", "cuda", "sampled", FACTORIES[family]) == wanted
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text", "bamba"])
+def test_recurrent_layers(family):
+    wanted = completions("history", "cpu", "sampled", lambda: build(family))
+    assert completions("history", "cuda", "sampled", lambda: build(family)) == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

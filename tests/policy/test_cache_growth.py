@@ -148,7 +148,7 @@ def test_memory_is_asked_for_and_not_exceeded_when_more_becomes_free(monkeypatch
 def test_memory_that_is_not_there_is_said_and_costs_nothing(monkeypatch):
     runner = InProcessRunner(tiny_llama(seed=3))
     cache = runner.new_cache(4, 128)
-    allocated = ragged_attention._allocated
+    allocated = ragged_attention.allocated
 
     def full(like, *shape):
         if shape[1] > 60:
@@ -157,7 +157,7 @@ def test_memory_that_is_not_there_is_said_and_costs_nothing(monkeypatch):
 
     with runner.session(cache):
         expected = run(runner, [0] * 2, [20, 20])
-        monkeypatch.setattr(ragged_attention, "_allocated", full)
+        monkeypatch.setattr(ragged_attention, "allocated", full)
         with pytest.raises(MemoryError, match=r"0\.00 GiB more.*lower max_batch_size"):
             runner.reserve(2, 90)
         assert (cache.held_rows, cache.held_cells) == (2, 52)
@@ -169,7 +169,7 @@ def test_memory_that_is_not_there_is_said_and_costs_nothing(monkeypatch):
 def test_a_cache_says_what_every_tensor_holds_wherever_resizing_ends(failing, rows, cells, monkeypatch):
     runner = InProcessRunner(tiny_llama(seed=3))
     cache = runner.new_cache(8, 128)
-    allocated, calls = ragged_attention._allocated, []
+    allocated, calls = ragged_attention.allocated, []
 
     def full(like, *shape):
         calls.append(shape)
@@ -180,7 +180,7 @@ def test_a_cache_says_what_every_tensor_holds_wherever_resizing_ends(failing, ro
     with runner.session(cache):
         run(runner, [0] * 4, [68] * 4)
         expected = run(runner, [68] * 2, [1, 1])
-        monkeypatch.setattr(ragged_attention, "_allocated", full)
+        monkeypatch.setattr(ragged_attention, "allocated", full)
         with pytest.raises(MemoryError):
             cache.reserve(rows, cells, rows * cells)
         monkeypatch.undo()
@@ -198,7 +198,7 @@ def test_a_cache_says_what_every_tensor_holds_wherever_resizing_ends(failing, ro
 def test_a_first_forward_that_gets_no_memory_leaves_an_empty_cache(monkeypatch):
     runner = InProcessRunner(tiny_llama(seed=3))
     cache = runner.new_cache(4, 128)
-    allocated, sizes = ragged_attention._allocated, iter([1, 1, 1, 0])
+    allocated, sizes = ragged_attention.allocated, iter([1, 1, 1, 0])
 
     def full(like, *shape):
         if not next(sizes, 1):
@@ -208,7 +208,7 @@ def test_a_first_forward_that_gets_no_memory_leaves_an_empty_cache(monkeypatch):
     with runner.session(cache):
         runner.reserve(4, 20)
         assert (cache.held_rows, cache.held_cells) == (4, 52)
-        monkeypatch.setattr(ragged_attention, "_allocated", full)
+        monkeypatch.setattr(ragged_attention, "allocated", full)
         with pytest.raises(MemoryError):
             run(runner, [0] * 2, [20, 20])
         assert (cache.held_rows, cache.held_cells, held_bytes(cache)) == (0, 0, 0)

@@ -169,7 +169,7 @@ def test_memory_that_others_take_in_the_middle_of_a_call(monkeypatch, caches):
 def test_allocations_that_fail_cost_rows(monkeypatch):
     options = LONG | {"max_new_tokens": 100}
     wanted = generate(engine_of(speculation=False), **options).completion_ids
-    monkeypatch.setattr(ragged_attention, "_allocated", _only(900))  # 10 rows of 84 tokens and not of more
+    monkeypatch.setattr(ragged_attention, "allocated", _only(900))  # 10 rows of 84 tokens and not of more
     output = generate(engine_of(speculation=False), **options)
     assert output.completion_ids == wanted
     assert any("gave its row up" in warning for warning in output.report.warnings)
@@ -178,7 +178,7 @@ def test_allocations_that_fail_cost_rows(monkeypatch):
 def test_one_request_that_gets_no_memory_is_an_error_that_says_so(monkeypatch):
     engine = engine_of(speculation=False)
     wanted = generate(engine).completion_ids
-    monkeypatch.setattr(ragged_attention, "_allocated", _only(100))
+    monkeypatch.setattr(ragged_attention, "allocated", _only(100))
     with pytest.raises(MemoryError, match="attention cache needs"):
         generate(engine)
     monkeypatch.undo()
@@ -202,7 +202,7 @@ def test_a_first_allocation_that_fails_costs_rows(drafter, num_cells, monkeypatc
         allocated.append(shape[0])
         return made
 
-    monkeypatch.setattr(ragged_attention, "_allocated", noting)
+    monkeypatch.setattr(ragged_attention, "allocated", noting)
     assert engine.generate(prompts, **options).completion_ids == wanted
     assert {160: 1, 500: 4, 700: 6}[num_cells] <= max(allocated) < 12
 
@@ -212,9 +212,9 @@ def test_no_more_is_asked_for_than_one_request_needs(monkeypatch):
     options = {"max_new_tokens": 60, "eos_token_ids": [], "seed": 4}
     wanted = engine_of(speculation=False).generate(FEW_WORDS, **options).completion_ids
     engine = engine_with("history")
-    monkeypatch.setattr(ragged_attention, "_allocated", _only(4 + 60 - 1))
+    monkeypatch.setattr(ragged_attention, "allocated", _only(4 + 60 - 1))
     assert engine.generate(FEW_WORDS, **options).completion_ids == wanted
-    monkeypatch.setattr(ragged_attention, "_allocated", _only(4 + 60 - 2))
+    monkeypatch.setattr(ragged_attention, "allocated", _only(4 + 60 - 2))
     with pytest.raises(MemoryError):
         engine.generate(FEW_WORDS, **options)
 
@@ -223,7 +223,7 @@ def test_no_more_is_asked_for_than_one_request_needs(monkeypatch):
 @pytest.mark.parametrize("drafter", ["none", "history"])
 def test_allocations_that_fail_now_and_then_change_no_token(drafter, every, monkeypatch):
     """Four tensors: with every fifth allocation or fewer failing, one of two tries in a row succeeds."""
-    engine, allocated, count = engine_with(drafter), ragged_attention._allocated, [0, 0]
+    engine, allocated, count = engine_with(drafter), ragged_attention.allocated, [0, 0]
     wanted = [generate(engine, **LONG | {"seed": seed}).completion_ids for seed in range(3)]
     little_memory(monkeypatch, 600)  # requests are paused and come back
 
@@ -234,14 +234,14 @@ def test_allocations_that_fail_now_and_then_change_no_token(drafter, every, monk
             raise MemoryError("the attention cache needs more")
         return allocated(like, *shape)
 
-    monkeypatch.setattr(ragged_attention, "_allocated", failing)
+    monkeypatch.setattr(ragged_attention, "allocated", failing)
     for seed in range(3):
         assert generate(engine, **LONG | {"seed": seed}).completion_ids == wanted[seed]
     assert count[1] > 5
 
 
 def _only(num_cells):
-    allocated = ragged_attention._allocated
+    allocated = ragged_attention.allocated
 
     def full(like, *shape):
         if shape[0] * shape[1] > num_cells:

@@ -93,7 +93,8 @@ class Fp4SelfSpeculator(Speculator):
         with copy.running():
             for position, going in enumerate(drawing.rows):
                 every = np.arange(len(going))
-                segments = Segments(tokens, 0, starts[going] + position, np.ones_like(every), rows[going])
+                first = starts[going]  # what the policy runs next
+                segments = Segments(tokens, 0, first + position, np.ones_like(every), rows[going], settled=first)
                 tokens = drawing.draw(runner.forward(segments, every))
                 if stand_ins is not None:
                     tokens = stand_ins[tokens]
@@ -128,4 +129,5 @@ class Fp4SelfSpeculator(Speculator):
         """
         drafted = depths > 0
         tokens, counts = np.repeat(newest[drafted], depths[drafted]), depths[drafted]
-        runner.forward(Segments(tokens, 0, starts[drafted], counts, rows[drafted]), np.cumsum(counts) - 1)
+        first = starts[drafted]
+        runner.forward(Segments(tokens, 0, first, counts, rows[drafted], settled=first), np.cumsum(counts) - 1)

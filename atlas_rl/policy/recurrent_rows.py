@@ -1,0 +1,326 @@
+"""What recurrent layers keep of each request, and how a rejected draft leaves no trace in it.
+
+A layer with a running state (a gated delta rule, Mamba-2) has no cells that could be overwritten: what went into its state
+cannot be taken out. So the state of a row stands at its last *settled* token, one that no later forward goes back behind. Of
+the tokens after it the layer's inputs are recorded: they are small, where a copy of the state per token would be large. The
+next forward first advances the state by as many of them as were accepted, and then runs what is new:
+
+    state at settled --(recorded, accepted)--> --(new, settled)--> state from now on --(drafts)--> dropped
+
+This is two passes of the recurrence, up to what is settled and over the drafts, each over a rectangle of tokens. Tokens that
+a row does not have are *not live*: they are zeros, and the recurrence leaves the state exactly as it is. The first new token
+of a verification is committed already, so that a forward without drafts has the first pass alone.
+
+A convolution over the last tokens needs no state beside the record: the record begins as many tokens before the state as the
+convolution looks back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from atlas_rl.policy.base import Segments
+from atlas_rl.policy.memory import allocated
+from atlas_rl.policy.upload import upload
+
+
+class Recurrence(Protocol):
+    """What a recurrent layer does with its inputs."""
+
+    @property
+    def lead(self) -> int:
+        """Tokens before a token that its convolution looks at."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is more than a convolution."""
+
+    def convolved(self, window: torch.Tensor) -> torch.Tensor:
+        """`[rows, lead + tokens, inputs]` to `[rows, tokens, mixed]`."""
+
+    def scan(
+        self, mixed: torch.Tensor, live: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs `[rows, tokens, outputs]` and the state after the last token.
+
+        Args:
+            mixed: `[rows, tokens, mixed]`, zeros where a row has no token.
+            live: bool `[rows, tokens]`; where it is False the state stays exactly as it is.
+            state: At the first token; None for that of an empty text.
+        """
+
+
+@dataclass(slots=True)
+class _Steps:
+    """The tokens of one forward: of each row those that are recorded and accepted, then the new ones.
+
+    Attributes:
+        rows: Of the cache, a slice where they are consecutive, else int64 `[batch]`.
+        token_rows, token_steps: int64 `[num_tokens]`, where each new token is in the rectangle `[batch, steps]`.
+        token_places: int64 `[num_tokens]`, where its output is behind `settled` settled steps and the drafts.
+        fresh: bool `[batch]`, rows that begin with this forward.
+        any_fresh, all_fresh: Whether there are some, and no others.
+        first_draft: int64 `[batch]`, settled steps of each row.
+        live_settled: bool `[batch, settled]`.
+        live_drafts: bool `[batch, drafts]`.
+        live_recorded: bool `[batch, recorded]`.
+        steps: Most steps of a row.
+    """
+
+    rows: slice | torch.Tensor
+    token_rows: torch.Tensor
+    token_steps: torch.Tensor
+    token_places: torch.Tensor
+    fresh: torch.Tensor
+    any_fresh: bool
+    all_fresh: bool
+    first_draft: torch.Tensor
+    live_settled: torch.Tensor
+    live_drafts: torch.Tensor
+    live_recorded: torch.Tensor
+    steps: int
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What one layer keeps. A forward that fails leaves every layer right: those that ran have moved on, others have not.
+
+    Attributes:
+        lead: Tokens before a token that its convolution looks at.
+        at: int64 `[num_rows]`, tokens that a row's state has seen.
+        recorded: int64 `[num_rows]`, tokens recorded behind those.
+        records: Their inputs, `[held_rows, lead + most recorded, inputs]`.
+        state: `[held_rows, ...]`; None where there is none, or no row has one yet.
+    """
+
+    lead: int
+    at: np.ndarray
+    recorded: np.ndarray
+    records: torch.Tensor
+    state: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.records] if self.state is None else [self.records, self.state]
+
+
+class RecurrentRows:
+    """The recurrent layers' part of a cache.
+
+    Args:
+        num_rows: Most rows.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._layers: dict[int, _Kept] = {}
+        self._placed: tuple[Segments, torch.device] | None = None
+        self._steps: tuple[np.ndarray, _Steps] | None = None  # of layers whose states stand there
+
+    def __contains__(self, layer: int) -> bool:
+        """Whether a layer has run."""
+        return layer in self._layers
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for kept in self._layers.values() for tensor in kept.tensors)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in all layers; 0 before the first forward."""
+        return sum(tensor[:1].nbytes for kept in self._layers.values() for tensor in kept.tensors)
+
+    def clear(self) -> None:
+        """Let go of everything: no row has a token."""
+        self._layers = {}
+
+    def resize(self, held_rows: int) -> None:
+        """Hold so many rows; what the first of them have stays."""
+        for kept in self._layers.values():
+            if len(kept.records) != held_rows:
+                kept.records = _resized(kept.records, held_rows, *kept.records.shape[1:])
+            if kept.state is not None and len(kept.state) != held_rows:
+                kept.state = _resized(kept.state, held_rows, *kept.state.shape[1:])
+
+    def place(self, segments: Segments, device: torch.device) -> None:
+        """Get ready for the next forward."""
+        self._placed, self._steps = (segments, device), None
+
+    def run(self, layer: int, new: torch.Tensor, held_rows: int, recurrence: Recurrence) -> torch.Tensor:
+        """Run a layer's recurrence over the placed tokens: `[num_tokens, inputs]` to `[num_tokens, outputs]`.
+
+        Raises:
+            RuntimeError: A row is to go on from before its state, or from behind what is recorded.
+            MemoryError: Nothing has changed.
+        """
+        kept = self._layers.get(layer) or self._begun(new, held_rows, recurrence)
+        rows, at, settled, recorded = self._counts(kept)
+        steps = self._steps_from(rows, at)
+        window = _window(kept, steps, new)
+        mixed = recurrence.convolved(window)
+        if recurrence.has_state:
+            # Autocast would round the state at every step, where the policy's own forward rounds it once a chunk.
+            with torch.autocast(new.device.type, enabled=False):
+                outputs, state = _scanned(mixed, steps, _state(kept, steps), recurrence)
+            if kept.state is None and state is not None:
+                kept.state = allocated(state, held_rows, *state.shape[1:]).zero_()
+        else:
+            outputs, state = mixed[steps.token_rows, steps.token_steps], None
+        width = kept.lead + steps.live_drafts.shape[1]
+        if width > kept.records.shape[1]:
+            kept.records = _resized(kept.records, len(kept.records), width, kept.records.shape[2])
+        # From here on nothing fails.
+        kept.records[steps.rows, :width] = _from(window, steps.first_draft, width)
+        if kept.state is not None and state is not None:
+            kept.state[steps.rows] = state
+        kept.at[rows], kept.recorded[rows] = settled, recorded
+        self._layers[layer] = kept
+        return outputs
+
+    def copy_rows(self, source: int, targets: np.ndarray, length: int) -> None:
+        """Give rows `targets` (int64 `[n]`) what row `source` has of its first `length` tokens.
+
+        Raises:
+            RuntimeError: It has more or fewer, and cannot go back that far.
+        """
+        for kept in self._layers.values():
+            at = int(kept.at[source]) if length else 0
+            _refuse_gaps(kept, np.array([source]), np.array([length - at]))
+            kept.at[targets], kept.recorded[targets] = at, length - at
+        tensors = [tensor for kept in self._layers.values() for tensor in kept.tensors]
+        if tensors and len(targets):
+            to = [tensor[target] for tensor in tensors for target in targets.tolist()]
+            torch._foreach_copy_(to, [tensor[source] for tensor in tensors for _ in targets])
+
+    def _begun(self, new: torch.Tensor, held_rows: int, recurrence: Recurrence) -> _Kept:
+        lead, nothing = recurrence.lead, np.zeros(self._num_rows, np.int64)
+        return _Kept(lead, nothing, nothing.copy(), allocated(new, held_rows, lead, new.shape[1]).zero_())
+
+    def _counts(self, kept: _Kept) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """int64 `[batch]` each: rows; where their states stand, and will; and what will be recorded behind that."""
+        assert self._placed is not None, "run() before place()"
+        segments, _ = self._placed
+        rows = segments.rows
+        if rows is None:
+            rows = np.arange(segments.first_row, segments.first_row + len(segments.lengths))
+        at = np.where(segments.starts == 0, 0, kept.at[rows])
+        _refuse_gaps(kept, rows, segments.starts - at)
+        settled = segments.settled_tokens
+        if (settled < at).any():
+            raise RuntimeError("a row of the recurrent layers' cache is to be settled where its state has gone past")
+        return rows, at, settled, segments.starts + segments.lengths - settled
+
+    def _steps_from(self, rows: np.ndarray, at: np.ndarray) -> _Steps:
+        """What is to be run from there; made once for all layers, which stand at the same token as a rule."""
+        if self._steps is None or not np.array_equal(self._steps[0], at):
+            assert self._placed is not None, "run() before place()"
+            segments, device = self._placed
+            settled = segments.settled_tokens - at
+            made = _steps(rows, segments.starts == 0, segments.starts - at, settled, segments.lengths, device)
+            self._steps = at, made
+        return self._steps[1]
+
+
+def _refuse_gaps(kept: _Kept, rows: np.ndarray, wanted: np.ndarray) -> None:
+    """Raise `RuntimeError` where rows are wanted with so many recorded tokens, and have no such."""
+    wrong = (wanted < 0) | (wanted > kept.recorded[rows])
+    if wrong.any():
+        row, first = int(rows[wrong][0]), int(kept.at[rows[wrong][0]])
+        raise RuntimeError(
+            f"row {row} of the recurrent layers' cache can be continued behind {first} to "
+            f"{first + int(kept.recorded[row])} tokens, not behind {first + int(wanted[wrong][0])}"
+        )
+
+
+def _window(kept: _Kept, steps: _Steps, new: torch.Tensor) -> torch.Tensor:
+    """Inputs of what is recorded and of the new tokens, `[batch, lead + steps, inputs]`; zeros where there are none."""
+    window = kept.records.new_zeros(len(steps.fresh), kept.lead + steps.steps, new.shape[1])
+    if not steps.all_fresh:
+        live = torch.cat([~steps.fresh[:, None].expand(-1, kept.lead), steps.live_recorded], 1)
+        window[:, : live.shape[1]] = _only(kept.records[steps.rows, : live.shape[1]], live)
+    window[steps.token_rows, steps.token_steps + kept.lead] = new.to(window.dtype)
+    return window
+
+
+def _state(kept: _Kept, steps: _Steps) -> torch.Tensor | None:
+    """Where the rows go on from; None for the state of empty texts."""
+    if steps.all_fresh or kept.state is None:
+        return None
+    state = kept.state[steps.rows]
+    if not steps.any_fresh:
+        return state
+    return torch.where(steps.fresh.view(-1, *[1] * (state.ndim - 1)), 0, state)
+
+
+def _scanned(
+    mixed: torch.Tensor, steps: _Steps, state: torch.Tensor | None, recurrence: Recurrence
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Both passes over `[batch, steps, mixed]`: outputs of the new tokens, and the settled state."""
+    outputs = []
+    if count := steps.live_settled.shape[1]:
+        live = steps.live_settled
+        output, state = recurrence.scan(_only(mixed[:, :count], live), live, state)
+        outputs.append(output)
+    if count := steps.live_drafts.shape[1]:
+        live = steps.live_drafts
+        output, _ = recurrence.scan(_only(_from(mixed, steps.first_draft, count), live), live, state)
+        outputs.append(output)
+    return torch.cat(outputs, 1)[steps.token_rows, steps.token_places], state
+
+
+def _resized(old: torch.Tensor, *shape: int) -> torch.Tensor:
+    """A copy of another size: what is cut off is lost, and what is added is zero."""
+    new = allocated(old, *shape).zero_()
+    kept = tuple(slice(min(was, now)) for was, now in zip(old.shape, shape, strict=True))
+    new[kept] = old[kept]
+    return new
+
+
+def _steps(
+    rows: np.ndarray,
+    fresh: np.ndarray,
+    recorded: np.ndarray,
+    settled: np.ndarray,
+    lengths: np.ndarray,
+    device: torch.device,
+) -> _Steps:
+    """See `_Steps`; arrays are int64 `[batch]`, `fresh` is bool, and counts are from where a row's state stands."""
+    drafts, row = recorded + lengths - settled, np.repeat(np.arange(len(rows)), lengths)
+    step = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + recorded[row]
+    behind = step - settled[row]
+    place = np.where(behind < 0, step, settled.max() + behind)
+    counts = (settled, drafts, recorded)
+    lives = [np.arange(count.max())[None] < count[:, None] for count in counts]
+    consecutive = bool((np.diff(rows) == 1).all())
+    there = upload([row, step, place, fresh, settled, *lives, *([] if consecutive else [rows])], device)
+    token_rows, token_steps, token_places, fresh_there, first_draft, *live = there[:8]
+    return _Steps(
+        rows=slice(int(rows[0]), int(rows[0]) + len(rows)) if consecutive else there[8],
+        token_rows=token_rows,
+        token_steps=token_steps,
+        token_places=token_places,
+        fresh=fresh_there,
+        any_fresh=bool(fresh.any()),
+        all_fresh=bool(fresh.all()),
+        first_draft=first_draft,
+        live_settled=live[0],
+        live_drafts=live[1],
+        live_recorded=live[2],
+        steps=int((recorded + lengths).max()),
+    )
+
+
+def _only(values: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """`[batch, tokens, n]` with zeros where `live`, bool `[batch, tokens]`, is False: what is there may be no number."""
+    return torch.where(live[:, :, None], values, 0)
+
+
+def _from(values: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` tokens of each row of `[batch, tokens, n]` from `first`, int64 `[batch]`, on; past the end the last again."""
+    index = (first[:, None] + torch.arange(count, device=first.device)).clamp_(max=values.shape[1] - 1)
+    return values[torch.arange(len(values), device=first.device)[:, None], index]
