@@ -98,8 +98,8 @@ def _forget_adapters(runner: Any) -> None:
     """Adapters were made for the old weights. Before 0.28 vLLM's own reload left them where they are."""
     if since("0.28"):
         runner.reset_lora_state()
-    elif runner.lora_config:
-        runner.lora_manager.remove_all_adapters()
+    else:
+        runner.maybe_remove_all_loras(runner.lora_config)
 
 
 def _check_complete(model: nn.Module, config: Any, loaded: set[str] | None, names: set[str] | None = None) -> None:
