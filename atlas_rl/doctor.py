@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
-from atlas_rl.vllm.internals.version import check_version, installed_version
+from atlas_rl.vllm.internals.version import REQUIREMENT, check_version, installed_version
 
 CORE = {"torch": "torch>=2.9,<3", "transformers": "transformers>=5.17,<6", "numpy": "numpy>=2,<3", "numba": "numba>=0.61",
         "safetensors": "safetensors>=0.5"}  # fmt: skip
@@ -151,7 +151,7 @@ def _vllm() -> Finding:
     try:
         return Finding("ok", "engine in vLLM", f"vLLM {check_version()}, AtlasRolloutEngine(backend='vllm')")
     except ValueError as error:
-        return Finding("broken", "engine in vLLM", str(error), "pip install 'vllm>=0.32,<0.33'")
+        return Finding("broken", "engine in vLLM", str(error), f"pip install '{REQUIREMENT}'")
 
 
 def _extra(name: str) -> Finding:

@@ -1,12 +1,15 @@
 """`atlas-rl doctor`: what it finds here is so, and what is missing or does not fit is named with its cure."""
 
+import contextlib
 import importlib.metadata
 import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 from atlas_rl import doctor
 from atlas_rl.cli import main
+from atlas_rl.vllm.internals.version import REQUIREMENT, check_version
 from tests import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -35,6 +38,17 @@ def test_it_names_the_requirements_of_pyproject():
     assert list(doctor.CORE.values()) == PROJECT["dependencies"]
     for name, (_, requirements) in doctor.EXTRAS.items():
         assert list(requirements) == PROJECT["optional-dependencies"][name]
+    assert PROJECT["optional-dependencies"]["vllm"] == [REQUIREMENT]
+
+
+def test_the_vllm_that_is_required_is_the_one_that_is_known(monkeypatch):
+    versions = {f"0.{minor}.{patch}" for minor in range(20, 40) for patch in (0, 1)}
+    known = set()
+    for version in versions:
+        pretend(monkeypatch, vllm=version)
+        with contextlib.suppress(ValueError):
+            known.add(check_version())
+    assert known == {version for version in versions if version in Requirement(REQUIREMENT).specifier}
 
 
 def test_this_machine_is_well(capsys):
@@ -73,6 +87,7 @@ def test_optional_parts_that_are_missing_are_no_fault(monkeypatch, capsys):
 def test_a_vllm_that_is_not_known_is_a_fault(monkeypatch):
     pretend(monkeypatch, vllm="0.99.0")
     assert found("engine in vLLM").state == "broken"
+    assert found("engine in vLLM").cure == f"pip install '{REQUIREMENT}'"
     assert "0.99.0" in found("engine in vLLM").found
 
 

@@ -19,7 +19,8 @@ SHAPE = {
 
 
 def phi():
-    model = build(PhiForCausalLM, PhiConfig(**SHAPE | {"num_key_value_heads": 4}))
+    # vLLM before 0.32 reads no `intermediate_size` of this family: it is four times the hidden size.
+    model = build(PhiForCausalLM, PhiConfig(**SHAPE | {"num_key_value_heads": 4, "intermediate_size": 4 * 128}))
     model.lm_head.bias = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)))
     return model
 

@@ -3,8 +3,8 @@
 What is here and why:
 
     version   a vLLM whose internals are not known is refused: silently different ones would cost correctness, not speed
-    repairs   the CPU backend of vLLM 0.32 samples wrongly under every speculative method (docs/upstream/), and its start
-              trips over llvmlite
+    repairs   vLLM's CPU backend samples wrongly under every speculative method (docs/upstream/), and its start trips over
+              llvmlite
     runner    hooks on the model runner: our sampler in place of vLLM's, timers, hidden states for the drafter
     sampler   vLLM's own processing of logits, without its drawing
     engine    the embeddings of a loaded model, as drafters read them; an engine's proposer, ranks and prefix cache
@@ -12,7 +12,8 @@ What is here and why:
     adapters  LoRA adapters that come to a running engine
     transfer  weight-transfer backends of ours, from which drafters hear of a new policy (`transfer_engines`)
 
-Before adding a version, run tests/vllm/test_exactness.py on it. vLLM is imported inside functions only.
+Where versions differ, a module here asks `since("0.28")`, or takes what vLLM hands over; nobody above knows of it. Before
+adding a version, run `make test-vllm VLLM=...`. vLLM is imported inside functions only.
 """
 
 from atlas_rl.vllm.internals.adapters import follow_adapters

