@@ -100,7 +100,9 @@ class AtlasGlooEngine(_TellsDrafters):
         return SimpleNamespace(
             get_model=lambda: self.model,
             model_config=self.model_config,
+            lora_config=None,
             reset_lora_state=lambda: None,
+            maybe_remove_all_loras=lambda config: None,  # before 0.28
             reset_encoder_cache=lambda: None,
             reset_mm_cache=lambda: None,
         )
