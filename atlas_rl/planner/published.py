@@ -1,7 +1,8 @@
 """Compares the planner with published measurements.
 
 A row holds the figures that its source states. If a source leaves out something that the planner needs, `assumed` names the
-value that was put in its place. Nothing is fitted to the published value.
+value that was put in its place. Of one publication the rows with drafts calibrate the engines' hosts (`host.py`, which also
+says why that one); all other rows are held out, and nothing is fitted to them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ NEMO_RL = "arXiv 2604.26779"
 QWEN3_EAGLE3 = "https://huggingface.co/Tengyunw/qwen3_8b_eagle3"
 EAGLE_PR = "https://github.com/SafeAILab/EAGLE/pull/173"
 
+# Rows of this publication calibrate the engines' hosts. No row of any other does.
+CALIBRATION = EAGLE3
+
 Quantity = Literal["tokens/s", "ms/token", "speedup"]
 
 
@@ -44,6 +48,7 @@ class Published:
 
     Attributes:
         source: Paper or page.
+        engine: What ran it: a key of `host.ENGINES`.
         quantity: `tokens/s` of the whole batch, `ms/token` of one request, or `speedup` over no speculation.
         published: The figure, in the unit of `quantity`.
         model: A key of `CONFIGS`.
@@ -61,6 +66,7 @@ class Published:
     """
 
     source: str
+    engine: str
     quantity: Quantity
     published: float
     model: str
@@ -74,6 +80,11 @@ class Published:
     accepted: float = 1.0
     accept: float | None = None
     assumed: str = ""
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether nothing was fitted to this row's publication."""
+        return not self.source.startswith(CALIBRATION)
 
     @property
     def setting(self) -> Setting:
@@ -132,13 +143,22 @@ def _eagle3_rows() -> list[Published]:
     vllm = {2: 1.75, 4: 1.68, 8: 1.58, 16: 1.49, 24: 1.42, 32: 1.36, 48: 1.21, 56: 1.01}
     llama = partial(Published, model="Llama-3.1-8B", precision=_BF16, context=_CHAT)
     plain = llama(
-        source=f"{EAGLE3}, table 4 (SGLang)", quantity="tokens/s", published=158.34, gpu="h100", assumed="context 512"
+        source=f"{EAGLE3}, table 4 (SGLang)",
+        engine="sglang",
+        quantity="tokens/s",
+        published=158.34,
+        gpu="h100",
+        assumed="context 512",
     )
     rows = [plain]
-    for table, gpu, length, curve in (("3 (SGLang)", "h100", 3, sglang), ("5 (vLLM)", "a100", 2, vllm)):
+    for table, engine, gpu, length, curve in (
+        ("3 (SGLang)", "sglang", "h100", 3, sglang),
+        ("5 (vLLM)", "vllm", "a100", 2, vllm),
+    ):
         speedup_at = partial(
             llama,
             source=f"{EAGLE3}, table {table}",
+            engine=engine,
             quantity="speedup",
             gpu=gpu,
             drafter="eagle3",
@@ -152,7 +172,7 @@ def _eagle3_rows() -> list[Published]:
 
 def _trtllm_rows() -> list[Published]:
     mtp = {1: (1.92, 198.0), 2: (2.58, 250.0), 3: (2.82, 253.0), 4: (2.99, 245.0), 5: (3.01, 239.0)}
-    plain = partial(_deepseek, source=TRTLLM, num_gpus=8, precision=_FP4_EXPERTS)
+    plain = partial(_deepseek, source=TRTLLM, engine="tensorrt-llm", num_gpus=8, precision=_FP4_EXPERTS)
     return [
         plain(published=111.0),
         *(
@@ -167,6 +187,7 @@ def _nemo_rows() -> list[Published]:
     return [
         Published(
             source=f"{NEMO_RL}, RL-Zero",
+            engine="vllm",
             quantity="speedup",
             published=speedup,
             model="Qwen3-8B",
@@ -185,10 +206,16 @@ def _nemo_rows() -> list[Published]:
 
 def _atlas_rows() -> list[Published]:
     before = _deepseek(
-        source=f"{ATLAS}: before", published=105.0, num_gpus=4, precision=_FP8, assumed="FP8; context 2048"
+        source=f"{ATLAS}: before",
+        engine="together",
+        published=105.0,
+        num_gpus=4,
+        precision=_FP8,
+        assumed="FP8; context 2048",
     )
     adapted = _deepseek(
         source=f"{ATLAS}: fully adapted",
+        engine="together",
         published=501.0,
         num_gpus=4,
         precision=_FP4_EXPERTS,
@@ -202,20 +229,16 @@ def _atlas_rows() -> list[Published]:
 def _plain_rows() -> list[Published]:
     """Single GPUs without speculation: every prediction of a speedup rests on these."""
     plain = partial(Published, context=_CHAT, assumed="context 512")
-    measured: tuple[tuple[str, Quantity, float, str, str, Precision, int], ...] = (
-        (f"{EAGLE_PR} (SGLang)", "tokens/s", 156.0, "Llama-2-7B", "h100", _BF16, 1),
-        (f"{QWEN3_EAGLE3} (SGLang)", "tokens/s", 187.0, "Qwen3-8B", "h200", _BF16, 1),
-        (f"{QWEN3_EAGLE3} (SGLang)", "tokens/s", 90.0, "Qwen3-8B", "rtx5090", _BF16, 1),
-        (f"{GPUSTACK} (SGLang)", "ms/token", 7.14, "Qwen3-8B", "h100", _BF16, 4),
-        (f"{GPUSTACK} (SGLang)", "ms/token", 5.58, "Qwen3-8B", "h100", _FP8, 4),
-        (TRTLLM_LLAMA, "tokens/s", 51.14, "Llama-3.3-70B", "h200", _FP8, 1),
+    measured: tuple[tuple[str, str, Quantity, float, str, str, Precision, int], ...] = (
+        (f"{EAGLE_PR} (SGLang)", "sglang", "tokens/s", 156.0, "Llama-2-7B", "h100", _BF16, 1),
+        (f"{QWEN3_EAGLE3} (SGLang)", "sglang", "tokens/s", 187.0, "Qwen3-8B", "h200", _BF16, 1),
+        (f"{QWEN3_EAGLE3} (SGLang)", "sglang", "tokens/s", 90.0, "Qwen3-8B", "rtx5090", _BF16, 1),
+        (f"{GPUSTACK} (SGLang)", "sglang", "ms/token", 7.14, "Qwen3-8B", "h100", _BF16, 4),
+        (f"{GPUSTACK} (SGLang)", "sglang", "ms/token", 5.58, "Qwen3-8B", "h100", _FP8, 4),
+        (TRTLLM_LLAMA, "tensorrt-llm", "tokens/s", 51.14, "Llama-3.3-70B", "h200", _FP8, 1),
     )
-    return [
-        plain(
-            source=source, quantity=quantity, published=figure, model=model, gpu=gpu, precision=precision, batch=batch
-        )
-        for source, quantity, figure, model, gpu, precision, batch in measured
-    ]
+    names = ("source", "engine", "quantity", "published", "model", "gpu", "precision", "batch")
+    return [plain(**dict(zip(names, row, strict=True))) for row in measured]  # type: ignore[arg-type]
 
 
 def published_rows() -> list[Published]:
