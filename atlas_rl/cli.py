@@ -94,8 +94,11 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--draft-model", help="config.json of a draft LM, with --drafter draft-lm")
     parser.add_argument("--draft-tokens", type=int, help="draft length to show in detail [the best]")
     parser.add_argument("--max-draft-tokens", type=int, default=16, help="longest draft that is tried [16]")
-    parser.add_argument("--round-overhead-ms", type=float, default=0.0, help="what the engine adds to every round that "
-                        "drafts, if measured [0]")  # fmt: skip
+    parser.add_argument("--engine", default="typical", help="whose host is added to rounds that draft: typical, sglang, "
+                        "vllm, or none for a device alone [typical]")  # fmt: skip
+    parser.add_argument("--round-overhead-ms", type=float, help="what the host adds to every round that drafts, if measured "
+                        "[the engine's]")  # fmt: skip
+    parser.add_argument("--request-overhead-ms", type=float, help="the same, for every request in it [the engine's]")
     parser.add_argument("--json", action="store_true", help="print JSON in SI units")
     parser.set_defaults(run_command=plan)
 
@@ -154,6 +157,7 @@ def plan(args: argparse.Namespace) -> None:
     """Work out one setting and print it. Loads neither torch nor transformers."""
     from atlas_rl.planner.drafters import drafter_model
     from atlas_rl.planner.hardware import Machine, gpu_named
+    from atlas_rl.planner.host import host_of
     from atlas_rl.planner.model import load_model
     from atlas_rl.planner.plan import make_plan, render
     from atlas_rl.planner.roofline import Precision
@@ -168,7 +172,7 @@ def plan(args: argparse.Namespace) -> None:
         drafter=drafter_model(args.drafter, model, load_model(args.draft_model) if args.draft_model else None),
         precision=Precision(mlp=args.precision, attention=attention, cache=args.cache_precision),
         context=args.context,
-        round_overhead_s=args.round_overhead_ms / 1e3,
+        host=host_of(args.engine, round_ms=args.round_overhead_ms, request_ms=args.request_overhead_ms),
     )
     result = make_plan(
         setting,

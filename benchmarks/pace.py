@@ -39,6 +39,7 @@ from atlas_rl.decode.guard import Faults, GuardedController
 from atlas_rl.planner.configs import CONFIGS
 from atlas_rl.planner.drafters import recurrent
 from atlas_rl.planner.hardware import Machine, gpu_named
+from atlas_rl.planner.host import NO_HOST
 from atlas_rl.planner.model import parse_model
 from atlas_rl.planner.roofline import Precision
 from atlas_rl.planner.speculation import Setting
@@ -61,15 +62,12 @@ CALLS, LEARNED_CALLS = 5, 1  # recorded, and those of them that drafters learn f
 MOST_CALLS = {1: 6, 8: 4, 32: 2}  # of a pass, for batches of which the record holds more
 ARMS = ("off", "history", "recurrent", "controller")
 
-_QWEN3 = CONFIGS["Qwen3-8B"]
 _FP8 = Precision(mlp="fp8", attention="fp8")
-_SMALL = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
-_LARGE = {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64}
-SETTINGS: dict[str, tuple[Mapping[str, Any], str, int, Precision]] = {
-    "Qwen3-1.7B, H100": ({**_QWEN3, **_SMALL, "tie_word_embeddings": True}, "h100", 1, Precision()),
-    "Qwen3-8B, B200": (_QWEN3, "b200", 1, Precision()),
-    "Qwen3-32B, B200": ({**_QWEN3, **_LARGE}, "b200", 1, Precision()),
-    "DeepSeek-V3.1, 4x B200": (CONFIGS["DeepSeek-V3"], "b200", 4, _FP8),
+SETTINGS: dict[str, tuple[str, str, int, Precision]] = {
+    "Qwen3-1.7B, H100": ("Qwen3-1.7B", "h100", 1, Precision()),
+    "Qwen3-8B, B200": ("Qwen3-8B", "b200", 1, Precision()),
+    "Qwen3-32B, B200": ("Qwen3-32B", "b200", 1, Precision()),
+    "DeepSeek-V3.1, 4x B200": ("DeepSeek-V3", "b200", 4, _FP8),
 }
 
 
@@ -242,10 +240,13 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def setting_of(name: str) -> Setting:
+    """The planner's setting: its device alone. Of the host no part is predicted here, it is the real one."""
     config, gpu, count, precision = SETTINGS[name]
-    model = parse_model(config)
+    model = parse_model(CONFIGS[config])
     machine = Machine(gpu=gpu_named(gpu), num_gpus=count)
-    return Setting(model=model, machine=machine, drafter=recurrent(model), precision=precision, context=CONTEXT)
+    return Setting(
+        model=model, machine=machine, drafter=recurrent(model), precision=precision, context=CONTEXT, host=NO_HOST
+    )
 
 
 def cell(learned: Learned, setting: Setting, batch: int, passes: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from atlas_rl.planner.configs import CONFIGS
 from atlas_rl.planner.hardware import MEASURED, Efficiency, Gpu, Machine
+from atlas_rl.planner.host import ENGINES, NO_HOST, Host
 from atlas_rl.planner.model import Model, parse_model
-from atlas_rl.planner.published import published_rows
+from atlas_rl.planner.published import TRTLLM, published_rows
 from atlas_rl.planner.roofline import Precision, forward
 from atlas_rl.planner.speculation import Setting
 from benchmarks.common import ROOT, environment, write_result
@@ -28,6 +29,8 @@ POLICY = "SmolLM2-135M"
 FP32 = Precision(mlp="fp32", attention="fp32", cache="fp32")
 # A CPU core has no kernels to launch; what its caches and cores reach is in the two calibrated rates.
 NO_OVERHEAD = Efficiency(bandwidth_share=1.0, flops_share=1.0, kernel_s=0.0, all_reduce_s=0.0)
+# Candidates of the host terms: to 10 ms per round, and to 1 ms per request.
+GRID_ROUND_S, GRID_REQUEST_S = 1e-4 * np.arange(101), 5e-6 * np.arange(201)
 
 
 def main() -> None:
@@ -35,17 +38,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "planner.json")
     args = parser.parse_args()
     rows = table()
-    ratios = np.array([row["ratio"] for row in rows])
     payload = environment() | {
         "efficiency": asdict(MEASURED),
+        "hosts": {engine: asdict(host) for engine, host in ENGINES.items()},
+        "hosts_fitted": {engine: asdict(host) for engine, host in fitted_hosts().items()},
         "rows": rows,
-        "median_ratio": float(np.median(ratios)),
-        "median_error": float(np.median(np.abs(ratios - 1))),
+        "error": {
+            "held_out": errors([row for row in rows if row["held_out"]]),
+            "held_out, MTP as speedups": errors([row for row in mtp_as_speedups(rows) if row["held_out"]]),
+            "calibrating": errors([row for row in rows if not row["held_out"]]),
+        },
         "own_cpu": own_cpu(json.loads((RESULTS / "rollout_cpu.json").read_text(encoding="utf-8"))),
     }
     print(markdown(rows))
     print(markdown(payload["own_cpu"]["rows"]))
-    print(f"median ratio {payload['median_ratio']:.2f}, median |ratio - 1| {payload['median_error']:.2f}")
+    for part, error in payload["error"].items():
+        print(f"{part}: " + ", ".join(f"{name} {value:.3g}" for name, value in error.items()))
     print(f"written: {write_result(args.output, payload)}")
 
 
@@ -53,19 +61,54 @@ def table() -> list[dict[str, Any]]:
     """Every published row with its prediction; `ratio` is predicted / published."""
     rows = []
     for row in published_rows():
-        predicted = row.predicted()
+        predicted, device = row.predicted(), row.predicted(NO_HOST)
         rows.append(
             {
                 "source": row.source,
                 "setting": row.describe(),
+                "engine": row.engine,
+                "held_out": row.is_held_out,
                 "quantity": row.quantity,
                 "published": row.published,
                 "predicted": predicted,
                 "ratio": predicted / row.published,
+                "ratio_without_host": device / row.published,
                 "assumed": row.assumed,
             }
         )
     return rows
+
+
+def errors(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Median |log(predicted / published)|, with the engines' hosts and without."""
+    median, alone = (
+        float(np.median([abs(math.log(row[key])) for row in rows])) for key in ("ratio", "ratio_without_host")
+    )
+    return {"num_rows": len(rows), "median": median, "median_without_host": alone}
+
+
+def mtp_as_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, those with MTP over their publication's row without: a device slow as a whole drops out."""
+    plain = next(row for row in rows if row["source"] == TRTLLM and "no speculation" in row["setting"])
+    keys = ("ratio", "ratio_without_host")
+    return [row | {key: row[key] / plain[key] for key in keys} if "mtp" in row["setting"] else row for row in rows]
+
+
+def fitted_hosts() -> dict[str, Host]:
+    """By engine, the host term of least mean |log(predicted / published)| over the rows that calibrate it, on a grid."""
+    rows = [row for row in published_rows() if not row.is_held_out and row.drafter is not None]
+    fitted = {}
+    for engine in dict.fromkeys(row.engine for row in rows):
+        off = np.zeros((len(GRID_ROUND_S), len(GRID_REQUEST_S)))
+        own = [row for row in rows if row.engine == engine]
+        for row in own:
+            setting = replace(row.setting, host=NO_HOST)
+            host_s = GRID_ROUND_S[:, None] + GRID_REQUEST_S * row.batch
+            round_s, plain_s = setting.round_s(row.batch, row.draft_tokens), setting.round_s(row.batch, 0)
+            off += np.abs(np.log(row.accepted * plain_s / (round_s + host_s) / row.published)) / len(own)
+        of_round, of_request = np.unravel_index(off.argmin(), off.shape)
+        fitted[engine] = Host(round_s=float(GRID_ROUND_S[of_round]), request_s=float(GRID_REQUEST_S[of_request]))
+    return fitted
 
 
 def own_cpu(measured: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Configs of the models in the published measurements, cut to the fields that `parse_model` reads."""
+"""Configs of the models in published measurements and benchmarks, cut to the fields that `parse_model` reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 _LLAMA_3 = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
+
+_QWEN_3 = {
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "Llama-2-7B": {
@@ -21,17 +29,13 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "Llama-3.3-70B": _LLAMA_3
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "Qwen3-8B": {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": False,
-    },
+    "Qwen3-1.7B": _QWEN_3
+    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+    | {"tie_word_embeddings": True},
+    "Qwen3-8B": _QWEN_3
+    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "Qwen3-32B": _QWEN_3
+    | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
     "DeepSeek-V3": {  # R1 and V3.1 are the same model with other weights
         "model_type": "deepseek_v3",
         "hidden_size": 7168,

@@ -48,6 +48,7 @@ class Plan:
         target: Forward of the target over one token per request.
         draft: One step of the drafter; None if drafting is taken to cost nothing.
         verify: Forward of the target over the `chosen` drafts and one more token per request.
+        host_s: Seconds that the device waits for the engine's host in a round that drafts.
         lengths: Figures of each draft length, from 0 on.
         chosen: Draft length that is shown in detail.
         best: Draft length of most tokens per second; 0 if none pays.
@@ -64,6 +65,7 @@ class Plan:
     target: Forward
     draft: Forward | None
     verify: Forward
+    host_s: float
     lengths: list[Length]
     chosen: int
     best: int
@@ -127,6 +129,7 @@ def make_plan(
         target=setting.target_forward(batch),
         draft=setting.draft_step(batch),
         verify=setting.target_forward(batch, chosen + 1),
+        host_s=setting.host.exposed_s(batch),
         lengths=lengths,
         chosen=chosen,
         best=best,
@@ -154,6 +157,7 @@ def render(plan: Plan, setting: Setting) -> str:
         lines.append(_forward_line("draft step", plan.draft))
     if plan.chosen:
         lines.append(_forward_line(f"target, {plan.chosen + 1} tokens", plan.verify))
+        lines.append(f"{'host, per round that drafts':<27}{1e3 * plan.host_s:>7.3f}")
     lines += ["", f"{'drafts':>8}{'accepted length':>17}{'tokens/s':>11}{'speedup':>9}"]
     for one in plan.lengths:
         mark = "  best" if one.draft_tokens == plan.best else ""

@@ -8,13 +8,14 @@ says why that one); all other rows are held out, and nothing is fitted to them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from atlas_rl.planner.configs import CONFIGS
 from atlas_rl.planner.drafters import drafter_model
 from atlas_rl.planner.hardware import Machine, gpu_named
+from atlas_rl.planner.host import ENGINES, Host
 from atlas_rl.planner.model import parse_model
 from atlas_rl.planner.roofline import Precision
 from atlas_rl.planner.speculation import Setting, accepted_length, best_draft_tokens
@@ -95,11 +96,14 @@ class Published:
             drafter=drafter_model(self.drafter, model) if self.drafter else None,
             precision=self.precision,
             context=self.context,
+            host=ENGINES[self.engine],
         )
 
-    def predicted(self) -> float:
-        """The planner's prediction, in the unit of `quantity`."""
+    def predicted(self, host: Host | None = None) -> float:
+        """The planner's prediction, in the unit of `quantity`; with another `host` than the engine's if one is given."""
         setting, draft_tokens, accepted = self.setting, self.draft_tokens, self.accepted
+        if host is not None:
+            setting = replace(setting, host=host)
         if self.accept is not None:
             draft_tokens = best_draft_tokens(setting, self.batch, self.accept, 16)
             accepted = accepted_length(self.accept, draft_tokens)

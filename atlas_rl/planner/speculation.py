@@ -7,15 +7,17 @@ draft is accepted with probability a, given that those before it were, a round c
 
 tokens per request on average (Leviathan et al., arXiv 2211.17192), bonus token included. Hence
 
-    tokens/s = batch * tau(k) / (t_verify(k+1) + k t_draft),        without speculation for k = 0.
+    tokens/s = batch * tau(k) / (t_verify(k+1) + k t_draft + t_host(batch)),        without speculation batch / t_verify(1),
+
+with `t_host` what the device waits for the engine's host in a round that drafts (`host.py`).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from atlas_rl.planner.hardware import Machine
+from atlas_rl.planner.host import NO_HOST, Host
 from atlas_rl.planner.model import Model
 from atlas_rl.planner.roofline import Forward, Memory, Precision, forward, memory
 
@@ -33,8 +35,7 @@ class Setting:
         drafter: The drafter, kept in FP32 if the target is, else in BF16; None if drafts cost nothing.
         precision: Precision of the target.
         context: Tokens cached per request.
-        round_overhead_s: Seconds that an engine adds to every round that drafts (host work between graphs); 0 unless
-            measured.
+        host: What the engine's host adds to every round that drafts. None of it by default: a device alone.
     """
 
     model: Model
@@ -42,11 +43,7 @@ class Setting:
     drafter: Model | None = None
     precision: Precision = BF16
     context: int
-    round_overhead_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.round_overhead_s < math.inf:
-            raise ValueError(f"--round-overhead-ms must be a number of at least 0, got {1e3 * self.round_overhead_s:g}")
+    host: Host = NO_HOST
 
     @property
     def drafter_precision(self) -> Precision:
@@ -81,7 +78,7 @@ class Setting:
         if not draft_tokens:
             return verify_s
         step = self.draft_step(batch)
-        return verify_s + (draft_tokens * step.total_s if step else 0.0) + self.round_overhead_s
+        return verify_s + (draft_tokens * step.total_s if step else 0.0) + self.host.exposed_s(batch)
 
     def tokens_per_s(self, batch: int, draft_tokens: int, accepted_length: float) -> float:
         """Tokens per second of the whole batch, if a round commits `accepted_length` tokens per request."""

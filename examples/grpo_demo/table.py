@@ -10,6 +10,7 @@ from typing import Any
 from atlas_rl.planner.configs import CONFIGS
 from atlas_rl.planner.drafters import drafter_model
 from atlas_rl.planner.hardware import Machine, gpu_named
+from atlas_rl.planner.host import TYPICAL
 from atlas_rl.planner.model import parse_model
 from atlas_rl.planner.speculation import Setting
 from atlas_rl.report.sinks import read_jsonl
@@ -84,7 +85,8 @@ def predictions(accepted_length: float, draft_tokens: float) -> list[dict[str, A
         model = parse_model(CONFIGS[name])
         num_gpus = 1 if "8B" in name else 2
         machine = Machine(gpu=gpu_named(gpu), num_gpus=num_gpus)
-        setting = Setting(model=model, machine=machine, drafter=drafter_model("recurrent", model), context=CONTEXT)
+        drafter = drafter_model("recurrent", model)
+        setting = Setting(model=model, machine=machine, drafter=drafter, context=CONTEXT, host=TYPICAL)
         speedups = {batch: setting.speedup(batch, k, accepted_length) for batch in (8, 64)}
         found.append({"model": name, "gpu": gpu, "num_gpus": num_gpus, "draft_tokens": k, "speedup_by_batch": speedups})
     return found
@@ -154,7 +156,9 @@ def _print_predictions(rows: Sequence[dict[str, Any]]) -> None:
     print(
         f"PREDICTED by atlas-rl plan, not measured: this accepted length with {rows[0]['draft_tokens']} drafts per request"
     )
-    print(f"and forward by a recurrent head, context {CONTEXT}, BF16. Rather too high (docs/planner.md).")
+    print(
+        f"and forward by a recurrent head, context {CONTEXT}, BF16, and the host of a typical engine (docs/planner.md)."
+    )
     for row in rows:
         speedups = ", ".join(f"{speedup:.2f}x at batch {batch}" for batch, speedup in row["speedup_by_batch"].items())
         print(f"  {row['model']} on {row['num_gpus']} {row['gpu'].upper()}: {speedups}")

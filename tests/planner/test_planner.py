@@ -1,6 +1,7 @@
 """The planner: what must hold whatever its constants, its table of published figures, and the command."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from atlas_rl.cli import main
 from atlas_rl.planner.configs import CONFIGS
 from atlas_rl.planner.drafters import drafter_model
 from atlas_rl.planner.hardware import GPUS, MEASURED, Efficiency, Machine, gpu_named
+from atlas_rl.planner.host import ENGINES, NO_HOST, Host, host_of
 from atlas_rl.planner.model import load_model, parse_model
 from atlas_rl.planner.plan import make_plan
 from atlas_rl.planner.published import chain_length, published_rows
 from atlas_rl.planner.roofline import Precision, forward
 from atlas_rl.planner.speculation import Setting, accepted_length, best_draft_tokens, crossover_batch
+from benchmarks.planner import fitted_hosts
 from tests import ROOT
 from tests.planner.configs import MIXTRAL
 
@@ -169,11 +172,24 @@ def test_larger_acceptance_is_never_slower(config, drafter):
         assert best[0] == pytest.approx(base.tokens_per_s(batch, 0, 1.0))  # nothing accepted: nothing drafted
 
 
-def test_no_drafts_are_plain_decoding():
-    base = setting(CONFIGS["Llama-3.1-8B"], round_overhead_s=1.0)
-    assert base.round_s(4, 0) == base.target_forward(4).total_s
+def test_a_host_is_paid_per_round_that_drafts_and_per_request():
+    alone = setting(CONFIGS["Llama-3.1-8B"])
+    base = replace(alone, host=Host(round_s=1.0, request_s=0.1))
+    assert base.round_s(4, 0) == alone.round_s(4, 0) == alone.target_forward(4).total_s  # plain decoding has none
     assert base.speedup(4, 0, 1.0) == 1.0
-    assert base.round_s(4, 1) > 1.0
+    for batch in BATCHES:
+        assert base.round_s(batch, 3) == pytest.approx(alone.round_s(batch, 3) + 1.0 + 0.1 * batch)
+    assert make_plan(base, batch=4, accept=0.7).host_s == pytest.approx(1.4)
+    with pytest.raises(ValueError, match="--request-overhead-ms must be a number of at least 0, got -1"):
+        Host(request_s=-1e-3)
+
+
+def test_measured_host_times_replace_those_of_the_engine():
+    vllm = ENGINES["vllm"]
+    assert host_of("vllm") == vllm != ENGINES["sglang"]
+    assert host_of("vllm", round_ms=0.5) == Host(round_s=5e-4, request_s=vllm.request_s)
+    assert host_of("vllm", request_ms=0.0) == Host(round_s=vllm.round_s)
+    assert host_of("none") == Host()
 
 
 def test_a_free_drafter_takes_no_time_and_no_memory():
@@ -250,10 +266,30 @@ def test_published_table_is_met_as_well_as_the_docs_say():
     assert len(plain) == 7
     assert statistics.median(abs(ratio - 1) for ratio in plain) < 0.1
     assert max(abs(ratio - 1) for ratio in plain) < 0.25
-    assert statistics.median(abs(ratio - 1) for ratio in ratios.values()) < 0.45
-    mtp = [row for row in rows if row.drafter == "mtp"]  # absolute speeds are off by one factor, their ratios are not
-    base = next(ratio for row, ratio in ratios.items() if row.source == mtp[0].source and row.drafter is None)
-    assert all(ratios[row] / base == pytest.approx(1, abs=0.15) for row in mtp)
+    alone = {row: row.predicted(NO_HOST) / row.published for row in rows}
+    mtp = [row for row in rows if row.drafter == "mtp"]  # a device's speeds are off by one factor, their ratios are not
+    base = next(ratio for row, ratio in alone.items() if row.source == mtp[0].source and row.drafter is None)
+    assert all(alone[row] / base == pytest.approx(1, abs=0.15) for row in mtp)
+
+
+def test_rows_that_calibrate_no_host_are_met_better_with_one():
+    held_out = [row for row in published_rows() if row.is_held_out]
+    assert len(held_out) == 17
+    assert len({row.source for row in held_out}) >= 6
+
+    def error(rows, *host):
+        return statistics.median(abs(math.log(row.predicted(*host) / row.published)) for row in rows)
+
+    assert error(held_out) < 0.1 < 0.3 < error(held_out, NO_HOST)
+    drafting = [row for row in held_out if row.drafter is not None]
+    assert error(drafting) < 0.1 < 0.3 < error(drafting, NO_HOST)
+
+
+def test_hosts_are_those_fitted_to_the_calibrating_rows():
+    fitted = fitted_hosts()
+    assert list(fitted) == ["sglang", "vllm"]
+    for engine, host in fitted.items():
+        assert (host.round_s, host.request_s) == pytest.approx((ENGINES[engine].round_s, ENGINES[engine].request_s))
 
 
 @pytest.fixture
@@ -300,6 +336,8 @@ def test_command(llama, capsys):
         (["--drafter", "draft-lm"], "--draft-model"),
         (["--draft-tokens", "99"], "from 0 to 16"),
         (["--round-overhead-ms", "-1"], "--round-overhead-ms must be a number of at least 0, got -1"),
+        (["--request-overhead-ms", "-1"], "--request-overhead-ms must be a number of at least 0, got -1"),
+        (["--engine", "trt"], "unknown engine 'trt': known are typical, sglang, vllm"),
         (["--round-overhead-ms", "nan"], "--round-overhead-ms must be a number of at least 0, got nan"),
     ],
 )
