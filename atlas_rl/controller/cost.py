@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from atlas_kernels.jit_cache import cached_njit
+
 _Depth = TypeVar("_Depth", float, np.ndarray)
 
 _SAMPLES = 15  # latest samples per size: their median ignores outliers and follows a machine that slows down
@@ -26,6 +28,7 @@ _PRIOR_CALLS = 0.03  # calls that the prior "in proportion to the depth" counts 
 _MEASURED = 3  # forwards of a size after which its cost counts as measured: their median ignores one outlier
 _ABOUT = 1.1  # bound on the ratio of two costs that are about the same
 _TICK_S = 1e-9  # least seconds that anything takes: a coarse clock may stand still meanwhile
+_OCTAVES = 32  # of rows
 _SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usual ones
 
 
@@ -76,6 +79,14 @@ class CostModel:
         if not self._samples:
             return None
         return self._predicted(max_tokens) * self._factor(context_tokens)
+
+    def tables(self, max_tokens: int, context_tokens: int) -> tuple[np.ndarray, float]:
+        """`predict` as a table of at least `max_tokens + 1` sizes and the factor on it, for compiled decisions.
+
+        There must be evidence.
+        """
+        self._predicted(max_tokens)
+        return self._table, self._factor(context_tokens)
 
     def num_samples(self, num_tokens: int) -> int:
         """Forwards seen within a tenth of this size, of those that are remembered."""
@@ -147,8 +158,8 @@ class DraftCost:
     def __init__(self) -> None:
         self._calls: dict[int, deque[tuple[int, int, int, float]]] = {}  # by octave of rows
         self._observed = 0
-        self._shares: tuple[float, ...] | None = None
-        self._levels: dict[int, float] = {}
+        self._shares = np.zeros(0)
+        self._levels = np.zeros(0)  # by octave of rows: that of the nearest octave that was observed
 
     def __len__(self) -> int:
         return sum(len(calls) for calls in self._calls.values())
@@ -164,7 +175,7 @@ class DraftCost:
         calls.append((rows, max(depth, 1), backlog, max(seconds, _TICK_S)))
         self._observed += 1
         if _due(self._observed, 8):
-            self._shares = self._fit()
+            self._fit()
 
     def predict(self, rows: int, depth: _Depth, backlog: int = 0) -> _Depth:
         """Seconds of a call, for one depth or several: float, or float64 `[n]`.
@@ -179,13 +190,15 @@ class DraftCost:
         """
         if not self._calls:
             raise ValueError("no call was observed yet")
-        assert self._shares is not None, "the first call is fitted"
-        fixed, per_depth, per_token, per_backlog = self._shares
-        octave = rows.bit_length()
-        level = self._levels[min(self._levels, key=lambda known: abs(known - octave))]
+        fixed, per_depth, per_token, per_backlog = self._shares.tolist()
+        level = float(self._levels[rows.bit_length()])
         return level * (fixed + per_backlog * backlog + (per_depth + per_token * rows) * depth)
 
-    def _fit(self) -> tuple[float, ...]:
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `drafts_s` predicts from: the four shares, and the level of every octave of rows."""
+        return self._shares, self._levels
+
+    def _fit(self) -> None:
         rows, depth, backlog, seconds = np.array([call for calls in self._calls.values() for call in calls]).T
         per_depth = _median(seconds / depth)
         seconds = np.minimum(seconds, _SLOW * per_depth * depth)  # a call that compiled, or was interrupted
@@ -202,11 +215,30 @@ class DraftCost:
             off = np.abs(np.concatenate([part - _median(part) for part in rest]))
             weight = 1 / (1 + (off / (2 * _median(off) + 1e-3)) ** 2)
         over = np.split(1 / np.maximum(features @ shares, 1e-3), ends)
-        self._levels = {
+        levels = {
             octave: _median(part) ** (len(part) / (len(part) + _TRUST))
             for octave, part in zip(self._calls, over, strict=True)
         }
-        return tuple((shares / scale).tolist())
+        self._levels = np.array([levels[min(levels, key=lambda known: abs(known - own))] for own in range(_OCTAVES)])
+        self._shares = shares / scale
+
+
+@cached_njit(nogil=True)
+def drafts_s(shares: np.ndarray, levels: np.ndarray, rows: int, depth: int, backlog: int) -> float:
+    """Seconds of a call, from `DraftCost.tables()`; its plain form is `DraftCost.predict`.
+
+    Args:
+        shares: float64 `[4]`.
+        levels: float64 `[octaves]`.
+        rows: Requests that it drafts for.
+        depth: Draft tokens per request.
+        backlog: Committed tokens that it has to run first.
+    """
+    octave = 0
+    while rows >> octave > 0:
+        octave += 1
+    seconds: float = levels[octave] * (shares[0] + shares[3] * backlog + (shares[1] + shares[2] * rows) * depth)
+    return seconds
 
 
 def _not_negative(gram: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np.ndarray:

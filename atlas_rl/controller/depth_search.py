@@ -1,6 +1,8 @@
-"""Searches how far to ask a drafter and for which requests, compiled.
+"""Decides how far to ask a drafter and for which requests, in one compiled call.
 
-A decision weighs some twenty answers, each a ranking of all draft slots of the batch. In numpy that took 4% of a step.
+A decision forecasts the drafter's drafts, prices them, and weighs some twenty answers, each a ranking of all draft slots of
+the batch. Its parts are functions of their own. Their numpy forms are `DraftForecast.predict`, `DraftCost.predict` and those
+in `tests/controller/test_depth_search.py`.
 """
 
 from __future__ import annotations
@@ -8,92 +10,177 @@ from __future__ import annotations
 import numpy as np
 
 from atlas_kernels.jit_cache import cached_njit
+from atlas_rl.controller.cost import drafts_s
+from atlas_rl.controller.draft_forecast import remembered
+from atlas_rl.controller.slots import compare
 
 _LEVELS = 64  # resolution of the ranking by survival: drafts that do not exist yet need no finer one
+_STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to run if it drafts in every step
 
 
 @cached_njit(nogil=True)
-def search(current, expected, better, forward_s, draft_s, depths, discount):
-    """Find the answer with the highest expected goodput.
+def decide(current, room, forecast, table, factor, spent_s, shares, levels, backlog, depths, discount):
+    """Draft tokens to ask of one drafter, for the highest expected goodput.
 
     Args:
         current: float64 `[batch, lookahead]`, survival of the draft that each request already has; rows never rise.
+        room: int64 `[batch]`, the most draft tokens that each request can still use.
+        forecast: `DraftForecast.tables()`.
+        table: float64, seconds of a forward over 0, 1, ... tokens, to at least `batch * (1 + lookahead)`.
+        factor: On the whole table.
+        spent_s: Seconds of the drafts made so far.
+        shares: float64 `[4]`, `DraftCost.tables()[0]`; empty if a call for so many requests was never seen: then its drafts
+            are taken to be free.
+        levels: float64 `[octaves]`, `DraftCost.tables()[1]`.
+        backlog: Committed tokens that the drafter has to run first. After an idle time it has many, once: only those of
+            the latest steps recur, so no more than these are weighed.
+        depths: int64 `[num_depths]`, draft tokens that may be asked for, rising.
+        discount: Factor on the goodput of steps with drafts.
+
+    Returns:
+        Draft tokens to ask for, int64 `[batch]`, not cut to the room; and the expected goodput of that without the discount.
+    """
+    batch = len(room)
+    expected = remembered(current[:, 0].copy(), *forecast)
+    better = compare(expected, room, current)
+    draft_s = np.full((3, len(depths)), spent_s)
+    if len(shares) > 0:
+        # Two candidates: the requests where it is expected to do better, and all of them where that costs no more.
+        for whom, rows in ((1, better.sum()), (2, batch)):
+            for index in range(len(depths)):
+                draft_s[whom, index] += drafts_s(
+                    shares, levels, rows, depths[index], min(backlog, _STEADY_BACKLOG * rows)
+                )
+    whom, index, goodput = search(current, expected, better, table, factor, draft_s, depths, discount)
+    wanted = np.zeros(batch, np.int64)
+    for row in range(batch):
+        if whom == 2 or (whom == 1 and better[row]):
+            wanted[row] = depths[index]
+    return wanted, goodput
+
+
+@cached_njit(nogil=True)
+def search(current, expected, better, table, factor, draft_s, depths, discount):
+    """Find the answer with the highest expected goodput.
+
+    Args:
+        current: As for `decide`.
         expected: float64 `[draws, batch, lookahead]`, survival of possible drafts of the drafter. Each draw is verified
             as far as is best for it; an answer's goodput is that of all draws together.
         better: bool `[batch]`, requests where the drafter is expected to beat the current draft.
-        forward_s: float64 `[n]`, seconds of a forward over 0, 1, ... tokens, to at least `batch * (1 + lookahead)`.
+        table: As for `decide`.
+        factor: As for `decide`.
         draft_s: float64 `[3, num_depths]`, draft seconds of the step: if it is not asked (first entry of the row), if
             it is asked for `better` to each depth, if it is asked for all requests.
-        depths: int64 `[num_depths]`, draft tokens that may be asked for.
-        discount: Factor on the goodput of steps with drafts.
+        depths: As for `decide`.
+        discount: As for `decide`.
 
     Returns:
         Requests to ask for (0 none, 1 `better`, 2 all), index of the depth, and the expected goodput without the
         discount.
     """
-    draws, batch, lookahead = expected.shape
-    sums = np.zeros(batch)
-    for row in range(batch):
-        for position in range(lookahead):
-            sums[row] += current[row, position]
-    counts, masses = np.zeros(_LEVELS), np.zeros(_LEVELS)
-    nobody = np.zeros((0, batch, lookahead))
-    tokens, seconds, factor = _verified(
-        current, nobody, 0, sums, better, 0, 0, forward_s, draft_s[0, 0], discount, counts, masses
-    )
-    best, expected_of_it, answer = factor * tokens / seconds, tokens / seconds, (0, 0)
-    for whom in (1, 2):
-        for index in range(len(depths)):
-            all_tokens, discounted, all_seconds = 0.0, 0.0, 0.0
-            for draw in range(draws):
-                tokens, seconds, factor = _verified(
-                    current,
-                    expected,
-                    draw,
-                    sums,
-                    better,
-                    whom,
-                    depths[index],
-                    forward_s,
-                    draft_s[whom, index],
-                    discount,
-                    counts,
-                    masses,
+    batch, num_depths = len(current), len(depths)
+    kept, fresh = np.empty((2, num_depths + 1, 2, _LEVELS)), np.empty((2, num_depths + 1, 2, _LEVELS))
+    sums = np.zeros((2, num_depths, 3))  # of an answer's draws: tokens, discounted tokens, seconds
+    # The shallowest depth at which a new draft is taken. Asking less deep, or where none is, costs and brings nothing.
+    shallowest = np.full(2, num_depths)
+    for draw in range(len(expected)):
+        _rank(current, expected[draw], better, depths, kept, fresh, shallowest)
+        for whom in range(2):
+            for index in range(num_depths):
+                tokens, discounted, seconds = _verified(
+                    kept[whom, index + 1], fresh[whom, index], batch, table, factor, draft_s[whom + 1, index], discount
                 )
-                all_tokens, all_seconds = all_tokens + tokens, all_seconds + seconds
-                discounted += factor * tokens
-            if discounted / all_seconds > best:
-                best, expected_of_it, answer = discounted / all_seconds, all_tokens / all_seconds, (whom, index)
+                sums[whom, index, 0] += tokens
+                sums[whom, index, 1] += discounted
+                sums[whom, index, 2] += seconds
+    # Nobody is asked: all rows have their current draft, in every draw. The last of `fresh` is never counted in.
+    tokens, discounted, seconds = _verified(
+        kept[1, 0], fresh[1, num_depths], batch, table, factor, draft_s[0, 0], discount
+    )
+    best, expected_of_it, answer = discounted / seconds, tokens / seconds, (0, 0)
+    for whom in range(2):
+        for index in range(shallowest[whom], num_depths):
+            tokens, discounted, seconds = sums[whom, index]
+            if discounted / seconds > best:
+                best, expected_of_it, answer = discounted / seconds, tokens / seconds, (whom + 1, index)
     return answer[0], answer[1], expected_of_it
 
 
 @cached_njit(nogil=True)
-def _verified(current, expected, draw, sums, better, whom, depth, forward_s, draft_s, discount, counts, masses):
-    """Tokens and seconds of one draw, verified as far as is best, and the discount on it: 1 if nothing is verified."""
+def _rank(current, expected, better, depths, kept, fresh, shallowest):
+    """Number and mass of the slots at each level of survival, of every answer, in place.
+
+    A request that is asked takes the new draft where that gains more. It gains more the further it goes, so there is a depth
+    from which on it is taken. So one pass over the slots is enough for all depths.
+
+    Args:
+        current: float64 `[batch, lookahead]`.
+        expected: float64 `[batch, lookahead]`, of one draw.
+        better: bool `[batch]`.
+        depths: int64 `[num_depths]`, rising.
+        kept: float64 `[2, num_depths + 1, 2, _LEVELS]`, by who is asked (`better`, all): `kept[whom, i + 1]` gets slots of
+            the current drafts that stand at depth i, `kept[whom, 0]` of all current drafts.
+        fresh: float64 of the same shape; `fresh[whom, i]` gets slots of new drafts at depth i.
+        shallowest: int64 `[2]`, index of the shallowest depth so far at which a new draft is taken.
+    """
     batch, lookahead = current.shape
-    counts[:] = 0
-    masses[:] = 0
+    num_depths = len(depths)
+    kept[:] = 0.0
+    fresh[:] = 0.0
     for row in range(batch):
-        fresh = False
-        if whom == 2 or (whom == 1 and better[row]):
-            total = 0.0
-            for position in range(depth):
-                total += expected[draw, row, position]
-            fresh = total > sums[row]
-        for position in range(depth if fresh else lookahead):
-            value = expected[draw, row, position] if fresh else current[row, position]
+        total, at_hand, begin, taken = 0.0, 0.0, 0, num_depths
+        for position in range(lookahead):
+            at_hand += current[row, position]
+        for index in range(num_depths):
+            for position in range(begin, depths[index]):
+                total += expected[row, position]
+            begin = depths[index]
+            if total > at_hand:
+                taken = index
+                break
+        for position in range(lookahead):
+            value = current[row, position]
             if value <= 0:
                 break
             level = min(int((1 - value) * _LEVELS), _LEVELS - 1)
-            counts[level] += 1
-            masses[level] += value
+            for whom in range(2):
+                upto = taken if whom == 1 or better[row] else num_depths
+                kept[whom, upto, 0, level] += 1
+                kept[whom, upto, 1, level] += value
+        for whom in range(0 if better[row] else 1, 2):
+            shallowest[whom] = min(shallowest[whom], taken)
+        index = taken
+        for position in range(depths[num_depths - 1] if taken < num_depths else 0):
+            value = expected[row, position]
+            if value <= 0:
+                break
+            while depths[index] <= position:
+                index += 1
+            level = min(int((1 - value) * _LEVELS), _LEVELS - 1)
+            for whom in range(0 if better[row] else 1, 2):
+                fresh[whom, index, 0, level] += 1
+                fresh[whom, index, 1, level] += value
+    for whom in range(2):
+        for part in range(2):
+            for level in range(_LEVELS):
+                for index in range(num_depths, 0, -1):
+                    kept[whom, index - 1, part, level] += kept[whom, index, part, level]
+                for index in range(1, num_depths):
+                    fresh[whom, index, part, level] += fresh[whom, index - 1, part, level]
+
+
+@cached_njit(nogil=True)
+def _verified(kept, fresh, batch, table, factor, draft_s, discount):
+    """Tokens, discounted tokens and seconds of one draw, verified as far as is best; no discount if nothing is verified."""
     num_slots, tokens = 0, float(batch)
-    best_tokens, best_seconds, factor = tokens, forward_s[batch] + draft_s, 1.0
+    best_tokens, best_seconds, worth = tokens, table[batch] * factor + draft_s, 1.0
     for level in range(_LEVELS):
-        if counts[level] > 0:
-            num_slots += int(counts[level])
-            tokens += masses[level]
-            seconds = forward_s[batch + num_slots] + draft_s
-            if discount * tokens * best_seconds > factor * best_tokens * seconds:
-                best_tokens, best_seconds, factor = tokens, seconds, discount
-    return best_tokens, best_seconds, factor
+        count = kept[0, level] + fresh[0, level]
+        if count > 0:
+            num_slots += int(count)
+            tokens += kept[1, level] + fresh[1, level]
+            seconds = table[batch + num_slots] * factor + draft_s
+            if discount * tokens * best_seconds > worth * best_tokens * seconds:
+                best_tokens, best_seconds, worth = tokens, seconds, discount
+    return best_tokens, worth * best_tokens, best_seconds

@@ -31,8 +31,13 @@ class DraftForecast:
         self._usual = _OPTIMISM  # mean acceptance of a position after an accepted one
         self._stood = 0.0  # weight of that mean: survival of the positions before
 
+    def tables(self) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+        """What `remembered` forecasts the next draft from: flat tables, and the turn of its profiles."""
+        self._turn += 1  # a situation with fewer requests than profiles shows other profiles the next time
+        return self._profiles, self._counts, self._turn, _OPTIMISTIC if self._measured is None else self._measured
+
     def predict(self, beside: np.ndarray) -> np.ndarray:
-        """Survival profiles to expect of its next draft.
+        """Survival profiles to expect of its next draft: the plain form of `remembered`.
 
         Args:
             beside: float64 `[batch]`, survival of the first token of the best draft that each request has; 0 for none.
@@ -40,11 +45,18 @@ class DraftForecast:
         Returns:
             float64 `[draws, batch, MAX_LOOKAHEAD]`, with enough draws to show every kept profile.
         """
+        profiles, counts, turn, unknown = self.tables()
         draws = -(-_PROFILES // len(beside))
-        group = np.searchsorted(_EDGES, beside, side="right")
-        self._turn += 1  # a situation with fewer requests than profiles shows other profiles the next time
-        unknown = _OPTIMISTIC if self._measured is None else self._measured
-        return _remembered(self._profiles, self._counts, group, draws, self._turn, unknown)
+        if not counts.any():
+            return np.tile(unknown, (draws, len(beside), 1))
+        known = np.flatnonzero(counts)
+        situation = np.tile(np.searchsorted(_EDGES, beside, side="right"), draws)
+        taken = np.zeros_like(situation)  # profiles handed out before, in the same situation
+        for own in set(situation.tolist()):
+            taken[situation == own] = np.arange((situation == own).sum())
+        nearest = known[np.abs(known[None] - situation[:, None]).argmin(axis=1)]
+        chosen = profiles[nearest, (turn + taken) % np.minimum(counts[nearest], _PROFILES)]
+        return chosen.reshape(draws, len(beside), MAX_LOOKAHEAD)
 
     def observe(self, beside: np.ndarray, survival: np.ndarray, asked: np.ndarray, lengths: np.ndarray) -> None:
         """Remember the drafts of a step.
@@ -94,27 +106,38 @@ class DraftForecast:
 
 
 @cached_njit(nogil=True)
-def _remembered(
-    profiles: np.ndarray, counts: np.ndarray, group: np.ndarray, draws: int, turn: int, unknown: np.ndarray
+def remembered(
+    beside: np.ndarray, profiles: np.ndarray, counts: np.ndarray, turn: int, unknown: np.ndarray
 ) -> np.ndarray:
     """Profiles of the nearest known situation for each request, taken in turn; `unknown` where no situation is known.
 
-    Compiled, because it runs up to three times a step, and in numpy took a sixth of a decision.
+    Args:
+        beside: As for `DraftForecast.predict`, which is its plain form.
+        profiles: The first of `DraftForecast.tables()`; the others follow.
+        counts: int64 `[situations]`.
+        turn: Of the profiles.
+        unknown: float64 `[MAX_LOOKAHEAD]`.
+
+    Returns:
+        float64 `[draws, batch, MAX_LOOKAHEAD]`.
     """
-    batch, lookahead = len(group), profiles.shape[2]
+    batch, lookahead = len(beside), profiles.shape[2]
+    draws = -(-profiles.shape[1] // batch)
     survival = np.empty((draws, batch, lookahead))
+    nearest = np.full(len(counts), -1)
+    for own in range(len(counts)):
+        for index in range(len(counts)):
+            if counts[index] > 0 and (nearest[own] < 0 or abs(index - own) < abs(nearest[own] - own)):
+                nearest[own] = index
     given = np.zeros(len(counts), np.int64)  # profiles handed out so far, per situation
     for draw in range(draws):
         for row in range(batch):
-            own, nearest = group[row], -1
-            for index in range(len(counts)):
-                if counts[index] > 0 and (nearest < 0 or abs(index - own) < abs(nearest - own)):
-                    nearest = index
-            if nearest < 0:
+            own = np.searchsorted(_EDGES, beside[row], side="right")
+            if nearest[own] < 0:
                 survival[draw, row] = unknown
             else:
-                count = min(counts[nearest], profiles.shape[1])
-                survival[draw, row] = profiles[nearest, (turn + given[own]) % count]
+                count = min(counts[nearest[own]], profiles.shape[1])
+                survival[draw, row] = profiles[nearest[own], (turn + given[own]) % count]
             given[own] += 1
     return survival
 

@@ -24,16 +24,15 @@ import numpy as np
 
 from atlas_rl.controller.base import Admission, Controller, Step, step_record
 from atlas_rl.controller.cost import CostModel
-from atlas_rl.controller.depth_search import search
+from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
-from atlas_rl.controller.slots import compare, lengths_of, num_admitted, take_better
+from atlas_rl.controller.slots import admitted, take_better
 from atlas_rl.core import Verified
 
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
 _TRIALS = 3  # calls before a drafter's cost is believed
 _TRIAL_DEPTH = 4
-_STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to run if it drafts in every step
 _EXPLORED_SHARE = 0.003  # of the time, for calls that are not expected to pay
 # Minimum cost charged to a trial call, as a share of a plain step: deciding and learning are not free.
 _LEAST_TRIAL = 0.03
@@ -55,6 +54,7 @@ class _Decision:
         prediction: What `admit` expected of the step; None in a trial, and before any forward was seen.
         beside: float64 `[batch]` per drafter asked: survival of the first token of the best draft it was asked beside.
         survivals: float64 `[batch, MAX_LOOKAHEAD]` per draft: survival of its slots.
+        best: The most promising of the drafts so far; None before anybody asked.
     """
 
     step: Step
@@ -64,6 +64,7 @@ class _Decision:
     prediction: Prediction | None = None
     beside: dict[str, np.ndarray] = field(default_factory=dict)
     survivals: dict[str, np.ndarray] = field(default_factory=dict)
+    best: _BestDrafts | None = None
 
 
 @dataclass(slots=True)
@@ -72,11 +73,22 @@ class _BestDrafts:
 
     Attributes:
         survival: float64 `[batch, MAX_LOOKAHEAD]`, of its slots; zero where a request has no draft.
+        gains: float64 `[batch]`, sum of that over the first `columns` positions.
         drafters: int64 `[batch]`, index of its drafter.
+        columns: Positions that drafters were compared by.
+        num_drafts: Drafts of the step that were compared, in the order that they came in.
     """
 
     survival: np.ndarray
+    gains: np.ndarray
     drafters: np.ndarray
+    columns: int
+    num_drafts: int = 0
+
+    @classmethod
+    def none(cls, batch: int, columns: int) -> _BestDrafts:
+        """Before the first draft."""
+        return cls(np.zeros((batch, MAX_LOOKAHEAD)), np.zeros(batch), np.zeros(batch, np.int64), columns)
 
 
 class GoodputController(Controller):
@@ -116,7 +128,7 @@ class GoodputController(Controller):
         for name in sorted(left, key=lambda n: models[n].cost.predict(step.batch, 1.0) if len(models[n].cost) else 0.0):
             wanted = np.minimum(step.room, self._wanted(name, best, decision))
             if wanted.any():
-                decision.beside[name] = best.survival[:, 0]
+                decision.beside[name] = best.survival[:, 0].copy()  # the best drafts change when the next one is there
                 return {name: wanted}
         return {}
 
@@ -199,15 +211,17 @@ class GoodputController(Controller):
     def _best_drafts(self, decision: _Decision) -> _BestDrafts:
         """The most promising of the drafts made so far, per request."""
         step = decision.step
-        survival, drafters = np.zeros((step.batch, MAX_LOOKAHEAD)), np.zeros(step.batch, np.int64)
         # Rejection verification: whether a drawn token is verified must not depend on the token. Confidences of later
         # positions are computed from it, so a request's drafter is chosen by first positions only.
         columns = 1 if _any_drawn(step) else MAX_LOOKAHEAD
-        gains = np.zeros(step.batch)
-        for name in step.drafts:
-            index = self.speculators.index(name)
-            take_better(survival, gains, drafters, self._survival(name, decision), index, columns)
-        return _BestDrafts(survival, drafters)
+        best = decision.best
+        if best is None or best.columns != columns:
+            best = decision.best = _BestDrafts.none(step.batch, columns)
+        for name in list(step.drafts)[best.num_drafts :]:
+            own = self._survival(name, decision)
+            take_better(best.survival, best.gains, best.drafters, own, self.speculators.index(name), columns)
+            best.num_drafts += 1
+        return best
 
     def _survival(self, name: str, decision: _Decision) -> np.ndarray:
         """Survival probability of every slot of a draft: float64 `[batch, MAX_LOOKAHEAD]`, zero past a row's length.
@@ -225,22 +239,18 @@ class GoodputController(Controller):
         if len(model.cost) < _TRIALS:
             decision.is_trial = self._is_new(batch)
             return np.full(batch, _TRIAL_DEPTH)
-        spent_s = sum(step.draft_s.values())
-        expected = model.forecast.predict(best.survival[:, 0])
-        better = compare(expected, step.room, best.survival)
-        table = self._cost.predict(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
-        assert table is not None, "a plain step comes before the first plan"
-        # Two candidates: the requests where it is expected to do better, and all of them where that costs no more.
-        asked = [int(better.sum()), batch]
-        draft_s = np.stack([np.full(len(_DEPTHS), spent_s), *(spent_s + self._draft_s(name, n, step) for n in asked)])
-        whom, index, goodput = search(
-            best.survival, expected, better, table, draft_s, _DEPTHS, discount(model.kept, self._kept_plain)
-        )
-        wanted = np.zeros(batch, np.int64)
-        if whom:
-            wanted[better if whom == 1 else slice(None)] = _DEPTHS[index]
+        table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
+        shares, levels = model.cost.tables()
+        knows = model.cost.knows(batch)
+        wanted, goodput = decide(
+            best.survival, step.room, model.forecast.tables(), table, factor, sum(step.draft_s.values(), 0.0),
+            # Draft cost is not extrapolated from large batches to small ones. If a draft would pay at zero cost, it is
+            # tried once and timed.
+            shares if knows else shares[:0], levels, step.backlog.get(name, 0), _DEPTHS,
+            discount(model.kept, self._kept_plain),
+        )  # fmt: skip
         if wanted.any():
-            if not model.cost.knows(batch):
+            if not knows:
                 # For all requests, so that the cost of such a call is known afterwards.
                 decision.is_trial = self._is_new(batch)
                 return np.full(batch, _TRIAL_DEPTH)
@@ -266,32 +276,20 @@ class GoodputController(Controller):
         draft_s = self._models[name].cost.predict(step.batch, float(_TRIAL_DEPTH), step.backlog.get(name, 0))
         return max(draft_s, least_s)
 
-    def _draft_s(self, name: str, num_requests: int, step: Step) -> np.ndarray:
-        """Seconds of a draft for `num_requests` requests, by depth: float64 `[num_depths]`."""
-        cost = self._models[name].cost
-        if not cost.knows(step.batch):
-            # Draft cost is not extrapolated from large batches to small ones. If a draft would pay at zero cost, it is
-            # tried once and timed.
-            return np.zeros(len(_DEPTHS))
-        # After an idle time a drafter has many tokens to run, once. Only those of the latest steps recur.
-        return cost.predict(num_requests, _DEPTHS, min(step.backlog.get(name, 0), _STEADY_BACKLOG * num_requests))
-
     def _best_lengths(self, survival: np.ndarray, decision: _Decision) -> np.ndarray:
         """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch, n where G peaks."""
         step, batch = decision.step, decision.step.batch
         if decision.prediction is None or not survival.any():
             return np.zeros(batch, np.int64)
-        values = survival[survival > 0]
-        values.sort()
         # As many as there could be: larger sizes than were asked for so far bring newer measurements into the table, and
         # how many slots there are depends on ending tokens that were drawn.
-        table = self._cost.predict(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
-        assert table is not None, "a plain step comes before the first plan"
-        factor = discount(self._kept_drafting, self._kept_plain)
-        best, gained = num_admitted(values, batch, table, self._drafting_s(step), factor, _any_drawn(step))
-        decision.prediction = Prediction(batch + gained, float(table[batch + best]))
-        lengths: np.ndarray = lengths_of(survival, values, best)
-        return lengths
+        table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
+        lengths, gained, forward_s = admitted(
+            survival, table, factor, self._drafting_s(step), discount(self._kept_drafting, self._kept_plain),
+            _any_drawn(step),
+        )  # fmt: skip
+        decision.prediction = Prediction(batch + gained, forward_s)
+        return np.asarray(lengths)
 
     def _drafting_s(self, step: Step) -> float:
         """Seconds of a step's drafts: measured, or expected if any of them was drawn.
@@ -300,14 +298,15 @@ class GoodputController(Controller):
         that token is verified.
         """
         if not _any_drawn(step):
-            return sum(step.draft_s.values())
-        return sum(
+            return sum(step.draft_s.values(), 0.0)
+        expected = (
             self._models[name].cost.predict(
                 int((asked > 0).sum()), float(asked.max(initial=0)), step.backlog.get(name, 0)
             )
             for name, asked in step.asked.items()
             if len(self._models[name].cost)
         )
+        return sum(expected, 0.0)
 
     # -------------------------------------------------------------------------------------------------------- learning
 

@@ -94,28 +94,57 @@ def compare(expected, room, survival):
 
 
 @cached_njit(nogil=True)
-def num_admitted(values, batch, seconds, drafting_s, factor, one_by_one):
+def admitted(survival, table, factor, drafting_s, discount, one_by_one):
+    """How many draft tokens of each request to verify: the likeliest slots of the batch, as many as pay.
+
+    Args:
+        survival: float64 `[batch, MAX_LOOKAHEAD]`, zero behind a draft; rows never rise.
+        table: float64, seconds of a forward over 0, 1, ... tokens, to at least `batch` and all slots.
+        factor: On the whole table.
+        drafting_s: Seconds of the drafts, which are paid for however many slots are verified.
+        discount: Factor on the goodput of steps with drafts.
+        one_by_one: Stop at the first slot that does not pay, and discount what slots gain: a slot's admission then depends
+            on likelier slots alone, never on a later one of its own row.
+
+    Returns:
+        int64 `[batch]`, the tokens that these slots are expected to bring, and the seconds of their forward.
+    """
+    batch, lookahead = survival.shape
+    values, count = np.empty(batch * lookahead), 0
+    for row in range(batch):
+        for position in range(lookahead):
+            if survival[row, position] <= 0:
+                break
+            values[count] = survival[row, position]
+            count += 1
+    values = np.sort(values[:count])
+    best, gained = num_admitted(values, batch, table, factor, drafting_s, discount, one_by_one)
+    return lengths_of(survival, values, best), gained, table[batch + best] * factor
+
+
+@cached_njit(nogil=True)
+def num_admitted(values, batch, table, factor, drafting_s, discount, one_by_one):
     """How many slots to verify, in falling order of survival, for the most tokens per second.
 
     Args:
         values: float64 `[n]`, survival of the slots, rising.
         batch: Requests.
-        seconds: float64, at least `[batch + n + 1]`, of a forward over 0, 1, ... tokens.
-        drafting_s: Seconds of the drafts, which are paid for however many slots are verified.
-        factor: Discount on the goodput of steps with drafts.
-        one_by_one: Stop at the first slot that does not pay, and discount what slots gain: a slot's admission then depends
-            on likelier slots alone, never on a later one of its own row.
+        table: As for `admitted`.
+        factor: As for `admitted`.
+        drafting_s: As for `admitted`.
+        discount: As for `admitted`.
+        one_by_one: As for `admitted`.
 
     Returns:
         Their number, and the tokens that they are expected to bring.
     """
     best, tokens, gained = 0, 0.0, 0.0
-    highest = batch / (seconds[batch] + drafting_s)
+    highest = batch / (table[batch] * factor + drafting_s)
     before = highest
     for count in range(1, len(values) + 1):
         gained += values[len(values) - count]
-        whole_s = seconds[batch + count] + drafting_s
-        goodput = (batch + factor * gained if one_by_one else factor * (batch + gained)) / whole_s
+        whole_s = table[batch + count] * factor + drafting_s
+        goodput = (batch + discount * gained if one_by_one else discount * (batch + gained)) / whole_s
         if one_by_one:
             if goodput <= before:
                 break

@@ -20,9 +20,10 @@ from atlas_kernels.truncate import truncate
 from atlas_kernels.truncation import Truncation
 from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.controller.base import Admission
-from atlas_rl.controller.depth_search import search
+from atlas_rl.controller.cost import DraftCost
+from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
-from atlas_rl.controller.slots import compare, lengths_of, num_admitted, take_better
+from atlas_rl.controller.slots import admitted, take_better
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences
 from atlas_rl.decode.commit import Settled, commit
 from atlas_rl.decode.guard import Faults, GuardedSpeculator
@@ -99,14 +100,12 @@ def _run_all() -> None:
     choose(probs, request_keys(0, 2), requests, Stream.TARGET, greedy=False)
     choose_among(probs.numpy(), np.arange(BLOCK), request_keys(0, 2), requests, int(Stream.TARGET))
     truncate(torch.zeros(1, BLOCK), Truncation(top_p=0.5))
-    profiles, depths = np.zeros((2, MAX_LOOKAHEAD)), np.array([1, 2])
-    search(profiles, profiles[None], np.ones(2, bool), np.ones(2 * MAX_LOOKAHEAD + 3), np.ones((3, 2)), depths, 1.0)
-    DraftForecast().predict(np.zeros(2))
     survival = AcceptanceModel().survival(np.full((2, 2), 0.5, np.float32), np.full(2, 2))
     take_better(survival, np.zeros(2), np.zeros(2, np.int64), survival, 0, 1)
-    compare(profiles[None], depths, survival)
-    values = np.ones(2)
-    lengths_of(survival, values, num_admitted(values, 2, np.ones(5), 0.0, 1.0, False)[0])
+    table, room, costs = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4), DraftCost()
+    costs.observe(2, 4, 1.0)
+    decide(survival, room, DraftForecast().tables(), table, 1.0, 0.0, *costs.tables(), 0, np.array([1, 2]), 1.0)
+    admitted(survival, table, 1.0, 0.0, 1.0, False)
     sequences = _toy_sequences()
     draft = Draft(np.zeros((2, 1), np.int64), np.ones(2, np.int64), np.zeros((2, 1), np.float32))
     packed_tokens(requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths)

@@ -7,7 +7,7 @@ import pytest
 
 from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
-from atlas_rl.controller.slots import compare, lengths_of, num_admitted, take_better
+from atlas_rl.controller.slots import admitted, compare, lengths_of, num_admitted, take_better
 
 
 def _survival(rng: np.random.Generator, batch: int) -> np.ndarray:
@@ -62,18 +62,18 @@ def test_as_many_slots_are_admitted_as_pay(one_by_one: bool) -> None:
         rng = np.random.default_rng(seed)
         batch, values = 5, np.sort(rng.random(30))
         seconds = 1e-3 * (1 + np.cumsum(rng.random(batch + 31)) * rng.choice([0.01, 0.2, 1.0]))
-        drafting_s, factor = float(rng.random() * 1e-3), float(rng.uniform(0.5, 1.0))
+        drafting_s, discount, factor = float(rng.random() * 1e-3), float(rng.uniform(0.5, 1.0)), 1.25
         gained = np.concatenate([[0.0], np.cumsum(values[::-1])])
-        whole_s = seconds[batch : batch + 31] + drafting_s
+        whole_s = factor * seconds[batch : batch + 31] + drafting_s
         if one_by_one:
-            goodput = (batch + factor * gained) / whole_s
+            goodput = (batch + discount * gained) / whole_s
             stops = np.flatnonzero(np.diff(goodput) <= 0)
             best = int(stops[0]) if len(stops) else len(values)
         else:
             goodput = (batch + gained) / whole_s
-            goodput[1:] *= factor
+            goodput[1:] *= discount
             best = int(goodput.argmax())
-        count, tokens = num_admitted(values, batch, seconds, drafting_s, factor, one_by_one)
+        count, tokens = num_admitted(values, batch, seconds, factor, drafting_s, discount, one_by_one)
         assert count == best
         assert tokens == pytest.approx(gained[best])
 
@@ -87,3 +87,17 @@ def test_the_likeliest_slots_are_admitted_in_order() -> None:
         for count in range(len(values) + 1):
             expected = np.bincount(rows[order[:count]], minlength=8)
             assert np.array_equal(lengths_of(survival, values, count), expected)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_admission_in_one_call_is_its_parts(one_by_one: bool) -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        survival = _survival(rng, 6) * rng.choice([0.0, 1.0], (6, 1))
+        table = 1e-3 * (1 + np.cumsum(rng.random(6 * (MAX_LOOKAHEAD + 1) + 1)) * rng.choice([0.01, 0.2]))
+        values = np.sort(survival[survival > 0])
+        how = 1.25, float(rng.random() * 1e-3), 0.9, one_by_one
+        count, gained = num_admitted(values, 6, table, *how)
+        lengths, tokens, seconds = admitted(survival, table, *how)
+        assert np.array_equal(lengths, lengths_of(survival, values, count))
+        assert (tokens, seconds) == (gained, table[6 + count] * 1.25)
