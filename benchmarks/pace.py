@@ -174,6 +174,7 @@ class NothingYet(NoSpeculation):
     """Plain decoding beside drafters that watch."""
 
     def __init__(self, speculators: tuple[str, ...]) -> None:
+        super().__init__()
         self.speculators = speculators  # type: ignore[misc]
 
 

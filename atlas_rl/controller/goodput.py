@@ -279,15 +279,17 @@ class GoodputController(Controller):
     def _best_lengths(self, survival: np.ndarray, decision: _Decision) -> np.ndarray:
         """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch, n where G peaks."""
         step, batch = decision.step, decision.step.batch
-        if decision.prediction is None or not survival.any():
+        if decision.prediction is None or not step.drafts:
             return np.zeros(batch, np.int64)
+        values = survival[survival > 0]
+        values.sort()
         # As many as there could be: larger sizes than were asked for so far bring newer measurements into the table, and
         # how many slots there are depends on ending tokens that were drawn.
         table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
+        worth = discount(self._kept_drafting, self._kept_plain)
         lengths, gained, forward_s = admitted(
-            survival, table, factor, self._drafting_s(step), discount(self._kept_drafting, self._kept_plain),
-            _any_drawn(step),
-        )  # fmt: skip
+            survival, values, table, factor, self._drafting_s(step), worth, _any_drawn(step)
+        )
         decision.prediction = Prediction(batch + gained, forward_s)
         return np.asarray(lengths)
 

@@ -94,11 +94,12 @@ def compare(expected, room, survival):
 
 
 @cached_njit(nogil=True)
-def admitted(survival, table, factor, drafting_s, discount, one_by_one):
+def admitted(survival, values, table, factor, drafting_s, discount, one_by_one):
     """How many draft tokens of each request to verify: the likeliest slots of the batch, as many as pay.
 
     Args:
         survival: float64 `[batch, MAX_LOOKAHEAD]`, zero behind a draft; rows never rise.
+        values: float64 `[n]`, the survivals above zero, rising. numpy sorts them several times faster than compiled code.
         table: float64, seconds of a forward over 0, 1, ... tokens, to at least `batch` and all slots.
         factor: On the whole table.
         drafting_s: Seconds of the drafts, which are paid for however many slots are verified.
@@ -109,15 +110,7 @@ def admitted(survival, table, factor, drafting_s, discount, one_by_one):
     Returns:
         int64 `[batch]`, the tokens that these slots are expected to bring, and the seconds of their forward.
     """
-    batch, lookahead = survival.shape
-    values, count = np.empty(batch * lookahead), 0
-    for row in range(batch):
-        for position in range(lookahead):
-            if survival[row, position] <= 0:
-                break
-            values[count] = survival[row, position]
-            count += 1
-    values = np.sort(values[:count])
+    batch = len(survival)
     best, gained = num_admitted(values, batch, table, factor, drafting_s, discount, one_by_one)
     return lengths_of(survival, values, best), gained, table[batch + best] * factor
 

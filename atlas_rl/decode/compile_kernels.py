@@ -105,7 +105,7 @@ def _run_all() -> None:
     table, room, costs = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4), DraftCost()
     costs.observe(2, 4, 1.0)
     decide(survival, room, DraftForecast().tables(), table, 1.0, 0.0, *costs.tables(), 0, np.array([1, 2]), 1.0)
-    admitted(survival, table, 1.0, 0.0, 1.0, False)
+    admitted(survival, np.sort(survival[survival > 0]), table, 1.0, 0.0, 1.0, False)
     sequences = _toy_sequences()
     draft = Draft(np.zeros((2, 1), np.int64), np.ones(2, np.int64), np.zeros((2, 1), np.float32))
     packed_tokens(requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths)

@@ -12,7 +12,7 @@ from atlas_rl.controller.fixed import FixedController
 from atlas_rl.replay.policy import RecordedPolicy
 from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from benchmarks.pace import joined, part_of, setting_of
+from benchmarks.pace import LEARNED_CALLS, Learned, joined, part_of, setting_of
 from benchmarks.paced import Costs, Device, PacedLoop
 from tests.models import tiny_bigram
 
@@ -50,6 +50,21 @@ def test_the_device_is_idle_while_the_host_works() -> None:
     device.forward(1.0)  # the host was done before the device
     assert device.gaps_s[1] >= 0.02
     assert device.gaps_s[2] == 0.0
+
+
+def test_drafters_have_learned_before_they_are_measured(tmp_path) -> None:
+    engine = AtlasRolloutEngine(
+        model=tiny_bigram(layers=3, seed=11), speculators=[RecordingSpeculator(tmp_path)], console=False
+    )
+    for seed in range(LEARNED_CALLS + 2):
+        engine.generate(PROMPTS, num_generations=3, max_new_tokens=20, seed=seed)
+        engine.policy_updated()
+    learned = Learned.of(tmp_path)
+    assert len(learned.recorded.sequences.lengths) == 2 * 3 * len(PROMPTS)
+    fresh = HistorySpeculator()
+    fresh.bind(learned.policy, couples_noise=True)
+    archived = {name: len(value) for name, value in learned.history.items() if hasattr(value, "__len__")}
+    assert archived != {name: len(value) for name, value in fresh.state_dict().items() if hasattr(value, "__len__")}
 
 
 @pytest.mark.parametrize("drafts", [False, True])

@@ -98,6 +98,6 @@ def test_admission_in_one_call_is_its_parts(one_by_one: bool) -> None:
         values = np.sort(survival[survival > 0])
         how = 1.25, float(rng.random() * 1e-3), 0.9, one_by_one
         count, gained = num_admitted(values, 6, table, *how)
-        lengths, tokens, seconds = admitted(survival, table, *how)
+        lengths, tokens, seconds = admitted(survival, values, table, *how)
         assert np.array_equal(lengths, lengths_of(survival, values, count))
         assert (tokens, seconds) == (gained, table[6 + count] * 1.25)
