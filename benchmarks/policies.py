@@ -33,6 +33,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import atlas_rl
+from atlas_rl import progress
 from benchmarks.common import ROOT, environment, write_result
 from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_types
 
@@ -233,10 +234,10 @@ def main() -> None:
     numba.config.THREADING_LAYER = "workqueue"  # lives through a fork, as OpenMP does not
     names, began, outcomes = arguments.only or [*model_types(), *VARIANTS], time.perf_counter(), []
     tried("llama", build("llama"))  # imports and compiles what all of them use
-    for name in names:
+    for name in progress.each(names, "classes", "class"):
         outcomes.append(in_process_of_its_own(name, arguments.limit))
         last = outcomes[-1]
-        print(f"{len(outcomes)}/{len(names)} {last.name}: {last.outcome}. {last.detail}", flush=True)
+        progress.say(f"{len(outcomes)}/{len(names)} {last.name}: {last.outcome}. {last.detail}")
     if not arguments.only:
         result = {
             "environment": environment(),
