@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 from transformers.utils import logging
@@ -23,6 +24,8 @@ for item in progress.each("abc", "letters", "letter"):
 def run_work(terminal: bool, **variables: str) -> tuple[str, str]:
     """What `WORK` writes on stdout, and on a stderr that is a terminal or a pipe."""
     ours, theirs = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(theirs, (24, 80))  # a new one has no columns, in which nothing can be drawn
     environment = {name: value for name, value in os.environ.items() if name != "CI"} | variables
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     try:
