@@ -13,6 +13,10 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread of tqdm's beside what a benchmark times, and none to hold a lock across a fork
+
+
 def shown() -> bool:
     """Whether bars are shown: somebody looks at stderr, and `CI` is not set."""
     in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
@@ -29,7 +33,7 @@ def bar(what: str, total: int, unit: str, *, done: int = 0, after_s: float = 0.0
         done: Units that were done before.
         after_s: Seconds of work without a bar: shorter work shows none.
     """
-    return tqdm(
+    return _Bar(
         total=total,
         desc=what,
         unit=unit,

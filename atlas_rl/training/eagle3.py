@@ -185,26 +185,35 @@ def _train_epoch(
     say: Callable[[str], None],
 ) -> list[float]:
     """One pass over the data; the losses of its steps. On a terminal a bar moves, else a line is said now and then."""
-    trainable = optimizer.param_groups[0]["params"]
     began, losses = time.perf_counter(), list[float]()
     with progress.bar(f"epoch {epoch + 1}/{settings.epochs}", num_batches, "batch") as bar:
         for index, batch in enumerate(batches):
             optimizer.param_groups[0]["lr"] = _learning_rate(settings, epoch + index / num_batches)
+            loss = _train_step(head, policy, batch, optimizer, settings)
             bar.update()
-            loss = _loss(head, policy, batch, settings)
             if loss is None:
                 continue
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trainable, 0.5)
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}", refresh=False)
+            losses.append(loss)
+            bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
             if (index + 1) % 20 == 0 and not progress.shown():
                 left_s = (time.perf_counter() - began) / (index + 1) * (num_batches - index - 1)
                 say(f"epoch {epoch + 1}/{settings.epochs} | batch {index + 1}/{num_batches} | "
                     f"loss {np.mean(losses[-20:]):.3f} | {left_s:.0f} s left in this epoch")  # fmt: skip
     return losses
+
+
+def _train_step(
+    head: Eagle3Head, policy: PolicyView, batch: Batch, optimizer: torch.optim.Optimizer, settings: TrainSettings
+) -> float | None:
+    """One optimizer step; its loss, None for a batch that has nothing to predict."""
+    loss = _loss(head, policy, batch, settings)
+    if loss is None:
+        return None
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
+    optimizer.step()
+    return float(loss.detach())
 
 
 def evaluate(
