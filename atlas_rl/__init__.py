@@ -21,10 +21,12 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Load public names on first use: `import atlas_rl` itself loads neither torch nor transformers."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'atlas_rl' has no attribute '{name}'")
-    from importlib import import_module
+if not TYPE_CHECKING:  # or a type checker would take every name of this package for one that exists
 
-    return getattr(import_module(_HOME[name]), name)
+    def __getattr__(name: str) -> Any:
+        """Load public names on first use: `import atlas_rl` itself loads neither torch nor transformers."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'atlas_rl' has no attribute '{name}'")
+        from importlib import import_module
+
+        return getattr(import_module(_HOME[name]), name)

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atlas_rl import __version__
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a sub-command; what is wrong with its input is one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="atlas-rl", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"atlas-rl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train_speculator(commands)
     _add_plan(commands)

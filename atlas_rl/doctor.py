@@ -15,7 +15,7 @@ from typing import Literal
 from atlas_rl.vllm.internals.version import REQUIREMENT, check_version, installed_version
 
 CORE = {"torch": "torch>=2.9,<3", "transformers": "transformers>=5.17,<6", "numpy": "numpy>=2,<3", "numba": "numba>=0.61",
-        "safetensors": "safetensors>=0.5"}  # fmt: skip
+        "safetensors": "safetensors>=0.5", "tqdm": "tqdm>=4.66"}  # fmt: skip
 """What every engine needs, as pyproject.toml has it, by the name of the module."""
 EXTRAS = {
     "trl": ("TRL trainers", ("trl>=1.16,<2", "datasets>=4", "accelerate>=1.10", "peft>=0.18")),

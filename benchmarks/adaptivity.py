@@ -31,6 +31,7 @@ from atlas_rl.controller.base import Admission, Step
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Verified
 from atlas_rl.policy.view import InProcessView
+from atlas_rl.progress import each, say
 from atlas_rl.replay.policy import RecordedPolicy
 from atlas_rl.replay.record import Recorded, recorded_calls
 from atlas_rl.replay.replay import replay
@@ -197,7 +198,7 @@ def replay_all(args: argparse.Namespace) -> None:
     learned = {}
     for folder in folders if "recurrent_cold" in (args.arms or ARMS) else []:
         learned[folder] = measure(runs, "recurrent_cold", folder, args.output, state=None)["recurrent"].state_dict()
-    for folder in folders:
+    for folder in each(folders, "recorded runs", "run"):
         others = [other for other in folders if other != folder]
         state = learned[others[(folders.index(folder)) % len(others)]] if others and learned else None
         for arm in ARMS:
@@ -230,7 +231,7 @@ def measure(
             "shifts": np.cumsum([steps for _, steps in SHIFT])[:-1].tolist() if scenario == "shift" else [],
         }
     )
-    print(f"{folder.name} {arm:>16}: " + " ".join(f"{value:.2f}" for value in lengths), flush=True)
+    say(f"{folder.name} {arm:>16}: " + " ".join(f"{value:.2f}" for value in lengths))
     write_result(output, {**environment(), "runs": runs})
     return speculators
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from atlas_kernels.noise import request_keys
-from atlas_rl import AtlasRolloutEngine, SamplingParams
+from atlas_rl import AtlasRolloutEngine, SamplingParams, progress
 from atlas_rl.audit.auditor import Auditor
 from atlas_rl.audit.bets import ChangeDetector, log_ratios
 from benchmarks.common import environment, quantiles, write_result
@@ -83,9 +83,9 @@ def main() -> None:
         output = generate(model, prompts, seed=0)
         price.append({"policy": name, **priced(model, output)})
         rows = positions(model, output)
-        for fault, sampler in WRONG.items():
+        for fault, sampler in progress.each(WRONG.items(), f"wrong samplers, {name}", "sampler"):
             power.append({"policy": name, "fault": fault, **tokens_to_alarm(rows, sampler, args.runs)})
-            print(power[-1], flush=True)
+            progress.say(power[-1])
         rounding.append({"policy": name, **rounded(model.to(torch.bfloat16), prompts)})
         print(price[-1], rounding[-1], flush=True)
     write_result(args.output, {**environment(), "power": power, "price": price, "rounding": rounding})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atlas_rl import progress
 from benchmarks.common import quantiles
 from benchmarks.rollout import GENERATIONS, breakdown, demo_tasks, mean, ratios
 
@@ -95,11 +96,10 @@ def last(reports: list[Any], field: str) -> dict[str, float]:
 
 
 def print_cell(cell: Cell, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{cell}")
+    progress.say(f"\n{cell}")
     for entry in sorted(rows, key=lambda r: -r["tokens_per_s"]["median"]):
         note = f"  ({entry['fixed_arm']})" if "fixed_arm" in entry else ""
         speed, ratio = entry["tokens_per_s"]["median"], entry["ratio_to_off"]["median"]
-        print(
-            f"  {entry['arm']:>16} {speed:7.1f} tok/s  {ratio:.2f}x of off  {entry['accepted_length']:.2f} accepted{note}",
-            flush=True,
+        progress.say(
+            f"  {entry['arm']:>16} {speed:7.1f} tok/s  {ratio:.2f}x of off  {entry['accepted_length']:.2f} accepted{note}"
         )

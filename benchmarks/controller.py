@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl import AtlasRolloutEngine
+from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.replay.costs import Costs
@@ -72,7 +72,7 @@ def main() -> None:
         model, tokenizer = demo_policy.load_policy(warm=policy == "warm")
         start = warm_start(model, tokenizer, policy, args)
         own = [cell for cell in cells if cell.policy == policy]
-        for cell in own:
+        for cell in progress.each(own, f"cells, {policy}", "cell"):
             rows += measure(cell, model, tokenizer, start, args)
             write_result(args.output, {**environment(), "cells": rows})
         if args.vllm:

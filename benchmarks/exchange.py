@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from atlas_rl import AtlasRolloutEngine
+from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from benchmarks.common import ROOT, environment, write_result
@@ -106,7 +106,7 @@ def main() -> None:
     if args.rank_of:
         arm(Path(args.rank_of[0]), args.rank_of[1])
     rows = []
-    for ranks, way in ARMS:
+    for ranks, way in progress.each(ARMS, "arms", "arm"):
         with tempfile.TemporaryDirectory() as folder:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
             command = [*launch, "-m", "benchmarks.exchange", "--rank-of", folder, way]
@@ -114,7 +114,7 @@ def main() -> None:
                 command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True
             )
             rows.append(json.loads((Path(folder) / "figures.json").read_text()))
-            print(rows[-1], flush=True)
+            progress.say(rows[-1])
     write_result(args.output, {"command": "python -m benchmarks.exchange", **environment(), "arms": rows})
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from atlas_rl import AtlasRolloutEngine
+from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.report.report import PHASES
 from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
@@ -43,9 +43,9 @@ def main() -> None:
     model, tokenizer = demo_policy.load_policy(warm=True)
     engine = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False)
     rows = []
-    for batch in args.batches:
+    for batch in progress.each(args.batches, "batch sizes", "cell"):
         rows.append(measure(engine, model, tokenizer, batch, args))
-        print(rows[-1], flush=True)
+        progress.say(rows[-1])
         write_result(args.output, {**environment(), "steps": rows})
     print(f"written: {args.output}")
 

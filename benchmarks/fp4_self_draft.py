@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from atlas_kernels.nvfp4 import dequantize, quantize, tensor_scale_for
-from atlas_rl import AtlasRolloutEngine
+from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.draft_lm import DraftLM
@@ -56,11 +56,11 @@ def main() -> None:
         model, tokenizer = demo_policy.load_policy(warm=name == "warm")
         prompts = unseen_prompts(tokenizer, args.prompts, 1, seed=77)[0]
         for verification in args.verification:
-            for arm in (*ARMS, OWN_CACHE):
+            for arm in progress.each((*ARMS, OWN_CACHE), f"arms, {name}, {verification}", "arm"):
                 rows.append({"policy": name, "verification": verification, "arm": arm})
                 rows[-1] |= measured(model, speculator_of(arm, model), verification, prompts, args)
-                print({key: value for key, value in rows[-1].items() if key != "acceptance_by_position"}, flush=True)
-                print([round(value, 3) for value in rows[-1]["acceptance_by_position"]], flush=True)
+                progress.say({key: value for key, value in rows[-1].items() if key != "acceptance_by_position"})
+                progress.say([round(value, 3) for value in rows[-1]["acceptance_by_position"]])
     settings = {
         "temperature": 1.0,
         "num_prompts": args.prompts,

@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before any import of triton
 
+from atlas_rl import progress
 from benchmarks.common import ROOT, environment, write_result
 from tests.gpu.counts import counts_of
 from tests.gpu.engines import ARMS, DEPTH, PROMPTS, SAMPLINGS
@@ -36,9 +37,9 @@ def main() -> None:
     origin = environment()  # as it was when the first step was counted
     rows = []
     for arm in args.arms:
-        for path, options in PATHS.items():
+        for path, options in progress.each(PATHS.items(), arm, "path"):
             rows.append(row(arm, path, options))
-            print(rows[-1], flush=True)
+            progress.say(rows[-1])
     settings = {"policy": "2 layers, bfloat16", "prompts": len(PROMPTS), "num_generations": 2, "draft_tokens": DEPTH}
     print(f"written: {write_result(args.output, origin | {'settings': settings, 'rows': rows})}")
 

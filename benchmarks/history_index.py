@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from atlas_kernels.noise import request_keys
+from atlas_rl import progress
 from atlas_rl.core import Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 
@@ -144,9 +145,9 @@ def main() -> None:
 
     sizes = [10_000, 100_000, 1_000_000] + ([10_000_000] if arguments.huge else [])
     rows = []
-    for size in sizes:
+    for size in progress.each(sizes, "sizes of the index", "size"):
         rows.append(measure(size, arguments.calls))
-        print(rows[-1], flush=True)
+        progress.say(rows[-1])
     write_result(arguments.out, {"rows": rows, **environment()})
 
 

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from atlas_kernels import draft_head_triton, draw_triton, nvfp4_triton, rejection_triton, truncate_triton, verify_triton
+from atlas_rl import progress
 from benchmarks.common import ROOT, environment, write_result
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -158,7 +159,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "kernels_aot.json")
     args = parser.parse_args()
-    rows = [compiled(name, sm) for name in CASES for sm in TARGETS]
+    cases = [(name, sm) for name in CASES for sm in TARGETS]
+    rows = [compiled(name, sm) for name, sm in progress.each(cases, "kernels", "kernel")]
     print(f"{'kernel':<32} {'sm':>4} {'warps':>5} {'registers':>9} {'shared_bytes':>12} {'spill_bytes':>11}")
     for row in rows:
         print(

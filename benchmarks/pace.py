@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from atlas_rl import progress
 from atlas_rl.controller.base import Controller
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
@@ -100,12 +101,12 @@ def record(args: argparse.Namespace) -> None:
         engine = AtlasRolloutEngine(
             model=model, tokenizer=tokenizer, speculators=[recorder], console=False, audit_share=0
         )
-        for call in range(CALLS):
+        for call in progress.each(range(CALLS), f"calls, {policy}", "call"):
             rows = demo_tasks.build_dataset("train", PROMPTS, seed=70_000 + call)["prompt"]
             prompts = tokenized(tokenizer, rows)
             engine.generate(prompts, num_generations=GROUP, max_new_tokens=NEW_TOKENS, seed=70_000 + call)
             engine.policy_updated()
-            print(f"{policy}: call {call} recorded", flush=True)
+            progress.say(f"{policy}: call {call} recorded")
 
 
 # ------------------------------------------------------------------------------------------------------------------ arms
@@ -228,7 +229,7 @@ def measure(args: argparse.Namespace) -> None:
         learned = Learned.of(args.records / policy)
         for name in args.settings:
             setting = setting_of(name)
-            for batch in args.batches:
+            for batch in progress.each(args.batches, f"{policy}, {name}", "cell"):
                 if batch > len(learned.recorded.sequences.lengths):
                     continue  # fewer were recorded
                 rows = cell(learned, setting, batch, args.passes)
@@ -308,14 +309,13 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def print_cell(names: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    print(", ".join(str(value) for value in names.values()))
+    progress.say(", ".join(str(value) for value in names.values()))
     for row in rows:
         host = " ".join(f"{phase} {one['median']:.2f}" for phase, one in row["host_ms"].items())
-        print(
+        progress.say(
             f"  {row['arm']:>10} {row['tokens_per_s']:8.0f} tok/s  {row['ratio_to_off']:.2f} of off  "
             f"{row['ratio_to_ideal']:.2f} of ideal  exposed {row['host_exposed_ms']['median']:.2f} ms of "
-            f"{row['step_ms']:.1f}  length {row['accepted_length']:.2f}  [{host}]",
-            flush=True,
+            f"{row['step_ms']:.1f}  length {row['accepted_length']:.2f}  [{host}]"
         )
 
 

@@ -34,6 +34,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import atlas_rl
+from atlas_rl import progress
 from benchmarks.common import ROOT, environment, write_result
 from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_types
 
@@ -243,10 +244,10 @@ def main() -> None:
     numba.config.THREADING_LAYER = "workqueue"  # lives through a fork, as OpenMP does not
     names, began, outcomes = arguments.only or [*model_types(), *VARIANTS], time.perf_counter(), []
     tried("llama", build("llama"))  # imports and compiles what all of them use
-    for name in names:
+    for name in progress.each(names, "classes", "class"):
         outcomes.append(in_process_of_its_own(name, arguments.limit))
         last = outcomes[-1]
-        print(f"{len(outcomes)}/{len(names)} {last.name}: {last.outcome}. {last.detail}", flush=True)
+        progress.say(f"{len(outcomes)}/{len(names)} {last.name}: {last.outcome}. {last.detail}")
     if arguments.update:
         result = updated(json.loads(RESULT.read_text(encoding="utf-8")), outcomes)
         write_result(RESULT, result)

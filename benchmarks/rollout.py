@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from atlas_rl import AtlasRolloutEngine
+from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.controller.base import Controller
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.speculators.base import Speculator
@@ -53,7 +53,7 @@ def main() -> None:
         model = model.to(args.device, getattr(torch, args.dtype))
         turns = Turns()
         engines = warmed_engines(model, tokenizer, turns, args)
-        for batch in args.batches:
+        for batch in progress.each(args.batches, f"batch sizes, {name}", "cell"):
             cells += measure_cell(name, batch, model, tokenizer, engines, turns, args)
             write_result(args.output, {**environment(), "cells": cells})
     print(f"written: {args.output}")
@@ -149,12 +149,11 @@ def measure_cell(
         runs.append(run_in_turns(turns, arms, batch_prompts, 100 * batch + repeat, seconds_of(runs[-1])))
     speed = {arm: [run[arm].value[0] / run[arm].seconds for run in runs[1:]] for arm in ARMS}
     reports = {arm: [run[arm].value[1] for run in runs[1:]] for arm in ARMS}
-    print(
+    progress.say(
         f"{name:>4} batch {batch:>2} | "
         + " | ".join(f"{arm} {quantiles(speed[arm])['median']:7.1f} tok/s" for arm in ARMS)
         + f" | on/off {quantiles(ratios(speed['atlas_on'], speed['atlas_off']))['median']:.3f}"
-        + f" | accepted length {mean(reports['atlas_on'], 'accepted_length'):.2f}",
-        flush=True,
+        + f" | accepted length {mean(reports['atlas_on'], 'accepted_length'):.2f}"
     )
     return [
         {

@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB per engine
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from atlas_rl import AtlasRolloutEngine
+from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.vllm import internals
@@ -43,7 +43,7 @@ def main() -> None:
     turns = Turns()
     arms = build_arms(saved(args.policy, model, tokenizer), tokenizer, turns, args)
     cells: list[dict[str, Any]] = []
-    for batch in args.batches:
+    for batch in progress.each(args.batches, "batch sizes", "cell"):
         cells += measure_cell(batch, arms, tokenizer, turns, args)
         payload = {"settings": settings(args), "left_out": left_out(), "cells": cells}
         write_result(args.output, {**environment(), "vllm": internals.check_version(), **payload})
@@ -166,9 +166,7 @@ def measure_cell(
     lengths = {name: [run[name].value[1] for run in runs[1:]] for name in arms}
     own = [name for name in arms if name != "atlas_vllm"]
     best = max(own, key=lambda name: quantiles(speed[name])["median"])
-    print(
-        f"batch {batch:>2} | " + " | ".join(f"{a} {quantiles(s)['median']:.1f}" for a, s in speed.items()), flush=True
-    )
+    progress.say(f"batch {batch:>2} | " + " | ".join(f"{a} {quantiles(s)['median']:.1f}" for a, s in speed.items()))
     return [
         {
             "batch": batch,

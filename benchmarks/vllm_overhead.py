@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from atlas_rl import progress
 from atlas_rl.vllm.backend import in_this_process, llm_arguments
 from benchmarks.common import ROOT, environment, write_result
 
@@ -117,7 +118,10 @@ def main() -> None:
             "prompt_lookup": LLM(folder, **common, speculative_config=lookup),
             "ours": LLM(folder, **common, **llm_arguments()),
         }
-        cells = {kind: measure(engines, TRAFFIC[kind], args) for kind in args.traffic}
+        cells = {
+            kind: measure(engines, TRAFFIC[kind], args)
+            for kind in progress.each(args.traffic, "kinds of traffic", "kind")
+        }
     write_result(args.output, {**environment(), "settings": vars(args) | {"output": str(args.output)}, "cells": cells})
 
 
@@ -143,7 +147,7 @@ def measure(engines: dict[str, Any], temperatures: tuple[float, ...], args: argp
     ratios = {name: [one[name] / one["plain"] for one in repeats] for name in engines if name != "plain"}
     for name, values in ratios.items():
         shown = " ".join(f"{value:.2f}" for value in values)
-        print(f"temperatures {temperatures}: {name} / plain {statistics.median(values):.2f} ({shown})", flush=True)
+        progress.say(f"temperatures {temperatures}: {name} / plain {statistics.median(values):.2f} ({shown})")
     if profile is not None:
         for order in ("tottime", "cumtime"):
             pstats.Stats(profile).sort_stats(order).print_stats(60)

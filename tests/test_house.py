@@ -16,7 +16,7 @@ import pytest
 from tests import ROOT
 
 FLOORS = {
-    1: ("atlas_kernels", "checks", "policy", "report", "planner"),
+    1: ("atlas_kernels", "checks", "progress", "policy", "report", "planner"),
     2: ("core",),
     3: ("sampling", "controller"),
     4: ("speculators", "audit"),

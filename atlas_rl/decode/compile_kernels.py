@@ -11,13 +11,17 @@ import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from numba.core import event
 
+from atlas_kernels.jit_cache import num_kernels
 from atlas_kernels.noise import BLOCK, Stream, request_keys
 from atlas_kernels.truncate import truncate
 from atlas_kernels.truncation import Truncation
+from atlas_rl import progress
 from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.controller.base import Admission
 from atlas_rl.controller.cost import DraftCost
@@ -44,7 +48,7 @@ _WORTH_SAYING_S = 3.0
 def compile_kernels() -> float:
     """Run every CPU kernel once on a toy batch; seconds it took. Later calls return at once."""
     began = time.perf_counter()
-    with _announced("CPU", "about a minute"):
+    with _announced("CPU", "about a minute"), _counted():
         _run_all()
     return time.perf_counter() - began
 
@@ -92,6 +96,25 @@ def _announced(kind: str, how_long: str) -> Iterator[None]:
     seconds = time.perf_counter() - began
     if seconds > _WORTH_SAYING_S:
         logger.warning("atlas_rl: compiled its %s kernels in %.0f s; they are cached for the next run", kind, seconds)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """A bar over the CPU kernels, which moves with every one that numba compiles inside."""
+    bar = progress.bar("CPU kernels", num_kernels()[0], "kernel", after_s=_WORTH_SAYING_S)
+    with bar, event.install_listener("numba:compile", _MovesABar(bar)):
+        yield
+
+
+class _MovesABar(event.Listener):
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def on_start(self, event: Any) -> None:
+        pass
+
+    def on_end(self, event: Any) -> None:
+        self._bar.update(num_kernels()[1] - self._bar.n)
 
 
 def _run_all() -> None:

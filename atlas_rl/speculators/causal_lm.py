@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from atlas_rl import progress
 from atlas_rl.speculators.identify import CAUSAL_LM, check_finite, kind_of
 
 _NAMED = 4  # tensors that a message names at most
@@ -51,14 +52,15 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     """
     config = causal_lm_config(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are read from the report, in words of our own
-        )
+        with progress.loading():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are read from the report, in words of our own
+            )
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"the checkpoint in '{folder}' cannot be loaded ({_one_line(error)})") from error
     model, report = loaded

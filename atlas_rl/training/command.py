@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from atlas_rl import progress
 from atlas_rl.policy.in_process import InProcessRunner, decoder_layers
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
@@ -77,11 +78,11 @@ def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -
 
     (rollouts / _WORK_OF).write_text(json.dumps(made_of, indent=2) + "\n")
     calls = _generate(policy, prompts, rollouts, layers, args, new_engine)
-    head = train(view, calls, work, settings, say=lambda line: print(line, flush=True))
+    head = train(view, calls, work, settings, say=progress.say)
     save_eagle3(args.output, head, policy)
     log = json.loads((work / "training.json").read_text()) | {"max_new_tokens": args.max_new_tokens}
     (args.output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
-    print(f"written: {args.output}")
+    progress.say(f"written: {args.output}")
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -190,14 +191,16 @@ def _generate(
     engine = new_engine(
         model=policy, tokenizer=_tokenizer(args.model), speculators=[HistorySpeculator(), recorder], console=False
     )
-    for index, batch in enumerate(batches[done:], start=done):
-        report = engine.generate(
-            [prompt.token_ids for prompt in batch],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            seed=args.seed * 1_000_003 + index,
-        ).report
-        engine.policy_updated()  # the recorder writes a call when the next could follow another policy
-        print(f"continuations {index + 1}/{len(batches)} | {report.num_tokens} tokens | "
-              f"{report.tokens_per_s:.0f} tok/s", flush=True)  # fmt: skip
+    with progress.bar("continuations", len(batches), "call", done=done) as bar:
+        for index, batch in enumerate(batches[done:], start=done):
+            report = engine.generate(
+                [prompt.token_ids for prompt in batch],
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                seed=args.seed * 1_000_003 + index,
+            ).report
+            engine.policy_updated()  # the recorder writes a call when the next could follow another policy
+            progress.say(f"continuations {index + 1}/{len(batches)} | {report.num_tokens} tokens | "
+                         f"{report.tokens_per_s:.0f} tok/s")  # fmt: skip
+            bar.update()
     return recorded_calls(folder)

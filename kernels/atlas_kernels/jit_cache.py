@@ -23,6 +23,7 @@ import numpy as np
 from numba.core import caching, config
 
 _OURS = ("atlas_kernels", "atlas_rl")
+_kernels: list[Any] = []
 _CONSTANTS = (bool, int, float, complex, str, bytes, tuple, np.generic, np.ndarray)
 
 
@@ -36,9 +37,15 @@ def cached_njit(**options: Any) -> Callable[[Callable], Any]:
         kernel = numba.njit(**options)(function)
         if kernel is not function:  # NUMBA_DISABLE_JIT leaves the function as it is
             kernel._cache = _ContentCache(function)
+            _kernels.append(kernel)
         return kernel
 
     return decorate
+
+
+def num_kernels() -> tuple[int, int]:
+    """Kernels of the modules that are loaded, and how many of them are compiled by now (or read from the cache)."""
+    return len(_kernels), sum(bool(kernel.overloads) for kernel in _kernels)
 
 
 def cache_folder() -> Path:

@@ -183,18 +183,6 @@ def test_evaluation_is_reported_apart(tokenizer: Any, tmp_path: Path) -> None:
     assert any("eval_atlas/tokens_per_s" in entry for entry in trainer.state.log_history)
 
 
-def test_tensorboard_shows_the_figures(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    trainer = build("grpo", tokenizer, tmp_path, max_steps=2, report_to="tensorboard")
-    AtlasRolloutEngine(console=False).attach(trainer)
-    trainer.train()
-    files = sorted((tmp_path / "board").rglob("events.out*"))
-    tags = EventAccumulator(str(files[0].parent)).Reload().Tags()["scalars"]
-    assert {"train/atlas/tokens_per_s", "train/atlas/accepted_length"} <= set(tags)
-
-
 def test_a_resumed_step_has_the_seed_of_the_uninterrupted_run(tokenizer: Any, tmp_path: Path) -> None:
     from atlas_rl.integrations.trl.adapter import TrainerAdapter
 

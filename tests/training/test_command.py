@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from atlas_rl import progress
 from atlas_rl.cli import main
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
@@ -202,6 +203,17 @@ def test_policies_of_one_and_two_layers(tmp_path, family, layers):
     head, log = trained(tmp_path, FACTORIES[family](layers=layers))
     assert head.config.layers == tuple(range(layers))
     assert 0 <= log["epochs"][0]["acceptance"][0] <= 1
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_bars_move_on_a_terminal_alone_and_results_are_lines_everywhere(shown, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "shown", lambda: shown)
+    trained(tmp_path, tiny_llama())
+    captured = capsys.readouterr()
+    for bar in ("continuations: ", "epoch 1/1: "):
+        assert (bar in captured.err) == shown
+    assert "continuations 4/4 | " in captured.out
+    assert "epoch 1/1 | loss" in captured.out
 
 
 @pytest.mark.parametrize("prompt", ["w1", "w1 w2"])

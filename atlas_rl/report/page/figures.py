@@ -123,8 +123,10 @@ def over_steps(runs: Sequence[Run], y_title: str, **more: Any) -> dict[str, Any]
 
 
 def whole_ticks(least: int, most: int) -> dict[str, Any]:
-    """Part of an axis of whole numbers."""
-    return {"dtick": 1, "tickformat": "d"} if most - least <= _FEW_TICKS else {"tickformat": "d"}
+    """Part of an axis of whole numbers, the same wherever a figure lacks some of them."""
+    margin = max(0.5, 0.03 * (most - least))
+    axis = {"tickformat": "d", "range": [least - margin, most + margin]}
+    return axis | {"dtick": 1} if most - least <= _FEW_TICKS else axis
 
 
 def mark(y: float) -> dict[str, Any]:

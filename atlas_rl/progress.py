@@ -1,0 +1,74 @@
+"""Bars for long work. They stand on stderr where it is a terminal; logs and continuous integration get lines alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread of tqdm's beside what a benchmark times, and none to hold a lock across a fork
+
+
+def shown() -> bool:
+    """Whether bars are shown: somebody looks at stderr, and `CI` is not set."""
+    in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return sys.stderr is not None and sys.stderr.isatty() and not in_ci
+
+
+def bar(what: str, total: int, unit: str, *, done: int = 0, after_s: float = 0.0) -> Any:
+    """A bar, to be moved by `update()` and closed by `close()` or as a context; it leaves nothing behind.
+
+    Args:
+        what: Is done, in a word or two.
+        total: Units of the whole work.
+        unit: Name of one of them.
+        done: Units that were done before.
+        after_s: Seconds of work without a bar: shorter work shows none.
+    """
+    return _Bar(
+        total=total,
+        desc=what,
+        unit=unit,
+        initial=done,
+        delay=after_s,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not shown(),
+    )
+
+
+def each(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
+    """The items one by one, under a bar that moves when the next is asked for."""
+    with bar(what, len(items), unit) as moving:
+        for item in items:
+            yield item
+            moving.update()
+
+
+def say(*parts: object) -> None:
+    """Print a line on stdout, above bars if there are any, at once."""
+    tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
+    sys.stdout.flush()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Inside, bars of transformers about checkpoints that it loads are shown where ours are, and only there."""
+    from transformers.utils import logging
+
+    silenced = logging.is_progress_bar_enabled() and not shown()
+    if silenced:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silenced:
+            logging.enable_progress_bar()
