@@ -112,7 +112,12 @@ def empty(value: Any) -> bool:
 
 
 def reject_unknown(
-    options: Mapping[str, Any], known: Sequence[str], where: str, *, elsewhere: Mapping[str, str] | None = None
+    options: Mapping[str, Any],
+    known: Sequence[str],
+    where: str,
+    *,
+    elsewhere: Mapping[str, str] | None = None,
+    listed: str = "",
 ) -> None:
     """Raise `ValueError` for options that are not `known`, with the nearest known name.
 
@@ -121,12 +126,14 @@ def reject_unknown(
         known: Names that exist.
         where: What takes them.
         elsewhere: What other libraries call them, by that name.
+        listed: Where the known names are listed, if they are too many for a message.
     """
     for name in options:
         if name not in known:
             near = [(elsewhere or {}).get(name), *difflib.get_close_matches(name, known, n=1)]
             hint = next((f"did you mean '{each}'? " for each in near if each), "")
-            raise ValueError(f"{where} has no option '{name}': {hint}it takes {', '.join(known)}")
+            names = listed or f"it takes {', '.join(known)}"
+            raise ValueError(f"{where} has no option '{name}': {hint}{names}")
 
 
 def _within(number: int, least: int, most: int | None) -> bool:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,13 @@ from atlas_rl import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a sub-command; what is wrong with its input is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="atlas-rl", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"atlas-rl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_train_speculator(commands)
-    _add_plan(commands)
-    _add_report(commands)
-    _add_compare(commands)
-    _add_doctor(commands)
-    _add_vllm_serve(commands)
-    args, flags = parser.parse_known_args(arguments)
-    if args.command == "vllm-serve":
-        args.flags = flags  # vLLM's
-    elif flags:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    """Run a sub-command; what is wrong with its input is one line on stderr and exit status 2.
+
+    A command may return work whose errors are not of its input: they keep their tracebacks.
+    """
+    args = parse(arguments)
     try:
-        args.run_command(args)
+        work = args.run_command(args)
     except BrokenPipeError as error:
         # Whoever read the output has enough of it (`| head`). What is left must not be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,6 +28,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"atlas-rl {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
+    if work is not None:
+        work()
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the sub-command, and the function that runs it (`run_command`).
+
+    Options of others are left unread in `flags`: those of `grpo` are TRL's, those of `vllm-serve` vLLM's, and both take
+    seconds to import.
+    """
+    parser = argparse.ArgumentParser(prog="atlas-rl", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"atlas-rl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_grpo(commands)
+    _add_train_speculator(commands)
+    _add_plan(commands)
+    _add_report(commands)
+    _add_compare(commands)
+    _add_doctor(commands)
+    _add_vllm_serve(commands)
+    args, flags = parser.parse_known_args(arguments)
+    if args.command in ("grpo", "vllm-serve"):
+        args.flags = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return args
+
+
+def _add_grpo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "grpo", help="train by GRPO as `trl grpo` does, from the same YAML file", add_help=False
+    )
+    parser.set_defaults(run_command=grpo)
 
 
 def _add_train_speculator(commands: Any) -> None:
@@ -154,6 +177,16 @@ def _add_vllm_serve(commands: Any) -> None:
     parser.add_argument("--model", help="folder or name of the policy, if it is not the first argument")
     parser.add_argument("--draft-model", type=Path, help="folder of an EAGLE-3 head, the static speculator")
     parser.set_defaults(run_command=vllm_serve)
+
+
+def grpo(args: argparse.Namespace) -> Callable[[], None]:
+    """Check the options of TRL's own script; what it returns trains. See `integrations/trl/script.py`."""
+    from atlas_rl.integrations.trl.script import prepare, read_config
+
+    arguments, config = read_config(args.flags)
+    from atlas_rl import AtlasRolloutEngine
+
+    return prepare(arguments, config, AtlasRolloutEngine)
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests import ROOT
 
 FLOORS = {
-    1: ("atlas_kernels", "checks", "progress", "policy", "report", "planner"),
+    1: ("atlas_kernels", "checks", "docstrings", "progress", "policy", "report", "planner"),
     2: ("core",),
     3: ("sampling", "controller"),
     4: ("speculators", "audit"),
@@ -25,7 +25,7 @@ FLOORS = {
     7: ("rollout", "training", "doctor"),
     8: ("integrations",),
     9: ("engine",),
-    10: ("atlas_rl",),  # the package itself, with `cli` and `__main__`
+    10: ("atlas_rl", "pages"),  # the package itself, with `cli` and `__main__`
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

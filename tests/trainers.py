@@ -17,6 +17,22 @@ DATA = Dataset.from_list([{"prompt": text} for text in ("a b c", "d e", "f g h i
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 
+SETTINGS = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 12,
+    "max_steps": 3,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "beta": 0.0,
+}
+
+
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of `WORDS`."""
     base = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="a"))
@@ -41,21 +57,7 @@ def rewards(completions: list[str], **kwargs: Any) -> list[float]:
 
 def arguments(config_class: type, folder: Path, **options: Any) -> Any:
     """A trainer's configuration: two prompts of four completions per step, nothing saved or printed."""
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 12,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "beta": 0.0,
-    }
-    return config_class(output_dir=str(folder), **(defaults | options))
+    return config_class(output_dir=str(folder), **(SETTINGS | options))
 
 
 def build_trainer(
@@ -84,3 +86,12 @@ def build_trainer(
         processing_class=tokenizer,
         **extra,
     )
+
+
+def script_options(policy: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """Options of `atlas-rl grpo` for a saved policy, as a YAML file has them; the dataset is written beside `output`."""
+    data = output.parent / "data"
+    data.mkdir(exist_ok=True)
+    DATA.to_json(data / "train.jsonl")
+    given = {"model_name_or_path": str(policy), "dataset_name": str(data), "reward_funcs": ["tests.trainers.rewards"]}
+    return given | SETTINGS | {"output_dir": str(output)} | options

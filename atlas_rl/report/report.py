@@ -272,8 +272,11 @@ class StepReport:
         return cls(**given)
 
 
-ORIGIN = ("engine", "rank")
-"""Keys that say who wrote a line of a report file: a random name of the engine, and the number of its process."""
+ORIGIN = {
+    "engine": "Random name of the engine that wrote the line.",
+    "rank": "Number of the process that wrote the line, 0 with one process.",
+}
+"""Further keys of a line of a report file, which say who wrote it."""
 
 _FIELD_NAMES = tuple(f.name for f in fields(StepReport))
 _DERIVED_NAMES = tuple(name for name, value in vars(StepReport).items() if isinstance(value, property))

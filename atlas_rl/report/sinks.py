@@ -49,39 +49,48 @@ def console_warnings(report: StepReport) -> list[str]:
     return [f"atlas warning: {message}" for message in report.warnings]
 
 
+METRICS = {
+    "tokens_per_s": "tokens_per_s",
+    "us_per_token": "us_per_token",
+    "accepted_length": "accepted_length",
+    "acceptance_rate": "acceptance_rate",
+    "speedup_estimate": "speedup_estimate",
+    "speedup_measured": "speedup_measured",
+    "baseline_tokens_per_s": "baseline_tokens_per_s",
+    "no_speculation_tokens_per_s": "no_speculation_tokens_per_s",
+    "entropy": "entropy",
+    "mean_max_prob": "mean_max_prob",
+    "generation_share": "generation_share",
+    "amdahl_bound": "amdahl_bound",
+    "policy_version": "policy_version",
+    "num_tokens": "num_tokens",
+    "num_forwards": "num_forwards",
+    "audit/num_tokens": "num_audited_tokens",
+    "audit/z": "audit_z",
+    "audit/evidence_nats": "audit_evidence_nats",
+    "audit/logprob_error_nats": "audit_logprob_error_nats",
+    "warnings": "warnings",
+    **{f"time/{phase}_s": f"{phase}_s" for phase in ("generate", *PHASES, "other")},
+}
+"""Names in the trainer's log, without `atlas/`, and the figure of a report that each shows; of `warnings` the number."""
+
+METRIC_FAMILIES = {
+    "acceptance_at": "acceptance_by_position",
+    "drafted": "drafted",
+    "accepted": "accepted",
+    "calibration_error": "calibration_error",
+}
+"""Names that a draft position or a drafter's name follows after a slash, likewise."""
+
+
 def trainer_metrics(report: StepReport) -> dict[str, float]:
     """Scalar figures for the trainer's own log, named `atlas/...`; unknown figures are left out."""
-    metrics = {
-        "tokens_per_s": report.tokens_per_s,
-        "us_per_token": report.us_per_token,
-        "accepted_length": report.accepted_length,
-        "acceptance_rate": report.acceptance_rate,
-        "speedup_estimate": report.speedup_estimate,
-        "speedup_measured": report.speedup_measured,
-        "baseline_tokens_per_s": report.baseline_tokens_per_s,
-        "no_speculation_tokens_per_s": report.no_speculation_tokens_per_s,
-        "entropy": report.entropy,
-        "mean_max_prob": report.mean_max_prob,
-        "generation_share": report.generation_share,
-        "amdahl_bound": report.amdahl_bound,
-        "policy_version": report.policy_version,
-        "num_tokens": report.num_tokens,
-        "num_forwards": report.num_forwards,
-        "audit/num_tokens": report.num_audited_tokens,
-        "audit/z": report.audit_z,
-        "audit/evidence_nats": report.audit_evidence_nats,
-        "audit/logprob_error_nats": report.audit_logprob_error_nats,
-        "warnings": len(report.warnings),
-    }
-    for position, rate in enumerate(report.acceptance_by_position):
-        metrics[f"acceptance_at/{position}"] = rate
-    for name, count in report.drafted.items():
-        metrics[f"drafted/{name}"] = count
-        metrics[f"accepted/{name}"] = report.accepted[name]
-    for name, error in report.calibration_error.items():
-        metrics[f"calibration_error/{name}"] = error
-    for phase in ("generate", *PHASES, "other"):
-        metrics[f"time/{phase}_s"] = getattr(report, f"{phase}_s")
+    metrics = {name: getattr(report, figure) for name, figure in METRICS.items()}
+    metrics["warnings"] = len(report.warnings)
+    for family, figure in METRIC_FAMILIES.items():
+        values = getattr(report, figure)
+        members = values.items() if isinstance(values, Mapping) else enumerate(values)
+        metrics |= {f"{family}/{member}": value for member, value in members}
     return {f"atlas/{name}": float(value) for name, value in metrics.items() if value is not None}
 
 

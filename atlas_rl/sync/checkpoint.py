@@ -149,7 +149,7 @@ def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, 
         message = f"the state has speculators {missing} that this engine lacks; it has {sorted(speculators)}"
         if strict:
             raise ValueError(message)
-        logger.warning("atlas_rl: %s: they are left out", message)
+        logger.warning("atlas_rl: %s: left out", message)
     for name, speculator in speculators.items():
         if name not in state:
             continue

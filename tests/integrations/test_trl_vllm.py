@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.cli import main
 from atlas_rl.report.report import StepReport
 from tests import vllm_engines  # first: it skips this module where there is no vLLM
 from tests.models import tiny_bigram
-from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
+from tests.trainers import WORDS, build_trainer, script_options, with_special_tokens, word_tokenizer
 
 __all__ = ["vllm_engines"]
 
@@ -106,6 +109,25 @@ def test_use_vllm_trainers_are_built_inside_the_engine(folder: Path, tokenizer: 
     assert len(engine.reports) == 2
     with pytest.raises(ValueError, match="already generates with another engine"):
         AtlasRolloutEngine(console=False).attach(trainer)
+
+
+def test_the_command_builds_the_vllm_that_its_file_asks_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # TRL's script ends with its process: it would take the process groups of the other tests' engines along.
+    monkeypatch.setattr(GRPOTrainer, "end", lambda trainer: None)
+    options = {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 64,
+        "max_steps": 2,
+        "dtype": "float32",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(script_options(folder, tmp_path / "out", **options)))
+    main(["grpo", "--config", str(tmp_path / "run.yaml"), "--no_console"])
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["policy_version"] for row in rows] == [0, 1]
+    assert all(set(row["drafted"]) == {"history", "recurrent"} for row in rows)
 
 
 def test_a_trainer_with_a_vllm_of_its_own_is_told_the_fix(folder: Path, tokenizer: Any, tmp_path: Path) -> None:

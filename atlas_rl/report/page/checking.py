@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
@@ -38,7 +38,7 @@ def report_of(row: Mapping[str, Any]) -> StepReport:
     return report
 
 
-def unknown_keys(row: Mapping[str, Any], origin: tuple[str, ...]) -> set[str]:
+def unknown_keys(row: Mapping[str, Any], origin: Collection[str]) -> set[str]:
     """Keys of a line that are neither a field, a derived figure nor one of `origin`."""
     return set(row) - set(_FIELDS) - _DERIVED - set(origin)
 

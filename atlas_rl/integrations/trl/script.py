@@ -1,0 +1,207 @@
+"""`atlas-rl grpo`: TRL's own script for GRPO, with its options and its YAML files, and the engine attached.
+
+What is trained, and how, is TRL's `trl.scripts.grpo`. Its parser gets one more group of options, which is made of the fields
+of `EngineConfig`. The trainer that the script builds is attached to an engine before it trains.
+
+Torch and TRL are imported after `read_config`: the file's `env` holds variables that they read when they are imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, field, fields, make_dataclass
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
+
+from atlas_rl.checks import reject_unknown, whole
+from atlas_rl.docstrings import entries
+
+COMMAND = "atlas-rl grpo"
+_PLAIN = (bool, int, float, str)  # types that a command line and a YAML file can give
+_DESCRIPTION = (
+    "GRPO by TRL's own script, with the engine attached. The options are those of `trl grpo` and the group atlas_rl. "
+    "`--config FILE` reads them from a YAML file; the command line overrides it. Several processes: accelerate launch "
+    "-m atlas_rl grpo ..."
+)
+_ENGINE_HELP = (
+    "What generates: `atlas`, or `trl` for TRL's own generation, to compare with. `trl` takes no notice of the other "
+    "options of this group."
+)
+
+
+def read_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments with `--config FILE` as TRL's parser wants it, and what the file says; its `env` is set at once.
+
+    Raises:
+        ValueError: The file is no YAML mapping, or no file is named.
+        OSError: It cannot be read.
+    """
+    spread = [part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])]
+    if "--config" not in spread:
+        return spread, {}
+    if spread.index("--config") == len(spread) - 1:
+        raise ValueError("--config needs a YAML file: --config run.yaml")
+    import yaml
+
+    path = Path(spread[spread.index("--config") + 1])
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"{path} must hold a YAML mapping of options, such as `learning_rate: 1.0e-6`")
+    variables = config.pop("env", {})
+    if not isinstance(variables, dict):
+        raise ValueError(f"{path}: env must be a mapping of environment variables, got {variables!r}")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    return spread, config
+
+
+def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Callable[..., Any]) -> Callable[[], None]:
+    """Check everything, and return what trains as TRL's script does.
+
+    Args:
+        arguments: Of the command line, without the name of the command.
+        config: What the YAML file of the arguments says.
+        new_engine: The class of the engine, which lives above this folder.
+
+    Raises:
+        ValueError: An option that does not exist, with the nearest name, or a value that one does not take.
+    """
+    script = trl_script()
+    parser = make_parser(script, new_engine)
+    names = {action.dest for action in parser._actions} - {"help"}
+    _check_names(config, names, "the YAML file")
+    *theirs, ours, rest = parser.parse_args_and_config(list(arguments), return_remaining_strings=True)
+    flags = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
+    _check_rest(rest, names | {flag for flag in flags if "-" not in flag} - {"h"})
+    _check_given(theirs)
+    options = asdict(ours)
+    kind, baseline_every = options.pop("engine"), options.pop("baseline_every")
+    whole("baseline_every", baseline_every, 0, hint="(0 never)")
+    # The reports lie beside the checkpoints of the run that they are about.
+    output_dir = next(group.output_dir for group in theirs if hasattr(group, "output_dir"))
+    if kind == "trl":
+        return lambda: script.main(*theirs)
+    engine = new_engine(**options, output_dir=output_dir)
+
+    def train() -> None:
+        with _attached(engine, baseline_every):
+            script.main(*theirs)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"A page of this run: atlas-rl report {output_dir}")
+
+    return train
+
+
+def trl_script() -> Any:
+    """TRL's script for GRPO; `ValueError` where TRL is missing."""
+    try:
+        from trl.scripts import grpo
+    except ImportError as error:
+        raise ValueError(f"TRL is not installed: pip install 'atlas-rl[trl]' ({error})") from error
+    return grpo
+
+
+def make_parser(script: Any, new_engine: Any) -> Any:
+    """The parser of TRL's script with the engine's options as a further group; what it refuses is a `ValueError`.
+
+    Args:
+        script: `trl_script()`.
+        new_engine: The class of the engine.
+    """
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(f"{message}. {COMMAND} --help lists the options")
+
+    types = (*script.make_parser().dataclass_types, engine_arguments(new_engine))
+    # Without `allow_abbrev` a flag is an option or a typo, as a key of the YAML file is.
+    return Parser(types, prog=COMMAND, description=_DESCRIPTION, allow_abbrev=False)
+
+
+def engine_arguments(new_engine: Any) -> type:
+    """A dataclass of the engine's options for `HfArgumentParser`; help and defaults are those of `EngineConfig`.
+
+    Options that take objects are not among them, nor is `output_dir`: it is the trainer's.
+    """
+    from atlas_rl.config import EngineConfig
+
+    helps, hints = entries(EngineConfig, "Attributes"), get_type_hints(EngineConfig)
+    of_attach = entries(new_engine.attach, "Args")
+    made: list[Any] = [("engine", Literal["atlas", "trl"], _option("atlas", _ENGINE_HELP))]
+    for each in fields(EngineConfig):
+        hint = hints[each.name]
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        plain = [kind for kind in kinds if kind in _PLAIN]
+        if plain and each.name != "output_dir":
+            kind = plain[0] | None if NoneType in kinds else plain[0]
+            made.append((each.name, kind, _option(each.default, helps.get(each.name, ""))))
+    made.append(("baseline_every", int, _option(0, of_attach.get("baseline_every", ""))))
+    return make_dataclass("EngineArguments", made, namespace={"_argument_group_name": "atlas_rl"})
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+def _check_names(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Raise `ValueError` for an option that does not exist: with the nearest name, or with whose it is."""
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    from accelerate.commands.launch import launch_command_parser
+
+    launcher = {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
+    for name in unknown:
+        if name in launcher:
+            raise ValueError(
+                f"{where} has '{name}', which is for accelerate: accelerate launch --"
+                f"{'config_file' if name == 'accelerate_config' else name} ... -m atlas_rl grpo --config run.yaml"
+            )
+    reject_unknown(given, sorted(known), COMMAND, listed=f"{COMMAND} --help lists its options ({where} is wrong)")
+
+
+def _check_rest(rest: Sequence[str], known: Collection[str]) -> None:
+    """Raise `ValueError` for what no option has taken."""
+    flags = [each[2:].split("=")[0] for each in rest if each.startswith("--")]
+    _check_names(dict.fromkeys(flags), known, "the command line")
+    if rest:
+        raise ValueError(f"{rest[0]!r} belongs to no option. {COMMAND} --help lists them")
+
+
+def _check_given(groups: Sequence[Any]) -> None:
+    """Raise `ValueError` for a run without a policy, rewards or data, before anything is loaded."""
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    if not values.get("model_name_or_path"):
+        raise ValueError("model_name_or_path is missing: the policy's folder, or its name on the hub")
+    if not values.get("dataset_name") and not values.get("datasets"):
+        raise ValueError(
+            "dataset_name is missing: a dataset's folder, or its name on the hub (or `datasets` in the YAML)"
+        )
+    if not values.get("reward_funcs") and not values.get("reward_model_name_or_path"):
+        raise ValueError("reward_funcs is missing: names of TRL's rewards, or dotted paths such as my_rewards.length")
+
+
+@contextmanager
+def _attached(engine: Any, baseline_every: int) -> Iterator[None]:
+    """Inside, the trainer that TRL's script builds is attached to the engine; the script takes it from `trl`."""
+    trl: Any = import_module("trl")
+    own = trl.GRPOTrainer
+
+    def build(trainer: Any, *args: Any, **options: Any) -> None:
+        colocated = options["args"].use_vllm and options["args"].vllm_mode == "colocate"
+        with engine.prepare_vllm() if colocated else nullcontext():
+            own.__init__(trainer, *args, **options)
+        engine.attach(trainer, baseline_every=baseline_every)
+
+    trl.GRPOTrainer = type(own.__name__, (own,), {"__init__": build, "__doc__": own.__doc__})
+    try:
+        yield
+    finally:
+        trl.GRPOTrainer = own

@@ -1,0 +1,138 @@
+"""`atlas-rl grpo`: TRL's options and YAML files, with the engine attached."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from atlas_rl import AtlasRolloutEngine
+from atlas_rl.cli import main
+from atlas_rl.config import EngineConfig
+from atlas_rl.docstrings import entries
+from atlas_rl.integrations.trl.script import engine_arguments, make_parser, trl_script
+from tests.models import tiny_llama
+from tests.trainers import WORDS, script_options, with_special_tokens, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a policy, a dataset and `run.yaml`."""
+    folder = tmp_path_factory.mktemp("run")
+    with_special_tokens(tiny_llama(vocab=len(WORDS))).save_pretrained(folder / "policy")
+    word_tokenizer().save_pretrained(folder / "policy")
+    own = {"max_steps": 2, "learning_rate": "1e-3", "baseline_every": 1, "env": {"ATLAS_RL_TEST_OF_ENV": 1}}
+    config = script_options(folder / "policy", folder / "out", **own)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _env_is_put_back(monkeypatch: pytest.MonkeyPatch, accelerate_anew: None) -> None:
+    monkeypatch.setenv("ATLAS_RL_TEST_OF_ENV", "0")
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_two_steps_are_generated_by_the_engine(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["grpo", "--config", str(run_folder / "run.yaml"), "--audit_share", "0.5", "--no_console"])
+    reports = lines_of(run_folder / "out")
+    assert [report["step"] for report in reports] == [0, 1]
+    assert all(report["drafted"] for report in reports), "drafters were asked"
+    assert all(report["baseline_tokens_per_s"] for report in reports), "baseline_every of the YAML file"
+    assert all(report["num_audited_tokens"] for report in reports), "audit_share of the command line"
+    printed = capsys.readouterr().out
+    assert "atlas step" not in printed
+    assert f"atlas-rl report {run_folder / 'out'}" in printed
+    assert (run_folder / "out" / "model.safetensors").is_file(), "the rest is TRL's script"
+    assert os.environ["ATLAS_RL_TEST_OF_ENV"] == "1"
+
+
+def test_trl_generates_on_demand(run_folder: Path, tmp_path: Path) -> None:
+    main(["grpo", f"--config={run_folder / 'run.yaml'}", "--engine", "trl", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not (tmp_path / "rollouts.jsonl").exists()
+
+
+REFUSED = {
+    "a typo in a key": ({"draft_modl": "fp4"}, [], "no option 'draft_modl': did you mean 'draft_model'"),
+    "a typo of TRL's": ({"lerning_rate": 1}, [], "did you mean 'learning_rate'"),
+    "a typo in a flag": ({}, ["--baselin-every", "1"], "no option 'baselin-every': did you mean 'baseline_every'"),
+    "a typo in a negation": ({}, ["--no_speculaton"], "did you mean 'no_speculation'"),
+    "a shortened flag": ({}, ["--draft_mod=fp4"], "did you mean 'draft_model'"),
+    "a loose word": ({}, ["fp4"], "'fp4' belongs to no option"),
+    "accelerate's": ({"num_processes": 2}, [], "accelerate launch --num_processes ... -m atlas_rl grpo"),
+    "a value of ours": ({"backend": "cuda"}, [], "backend must be 'auto', 'in_process' or 'vllm', got 'cuda'"),
+    "a number of ours": ({}, ["--baseline_every=-1"], "baseline_every must be a whole number of at least 0"),
+    "a value that is no number": ({}, ["--audit_share", "few"], "argument --audit_share/--audit-share: invalid float"),
+    "no policy": ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
+    "no data": ({"dataset_name": None}, [], "dataset_name is missing"),
+    "no rewards": ({"reward_funcs": None}, [], "reward_funcs is missing"),
+    "env that is no mapping": ({"env": "A=1"}, [], "env must be a mapping"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed, arguments, message = REFUSED[case]
+    config = yaml.safe_load((run_folder / "run.yaml").read_text()) | {"output_dir": str(tmp_path / "out")} | changed
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({name: each for name, each in config.items() if each is not None})
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["grpo", "--config", str(tmp_path / "run.yaml"), *arguments])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in said
+    assert said.count("\n") == 1
+    assert len(said) < 600
+    assert not (tmp_path / "out").exists(), "nothing was done"
+
+
+def test_an_error_of_the_training_keeps_its_traceback(run_folder: Path, tmp_path: Path) -> None:
+    options = {"output_dir": str(tmp_path / "out"), "generation_kwargs": {"num_beams": 2}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load((run_folder / "run.yaml").read_text()) | options))
+    with pytest.raises(ValueError, match="num_beams"):
+        main(["grpo", "--config", str(tmp_path / "run.yaml")])
+
+
+FILES = {
+    "no file is named": ([], "--config needs a YAML file"),
+    "no such file": (["nowhere.yaml"], "nowhere.yaml"),
+    "no YAML": (["broken.yaml"], "broken.yaml is no YAML"),
+    "no mapping": (["list.yaml"], "must hold a YAML mapping"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_cannot_be_read(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yaml").write_text("a: [1\nb: 2")
+    Path("list.yaml").write_text("- a\n- b\n")
+    arguments, message = FILES[case]
+    with pytest.raises(SystemExit):
+        main(["grpo", "--config", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_the_configurations_own() -> None:
+    shown = " ".join(make_parser(trl_script(), AtlasRolloutEngine).format_help().split())
+    helps = entries(EngineConfig, "Attributes")
+    for name in ("draft_model", "backend", "audit_share", "max_batch_size", "trace"):
+        assert helps[name] in shown
+    assert entries(AtlasRolloutEngine.attach, "Args")["baseline_every"] in shown
+    assert "--per_device_train_batch_size" in shown
+
+
+def test_every_plain_option_can_be_given() -> None:
+    objects = {"speculators", "controller", "clock"}
+    made = set(engine_arguments(AtlasRolloutEngine).__dataclass_fields__) - {"engine", "baseline_every"}
+    assert made == set(EngineConfig.__dataclass_fields__) - objects - {"output_dir"}
