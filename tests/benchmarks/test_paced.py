@@ -52,19 +52,15 @@ def test_the_device_is_idle_while_the_host_works() -> None:
     assert device.gaps_s[2] == 0.0
 
 
-def test_drafters_have_learned_before_they_are_measured(tmp_path) -> None:
+def test_drafters_learn_of_the_first_calls_and_the_others_are_measured(tmp_path) -> None:
     engine = AtlasRolloutEngine(
         model=tiny_bigram(layers=3, seed=11), speculators=[RecordingSpeculator(tmp_path)], console=False
     )
     for seed in range(LEARNED_CALLS + 2):
-        engine.generate(PROMPTS, num_generations=3, max_new_tokens=20, seed=seed)
+        engine.generate(PROMPTS, num_generations=3, max_new_tokens=20, eos_token_ids=[17, 40], seed=seed)
         engine.policy_updated()
     learned = Learned.of(tmp_path)
     assert len(learned.recorded.sequences.lengths) == 2 * 3 * len(PROMPTS)
-    fresh = HistorySpeculator()
-    fresh.bind(learned.policy, couples_noise=True)
-    archived = {name: len(value) for name, value in learned.history.items() if hasattr(value, "__len__")}
-    assert archived != {name: len(value) for name, value in fresh.state_dict().items() if hasattr(value, "__len__")}
 
 
 @pytest.mark.parametrize("drafts", [False, True])
