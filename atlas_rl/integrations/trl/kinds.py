@@ -67,8 +67,8 @@ _KINDS = {
 _NEVER = "never samples: it trains on the completions of its dataset, and there is nothing to generate"
 _IN_EVALUATION = "samples only to log completions (generate_during_eval), never for training"
 _ELSEWHERE = (
-    "generates in a vLLM server, by a client of its own: start the server with the drafters, as docs/vllm.md says, and "
-    "attach nothing"
+    "generates in a vLLM server, by a client of its own: nothing can be attached. `atlas-rl vllm-serve` starts a server "
+    "that drafts (docs/scaling.md)"
 )
 _NOT_SERVED = {
     **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "TPOTrainer"), _NEVER),
