@@ -219,9 +219,9 @@ def test_an_error_of_our_own_costs_drafts(llm: Any, monkeypatch: pytest.MonkeyPa
     calls = itertools.count()
     followed = own.requests.followed
 
-    def broken(forward: Any) -> np.ndarray:
+    def broken(forward: Any, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         assert next(calls) != 3, "every committed token passes here"
-        return followed(forward)
+        return followed(forward, known)
 
     monkeypatch.setattr(own.requests, "followed", broken)
     assert ask(llm, batch) == expected
