@@ -45,6 +45,7 @@ class AtlasProposer(Hooks):
         internals.install()  # before the runner that asks for this object loads its model
         internals.reset_prefix_cache_with_new_weights(_NEW_WEIGHTS)
         internals.register_backends()
+        internals.follow_adapters()
         check_engine(vllm_config)
         self.options = options_of(vllm_config)
         self.identity = secrets.token_hex(8)  # a server that was started again has another one

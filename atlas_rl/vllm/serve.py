@@ -64,6 +64,8 @@ def serve_command(
         given, options = _without_additional_config(given)
         added += ["--additional-config", json.dumps({**options, "atlas_rl": {"draft_model": str(draft_model)}})]
     variables = {"VLLM_SERVER_DEV_MODE": "1"}  # weights and reports go through vLLM's development endpoints
+    if "--enable-lora" in names:
+        variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     return [*_entry(model), *added, *given], variables
 
 

@@ -93,12 +93,12 @@ def test_what_is_wrong_is_said_before_vllm_starts(
 def test_it_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
-    main(["vllm-serve", "POLICY", "--max-model-len", "4096"])
+    main(["vllm-serve", "POLICY", "--enable-lora", "--max-lora-rank", "8"])
     path, line, environment = started[0]
     assert path == line[0]
     assert "POLICY" in line
-    assert line[-2:] == ["--max-model-len", "4096"]
-    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert line[-3:] == ["--enable-lora", "--max-lora-rank", "8"]
+    assert environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 
 def test_other_commands_still_refuse_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,14 @@ What is here and why:
     sampler   vLLM's own processing of logits, without its drawing
     engine    the embeddings of a loaded model, as drafters read them; an engine's proposer, ranks and prefix cache
     weights   new weights, all or nothing
+    adapters  LoRA adapters that come to a running engine
     transfer  weight-transfer backends of ours, from which drafters hear of a new policy (`transfer_engines`)
 
 Where versions differ, a module here asks `since("0.28")`, or takes what vLLM hands over; nobody above knows of it. Before
 adding a version, run `make test-vllm VLLM=...`. vLLM is imported inside functions only.
 """
 
+from atlas_rl.vllm.internals.adapters import follow_adapters
 from atlas_rl.vllm.internals.engine import (
     VllmView,
     abandon,
@@ -42,6 +44,7 @@ __all__ = [
     "check_version",
     "drafter_of",
     "follow",
+    "follow_adapters",
     "in_engine_process",
     "install",
     "installed_version",

@@ -81,7 +81,14 @@ class VllmView(PolicyView):
 
     @torch.inference_mode()
     def _see_form(self) -> None:
-        """Hold the form against the model's own `compute_logits`; collective under tensor parallelism."""
+        """Hold the form against the model's own `compute_logits`; collective under tensor parallelism.
+
+        With LoRA layers in it that takes rows of the running batch alone, and the form is what the configuration says.
+        """
+        from vllm.lora.layers import BaseLayerWithLoRA
+
+        if any(isinstance(module, BaseLayerWithLoRA) for module in self._model.modules()):
+            return
         weight, bias = self._outputs.weight, self._outputs.bias
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(4, weight.shape[1], generator=generator)
