@@ -27,7 +27,7 @@ from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
 
 KINDS = {
-    "linear": ("aten::mm", "aten::addmm", "aten::mv", "aten::bmm", "aten::linear"),
+    "linear": ("aten::mm", "aten::addmm", "aten::mv", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "layout": ("aten::copy_", "aten::contiguous", "aten::clone", "aten::cat", "aten::index", "aten::index_put_"),
 }
