@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sqlite3
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,12 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs("trackio")
 def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    import trackio.sqlite_storage  # noqa: F401
+
+    # TRACKIO_DIR is read when trackio is imported, which TRL has done by now.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "trackio" and "TRACKIO_DIR" in vars(module):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     expected = train("trackio", tmp_path)
     (database,) = (tmp_path / "trackio").glob("*.db")  # its documented layout: a table `metrics` of JSON texts
     with closing(sqlite3.connect(database)) as connection:
