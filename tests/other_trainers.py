@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from atlas_rl import AtlasRolloutEngine
 from tests.models import tiny_bigram
-from tests.trainers import DATA, WORDS, rewards, with_special_tokens, word_tokenizer
+from tests.trainers import DATA, SMALL_AND_QUIET, WORDS, rewards, with_special_tokens, word_tokenizer
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -120,17 +120,7 @@ def build_other(
     """A trainer of one of the `KINDS`, four rows per step; `options` are its configuration's."""
     made = KINDS[kind]
     module = importlib.import_module(made.module)
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
+    defaults = SMALL_AND_QUIET | {"per_device_train_batch_size": 4, "max_steps": 2}
     tokenizer, extra = made.tokenizer(), {}
     tokenizer.padding_side = "left"
     if made.reward is not None:

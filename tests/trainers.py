@@ -16,12 +16,7 @@ PAD, EOS = 0, 1
 DATA = Dataset.from_list([{"prompt": text} for text in ("a b c", "d e", "f g h i", "c a")] * 4)
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
-
-SETTINGS = {
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 12,
-    "max_steps": 3,
+SMALL_AND_QUIET = {
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "report_to": "none",
@@ -29,6 +24,12 @@ SETTINGS = {
     "use_cpu": True,
     "bf16": False,
     "disable_tqdm": True,
+}
+SETTINGS = SMALL_AND_QUIET | {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 12,
+    "max_steps": 3,
     "beta": 0.0,
 }
 

@@ -5,6 +5,7 @@ A backend that is not installed is skipped: `make test` installs TensorBoard.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sqlite3
@@ -73,8 +74,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs("trackio")
 def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trackio.sqlite_storage  # noqa: F401
-
+    importlib.import_module("trackio.sqlite_storage")
     # TRACKIO_DIR is read when trackio is imported, which TRL has done by now.
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "trackio" and "TRACKIO_DIR" in vars(module):
