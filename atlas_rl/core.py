@@ -7,7 +7,7 @@ made them: hidden states, and draft probabilities under rejection verification.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -348,14 +348,21 @@ class Rollouts:
     Attributes:
         sequences: Every request, complete.
         generate_s: Seconds that generating them took, refreshes aside; None where nobody measured.
+        accepted: Accepted draft tokens by their speculator's name; empty where nobody counted.
         elsewhere: Calls that other ranks have finished since the last refresh: token ids, without hidden states.
         measuring_s: Seconds since the last refresh that went into reruns, to measure: no part of the run.
     """
 
     sequences: Sequences
     generate_s: float | None = None
+    accepted: Mapping[str, int] = field(default_factory=dict)
     elsewhere: tuple[Sequences, ...] = ()
     measuring_s: float = 0.0
+
+    def share_of(self, speculator: str) -> float | None:
+        """Share of the accepted draft tokens that this speculator had drafted; None where none were, or nobody counted."""
+        total = sum(self.accepted.values())
+        return self.accepted.get(speculator, 0) / total if total else None
 
 
 def prompt_key(row: np.ndarray) -> int:

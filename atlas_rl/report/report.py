@@ -169,6 +169,11 @@ class StepReport:
         return self.num_tokens / self.generate_s if self.generate_s > 0 else 0.0
 
     @property
+    def rollout_s(self) -> float:
+        """Seconds of `generate_s` that went into rollouts: neither into refreshes nor into bringing weights."""
+        return self.generate_s - self.refresh_s - self.sync_s
+
+    @property
     def us_per_token(self) -> float | None:
         """Microseconds of `generate_s` per generated token."""
         return 1e6 * self.generate_s / self.num_tokens if self.num_tokens else None

@@ -191,7 +191,7 @@ class RolloutEngine:
             figures = self._audit(audited, backend, call, run).figures()
         report = replace(self._report(call, run, mode, self._calls if step is None else step), **figures)
         if speculators:
-            self._policy.finished(Rollouts(sequences, report.generate_s - report.refresh_s - report.sync_s))
+            self._policy.finished(Rollouts(sequences, report.rollout_s, report.accepted))
         self._calls += 1
         everyone = range(len(sequences.lengths))
         prompt_ids, texts = list(map(sequences.prompt, everyone)), list(map(sequences.completion, everyone))

@@ -221,7 +221,10 @@ class Drafting:
         table = self.requests.table
         if table.sequences is not None:
             table.sample_as(table.commonest_way)
-            self.tracker.finished(Rollouts(table.sequences, self._busy_s() - self._epoch_mark_s))
+            accepted = {
+                name: right for name, (_, right) in self.recorder.draft_counts().items()
+            }  # since the last report
+            self.tracker.finished(Rollouts(table.sequences, self._busy_s() - self._epoch_mark_s, accepted))
 
     def _learn(self, version: int | None) -> None:
         """Drafters learn from the newest epoch, for a policy of this version; None counts up."""

@@ -12,43 +12,14 @@ import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.fixed import FixedController
-from atlas_rl.core import Rollouts
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.sync.checkpoint import load_state, save_state
-from tests.drafters import recurrent_drafter, ticking
+from tests.drafters import recurrent_drafter
 from tests.models import tiny_bigram, tiny_gemma2, tiny_llama
-
-PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 4]]
-EOS = [17]
-
-
-@cache
-def policy():
-    return tiny_bigram()
-
-
-def engine_of(model, speculator, k=3, **options):
-    controller = FixedController([speculator.name], speculator.name, k)
-    return AtlasRolloutEngine(model=model, speculators=[speculator], controller=controller, console=False, **options)
-
-
-def rollout(engine, seed, num_generations=8, max_new_tokens=24, **options):
-    options = {"eos_token_ids": EOS, **options}
-    return engine.generate(
-        PROMPTS, num_generations=num_generations, max_new_tokens=max_new_tokens, seed=seed, **options
-    )
-
-
-def trained(model, speculator, updates=3, **options):
-    engine = engine_of(model, speculator, **options)
-    for seed in range(updates):
-        rollout(engine, seed)
-        engine.policy_updated()
-    return engine
+from tests.recurrent import engine_of, policy, rollout, trained
 
 
 def can_draft(speculator):
@@ -173,60 +144,6 @@ def test_it_learns_inside_no_grad_and_inference_mode():
         with mode():
             trained(policy(), speculator, updates=2)
         assert speculator.refreshes[-1].agreement_after > speculator.refreshes[0].agreement_before
-
-
-def test_a_budget_is_kept():
-    speculator = recurrent_drafter(budget_share=1e-9)
-    trained(policy(), speculator, updates=2)
-    assert [done.num_steps for done in speculator.refreshes] == [1, 1]
-
-
-@pytest.mark.parametrize(("measuring_s", "learns"), [(0.0, True), (5.0, False)])
-def test_time_that_only_measures_earns_no_time_to_learn(measuring_s, learns):
-    speculator = recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
-    rollout(engine_of(policy(), speculator), 0)
-    speculator._began_s = speculator._clock() - 5.0
-    speculator.refresh(Rollouts(speculator.learner.sequences, 1.0, measuring_s=measuring_s), 1)
-    assert (speculator.refreshes[-1].num_steps > 20) == learns
-    assert learns or speculator.refreshes[-1].num_steps == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("generate_s", "pays"), [(1e9, True), (0.0, False)])
-def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
-    """Seconds of generation are what there is to gain from: of a billion any training is worth it, of none no training."""
-    model, speculator = copy.deepcopy(policy()), recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
-    engine, steps, generator = engine_of(model, speculator), [], torch.Generator().manual_seed(0)
-    for seed in range(6):
-        rollout(engine, seed)
-        with torch.no_grad():  # the policy moves, so that there is always something to learn
-            for weight in model.parameters():
-                weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
-        speculator._began_s = speculator._clock() - 1.0
-        speculator.refresh(Rollouts(speculator.learner.sequences, generate_s), seed)
-        steps.append(speculator.refreshes[-1].num_steps)
-    assert steps[0] > 20
-    assert (steps[-1] > 20) == pays
-    assert pays or steps[-1] <= steps[0] / 8
-
-
-@pytest.mark.slow
-def test_a_jump_of_the_policy_gives_the_whole_budget_back():
-    model, speculator = copy.deepcopy(policy()), recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
-    engine = engine_of(model, speculator)
-
-    def refreshed(seed, generate_s):
-        rollout(engine, seed)
-        speculator._began_s = speculator._clock() - 1.0
-        speculator.refresh(Rollouts(speculator.learner.sequences, generate_s), seed)
-        return speculator.refreshes[-1].num_steps
-
-    first = [refreshed(seed, 1.0) for seed in range(12)]
-    assert first[-1] < first[0] / 4  # an unchanged policy has nothing left to teach
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(weight.roll(3, dims=0))
-    assert refreshed(12, 1.0) > first[0] / 2
 
 
 def test_a_resumed_run_drafts_as_well_as_before(tmp_path):

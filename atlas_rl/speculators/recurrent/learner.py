@@ -106,6 +106,7 @@ class Learner:
         self._num_read = 0  # entries of the log whose tokens have rows
         self._unread = np.zeros(0, np.int64)  # tokens of earlier calls that have none: weights are read in calls alone
         self._cut = 1.0  # share of the budget that training is worth
+        self._use = 1.0  # share of what speculation saves that is the head's
         self._agreement: float | None = None  # after the refresh before
         self._set_ids(np.zeros(0, np.int64))
 
@@ -212,18 +213,28 @@ class Learner:
 
     @trainable
     def refresh(
-        self, rollouts: Rollouts, policy_version: int, policy: PolicyView, budget_s: Callable[[], float]
+        self,
+        rollouts: Rollouts,
+        policy_version: int,
+        policy: PolicyView,
+        budget_s: Callable[[], float],
+        use: float | None = None,
     ) -> Distilled | None:
         """Learn from the newest rollouts.
 
         The budget is halved while training gains less than it costs, and doubled, up to the whole, while it pays. It is
         whole again at once where what was lost since the last refresh is worth it: the policy jumped, or has a new task.
 
+        A point of agreement is worth about a point of the time that generating takes, in this step and some more, where
+        the head drafts everything. Where others' drafts are accepted as well, it is worth the head's share of that. A
+        share that falls is believed half at a time: a head that is not asked for one call must not be left to age.
+
         Args:
             rollouts: The newest.
             policy_version: Of the policy from now on.
             policy: Gives the form of its logits.
             budget_s: Asked once: most seconds.
+            use: Share of the accepted draft tokens that were the head's; None where nobody knows.
 
         Returns:
             What was done; None where there is nothing to learn from, or no token yet whose embeddings are known: a server
@@ -237,8 +248,9 @@ class Learner:
         if not len(self.ids):
             return None
         whole_s = budget_s()
-        # A point of agreement is about a point of the time that generating takes, in this step and some more.
-        worth_s = (rollouts.generate_s or 0.0) * _LASTS_UPDATES
+        if use is not None:
+            self._use = max(use, self._use / 2)
+        worth_s = (rollouts.generate_s or 0.0) * _LASTS_UPDATES * self._use
 
         def share_s(agreement: float) -> float:
             if self._agreement is not None and (self._agreement - agreement) * worth_s > whole_s:

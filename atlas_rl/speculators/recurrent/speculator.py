@@ -212,7 +212,8 @@ class RecurrentSpeculator(Speculator):
         self.policy_version = policy_version
         if not self._follows:
             return None
-        done = self.learner.refresh(rollouts, policy_version, self._bound(), lambda: self._budget_s(rollouts))
+        budget_s, use = partial(self._budget_s, rollouts), rollouts.share_of(self.name)
+        done = self.learner.refresh(rollouts, policy_version, self._bound(), budget_s, use)
         if done is not None:
             self.refreshes.append(done)
             self._began_s = self._clock()

@@ -1,0 +1,90 @@
+"""How long the recurrent drafter learns: within its budget, and only while that is worth its seconds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from atlas_rl.core import Rollouts
+from tests.drafters import recurrent_drafter, ticking
+from tests.recurrent import engine_of, policy, rollout, trained
+
+
+def test_a_budget_is_kept():
+    speculator = recurrent_drafter(budget_share=1e-9)
+    trained(policy(), speculator, updates=2)
+    assert [done.num_steps for done in speculator.refreshes] == [1, 1]
+
+
+@pytest.mark.parametrize(("measuring_s", "learns"), [(0.0, True), (5.0, False)])
+def test_time_that_only_measures_earns_no_time_to_learn(measuring_s, learns):
+    speculator = recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
+    rollout(engine_of(policy(), speculator), 0)
+    speculator._began_s = speculator._clock() - 5.0
+    speculator.refresh(Rollouts(speculator.learner.sequences, 1.0, measuring_s=measuring_s), 1)
+    assert (speculator.refreshes[-1].num_steps > 20) == learns
+    assert learns or speculator.refreshes[-1].num_steps == 1
+
+
+def learning(generate_s, accepted=(), updates=6, budget_s=1.0):
+    """Optimizer steps of each refresh of a head that has some time for it, while the policy moves."""
+    model, speculator = copy.deepcopy(policy()), recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
+    engine, steps, generator = engine_of(model, speculator), [], torch.Generator().manual_seed(0)
+    for seed in range(updates):
+        rollout(engine, seed)
+        with torch.no_grad():  # so that there is always something to learn
+            for weight in model.parameters():
+                weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+        speculator._began_s = speculator._clock() - budget_s
+        counts = accepted[seed] if seed < len(accepted) else {}
+        speculator.refresh(Rollouts(speculator.learner.sequences, generate_s, counts), seed)
+        steps.append(speculator.refreshes[-1].num_steps)
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("generate_s", "pays"), [(1e9, True), (0.0, False)])
+def test_training_is_cut_when_it_costs_more_than_it_gains(generate_s, pays):
+    """Seconds of generation are what there is to gain from: of a billion any training is worth it, of none no training."""
+    steps = learning(generate_s)
+    assert steps[0] > 20
+    assert (steps[-1] > 20) == pays
+    assert pays or steps[-1] <= steps[0] / 8
+
+
+@pytest.mark.slow
+def test_training_is_worth_the_heads_share_of_the_accepted_drafts():
+    """Calls of 20 s pay for learning, but not for a head whose drafts hardly count beside another's."""
+    alone, beside = {"recurrent": 50, "history": 0}, {"recurrent": 1, "history": 999}
+    steps = learning(20.0, [beside] * 6 + [alone], updates=7, budget_s=0.4)
+    assert steps[0] > 20
+    assert steps[5] <= steps[0] / 3
+    assert steps[6] > 20  # asked again, it learns again at once
+
+
+@pytest.mark.parametrize(
+    ("accepted", "share"), [({}, None), ({"a": 0, "b": 0}, None), ({"a": 1, "b": 3}, 0.25), ({"b": 3}, 0.0)]
+)
+def test_the_share_of_a_drafter(accepted, share):
+    assert Rollouts(None, accepted=accepted).share_of("a") == share
+
+
+@pytest.mark.slow
+def test_a_jump_of_the_policy_gives_the_whole_budget_back():
+    model, speculator = copy.deepcopy(policy()), recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
+    engine = engine_of(model, speculator)
+
+    def refreshed(seed, generate_s):
+        rollout(engine, seed)
+        speculator._began_s = speculator._clock() - 1.0
+        speculator.refresh(Rollouts(speculator.learner.sequences, generate_s), seed)
+        return speculator.refreshes[-1].num_steps
+
+    first = [refreshed(seed, 1.0) for seed in range(12)]
+    assert first[-1] < first[0] / 4  # an unchanged policy has nothing left to teach
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.roll(3, dims=0))
+    assert refreshed(12, 1.0) > first[0] / 2
