@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -18,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A command may return work whose errors are not of its input: they keep their tracebacks.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal or a log has no letter for ends no command
     args = parse(arguments)
     try:
         work = args.run_command(args)

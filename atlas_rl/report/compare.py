@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from atlas_rl.report.page.reading import Run, read_runs
+from atlas_rl.report.page.words import counted
 from atlas_rl.report.report import StepReport
 from atlas_rl.report.sinks import markdown
 
@@ -80,15 +81,19 @@ def table(first: Run, second: Run, *, skip: int = 0) -> str:
     """
     for run in (first, second):
         if len(run.steps) <= skip:
-            raise ValueError(f"{run.name} has {len(run.steps)} steps and --skip leaves out {skip}: skip fewer")
+            raise ValueError(
+                f"{run.name} has {counted(len(run.steps), 'step')} and --skip leaves out {skip}: skip fewer"
+            )
     rows = [["", first.name, "its steps", second.name, "its steps", "ratio", "95% interval"]]
     for row in compare(first.steps[skip:], second.steps[skip:]):
         sides = [
             cell for pair in zip(row.values, row.spreads, strict=True) for cell in (_number(pair[0]), _range(pair[1]))
         ]
-        ratio = _NONE if row.ratio is None else f"{row.ratio:.2f}x"
-        rows.append([row.label, *sides, ratio, _range(row.interval)])
-    counts = f"{len(first.steps) - skip} and {len(second.steps) - skip} steps"
+        ratio = _NONE if row.ratio is None else f"{_times(row.ratio, 2)}x"
+        # Three decimals: whether an interval holds 1 has to be seen.
+        interval = _NONE if row.interval is None else " to ".join(_times(end, 3) for end in row.interval)
+        rows.append([row.label, *sides, ratio, interval])
+    counts = f"{len(first.steps) - skip:,} and {counted(len(second.steps) - skip, 'step')}"
     foot = (
         f"{counts}. 'its steps': from the 10th to the 90th percentile of single steps. An interval that holds 1 is no "
         "difference; it knows the noise within these runs, not that of another seed or machine."
@@ -165,9 +170,9 @@ def _interval(first: np.ndarray, second: np.ndarray, paired: bool, seed: int) ->
     if min(len(first), len(second)) < _ENOUGH_STEPS:
         return None
     random = np.random.default_rng(seed)
-    rows = _drawn(random, len(first))
-    again = rows if paired else _drawn(random, len(second))
-    below, above = first[rows].sum(1), second[again].sum(1)  # [resamples, 2]
+    starts = _drawn(random, len(first))
+    again = starts if paired else _drawn(random, len(second))
+    below, above = _sums_of_blocks(first, starts), _sums_of_blocks(second, again)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (above[:, 0] / above[:, 1]) / (below[:, 0] / below[:, 1])
     known = ratios[np.isfinite(ratios)]
@@ -178,10 +183,29 @@ def _interval(first: np.ndarray, second: np.ndarray, paired: bool, seed: int) ->
 
 
 def _drawn(random: np.random.Generator, num_steps: int) -> np.ndarray:
-    """Indices `[resamples, num_steps]` of steps, in circular blocks of about the cube root of their number."""
-    size = max(1, round(num_steps ** (1 / 3)))
-    starts = random.integers(num_steps, size=(_RESAMPLES, -(-num_steps // size)))
-    return ((starts[:, :, None] + np.arange(size)) % num_steps).reshape(_RESAMPLES, -1)[:, :num_steps]
+    """First steps `[resamples, blocks]` of circular blocks, which together have `num_steps` steps or just more."""
+    return random.integers(num_steps, size=(_RESAMPLES, -(-num_steps // _block_size(num_steps))))
+
+
+def _block_size(num_steps: int) -> int:
+    return max(1, round(num_steps ** (1 / 3)))
+
+
+def _sums_of_blocks(sums: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums `[resamples, 2]` over blocks of steps, the last block cut so that all have as many steps as `sums`."""
+    num_steps, size = len(sums), _block_size(len(sums))
+    up_to = np.concatenate([np.zeros((1, 2)), np.cumsum(np.concatenate([sums, sums[:size]]), axis=0)])
+
+    def block(first: np.ndarray, length: int) -> np.ndarray:
+        return up_to[first + length] - up_to[first]
+
+    whole = block(starts[:, :-1], size).sum(1)
+    return whole + block(starts[:, -1], num_steps - size * (starts.shape[1] - 1))
+
+
+def _times(value: float, digits: int) -> str:
+    """A ratio; small ones keep three digits."""
+    return f"{value:.{digits}f}" if value >= 0.1 else f"{value:.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -75,6 +75,17 @@ REFUSED = {
     "no data": ({"dataset_name": None}, [], "dataset_name is missing"),
     "no rewards": ({"reward_funcs": None}, [], "reward_funcs is missing"),
     "env that is no mapping": ({"env": "A=1"}, [], "env must be a mapping"),
+    "env with a name that is none": ({"env": {"A=B": 1}}, [], "'A=B', which is no name of an environment variable"),
+    "env with a number for a name": ({"env": {1: 1}}, [], "1, which is no name of an environment variable"),
+    "another engine": ({"engine": "vllm"}, [], "engine must be one of atlas, trl, and the YAML file has 'vllm'"),
+    "a choice of TRL's": ({"dtype": "int3"}, [], "dtype must be one of auto, bfloat16"),
+    "a bare no": ({"save_strategy": False}, [], "put it in quotes"),
+    "two files": ({}, ["--config", "other.yaml"], "--config is given twice"),
+    "a lone dash": ({}, ["--", "x"], "belongs to no option"),
+    "help in the file": ({"help": True}, [], "has no option 'help'"),
+    "a policy that is not there": ({"model_name_or_path": "/nowhere/policy"}, [], "there is no '/nowhere/policy'"),
+    "a policy that is a number": ({"model_name_or_path": 5}, [], "must be a folder or a name on the hub, got 5"),
+    "data that are not there": ({"dataset_name": "./no/data"}, [], "dataset_name: there is no './no/data'"),
 }  # fmt: skip
 
 
@@ -107,6 +118,8 @@ FILES = {
     "no such file": (["nowhere.yaml"], "nowhere.yaml"),
     "no YAML": (["broken.yaml"], "broken.yaml is no YAML"),
     "no mapping": (["list.yaml"], "must hold a YAML mapping"),
+    "an option twice": (["twice.yaml"], "twice.yaml has 'max_steps' twice"),
+    "a part of an option twice": (["deep.yaml"], "deep.yaml has 'top_k' twice"),
 }
 
 
@@ -117,6 +130,8 @@ def test_files_that_cannot_be_read(
     monkeypatch.chdir(tmp_path)
     Path("broken.yaml").write_text("a: [1\nb: 2")
     Path("list.yaml").write_text("- a\n- b\n")
+    Path("twice.yaml").write_text("max_steps: 1\nseed: 0\nmax_steps: 2\n")
+    Path("deep.yaml").write_text("generation_kwargs: {top_k: 1, top_k: 2}\n")
     arguments, message = FILES[case]
     with pytest.raises(SystemExit):
         main(["grpo", "--config", *arguments])

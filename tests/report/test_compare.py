@@ -1,10 +1,12 @@
 """Two runs beside each other: figures are ratios of sums, and intervals hold what they say."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from atlas_rl.cli import main
-from atlas_rl.report.compare import compare, table
+from atlas_rl.report.compare import _interval, _sums_of_blocks, compare, table
 from atlas_rl.report.sums import concatenate
 from tests.report.page.runs import OFF, real_folder, run_of, steps, write
 from tests.reports import make_report
@@ -61,6 +63,29 @@ def test_an_interval_covers_as_often_as_it_says():
         low, high = by_label(noisy(2 * seed + 1, shared=seed), noisy(2 * seed, shared=seed))["tokens/s"].interval
         covered += low <= 1 <= high
     assert 85 <= covered <= 100
+
+
+def test_long_runs_are_compared_in_little_memory():
+    sums = np.ones((20_000, 2))
+    tracemalloc.start()
+    assert _interval(sums, sums, False, 0) == pytest.approx((1.0, 1.0))
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("starts", "rows"),
+    [([0, 9, 3, 3, 8], [0, 1, 9, 0, 3, 4, 3, 4, 8, 9]), ([0, 10, 3, 3, 8, 10], [0, 1, 10, 0, 3, 4, 3, 4, 8, 9, 10])],
+)
+def test_blocks_are_cut_to_the_length_of_the_run(starts, rows):
+    sums = np.arange(2.0 * len(rows)).reshape(-1, 2)
+    assert _sums_of_blocks(sums, np.array([starts])).tolist() == [sums[rows].sum(0).tolist()]
+
+
+def test_an_interval_shows_whether_it_holds_one():
+    slower = [make_report(step=i, policy_version=i, generate_s=2.0 * 1.003) for i in range(40)]
+    text = table(run_of(steps(range(40)), "a"), run_of(slower, "b"))
+    assert "0.997 to 0.997" in next(line for line in text.splitlines() if "tokens/s" in line)
 
 
 def test_few_steps_have_no_interval_and_what_is_unknown_is_a_dash():

@@ -9,7 +9,7 @@ Torch and TRL are imported after `read_config`: the file's `env` holds variables
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, field, fields, make_dataclass
 from importlib import import_module
@@ -37,7 +37,7 @@ def read_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The arguments with `--config FILE` as TRL's parser wants it, and what the file says; its `env` is set at once.
 
     Raises:
-        ValueError: The file is no YAML mapping, or no file is named.
+        ValueError: The file is no YAML mapping, names an option twice, or not one file is named.
         OSError: It cannot be read.
     """
     spread = [part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])]
@@ -45,20 +45,39 @@ def read_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         return spread, {}
     if spread.index("--config") == len(spread) - 1:
         raise ValueError("--config needs a YAML file: --config run.yaml")
-    import yaml
-
+    if spread.count("--config") > 1:
+        raise ValueError("--config is given twice: one file has all options, and the command line overrides them")
     path = Path(spread[spread.index("--config") + 1])
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    config = _read_yaml(path)
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise ValueError(f"{path} must hold a YAML mapping of options, such as `learning_rate: 1.0e-6`")
     variables = config.pop("env", {})
     if not isinstance(variables, dict):
         raise ValueError(f"{path}: env must be a mapping of environment variables, got {variables!r}")
+    if wrong := [name for name in variables if not isinstance(name, str) or not name or set("=\0") & set(name)]:
+        raise ValueError(f"{path}: env has {wrong[0]!r}, which is no name of an environment variable")
     os.environ.update({str(name): str(value) for name, value in variables.items()})
     return spread, config
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file says; `ValueError` for one that is no YAML, or that says two things of one key.
+
+    YAML forbids such keys, and PyYAML takes the last without a word.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+                raise ValueError(f"{path} has '{twice[0]}' twice: leave one")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
 
 
 def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Callable[..., Any]) -> Callable[[], None]:
@@ -76,6 +95,7 @@ def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Cal
     parser = make_parser(script, new_engine)
     names = {action.dest for action in parser._actions} - {"help"}
     _check_names(config, names, "the YAML file")
+    _check_choices(config, parser._actions)
     *theirs, ours, rest = parser.parse_args_and_config(list(arguments), return_remaining_strings=True)
     flags = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
     _check_rest(rest, names | {flag for flag in flags if "-" not in flag} - {"h"})
@@ -157,7 +177,7 @@ def _check_names(given: Mapping[str, Any], known: Collection[str], where: str) -
         return
     from accelerate.commands.launch import launch_command_parser
 
-    launcher = {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
+    launcher = {action.dest for action in launch_command_parser()._actions} - {"help"} | {"accelerate_config"}
     for name in unknown:
         if name in launcher:
             raise ValueError(
@@ -167,9 +187,26 @@ def _check_names(given: Mapping[str, Any], known: Collection[str], where: str) -
     reject_unknown(given, sorted(known), COMMAND, listed=f"{COMMAND} --help lists its options ({where} is wrong)")
 
 
+def _check_choices(config: Mapping[str, Any], actions: Iterable[Any]) -> None:
+    """Raise `ValueError` for a value of the YAML file that is none of its option's: argparse asks the command line only."""
+    for action in actions:
+        if action.choices is None or config.get(action.dest) is None:
+            continue
+        given = config[action.dest]
+        for value in given if isinstance(given, list) else [given]:
+            if str(value) not in map(str, action.choices):
+                choices = ", ".join(map(str, action.choices))
+                hint = (
+                    " (YAML reads a bare yes or no as true or false: put it in quotes)"
+                    if isinstance(value, bool)
+                    else ""
+                )
+                raise ValueError(f"{action.dest} must be one of {choices}, and the YAML file has {value!r}{hint}")
+
+
 def _check_rest(rest: Sequence[str], known: Collection[str]) -> None:
     """Raise `ValueError` for what no option has taken."""
-    flags = [each[2:].split("=")[0] for each in rest if each.startswith("--")]
+    flags = [each[2:].split("=")[0] for each in rest if each.startswith("--") and each != "--"]
     _check_names(dict.fromkeys(flags), known, "the command line")
     if rest:
         raise ValueError(f"{rest[0]!r} belongs to no option. {COMMAND} --help lists them")
@@ -184,8 +221,21 @@ def _check_given(groups: Sequence[Any]) -> None:
         raise ValueError(
             "dataset_name is missing: a dataset's folder, or its name on the hub (or `datasets` in the YAML)"
         )
+    for name in ("model_name_or_path", "dataset_name"):
+        _check_path(name, values.get(name))
     if not values.get("reward_funcs") and not values.get("reward_model_name_or_path"):
         raise ValueError("reward_funcs is missing: names of TRL's rewards, or dotted paths such as my_rewards.length")
+
+
+def _check_path(name: str, value: Any) -> None:
+    """Raise `ValueError` for a path that leads nowhere; names of the hub are `name` and `owner/name`."""
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a folder or a name on the hub, got {value!r}")
+    is_path = value.startswith(("/", ".", "~")) or value.count("/") > 1
+    if is_path and not Path(value).exists():
+        raise ValueError(f"{name}: there is no '{value}' on this machine, and it is no name of the hub")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
@@ -11,6 +12,7 @@ from atlas_rl.report.report import Mode, StepReport
 
 _FIELDS = {field.name: field for field in fields(StepReport)}
 _DERIVED = {name for name, value in vars(StepReport).items() if isinstance(value, property)}
+_MOST = 2**53  # beyond it not every whole number is a float, so no figure of a run is as large
 
 
 def report_of(row: Mapping[str, Any]) -> StepReport:
@@ -19,7 +21,7 @@ def report_of(row: Mapping[str, Any]) -> StepReport:
     Keys that no report has are left out: callers may add figures of their own.
 
     Raises:
-        ValueError: Fields are missing, of another type, or do not fit each other.
+        ValueError: Fields are missing, of another type, out of range, or do not fit each other.
     """
     required = [
         name for name, field in _FIELDS.items() if field.default is MISSING and field.default_factory is MISSING
@@ -28,13 +30,17 @@ def report_of(row: Mapping[str, Any]) -> StepReport:
         raise ValueError(f"no step report: it lacks {', '.join(missing)}")
     given = {name: row[name] for name in _FIELDS if name in row}
     for name, value in given.items():
-        if not FORMS[str(_FIELDS[name].type)](value):
-            raise ValueError(f"no step report: its {name} is {value!r:.60}")
+        if not FORMS[str(_FIELDS[name].type)](value) or (_cannot_be_negative(name) and (value or 0) < 0):
+            raise ValueError(f"no step report: its {name} is {_shown(value)}")
     report = StepReport.from_dict(given)
     if set(report.drafted) != set(report.accepted):
         raise ValueError("no step report: drafted and accepted name other speculators")
     if len(report.drafted_by_position) != len(report.accepted_by_position):
         raise ValueError("no step report: drafted and accepted have other positions")
+    for name in _DERIVED:
+        value = getattr(report, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"no step report: its {name} would be {value}")
     return report
 
 
@@ -43,12 +49,24 @@ def unknown_keys(row: Mapping[str, Any], origin: Collection[str]) -> set[str]:
     return set(row) - set(_FIELDS) - _DERIVED - set(origin)
 
 
+def _cannot_be_negative(name: str) -> bool:
+    """Whether a number is an amount of time or a rate; `other_s` is a difference, and clocks differ."""
+    return name.endswith("_s") and name != "other_s"
+
+
+def _shown(value: Any) -> str:
+    """A value on one short line; a whole number of thousands of digits is not written out."""
+    if isinstance(value, int) and abs(value) > _MOST:
+        return "too large"
+    return f"{json.dumps(value):.60}"
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST <= value <= _MOST
 
 
 def _is_optional_number(value: Any) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from atlas_rl.report.page.html import BEGINNING, page
 from atlas_rl.report.page.reading import read_runs
+from atlas_rl.report.page.words import counted
 
 
 def write_report(args: argparse.Namespace) -> None:
@@ -22,19 +23,19 @@ def write_page(paths: Sequence[Path], output: Path, *, earlier: bool = False) ->
 
     Args:
         paths: Folders of runs, or their `rollouts.jsonl`.
-        output: The page; a file that is no page is not replaced.
+        output: The page; a file that is no page of this command is not replaced.
         earlier: Whether to show earlier runs in the same files, too.
 
     Raises:
-        ValueError: Plotly is missing, or a path holds no run.
+        ValueError: Plotly is missing, a path holds no run, or `output` is or lies in something else.
         OSError: A file cannot be read or written.
     """
-    _check_output(output)
+    file = _checked(output)
     source = plotly_js()
     runs = read_runs(paths, earlier=earlier)
     made_at = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    _write(output, page(runs, source, made_at))
-    print(f"{output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {sum(len(r.steps) for r in runs):,} steps")
+    _write(file, page(runs, source, made_at))
+    print(f"{output}: {counted(len(runs), 'run')}, {counted(sum(len(run.steps) for run in runs), 'step')}")
     for run in runs:
         for note in run.notes:
             print(f"  {run.name}: {note}")
@@ -51,14 +52,31 @@ def plotly_js() -> str:
     return get_plotlyjs()
 
 
-def _check_output(output: Path) -> None:
-    """Refuse to replace what is no page: a mistyped name must not cost a run its figures."""
-    if output.is_dir():
+def _checked(output: Path) -> Path:
+    """The file to write, links followed. What is no page of ours is not replaced, be it a run, a page or a device.
+
+    Raises:
+        ValueError: It is something else already, or cannot be written.
+    """
+    if str(output) == "-":
+        raise ValueError("--output is a file: the page has some 5 MB and does not go to a terminal")
+    file = Path(os.path.realpath(output))
+    if file.is_dir():
         raise ValueError(f"--output '{output}' is a folder: name a file in it, such as {output / 'report.html'}")
-    if output.exists() and output.stat().st_size:
-        with output.open("rb") as file:
-            if not file.read(len(BEGINNING)) == BEGINNING.encode():
-                raise ValueError(f"--output '{output}' exists and is no page: name another file")
+    if file.exists() and not (file.is_file() and _replaceable(file)):
+        raise ValueError(f"--output '{output}' exists and is no page of a run: name another file")
+    folder = next(each for each in file.parents if each.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--output '{output}' cannot be written: '{folder}' is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--output '{output}' cannot be written: you may not write to '{folder}'")
+    return file
+
+
+def _replaceable(file: Path) -> bool:
+    """Whether a file is a page that this wrote, or empty."""
+    with file.open("rb") as content:
+        return content.read(len(BEGINNING)) in (b"", BEGINNING.encode())
 
 
 def _write(output: Path, text: str) -> None:
@@ -66,7 +84,8 @@ def _write(output: Path, text: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        draft.write_text(text, encoding="utf-8")
+        # Names of folders and texts of errors may hold bytes that are no UTF-8: a mark stands for them.
+        draft.write_text(text, encoding="utf-8", errors="replace")
         draft.replace(output)
     finally:
         draft.unlink(missing_ok=True)

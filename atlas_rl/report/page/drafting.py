@@ -12,14 +12,13 @@ from atlas_rl.report.page.figures import (
     color_of,
     layout,
     line,
+    names_axis,
     over_steps,
-    points,
     whole_ticks,
     whose,
 )
 from atlas_rl.report.page.reading import Run
 from atlas_rl.report.page.speed import known_points, steps_of
-from atlas_rl.report.sums import concatenate
 
 _ENOUGH_DRAFTS = 20  # verified at a position, for its acceptance to be shown
 _ENOUGH_PER_POINT = 10
@@ -28,12 +27,12 @@ _ENOUGH_PER_POINT = 10
 def speculators(runs: Sequence[Run]) -> Panel:
     """Which speculator drafted, and how much of it was accepted."""
     sentence = "Which speculator drafted, and how many of its verified draft tokens were the policy's own choice."
-    drafting = [run for run in runs if concatenate(run.steps).drafted]
+    drafting = [run for run in runs if run.total.drafted]
     if not drafting:
         return Panel("speculators", "Who drafted", sentence, absent="Speculation was off.")
     rows, accepted, refused = [], [], []
     for run in drafting:
-        total = concatenate(run.steps)
+        total = run.total
         for name, drafted in total.drafted.items():
             rate = f" ({total.accepted[name] / drafted:.0%})" if drafted else ""
             rows.append(f"{whose(run, drafting, ': ')}{name}{rate}")
@@ -41,14 +40,14 @@ def speculators(runs: Sequence[Run]) -> Panel:
             refused.append(drafted - total.accepted[name])
     data = [bars("accepted", accepted, rows, color_of(2)), bars("not accepted", refused, rows, GREY)]
     axes = layout("verified draft tokens", "", barmode="stack", legend={"traceorder": "normal"})
-    axes["yaxis"] = {"automargin": True, "autorange": "reversed"}
+    axes["yaxis"] = names_axis()
     parts = [Figure(data, axes, "Over the whole run", 130 + 34 * len(rows))]
     return Panel("speculators", "Who drafted", sentence, (*parts, *(_over_steps(run, drafting) for run in drafting)))
 
 
 def _over_steps(run: Run, drafting: Sequence[Run]) -> Figure:
     data = []
-    reports = points(run.steps)
+    reports = run.points
     names = list(dict.fromkeys(name for report in reports for name in report.drafted))
     for i, name in enumerate(names):
         rates = [
@@ -68,7 +67,7 @@ def by_position(runs: Sequence[Run]) -> Panel:
     )
     data = []
     for i, run in enumerate(runs):
-        total = concatenate(run.steps)
+        total = run.total
         counts = list(zip(total.accepted_by_position, total.drafted_by_position, strict=True))
         shown = [(n + 1, a / d, d) for n, (a, d) in enumerate(counts) if d >= _ENOUGH_DRAFTS]
         if shown:
@@ -90,7 +89,7 @@ def entropy(runs: Sequence[Run]) -> Panel:
     sentence = "Mean entropy of the distributions that tokens were drawn from: as it falls, drafts are easier to guess."
     data = []
     for i, run in enumerate(runs):
-        reports = known_points(run.steps, "entropy")
+        reports = known_points(run, "entropy")
         if reports:
             data.append(line(run.name, steps_of(reports), [r.entropy for r in reports], color_of(i)))
     if not data:
@@ -107,7 +106,7 @@ def calibration(runs: Sequence[Run]) -> Panel:
     parts = []
     for run in runs:
         data = []
-        reports = points(run.steps)
+        reports = run.points
         names = list(dict.fromkeys(name for report in reports for name in report.calibration_error))
         for i, name in enumerate(names):
             errors = [report.calibration_error.get(name) for report in reports]

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 from atlas_rl.report.advice import advice_for
-from atlas_rl.report.page.figures import Figure, Panel, Table, color_of, groups, having, line, mark, over_steps, whose
+from atlas_rl.report.page.figures import Figure, Panel, Table, color_of, having, line, mark, over_steps, whose
 from atlas_rl.report.page.reading import Run
 from atlas_rl.report.page.speed import known_points, steps_of
-from atlas_rl.report.sums import concatenate
+from atlas_rl.report.page.thinning import groups
 
 ALARM_NATS = math.log(1e6)
 """Evidence at which the audit warns; `audit/bets.py` has the same number, two floors above."""
@@ -30,10 +30,10 @@ def audit(runs: Sequence[Run]) -> Panel:
         if known:
             values = [report.audit_evidence_nats for report in known]
             evidence.append(line(run.name, steps_of(known), values, color_of(i)))
-        scored = known_points(run.steps, "audit_z")
+        scored = known_points(run, "audit_z")
         if scored:
             scores.append(line(run.name, steps_of(scored), [r.audit_z for r in scored], color_of(i)))
-        total = concatenate(run.steps)
+        total = run.total
         if total.num_audited_tokens:
             error = total.audit_logprob_error_nats
             shown = "–" if error is None else f"{error:.2g} nats"
@@ -63,10 +63,10 @@ def warnings(runs: Sequence[Run]) -> Panel:
             for message in report.warnings:
                 when.setdefault(message, []).append(report.step)
         rows = [(text, _steps(at), advice_for(text)) for text, at in list(when.items())[:_MOST_WARNINGS]]
-        more = f", the first {_MOST_WARNINGS} of {len(when)}" if len(when) > _MOST_WARNINGS else ""
+        more = f"the first {_MOST_WARNINGS} of {len(when):,}" if len(when) > _MOST_WARNINGS else ""
         if rows:
-            parts.append(Table(("warning", "steps", "what to do"), rows, whose(run, runs, "") + more))
-        faults = concatenate(run.steps).drafter_faults
+            parts.append(Table(("warning", "steps", "what to do"), rows, whose(run, runs, ", " if more else "") + more))
+        faults = run.total.drafter_faults
         if faults:
             header = (f"errors of drafters{' of ' if len(runs) > 1 else ''}{whose(run, runs, '')}", "count")
             parts.append(Table(header, [(name, f"{count:,}") for name, count in faults.items()]))

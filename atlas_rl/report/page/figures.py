@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from atlas_rl.report.page.reading import Run
+from atlas_rl.report.page.thinning import groups
 from atlas_rl.report.report import StepReport
-from atlas_rl.report.sums import concatenate
 
 COLORS = ("#3b82c4", "#d9822b", "#2f9e77", "#c0569b", "#8a6fd1", "#a8892c", "#d1495b", "#4aa8b5", "#7d8590", "#6b8e23")
 """Readable on white and on near-black."""
 GREY = "#8b929c"
-MOST_POINTS = 250
-"""Of one line; longer runs are drawn as sums over neighbouring steps."""
 _FEW_POINTS = 40  # up to here a line shows its points
 _FEW_TICKS = 12
+_ENTRY_PX, _LETTER_PX, _ROW_PX = 45, 7, 19  # of a legend: the mark of an entry, a letter, the height of a row
 
 
 @dataclass(frozen=True)
@@ -60,20 +59,17 @@ class Panel:
     absent: str = ""
 
 
+def height_px(figure: Figure, width_px: int) -> int:
+    """Height of a figure whose legend gets `width_px`: rows of the legend beyond the second take nothing from the chart."""
+    longest = max(len(trace.get("name", "")) for trace in figure.data)
+    columns = max(1, width_px // (_ENTRY_PX + _LETTER_PX * longest))
+    rows = -(-len(figure.data) // columns)
+    return figure.height_px + _ROW_PX * max(0, rows - 2)
+
+
 def color_of(index: int) -> str:
     """The colour of the index-th run or drafter."""
     return COLORS[index % len(COLORS)]
-
-
-def groups(steps: Sequence[StepReport], most: int = MOST_POINTS) -> list[Sequence[StepReport]]:
-    """Neighbouring steps, at most `most` groups of equal size."""
-    size = -(-len(steps) // most)
-    return [steps[i : i + size] for i in range(0, len(steps), size)]
-
-
-def points(steps: Sequence[StepReport]) -> list[StepReport]:
-    """One report per group: counts and seconds added up, so that its ratios are those of all its tokens."""
-    return [concatenate(group) for group in groups(steps)]
 
 
 def having(steps: Iterable[StepReport], *names: str) -> list[StepReport]:
@@ -115,11 +111,17 @@ def layout(x_title: str, y_title: str, **more: Any) -> dict[str, Any]:
 def over_steps(runs: Sequence[Run], y_title: str, **more: Any) -> dict[str, Any]:
     """Axes of figures over the steps of runs; few steps get a tick each, and none between them."""
     title = {"train": "training step", "standalone": "call", "eval": "evaluation at step"}[runs[0].mode]
-    size = max(len(group) for run in runs for group in groups(run.steps))
-    axes = layout(f"{title} ({size} per point)" if size > 1 else title, y_title, **more)
+    sizes = {len(groups(run.steps)[0]) for run in runs}
+    per_point = f" ({'up to ' if len(sizes) > 1 else ''}{max(sizes)} per point)" if max(sizes) > 1 else ""
+    axes = layout(title + per_point, y_title, **more)
     numbers = [report.step for run in runs for report in run.steps]
     axes["xaxis"] |= whole_ticks(min(numbers), max(numbers))
     return axes
+
+
+def names_axis() -> dict[str, Any]:
+    """An axis of names, the first at the top. By itself plotly takes names such as 2026-11-26 for dates."""
+    return {"type": "category", "automargin": True, "autorange": "reversed"}
 
 
 def whole_ticks(least: int, most: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from atlas_rl.report.page.figures import Table
 from atlas_rl.report.page.reading import Run
 from atlas_rl.report.page.totals import Totals, totals
 from atlas_rl.report.page.verdict import verdict
+from atlas_rl.report.page.words import amount, counted
 
 _NONE = "–"
 
@@ -47,15 +48,8 @@ def share(value: float | None) -> str:
     return _NONE if value is None else f"{value:.0%}"
 
 
-def amount(value: float | None) -> str:
-    """A number as text, with three digits at least."""
-    if value is None:
-        return _NONE
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def _of_steps(count: int, run: Totals) -> str:
-    return f"{count} of {run.num_steps} steps" if count else "no step has one"
+    return f"{count:,} of {counted(run.num_steps, 'step')}" if count else "no step has one"
 
 
 _ROWS: tuple[tuple[str, Callable[[Totals], str], Callable[[Totals], str]], ...] = (
@@ -84,5 +78,5 @@ _ROWS: tuple[tuple[str, Callable[[Totals], str], Callable[[Totals], str]], ...] 
         lambda run: "nats per token",
     ),
     ("steps", lambda run: f"{run.num_steps:,}", lambda run: f"{amount(run.all.generate_s)} s of generation"),
-    ("warnings", lambda run: f"{len(run.all.warnings):,}", lambda run: "different ones"),
+    ("warnings", lambda run: f"{len(run.all.warnings):,}", lambda run: "each counted once"),
 )

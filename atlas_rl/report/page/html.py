@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
+from typing import Any
 
 from atlas_rl.report.page import drafting, evidence, speed
-from atlas_rl.report.page.figures import Figure, Panel, Table
+from atlas_rl.report.page.figures import Figure, Panel, Table, height_px
 from atlas_rl.report.page.headline import Headline, headline, side_by_side
 from atlas_rl.report.page.reading import Run
+from atlas_rl.report.page.words import counted
 
 PANELS: tuple[Callable[[Sequence[Run]], Panel], ...] = (
     evidence.warnings,
@@ -27,7 +29,9 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel], ...] = (
     evidence.audit,
 )
 """In the page's order."""
-BEGINNING = "<!DOCTYPE html>"
+BEGINNING = '<!DOCTYPE html>\n<html lang="en" data-made-by="atlas_rl">'
+"""Of every page; by it the command knows a file that it may replace."""
+_PAPER_PX, _PHONE_PX = 620, 280  # width that legends have on paper, and on a narrow phone
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 """The page holds all that it needs: a browser may fetch nothing for it."""
 
@@ -42,6 +46,7 @@ def page(runs: Sequence[Run], plotly_js: str, made_at: str) -> str:
     """
     panels = [make(runs) for make in PANELS]
     names = ", ".join(run.name for run in runs)
+    num_steps = counted(sum(len(run.steps) for run in runs), "step")
     figures = [part for panel in panels for part in panel.parts if isinstance(part, Figure)]
     ids = {id(figure): f"figure-{i}" for i, figure in enumerate(figures)}
     body = "\n".join(
@@ -50,14 +55,14 @@ def page(runs: Sequence[Run], plotly_js: str, made_at: str) -> str:
             _headlines(runs),
             _contents(panels),
             *(_panel(panel, ids) for panel in panels),
-            f"<footer>Made by atlas_rl at {escape(made_at)} from {sum(len(run.steps) for run in runs):,} steps.</footer>",
+            f"<footer>Made by atlas_rl at {escape(made_at)} from {num_steps}.</footer>",
         ]
     )
-    drawn = {ids[id(figure)]: {"data": figure.data, "layout": figure.layout} for figure in figures}
+    drawn = {ids[id(figure)]: {"data": _plain(figure.data), "layout": _plain(figure.layout)} for figure in figures}
     return "\n".join(
         [
             BEGINNING,
-            '<html lang="en"><head><meta charset="utf-8">',
+            '<head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="color-scheme" content="light dark">',
@@ -80,6 +85,15 @@ def _resource(name: str) -> str:
 def _json(value: object) -> str:
     """JSON that cannot end the script element that holds it."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+
+
+def _plain(value: Any) -> Any:
+    """Parts of a figure in which plotly finds no tags: it would draw a run called <b> as bold text."""
+    if isinstance(value, str):
+        return escape(value, quote=False)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _headlines(runs: Sequence[Run]) -> str:
@@ -124,7 +138,8 @@ def _panel(panel: Panel, ids: dict[int, str]) -> str:
 def _figure(figure: Figure, name: str, title: str) -> str:
     caption = f"<figcaption>{escape(figure.caption)}</figcaption>" if figure.caption else ""
     label = escape(figure.caption or title, quote=True)
-    chart = f'<div class="chart" id="{name}" role="img" aria-label="{label}" style="height:{figure.height_px}px"></div>'
+    heights = f"--wide:{height_px(figure, _PAPER_PX)}px;--narrow:{height_px(figure, _PHONE_PX)}px"
+    chart = f'<div class="chart" id="{name}" role="img" aria-label="{label}" style="{heights}"></div>'
     return f"<figure>{caption}{chart}</figure>"
 
 

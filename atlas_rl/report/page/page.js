@@ -23,7 +23,7 @@
       hoverlabel: { bgcolor: paper, bordercolor: rule, font: { color: ink } },
       hovermode: "closest",
       showlegend: data.length > 1,
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", ...layout.legend },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", maxheight: 0.8, ...layout.legend },
       ...(print ? { width: printWidth, autosize: false } : { autosize: true }),
     };
   };

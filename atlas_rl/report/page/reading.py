@@ -8,14 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from atlas_rl.report.page.checking import report_of, unknown_keys
+from atlas_rl.report.page.thinning import points
+from atlas_rl.report.page.words import were
 from atlas_rl.report.report import ORIGIN, Mode, StepReport
 from atlas_rl.report.sinks import REPORTS_FILE, parse_jsonl
-from atlas_rl.report.sums import merge
+from atlas_rl.report.sums import concatenate, merge
 
 _MODES: tuple[Mode, ...] = ("train", "standalone", "eval")
 _GOING_STEPS = 3  # a file that was written less than this many steps ago may still be written
@@ -36,6 +39,16 @@ class Run:
     mode: Mode
     steps: tuple[StepReport, ...]
     notes: tuple[str, ...]
+
+    @cached_property
+    def total(self) -> StepReport:
+        """All steps added up."""
+        return concatenate(self.steps)
+
+    @cached_property
+    def points(self) -> tuple[StepReport, ...]:
+        """The steps, or sums over neighbouring ones where they are many."""
+        return points(self.steps)
 
 
 @dataclass(frozen=True)
@@ -92,8 +105,10 @@ def report_file(path: Path) -> Path:
         raise ValueError(
             f"'{path}' holds no {REPORTS_FILE}{hint or ': AtlasRolloutEngine(output_dir=...) writes it there'}"
         )
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"there is no '{path}': name the folder of a run, or its {REPORTS_FILE}")
+    if not path.is_file():
+        raise ValueError(f"'{path}' is no file that can be read twice: name the folder of a run, or its {REPORTS_FILE}")
     return path.resolve()
 
 
@@ -118,7 +133,7 @@ def _read(file: Path, name: str, earlier: bool, now_s: float) -> list[Run]:
     began = groups[-1][0].lines[0].number
     kept = [group for group in groups if earlier or _last_line(group) >= began]
     if len(kept) < len(groups):
-        notes.append(f"{len(groups) - len(kept)} earlier runs in the same file are left out: --all shows them.")
+        notes.append(f"{were(len(groups) - len(kept), 'earlier run')} left out: --all shows all of the file.")
     runs = [_run(name if len(kept) == 1 else f"{name} #{i}", group) for i, group in enumerate(kept, start=1)]
     notes += _going(runs[-1], now_s - file.stat().st_mtime)
     return [replace(run, notes=(*run.notes, *notes)) for run in runs]
@@ -196,13 +211,12 @@ def _run(name: str, group: Sequence[_Launch]) -> Run:
         kept = [report for report in reports if report.step < launch.first_step]
         if launch is not group[0]:
             again = len(reports) - len(kept)
-            notes.append(f"The run was resumed at step {launch.first_step}; {again} steps were done again.")
+            notes.append(f"The run was resumed at step {launch.first_step}; {were(again, 'step')} done again.")
         reports, notes = kept + merged, notes + more
     mode = next(mode for mode in _MODES if any(report.mode == mode for report in reports))
     steps = [report for report in reports if report.mode == mode]
     if len(steps) < len(reports):
-        others = len(reports) - len(steps)
-        notes.append(f"{others} {'line' if others == 1 else 'lines'} of other modes than {mode} are left out.")
+        notes.append(f"{were(len(reports) - len(steps), 'line')} left out, of other modes than {mode}.")
     return Run(name, mode, tuple(sorted(steps, key=lambda report: report.step)), tuple(notes))
 
 
@@ -222,8 +236,9 @@ def _merged(launch: _Launch) -> tuple[list[StepReport], list[str]]:
     if len(ranks) > 1:
         notes.append(f"{len(ranks)} ranks are merged: counts add up, seconds are those of the slowest.")
     if whole and len(whole) < len(found):
-        notes.append(f"{len(found) - len(whole)} steps are left out: not every rank has reported them.")
-    return [merge(reports) for reports in whole or (list(of.values()) for of in found.values())], notes
+        notes.append(f"{were(len(found) - len(whole), 'step')} left out that not every rank has reported.")
+    steps = whole or [list(of.values()) for of in found.values()]
+    return [merge(reports) if len(reports) > 1 else reports[0] for reports in steps], notes
 
 
 def _going(run: Run, age_s: float) -> list[str]:

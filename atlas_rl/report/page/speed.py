@@ -13,18 +13,19 @@ from atlas_rl.report.page.figures import (
     bars,
     color_of,
     dots,
-    groups,
     having,
     layout,
     line,
     mark,
+    names_axis,
     over_steps,
     pale,
-    points,
     whose,
 )
 from atlas_rl.report.page.reading import Run
-from atlas_rl.report.page.totals import phase_s, phases_of, totals
+from atlas_rl.report.page.thinning import groups
+from atlas_rl.report.page.totals import phase_s, phases_of
+from atlas_rl.report.page.words import amount
 from atlas_rl.report.report import StepReport
 from atlas_rl.report.sums import concatenate
 
@@ -50,12 +51,12 @@ def accepted_length(runs: Sequence[Run]) -> Panel:
     sentence = (
         "Tokens that one forward of the policy committed per request; 1 (dotted) is decoding without speculation."
     )
-    drafting = [(i, run) for i, run in enumerate(runs) if totals(run.steps).all.speculation]
+    drafting = [(i, run) for i, run in enumerate(runs) if run.total.speculation]
     if not drafting:
         return Panel("accepted-length", "Accepted length", sentence, absent="Speculation was off.")
     data = []
     for i, run in drafting:
-        reports = points(run.steps)
+        reports = run.points
         data.append(line(run.name, steps_of(reports), [r.accepted_length for r in reports], color_of(i)))
     axes = over_steps(runs, "tokens", **mark(1))
     axes["yaxis"]["rangemode"] = "normal"
@@ -70,14 +71,14 @@ def tokens_per_s(runs: Sequence[Run]) -> Panel:
     )
     data = []
     for i, run in enumerate(runs):
-        reports, color = points(run.steps), color_of(i)
+        reports, color = run.points, color_of(i)
         data.append(line(run.name, steps_of(reports), [r.tokens_per_s for r in reports], color))
-        estimated = known_points(run.steps, "no_speculation_s")
+        estimated = known_points(run, "no_speculation_s")
         if estimated:
             values = [r.no_speculation_tokens_per_s for r in estimated]
             name, style = f"{whose(run, runs)}no speculation (est.)", {"color": color, "width": 1.5, "dash": "dash"}
             data.append(line(name, steps_of(estimated), values, color, line=style, mode="lines"))
-        measured = known_points(run.steps, "baseline_tokens_per_s")
+        measured = known_points(run, "baseline_tokens_per_s")
         if measured:
             values = [r.baseline_tokens_per_s for r in measured]
             data.append(dots(f"{whose(run, runs)}no speculation (measured)", steps_of(measured), values, color))
@@ -89,11 +90,11 @@ def gain(runs: Sequence[Run]) -> Panel:
     sentence = "Tokens per second over those without speculation: above 1 (dotted) speculation paid in that step."
     data = []
     for i, run in enumerate(runs):
-        estimated = known_points(run.steps, "speedup_estimate")
+        estimated = known_points(run, "speedup_estimate")
         if estimated:
             values = [r.speedup_estimate for r in estimated]
             data.append(line(f"{whose(run, runs)}estimated", steps_of(estimated), values, color_of(i)))
-        measured = known_points(run.steps, "speedup_measured")
+        measured = known_points(run, "speedup_measured")
         if measured:
             values = [r.speedup_measured for r in measured]
             data.append(dots(f"{whose(run, runs)}measured", steps_of(measured), values, color_of(i)))
@@ -110,7 +111,7 @@ def gain(runs: Sequence[Run]) -> Panel:
 def seconds(runs: Sequence[Run]) -> Panel:
     """Where every second went: per token over the run, and per step."""
     sentence = "Where every second of the generation went; the phases add up to it."
-    whole = [concatenate(run.steps) for run in runs]
+    whole = [run.total for run in runs]
     names = [run.name for run in runs]
     if not phases_of(whole):
         return Panel("seconds", "Where the seconds went", sentence, absent="No seconds were recorded.")
@@ -119,15 +120,14 @@ def seconds(runs: Sequence[Run]) -> Panel:
         us = [1e6 * phase_s(total, phase) / total.num_tokens if total.num_tokens else 0.0 for total in whole]
         data.append(bars(phase, us, names, PHASE_COLORS[phase]))
     axes = layout("µs per generated token", "", barmode="stack", legend={"traceorder": "normal"})
-    axes["yaxis"] = {"automargin": True, "showticklabels": len(runs) > 1, "autorange": "reversed"}
+    axes["yaxis"] = names_axis() | {"showticklabels": len(runs) > 1}
     parts: list[Figure | Table] = [Figure(data, axes, "Per token, over the whole run", 170 + 40 * len(runs))]
     parts += [_seconds_by_step(run, runs) for run in runs if phases_of(run.steps)]
     return Panel("seconds", "Where the seconds went", sentence, (*parts, _seconds_table(runs, whole)))
 
 
 def _seconds_by_step(run: Run, runs: Sequence[Run]) -> Figure:
-    split, data = groups(run.steps), []
-    sums = [concatenate(group) for group in split]
+    split, sums, data = groups(run.steps), run.points, []
     x = steps_of(sums)
     shape: dict[str, Any] = {"mode": "lines", "stackgroup": "s"} if len(x) > 1 else {"type": "bar", "mode": None}
     for phase in phases_of(sums):
@@ -144,7 +144,7 @@ def _seconds_by_step(run: Run, runs: Sequence[Run]) -> Figure:
     usual = heights[int(_USUAL_SHARE * (len(heights) - 1))]
     if heights[-1] > _SPIKE * usual:
         axes["yaxis"]["range"] = [0, 1.5 * usual]
-        caption += f"; the highest, {heights[-1]:.3g} s, is cut off"
+        caption += f"; the highest, {amount(heights[-1])} s, is cut off"
     return Figure(data, axes, caption, 360)
 
 
@@ -158,10 +158,10 @@ def _area(
 
 def _seconds_table(runs: Sequence[Run], whole: Sequence[StepReport]) -> Table:
     rows = [
-        (phase, *(f"{phase_s(t, phase):.3g} s, {phase_s(t, phase) / (t.generate_s or 1):.1%}" for t in whole))
+        (phase, *(f"{amount(phase_s(t, phase))} s, {phase_s(t, phase) / (t.generate_s or 1):.1%}" for t in whole))
         for phase in phases_of(whole)
     ]
-    rows.append(("generation", *(f"{t.generate_s:.3g} s" for t in whole)))
+    rows.append(("generation", *(f"{amount(t.generate_s)} s" for t in whole)))
     return Table(("phase", *(run.name for run in runs)), rows, "The same in seconds, and in shares of the generation")
 
 
@@ -190,7 +190,7 @@ def long_tail(runs: Sequence[Run]) -> Panel:
         )
     lengths = []
     for i, run in enumerate(runs):
-        reports = [report for report in points(run.steps) if report.completion_lengths]
+        reports = [report for report in run.points if report.completion_lengths]
         for label, figure, dash in (("longest", "max", "dot"), ("mean", "mean", "solid"), ("median", "p50", "dash")):
             values = [getattr(report, f"completion_length_{figure}") for report in reports]
             style = {"color": color_of(i), "width": 2 if dash == "solid" else 1.3, "dash": dash}
@@ -207,7 +207,9 @@ def steps_of(reports: Sequence[StepReport]) -> list[int]:
     return [report.step for report in reports]
 
 
-def known_points(steps: Sequence[StepReport], *names: str) -> list[StepReport]:
-    """One report per group, over those of its steps that have the figures."""
-    known = [having(group, *names) for group in groups(steps)]
-    return [concatenate(group) for group in known if group]
+def known_points(run: Run, *names: str) -> list[StepReport]:
+    """One report per point of a run, over those of its steps that have the figures."""
+    known = [
+        (having(group, *names), len(group), whole) for group, whole in zip(groups(run.steps), run.points, strict=True)
+    ]
+    return [whole if len(some) == size else concatenate(some) for some, size, whole in known if some]

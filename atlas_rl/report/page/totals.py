@@ -48,18 +48,21 @@ class Totals:
 def totals(steps: Sequence[StepReport]) -> Totals:
     """Add up the steps of a run, at least one."""
     total = concatenate(steps)
+
+    def over(some: Sequence[StepReport], figure: str) -> float | None:
+        summed = total if len(some) == len(steps) else concatenate(some) if some else None
+        return None if summed is None else getattr(summed, figure)
+
     measured, estimated = having(steps, "baseline_tokens_per_s"), having(steps, "no_speculation_s")
-    timed = having(steps, "step_s")
-    bounded = [report for report in timed if report.amdahl_bound is not None]
     return Totals(
         all=total,
         num_steps=len(steps),
-        measured=concatenate(measured).speedup_measured if measured else None,
+        measured=over(measured, "speedup_measured"),
         num_measured=len(measured),
-        estimated=concatenate(estimated).speedup_estimate if estimated else None,
+        estimated=over(estimated, "speedup_estimate"),
         num_estimated=len(estimated),
-        generation_share=concatenate(timed).generation_share if timed else None,
-        amdahl_bound=concatenate(bounded).amdahl_bound if bounded else None,
+        generation_share=over(having(steps, "step_s"), "generation_share"),
+        amdahl_bound=over(having(steps, "amdahl_bound"), "amdahl_bound"),
         overhead_share=sum(phase_s(total, name) for name in OVERHEAD) / total.generate_s if total.generate_s else 0.0,
     )
 

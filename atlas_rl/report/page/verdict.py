@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from statistics import median
 
 from atlas_rl.report.page.totals import Totals, totals
+from atlas_rl.report.page.words import amount, counted
 from atlas_rl.report.report import StepReport
 
 _NOISE = 0.02  # a gain this close to one is none
-_LATE_STEPS = 8  # from here on the last quarter of a run is looked at on its own
+_LATE_STEPS = 8  # from here on the first and the last quarter of a run are looked at on their own
 _SLOW_START = 4.0  # times the median step
 _HIGH_OVERHEAD = 0.15
 _LOW_ACCEPTANCE = 0.35
+_LEARNING = {"history", "recurrent"}  # drafters that an engine has without options
 _HARDLY_DRAFTED = 0.1  # draft tokens per decoded one
 
 
@@ -24,7 +26,7 @@ def verdict(steps: Sequence[StepReport]) -> list[str]:
             "Speculation was off: these are the figures of plain decoding, which another run can be compared with.",
             *_bound(run),
         ]
-    return [_outcome(run), *_start(steps), *_lately(steps), *_reasons(run), *_bound(run), *_changes(run)]
+    return [_outcome(run), *_start(steps), *_over_time(steps), *_reasons(run), *_bound(run), *_changes(run)]
 
 
 def _outcome(run: Totals) -> str:
@@ -34,11 +36,11 @@ def _outcome(run: Totals) -> str:
             "was repeated without it."
         )
     if run.measured is not None:
-        known = f"measured on {run.num_measured} of {_steps(run.num_steps)}"
+        known = f"measured on {run.num_measured:,} of {counted(run.num_steps, 'step')}"
         if run.estimated is not None:
-            known += f"; the estimate over {_steps(run.num_estimated)} is {run.estimated:.2f}x"
+            known += f"; the estimate over {counted(run.num_estimated, 'step')} is {run.estimated:.2f}x"
     else:
-        known = f"estimated over {run.num_estimated} of {_steps(run.num_steps)}, not measured"
+        known = f"estimated over {run.num_estimated:,} of {counted(run.num_steps, 'step')}, not measured"
     if run.gain > 1 + _NOISE:
         return f"Speculation paid: {run.gain:.2f}x the tokens/s of no speculation ({known})."
     if run.gain < 1 - _NOISE:
@@ -54,18 +56,29 @@ def _start(steps: Sequence[StepReport]) -> list[str]:
         return []
     gain = totals(rest).gain
     without = "" if gain is None else f" Without it the gain is {gain:.2f}x."
-    took = f"Step {steps[0].step} took {steps[0].generate_s:.3g} s, most likely for what is compiled and loaded once."
+    took = (
+        f"Step {steps[0].step} took {amount(steps[0].generate_s)} s, most likely for what is compiled and loaded once."
+    )
     return [took + without]
 
 
-def _lately(steps: Sequence[StepReport]) -> list[str]:
+def _over_time(steps: Sequence[StepReport]) -> list[str]:
+    """The gain of the first and of the last quarter, in one way of knowing it if that is known of both."""
     if len(steps) < _LATE_STEPS:
         return []
-    late = totals(steps[-(len(steps) // 4) :])
+    quarter = len(steps) // 4
+    early, late = totals(steps[:quarter]), totals(steps[-quarter:])
+    for how, first, last in (
+        ("measured", early.measured, late.measured),
+        ("estimated", early.estimated, late.estimated),
+    ):
+        if first is not None and last is not None:
+            then = f"and in the last {quarter:,} it was {last:.2f}x"
+            return [f"In the first {quarter:,} steps it was {first:.2f}x, {then} ({how})."]
     if late.gain is None:
         return []
     how = "measured" if late.measured is not None else "estimated"
-    return [f"In the last {late.num_steps} steps it was {late.gain:.2f}x ({how})."]
+    return [f"In the last {quarter:,} steps it was {late.gain:.2f}x ({how})."]
 
 
 def _reasons(run: Totals) -> list[str]:
@@ -77,13 +90,18 @@ def _reasons(run: Totals) -> list[str]:
             f"Drafting, planning and learning took {run.overhead_share:.0%} of the generation. On a small policy or in "
             "short runs the accepted drafts do not pay that back."
         )
-    rate = total.acceptance_rate
-    if rate is not None and rate < _LOW_ACCEPTANCE:
+    if _rarely_accepted(run):
         at = "" if total.entropy is None else f" at an entropy of {total.entropy:.2f} nats per token"
-        reasons.append(f"{rate:.0%} of the draft tokens were accepted{at}: the more random a policy, the fewer are.")
+        reasons.append(
+            f"{total.acceptance_rate:.0%} of the draft tokens were accepted{at}: the more random a policy, the fewer are."
+        )
     if sum(total.drafted.values()) < _HARDLY_DRAFTED * total.num_decoded_tokens:
         reasons.append("Few tokens were drafted: the controller expected drafts not to pay.")
     return reasons
+
+
+def _rarely_accepted(run: Totals) -> bool:
+    return run.all.acceptance_rate is not None and run.all.acceptance_rate < _LOW_ACCEPTANCE
 
 
 def _bound(run: Totals) -> list[str]:
@@ -96,12 +114,14 @@ def _bound(run: Totals) -> list[str]:
 
 
 def _changes(run: Totals) -> list[str]:
+    changes = []
+    paid = run.gain is None or run.gain > 1 + _NOISE
+    if not paid and _rarely_accepted(run) and set(run.all.drafted) <= _LEARNING:
+        changes.append(
+            "A head that `atlas-rl train-speculator` trains on this policy may draft better (`draft_model`)."
+        )
     if run.measured is None and run.all.mode == "train":
-        return ["To measure the gain instead of estimating it, attach with `baseline_every=20`."]
+        changes.append("To measure the gain instead of estimating it, attach with `baseline_every=20`.")
     if run.measured is not None and run.measured < 1 - _NOISE:
-        return ["`AtlasRolloutEngine(speculation=False)` draws the same tokens without drafts."]
-    return []
-
-
-def _steps(count: int) -> str:
-    return f"{count} step{'' if count == 1 else 's'}"
+        changes.append("`AtlasRolloutEngine(speculation=False)` draws the same tokens without drafts.")
+    return changes

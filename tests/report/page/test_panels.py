@@ -1,18 +1,22 @@
 """Panels and sentences of the page: their figures are the reports' own, and what is missing is said."""
 
 import json
+import re
 
 import pytest
 
 from atlas_rl.audit.bets import ALARM
-from atlas_rl.report.page import drafting, evidence, speed
-from atlas_rl.report.page.figures import MOST_POINTS, Figure, Table
+from atlas_rl.report.page import drafting, evidence, reading, speed, thinning
+from atlas_rl.report.page import totals as of_runs
+from atlas_rl.report.page.figures import Figure, Table, height_px
 from atlas_rl.report.page.headline import headline, side_by_side
 from atlas_rl.report.page.html import PANELS, page
 from atlas_rl.report.page.reading import read_runs
+from atlas_rl.report.page.thinning import MOST_POINTS
 from atlas_rl.report.page.totals import totals
 from atlas_rl.report.page.verdict import verdict
 from atlas_rl.report.report import PHASES
+from atlas_rl.report.sums import concatenate
 from tests.report.page.runs import OFF, long_run, real_folder, run_of, steps
 from tests.reports import make_report
 
@@ -144,6 +148,55 @@ def test_the_headline_of_one_run_and_of_several():
     assert ("accepted length", "2.00", "–") in table.rows
 
 
+def test_the_verdict_says_when_it_paid():
+    learning = [*steps(range(6), baseline_tokens_per_s=20.0), *steps(range(6, 12), baseline_tokens_per_s=10.0)]
+    said = " ".join(verdict(learning))
+    assert "In the first 3 steps it was 0.75x, and in the last 3 it was 1.50x (measured)." in said
+    only_late = [*steps(range(6)), *steps(range(6, 12), baseline_tokens_per_s=10.0)]
+    assert "In the first 3 steps it was 1.50x, and in the last 3 it was 1.50x (estimated)." in " ".join(
+        verdict(only_late)
+    )
+
+
+@pytest.mark.parametrize(("drafters", "advised"), [(("history", "recurrent"), True), (("history", "eagle3"), False)])
+def test_a_trained_head_is_advised_where_there_is_none(drafters, advised):
+    counts = {"drafted": dict.fromkeys(drafters, 50), "accepted": dict.fromkeys(drafters, 5)}
+    said = " ".join(verdict(steps(range(4), baseline_tokens_per_s=30.0, **counts)))
+    assert ("train-speculator" in said) == advised
+    assert "train-speculator" not in " ".join(verdict(steps(range(4), baseline_tokens_per_s=10.0, **counts)))
+
+
+def test_a_long_run_is_added_up_few_times_for_all_panels(monkeypatch):
+    added = []
+    for module in (reading, speed, thinning, of_runs):
+        monkeypatch.setattr(module, "concatenate", lambda reports: added.append(len(reports)) or concatenate(reports))
+    num_steps = 500
+    page([run_of(long_run(real_runs()[0].steps, num_steps))], "", "now")
+    assert 0 < sum(added) < 7 * num_steps
+
+
+def test_numbers_of_long_runs_are_written_out():
+    run = run_of(long_run(steps(range(3), generate_s=1500.0, forward_s=1499.5, step_s=None), 3000))
+    text = page([run], "", "now")
+    assert "4,500,000 s" in text
+    assert "3,000 of 3,000 steps" in text
+    assert not re.search(r"\de\+\d", text)
+
+
+def test_a_legend_of_many_rows_takes_no_room_from_its_chart():
+    traces = [{"name": f"a run with a long name {i}"} for i in range(9)]
+    figure = Figure(traces, {}, height_px=200)
+    assert height_px(figure, 620) == 200 + 19 * (5 - 2)
+    assert height_px(figure, 280) == 200 + 19 * (9 - 2)
+    assert height_px(Figure(traces[:1], {}, height_px=200), 280) == 200
+
+
+def test_names_are_names_whatever_they_look_like():
+    runs = [run_of(steps(range(3)), name) for name in ("2026-11-26", "7")]
+    for panel in (speed.seconds(runs), drafting.speculators(runs)):
+        assert charts(panel)[0].layout["yaxis"]["type"] == "category"
+
+
 def test_nothing_that_a_file_holds_is_taken_for_html():
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     run = run_of(
@@ -152,3 +205,8 @@ def test_nothing_that_a_file_holds_is_taken_for_html():
     text = page([run], "", "now")
     assert "<script>alert" not in text
     assert "<img" not in text
+    # plotly reads tags of its own in texts
+    figures = json.loads(re.search(r'id="figures">(.*)</script>', text)[1])
+    names = [trace["name"] for figure in figures.values() for trace in figure["data"]]
+    assert any("&lt;img src=x" in name for name in names)
+    assert not any("<" in name for name in names)

@@ -25,7 +25,7 @@ def test_ranks_are_merged_and_a_step_that_one_lacks_is_left_out(tmp_path):
     (run,) = read_runs([write(tmp_path, lines[:-1])], now_s=1e12)
     assert [report.num_tokens for report in run.steps] == [60, 60]
     assert "2 ranks are merged" in run.notes[0]
-    assert run.notes[1].startswith("1 steps are left out")
+    assert run.notes[1].startswith("1 step was left out")
 
 
 def test_several_generations_of_a_step_stay_apart(tmp_path):
@@ -69,6 +69,15 @@ def test_engines_that_ran_at_once_are_shown_apart(tmp_path):
         lambda row: json.dumps(row | {"active_batch_curve": [[1, 2, 3]]}),
         lambda row: json.dumps(row | {"mode": ["train"]}),
         lambda row: json.dumps({key: value for key, value in row.items() if key != "num_tokens"}),
+        lambda row: json.dumps(row | {"generate_s": -1.0}),
+        lambda row: json.dumps(row | {"no_speculation_s": -1.0}),
+        lambda row: json.dumps(row | {"generate_s": 1e-320}),
+        lambda row: json.dumps(row | {"forward_s": 1e308}),
+        lambda row: json.dumps(row | {"entropy": 10**400}),
+        lambda row: json.dumps(row | {"num_tokens": 10**400}),
+        lambda row: json.dumps(row | {"completion_lengths": [10**400]}),
+        lambda row: json.dumps(row | {"generate_s": float("nan")}),
+        lambda row: json.dumps(row | {"step_s": float("inf")}),
         lambda row: "[]",
         lambda row: '"' + "x" * 20,
         lambda row: "\x00\ufffd",
@@ -101,7 +110,7 @@ def test_training_steps_go_before_evaluations(tmp_path):
     lines = [("a", 0, r) for r in [*steps(range(2)), *steps([1], mode="eval")]]
     (run,) = read_runs([write(tmp_path, lines)], now_s=1e12)
     assert (run.mode, len(run.steps)) == ("train", 2)
-    assert run.notes == ("1 line of other modes than train are left out.",)
+    assert run.notes == ("1 line was left out, of other modes than train.",)
 
 
 def test_names_tell_runs_apart(tmp_path):

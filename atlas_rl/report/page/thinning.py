@@ -1,0 +1,22 @@
+"""Long runs as sums over neighbouring steps, so that a page stays small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from atlas_rl.report.report import StepReport
+from atlas_rl.report.sums import concatenate
+
+MOST_POINTS = 250
+"""Of one line."""
+
+
+def groups(steps: Sequence[StepReport], most: int = MOST_POINTS) -> list[Sequence[StepReport]]:
+    """Neighbouring steps, at most `most` groups of equal size."""
+    size = -(-len(steps) // most)
+    return [steps[i : i + size] for i in range(0, len(steps), size)]
+
+
+def points(steps: Sequence[StepReport]) -> tuple[StepReport, ...]:
+    """One report per group: counts and seconds added up, so that its ratios are those of all its tokens."""
+    return tuple(concatenate(group) for group in groups(steps))
