@@ -29,9 +29,8 @@ from atlas_rl.report.units import unit_of
 from atlas_rl.rollout.engine import RolloutEngine
 
 _MADE = "<!-- Made by `python -m atlas_rl.pages`: change the docstrings that it reads, not this file. -->"
-_COUNTED = {
-    "warnings": ("number", "How many warnings the report of the step has.")
-}  # of which the log gets their number
+_COUNTED = {"warnings": ("number", "How many warnings the report of the step has.")}
+"""Figures of which the trainer's log gets the number alone: unit and meaning there."""
 _MEMBERS = {"acceptance_at": "POSITION"}  # of a family of metrics; the others have a drafter's name
 
 
