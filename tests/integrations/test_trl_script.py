@@ -91,7 +91,8 @@ def test_what_is_refused(case: str, run_folder: Path, tmp_path: Path, capsys: py
 def test_bfloat16_without_a_gpu_is_told_whose_choice_it_was(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_refused(run_folder, tmp_path, capsys, {"bf16": None}, [], "`bf16: false` (or --bf16 false) trains in float32")
+    asked = {"bf16": None, "use_cpu": None}
+    check_refused(run_folder, tmp_path, capsys, asked, [], "`bf16: false` (or --bf16 false) trains in float32")
 
 
 def check_refused(
