@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from atlas_rl import __version__
 
@@ -42,7 +43,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     Options of others are left unread in `flags`: those of `grpo` are TRL's, those of `vllm-serve` vLLM's, and both take
     seconds to import.
     """
-    parser = argparse.ArgumentParser(prog="atlas-rl", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="atlas-rl",
+        description="Speculative decoding for the rollouts of reinforcement learning: train, look at runs, examine the "
+        "machine. `atlas-rl COMMAND --help` lists a command's options.",
+    )
     parser.add_argument("--version", action="version", version=f"atlas-rl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_grpo(commands)
@@ -56,8 +61,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.command in ("grpo", "vllm-serve"):
         args.flags = flags
     elif flags:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+        _refuse(commands.choices[args.command], flags)
     return args
+
+
+def _refuse(command: argparse.ArgumentParser, flags: Sequence[str]) -> NoReturn:
+    """End with the usage of the sub-command that does not know these, and the nearest option that it has."""
+    known = [name for action in command._actions for name in action.option_strings]
+    near = difflib.get_close_matches(flags[0].partition("=")[0], known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    command.error(f"unrecognized arguments: {' '.join(flags)}{hint}")
 
 
 def _add_grpo(commands: Any) -> None:

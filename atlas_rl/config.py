@@ -37,7 +37,8 @@ class EngineConfig:
             correction multiplies by one at the price of a forward pass. True checks that on the first step and then
             switches the correction off; False leaves it alone.
         audit_share: Share of the tokens that is put through a plain forward pass as well, to see that samples and logprobs
-            are the policy's (`audit/auditor.py`); in [0, 1], 0 never.
+            are the policy's (`audit/auditor.py`); in [0, 1], 0 never. Prompts of audited completions
+            count, so with small steps one in many is audited.
         backend: `in_process`, `vllm`, or `auto`: vLLM for a trainer with `use_vllm=True`, and for a model that is a
             checkpoint's folder or name, or a `vllm.LLM`; else in process.
         clock: Seconds since some fixed moment: what reports and the controller's costs are measured with.

@@ -29,6 +29,8 @@ from atlas_rl.report.units import unit_of
 from atlas_rl.rollout.engine import RolloutEngine
 
 _MADE = "<!-- Made by `python -m atlas_rl.pages`: change the docstrings that it reads, not this file. -->"
+_COUNTED = {"warnings": ("number", "How many warnings the report of the step has.")}
+"""Figures of which the trainer's log gets the number alone: unit and meaning there."""
 _MEMBERS = {"acceptance_at": "POSITION"}  # of a family of metrics; the others have a drafter's name
 
 
@@ -62,9 +64,12 @@ def options_page() -> str:
         "## `atlas-rl grpo`",
         "The command takes every option of `trl grpo`, in a YAML file (`--config run.yaml`) and on the command line, and "
         f"these: {', '.join(on_the_command_line)}. `output_dir` is the trainer's: reports lie beside its checkpoints. "
-        "`engine: trl` generates with TRL alone, to compare with.",
+        "`engine: trl` generates with TRL alone, to compare with: its figures are in the trainer's log, and it writes no "
+        "file for `atlas-rl compare`. For that command `speculation: false` is the baseline.",
         "```yaml\n# run.yaml\nmodel_name_or_path: path/to/policy\ndataset_name: path/to/dataset\n"
-        "reward_funcs: [think_format_reward]\noutput_dir: runs/first\nbaseline_every: 10\n```",
+        "reward_funcs: [think_format_reward]  # of TRL: needs prompts that are lists of messages\n"
+        "output_dir: runs/first\nbaseline_every: 10\n"
+        "# bf16: false  # without a GPU: TRL trains in bfloat16 unless told\n```",
         "```bash\natlas-rl grpo --config run.yaml\natlas-rl grpo --config run.yaml --engine trl --output_dir runs/trl\n"
         "accelerate launch --num_processes 2 -m atlas_rl grpo --config run.yaml\n```",
         "The commands `report`, `compare`, `plan`, `doctor` and `train-speculator` list their options with `--help`.",
@@ -89,11 +94,10 @@ def metrics_page() -> str:
     meanings = entries(StepReport, "Attributes") | derived | ORIGIN
     names = [(name, figure) for name, figure in METRICS.items()]
     names += [(f"{family}/{_MEMBERS.get(family, 'DRAFTER')}", each) for family, each in METRIC_FAMILIES.items()]
-    logged = [
-        [f"`atlas/{name}`", "number" if name == "warnings" else _single(unit_of(figure)), f"`{figure}`",
-         _first_sentence(meanings[figure])]
-        for name, figure in names
-    ]  # fmt: skip
+    logged = []
+    for name, figure in names:
+        unit, meaning = _COUNTED.get(name, (_single(unit_of(figure)), _first_sentence(meanings[figure])))
+        logged.append([f"`atlas/{name}`", unit, f"`{figure}`", meaning])
     fields_of_line = [[f"`{name}`", unit_of(name), meaning] for name, meaning in meanings.items()]
     return _page(
         "Metrics",

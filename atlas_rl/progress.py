@@ -54,7 +54,9 @@ def each(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
 
 
 def say(*parts: object) -> None:
-    """Print a line on stdout, above bars if there are any, at once."""
+    """Print a line on stdout, above bars if there are any (a trainer's too), at once; nothing where there is no stdout."""
+    if sys.stdout is None:
+        return
     tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
     sys.stdout.flush()
 

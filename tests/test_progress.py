@@ -3,15 +3,19 @@
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
 
 import pytest
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from atlas_rl import progress
+from atlas_rl import AtlasRolloutEngine, progress
 from tests import ROOT
+from tests.engines import policy
+from tests.reports import make_report
 
 END = b"<end>"
 WORK = """
@@ -61,6 +65,21 @@ def test_a_bar_is_closed_where_the_work_fails(monkeypatch):
         raise ZeroDivisionError
     assert bar.disable  # as tqdm leaves a bar that is closed
     assert screen.getvalue().endswith("\r")
+
+
+def test_a_line_stands_above_the_bar_of_somebody_else(monkeypatch):
+    """Such as a trainer's, beside which the engine prints a line per step."""
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with tqdm(total=2, desc="training"):
+        AtlasRolloutEngine(model=policy()).publish(make_report())
+    assert re.search(r"training: [^\r]*\r *\ratlas step 12 \| [^\r]*\n", screen.getvalue())
+
+
+def test_a_process_without_stdout_says_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    progress.say("line")
 
 
 @pytest.mark.parametrize("shown", [True, False])

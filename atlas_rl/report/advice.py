@@ -83,13 +83,13 @@ REPORTED: tuple[Explained, ...] = (
         "engine and trainer.",
     ),
     Explained(
-        "() raised ...; it is off until the next policy update",
+        "...: ...() raised ...; it is off until the next policy update",
         "A drafter, the controller, or following vLLM's requests failed; `drafter_faults` counts how often.",
         "The log has the traceback. The tokens are right, and the step was slower. For a drafter of your own: repair it; "
         "for one of ours: please report it.",
     ),
     Explained(
-        "its tensors changed between two calls, though nobody trained them",
+        "...: its tensors changed between two calls, though nobody trained them",
         "vLLM's sleep level 2 took them, or something overwrote them.",
         "Use vLLM's sleep level 1, or send new weights after waking, so that the drafters are refreshed.",
     ),
@@ -110,7 +110,7 @@ REPORTED: tuple[Explained, ...] = (
         "In float16 and bfloat16 a few are expected. In float32 please report it with the policy's class and versions.",
     ),
     Explained(
-        "tokens for others meanwhile: its figures of drafting and its seconds count them",
+        "the server generated ... tokens for others meanwhile: its figures of drafting and its seconds count them",
         "The trainer's server also answered other clients during the step.",
         "Give the trainer a server of its own. Its tokens are right; only the figures of drafting and the rate are mixed.",
     ),
@@ -135,7 +135,7 @@ LOGGED: tuple[Explained, ...] = (
         "Nothing, if the change was meant.",
     ),
     Explained(
-        "made its first training step without asking the engine for rollouts",
+        "... made its first training step without asking the engine for rollouts",
         "The trainer generates in code of its own, so the engine does nothing.",
         "Let that code call the trainer's own generation, or do not attach an engine.",
     ),
@@ -171,17 +171,17 @@ LOGGED: tuple[Explained, ...] = (
         "Change its `state_dict`. The training goes on.",
     ),
     Explained(
-        "was lost (...). Generation goes on",
+        "a ... was lost (...). Generation goes on",
         "The disk did not take a line of a report, a trace, a printed line or a drafters' state.",
         "Make room, or give the disk back. `engine.lost_writes` counts what is lost.",
     ),
     Explained(
-        "works again; ... were lost",
+        "writing a ... works again; ... were lost",
         "The disk takes writes again.",
         "Nothing: the message says how many were lost.",
     ),
     Explained(
-        "() raised; generation goes on without it",
+        "...: ...() raised; generation goes on without it",
         "The same fault as in the report, with its traceback.",
         "For a drafter of your own: repair it; for one of ours: please report it.",
     ),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from atlas_rl import progress
 from atlas_rl.audit.auditor import Audit, Auditor
 from atlas_rl.checks import token_ids
 from atlas_rl.config import EngineConfig
@@ -266,8 +267,7 @@ class RolloutEngine:
         self.reports.append(report)
         if self.config.console:
             with self._lost.tolerate("console line"):  # often a file on the same disk
-                for line in (console_line(report), *console_warnings(report)):
-                    print(line, flush=True)
+                progress.say("\n".join((console_line(report), *console_warnings(report))))
         if self._sink is not None:
             with self._lost.tolerate("report line"):
                 self._sink.write(report)

@@ -3,7 +3,8 @@
 numba keeps compiled code beside the source, under the source's path and time of change: a new clone compiles everything
 again, about a minute. It also looks at no other file: a kernel whose callee changed in another module is served as it was.
 Here the key is what the machine code was made from: the files of a kernel and of all kernels that it calls, and the
-constants that it takes from other modules. The processor, the signature and numba's version stand in numba's own index.
+constants that it takes from other modules, and numba's version: environments share the folder, and numba empties an index
+that another version wrote. The processor and the signature stand in numba's own index.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def cache_folder() -> Path:
 
 
 def content_key(function: Any) -> str:
-    """Hexadecimal key of all that a kernel is compiled from, once the modules of its callees are loaded."""
-    parts, seen, waiting = set(), set(), [function]
+    """Hexadecimal key of all that a kernel is compiled from and by, once the modules of its callees are loaded."""
+    parts, seen, waiting = {f"numba {numba.__version__}"}, set(), [function]
     while waiting:
         called = waiting.pop()
         if called in seen:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from atlas_rl import AtlasRolloutEngine
@@ -66,11 +67,13 @@ REFUSED = {
     "a typo in a flag": ({}, ["--baselin-every", "1"], "no option 'baselin-every': did you mean 'baseline_every'"),
     "a typo in a negation": ({}, ["--no_speculaton"], "did you mean 'no_speculation'"),
     "a shortened flag": ({}, ["--draft_mod=fp4"], "did you mean 'draft_model'"),
+    "a typo of --config": ({}, ["--confg", "run.yaml"], "no option 'confg': did you mean 'config'"),
     "a loose word": ({}, ["fp4"], "'fp4' belongs to no option"),
     "accelerate's": ({"num_processes": 2}, [], "accelerate launch --num_processes ... -m atlas_rl grpo"),
     "a value of ours": ({"backend": "cuda"}, [], "backend must be 'auto', 'in_process' or 'vllm', got 'cuda'"),
     "a number of ours": ({}, ["--baseline_every=-1"], "baseline_every must be a whole number of at least 0"),
     "a value that is no number": ({}, ["--audit_share", "few"], "argument --audit_share/--audit-share: invalid float"),
+    "a typo before what TRL's classes refuse": ({"bf16": True}, ["--lerning_rate=1"], "did you mean 'learning_rate'"),
     "no policy": ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
     "no data": ({"dataset_name": None}, [], "dataset_name is missing"),
     "no rewards": ({"reward_funcs": None}, [], "reward_funcs is missing"),
@@ -92,6 +95,25 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(case: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed, arguments, message = REFUSED[case]
+    check_refused(run_folder, tmp_path, capsys, changed, arguments, message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes bfloat16")
+def test_bfloat16_without_a_gpu_is_told_whose_choice_it_was(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"bf16": None, "use_cpu": None}
+    check_refused(run_folder, tmp_path, capsys, asked, [], "`bf16: false` (or --bf16 false) trains in float32")
+
+
+def check_refused(
+    run_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changed: dict[str, Any],
+    arguments: list[str],
+    message: str,
+) -> None:
     config = yaml.safe_load((run_folder / "run.yaml").read_text()) | {"output_dir": str(tmp_path / "out")} | changed
     (tmp_path / "run.yaml").write_text(
         yaml.safe_dump({name: each for name, each in config.items() if each is not None})

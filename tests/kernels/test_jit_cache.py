@@ -148,6 +148,17 @@ def test_what_changed_is_compiled_anew_wherever_it_stands(package: Path, tmp_pat
     assert run(KERNEL, package.parent, kernels, **where) == [[], 111], "the first one's is still there"
 
 
+def test_environments_with_other_versions_of_numba_share_the_folder(package: Path, tmp_path: Path):
+    """As one with vLLM, which pins numba, beside one without."""
+    where = {"ATLAS_RL_CACHE": str(tmp_path / "cache")}
+    another = f"import numba; numba.__version__ = '0.0.1'\n{KERNEL}"
+    for code in (KERNEL, another):
+        names, _ = run(code, package.parent, ROOT / "kernels", **where)
+        assert "kernel" in names
+    for code in (KERNEL, another):
+        assert run(code, package.parent, ROOT / "kernels", **where) == [[], 111]
+
+
 def test_numbas_own_settings_hold(package: Path, tmp_path: Path):
     kernels, given = ROOT / "kernels", tmp_path / "given"
     cache = {"ATLAS_RL_CACHE": str(tmp_path / "cache")}

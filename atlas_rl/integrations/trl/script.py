@@ -96,10 +96,13 @@ def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Cal
     names = {action.dest for action in parser._actions} - {"help"}
     _check_names(config, names, "the YAML file")
     _check_choices(config, parser._actions)
-    *theirs, ours, rest = parser.parse_args_and_config(list(arguments), return_remaining_strings=True)
+    # TRL's classes check themselves when they are made. A typo or a missing name has to be told before.
+    file_at = arguments.index("--config") if "--config" in arguments else len(arguments)
+    given, rest = parser.parse_known_args([*arguments[:file_at], *arguments[file_at + 2 :]])
     flags = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
-    _check_rest(rest, names | {flag for flag in flags if "-" not in flag} - {"h"})
-    _check_given(theirs)
+    _check_rest(rest, names | {flag for flag in flags if "-" not in flag} - {"h"} | {"config"})
+    _check_given({**config, **{name: value for name, value in vars(given).items() if value}})
+    *theirs, ours = _made(parser, arguments)
     options = asdict(ours)
     kind, baseline_every = options.pop("engine"), options.pop("baseline_every")
     whole("baseline_every", baseline_every, 0, hint="(0 never)")
@@ -212,9 +215,20 @@ def _check_rest(rest: Sequence[str], known: Collection[str]) -> None:
         raise ValueError(f"{rest[0]!r} belongs to no option. {COMMAND} --help lists them")
 
 
-def _check_given(groups: Sequence[Any]) -> None:
+def _made(parser: Any, arguments: Sequence[str]) -> Sequence[Any]:
+    """The options as objects of TRL's classes and ours; a refusal of bfloat16 says whose choice that was."""
+    try:
+        made: Sequence[Any] = parser.parse_args_and_config(list(arguments))
+    except ValueError as error:
+        if "bf16" not in str(error):
+            raise
+        hint = "TRL trains in bfloat16 unless told: `bf16: false` (or --bf16 false) trains in float32"
+        raise ValueError(f"{error} {hint}") from error
+    return made
+
+
+def _check_given(values: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a run without a policy, rewards or data, before anything is loaded."""
-    values = {name: value for group in groups for name, value in vars(group).items()}
     if not values.get("model_name_or_path"):
         raise ValueError("model_name_or_path is missing: the policy's folder, or its name on the hub")
     if not values.get("dataset_name") and not values.get("datasets"):

@@ -19,6 +19,7 @@ from atlas_rl.report.page.figures import (
 )
 from atlas_rl.report.page.reading import Run
 from atlas_rl.report.page.speed import known_points, steps_of
+from atlas_rl.report.report import StepReport
 
 _ENOUGH_DRAFTS = 20  # verified at a position, for its acceptance to be shown
 _ENOUGH_PER_POINT = 10
@@ -49,15 +50,21 @@ def _over_steps(run: Run, drafting: Sequence[Run]) -> Figure:
     data = []
     reports = run.points
     names = list(dict.fromkeys(name for report in reports for name in report.drafted))
-    for i, name in enumerate(names):
+    for name in names:
         rates = [
             r.accepted[name] / r.drafted[name] if r.drafted.get(name, 0) >= _ENOUGH_PER_POINT else None for r in reports
         ]
-        data.append(line(name, steps_of(reports), rates, color_of(i), mode="lines+markers"))
+        data.append(line(name, steps_of(reports), rates, _color(name, reports), mode="lines+markers"))
     axes = over_steps([run], "accepted share")
     axes["yaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}
     caption = f"{whose(run, drafting, ': ')}Accepted share over steps, of {_ENOUGH_PER_POINT} draft tokens at least"
     return Figure(data, axes, caption)
+
+
+def _color(drafter: str, reports: Sequence[StepReport]) -> str:
+    """The colour of a drafter, the same in every chart of a run."""
+    names = dict.fromkeys(name for report in reports for name in (*report.drafted, *report.calibration_error))
+    return color_of(list(names).index(drafter))
 
 
 def by_position(runs: Sequence[Run]) -> Panel:
@@ -108,9 +115,9 @@ def calibration(runs: Sequence[Run]) -> Panel:
         data = []
         reports = run.points
         names = list(dict.fromkeys(name for report in reports for name in report.calibration_error))
-        for i, name in enumerate(names):
+        for name in names:
             errors = [report.calibration_error.get(name) for report in reports]
-            data.append(line(name, steps_of(reports), errors, color_of(i), mode="lines+markers"))
+            data.append(line(name, steps_of(reports), errors, _color(name, reports), mode="lines+markers"))
         if data:
             parts.append(Figure(data, over_steps([run], "error of the share"), whose(run, runs, "")))
     absent = "" if parts else "No draft was scored against an estimate."

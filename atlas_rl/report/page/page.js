@@ -7,7 +7,7 @@
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  const dressed = (data, layout, print) => {
+  const dressed = (id, data, layout, print) => {
     const ink = print ? "#1c2128" : colour("--ink");
     const rule = print ? "#d8dde3" : colour("--rule");
     const paper = print ? "#ffffff" : colour("--paper");
@@ -24,13 +24,16 @@
       hovermode: "closest",
       showlegend: data.length > 1,
       legend: { orientation: "h", x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", maxheight: 0.8, ...layout.legend },
-      ...(print ? { width: printWidth, autosize: false } : { autosize: true }),
+      ...(print ? { width: printWidth, height: document.getElementById(id).offsetHeight, autosize: false } : { autosize: true }),
     };
   };
 
+  // `react` to another width leaves legends where those of the old width were, across the lines: for print all is drawn anew.
   const draw = (print) =>
     Promise.all(
-      Object.entries(figures).map(([id, { data, layout }]) => Plotly.react(id, data, dressed(data, layout, print), options)),
+      Object.entries(figures).map(([id, { data, layout }]) =>
+        (print ? Plotly.newPlot : Plotly.react)(id, data, dressed(id, data, layout, print), options),
+      ),
     );
 
   const resized = new ResizeObserver((entries) => {

@@ -29,6 +29,18 @@ const narrow = setInterval(() => {
 </script>"""
 
 
+PRINTED = """<script>
+const printing = setInterval(() => {
+  if (!document.body.dataset.drawn) return;
+  clearInterval(printing);
+  dispatchEvent(new Event("beforeprint"));
+  const charts = [...document.querySelectorAll(".chart")].filter((chart) => chart.querySelector(".legend"));
+  const edge = (chart, name, side) => chart.querySelector(name).getBoundingClientRect()[side];
+  document.body.dataset.gaps = charts.map((c) => edge(c, ".nsewdrag", "top") - edge(c, ".legend", "bottom")).join(" ");
+}, 200);
+</script>"""
+
+
 PLOTLYS_OWN = "WARN: Too many auto-margin redraws."  # what plotly says on a machine that is busy; the chart is whole
 
 
@@ -119,6 +131,16 @@ def test_text_of_charts_is_readable_in_both_schemes(scheme, tmp_path):
     titles = re.findall(r'class="xtitle"[^>]*fill: (rgb\([^)]*\))', dom)
     assert titles
     assert set(titles) == {ink}
+
+
+def test_printed_legends_stand_right_above_their_lines(tmp_path):
+    output = tmp_path / "report.html"
+    main(["report", str(grpo_folder()), "--output", str(output)])
+    dom, console = opened(output, more=PRINTED)
+    assert console == ""
+    gaps = list(map(float, re.search(r'data-gaps="([^"]+)"', dom).group(1).split()))
+    assert len(gaps) > 4
+    assert all(0 <= gap < 10 for gap in gaps), gaps  # px
 
 
 def test_a_page_is_printed(tmp_path):

@@ -40,6 +40,15 @@ def test_a_page_replaces_a_page(folder, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
 
 
+def test_a_mistyped_flag_gets_the_usage_of_its_command_and_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "run", "--outputt", "page.html"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "usage: atlas-rl report" in said
+    assert "(did you mean --output?)" in said
+
+
 def test_a_reader_that_has_enough_is_no_error(folder):
     other = write(folder.parent / "other", [("a", 0, report) for report in steps(range(3))])
     code = (

@@ -66,6 +66,24 @@ def test_plotly_takes_every_figure(name):
             graph_objects.Figure(data=part.data, layout=part.layout)
 
 
+def test_a_drafter_has_one_colour_on_the_page():
+    """Scores begin before the first draft is verified, or in another order."""
+    first = {"drafted": {"history": 40}, "accepted": {"history": 20}, "calibration_error": {"eagle3": 0.1},
+             "scored": {"eagle3": 9}}  # fmt: skip
+    names = ("history", "recurrent", "eagle3")
+    later = {
+        "drafted": dict.fromkeys(names, 40),
+        "accepted": dict.fromkeys(names, 9),
+        "scored": dict.fromkeys(names, 40),
+    }
+    reports = [*steps([0], **first), *steps([1], **later, calibration_error=dict.fromkeys(reversed(names), 0.1))]
+    runs = [run_of(reports)]
+    lines = [*charts(drafting.speculators(runs))[1].data, *charts(drafting.calibration(runs))[0].data]
+    colors = {(trace["name"], trace["line"]["color"]) for trace in lines}
+    assert len(lines) == 6
+    assert len(colors) == len({color for _, color in colors}) == 3
+
+
 def test_real_figures_are_those_of_the_reports():
     runs = real_runs()
     reports = runs[0].steps
