@@ -8,8 +8,7 @@ every layer of every step.
 
 Here the cache holds the type that attention computes in (`as_attended`), and for the time of a call the linear layers have
 copies of their weights, half as large as these (`HalfWeights`). Both are what autocast would have made, so that results are
-the same to the bit. Only weights that a layer multiplies by as they are take part: not the experts of an MoE layer, which
-lie in one tensor.
+the same to the bit. Experts of an MoE, which lie in one tensor, and their routers have copies as well (`half_twins.py`).
 
 A processor without units for the type multiplies it number by number: 64 rows took six times as long as in float32. On a CPU
 a product of some size therefore goes by the fastest route (`linear_routes.py`), the same up to the order of summation.
@@ -27,6 +26,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.half_twins import HalfTwins
 from atlas_rl.policy.linear_routes import BUCKETS, MIN_BYTES, Contest, RouteTable, bucket_of, by_route
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
@@ -90,21 +90,28 @@ class HalfWeights:
         if not self.num_bytes:
             self.most_bytes = 0
         layers = [] if dtype is None else [m for m in self._model.modules() if _takes_part(m)]
-        num_bytes = sum(2 * _size_of(layer) for layer in layers)
-        if dtype is None or not layers or num_bytes > _SHARE * self._free_bytes():
+        twins = None if dtype is None else HalfTwins(self._model, dtype, self._reserve)
+        before, table = self.num_bytes, self._given or RouteTable.of_this_machine()
+        if dtype is None or twins is None or not self._reserve(sum(2 * _size_of(layer) for layer in layers)):
             yield
             return
-        before, table = self.num_bytes, self._given or RouteTable.of_this_machine()
         try:
             halves = {layer: _Half(layer, dtype) for layer in layers}
             _choose_routes(halves.values(), table)
-            self.num_bytes += num_bytes
-            self.most_bytes = max(self.most_bytes, self.num_bytes)
-            with replaced_forwards({layer: _forward_of(layer.forward, dtype, halves) for layer in layers}):
+            forwards = {layer: _forward_of(layer.forward, dtype, halves) for layer in layers}
+            with replaced_forwards(forwards | twins.forwards()):
                 yield
         finally:
             self.num_bytes = before
             table.save()
+
+    def _reserve(self, num_bytes: int) -> bool:
+        """Take bytes for copies, if there are so many."""
+        if num_bytes > _SHARE * self._free_bytes():
+            return False
+        self.num_bytes += num_bytes
+        self.most_bytes = max(self.most_bytes, self.num_bytes)
+        return True
 
 
 def _choose_routes(halves: Iterable[_Half], table: RouteTable) -> None:

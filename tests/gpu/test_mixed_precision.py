@@ -9,35 +9,59 @@ import torch
 
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy import autocast, ragged_attention
+from benchmarks import tiny_policies
 from tests.casts import Casts
 from tests.engines import engine_of
 from tests.models import FACTORIES
 from tests.pretend_cuda import PretendCuda
 
 
-def casts_of_steps(model: Any, device: PretendCuda, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """Weights that each decode step converts, and caches."""
-    weights, caches, step = [], [], DecodeLoop.step
+def casts_of_steps(
+    model: Any, device: PretendCuda, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], list[int], list[int]]:
+    """Weights that each decode step converts, caches, and numbers of the largest other tensor that it converts."""
+    weights, caches, largest, step = [], [], [], DecodeLoop.step
 
     def counted(loop: DecodeLoop) -> None:
         num_events = len(device.events)
         with Casts(model) as casts:
             step(loop)
         weights.append(casts.weights)
+        largest.append(casts.largest)
         caches.append(sum(event.what == "sdpa autocast" for event in device.events[num_events:]))
 
     model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)  # for each forward, as accelerate does it
     monkeypatch.setattr(DecodeLoop, "step", counted)
     engine = engine_of(model, speculation=False, audit_share=0)
     engine.generate([[5, 9, 2, 7, 7, 1], [3, 8, 1]], max_new_tokens=4, eos_token_ids=[17], temperature=0)
-    return weights, caches
+    return weights, caches, largest
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_a_step_converts_neither_weights_nor_caches(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with PretendCuda() as device:
-        weights, caches = casts_of_steps(device.move(FACTORIES[family]()), device, monkeypatch)
+        weights, caches, _ = casts_of_steps(device.move(FACTORIES[family]()), device, monkeypatch)
     assert weights == caches == [0, 0, 0]
+
+
+def moe(kind: str, experts: str) -> Any:
+    """A tiny policy with experts, which multiply in one of the ways that transformers knows."""
+    model = tiny_policies.build(kind, num_hidden_layers=2)
+    model.set_experts_implementation(experts)
+    return model
+
+
+EXPERT = 2 * 32 * 64  # numbers of one: the least that is converted where it is not kept
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_nor_experts_and_routers(kind: str, experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts lie in one tensor: what would be converted is a slice of it, or what was gathered from it."""
+    with PretendCuda() as device:
+        weights, caches, largest = casts_of_steps(device.move(moe(kind, experts)), device, monkeypatch)
+    assert weights == caches == [0, 0, 0]
+    assert max(largest) < EXPERT / 4
 
 
 def test_what_autocast_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +69,15 @@ def test_what_autocast_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autocast, "_SHARE", 0)
     monkeypatch.setattr(ragged_attention, "as_attended", lambda *tensors: tensors)
     with PretendCuda() as device:
-        weights, caches = casts_of_steps(device.move(FACTORIES["llama"]()), device, monkeypatch)
+        weights, caches, _ = casts_of_steps(device.move(FACTORIES["llama"]()), device, monkeypatch)
     assert weights == [15] * 3
     assert caches == [4] * 3
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm"])
+def test_what_autocast_does_with_experts(experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autocast, "_SHARE", 0)
+    with PretendCuda() as device:
+        weights, _, largest = casts_of_steps(device.move(moe("mixtral", experts)), device, monkeypatch)
+    assert min(weights) >= 2  # of routers alone
+    assert min(largest) >= EXPERT / 2  # of an expert's weights the smaller one

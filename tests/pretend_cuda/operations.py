@@ -26,7 +26,6 @@ _SYNCING = {
     _aten.equal,
     _aten.is_nonzero,
     _aten.bincount,
-    _aten.histc,
     _aten.multinomial,
 }
 _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index, _aten._index_put_impl_}
@@ -122,6 +121,8 @@ class Operations:
             raise RuntimeError(MIXED.format(packet))
         if packet in _SYNCING:
             self.record.event("sync", str(packet).removeprefix("aten."))
+        if packet is _aten.histc and args[2:3] == args[3:4]:
+            self.record.event("sync", "histc without bounds")
         if packet is _aten.repeat_interleave and len(args) == 1:
             self.record.event("sync", "repeat_interleave without output_size")
 
@@ -180,7 +181,15 @@ def _flash_attention(
     return reference(query, key[None], value[None], packing, scale, window), *rest
 
 
-_OF_CUDA_ALONE: dict[Any, Callable[..., Any]] = {_aten._flash_attention_forward: _flash_attention}
+def _histc(values: torch.Tensor, *bounds: int) -> torch.Tensor:
+    """A CPU counts no integers."""
+    return torch.histc(values.float(), *bounds).to(values.dtype)
+
+
+_OF_CUDA_ALONE: dict[Any, Callable[..., Any]] = {
+    _aten._flash_attention_forward: _flash_attention,
+    _aten.histc: _histc,
+}
 
 
 def _wrapping(on_device: list[CudaTensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,0 +1,131 @@
+"""Layers with weights of their own, such as the experts of an MoE and their router: run as twins with weights of half the size.
+
+An MoE keeps the weights of all its experts in one tensor, and the forward of its own class multiplies by them. Under autocast
+each product converts what it multiplies by: slices of that tensor, or what was gathered from it. Nobody can tell from outside
+which products these are. So the forward runs in a twin of the layer, which is the layer in everything but these tensors.
+
+Autocast does not reach every product. `torch.nn.functional.grouped_mm`, by which transformers multiplies unless told
+otherwise, computes in the weights' own type, and some routers turn autocast off. A twin would change what these return. So
+the first forward of a call runs both ways, and a layer has a twin only where both return the same to the bit; after the first
+layer of a kind that does not, its kind is left alone for the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
+
+
+class HalfTwins:
+    """Twins of a model's layers, for one call.
+
+    Args:
+        model: Layers of its own or its family's making, without layers inside, take part.
+        dtype: That autocast computes in.
+        reserve: Told how many bytes a twin takes; whether it may.
+
+    Attributes:
+        layers: Those that may get a twin.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, reserve: Callable[[int], bool]) -> None:
+        self.layers = [module for module in model.modules() if _takes_part(module)]
+        self._dtype, self._reserve = dtype, reserve
+        self._twins: dict[nn.Module, _Twin | None] = {}  # of layers that were tried; None where there is none
+        self._unequal: set[type] = set()  # classes whose twins returned something else
+
+    def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
+        """For `threads.replaced_forwards`."""
+        return {layer: self._forward_of(layer.forward) for layer in self.layers}
+
+    def _forward_of(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            device = _weights(layer)[0][1].device.type
+            if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != self._dtype:
+                return own(*args, **kwargs)
+            if layer not in self._twins:
+                return self._tried(layer, own, args, kwargs)
+            twin = self._twins[layer]
+            if twin is not None and not twin.is_of(layer):
+                twin = self._twins[layer] = None
+            return own(*args, **kwargs) if twin is None else twin.forward(*args, **kwargs)
+
+        return forward
+
+    def _tried(self, layer: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the layer returns; it has a twin from now on, if that returns the same."""
+        kind = class_of(layer)
+        if kind in self._unequal or _is_captured() or not all(map(_can_be_repeated, (*args, *kwargs.values()))):
+            return own(*args, **kwargs)
+        self._twins[layer] = None
+        if not self._reserve(2 * sum(weight.numel() for _, weight in _weights(layer))):
+            return own(*args, **kwargs)
+        twin = _Twin(layer, self._dtype)
+        found = twin.forward(*map(_repeated, args), **{name: _repeated(value) for name, value in kwargs.items()})
+        expected = own(*args, **kwargs)
+        if _are_equal(found, expected):
+            self._twins[layer] = twin
+        else:
+            self._unequal.add(kind)
+        return expected
+
+
+class _Twin:
+    """A layer with other weights, of two and more dimensions, and all else the layer's own."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        self._copies = {name: WeightCopy.of(own, own.detach().to(dtype)) for name, own in _weights(layer)}
+        twin = object.__new__(class_of(layer))
+        made = {name: copy.made for name, copy in self._copies.items()}  # found before the parameters of these names
+        vars(twin).update(vars(layer) | made | {"training": False})
+        self.forward: Callable[..., Any] = twin.forward
+
+    def is_of(self, layer: Any) -> bool:
+        return all(copy.is_of(layer._parameters[name]) for name, copy in self._copies.items())
+
+
+def _weights(layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """A layer's own parameters by which it may multiply."""
+    return [(name, own) for name, own in layer._parameters.items() if own is not None and own.dim() > 1]
+
+
+def _takes_part(module: nn.Module) -> bool:
+    weights = _weights(module)
+    return bool(
+        weights
+        and not class_of(module).__module__.startswith("torch.")  # linear layers have copies, convolutions are small
+        and not isinstance(module, (nn.Embedding, Conv1D))  # a lookup converts nothing, and these have copies
+        and "forward" not in module.__dict__
+        and not any(True for child in module.children() for _ in child.parameters())
+        and all(own.dtype == torch.float32 and can_be_copied(own, own.numel()) for _, own in weights)
+    )
+
+
+def _is_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _can_be_repeated(value: Any) -> bool:
+    """Whether a forward with this argument leaves nothing behind, as one with a cache does."""
+    return value is None or isinstance(value, (torch.Tensor, int, float, str))
+
+
+def _repeated(value: Any) -> Any:
+    """An argument for another forward, which may write into it."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _are_equal(found: Any, expected: Any) -> bool:
+    """Whether two results of a forward are the same to the bit; the host waits for the answer."""
+    if isinstance(expected, torch.Tensor):
+        return isinstance(found, torch.Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, (tuple, list)):
+        return len(found) == len(expected) and all(map(_are_equal, found, expected))
+    return bool(found == expected)
