@@ -4,6 +4,9 @@ The verbs are those of `decode/loop.py`, with the engine between them: it schedu
 forward what it committed. A draft is therefore planned at the end of one forward and verified by the next, whose batch may
 differ: requests come, go and pause in between. The controller learns from a forward only where the batch is the one that it
 planned for, speculators from every one.
+
+A device waits from one forward to the next one. So `step` does what drafts need, and what was learned of a forward is learned
+by `learn`, while the device runs the next.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.controller.fixed import NoSpeculation
-from atlas_rl.core import Hidden, Prompts, Rollouts, SamplingParams, Verified
+from atlas_rl.core import Draft, Hidden, Prompts, Rollouts, SamplingParams, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.generate import Call
 from atlas_rl.decode.guard import Faults
@@ -29,6 +32,7 @@ from atlas_rl.sync.refresh import PolicyTracker
 from atlas_rl.vllm.following import RequestFollower
 from atlas_rl.vllm.graphs import uniform_drafts
 from atlas_rl.vllm.internals import Forward
+from atlas_rl.vllm.row_passes import NO_PLAN, Outcome, Plan, going_on, in_order
 from atlas_rl.vllm.traffic import Traffic
 from atlas_rl.vllm.ways import ProposingInWays, observe_in_ways
 
@@ -41,6 +45,23 @@ class _Planned:
     admission: Admission
     requests: np.ndarray
     began_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Unlearned:
+    """A forward that nobody has learned from.
+
+    Attributes:
+        planned: What was planned for it; None where nothing was.
+        committed: What came of it.
+        forward_s: Its seconds.
+        step_s: Seconds from the plan on.
+    """
+
+    planned: _Planned | None
+    committed: _Committed
+    forward_s: float
+    step_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +101,21 @@ class Drafting:
         self._max_draft_tokens, self._max_length, self._max_batch = max_draft_tokens, max_length, max_batch
         self._seen_version, self._num_reports = 0, 0
         self._traffic = Traffic()  # of requests nobody announced
+        self._unlearned: _Unlearned | None = None
+        self._beside_s = 0.0  # in which something was learned while a device ran the forward
         self.recorder = StepRecorder()
         self._epoch_mark_s = 0.0  # of `_busy_s`, when the epoch began
         self.use({}, NoSpeculation())
 
     def use(self, speculators: Mapping[str, Speculator], controller: Controller) -> None:
         """Draft with these from now on; they are bound to the policy."""
+        self.learn()
         self.speculators, self.controller = dict(speculators), controller
         self.record(StepRecorder(speculators=tuple(speculators)))
 
     def record(self, recorder: StepRecorder) -> None:
         """Count from here on into `recorder`."""
+        self.learn()
         self._epoch_mark_s -= self._busy_s()
         self.recorder = recorder
         self.proposing = ProposingInWays(self.speculators, self.controller, recorder, self.requests.table)
@@ -101,6 +126,7 @@ class Drafting:
 
     def begin(self, call: Call) -> int:
         """A call of ours begins. Returns its ticket, which its requests carry, with their index, in vLLM's `extra_args`."""
+        self.learn()
         if call.sequences.policy_version != self._seen_version:
             self.requests.prompt_states.clear()
             self._seen_version = call.sequences.policy_version
@@ -118,16 +144,18 @@ class Drafting:
 
     def end(self) -> None:
         """The call is over."""
+        self.learn()
         self.requests.table.close()
         self._planned, self.speculates = None, True
 
     def policy_updated(self, version: int | None = None) -> None:
         """New weights, on an engine whose requests nobody announces: drafters learn from what they have seen."""
+        self.learn()
         table = self.requests.table
         self.requests.prompt_states.clear()
         self._end_epoch()
         with self.recorder.time("refresh"):
-            self._learn(version)
+            self._refresh(version)
         if table.sequences is not None:
             self._begin_epoch(table.current.sampling)
 
@@ -137,6 +165,7 @@ class Drafting:
         `generate_s` is the time in which the worker was busy. Nothing is estimated of a server without speculation: which
         requests would have met there, nobody knows.
         """
+        self.learn()
         traffic = self._traffic
         self.faults.report_to(self.recorder)
         report = self.recorder.finish(
@@ -166,10 +195,11 @@ class Drafting:
         table = self.requests.table
         if not table.announced:
             table.close()
-        table.request_of, self._planned = {}, None
+        table.request_of, self._planned, self._unlearned = {}, None, None
 
     def step(self, forward: Forward) -> list[list[int]]:
-        """Learn from a forward and draft for the next one: draft tokens of every row."""
+        """Draft for the next forward, given what one left behind: draft tokens of every row."""
+        self.learn()
         drafts: list[list[int]] = [[] for _ in forward.batch.names]
         now_s = self.recorder.clock()
         with self.recorder.time("observe"):
@@ -179,14 +209,25 @@ class Drafting:
             return drafts
         with self.recorder.time("commit"):
             committed = self._commit(forward, rows, requests)
-            forward_s = self._account(committed)
+        step_s = now_s - self._planned.began_s if self._planned is not None else 0.0
+        self._unlearned = _Unlearned(self._planned, committed, self._forward_s(forward), step_s)
         with self.recorder.time("observe"):
-            self._observe(committed, forward_s, now_s)
+            for speculator in self.speculators.values() if self.speculates else ():
+                observe_in_ways(speculator, self.requests.table, committed.verified)
         self._plan(committed, drafts)
+        return self._uniform(forward, drafts)
+
+    def learn(self) -> None:
+        """Learn from the forward before, and count it: at once, or while a device runs the next one."""
+        unlearned, self._unlearned = self._unlearned, None
+        if unlearned is None:
+            return
+        began_s = self.recorder.clock()
         with self.recorder.time("observe"):
             for speculator in self.speculators.values() if self.speculates else ():
                 speculator.learn()
-        return self._uniform(forward, drafts)
+            self._account(unlearned)
+        self._beside_s += self.recorder.clock() - began_s
 
     # ------------------------------------------------------------------------------------------------------- following
 
@@ -195,19 +236,20 @@ class Drafting:
         requests = self.requests
         known = requests.rows_of(forward.batch)
         requests.read_prompts(forward, known)
+        rows, own, num_newcomers = requests.followed(forward, known)
+        if not num_newcomers:
+            return rows, own
         newcomers = requests.newcomers(forward, known)
         for row in newcomers:
             arrival, prompt = requests.arrival(forward, row)
             if arrival.request is None and arrival.sampling is not None and requests.table.is_over():
                 self._end_epoch()
                 if self._traffic.worth_learning(self.recorder.clock()):
-                    self._learn(self.tracker.version)
+                    self._refresh(self.tracker.version)
                 self._begin_epoch(arrival.sampling)
             requests.table.enter(arrival, prompt)  # or it is served without drafts
-        if newcomers:
-            self._start([forward.batch.names[row] for row in newcomers], requests.prompts_of(forward, newcomers))
-            known = requests.rows_of(forward.batch)
-        return requests.followed(forward, known)
+        self._start([forward.batch.names[row] for row in newcomers], requests.prompts_of(forward, newcomers))
+        return requests.followed(forward, requests.rows_of(forward.batch))[:2]
 
     def _start(self, names: list[str], prompts: Prompts) -> None:
         table = self.requests.table
@@ -226,7 +268,7 @@ class Drafting:
             }  # since the last report
             self.tracker.finished(Rollouts(table.sequences, self._busy_s() - self._epoch_mark_s, accepted))
 
-    def _learn(self, version: int | None) -> None:
+    def _refresh(self, version: int | None) -> None:
         """Drafters learn from the newest epoch, for a policy of this version; None counts up."""
         began_s = self.recorder.clock()
         self.tracker.advance(self.speculators, self.controller, version)
@@ -261,110 +303,79 @@ class Drafting:
 
     def _commit(self, forward: Forward, rows: np.ndarray, requests: np.ndarray) -> _Committed:
         """Append what the forward settled, up to an ending token."""
-        table = self.requests.table
-        order, planned = self._in_order(requests)
-        rows, requests = rows[order], requests[order]
-        drawn, num_new = forward.drawn, forward.num_new[rows]
-        settled = Settled(
-            requests,
-            np.maximum(drawn.token_ids[rows, : num_new.max()], 0),
-            num_new,
-            self._num_drafted(forward, rows, planned),
-            drawn.entropies[rows],
-            drawn.max_probs[rows],
-            _hidden(forward, rows),
+        table, planned, drawn = self.requests.table, self._planned, forward.drawn
+        plan = NO_PLAN if planned is None else Plan(planned.requests, planned.admission.lengths)
+        outcome = Outcome(
+            forward.num_new, forward.num_drafted, forward.starts, drawn.token_ids, drawn.entropies, drawn.max_probs
         )
-        ends = np.ascontiguousarray(table.ends(requests, settled.token_ids))
+        only_planned = planned is not None and forward.uniform > 0  # other drafts only made the step uniform
+        num_requests = len(table.max_lengths)
+        rows, requests, places, found = in_order(rows, requests, plan, num_requests, only_planned, outcome)
+        num_new, num_drafted, starts, tokens, entropies, max_probs = found
+        hidden = Hidden(starts, forward.head_inputs, _layers(forward))
+        settled = Settled(requests, tokens, num_new, num_drafted, entropies, max_probs, hidden)
+        ends = table.ends(requests, tokens)
         verified = commit(settled, table.current, table.max_lengths, self.recorder, ends)
         for i in verified.finished.nonzero()[0].tolist():
             self._count_ended(requests[i])
             table.leave(forward.batch.names[rows[i]])
-        complete = self._planned is not None and len(planned) == len(self._planned.requests)
-        as_planned = complete and len(rows) == len(planned) == len(forward.batch.names)
-        return _Committed(rows, planned, verified, as_planned)
+        as_planned = len(rows) == len(places) == len(plan.requests) == len(forward.batch.names)
+        return _Committed(rows, places, verified, as_planned)
 
-    def _num_drafted(self, forward: Forward, rows: np.ndarray, planned: np.ndarray) -> np.ndarray:
-        """Draft tokens that were verified, int64 `[n]`, without those that only made the step uniform."""
-        num_drafted = forward.num_drafted[rows]
-        if self._planned is not None:
-            head = num_drafted[: len(planned)]
-            num_drafted[: len(planned)] = np.minimum(head, self._planned.admission.lengths[planned])
-            if forward.uniform:
-                num_drafted[len(planned) :] = 0
-        return num_drafted
-
-    def _in_order(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """An order of followed requests, planned ones first and as they were planned; and their places in the plan."""
-        if self._planned is None:
-            return np.arange(len(requests)), np.zeros(0, np.int64)
-        if len(requests) == len(self._planned.requests) and (requests == self._planned.requests).all():
-            same = np.arange(len(requests))  # as in most steps
-            return same, same
-        where = np.full(len(self.requests.table.max_lengths), -1)
-        where[requests] = np.arange(len(requests))
-        first = where[self._planned.requests]
-        planned = np.flatnonzero(first >= 0)
-        rest = np.ones(len(requests), bool)
-        rest[first[planned]] = False
-        return np.append(first[planned], np.flatnonzero(rest)), planned
-
-    def _account(self, committed: _Committed) -> float:
-        """Count the forward; returns its seconds."""
+    def _forward_s(self, forward: Forward) -> float:
+        """Seconds of the forward."""
         mark_s, self._forward_mark_s = self._forward_mark_s, self.recorder.seconds("forward")
-        forward_s = self._forward_mark_s - mark_s
-        if len(committed.planned):
-            planned = self._planned
-            assert planned is not None, "some requests had a plan"
-            drafters = planned.admission.drafters[committed.planned]
-            account(
-                self.recorder,
-                self.controller,
-                planned.step,
-                committed.verified,
-                drafters,
-                forward_s,
-                self._plain_costs,
-            )
-        return forward_s
+        beside_s, self._beside_s = self._beside_s, 0.0
+        works_beside_host = forward.head_inputs.device.type != "cpu"
+        return self._forward_mark_s - mark_s + (beside_s if works_beside_host else 0.0)
 
-    def _observe(self, committed: _Committed, forward_s: float, now_s: float) -> None:
-        if not self.speculates:
+    def _account(self, unlearned: _Unlearned) -> None:
+        """Let the controller learn from a forward, and count it."""
+        planned, committed = unlearned.planned, unlearned.committed
+        if planned is None:
             return
-        planned, verified = self._planned, committed.verified
-        if planned is not None and committed.as_planned:
+        verified = committed.verified
+        if committed.as_planned and self.speculates:
             # What the scheduler left out of a draft was not verified, and did not cost.
             admission = Admission(planned.admission.drafters, verified.num_drafted.copy())
-            self.controller.observe(planned.step, admission, verified, forward_s, now_s - planned.began_s)
-        for speculator in self.speculators.values():
-            observe_in_ways(speculator, self.requests.table, verified)
+            self.controller.observe(planned.step, admission, verified, unlearned.forward_s, unlearned.step_s)
+        if len(committed.planned):
+            drafters = planned.admission.drafters[committed.planned]
+            account(
+                self.recorder, self.controller, planned.step, verified, drafters, unlearned.forward_s, self._plain_costs
+            )
 
     # -------------------------------------------------------------------------------------------------------- drafting
 
     def _plan(self, committed: _Committed, drafts: list[list[int]]) -> None:
         """Plan and propose for the requests that go on; their draft tokens go into `drafts`, by row."""
         verified, table = committed.verified, self.requests.table
-        going = (~verified.finished).nonzero()[0]
+        sequences, began_s = table.current, self.recorder.clock()
+        requests, rows, room = going_on(
+            verified.requests, committed.rows, verified.finished, sequences.lengths, table.max_lengths,
+            self._max_draft_tokens,
+        )  # fmt: skip
         self._planned = None
-        if not len(going):
+        if not len(requests):
             return
-        sequences = table.current
-        requests, rows, began_s = verified.requests[going], committed.rows[going], self.recorder.clock()
-        lengths = sequences.lengths[requests]
-        room = np.minimum(table.max_lengths[requests] - lengths - 1, self._max_draft_tokens)
         if self.speculates:
             step = self.proposing.run(sequences, requests, room)
             with self.recorder.time("controller"):
                 admission = self.controller.admit(step)
-                draft = merge(step.drafts, list(self.speculators), admission, sequences.vocab_size)
-            for row, tokens, length in zip(
-                rows.tolist(), draft.token_ids.tolist(), draft.lengths.tolist(), strict=True
-            ):
-                drafts[row] = tokens[:length]
-            self.num_planned += int(draft.lengths.sum())
+                if admission.lengths.any():
+                    self._take(
+                        merge(step.drafts, list(self.speculators), admission, sequences.vocab_size), rows, drafts
+                    )
         else:
-            step, nothing = Step(room, int(lengths.sum()), []), np.zeros(len(room), np.int64)
-            admission = Admission(nothing, nothing)
+            nothing = np.zeros(len(room), np.int64)
+            step, admission = Step(room, int(sequences.lengths[requests].sum()), []), Admission(nothing, nothing)
         self._planned = _Planned(step, admission, requests, began_s)
+
+    def _take(self, draft: Draft, rows: np.ndarray, drafts: list[list[int]]) -> None:
+        """Put the draft of each of `rows` (int64 `[n]`) into `drafts`."""
+        for row, tokens, length in zip(rows.tolist(), draft.token_ids.tolist(), draft.lengths.tolist(), strict=True):
+            drafts[row] = tokens[:length]
+        self.num_planned += int(draft.lengths.sum())
 
     def _uniform(self, forward: Forward, drafts: list[list[int]]) -> list[list[int]]:
         """`drafts`, of one length where vLLM replays full graphs only then and every row decodes."""
@@ -375,12 +386,11 @@ class Drafting:
         return uniform_drafts(drafts, last_tokens, self._max_length - 1 - batch.lengths, forward.uniform)
 
 
-def _hidden(forward: Forward, rows: np.ndarray) -> Hidden:
-    """Hidden states at the positions that were drawn from; layers come for every token of the forward."""
+def _layers(forward: Forward) -> dict[int, torch.Tensor]:
+    """Hidden states of layers at the positions that were drawn from; they come for every token of the forward."""
     if not forward.layers:
-        return Hidden(forward.starts[rows], forward.head_inputs, {})
+        return {}
     counts = forward.num_drafted + 1
     first = forward.spans[:, 0] + forward.spans[:, 1] - counts
     at = torch.from_numpy(np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
-    layers = {n: states[at.to(states.device)] for n, states in forward.layers.items()}
-    return Hidden(forward.starts[rows], forward.head_inputs, layers)
+    return {n: states[at.to(states.device)] for n, states in forward.layers.items()}

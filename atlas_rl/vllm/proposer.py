@@ -25,6 +25,7 @@ from atlas_rl.vllm.checkpoint import Described, check, describe, served_folder, 
 from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_engine, options_of
 from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.internals import Batch, Forward, Hooks, VllmView
+from atlas_rl.vllm.row_passes import compile_passes
 
 Value = TypeVar("Value")
 _NEW_WEIGHTS = ("atlas_load_weights", "atlas_policy_updated", "finish_weight_update")
@@ -86,6 +87,7 @@ class AtlasProposer(Hooks):
             return
         assert self._model is not None, "vLLM loads the model before it asks for drafts"
         self.policy = VllmView(self._model, self._config)
+        compile_passes()
         if defaults:
             chosen = default_speculators()
             if "draft_model" in self.options:
@@ -159,6 +161,9 @@ class AtlasProposer(Hooks):
         if rank == 0:  # a controller reads its rank's own clock: it decides for all
             drafts = self._guarded("step", lambda: self.drafting.step(forward), drafts)
         return drafts if size == 1 else group.broadcast_object(drafts, src=0)
+
+    def learn(self) -> None:
+        self._guarded("learn", self.drafting.learn, None)
 
     def _guarded(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
         """Following requests is not worth a server either: an error costs the drafts of the requests that run."""

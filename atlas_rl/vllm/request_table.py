@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atlas_rl.core import SamplingParams, Sequences, prompt_key
+from atlas_rl.decode.commit import NOBODY_SAYS
 from atlas_rl.policy.base import roomy
 
 _WORTH_AN_EPOCH = 32  # finished requests of a server that end an epoch when nothing runs
@@ -161,10 +162,19 @@ class RequestTable:
         of_each = self._way_of[requests]
         return [(self._ways[way], np.flatnonzero(of_each == way)) for way in np.unique(of_each)]
 
+    @property
+    def only_way(self) -> SamplingParams | None:
+        """How every request samples; None where they differ."""
+        return self._ways[0] if len(self._ways) == 1 else None
+
     def ends(self, requests: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-        """Which tokens end their request: bool, like `token_ids` (int64 `[n, width]`) of `requests` (int64 `[n]`)."""
-        if len(self._ways) == 1:
-            return self._ways[0].ends(token_ids)
+        """Which tokens end their request: bool, like `token_ids` (int64 `[n, width]`) of `requests` (int64 `[n]`).
+
+        Where all requests sample alike it has no rows, and the sampling parameters of `current` say so.
+        """
+        if self.only_way is not None:
+            self.sample_as(self.only_way)
+            return NOBODY_SAYS
         ends = np.zeros(token_ids.shape, bool)
         for sampling, rows in self.ways(requests):
             ends[rows] = sampling.ends(token_ids[rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -38,10 +39,13 @@ class ProposingInWays(Proposing):
 
     def drawn_as(self, sequences: Sequences, requests: np.ndarray) -> Hashable:
         """The distribution that all requests are drawn from, roughly, or that they differ."""
-        ways = self._table.ways(requests)
+        ways = self._table.ways(requests) if self._table.only_way is None else [(self._table.only_way, requests)]
         return _roughly(ways[0][0]) if len(ways) == 1 else MIXED
 
     def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
+        if self._table.only_way is not None:
+            self._table.sample_as(self._table.only_way)
+            return super().draft(name, sequences, requests, wanted)
         parts = []
         for sampling, rows in self._table.ways(requests):
             self._table.sample_as(sampling)
@@ -51,6 +55,10 @@ class ProposingInWays(Proposing):
 
 def observe_in_ways(speculator: Speculator, table: RequestTable, verified: Verified) -> None:
     """Hand a drafter what was verified, greedy requests apart from drawn ones: some learn differently from each."""
+    if table.only_way is not None:
+        table.sample_as(table.only_way)
+        speculator.observe(table.current, verified)
+        return
     kinds: dict[bool, list[tuple[SamplingParams, np.ndarray]]] = {}
     for sampling, rows in table.ways(verified.requests):
         kinds.setdefault(sampling.greedy, []).append((sampling, rows))
@@ -85,6 +93,7 @@ def _together(parts: list[tuple[np.ndarray, Draft]], batch: int) -> Draft:
     return Draft(tokens, lengths, confidence)
 
 
+@lru_cache(maxsize=64)
 def _roughly(sampling: SamplingParams) -> Hashable:
     """Distributions that differ by little share what was learned: clients send any number."""
     return (

@@ -15,6 +15,7 @@ import torch
 from atlas_rl.controller.base import Admission, Step
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.core import Draft, Sequences, Verified
+from atlas_rl.vllm import row_passes
 from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.draw import NO_TOKEN, Drawn
 from atlas_rl.vllm.internals import Batch, Forward
@@ -137,17 +138,21 @@ def test_rows_that_move_come_and_go_keep_their_plans() -> None:
     engine = Engine(6, speculates=True)
     engine.step(engine.forward())
     engine.step(engine.forward())
+    engine.drafting.learn()
     assert engine.controller.lengths == [[K] * 6]
     engine.names = engine.names[::-1]
     engine.step(engine.forward())  # the same batch in other rows
+    engine.drafting.learn()
     assert engine.controller.lengths[1:] == [[K] * 6]
     for name in ("request 1", "request 4"):
         engine.names.remove(name)
     engine.step(engine.forward())  # some pause: nothing is learned of a batch that did not run
     engine.names.append("request 1")
     engine.step(engine.forward())
+    engine.drafting.learn()
     assert len(engine.controller.lengths) == 2
     engine.step(engine.forward())
+    engine.drafting.learn()
     assert engine.controller.lengths[2:] == [[K] * 5]
     for verified in engine.drafter.observed[1:]:
         assert (verified.num_accepted == np.maximum(verified.num_committed - 1, 0)).all()
@@ -157,11 +162,89 @@ def test_rows_that_move_come_and_go_keep_their_plans() -> None:
             assert table.current.lengths[table.request_of[name]] == length
 
 
+def test_learning_waits_for_the_next_forward_and_nothing_is_lost() -> None:
+    engine = Engine(4, speculates=True)
+    drafting = engine.drafting
+    engine.step(engine.forward())
+    engine.step(engine.forward())
+    assert engine.controller.lengths == []  # `step` alone learned from the forward before, which had no plan
+    assert drafting.recorder.num_forwards == 0
+    drafting.learn()  # a device runs the next forward
+    drafting.learn()
+    assert engine.controller.lengths == [[K] * 4]
+    assert drafting.recorder.num_forwards == 1
+    engine.step(engine.forward())
+    assert drafting.take_report().num_forwards == 2  # whoever asks is told of all
+
+
+@pytest.mark.parametrize(("device", "forward_s"), [("cpu", 2.0), ("meta", 7.0)])
+def test_a_forward_took_the_seconds_in_which_something_was_learned_beside_it(device: str, forward_s: float) -> None:
+    engine = Engine(4, speculates=True)
+    drafting, forward = engine.drafting, engine.forward()
+    forward.head_inputs = torch.zeros(4, 4, device=device)
+    drafting.recorder.move("other", "forward", 2.0)  # by the host's clock
+    drafting._beside_s = 5.0
+    assert drafting._forward_s(forward) == pytest.approx(forward_s)
+    assert drafting._forward_s(forward) == 0
+
+
+def test_what_nobody_waited_for_is_dropped_where_something_went_wrong() -> None:
+    engine = Engine(4, speculates=True)
+    engine.step(engine.forward())
+    engine.step(engine.forward())
+    engine.drafting.give_up()
+    engine.drafting.learn()
+    assert engine.controller.lengths == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_passes_do_what_numpy_does(seed: int) -> None:
+    """Of rows that are new, unknown, paused, in another order than planned, or ended; batches of one row and of none."""
+    rng = np.random.default_rng(seed)
+    count, num_requests, width = int(rng.integers(0, 9)), 16, int(rng.integers(1, 5))
+    known = rng.permutation(num_requests)[:count]
+    known[rng.random(count) < 0.3] = -1
+    num_new = rng.integers(0, width + 1, count)
+    before, prompts = rng.integers(1, 9, num_requests), rng.integers(1, 9, count)
+    lengths = np.where(known >= 0, before[known], rng.integers(1, 9, count)) + num_new
+    lengths[rng.random(count) < 0.05] += 1
+    arguments = known, num_new, lengths, prompts, before
+    found = row_passes.followed(*arguments)
+    same(found, row_passes.followed_in_numpy(*arguments))
+
+    rows, requests = found[:2]
+    planned = rng.permutation(num_requests)[: rng.integers(0, 9)] if seed % 3 else requests.copy()
+    plan = row_passes.Plan(planned, rng.integers(0, width, len(planned))) if seed % 4 else row_passes.NO_PLAN
+    figures = (rng.random((count, width)).astype(np.float32) for _ in range(2))
+    tokens = rng.integers(0, VOCAB, (count, width))
+    outcome = row_passes.Outcome(num_new, rng.integers(0, width, count), rng.integers(0, 99, count), tokens, *figures)
+    for only_planned in (False, True):
+        arguments = rows, requests, plan, num_requests, only_planned, outcome
+        same(row_passes.in_order(*arguments), row_passes.in_order_in_numpy(*arguments))
+
+    finished = rng.random(len(rows)) < (0.3 if seed % 5 else 1)
+    arguments = requests, rows, finished, before, before + rng.integers(1, 9, num_requests), K
+    same(row_passes.going_on(*arguments), row_passes.going_on_in_numpy(*arguments))
+
+
+def same(found: Any, expected: Any) -> None:
+    if isinstance(expected, tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            same(one, other)
+    elif isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+    else:
+        assert found == expected
+
+
 def test_who_paused_is_counted_with_its_own_drafter() -> None:
     engine = Engine(4, speculates=True)
     engine.step(engine.forward())
-    drafters = engine.drafting._planned
-    assert drafters is not None
+    assert engine.drafting._planned is not None
     engine.names = ["request 3", "request 0"]
-    order, planned = engine.drafting._in_order(engine.drafting.requests.rows_of(engine.forward().batch))
-    assert (order.tolist(), planned.tolist()) == ([1, 0], [0, 3])
+    engine.step(engine.forward())
+    unlearned = engine.drafting._unlearned
+    assert unlearned is not None
+    assert (unlearned.committed.rows.tolist(), unlearned.committed.planned.tolist()) == ([1, 0], [0, 3])

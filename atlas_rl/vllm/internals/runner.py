@@ -99,6 +99,10 @@ class Hooks(ABC):
     def propose_after(self, forward: Forward) -> list[list[int]]:
         """Draft tokens for every row, given what the last forward settled."""
 
+    @abstractmethod
+    def learn(self) -> None:
+        """A forward has been started, and a device runs it now: the host has time for what drafts do not wait for."""
+
 
 def install() -> None:
     """Hook the model runner of this process; runners whose drafter is not ours are left alone."""
@@ -165,7 +169,10 @@ def _execute_model(original: Callable[..., Any], runner: Any, drafter: Hooks, sc
         if name not in new
     )
     with _forward_time(runner).running(drafter.recorder, "forward" if decodes else "prefill"):
-        return original(scheduled, *args)
+        result = original(scheduled, *args)
+    with torch.inference_mode(False), torch.no_grad():
+        drafter.learn()
+    return result
 
 
 def _forward_time(runner: Any) -> ForwardTime:

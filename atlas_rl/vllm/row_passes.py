@@ -1,0 +1,213 @@
+"""Passes over the rows of a forward, compiled, and the same in plain numpy.
+
+Between two forwards a device waits for the host. A pass takes about as long as one numpy call, of which each stands in place of
+a dozen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from atlas_kernels.jit_cache import cached_njit
+
+
+class Plan(NamedTuple):
+    """What was planned for a forward: int64 `[planned]` requests and draft tokens of each; none where nothing was."""
+
+    requests: np.ndarray
+    lengths: np.ndarray
+
+
+NO_PLAN = Plan(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+class Outcome(NamedTuple):
+    """What a forward settled, row by row.
+
+    Attributes:
+        num_new: int64 `[rows]`, tokens just committed.
+        num_drafted: int64 `[rows]`, draft tokens that were verified.
+        starts: int64 `[rows]`, first entry in the hidden states.
+        token_ids: int64 `[rows, width]`.
+        entropies: float32 `[rows, width]`.
+        max_probs: float32 `[rows, width]`.
+    """
+
+    num_new: np.ndarray
+    num_drafted: np.ndarray
+    starts: np.ndarray
+    token_ids: np.ndarray
+    entropies: np.ndarray
+    max_probs: np.ndarray
+
+
+@cached_njit(nogil=True)
+def followed(known, num_new, lengths, num_prompt_tokens, before):
+    """Rows with new tokens whose requests drafters know.
+
+    Args:
+        known: int64 `[rows]`, row of `Sequences`; -1 where drafters do not know the request.
+        num_new: int64 `[rows]`, tokens just committed.
+        lengths: int64 `[rows]`, all tokens that are committed.
+        num_prompt_tokens: int64 `[rows]`.
+        before: int64 `[num_requests]`, lengths in `Sequences`.
+
+    Returns:
+        Rows and their requests, int64 `[n]`; how many other rows have a prompt that is complete now; and whether every
+        committed token has passed here.
+    """
+    rows, requests = np.empty(len(known), np.int64), np.empty(len(known), np.int64)
+    count, newcomers, whole = 0, 0, True
+    for row in range(len(known)):
+        if num_new[row] <= 0:
+            continue
+        request = known[row]
+        if request >= 0:
+            rows[count], requests[count] = row, request
+            whole = whole and before[request] + num_new[row] == lengths[row]
+            count += 1
+        elif lengths[row] - num_new[row] == num_prompt_tokens[row]:
+            newcomers += 1
+    return rows[:count], requests[:count], newcomers, whole
+
+
+def followed_in_numpy(
+    known: np.ndarray, num_new: np.ndarray, lengths: np.ndarray, num_prompt_tokens: np.ndarray, before: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int, bool]:
+    """What `followed` does, to read and to hold it against."""
+    (rows,) = ((num_new > 0) & (known >= 0)).nonzero()
+    requests = known[rows]
+    newcomers = (num_new > 0) & (known < 0) & (lengths - num_new == num_prompt_tokens)
+    whole = (before[requests] + num_new[rows] == lengths[rows]).all()
+    return rows, requests, int(newcomers.sum()), bool(whole)
+
+
+@cached_njit(nogil=True)
+def in_order(rows, requests, plan, num_requests, only_planned, outcome):
+    """What a forward settled of some rows, planned requests first and as they were planned.
+
+    Args:
+        rows: int64 `[n]`.
+        requests: int64 `[n]`, of these rows.
+        plan: A `Plan`.
+        num_requests: Requests that there can be.
+        only_planned: Whether drafts of requests without a plan count as none.
+        outcome: An `Outcome`, of all rows.
+
+    Returns:
+        The rows, int64 `[n]`, and their requests; the places in the plan, int64 `[n]` or fewer, of the first of them; and
+        the outcome of the rows, as wide as needed.
+    """
+    count, width = len(rows), 0
+    same = count == len(plan.requests)
+    for i in range(count):
+        same = same and requests[i] == plan.requests[i]
+        width = max(width, outcome.num_new[rows[i]])
+    order, places = np.arange(count), np.arange(len(plan.requests))
+    if not same:
+        where = np.full(num_requests, -1)
+        for i in range(count):
+            where[requests[i]] = i
+        placed = 0
+        for place in range(len(plan.requests)):
+            i = where[plan.requests[place]]
+            if i >= 0:
+                order[placed], places[placed] = i, place
+                where[plan.requests[place]] = -1
+                placed += 1
+        places, rest = places[:placed], placed
+        for i in range(count):
+            if where[requests[i]] >= 0:
+                order[rest] = i
+                rest += 1
+    new, drafted, starts = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    tokens = np.zeros((count, width), np.int64)
+    entropies, max_probs = np.zeros((count, width), np.float32), np.zeros((count, width), np.float32)
+    own_rows, own_requests = np.empty(count, np.int64), np.empty(count, np.int64)
+    for i in range(count):
+        row = rows[order[i]]
+        own_rows[i], own_requests[i] = row, requests[order[i]]
+        new[i], drafted[i], starts[i] = outcome.num_new[row], outcome.num_drafted[row], outcome.starts[row]
+        if i < len(places):
+            drafted[i] = min(drafted[i], plan.lengths[places[i]])
+        elif only_planned:
+            drafted[i] = 0
+        for j in range(new[i]):
+            tokens[i, j] = outcome.token_ids[row, j]
+            entropies[i, j] = outcome.entropies[row, j]
+            max_probs[i, j] = outcome.max_probs[row, j]
+    return own_rows, own_requests, places, (new, drafted, starts, tokens, entropies, max_probs)
+
+
+def in_order_in_numpy(
+    rows: np.ndarray, requests: np.ndarray, plan: Plan, num_requests: int, only_planned: bool, outcome: Outcome
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+    """What `in_order` does, to read and to hold it against."""
+    where = np.full(num_requests, -1)
+    where[requests] = np.arange(len(requests))
+    first = where[plan.requests]
+    places = np.flatnonzero(first >= 0)
+    rest = np.ones(len(requests), bool)
+    rest[first[places]] = False
+    order = np.append(first[places], np.flatnonzero(rest))
+    rows = rows[order]
+    new, drafted = outcome.num_new[rows], outcome.num_drafted[rows]
+    drafted[: len(places)] = np.minimum(drafted[: len(places)], plan.lengths[places])
+    if only_planned:
+        drafted[len(places) :] = 0
+    width = new.max(initial=0)
+    kept = np.arange(width)[None] < new[:, None]
+    figures = (outcome.token_ids, outcome.entropies, outcome.max_probs)
+    wide = tuple(np.where(kept, each[rows, :width], each.dtype.type(0)) for each in figures)
+    return rows, requests[order], places, (new, drafted, outcome.starts[rows], *wide)
+
+
+@cached_njit(nogil=True)
+def going_on(requests, rows, finished, lengths, max_lengths, most):
+    """Requests that have not ended.
+
+    Args:
+        requests: int64 `[n]`.
+        rows: int64 `[n]`, of the forward.
+        finished: bool `[n]`.
+        lengths: int64 `[num_requests]`.
+        max_lengths: int64 `[num_requests]`, tokens at which a request ends.
+        most: Draft tokens that a request may have.
+
+    Returns:
+        The requests, their rows and the draft tokens that each can still use: int64 `[m]` each.
+    """
+    own, own_rows = np.empty(len(requests), np.int64), np.empty(len(requests), np.int64)
+    room = np.empty(len(requests), np.int64)
+    count = 0
+    for i in range(len(requests)):
+        if not finished[i]:
+            request = requests[i]
+            own[count], own_rows[count] = request, rows[i]
+            room[count] = min(max_lengths[request] - lengths[request] - 1, most)
+            count += 1
+    return own[:count], own_rows[:count], room[:count]
+
+
+def going_on_in_numpy(
+    requests: np.ndarray,
+    rows: np.ndarray,
+    finished: np.ndarray,
+    lengths: np.ndarray,
+    max_lengths: np.ndarray,
+    most: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `going_on` does, to read and to hold it against."""
+    own = requests[~finished]
+    return own, rows[~finished], np.minimum(max_lengths[own] - lengths[own] - 1, most)
+
+
+def compile_passes() -> None:
+    """Compile them, or read them from the cache, before the first step."""
+    one, figures = np.zeros(1, np.int64), np.zeros((1, 1), np.float32)
+    outcome = Outcome(one + 1, one, one, one[None], figures, figures)
+    followed(one, one, one, one, one)
+    in_order(one, one, NO_PLAN, 1, False, outcome)
+    going_on(one, one, np.zeros(1, np.bool_), one, one + 2, 1)
