@@ -1,4 +1,4 @@
-"""What a step inside vLLM costs the host: seconds of `Drafting.step` and of what it puts off, without vLLM and without a GPU.
+"""What a step inside vLLM costs the host: seconds of `Drafting.step` and of what it puts off. Neither vLLM nor a GPU runs.
 
     python -m benchmarks.vllm_host                   # half a minute on one core; benchmarks/results/vllm_host.json
 

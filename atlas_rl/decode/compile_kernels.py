@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numba.core import event
 
+from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.jit_cache import num_kernels
 from atlas_kernels.noise import BLOCK, Stream, request_keys
 from atlas_kernels.truncate import truncate
@@ -36,6 +37,7 @@ from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
 from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
 from atlas_rl.sampling.verification import Verifier, choose
+from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.drawing import choose_among
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 
@@ -62,20 +64,47 @@ def compile_verification(verifier: Verifier, sampling: SamplingParams, vocab_siz
         vocab_size: Of the policy.
         device: Of the logits.
     """
-    temperature = kernel_temperature(sampling)
-    needed: tuple[Hashable, ...]
-    needed = verifier.couples_noise, temperature if temperature in (0, 1) else None, vocab_size, device
-    if sampling.truncates:
-        needed += (
-            sampling.temperature == 1,
-            sampling.top_k in range(1, vocab_size),
-            sampling.top_p < 1,
-            sampling.min_p > 0,
-        )
+    needed = verifier.couples_noise, vocab_size, device, *_kind_of(sampling, vocab_size)
     if isinstance(verifier, FusedVerifier) and needed not in _compiled:
         with _announced("GPU", "some seconds"):
             verifier.compile_for(sampling, vocab_size, device)
         _compiled.add(needed)
+
+
+def compile_drafting(
+    speculators: Mapping[str, Speculator],
+    sampling: SamplingParams,
+    vocab_size: int,
+    device: torch.device,
+    compiled: set[Hashable],
+) -> None:
+    """Compile what drafters launch on a GPU, before the first step; calls that need no more return at once.
+
+    Args:
+        speculators: Bound, by name.
+        sampling: Of the call.
+        vocab_size: Of the policy.
+        device: Of the policy.
+        compiled: What drafters of this policy have been compiled for; added to.
+    """
+    if not kernels_run_on(device):
+        return
+    for name, speculator in speculators.items():
+        needed = name, vocab_size, device, sampling.repetition_penalty != 1, *_kind_of(sampling, vocab_size)
+        if needed not in compiled:
+            with _announced("GPU", "some seconds"):
+                speculator.compile_for(sampling)
+            compiled.add(needed)
+
+
+def _kind_of(sampling: SamplingParams, vocab_size: int) -> tuple[Hashable, ...]:
+    """Equal for calls whose kernels are compiled alike."""
+    temperature = kernel_temperature(sampling)
+    kind: tuple[Hashable, ...] = (temperature if temperature in (0, 1) else None,)
+    if not sampling.truncates:
+        return kind
+    top_k, top_p, min_p = sampling.top_k in range(1, vocab_size), sampling.top_p < 1, sampling.min_p > 0
+    return *kind, sampling.temperature == 1, top_k, top_p, min_p
 
 
 _compiled: set[tuple[Hashable, ...]] = set()  # calls of kernels, as far as they are compiled for

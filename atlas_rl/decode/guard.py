@@ -105,6 +105,9 @@ class GuardedSpeculator(Speculator):
         self._policy = policy
         self.needs, self._off_at = self.unguarded.needs, None
 
+    def compile_for(self, sampling: SamplingParams) -> None:
+        self._try("compile_for", lambda: self.unguarded.compile_for(sampling), None)
+
     def start(
         self,
         sequences: Sequences,

@@ -1,13 +1,13 @@
-"""Layers with weights of their own, such as the experts of an MoE and their router: run as twins with weights of half the size.
+"""Layers with weights of their own, such as the experts of an MoE and their router: run as twins with half as large weights.
 
-An MoE keeps the weights of all its experts in one tensor, and the forward of its own class multiplies by them. Under autocast
-each product converts what it multiplies by: slices of that tensor, or what was gathered from it. Nobody can tell from outside
-which products these are. So the forward runs in a twin of the layer, which is the layer in everything but these tensors.
+An MoE keeps the weights of all its experts in one tensor, and its own class multiplies by them. Under autocast every product
+converts what it multiplies by: slices of that tensor, or what was gathered from it. Nobody can tell from outside which
+products these are. So the forward runs in a twin of the layer, which is the layer in everything but these tensors.
 
 Autocast does not reach every product. `torch.nn.functional.grouped_mm`, by which transformers multiplies unless told
-otherwise, computes in the weights' own type, and some routers turn autocast off. A twin would change what these return. So
-the first forward of a call runs both ways, and a layer has a twin only where both return the same to the bit; after the first
-layer of a kind that does not, its kind is left alone for the call.
+otherwise, computes in the weights' own type: nothing is converted there. Some routers turn autocast off. A twin would change
+what these return. So the first forward of a call runs both ways, and a layer has a twin only where both return the same to
+the bit; after the first layer of a kind that does not, its kind is left alone for the call.
 """
 
 from __future__ import annotations

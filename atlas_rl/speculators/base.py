@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,9 +27,9 @@ class Speculator(ABC):
     is accepted exactly when it is the token the policy would have drawn. A speculator never touches the policy's
     weights, training mode or random state. Implementations raise on internal failure; the loop never hides it.
 
-    Order of the calls: `bind`; then in every generation call `start` for each group of requests that enters the batch, and
-    per decode step `backlog`, `propose` (if the controller asks), `observe`, and `learn`, which may come late; between calls
-    `refresh`.
+    Order of the calls: `bind`; then in every generation call `compile_for` (if that kind of call is new), `start` for each
+    group of requests that enters the batch, and per decode step `backlog`, `propose` (if the controller asks), `observe`,
+    and `learn`, which may come late; between calls `refresh`.
     """
 
     name: str
@@ -56,6 +56,12 @@ class Speculator(ABC):
             ValueError: It cannot draft for this policy; the message says why.
         """
         self._couples_noise = couples_noise
+
+    def compile_for(self, sampling: SamplingParams) -> None:  # noqa: B027 - most have no kernels of their own
+        """Compile the kernels that drafts of a call launch on a GPU, so that nobody waits for it in the middle of the call.
+
+        Engines ask once for each kind of sampling, before the first step.
+        """
 
     @abstractmethod
     def start(

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.policy.base import PolicyCache, Segments, retire
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.causal_lm import load_causal_lm
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.identify import check_finite
+from atlas_rl.speculators.warm_up import draw_from_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,9 @@ class DraftLM(Speculator):
         if self._runner.device != policy.device:
             self._runner = InProcessRunner(self._runner.model.to(policy.device))
         self._set_vocabulary(policy.vocab_size)
+
+    def compile_for(self, sampling: SamplingParams) -> None:
+        draw_from_logits(sampling, self._vocab_size, self._runner.device, couples_noise=self._couples_noise)
 
     def start(
         self,

@@ -5,8 +5,8 @@ forward what it committed. A draft is therefore planned at the end of one forwar
 differ: requests come, go and pause in between. The controller learns from a forward only where the batch is the one that it
 planned for, speculators from every one.
 
-A device waits from one forward to the next one. So `step` does what drafts need, and what was learned of a forward is learned
-by `learn`, while the device runs the next.
+A device waits from one forward to the next. So `step` does what drafts need, and what a forward teaches is learned by
+`learn`, while the device runs the next one.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from atlas_kernels.verify_triton import verify_triton
 from atlas_rl.decode import compile_kernels
 from atlas_rl.decode.loop import DecodeLoop
 from tests.engines import engine_of
+from tests.gpu import engines as arms
 from tests.models import tiny_llama
 from tests.pretend_cuda import PretendCuda
 
@@ -142,3 +143,36 @@ def test_verification_is_compiled_before_the_first_step_and_it_is_said(
     assert len(builds(cuda)) == {"invariant": 5, "rejection": 13}[verification]
     said = [record.message for record in caplog.records if "GPU kernels" in record.message]
     assert len([line for line in said if "compiled its GPU kernels" in line]) == 3  # not for the second temperature
+
+
+@pytest.mark.usefixtures("probed_once")
+@pytest.mark.parametrize(
+    ("arm", "verification"),
+    [
+        ("recurrent", "invariant"),
+        ("recurrent", "rejection"),
+        ("eagle3", "invariant"),
+        ("eagle3", "rejection"),
+        ("draft_lm", "rejection"),
+        ("fp4_self", "invariant"),
+    ],
+)
+def test_drafters_are_compiled_before_the_first_step(
+    arm: str, verification: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In every form of sampling; of those that come again, and in the next call, nothing is compiled."""
+    monkeypatch.setattr(compile_kernels, "_compiled", set())
+    monkeypatch.setattr(compile_kernels, "_WORTH_SAYING_S", 0.0)
+    with PretendCuda() as cuda:
+        monkeypatch.setattr(DecodeLoop, "run", cuda.sectioned(DecodeLoop.run, "run"))
+        policy = cuda.move(arms.policy(torch.bfloat16))
+        engine = arms.engine_of(policy, arms.ARMS[arm](cuda.move), verification=verification)
+        said: list[int] = []
+        for options in (*arms.SAMPLINGS.values(), {"temperature": 0.9}):
+            caplog.clear()
+            outputs = arms.generate(engine, max_new_tokens=4, num_generations=1, **options)
+            said.append(sum("compiled its GPU kernels" in record.message for record in caplog.records))
+            assert [event.what for event in cuda.events if event.kind == "build" and event.section == "run"] == []
+        assert arms.num_drafted(outputs) > 0
+    assert said[-1] == 0
+    assert min(said[:3]) > 0

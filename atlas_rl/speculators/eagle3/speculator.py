@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.cpu_linear import by_columns
 from atlas_rl.policy.memory import free_bytes
@@ -25,6 +25,7 @@ from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from atlas_rl.speculators.eagle3.head import Eagle3Head
+from atlas_rl.speculators.warm_up import draw_from_logits
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
@@ -68,6 +69,16 @@ class Eagle3Speculator(Speculator):
         self._cell_bytes: int = (
             attention.k_proj.out_features + attention.v_proj.out_features
         ) * attention.k_proj.weight.itemsize
+
+    def compile_for(self, sampling: SamplingParams) -> None:
+        draw_from_logits(
+            sampling,
+            self._policy.vocab_size,
+            self._device,
+            couples_noise=self._couples_noise,
+            dtype=self.head.fc.weight.dtype,
+            token_ids=self._token_ids,
+        )
 
     def start(
         self,

@@ -22,6 +22,7 @@ from atlas_kernels.nvfp4 import NVFP4Weight, dequantize, linear, quantize, tenso
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.in_process import decoder_layers
 from atlas_rl.policy.threads import replaced_forwards
+from atlas_rl.speculators.warm_up import kinds_of, multiply_in_four_bits
 
 HEADROOM = 2.0  # of a tensor scale: so long as no magnitude outgrows it, a refresh reads each weight once
 
@@ -60,6 +61,18 @@ class FourBitCopy:
     def num_bytes(self) -> int:
         """Bytes of the four-bit weights; 0 before the first `requantize`."""
         return sum(weight.num_bytes for weight in self._weights)
+
+    def compile_kernels(self) -> None:
+        """Compile what `requantize` and the layers launch."""
+        weights = [module.weight.detach() for module in self._linears]
+        device = weights[0].device
+        if not (kernels_run_on(device) if self._kernels is None else self._kernels):
+            return
+        kinds = {(kinds_of(weight.shape), weight.dtype): weight.shape for weight in weights}
+        for (_, stored), shape in kinds.items():
+            # Whether float32 weights run under autocast is seen in a forward only; TRL's is bfloat16.
+            computed = {stored, torch.bfloat16} if stored == torch.float32 else {stored}
+            multiply_in_four_bits(shape, stored, computed, device)
 
     def requantize(self) -> None:
         """Read the policy's weights as they are now: once each, unless one outgrew the scale it had."""

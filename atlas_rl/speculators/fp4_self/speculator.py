@@ -16,13 +16,14 @@ import logging
 import numpy as np
 import torch
 
-from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing, NonFiniteDraft
 from atlas_rl.speculators.fp4_self.copy import FourBitCopy
+from atlas_rl.speculators.warm_up import draw_from_logits
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,12 @@ class Fp4SelfSpeculator(Speculator):
                 "atlas_rl: on a CPU the four-bit copy of the policy is dequantized: it drafts at the policy's own price, "
                 "which cannot pay. It is of use on GPUs"
             )
+
+    def compile_for(self, sampling: SamplingParams) -> None:
+        assert self._copy is not None, "compile_for() before bind()"
+        assert self._policy is not None, "compile_for() before bind()"
+        self._copy.compile_kernels()
+        draw_from_logits(sampling, self._policy.vocab_size, self._policy.device, couples_noise=self._couples_noise)
 
     def start(
         self,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from atlas_kernels.dispatch import kernels_run_on
-from atlas_rl.core import Draft, Needs, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
@@ -24,6 +24,7 @@ from atlas_rl.speculators.recurrent.distill import Distilled, Loss
 from atlas_rl.speculators.recurrent.head import FoldedHead
 from atlas_rl.speculators.recurrent.learner import Learner, LearnSettings
 from atlas_rl.speculators.saved_state import SavedState
+from atlas_rl.speculators.warm_up import draw_from_head
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
@@ -111,6 +112,14 @@ class RecurrentSpeculator(Speculator):
                 "starts from nothing", *sizes, *known,
             )  # fmt: skip
         self._reset(policy, Learner(policy, self._settings, self._clock))
+
+    def compile_for(self, sampling: SamplingParams) -> None:
+        """Also before it has learned anything: it may draft in the next call, whose vocabulary nobody knows yet."""
+        if not self._follows or not kernels_run_on(self._device):
+            return
+        policy = self._bound()
+        sizes = policy.vocab_size, min(self._settings.max_vocab, policy.vocab_size), self.learner.head.cell.hidden_size
+        draw_from_head(sampling, sizes, self._device, couples_noise=self._couples_noise, dtype=policy.dtype)
 
     def start(
         self,

@@ -1,0 +1,113 @@
+"""What drafters launch on a GPU, launched once on next to nothing: so Triton compiles it before anybody waits for a draft.
+
+Triton compiles a kernel anew for other types, and for numbers that are multiples of 16 or not (`docs/kernels.md`). What is
+launched here has the types and the kinds of numbers that drafts will have, and is otherwise as small as can be.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from atlas_kernels.head_call import DraftHeadWeights
+from atlas_kernels.noise import request_keys
+from atlas_kernels.nvfp4 import linear, quantize, tensor_scale_for
+from atlas_rl.core import SamplingParams, Sequences
+from atlas_rl.speculators.drawing import Drawing
+
+
+def one_drawing(
+    sampling: SamplingParams, vocab_size: int, device: torch.device, couples_noise: bool, token_ids: torch.Tensor | None
+) -> Drawing:
+    """The draft of one token for one request, of a call that samples like this; arguments as of `Drawing`."""
+    one = np.ones(1, np.int64)
+    sequences = Sequences(
+        token_ids=np.zeros((1, 2), np.int32),
+        lengths=one,
+        prompt_lengths=one,
+        prompt_keys=0 * one,
+        noise_keys=request_keys(0, 1),
+        sampling=sampling,
+        vocab_size=vocab_size,
+        policy_version=0,
+    )
+    return Drawing(
+        "warm-up", sequences, 0 * one, one, device, couples_noise=couples_noise, token_ids=token_ids,
+        carried=(0 * one,),
+    )  # fmt: skip
+
+
+def draw_from_logits(
+    sampling: SamplingParams,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    couples_noise: bool,
+    dtype: torch.dtype = torch.float32,
+    token_ids: torch.Tensor | None = None,
+) -> None:
+    """Draw a token as drafters do that have logits of a type; other arguments as of `Drawing`."""
+    columns = vocab_size if token_ids is None else len(token_ids)
+    drawing = one_drawing(sampling, vocab_size, device, couples_noise, token_ids)
+    drawing.draw(torch.zeros(1, columns, dtype=dtype, device=device))
+
+
+def draw_from_head(
+    sampling: SamplingParams,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    *,
+    couples_noise: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Draw a token by the draft head kernel.
+
+    Args:
+        sampling: Of calls.
+        sizes: Of the policy's vocabulary, of the most tokens that the head can propose, and of its state.
+        device: Of its weights.
+        couples_noise: As of `Drawing`.
+        dtype: Of its weights.
+    """
+    vocab_size, most_tokens, size = sizes
+    # Small weights take one launch. A vocabulary of any size may come: where it is truncated, its rows are aligned or not.
+    small = [min(tokens, most_tokens) for tokens in (32, 33)]
+    for tokens in {*small, most_tokens} if _is_whole(small[0], size, dtype) else set(small):
+        empty = {"input_gates": (tokens + 1, 3 * size), "state_gates": (3 * size, size), "state_bias": (3 * size,)}
+        empty |= {"outputs": (tokens, size), "bias": (tokens,)}
+        made = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in empty.items()}
+        token_ids = torch.arange(tokens, device=device)
+        drawing = one_drawing(sampling, vocab_size, device, couples_noise, token_ids)
+        state = torch.zeros(1, size, device=device)
+        drawing.draw_all(DraftHeadWeights(token_ids=token_ids, **made), state, drawing.carried[0])
+
+
+def multiply_in_four_bits(
+    shape: torch.Size, stored: torch.dtype, computed: set[torch.dtype], device: torch.device
+) -> None:
+    """Quantize a weight of such a shape and type, and multiply by it in other types."""
+    out_features, in_features = shape
+    weight = torch.zeros(_alike(out_features, 16), _alike(in_features, 256), dtype=stored, device=device)
+    packed = quantize(weight, tensor_scale_for(weight, 1.0))
+    for dtype in computed:
+        linear(torch.zeros(1, weight.shape[1], dtype=dtype, device=device), packed, implementation="triton")
+
+
+def kinds_of(shape: torch.Size) -> tuple[int, int]:
+    """Equal for weights that the kernels of four bits are compiled alike for."""
+    return _alike(shape[0], 16), _alike(shape[1], 256)
+
+
+def _is_whole(tokens: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether a head of so many tokens drafts in one launch."""
+    from atlas_kernels.draft_head_triton import WHOLE_BYTES
+
+    return (3 * size * size + 3 * size + tokens * size + tokens) * dtype.itemsize <= WHOLE_BYTES
+
+
+def _alike(number: int, most: int) -> int:
+    """The least number that is a multiple of the same power of two, up to `most`, and 1 or one group of 16 where it is."""
+    if number in (1, 16):
+        return number
+    power = min(number & -number, most)
+    return power if power > 16 else 32 if power == 16 else 2 * 16 + power
