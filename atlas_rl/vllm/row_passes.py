@@ -1,6 +1,6 @@
 """Passes over the rows of a forward, compiled, and the same in plain numpy.
 
-Between two forwards a device waits for the host. A pass takes about as long as one numpy call, and stands in place of a dozen.
+Between two forwards a device waits for the host. A pass takes about as long as a numpy call, and stands in place of a dozen.
 """
 
 from __future__ import annotations
