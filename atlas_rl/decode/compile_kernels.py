@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ _WORTH_SAYING_S = 3.0
 def compile_kernels() -> float:
     """Run every CPU kernel once on a toy batch; seconds it took. Later calls return at once."""
     began = time.perf_counter()
-    with _announced("CPU", "about a minute"), _counted():
+    with announced("CPU", "about a minute"), _counted():
         _run_all()
     return time.perf_counter() - began
 
@@ -66,33 +67,29 @@ def compile_verification(verifier: Verifier, sampling: SamplingParams, vocab_siz
     """
     needed = verifier.couples_noise, vocab_size, device, *_kind_of(sampling, vocab_size)
     if isinstance(verifier, FusedVerifier) and needed not in _compiled:
-        with _announced("GPU", "some seconds"):
+        with announced("GPU", "some seconds"):
             verifier.compile_for(sampling, vocab_size, device)
         _compiled.add(needed)
 
 
 def compile_drafting(
-    speculators: Mapping[str, Speculator],
-    sampling: SamplingParams,
-    vocab_size: int,
-    device: torch.device,
-    compiled: set[Hashable],
+    speculators: Iterable[Speculator], sampling: SamplingParams, vocab_size: int, device: torch.device
 ) -> None:
     """Compile what drafters launch on a GPU, before the first step; calls that need no more return at once.
 
     Args:
-        speculators: Bound, by name.
+        speculators: Bound, and guarded.
         sampling: Of the call.
         vocab_size: Of the policy.
         device: Of the policy.
-        compiled: What drafters of this policy have been compiled for; added to.
     """
     if not kernels_run_on(device):
         return
-    for name, speculator in speculators.items():
-        needed = name, vocab_size, device, sampling.repetition_penalty != 1, *_kind_of(sampling, vocab_size)
+    needed = vocab_size, device, sampling.repetition_penalty != 1, *_kind_of(sampling, vocab_size)
+    for speculator in speculators:
+        compiled = _compiled_of.setdefault(speculator, set())
         if needed not in compiled:
-            with _announced("GPU", "some seconds"):
+            with announced("GPU", "some seconds"):
                 speculator.compile_for(sampling)
             compiled.add(needed)
 
@@ -108,10 +105,11 @@ def _kind_of(sampling: SamplingParams, vocab_size: int) -> tuple[Hashable, ...]:
 
 
 _compiled: set[tuple[Hashable, ...]] = set()  # calls of kernels, as far as they are compiled for
+_compiled_of: WeakKeyDictionary[Speculator, set[tuple[Hashable, ...]]] = WeakKeyDictionary()  # the same of drafters
 
 
 @contextmanager
-def _announced(kind: str, how_long: str) -> Iterator[None]:
+def announced(kind: str, how_long: str) -> Iterator[None]:
     """Says that kernels are compiled inside, if that takes long, and how long it took."""
     began = time.perf_counter()
     saying = f"atlas_rl: compiling its {kind} kernels, once per machine: {how_long}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,7 +155,6 @@ class InProcessBackend(Backend):
         self._device = self.runner.device
         self.couples_noise = verifier.couples_noise
         self._verifier, self._max_batch_size = verifier, max_batch_size
-        self._compiled: set[Hashable] = set()  # calls that drafters' kernels are compiled for
 
     def runs(self, model: Any) -> bool:
         return self.runner.model is unwrap_policy(model)
@@ -175,7 +174,8 @@ class InProcessBackend(Backend):
         with runner.session(runner.new_cache(num_rows, sequences.max_length)):
             verifier = verifier_on(runner.device, self._verifier)
             compile_verification(verifier, sequences.sampling, runner.vocab_size, runner.device)
-            compile_drafting(call.speculators, sequences.sampling, runner.vocab_size, runner.device, self._compiled)
+            drafters = call.speculators.values()
+            compile_drafting(drafters, sequences.sampling, runner.vocab_size, runner.device)
             loop = DecodeLoop(
                 runner,
                 verifier,

@@ -93,7 +93,7 @@ class Drafting:
     """
 
     def __init__(self, max_draft_tokens: int, max_length: int, max_batch: int, vocab_size: int, seed: int = 0) -> None:
-        self.requests = RequestFollower(max_length, max_batch, vocab_size, seed)
+        self.requests, self.vocab_size = RequestFollower(max_length, max_batch, vocab_size, seed), vocab_size
         self.tracker = PolicyTracker()
         self.speculates = True
         self.faults = Faults()
@@ -248,6 +248,8 @@ class Drafting:
                     self._refresh(self.tracker.version)
                 self._begin_epoch(arrival.sampling)
             requests.table.enter(arrival, prompt)  # or it is served without drafts
+        if self.speculates:
+            self.proposing.compile_for_ways(forward.head_inputs.device)
         self._start([forward.batch.names[row] for row in newcomers], requests.prompts_of(forward, newcomers))
         return requests.followed(forward, requests.rows_of(forward.batch))[:2]
 

@@ -17,6 +17,7 @@ from atlas_kernels.dispatch import Implementation, kernels_run_on
 from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.noise import Stream
 from atlas_kernels.verify import verify
+from atlas_rl.decode.compile_kernels import announced
 from atlas_rl.sampling.processing import entropies
 from atlas_rl.sampling.verification import choose
 
@@ -118,6 +119,14 @@ def draw(
     else:
         decided = _decided_by_torch(logits, np.asarray(drafts, np.int64), rows, truncated)
     return _kept(decided, num_drafts, rows)
+
+
+def compile_draw(vocab_size: int, device: torch.device) -> None:
+    """Compile what `draw` launches on a GPU, before any request waits for it."""
+    if kernels_run_on(device):
+        none, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        with announced("GPU", "some seconds"):
+            draw(torch.zeros(1, vocab_size, device=device), none, one, one.view(np.uint64), one, one > 0, False)
 
 
 def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> Drawn:

@@ -24,6 +24,7 @@ from atlas_rl.vllm import internals
 from atlas_rl.vllm.checkpoint import Described, check, describe, served_folder, tensors
 from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_engine, options_of
 from atlas_rl.vllm.drafting import Drafting
+from atlas_rl.vllm.draw import compile_draw
 from atlas_rl.vllm.internals import Batch, Forward, Hooks, VllmView
 from atlas_rl.vllm.row_passes import compile_passes
 
@@ -74,6 +75,7 @@ class AtlasProposer(Hooks):
     def load_model(self, target_model: nn.Module) -> None:
         """Called by vLLM. Nothing is built yet: tensors made now are lost when the engine goes to sleep at level 2."""
         self._model = target_model
+        compile_draw(self.drafting.vocab_size, next(target_model.parameters()).device)
         internals.follow(target_model, self)
         try:
             folder = served_folder(self._model_config.model, self._model_config.revision)

@@ -163,6 +163,11 @@ class RequestTable:
         return [(self._ways[way], np.flatnonzero(of_each == way)) for way in np.unique(of_each)]
 
     @property
+    def all_ways(self) -> tuple[SamplingParams, ...]:
+        """How requests of the call or epoch sample; none before there is one."""
+        return () if self.sequences is None else tuple(self._ways)
+
+    @property
     def only_way(self) -> SamplingParams | None:
         """How every request samples; None where they differ."""
         return self._ways[0] if len(self._ways) == 1 else None

@@ -6,9 +6,11 @@ from collections.abc import Hashable, Mapping
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from atlas_rl.controller.base import Controller
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences, Verified
+from atlas_rl.decode.compile_kernels import compile_drafting
 from atlas_rl.decode.propose import Proposing
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
@@ -36,6 +38,11 @@ class ProposingInWays(Proposing):
     ) -> None:
         super().__init__(speculators, controller, recorder)
         self._table = table
+
+    def compile_for_ways(self, device: torch.device) -> None:
+        """Compile what drafters launch for requests that sample in these ways."""
+        for sampling in self._table.all_ways:
+            compile_drafting(self._speculators.values(), sampling, self._table.current.vocab_size, device)
 
     def drawn_as(self, sequences: Sequences, requests: np.ndarray) -> Hashable:
         """The distribution that all requests are drawn from, roughly, or that they differ."""

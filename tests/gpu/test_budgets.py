@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from tests.gpu.counts import STEP, counts_of
 from tests.gpu.engines import ARMS, DEPTH, SAMPLINGS, autocast, engine_of, generate, policy
 from tests.pretend_cuda import WAITS, PretendCuda
 
+ROOT = Path(__file__).resolve().parents[2]
+
 pytestmark = pytest.mark.usefixtures("probed_once")
 
 
@@ -31,23 +35,12 @@ def counts_with(arm, sampling="sampled"):
 WAITS_OF = {"plain": 3, "history": 3, "recurrent": 3, "eagle3": 3 + DEPTH, "draft_lm": 3 + DEPTH, "fp4_self": 3 + DEPTH}
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_waits_of_a_step(arm):
-    counts = counts_with(arm)
-    assert counts.waits <= WAITS_OF[arm], counts.table
-
-
-@pytest.mark.parametrize("arm", ["plain", "draft_lm"])
-def test_a_penalty_adds_no_waits(arm):
-    counts = counts_with(arm, "penalty")
-    assert counts.waits <= WAITS_OF[arm], counts.table
-
-
 # Launches per step beside the target's forward.
 LAUNCHES_OF = {"plain": 40, "history": 40, "recurrent": 40, "eagle3": 150, "draft_lm": 400, "fp4_self": 400}
 CASES = [
     ("plain", "sampled"),
     ("plain", "truncated"),
+    ("plain", "penalty"),
     ("history", "sampled"),
     ("recurrent", "sampled"),
     ("recurrent", "truncated"),
@@ -57,13 +50,27 @@ CASES = [
     ("draft_lm", "greedy"),
     ("draft_lm", "sampled"),
     ("draft_lm", "truncated"),
+    ("draft_lm", "penalty"),
     ("fp4_self", "sampled"),
 ]
 
 
 @pytest.mark.parametrize(("arm", "sampling"), CASES)
-def test_launches_beside_the_targets_forward(arm, sampling):
-    assert counts_with(arm, sampling).beside <= LAUNCHES_OF[arm]
+def test_waits_and_launches_of_a_step(arm, sampling):
+    counts = counts_with(arm, sampling)
+    assert counts.waits <= WAITS_OF[arm], counts.table
+    assert counts.beside <= LAUNCHES_OF[arm]
+
+
+def test_the_recorded_counts_are_within_the_budgets():
+    """Of every arm, form of sampling and form of verification."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "gpu_emulated.json").read_text())
+    rows = {row["path"]: row for row in recorded["rows"]}
+    assert set(rows) == {f"{arm}, {path}" for arm in ARMS for path in (*SAMPLINGS, "rejection")}
+    for path, row in rows.items():
+        arm = path.partition(",")[0]
+        assert row["waits_per_step"] <= WAITS_OF[arm], path
+        assert row["launches_beside_target_per_step"] <= LAUNCHES_OF[arm], path
 
 
 def test_attention_is_planned_once_per_run():

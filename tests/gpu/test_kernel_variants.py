@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from atlas_kernels.truncation import Truncation
 from atlas_kernels.verify_triton import verify_triton
 from atlas_rl.decode import compile_kernels
 from atlas_rl.decode.loop import DecodeLoop
+from atlas_rl.vllm.draw import compile_draw, draw
 from tests.engines import engine_of
 from tests.gpu import engines as arms
 from tests.models import tiny_llama
@@ -176,3 +178,17 @@ def test_drafters_are_compiled_before_the_first_step(
         assert arms.num_drafted(outputs) > 0
     assert said[-1] == 0
     assert min(said[:3]) > 0
+
+
+def test_a_step_of_vllm_is_compiled_before_there_is_one() -> None:
+    """Whatever its requests are, and however many."""
+    with PretendCuda() as cuda:
+        compile_draw(512, torch.device("cuda"))
+        assert builds(cuda) == ["choose_splits", "finish"]
+        for batch in (1, 2, 16, 17):
+            for drafts in (0, 3):
+                counts = np.full(batch, drafts)
+                logits, keys = torch.zeros(batch * (1 + drafts), 512, device="cuda"), np.zeros(batch, np.uint64)
+                tokens, greedy = np.zeros(batch * drafts, np.int64), np.arange(batch) % 2 > 0
+                draw(logits, tokens, counts, keys, counts + 5, greedy, drafts > 0)
+        assert len(builds(cuda)) == 2
