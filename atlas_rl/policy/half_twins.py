@@ -29,7 +29,7 @@ class HalfTwins:
     Args:
         model: Layers of its own or its family's making, without layers inside, take part.
         dtype: That autocast computes in.
-        reserve: Told how many bytes a twin takes; whether it may.
+        reserve: Told how many bytes a twin takes, or gives back where they are negative; whether it may.
 
     Attributes:
         layers: Those that may get a twin.
@@ -43,11 +43,12 @@ class HalfTwins:
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """For `threads.replaced_forwards`."""
-        return {layer: self._forward_of(layer.forward) for layer in self.layers}
+        return {layer: self._forward_of(layer, layer.forward) for layer in self.layers}
 
-    def _forward_of(self, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _forward_of(self, layer: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        device = _weights(layer)[0][1].device.type
+
         def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            device = _weights(layer)[0][1].device.type
             if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != self._dtype:
                 return own(*args, **kwargs)
             if layer not in self._twins:
@@ -65,7 +66,8 @@ class HalfTwins:
         if kind in self._unequal or _is_captured() or not all(map(_can_be_repeated, (*args, *kwargs.values()))):
             return own(*args, **kwargs)
         self._twins[layer] = None
-        if not self._reserve(2 * sum(weight.numel() for _, weight in _weights(layer))):
+        num_bytes = 2 * sum(weight.numel() for _, weight in _weights(layer))
+        if not self._reserve(num_bytes):
             return own(*args, **kwargs)
         twin = _Twin(layer, self._dtype)
         found = twin.forward(*map(_repeated, args), **{name: _repeated(value) for name, value in kwargs.items()})
@@ -74,6 +76,7 @@ class HalfTwins:
             self._twins[layer] = twin
         else:
             self._unequal.add(kind)
+            self._reserve(-num_bytes)
         return expected
 
 

@@ -109,13 +109,13 @@ class Drafting:
 
     def use(self, speculators: Mapping[str, Speculator], controller: Controller) -> None:
         """Draft with these from now on; they are bound to the policy."""
-        self.learn()
+        self._count()
         self.speculators, self.controller = dict(speculators), controller
         self.record(StepRecorder(speculators=tuple(speculators)))
 
     def record(self, recorder: StepRecorder) -> None:
         """Count from here on into `recorder`."""
-        self.learn()
+        self._count()
         self._epoch_mark_s -= self._busy_s()
         self.recorder = recorder
         self.proposing = ProposingInWays(self.speculators, self.controller, recorder, self.requests.table)
@@ -126,7 +126,7 @@ class Drafting:
 
     def begin(self, call: Call) -> int:
         """A call of ours begins. Returns its ticket, which its requests carry, with their index, in vLLM's `extra_args`."""
-        self.learn()
+        self._count()
         if call.sequences.policy_version != self._seen_version:
             self.requests.prompt_states.clear()
             self._seen_version = call.sequences.policy_version
@@ -144,13 +144,13 @@ class Drafting:
 
     def end(self) -> None:
         """The call is over."""
-        self.learn()
+        self._count()
         self.requests.table.close()
         self._planned, self.speculates = None, True
 
     def policy_updated(self, version: int | None = None) -> None:
         """New weights, on an engine whose requests nobody announces: drafters learn from what they have seen."""
-        self.learn()
+        self._count()
         table = self.requests.table
         self.requests.prompt_states.clear()
         self._end_epoch()
@@ -165,7 +165,7 @@ class Drafting:
         `generate_s` is the time in which the worker was busy. Nothing is estimated of a server without speculation: which
         requests would have met there, nobody knows.
         """
-        self.learn()
+        self._count()
         traffic = self._traffic
         self.faults.report_to(self.recorder)
         report = self.recorder.finish(
@@ -215,18 +215,19 @@ class Drafting:
             for speculator in self.speculators.values() if self.speculates else ():
                 observe_in_ways(speculator, self.requests.table, committed.verified)
         self._plan(committed, drafts)
+        if not self.requests.table.request_of:
+            self.learn()  # nothing runs next; the engine may go to sleep
         return self._uniform(forward, drafts)
 
     def learn(self) -> None:
-        """Learn from the forward before, and count it: at once, or while a device runs the next one."""
-        unlearned, self._unlearned = self._unlearned, None
-        if unlearned is None:
+        """Learn from the forward before: while a device runs the next one, or at once."""
+        if self._unlearned is None:
             return
         began_s = self.recorder.clock()
         with self.recorder.time("observe"):
             for speculator in self.speculators.values() if self.speculates else ():
                 speculator.learn()
-            self._account(unlearned)
+            self._count()
         self._beside_s += self.recorder.clock() - began_s
 
     # ------------------------------------------------------------------------------------------------------- following
@@ -331,11 +332,12 @@ class Drafting:
         works_beside_host = forward.head_inputs.device.type != "cpu"
         return self._forward_mark_s - mark_s + (beside_s if works_beside_host else 0.0)
 
-    def _account(self, unlearned: _Unlearned) -> None:
-        """Let the controller learn from a forward, and count it."""
-        planned, committed = unlearned.planned, unlearned.committed
-        if planned is None:
+    def _count(self) -> None:
+        """Let the controller learn from the forward before, and count it. Touches no device, where weights may be asleep."""
+        unlearned, self._unlearned = self._unlearned, None
+        if unlearned is None or unlearned.planned is None:
             return
+        planned, committed = unlearned.planned, unlearned.committed
         verified = committed.verified
         if committed.as_planned and self.speculates:
             # What the scheduler left out of a draft was not verified, and did not cost.

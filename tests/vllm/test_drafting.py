@@ -177,6 +177,16 @@ def test_learning_waits_for_the_next_forward_and_nothing_is_lost() -> None:
     assert drafting.take_report().num_forwards == 2  # whoever asks is told of all
 
 
+def test_nothing_waits_where_no_forward_follows() -> None:
+    """The engine may go to sleep, and its weights with it."""
+    engine = Engine(2, speculates=True)
+    engine.params.max_tokens = K + 2
+    while engine.drafting.requests.table.request_of or not engine.drafter.observed:
+        engine.step(engine.forward())
+    assert engine.drafting._unlearned is None
+    assert engine.drafting.recorder.num_forwards == len(engine.drafter.observed) - 1
+
+
 @pytest.mark.parametrize(("device", "forward_s"), [("cpu", 2.0), ("meta", 7.0)])
 def test_a_forward_took_the_seconds_in_which_something_was_learned_beside_it(device: str, forward_s: float) -> None:
     engine = Engine(4, speculates=True)
