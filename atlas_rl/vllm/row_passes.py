@@ -43,7 +43,9 @@ class Outcome(NamedTuple):
 
 
 @cached_njit(nogil=True)
-def followed(known, num_new, lengths, num_prompt_tokens, before):
+def followed(
+    known: np.ndarray, num_new: np.ndarray, lengths: np.ndarray, num_prompt_tokens: np.ndarray, before: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int, bool]:
     """Rows with new tokens whose requests drafters know.
 
     Args:
@@ -84,7 +86,9 @@ def followed_in_numpy(
 
 
 @cached_njit(nogil=True)
-def in_order(rows, requests, plan, num_requests, only_planned, outcome):
+def in_order(
+    rows: np.ndarray, requests: np.ndarray, plan: Plan, num_requests: int, only_planned: bool, outcome: Outcome
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
     """What a forward settled of some rows, planned requests first and as they were planned.
 
     Args:
@@ -164,7 +168,14 @@ def in_order_in_numpy(
 
 
 @cached_njit(nogil=True)
-def going_on(requests, rows, finished, lengths, max_lengths, most):
+def going_on(
+    requests: np.ndarray,
+    rows: np.ndarray,
+    finished: np.ndarray,
+    lengths: np.ndarray,
+    max_lengths: np.ndarray,
+    most: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Requests that have not ended.
 
     Args:
