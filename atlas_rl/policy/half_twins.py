@@ -67,7 +67,7 @@ class HalfTwins:
             return own(*args, **kwargs)
         self._twins[layer] = None
         num_bytes = 2 * sum(weight.numel() for _, weight in _weights(layer))
-        if not self._reserve(num_bytes):
+        if not num_bytes or not self._reserve(num_bytes):
             return own(*args, **kwargs)
         twin = _Twin(layer, self._dtype)
         found = twin.forward(*map(_repeated, args), **{name: _repeated(value) for name, value in kwargs.items()})
@@ -91,7 +91,8 @@ class _Twin:
         self.forward: Callable[..., Any] = twin.forward
 
     def is_of(self, layer: Any) -> bool:
-        return all(copy.is_of(layer._parameters[name]) for name, copy in self._copies.items())
+        found = [(copy, layer._parameters.get(name)) for name, copy in self._copies.items()]
+        return all(own is not None and copy.is_of(own) for copy, own in found)  # None while an adapter computes it
 
 
 def _weights(layer: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.policy import autocast
@@ -134,6 +135,29 @@ def test_a_change_in_the_middle_of_a_call_is_seen(change: str) -> None:
             CHANGES[change](layer)
         found = run(model, inputs())
     assert all(map(torch.equal, found, run(model, inputs())))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_weights_that_an_adapter_computes_are_left_alone(first: bool) -> None:
+    """PEFT's adapters of parameters put theirs in place of a layer's for the time of a forward."""
+    layer = Experts()
+    model = nn.Sequential(layer)
+    with halves_of(model).installed(BF16):
+        if not first:
+            run(model, inputs())
+        parametrize.register_parametrization(layer, "weight", Doubled())
+        found = run(model, inputs())
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        found += run(model, inputs())
+    expected = run(model, inputs())
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert all(map(torch.equal, found, run(model, inputs()) + expected))
 
 
 def test_copies_that_do_not_fit_are_not_made_and_autocast_of_another_type_makes_none() -> None:
