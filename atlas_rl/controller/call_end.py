@@ -1,15 +1,15 @@
 """Forecasts when a call ends: with drafts as they go, and without.
 
 A call is over when its last request is. The goodput of a step counts every token alike, so it does not tell that. Requests
-that are lucky with their drafts leave early. The others take as many steps as before, and each of these is dearer. So the end
-of the call is forecast:
+that are lucky with their drafts leave early. The others take as many steps as before, and each of these is dearer. So the
+end of the call is forecast:
 
     T = mean over scenarios of the sum over steps of (forward time(active requests + their draft slots) + draft time)
 
 where request i is active for `remaining_i / rate_i` steps. In plain decoding every rate is one token per step, and there are
-no slots. With drafts a request has the rate and the slots of a request like it, in a batch of about this size. Which one that
-is shows after some steps only. Before that it may be any, and the slowest decides. How much remains is unknown, too. A
-scenario draws both. Nobody is asked for drafts while they would make T longer.
+no slots. With drafts a request has the rate and the slots of a request like it, in a batch of about this size. Which one it
+is like shows after some steps only. Before that it may be any, and the slowest decides. How much remains is unknown, too.
+A scenario draws both. Nobody is asked for drafts while they would make T longer.
 
 While requests wait for a row, those take the places of the ones that end. Then every token counts alike after all.
 """
@@ -21,7 +21,6 @@ from collections import deque
 
 import numpy as np
 
-from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Rest, Step
 from atlas_rl.controller.cost import CostModel
 from atlas_rl.core import Verified
@@ -54,14 +53,19 @@ class CallEnd:
         self._steps, self._batch = 0, 0  # since the latest forecast, and its batch
         self._retry = _Retry()
 
-    def observe(self, step: Step, admission: Admission, verified: Verified, cost: CostModel) -> None:
-        """Learn from a step, and forecast anew from time to time. A step that says nothing about its rest is left out."""
+    def observe(
+        self, step: Step, admission: Admission, verified: Verified, cost: CostModel, *, is_trial: bool = False
+    ) -> None:
+        """Learn from a step, and forecast anew from time to time. A step that says nothing about its rest is left out.
+
+        A trial's drafts are not those that would be made to gain by them.
+        """
         rest, ended = step.rest, verified.finished
         if rest is None:
             return
         if begins := bool((rest.generated <= 1).all()):
             self._gains.call_begins(anew=self._retry.call_begins())
-        if admission.lengths.any():
+        if admission.lengths.any() and not is_trial:
             self._gains.observe(
                 rest.requests, admission.lengths, verified.num_accepted, sum(step.draft_s.values(), 0.0)
             )
@@ -90,15 +94,15 @@ class CallEnd:
             return False
         gained, slots = drawn
         none = np.zeros_like(gained)
-        table = cost.predict(batch + int(slots.sum(axis=1).max()) + 1, context_tokens)
-        if table is None:
-            return False
-        # Reading the context is a factor on the forward, and most of it goes with the requests that end.
-        bare = cost.predict(batch, 0)
+        most = batch + int(slots.sum(axis=1).max()) + 1
+        table, bare = cost.predict(most, context_tokens), cost.predict(batch, 0)
+        assert table is not None, "a step was observed"
+        assert bare is not None
+        # Reading the context is a factor on the forward that goes with the requests that end.
         share = np.linspace(bare[batch] / table[batch], 1.0, batch + 1)
         draft_s = self._gains.drafting_s(batch)
         drafted_s = seconds_to_end(remaining, 1 + gained, slots, table, share, draft_s)
-        return bool(seconds_to_end(remaining, 1 + none, none, table, share, 0 * draft_s) < drafted_s)
+        return seconds_to_end(remaining, 1 + none, none, table, share, 0 * draft_s) < drafted_s
 
     def _remaining(self, rest: Rest) -> np.ndarray:
         """Tokens to the end of each request: float64 `[_SCENARIOS, batch]`, as long as completions were that got so far."""
@@ -217,8 +221,14 @@ def _told(own: np.ndarray) -> np.ndarray:
     return np.stack([own[:, 0], own[:, 1] / own[:, 0], own[:, 3] / own[:, 0]], axis=1)
 
 
-@cached_njit(nogil=True)
-def seconds_to_end(remaining, rate, slots, table, share, draft_s):
+def seconds_to_end(
+    remaining: np.ndarray,
+    rate: np.ndarray,
+    slots: np.ndarray,
+    table: np.ndarray,
+    share: np.ndarray,
+    draft_s: np.ndarray,
+) -> float:
     """Mean seconds until all requests have ended.
 
     Args:
@@ -229,15 +239,11 @@ def seconds_to_end(remaining, rate, slots, table, share, draft_s):
         share: float64 `[batch + 1]`, factor on that for so many active requests.
         draft_s: float64 `[batch + 1]`, seconds of the drafts for so many.
     """
-    scenarios, batch = remaining.shape
-    total = 0.0
-    for scenario in range(scenarios):
-        steps = remaining[scenario] / rate[scenario]
-        tokens, passed, active = batch + slots[scenario].sum(), 0.0, batch
-        for request in np.argsort(steps):
-            seconds = table[min(round(tokens), len(table) - 1)] * share[active] + draft_s[active]
-            total += (steps[request] - passed) * seconds
-            passed = steps[request]
-            tokens -= 1 + slots[scenario, request]
-            active -= 1
-    return total / scenarios
+    steps = remaining / rate
+    order = steps.argsort(axis=1)
+    until = np.take_along_axis(steps, order, axis=1)
+    tokens = 1 + np.take_along_axis(slots, order, axis=1)
+    active = np.arange(steps.shape[1], 0, -1)  # before each request ends
+    verified = np.rint(tokens[:, ::-1].cumsum(axis=1)[:, ::-1]).astype(np.int64)
+    step_s = table[verified] * share[active] + draft_s[active]
+    return float((np.diff(until, axis=1, prepend=0.0) * step_s).sum() / len(steps))

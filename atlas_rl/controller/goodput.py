@@ -166,7 +166,7 @@ class GoodputController(Controller):
         for name, model in self._models.items():
             if name in step.ready and name not in step.drafts and len(model.cost):
                 model.purse_s = min(model.purse_s + _EXPLORED_SHARE * step_s, self._trial_s(name, step))
-        self._end.observe(step, admission, verified, self._cost)
+        self._end.observe(step, admission, verified, self._cost, is_trial=decision.is_trial)
         self._at_hand.remove(decision)
         return record
 
