@@ -33,7 +33,7 @@ from benchmarks.common import ROOT, environment, write_result
 
 RESULT = ROOT / "benchmarks" / "results" / "call_end.json"
 BATCHES = (8, 32, 64, 128, 256)
-CALLS, LEARNING = 10, 4  # calls of a cell, and those of them that do not count
+CALLS, LEARNING = 7, 4  # calls of a cell, and those of them that do not count
 LENGTH, LONGEST = 96, 400  # tokens of a completion where all are equally long, and the most that any may have
 CONTEXT = 100  # tokens of a prompt
 
@@ -179,14 +179,14 @@ def main() -> None:
         args.batches, args.costs = [32, 128], ["flat"]
     origin, cells = environment(), []
     for name in args.costs:
-        for kind in progress.each(KINDS, f"kinds of text, {name}", "kind"):
-            for batch in args.batches:
+        for batch in args.batches:
+            for kind in progress.each(KINDS, f"kinds of text, {name}, batch {batch}", "kind"):
                 rows = cell(name, kind, batch, args.seed)
                 cells += rows
+                write_result(args.output, {**origin, "seed": args.seed, "cells": cells, "worst": worst(cells)})
                 progress.say(
                     "  ".join(f"{row['arm']} {row['ratio_to_off']:.3f}" for row in rows) + f"  {kind}, {batch}"
                 )
-    write_result(args.output, {**origin, "seed": args.seed, "cells": cells, "worst": worst(cells)})
     print(f"written: {args.output}")
 
 
