@@ -35,7 +35,7 @@ _WEIGHED = 48  # of those that are drawn from
 _MEMORY = 24.0  # steps that a request's mean goes back
 _VARIANCE_MEMORY = 0.05
 _LEAST_VARIANCE = 0.05  # of the tokens that a request gains in a step
-_FIRST_RETRY, _LAST_RETRY = 8, 64  # calls held back after which one is drafted for, to see whether it still loses
+_FIRST_RETRY, _LAST_RETRY = 8, 64  # calls mostly held back after which drafts are tried anew
 
 
 class CallEnd:
@@ -65,11 +65,12 @@ class CallEnd:
             return
         if begins := bool((rest.generated <= 1).all()):
             self._gains.call_begins(anew=self._retry.call_begins())
-        if admission.lengths.any() and not is_trial:
+        drafted = bool(admission.lengths.any()) and not is_trial
+        self._retry.observe(drafted=drafted, held_back=self.holds_back)
+        if drafted:
             self._gains.observe(
                 rest.requests, admission.lengths, verified.num_accepted, sum(step.draft_s.values(), 0.0)
             )
-            self._retry.drafted = True
         self._lengths.extend((rest.generated + verified.num_committed)[ended].tolist())
         self._gains.archive(rest.requests[ended])
         self._steps += 1
@@ -82,7 +83,6 @@ class CallEnd:
                 rest.num_waiting,
             )  # fmt: skip
             self.holds_back = self._drafts_end_later(after, step.context_tokens * batch // step.batch, cost)
-            self._retry.held_back |= self.holds_back
 
     def _drafts_end_later(self, rest: Rest, context_tokens: int, cost: CostModel) -> bool:
         batch = len(rest.requests)
@@ -193,23 +193,24 @@ class _Gains:
 
 
 class _Retry:
-    """Says when to draft anew, after calls that were held back: drafters and policy have changed meanwhile.
-
-    Attributes:
-        drafted: Whether this call had drafts.
-        held_back: Whether this call was held back at any time.
-    """
+    """Says when to draft anew, after calls that were held back: drafters and policy have changed meanwhile."""
 
     def __init__(self) -> None:
-        self.drafted = self.held_back = False
+        self._drafted, self._held_back = 0, 0  # steps of this call
         self._vain, self._after = 0, _FIRST_RETRY
+
+    def observe(self, *, drafted: bool, held_back: bool) -> None:
+        """Count a step."""
+        self._drafted += drafted
+        self._held_back += held_back
 
     def call_begins(self) -> bool:
         """Count the call before; whether to begin anew."""
-        self._vain = self._vain + 1 if self.held_back and not self.drafted else 0
-        if self.drafted and not self.held_back:
-            self._after = _FIRST_RETRY
-        self.drafted = self.held_back = False
+        if self._held_back <= self._drafted:
+            self._vain, self._after = 0, _FIRST_RETRY
+        else:
+            self._vain += 1
+        self._drafted, self._held_back = 0, 0
         if self._vain < self._after:
             return False
         self._vain, self._after = 0, min(2 * self._after, _LAST_RETRY)

@@ -358,6 +358,7 @@ class GoodputController(Controller):
         tokens, seconds = decision.prediction or (None, None)
         return step_record(step, admission, verified, forward_s, self.speculators) | {
             "planned": decision.planned,
+            "held_back": self._end.holds_back,
             "longest": int(admission.lengths.max(initial=0)),
             "discount": discount(self._kept_drafting, plain),
             "kept": {name: discount(model.kept, plain) for name, model in self._models.items()},
