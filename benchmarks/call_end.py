@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--costs", nargs="+", choices=list(COSTS), default=list(COSTS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1000, help="of the texts; the controller was made with 0")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()

@@ -28,7 +28,7 @@ from atlas_rl.core import Verified
 _SCENARIOS = 16
 _EVERY = 8  # steps between forecasts
 _SAME_BATCH = 7 / 8  # a batch below this share of that of the latest forecast is forecast anew
-_TELLING = 4  # steps with drafts after which a request tells what requests may be like
+_TELLING = 8  # steps with drafts after which a request tells what requests may be like
 _ENOUGH = 8  # requests that must have told it
 _REMEMBERED = 512  # latest requests of which it is remembered, per octave of the batch; and latest completion lengths
 _WEIGHED = 48  # of those that are drawn from

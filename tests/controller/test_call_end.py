@@ -89,12 +89,12 @@ def test_calls_end_no_later_than_without_drafts(kind):
     """The toy that goodput loses in: some requests repeat themselves, and all run to the same limit."""
     seconds = ratios(kind, 32, COSTS["flat"], calls=3)
     assert seconds["off"][1:].sum() > 0.98 * seconds["call_end"][1:].sum()
-    assert seconds["off"][1:].sum() < 0.97 * seconds["goodput"][1:].sum(), "a toy that nobody loses in tells nothing"
+    assert seconds["off"][1:].sum() < 0.97 * seconds["goodput"][1:].sum(), "a toy that nobody loses tells nothing"
 
 
-@pytest.mark.parametrize("kind", ["alike", "geometric", "long ones repeat"])
+@pytest.mark.parametrize("kind", ["alike", "geometric"])
 def test_calls_that_drafts_bring_forward_are_not_held_back(kind):
-    seconds = ratios(kind, 32, COSTS["flat"], calls=3)
+    seconds = ratios(kind, 16, COSTS["flat"], calls=2)
     assert seconds["off"].sum() > 1.3 * seconds["call_end"].sum()
     assert seconds["goodput"].sum() > 0.98 * seconds["call_end"].sum()
 
@@ -102,8 +102,8 @@ def test_calls_that_drafts_bring_forward_are_not_held_back(kind):
 def test_drafters_that_have_become_good_are_drafted_with_again():
     controller, rng = GoodputController(("a",)), np.random.default_rng(0)
     gained = []
-    for call in range(14):
-        texts = texts_of("90% repeat" if call < 3 else "alike", 32, rng)
+    for call in range(10):
+        texts = texts_of("90% repeat" if call < 3 else "alike", 16, rng)
         gained.append(off_s(texts, COSTS["flat"]) / call_s(controller, texts, COSTS["flat"]))
     assert gained[2] > 0.98
     assert gained[-1] > 1.3
