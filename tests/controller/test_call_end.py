@@ -105,7 +105,7 @@ def test_drafters_that_have_become_good_are_drafted_with_again():
     for call in range(10):
         texts = texts_of("90% repeat" if call < 3 else "alike", 16, rng)
         gained.append(off_s(texts, COSTS["flat"]) / call_s(controller, texts, COSTS["flat"]))
-    assert gained[2] > 0.98
+    assert max(gained[3:8]) < 1.1, "what earlier calls told holds back"
     assert gained[-1] > 1.3
 
 
