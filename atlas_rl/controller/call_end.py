@@ -28,7 +28,10 @@ from atlas_rl.core import Verified
 _SCENARIOS = 16
 _EVERY = 8  # steps between forecasts
 _SAME_BATCH = 7 / 8  # a batch below this share of that of the latest forecast is forecast anew
-_TELLING = 8  # steps with drafts after which a request tells what requests may be like
+_TELLING = (
+    4  # steps with drafts after which a request that ended, or came to another octave, tells what others may be like
+)
+_TELLING_NOW = 8  # the same of one that goes on: what it did so far is luck to a larger part
 _ENOUGH = 8  # requests that must have told it
 _REMEMBERED = 512  # latest requests of which it is remembered, per octave of the batch; and latest completion lengths
 _WEIGHED = 48  # of those that are drawn from
@@ -132,7 +135,7 @@ class _Gains:
 
     def observe(self, requests: np.ndarray, slots: np.ndarray, gained: np.ndarray, draft_s: float) -> None:
         """A step with drafts: int64 `[batch]` each, tokens that were verified and that were accepted."""
-        octave = len(requests).bit_length()
+        octave = _octave(len(requests))
         if (more := int(requests.max()) + 1 - len(self._own)) > 0:
             self._own, self._octave = np.pad(self._own, ((0, more), (0, 0))), np.pad(self._octave, (0, more))
         self.archive(requests[self._octave[requests] != octave])
@@ -162,12 +165,12 @@ class _Gains:
         A request is like one that has told what it gained, the likelier the nearer their means are. `remaining` are the
         tokens to the end of a request, on average.
         """
-        octave, inside = len(requests).bit_length(), requests < len(self._own)
+        octave, inside = _octave(len(requests)), requests < len(self._own)
         known = requests[inside]
         own = np.zeros((len(requests), 4))
         own[inside] = self._own[known] * (self._octave[known] == octave)[:, None]
         told = np.concatenate([
-            np.array(self._told.get(octave, ())).reshape(-1, 3), _told(own[own[:, 0] >= _TELLING]),
+            np.array(self._told.get(octave, ())).reshape(-1, 3), _told(own[own[:, 0] >= _TELLING_NOW]),
         ])  # fmt: skip
         if len(told) < _ENOUGH:
             return None
@@ -188,8 +191,8 @@ class _Gains:
 
     def drafting_s(self, batch: int) -> np.ndarray:
         """Seconds of a step's drafts for 0, 1, ... `batch` requests: float64 `[batch + 1]`, as in the nearest octave."""
-        near = [min(self._draft_s, key=lambda known: abs(known - own)) for own in range(batch.bit_length() + 1)]
-        return np.array([self._draft_s[near[active.bit_length()]] for active in range(batch + 1)])
+        near = [min(self._draft_s, key=lambda known: abs(known - own)) for own in range(_octave(batch) + 1)]
+        return np.array([self._draft_s[near[_octave(active)]] for active in range(batch + 1)])
 
 
 class _Retry:
@@ -215,6 +218,11 @@ class _Retry:
             return False
         self._vain, self._after = 0, min(2 * self._after, _LAST_RETRY)
         return True
+
+
+def _octave(batch: int) -> int:
+    """Batches of 17 to 32 are one octave: a call begins with a power of two, most often, and soon has some less."""
+    return max(batch - 1, 0).bit_length()
 
 
 def _told(own: np.ndarray) -> np.ndarray:
