@@ -17,6 +17,23 @@ import numpy as np
 from atlas_rl.core import Draft, Verified
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What the requests of a step have behind them and before them.
+
+    Attributes:
+        requests: int64 `[batch]`, which requests of the call these are.
+        generated: int64 `[batch]`, completion tokens so far, at least 1.
+        left: int64 `[batch]`, the most that may still come, at least 1.
+        num_waiting: Requests of the call that wait for a row.
+    """
+
+    requests: np.ndarray
+    generated: np.ndarray
+    left: np.ndarray
+    num_waiting: int = 0
+
+
 @dataclass(slots=True)
 class Step:
     """One decode step before its forward.
@@ -30,6 +47,8 @@ class Step:
         draft_s: Seconds that each of those drafts took.
         backlog: `Speculator.backlog` over all requests; once a speculator was asked, over those it drafted for.
         drawn_as: Key of the sampling distribution: acceptance at one temperature says little about another.
+        rest: What the requests have before them; None where the end of a call is not the end of its last request, as with a
+            server's traffic: then every token counts alike.
     """
 
     room: np.ndarray
@@ -40,6 +59,7 @@ class Step:
     draft_s: dict[str, float] = field(default_factory=dict)
     backlog: dict[str, int] = field(default_factory=dict)
     drawn_as: Hashable = None
+    rest: Rest | None = None
 
     @property
     def batch(self) -> int:

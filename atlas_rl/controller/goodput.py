@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from atlas_rl.controller.base import Admission, Controller, Step, step_record
+from atlas_rl.controller.call_end import CallEnd
 from atlas_rl.controller.cost import CostModel
 from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
@@ -107,6 +108,7 @@ class GoodputController(Controller):
         self._kept_drafting, self._kept_plain = Kept(), Kept()  # steps with verified drafts, and without
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
         self._pause = Pause()
+        self._end = CallEnd()
         self._drawn_as: Hashable = None
         self._explain = explain
         self._at_hand: deque[_Decision] = deque(maxlen=2)  # a step is learned from while the next one runs
@@ -116,7 +118,7 @@ class GoodputController(Controller):
         if not step.drafts:
             decision = self._decision(step)
             self._draw_as(step.drawn_as)
-            if not left or self._plain_due(step) or self._pause.holds(step.batch):
+            if not left or self._plain_due(step) or self._end.holds_back or self._pause.holds(step.batch):
                 return {}
             decision.planned = True
         if not left or _any_drawn(step):
@@ -164,6 +166,7 @@ class GoodputController(Controller):
         for name, model in self._models.items():
             if name in step.ready and name not in step.drafts and len(model.cost):
                 model.purse_s = min(model.purse_s + _EXPLORED_SHARE * step_s, self._trial_s(name, step))
+        self._end.observe(step, admission, verified, self._cost, is_trial=decision.is_trial)
         self._at_hand.remove(decision)
         return record
 
@@ -355,6 +358,7 @@ class GoodputController(Controller):
         tokens, seconds = decision.prediction or (None, None)
         return step_record(step, admission, verified, forward_s, self.speculators) | {
             "planned": decision.planned,
+            "held_back": self._end.holds_back,
             "longest": int(admission.lengths.max(initial=0)),
             "discount": discount(self._kept_drafting, plain),
             "kept": {name: discount(model.kept, plain) for name, model in self._models.items()},

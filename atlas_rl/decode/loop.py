@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from atlas_rl.controller.base import Admission, Controller, Step
+from atlas_rl.controller.base import Admission, Controller, Rest, Step
 from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.plain_run import PlainCosts
@@ -128,7 +128,7 @@ class DecodeLoop:
         one step is learned while the device runs the next.
         """
         self.active = requests = self.room.go_on(self.active)
-        step = self.proposing.run(self.sequences, requests, self.room.drafts(requests))
+        step = self.proposing.run(self.sequences, requests, self.room.drafts(requests), self._rest(requests))
         with self.recorder.time("controller"):
             admission = self.controller.admit(step)
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
@@ -186,6 +186,12 @@ class DecodeLoop:
         if len(unknown):
             logits[torch.from_numpy(unknown).to(logits.device)] = float("nan")
         return logits, Hidden(first, taps.head_inputs, taps.layers)
+
+    def _rest(self, requests: np.ndarray) -> Rest:
+        """What active requests have behind them and before them."""
+        lengths = self.sequences.lengths[requests]
+        generated, left = lengths - self.sequences.prompt_lengths[requests], self.max_lengths[requests] - lengths
+        return Rest(requests, generated, left, len(self.room.waiting))
 
     def _taps(self) -> Taps:
         """What the speculators need of the next forward."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from atlas_kernels.jit_cache import cached_njit
-from atlas_rl.controller.base import Admission, Controller, Step
+from atlas_rl.controller.base import Admission, Controller, Rest, Step
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.report.recorder import StepRecorder
@@ -33,13 +33,14 @@ class Proposing:
         self.num_proposed: dict[str, int] = {}
         self._speculators, self._controller, self._recorder = speculators, controller, recorder
 
-    def run(self, sequences: Sequences, requests: np.ndarray, room: np.ndarray) -> Step:
+    def run(self, sequences: Sequences, requests: np.ndarray, room: np.ndarray, rest: Rest | None = None) -> Step:
         """Plan a step and draft for it.
 
         Args:
             sequences: All requests of the call.
             requests: int64 `[batch]`, those of the step.
             room: int64 `[batch]`, most draft tokens each can still use.
+            rest: As in `Step`.
 
         Returns:
             The step, with what was drafted.
@@ -48,7 +49,7 @@ class Proposing:
         backlog = {name: tokens for name, tokens in backlogs.items() if tokens is not None}
         context_tokens = int(sequences.lengths[requests].sum())
         drawn_as = self.drawn_as(sequences, requests)
-        step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=drawn_as)
+        step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=drawn_as, rest=rest)
         while True:
             with self._recorder.time("controller"):
                 plan = self._controller.plan(step)

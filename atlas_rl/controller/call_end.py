@@ -1,0 +1,258 @@
+"""Forecasts when a call ends: with drafts as they go, and without.
+
+A call is over when its last request is. The goodput of a step counts every token alike, so it does not tell that. Requests
+that are lucky with their drafts leave early. The others take as many steps as before, and each of these is dearer. So the
+end of the call is forecast:
+
+    T = mean over scenarios of the sum over steps of (forward time(active requests + their draft slots) + draft time)
+
+where request i is active for `remaining_i / rate_i` steps. In plain decoding every rate is one token per step, and there are
+no slots. With drafts a request has the rate and the slots of a request like it, in a batch of about this size. Which one it
+is like shows after some steps only. Before that it may be any, and the slowest decides. How much remains is unknown, too.
+A scenario draws both. Nobody is asked for drafts while they would make T longer.
+
+While requests wait for a row, those take the places of the ones that end. Then every token counts alike after all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+
+from atlas_rl.controller.base import Admission, Rest, Step
+from atlas_rl.controller.cost import CostModel
+from atlas_rl.core import Verified
+
+_SCENARIOS = 16
+_EVERY = 8  # steps between forecasts
+_SAME_BATCH = 7 / 8  # a batch below this share of that of the latest forecast is forecast anew
+_TELLING = (
+    4  # steps with drafts after which a request that ended, or came to another octave, tells what others may be like
+)
+_TELLING_NOW = 8  # the same of one that goes on: what it did so far is luck to a larger part
+_ENOUGH = 8  # requests that must have told it
+_REMEMBERED = 512  # latest requests of which it is remembered, per octave of the batch; and latest completion lengths
+_WEIGHED = 48  # of those that are drawn from
+_MEMORY = 24.0  # steps that a request's mean goes back
+_VARIANCE_MEMORY = 0.05
+_LEAST_VARIANCE = 0.05  # of the tokens that a request gains in a step
+_FIRST_RETRY, _LAST_RETRY = 8, 64  # calls mostly held back after which drafts are tried anew
+
+
+class CallEnd:
+    """Says whether drafts make the call end later. Learns from every step, and across calls.
+
+    Attributes:
+        holds_back: Whether they do.
+    """
+
+    def __init__(self) -> None:
+        self.holds_back = False
+        self._gains = _Gains()
+        self._lengths: deque[int] = deque(maxlen=_REMEMBERED)  # of completions
+        self._rng = np.random.default_rng(0)
+        self._steps, self._batch = 0, 0  # since the latest forecast, and its batch
+        self._retry = _Retry()
+
+    def observe(
+        self, step: Step, admission: Admission, verified: Verified, cost: CostModel, *, is_trial: bool = False
+    ) -> None:
+        """Learn from a step, and forecast anew from time to time. A step that says nothing about its rest is left out.
+
+        A trial's drafts are not those that would be made to gain by them.
+        """
+        rest, ended = step.rest, verified.finished
+        if rest is None:
+            return
+        if begins := bool((rest.generated <= 1).all()):
+            self._gains.call_begins(anew=self._retry.call_begins())
+        drafted = bool(admission.lengths.any()) and not is_trial
+        self._retry.observe(drafted=drafted, held_back=self.holds_back)
+        if drafted:
+            self._gains.observe(
+                rest.requests, admission.lengths, verified.num_accepted, sum(step.draft_s.values(), 0.0)
+            )
+        self._lengths.extend((rest.generated + verified.num_committed)[ended].tolist())
+        self._gains.archive(rest.requests[ended])
+        self._steps += 1
+        batch = step.batch - int(ended.sum())
+        if batch and (begins or self._steps >= _EVERY or batch < _SAME_BATCH * self._batch):
+            self._steps, self._batch = 0, batch
+            goes_on, committed = ~ended, verified.num_committed
+            after = Rest(
+                rest.requests[goes_on], (rest.generated + committed)[goes_on], (rest.left - committed)[goes_on],
+                rest.num_waiting,
+            )  # fmt: skip
+            self.holds_back = self._drafts_end_later(after, step.context_tokens * batch // step.batch, cost)
+
+    def _drafts_end_later(self, rest: Rest, context_tokens: int, cost: CostModel) -> bool:
+        batch = len(rest.requests)
+        if rest.num_waiting:
+            return False
+        remaining = self._remaining(rest)
+        drawn = self._gains.scenarios(rest.requests, float(remaining.mean()), self._rng)
+        if drawn is None:
+            return False
+        gained, slots = drawn
+        none = np.zeros_like(gained)
+        most = batch + int(slots.sum(axis=1).max()) + 1
+        table, bare = cost.predict(most, context_tokens), cost.predict(batch, 0)
+        assert table is not None, "a step was observed"
+        assert bare is not None
+        # Reading the context is a factor on the forward that goes with the requests that end.
+        share = np.linspace(bare[batch] / table[batch], 1.0, batch + 1)
+        draft_s = self._gains.drafting_s(batch)
+        drafted_s = seconds_to_end(remaining, 1 + gained, slots, table, share, draft_s)
+        return seconds_to_end(remaining, 1 + none, none, table, share, 0 * draft_s) < drafted_s
+
+    def _remaining(self, rest: Rest) -> np.ndarray:
+        """Tokens to the end of each request: float64 `[_SCENARIOS, batch]`, as long as completions were that got so far."""
+        lengths = np.sort(np.array(self._lengths, np.int64))
+        longer = np.searchsorted(lengths, rest.generated, side="right")
+        place = longer + self._rng.random((_SCENARIOS, len(longer))) * (len(lengths) - longer)
+        # Where none got so far, it goes to the most that may come.
+        drawn = np.append(lengths, np.iinfo(np.int64).max)[np.minimum(place.astype(np.int64), len(lengths))]
+        return np.clip(drawn - rest.generated, 1, np.maximum(rest.left, 1)).astype(np.float64)
+
+
+class _Gains:
+    """What requests gain by drafts per step, and the slots and seconds that they take, by octaves of the batch."""
+
+    def __init__(self) -> None:
+        self._own = np.zeros((0, 4))  # per request: steps, and sums of gained tokens, of their squares, of slots
+        self._octave = np.zeros(0, np.int64)  # per request: that these are from
+        self._told: dict[int, deque[tuple[float, float, float]]] = {}  # of requests: steps, tokens and slots per step
+        self._draft_s: dict[int, float] = {}
+        self._variance = 1.0  # of the tokens that a request gains in a step, around its own mean
+
+    def call_begins(self, *, anew: bool) -> None:
+        """Another call begins, whose requests have the same numbers. `anew` forgets those before, too."""
+        self._own[:] = 0.0
+        if anew:
+            self._told.clear()
+
+    def observe(self, requests: np.ndarray, slots: np.ndarray, gained: np.ndarray, draft_s: float) -> None:
+        """A step with drafts: int64 `[batch]` each, tokens that were verified and that were accepted."""
+        octave = _octave(len(requests))
+        if (more := int(requests.max()) + 1 - len(self._own)) > 0:
+            self._own, self._octave = np.pad(self._own, ((0, more), (0, 0))), np.pad(self._octave, (0, more))
+        self.archive(requests[self._octave[requests] != octave])
+        own = self._own[requests]
+        own *= np.minimum(1.0, (_MEMORY - 1) / np.maximum(own[:, :1], 1.0))
+        own += np.stack([np.ones(len(requests)), gained, gained**2, slots], axis=1)
+        self._own[requests], self._octave[requests] = own, octave
+        self._draft_s[octave] = self._draft_s.get(octave, draft_s) * 0.8 + 0.2 * draft_s
+        telling = own[own[:, 0] >= _TELLING]
+        if len(telling):
+            within = (telling[:, 2] - telling[:, 1] ** 2 / telling[:, 0]) / (telling[:, 0] - 1)
+            self._variance += _VARIANCE_MEMORY * (float(within.mean()) - self._variance)
+
+    def archive(self, requests: np.ndarray) -> None:
+        """Requests that end, or come to another octave: remember what they gained, and begin anew with them."""
+        requests = requests[requests < len(self._own)]
+        telling = requests[self._own[requests, 0] >= _TELLING]
+        for octave, one in zip(self._octave[telling].tolist(), _told(self._own[telling]).tolist(), strict=True):
+            self._told.setdefault(octave, deque(maxlen=_REMEMBERED)).append(tuple(one))
+        self._own[requests] = 0.0
+
+    def scenarios(
+        self, requests: np.ndarray, remaining: float, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Tokens that requests may gain per step and slots: float64 `[_SCENARIOS, batch]` each; None while nobody knows.
+
+        A request is like one that has told what it gained, the likelier the nearer their means are. `remaining` are the
+        tokens to the end of a request, on average.
+        """
+        octave, inside = _octave(len(requests)), requests < len(self._own)
+        known = requests[inside]
+        own = np.zeros((len(requests), 4))
+        own[inside] = self._own[known] * (self._octave[known] == octave)[:, None]
+        told = np.concatenate([
+            np.array(self._told.get(octave, ())).reshape(-1, 3), _told(own[own[:, 0] >= _TELLING_NOW]),
+        ])  # fmt: skip
+        if len(told) < _ENOUGH:
+            return None
+        if len(told) > _WEIGHED:
+            told = told[rng.choice(len(told), _WEIGHED, replace=False)]
+        steps, gains, slots = told.T
+        mean = own[:, 1] / np.maximum(own[:, 0], 1.0)
+        distance = (mean[:, None] - gains) ** 2 * own[:, :1]
+        distance -= distance.min(axis=1, keepdims=True)
+        shares = np.cumsum(np.exp(-0.5 * distance / max(self._variance, _LEAST_VARIANCE)), axis=1)
+        drawn = rng.random((_SCENARIOS, len(requests))) * shares[:, -1]
+        chosen = (drawn[..., None] > shares).sum(axis=2)
+        # A mean over fewer steps than remain differs from the others by luck that will even out.
+        spread, to_come = gains.var(), remaining / (1 + gains.mean())
+        lasting = spread - self._variance * (1 / steps).mean() + self._variance / to_come
+        kept = math.sqrt(min(max(lasting / max(spread, 1e-9), 0.0), 1.0))
+        return gains.mean() + kept * (gains - gains.mean())[chosen], slots[chosen]
+
+    def drafting_s(self, batch: int) -> np.ndarray:
+        """Seconds of a step's drafts for 0, 1, ... `batch` requests: float64 `[batch + 1]`, as in the nearest octave."""
+        near = [min(self._draft_s, key=lambda known: abs(known - own)) for own in range(_octave(batch) + 1)]
+        return np.array([self._draft_s[near[_octave(active)]] for active in range(batch + 1)])
+
+
+class _Retry:
+    """Says when to draft anew, after calls that were held back: drafters and policy have changed meanwhile."""
+
+    def __init__(self) -> None:
+        self._drafted, self._held_back = 0, 0  # steps of this call
+        self._vain, self._after = 0, _FIRST_RETRY
+
+    def observe(self, *, drafted: bool, held_back: bool) -> None:
+        """Count a step."""
+        self._drafted += drafted
+        self._held_back += held_back
+
+    def call_begins(self) -> bool:
+        """Count the call before; whether to begin anew."""
+        if self._held_back <= self._drafted:
+            self._vain, self._after = 0, _FIRST_RETRY
+        else:
+            self._vain += 1
+        self._drafted, self._held_back = 0, 0
+        if self._vain < self._after:
+            return False
+        self._vain, self._after = 0, min(2 * self._after, _LAST_RETRY)
+        return True
+
+
+def _octave(batch: int) -> int:
+    """Batches of 17 to 32 are one octave: a call begins with a power of two, most often, and soon has some less."""
+    return max(batch - 1, 0).bit_length()
+
+
+def _told(own: np.ndarray) -> np.ndarray:
+    """Steps, and tokens and slots per step, of `_Gains._own`'s rows: float64 `[n, 3]`."""
+    return np.stack([own[:, 0], own[:, 1] / own[:, 0], own[:, 3] / own[:, 0]], axis=1)
+
+
+def seconds_to_end(
+    remaining: np.ndarray,
+    rate: np.ndarray,
+    slots: np.ndarray,
+    table: np.ndarray,
+    share: np.ndarray,
+    draft_s: np.ndarray,
+) -> float:
+    """Mean seconds until all requests have ended.
+
+    Args:
+        remaining: float64 `[scenarios, batch]`, tokens.
+        rate: float64 `[scenarios, batch]`, tokens per step.
+        slots: float64 `[scenarios, batch]`, draft tokens verified per step.
+        table: float64, seconds of a forward over 0, 1, ... tokens while all requests are active.
+        share: float64 `[batch + 1]`, factor on that for so many active requests.
+        draft_s: float64 `[batch + 1]`, seconds of the drafts for so many.
+    """
+    steps = remaining / rate
+    order = steps.argsort(axis=1)
+    until = np.take_along_axis(steps, order, axis=1)
+    tokens = 1 + np.take_along_axis(slots, order, axis=1)
+    active = np.arange(steps.shape[1], 0, -1)  # before each request ends
+    verified = np.rint(tokens[:, ::-1].cumsum(axis=1)[:, ::-1]).astype(np.int64)
+    step_s = table[verified] * share[active] + draft_s[active]
+    return float((np.diff(until, axis=1, prepend=0.0) * step_s).sum() / len(steps))
