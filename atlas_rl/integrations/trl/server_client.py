@@ -171,7 +171,11 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
                 answers += executor.map(complete, range(len(prompts)))
         except (OSError, RuntimeError) as error:
             call.failure = error
-        joined: dict[str, Any] = {name: [row for answer in answers for row in answer[name]] for name in _ANSWER}
+        # Of a trainer that asks for no logprobs there are none.
+        joined: dict[str, Any] = {
+            name: None if any(answer[name] is None for answer in answers) else [r for a in answers for r in a[name]]
+            for name in _ANSWER
+        }
         call.num_prompt_tokens = n * sum(map(len, joined["prompt_ids"]))
         call.completion_lengths = tuple(map(len, joined["completion_ids"]))
         return joined

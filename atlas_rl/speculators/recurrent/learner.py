@@ -17,6 +17,7 @@ import torch
 from atlas_rl.core import Rollouts, Sequences, Verified
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
+from atlas_rl.speculators.recurrent.averaging import summand, take_mean
 from atlas_rl.speculators.recurrent.distill import Distilled, Loss, Target, distill, new_optimizer
 from atlas_rl.speculators.recurrent.head import RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
@@ -108,6 +109,7 @@ class Learner:
         self._cut = 1.0  # share of the budget that training is worth
         self._use = 1.0  # share of what speculation saves that is the head's
         self._agreement: float | None = None  # after the refresh before
+        self._learned_alone = False  # since the last mean over ranks
         self._set_ids(np.zeros(0, np.int64))
 
     @property
@@ -241,6 +243,9 @@ class Learner:
             may be told of new weights before any request has ended.
         """
         self.end_call()
+        for elsewhere in rollouts.elsewhere:
+            self._counts.add(elsewhere.completion_tokens())
+            self._unread = np.union1d(self._unread, elsewhere.completion_tokens())
         self._counts.fade()
         if not self._buffer.has_windows:
             return None
@@ -265,9 +270,19 @@ class Learner:
         if rollouts.generate_s is not None:
             gained_s = (done.agreement_after - done.agreement_before) * worth_s
             self._cut = min(1.0, 2 * self._cut) if gained_s >= done.seconds else max(_LEAST_CUT, self._cut / 2)
-        self.trained = True
+        self.trained = self._learned_alone = True
         self.revision += 1
         return done
+
+    def shared(self) -> torch.Tensor:
+        """See `Speculator.shared`."""
+        return summand(self.head, self.ids, len(self._counts.counts), learned=self._learned_alone)
+
+    def take_shared(self, total: torch.Tensor) -> None:
+        """The head becomes the mean of those of all ranks that have learned. Moments stay this rank's."""
+        if take_mean(self.head, self.ids, total):
+            self._learned_alone = False
+            self.revision += 1
 
     def _target(self, sequences: Sequences, policy: PolicyView) -> Target:
         slots = torch.from_numpy(self._rows.slots[self.ids]).to(self._device)
