@@ -259,6 +259,18 @@ def test_a_server_whose_policy_somebody_else_changed_is_noticed(
         adapter.generate([[2, 3]] * 4, None, 4)
 
 
+def test_a_second_trainer_on_a_server_takes_it_over_and_the_first_is_told(
+    server: Server, folders: list[Path], tmp_path: Path
+) -> None:
+    trainers = [build(loaded(folders[0]), server.address, tmp_path, max_steps=1) for _ in range(2)]
+    first, second = (AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)._adapter for trainer in trainers)
+    for use in (first.sync_weights, lambda: first.generate([[2, 3]] * 4, None, 4)):
+        with pytest.raises(RuntimeError, match=r"another trainer has connected .* start a server for each"):
+            use()
+    trainers[1].train()
+    assert second.engine.reports[0].num_requests == 8
+
+
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
@@ -288,7 +300,7 @@ def test_a_server_without_our_extension_is_refused(
         "weight_transfer_config": {"backend": "nccl"},
         "parallel_config": config["parallel_config"] | {"worker_extension_cls": ""},
     }
-    monkeypatch.setattr(AtlasClient, "get_server_info", lambda client: plain)
+    monkeypatch.setattr(AtlasClient, "_configuration", lambda client: plain)
     trainer = build(loaded(folders[0]), server.address, tmp_path)
     with pytest.raises(
         ValueError, match=r"without our proposer .* worker extension .* start it with `atlas-rl vllm-serve"

@@ -235,7 +235,8 @@ class ServerAdapter(TrainerAdapter):
         """The server, if it is ours; what it did before is nobody's report."""
         self._main_client.check_server_is_ours()
         self._main_client.report()
-        return self._main_client.status()
+        met, connection = self._main_client.status(), self._main_client.connection
+        return met if connection is None else replace(met, num_trainers=connection)
 
     def _check_server(self, version: int) -> ServerStatus:
         """The server's status; `RuntimeError` unless it is the one that was met, and serves this version."""
@@ -245,6 +246,11 @@ class ServerAdapter(TrainerAdapter):
             raise RuntimeError(
                 f"the vLLM server at {client.base_url} was started again and has forgotten the policy: resume the run from "
                 "its last checkpoint, which sends the weights anew"
+            )
+        if now.num_trainers != self._server.num_trainers:
+            raise RuntimeError(
+                f"another trainer has connected to the vLLM server at {client.base_url}, which takes weights from that one "
+                "only. One server serves one trainer: start a server for each, and resume from the last checkpoint"
             )
         if now.policy_version != version:
             raise RuntimeError(
