@@ -37,7 +37,7 @@ from tests.trainers import arguments, with_special_tokens
 RESULT = ROOT / "benchmarks" / "results" / "exchange_cpu.json"
 VOCAB, PROMPTS, ROWS_PER_STEP, EPOCHS = 512, 16, 16, 6
 STEPS_PER_EPOCH = 2 * PROMPTS // ROWS_PER_STEP
-DRAFTERS: dict[str, type[Speculator]] = {"history": HistorySpeculator, "recurrent": RecurrentSpeculator}
+DRAFTERS: dict[str, type[Speculator]] = {"recurrent": RecurrentSpeculator, "history": HistorySpeculator}
 RANKS = ((1, "together"), (2, "together"), (2, "apart"), (4, "together"), (4, "apart"))
 ARMS = [(drafter, ranks, way) for drafter in DRAFTERS for ranks, way in RANKS]
 
