@@ -23,7 +23,7 @@ class _TellsDrafters(WeightTransferEngine):
     """Tells what drafts for the model of a weight update. An update of a draft model of vLLM's own is none of theirs."""
 
     def init_transfer_engine(self, init_info: Any) -> None:
-        super().init_transfer_engine(init_info)  # type: ignore[safe-super] # the backend's own, which follows in the order
+        super().init_transfer_engine(init_info)  # the backend's own, which follows in the order of bases
         self._note_trainer()
 
     def start_weight_update(self) -> None:
