@@ -172,6 +172,11 @@ class Sequences:
         """The committed completion tokens of one request."""
         return self.token_ids[request, self.prompt_lengths[request] : self.lengths[request]].tolist()
 
+    def completion_tokens(self) -> np.ndarray:
+        """The committed completion tokens of all requests, one after another: int32 `[n]`."""
+        at = np.arange(self.token_ids.shape[1])[None]
+        return self.token_ids[(at >= self.prompt_lengths[:, None]) & (at < self.lengths[:, None])]
+
     def draft_noise(self, requests: np.ndarray, couples_noise: bool) -> tuple[Stream, np.ndarray]:
         """What drafts of some requests, int64 `[n]`, are drawn with: the stream, and keys uint64 `[n]`.
 

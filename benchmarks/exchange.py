@@ -1,10 +1,11 @@
-"""What the exchange of rollouts between ranks brings: accepted length per epoch with 1, 2 and 4 ranks.
+"""What ranks gain from one another: accepted length per epoch with 1, 2 and 4 ranks, drafters together or apart.
 
-    python -m benchmarks.exchange                     # some five minutes on two cores
+    python -m benchmarks.exchange                     # some ten minutes on two cores
 
-GRPO of a tiny random policy over sixteen prompts, six epochs, drafts of four tokens by the history index alone. A step
-has the same eight prompts' groups of two whatever the number of ranks. Each rank draws with a seed of its own, so that arms
-with different numbers of ranks have different rollouts; the two arms of one number of ranks have the same.
+GRPO of a tiny random policy over sixteen prompts, six epochs, drafts of four tokens by one drafter alone. Together, the
+history index gets the rollouts of all ranks, and the recurrent head the mean of all ranks' weights. A step has the same
+eight prompts' groups of two whatever the number of ranks. Each rank draws with a seed of its own, so that arms with
+different numbers of ranks have different rollouts; arms of one number of ranks have the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,15 +28,21 @@ from trl import GRPOConfig, GRPOTrainer
 
 from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.common import ROOT, environment, write_result
-from tests.models import tiny_llama
+from tests.models import tiny_bigram, tiny_llama
 from tests.trainers import arguments, with_special_tokens
 
 RESULT = ROOT / "benchmarks" / "results" / "exchange_cpu.json"
 VOCAB, PROMPTS, ROWS_PER_STEP, EPOCHS = 512, 16, 16, 6
 STEPS_PER_EPOCH = 2 * PROMPTS // ROWS_PER_STEP
-ARMS = ((1, "exchanged"), (2, "exchanged"), (2, "apart"), (4, "exchanged"), (4, "apart"))
+DRAFTERS: dict[str, type[Speculator]] = {"recurrent": RecurrentSpeculator, "history": HistorySpeculator}
+# What a head can learn in a few updates: the next token depends on the last. What an index can: few texts, which come again.
+POLICIES = {"recurrent": partial(tiny_bigram, logit_std=4), "history": partial(tiny_llama, logit_std=14)}
+RANKS = ((1, "together"), (2, "together"), (2, "apart"), (4, "together"), (4, "apart"))
+ARMS = [(drafter, ranks, way) for drafter in DRAFTERS for ranks, way in RANKS]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -48,7 +56,7 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(completion) % 7) for completion in completions]
 
 
-def arm(folder: Path, way: str) -> NoReturn:
+def arm(folder: Path, drafter: str, way: str) -> NoReturn:
     """One rank of one arm, which ends the process; rank 0 writes the figures."""
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
@@ -64,34 +72,34 @@ def arm(folder: Path, way: str) -> NoReturn:
         ddp_backend="gloo",
     )
     trainer = GRPOTrainer(
-        model=with_special_tokens(tiny_llama(vocab=VOCAB, hidden=64, context=96, seed=3, logit_std=14)),
+        model=with_special_tokens(POLICIES[drafter](vocab=VOCAB, hidden=64, context=96, seed=3)),
         reward_funcs=reward,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=tokenizer(),
     )
-    controller = FixedController(["history"], "history", 4)
-    engine = AtlasRolloutEngine(console=False, audit_share=0, speculators=[HistorySpeculator()], controller=controller)
+    controller, speculators = FixedController([drafter], drafter, 4), [DRAFTERS[drafter]()]
+    engine = AtlasRolloutEngine(console=False, audit_share=0, speculators=speculators, controller=controller)
     engine.attach(trainer)
     if way == "apart":
         engine._policy.exchange = None
     trainer.train()
     if trainer.accelerator.is_main_process:
-        (folder / "figures.json").write_text(json.dumps(figures(engine, world, way)))
+        (folder / "figures.json").write_text(
+            json.dumps({"drafter": drafter, "ranks": world, "drafters": way} | figures(engine))
+        )
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     os._exit(0)  # gloo's threads can abort an interpreter that ends by itself
 
 
-def figures(engine: AtlasRolloutEngine, world: int, way: str) -> dict[str, Any]:
+def figures(engine: AtlasRolloutEngine) -> dict[str, Any]:
     epochs = [
         engine.reports[begin : begin + STEPS_PER_EPOCH] for begin in range(0, len(engine.reports), STEPS_PER_EPOCH)
     ]
     tokens = [sum(report.num_decoded_tokens for report in epoch) for epoch in epochs]
     forwards = [sum(report.num_request_forwards for report in epoch) for epoch in epochs]
     return {
-        "ranks": world,
-        "rollouts": way,
         "accepted_length_by_epoch": [round(t / f, 3) for t, f in zip(tokens, forwards, strict=True)],
         "refresh_s_per_step": round(sum(report.refresh_s for report in engine.reports) / len(engine.reports), 4),
         "entropy_nats": engine.reports[0].entropy,
@@ -101,15 +109,17 @@ def figures(engine: AtlasRolloutEngine, world: int, way: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--rank-of", nargs=2, metavar=("FOLDER", "WAY"), help="be one rank of one arm, under torchrun")
+    parser.add_argument(
+        "--rank-of", nargs=3, metavar=("FOLDER", "DRAFTER", "WAY"), help="be one rank of one arm, under torchrun"
+    )
     args = parser.parse_args()
     if args.rank_of:
-        arm(Path(args.rank_of[0]), args.rank_of[1])
+        arm(Path(args.rank_of[0]), *args.rank_of[1:])
     rows = []
-    for ranks, way in progress.each(ARMS, "arms", "arm"):
+    for drafter, ranks, way in progress.each(ARMS, "arms", "arm"):
         with tempfile.TemporaryDirectory() as folder:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-            command = [*launch, "-m", "benchmarks.exchange", "--rank-of", folder, way]
+            command = [*launch, "-m", "benchmarks.exchange", "--rank-of", folder, drafter, way]
             subprocess.run(
                 command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True
             )

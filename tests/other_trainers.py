@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from datasets import Dataset
@@ -39,9 +40,14 @@ def policy(seed: int = 1, vocab: int = len(WORDS)) -> PreTrainedModel:
     return with_special_tokens(model)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte, as GOLD wants it; padding and ending tokens are those of `word_tokenizer`."""
+def byte_tokenizer(num_tokens: int | None = None) -> PreTrainedTokenizerFast:
+    """A token per byte, as GOLD wants it; padding and ending tokens are those of `word_tokenizer`.
+
+    With `num_tokens` it has the space and the first letters only, as many tokens as the policy of `word_tokenizer`.
+    """
     alphabet = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    if num_tokens is not None:
+        alphabet = [*alphabet[:2], "Ġ", *ascii_lowercase][:num_tokens]
     base = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     base.decoder = decoders.ByteLevel()
@@ -112,6 +118,7 @@ def build_other(
     folder: Path,
     *,
     model: Any = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     subclass: Callable[[type], type] = lambda of_trl: of_trl,
     peft: bool = False,
     evaluates: bool = False,
@@ -121,7 +128,7 @@ def build_other(
     made = KINDS[kind]
     module = importlib.import_module(made.module)
     defaults = SMALL_AND_QUIET | {"per_device_train_batch_size": 4, "max_steps": 2}
-    tokenizer, extra = made.tokenizer(), {}
+    tokenizer, extra = tokenizer or made.tokenizer(), {}
     tokenizer.padding_side = "left"
     if made.reward is not None:
         extra["reward_funcs"] = made.reward

@@ -91,6 +91,18 @@ def post(address: str, path: str, body: dict[str, Any]) -> Any:
     return json.loads(text) if text else None
 
 
+def streamed(address: str, **options: Any) -> Iterator[Any]:
+    """The pieces of one completion as they come."""
+    body = {"model": "policy", "prompt": [2, 3, 4], "seed": 3, "ignore_eos": True, "logprobs": 1, "stream": True}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(body | options).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                yield from json.loads(line.removeprefix(b"data: "))["choices"]
+
+
 def call(address: str, method: str, *args: str) -> dict[str, Any]:
     """A method of the worker extension."""
     return post(address, "/collective_rpc", {"method": method, "args": list(args)})["results"][0]

@@ -143,6 +143,12 @@ class GuardedSpeculator(Speculator):
         self._version = policy_version
         return self._try("refresh", lambda: _checked_survival(self.unguarded.refresh(rollouts, policy_version)), None)
 
+    def shared(self) -> torch.Tensor | None:
+        return self._try("shared", self.unguarded.shared, None)
+
+    def take_shared(self, total: torch.Tensor) -> None:
+        self._try("take_shared", lambda: self.unguarded.take_shared(total), None)
+
     def weights(self) -> Iterable[torch.Tensor]:
         return self._try("weights", lambda: tuple(self.unguarded.weights()), ())
 

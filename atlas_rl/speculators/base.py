@@ -131,6 +131,16 @@ class Speculator(ABC):
             speculator has become good, or bad, without asking it for drafts.
         """
 
+    def shared(self) -> torch.Tensor | None:
+        """This rank's part of what ranks learn together: float32 `[n]`, of one length on all of them.
+
+        Ranks add their parts up after an optimizer step. None by default: there is nothing to add up.
+        """
+        return None
+
+    def take_shared(self, total: torch.Tensor) -> None:  # noqa: B027 - most share nothing
+        """The sum of all ranks' parts, float32 `[n]`, the same on every rank."""
+
     def weights(self) -> Iterable[torch.Tensor]:
         """Tensors of the networks that it owns; none by default. Engines that sleep check that they are not lost."""
         return ()

@@ -17,7 +17,7 @@ _MAX_DIGITS = 10
 
 
 class RolloutExchange(ABC):
-    """Brings finished rollouts from rank to rank, so that what one rank sees serves the drafters of all."""
+    """Brings finished rollouts from rank to rank, and adds up what drafters learned: what one rank sees serves all."""
 
     @abstractmethod
     def put(self, sequences: Sequences) -> None:
@@ -26,6 +26,10 @@ class RolloutExchange(ABC):
     @abstractmethod
     def take(self) -> tuple[list[Sequences], float]:
         """Calls of other ranks that have come since this was last asked, and the seconds that bringing them took."""
+
+    @abstractmethod
+    def refreshed(self, speculators: Mapping[str, Speculator]) -> None:
+        """These speculators of this rank have been refreshed, and may have learned."""
 
 
 class PolicyTracker:
@@ -89,6 +93,8 @@ class PolicyTracker:
             self._refresh_s += seconds
         self._newest = replace(self._newest, measuring_s=self._measuring_s)
         measured = {name: speculator.refresh(self._newest, self.version) for name, speculator in speculators.items()}
+        if self.exchange is not None:
+            self.exchange.refreshed(speculators)
         if controller is not None:
             controller.policy_updated({name: survival for name, survival in measured.items() if survival is not None})
         self._newest, self._measuring_s = None, 0.0

@@ -139,6 +139,7 @@ class AtlasProposer(Hooks):
             "server": self.identity,
             "policy_version": self.drafting.tracker.version,
             "weights_are_whole": self.weights_are_whole,
+            "num_trainers": self.num_trainers,
         }
 
     def take_report(self) -> StepReport:

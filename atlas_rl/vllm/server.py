@@ -51,7 +51,7 @@ class AtlasWorkerExtension:
 
         Returns:
             `server`, a random name that a restart changes; `policy_version`; `weights_are_whole`, False while an update has
-            changed some weights and not all.
+            changed some weights and not all; `num_trainers`, how many have connected to send weights so far.
         """
         return self._atlas_proposer().status()
 

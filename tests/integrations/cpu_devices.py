@@ -1,45 +1,8 @@
-"""Lets accelerate take two gloo ranks on a CPU for two devices.
-
-accelerate knows DeepSpeed and FSDP on accelerators only. What runs then is torch's FSDP and DeepSpeed's ZeRO themselves.
-"""
+"""Spreads a trainer over two gloo ranks on a CPU, which accelerate takes for devices (`examples/cpu_ranks.py`)."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
 from typing import Any
-
-import torch
-
-
-def pretend(wrapper: str) -> None:
-    """Call this before anything is made with accelerate."""
-    if wrapper == "ddp":
-        return
-    from accelerate import state
-    from accelerate.utils import DistributedType
-
-    kind = DistributedType.MULTI_CPU if wrapper.startswith("zero") else DistributedType.MULTI_GPU
-
-    def backend(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return "gloo", kind
-
-    def device(self: Any) -> None:
-        self.device = torch.device("cpu")
-
-    state.PartialState._prepare_backend = backend
-    state.PartialState.set_device = device
-    if wrapper == "fsdp1":
-        from torch.distributed.fsdp._flat_param import FlatParamHandle
-
-        # It frees the weights on the device once they are on the CPU: here it would free what it returns.
-        FlatParamHandle.to_cpu = lambda self: nullcontext()  # type: ignore[method-assign]
-    if wrapper.startswith("zero"):
-        from deepspeed import comm
-
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined] # compiles for minutes
-        if not comm.is_initialized():
-            comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
 def options_of(wrapper: str, *, kept: bool = False) -> dict[str, Any]:

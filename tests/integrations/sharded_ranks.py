@@ -6,6 +6,7 @@ weights. Each rank writes what it saw. In the last run one rank raises while it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -23,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import TrainerCallback
 
 from atlas_rl import AtlasRolloutEngine
-from tests.integrations.cpu_devices import options_of, pretend
+from examples.cpu_ranks import pretend
+from tests.integrations.cpu_devices import options_of
 from tests.models import tiny_bigram
 from tests.trainers import DATA, WORDS, build_trainer, with_special_tokens, word_tokenizer
 
@@ -114,10 +116,14 @@ class Watched:
 
     def summary(self) -> dict[str, Any]:
         """What the test reads."""
+        learner = (self.engine._speculators or {})["recurrent"].learner  # type: ignore[attr-defined]
+        weights = [part.detach().numpy() for name, part in learner.head.named_parameters() if name != "bias"]
+        head = hashlib.sha256(b"".join(part.tobytes() for part in weights)).hexdigest()
         self.engine.policy_updated()  # the last step's rollouts are learned from as well
         history: Any = (self.engine._speculators or {})["history"]
         return {
             "archived": history.num_archived_tokens,
+            "head": head if learner.trained else "",
             "calls": self.calls,
             "reports": [report.to_dict() for report in self.engine.reports],
             "log": self.trainer.state.log_history,

@@ -121,6 +121,13 @@ def test_what_one_rank_rolls_out_is_known_to_all(launched: Any) -> None:
     assert first > sum(sum(call["lengths"]) for run in launched.cases["lora"] for call in run["calls"])
 
 
+def test_what_the_recurrent_heads_learned_is_averaged_into_one(launched: Any) -> None:
+    """Each rank trained its head on its own rollouts, for as long as its own clock let it."""
+    first, second = (run["head"] for run in launched.cases["lora"])
+    assert first
+    assert first == second
+
+
 def test_each_rank_has_files_of_its_own(launched: Any) -> None:
     saved = launched.folder / "full" / "trainer" / "checkpoint-2"
     assert sorted(file.name for file in saved.glob("atlas_rl*")) == [

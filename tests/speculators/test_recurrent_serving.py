@@ -90,6 +90,18 @@ def test_what_was_seen_of_them_is_learned_at_the_next_refresh(model):
     assert draft.lengths.tolist() == [3] * NUM
 
 
+def test_what_is_learned_of_a_request_has_the_version_that_drew_each_token(model):
+    speculator, sequences = bound(model), epoch()
+    for version, steps in ((0, 3), (1, 2), (2, 1)):
+        lengths, tokens = sequences.lengths.copy(), sequences.token_ids.copy()
+        sequences = epoch(version)  # the same requests, which run on
+        sequences.token_ids[:], sequences.lengths[:] = tokens, lengths
+        speculator.start(sequences, ALL)
+        decode(model, speculator, sequences, steps)
+        speculator.refresh(Rollouts(sequences, 1.0), version + 1)
+    assert speculator.learner._buffer._versions.tolist() == [0] * 3 * NUM + [1] * 2 * NUM + [2] * NUM
+
+
 def test_one_that_has_learned_keeps_its_vocabulary_while_requests_run(model):
     speculator, sequences = bound(model), epoch()
     speculator.start(sequences, ALL)

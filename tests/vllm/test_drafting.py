@@ -249,6 +249,27 @@ def same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+def test_tokens_of_a_request_that_lives_through_an_update_carry_the_version_that_drew_them() -> None:
+    engine, seen = Engine(2, speculates=True), []
+
+    def noted(sequences: Sequences, verified: Verified) -> None:
+        rows = range(len(verified.requests))
+        begins = sequences.lengths[verified.requests] - verified.num_committed
+        seen.extend((sequences.policy_version, int(begins[i]), int(verified.num_committed[i])) for i in rows)
+
+    engine.drafter.observe = noted  # type: ignore[method-assign]
+    for version in (0, 4, 9):
+        if version:
+            engine.drafting.policy_updated(version)
+        for _ in range(3):
+            engine.step(engine.forward())
+    tokens = [(position, version) for version, begin, count in seen for position in range(begin, begin + count)]
+    assert sorted(position for position, _ in tokens) == sorted(2 * list(range(PROMPT, engine.lengths["request 0"])))
+    versions = [version for _, version in sorted(tokens)]
+    assert versions == sorted(versions)
+    assert set(versions) == {0, 4, 9}
+
+
 def test_who_paused_is_counted_with_its_own_drafter() -> None:
     engine = Engine(4, speculates=True)
     engine.step(engine.forward())

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from atlas_rl import AtlasRolloutEngine
 from tests import ROOT, vllm_engines  # first: it skips this module where there is no vLLM
 from tests.models import tiny_bigram
+from tests.other_trainers import build_other, byte_tokenizer, trained_rows
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
-from tests.vllm_server import Server, call, free_port, post, serving
+from tests.vllm_server import Server, call, free_port, post, serving, streamed
 
 __all__ = ["vllm_engines"]
 LIMIT_S = 400
@@ -156,6 +157,58 @@ def test_a_trainer_in_server_mode_trains_and_the_drafters_follow(
     assert logged == pytest.approx([report.accepted_length for report in engine.reports])
 
 
+@pytest.mark.parametrize("kind", ["rloo", "gmpo", "distillation", "sdft", "sdpo", "gold", "iw_opd"])
+def test_other_trainers_train_on_what_the_server_generated(
+    kind: str, server: Server, folders: list[Path], tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer(len(WORDS)) if kind == "gold" else word_tokenizer()
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.address, "learning_rate": 1e-2}
+    options |= {"vllm_group_port": free_port(), "max_steps": 2}
+    every = 2 if kind == "gold" else 1  # steps between two updates of the server
+    options |= {"vllm_sync_frequency": every} if kind == "gold" else {}
+    engine = AtlasRolloutEngine(console=False)
+    with engine.prepare_vllm():
+        if kind == "rloo":
+            trainer = build_trainer(kind, loaded(folders[0]), tokenizer, tmp_path, **options)
+        else:
+            trainer = build_other(kind, tmp_path, tokenizer=tokenizer, **options)
+    trained = trained_rows(trainer)
+    adapter = engine.attach(trainer)._adapter
+    before = call(server.address, "atlas_status")["policy_version"]
+    generated, generate = [], adapter.generate
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step % every == 0:
+            _logprobs_are_those_of(trainer.model, complete(server.address, 7, n=1)[0])
+        call(server.address, "atlas_report")  # that request is none of the trainer's
+        answer = generate(*args, **kwargs)
+        generated.append([(tuple(a), tuple(b)) for a, b in zip(*answer[:2], strict=True)])
+        return answer
+
+    adapter.generate = kept
+    trainer.train()
+    assert call(server.address, "atlas_status")["policy_version"] == before + 2 // every, "by itself"
+    assert [sorted(rows) for rows in trained] == [sorted(rows) for rows in generated]
+    assert [report.policy_version for report in engine.reports] == [0, 2 - every]
+    assert [report.num_requests for report in engine.reports] == [len(rows) for rows in generated]
+    assert not any(report.warnings for report in engine.reports)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("iw_opd", r"IWOPDTrainer sets up more .*prepare_vllm\(\), with use_vllm=True and vllm_mode='server'"),
+        ("online_dpo", r"OnlineDPOTrainer has no vLLM that an engine could be put into"),
+        ("sdft", r"use_teacher_server=True asks the server for the logprobs of prompts"),
+    ],
+)
+def test_what_no_server_can_do_for_a_trainer_is_refused(kind: str, message: str, tmp_path: Path) -> None:
+    trainer = build_other(kind, tmp_path, vllm_mode="server", vllm_server_base_url="http://127.0.0.1:9")
+    trainer.use_teacher_server = kind == "sdft"
+    with pytest.raises(ValueError, match=message):
+        AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+
+
 def test_a_call_has_a_seed_and_each_prompt_noise_of_its_own(
     server: Server, folders: list[Path], tmp_path: Path
 ) -> None:
@@ -208,6 +261,18 @@ def test_a_server_whose_policy_somebody_else_changed_is_noticed(
         adapter.generate([[2, 3]] * 4, None, 4)
 
 
+def test_a_second_trainer_on_a_server_takes_it_over_and_the_first_is_told(
+    server: Server, folders: list[Path], tmp_path: Path
+) -> None:
+    trainers = [build(loaded(folders[0]), server.address, tmp_path, max_steps=1) for _ in range(2)]
+    first, second = (AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)._adapter for trainer in trainers)
+    for use in (first.sync_weights, lambda: first.generate([[2, 3]] * 4, None, 4)):
+        with pytest.raises(RuntimeError, match=r"another trainer has connected .* start a server for each"):
+            use()
+    trainers[1].train()
+    assert second.engine.reports[0].num_requests == 8
+
+
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
@@ -237,13 +302,46 @@ def test_a_server_without_our_extension_is_refused(
         "weight_transfer_config": {"backend": "nccl"},
         "parallel_config": config["parallel_config"] | {"worker_extension_cls": ""},
     }
-    monkeypatch.setattr(AtlasClient, "get_server_info", lambda client: plain)
+    monkeypatch.setattr(AtlasClient, "_configuration", lambda client: plain)
     trainer = build(loaded(folders[0]), server.address, tmp_path)
     with pytest.raises(
         ValueError, match=r"without our proposer .* worker extension .* start it with `atlas-rl vllm-serve"
     ):
         AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
     assert not trainer.use_vllm
+
+
+def test_a_request_lives_through_an_update_that_pauses_it(server: Server, folders: list[Path]) -> None:
+    """What TRL's asynchronous trainers do: requests are paused, weights come, requests go on."""
+    from atlas_rl.integrations.trl.server_client import AtlasClient
+
+    call(server.address, "atlas_load_weights", str(folders[0]))
+    client = AtlasClient(base_url=server.address, group_port=free_port())
+    client.init_communicator("cpu")
+    moved = loaded(folders[1])
+    metadata = [(name, "float32", list(weight.shape)) for name, weight in moved.named_parameters()]
+    version = client.status().policy_version
+    logprobs, tokens = [], []
+    for number, choice in enumerate(streamed(server.address, max_tokens=110)):
+        if number == 5:
+            client.ask("/pause?mode=keep", {})
+            client.update_named_params(metadata, iter([(n, w.detach()) for n, w in moved.named_parameters()]))
+            client.ask("/resume", {})
+        tokens += [WORDS.index(word.strip()) for word in choice["logprobs"]["tokens"]]
+        logprobs += choice["logprobs"]["token_logprobs"]
+    assert client.status().policy_version == version + 1
+    assert len(tokens) == 110
+    wrong = []
+    for model in (policy(1), moved):
+        with torch.no_grad():
+            each = model(torch.tensor([[2, 3, 4, *tokens]])).logits[0, 2:-1].float().log_softmax(-1)
+        expected = each.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        wrong.append(((expected - torch.tensor(logprobs)).abs() > 1e-3).tolist())
+    changed = wrong[0].index(True)
+    assert 5 <= changed < 110, "the first tokens are the old policy's"
+    assert not any(wrong[1][changed:]), "and from one token on all are the new one's"
+    assert call(server.address, "atlas_report")["num_tokens"] == 110
+    client.close_communicator()
 
 
 def test_two_ranks_share_a_server(server: Server, folders: list[Path], tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
-"""Brings every rank's rollouts to every rank after an optimizer step, as token ids.
+"""Brings every rank's rollouts to every rank after an optimizer step, as token ids, and adds up what drafters learned.
 
 With N ranks each sees one prompt in N, and a prompt that comes back in the next epoch goes to another rank most of the time.
 An index of this rank's rollouts alone would know little of it. A step's rollouts are a few MB at most. Rollouts of
 evaluations stay where they are: an evaluation's prompts come back to the same rank.
+
+A network learns from hidden states, which are too large to send. Ranks add up its weights instead.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import gather_object
+import torch
+from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atlas_rl.core import Sequences
+from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.refresh import RolloutExchange
 
 
@@ -28,6 +33,8 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         self._accelerator = trainer.accelerator
         self._own: list[Sequences] = []
         self._others: list[Sequences] = []
+        self._speculators: Mapping[str, Speculator] = {}
+        self._fresh = False  # whether they were refreshed since ranks last added up
         self._seconds = 0.0
 
     def put(self, sequences: Sequences) -> None:
@@ -38,6 +45,9 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         self._others, self._seconds = [], 0.0
         return taken
 
+    def refreshed(self, speculators: Mapping[str, Speculator]) -> None:
+        self._speculators, self._fresh = speculators, True
+
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -45,13 +55,25 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         self._own = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Send what this rank finished since the last step, and keep what the others did."""
+        """Send what this rank finished since the last step, keep what the others did, and learn with them."""
         if self._accelerator.num_processes == 1:
             return
         began = time.perf_counter()
         rank, own = int(self._accelerator.process_index), [each.trimmed() for each in self._own]
-        self._own = []
-        for sender, sequences in gather_object([(rank, own)]):
+        parts = {name: part for name, each in self._speculators.items() if (part := each.shared()) is not None}
+        sizes = {name: len(part) for name, part in parts.items()}
+        self._own, everyone = [], gather_object([(rank, own, sizes, self._fresh)])
+        for sender, sequences, _, _ in everyone:
             if sender != rank:
                 self._others += sequences
+        if any(fresh for *_, fresh in everyone):
+            self._add_up(parts, [told for _, _, told, _ in everyone])
+        self._fresh = False
         self._seconds += time.perf_counter() - began
+
+    def _add_up(self, parts: Mapping[str, torch.Tensor], sizes: list[dict[str, int]]) -> None:
+        """Sum each speculator's part over ranks, in one order, where all ranks have one of the same size."""
+        for name in sorted(parts):
+            if all(told.get(name) == sizes[0].get(name) for told in sizes):
+                part = parts[name].to(self._accelerator.device)
+                self._speculators[name].take_shared(reduce(part, reduction="sum"))

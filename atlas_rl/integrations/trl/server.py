@@ -26,11 +26,12 @@ from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.report.report import Mode, StepReport
 
 if TYPE_CHECKING:
+    from atlas_rl.core import SamplingParams
     from atlas_rl.rollout.engine import RolloutEngine
 
 Value = TypeVar("Value")
 
-_FROM_TRAINER = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
+_SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
 _OF_A_SERVER = {
     "draft_model": "give the server its folder, `atlas-rl vllm-serve MODEL --draft-model FOLDER`",
     "speculators": "the server makes its own",
@@ -50,15 +51,18 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAd
     """
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=False)
-    if not kind_of(trainer).built_later:
-        raise ValueError(
-            f"no server generates for {type(trainer).__name__} yet: set vllm_mode='colocate', or use_vllm=False"
-        )
     check_same_policy(engine, trainer)
     _check_options(engine.config, baseline_every)
-    checked_sampling(trainer, seed=0)
+    _check_teacher(trainer)
+    sampling = checked_sampling(trainer, seed=0)
     unwrap_policy(trainer.model)  # the server gets merged layers: what lives in a wrapper would be lost
-    generation = getattr(trainer, "vllm_generation", None) or _new_generation(trainer)
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is None and not kind_of(trainer).built_later:
+        raise ValueError(
+            f"{type(trainer).__name__} sets up more than a vLLM client where it builds one: build it inside of "
+            "engine.prepare_vllm(), with use_vllm=True and vllm_mode='server'"
+        )
+    generation = generation or _new_generation(trainer, sampling.params)
     adapter = ServerAdapter(engine, trainer, generation)
     adapter.install()
     return adapter
@@ -76,7 +80,16 @@ def _check_options(config: EngineConfig, baseline_every: int) -> None:
         raise ValueError("a server does not repeat calls without speculation: leave baseline_every=0")
 
 
-def _new_generation(trainer: Any) -> Any:
+def _check_teacher(trainer: Any) -> None:
+    """Raise `ValueError` where the server would also have to score prompts: vLLM leaves that out under speculation."""
+    if getattr(trainer, "use_teacher_server", False):
+        raise ValueError(
+            "use_teacher_server=True asks the server for the logprobs of prompts, which vLLM does not compute where it "
+            "drafts: leave it at False, and the teacher runs beside the trainer"
+        )
+
+
+def _new_generation(trainer: Any, sampling: SamplingParams) -> Any:
     """What TRL would have built for `use_vllm=True`, with our client."""
     from trl.generation.vllm_generation import VLLMGeneration
 
@@ -101,7 +114,8 @@ def _new_generation(trainer: Any) -> Any:
             group_port=args.vllm_group_port,
             logprobs=0,
             generation_kwargs=args.generation_kwargs,
-            **{name: getattr(trainer, name) for name in _FROM_TRAINER},
+            max_completion_length=sampling.max_new_tokens,
+            **{name: getattr(sampling, name) for name in _SAMPLING},
         )
 
 
@@ -182,8 +196,9 @@ class ServerAdapter(TrainerAdapter):
         step = int(self.trainer.state.global_step)
         mode: Mode = "train" if self.trainer.model.training else "eval"
         sampling = self._sampling(self._seed(step, mode))
-        for name in _FROM_TRAINER:
-            setattr(self.generation, name, getattr(self.trainer, name))
+        for name in _SAMPLING:
+            setattr(self.generation, name, getattr(sampling.params, name))
+        self.generation.max_completion_length = sampling.params.max_new_tokens
         call = Call(sampling.params.seed, list(sampling.params.eos_token_ids))
         self._agreed(lambda: self._check_server(self._server.policy_version))
         began_s = time.perf_counter()
@@ -220,7 +235,8 @@ class ServerAdapter(TrainerAdapter):
         """The server, if it is ours; what it did before is nobody's report."""
         self._main_client.check_server_is_ours()
         self._main_client.report()
-        return self._main_client.status()
+        met, connection = self._main_client.status(), self._main_client.connection
+        return met if connection is None else replace(met, num_trainers=connection)
 
     def _check_server(self, version: int) -> ServerStatus:
         """The server's status; `RuntimeError` unless it is the one that was met, and serves this version."""
@@ -230,6 +246,11 @@ class ServerAdapter(TrainerAdapter):
             raise RuntimeError(
                 f"the vLLM server at {client.base_url} was started again and has forgotten the policy: resume the run from "
                 "its last checkpoint, which sends the weights anew"
+            )
+        if now.num_trainers != self._server.num_trainers:
+            raise RuntimeError(
+                f"another trainer has connected to the vLLM server at {client.base_url}, which takes weights from that one "
+                "only. One server serves one trainer: start a server for each, and resume from the last checkpoint"
             )
         if now.policy_version != version:
             raise RuntimeError(
@@ -285,7 +306,7 @@ class ServerAdapter(TrainerAdapter):
         return replace(
             report,
             step=step,
-            policy_version=step,
+            policy_version=self._synced_step or 0,  # some trainers leave out some steps' weights
             mode=mode,
             num_requests=len(call.completion_lengths),
             num_prompt_tokens=call.num_prompt_tokens,

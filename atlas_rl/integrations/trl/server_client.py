@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from atlas_rl.vllm.internals.transfer import BACKENDS, GLOO
 from atlas_rl.vllm.serve import EXTENSION
 from atlas_rl.vllm.weight_group import WeightGroup, address_towards
 
-_ANSWER_S = 600.0
+_ANSWER_S, _HEALTH_S = 600.0, 5.0
 _AT_ONCE = 64  # requests, as many as TRL's session keeps connections
 _ANSWER = ("prompt_ids", "completion_ids", "logprobs", "logprob_token_ids")
 _LONGEST = 2000  # of an answer in a message
@@ -38,6 +39,7 @@ class ServerStatus:
     server: str
     policy_version: int
     weights_are_whole: bool
+    num_trainers: int
 
 
 @dataclass
@@ -67,6 +69,9 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     """
 
     call: Call | None = None
+    connection: int | None = None
+    """Number of the trainers that had connected to the server when this one had; None before."""
+
     _group: WeightGroup | None = None
 
     @classmethod
@@ -84,7 +89,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         Returns:
             The name of its weight-transfer backend.
         """
-        config = self.get_server_info()
+        config = self._configuration()
         drafting, parallel = config.get("speculative_config") or {}, config.get("parallel_config") or {}
         transfer = (config.get("weight_transfer_config") or {}).get("backend")
         lacks = [
@@ -110,6 +115,47 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
                 f"{START_OURS}"
             )
         return str(transfer)
+
+    def _configuration(self) -> dict[str, Any]:
+        """vLLM's configuration of the server; `ValueError` for one that tells nobody."""
+        response = self.session.get(f"{self.base_url}/server_info", params={"config_format": "json"})
+        if response.status_code == 404:
+            raise ValueError(
+                f"the vLLM server at {self.base_url} was started without the development endpoints through which weights "
+                f"and reports go: {START_OURS}"
+            )
+        return self._read("/server_info", response)["vllm_config"]
+
+    def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
+        """Wait until the server is up. TRL's method waits for ever where something else answers at this address.
+
+        Raises:
+            ConnectionError: Nothing answers in `total_timeout` seconds, or what answers is no vLLM server.
+        """
+        until_s = time.monotonic() + total_timeout
+        while (code := self._health()) != 200:
+            if code == 404:
+                raise ConnectionError(
+                    f"what answers at {self.base_url} is no vLLM server (/health is not there): check address and port"
+                )
+            if time.monotonic() >= until_s:
+                answers = "nothing answers" if code is None else f"/health answers {code}"
+                raise ConnectionError(
+                    f"no vLLM server is up at {self.base_url} after {total_timeout:g} s ({answers}): check address and "
+                    f"port, or {START_OURS}"
+                )
+            time.sleep(retry_interval)
+        super().check_server(total_timeout, retry_interval)
+
+    def _health(self) -> int | None:
+        """The status of `/health`; None where nothing answers."""
+        try:
+            with urllib.request.urlopen(f"{self.base_url}/health", timeout=_HEALTH_S) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except (OSError, http.client.HTTPException):
+            return None
 
     def status(self) -> ServerStatus:
         """Which server answers, and what it serves."""
@@ -171,15 +217,24 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
                 answers += executor.map(complete, range(len(prompts)))
         except (OSError, RuntimeError) as error:
             call.failure = error
-        joined: dict[str, Any] = {name: [row for answer in answers for row in answer[name]] for name in _ANSWER}
+        # Of a trainer that asks for no logprobs there are none.
+        joined: dict[str, Any] = {
+            name: None if any(answer[name] is None for answer in answers) else [r for a in answers for r in a[name]]
+            for name in _ANSWER
+        }
         call.num_prompt_tokens = n * sum(map(len, joined["prompt_ids"]))
         call.completion_lengths = tuple(map(len, joined["completion_ids"]))
         return joined
 
     def _post(self, url: str, **options: Any) -> Any:
-        response = self.session.post(url, **options)
+        return self._read(urlparse(url).path, self.session.post(url, **options))
+
+    def _get(self, url: str, **options: Any) -> Any:
+        return self._read(urlparse(url).path, self.session.get(url, **options))
+
+    def _read(self, path: str, response: Any) -> Any:
         if response.status_code != 200:
-            raise self._refused(urlparse(url).path, response.status_code, response.text)
+            raise self._refused(path, response.status_code, response.text)
         return response.json()
 
     # --------------------------------------------------------------------------------------------------------- weights
@@ -190,9 +245,13 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         Raises:
             ValueError: See `check_server_is_ours`.
         """
-        if self.check_server_is_ours() != GLOO:
+        if self.check_server_is_ours() == GLOO:
+            self._join_over_gloo()
+        else:
             super().init_communicator(device)
-            return
+        self.connection = self.status().num_trainers
+
+    def _join_over_gloo(self) -> None:
         where = urlparse(self.base_url)
         address = address_towards(where.hostname or "", where.port or 80)
         world_size = self.get_world_size() + 1

@@ -7,7 +7,7 @@ of distillation (`distill.py`) over the tokens that the rollouts use (`reduced_v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,16 +17,16 @@ import torch
 from atlas_rl.core import Rollouts, Sequences, Verified
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
+from atlas_rl.speculators.recurrent.averaging import summand, take_mean
 from atlas_rl.speculators.recurrent.distill import Distilled, Loss, Target, distill, new_optimizer
 from atlas_rl.speculators.recurrent.head import RecurrentHead
+from atlas_rl.speculators.recurrent.head_state import MAX_COUNT, saved_moments, saved_weights
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.speculators.saved_state import SavedState
 
 _MAX_STATE_SIZE = 1024
 _LASTS_UPDATES = 4.0  # policy updates over which what was learned is worth something
-_MAX_WEIGHT = 1e4  # no training makes one as large, and it is finite in every number format that the head drafts in
-_MAX_COUNT = 1e15
 _LEAST_CUT = 1 / 16  # of the budget: what is always spent, to see whether training pays again
 
 # A caller's inference mode would make tensors that no training can use; what training touches is made outside of it.
@@ -108,6 +108,7 @@ class Learner:
         self._cut = 1.0  # share of the budget that training is worth
         self._use = 1.0  # share of what speculation saves that is the head's
         self._agreement: float | None = None  # after the refresh before
+        self._learned_alone = False  # since the last mean over ranks
         self._set_ids(np.zeros(0, np.int64))
 
     @property
@@ -241,6 +242,9 @@ class Learner:
             may be told of new weights before any request has ended.
         """
         self.end_call()
+        for elsewhere in rollouts.elsewhere:
+            self._counts.add(elsewhere.completion_tokens())
+            self._unread = np.union1d(self._unread, elsewhere.completion_tokens())
         self._counts.fade()
         if not self._buffer.has_windows:
             return None
@@ -265,9 +269,19 @@ class Learner:
         if rollouts.generate_s is not None:
             gained_s = (done.agreement_after - done.agreement_before) * worth_s
             self._cut = min(1.0, 2 * self._cut) if gained_s >= done.seconds else max(_LEAST_CUT, self._cut / 2)
-        self.trained = True
+        self.trained = self._learned_alone = True
         self.revision += 1
         return done
+
+    def shared(self) -> torch.Tensor:
+        """See `Speculator.shared`."""
+        return summand(self.head, self.ids, len(self._counts.counts), learned=self._learned_alone)
+
+    def take_shared(self, total: torch.Tensor) -> None:
+        """The head becomes the mean of those of all ranks that have learned. Moments stay this rank's."""
+        if take_mean(self.head, self.ids, total):
+            self._learned_alone = False
+            self.revision += 1
 
     def _target(self, sequences: Sequences, policy: PolicyView) -> Target:
         slots = torch.from_numpy(self._rows.slots[self.ids]).to(self._device)
@@ -357,40 +371,11 @@ class Learner:
                 raise ValueError(f"recurrent drafter: {name} is not sorted")
         if trained and not len(ids):
             raise ValueError("recurrent drafter: the state is of a trained head over no tokens")
-        self._counts.counts[used] = state.floats("counts", used.shape, 0.0, _MAX_COUNT)
+        self._counts.counts[used] = state.floats("counts", used.shape, 0.0, MAX_COUNT)
         self._set_ids(ids)
-        self.head.load_state_dict(self._saved_weights(state.part("weights")))
+        self.head.load_state_dict(saved_weights(self.head, state.part("weights")))
         self._optimizer = new_optimizer(self.head)
         described = self._optimizer.state_dict()
-        described["state"] = self._saved_moments(state.part("optimizer"))
+        described["state"] = saved_moments(self.head, state.part("optimizer"))
         self._optimizer.load_state_dict(described)
         self.trained = trained
-
-    def _saved_weights(self, state: SavedState) -> dict[str, torch.Tensor]:
-        own = self.head.state_dict()
-        if state.names() != set(own):
-            raise ValueError(
-                f"recurrent drafter: the weights are {sorted(map(str, state.names()))}, expected {sorted(own)}"
-            )
-        return {name: _tensor(state, name, tensor.shape) for name, tensor in own.items()}
-
-    def _saved_moments(self, state: SavedState) -> dict[int, dict[str, torch.Tensor]]:
-        """AdamW's moments, by the parameter's number; none before the first step."""
-        parameters = {str(index): parameter for index, parameter in enumerate(self.head.parameters())}
-        if not state.names() <= set(parameters):
-            raise ValueError(f"recurrent drafter: the optimizer has parameters {sorted(map(str, state.names()))}")
-        moments = {}
-        for name in sorted(state.names()):
-            part, shape = state.part(name), parameters[name].shape
-            moments[int(name)] = {
-                "step": _tensor(part, "step", (), low=0.0, high=_MAX_COUNT),
-                "exp_avg": _tensor(part, "exp_avg", shape),
-                "exp_avg_sq": _tensor(part, "exp_avg_sq", shape, low=0.0),
-            }
-        return moments
-
-
-def _tensor(
-    state: SavedState, name: str, shape: Sequence[int], low: float = -_MAX_WEIGHT, high: float = _MAX_WEIGHT
-) -> torch.Tensor:
-    return torch.from_numpy(state.floats(name, shape, low, high)).float()

@@ -231,6 +231,12 @@ class RecurrentSpeculator(Speculator):
     def _budget_s(self, rollouts: Rollouts) -> float:
         return self._budget_share * max(0.0, self._clock() - self._began_s - rollouts.measuring_s)
 
+    def shared(self) -> torch.Tensor | None:
+        return self.learner.shared() if self._policy is not None and self._follows else None
+
+    def take_shared(self, total: torch.Tensor) -> None:
+        self.learner.take_shared(total)
+
     def weights(self) -> Iterable[torch.Tensor]:
         return self.learner.head.parameters() if self._policy is not None else ()
 

@@ -79,6 +79,9 @@ class Hooks(ABC):
     weights_are_whole: bool = True
     """False after a load of new weights that failed when some had changed, until one succeeds."""
 
+    num_trainers: int = 0
+    """See `transfer.Follower`."""
+
     @abstractmethod
     def keys(self, batch: Batch) -> np.ndarray:
         """Noise keys: uint64 `[rows]`. Equal on every rank of a tensor-parallel group."""

@@ -25,6 +25,9 @@ class Follower(Protocol):
     weights_are_whole: bool
     """False while an update has changed some weights and not all of them."""
 
+    num_trainers: int
+    """How many trainers have connected to send weights, so far. The last one's weights are taken, and no other's."""
+
     def weights_changed(self) -> None:
         """The model has new weights."""
 

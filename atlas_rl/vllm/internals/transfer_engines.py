@@ -22,6 +22,10 @@ from atlas_rl.vllm.weight_group import WeightGroup
 class _TellsDrafters(WeightTransferEngine):
     """Tells what drafts for the model of a weight update. An update of a draft model of vLLM's own is none of theirs."""
 
+    def init_transfer_engine(self, init_info: Any) -> None:
+        super().init_transfer_engine(init_info)  # the backend's own, which follows in the order of bases
+        self._note_trainer()
+
     def start_weight_update(self) -> None:
         self._mark(whole=False)
         super().start_weight_update()
@@ -35,6 +39,11 @@ class _TellsDrafters(WeightTransferEngine):
         follower = self._follower()
         if follower is not None:
             follower.weights_are_whole = whole
+
+    def _note_trainer(self) -> None:
+        follower = self._follower()
+        if follower is not None:
+            follower.num_trainers += 1
 
     def _tell(self) -> None:
         follower = self._follower()
@@ -81,6 +90,7 @@ class AtlasGlooEngine(_TellsDrafters):
         parallel, at = self.parallel_config, init_info
         rank = parallel.data_parallel_index * parallel.world_size + parallel.rank + at.rank_offset
         self._group = WeightGroup(at.master_address, at.master_port, rank, at.world_size)
+        self._note_trainer()
 
     def start_weight_update(self) -> None:
         """Nothing changes before all has come."""

@@ -1,0 +1,58 @@
+"""The mean of several ranks' heads: what one rank learned from its rollouts serves the drafts of all.
+
+Hidden states are too large to exchange, weights are not. A head is written as a vector that ranks can add up. Ranks know
+different tokens, so biases stand by the policy's own ids, each beside a count of the ranks that have it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from atlas_rl.speculators.recurrent.head import RecurrentHead
+
+
+def summand(head: RecurrentHead, ids: np.ndarray, vocab_size: int, *, learned: bool) -> torch.Tensor:
+    """A rank's part of the sum: float32 `[n]`, of one length for all heads of a policy.
+
+    Args:
+        head: Of this rank.
+        ids: int64 `[vocab]`, the policy's ids of the tokens that it can propose.
+        vocab_size: Of the policy.
+        learned: Whether it has learned since the last mean. If not, or if a weight is not finite, its part is zero.
+    """
+    with torch.no_grad():
+        biases, known = head.bias.new_zeros(2, vocab_size)
+        index = torch.from_numpy(ids).to(biases.device)
+        biases[index], known[index] = head.bias, 1.0
+        vector = torch.cat([*(each.flatten() for each in _weights(head)), biases, known, known.new_ones(1)])
+        return vector if learned and bool(torch.isfinite(vector).all()) else torch.zeros_like(vector)
+
+
+def take_mean(head: RecurrentHead, ids: np.ndarray, total: torch.Tensor) -> bool:
+    """Give a head the mean of all that have learned; `total` is the sum of the ranks' parts.
+
+    Returns:
+        Whether any rank had learned; if not, nothing changes.
+    """
+    total = total.to(head.bias.device)
+    num_learned = float(total[-1])
+    if not num_learned:
+        return False
+    weights = _weights(head)
+    sizes = [each.numel() for each in weights]
+    vocab_size = (len(total) - 1 - sum(sizes)) // 2
+    *parts, biases, known, _ = total.split([*sizes, vocab_size, vocab_size, 1])
+    index = torch.from_numpy(ids).to(total.device)
+    with torch.no_grad():
+        for weight, part in zip(weights, parts, strict=True):
+            weight.copy_((part / num_learned).view_as(weight))
+        # A token that only this rank knows, and that is in nobody's part, keeps its bias.
+        mean = biases[index] / known[index].clamp(min=1.0)
+        head.bias.copy_(torch.where(known[index] > 0, mean, head.bias))
+    return True
+
+
+def _weights(head: RecurrentHead) -> list[torch.nn.Parameter]:
+    """All that is learned, but for the biases of tokens."""
+    return [parameter for parameter in head.parameters() if parameter is not head.bias]

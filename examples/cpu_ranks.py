@@ -1,0 +1,54 @@
+"""Lets accelerate take gloo ranks on a CPU for devices, to try ZeRO and FSDP on a machine without a GPU.
+
+accelerate knows DeepSpeed and FSDP on accelerators only. What runs then is torch's FSDP and DeepSpeed's ZeRO themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+
+def asked_for() -> str:
+    """What `accelerate launch` was configured for: "ddp", "zero", "fsdp1" or "fsdp2"."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return "zero"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
+    return "ddp"
+
+
+def pretend(wrapper: str) -> None:
+    """Call this before anything is made with accelerate. `wrapper` is as of `asked_for`; it may end in ZeRO's stage."""
+    if wrapper == "ddp":
+        return
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    kind = DistributedType.MULTI_CPU if wrapper.startswith("zero") else DistributedType.MULTI_GPU
+
+    def backend(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return "gloo", kind
+
+    def device(self: Any) -> None:
+        self.device = torch.device("cpu")
+
+    state.PartialState._prepare_backend = backend
+    state.PartialState.set_device = device
+    if wrapper == "fsdp1":
+        from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+        # It frees the weights on the device once they are on the CPU: here it would free what it returns.
+        FlatParamHandle.to_cpu = lambda self: nullcontext()  # type: ignore[method-assign]
+    if wrapper.startswith("zero"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+        from deepspeed import comm
+
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined] # compiles for minutes
+        if not comm.is_initialized():
+            comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
