@@ -19,6 +19,7 @@ from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.cpu_linear import FastLinears
+from atlas_rl.policy.fused_layers import fused
 from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
@@ -251,7 +252,12 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with uncompiled(self.model), self.linears.installed(), self.halves.installed(self._autocast):
+            with (
+                uncompiled(self.model),
+                fused(self.model),
+                self.linears.installed(),
+                self.halves.installed(self._autocast),
+            ):
                 yield
         finally:
             self._cache = outer

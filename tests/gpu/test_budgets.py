@@ -15,8 +15,9 @@ from atlas_kernels.verify import verify
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.vllm.draw import draw
-from tests.gpu.counts import STEP, counts_of
+from tests.gpu.counts import STEP, counts_of, sectioned
 from tests.gpu.engines import ARMS, DEPTH, SAMPLINGS, autocast, engine_of, generate, policy
+from tests.models import tiny_gemma2, tiny_llama, tiny_qwen3
 from tests.pretend_cuda import WAITS, PretendCuda
 
 pytestmark = pytest.mark.usefixtures("probed_once")
@@ -41,6 +42,27 @@ def test_waits_of_a_step(arm):
 def test_a_penalty_adds_no_waits(arm):
     counts = counts_with(arm, "penalty")
     assert counts.waits <= WAITS_OF[arm], counts.table
+
+
+def launches_of_a_forward(model):
+    with PretendCuda() as device, sectioned(device):
+        engine = engine_of(device.move(model))
+        generate(engine, 1, max_new_tokens=3, eos_token_ids=())
+        device.events.clear()
+        device.entered.clear()
+        generate(engine, 1, max_new_tokens=5, eos_token_ids=())
+        return device.count("launch", "triton", section="target") / device.entered["target"]
+
+
+# Its products are seven of them, attention one; before norms, rotation and storing were fused there were some 58.
+LAUNCHES_OF_A_LAYER = {"llama": 20, "qwen3": 20, "gemma2": 26}
+
+
+@pytest.mark.parametrize("name", LAUNCHES_OF_A_LAYER)
+def test_launches_of_a_layer(name):
+    make = {"llama": tiny_llama, "qwen3": tiny_qwen3, "gemma2": tiny_gemma2}[name]
+    few, many = (launches_of_a_forward(make(vocab=128, layers=layers).bfloat16()) for layers in (2, 4))
+    assert (many - few) / 2 <= LAUNCHES_OF_A_LAYER[name]
 
 
 # Launches per step beside the target's forward.
