@@ -66,7 +66,7 @@ def _norm(own: Callable[..., Any], epsilon: str, adds_one: bool, rounds_first: b
         weight = module.weight
         if not (_taken(x, weight) and weight.shape == x.shape[-1:] and len(weight) <= _MOST_COLUMNS):
             return own(module, x)  # type: ignore[no-any-return]
-        return rms_norm(x, weight, getattr(module, epsilon), adds_one=adds_one, rounds_first=rounds_first)
+        return rms_norm(x.contiguous(), weight, getattr(module, epsilon), adds_one=adds_one, rounds_first=rounds_first)
 
     return forward
 

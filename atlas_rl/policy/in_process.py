@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -92,6 +92,7 @@ class InProcessRunner(PolicyRunner):
         self.linears = FastLinears(self.model)
         self.halves = HalfWeights(self.model, lambda: self.free_bytes())
         self._autocast: torch.dtype | None = None  # of the latest forward; the probe has had some
+        self._fuses = True  # norms and rotary embeddings; unless the probe finds that this changes logits
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
@@ -254,7 +255,7 @@ class InProcessRunner(PolicyRunner):
             self._cache = cache
             with (
                 uncompiled(self.model),
-                fused(self.model),
+                fused(self.model) if self._fuses else nullcontext(),
                 self.linears.installed(),
                 self.halves.installed(self._autocast),
             ):
@@ -271,7 +272,15 @@ class InProcessRunner(PolicyRunner):
     def _look(self) -> Probed:
         """What the probe found; gradients are off, and modules in evaluation mode."""
         if self._probed is None:
-            self._probed = probe(self)
+            try:
+                self._probed = probe(self)
+            except ValueError as error:
+                self._fuses = False
+                self._probed = probe(self)  # raises again, if that was not the cause
+                logger.warning(
+                    "atlas_rl: %s runs its norms and rotary embeddings as they are, which takes several operations each: in "
+                    "one pass each they fail here (%s)", type(self.model).__name__, error,
+                )  # fmt: skip
         return self._probed
 
 

@@ -302,7 +302,8 @@ def ragged_attention(
         raise ValueError("the policy builds a mask of its own for this batch, which a ragged batch cannot be given")
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch.autocast = autocast_type(query.device)
-    query, key, value = as_attended(query, key, value)
+    if batch.autocast is not None:
+        query, key, value = as_attended(query, key, value)
     batch.store(layer, key, value)
     packed = query[0].transpose(0, 1)  # [num_tokens, heads, dim]
     if not (softcap is not None and batch.honour_softcap) and (batch.varlen or varlen.takes(packed)):

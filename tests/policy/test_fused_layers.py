@@ -164,3 +164,11 @@ def test_other_threads_gradients_and_copies_see_the_policys_own_code(calls):
         without_gradients()
         assert calls["rms_norm"] == 2 * model.config.num_hidden_layers + 1
     assert torch.equal(logits, expected)
+
+
+def test_kernels_that_are_wrong_here_are_not_used(monkeypatch, unfused, caplog):
+    monkeypatch.setattr(fused_layers, "rms_norm", lambda x, weight, eps, **form: 1.1 * x)
+    logits = steps(tiny_llama(seed=3))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "norms and rotary embeddings as they are" in caplog.text
+    assert torch.equal(logits, unfused(tiny_llama(seed=3)))
