@@ -65,7 +65,7 @@ def _norm(own: Callable[..., Any], epsilon: str, adds_one: bool, rounds_first: b
         (x,) = args or kwargs.values()
         weight = module.weight
         if not (_taken(x, weight) and weight.shape == x.shape[-1:] and len(weight) <= _MOST_COLUMNS):
-            return own(module, x)  # type: ignore[no-any-return]
+            return own(module, x)
         return rms_norm(x.contiguous(), weight, getattr(module, epsilon), adds_one=adds_one, rounds_first=rounds_first)
 
     return forward
@@ -76,7 +76,7 @@ def _rotation(own: Any) -> Callable[..., Any]:
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not _rotatable(q, k, cos, sin, unsqueeze_dim):
-            return own(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-any-return]
+            return own(q, k, cos, sin, unsqueeze_dim)
         query, key = rotate(_by_token(q), _by_token(k), cos[0].contiguous(), sin[0].contiguous())
         return query.transpose(0, 1)[None], key.transpose(0, 1)[None]
 

@@ -49,7 +49,7 @@ def rotates_halves(function: object) -> bool:
     return same_code(function, apply_rotary_pos_emb)
 
 
-def same_code(function: object, known: FunctionType) -> bool:
+def same_code(function: object, known: Any) -> bool:
     """Whether two functions have the same instructions, defaults, and meanings of the names that they take from outside."""
     if not isinstance(function, FunctionType):
         return False

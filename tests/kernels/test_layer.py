@@ -15,13 +15,18 @@ def numbers(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
-def assert_close(kernel, reference):
-    """The same up to the order of a sum: in half precision few numbers may be rounded the other way."""
+def assert_close(kernel, reference, rounded_to):
+    """The same up to the order of a sum, and what is in half precision: few numbers may be rounded the other way.
+
+    Triton's interpreter cuts bfloat16 off where a GPU rounds it. There float16 has to show that rounding is in its place.
+    """
     assert kernel.dtype == reference.dtype
     assert kernel.shape == reference.shape
-    apart = (kernel.float() - reference.float()).abs()
-    assert (apart <= 2 * torch.finfo(kernel.dtype).eps * reference.float().abs() + 1e-7).all()
-    if kernel.dtype != torch.float32:
+    cut_off, reference = rounded_to == torch.bfloat16 and DEVICE == "cpu", reference.float()
+    apart = (kernel.float() - reference).abs()
+    size = reference.abs().max() if cut_off else reference.abs()
+    assert (apart <= 2 * torch.finfo(rounded_to).eps * size + 1e-7).all()
+    if rounded_to != torch.float32 and not cut_off:
         assert (apart > 0).float().mean() < 0.02
 
 
@@ -31,11 +36,9 @@ def assert_close(kernel, reference):
 def test_norm_kernel_is_the_reference(dtype, weight_type, adds_one, rounds_first):
     pytest.importorskip("triton", reason="the kernels need Triton")
     x, weight = 3 * numbers(2, 5, 200, dtype=dtype), 1 + numbers(200, dtype=weight_type, seed=1)
-    if dtype != weight_type and not adds_one and not rounds_first and weight_type != torch.float32:
-        x = x.float()
     form = {"adds_one": adds_one, "rounds_first": rounds_first}
     kernel, reference = (rms_norm(x, weight, 1e-5, **form, implementation=i) for i in ("triton", "reference"))
-    assert_close(kernel, reference)
+    assert_close(kernel, reference, dtype)
 
 
 def test_norm_rounds_where_llama_rounds():
@@ -53,7 +56,7 @@ def test_rotation_kernel_is_the_reference(dtype, angles, heads, kv_heads, dim):
     cos, sin = (numbers(3, dim, dtype=angles, seed=seed).clamp(-1, 1) for seed in (2, 3))
     kernel, reference = (rotate(query, key, cos, sin, implementation=i) for i in ("triton", "reference"))
     for ours, theirs in zip(kernel, reference, strict=True):
-        assert_close(ours, theirs)
+        assert_close(ours, theirs, ours.dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -79,7 +82,7 @@ def test_norm_on_a_cpu_is_the_reference(adds_one):
     compiled, reference = (
         rms_norm(x, weight, 1e-5, adds_one=adds_one, implementation=i) for i in ("auto", "reference")
     )
-    assert_close(compiled, reference)
+    assert_close(compiled, reference, torch.float32)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
