@@ -18,7 +18,7 @@ from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.vllm.draw import draw
 from tests.gpu.counts import STEP, counts_of, sectioned
 from tests.gpu.engines import ARMS, DEPTH, SAMPLINGS, autocast, engine_of, generate, policy
-from tests.models import tiny_gemma2, tiny_llama, tiny_qwen3
+from tests.models import tiny_llama, tiny_qwen3
 from tests.pretend_cuda import WAITS, PretendCuda
 
 pytestmark = pytest.mark.usefixtures("probed_once")
@@ -55,16 +55,16 @@ def launches_of_a_forward(model):
         return device.count("launch", "triton", section="target") / device.entered["target"]
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gemma2])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
 def test_launches_of_a_layer(make):
     """Seven are products, one is attention. As transformers writes a layer of Llama, there are some 58."""
-    few, many = (launches_of_a_forward(make(vocab=128, layers=layers).bfloat16()) for layers in (2, 4))
-    assert (many - few) / 2 <= 20
+    few, many = (launches_of_a_forward(make(vocab=128, layers=layers).bfloat16()) for layers in (1, 2))
+    assert many - few <= 20
 
 
 def test_launches_of_a_layer_under_autocast():
-    few, many = (launches_of_a_forward(autocast(tiny_llama(vocab=128, layers=layers))) for layers in (2, 4))
-    assert (many - few) / 2 <= 20
+    few, many = (launches_of_a_forward(autocast(tiny_llama(vocab=128, layers=layers))) for layers in (1, 2))
+    assert many - few <= 20
 
 
 # Launches per step beside the target's forward.
