@@ -19,7 +19,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atlas_kernels import draft_head_triton, draw_triton, nvfp4_triton, rejection_triton, truncate_triton, verify_triton
+from atlas_kernels import (
+    draft_head_triton,
+    draw_triton,
+    layer_triton,
+    nvfp4_triton,
+    rejection_triton,
+    truncate_triton,
+    verify_triton,
+)
 from atlas_rl import progress
 from benchmarks.common import ROOT, environment, write_result
 
@@ -152,6 +160,21 @@ CASES = {
     ),
     "nvfp4.linear_rows": _LINEAR(NATIVE=""),
     "nvfp4.linear_rows native": _LINEAR(NATIVE="bf16"),
+    "layer.norm_row": _case(
+        layer_triton.norm_row,
+        "bbbIF",
+        layer_triton.NUM_WARPS,
+        {"ADDS_ONE": False, "ROUNDS_FIRST": True, "COLUMNS": 4096},
+    ),
+    "layer.rotate_token": _case(
+        layer_triton.rotate_token,
+        "bbbbbbIII",
+        layer_triton.NUM_WARPS,
+        {"HEADS": layer_triton.HEADS, "HALF": 64, "ELEMENT": tl.bfloat16},
+    ),
+    "layer.store_token": _case(
+        layer_triton.store_token, "bbbbllIIII", layer_triton.NUM_WARPS, {"NUMBERS": layer_triton.NUMBERS}
+    ),
 }
 
 

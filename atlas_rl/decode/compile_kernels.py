@@ -20,6 +20,7 @@ from numba.core import event
 
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.jit_cache import num_kernels
+from atlas_kernels.layer import rms_norm, rotate
 from atlas_kernels.noise import BLOCK, Stream, request_keys
 from atlas_kernels.truncate import truncate
 from atlas_kernels.truncation import Truncation
@@ -150,6 +151,9 @@ def _run_all() -> None:
     choose(probs, request_keys(0, 2), requests, Stream.TARGET, greedy=False)
     choose_among(probs.numpy(), np.arange(BLOCK), request_keys(0, 2), requests, int(Stream.TARGET))
     truncate(torch.zeros(1, BLOCK), Truncation(top_p=0.5))
+    tokens = torch.ones(2, 1, 2)
+    rms_norm(tokens, torch.ones(2), 1e-6)
+    rotate(tokens, tokens, tokens[:, 0], tokens[:, 0])
     survival = AcceptanceModel().survival(np.full((2, 2), 0.5, np.float32), np.full(2, 2))
     take_better(survival, np.zeros(2), np.zeros(2, np.int64), survival, 0, 1)
     table, room, costs = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4), DraftCost()

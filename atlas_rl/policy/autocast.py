@@ -63,6 +63,26 @@ class _Half:
         return all(copy is None or copy.is_of(own) for copy, own in pairs)
 
 
+class _Lowered:
+    """The latest input in a lower type: projections of one input, which follow each other, convert it once.
+
+    Args:
+        dtype: The type.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._of: WeightCopy | None = None
+        self._input: torch.Tensor | None = None  # held, so that no other takes its place
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.dtype or x.is_inference():  # without a version counter
+            return x
+        if self._of is None or x is not self._input or not self._of.is_of(x):
+            self._input, self._of = x, WeightCopy.of(x, x.to(self.dtype))
+        return self._of.made
+
+
 class HalfWeights:
     """The linear layers of a model with weights of autocast's type.
 
@@ -98,7 +118,8 @@ class HalfWeights:
         try:
             halves = {layer: _Half(layer, dtype) for layer in layers}
             _choose_routes(halves.values(), table)
-            forwards = {layer: _forward_of(layer.forward, dtype, halves) for layer in layers}
+            lowered = _Lowered(dtype)
+            forwards = {layer: _forward_of(layer.forward, lowered, halves) for layer in layers}
             with replaced_forwards(forwards | twins.forwards()):
                 yield
         finally:
@@ -160,18 +181,18 @@ _PRODUCTS: dict[type, Callable[[torch.Tensor, _Half], torch.Tensor]] = {nn.Linea
 
 
 def _forward_of(
-    own: Callable[..., torch.Tensor], dtype: torch.dtype, halves: dict[Any, _Half]
+    own: Callable[..., torch.Tensor], lowered: _Lowered, halves: dict[Any, _Half]
 ) -> Callable[..., torch.Tensor]:
     """The forward of a layer that otherwise has the forward `own`."""
 
     def forward(layer: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         half = halves.get(layer)
         (x,) = args or kwargs.values()
-        if half is None or autocast_type(x.device) != dtype or x.dtype == torch.float64:
+        if half is None or autocast_type(x.device) != lowered.dtype or x.dtype == torch.float64:
             return own(x)
         if not half.is_of(layer):
             del halves[layer]
             return own(x)
-        return _PRODUCTS[class_of(layer)](x, half)
+        return _PRODUCTS[class_of(layer)](lowered.of(x), half)
 
     return forward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.cpu_linear import FastLinears
+from atlas_rl.policy.fused_layers import fused
 from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.probe import Probed, probe
@@ -91,6 +92,7 @@ class InProcessRunner(PolicyRunner):
         self.linears = FastLinears(self.model)
         self.halves = HalfWeights(self.model, lambda: self.free_bytes())
         self._autocast: torch.dtype | None = None  # of the latest forward; the probe has had some
+        self._fuses = True  # norms and rotary embeddings; unless the probe finds that this changes logits
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
@@ -251,7 +253,12 @@ class InProcessRunner(PolicyRunner):
         outer = self._cache
         try:
             self._cache = cache
-            with uncompiled(self.model), self.linears.installed(), self.halves.installed(self._autocast):
+            with (
+                uncompiled(self.model),
+                fused(self.model) if self._fuses else nullcontext(),
+                self.linears.installed(),
+                self.halves.installed(self._autocast),
+            ):
                 yield
         finally:
             self._cache = outer
@@ -265,7 +272,15 @@ class InProcessRunner(PolicyRunner):
     def _look(self) -> Probed:
         """What the probe found; gradients are off, and modules in evaluation mode."""
         if self._probed is None:
-            self._probed = probe(self)
+            try:
+                self._probed = probe(self)
+            except ValueError as error:
+                self._fuses = False
+                self._probed = probe(self)  # raises again, if that was not the cause
+                logger.warning(
+                    "atlas_rl: %s runs its norms and rotary embeddings as they are, which takes several operations each: in "
+                    "one pass each they fail here (%s)", type(self.model).__name__, error,
+                )  # fmt: skip
         return self._probed
 
 

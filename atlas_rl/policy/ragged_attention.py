@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
+from atlas_kernels.dispatch import implementation_on
+from atlas_kernels.layer import store
 from atlas_rl.policy import varlen
 from atlas_rl.policy.attention_backends import attend
 from atlas_rl.policy.autocast import as_attended, autocast_type
@@ -115,9 +117,9 @@ class RaggedBatch:
         """Write `[1, kv_heads, num_tokens, dim]` into the rows."""
         if layer not in self.keys:
             self._begin(layer, key, value)
-        where = self.placed.token_rows, self.placed.token_positions
-        self.keys[layer][where] = key[0].transpose(0, 1)
-        self.values[layer][where] = value[0].transpose(0, 1)
+        rows, cells = self.placed.token_rows, self.placed.token_positions
+        new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        store(self.keys[layer], self.values[layer], new_keys, new_values, rows, cells, implementation_on(key.device))
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the rows that run, `[batch, kv_heads, context, dim]`: views, where the rows are consecutive."""
@@ -300,7 +302,8 @@ def ragged_attention(
         raise ValueError("the policy builds a mask of its own for this batch, which a ragged batch cannot be given")
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch.autocast = autocast_type(query.device)
-    query, key, value = as_attended(query, key, value)
+    if batch.autocast is not None:
+        query, key, value = as_attended(query, key, value)
     batch.store(layer, key, value)
     packed = query[0].transpose(0, 1)  # [num_tokens, heads, dim]
     if not (softcap is not None and batch.honour_softcap) and (batch.varlen or varlen.takes(packed)):

@@ -13,12 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_kernels.draft_head import draft_head
 from atlas_kernels.head_call import DraftHeadWeights
+from atlas_kernels.layer import rms_norm, rotate, store
 from atlas_kernels.verify import verify
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.vllm.draw import draw
-from tests.gpu.counts import STEP, counts_of
+from tests.gpu.counts import STEP, counts_of, sectioned
 from tests.gpu.engines import ARMS, DEPTH, SAMPLINGS, autocast, engine_of, generate, policy
+from tests.models import tiny_llama, tiny_qwen3
 from tests.pretend_cuda import WAITS, PretendCuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,28 @@ def counts_with(arm, sampling="sampled"):
 
 # Waits of the host per step: the upload, the download and the clock's; a drafter that draws token by token adds its own.
 WAITS_OF = {"plain": 3, "history": 3, "recurrent": 3, "eagle3": 3 + DEPTH, "draft_lm": 3 + DEPTH, "fp4_self": 3 + DEPTH}
+
+
+def launches_of_a_forward(model):
+    with PretendCuda() as device, sectioned(device):
+        engine = engine_of(device.move(model))
+        generate(engine, 1, max_new_tokens=3, eos_token_ids=())
+        device.events.clear()
+        device.entered.clear()
+        generate(engine, 1, max_new_tokens=5, eos_token_ids=())
+        return device.count("launch", "triton", section="target") / device.entered["target"]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
+def test_launches_of_a_layer(make):
+    """Seven are products, one is attention. As transformers writes a layer of Llama, there are some 58."""
+    few, many = (launches_of_a_forward(make(vocab=128, layers=layers).bfloat16()) for layers in (1, 2))
+    assert many - few <= 20
+
+
+def test_launches_of_a_layer_under_autocast():
+    few, many = (launches_of_a_forward(autocast(tiny_llama(vocab=128, layers=layers))) for layers in (1, 2))
+    assert many - few <= 20
 
 
 # Launches per step beside the target's forward.
@@ -149,7 +173,18 @@ def drafted(batch, device):
     draft_head(DraftHeadWeights(**weights), torch.empty(batch, SIZE, device=device), ids, ids, ids, 4)
 
 
-@pytest.mark.parametrize("call", [verified, drafted])
+def through_a_layer(batch, device):
+    x, angles = (torch.empty(batch, *shape, dtype=torch.bfloat16, device=device) for shape in ((8, 64), (64,)))
+    ids, cache = (
+        torch.empty(batch, dtype=torch.int64, device=device),
+        torch.empty(batch, 100 + batch, 8, 64, device=device),
+    )
+    rms_norm(x, torch.empty(64, dtype=torch.bfloat16, device=device), 1e-5)
+    rotate(x, x, angles, angles)
+    store(cache, cache, x.float(), x.float(), ids, ids)
+
+
+@pytest.mark.parametrize("call", [verified, drafted, through_a_layer])
 def test_a_batch_that_drains_compiles_little(call):
     """Beyond what is compiled for the whole batch."""
     with PretendCuda(kernels="blank") as cuda:

@@ -30,6 +30,9 @@ _REFERENCES = (
     ("truncate_triton", "truncate_reference", "truncate"),
     ("nvfp4_triton", "nvfp4_reference", "quantize"),
     ("nvfp4_triton", "nvfp4_reference", "linear"),
+    ("layer_triton", "layer_reference", "rms_norm"),
+    ("layer_triton", "layer_reference", "rotate"),
+    ("layer_triton", "layer_reference", "store"),
 )
 
 
