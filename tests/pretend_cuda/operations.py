@@ -176,8 +176,7 @@ def _flash_attention(
     assert causal or window_size_right == 0 or max_queries == 1, "attention to later tokens"
     packing = Packing(query_starts, key_starts, seqused_k, max_queries, max_keys)
     window = None if window_size_left is None else window_size_left + 1
-    rest = [query.new_zeros(0) for _ in range(4)]
-    return reference(query, key[None], value[None], packing, scale, window), *rest
+    return *reference(query, key[None], value[None], packing, scale, window), *(query.new_zeros(0) for _ in range(3))
 
 
 _OF_CUDA_ALONE: dict[Any, Callable[..., Any]] = {_aten._flash_attention_forward: _flash_attention}
