@@ -37,13 +37,11 @@ class AttentionCall:
         rule: Of its mask; None where the mask is not one that transformers' mask builder made.
         window: The sliding window it was told.
         token_bytes: What one token takes in the cache, keys and values; 0 where those are an earlier layer's.
-        sinks: How many attention sinks it has for each head: 0 or 1, or another number where they are not one for each.
     """
 
     rule: Rule | None
     window: int | None
     token_bytes: int
-    sinks: float
 
 
 @dataclass(slots=True)
@@ -101,8 +99,6 @@ def refuse_structure(trace: Trace, attending: Set[int], name: str) -> None:
         _refuse(name, f"calls the attention of some layers more than once in a forward: {_listed(repeated)}")
     if missing := sorted(attending - set(calls)):
         _refuse(name, f"has layers that do not call transformers' attention interface: {_listed(missing)}")
-    if any(of_layer[0].sinks not in (0, 1) for of_layer in calls.values()):
-        _refuse(name, "has attention sinks (s_aux) that are not one number for each head")
     rules = {of_layer[0].rule for of_layer in calls.values()} - {None}
     if any(bool(rule(0, 0, torch.tensor(0), torch.tensor(1))) for rule in rules if rule is not None):
         _refuse(name, "is not causal: a token sees those that come later (BERT and kin need is_decoder=True)")
@@ -172,7 +168,6 @@ def _traced_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     trace = _current.get()
@@ -186,8 +181,7 @@ def _traced_attention(
         if trace.handed_on.first_layer(int(layer), key, value) != layer:
             size = 0
         rule = _rule_of(trace, module, attention_mask)
-        sinks = 0 if s_aux is None else s_aux.numel() / query.shape[1]
-        trace.calls.setdefault(int(layer), []).append(AttentionCall(rule, sliding_window, size, sinks))
+        trace.calls.setdefault(int(layer), []).append(AttentionCall(rule, sliding_window, size))
     batch, heads, tokens, _ = query.shape
     return value.new_zeros(batch, tokens, heads, value.shape[3]), None
 

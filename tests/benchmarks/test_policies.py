@@ -7,7 +7,7 @@ import json
 import pytest
 import transformers
 
-from benchmarks.policies import BEGIN, END, PAGE, RESULT, VARIANTS, built, table, tried
+from benchmarks.policies import BEGIN, END, PAGE, RESULT, VARIANTS, WRAPPERS, built, table, tried
 from benchmarks.tiny_policies import model_types
 
 REPRESENTATIVE = (
@@ -17,6 +17,7 @@ REPRESENTATIVE = (
     "falcon",
     "gemma4_text",
     "gpt2",
+    "gpt_oss",
     "llama, yarn rope",
     "llama4_text",
     "mamba",
@@ -58,7 +59,7 @@ def test_no_class_is_wrong_or_crashes(recorded):
     outcomes = {row["name"]: row["outcome"] for row in recorded["policies"]}
     assert set(outcomes.values()) == {"same", "refused", "not built"}
     if recorded["environment"]["versions"]["transformers"] == transformers.__version__:
-        assert set(outcomes) == {*model_types(), *VARIANTS}
+        assert set(outcomes) == {*model_types(), *VARIANTS, *WRAPPERS}
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)

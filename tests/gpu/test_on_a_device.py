@@ -17,6 +17,7 @@ from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.tiny_policies import build
 from tests.engines import engine_of
+from tests.families import made
 from tests.gpu.engines import eagle3_head
 from tests.models import FACTORIES, tiny_bigram
 
@@ -77,6 +78,22 @@ def test_every_family(family):
 def test_recurrent_layers(family):
     wanted = completions("history", "cpu", "sampled", lambda: build(family))
     assert completions("history", "cuda", "sampled", lambda: build(family)) == wanted
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text, shared keys and values"])
+def test_other_kinds_of_attention(family):
+    wanted = completions("history", "cpu", "sampled", lambda: made(family))
+    assert completions("history", "cuda", "sampled", lambda: made(family)) == wanted
+    runner = InProcessRunner(made(family).to("cuda", torch.bfloat16))
+    runner.check_reach(4)  # by flash attention, held against plain forwards
+
+
+def test_wrong_sinks_are_seen(monkeypatch):
+    """By the comparison above."""
+    monkeypatch.setattr(varlen, "share_of_cells", lambda log_sums, sinks: torch.ones_like(log_sums))
+    runner = InProcessRunner(made("gpt_oss").to("cuda", torch.bfloat16))
+    with pytest.raises(ValueError, match="logits of a plain forward"):
+        runner.check_reach(4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
