@@ -76,6 +76,7 @@ POLICIES = {
     "LoRA": lora,
     "autocast": lambda: autocast(policy()),
     "sinks, bf16": lambda: made("gpt_oss", vocab_size=128).to(torch.bfloat16),
+    "values smaller than keys, bf16": lambda: made("deepseek_v3", vocab_size=128).to(torch.bfloat16),
 }
 
 
