@@ -236,10 +236,11 @@ def _shortened(text: str) -> str:
 
 
 def updated(result: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
-    """The recorded result with some rows of this run in it; `updates` says which, and what ran them."""
+    """The recorded result with some rows of this run in it, or more of them; `updates` says which, and what ran them."""
     rows = {outcome.name: asdict(outcome) for outcome in outcomes}
     update = {"environment": environment(), "names": list(rows)}
     policies = [rows.get(row["name"], row) for row in result["policies"]]
+    policies += [row for name, row in rows.items() if name not in {row["name"] for row in result["policies"]}]
     return {**result, "policies": policies, "updates": [*result.get("updates", []), update]}
 
 
