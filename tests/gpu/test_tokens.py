@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.families import made
 from tests.gpu.engines import (
     ARMS,
     SAMPLINGS,
@@ -75,8 +74,6 @@ POLICIES = {
     "bf16": lambda: policy(torch.bfloat16),
     "LoRA": lora,
     "autocast": lambda: autocast(policy()),
-    "sinks, bf16": lambda: made("gpt_oss", vocab_size=128).to(torch.bfloat16),
-    "values smaller than keys, bf16": lambda: made("deepseek_v3", vocab_size=128).to(torch.bfloat16),
 }
 
 
