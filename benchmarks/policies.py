@@ -1,5 +1,7 @@
 """Which policies run in process: every causal-LM class of the installed transformers, tiny, held against plain forwards.
 
+Classes of images and text are among them, and are given text.
+
     python -m benchmarks.policies                  all classes; minutes; writes the result and the table of docs/policies.md
     python -m benchmarks.policies --only phi3 doge   prints, writes nothing; with --update, it writes the rows of these
 
@@ -36,7 +38,7 @@ from transformers import PreTrainedModel
 import atlas_rl
 from atlas_rl import progress
 from benchmarks.common import ROOT, environment, write_result
-from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_types
+from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_types, wrapper_types
 
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "policies.json", ROOT / "docs" / "policies.md"
 BEGIN, END = "<!-- table: python -m benchmarks.policies -->", "<!-- end of table -->"
@@ -52,6 +54,7 @@ _REMEDIES = (
 _REGISTERED = {"gpt2": ("gpt2", "gpt-sw3")}
 
 # Settings that classes share and defaults leave out: name, model type, options of its configuration.
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
 _ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": POSITIONS}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
@@ -77,7 +80,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama4_text, within a chunk": ("llama4_text", {"attention_chunk_size": 64}),
     "phimoe, within its window": ("phimoe", {"sliding_window": 64}),
+    "gemma4_text, shared keys and values": ("gemma4_text", {"layer_types": _ALTERNATING, "num_kv_shared_layers": 2}),
+    "gemma4_text, keys as values": (
+        "gemma4_text",
+        {"layer_types": _ALTERNATING, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 16},
+    ),
+    "gemma4_text, experts": (
+        "gemma4_text",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ),
 }  # fmt: skip
+
+WRAPPERS = {
+    f"{model_type}, with its images' part" if model_type in model_types() else model_type: model_type
+    for model_type in wrapper_types()
+}
+"""Models of images and text, which are given text: names and model types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +119,7 @@ def built(name: str) -> PreTrainedModel | Outcome:
     """A policy, or why there is none."""
     model_type, options = VARIANTS.get(name, (name, {}))
     try:
-        return build(model_type, **options)
+        return build(WRAPPERS.get(name, model_type), wrapper=name in WRAPPERS, **options)
     except Exception as error:  # noqa: BLE001 - whatever another library's class raises
         return Outcome(name, None, "not built", _said(error))
 
@@ -218,10 +236,11 @@ def _shortened(text: str) -> str:
 
 
 def updated(result: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
-    """The recorded result with some rows of this run in it; `updates` says which, and what ran them."""
+    """The recorded result with some rows of this run in it, or more of them; `updates` says which, and what ran them."""
     rows = {outcome.name: asdict(outcome) for outcome in outcomes}
     update = {"environment": environment(), "names": list(rows)}
     policies = [rows.get(row["name"], row) for row in result["policies"]]
+    policies += [row for name, row in rows.items() if name not in {row["name"] for row in result["policies"]}]
     return {**result, "policies": policies, "updates": [*result.get("updates", []), update]}
 
 
@@ -242,7 +261,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     numba.config.THREADING_LAYER = "workqueue"  # lives through a fork, as OpenMP does not
-    names, began, outcomes = arguments.only or [*model_types(), *VARIANTS], time.perf_counter(), []
+    names, began, outcomes = arguments.only or [*model_types(), *VARIANTS, *WRAPPERS], time.perf_counter(), []
     tried("llama", build("llama"))  # imports and compiles what all of them use
     for name in progress.each(names, "classes", "class"):
         outcomes.append(in_process_of_its_own(name, arguments.limit))

@@ -1,4 +1,6 @@
-"""Tiny policies of every causal-LM class that transformers knows, built from the class's own configuration.
+"""Tiny policies of every causal-LM class that transformers knows, and of every class of images and text with one inside.
+
+Each is built from its class's own configuration.
 
 A configuration is shrunk by the names of its fields: widths, heads, layers, experts, windows. Weights are large, so that
 every token of the context matters and a wrong mask or position shows. `build` gives the same policy for the same arguments.
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 WINDOW, CHUNK, POSITIONS, VOCAB = 8, 16, 128, 64
 _LAYERS = 4
@@ -59,6 +61,7 @@ _DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+_THREE_DIMENSIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _HALF_RECURRENT = ["linear_attention", "full_attention"] * (_LAYERS // 2)
 _HALF_CONVOLVED = ["conv", "full_attention"] * (_LAYERS // 2)
 _OWN: dict[str, dict[str, Any]] = {
@@ -86,6 +89,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": _HALF_CONVOLVED},
     "lfm2_moe": {"layer_types": _HALF_CONVOLVED},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8},
+    **{
+        f"{name}_text": {"rope_parameters": _THREE_DIMENSIONS}
+        for name in ("glm4v", "glm_ocr", "paddleocr_vl", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl")
+    },
+    "glm4v_moe_text": {"rope_parameters": {**_THREE_DIMENSIONS, "mrope_section": [1, 1, 0]}},
+    "qwen2_vl_vision": {"depth": 2, "embed_dim": 32, "num_heads": 4},
     "qwen3_5_moe_text": _DELTA,
     "qwen3_5_text": _DELTA,
     "qwen3_next": _DELTA,
@@ -97,6 +106,14 @@ def model_types() -> list[str]:
     return sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
+def wrapper_types() -> list[str]:
+    """The model types of its registry of models of images and text, but for classes that are in that of causal LMs, too."""
+    classes = set(MODEL_FOR_CAUSAL_LM_MAPPING.values())
+    return sorted(
+        {config.model_type for config, made in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.items() if made not in classes}
+    )
+
+
 def tiny_config(model_type: str, **options: Any) -> Any:
     """The configuration of a tiny policy of a type; `options` win."""
     default = AutoConfig.for_model(model_type)
@@ -105,7 +122,7 @@ def tiny_config(model_type: str, **options: Any) -> Any:
 
 def _shrunk(config: Any) -> dict[str, Any]:
     """Small values for a configuration's fields, and for those of the configurations within."""
-    parts = {name: type(part)(**_shrunk(part)) for name, part in _parts(config)}
+    parts = {name: type(part)(**{**_shrunk(part), **_OWN.get(part.model_type, {})}) for name, part in _parts(config)}
     names = {name for name in (*vars(config), *config.attribute_map) if not name.startswith("_")} - set(parts)
     fields = {}
     for name in names - set(config.attribute_map.values()) | (names & set(config.attribute_map)):
@@ -131,15 +148,24 @@ def _parts(config: Any) -> Iterator[tuple[str, Any]]:
             yield name, part
 
 
-def build(model_type: str, *, seed: int = 0, logit_std: float = 2.0, **options: Any) -> PreTrainedModel:
+def build(
+    model_type: str, *, seed: int = 0, logit_std: float = 2.0, wrapper: bool = False, **options: Any
+) -> PreTrainedModel:
     """A float32 policy in evaluation mode.
+
+    Args:
+        model_type: Of its configuration.
+        seed: Of its weights.
+        logit_std: Spread of its logits, nats.
+        wrapper: Whether it is the model of images and text, not the causal LM.
+        options: Fields of its configuration.
 
     Raises:
         Exception: Whatever the class raises for such a configuration.
         ArithmeticError: A plain forward of it gives numbers that are not finite.
     """
     config = tiny_config(model_type, **options)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if wrapper else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
     if not isinstance(config, model_class.config_class):  # registered for the whole, made of the text part
         config = next(part for _, part in _parts(config) if isinstance(part, model_class.config_class))
     with torch.random.fork_rng(devices=[]):

@@ -18,6 +18,7 @@ from atlas_rl.decode.compile_kernels import compile_drafting, compile_verificati
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.decode.plain_run import PlainForwards
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.placeholders import refuse_placeholders
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.policy.view import InProcessView, PolicyView
 from atlas_rl.report import dead_drafters
@@ -170,6 +171,7 @@ class InProcessBackend(Backend):
         runner = self.runner
         runner.check_reach(int(call.max_lengths.max()) - 1)  # the last token drawn is not run
         num_requests, sequences = len(call.max_lengths), call.sequences
+        refuse_placeholders(runner.model.config, sequences.token_ids, sequences.prompt_lengths)
         num_rows = min(num_requests, self._max_batch_size or num_requests)
         with runner.session(runner.new_cache(num_rows, sequences.max_length)):
             verifier = verifier_on(runner.device, self._verifier)

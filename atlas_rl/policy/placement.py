@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from atlas_rl.policy.base import Segments
+from atlas_rl.policy.handed_on import HandedOn
 from atlas_rl.policy.upload import upload
 from atlas_rl.policy.varlen import Packing
 
@@ -44,6 +45,7 @@ class Placement:
         query_len: Most new tokens of a row.
         context: Longest row afterwards.
         fresh: Whether all rows begin with these tokens.
+        handed_on: Keys and values of the layers that have run so far.
     """
 
     token_rows: torch.Tensor
@@ -55,6 +57,7 @@ class Placement:
     query_len: int = 0
     context: int = 0
     fresh: bool = False
+    handed_on: HandedOn = field(default_factory=HandedOn)
     _padding: Padding | None = None
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 

@@ -4,14 +4,12 @@ transformers looks attention functions up by name and leaves masks to implementa
 registered function is all it takes to run unchanged model code on a packed batch `[1, num_tokens]`: linear layers see no
 padding at all, the function below writes the new keys and values into the cache rows and attends row by row.
 
-Query heads that share a key/value head are folded into the query length: `[batch, kv_heads, group * len, dim]` against
-`[batch, kv_heads, context, dim]`. The cache is then read once and never expanded to the number of query heads.
-
-On a GPU, in half precision, neither is needed: flash attention over sequences of any length reads every row as far as it is
-filled, without padding and without a mask (`varlen.py`).
+Rows are padded to a rectangle (`rectangle.py`). On a GPU, in half precision, that is not needed: flash attention over
+sequences of any length reads every row as far as it is filled, without padding and without a mask (`varlen.py`).
 
 The cache is one tensor per layer, read in place, and grows with use: it has the rows that run, of the cells that the longest
-of them needs and a margin. What texts might come to costs nothing.
+of them needs and a margin. What texts might come to costs nothing. A layer that attends to the keys and values of an earlier
+one (Gemma 3n, Gemma 4) reads those in the cache, and has no tensor of its own.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ from transformers import AttentionInterface
 from atlas_kernels.dispatch import implementation_on
 from atlas_kernels.layer import store
 from atlas_rl.policy import varlen
-from atlas_rl.policy.attention_backends import attend
 from atlas_rl.policy.autocast import as_attended, autocast_type
 from atlas_rl.policy.base import Segments, roomy
 from atlas_rl.policy.memory import allocated
 from atlas_rl.policy.placement import Placement, place
+from atlas_rl.policy.rectangle import attend_padded
 from atlas_rl.policy.recurrent_rows import Recurrence, RecurrentRows
 
 NAME = "atlas_ragged"
@@ -52,7 +50,9 @@ class RaggedBatch:
         honour_softcap: Whether the policy's own attention applies `softcap` (transformers' SDPA path does not).
         varlen: Whether attention goes over sequences of any length even where torch's operator for that does not run.
         free_bytes: Bytes that caches may take now, beyond those that they have.
-        keys, values: Per layer `[held_rows, held_cells, kv_heads, dim]`; none until the layer's first call tells the shape.
+        keys, values: Per layer `[held_rows, held_cells, kv_heads, dim]`; none until the layer's first call tells the shape,
+            and none for layers that read those of another.
+        sources: For each layer, the one whose keys and values it attends to: itself, or an earlier one.
         held_rows, held_cells: Rows, and cells of each, that every tensor has; asked for, as long as there is none.
         autocast: The type that autocast had in the latest forward; None where it was off.
         tight: Whether the first tensors did not fit; the next ones are as small as can be.
@@ -71,6 +71,7 @@ class RaggedBatch:
     varlen: bool = False
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
+    sources: dict[int, int] = field(default_factory=dict)
     held_rows: int = 0
     held_cells: int = 0
     copied_bytes: int = 0
@@ -113,13 +114,28 @@ class RaggedBatch:
         """Whether all layers take packed tokens as they come, so that a step may have a fixed shape."""
         return bool(self.keys) and self.attended == {True} and self.recurrent is None
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write `[1, kv_heads, num_tokens, dim]` into the rows."""
-        if layer not in self.keys:
-            self._begin(layer, key, value)
-        rows, cells = self.placed.token_rows, self.placed.token_positions
-        new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        store(self.keys[layer], self.values[layer], new_keys, new_values, rows, cells, implementation_on(key.device))
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> int:
+        """Write `[1, kv_heads, num_tokens, dim]` into the rows, unless an earlier layer has written them.
+
+        Returns:
+            The layer whose tensors have them.
+        """
+        source = self.placed.handed_on.first_layer(layer, key, value)
+        if self.sources.setdefault(layer, source) != source:
+            raise RuntimeError(
+                f"layer {layer} attends to the keys of layer {source}, and attended to those of {self.sources[layer]} before"
+            )
+        if source == layer:
+            if self.autocast is not None:
+                key, value = as_attended(key, value)
+            if layer not in self.keys:
+                self._begin(layer, key, value)
+            rows, cells = self.placed.token_rows, self.placed.token_positions
+            new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+            store(
+                self.keys[layer], self.values[layer], new_keys, new_values, rows, cells, implementation_on(key.device)
+            )
+        return source
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the rows that run, `[batch, kv_heads, context, dim]`: views, where the rows are consecutive."""
@@ -296,69 +312,24 @@ def ragged_attention(
     batch = _this_thread.batch
     if batch is None:
         raise RuntimeError(f"attention '{NAME}' runs only inside a generation session of atlas_rl")
-    if s_aux is not None:
-        raise ValueError("attention sinks (s_aux) are not supported in process: use a policy without them")
     if attention_mask is not None and attention_mask.ndim > 2:
         raise ValueError("the policy builds a mask of its own for this batch, which a ragged batch cannot be given")
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch.autocast = autocast_type(query.device)
+    layer = batch.store(layer, key, value)
     if batch.autocast is not None:
-        query, key, value = as_attended(query, key, value)
-    batch.store(layer, key, value)
+        (query,) = as_attended(query)
     packed = query[0].transpose(0, 1)  # [num_tokens, heads, dim]
-    if not (softcap is not None and batch.honour_softcap) and (batch.varlen or varlen.takes(packed)):
-        batch.attended.add(True)
-        # Cells that some tensors have beyond the others' are left of a growth that memory ended; they are not used.
-        keys, values = (store[layer][:, : batch.held_cells].contiguous() for store in (batch.keys, batch.values))
-        return varlen.attend(packed, keys, values, batch.placed.packing, scaling, sliding_window)[None], None
-    return _padded(batch, layer, packed, scaling, sliding_window, softcap)[None], None
-
-
-def _padded(
-    batch: RaggedBatch,
-    layer: int,
-    packed: torch.Tensor,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Attention of `[num_tokens, heads, dim]` over a rectangle: padded queries, masked cells."""
-    batch.attended.add(False)
-    placed = batch.placed
-    padding, (keys, values) = placed.padding(), batch.read(layer)
-    heads, kv_heads, rows, length = packed.shape[1], keys.shape[1], placed.batch, placed.query_len
-    group = heads // kv_heads
-    if padding.pad is not None:
-        packed = packed.index_select(0, padding.pad)
-    folded = packed.reshape(rows, length, kv_heads, group, -1).permute(0, 2, 3, 1, 4)
-    folded = folded.reshape(rows, kv_heads, group * length, -1)
-    window = sliding_window if sliding_window is not None and placed.context > sliding_window else None
-    if softcap is not None and batch.honour_softcap:
-        out = _softcapped(folded, keys, values, placed.mask(group, window), scaling, softcap)
-    elif placed.fresh and window is None:
-        # Right-padded prompts from position 0: plain causal attention, and no mask of context squared bytes.
-        queries = folded.view(rows, heads, length, -1)
-        out = attend(queries, keys, values, scale=scaling, causal=True, grouped=group > 1)
-        out = out.view(rows, kv_heads, group * length, -1)
-    else:
-        out = attend(folded, keys, values, scale=scaling, mask=placed.mask(group, window))
-    out = out.view(rows, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4).reshape(rows * length, heads, -1)
-    return out if padding.unpad is None else out.index_select(0, padding.unpad)
-
-
-def _softcapped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-    softcap: float,
-) -> torch.Tensor:
-    """Attention whose scores are squashed to `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118)."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap)) * softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    if not batch.honour_softcap:
+        softcap = None
+    unpadded = softcap is None and (batch.varlen or varlen.takes(packed, value.shape[-1]))
+    batch.attended.add(unpadded)
+    if not unpadded:
+        keys, values = batch.read(layer)
+        return attend_padded(packed, keys, values, batch.placed, scaling, sliding_window, softcap, s_aux)[None], None
+    # Cells that some tensors have beyond the others' are left of a growth that memory ended; they are not used.
+    keys, values = (store[layer][:, : batch.held_cells].contiguous() for store in (batch.keys, batch.values))
+    return varlen.attend(packed, keys, values, batch.placed.packing, scaling, sliding_window, s_aux)[None], None
 
 
 AttentionInterface.register(NAME, ragged_attention)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from atlas_rl.policy.autocast import as_attended
+from atlas_rl.policy.handed_on import HandedOn
 from atlas_rl.policy.supported import REMEDY, Reach, fields_of, nearest
 
 NAME = "atlas_traced"
@@ -35,14 +36,12 @@ class AttentionCall:
     Attributes:
         rule: Of its mask; None where the mask is not one that transformers' mask builder made.
         window: The sliding window it was told.
-        token_bytes: What one token takes in the cache, keys and values.
-        sinks: Whether it has attention sinks.
+        token_bytes: What one token takes in the cache, keys and values; 0 where those are an earlier layer's.
     """
 
     rule: Rule | None
     window: int | None
     token_bytes: int
-    sinks: bool
 
 
 @dataclass(slots=True)
@@ -53,11 +52,13 @@ class Trace:
         masks: Every mask that was built, with its rule; kept alive, because masks are told apart by their memory.
         calls: Of each layer.
         unnumbered: Calls by modules that do not say which layer they are.
+        handed_on: Keys and values of the layers so far.
     """
 
     masks: list[tuple[torch.Tensor, Rule]] = field(default_factory=list)
     calls: dict[int, list[AttentionCall]] = field(default_factory=dict)
     unnumbered: int = 0
+    handed_on: HandedOn = field(default_factory=HandedOn)
 
     @property
     def windows(self) -> list[int]:
@@ -98,8 +99,6 @@ def refuse_structure(trace: Trace, attending: Set[int], name: str) -> None:
         _refuse(name, f"calls the attention of some layers more than once in a forward: {_listed(repeated)}")
     if missing := sorted(attending - set(calls)):
         _refuse(name, f"has layers that do not call transformers' attention interface: {_listed(missing)}")
-    if any(of_layer[0].sinks for of_layer in calls.values()):
-        _refuse(name, "has attention sinks (s_aux)")
     rules = {of_layer[0].rule for of_layer in calls.values()} - {None}
     if any(bool(rule(0, 0, torch.tensor(0), torch.tensor(1))) for rule in rules if rule is not None):
         _refuse(name, "is not causal: a token sees those that come later (BERT and kin need is_decoder=True)")
@@ -169,7 +168,6 @@ def _traced_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     trace = _current.get()
@@ -180,8 +178,10 @@ def _traced_attention(
         trace.unnumbered += 1
     else:
         size = sum(kept.element_size() * kept.shape[1] * kept.shape[3] for kept in as_attended(key, value))
+        if trace.handed_on.first_layer(int(layer), key, value) != layer:
+            size = 0
         rule = _rule_of(trace, module, attention_mask)
-        trace.calls.setdefault(int(layer), []).append(AttentionCall(rule, sliding_window, size, s_aux is not None))
+        trace.calls.setdefault(int(layer), []).append(AttentionCall(rule, sliding_window, size))
     batch, heads, tokens, _ = query.shape
     return value.new_zeros(batch, tokens, heads, value.shape[3]), None
 

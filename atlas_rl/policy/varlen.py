@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from atlas_rl.policy.sinks import share_of_cells
+
 _TYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256  # dimensions, of flash attention
 
@@ -34,9 +36,13 @@ class Packing:
     max_keys: int
 
 
-def takes(query: torch.Tensor) -> bool:
-    """Whether the operator takes such queries: on a GPU, in half precision, heads that are not too large."""
-    return query.is_cuda and query.dtype in _TYPES and query.shape[-1] <= _LARGEST_HEAD and query.shape[-1] % 8 == 0
+def takes(query: torch.Tensor, value_dim: int) -> bool:
+    """Whether the operator takes such queries: on a GPU, in half precision, heads that are not too large.
+
+    Its values are of the size of its keys, which those of latent attention (DeepSeek) are not.
+    """
+    dim = query.shape[-1]
+    return query.is_cuda and query.dtype in _TYPES and dim <= _LARGEST_HEAD and dim % 8 == 0 and dim == value_dim
 
 
 def attend(
@@ -46,6 +52,7 @@ def attend(
     packing: Packing,
     scale: float | None,
     window: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of every sequence's queries, which are its last ones, to its cells.
 
@@ -56,12 +63,15 @@ def attend(
         packing: Who attends to what.
         scale: Of the scores; None is `dim ** -0.5`.
         window: Most cells that a query sees, its own included; None is all up to its own.
+        sinks: `[heads]`, one more logit in each softmax, whose share goes to no cell.
 
     Returns:
         `[num_tokens, heads, dim]`.
     """
-    attended: Any = flash if takes(query) else reference
-    out: torch.Tensor = attended(query, keys, values, packing, scale, window)
+    attended: Any = flash if takes(query, values.shape[-1]) else reference
+    out, log_sums = attended(query, keys, values, packing, scale, window)
+    if sinks is not None:
+        out = (out * share_of_cells(log_sums.T, sinks)[..., None]).to(out.dtype)
     return out
 
 
@@ -72,13 +82,17 @@ def flash(
     packing: Packing,
     scale: float | None,
     window: int | None,
-) -> torch.Tensor:
-    """`attend` by torch's flash attention (Dao, arXiv 2307.08691)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` without sinks by torch's flash attention (Dao, arXiv 2307.08691).
+
+    Returns:
+        That, and the log-sum-exp of each query's scores, float32 `[heads, num_tokens]`.
+    """
     kv_heads, dim = keys.shape[2:]
     # One query per sequence sees exactly its cells, and a causal flag would only keep torch from splitting long ones.
     one = packing.max_queries == 1
     left = None if window is None else window - 1
-    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+    out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
         query,
         keys.view(-1, kv_heads, dim),
         values.view(-1, kv_heads, dim),
@@ -93,8 +107,8 @@ def flash(
         window_size_left=left,
         window_size_right=None if window is None else 0,
         seqused_k=packing.key_lengths,
-    )[0]
-    return out
+    )
+    return out, log_sums
 
 
 def reference(
@@ -104,24 +118,24 @@ def reference(
     packing: Packing,
     scale: float | None,
     window: int | None,
-) -> torch.Tensor:
-    """`attend`, sequence by sequence: what the operator is tested against, and what stands in for it on a CPU."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash`, sequence by sequence: what the operator is tested against, and what stands in for it on a CPU."""
     kv_heads, dim = keys.shape[2:]
-    flat_keys, flat_values = keys.view(-1, kv_heads, dim), values.view(-1, kv_heads, dim)
-    starts, out = packing.query_starts.tolist(), []
+    flat_keys, flat_values = keys.view(-1, kv_heads, dim), values.flatten(0, 1)
+    starts, out, log_sums = packing.query_starts.tolist(), [], []
     for begin, end, first, length in zip(
         starts, starts[1:], packing.key_starts.tolist(), packing.key_lengths.tolist(), strict=False
     ):
         cell = torch.arange(length, device=query.device)[None]
         newest = torch.arange(length - (end - begin), length, device=query.device)[:, None]
         seen = cell <= newest if window is None else (cell <= newest) & (cell > newest - window)
+        queries = query[begin:end].transpose(0, 1)
+        row_keys, row_values = (flat[first : first + length].transpose(0, 1) for flat in (flat_keys, flat_values))
         attended = torch.nn.functional.scaled_dot_product_attention(
-            query[begin:end].transpose(0, 1),
-            flat_keys[first : first + length].transpose(0, 1),
-            flat_values[first : first + length].transpose(0, 1),
-            attn_mask=seen,
-            scale=scale,
-            enable_gqa=True,
+            queries, row_keys, row_values, attn_mask=seen, scale=scale, enable_gqa=True
         )
         out.append(attended.transpose(0, 1))
-    return torch.cat(out)
+        own = row_keys.repeat_interleave(len(queries) // kv_heads, dim=0)
+        scores = queries.float() @ own.float().transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
+        log_sums.append(scores.masked_fill(~seen, float("-inf")).logsumexp(-1))
+    return torch.cat(out), torch.cat(log_sums, dim=-1)

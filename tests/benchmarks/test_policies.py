@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import transformers
 
-from benchmarks.policies import BEGIN, END, PAGE, RESULT, VARIANTS, built, table, tried
+from benchmarks.policies import BEGIN, END, PAGE, RESULT, VARIANTS, WRAPPERS, Outcome, built, table, tried, updated
 from benchmarks.tiny_policies import model_types
 
 REPRESENTATIVE = (
@@ -49,6 +50,16 @@ def test_a_long_reason_ends_with_a_sentence_or_a_word():
         assert table(result).splitlines()[-1] == f"| x |  | not built: {shown} |"
 
 
+def test_some_rows_are_written_anew_and_others_stay(recorded):
+    news = [Outcome("gpt2", "X", "wrong", ""), Outcome("something later", "Y", "same", "")]
+    result = updated(recorded, news)
+    assert [row for row in result["policies"] if row not in recorded["policies"]] == [
+        *(asdict(news[0]) for row in recorded["policies"] if row["name"] == "gpt2"),
+        asdict(news[1]),
+    ]
+    assert result["updates"][-1]["names"] == ["gpt2", "something later"]
+
+
 def test_rows_are_told_apart_by_name(recorded):
     names = [line.split(" | ")[0] for line in table(recorded).splitlines()[4:]]
     assert len(names) == len(set(names)) == len(recorded["policies"])
@@ -58,7 +69,7 @@ def test_no_class_is_wrong_or_crashes(recorded):
     outcomes = {row["name"]: row["outcome"] for row in recorded["policies"]}
     assert set(outcomes.values()) == {"same", "refused", "not built"}
     if recorded["environment"]["versions"]["transformers"] == transformers.__version__:
-        assert set(outcomes) == {*model_types(), *VARIANTS}
+        assert set(model_types()) <= set(outcomes) <= {*model_types(), *VARIANTS, *WRAPPERS}
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)

@@ -17,6 +17,7 @@ from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.tiny_policies import build
 from tests.engines import engine_of
+from tests.families import made
 from tests.gpu.engines import eagle3_head
 from tests.models import FACTORIES, tiny_bigram
 
@@ -79,6 +80,22 @@ def test_recurrent_layers(family):
     assert completions("history", "cuda", "sampled", lambda: build(family)) == wanted
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text, shared keys and values"])
+def test_other_kinds_of_attention(family):
+    wanted = completions("history", "cpu", "sampled", lambda: made(family))
+    assert completions("history", "cuda", "sampled", lambda: made(family)) == wanted
+    runner = InProcessRunner(made(family).to("cuda", torch.bfloat16))
+    runner.check_reach(4)  # by flash attention, held against plain forwards
+
+
+def test_wrong_sinks_are_seen(monkeypatch):
+    """By the comparison above."""
+    monkeypatch.setattr(varlen, "share_of_cells", lambda log_sums, sinks: torch.ones_like(log_sums))
+    runner = InProcessRunner(made("gpt_oss").to("cuda", torch.bfloat16))
+    with pytest.raises(ValueError, match="logits of a plain forward"):
+        runner.check_reach(4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("queries", [1, 3])
@@ -94,10 +111,12 @@ def test_flash_attention_reads_rows_as_far_as_they_are_filled(dtype, window, que
     starts = torch.arange(0, 4 * queries + 1, queries, dtype=torch.int32, device="cuda")
     firsts = torch.nn.functional.pad((rows * 300).int(), (0, 1))
     packing = varlen.Packing(starts, firsts, lengths, queries, 300)
-    assert varlen.takes(query)
+    assert varlen.takes(query, 64)
     found = varlen.flash(query, keys, values, packing, None, window)
     expected = varlen.reference(query.float(), keys.float(), values.float(), packing, None, window)
-    assert (found.float() - expected).abs().max() < 2e-2
+    for one, other in zip(found, expected, strict=True):  # attention, and the log-sum-exps that sinks take
+        assert one.shape == other.shape
+        assert (one.float() - other).abs().max() < 2e-2
 
 
 def steps_of(name, *, captured):

@@ -10,8 +10,6 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     LlamaModel,
     MambaConfig,
     MambaForCausalLM,
@@ -329,7 +327,6 @@ def tiny(config_class, model_class, **options):
     return lambda: model_class(config_class(vocab_size=VOCAB, **options)).eval()
 
 
-EXPERTS = {"head_dim": 8, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 UNFIT = {
     "layers of type 'linear_attention'": tiny(
@@ -339,7 +336,6 @@ UNFIT = {
         T5Config, T5ForConditionalGeneration, d_model=32, d_kv=8, d_ff=64, num_layers=2
     ),
     "BertForMaskedLM is not a causal LM": tiny(BertConfig, BertForMaskedLM, **SIZES),
-    "attention sinks": tiny(GptOssConfig, GptOssForCausalLM, **SIZES, **EXPERTS),
     "LlamaModel.*AutoModelForCausalLM": lambda: LlamaModel(tiny_llama().config).eval(),
     "Linear.*AutoModelForCausalLM": lambda: nn.Linear(3, 4),
 }

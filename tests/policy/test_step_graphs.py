@@ -217,5 +217,5 @@ def test_torch_has_the_operator():
         "return_debug_mask",
     ]  # fmt: skip
     assert {"scale", "window_size_left", "window_size_right", "seqused_k"} <= set(names)
-    assert not varlen.takes(torch.zeros(1, 1, 8, dtype=torch.bfloat16))  # which is on a CPU
+    assert not varlen.takes(torch.zeros(1, 1, 8, dtype=torch.bfloat16), 8)  # which is on a CPU
     assert ragged_attention.NAME == "atlas_ragged"

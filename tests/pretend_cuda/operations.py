@@ -174,11 +174,11 @@ def _flash_attention(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """What no CPU has: by the reference of `atlas_rl.policy.varlen`."""
     assert seqused_k is not None, "sequences whose keys end where the next ones begin"
+    assert key.shape == value.shape, "values of another size than keys"
     assert causal or window_size_right == 0 or max_queries == 1, "attention to later tokens"
     packing = Packing(query_starts, key_starts, seqused_k, max_queries, max_keys)
     window = None if window_size_left is None else window_size_left + 1
-    rest = [query.new_zeros(0) for _ in range(4)]
-    return reference(query, key[None], value[None], packing, scale, window), *rest
+    return *reference(query, key[None], value[None], packing, scale, window), *(query.new_zeros(0) for _ in range(3))
 
 
 def _histc(values: torch.Tensor, *bounds: int) -> torch.Tensor:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import SamplingParams
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.view import InProcessView
@@ -18,35 +14,14 @@ from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.training.eagle3 import TrainSettings, new_head
-from benchmarks.tiny_policies import build, tiny_config
+from benchmarks.tiny_policies import build
 from tests.drafters import Parrot, RandomDrafter, recurrent_drafter
 from tests.engines import PROMPTS, VOCAB, engine_of, generate
 from tests.exact import FALSE_ALARM, p_value, sequence_probabilities
+from tests.families import drafting, logprobs_of, policy, reference
 from tests.models import HYBRIDS
 
 TWO = ["lfm2", "qwen3_5_text"]
-
-
-@cache
-def policy(family):
-    return build(family, seed=2)
-
-
-@cache
-def reference(family):
-    return generate(engine_of(policy(family), speculation=False))
-
-
-def drafting(model, speculator, k=4, **options):
-    controller = FixedController([speculator.name], speculator.name, k)
-    return engine_of(model, speculators=[speculator], controller=controller, **options)
-
-
-@torch.no_grad()
-def logprobs_of(model, prompt, completion):
-    """Of a completion's tokens, by one plain forward over the text."""
-    logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return logits.float().log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].numpy()
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
@@ -73,23 +48,6 @@ def test_greedy_tokens_are_those_of_transformers_own_generate(family):
         num_generations=1,
     )
     assert output.completion_ids == [own[0, len(prompt) :].tolist()]
-
-
-def test_text_through_a_multimodal_wrapper():
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-    config = Qwen3_5Config(text_config=tiny_config("qwen3_5_text").to_dict(), vision_config=vision)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = Qwen3_5ForConditionalGeneration(config).float().eval()
-        for weight in model.parameters():
-            if weight.ndim >= 2 and min(weight.shape) > 1:
-                weight.normal_(std=1.5 * weight.shape[-1] ** -0.5)
-    wanted = generate(engine_of(model, speculation=False))
-    output = generate(drafting(model, Parrot(wanted.completion_ids, error_rate=0.3)))
-    assert output.completion_ids == wanted.completion_ids
-    for row in range(0, 10, 3):
-        expected = logprobs_of(model, output.prompt_ids[row], output.completion_ids[row])
-        assert np.allclose(output.logprobs[row], expected, atol=1e-3)
 
 
 DRAFTERS = {

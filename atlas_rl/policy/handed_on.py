@@ -1,0 +1,23 @@
+"""Which layers attend to the keys and values of an earlier layer (Gemma 3n, Gemma 4): those are handed the same tensors."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+
+class HandedOn:
+    """The keys and values of one forward."""
+
+    def __init__(self) -> None:
+        # Nothing is kept alive: a number that another tensor has meanwhile is told by the reference.
+        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], int]] = {}
+
+    def first_layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> int:
+        """The layer that came with these very tensors first: `layer`, or an earlier one."""
+        seen = self._seen.get(id(key))
+        if seen is not None and seen[0]() is key and seen[1]() is value:
+            return seen[2]
+        self._seen[id(key)] = weakref.ref(key), weakref.ref(value), layer
+        return layer
