@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,11 +52,15 @@ class Device:
         busy_s: Seconds of what was submitted: how long the same work takes if the host takes none.
         gaps_s: Per forward of the policy, the seconds that the device waited for the host since the forward before.
         waited_s: Seconds that the host waited, by phase of the recorder.
+        shift_s: Virtual time less the processor time of the thread.
+        num_outside: Contexts of `outside` that are open.
+        began_s: Processor time at which the first of them was entered.
     """
 
     def __init__(self) -> None:
-        self._shift_s, self._ready_s = 0.0, 0.0
-        self._gap_s, self._outside = 0.0, 0
+        self.shift_s, self._ready_s = 0.0, 0.0
+        self.num_outside, self.began_s = 0, 0.0
+        self._gap_s = 0.0
         self.busy_s = 0.0
         self.gaps_s: list[float] = []
         self.waited_s: dict[str, float] = defaultdict(float)
@@ -65,11 +68,11 @@ class Device:
 
     def clock(self) -> float:
         """Seconds of virtual time."""
-        return time.thread_time() + self._shift_s
+        return time.thread_time() + self.shift_s
 
     def submit(self, seconds: float, *, calls: int = 1) -> None:
         """Work of `seconds`, which takes the host `calls` calls into the driver to ask for."""
-        self._shift_s += calls * CALL_S
+        self.shift_s += calls * CALL_S
         now = self.clock()
         self._gap_s += max(0.0, now - self._ready_s)
         self._ready_s = max(now, self._ready_s) + seconds
@@ -85,20 +88,33 @@ class Device:
         """The host reads results: not before they are there."""
         waiting = self._ready_s - self.clock()
         if waiting > 0:
-            self._shift_s += waiting
+            self.shift_s += waiting
             self.waited_s[self.phase()] += waiting
 
-    @contextmanager
-    def outside(self) -> Iterator[None]:
-        """What happens inside takes no time: it is the simulation's."""
-        began = time.thread_time()
-        self._outside += 1
-        try:
-            yield
-        finally:
-            self._outside -= 1
-            if not self._outside:
-                self._shift_s -= time.thread_time() - began
+    def outside(self) -> _Outside:
+        """Context of what takes no time, because it is the simulation's."""
+        return _Outside(self)
+
+
+class _Outside:
+    """See `Device.outside`; they nest."""
+
+    __slots__ = ("_device",)
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        device = self._device
+        if not device.num_outside:
+            device.began_s = time.thread_time()
+        device.num_outside += 1
+
+    def __exit__(self, *error: object) -> None:
+        device = self._device
+        device.num_outside -= 1
+        if not device.num_outside:
+            device.shift_s -= time.thread_time() - device.began_s
 
 
 class Costs:
@@ -238,9 +254,11 @@ class PacedLoop(DecodeLoop):
         return self._recorded.last[torch.from_numpy(self._told[requests] + np.minimum(positions, last))].float()
 
     def step(self) -> None:
-        before = self._host_s()
+        with self.device.outside():
+            before = self._host_s()
         super().step()
-        self.steps.append({phase: seconds - before[phase] for phase, seconds in self._host_s().items()})
+        with self.device.outside():
+            self.steps.append({phase: seconds - before[phase] for phase, seconds in self._host_s().items()})
 
     def prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden]:
         with self.device.outside():
@@ -283,23 +301,19 @@ class PacedRecurrent(RecurrentSpeculator):
             if len(missing):
                 self._remember(head, token_ids, loop.sequences, requests[missing], newest[missing], depth)
             tokens, sure = self._drafted[own, positions, :depth], self._sure[own, positions, :depth]
-            drawing._indices = list(torch.from_numpy(tokens.copy()).unbind(dim=1))
-            drawing._max_probs = list(torch.from_numpy(sure.copy()).unbind(dim=1))
+            drawing.take(torch.from_numpy(tokens), torch.from_numpy(sure))
         loop.device.submit(
             loop.costs.draft_s(len(requests), depth), calls=3
         )  # an upload, the kernel, and the download's
         loop.device.wait()
 
-    def _take(
-        self, states: torch.Tensor, index: torch.Tensor, ends: torch.Tensor, newest: torch.Tensor
-    ) -> torch.Tensor:
+    def _keep(self, states: torch.Tensor, places: torch.Tensor) -> None:
         if self.loop is None:
-            return super()._take(states, index, ends, newest)
-        device = self.loop.device
-        with device.outside():
-            hidden = super()._take(states, index, ends, newest)
-        device.submit(0.0, calls=5)  # an upload, two reads and a write of rows, and a change of type
-        return hidden
+            super()._keep(states, places)
+            return
+        with self.loop.device.outside():
+            super()._keep(states, places)
+        self.loop.device.submit(0.0, calls=4)  # an upload, a read and a write of rows, and a change of type
 
     def _remember(
         self,

@@ -100,6 +100,7 @@ class AcceptanceModel:
         self._tried /= excess
         self._accepted /= excess
         self._lines = None
+        self._lines_now()  # here and not when a decision asks for them: learning runs beside the device
 
     def policy_updated(self) -> None:
         """The policy changed: older evidence counts for less."""

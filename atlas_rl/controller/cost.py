@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable
 from typing import TypeVar
@@ -47,6 +48,7 @@ class CostModel:
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}  # seconds over both factors
+        self._sizes: list[int] = []  # of the samples, rising
         self._means: dict[int, tuple[float, float]] = {}  # running mean of seconds and context, per bucket
         self._covariance, self._variance = 0.0, 0.0  # of context and relative seconds within buckets
         self._ratios: deque[float] = deque(maxlen=_LEVEL_FORWARDS)
@@ -60,7 +62,10 @@ class CostModel:
         self._learn_context(size, seconds, context_tokens)
         scaled = seconds / self._factor(context_tokens)
         expected = float(self._predicted(size)[size]) if self._observed else scaled
-        samples = self._samples.setdefault(size, deque(maxlen=_SAMPLES))
+        if size not in self._samples:
+            self._samples[size] = deque(maxlen=_SAMPLES)
+            insort(self._sizes, size)
+        samples = self._samples[size]
         # Also for a new size: one interrupted forward would make it look dear, and it would never be tried again. A
         # size that is really dear shows in its next forwards.
         scaled = min(scaled, expected * _INTERRUPTED)
@@ -80,6 +85,12 @@ class CostModel:
             return None
         return self._predicted(max_tokens) * self._factor(context_tokens)
 
+    def seconds(self, num_tokens: int, context_tokens: int = 0) -> float | None:
+        """`predict` of one size."""
+        if not self._samples:
+            return None
+        return float(self._predicted(num_tokens)[num_tokens]) * self._factor(context_tokens)
+
     def tables(self, max_tokens: int, context_tokens: int) -> tuple[np.ndarray, float]:
         """`predict` as a table of at least `max_tokens + 1` sizes and the factor on it, for compiled decisions.
 
@@ -90,15 +101,15 @@ class CostModel:
 
     def num_samples(self, num_tokens: int) -> int:
         """Forwards seen within a tenth of this size, of those that are remembered."""
-        near = (size for size in self._samples if 0.9 * num_tokens <= size <= 1.1 * num_tokens)
-        return sum(len(self._samples[size]) for size in near)
+        near = slice(bisect_left(self._sizes, 0.9 * num_tokens), bisect_right(self._sizes, 1.1 * num_tokens))
+        return sum([len(self._samples[size]) for size in self._sizes[near]])
 
     def knows(self, num_tokens: int) -> bool:
         """Whether what is predicted for this size was measured: at it, or at sizes around it that cost about the same.
 
         More tokens never cost less, so a size between two others costs what lies between.
         """
-        measured = sorted(size for size, samples in self._samples.items() if len(samples) >= _MEASURED)
+        measured = [size for size in self._sizes if len(self._samples[size]) >= _MEASURED]
         below = [size for size in measured if size <= num_tokens]
         above = [size for size in measured if size + _width(size) > num_tokens]
         if not below or not above:
@@ -125,13 +136,13 @@ class CostModel:
         self._means[size] = known * (1 + 0.1 * off), context + 0.1 * deviation
 
     def _tabulate(self, max_tokens: int) -> None:
-        sizes = sorted(self._samples)
+        sizes = self._sizes
         size = np.array(sizes, dtype=np.float64)
         weight = np.array([len(self._samples[bucket]) for bucket in sizes], dtype=np.float64)
         # More tokens are never cheaper. If they seem to be, a forward was interrupted: more samples weigh more.
         median = _rising([_median(self._samples[bucket]) for bucket in sizes], weight.tolist())
         intercept, slope = _line(size, median, weight)
-        max_tokens = max(max_tokens, *self._samples)
+        max_tokens = max(max_tokens, sizes[-1])
         table = intercept + slope * np.arange(max_tokens + 1)
         seen = np.full(max_tokens + 1, np.inf)
         trust = weight / (weight + _TRUST)
@@ -157,12 +168,12 @@ class DraftCost:
 
     def __init__(self) -> None:
         self._calls: dict[int, deque[tuple[int, int, int, float]]] = {}  # by octave of rows
-        self._observed = 0
+        self._observed, self._held = 0, 0
         self._shares = np.zeros(0)
         self._levels = np.zeros(0)  # by octave of rows: that of the nearest octave that was observed
 
     def __len__(self) -> int:
-        return sum(len(calls) for calls in self._calls.values())
+        return self._held
 
     def knows(self, rows: int) -> bool:
         """Whether a call for about so many requests was observed: in the same octave, or in one next to it."""
@@ -172,6 +183,7 @@ class DraftCost:
     def observe(self, rows: int, depth: int, seconds: float, backlog: int = 0) -> None:
         """One call took `seconds`."""
         calls = self._calls.setdefault(rows.bit_length(), deque(maxlen=_DRAFTS))
+        self._held += len(calls) < _DRAFTS
         calls.append((rows, max(depth, 1), backlog, max(seconds, _TICK_S)))
         self._observed += 1
         if _due(self._observed, 8):

@@ -162,11 +162,13 @@ def _rank(current, expected, better, depths, kept, fresh, shallowest):
                 fresh[whom, index, 0, level] += 1
                 fresh[whom, index, 1, level] += value
     for whom in range(2):
-        for part in range(2):
-            for level in range(_LEVELS):
-                for index in range(num_depths, 0, -1):
+        for index in range(num_depths, 0, -1):
+            for part in range(2):
+                for level in range(_LEVELS):
                     kept[whom, index - 1, part, level] += kept[whom, index, part, level]
-                for index in range(1, num_depths):
+        for index in range(1, num_depths):
+            for part in range(2):
+                for level in range(_LEVELS):
                     fresh[whom, index, part, level] += fresh[whom, index - 1, part, level]
 
 

@@ -85,5 +85,5 @@ class FixedController(Controller):
         """Nothing to do: it has learned nothing about its drafter."""
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        table = self._cost.predict(batch, context_tokens)
-        return float(table[batch]) if table is not None and self._cost.knows(batch) else None
+        plain_s = self._cost.seconds(batch, context_tokens)
+        return plain_s if plain_s is not None and self._cost.knows(batch) else None

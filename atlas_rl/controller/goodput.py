@@ -127,7 +127,9 @@ class GoodputController(Controller):
         decision = self._decision(step)
         best = self._best_drafts(decision)
         models = self._models
-        for name in sorted(left, key=lambda n: models[n].cost.predict(step.batch, 1.0) if len(models[n].cost) else 0.0):
+        if len(left) > 1:
+            left.sort(key=lambda n: models[n].cost.predict(step.batch, 1.0) if len(models[n].cost) else 0.0)
+        for name in left:
             wanted = np.minimum(step.room, self._wanted(name, best, decision))
             if wanted.any():
                 decision.beside[name] = best.survival[:, 0].copy()  # the best drafts change when the next one is there
@@ -145,10 +147,10 @@ class GoodputController(Controller):
 
     def _admission(self, step: Step, decision: _Decision) -> Admission:
         best = self._best_drafts(decision)
-        table = self._cost.predict(step.batch, step.context_tokens)
+        plain_s = self._cost.seconds(step.batch, step.context_tokens)
         if decision.is_trial:
             return Admission(best.drafters, (best.survival > 0).sum(axis=1))
-        decision.prediction = None if table is None else Prediction(step.batch, float(table[step.batch]))
+        decision.prediction = None if plain_s is None else Prediction(step.batch, plain_s)
         return Admission(best.drafters, self._best_lengths(best.survival, decision))
 
     def observe(
@@ -177,10 +179,10 @@ class GoodputController(Controller):
             model.forecast.policy_updated(expected.get(name))
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        table = self._cost.predict(batch, context_tokens)
-        if table is None or not self._plain_shares or not self._cost.knows(batch):
+        plain_s = self._cost.seconds(batch, context_tokens)
+        if plain_s is None or not self._plain_shares or not self._cost.knows(batch):
             return None
-        return float(table[batch]) * sum(self._plain_shares) / len(self._plain_shares)
+        return plain_s * sum(self._plain_shares) / len(self._plain_shares)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return {name: model.acceptance.take_calibration() for name, model in self._models.items()}
@@ -274,8 +276,8 @@ class GoodputController(Controller):
 
     def _trial_s(self, name: str, step: Step) -> float:
         """Seconds charged for a call that is not expected to pay and is made to learn from it."""
-        table = self._cost.predict(step.batch, step.context_tokens)
-        least_s = 0.0 if table is None else _LEAST_TRIAL * float(table[step.batch])
+        plain_s = self._cost.seconds(step.batch, step.context_tokens)
+        least_s = 0.0 if plain_s is None else _LEAST_TRIAL * plain_s
         draft_s = self._models[name].cost.predict(step.batch, float(_TRIAL_DEPTH), step.backlog.get(name, 0))
         return max(draft_s, least_s)
 

@@ -9,13 +9,13 @@ import numpy as np
 from atlas_rl.controller.base import Controller, Step
 from atlas_rl.core import Hidden, Sequences, Verified
 from atlas_rl.decode.plain_run import PlainCosts
-from atlas_rl.decode.settling import Drawn, Fates, Texts, settle
+from atlas_rl.decode.settling import Drawn, Fates, Texts, reached, settle
 from atlas_rl.report.recorder import StepRecorder
 
 NOBODY_SAYS, NOBODY_WANTS = np.zeros((0, 0), np.bool_), np.zeros((0, 0), np.float32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Settled:
     """Tokens that one forward settled, before they are committed.
 
@@ -60,12 +60,13 @@ def commit(
         logprobs: float32 `[num_requests, n]`, gets the tokens' logprobs by place in the completion; has room for them.
     """
     requests, tokens = settled.requests, settled.token_ids
-    reached = np.minimum(sequences.lengths[requests] + settled.num_tokens, max_lengths[requests])
-    sequences.reserve(int(reached.max(initial=0)))
+    num_tokens = np.ascontiguousarray(settled.num_tokens, np.int64)
+    longest, _ = reached(requests, num_tokens, sequences.lengths, max_lengths, sequences.prompt_lengths)
+    sequences.reserve(longest)
     drawn = Drawn(
         requests,
         np.ascontiguousarray(tokens, np.int64),
-        np.ascontiguousarray(settled.num_tokens, np.int64),
+        num_tokens,
         np.ascontiguousarray(settled.num_drafted, np.int64),
         np.ascontiguousarray(settled.entropies),
         np.ascontiguousarray(settled.max_probs),
@@ -75,8 +76,8 @@ def commit(
     )
     texts = Texts(sequences.token_ids, sequences.lengths, max_lengths, sequences.prompt_lengths, logprobs)
     fates = Fates.of(len(requests))
-    entropy_sum, max_prob_sum, num_tokens = settle(drawn, texts, fates)
-    recorder.distribution(entropy_sum=entropy_sum, max_prob_sum=max_prob_sum, num_tokens=num_tokens)
+    entropy_sum, max_prob_sum, num_committed = settle(drawn, texts, fates)
+    recorder.distribution(entropy_sum=entropy_sum, max_prob_sum=max_prob_sum, num_tokens=num_committed)
     return Verified(requests, tokens, *fates, settled.hidden)
 
 

@@ -26,21 +26,24 @@ from atlas_kernels.truncate import truncate
 from atlas_kernels.truncation import Truncation
 from atlas_rl import progress
 from atlas_rl.controller.acceptance import AcceptanceModel
-from atlas_rl.controller.base import Admission
+from atlas_rl.controller.base import Step
 from atlas_rl.controller.cost import DraftCost
 from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.slots import admitted, take_better
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences
 from atlas_rl.decode.commit import Settled, commit
-from atlas_rl.decode.guard import Faults, GuardedSpeculator
+from atlas_rl.decode.guard import Faults, GuardedController, GuardedSpeculator
 from atlas_rl.decode.propose import merge
+from atlas_rl.decode.room import needed_by, room_of
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
 from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
 from atlas_rl.sampling.verification import Verifier, choose
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.drawing import choose_among
+from atlas_rl.speculators.drawn_rows import committed_places, cut, newest_indices, newest_places, positions_alike
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 
 logger = logging.getLogger(__name__)
@@ -165,17 +168,29 @@ def _run_all() -> None:
     packed_tokens(requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths)
     packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
     figures = np.ones(len(packed[0]), np.float32)
-    unpacked(packed[1], np.ones(2, np.int64), packed[0], figures, figures, figures, sequences.sampling.stops, 2)
+    unpacked(packed[1], np.ones(2, np.int64), packed[0], figures, figures, figures, sequences.sampling.stops)
+    _run_rows_of_drafts(sequences, requests)
     history = GuardedSpeculator(HistorySpeculator(), Faults())
     for _ in range(2):  # the second call archives the first
         sequences = _toy_sequences()
         history.start(sequences, requests)
         drafted = history.propose(sequences, requests, np.full(2, 4))
-        merge({"": drafted}, [""], Admission(0 * requests, drafted.lengths), 4)
+        controller = GuardedController(FixedController([""], "", 4), Faults())
+        merge({"": drafted}, [""], controller.admit(Step(room, 16, [""], drafts={"": drafted})), 4)
         ones, figures = np.ones(2, np.int64), np.ones((2, 1), np.float32)
         settled = Settled(requests, ones[:, None], ones, 0 * ones, figures, figures, Hidden.none())
         history.observe(sequences, commit(settled, sequences, sequences.lengths + 1, StepRecorder()))
         history.learn()
+
+
+def _run_rows_of_drafts(sequences: Sequences, requests: np.ndarray) -> None:
+    lengths, ones = sequences.lengths, np.ones(2, np.int64)
+    room_of(requests, lengths, lengths, needed_by(requests, lengths, lengths))
+    positions_alike(sequences.noise_keys, lengths, requests, 1)
+    cut(ones[:, None], np.ones((2, 1), np.float32), ones, sequences.sampling.stops, np.zeros(0, np.bool_))
+    newest_indices(requests, lengths, sequences.token_ids, np.zeros(4, np.int64))
+    newest_places(requests, ones, requests, lengths)
+    committed_places(requests, ones)
 
 
 def _toy_sequences() -> Sequences:

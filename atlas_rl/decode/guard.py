@@ -44,17 +44,20 @@ class Faults:
         self._messages: dict[str, None] = {}
         self._logged: set[tuple[str, str, str]] = set()
 
-    def attempt(self, name: str, where: str, call: Callable[[], Value], otherwise: Value) -> tuple[Value, bool]:
-        """The result of `call`, or `otherwise` where it raises; and whether it did not.
+    def attempt(
+        self, name: str, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any
+    ) -> tuple[Value, bool]:
+        """The result of `call(*arguments)`, or `otherwise` where it raises; and whether it did not.
 
         Args:
             name: Whose call it is.
             where: The method.
             call: What may raise.
             otherwise: Stands in for its result.
+            arguments: Of the call.
         """
         try:
-            return call(), True
+            return call(*arguments), True
         except Exception as error:  # noqa: BLE001 - drafts are worth nothing beside what they would take down
             self._note(name, where, error)
             return otherwise, False
@@ -116,23 +119,17 @@ class GuardedSpeculator(Speculator):
         cache: PolicyCache | None = None,
     ) -> None:
         self._version = sequences.policy_version
-        self._try("start", lambda: self.unguarded.start(sequences, requests, prompts, cache), None)
+        self._try("start", self.unguarded.start, None, sequences, requests, prompts, cache)
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        return self._try("backlog", lambda: _checked_backlog(self.unguarded.backlog(sequences, requests)), None)
+        return self._try("backlog", self._backlog, None, sequences, requests)
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        def propose() -> Draft:
-            draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
-            _check_draft(draft, max_draft_tokens, sequences.vocab_size)
-            if draft.draft_probs is not None and self._policy is not None:
-                draft.draft_probs = draft.draft_probs.to(self._policy.device)  # wherever the drafter works
-            return draft
-
-        return self._try("propose", propose, Draft.empty(len(requests)))
+        draft = self._try("propose", self._propose, None, sequences, requests, max_draft_tokens)
+        return Draft.empty(len(requests)) if draft is None else draft
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        self._try("observe", lambda: self.unguarded.observe(sequences, verified), None)
+        self._try("observe", self.unguarded.observe, None, sequences, verified)
 
     def learn(self) -> None:
         self._try("learn", self.unguarded.learn, None)
@@ -158,10 +155,21 @@ class GuardedSpeculator(Speculator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unguarded.load_state_dict(state)
 
-    def _try(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
+    def _backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
+        backlog = self.unguarded.backlog(sequences, requests)
+        return backlog if type(backlog) is int and backlog >= 0 else _checked_backlog(backlog)
+
+    def _propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft | None:
+        draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
+        _check_draft(draft, max_draft_tokens, sequences.vocab_size)
+        if draft.draft_probs is not None and self._policy is not None:
+            draft.draft_probs = draft.draft_probs.to(self._policy.device)  # wherever the drafter works
+        return draft
+
+    def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
         if self._off_at is not None:
             return otherwise
-        result, went_well = self._faults.attempt(self.name, where, call, otherwise)
+        result, went_well = self._faults.attempt(self.name, where, call, otherwise, *arguments)
         if not went_well:
             self._off_at = self._version
             # An empty call ends the present one, whose state the error may have left half done.
@@ -188,46 +196,54 @@ class GuardedController(Controller):
         return getattr(self.unguarded, name)
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        return self._try("plan", lambda: _checked_plan(self.unguarded.plan(step), step), {})
+        return self._try("plan", self._plan, {}, step)
 
     def admit(self, step: Step) -> Admission:
-        nothing = Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64))
-        return self._try("admit", lambda: self._checked_admission(self.unguarded.admit(step), step), nothing)
+        admission = self._try("admit", self._admit, None, step)
+        if admission is None:
+            return Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64))
+        return admission
 
     def observe(
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
-        def observe() -> dict[str, Any] | None:
-            return self.unguarded.observe(step, admission, verified, forward_s, step_s)
-
-        return self._try("observe", observe, None)
+        return self._try("observe", self.unguarded.observe, None, step, admission, verified, forward_s, step_s)
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
         self._off = False
         self._try("policy_updated", lambda: self.unguarded.policy_updated(expected), None)
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        return self._try("plain_forward_s", lambda: self.unguarded.plain_forward_s(batch, context_tokens), None)
+        return self._try("plain_forward_s", self.unguarded.plain_forward_s, None, batch, context_tokens)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return self._try("take_calibration", self.unguarded.take_calibration, {})
 
-    def _checked_admission(self, admission: Admission, step: Step) -> Admission:
+    def _plan(self, step: Step) -> dict[str, np.ndarray]:
+        return _checked_plan(self.unguarded.plan(step), step)
+
+    def _admit(self, step: Step) -> Admission | None:
+        admission = self.unguarded.admit(step)
         lengths, drafters = np.asarray(admission.lengths), np.asarray(admission.drafters)
         if lengths.shape != (step.batch,) or drafters.shape != (step.batch,):
             raise ValueError(f"an admission needs a drafter and a length for each of {step.batch} requests")
-        most = np.zeros(step.batch, np.int64)
-        for name, draft in step.drafts.items():
-            own = drafters == self.speculators.index(name)
-            most[own] = draft.lengths[own]
-        if (lengths < 0).any() or (lengths > most).any():
+        if lengths.dtype.kind not in "iu" or drafters.dtype.kind not in "iu":
+            raise ValueError(
+                f"an admission needs whole numbers, got {lengths.dtype} lengths, {drafters.dtype} drafters"
+            )
+        drafters, lengths = np.ascontiguousarray(drafters, np.int64), np.ascontiguousarray(lengths, np.int64)
+        drafted = sum(
+            _num_drafted(lengths, drafters, self.speculators.index(name), draft.lengths)
+            for name, draft in step.drafts.items()
+        )
+        if drafted != np.count_nonzero(lengths):
             raise ValueError("an admission has more draft tokens than were drafted")
-        return admission
+        return Admission(drafters, lengths)
 
-    def _try(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
+    def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
         if self._off:
             return otherwise
-        result, went_well = self._faults.attempt("controller", where, call, otherwise)
+        result, went_well = self._faults.attempt("controller", where, call, otherwise, *arguments)
         self._off = not went_well
         return result
 
@@ -245,23 +261,24 @@ def _check_draft(draft: Draft, max_draft_tokens: np.ndarray, vocab_size: int) ->
         or draft.token_ids.dtype.kind not in "iu"
     ):
         raise ValueError(f"a draft of {batch} requests has lengths {draft.lengths.shape} {draft.lengths.dtype}")
+    probs = draft.draft_probs
+    if probs is None and _can_be(
+        np.ascontiguousarray(draft.token_ids, np.int64),
+        np.ascontiguousarray(draft.confidence, np.float32),
+        np.ascontiguousarray(draft.lengths, np.int64),
+        np.ascontiguousarray(max_draft_tokens, np.int64),
+        vocab_size,
+    ):
+        return
     if (draft.lengths < 0).any() or (draft.lengths > np.minimum(max_draft_tokens, width)).any():
         raise ValueError(
             f"a draft has lengths up to {draft.lengths.max()}, of {width} tokens, more than it was asked for"
         )
-    probs = draft.draft_probs
-    tokens, confidence = (
-        np.ascontiguousarray(draft.token_ids, np.int64),
-        np.ascontiguousarray(draft.confidence, np.float32),
-    )
-    if probs is None and _can_be(tokens, confidence, np.ascontiguousarray(draft.lengths, np.int64), vocab_size):
-        return
     drafted = np.arange(width)[None] < draft.lengths[:, None]
     if ((draft.token_ids < 0) | (draft.token_ids >= vocab_size))[drafted].any():
         raise ValueError(f"a draft has tokens outside the policy's vocabulary of {vocab_size}")
     if not ((draft.confidence >= 0) & (draft.confidence <= 1))[drafted].all():
         raise ValueError("a draft has confidences outside [0, 1]")
-    probs = draft.draft_probs
     if probs is None:
         return
     if probs.shape != (batch, width, vocab_size):
@@ -272,13 +289,24 @@ def _check_draft(draft: Draft, max_draft_tokens: np.ndarray, vocab_size: int) ->
 
 
 @cached_njit(nogil=True)
-def _can_be(tokens: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, vocab_size: int) -> bool:
-    """Whether tokens and confidences are within their bounds: in one pass, for the drafts of every step."""
+def _can_be(tokens: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, most: np.ndarray, vocab_size: int) -> bool:
+    """Whether lengths, tokens and confidences are within their bounds: in one pass, for the drafts of every step."""
     for row in range(len(lengths)):
+        if not 0 <= lengths[row] <= min(most[row], tokens.shape[1]):
+            return False
         for column in range(lengths[row]):
             if not (0 <= tokens[row, column] < vocab_size and 0 <= confidence[row, column] <= 1):
                 return False
     return True
+
+
+@cached_njit(nogil=True)
+def _num_drafted(lengths: np.ndarray, drafters: np.ndarray, index: int, drafted: np.ndarray) -> int:
+    """Requests whose admitted tokens are there: of the draft of drafter `index`, and no more than were drafted."""
+    count = 0
+    for row in range(len(lengths)):
+        count += drafters[row] == index and 0 < lengths[row] <= drafted[row]
+    return count
 
 
 def _checked_backlog(backlog: object) -> int | None:
@@ -302,7 +330,8 @@ def _checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarr
     for name, wanted in plan.items():
         if name not in step.ready or name in step.drafts:
             raise ValueError(f"a plan asks '{name}', which is not ready or has drafted already")
-        if np.shape(wanted) != (step.batch,) or np.asarray(wanted).dtype.kind not in "iu" or (wanted < 0).any():
+        asked = np.asarray(wanted)
+        if asked.shape != (step.batch,) or asked.dtype.kind not in "iu" or (len(asked) and asked.min() < 0):
             raise ValueError(f"a plan needs a number of tokens for each of {step.batch} requests")
     return plan
 

@@ -20,6 +20,7 @@ from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.plain_run import PlainCosts
 from atlas_rl.decode.propose import Proposing, merge
 from atlas_rl.decode.room import CacheRoom
+from atlas_rl.decode.settling import reached
 from atlas_rl.decode.stand_ins import stand_in
 from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire, roomy
 from atlas_rl.report.recorder import StepRecorder
@@ -114,7 +115,8 @@ class DecodeLoop:
         """Decode until every request has ended."""
         with self.recorder.generating():
             while self.room.waiting or len(self.active):
-                self.admit_waiting()
+                if self.room.waiting:
+                    self.admit_waiting()
                 if len(self.active):
                     self.step()
             self._learn()
@@ -199,20 +201,21 @@ class DecodeLoop:
 
     def commit(self, requests: np.ndarray, outcome: Outcome, num_drafted: np.ndarray, hidden: Hidden) -> Verified:
         """Append what verification settled, and the logprobs of it."""
+        sequences, num_tokens = self.sequences, outcome.num_accepted + 1
         settled = Settled(
             requests,
             outcome.token_ids,
-            outcome.num_accepted + 1,
+            num_tokens,
             num_drafted,
             outcome.entropies,
             outcome.max_probs,
             hidden,
             outcome.logprobs,
         )
-        longest = int((self.sequences.lengths - self.sequences.prompt_lengths).max()) + outcome.token_ids.shape[1]
+        _, longest = reached(requests, num_tokens, sequences.lengths, self.max_lengths, sequences.prompt_lengths)
         if longest > self._logprobs.shape[1]:
             self._logprobs = np.pad(self._logprobs, ((0, 0), (0, roomy(longest) - self._logprobs.shape[1])))
-        return commit(settled, self.sequences, self.max_lengths, self.recorder, logprobs=self._logprobs)
+        return commit(settled, sequences, self.max_lengths, self.recorder, logprobs=self._logprobs)
 
     def _observe(self, verified: Verified) -> None:
         for speculator in self.speculators.values():

@@ -62,12 +62,16 @@ class Proposing:
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         """One speculator's drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
         before = self._recorder.clock()
-        asked = np.flatnonzero(wanted > 0)
-        draft = Draft.empty(0)
-        if len(asked):
+        batch, num_asked = len(requests), np.count_nonzero(wanted > 0)
+        if num_asked == batch:
+            draft = self.draft(name, sequences, requests, wanted)
+        elif num_asked:
+            asked = np.flatnonzero(wanted > 0)
             step.backlog[name] = self._speculators[name].backlog(sequences, requests[asked]) or 0
-            draft = self.draft(name, sequences, requests[asked], wanted[asked])
-        step.asked[name], step.drafts[name] = wanted, draft.spread(asked, len(requests))
+            draft = self.draft(name, sequences, requests[asked], wanted[asked]).spread(asked, batch)
+        else:
+            draft = Draft.empty(batch)
+        step.asked[name], step.drafts[name] = wanted, draft
         step.draft_s[name] = self._recorder.clock() - before
         self.num_asked[name] = self.num_asked.get(name, 0) + int(wanted.sum())
         self.num_proposed[name] = self.num_proposed.get(name, 0) + int(draft.lengths.sum())
@@ -85,14 +89,15 @@ class Proposing:
 def take_rows(
     token_ids: np.ndarray,
     confidence: np.ndarray,
-    own: np.ndarray,
+    drafters: np.ndarray,
+    index: int,
     lengths: np.ndarray,
     own_tokens: np.ndarray,
     own_confidence: np.ndarray,
 ) -> None:
-    """Copy one drafter's tokens and confidences into the rows that are its `own`, to their lengths; a loop, compiled."""
-    for row in range(len(own)):
-        if own[row]:
+    """Copy the tokens and confidences of drafter `index` into its rows, to their lengths; a loop, compiled."""
+    for row in range(len(drafters)):
+        if drafters[row] == index:
             for column in range(lengths[row]):
                 token_ids[row, column] = own_tokens[row, column]
                 confidence[row, column] = own_confidence[row, column]
@@ -105,15 +110,16 @@ def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, v
     if width == 0:
         return merged
     merged = Draft(np.zeros((batch, width), np.int64), admission.lengths, np.zeros((batch, width), np.float32))
-    rows_of = {
-        name: np.flatnonzero((admission.drafters == names.index(name)) & (admission.lengths > 0)) for name in drafts
-    }
     for name, draft in drafts.items():
         take_rows(
-            merged.token_ids, merged.confidence, admission.drafters == names.index(name), admission.lengths,
+            merged.token_ids, merged.confidence, admission.drafters, names.index(name), admission.lengths,
             np.ascontiguousarray(draft.token_ids, np.int64), np.ascontiguousarray(draft.confidence, np.float32),
         )  # fmt: skip
-    merged.draft_probs = _merged_probs(drafts, rows_of, merged, vocab_size)
+    if any(draft.draft_probs is not None for draft in drafts.values()):
+        rows_of = {
+            name: np.flatnonzero((admission.drafters == names.index(name)) & (admission.lengths > 0)) for name in drafts
+        }
+        merged.draft_probs = _merged_probs(drafts, rows_of, merged, vocab_size)
     return merged
 
 

@@ -15,6 +15,7 @@ from collections import deque
 
 import numpy as np
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Sequences
 from atlas_rl.policy.base import PolicyRunner, retire
 
@@ -96,14 +97,12 @@ class CacheRoom:
         It is settled before anything is drafted. A row that grew for a draft, or did not, would let the drawn tokens
         decide how many of them are verified, which rejection sampling does not forgive.
         """
-        lengths = self._sequences.lengths[active]
-        room: np.ndarray = np.minimum(self._max_lengths[active] - 1, self._runner.held_cells) - lengths
+        room: np.ndarray = room_of(active, self._sequences.lengths, self._max_lengths, self._runner.held_cells)
         return room
 
     def go_on(self, active: np.ndarray) -> np.ndarray:
         """Make room for the next step of active requests, by row. Returns those that it was made for, by their rows now."""
-        lengths = self._sequences.lengths[active]
-        needed = min(int(lengths.max()) + LOOKAHEAD, int(self._max_lengths[active].max()))
+        needed = needed_by(active, self._sequences.lengths, self._max_lengths)
         if needed <= self._runner.held_cells:
             return active
         fitting = max(1, self._runner.cells_that_fit() // (needed + self._runner.state_cells))
@@ -138,3 +137,31 @@ class CacheRoom:
         self.waiting.extendleft(sorted(active[paused].tolist(), reverse=True))
         self.num_paused += number
         return retire(active, paused, lambda request: int(lengths[request]) - 1, self._runner)
+
+
+@cached_njit(nogil=True)
+def room_of(active, lengths, max_lengths, held_cells):
+    """Draft tokens that each active request can use: up to its limit but for one, and to the cells that rows have.
+
+    Args:
+        active: int64 `[batch]`.
+        lengths: int64 `[num_requests]`, tokens by now.
+        max_lengths: int64 `[num_requests]`.
+        held_cells: Of every row.
+
+    Returns:
+        int64 `[batch]`: `min(max_lengths[active] - 1, held_cells) - lengths[active]`.
+    """
+    room = np.empty(len(active), np.int64)
+    for row in range(len(active)):
+        room[row] = min(max_lengths[active[row]] - 1, held_cells) - lengths[active[row]]
+    return room
+
+
+@cached_njit(nogil=True)
+def needed_by(active, lengths, max_lengths):
+    """Cells that the next step of active requests may write: the longest and `LOOKAHEAD`, within the furthest limit."""
+    longest, furthest = 0, 0
+    for row in range(len(active)):
+        longest, furthest = max(longest, lengths[active[row]]), max(furthest, max_lengths[active[row]])
+    return min(longest + LOOKAHEAD, furthest)

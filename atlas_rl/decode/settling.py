@@ -73,6 +73,17 @@ class Fates(NamedTuple):
 
 
 @cached_njit(nogil=True)
+def reached(requests, num_tokens, lengths, max_lengths, prompt_lengths):
+    """The longest text, and the longest completion, that tokens of these requests can come to; arrays as in `settle`."""
+    text, completion = 0, 0
+    for i in range(len(requests)):
+        request = requests[i]
+        length = min(lengths[request] + num_tokens[i], max_lengths[request])
+        text, completion = max(text, length), max(completion, length - prompt_lengths[request])
+    return text, completion
+
+
+@cached_njit(nogil=True)
 def settle(drawn, texts, fates):
     """Append every row's tokens up to its first ending one, or to its limit, and fill `fates`.
 

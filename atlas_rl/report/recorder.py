@@ -227,18 +227,6 @@ class StepRecorder:
         if len(self._active) == _CURVE_POINTS:
             self._active, self._active_every = self._active[::2], 2 * self._active_every
 
-    def _enter(self, phase: str) -> None:
-        now = self._clock()
-        if self._running:
-            self._seconds[self._running[-1]] += now - self._since
-        self._running.append(phase)
-        self._since = now
-
-    def _exit(self) -> None:
-        now = self._clock()
-        self._seconds[self._running.pop()] += now - self._since
-        self._since = now
-
     def _count_pending(self) -> None:
         if not self._pending:
             return
@@ -270,12 +258,20 @@ class _Timer:
         self._phase = phase
 
     def __enter__(self) -> None:
-        self._recorder._enter(self._phase)
+        recorder = self._recorder
+        now = recorder._clock()
+        if recorder._running:
+            recorder._seconds[recorder._running[-1]] += now - recorder._since
+        recorder._running.append(self._phase)
+        recorder._since = now
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._recorder._exit()
+        recorder = self._recorder
+        now = recorder._clock()
+        recorder._seconds[recorder._running.pop()] += now - recorder._since
+        recorder._since = now
 
 
 def _reached(length_counts: np.ndarray) -> tuple[int, ...]:

@@ -124,7 +124,7 @@ def _outcome(verified: Verification, logits: torch.Tensor, starts: np.ndarray, s
     num_accepted, *results = download(
         [verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs]
     )
-    width = int(np.diff(starts).max())
-    tokens, logprobs, entropies, max_probs, counts = unpacked(starts, num_accepted, *results, sampling.stops, width)
-    require_distributions(results[3][counts], logits, np.flatnonzero(counts))
+    tokens, logprobs, entropies, max_probs, counts, numbers = unpacked(starts, num_accepted, *results, sampling.stops)
+    if not numbers:
+        require_distributions(results[3][counts], logits, np.flatnonzero(counts))
     return Outcome(tokens, num_accepted, logprobs, entropies, max_probs)

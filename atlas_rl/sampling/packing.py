@@ -73,7 +73,7 @@ def packed_positions(requests, lengths, noise_keys, drafts, draft_lengths):
 
 
 @cached_njit(nogil=True)
-def unpacked(begins, accepted, tokens, logprobs, entropies, max_probs, stops, width):
+def unpacked(begins, accepted, tokens, logprobs, entropies, max_probs, stops):
     """Packed results as one row per request, zeros behind what is committed.
 
     Args:
@@ -84,13 +84,14 @@ def unpacked(begins, accepted, tokens, logprobs, entropies, max_probs, stops, wi
         entropies: float32 `[n]`.
         max_probs: float32 `[n]`.
         stops: int64 `[k]`, tokens behind which nothing is committed.
-        width: Columns of the results.
 
     Returns:
-        int64 `[batch, width]` tokens; float32 `[batch, width]` logprobs, entropies and largest probabilities; bool `[n]`,
-        positions that count.
+        int64 `[batch, longest row]` tokens; float32 of the same shape: logprobs, entropies and largest probabilities; bool
+        `[n]`, positions that count; and whether all largest probabilities at those are numbers.
     """
-    batch = len(accepted)
+    batch, width, numbers = len(accepted), 0, True
+    for row in range(batch):
+        width = max(width, begins[row + 1] - begins[row])
     told = np.zeros((batch, width), np.int64)
     figures = np.zeros((3, batch, width), np.float32)
     counts = np.zeros(len(tokens), np.bool_)
@@ -101,9 +102,10 @@ def unpacked(begins, accepted, tokens, logprobs, entropies, max_probs, stops, wi
             told[row, depth] = tokens[at]
             figures[0, row, depth], figures[1, row, depth] = logprobs[at], entropies[at]
             figures[2, row, depth] = max_probs[at]
+            numbers = numbers and not np.isnan(max_probs[at])
             stopped = False
             for stop in stops:
                 stopped = stopped or tokens[at] == stop
             if stopped:
                 break
-    return told, figures[0], figures[1], figures[2], counts
+    return told, figures[0], figures[1], figures[2], counts, numbers

@@ -22,16 +22,17 @@ from atlas_rl.core import Draft, Sequences
 from atlas_rl.policy.upload import download, uploaded
 from atlas_rl.sampling.processing import padded_prefixes, process
 from atlas_rl.sampling.verification import choose
+from atlas_rl.speculators.drawn_rows import cut, positions_alike
 
-_CONFIDENCE = (0.01, 0.99)
 _UNKNOWN = 0.5  # confidence where nothing was drawn
+_RUNS_ALL = np.zeros(0, np.bool_)  # no token is unrunnable
 
 
 class NonFiniteDraft(ValueError):
     """A drafter gave logits that are no distribution: it cannot draft until it has other weights. The policy can go on."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Position:
     """One position of a draft: int64 `[n]` each, on the device but for `rows`.
 
@@ -83,7 +84,7 @@ class Drawing:
         carried: Sequence[np.ndarray] = (),
     ) -> None:
         sampling = sequences.sampling
-        if token_ids is not None:
+        if token_ids is not None and sampling.repetition_penalty != 1:
             # A penalty would need the whole prefix among the tokens: left out, it costs acceptance and nothing else.
             sampling = replace(sampling, repetition_penalty=1.0)
         self._drafter, self._sampling, self._sequences = drafter, sampling, sequences
@@ -91,16 +92,16 @@ class Drawing:
         self._couples_noise, self._likeliest = couples_noise, argmax or sampling.greedy
         self._stream, keys = sequences.draft_noise(requests, couples_noise)
         deepest = int(depths.max())
-        self._uniform = bool((depths == deepest).all())
-        self.rows = (
-            [np.arange(len(depths))] * deepest
-            if self._uniform
-            else [np.flatnonzero(depths > position) for position in range(deepest)]
-        )
-        lengths = sequences.lengths[requests]
-        lay_out = _laid_out_alike if self._uniform else _laid_out
-        self._positions, self.carried = lay_out(self.rows, keys, lengths, carried, device)
-        self._indices: list[torch.Tensor] = []  # drawn so far, like the next two
+        self._uniform = int(depths.min()) == deepest
+        if self._uniform:
+            self.rows = [np.arange(len(depths))] * deepest
+            lay_out = _laid_out_alike
+        else:
+            self.rows = [np.flatnonzero(depths > position) for position in range(deepest)]
+            lay_out = _laid_out
+        self._positions, self.carried = lay_out(self.rows, keys, sequences.lengths, requests, carried, device)
+        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None  # drawn at once: as for `take`
+        self._indices: list[torch.Tensor] = []  # drawn position by position so far, like the next two
         self._max_probs: list[torch.Tensor] = []
         self._probs: list[torch.Tensor] = []
         self._prefixes: torch.Tensor | None = None  # of the next position
@@ -163,9 +164,17 @@ class Drawing:
             with_probs=not self._couples_noise,
             implementation=implementation,
         )
-        self._indices = list(drawn.indices.unbind(dim=1))
-        self._max_probs = list(drawn.confidence.unbind(dim=1))
+        self.take(drawn.indices, drawn.confidence)
         self._probs = [] if drawn.probs is None else list(drawn.probs.unbind(dim=1))
+
+    def take(self, indices: torch.Tensor, max_probs: torch.Tensor) -> None:
+        """All tokens of every request, drawn elsewhere.
+
+        Args:
+            indices: int64 `[batch, depth]`, token ids, or indices into the reduced vocabulary.
+            max_probs: float32 `[batch, depth]`, largest probabilities.
+        """
+        self._whole = indices, max_probs
 
     def finish(self, max_draft_tokens: np.ndarray, unrunnable: np.ndarray | None = None) -> Draft:
         """The draft, fetched in one download.
@@ -177,30 +186,33 @@ class Drawing:
         Raises:
             NonFiniteDraft: The largest probability of a row, which is its confidence, is NaN.
         """
-        indices = torch.cat(self._indices)
-        ids = indices if self._token_ids is None else self._token_ids[indices]
-        fetched_ids, max_probs = download([ids, torch.cat(self._max_probs)])
-        if np.isnan(max_probs).any():
+        drawn, sure = self._fetched()
+        sampling, depths = self._sequences.sampling, self._depths
+        most = np.ascontiguousarray(np.minimum(max_draft_tokens, depths), np.int64)
+        tokens, confidence, lengths, finite = cut(
+            drawn, sure, most, sampling.stops, _RUNS_ALL if unrunnable is None else unrunnable
+        )
+        if not finite:
             raise NonFiniteDraft(
                 f"the draft logits of '{self._drafter}' are not finite. The policy's tokens are not affected. Likely "
                 "causes: weights of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave "
                 "it out"
             )
-        tokens, confidence = self._by_row(fetched_ids, max_probs.clip(*_CONFIDENCE))
-        last = self._sequences.sampling.ends(tokens)
-        if unrunnable is not None:
-            last |= unrunnable[tokens]
-        lengths = np.where(last.any(axis=1), last.argmax(axis=1) + 1, tokens.shape[1])
-        lengths = np.minimum(np.minimum(max_draft_tokens, self._depths), lengths)
         # A row's largest probability is a number exactly if all of them are.
         return Draft(tokens, lengths, confidence, self._draft_probs(), probs_are_checked=True)
 
-    def _by_row(self, drawn: np.ndarray, sure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 and confidences float32 `[batch, depth]`, of those position by position."""
+    def _fetched(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 and largest probabilities float32 `[batch, depth]`."""
+        if self._whole is not None:
+            indices, max_probs = self._whole
+        elif self._uniform:
+            indices, max_probs = torch.stack(self._indices, dim=1), torch.stack(self._max_probs, dim=1)
+        else:
+            indices, max_probs = torch.cat(self._indices), torch.cat(self._max_probs)
+        drawn, sure = download([indices if self._token_ids is None else self._token_ids[indices], max_probs])
+        if drawn.ndim == 2:
+            return np.ascontiguousarray(drawn, np.int64), np.ascontiguousarray(sure, np.float32)
         batch, depth = len(self._depths), len(self.rows)
-        if self._uniform:
-            tokens = np.ascontiguousarray(drawn.reshape(depth, batch).T, np.int64)
-            return tokens, np.ascontiguousarray(sure.reshape(depth, batch).T, np.float32)
         row, column = np.concatenate(self.rows), np.repeat(np.arange(depth), [len(rows) for rows in self.rows])
         tokens, confidence = np.zeros((batch, depth), np.int64), np.full((batch, depth), _UNKNOWN, np.float32)
         tokens[row, column], confidence[row, column] = drawn, sure
@@ -267,14 +279,15 @@ def _laid_out(
     rows: Sequence[np.ndarray],
     keys: np.ndarray,
     lengths: np.ndarray,
+    requests: np.ndarray,
     carried: Sequence[np.ndarray],
     device: torch.device,
 ) -> tuple[list[_Position], list[torch.Tensor]]:
-    """The positions of a draft behind `lengths` committed tokens, int64 `[batch]`, and what goes along, in one upload."""
+    """The positions of a draft behind committed tokens (int64 `[num_requests]`), and what goes along, in one upload."""
     parts: list[np.ndarray] = []
     for position, row in enumerate(rows):
         stayed = np.searchsorted(rows[max(position - 1, 0)], row)
-        parts += [row, keys[row].view(np.int64), lengths[row] + position, stayed]
+        parts += [row, keys[row].view(np.int64), lengths[requests[row]] + position, stayed]
     parts += carried
     there = uploaded(np.concatenate(parts), device).split([len(part) for part in parts])
     positions = [_Position(row, *there[4 * i : 4 * i + 4]) for i, row in enumerate(rows)]
@@ -285,18 +298,17 @@ def _laid_out_alike(
     rows: Sequence[np.ndarray],
     keys: np.ndarray,
     lengths: np.ndarray,
+    requests: np.ndarray,
     carried: Sequence[np.ndarray],
     device: torch.device,
 ) -> tuple[list[_Position], list[torch.Tensor]]:
-    """`_laid_out` where every row has every position, in a few array operations however many there are."""
+    """`_laid_out` where every row has every position: a compiled call however many there are."""
     batch, depth = len(keys), len(rows)
-    own = np.empty((2 + depth, batch), np.int64)
-    own[0], own[1] = rows[0], keys.view(np.int64)
-    own[2:] = lengths + np.arange(depth)[:, None]
-    there = uploaded(np.concatenate([own.reshape(-1), *carried]), device)
-    parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])
-    positions = [_Position(row, parts[0], parts[1], parts[2 + i], parts[0]) for i, row in enumerate(rows)]
-    return positions, list(parts[2 + depth :])
+    own = positions_alike(keys, lengths, requests, depth)
+    there = uploaded(np.concatenate([own, *carried]) if carried else own, device)
+    row, key, *parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])
+    positions = [_Position(own_rows, row, key, at, row) for own_rows, at in zip(rows, parts, strict=False)]
+    return positions, parts[depth:]
 
 
 @cached_njit(nogil=True)

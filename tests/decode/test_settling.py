@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from atlas_rl.decode.settling import Drawn, Fates, Texts, settle, settle_in_numpy
+from atlas_rl.decode.settling import Drawn, Fates, Texts, reached, settle, settle_in_numpy
 
 
 def _case(seed: int, *, says: bool, wants: bool) -> tuple[Drawn, Texts]:
@@ -41,6 +41,9 @@ def test_the_compiled_commit_is_the_plain_one(says: bool, wants: bool) -> None:
         copies = Texts(*(array.copy() for array in texts))
         batch = len(drawn.requests)
         fates, expected = Fates.of(batch), Fates.of(batch)
+        ends = np.minimum(texts.lengths[drawn.requests] + drawn.num_tokens, texts.max_lengths[drawn.requests])
+        longest = ends.max(initial=0), (ends - texts.prompt_lengths[drawn.requests]).max(initial=0)
+        assert longest == reached(drawn.requests, drawn.num_tokens, *texts[1:4])
         sums = settle(drawn, texts, fates)
         assert sums == pytest.approx(settle_in_numpy(drawn, copies, expected))
         for name, own in (*texts._asdict().items(), *fates._asdict().items()):

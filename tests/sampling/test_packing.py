@@ -41,11 +41,20 @@ def test_packed_is_what_rows_say(seed: int) -> None:
 def test_results_end_at_the_last_accepted_or_ending_token() -> None:
     tokens, figures = np.array([4, 5, 6, 4, 9, 8, 7]), np.arange(7, dtype=np.float32)
     begins, accepted = np.array([0, 3, 6, 7]), np.array([1, 2, 0])
-    told, logprobs, entropies, max_probs, counts = unpacked(
-        begins, accepted, tokens, figures, figures + 10, figures + 20, np.array([9]), 3
+    told, logprobs, entropies, max_probs, counts, numbers = unpacked(
+        begins, accepted, tokens, figures, figures + 10, figures + 20, np.array([9])
     )
     assert told.tolist() == [[4, 5, 0], [4, 9, 0], [7, 0, 0]]
     assert logprobs.tolist() == [[0, 1, 0], [3, 4, 0], [6, 0, 0]]
     assert entropies[1].tolist() == [13, 14, 0]
     assert max_probs[2].tolist() == [26, 0, 0]
     assert counts.tolist() == [True, True, False, True, True, False, True]
+    assert numbers
+
+
+@pytest.mark.parametrize(("place", "counts"), [(1, True), (2, False)])  # the last one lies behind a rejected draft
+def test_probabilities_that_are_no_numbers_are_told_where_they_count(place: int, counts: bool) -> None:
+    tokens, figures = np.array([4, 5, 6]), np.zeros(3, np.float32)
+    figures[place] = np.nan
+    told = unpacked(np.array([0, 3]), np.array([1]), tokens, figures, figures, figures, np.zeros(0, np.int64))
+    assert told[-1] != counts

@@ -35,7 +35,7 @@ from atlas_rl.speculators.history.mixture import (
     new_model,
     new_scratch,
 )
-from atlas_rl.speculators.history.store import MAX_MATCH, Archive, LiveIndex, prompt_tags
+from atlas_rl.speculators.history.store import MAX_MATCH, Archive, LiveIndex, index_live, prompt_tags
 from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _draft_row(request, length, want, cursors, count, live, archive, model, scra
 
 @cached_njit(nogil=True)
 def _draft_rows(requests, lengths, want, cursors, counts, live, archive, model, mode, keys, stops, out, confidence):
-    """Draft every row; returns the lengths of the drafts."""
+    """Draft every row behind the `lengths` of all requests; returns the lengths of the drafts."""
     drafted = np.zeros(len(requests), np.int64)
     own = np.empty_like(cursors[0])
     scratch = new_scratch()
@@ -86,13 +86,13 @@ def _draft_rows(requests, lengths, want, cursors, counts, live, archive, model, 
         count = counts[request]
         own[:count] = cursors[request, :count]
         drafted[i] = _draft_row(
-            request, lengths[i], want[i], own, count, live, archive, model, scratch, mode, keys[request], stops,
+            request, lengths[request], want[i], own, count, live, archive, model, scratch, mode, keys[request], stops,
             out[i], confidence[i],
         )  # fmt: skip
     return drafted
 
 
-@cached_njit(nogil=True)
+@numba.njit
 def _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_counts):
     """Move every request's cursors past its tokens `starts[i] .. ends[i] - 1`.
 
@@ -109,6 +109,25 @@ def _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_
             token += 1
             count = advance(own, count, row[position], row, position + 1, position + 1, request, live, archive)
         counts[request] = count
+
+
+@cached_njit(nogil=True)
+def _follow_rows(requests, lengths, observed, most, starts, ends, cursors, counts, live, archive, met, met_counts):
+    """Move cursors past what was committed since, and file it; nothing where `met` has no room. Returns how many tokens.
+
+    `starts` and `ends` (int64 `[batch]`) get the tokens of each request observed before, and by now; `observed` (int64
+    `[num_requests]`) follows. Positions from `most` on are not filed. The other arguments are those of `_move_rows`.
+    """
+    total = 0
+    for i in range(len(requests)):
+        starts[i], ends[i] = observed[requests[i]], lengths[requests[i]]
+        total += ends[i] - starts[i]
+    if total <= len(met):
+        _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_counts)
+        for i in range(len(requests)):
+            observed[requests[i]] = ends[i]
+        index_live(live, requests, np.minimum(ends, most))
+    return total
 
 
 @cached_njit(nogil=True)
@@ -204,10 +223,9 @@ class HistorySpeculator(Speculator):
             return Draft.empty(len(requests))
         tokens = np.zeros((len(requests), widest), np.int64)
         confidence = np.zeros((len(requests), widest), np.float32)
-        stops = np.array((-1, *sequences.sampling.eos_token_ids), np.int64)
         lengths = _draft_rows(
-            requests, sequences.lengths[requests], max_draft_tokens, self._cursors, self._counts, live.view,
-            self._archive.view, self._model, self._mode(sequences), sequences.noise_keys, stops, tokens, confidence,
+            requests, sequences.lengths, max_draft_tokens, self._cursors, self._counts, live.view, self._archive.view,
+            self._model, self._mode(sequences), sequences.noise_keys, sequences.sampling.stops, tokens, confidence,
         )  # fmt: skip
         return Draft(tokens, lengths, confidence)
 
@@ -216,17 +234,16 @@ class HistorySpeculator(Speculator):
         self.learn()
         live = self._live_of(sequences)
         requests = verified.requests
-        starts, ends = self._observed[requests], sequences.lengths[requests]
-        num_tokens = int((ends - starts).sum())
-        if num_tokens > len(self._met):
+        starts, ends = np.empty_like(requests), np.empty_like(requests)
+        while True:
+            num_tokens = _follow_rows(
+                requests, sequences.lengths, self._observed, live.most, starts, ends, self._cursors, self._counts,
+                live.view, self._archive.view, self._met, self._met_counts,
+            )  # fmt: skip
+            if num_tokens <= len(self._met):
+                break
             self._met, self._met_counts = new_cursors(2 * num_tokens), np.zeros(2 * num_tokens, np.int64)
-        _move_rows(
-            requests, starts, ends, self._cursors, self._counts, live.view, self._archive.view, self._met,
-            self._met_counts,
-        )  # fmt: skip
         self._put_off = _PutOff(requests, starts, ends, self._mode(sequences))
-        self._observed[requests] = ends
-        live.extend(requests, ends)
         self._finished.extend(requests[verified.finished].tolist())
 
     def learn(self) -> None:

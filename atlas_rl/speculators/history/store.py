@@ -106,7 +106,7 @@ def in_prompt(info):
 
 
 @cached_njit(nogil=True)
-def _index_live(live, requests, ends):
+def index_live(live, requests, ends):
     """File the tokens from `indexed[request]` up to `end` of every request."""
     num_requests = len(live.tokens)
     buckets = live.heads.shape[1]
@@ -187,23 +187,27 @@ class LiveIndex:
     """Index of the requests of one generation call, in place; dropped with the call.
 
     It grows with the texts. What lies past the codes that 31 bits can name, of very many very long texts, is not indexed.
+
+    Attributes:
+        view: What kernels see.
+        most: Positions of each text that codes can name.
+        prompt_owner: Request whose copy of a prompt is the indexed one, by prompt key: copies would crowd the chains.
     """
 
     def __init__(self, sequences: Sequences) -> None:
         num_requests = len(sequences.lengths)
-        self._most = MAX_CODE // num_requests  # positions
+        self.most = MAX_CODE // num_requests
         # Zero pages until they are used, and those are used that tokens fall in.
         buckets = min(max(num_requests * sequences.max_length, 64), _MAX_LIVE_BUCKETS)
         self.view = LiveView(
             tokens=sequences.token_ids,
-            links=np.empty((num_requests * min(sequences.token_ids.shape[1], self._most), 2), np.int32),
+            links=np.empty((num_requests * min(sequences.token_ids.shape[1], self.most), 2), np.int32),
             heads=np.zeros((2, buckets), np.int32),
             indexed=np.zeros(num_requests, np.int64),
             prompt_lengths=sequences.prompt_lengths,
             tags=prompt_tags(sequences.prompt_keys),
         )
         self.prompt_owner: dict[int, int] = {}
-        """Request whose copy of a prompt is the indexed one, by prompt key: copies would crowd the chains."""
 
     def follow(self, sequences: Sequences) -> None:
         """The texts may have grown: see them where they are now."""
@@ -211,7 +215,7 @@ class LiveIndex:
         if sequences.token_ids is view.tokens:
             return
         num_requests, capacity = sequences.token_ids.shape
-        links = np.empty((num_requests * min(capacity, self._most), 2), np.int32)
+        links = np.empty((num_requests * min(capacity, self.most), 2), np.int32)
         links[: len(view.links)] = view.links
         self.view = view._replace(tokens=sequences.token_ids, links=links)
 
@@ -224,11 +228,7 @@ class LiveIndex:
         rows = np.array(owners, np.int64)
         skipped = np.setdiff1d(requests, rows)
         self.view.indexed[skipped] = self.view.prompt_lengths[skipped]
-        _index_live(self.view, rows, np.minimum(self.view.prompt_lengths[rows], self._most))
-
-    def extend(self, requests: np.ndarray, lengths: np.ndarray) -> None:
-        """File what was committed to `requests` up to `lengths`."""
-        _index_live(self.view, requests, np.minimum(lengths, self._most))
+        index_live(self.view, rows, np.minimum(self.view.prompt_lengths[rows], self.most))
 
     @property
     def nbytes(self) -> int:

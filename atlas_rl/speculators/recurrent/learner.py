@@ -17,6 +17,7 @@ import torch
 from atlas_rl.core import Rollouts, Sequences, Verified
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
+from atlas_rl.speculators.drawn_rows import committed_places
 from atlas_rl.speculators.recurrent.averaging import summand, take_mean
 from atlas_rl.speculators.recurrent.distill import Distilled, Loss, Target, distill, new_optimizer
 from atlas_rl.speculators.recurrent.head import RecurrentHead
@@ -149,36 +150,24 @@ class Learner:
         self._stride, self._num_logged = 1, 0
         self._kept = np.ones(len(sequences.lengths), bool)
 
-    def observe(
-        self,
-        verified: Verified,
-        begins: np.ndarray,
-        row: np.ndarray,
-        offset: np.ndarray,
-        hidden: torch.Tensor,
-        missed: np.ndarray,
-        policy: PolicyView,
-    ) -> None:
+    def observe(self, verified: Verified, begins: np.ndarray, missed: np.ndarray, policy: PolicyView) -> None:
         """Log committed tokens.
 
         Args:
             verified: What was committed.
             begins: int64 `[batch]`, position of each row's first committed token.
-            row: int64 `[n]`, row in `verified` of each committed token.
-            offset: int64 `[n]`, its place among the row's committed tokens.
-            hidden: `[n, hidden]`, what it was drawn from.
             missed: int64 `[batch]`, offset of the token that the head drafted otherwise; -1 for none.
             policy: Gives the embeddings of new tokens.
         """
-        kept = np.flatnonzero(self._kept[verified.requests[row]])
-        if len(kept):
-            states = hidden[uploaded(kept, self._device)].to(torch.float16)
-            row, offset = row[kept], offset[kept]
-            tokens = verified.token_ids[row, offset]
-            self._log.append(
-                _Logged(verified.requests[row], begins[row] + offset, tokens, states, missed[row] == offset)
-            )
-            self._num_logged += len(kept)
+        row, offset, places = committed_places(verified.hidden.starts, verified.num_committed)
+        if self._stride > 1:
+            kept = np.flatnonzero(self._kept[verified.requests[row]])
+            row, offset, places = row[kept], offset[kept], places[kept]
+        if len(row):
+            states = verified.hidden.head_inputs.detach()[uploaded(places, self._device)].to(torch.float16)
+            tokens, requests = verified.token_ids[row, offset], verified.requests[row]
+            self._log.append(_Logged(requests, begins[row] + offset, tokens, states, missed[row] == offset))
+            self._num_logged += len(row)
             while self._num_logged > self._settings.max_tokens and self._stride < len(self._kept):
                 self._thin()
         fresh = self._log[self._num_read :]

@@ -20,6 +20,7 @@ from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Seque
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
+from atlas_rl.speculators.drawn_rows import newest_indices, newest_places
 from atlas_rl.speculators.recurrent.distill import Distilled, Loss
 from atlas_rl.speculators.recurrent.head import FoldedHead
 from atlas_rl.speculators.recurrent.learner import Learner, LearnSettings
@@ -147,7 +148,7 @@ class RecurrentSpeculator(Speculator):
         if depth <= 0 or not learner.trained:
             return Draft.empty(len(requests))
         head, token_ids = self._folded_head()
-        newest = learner.index_of[sequences.token_ids[requests, sequences.lengths[requests] - 1]]
+        newest = newest_indices(requests, sequences.lengths, sequences.token_ids, learner.index_of)
         drawing = Drawing(
             self.name,
             sequences,
@@ -180,22 +181,17 @@ class RecurrentSpeculator(Speculator):
         self.learn()
         if not self._follows:
             return
-        requests, count = verified.requests, verified.num_committed
-        within = np.arange(int(count.max()))[None] < count[:, None]
-        row, offset = np.nonzero(within)
-        places = np.concatenate([verified.hidden.starts[row] + offset, np.cumsum(count) - 1, requests])
-        index, ends, newest = uploaded(places, self._device).split([len(row), len(count), len(requests)])
-        hidden = self._take(verified.hidden.head_inputs, index, ends, newest)
-        begins, proposed, self._proposed = sequences.lengths[requests] - count, self._proposed, None
-        self._put_off = partial(self._log, verified, begins, row, offset, hidden, proposed)
+        places, begins = newest_places(
+            verified.hidden.starts, verified.num_committed, verified.requests, sequences.lengths
+        )
+        self._keep(verified.hidden.head_inputs, uploaded(places, self._device))
+        proposed, self._proposed = self._proposed, None
+        self._put_off = partial(self._log, verified, begins, proposed)
 
-    def _take(
-        self, states: torch.Tensor, index: torch.Tensor, ends: torch.Tensor, newest: torch.Tensor
-    ) -> torch.Tensor:
-        """Everything that `observe` asks of the device: keeps the newest states, returns those at `index`."""
-        hidden = states[index].detach()
-        self._newest[newest] = hidden[ends].float()
-        return hidden
+    def _keep(self, states: torch.Tensor, places: torch.Tensor) -> None:
+        """Everything that `observe` asks of the device: keep the states at `places[0]` for the requests `places[1]`."""
+        ends, requests = places.unbind()
+        self._newest.index_copy_(0, requests, states.detach().index_select(0, ends).float())
 
     def learn(self) -> None:
         """Log the latest tokens, to learn from them at the refresh."""
@@ -207,13 +203,9 @@ class RecurrentSpeculator(Speculator):
         self,
         verified: Verified,
         begins: np.ndarray,
-        row: np.ndarray,
-        offset: np.ndarray,
-        hidden: torch.Tensor,
         proposed: tuple[np.ndarray, Draft] | None,
     ) -> None:
-        missed = _missed_at(verified, proposed)
-        self.learner.observe(verified, begins, row, offset, hidden, missed, self._bound())
+        self.learner.observe(verified, begins, _missed_at(verified, proposed), self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Learn from the newest rollouts: within `budget_share` of the time since the last refresh, one step at least."""
