@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.noise import Stream, draft_keys
 from atlas_kernels.truncation import Truncation
 from atlas_rl.checks import number, token_ids, whole
@@ -337,13 +338,16 @@ class Verified:
             int64 `[n]` twice: draft positions whose fate is known, and how many of them were right. A position is known
             while all before it were right and a token was committed there.
         """
-        covered = slice(None) if rows is None else rows
-        width = min(draft.token_ids.shape[1], self.token_ids.shape[1])
-        reach = np.minimum(draft.lengths, self.num_committed[covered])
-        equal = draft.token_ids[:, :width] == self.token_ids[covered, :width]
-        equal &= np.arange(width)[None] < reach[:, None]
-        right = np.cumprod(equal, axis=1).sum(axis=1)
-        return np.minimum(right + 1, reach), right
+        tokens, counts = self.token_ids, self.num_committed
+        if rows is not None:
+            tokens, counts = tokens[rows], counts[rows]
+        known, right = outcomes(
+            np.ascontiguousarray(draft.token_ids, np.int64),
+            draft.lengths,
+            np.ascontiguousarray(tokens, np.int64),
+            counts,
+        )
+        return known, right
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +372,18 @@ class Rollouts:
         """Share of the accepted draft tokens that this speculator had drafted; None where none were, or nobody counted."""
         total = sum(self.accepted.values())
         return self.accepted.get(speculator, 0) / total if total else None
+
+
+@cached_njit(nogil=True)
+def outcomes(drafts, lengths, tokens, num_committed):
+    """`Verified.outcome_of` for rows of drafts, int64 `[n, draft_len]`, beside those of tokens, int64 `[n, width]`."""
+    known, right = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    for row in range(len(lengths)):
+        reach, count = min(lengths[row], num_committed[row]), 0
+        while count < min(reach, drafts.shape[1], tokens.shape[1]) and drafts[row, count] == tokens[row, count]:
+            count += 1
+        known[row], right[row] = min(count + 1, reach), count
+    return known, right
 
 
 def prompt_key(row: np.ndarray) -> int:

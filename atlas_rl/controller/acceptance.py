@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from itertools import chain
 
 import numpy as np
 
+from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.slots import LEAST, survival_of
 
@@ -88,14 +90,10 @@ class AcceptanceModel:
         """
         if confidence.shape[1] == 0:
             return
-        position = np.arange(confidence.shape[1])[None]
-        tried = position < np.minimum(num_tried, num_accepted + 1)[:, None]
-        accepted = (position < num_accepted[:, None])[tried]
-        own, cell = _bins(confidence[tried])
-        position_class = np.broadcast_to(_classes(confidence.shape[1]), tried.shape)[tried]
-        self._score(self._estimate(own, cell, position_class), accepted)
-        np.add.at(self._tried, (position_class, cell), 1.0)
-        np.add.at(self._accepted, (position_class, cell), accepted)
+        learn_outcomes(
+            np.ascontiguousarray(confidence, np.float32), num_tried, num_accepted, _EDGES, _POSITIONS, *self._lines_now(),
+            self._tried, self._accepted, self._scores,
+        )  # fmt: skip
         excess = np.maximum(1.0, self._tried / _MEMORY)
         self._tried /= excess
         self._accepted /= excess
@@ -133,10 +131,38 @@ class AcceptanceModel:
             self._lines = self._accepted / (self._tried + _PRIOR_WEIGHT) + anywhere * accepted, anywhere * _PRIOR_WEIGHT
         return self._lines
 
-    def _score(self, estimates: np.ndarray, accepted: np.ndarray) -> None:
-        bins = np.minimum((estimates * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)
-        for row, weights in zip(self._scores, (None, estimates, accepted), strict=True):
-            row += np.bincount(bins, weights=weights, minlength=_SCORE_BINS)
+
+@cached_njit(nogil=True)
+def learn_outcomes(confidence, num_tried, num_accepted, edges, positions, a, b, tried, accepted, scores):
+    """Count outcomes by class of position and bin of confidence, and score the estimates of them, in place.
+
+    Args:
+        confidence: float32 `[batch, draft_len]`.
+        num_tried: int64 `[batch]`, positions with a known outcome.
+        num_accepted: int64 `[batch]`.
+        edges: float64 `[n]`, bins of the confidence in logits.
+        positions: int64 `[classes]`, first draft position of each class.
+        a: float64 `[classes, n + 1]`; the estimate is `a + b * confidence`.
+        b: float64 `[classes, n + 1]`.
+        tried: float64 `[classes, n + 1]`, is counted in.
+        accepted: float64 `[classes, n + 1]`, likewise.
+        scores: float64 `[3, bins]`, tried, sum of estimates and accepted by estimate, likewise.
+    """
+    for row in range(len(num_tried)):
+        kind = 0
+        for position in range(min(num_tried[row], num_accepted[row] + 1, confidence.shape[1])):
+            while kind + 1 < len(positions) and positions[kind + 1] <= position:
+                kind += 1
+            own = min(max(np.float64(confidence[row, position]), LEAST), 1 - LEAST)
+            cell = np.searchsorted(edges, math.log(own / (1 - own)))
+            stands = 1.0 if position < num_accepted[row] else 0.0
+            estimate = a[kind, cell] + b[kind, cell] * own
+            score = min(int(estimate * scores.shape[1]), scores.shape[1] - 1)
+            scores[0, score] += 1.0
+            scores[1, score] += estimate
+            scores[2, score] += stands
+            tried[kind, cell] += 1.0
+            accepted[kind, cell] += stands
 
 
 def _bins(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -88,7 +88,7 @@ class Controller(ABC):
 
     @abstractmethod
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        """Choose which speculators to ask next. Called again with their drafts, until it asks nobody.
+        """Choose which speculators to ask next. Called again with their drafts, until it asks nobody or nobody is left.
 
         Returns:
             By speculator, each from `step.ready` and without a draft yet: int64 `[batch]`, the most draft tokens

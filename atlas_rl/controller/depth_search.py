@@ -84,9 +84,11 @@ def search(current, expected, better, table, factor, draft_s, depths, discount):
     sums = np.zeros((2, num_depths, 3))  # of an answer's draws: tokens, discounted tokens, seconds
     # The shallowest depth at which a new draft is taken. Asking less deep, or where none is, costs and brings nothing.
     shallowest = np.full(2, num_depths)
+    # Where all are better, asking all is asking those; where none is, asking those is asking nobody.
+    first, last = 0 if better.any() else 1, 1 if better.all() else 2
     for draw in range(len(expected)):
-        _rank(current, expected[draw], better, depths, kept, fresh, shallowest)
-        for whom in range(2):
+        _rank(current, expected[draw], better, depths, first, last, kept, fresh, shallowest)
+        for whom in range(first, last):
             for index in range(num_depths):
                 tokens, discounted, seconds = _verified(
                     kept[whom, index + 1], fresh[whom, index], batch, table, factor, draft_s[whom + 1, index], discount
@@ -96,10 +98,10 @@ def search(current, expected, better, table, factor, draft_s, depths, discount):
                 sums[whom, index, 2] += seconds
     # Nobody is asked: all rows have their current draft, in every draw. The last of `fresh` is never counted in.
     tokens, discounted, seconds = _verified(
-        kept[1, 0], fresh[1, num_depths], batch, table, factor, draft_s[0, 0], discount
+        kept[first, 0], fresh[first, num_depths], batch, table, factor, draft_s[0, 0], discount
     )
     best, expected_of_it, answer = discounted / seconds, tokens / seconds, (0, 0)
-    for whom in range(2):
+    for whom in range(first, last):
         for index in range(shallowest[whom], num_depths):
             tokens, discounted, seconds = sums[whom, index]
             if discounted / seconds > best:
@@ -108,7 +110,7 @@ def search(current, expected, better, table, factor, draft_s, depths, discount):
 
 
 @cached_njit(nogil=True)
-def _rank(current, expected, better, depths, kept, fresh, shallowest):
+def _rank(current, expected, better, depths, first, last, kept, fresh, shallowest):
     """Number and mass of the slots at each level of survival, of every answer, in place.
 
     A request that is asked takes the new draft where that gains more. It gains more the further it goes, so there is a depth
@@ -119,6 +121,8 @@ def _rank(current, expected, better, depths, kept, fresh, shallowest):
         expected: float64 `[batch, lookahead]`, of one draw.
         better: bool `[batch]`.
         depths: int64 `[num_depths]`, rising.
+        first: Of who is asked (0 `better`, 1 all), the first that counts.
+        last: One behind the last that counts.
         kept: float64 `[2, num_depths + 1, 2, _LEVELS]`, by who is asked (`better`, all): `kept[whom, i + 1]` gets slots of
             the current drafts that stand at depth i, `kept[whom, 0]` of all current drafts.
         fresh: float64 of the same shape; `fresh[whom, i]` gets slots of new drafts at depth i.
@@ -126,8 +130,8 @@ def _rank(current, expected, better, depths, kept, fresh, shallowest):
     """
     batch, lookahead = current.shape
     num_depths = len(depths)
-    kept[:] = 0.0
-    fresh[:] = 0.0
+    kept[first:last] = 0.0
+    fresh[first:last] = 0.0
     for row in range(batch):
         total, at_hand, begin, taken = 0.0, 0.0, 0, num_depths
         for position in range(lookahead):
@@ -144,11 +148,11 @@ def _rank(current, expected, better, depths, kept, fresh, shallowest):
             if value <= 0:
                 break
             level = min(int((1 - value) * _LEVELS), _LEVELS - 1)
-            for whom in range(2):
+            for whom in range(first, last):
                 upto = taken if whom == 1 or better[row] else num_depths
                 kept[whom, upto, 0, level] += 1
                 kept[whom, upto, 1, level] += value
-        for whom in range(0 if better[row] else 1, 2):
+        for whom in range(first if better[row] else 1, last):
             shallowest[whom] = min(shallowest[whom], taken)
         index = taken
         for position in range(depths[num_depths - 1] if taken < num_depths else 0):
@@ -158,10 +162,10 @@ def _rank(current, expected, better, depths, kept, fresh, shallowest):
             while depths[index] <= position:
                 index += 1
             level = min(int((1 - value) * _LEVELS), _LEVELS - 1)
-            for whom in range(0 if better[row] else 1, 2):
+            for whom in range(first if better[row] else 1, last):
                 fresh[whom, index, 0, level] += 1
                 fresh[whom, index, 1, level] += value
-    for whom in range(2):
+    for whom in range(first, last):
         for index in range(num_depths, 0, -1):
             for part in range(2):
                 for level in range(_LEVELS):

@@ -115,8 +115,8 @@ class GoodputController(Controller):
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
+        decision = self._decision(step)
         if not step.drafts:
-            decision = self._decision(step)
             self._draw_as(step.drawn_as)
             if not left or self._plain_due(step) or self._end.holds_back or self._pause.holds(step.batch):
                 return {}
@@ -124,7 +124,6 @@ class GoodputController(Controller):
         if not left or _any_drawn(step):
             # Once a drawn draft is there, asking another for the same request would depend on the drawn tokens.
             return {}
-        decision = self._decision(step)
         best = self._best_drafts(decision)
         models = self._models
         if len(left) > 1:

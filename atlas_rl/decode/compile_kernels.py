@@ -157,7 +157,9 @@ def _run_all() -> None:
     tokens = torch.ones(2, 1, 2)
     rms_norm(tokens, torch.ones(2), 1e-6)
     rotate(tokens, tokens, tokens[:, 0], tokens[:, 0])
-    survival = AcceptanceModel().survival(np.full((2, 2), 0.5, np.float32), np.full(2, 2))
+    acceptance, confidence = AcceptanceModel(), np.full((2, 2), 0.5, np.float32)
+    acceptance.observe(confidence, np.full(2, 2), np.ones(2, np.int64))
+    survival = acceptance.survival(confidence, np.full(2, 2))
     take_better(survival, np.zeros(2), np.zeros(2, np.int64), survival, 0, 1)
     table, room, costs = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4), DraftCost()
     costs.observe(2, 4, 1.0)
@@ -179,7 +181,9 @@ def _run_all() -> None:
         merge({"": drafted}, [""], controller.admit(Step(room, 16, [""], drafts={"": drafted})), 4)
         ones, figures = np.ones(2, np.int64), np.ones((2, 1), np.float32)
         settled = Settled(requests, ones[:, None], ones, 0 * ones, figures, figures, Hidden.none())
-        history.observe(sequences, commit(settled, sequences, sequences.lengths + 1, StepRecorder()))
+        verified = commit(settled, sequences, sequences.lengths + 1, StepRecorder())
+        verified.outcome_of(drafted)
+        history.observe(sequences, verified)
         history.learn()
 
 

@@ -58,6 +58,8 @@ class Proposing:
             with self._recorder.time("draft"):
                 for name, wanted in plan.items():
                     self.ask(name, sequences, requests, wanted, step)
+            if len(step.drafts) >= len(step.ready):
+                return step  # nobody is left to be asked
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         """One speculator's drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""

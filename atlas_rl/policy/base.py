@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 _MARGIN = 32  # tokens
+_NO_STATES = torch.zeros(0, 0)
 
 
 @dataclass(slots=True)
@@ -57,7 +58,7 @@ class Taps:
 
     wants_head_inputs: bool = False
     wants_layers: tuple[int, ...] = ()
-    head_inputs: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    head_inputs: torch.Tensor = _NO_STATES
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:

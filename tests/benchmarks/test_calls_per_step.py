@@ -31,8 +31,8 @@ from tests.models import tiny_bigram
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 4]]
 BATCHES = (8, 64)
 DRAFTERS = ("history", "recurrent")
-LIMITS = {"draft": 999, "forward": 999, "sample": 999, "commit": 999, "observe": 999, "other": 999}
-DECIDING = 999  # three plans and the admission
+LIMITS = {"draft": 230, "forward": 60, "sample": 90, "commit": 80, "observe": 90, "other": 170}
+DECIDING = 330  # plans and the admission
 
 
 class Both(NoSpeculation):

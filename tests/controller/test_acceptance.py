@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from atlas_rl.controller import acceptance
 from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.core import Draft, Verified
 
@@ -149,3 +150,30 @@ def test_no_more_ways_of_drawing_are_kept_than_a_run_has():
         model.switch_to(temperature)
         model.observe(np.full((4, 2), 0.5, np.float32), np.full(4, 2), np.full(4, 1))
     assert len(model._evidence) <= 8
+
+
+def test_the_compiled_count_is_the_plain_one():
+    rng = np.random.default_rng(0)
+    model, plain = AcceptanceModel(), AcceptanceModel()
+    for _ in range(20):
+        confidence = rng.random((30, 12), np.float32)
+        tried, accepted = rng.integers(0, 13, 30), rng.integers(0, 13, 30)
+        model.observe(confidence, tried, accepted)
+        position = np.arange(12)[None]
+        known = position < np.minimum(tried, accepted + 1)[:, None]
+        stands = (position < accepted[:, None])[known]
+        own, cell = acceptance._bins(confidence[known])
+        kind = np.broadcast_to(acceptance._classes(12), known.shape)[known]
+        bins = np.minimum((plain._estimate(own, cell, kind) * 10).astype(np.int64), 9)
+        np.add.at(plain._scores, (1, bins), plain._estimate(own, cell, kind))
+        np.add.at(plain._scores, (0, bins), 1.0)
+        np.add.at(plain._scores, (2, bins), stands)
+        np.add.at(plain._tried, (kind, cell), 1.0)
+        np.add.at(plain._accepted, (kind, cell), stands)
+        excess = np.maximum(1.0, plain._tried / acceptance._MEMORY)
+        plain._tried /= excess
+        plain._accepted /= excess
+        plain._lines = None
+    np.testing.assert_allclose(model._tried, plain._tried)
+    np.testing.assert_allclose(model._accepted, plain._accepted)
+    np.testing.assert_allclose(model._scores, plain._scores)

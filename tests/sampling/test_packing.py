@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from atlas_rl.core import Draft, Verified
 from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
 
 
@@ -58,3 +59,23 @@ def test_probabilities_that_are_no_numbers_are_told_where_they_count(place: int,
     figures[place] = np.nan
     told = unpacked(np.array([0, 3]), np.array([1]), tokens, figures, figures, figures, np.zeros(0, np.int64))
     assert told[-1] != counts
+
+
+def test_outcomes_of_drafts_are_what_committed_tokens_say() -> None:
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        batch, width, longest = int(rng.integers(1, 7)), int(rng.integers(0, 5)), int(rng.integers(1, 6))
+        draft = Draft(
+            rng.integers(0, 3, (batch, width)), rng.integers(0, width + 1, batch), np.zeros((batch, width), np.float32)
+        )
+        tokens, counts = rng.integers(0, 3, (batch + 2, longest)), rng.integers(1, longest + 1, batch + 2)
+        nothing = np.zeros(batch + 2, np.int64)
+        verified = Verified(np.arange(batch + 2), tokens, counts, nothing, nothing, nothing > 0)
+        rows = rng.permutation(batch + 2)[:batch]
+        both = min(width, longest)
+        reach = np.minimum(draft.lengths, counts[rows])
+        equal = (draft.token_ids[:, :both] == tokens[rows, :both]) & (np.arange(both) < reach[:, None])
+        right = np.cumprod(equal, axis=1).sum(axis=1)
+        known, own = verified.outcome_of(draft, rows)
+        assert np.array_equal(own, right)
+        assert np.array_equal(known, np.minimum(right + 1, reach))

@@ -74,6 +74,7 @@ class Model(NamedTuple):
 class Scratch(NamedTuple):
     """Work arrays of one position; the candidates are the different tokens that cursors predict."""
 
+    rates: np.ndarray  # float64 [NUM_SOURCES, NUM_BUCKETS], exponentials of the model's log weights
     weights: np.ndarray  # float64 [MAX_CURSORS], per cursor, in units of the weightiest
     tokens: np.ndarray  # int64 [MAX_CURSORS], candidates
     masses: np.ndarray  # float64 [MAX_CURSORS], n(x) of the candidates
@@ -109,9 +110,10 @@ def new_model() -> Model:
 
 
 @numba.njit
-def new_scratch():
-    """Fresh work arrays."""
+def new_scratch(model):
+    """Fresh work arrays, for a model that `learn` alone changes meanwhile."""
     return Scratch(
+        np.exp(model.log_weights),
         np.empty(MAX_CURSORS),
         np.empty(MAX_CURSORS, np.int64),
         np.empty(MAX_CURSORS),
@@ -132,7 +134,7 @@ def mix(cursors, count, model, scratch):
     """The mixture of `count > 0` cursors: fills the candidates and their masses, returns the `Position`."""
     best = 0
     for i in range(count):
-        scratch.weights[i] = math.exp(model.log_weights[cursors[i, SOURCE], LENGTH_BUCKET[cursors[i, LENGTH]]])
+        scratch.weights[i] = scratch.rates[cursors[i, SOURCE], LENGTH_BUCKET[cursors[i, LENGTH]]]
         if scratch.weights[i] > scratch.weights[best]:
             best = i
     unit = 1 / scratch.weights[best]
@@ -174,26 +176,32 @@ def _overtakes(n, m, log_ratio):
 
 
 @numba.njit
-def _pick_arrivals(at, scratch, key, position):
-    """Arrival times of the candidates, and the first arrival for every exponent."""
+def _first_arrival(at, scratch, exponent):
+    """The candidate that arrives first where rates are raised to `exponent`."""
+    first, pick = _NEVER, 0  # an index, so it is one whatever the comparisons say
     for x in range(at.different):
-        scratch.times[x] = exponential(key, position, scratch.tokens[x], 0)
-    for g in range(len(EXPONENTS)):
-        first, scratch.picks[g] = _NEVER, 0  # an index, so it is one whatever the comparisons say
-        for x in range(at.different):
-            # Times scale with the rate's unit, so dividing by the mass instead of P changes no comparison.
-            time = scratch.times[x] * (at.total / scratch.masses[x]) ** EXPONENTS[g]
-            if time < first:
-                first, scratch.picks[g] = time, x
-    for x in range(at.different):
-        scratch.times[x] *= at.total / ((1 - at.escape) * scratch.masses[x])
+        # Times scale with the rate's unit, so dividing by the mass instead of P changes no comparison.
+        time = scratch.times[x] * (at.total / scratch.masses[x]) ** exponent
+        if time < first:
+            first, pick = time, x
+    return pick
 
 
 @numba.njit
-def _choose_coupled(at, model, scratch, key, position):
-    """First arrival under the policy's own noise; returns its index and fills its features."""
-    _pick_arrivals(at, scratch, key, position)
-    best = scratch.picks[np.argmax(model.exponents[at.kind])]
+def _choose_coupled(at, model, scratch, key, position, learns):
+    """First arrival under the policy's own noise; returns its index and fills its features.
+
+    Where `learns`, it fills the picks of all exponents as well; drafting needs that of the best one alone.
+    """
+    for x in range(at.different):
+        scratch.times[x] = exponential(key, position, scratch.tokens[x], 0)
+    most = np.argmax(model.exponents[at.kind])
+    for g in range(len(EXPONENTS)):
+        if learns or g == most:
+            scratch.picks[g] = _first_arrival(at, scratch, EXPONENTS[g])
+    best = scratch.picks[most]
+    for x in range(at.different):
+        scratch.times[x] *= at.total / ((1 - at.escape) * scratch.masses[x])
     times, masses = scratch.times, scratch.masses
     raw, margin = math.exp(-at.escape * times[best]), _MAX_MARGIN
     for x in range(at.different):
@@ -224,9 +232,12 @@ def _choose_likeliest(at, scratch):
 
 
 @numba.njit
-def choose(cursors, count, at, model, scratch, mode, key, position):
-    """The token to draft: its index among the candidates; fills the features of its confidence."""
-    best = _choose_coupled(at, model, scratch, key, position) if mode == COUPLED else _choose_likeliest(at, scratch)
+def choose(cursors, count, at, model, scratch, mode, key, position, learns):
+    """The token to draft: its index among the candidates; fills the features of its confidence, and what `learn` needs."""
+    if mode == COUPLED:
+        best = _choose_coupled(at, model, scratch, key, position, learns)
+    else:
+        best = _choose_likeliest(at, scratch)
     longest = 0
     for i in range(count):
         if cursors[i, NEXT] == scratch.tokens[best]:
@@ -270,6 +281,7 @@ def learn(cursors, count, token, drafted, at, model, scratch, mode):
         gain = at.total / scratch.masses[right] - 1 if cursors[i, NEXT] == token else -1.0
         category = cursors[i, SOURCE], LENGTH_BUCKET[cursors[i, LENGTH]]
         model.log_weights[category] += _WEIGHT_RATE * gain * scratch.weights[i] / at.total
+        scratch.rates[category] = math.exp(model.log_weights[category])
 
 
 @numba.njit

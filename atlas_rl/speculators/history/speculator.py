@@ -61,7 +61,7 @@ def _draft_row(request, length, want, cursors, count, live, archive, model, scra
         if count == 0:
             return drafted
         at = mix(cursors, count, model, scratch)
-        best = choose(cursors, count, at, model, scratch, mode, key, position)
+        best = choose(cursors, count, at, model, scratch, mode, key, position, False)
         confidence[drafted] = confidence_of(model.confidence[mode], scratch.features)
         if confidence[drafted] < _CONFIDENCE_FLOOR:
             return drafted
@@ -80,7 +80,7 @@ def _draft_rows(requests, lengths, want, cursors, counts, live, archive, model, 
     """Draft every row behind the `lengths` of all requests; returns the lengths of the drafts."""
     drafted = np.zeros(len(requests), np.int64)
     own = np.empty_like(cursors[0])
-    scratch = new_scratch()
+    scratch = new_scratch(model)
     for i in range(len(requests)):
         request = requests[i]
         count = counts[request]
@@ -133,7 +133,7 @@ def _follow_rows(requests, lengths, observed, most, starts, ends, cursors, count
 @cached_njit(nogil=True)
 def _learn_rows(requests, starts, ends, tokens, met, met_counts, model, mode, keys):
     """Learn from the tokens that `_move_rows` moved past, as if each had been drafted from the cursors that it met."""
-    scratch = new_scratch()
+    scratch = new_scratch(model)
     token = 0
     for i in range(len(requests)):
         request = requests[i]
@@ -142,7 +142,7 @@ def _learn_rows(requests, starts, ends, tokens, met, met_counts, model, mode, ke
             token += 1
             if count > 0:
                 at = mix(cursors, count, model, scratch)
-                best = choose(cursors, count, at, model, scratch, mode, keys[request], position)
+                best = choose(cursors, count, at, model, scratch, mode, keys[request], position, True)
                 learn(cursors, count, tokens[request, position], best, at, model, scratch, mode)
 
 
