@@ -234,10 +234,11 @@ def _choose_likeliest(at, scratch):
 @numba.njit
 def choose(cursors, count, at, model, scratch, mode, key, position, learns):
     """The token to draft: its index among the candidates; fills the features of its confidence, and what `learn` needs."""
-    if mode == COUPLED:
-        best = _choose_coupled(at, model, scratch, key, position, learns)
-    else:
-        best = _choose_likeliest(at, scratch)
+    best = (
+        _choose_coupled(at, model, scratch, key, position, learns)
+        if mode == COUPLED
+        else _choose_likeliest(at, scratch)
+    )
     longest = 0
     for i in range(count):
         if cursors[i, NEXT] == scratch.tokens[best]:
