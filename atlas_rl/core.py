@@ -375,7 +375,9 @@ class Rollouts:
 
 
 @cached_njit(nogil=True)
-def outcomes(drafts, lengths, tokens, num_committed):
+def outcomes(
+    drafts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, num_committed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """`Verified.outcome_of` for rows of drafts, int64 `[n, draft_len]`, beside those of tokens, int64 `[n, width]`."""
     known, right = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     for row in range(len(lengths)):

@@ -133,7 +133,18 @@ class AcceptanceModel:
 
 
 @cached_njit(nogil=True)
-def learn_outcomes(confidence, num_tried, num_accepted, edges, positions, a, b, tried, accepted, scores):
+def learn_outcomes(
+    confidence: np.ndarray,
+    num_tried: np.ndarray,
+    num_accepted: np.ndarray,
+    edges: np.ndarray,
+    positions: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    tried: np.ndarray,
+    accepted: np.ndarray,
+    scores: np.ndarray,
+) -> None:
     """Count outcomes by class of position and bin of confidence, and score the estimates of them, in place.
 
     Args:

@@ -165,6 +165,13 @@ def _rank(current, expected, better, depths, first, last, kept, fresh, shallowes
             for whom in range(first if better[row] else 1, last):
                 fresh[whom, index, 0, level] += 1
                 fresh[whom, index, 1, level] += value
+    _sum_up(first, last, kept, fresh)
+
+
+@cached_njit(nogil=True)
+def _sum_up(first, last, kept, fresh):
+    """From slots by the depth at which they come or go to those that stand at each depth, in place, as `_rank` says."""
+    num_depths = kept.shape[1] - 1
     for whom in range(first, last):
         for index in range(num_depths, 0, -1):
             for part in range(2):

@@ -140,7 +140,7 @@ class CacheRoom:
 
 
 @cached_njit(nogil=True)
-def room_of(active, lengths, max_lengths, held_cells):
+def room_of(active: np.ndarray, lengths: np.ndarray, max_lengths: np.ndarray, held_cells: int) -> np.ndarray:
     """Draft tokens that each active request can use: up to its limit but for one, and to the cells that rows have.
 
     Args:
@@ -159,7 +159,7 @@ def room_of(active, lengths, max_lengths, held_cells):
 
 
 @cached_njit(nogil=True)
-def needed_by(active, lengths, max_lengths):
+def needed_by(active: np.ndarray, lengths: np.ndarray, max_lengths: np.ndarray) -> int:
     """Cells that the next step of active requests may write: the longest and `LOOKAHEAD`, within the furthest limit."""
     longest, furthest = 0, 0
     for row in range(len(active)):

@@ -72,7 +72,7 @@ def learned(tmp_path_factory) -> Learned:
         model=tiny_bigram(layers=3, seed=11), speculators=[RecordingSpeculator(folder)], console=False
     )
     for seed in range(2):
-        engine.generate(PROMPTS, num_generations=16, max_new_tokens=24, seed=seed)
+        engine.generate(PROMPTS, num_generations=16, max_new_tokens=24, eos_token_ids=[17], seed=seed)
         engine.policy_updated()
     return Learned.of(folder)
 
