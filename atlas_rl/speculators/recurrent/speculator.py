@@ -181,6 +181,8 @@ class RecurrentSpeculator(Speculator):
         self.learn()
         if not self._follows:
             return
+        # Compiled code reads without a look at bounds.
+        assert len(verified.hidden.starts) == len(verified.requests), "states of every request: see `needs`"
         places, begins = newest_places(
             verified.hidden.starts, verified.num_committed, verified.requests, sequences.lengths
         )
