@@ -72,6 +72,9 @@ class DraftLM(Speculator):
         self._set_vocabulary(policy.vocab_size)
 
     def compile_for(self, sampling: SamplingParams) -> None:
+        one, zero = np.ones(1, np.int64), np.zeros(1, np.int64)
+        with self._runner.session(self._runner.new_cache(1, 1)):
+            self._runner.forward(Segments(zero, 0, zero, one, zero, settled=one), zero)
         draw_from_logits(sampling, self._vocab_size, self._runner.device, couples_noise=self._couples_noise)
 
     def start(

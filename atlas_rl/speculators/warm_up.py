@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from atlas_kernels.head_call import DraftHeadWeights
+from atlas_kernels.layer import store
 from atlas_kernels.noise import request_keys
 from atlas_kernels.nvfp4 import linear, quantize, tensor_scale_for
 from atlas_rl.core import SamplingParams, Sequences
@@ -50,6 +51,13 @@ def draw_from_logits(
     columns = vocab_size if token_ids is None else len(token_ids)
     drawing = one_drawing(sampling, vocab_size, device, couples_noise, token_ids)
     drawing.draw(torch.zeros(1, columns, dtype=dtype, device=device))
+
+
+def write_cache(kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Write a token's key and value, of such a shape and type, into a cache."""
+    keys, values = torch.zeros(2, 1, 1, kv_heads, dim, dtype=dtype, device=device)
+    where = torch.zeros(1, dtype=torch.int64, device=device)
+    store(keys, values, keys[0].clone(), values[0].clone(), where, where)
 
 
 def draw_from_head(

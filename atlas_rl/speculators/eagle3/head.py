@@ -97,6 +97,12 @@ class Eagle3Head(nn.Module):
         return self.lm_head(features if self.config.norm_output else self.norm(features))
 
 
+def cached_sizes(config: LlamaConfig) -> tuple[int, int]:
+    """Heads of keys and values of a layer, and the size of each."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads or config.num_attention_heads, size
+
+
 class Eagle3Layer(nn.Module):
     """A Llama layer whose attention reads the embedding and the feature side by side."""
 
@@ -127,8 +133,7 @@ class _Projections(nn.Module):
 
     def __init__(self, config: LlamaConfig, qk_norm: bool) -> None:
         super().__init__()
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        num_kv_heads = config.num_key_value_heads or config.num_attention_heads
+        num_kv_heads, self.head_dim = cached_sizes(config)
         heads, kv_heads = config.num_attention_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(2 * config.hidden_size, heads, bias=config.attention_bias)
         self.k_proj = nn.Linear(2 * config.hidden_size, kv_heads, bias=config.attention_bias)

@@ -24,8 +24,8 @@ from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
-from atlas_rl.speculators.eagle3.head import Eagle3Head
-from atlas_rl.speculators.warm_up import draw_from_logits
+from atlas_rl.speculators.eagle3.head import Eagle3Head, cached_sizes
+from atlas_rl.speculators.warm_up import draw_from_logits, write_cache
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
@@ -71,12 +71,14 @@ class Eagle3Speculator(Speculator):
         ) * attention.k_proj.weight.itemsize
 
     def compile_for(self, sampling: SamplingParams) -> None:
+        dtype = self.head.fc.weight.dtype
+        write_cache(*cached_sizes(self.head.config.layer), dtype, self._device)
         draw_from_logits(
             sampling,
             self._policy.vocab_size,
             self._device,
             couples_noise=self._couples_noise,
-            dtype=self.head.fc.weight.dtype,
+            dtype=dtype,
             token_ids=self._token_ids,
         )
 
