@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from numbers import Integral
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -119,7 +120,7 @@ class GuardedSpeculator(Speculator):
         cache: PolicyCache | None = None,
     ) -> None:
         self._version = sequences.policy_version
-        self._try("start", self.unguarded.start, None, sequences, requests, prompts, cache)
+        self._try("start", methodcaller("start", sequences, requests, prompts, cache), None, self.unguarded)
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
         return self._try("backlog", self._backlog, None, sequences, requests)
@@ -129,10 +130,10 @@ class GuardedSpeculator(Speculator):
         return Draft.empty(len(requests)) if draft is None else draft
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        self._try("observe", self.unguarded.observe, None, sequences, verified)
+        self._try("observe", methodcaller("observe", sequences, verified), None, self.unguarded)
 
     def learn(self) -> None:
-        self._try("learn", self.unguarded.learn, None)
+        self._try("learn", methodcaller("learn"), None, self.unguarded)
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         if policy_version != self._off_at:
@@ -141,7 +142,7 @@ class GuardedSpeculator(Speculator):
         return self._try("refresh", lambda: _checked_survival(self.unguarded.refresh(rollouts, policy_version)), None)
 
     def shared(self) -> torch.Tensor | None:
-        return self._try("shared", self.unguarded.shared, None)
+        return self._try("shared", methodcaller("shared"), None, self.unguarded)
 
     def take_shared(self, total: torch.Tensor) -> None:
         self._try("take_shared", lambda: self.unguarded.take_shared(total), None)
@@ -150,7 +151,7 @@ class GuardedSpeculator(Speculator):
         return self._try("weights", lambda: tuple(self.unguarded.weights()), ())
 
     def state_dict(self) -> dict[str, Any]:
-        return self._try("state_dict", self.unguarded.state_dict, {})
+        return self._try("state_dict", methodcaller("state_dict"), {}, self.unguarded)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unguarded.load_state_dict(state)
@@ -167,6 +168,7 @@ class GuardedSpeculator(Speculator):
         return draft
 
     def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
+        """As `Faults.attempt`. Methods are looked up inside of `call`: a drafter that lacks one has failed, too."""
         if self._off_at is not None:
             return otherwise
         result, went_well = self._faults.attempt(self.name, where, call, otherwise, *arguments)
@@ -207,17 +209,21 @@ class GuardedController(Controller):
     def observe(
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
-        return self._try("observe", self.unguarded.observe, None, step, admission, verified, forward_s, step_s)
+        return self._try(
+            "observe", methodcaller("observe", step, admission, verified, forward_s, step_s), None, self.unguarded
+        )
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
         self._off = False
         self._try("policy_updated", lambda: self.unguarded.policy_updated(expected), None)
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        return self._try("plain_forward_s", self.unguarded.plain_forward_s, None, batch, context_tokens)
+        return self._try(
+            "plain_forward_s", methodcaller("plain_forward_s", batch, context_tokens), None, self.unguarded
+        )
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
-        return self._try("take_calibration", self.unguarded.take_calibration, {})
+        return self._try("take_calibration", methodcaller("take_calibration"), {}, self.unguarded)
 
     def _plan(self, step: Step) -> dict[str, np.ndarray]:
         return _checked_plan(self.unguarded.plan(step), step)

@@ -221,6 +221,11 @@ LOGGED: tuple[Explained, ...] = (
         'Leave `draft_model="fp4"` out on a CPU.',
     ),
     Explained(
+        "... runs its norms and rotary embeddings as they are, which takes several operations each",
+        "The policy failed the engine's test with norms and rotary embeddings in one pass each, and passes it without.",
+        "Nothing: its steps are somewhat slower. Please report the policy's class and versions.",
+    ),
+    Explained(
         "cannot run as a CUDA graph",
         "The policy's forward does something that a CUDA graph cannot hold; the message has torch's reason.",
         "Nothing, or change the policy's code. Its decode steps are launched kernel by kernel.",

@@ -15,7 +15,9 @@ def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bo
     """See `layer.rms_norm`; in float32 there is nothing to round first."""
     out = torch.empty_like(x)
     columns = x.shape[-1]
-    _norm_rows(_numbers(x).reshape(-1, columns), _numbers(weight), eps, adds_one, _numbers(out).reshape(-1, columns))
+    # numpy would pin the weight's storage, which FSDP has to free: numpy gets a copy.
+    own = _numbers(weight.detach().clone())
+    _norm_rows(_numbers(x).reshape(-1, columns), own, eps, adds_one, _numbers(out).reshape(-1, columns))
     return out
 
 

@@ -86,6 +86,13 @@ def test_norm_on_a_cpu_is_the_reference(adds_one):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+def test_a_norm_on_a_cpu_leaves_the_weights_storage_to_its_owner():
+    """FSDP frees what it gathered by resizing it to nothing."""
+    weight = torch.ones(16)
+    rms_norm(torch.ones(3, 16), weight, 1e-6)
+    weight.untyped_storage().resize_(0)
+
+
 def test_rotation_on_a_cpu_is_the_reference_to_the_bit():
     query, key, cos, sin = numbers(5, 9, 64), numbers(5, 3, 64, seed=1), numbers(5, 64, seed=2), numbers(5, 64, seed=3)
     compiled, reference = (rotate(query, key, cos, sin, implementation=i) for i in ("auto", "reference"))

@@ -18,7 +18,7 @@ from tests.engines import engine_of, generate, policy
 
 
 @contextmanager
-def small_disk(folder, size="48k", option="rw"):
+def small_disk(folder, size="64k", option="rw"):
     """A file system of its own; skipped where this process may not mount one."""
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},{option}", "tmpfs", folder], check=False)

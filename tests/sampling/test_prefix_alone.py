@@ -102,9 +102,9 @@ def test_whether_a_trial_is_verified_does_not_depend_on_an_ending_token_that_was
 def test_an_ending_token_that_was_drawn_does_not_bring_newer_costs_into_the_decision(monkeypatch: pytest.MonkeyPatch):
     """Asked for a larger forward than before, the costs are fitted anew, to the newest measurements."""
     asked: list[int] = []
-    predict = CostModel.predict
+    tables = CostModel.tables
     monkeypatch.setattr(
-        CostModel, "predict", lambda self, size, context=0: asked.append(size) or predict(self, size, context)
+        CostModel, "tables", lambda self, size, context: asked.append(size) or tables(self, size, context)
     )
     seen = []
     for first_length in (4, 1):
