@@ -25,7 +25,7 @@ import torch
 from transformers import AttentionInterface
 
 from atlas_kernels.dispatch import implementation_on
-from atlas_kernels.layer import store
+from atlas_kernels.layer import store as store_tokens
 from atlas_rl.policy import varlen
 from atlas_rl.policy.autocast import as_attended, autocast_type
 from atlas_rl.policy.base import Segments, roomy
@@ -132,7 +132,7 @@ class RaggedBatch:
                 self._begin(layer, key, value)
             rows, cells = self.placed.token_rows, self.placed.token_positions
             new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-            store(
+            store_tokens(
                 self.keys[layer], self.values[layer], new_keys, new_values, rows, cells, implementation_on(key.device)
             )
         return source

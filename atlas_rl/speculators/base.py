@@ -57,11 +57,12 @@ class Speculator(ABC):
         """
         self._couples_noise = couples_noise
 
-    def compile_for(self, sampling: SamplingParams) -> None:  # noqa: B027 - most have no kernels of their own
+    def compile_for(self, sampling: SamplingParams) -> None:
         """Compile the kernels that drafts of a call launch on a GPU, so that nobody waits for it in the middle of the call.
 
-        Engines ask once for each kind of sampling, before the first step.
+        Engines ask once for each kind of sampling, before the first step. By default there are none.
         """
+        return
 
     @abstractmethod
     def start(
@@ -110,12 +111,14 @@ class Speculator(ABC):
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Follow verified tokens, as far as the next draft needs it, and let go of the state of finished requests."""
 
-    def learn(self) -> None:  # noqa: B027 - most put nothing off
+    def learn(self) -> None:
         """Do what `observe` put off because no draft waits for it.
 
         Engines call this while the device runs the next forward, so that it takes no time of a step. It may come late or
-        not at all: what is put off is done at the latest when it is needed, or when the next `observe` puts off more.
+        not at all: what is put off is done at the latest when it is needed, or when the next `observe` puts off more. By
+        default nothing is put off.
         """
+        return
 
     @abstractmethod
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
@@ -138,8 +141,9 @@ class Speculator(ABC):
         """
         return None
 
-    def take_shared(self, total: torch.Tensor) -> None:  # noqa: B027 - most share nothing
-        """The sum of all ranks' parts, float32 `[n]`, the same on every rank."""
+    def take_shared(self, total: torch.Tensor) -> None:
+        """The sum of all ranks' parts, float32 `[n]`, the same on every rank. By default nothing is shared."""
+        return
 
     def weights(self) -> Iterable[torch.Tensor]:
         """Tensors of the networks that it owns; none by default. Engines that sleep check that they are not lost."""

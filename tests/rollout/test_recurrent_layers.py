@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 
-from atlas_rl.core import SamplingParams
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.speculators.draft_lm import DraftLM
@@ -15,10 +13,18 @@ from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.training.eagle3 import TrainSettings, new_head
 from benchmarks.tiny_policies import build
-from tests.drafters import Parrot, RandomDrafter, recurrent_drafter
+from tests.drafters import Parrot, recurrent_drafter
 from tests.engines import PROMPTS, VOCAB, engine_of, generate
-from tests.exact import FALSE_ALARM, p_value, sequence_probabilities
-from tests.families import drafting, logprobs_of, policy, reference
+from tests.families import (
+    assert_drafters_of_the_policy_work,
+    assert_drafts_change_nothing,
+    assert_greedy_tokens_are_transformers_own,
+    assert_samples_have_the_policys_distribution,
+    drafting,
+    logprobs_of,
+    policy,
+    reference,
+)
 from tests.models import HYBRIDS
 
 TWO = ["lfm2", "qwen3_5_text"]
@@ -26,28 +32,12 @@ TWO = ["lfm2", "qwen3_5_text"]
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_the_tokens_do_not_depend_on_drafts_and_are_the_policys(family):
-    wanted = reference(family)
-    # Rows for four of ten requests: the others wait, and rows move when some end.
-    output = generate(drafting(policy(family), Parrot(wanted.completion_ids, error_rate=0.3), max_batch_size=4))
-    assert output.completion_ids == wanted.completion_ids
-    assert 0 < output.report.acceptance_rate < 1
-    for prompt, completion, logprobs in zip(wanted.prompt_ids, wanted.completion_ids, output.logprobs, strict=True):
-        assert np.allclose(logprobs, logprobs_of(policy(family), prompt, completion), atol=1e-3)
+    assert_drafts_change_nothing(policy(family), reference(family))
 
 
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "bamba"])
 def test_greedy_tokens_are_those_of_transformers_own_generate(family):
-    model, prompt = policy(family), [5, 9, 4, 11, 30]
-    own = model.generate(torch.tensor([prompt]), max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
-    output = generate(
-        drafting(model, RandomDrafter()),
-        [prompt],
-        temperature=0.0,
-        max_new_tokens=14,
-        eos_token_ids=[],
-        num_generations=1,
-    )
-    assert output.completion_ids == [own[0, len(prompt) :].tolist()]
+    assert_greedy_tokens_are_transformers_own(policy(family))
 
 
 DRAFTERS = {
@@ -62,13 +52,7 @@ DRAFTERS = {
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("family", TWO)
 def test_drafters_that_read_or_run_the_policy_work(family, drafter):
-    engine = drafting(policy(family), DRAFTERS[drafter](policy(family)))
-    generate(engine, max_new_tokens=6)
-    engine.policy_updated()
-    output = generate(engine)
-    assert output.completion_ids == reference(family).completion_ids
-    assert sum(output.report.drafted.values()) > 0
-    assert not output.report.warnings
+    assert_drafters_of_the_policy_work(family, DRAFTERS[drafter])
 
 
 @pytest.mark.parametrize("family", TWO)
@@ -107,9 +91,4 @@ def test_adapters_of_recurrent_layers_count(family):
 @pytest.mark.parametrize("verification", ["invariant", "rejection"])
 @pytest.mark.parametrize("family", TWO)
 def test_samples_have_the_policys_distribution(family, verification):
-    model, prompt, new = build(family, vocab_size=4, logit_std=1.2), [1, 3, 2], 4
-    engine = drafting(model, RandomDrafter(with_probs=True), 2, verification=verification)
-    output = engine.generate([prompt], num_generations=2500, max_new_tokens=new, eos_token_ids=[0], seed=11)
-    assert output.report.accepted["random"] > 0
-    expected = sequence_probabilities(model, prompt, SamplingParams(max_new_tokens=new, eos_token_ids=(0,)))
-    assert p_value(output.completion_ids, expected) > FALSE_ALARM
+    assert_samples_have_the_policys_distribution(build(family, vocab_size=4, logit_std=1.2), verification)
