@@ -79,10 +79,12 @@ def test_the_python_of_a_page_runs(page: str, world: dict[str, Any]) -> None:
 
 
 def flags_in(file: Path) -> set[str]:
-    """Flags that a script gives its parser."""
+    """Flags that a script gives its parser, or has `short_run.add_options` give it."""
     calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    shared = any(isinstance(call.func, ast.Name) and call.func.id == "add_options" for call in calls)
     added = [call.args for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
-    return {arg.value for args in added for arg in args if isinstance(arg, ast.Constant) and arg.value.startswith("-")}
+    own = {arg.value for args in added for arg in args if isinstance(arg, ast.Constant) and arg.value.startswith("-")}
+    return own | flags_in(ROOT / "examples/grpo_demo/short_run.py") if shared else own
 
 
 @cache
