@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from atlas_rl.decode import compile_kernels
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.speculators.fp4_self.copy import FourBitCopy
@@ -63,6 +64,7 @@ def sectioned(cuda: PretendCuda) -> ExitStack:
 
 def counts_of(arm: str, *, model: Any = None, verification: str = "invariant", **sampling: Any) -> Counts:
     """Counts of a call in which no request ends early. What comes before is left out: admission, calls that only teach."""
+    compile_kernels._compiled.clear()  # what was compiled on another pretended device is not on this one
     with PretendCuda() as cuda, sectioned(cuda):
         moved = cuda.move(policy(torch.bfloat16) if model is None else model)
         engine = engine_of(moved, ARMS[arm](cuda.move), verification=verification)
