@@ -1,4 +1,4 @@
-"""What ranks gain from one another: accepted length per epoch with 1, 2 and 4 ranks, drafters together or apart.
+"""Measures what ranks gain from an exchange: accepted length per epoch with 1, 2 and 4 ranks, shared or separate.
 
     python -m benchmarks.exchange                     # some ten minutes on two cores
 
@@ -57,7 +57,7 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
 
 
 def arm(folder: Path, drafter: str, way: str) -> NoReturn:
-    """One rank of one arm, which ends the process; rank 0 writes the figures."""
+    """Run one rank of one arm and end the process; rank 0 writes the figures."""
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     prompts = [" ".join(f"w{(37 * row + 11 * word) % (VOCAB - 2)}" for word in range(4)) for row in range(PROMPTS)]
