@@ -17,7 +17,7 @@ def kernels_run_on(device: torch.device) -> bool:
 
 
 def implementation_on(device: torch.device) -> Implementation:
-    """ "triton" if kernels run on `device`, else "reference": for callers that can do without kernels."""
+    """Name of the implementation on `device`, "triton" or "reference", for callers that can do without kernels."""
     return "triton" if kernels_run_on(device) else "reference"
 
 
