@@ -20,28 +20,28 @@ class EngineConfig:
     """Options of `AtlasRolloutEngine`.
 
     Attributes:
-        speculation: False decodes plainly: the baseline, same tokens.
+        speculation: False decodes without drafts: the baseline, with the same tokens.
         verification: `invariant` (drafter-invariant sampling) or `rejection`.
         draft_model: The static speculator: "fp4", a four-bit copy of the policy (a folder of that name is "./fp4"); the
             folder of an EAGLE-3 head or of a causal LM with the policy's tokenizer; or a loaded causal LM.
-        speculators: Speculators to use instead of the defaults (history index, recurrent head, and the static one where
+        speculators: Speculators to use instead of the defaults (history index, recurrent head, and the static one if
             given).
         controller: Controller to use instead of `GoodputController`.
-        max_batch_size: Most requests decoded together; None takes what memory allows.
-        output_dir: Folder that gets `rollouts.jsonl`, one report per line, with the engine that wrote it (`engine`, a name
-            of its own) and its process (`rank`); None writes none.
-        trace: Append one line per decode step to `controller.jsonl` in `output_dir`, with several ranks to one file per
-            rank: whom the controller asked, what it expected, and what came.
+        max_batch_size: Most requests decoded together; None: as many as memory allows.
+        output_dir: Folder for `rollouts.jsonl`, one report per line, with the engine that wrote it (`engine`, a random
+            name) and its process (`rank`); None writes no file.
+        trace: Append one line per decode step to `controller.jsonl` in `output_dir` (with several ranks, one file per
+            rank): the drafters asked, and the expected and actual tokens and seconds.
         console: Print one line per report.
         spare_importance_sampling: In process the sampled logprobs are the trainer's own, so its importance-sampling
-            correction multiplies by one at the price of a forward pass. True checks that on the first step and then
-            switches the correction off; False leaves it alone.
-        audit_share: Share of the tokens that is put through a plain forward pass as well, to see that samples and logprobs
-            are the policy's (`audit/auditor.py`); in [0, 1], 0 never. Prompts of audited completions
-            count, so with small steps one in many is audited.
+            correction multiplies by one and costs a forward pass. True checks this on the first step and then
+            switches the correction off; False leaves it on.
+        audit_share: Share of the tokens that is also put through a plain forward pass, to check that samples and logprobs
+            come from the policy (`audit/auditor.py`); in [0, 1], 0 disables it. Prompts of audited completions
+            count, so with small steps only one completion in several steps is audited.
         backend: `in_process`, `vllm`, or `auto`: vLLM for a trainer with `use_vllm=True`, and for a model that is a
             checkpoint's folder or name, or a `vllm.LLM`; else in process.
-        clock: Seconds since some fixed moment: what reports and the controller's costs are measured with.
+        clock: Function that returns seconds since some fixed moment, for the times in reports and the controller's costs.
 
     Raises:
         ValueError: A value that no option takes.
@@ -81,7 +81,7 @@ class EngineConfig:
             raise ValueError("the vLLM backend verifies by drafter-invariant sampling: leave verification='invariant'")
         if self.backend == "vllm" and (self.trace or self.max_batch_size is not None):
             raise ValueError(
-                "trace and max_batch_size are of the in-process backend: vLLM has max_num_seqs for the latter"
+                "trace and max_batch_size belong to the in-process backend: vLLM has max_num_seqs for the latter"
             )
         if self.trace and (self.output_dir is None or self.controller is not None):
             raise ValueError("trace=True needs output_dir, the folder it writes to, and the engine's own controller")

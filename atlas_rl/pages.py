@@ -53,7 +53,7 @@ def options_page() -> str:
     on_the_command_line = [f"`{each.name}`" for each in fields(engine_arguments(AtlasRolloutEngine))]
     return _page(
         "Options",
-        "No option has to be set. A name that does not exist is refused, with the nearest one that does.",
+        "No option has to be set. An unknown name is refused, with the nearest known one.",
         "## `AtlasRolloutEngine(...)`",
         _table(("option", "default", "meaning"), rows),
         "## `attach(trainer, ...)`",
@@ -63,8 +63,8 @@ def options_page() -> str:
         _table(("option", "default", "meaning"), _of_generate()),
         "## `atlas-rl grpo`",
         "The command takes every option of `trl grpo`, in a YAML file (`--config run.yaml`) and on the command line, and "
-        f"these: {', '.join(on_the_command_line)}. `output_dir` is the trainer's: reports lie beside its checkpoints. "
-        "`engine: trl` generates with TRL alone, to compare with: its figures are in the trainer's log, and it writes no "
+        f"these: {', '.join(on_the_command_line)}. `output_dir` is the trainer's: reports are beside its checkpoints. "
+        "`engine: trl` generates with TRL alone, for comparison: its figures are in the trainer's log, and it writes no "
         "file for `atlas-rl compare`. For that command `speculation: false` is the baseline.",
         "```yaml\n# run.yaml\nmodel_name_or_path: path/to/policy\ndataset_name: path/to/dataset\n"
         "reward_funcs: [think_format_reward]  # of TRL: needs prompts that are lists of messages\n"
@@ -80,9 +80,9 @@ def options_page() -> str:
         _table(
             ("variable", "meaning"),
             [
-                ["`ATLAS_RL_CACHE`", "folder of compiled CPU kernels and of what was measured on this machine "
+                ["`ATLAS_RL_CACHE`", "folder of compiled CPU kernels and of measurements of this machine "
                  "[`$XDG_CACHE_HOME/atlas_rl`, or `~/.cache/atlas_rl`]"],
-                ["`NUMBA_CACHE_DIR`", "folder of compiled CPU kernels alone, as numba knows it"],
+                ["`NUMBA_CACHE_DIR`", "numba's variable: folder of compiled CPU kernels only"],
             ],
         ),
     )  # fmt: skip
@@ -104,14 +104,14 @@ def metrics_page() -> str:
         "Every figure comes from the report of a step. With several ranks a report covers all of them: counts add up, and "
         "seconds are those of the slowest rank.",
         "## In the trainer's log",
-        "TRL logs these beside its own metrics, so they reach Trackio, TensorBoard, W&B and whatever `report_to` names. "
-        "Figures of an evaluation are called `eval_atlas/...`. A figure that is not known is left out. `DRAFTER` is "
+        "TRL logs these with its own metrics, to every tracker in `report_to` (Trackio, TensorBoard, W&B, ...). "
+        "Figures of an evaluation are called `eval_atlas/...`. Unknown figures are left out. `DRAFTER` is "
         "`history`, `recurrent` or the name of another drafter, `POSITION` is 0, 1, ... within a draft. The next table "
-        "says more of each key.",
+        "describes each key in full.",
         _table(("name", "unit", "key", "meaning"), logged),
         "## In `rollouts.jsonl`",
-        "One line per step, with these keys. A figure that is not known is `null`. "
-        "[report.md](report.md) makes a page of the file.",
+        "One line per step, with these keys. Unknown figures are `null`. "
+        "`atlas-rl report` makes a page from the file ([report.md](report.md)).",
         _table(("key", "unit", "meaning"), fields_of_line),
     )
 
@@ -120,13 +120,13 @@ def warnings_page() -> str:
     """`docs/warnings.md`."""
     return _page(
         "Warnings",
-        "Three dots stand for what varies. None of these stops a run, and none changes a token.",
+        "Three dots stand for variable parts. No warning stops a run or changes a token.",
         "## In reports",
-        "The console prints them below the step's line, the page of a run shows them with what to do, and `warnings` in "
-        "`rollouts.jsonl` holds them.",
+        "The console prints them below the step's line, the page of a run shows them with what to do, and "
+        "`rollouts.jsonl` has them under `warnings`.",
         _table(("warning", "cause", "what to do"), _explained(REPORTED)),
         "## In the log",
-        "Python's `logging` has them, as `atlas_rl: ...`. Some are there to be seen once, and ask for nothing.",
+        "Python's `logging` prints them as `atlas_rl: ...`. Some only inform and need no action.",
         _table(("warning", "cause", "what to do"), _explained(LOGGED)),
     )
 

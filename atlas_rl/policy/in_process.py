@@ -278,7 +278,7 @@ class InProcessRunner(PolicyRunner):
                 self._fuses = False
                 self._probed = probe(self)  # raises again, if that was not the cause
                 logger.warning(
-                    "atlas_rl: %s runs its norms and rotary embeddings as they are, which takes several operations each: in "
+                    "atlas_rl: %s runs its norms and rotary embeddings unfused, in several operations each: in "
                     "one pass each they fail here (%s)", type(self.model).__name__, error,
                 )  # fmt: skip
         return self._probed

@@ -114,8 +114,8 @@ def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
         return logits[0]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         logger.warning(
-            "atlas_rl: cannot see what %s makes of its LM head's output (%s): drafters learn towards what its configuration "
-            "says",
+            "atlas_rl: cannot determine what %s makes of its LM head's output (%s): drafters follow its configuration "
+            "instead",
             type(model).__name__,
             error,
         )

@@ -139,7 +139,7 @@ class RecordingSpeculator(Speculator):
         super().bind(policy, couples_noise)
         if policy.form is None:
             raise ValueError(
-                "this policy's logits are no scaled or capped output of its LM head: it cannot be recorded"
+                "this policy's logits are not a scaled or capped output of its LM head: it cannot be recorded"
             )
         self._policy, self._form = policy, policy.form
         self._rows = TokenRows.empty(policy.vocab_size, policy.hidden_size, policy.device)

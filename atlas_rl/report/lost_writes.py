@@ -33,8 +33,8 @@ class LostWrites:
             self._unsaid[kind] += 1
             if self._unsaid[kind] == 1:
                 logger.warning(
-                    "atlas_rl: a %s was lost (%s). Generation goes on; this is said once, further losses are counted: "
-                    "make room, or give the disk back",
+                    "atlas_rl: a %s was lost (%s). Generation goes on; further losses are only counted: "
+                    "free space, or reconnect the disk",
                     kind,
                     error,
                 )

@@ -64,7 +64,7 @@ class StepReport:
         num_request_forwards: (request, decoding target forward) pairs: the sum of the active batch over the forwards.
         num_decoded_tokens: Tokens that those forwards committed. Fewer than `num_tokens` if the first token of each request
             is drawn from its prefill.
-        drafted: Verified draft tokens per speculator; empty when speculation is off.
+        drafted: Verified draft tokens per speculator; empty if speculation is off.
         accepted: Accepted draft tokens per speculator, same keys.
         drafted_by_position: Draft tokens verified at draft position 0, 1, ...
         accepted_by_position: Draft tokens accepted at draft position 0, 1, ...
@@ -84,28 +84,28 @@ class StepReport:
             that hold them.
         audit_s: Seconds of auditing a share of the rollouts.
         packing_s: Seconds, part of `prefill_s` and `forward_s`, of packing weights for faster products on a CPU.
-        packed_bytes: Most bytes of copies of weights at once: packed ones, and those in the type of a trainer's autocast.
+        packed_bytes: Most bytes of weight copies at once: packed ones, and those in the type of a trainer's autocast.
         other_s: `generate_s` less the named seconds.
         entropy: Mean entropy of the processed distribution in nats per token; None if not measured.
         mean_max_prob: Mean probability of the likeliest token; None if not measured.
         num_scored_tokens: Tokens over which `entropy` and `mean_max_prob` are means.
         no_speculation_s: Estimated seconds of the same tokens without speculation (`no_speculation_seconds`), to be
-            compared with `generate_s`. None if no speculator could draft, or where the run has not measured what plain
-            forwards of such batches cost.
+            compared with `generate_s`. None if no speculator could draft, or if the run has not measured the cost of
+            plain forwards of such batches.
         baseline_tokens_per_s: Tokens per second of a measured rerun without speculation; None without a rerun.
-        step_s: Seconds of the whole training step, generation included, reruns that only measure aside; None until known.
+        step_s: Seconds of the whole training step, with generation and without measuring reruns; None until known.
         active_batch_curve: Pairs of (index of the decoding forward, active requests), at most 64; shows the long tail.
         completion_lengths: Generated tokens of each request.
         num_audited_tokens: Tokens compared with a plain forward pass of the policy (`audit/auditor.py`).
-        audit_score_nats: Sum of log-probability plus entropy over the audited tokens. Its expectation is 0 for a right
+        audit_score_nats: Sum of log-probability plus entropy over the audited tokens. Its expectation is 0 for a correct
             sampler, below 0 for one that is more random than the policy, above 0 for a greedier one.
         audit_score_variance_nats2: Variance of `audit_score_nats`, in nats squared.
         audit_logprob_error_nats: Mean absolute difference between returned logprobs and those of the plain forward; None if
             the engine returned none.
         audit_evidence_nats: The run's evidence against the sampler after this step: log R of `audit/bets.py`. None if
             nothing has been audited yet.
-        drafter_faults: Errors of drafters, of the controller or in following requests that cost drafts and nothing else; by
-            name, those that had any.
+        drafter_faults: Number of errors by drafter, controller and following of requests, for those that had any. They
+            cost only drafts.
         warnings: Failures of the step, each as one sentence that names the cause.
     """
 

@@ -158,7 +158,9 @@ def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, 
         except Exception as error:  # whoever wrote the speculator: training never stops for a drafter
             if strict:
                 raise
-            logger.warning("atlas_rl: the saved state of the drafter '%s' is left: %s. It starts afresh", name, error)
+            logger.warning(
+                "atlas_rl: the saved state of the drafter '%s' is ignored: %s. It starts afresh", name, error
+            )
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], described: str) -> str:

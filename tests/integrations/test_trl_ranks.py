@@ -51,7 +51,7 @@ def test_gathering_per_forward_is_refused(tmp_path: Path) -> None:
 def test_tools_with_a_sharded_policy_are_refused(wrapper: str, name: str, tmp_path: Path) -> None:
     trainer = sharded(build(tmp_path), wrapper)
     trainer.tools = [print]
-    refused(trainer, f"with tools each rank asks for as many generation calls.*{name} gathers")
+    refused(trainer, f"with tools each rank makes as many generation calls.*{name} needs all")
 
 
 @pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
@@ -60,7 +60,7 @@ def test_forwards_that_are_spread_over_ranks_are_refused(kind: str, tmp_path: Pa
     layout = SimpleNamespace(**{f"{kind}_enabled": True, f"{kind}_size": 2})
     trainer.accelerator.state.parallelism_config = layout
     try:
-        refused(trainer, rf"parallelism \(parallelism_config, {kind}_size=2\) makes every forward")
+        refused(trainer, rf"parallelism \(parallelism_config, {kind}_size=2\) every forward")
     finally:
         trainer.accelerator.state.parallelism_config = None
 

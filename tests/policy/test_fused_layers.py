@@ -170,5 +170,5 @@ def test_kernels_that_are_wrong_here_are_not_used(monkeypatch, unfused, caplog):
     monkeypatch.setattr(fused_layers, "rms_norm", lambda x, weight, eps, **form: 1.1 * x)
     logits = steps(tiny_llama(seed=3))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "norms and rotary embeddings as they are" in caplog.text
+    assert "norms and rotary embeddings unfused" in caplog.text
     assert torch.equal(logits, unfused(tiny_llama(seed=3)))

@@ -147,7 +147,7 @@ def test_a_policy_whose_forward_cannot_be_run_behind_the_head_is_named(caplog):
     model.base_model_prefix = ""
     with caplog.at_level(logging.WARNING):
         assert InProcessView(model).form == LogitForm()
-    assert "cannot see what LlamaForCausalLM makes of its LM head's output" in caplog.text
+    assert "cannot determine what LlamaForCausalLM makes of its LM head's output" in caplog.text
 
 
 @pytest.mark.parametrize("form", [LogitForm(0.0625), LogitForm(7.0), LogitForm(0.5, 30.0), LogitForm(3.0, 5.0)])

@@ -198,7 +198,7 @@ def test_other_trainers_train_on_what_the_server_generated(
     ("kind", "message"),
     [
         ("iw_opd", r"IWOPDTrainer sets up more .*prepare_vllm\(\), with use_vllm=True and vllm_mode='server'"),
-        ("online_dpo", r"OnlineDPOTrainer has no vLLM that an engine could be put into"),
+        ("online_dpo", r"OnlineDPOTrainer has no vLLM engine that can be replaced"),
         ("sdft", r"use_teacher_server=True asks the server for the logprobs of prompts"),
     ],
 )
@@ -254,10 +254,10 @@ def test_a_server_whose_policy_somebody_else_changed_is_noticed(
     assert trainer.vllm_generation is adapter
     adapter.sync_weights()
     call(server.address, "atlas_policy_updated")
-    with pytest.raises(RuntimeError, match=r"expected \d+: somebody else has changed its weights"):
+    with pytest.raises(RuntimeError, match=r"expected \d+: another client has changed its weights"):
         adapter.generate([[2, 3]] * 4, None, 4)
     adapter._server = replace(adapter._server, server="another")
-    with pytest.raises(RuntimeError, match="was started again and has forgotten the policy"):
+    with pytest.raises(RuntimeError, match="was restarted and has lost the policy"):
         adapter.generate([[2, 3]] * 4, None, 4)
 
 
@@ -277,7 +277,7 @@ def test_a_second_trainer_on_a_server_takes_it_over_and_the_first_is_told(
     ("options", "arguments", "message"),
     [
         ({"draft_model": "."}, {}, "draft_model is not an option.*vllm-serve MODEL --draft-model FOLDER"),
-        ({"speculation": False}, {}, "speculation=False cannot be told to a server"),
+        ({"speculation": False}, {}, "speculation=False cannot be set on a server"),
         ({}, {"baseline_every": 2}, "leave baseline_every=0"),
     ],
     ids=str,
@@ -357,7 +357,7 @@ def test_two_ranks_share_a_server(server: Server, folders: list[Path], tmp_path:
         assert rank["num_compared"] == 2 * 4
         assert rank["error_nats"] < 1e-3
         assert rank["logged"] == ranks[0]["logged"], "every rank logs the report of all"
-        assert "somebody else has changed its weights" in rank["refused"], "on every rank"
+        assert "another client has changed its weights" in rank["refused"], "on every rank"
     assert ranks[0]["completions"] != ranks[1]["completions"]
     assert ranks[0]["num_requests"] == [8, 8]
 

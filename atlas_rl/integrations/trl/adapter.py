@@ -86,8 +86,8 @@ def sampling_in_process(trainer: Any, seed: int) -> TrainerSampling:
             if entries
         ]
         raise ValueError(
-            f"{' and '.join(found)} cannot be honoured in process: it takes {sorted(OPTIONS)}, and others only at values "
-            "that change nothing. Set them to None"
+            f"{' and '.join(found)} cannot be honoured in process: {sorted(OPTIONS)} are supported, and others only with "
+            "values that have no effect. Set them to None"
         )
     return sampling
 

@@ -25,7 +25,7 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
     way = kind.in_process if in_process else kind.vllm
     if way is None:
         raise ValueError(
-            f"{type(trainer).__name__} has no vLLM that an engine could be put into: build it with use_vllm=False and "
+            f"{type(trainer).__name__} has no vLLM engine that can be replaced: build it with use_vllm=False and "
             "attach AtlasRolloutEngine(), which generates in process"
         )
     if getattr(trainer, "rollout_func", None) is not None:
@@ -46,23 +46,23 @@ def check_gathering(trainer: Any) -> None:
     splits = _splits_forwards(trainer)
     if splits:
         raise ValueError(
-            f"{splits} makes every forward of the policy a collective: {once}. Switch it off, or generate with vLLM"
+            f"with {splits} every forward of the policy is a collective: {once}. Switch it off, or generate with vLLM"
         )
     sharder = shards(trainer)
     if sharder and kind_of(trainer).calls_the_policy:
         raise ValueError(
-            f"{type(trainer).__name__} calls model.generate, and the engine does not gather a policy that {sharder} shards "
-            "there: train with DDP or ZeRO-2, or generate with vLLM where docs/trainers.md says that it can"
+            f"{type(trainer).__name__} calls model.generate, for which the engine cannot gather a policy sharded by "
+            f"{sharder}: train with DDP or ZeRO-2, or generate with vLLM if docs/trainers.md says that it can"
         )
     if sharder == "DeepSpeed ZeRO-3" and not trainer.args.ds3_gather_for_generation:
         raise ValueError(
             f"ds3_gather_for_generation=False gathers ZeRO-3's shards in every forward: {once}. Leave it at True, or "
-            "generate with vLLM where the whole policy does not fit on a device"
+            "generate with vLLM if the whole policy does not fit on a device"
         )
     if sharder and getattr(trainer, "tools", None):
         raise ValueError(
-            f"with tools each rank asks for as many generation calls as its own completions need, and {sharder} gathers the "
-            "policy in each of them, which takes all ranks: train with DDP or ZeRO-2, or generate with vLLM"
+            f"with tools each rank makes as many generation calls as its own completions need, and {sharder} needs all "
+            "ranks to gather the policy in each of them: train with DDP or ZeRO-2, or generate with vLLM"
         )
 
 

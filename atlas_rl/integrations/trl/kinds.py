@@ -99,6 +99,6 @@ def kind_of(trainer: Any) -> Kind:
             return _ASKS_VLLM
     got = f"the class {trainer.__name__}" if isinstance(trainer, type) else f"a {type(trainer).__name__}"
     raise ValueError(
-        f"attach() takes a trainer that is built, one of TRL's that sample ({', '.join(_KINDS)}) or a subclass, got {got}. "
+        f"attach() takes an initialised TRL trainer that samples ({', '.join(_KINDS)}) or a subclass, got {got}. "
         f"For a policy, or for another trainer, {_STAND_ALONE}"
     )

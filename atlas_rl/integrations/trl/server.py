@@ -59,7 +59,7 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAd
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None and not kind_of(trainer).built_later:
         raise ValueError(
-            f"{type(trainer).__name__} sets up more than a vLLM client where it builds one: build it inside of "
+            f"{type(trainer).__name__} sets up other parts together with its vLLM client: build it inside of "
             "engine.prepare_vllm(), with use_vllm=True and vllm_mode='server'"
         )
     generation = generation or _new_generation(trainer, sampling.params)
@@ -73,7 +73,7 @@ def _check_options(config: EngineConfig, baseline_every: int) -> None:
         if getattr(config, name) not in (None, False):
             raise ValueError(f"{name} is not an option of a trainer whose server drafts: {instead}")
     if not config.speculation:
-        raise ValueError("speculation=False cannot be told to a server: start it with `vllm serve` and attach nothing")
+        raise ValueError("speculation=False cannot be set on a server: start it with `vllm serve` and attach nothing")
     if config.verification != "invariant":
         raise ValueError("the server verifies by drafter-invariant sampling: leave verification='invariant'")
     if baseline_every:
@@ -244,18 +244,18 @@ class ServerAdapter(TrainerAdapter):
         now = client.status()
         if now.server != self._server.server:
             raise RuntimeError(
-                f"the vLLM server at {client.base_url} was started again and has forgotten the policy: resume the run from "
+                f"the vLLM server at {client.base_url} was restarted and has lost the policy: resume the run from "
                 "its last checkpoint, which sends the weights anew"
             )
         if now.num_trainers != self._server.num_trainers:
             raise RuntimeError(
-                f"another trainer has connected to the vLLM server at {client.base_url}, which takes weights from that one "
-                "only. One server serves one trainer: start a server for each, and resume from the last checkpoint"
+                f"another trainer has connected to the vLLM server at {client.base_url}, which now takes weights from that "
+                "one only. One server serves one trainer: start a server for each, and resume from the last checkpoint"
             )
         if now.policy_version != version:
             raise RuntimeError(
                 f"the vLLM server at {client.base_url} serves policy version {now.policy_version}, expected {version}: "
-                "somebody else has changed its weights, or an update was lost. One server serves one trainer"
+                "another client has changed its weights, or an update was lost. One server serves one trainer"
             )
         if not now.weights_are_whole:
             raise RuntimeError(
@@ -293,7 +293,7 @@ class ServerAdapter(TrainerAdapter):
         if report.policy_version != self._server.policy_version:
             raise RuntimeError(
                 f"the vLLM server at {client.base_url} generated with policy version {report.policy_version}, expected "
-                f"{self._server.policy_version}: it was started again, or somebody else has changed its weights"
+                f"{self._server.policy_version}: it was started again, or another client has changed its weights"
             )
         warnings, num_tokens = report.warnings, sum(call.completion_lengths)
         if report.num_tokens > num_tokens:

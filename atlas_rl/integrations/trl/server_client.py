@@ -136,7 +136,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         while (code := self._health()) != 200:
             if code == 404:
                 raise ConnectionError(
-                    f"what answers at {self.base_url} is no vLLM server (/health is not there): check address and port"
+                    f"the server at {self.base_url} is no vLLM server (/health is not there): check address and port"
                 )
             if time.monotonic() >= until_s:
                 answers = "nothing answers" if code is None else f"/health answers {code}"

@@ -82,7 +82,7 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdap
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None and not kind_of(trainer).built_later:
         raise ValueError(
-            f"{type(trainer).__name__} sets up more than a vLLM where it builds one: build it inside of "
+            f"{type(trainer).__name__} sets up other parts together with its vLLM: build it inside of "
             "engine.prepare_vllm(), with use_vllm=True and vllm_mode='colocate'"
         )
     if generation is None:

@@ -96,8 +96,8 @@ class RecurrentSpeculator(Speculator):
         self._follows = policy.form is not None
         if not self._follows:
             logger.warning(
-                "atlas_rl: the policy's logits are no scaled or capped output of its LM head: the recurrent drafter cannot "
-                "learn them and drafts nothing"
+                "atlas_rl: the policy's logits are not a scaled or capped output of its LM head: the recurrent drafter "
+                "cannot learn them and drafts nothing"
             )
         known = None if self._policy is None else self.learner.sizes
         self._policy = policy
