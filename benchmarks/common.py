@@ -115,7 +115,7 @@ def _cpu_model() -> str:
 
 
 def _dirty() -> bool:
-    # Untracked source files count: a figure made by code that nobody has is as unrepeatable as one made by edited code.
+    # Untracked source files count: a figure made by unpublished code is as unrepeatable as one made by edited code.
     return bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))
 
 

@@ -135,7 +135,7 @@ class Start:
 
 def warm_start(model: Any, tokenizer: Any, policy: str, args: argparse.Namespace) -> Start:
     """The first steps of a run of this policy."""
-    # The shipped head was trained for the warm policy; for the raw one it would be an arm that nobody would configure.
+    # The shipped head was trained for the warm policy; for the raw one it would be an unrealistic arm.
     names = ("history", "recurrent", "eagle3") if policy == "warm" else ("history", "recurrent")
     controller = GoodputController(names)
     engine = AtlasRolloutEngine(

@@ -84,7 +84,7 @@ def search(current, expected, better, table, factor, draft_s, depths, discount):
     sums = np.zeros((2, num_depths, 3))  # of an answer's draws: tokens, discounted tokens, seconds
     # The shallowest depth at which a new draft is taken. Asking less deep, or where none is, costs and brings nothing.
     shallowest = np.full(2, num_depths)
-    # Where all are better, asking all is asking those; where none is, asking those is asking nobody.
+    # If all are better, asking them is asking all; if none is, asking them would ask no request.
     first, last = 0 if better.any() else 1, 1 if better.all() else 2
     for draw in range(len(expected)):
         _rank(current, expected[draw], better, depths, first, last, kept, fresh, shallowest)

@@ -62,7 +62,7 @@ class PlainCosts:
         sizes = sorted(self.steps)
         if not num_forwards or not sizes:
             return PlainForwards(num_forwards, None if num_forwards else 0.0)
-        # Between two sizes that were noted a third costs what lies between; outside of them nobody knows.
+        # A size between two noted ones is interpolated; outside of them the cost is unknown.
         inside = {batch: count for batch, count in plain.items() if sizes[0] <= batch <= sizes[-1]}
         if sum(inside.values()) < _NOTED_SHARE * num_forwards:
             return PlainForwards(num_forwards, None)

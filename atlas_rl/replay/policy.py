@@ -32,7 +32,7 @@ class RecordedPolicy(PolicyView):
         )
         if like is not None:
             _, self._outputs, self._biases = like.rows_of(np.arange(shape[0]))
-        # As many layers as were recorded: whoever needs more is told.
+        # Only the recorded layers: a drafter that needs more gets an error.
         self.config = SimpleNamespace(num_hidden_layers=max(recorded.layers, default=-1) + 1)
         self.form = recorded.form
         self.follow(recorded)

@@ -279,7 +279,7 @@ def _looked_up(
         found = found - normaliser
     if num_logprobs:
         likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
-        # A processed distribution has tokens of no probability, which JSON cannot name; nobody ranks behind them.
+        # Tokens of probability 0 have the logprob -inf, which JSON cannot represent; they rank last.
         ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
     if device.type == "cpu":
         return ids.numpy(), found.numpy(), _ranks(scored.float().contiguous().numpy(), index, token_ids)

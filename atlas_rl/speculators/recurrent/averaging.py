@@ -47,7 +47,7 @@ def take_mean(head: RecurrentHead, ids: np.ndarray, total: torch.Tensor) -> bool
     with torch.no_grad():
         for weight, part in zip(weights, parts, strict=True):
             weight.copy_((part / num_learned).view_as(weight))
-        # A token that only this rank knows, and that is in nobody's part, keeps its bias.
+        # A token that is in no part of the sum keeps its bias on this rank.
         mean = biases[index] / known[index].clamp(min=1.0)
         head.bias.copy_(torch.where(known[index] > 0, mean, head.bias))
     return True
