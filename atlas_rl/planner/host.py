@@ -1,4 +1,4 @@
-"""What an engine's host adds to a round: the time that the device waits for it.
+"""The time per round that the device waits for an engine's host.
 
     t_host [s] = round_s + request_s * batch        in a round that drafts, 0 in a plain step
 

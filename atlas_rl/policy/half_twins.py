@@ -1,4 +1,4 @@
-"""Runs layers with weights of their own, such as MoE experts and routers, as copies ("twins") of half the size.
+"""Runs layers with their own weights, such as MoE experts and routers, as copies ("twins") of half the size.
 
 An MoE keeps the weights of all its experts in one tensor, and its own class multiplies by them. Under autocast every product
 converts what it multiplies by: slices of that tensor, or what was gathered from it. Nobody can tell from outside which

@@ -1,4 +1,4 @@
-"""The interface of every speculator. A speculator that runs a network shares its tensors with nobody."""
+"""The interface of every speculator. The tensors of a speculator's network belong to it alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests whether cuDNN attention plans anew for every key length, the reason to keep it out of decoding."""
+"""Tests whether cuDNN attention makes a new plan for every key length, the reason to keep it out of decoding."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def is_whole(trainer: Any) -> bool:
 
 
 def _check_way_to_the_engine(trainer: Any, way: Way) -> None:
-    """Raise `ValueError` if the trainer generates in a method of its own that never calls the engine."""
+    """Raise `ValueError` if the trainer generates in its own method that never calls the engine."""
     for stage, following in pairwise(way):
         method = getattr(trainer, stage, None)
         if method is not None and not _mentions(method, trainer, {stage, following}):
