@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class InProcessRunner(PolicyRunner):
-    """Runs any Hugging Face causal LM whose layers attend to the row's own tokens: Llama, Qwen, Gemma, GPT-2 and similar.
+    """Runs any Hugging Face causal LM whose layers attend to the row's own tokens: Llama, Qwen, Gemma, GPT-2, ...
 
     Some recurrent layers can be run as well (`policy/recurrent_layers.py`).
 
