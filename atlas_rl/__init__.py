@@ -24,7 +24,7 @@ _HOME = {
 if not TYPE_CHECKING:  # or a type checker would take every name of this package for one that exists
 
     def __getattr__(name: str) -> Any:
-        """Load public names on first use: `import atlas_rl` itself loads neither torch nor transformers."""
+        """Load public names on first use, so that `import atlas_rl` loads neither torch nor transformers."""
         if name not in _HOME:
             raise AttributeError(f"module 'atlas_rl' has no attribute '{name}'")
         from importlib import import_module

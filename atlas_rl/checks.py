@@ -1,4 +1,4 @@
-"""Checks of options and arguments: each returns the value, or raises a `ValueError` that names option, value and cure.
+"""Checks of options and arguments: each returns the value or raises a `ValueError` with option, value and remedy.
 
 Numbers may come as numpy's or torch's scalars; what is returned is Python's own. `True` is no number, and text is none.
 """
@@ -17,23 +17,23 @@ _LONGEST = 80  # of a value in a message
 
 
 def wrong(name: str, wanted: str, value: Any) -> ValueError:
-    """The error for a value that an option does not take; `wanted` says what it takes."""
+    """The error for an invalid option value; `wanted` describes valid values."""
     return ValueError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:
-    """The value as Python writes it, on one line and not too long."""
+    """`repr` of the value, shortened to one line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({type(value).__name__})"
 
 
 def plain(value: Any) -> Any:
-    """Python's own value of a scalar of numpy or torch; anything else as it is."""
+    """The Python value of a numpy or torch scalar; any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None, *, hint: str = "") -> int:
-    """A whole number of at least `least`, at most `most`. `hint` follows the range in the message."""
+    """Check for a whole number between `least` and `most`. `hint` follows the range in the message."""
     given = plain(value)
     if isinstance(given, bool) or not isinstance(given, Integral) or not _within(int(given), least, most):
         wanted = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
@@ -42,7 +42,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None, *, hint: s
 
 
 def number(name: str, value: Any, wanted: str, fits: Callable[[Any], bool]) -> float:
-    """A number that `fits`; `wanted` says which ones do. NaN fits nothing that compares."""
+    """Check for a number for which `fits` is true; `wanted` describes such numbers. NaN never fits."""
     given = plain(value)
     if isinstance(given, bool) or not isinstance(given, Real) or not fits(given):
         raise wrong(name, wanted, value)
@@ -50,7 +50,7 @@ def number(name: str, value: Any, wanted: str, fits: Callable[[Any], bool]) -> f
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that only counts as such."""
+    """Check for True or False; 0 and 1 are refused."""
     given = plain(value)
     if not isinstance(given, bool):
         raise wrong(name, "True or False", value)
@@ -58,14 +58,14 @@ def flag(name: str, value: Any) -> bool:
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> str:
-    """One of several words."""
+    """Check for one of several words."""
     if not isinstance(value, str) or value not in known:
         raise wrong(name, " or ".join(filter(None, (", ".join(map(repr, known[:-1])), repr(known[-1])))), value)
     return value
 
 
 def path(name: str, value: Any, what: str = "a path") -> Path:
-    """A path, as text or as `Path`; it need not exist."""
+    """Check for a path, as text or as `Path`; it need not exist."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise wrong(name, f"{what}, as text or pathlib.Path", value)
@@ -73,7 +73,7 @@ def path(name: str, value: Any, what: str = "a path") -> Path:
 
 
 def instance(name: str, value: Any, kind: type, wanted: str) -> Any:
-    """An object of a class. The class itself is a mistake of its own."""
+    """Check for an instance of a class. Passing the class itself gets its own message."""
     if isinstance(value, type) and issubclass(value, kind):
         raise ValueError(f"{name} must be {wanted}, got the class {value.__name__}: make one, {value.__name__}(...)")
     if not isinstance(value, kind):
@@ -82,14 +82,14 @@ def instance(name: str, value: Any, kind: type, wanted: str) -> Any:
 
 
 def instances(name: str, value: Any, kind: type) -> list[Any]:
-    """Objects of a class, in a list or another sequence."""
+    """Check for instances of a class, in a list or another sequence."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise wrong(name, f"a list of {kind.__name__} objects", value)
     return [instance(f"{name}[{index}]", each, kind, f"a {kind.__name__} object") for index, each in enumerate(value)]
 
 
 def token_ids(name: str, value: Any, *, wanted: str = "a token id, or a flat list of token ids") -> tuple[int, ...]:
-    """One token id or several, in a list, tuple, set, array or tensor."""
+    """Check for one token id or several, in a list, tuple, set, array or tensor."""
     given = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable | Integral):
         raise wrong(name, wanted, value)
@@ -100,13 +100,13 @@ def token_ids(name: str, value: Any, *, wanted: str = "a token id, or a flat lis
 
 
 def equals(value: Any, other: Any) -> bool:
-    """Whether two values are the same. An array of several is equal to no scalar, and text to no number."""
+    """Whether two values are equal. An array of several values equals no scalar, and text equals no number."""
     given = plain(value)
     return not hasattr(given, "shape") and bool(given == other)
 
 
 def empty(value: Any) -> bool:
-    """Whether this is a collection without a member; text is none."""
+    """Whether this is a collection without members; text is not a collection here."""
     given = plain(value)
     return hasattr(given, "__len__") and not isinstance(given, str | bytes) and len(given) == 0
 

@@ -16,7 +16,7 @@ from atlas_rl import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a sub-command; what is wrong with its input is one line on stderr and exit status 2.
+    """Run a sub-command; invalid input prints one line on stderr and gives exit status 2.
 
     A command may return work whose errors are not of its input: they keep their tracebacks.
     """
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of the sub-command, and the function that runs it (`run_command`).
+    """Parse the options of the sub-command; `run_command` is the function that runs it.
 
     Options of others are left unread in `flags`: those of `grpo` are TRL's, those of `vllm-serve` vLLM's, and both take
     seconds to import.
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _refuse(command: argparse.ArgumentParser, flags: Sequence[str]) -> NoReturn:
-    """End with the usage of the sub-command that does not know these, and the nearest option that it has."""
+    """Exit with the usage of the sub-command, the unknown options, and the nearest option that exists."""
     known = [name for action in command._actions for name in action.option_strings]
     near = difflib.get_close_matches(flags[0].partition("=")[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
@@ -197,7 +197,7 @@ def _add_vllm_serve(commands: Any) -> None:
 
 
 def grpo(args: argparse.Namespace) -> Callable[[], None]:
-    """Check the options of TRL's own script; what it returns trains. See `integrations/trl/script.py`."""
+    """Check the options of TRL's own script and return a function that trains. See `integrations/trl/script.py`."""
     from atlas_rl.integrations.trl.script import prepare, read_config
 
     arguments, config = read_config(args.flags)
@@ -207,7 +207,7 @@ def grpo(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Work out one setting and print it. Loads neither torch nor transformers."""
+    """Predict one setting and print it. Loads neither torch nor transformers."""
     from atlas_rl.planner.drafters import drafter_model
     from atlas_rl.planner.hardware import Machine, gpu_named
     from atlas_rl.planner.host import host_of
@@ -238,7 +238,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def train_speculator(args: argparse.Namespace) -> None:
-    """Train a head; see `training/command.py`."""
+    """Train a draft head; see `training/command.py`."""
     from atlas_rl import AtlasRolloutEngine
     from atlas_rl.training import command
 
@@ -246,7 +246,7 @@ def train_speculator(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write a page of runs; see `report/page/command.py`. Loads neither torch nor transformers."""
+    """Write an HTML page about runs; see `report/page/command.py`. Loads neither torch nor transformers."""
     from atlas_rl.report.page.command import write_report
 
     write_report(args)
@@ -260,7 +260,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """Look at this machine; exit status 1 for what does not work. See `doctor.py`."""
+    """Examine this machine; exit status 1 if something does not work. See `doctor.py`."""
     from atlas_rl.doctor import examine, report_on
 
     findings = examine()
@@ -270,7 +270,7 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def vllm_serve(args: argparse.Namespace) -> None:
-    """Become vLLM's server; see `vllm/serve.py`."""
+    """Replace this process with vLLM's server; see `vllm/serve.py`."""
     model, flags = args.model, list(args.flags)
     if model is None and flags and not flags[0].startswith("-"):
         model = flags.pop(0)

@@ -1,4 +1,4 @@
-"""The engine's options. Defaults work for any policy, batch and machine; what is here is for experiments."""
+"""The engine's options. Defaults work for any policy, batch and machine; options are for experiments."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ class EngineConfig:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:
-        """The config of keyword options; `ValueError` names the nearest option for one that does not exist."""
+        """The config of keyword options; the `ValueError` for an unknown option names the nearest one."""
         reject_unknown(options, [field.name for field in fields(cls)], "AtlasRolloutEngine")
         return cls(**options)
 
 
 def _check_drafting(config: EngineConfig) -> None:
-    """Raise `ValueError` for a draft model, speculators or a controller that are none, or that do not go together."""
+    """Raise `ValueError` for an invalid draft model, speculators or controller, or a combination that cannot work."""
     if config.controller is not None:
         instance("controller", config.controller, Controller, "a Controller or None")
     if config.draft_model is not None and not isinstance(config.draft_model, nn.Module):
@@ -113,7 +113,7 @@ def _check_drafting(config: EngineConfig) -> None:
 
 
 def _check_draft_folder(given: Any) -> None:
-    """Raise `ValueError` unless it is "fp4" or a folder of this machine: nothing is downloaded."""
+    """Raise `ValueError` unless it is "fp4" or a local folder: nothing is downloaded."""
     wanted = 'a loaded causal LM, "fp4", or the folder of an EAGLE-3 head or of a causal LM'
     if equals(given, "fp4") or path("draft_model", given, wanted).is_dir():
         return

@@ -1,4 +1,4 @@
-"""The nouns: sampling parameters, the requests of a call, drafts, what verification settled, finished rollouts.
+"""Basic types: sampling parameters, requests of a call, drafts, outcomes of verification, finished rollouts.
 
 All arrays are numpy: the decode loop is host code, and a draft is a handful of integers. Tensors appear only where a network
 made them: hidden states, and draft probabilities under rejection verification.
@@ -92,7 +92,7 @@ class SamplingParams:
 
     @property
     def distribution(self) -> tuple[float, ...]:
-        """What makes the processed distribution: equal for parameters that differ in seed or limits only."""
+        """Identity of the processed distribution: equal for parameters that differ only in seed or limits."""
         return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
 
     @property
@@ -112,7 +112,7 @@ class SamplingParams:
 
     @property
     def truncation(self) -> Truncation:
-        """Which tokens keep a probability."""
+        """Parameters of top-k, top-p and min-p."""
         return Truncation(self.top_k, self.top_p, self.min_p)
 
     @property
@@ -123,7 +123,7 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class Sequences:
-    """Every request of one generation call, in rows that never move: a request's index is its name.
+    """All requests of one generation call, in rows that never move: the row index identifies the request.
 
     The decode loop owns them and appends; speculators read.
 
@@ -166,7 +166,7 @@ class Sequences:
         return replace(self, token_ids=self.token_ids[:, : int(self.lengths.max(initial=0))].copy(), max_length=0)
 
     def prompt(self, request: int) -> list[int]:
-        """The prompt's tokens of one request."""
+        """The prompt tokens of one request."""
         return self.token_ids[request, : self.prompt_lengths[request]].tolist()
 
     def completion(self, request: int) -> list[int]:
@@ -179,7 +179,7 @@ class Sequences:
         return self.token_ids[(at >= self.prompt_lengths[:, None]) & (at < self.lengths[:, None])]
 
     def draft_noise(self, requests: np.ndarray, couples_noise: bool) -> tuple[Stream, np.ndarray]:
-        """What drafts of some requests, int64 `[n]`, are drawn with: the stream, and keys uint64 `[n]`.
+        """Noise for drafts of some requests, int64 `[n]`: the stream, and keys uint64 `[n]`.
 
         Args:
             requests: int64 `[n]`.
@@ -215,11 +215,11 @@ class Draft:
 
     @staticmethod
     def empty(batch: int) -> Draft:
-        """A draft without a token for any of `batch` requests."""
+        """An empty draft for each of `batch` requests."""
         return Draft(np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), np.zeros((batch, 0), np.float32))
 
     def of(self, rows: np.ndarray) -> Draft:
-        """The draft of some rows only, int64 `[n]`."""
+        """The draft of the given rows only, int64 `[n]`."""
         probs = self.draft_probs
         draft_probs = None if probs is None else probs.index_select(0, uploaded(rows, probs.device))
         return Draft(
@@ -243,7 +243,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a speculator needs of the policy's forwards. Known when the speculator is bound, and fixed from then on.
+    """What a speculator needs from the policy's forwards. Known once the speculator is bound, and fixed from then on.
 
     Attributes:
         head_inputs: `Hidden.head_inputs`, of verified positions.
@@ -257,7 +257,7 @@ class Needs:
 
     @staticmethod
     def of(each: Iterable[Needs]) -> Needs:
-        """What several speculators need together; layers ascend."""
+        """The union of several speculators' needs; layers ascend."""
         all_of_them = list(each)
         return Needs(
             any(needs.head_inputs for needs in all_of_them),
@@ -285,7 +285,7 @@ class Hidden:
 
     @staticmethod
     def none() -> Hidden:
-        """No states of anything: nobody needs them."""
+        """Empty: no hidden states are needed."""
         return Hidden(np.zeros(0, np.int64), torch.zeros(0, 0), {})
 
 
@@ -304,7 +304,7 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What one target forward settled, handed to every speculator whether or not its draft was used.
+    """Outcome of one target forward, passed to every speculator whether or not its draft was used.
 
     By the time it is handed over, the tokens have been appended to `Sequences`.
 
@@ -328,7 +328,7 @@ class Verified:
     hidden: Hidden = field(default_factory=Hidden.none)
 
     def outcome_of(self, draft: Draft, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """What the committed tokens say about a draft, whether or not it was the one that was verified.
+        """Which tokens of a draft the committed tokens confirm, whether or not it was the verified draft.
 
         Args:
             draft: Proposed for the positions that were committed now.
@@ -369,7 +369,7 @@ class Rollouts:
     measuring_s: float = 0.0
 
     def share_of(self, speculator: str) -> float | None:
-        """Share of the accepted draft tokens that this speculator had drafted; None where none were, or nobody counted."""
+        """Share of the accepted draft tokens that this speculator drafted; None if none were accepted or counted."""
         total = sum(self.accepted.values())
         return self.accepted.get(speculator, 0) / total if total else None
 
@@ -378,7 +378,7 @@ class Rollouts:
 def outcomes(
     drafts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, num_committed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`Verified.outcome_of` for rows of drafts, int64 `[n, draft_len]`, beside those of tokens, int64 `[n, width]`."""
+    """`Verified.outcome_of` of drafts, int64 `[n, draft_len]`, against committed tokens, int64 `[n, width]`."""
     known, right = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     for row in range(len(lengths)):
         reach, count = min(lengths[row], num_committed[row]), 0
@@ -389,6 +389,6 @@ def outcomes(
 
 
 def prompt_key(row: np.ndarray) -> int:
-    """Hash of a prompt, int32 `[n]`: a signed 64-bit number, equal for equal prompts."""
+    """Signed 64-bit hash of a prompt, int32 `[n]`."""
     digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -1,4 +1,4 @@
-"""What docstrings say of attributes and arguments, so that help texts and pages need not say it again."""
+"""Parses docstrings of attributes and arguments, so that help texts and pages need not repeat them."""
 
 from __future__ import annotations
 

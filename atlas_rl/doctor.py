@@ -1,4 +1,4 @@
-"""Looks at a machine: versions, GPU, which engines and kernels it can run, and what brings the rest."""
+"""Examines a machine: versions, GPU, usable engines and kernels, and how to get the rest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One check and its result.
 
     Attributes:
         state: `ok`, `missing` for an optional part that is not there, `broken` for what is needed or installed and does
@@ -44,7 +44,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at Python, packages, GPU, kernels and engines of this process. Loads torch."""
+    """Examine Python, packages, GPU, kernels and engines of this process. Loads torch."""
     core = [_package(requirement, module) for module, requirement in CORE.items()]
     system = Finding("ok", "atlas_rl", f"{_own_version()}, Python {platform.python_version()}, {platform.platform()}")
     if any(finding.state == "broken" for finding in core):
@@ -54,7 +54,7 @@ def examine() -> list[Finding]:
 
 
 def report_on(findings: Sequence[Finding]) -> str:
-    """The findings as text, a line each; below a line, what to do about it."""
+    """The findings as text, one line each, followed by what to do."""
     width = max(len(finding.what) for finding in findings)
     lines = []
     for finding in findings:
@@ -72,7 +72,7 @@ def _own_version() -> str:
 
 
 def _package(requirement: str, module: str) -> Finding:
-    """A package that has to be there, in a version that works, and that can be imported."""
+    """Check that a required package is installed in a suitable version and can be imported."""
     cure = f"pip install '{requirement}'"
     version, fits = _version(requirement)
     if version is None:
@@ -92,7 +92,7 @@ def _package(requirement: str, module: str) -> Finding:
 
 
 def _version(requirement: str) -> tuple[str | None, bool]:
-    """The installed version of a package, and whether it fits the requirement."""
+    """The installed version of a package, and whether it meets the requirement."""
     from packaging.requirements import Requirement
 
     wanted = Requirement(requirement)
@@ -138,7 +138,7 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _in_process() -> Finding:
-    """The engine in process; the packages that it needs have been looked at before."""
+    """Check the in-process engine; the packages it needs have been checked before."""
     if sys.platform != "linux":
         return Finding("broken", "engine in process", f"{sys.platform} is not supported", "use Linux")
     return Finding("ok", "engine in process", "AtlasRolloutEngine()")

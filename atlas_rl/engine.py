@@ -1,4 +1,4 @@
-"""`AtlasRolloutEngine`: the public face. One line makes a trainer generate with it."""
+"""`AtlasRolloutEngine`, the public class: `attach` makes a trainer generate with it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AtlasRolloutEngine(RolloutEngine):
         return self
 
     def prepare_vllm(self, **arguments: Any) -> AbstractContextManager[None]:
-        """For trainers with `use_vllm=True`: the vLLM engine that TRL builds inside drafts with ours.
+        """Context for building trainers with `use_vllm=True`: TRL's vLLM engine is built with our drafters.
 
             with engine.prepare_vllm():
                 trainer = GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate"))
@@ -74,7 +74,7 @@ class AtlasRolloutEngine(RolloutEngine):
         return drafting_engines(self.config, **arguments)
 
     def __call__(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
-        """TRL's `rollout_func`: prompts already repeated per generation in, token ids and logprobs out."""
+        """TRL's `rollout_func`: takes prompts already repeated per generation, returns token ids and logprobs."""
         if self.config.backend == "vllm":
             raise ValueError("rollout_func=engine generates in process: with vLLM use engine.attach(trainer)")
         from atlas_rl.integrations.trl.adapter import rollout_func

@@ -140,7 +140,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 def _of_generate() -> list[list[str]]:
-    """Options of `generate`; those that are sampling parameters in the words of `SamplingParams`."""
+    """Options of `generate`; sampling parameters are described as in `SamplingParams`."""
     names = [name for name in inspect.signature(RolloutEngine.generate).parameters if name not in ("self", "unknown")]
     sampling = entries(SamplingParams, "Args")
     of_generate = ("prompts", "num_generations", "max_new_tokens", "eos_token_ids", "seed")
@@ -162,7 +162,7 @@ def _default(value: Any) -> str:
 
 
 def _single(unit: str) -> str:
-    """The unit of one member of a figure that has several."""
+    """The unit of one member of a figure with several members."""
     return unit.split(",")[0].split(" by ")[0]
 
 
@@ -179,7 +179,7 @@ def _page(title: str, *parts: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, one row a line; what Markdown would read as marks is written as itself."""
+    """A Markdown table, one row a line; special characters are escaped."""
     lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Bars for long work. They stand on stderr where it is a terminal; logs and continuous integration get lines alone."""
+"""Progress bars for long work, on stderr if it is a terminal; logs and continuous integration get lines only."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class _Bar(tqdm):
 
 
 def shown() -> bool:
-    """Whether bars are shown: somebody looks at stderr, and `CI` is not set."""
+    """Whether bars are shown: stderr is a terminal and `CI` is not set."""
     in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
     return sys.stderr is not None and sys.stderr.isatty() and not in_ci
 
 
 def bar(what: str, total: int, unit: str, *, done: int = 0, after_s: float = 0.0) -> Any:
-    """A bar, to be moved by `update()` and closed by `close()` or as a context; it leaves nothing behind.
+    """A bar with `update()` and `close()`, also a context manager; it leaves nothing behind.
 
     Args:
         what: Is done, in a word or two.
@@ -46,7 +46,7 @@ def bar(what: str, total: int, unit: str, *, done: int = 0, after_s: float = 0.0
 
 
 def each(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
-    """The items one by one, under a bar that moves when the next is asked for."""
+    """Yield the items under a bar that advances when the next one is requested."""
     with bar(what, len(items), unit) as moving:
         for item in items:
             yield item
@@ -54,7 +54,7 @@ def each(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
 
 
 def say(*parts: object) -> None:
-    """Print a line on stdout, above bars if there are any (a trainer's too), at once; nothing where there is no stdout."""
+    """Print a line on stdout at once, above any bars (a trainer's too); nothing if there is no stdout."""
     if sys.stdout is None:
         return
     tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
@@ -63,7 +63,7 @@ def say(*parts: object) -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Inside, bars of transformers about checkpoints that it loads are shown where ours are, and only there."""
+    """Context in which bars of transformers for loading checkpoints are shown exactly if ours are."""
     from transformers.utils import logging
 
     silenced = logging.is_progress_bar_enabled() and not shown()

@@ -1,4 +1,4 @@
-"""How well each drafter follows the policy: accepted length per training step, by replay of recorded runs.
+"""Benchmarks how well each drafter follows the policy: accepted length per training step, by replay of recorded runs.
 
     python -m benchmarks.adaptivity record --scenario grpo --seed 0      # one live run: rollouts, hidden states, times
     python -m benchmarks.adaptivity replay                               # every arm over every recorded run, and the plots
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def record(args: argparse.Namespace) -> None:
-    """A live run of the demo's training, recorded into RUNS/SCENARIO-SEED."""
+    """Run the demo's training live and record it into RUNS/SCENARIO-SEED."""
     folder = args.runs / f"{args.scenario}-{args.seed}"
     if args.scenario == "shift":
         args.steps = sum(steps for _, steps in SHIFT)
@@ -122,7 +122,7 @@ def record(args: argparse.Namespace) -> None:
 
 
 def write_steps(folder: Path, engine: Any, rows: list[dict[str, float]]) -> None:
-    """What only the live run knows: rewards, entropies and times."""
+    """Write figures of the live run that the record lacks: rewards, entropies and times."""
     reports = [report for report in engine.reports if report.mode == "train"]
     steps = [
         {
@@ -173,7 +173,7 @@ class MostPromising(FixedController):
 
 
 class StepClock:
-    """The live run's time for a replayed speculator: every reading counts as one distillation step of `STEP_S`.
+    """The live run's time for a replayed speculator: every clock reading counts as one distillation step of `STEP_S`.
 
     So each arm gets the refresh budgets of the live run, and as many optimizer steps as fit into them there, whatever
     this machine does meanwhile.
@@ -188,7 +188,7 @@ class StepClock:
 
 
 def replay_all(args: argparse.Namespace) -> None:
-    """Every arm over every recorded run; `recurrent` starts from what another run's cold one had learned."""
+    """Replay every arm over every recorded run; `recurrent` starts from the final state of another run's cold head."""
     folders = sorted(path.parent for path in args.runs.glob("*/steps.json"))
     if not folders:
         raise SystemExit(f"nothing recorded in {args.runs}: run `record` first")
@@ -213,7 +213,7 @@ def replay_all(args: argparse.Namespace) -> None:
 def measure(
     runs: list[dict[str, Any]], arm: str, folder: Path, output: Path, state: dict[str, Any] | None
 ) -> dict[str, Speculator]:
-    """One arm over one run, added to `runs` and written; returns its speculators."""
+    """Replay one arm over one run, add it to `runs` and write it; returns its speculators."""
     scenario, seed = folder.name.rsplit("-", 1)
     steps = json.loads((folder / "steps.json").read_text())["steps"]
     speculators, lengths, refresh_share = replay_arm(arm, folder / "record", steps, state)
@@ -239,7 +239,7 @@ def measure(
 def replay_arm(
     arm: str, folder: Path, steps: list[dict[str, float]], state: dict[str, Any] | None
 ) -> tuple[dict[str, Speculator], list[float], float]:
-    """Its speculators, the accepted length per step, and the refreshes' share of the live steps' time (`StepClock`)."""
+    """The arm's speculators, accepted length per step, and refreshes' share of the live steps' time (`StepClock`)."""
     clock = StepClock()
     speculators = arm_speculators(arm, clock)
     names = list(speculators)

@@ -1,4 +1,4 @@
-"""Draw a result of `benchmarks.adaptivity`: accepted length per training step, one picture per scenario.
+"""Plots a result of `benchmarks.adaptivity`: accepted length per training step, one picture per scenario.
 
 python -m benchmarks.adaptivity_plots benchmarks/results/adaptivity_cpu.json docs/images
 """

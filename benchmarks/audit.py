@@ -1,4 +1,4 @@
-"""The audit's power, its price, and how far bf16 is from a fault.
+"""Benchmarks the audit's power and price, and how far bf16 rounding is from a fault.
 
     python -m benchmarks.audit                        # about ten minutes on one core
 
@@ -123,7 +123,7 @@ def positions(model: Any, output: Any) -> torch.Tensor:
 def tokens_to_alarm(
     log_probs: torch.Tensor, sampler: Callable[[torch.Tensor], torch.Tensor], num_runs: int
 ) -> dict[str, Any]:
-    """How many audited tokens it takes to the alarm, over seeded runs that draw their tokens from a pool."""
+    """Audited tokens until the alarm, over seeded runs that draw their tokens from a pool."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(sampler(log_probs), POOL_DRAWS, replacement=True, generator=generator)
     unseen = torch.zeros((), dtype=torch.bool).expand(log_probs.shape)
@@ -140,7 +140,7 @@ def tokens_to_alarm(
 
 
 def priced(model: Any, output: Any) -> dict[str, Any]:
-    """Seconds per token of generation at batch 16 and of the audit, which runs prompts and completions alike."""
+    """Seconds per token of generation at batch 16 and of the audit, which runs prompts and completions."""
     sampling = SamplingParams(max_new_tokens=NEW, seed=0, eos_token_ids=tuple(ending(model)))
     began = time.perf_counter()
     audit = Auditor(1e3).audit(model, output.prompt_ids, output.completion_ids, sampling, logprobs=output.logprobs)
@@ -158,7 +158,7 @@ def priced(model: Any, output: Any) -> dict[str, Any]:
 
 
 def rounded(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """bf16 against bf16: differences of logprobs, tokens beyond the margin of the known noise, and the drift."""
+    """Compares bf16 with bf16: differences of logprobs, tokens beyond the margin of the known noise, and the drift."""
     output = generate(model, prompts, seed=1)
     sampling = SamplingParams(max_new_tokens=NEW, seed=1, eos_token_ids=tuple(ending(model)))
     keys = request_keys(1, len(output.completion_ids))
@@ -178,7 +178,7 @@ def rounded(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def drift(model: Any, output: Any, every: int = 12) -> dict[str, float]:
-    """By how much bf16 moves the mean log-likelihood of a token when the same prefix runs in another shape, in nats.
+    """Change of a token's mean log-likelihood in nats if bf16 runs the same prefix in another shape.
 
     p is the forward over the whole sequence, p' the one that ends at the position; sum of (p' - p) log p is the drift of a
     position, whatever token was drawn there.

@@ -1,4 +1,4 @@
-"""When calls end with the controller's drafts, in simulated worlds: hosts take no time, and texts and costs are made up.
+"""Simulates when calls end with the controller's drafts: host time is zero, texts and costs are made up.
 
     python -m benchmarks.call_end            # every cell, a quarter of an hour on one core
     python -m benchmarks.call_end --quick    # batch 32 and 128, one cost
@@ -57,7 +57,7 @@ class Texts:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds on the device.
+    """Simulated seconds on the device.
 
     Attributes:
         forward_s: Of a forward over so many tokens.
@@ -86,7 +86,7 @@ KINDS = (
 
 
 def texts_of(kind: str, batch: int, rng: np.random.Generator) -> Texts:
-    """Texts of a call. Where a kind names no lengths, all completions run to the same limit."""
+    """Texts of a call. If a kind names no lengths, all completions run to the same limit."""
     lengths, ranks = np.full(batch, LENGTH), np.arange(batch) / batch
     mean, place = np.full(batch, 0.7), np.arange(LONGEST) / LENGTH
     if kind in ("geometric", "long tail", "long ones repeat", "long ones are hard"):
@@ -111,7 +111,7 @@ def texts_of(kind: str, batch: int, rng: np.random.Generator) -> Texts:
 
 
 def call_s(controller: Controller, texts: Texts, cost: Cost, *, tells_rest: bool = True) -> float:
-    """Seconds of a call of one drafter, `a`. The first token of each completion comes from its prompt."""
+    """Seconds of a call with one drafter, `a`. The first token of each completion comes from its prompt."""
     done, active, seconds = np.ones(len(texts.lengths), np.int64), np.arange(len(texts.lengths)), 0.0
     while len(active):
         step_s, tokens = _step(controller, texts, cost, active, done, tells_rest)
@@ -124,7 +124,7 @@ def call_s(controller: Controller, texts: Texts, cost: Cost, *, tells_rest: bool
 def _step(
     controller: Controller, texts: Texts, cost: Cost, active: np.ndarray, done: np.ndarray, tells_rest: bool
 ) -> tuple[float, np.ndarray]:
-    """One decode step: its seconds, and the tokens of each active request."""
+    """One decode step: returns its seconds, and the tokens of each active request."""
     batch, places = len(active), done[active]
     rest = Rest(active, places, texts.longest - places) if tells_rest else None
     step = Step(texts.longest - places - 1, batch * CONTEXT + int(places.sum()), ["a"], backlog={"a": 0}, rest=rest)
@@ -204,7 +204,7 @@ def cell(name: str, kind: str, batch: int, seed: int) -> list[dict[str, Any]]:
 
 
 def worst(cells: list[dict[str, Any]]) -> dict[str, float]:
-    """The lowest ratios of all cells: the verdict."""
+    """The lowest ratios of all cells, which decide the verdict."""
     by_arm = {
         arm: np.array([row["ratio_to_off"] for row in cells if row["arm"] == arm]) for arm in ("goodput", "call_end")
     }

@@ -1,4 +1,4 @@
-"""The cells of `benchmarks.controller`: what is generated, and the row that an arm gets."""
+"""The cells of `benchmarks.controller`: settings to measure, and the result row of an arm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORT, LONG = "products", "leg_counting"  # task families of the mixed batch
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is measured at once; `kind` is `even` or `mixed`."""
+    """One setting; `kind` is `even` or `mixed`."""
 
     policy: str
     batch: int
@@ -29,12 +29,12 @@ class Cell:
 
     @property
     def names(self) -> dict[str, Any]:
-        """What tells its rows from those of others."""
+        """Fields that identify its rows."""
         return {"policy": self.policy, "batch": self.batch, "temperature": self.temperature, "kind": self.kind}
 
 
 def kept_rows(output: Path, cells: list[Cell]) -> list[dict[str, Any]]:
-    """Rows of an earlier run about other cells."""
+    """Rows of an earlier run for other cells."""
     if not output.exists():
         return []
     earlier = json.loads(output.read_text())

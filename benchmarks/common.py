@@ -1,4 +1,4 @@
-"""What every benchmark writes down: machine, versions, commit, quantiles. It fails rather than write "unknown"."""
+"""Shared parts of benchmarks: machine, versions, commit, quantiles. Fails rather than write "unknown"."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("atlas-rl", "torch", "transformers", "trl", "peft", "accelerate", "
 
 
 def environment(packages: Sequence[str] = _PACKAGES, commit: str | None = None) -> dict[str, Any]:
-    """Where and with what a figure was measured.
+    """Machine, versions and commit of a measurement.
 
     Args:
         packages: Whose versions matter.
@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Versions of Python and of the packages that decide the figures."""
+    """Versions of Python and of the packages that affect the figures."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -80,7 +80,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def saved(name: str, model: Any, tokenizer: Any) -> str:
-    """A folder with this policy, for engines that read one; always the same, as vLLM compiles for minutes for a new one."""
+    """Save a policy to a folder that stays the same, because vLLM compiles for minutes for a new one."""
     folder = ROOT / "runs" / "policies" / name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -88,7 +88,7 @@ def saved(name: str, model: Any, tokenizer: Any) -> str:
 
 
 def write_result(path: str | Path, payload: dict[str, Any]) -> Path:
-    """Write `payload` as JSON, whole or not at all: a run that dies leaves the former result in place.
+    """Write `payload` as JSON atomically: an interrupted run leaves the former result in place.
 
     Raises:
         ValueError: A number in `payload` is not finite.

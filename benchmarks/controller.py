@@ -1,4 +1,4 @@
-"""The controller against every fixed choice it could have made, the best of them in hindsight, an oracle, and peers.
+"""Compares the controller with every fixed choice, the best of them in hindsight, an oracle, and other engines.
 
     python -m benchmarks.controller                                          # every cell: more than an hour on 2 cores
     python -m benchmarks.controller --policies warm --batches 8 --keep       # some of them, the rest of the file kept
@@ -122,7 +122,7 @@ def speculator(name: str) -> Speculator:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where every arm of every cell begins: after some calls over other prompts, a refresh after each.
+    """Initial state of every arm of every cell: after some calls over other prompts, with a refresh after each.
 
     Attributes:
         speculators: Their states, by name.
@@ -155,7 +155,7 @@ def warm_start(model: Any, tokenizer: Any, policy: str, args: argparse.Namespace
 def engines_of(
     model: Any, tokenizer: Any, turns: Turns, start: Start, lookaheads: list[int]
 ) -> dict[str, AtlasRolloutEngine]:
-    """One engine per arm, `controller` the last, every speculator in the state it had after the warm-up."""
+    """One engine per arm, `controller` last, with every speculator in its state after the warm-up."""
     state = start.speculators
     arms = {"off": engine_in_turns(model, tokenizer, turns, [])}
     for name in ("ngram", *state):
@@ -174,7 +174,7 @@ def engines_of(
 
 
 def measure(cell: Cell, model: Any, tokenizer: Any, start: Start, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every arm of one cell."""
+    """Measure every arm of one cell."""
     turns = Turns()
     engines = engines_of(model, tokenizer, turns, start, args.lookaheads)
     arms = arms_of(cell, cell.max_new_tokens, engines, model, tokenizer, turns)
@@ -216,7 +216,7 @@ def measure(cell: Cell, model: Any, tokenizer: Any, start: Start, args: argparse
 def arms_of(
     cell: Cell, max_new_tokens: int, engines: dict[str, AtlasRolloutEngine], model: Any, tokenizer: Any, turns: Turns
 ) -> dict[str, Arm]:
-    """Every arm's generation call, TRL's the last."""
+    """Every arm's generation call, TRL's last."""
     group, temperature = group_of(cell), cell.temperature
     arms = {name: engine_arm(engine, group, max_new_tokens, temperature) for name, engine in engines.items()}
     return arms | {"trl_transformers": trl_arm(shell(model), tokenizer, group, turns, max_new_tokens, temperature)}
@@ -232,7 +232,7 @@ def record(cell: Cell, model: Any, tokenizer: Any, prompts: list[Any], folder: P
 
 
 def drain(steps: list[dict[str, Any]]) -> list[list[float]]:
-    """One call, step by step: active requests, draft tokens verified and tokens committed per request."""
+    """One call, step by step: active requests, and verified draft tokens and committed tokens per request."""
     return [
         [
             step["batch"],

@@ -1,4 +1,4 @@
-"""Draw a result of `benchmarks.controller`: speed against the batch, and what was chosen while a batch drained.
+"""Plots a result of `benchmarks.controller`: speed against the batch, and the choices while a batch drained.
 
 python -m benchmarks.controller_plots benchmarks/results/controller_cpu.json docs/images
 """

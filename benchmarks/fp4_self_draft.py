@@ -1,4 +1,4 @@
-"""Acceptance of the FP4 self-draft on the demo's policy: embeddings and head kept or quantized, and whose cache it reads.
+"""Measures acceptance of the FP4 self-draft on the demo's policy, with embeddings, head and cache in either precision.
 
     python -m benchmarks.fp4_self_draft             # no GPU needed; written to benchmarks/results/fp4_self_draft_cpu.json
 
@@ -78,7 +78,7 @@ def speculator_of(arm: str, model: nn.Module) -> Speculator:
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """A model of its own whose linear layers, head included, hold what four bits make of them."""
+    """A copy of a model whose linear layers, head included, hold dequantized four-bit weights."""
     twin: Any = copy.deepcopy(model)
     twin.lm_head.weight = nn.Parameter(twin.lm_head.weight.detach().clone())  # no longer the embedding table
     for module in twin.modules():
@@ -91,7 +91,7 @@ def dequantized(model: nn.Module) -> nn.Module:
 def measured(
     model: nn.Module, speculator: Speculator, verification: str, prompts: list[list[int]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """What one arm accepts."""
+    """Acceptance of one arm."""
     engine = AtlasRolloutEngine(
         model=model,
         speculators=[speculator],

@@ -1,4 +1,4 @@
-"""What a decode step costs the host on a GPU, counted without one: waits, uploads, launches, compilations.
+"""Counts the host's work in a decode step on a GPU without a GPU: waits, uploads, launches, compilations.
 
     python -m benchmarks.gpu_emulated               # three minutes on one core; benchmarks/results/gpu_emulated.json
 

@@ -1,4 +1,4 @@
-"""Memory and proposal time of the history index against the size of its archive.
+"""Measures memory and proposal time of the history index against the size of its archive.
 
     python -m benchmarks.history_index            # 10k, 100k and 1M tokens
     python -m benchmarks.history_index --huge     # and 10M
@@ -32,7 +32,7 @@ VOCAB = 32_000
 
 
 class BranchingSource:
-    """Rollouts that choose one of `BRANCHES` phrasings at every node: `num_prompts` prompts, seeded."""
+    """Rollouts that choose one of `BRANCHES` phrasings at every node, for `num_prompts` prompts; seeded."""
 
     def __init__(self, num_prompts: int, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -49,7 +49,7 @@ class BranchingSource:
 
 
 def as_call(full: np.ndarray, prompts: np.ndarray, seed: int) -> Sequences:
-    """A generation call over finished rollouts, set back to their prompts."""
+    """A generation call over finished rollouts, reset to their prompts."""
     lengths = np.full(len(full), PROMPT_LENGTH, np.int64)
     return Sequences(
         token_ids=full.copy(),

@@ -1,4 +1,4 @@
-"""Several generation calls in turns on one thread, a decode step each, so that all of them meet the same machine.
+"""Runs several generation calls in turns on one thread, a decode step each, so that all see the same machine state.
 
 A shared host changes its speed within minutes, by more than what is compared. Calls that run one after the other are then
 compared with the host and not with each other. Here every call is a coroutine (greenlet) that lets others run before each of
@@ -31,7 +31,7 @@ from atlas_rl.core import Verified
 
 @dataclass(slots=True)
 class Outcome:
-    """What a call returned, and the seconds that were its own."""
+    """Result of a call, and the seconds of its own turns."""
 
     value: Any
     seconds: float
@@ -52,18 +52,18 @@ class Turns:
         self._since = 0.0
 
     def clock(self) -> float:
-        """Seconds that the running call has had; the machine's clock where no call is running."""
+        """Seconds of the running call's own turns; the machine's clock if no call is running."""
         now = self._now_s()
         return now if self._running is None else self._own_s[self._running] + now - self._since
 
     def pass_on(self) -> None:
-        """Let the others run; returns when it is the caller's turn again. Nothing happens outside of `run`."""
+        """Let the others run; returns at the caller's next turn. Does nothing outside of `run`."""
         if self._running is not None:
             assert self._hub is not None
             self._hub.switch()
 
     def run(self, calls: Mapping[str, Callable[[], Any]], expected_s: Mapping[str, float]) -> dict[str, Outcome]:
-        """Run all calls to their ends.
+        """Run all calls to completion.
 
         Args:
             calls: By name.
@@ -93,7 +93,7 @@ class Turns:
 
 
 class InTurns(Controller):
-    """Another controller, whose engine lets others run before every decode step.
+    """Wraps a controller so that its engine lets others run before every decode step.
 
     Attributes:
         trace: Of every step what `Costs.of` reads, and the controller's own record where it keeps one.
@@ -131,6 +131,6 @@ class InTurns(Controller):
 
 
 def shell(model: nn.Module) -> Any:
-    """Modules and config of `model` once more, around the same parameters and buffers."""
+    """A new module tree and config of `model` around the same parameters and buffers."""
     kept = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, kept)  # type: ignore[arg-type]

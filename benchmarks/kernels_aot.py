@@ -1,4 +1,4 @@
-"""Registers, shared memory and spills of every Triton kernel, compiled ahead of time; needs Triton, no GPU.
+"""Measures registers, shared memory and spills of every Triton kernel, compiled ahead of time; needs Triton, no GPU.
 
 python -m benchmarks.kernels_aot
 """
@@ -48,7 +48,7 @@ _TYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One kernel as it is launched.
+    """One kernel with the arguments of a launch.
 
     Attributes:
         kernel: The `@triton.jit` function.
@@ -195,7 +195,7 @@ def main() -> None:
 
 
 def compiled(name: str, sm: int) -> dict[str, Any]:
-    """The row of one case for one target: what `ptxas -v` says of it.
+    """The result row of one case for one target, from `ptxas -v`.
 
     Raises:
         RuntimeError: Triton runs in its interpreter, or ptxas did not say what is asked.
@@ -232,7 +232,7 @@ def compiled(name: str, sm: int) -> dict[str, Any]:
 
 
 def _aligned(case: Case) -> dict[tuple[int], list[list[Any]]]:
-    """Arguments that launches know for multiples of 16: pointers and sizes, but for those that kernels take as they come."""
+    """Arguments that launches treat as multiples of 16: pointers and sizes, except those without specialisation."""
     return {
         (parameter.num,): [["tt.divisibility", 16]]
         for parameter in case.kernel.params

@@ -1,4 +1,4 @@
-"""Prompt lookup decoding (Saxena 2023; vLLM's `ngram`) as a speculator: the peer that every comparison needs."""
+"""Prompt lookup decoding (Saxena 2023; vLLM's `ngram`) as a speculator, for comparisons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 
 
 class NgramSpeculator(Speculator):
-    """Proposes what followed the latest earlier occurrence of the request's own last tokens.
+    """Proposes the tokens after the latest earlier occurrence of the request's own last tokens.
 
     Args:
         longest: Tokens that are looked for first.
@@ -29,10 +29,10 @@ class NgramSpeculator(Speculator):
         prompts: Prompts = NO_PROMPTS,
         cache: PolicyCache | None = None,
     ) -> None:
-        """Nothing to prepare."""
+        """Do nothing: no preparation is needed."""
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Look every request's last tokens up in its own text."""
+        """Look up every request's last tokens in its own text."""
         found = [
             self._continuation(sequences.token_ids[request, : sequences.lengths[request]], int(most))
             for request, most in zip(requests, max_draft_tokens, strict=True)
@@ -44,10 +44,10 @@ class NgramSpeculator(Speculator):
         return Draft(token_ids, lengths, np.full(token_ids.shape, 0.5, np.float32))
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """It looks at the text alone."""
+        """Do nothing: proposals depend on the text alone."""
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """It knows no other request."""
+        """Do nothing: other requests are not used."""
         return None
 
     def _continuation(self, tokens: np.ndarray, most: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The oracle of `benchmarks.controller`: what whole-batch choices could have reached had every draft's fate been known.
+"""The oracle of `benchmarks.controller`: the best whole-batch choice per step if every draft's outcome were known.
 
 In each step it takes the one speculator and length for the whole batch that yields most tokens per second, at the costs that
 the cell's arms measured, all of their steps taken together. It pays for the drafts that it uses only. The controller may
@@ -27,7 +27,7 @@ from benchmarks.rollout import mean, ratios
 
 
 class Foreseen(Speculator):
-    """Another speculator, with the fate of every draft known: `right` holds accepted tokens per row of the last draft."""
+    """A speculator with known outcomes: `right` holds accepted tokens per row of the last draft."""
 
     def __init__(self, wrapped: Speculator, truth: Sequences) -> None:
         self.name, self.needs = wrapped.name, wrapped.needs
@@ -65,7 +65,7 @@ class Foreseen(Speculator):
 
 
 class Oracle(Controller):
-    """Per step the one speculator and length for the whole batch that yields most, every draft's fate being known."""
+    """Chooses per step the speculator and length for the whole batch that yield most, given every draft's outcome."""
 
     def __init__(self, foreseen: dict[str, Foreseen], costs: Costs, longest: int) -> None:
         self.speculators = tuple(foreseen)
@@ -104,10 +104,10 @@ class Oracle(Controller):
         return Admission(np.full(step.batch, index), admitted)
 
     def observe(self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float) -> None:
-        """It knows already."""
+        """Do nothing: it knows the outcomes."""
 
     def policy_updated(self, expected: Any) -> None:
-        """It knows already."""
+        """Do nothing: it knows the outcomes."""
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         return None
@@ -123,7 +123,7 @@ def oracle_rows(
     speed: Mapping[str, list[float]],
     reports: Mapping[str, list[Any]],
 ) -> dict[str, Any]:
-    """The oracle's row: its drafting and forwards from `costs`, everything else as plain decoding had it, per step."""
+    """The oracle's row: drafting and forwards from `costs`, everything else per step as in plain decoding."""
     lengths, speeds, policy = [], [], None
     chosen = [make() for make in speculators.values()]
     for path, off in zip(recorded_calls(folder), reports["off"], strict=True):

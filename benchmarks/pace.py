@@ -1,4 +1,4 @@
-"""The pace of a step near a GPU's forward: what the host's own work leaves of speculation's gain, without a GPU.
+"""Measures without a GPU how much of speculation's gain the host's work leaves when forwards are as fast as a GPU's.
 
     python -m benchmarks.pace record             # once: rollouts and hidden states of two policies, 20 minutes on two cores
     python -m benchmarks.pace measure            # every cell, some minutes on one core
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def record(args: argparse.Namespace) -> None:
-    """Calls of 64 requests of each policy, into `args.records`."""
+    """Record calls of 64 requests of each policy into `args.records`."""
     from atlas_rl import AtlasRolloutEngine
     from benchmarks.cells import tokenized
     from benchmarks.rollout import demo_policy, demo_tasks
@@ -114,7 +114,7 @@ def record(args: argparse.Namespace) -> None:
 
 @dataclass(slots=True)
 class Learned:
-    """Drafters that have learned from the first calls, and the call that is measured.
+    """Drafters that have learned from the first calls, and the call to measure.
 
     Attributes:
         recorded: That call.
@@ -147,7 +147,7 @@ class Learned:
         return cls(joined(calls[LEARNED_CALLS:]), head, history.state_dict(), policy)
 
     def drafters(self, names: tuple[str, ...]) -> dict[str, Speculator]:
-        """Some of them, as they are before a pass."""
+        """The named drafters, in their state before a pass."""
         chosen: list[Speculator] = []
         for name in names:
             if name == "history":
@@ -161,7 +161,7 @@ class Learned:
 
 
 class Ticking:
-    """A clock by whose every reading a distillation step has passed: as many steps fit into a refresh on any machine."""
+    """A clock that advances one distillation step per reading, so that refreshes do equal work on any machine."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -172,7 +172,7 @@ class Ticking:
 
 
 class NothingYet(NoSpeculation):
-    """Plain decoding beside drafters that watch."""
+    """Plain decoding beside drafters that observe."""
 
     def __init__(self, speculators: tuple[str, ...]) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class NothingYet(NoSpeculation):
 
 
 def joined(calls: list[Recorded]) -> Recorded:
-    """Several calls as one, as if their requests had run together."""
+    """Join several calls into one, as if their requests had run together."""
     each, first = [call.sequences for call in calls], calls[0].sequences
     width = max(one.token_ids.shape[1] for one in each)
     texts = [np.pad(one.token_ids, ((0, 0), (0, width - one.token_ids.shape[1]))) for one in each]
@@ -194,7 +194,7 @@ def joined(calls: list[Recorded]) -> Recorded:
 
 
 def part_of(recorded: Recorded, requests: np.ndarray) -> Recorded:
-    """Some requests of a recorded call, int64 `[n]`, as a call of their own."""
+    """Some requests of a recorded call, int64 `[n]`, as a separate call."""
     true = recorded.sequences
     completions = true.lengths - true.prompt_lengths
     first = np.cumsum(completions) - completions
@@ -207,7 +207,7 @@ def part_of(recorded: Recorded, requests: np.ndarray) -> Recorded:
 
 
 def controller_of(arm: str) -> tuple[tuple[str, ...], Controller]:
-    """Drafters and controller of an arm, as an engine would have them."""
+    """Drafters and controller of an arm, as in an engine."""
     if arm == "off":
         return (), NoSpeculation()
     if arm == "controller":
@@ -242,7 +242,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def setting_of(name: str) -> Setting:
-    """The planner's setting: its device alone. Of the host no part is predicted here, it is the real one."""
+    """The planner's setting for the device only; the host is real here, not predicted."""
     config, gpu, count, precision = SETTINGS[name]
     model = parse_model(CONFIGS[config])
     machine = Machine(gpu=gpu_named(gpu), num_gpus=count)
@@ -278,7 +278,7 @@ def cell(learned: Learned, setting: Setting, batch: int, passes: int) -> list[di
 
 
 def figures(loops: list[PacedLoop]) -> dict[str, Any]:
-    """Of all passes that count, together."""
+    """Figures over all counted passes."""
     reports = [
         loop.recorder.finish(
             step=0, policy_version=0, mode="standalone", num_prompt_tokens=0,

@@ -1,4 +1,4 @@
-"""A device that can be timed without having it: real host code beside forwards that take what the planner says.
+"""A simulated device in virtual time: real host code beside forwards that take the planner's predicted time.
 
 Time is virtual. It is the processor time of the loop's thread, less what the simulation itself costs (`outside`), plus the
 waits for the device. A forward is submitted and returns at once. Whoever reads its results has the clock put forward to the
@@ -46,7 +46,7 @@ _REMEMBERED = 16  # longest draft
 
 
 class Device:
-    """Runs what is submitted, one after the other, in virtual time.
+    """Runs submitted work in order, in virtual time.
 
     Attributes:
         busy_s: Seconds of what was submitted: how long the same work takes if the host takes none.
@@ -71,7 +71,7 @@ class Device:
         return time.thread_time() + self.shift_s
 
     def submit(self, seconds: float, *, calls: int = 1) -> None:
-        """Work of `seconds`, which takes the host `calls` calls into the driver to ask for."""
+        """Submit work of `seconds`; submitting costs the host `calls` driver calls."""
         self.shift_s += calls * CALL_S
         now = self.clock()
         self._gap_s += max(0.0, now - self._ready_s)
@@ -79,25 +79,25 @@ class Device:
         self.busy_s += seconds
 
     def forward(self, seconds: float) -> None:
-        """A forward of the policy: an upload and a graph."""
+        """Submit a forward of the policy: an upload and a graph."""
         self.submit(seconds, calls=2)
         self.gaps_s.append(self._gap_s)
         self._gap_s = 0.0
 
     def wait(self) -> None:
-        """The host reads results: not before they are there."""
+        """Read results on the host, after waiting for them."""
         waiting = self._ready_s - self.clock()
         if waiting > 0:
             self.shift_s += waiting
             self.waited_s[self.phase()] += waiting
 
     def outside(self) -> _Outside:
-        """Context of what takes no time, because it is the simulation's."""
+        """Context for the simulation's own work, which takes no virtual time."""
         return _Outside(self)
 
 
 class _Outside:
-    """See `Device.outside`; they nest."""
+    """See `Device.outside`; contexts nest."""
 
     __slots__ = ("_device",)
 
@@ -130,7 +130,7 @@ class Costs:
         self._drafts: dict[int, float] = {}
 
     def forward_s(self, batch: int, num_tokens: int, context_tokens: int) -> float:
-        """A forward over `num_tokens` of `batch` requests, which have `context_tokens` together."""
+        """Seconds of a forward over `num_tokens` of `batch` requests with `context_tokens` in total."""
         setting, mean = self._setting, context_tokens // batch // 16 * 16
         key = batch, num_tokens, mean
         if key not in self._known:
@@ -145,7 +145,7 @@ class Costs:
         return self._known[key]
 
     def draft_s(self, batch: int, depth: int) -> float:
-        """A draft of the recurrent head."""
+        """Seconds of a draft of the recurrent head."""
         if batch not in self._drafts:
             step = self._setting.draft_step(batch)
             assert step is not None, "a pace setting has a drafter"
@@ -249,7 +249,7 @@ class PacedLoop(DecodeLoop):
         self.steps: list[dict[str, float]] = []
 
     def drawn_from(self, requests: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """What the tokens at `positions` of `requests` (int64 `[n]` each) were drawn from."""
+        """Hidden states that the tokens at `positions` of `requests` (int64 `[n]` each) were drawn from."""
         last = self._recorded.sequences.lengths[requests] - 1
         return self._recorded.last[torch.from_numpy(self._told[requests] + np.minimum(positions, last))].float()
 
@@ -274,7 +274,7 @@ class PacedLoop(DecodeLoop):
 
 
 class PacedRecurrent(RecurrentSpeculator):
-    """The recurrent head, its network run outside of time and remembered, and charged to the device.
+    """The recurrent head, with its network run off the clock, cached, and charged to the device.
 
     A draft is a function of prefix, noise and weights. The recorded texts are given, so each (request, position) is drafted
     once, to a depth that is at least the one wanted.

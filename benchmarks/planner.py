@@ -1,4 +1,4 @@
-"""What the planner says of published measurements, and of our own on a CPU.
+"""Compares the planner's predictions with published measurements and with our own on a CPU.
 
 python -m benchmarks.planner
 """
@@ -80,7 +80,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def errors(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Median |log(predicted / published)|, with the engines' hosts and without."""
+    """Median |log(predicted / published)|, with and without the engines' host terms."""
     median, alone = (
         float(np.median([abs(math.log(row[key])) for row in rows])) for key in ("ratio", "ratio_without_host")
     )
@@ -88,14 +88,14 @@ def errors(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def mtp_as_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows, those with MTP over their publication's row without: a device slow as a whole drops out."""
+    """Rows with MTP relative to their publication's row without, so that a uniformly slow device cancels out."""
     plain = next(row for row in rows if row["source"] == TRTLLM and "no speculation" in row["setting"])
     keys = ("ratio", "ratio_without_host")
     return [row | {key: row[key] / plain[key] for key in keys} if "mtp" in row["setting"] else row for row in rows]
 
 
 def fitted_hosts() -> dict[str, Host]:
-    """By engine, the host term of least mean |log(predicted / published)| over the rows that calibrate it, on a grid."""
+    """By engine, the host term on a grid with the least mean |log(predicted / published)| over its calibration rows."""
     rows = [row for row in published_rows() if not row.is_held_out and row.drafter is not None]
     fitted = {}
     for engine in dict.fromkeys(row.engine for row in rows):
@@ -112,7 +112,7 @@ def fitted_hosts() -> dict[str, Host]:
 
 
 def own_cpu(measured: dict[str, Any]) -> dict[str, Any]:
-    """`benchmarks.rollout` on a CPU: two rates from two cells without speculation, every other cell predicted.
+    """Predicts `benchmarks.rollout` on a CPU: two rates are fitted to two plain cells, every other cell is predicted.
 
     The rates are bytes per second at the smallest batch and operations per second at the largest, of the warm policy without
     speculation; these two rows are near to right by construction, and marked.

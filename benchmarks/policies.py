@@ -1,4 +1,4 @@
-"""Which policies run in process: every causal-LM class of the installed transformers, tiny, held against plain forwards.
+"""Tests every causal-LM class of the installed transformers in process: tiny policies, compared with plain forwards.
 
 Classes of images and text are among them, and are given text.
 
@@ -100,7 +100,7 @@ WRAPPERS = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one class.
+    """Result for one class.
 
     Attributes:
         name: Model type, or the name of a variant.
@@ -116,7 +116,7 @@ class Outcome:
 
 
 def built(name: str) -> PreTrainedModel | Outcome:
-    """A policy, or why there is none."""
+    """A policy, or the reason why there is none."""
     model_type, options = VARIANTS.get(name, (name, {}))
     try:
         return build(WRAPPERS.get(name, model_type), wrapper=name in WRAPPERS, **options)
@@ -125,7 +125,7 @@ def built(name: str) -> PreTrainedModel | Outcome:
 
 
 def tried(name: str, model: PreTrainedModel) -> Outcome:
-    """What comes of holding a policy against plain forwards."""
+    """Result of comparing a policy with plain forwards."""
     kind = type(model).__name__
     try:
         fault = _fault(model)
@@ -137,7 +137,7 @@ def tried(name: str, model: PreTrainedModel) -> Outcome:
 
 
 def _fault(model: PreTrainedModel) -> str:
-    """What differs from plain forwards; empty where nothing does."""
+    """Differences from plain forwards; empty if there are none."""
     rows = torch.randint(3, 64, (len(_PROMPTS), max(_PROMPTS)), generator=torch.Generator().manual_seed(1)).tolist()
     prompts = [row[:length] for row, length in zip(rows, _PROMPTS, strict=True)]
     for temperature in (0.0, 1.0):
@@ -176,7 +176,7 @@ def _child(name: str, sender: Connection, limit_s: int) -> None:
 
 
 def in_process_of_its_own(name: str, limit_s: int) -> Outcome:
-    """`built` and `tried`, in a fork that cannot take this process down, and is ended after `limit_s` of CPU time."""
+    """Run `built` and `tried` in a fork, so that a crash is contained; the fork ends after `limit_s` of CPU time."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=_child, args=(name, sender, limit_s))
@@ -220,7 +220,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cell(outcome: Outcome) -> str:
-    """What was found, without the name and the remedy, which are the same in every row."""
+    """The finding, without the name and the remedy, which are equal in every row."""
     text = outcome.detail.removeprefix(f"{outcome.model_class} ")
     for same_in_every_row in _REMEDIES:
         text = text.split(same_in_every_row)[0]
@@ -228,7 +228,7 @@ def _cell(outcome: Outcome) -> str:
 
 
 def _shortened(text: str) -> str:
-    """As many sentences as fit into a cell; where not even one does, as many words."""
+    """As many sentences as fit into a cell, or else as many words."""
     if len(text) <= _CELL:
         return text
     head = text[: _CELL + 1]
@@ -236,7 +236,7 @@ def _shortened(text: str) -> str:
 
 
 def updated(result: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
-    """The recorded result with some rows of this run in it, or more of them; `updates` says which, and what ran them."""
+    """The recorded result with this run's rows replaced or added; `updates` says which, and their versions."""
     rows = {outcome.name: asdict(outcome) for outcome in outcomes}
     update = {"environment": environment(), "names": list(rows)}
     policies = [rows.get(row["name"], row) for row in result["policies"]]
@@ -245,7 +245,7 @@ def updated(result: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def write_page(result: dict[str, Any], page: Path = PAGE) -> None:
-    """Put the table where the page has it."""
+    """Write the table into the page."""
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}", encoding="utf-8")

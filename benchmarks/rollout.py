@@ -1,4 +1,4 @@
-"""Rollout throughput: ours with and without speculation, and TRL's own transformers generation, in one run.
+"""Measures rollout throughput with and without speculation and of TRL's own transformers generation, in one run.
 
     python -m benchmarks.rollout                      # every cell; about 20 minutes on 2 cores
     python -m benchmarks.rollout --policies warm --batches 8 --repeats 5
@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def kept_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """With `--keep`, the cells of an earlier run that this one does not measure anew."""
+    """With `--keep`, cells of an earlier run that this one does not measure again."""
     if not args.keep or not args.output.exists():
         return []
     earlier = json.loads(args.output.read_text())
@@ -95,7 +95,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def engine_in_turns(
     model: Any, tokenizer: Any, turns: Turns, speculators: list[Speculator], controller: Controller | None = None
 ) -> AtlasRolloutEngine:
-    """An engine that lets others run before each of its steps; `controller` None is the engine's own."""
+    """An engine that lets others run before each of its steps; `controller` None is the default controller."""
     chosen = controller or GoodputController([speculator.name for speculator in speculators])
     return AtlasRolloutEngine(
         model=shell(model),
@@ -108,7 +108,7 @@ def engine_in_turns(
 
 
 def head_of_a_run() -> RecurrentSpeculator:
-    """A recurrent head whose refreshes take what they may take in training.
+    """A recurrent head whose refreshes take as long as they may in training.
 
     They get a share of the time between them. Here that is rollouts alone, in a GRPO run the update as well.
     """
@@ -116,7 +116,7 @@ def head_of_a_run() -> RecurrentSpeculator:
 
 
 def warmed_engines(model: Any, tokenizer: Any, turns: Turns, args: argparse.Namespace) -> dict[str, AtlasRolloutEngine]:
-    """One engine per arm for all batch sizes, as a run has one; the speculating one is some steps into it."""
+    """One engine per arm for all batch sizes, as in a run; the speculating one has some steps behind it."""
     engines = {
         "atlas_off": engine_in_turns(model, tokenizer, turns, []),
         "atlas_on": engine_in_turns(model, tokenizer, turns, [HistorySpeculator(), head_of_a_run()]),
@@ -176,7 +176,7 @@ def measure_cell(
 def run_in_turns(
     turns: Turns, arms: dict[str, Arm], prompts: list[list[int]], seed: int, expected_s: dict[str, float]
 ) -> dict[str, Outcome]:
-    """All arms over the same prompts; values are generated tokens and the report, None for TRL."""
+    """Run all arms over the same prompts; returns generated tokens and the report, None for TRL."""
     return turns.run({name: partial(arm, prompts, seed) for name, arm in arms.items()}, expected_s)
 
 
@@ -244,7 +244,7 @@ def ratios(values: list[float], base: list[float]) -> list[float]:
 
 
 def mean(reports: list[Any], field: str) -> float:
-    """Mean over tokens for what is per token."""
+    """Mean over tokens of a per-token figure."""
     total = sum(report.num_tokens for report in reports)
     return sum(getattr(report, field) * report.num_tokens for report in reports) / total
 

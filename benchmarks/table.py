@@ -1,4 +1,4 @@
-"""Print a result as a Markdown table: of `benchmarks.rollout` for the README, of the others for their pages.
+"""Prints a result as a Markdown table, for the README or the docs page of its benchmark.
 
 python -m benchmarks.table benchmarks/results/rollout_cpu.json
 """
@@ -111,7 +111,7 @@ def floor(steps: list[dict[str, Any]]) -> list[str]:
 
 
 def adaptivity(runs: list[dict[str, Any]]) -> list[str]:
-    """A row per scenario and arm, means over the seeds; of `shift` also what is left of the level after each change."""
+    """A row per scenario and arm, means over the seeds; for `shift` also the remaining level after each change."""
     lines = []
     for scenario in dict.fromkeys(run["scenario"] for run in runs):
         shifts = [run["shifts"] for run in runs if run["scenario"] == scenario and run["shifts"]]

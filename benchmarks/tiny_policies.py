@@ -1,4 +1,4 @@
-"""Tiny policies of every causal-LM class that transformers knows, and of every class of images and text with one inside.
+"""Builds tiny policies of every causal-LM class in transformers, and of every image-text class that contains one.
 
 Each is built from its class's own configuration.
 
@@ -102,12 +102,12 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def model_types() -> list[str]:
-    """The model types of transformers' own registry of causal LMs."""
+    """The model types in transformers' registry of causal LMs."""
     return sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
 def wrapper_types() -> list[str]:
-    """The model types of its registry of models of images and text, but for classes that are in that of causal LMs, too."""
+    """The model types in its registry of image-text models, except classes that are also causal LMs."""
     classes = set(MODEL_FOR_CAUSAL_LM_MAPPING.values())
     return sorted(
         {config.model_type for config, made in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.items() if made not in classes}
@@ -115,13 +115,13 @@ def wrapper_types() -> list[str]:
 
 
 def tiny_config(model_type: str, **options: Any) -> Any:
-    """The configuration of a tiny policy of a type; `options` win."""
+    """A tiny configuration of a model type; `options` take precedence."""
     default = AutoConfig.for_model(model_type)
     return type(default)(**{**_shrunk(default), **_OWN.get(model_type, {}), **options})
 
 
 def _shrunk(config: Any) -> dict[str, Any]:
-    """Small values for a configuration's fields, and for those of the configurations within."""
+    """Small values for a configuration's fields and those of nested configurations."""
     parts = {name: type(part)(**{**_shrunk(part), **_OWN.get(part.model_type, {})}) for name, part in _parts(config)}
     names = {name for name in (*vars(config), *config.attribute_map) if not name.startswith("_")} - set(parts)
     fields = {}

@@ -1,4 +1,4 @@
-"""Rollouts in vLLM: plain, its own speculative methods, and ours, on the same prompts in one process and one run.
+"""Measures rollouts in vLLM on the same prompts: plain, its own speculative methods, and ours, in one process.
 
     python -m benchmarks.vllm                             # every batch size; about an hour on 2 cores
     python -m benchmarks.vllm --batches 1 8 --repeats 1 --max-new-tokens 32 --eager --output runs/vllm_smoke.json
@@ -69,7 +69,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def left_out() -> dict[str, str]:
-    """Arms that this machine cannot run, and why."""
+    """Arms that cannot run on this machine, and why."""
     if importlib.util.find_spec("arctic_inference") is None:
         return {"vllm_suffix": "arctic-inference is not installed: it has no wheel, and does not build everywhere"}
     return {}

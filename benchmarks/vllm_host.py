@@ -1,4 +1,4 @@
-"""What a step inside vLLM costs the host: seconds of `Drafting.step` and of what it puts off. Neither vLLM nor a GPU runs.
+"""Measures the host seconds of `Drafting.step` and `learn` inside vLLM. Runs neither vLLM nor a GPU.
 
     python -m benchmarks.vllm_host                   # half a minute on one core; benchmarks/results/vllm_host.json
 
@@ -48,7 +48,7 @@ _WARM_UP = 50  # steps
 
 
 class PretendedEngine:
-    """Requests of an engine that samples a template with noise, whatever is drafted.
+    """Simulated requests of an engine that samples a template with noise, independent of drafts.
 
     Args:
         batch: Requests that run.
@@ -74,7 +74,7 @@ class PretendedEngine:
         )  # fmt: skip
 
     def forward(self) -> Forward:
-        """The next forward: every row commits the drafts that are right, and one token."""
+        """The next forward: every row commits its correct drafts, and one token."""
         num_drafted = np.array([len(draft) for draft in self._drafts])
         width = int(num_drafted.max()) + 1
         places = (self._lengths[:, None] + np.arange(width)[None]) % _TEMPLATE
@@ -102,7 +102,7 @@ class PretendedEngine:
         return Forward(batch, num_new, num_drafted, starts, head_inputs, {}, spans, drawn)
 
     def step(self) -> tuple[float, float, int]:
-        """One step: seconds of the thread in `step` and in `learn`, and draft tokens for the next one."""
+        """One step: thread seconds of `step` and of `learn`, and draft tokens for the next step."""
         with self.drafting.recorder.time("forward"):
             forward = self.forward()
         began_s = time.thread_time()
@@ -113,7 +113,7 @@ class PretendedEngine:
 
 
 def row(policy: Any, batch: int, steps: int, *, drafts: bool) -> dict[str, Any]:
-    """Quantiles of steps that drafted, or of those that did not."""
+    """Quantiles over steps with drafts, or over steps without."""
     engine = PretendedEngine(policy, batch, drafts=drafts)
     taken = [engine.step() for _ in range(steps)][_WARM_UP:]
     if engine.drafting.take_report().drafter_faults:

@@ -1,4 +1,4 @@
-"""What our proposer costs a vLLM engine where drafts bring nothing: throughput beside plain vLLM, 16 clients, a tiny policy.
+"""Measures our proposer's overhead when drafts gain nothing: throughput beside plain vLLM, 16 clients, tiny policy.
 
     python -m benchmarks.vllm_overhead                      # some minutes on 2 cores
     python -m benchmarks.vllm_overhead --requests 64 --repeats 1 --output runs/overhead_smoke.json
@@ -52,7 +52,7 @@ class Clients:
         self._prompts = np.random.default_rng(0)
 
     def run(self, num_requests: int, temperatures: tuple[float, ...]) -> None:
-        """Let this many requests end; others are running before and after."""
+        """Run until this many requests end; others are running before and after."""
         began, ended = self._clock(), 0
         while ended < num_requests:
             while self._running < self._num_clients:
@@ -64,7 +64,7 @@ class Clients:
         self.seconds += self._clock() - began
 
     def drain(self) -> None:
-        """Let all that run end."""
+        """Run until no request is left."""
         while self._engine.has_unfinished_requests():
             self._running -= sum(output.finished for output in self._engine.step())
 

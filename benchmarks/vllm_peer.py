@@ -1,4 +1,4 @@
-"""The process with vLLM that `benchmarks.vllm_peers` speaks to.
+"""The vLLM process that `benchmarks.vllm_peers` talks to.
 
     python -m benchmarks.vllm_peer MODEL_FOLDER METHOD_AS_JSON
 

@@ -1,4 +1,4 @@
-"""vLLM's own methods over the cells of `benchmarks.controller`, in a process of their own (`make setup-vllm`).
+"""Runs vLLM's own methods over the cells of `benchmarks.controller`, in a separate process (`make setup-vllm`).
 
 Each repeat of vLLM is followed at once by our engine without speculation on the same prompts, while vLLM waits: ratios are
 of runs that lie seconds apart. They cannot take turns by steps as the other arms do.
@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 
 
 def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, repeats: int) -> list[dict[str, Any]]:
-    """The rows of every method that can be run here; vLLM starts once per method."""
+    """The rows of every method that runs here; vLLM starts once per method."""
     off = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False)
     rows = []
     folder = saved(cells[0].policy, model, tokenizer)
@@ -69,7 +69,7 @@ def measure(cell: Cell, arm: str, peer: Peer, off: AtlasRolloutEngine, tokenizer
 
 
 class Peer:
-    """A process with vLLM, spoken to in lines of JSON.
+    """A process with vLLM, with JSON lines as protocol.
 
     Attributes:
         version: vLLM's.

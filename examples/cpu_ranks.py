@@ -1,4 +1,4 @@
-"""Lets accelerate take gloo ranks on a CPU for devices, to try ZeRO and FSDP on a machine without a GPU.
+"""Makes accelerate use gloo ranks on a CPU, to try ZeRO and FSDP without a GPU.
 
 accelerate knows DeepSpeed and FSDP on accelerators only. What runs then is torch's FSDP and DeepSpeed's ZeRO themselves.
 """
@@ -14,7 +14,7 @@ import torch
 
 
 def asked_for() -> str:
-    """What `accelerate launch` was configured for: "ddp", "zero", "fsdp1" or "fsdp2"."""
+    """The configuration of `accelerate launch`: "ddp", "zero", "fsdp1" or "fsdp2"."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return "zero"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -23,7 +23,7 @@ def asked_for() -> str:
 
 
 def pretend(wrapper: str) -> None:
-    """Call this before anything is made with accelerate. `wrapper` is as of `asked_for`; it may end in ZeRO's stage."""
+    """Call this before creating anything with accelerate. `wrapper` as in `asked_for`; may end in ZeRO's stage."""
     if wrapper == "ddp":
         return
     from accelerate import state

@@ -1,4 +1,4 @@
-"""GRPO on several ranks, with rollouts in process on each; accelerate starts it.
+"""GRPO on several ranks, each with in-process rollouts; started by accelerate.
 
 `grpo_deepspeed/` and `grpo_fsdp/` hold the configurations and the commands. Task and reward are those of the demo in
 `grpo_demo/`.

@@ -137,7 +137,7 @@ class Auditor:
     def _rows(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Iterator[int]:
-        """Indices of completions in random order, while there is credit; a long one may leave a debt for later steps."""
+        """Indices of completions in random order while credit lasts; a long one may leave a debt for later steps."""
         order = np.random.default_rng((sampling.seed, self._num_calls)).permutation(len(completions))
         self._num_calls += 1
         for row in order.tolist():

@@ -1,4 +1,4 @@
-"""Collects evidence that tokens were not drawn from the distribution they should come from, by betting against the sampler.
+"""Tests whether tokens come from the distribution they should come from, by betting against the sampler.
 
 Each bet is one way to be wrong: a distribution q that depends on the prefix alone. If the tokens x are drawn from p, the
 likelihood ratio q(x) / p(x) has mean 1 whatever the prefix. The product over tokens is then a fair game, which grows only
@@ -100,7 +100,7 @@ def log_values(ratios: torch.Tensor, drift_nats: float) -> np.ndarray:
 
 
 def _tilted(mass: torch.Tensor, hit: torch.Tensor, tilt: float) -> torch.Tensor:
-    """log q(x) / p(x) where q scales the odds of an event of probability `mass` by `exp(tilt)`: float64 `[rows]`."""
+    """log q(x) / p(x) if q scales the odds of an event of probability `mass` by `exp(tilt)`: float64 `[rows]`."""
     return hit * tilt - torch.log1p(mass * math.expm1(tilt))
 
 
@@ -122,14 +122,14 @@ class ChangeDetector:
 
     @property
     def best(self) -> str:
-        """The fault that the bet with the largest gains stands for."""
+        """The fault that the bet with the largest gains tests for."""
         return NAMES[int(self._log_r.argmax())]
 
     def step(self, log_values: np.ndarray) -> bool:
-        """Add one audited step, float64 `[num_bets]` of nats won in it; returns whether to raise the alarm."""
+        """Add one audited step (float64 `[num_bets]`, nats won) and return whether to raise the alarm."""
         self._log_r = np.logaddexp(self._log_r, 0.0) + log_values
         return self.evidence_nats >= self.alarm_nats
 
     def reset(self) -> None:
-        """Drop all evidence, so that the next alarm needs its own."""
+        """Drop all evidence, so that the next alarm needs new evidence."""
         self._log_r = np.full(len(NAMES), -np.inf)

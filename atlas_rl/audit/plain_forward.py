@@ -1,4 +1,4 @@
-"""One forward pass of the policy as its trainer runs it, and the precision that it was seen to compute in.
+"""Runs one forward pass of the policy as its trainer does, and observes the precision it computes in.
 
 The pass goes through PEFT wrappers and accelerate's mixed precision, because the trainer's does. The engine runs the causal
 LM inside of them, so whatever the wrappers change shows as a difference. Rounding is no fault: what explains it is not the
@@ -65,14 +65,14 @@ def plain_logits(model: nn.Module, token_ids: torch.Tensor, places: torch.Tensor
 
 
 def _keeps_positions(model: Any) -> bool:
-    """Whether `logits_to_keep` may be positions: so it is in transformers; elsewhere it may be a count, or do nothing."""
+    """Whether `logits_to_keep` may be positions, as in transformers; elsewhere it may be a count or be ignored."""
     forward = inspect.unwrap(getattr(model.forward, "__func__", model.forward))
     return forward.__module__.startswith("transformers.") and "logits_to_keep" in inspect.signature(forward).parameters
 
 
 @dataclass(slots=True)
 class _Seen:
-    """Types of the layers' outputs."""
+    """Output types of the layers."""
 
     types: set[torch.dtype] = field(default_factory=set)
 
@@ -88,12 +88,12 @@ class _Seen:
 
 
 def _watched(model: nn.Module, seen: _Seen) -> AbstractContextManager[None]:
-    """Inside, the outputs of the innermost layers are seen."""
+    """Context in which the outputs of the innermost layers are observed."""
     return watched_forwards({module: seen for module in model.modules() if not list(module.children())})
 
 
 def _holds_float32(model: nn.Module) -> bool:
-    """Whether weights are plain float32: neither of a lower type nor quantised, whoever holds them."""
+    """Whether all weights are plain float32, neither quantised nor of a lower type."""
     if getattr(model, "hf_quantizer", None) is not None:
         return False
     weights = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.dim() > 1)]
@@ -106,7 +106,7 @@ def _holds_float32(model: nn.Module) -> bool:
 
 
 def _multiplies_float32(device: torch.device) -> bool:
-    """Whether products of float32 matrices are computed as such (TF32 has ten bits of mantissa)."""
+    """Whether products of float32 matrices are computed in float32 rather than TF32 (ten bits of mantissa)."""
     backends: Any = torch.backends
     backend = backends.cuda if device.type == "cuda" else backends.mkldnn
     return backend.matmul.fp32_precision in ("none", "ieee")

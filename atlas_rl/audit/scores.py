@@ -26,7 +26,7 @@ _CHUNK_ROWS = 64  # positions processed together: bounds the float32 copies
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """Differences between an engine and a plain forward pass that rounding explains, in nats.
+    """Differences in nats between an engine and a plain forward pass that rounding explains.
 
     Attributes:
         logprob_nats: Mean absolute difference of returned logprobs. Each difference is clipped at ten times this value,
@@ -91,7 +91,7 @@ class Scores:
 
     @classmethod
     def none(cls) -> Scores:
-        """The scores of no tokens."""
+        """Empty scores."""
         return cls(0, 0.0, 0.0, np.zeros(len(audit_bets.NAMES)))
 
     def add(self, other: Scores) -> None:
@@ -112,7 +112,7 @@ class Scores:
 
     @property
     def logprob_error_mean_nats(self) -> float:
-        """Mean absolute difference of returned logprobs; 0 if none was returned."""
+        """Mean absolute difference of returned logprobs; 0 if none were returned."""
         return self.logprob_error_sum_nats / max(1, self.num_logprobs)
 
 
@@ -200,7 +200,7 @@ class _Rows:
         return found
 
     def _law(self, inside: torch.Tensor) -> Scores:
-        """Score and bets of the tokens; none for greedy sampling, which draws nothing."""
+        """Score and bets of the tokens; empty for greedy sampling, which draws nothing."""
         if self.sampling.greedy:
             return Scores.none()
         log_probs, own = self.log_probs[inside], self.own[inside]
@@ -215,7 +215,7 @@ class _Rows:
         return Scores(0, float((drawn + entropy).double().sum()), float(variance.double().sum()), bets)
 
     def _excluded(self, rows: torch.Tensor, token_ids: torch.Tensor, shift_nats: float) -> torch.Tensor:
-        """Whether each of `token_ids` int64 `[n]` is excluded at `rows` when its logit is shifted: bool `[n]`."""
+        """Whether each of `token_ids` int64 `[n]` is excluded at `rows` if its logit is shifted: bool `[n]`."""
         shifted = self.raw[rows]
         shift = torch.full((len(rows), 1), shift_nats * (self.sampling.temperature or 1), device=shifted.device)
         shifted.scatter_add_(1, token_ids[:, None], shift)
@@ -223,12 +223,12 @@ class _Rows:
         return ~torch.isfinite(process(shifted, self.sampling, prefixes).gather(1, token_ids[:, None])[:, 0])
 
     def _num_outside(self, outside: torch.Tensor) -> int:
-        """Number of excluded tokens, without those that rounding alone may have put behind the threshold."""
+        """Number of excluded tokens, except those that rounding alone may have excluded."""
         rows = outside.nonzero()[:, 0]
         return int(self._excluded(rows, self.own[rows], self.tolerance.margin_nats).sum()) if len(rows) else 0
 
     def _known(self, found: Scores, noise_key: int | None, inside: torch.Tensor) -> None:
-        """Compare tokens with those that the run's own noise picks, or with the likeliest if sampling is greedy."""
+        """Compare tokens with those that the run's noise picks, or with the likeliest if sampling is greedy."""
         if noise_key is None and not self.sampling.greedy:
             return
         places, own = self.places.cpu().numpy(), self.own.cpu().numpy()
@@ -247,7 +247,7 @@ class _Rows:
                 found.worst_margin_nats = max(found.worst_margin_nats, margin)
 
     def _on_the_edge(self, row: int, token: int) -> bool:
-        """Whether rounding alone may have put the token that the noise picks behind the threshold of truncation."""
+        """Whether rounding alone may have excluded the token that the noise picks."""
         at, tokens = torch.tensor([row], device=self.raw.device), torch.tensor([token], device=self.raw.device)
         return bool(self._excluded(at, tokens, -self.tolerance.margin_nats)[0])
 

@@ -101,7 +101,7 @@ class AcceptanceModel:
         self._lines_now()  # here and not when a decision asks for them: learning runs beside the device
 
     def policy_updated(self) -> None:
-        """The policy changed: older evidence counts for less."""
+        """The policy changed: older evidence gets less weight."""
         for table in chain.from_iterable(self._evidence.values()):
             table *= _FORGET_AT_UPDATE
         self._lines = None
@@ -145,7 +145,7 @@ def learn_outcomes(
     accepted: np.ndarray,
     scores: np.ndarray,
 ) -> None:
-    """Count outcomes by class of position and bin of confidence, and score the estimates of them, in place.
+    """Count outcomes by class of position and bin of confidence, and score their estimates, in place.
 
     Args:
         confidence: float32 `[batch, draft_len]`.

@@ -19,7 +19,7 @@ from atlas_rl.core import Draft, Verified
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """What the requests of a step have behind them and before them.
+    """Tokens that the requests of a step have generated, and tokens until their limits.
 
     Attributes:
         requests: int64 `[batch]`, which requests of the call these are.
@@ -63,13 +63,13 @@ class Step:
 
     @property
     def batch(self) -> int:
-        """Active requests."""
+        """Number of active requests."""
         return len(self.room)
 
 
 @dataclass(slots=True)
 class Admission:
-    """What is verified in one step.
+    """Which tokens one step verifies.
 
     Attributes:
         drafters: int64 `[batch]`, index of the speculator whose draft is used; undefined for a request with length 0.
@@ -81,14 +81,14 @@ class Admission:
 
 
 class Controller(ABC):
-    """Plans every decode step. The same object serves the whole run and learns from it."""
+    """Plans every decode step. One object serves the whole run and learns from it."""
 
     speculators: tuple[str, ...]
     """Names of the engine's speculators, in the order that `Admission.drafters` refers to."""
 
     @abstractmethod
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        """Choose which speculators to ask next. Called again with their drafts, until it asks nobody or nobody is left.
+        """Choose which speculators to ask next. Called again with their drafts until it asks none or none is left.
 
         Returns:
             By speculator, each from `step.ready` and without a draft yet: int64 `[batch]`, the most draft tokens
@@ -106,7 +106,7 @@ class Controller(ABC):
     def observe(
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
-        """Learn from a step: what was drafted, admitted and committed, and the seconds it took.
+        """Learn from a step: drafted, admitted and committed tokens, and its seconds.
 
         Args:
             step: The step with its drafts.
@@ -122,7 +122,7 @@ class Controller(ABC):
 
     @abstractmethod
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        """The policy moved on, and the speculators have been refreshed.
+        """The policy changed, and the speculators have been refreshed.
 
         Args:
             expected: `Speculator.expected_survival` of the speculators that measured it: float64 `[n]`, probability
@@ -144,7 +144,7 @@ class Controller(ABC):
 def step_record(
     step: Step, admission: Admission, verified: Verified, forward_s: float, speculators: Sequence[str]
 ) -> dict[str, Any]:
-    """Tokens and seconds of one step, as JSON values, whatever the controller; a replay fits its costs to such records."""
+    """Tokens and seconds of one step as JSON values, for any controller; a replay fits its costs to such records."""
     slots = np.bincount(admission.drafters, weights=admission.lengths, minlength=len(speculators))
     return {
         "batch": step.batch,

@@ -1,4 +1,4 @@
-"""Forecasts when a call ends: with drafts as they go, and without.
+"""Forecasts when a call ends if drafting goes on, and if it stops.
 
 A call is over when its last request is. The goodput of a step counts every token alike, so it does not tell that. Requests
 that are lucky with their drafts leave early. The others take as many steps as before, and each of these is dearer. So the
@@ -42,7 +42,7 @@ _FIRST_RETRY, _LAST_RETRY = 8, 64  # calls mostly held back after which drafts a
 
 
 class CallEnd:
-    """Says whether drafts make the call end later. Learns from every step, and across calls.
+    """Decides whether drafts would make the call end later. Learns from every step, and across calls.
 
     Attributes:
         holds_back: Whether they do.
@@ -59,7 +59,7 @@ class CallEnd:
     def observe(
         self, step: Step, admission: Admission, verified: Verified, cost: CostModel, *, is_trial: bool = False
     ) -> None:
-        """Learn from a step, and forecast anew from time to time. A step that says nothing about its rest is left out.
+        """Learn from a step and renew the forecast from time to time. Steps without `rest` are ignored.
 
         A trial's drafts are not those that would be made to gain by them.
         """
@@ -108,7 +108,7 @@ class CallEnd:
         return seconds_to_end(remaining, 1 + none, none, table, share, 0 * draft_s) < drafted_s
 
     def _remaining(self, rest: Rest) -> np.ndarray:
-        """Tokens to the end of each request: float64 `[_SCENARIOS, batch]`, as long as completions were that got so far."""
+        """Tokens to the end of each request, drawn from completions that got as far: float64 `[_SCENARIOS, batch]`."""
         lengths = np.sort(np.array(self._lengths, np.int64))
         longer = np.searchsorted(lengths, rest.generated, side="right")
         place = longer + self._rng.random((_SCENARIOS, len(longer))) * (len(lengths) - longer)
@@ -118,7 +118,7 @@ class CallEnd:
 
 
 class _Gains:
-    """What requests gain by drafts per step, and the slots and seconds that they take, by octaves of the batch."""
+    """Gains of requests by drafts per step, and the slots and seconds that drafts take, by octave of the batch."""
 
     def __init__(self) -> None:
         self._own = np.zeros((0, 4))  # per request: steps, and sums of gained tokens, of their squares, of slots
@@ -128,13 +128,13 @@ class _Gains:
         self._variance = 1.0  # of the tokens that a request gains in a step, around its own mean
 
     def call_begins(self, *, anew: bool) -> None:
-        """Another call begins, whose requests have the same numbers. `anew` forgets those before, too."""
+        """A new call begins and reuses request numbers. `anew` also forgets the calls before."""
         self._own[:] = 0.0
         if anew:
             self._told.clear()
 
     def observe(self, requests: np.ndarray, slots: np.ndarray, gained: np.ndarray, draft_s: float) -> None:
-        """A step with drafts: int64 `[batch]` each, tokens that were verified and that were accepted."""
+        """Learn from a step with drafts: verified and accepted tokens, int64 `[batch]` each."""
         octave = _octave(len(requests))
         if (more := int(requests.max()) + 1 - len(self._own)) > 0:
             self._own, self._octave = np.pad(self._own, ((0, more), (0, 0))), np.pad(self._octave, (0, more))
@@ -150,7 +150,7 @@ class _Gains:
             self._variance += _VARIANCE_MEMORY * (float(within.mean()) - self._variance)
 
     def archive(self, requests: np.ndarray) -> None:
-        """Requests that end, or come to another octave: remember what they gained, and begin anew with them."""
+        """Requests that end or change octave: store their gains and start new counts for them."""
         requests = requests[requests < len(self._own)]
         telling = requests[self._own[requests, 0] >= _TELLING]
         for octave, one in zip(self._octave[telling].tolist(), _told(self._own[telling]).tolist(), strict=True):
@@ -160,7 +160,7 @@ class _Gains:
     def scenarios(
         self, requests: np.ndarray, remaining: float, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Tokens that requests may gain per step and slots: float64 `[_SCENARIOS, batch]` each; None while nobody knows.
+        """Tokens gained and slots used per step: float64 `[_SCENARIOS, batch]` each; None without evidence.
 
         A request is like one that has told what it gained, the likelier the nearer their means are. `remaining` are the
         tokens to the end of a request, on average.
@@ -190,13 +190,13 @@ class _Gains:
         return gains.mean() + kept * (gains - gains.mean())[chosen], slots[chosen]
 
     def drafting_s(self, batch: int) -> np.ndarray:
-        """Seconds of a step's drafts for 0, 1, ... `batch` requests: float64 `[batch + 1]`, as in the nearest octave."""
+        """Seconds of a step's drafts for 0, 1, ... `batch` requests, from the nearest octave: float64 `[batch + 1]`."""
         near = [min(self._draft_s, key=lambda known: abs(known - own)) for own in range(_octave(batch) + 1)]
         return np.array([self._draft_s[near[_octave(active)]] for active in range(batch + 1)])
 
 
 class _Retry:
-    """Says when to draft anew, after calls that were held back: drafters and policy have changed meanwhile."""
+    """Decides when to draft again after calls without drafts, since drafters and policy have changed meanwhile."""
 
     def __init__(self) -> None:
         self._drafted, self._held_back = 0, 0  # steps of this call
@@ -208,7 +208,7 @@ class _Retry:
         self._held_back += held_back
 
     def call_begins(self) -> bool:
-        """Count the call before; whether to begin anew."""
+        """Count the call that ended; returns whether to start from nothing."""
         if self._held_back <= self._drafted:
             self._vain, self._after = 0, _FIRST_RETRY
         else:
@@ -221,12 +221,12 @@ class _Retry:
 
 
 def _octave(batch: int) -> int:
-    """Batches of 17 to 32 are one octave: a call begins with a power of two, most often, and soon has some less."""
+    """The octave of a batch size. 17 to 32 is one octave, so that a call that starts at a power of two stays in it."""
     return max(batch - 1, 0).bit_length()
 
 
 def _told(own: np.ndarray) -> np.ndarray:
-    """Steps, and tokens and slots per step, of `_Gains._own`'s rows: float64 `[n, 3]`."""
+    """Steps, and tokens and slots per step, of rows of `_Gains._own`: float64 `[n, 3]`."""
     return np.stack([own[:, 0], own[:, 1] / own[:, 0], own[:, 3] / own[:, 0]], axis=1)
 
 

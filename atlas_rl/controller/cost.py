@@ -34,7 +34,7 @@ _SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usu
 
 
 class CostModel:
-    """Seconds of a forward over packed tokens, by their number and the cached tokens of all their requests.
+    """Estimates seconds of a forward from its packed tokens and the cached tokens of all their requests.
 
     Sizes are bucketed: exact when small, eighths of an octave beyond. A prediction blends the bucket's median with a
     line fitted through all buckets: steps in the true cost (kernel choices, captured graph sizes) show in buckets that
@@ -86,13 +86,13 @@ class CostModel:
         return self._predicted(max_tokens) * self._factor(context_tokens)
 
     def seconds(self, num_tokens: int, context_tokens: int = 0) -> float | None:
-        """`predict` of one size."""
+        """`predict` for one size."""
         if not self._samples:
             return None
         return float(self._predicted(num_tokens)[num_tokens]) * self._factor(context_tokens)
 
     def tables(self, max_tokens: int, context_tokens: int) -> tuple[np.ndarray, float]:
-        """`predict` as a table of at least `max_tokens + 1` sizes and the factor on it, for compiled decisions.
+        """`predict` as a table of at least `max_tokens + 1` sizes and a factor on it, for compiled decisions.
 
         There must be evidence.
         """
@@ -100,12 +100,12 @@ class CostModel:
         return self._table, self._factor(context_tokens)
 
     def num_samples(self, num_tokens: int) -> int:
-        """Forwards seen within a tenth of this size, of those that are remembered."""
+        """Number of remembered forwards within a tenth of this size."""
         near = slice(bisect_left(self._sizes, 0.9 * num_tokens), bisect_right(self._sizes, 1.1 * num_tokens))
         return sum([len(self._samples[size]) for size in self._sizes[near]])
 
     def knows(self, num_tokens: int) -> bool:
-        """Whether what is predicted for this size was measured: at it, or at sizes around it that cost about the same.
+        """Whether the prediction for this size was measured: at it, or at sizes around it with about equal cost.
 
         More tokens never cost less, so a size between two others costs what lies between.
         """
@@ -123,7 +123,7 @@ class CostModel:
         return self._table[: max_tokens + 1]
 
     def _factor(self, context_tokens: int) -> float:
-        """Context and the machine's level: the factor on the whole table."""
+        """Factor on the whole table for the context and for the machine's present speed."""
         relative = max(0.0, self._covariance / (self._variance + _CONTEXT_DOUBT**2))
         return self._level * (1 + relative * context_tokens)
 
@@ -157,7 +157,7 @@ class CostModel:
 
 
 class DraftCost:
-    """Seconds of a drafter's call: `a + b * depth + c * rows * depth + d * backlog`.
+    """Estimates seconds of a drafter's call: `a + b * depth + c * rows * depth + d * backlog`.
 
     `rows` are the requests that it drafts for, `backlog` the committed tokens that it has to run first. The four shares
     are never negative. They are fitted to the latest calls of every octave of rows by least squares of relative errors,
@@ -176,7 +176,7 @@ class DraftCost:
         return self._held
 
     def knows(self, rows: int) -> bool:
-        """Whether a call for about so many requests was observed: in the same octave, or in one next to it."""
+        """Whether a call for about this many requests was observed: in the same octave or an adjacent one."""
         octave = rows.bit_length()
         return any(near in self._calls for near in (octave - 1, octave, octave + 1))
 
@@ -207,7 +207,7 @@ class DraftCost:
         return level * (fixed + per_backlog * backlog + (per_depth + per_token * rows) * depth)
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `drafts_s` predicts from: the four shares, and the level of every octave of rows."""
+        """Inputs of `drafts_s`: the four coefficients, and the level of every octave of rows."""
         return self._shares, self._levels
 
     def _fit(self) -> None:
@@ -237,7 +237,7 @@ class DraftCost:
 
 @cached_njit(nogil=True)
 def drafts_s(shares: np.ndarray, levels: np.ndarray, rows: int, depth: int, backlog: int) -> float:
-    """Seconds of a call, from `DraftCost.tables()`; its plain form is `DraftCost.predict`.
+    """Seconds of a call, from `DraftCost.tables()`; `DraftCost.predict` is the same without compilation.
 
     Args:
         shares: float64 `[4]`.
@@ -254,7 +254,7 @@ def drafts_s(shares: np.ndarray, levels: np.ndarray, rows: int, depth: int, back
 
 
 def _not_negative(gram: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """Least squares with a ridge towards `prior`; drops the most negative share until none is negative."""
+    """Least squares with a ridge towards `prior`; drops the most negative coefficient until none is negative."""
     shares, kept = np.zeros(len(prior)), np.arange(len(prior))
     while len(kept):
         square = gram[np.ix_(kept, kept)] + _PRIOR_CALLS * np.eye(len(kept))
@@ -280,7 +280,7 @@ def _rising(values: list[float], weights: list[float]) -> np.ndarray:
 
 
 def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope of seconds over tokens."""
+    """Intercept and slope of seconds as a linear function of tokens."""
     total = weight.sum()
     mean_size, mean = float(weight @ size / total), float(weight @ median / total)
     prior_slope = mean / (mean_size + _PRIOR_DOUBLING_TOKENS)
@@ -293,12 +293,12 @@ def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[flo
 
 
 def _due(num_observed: int, every: int) -> bool:
-    """Whether to fit anew: at first always, later at every `every`-th observation, because fits cost time."""
+    """Whether to fit again: always at first, later at every `every`-th observation, because fits take time."""
     return num_observed < 16 or num_observed % every == 0
 
 
 def _median(values: Iterable[float]) -> float:
-    """Median of a handful of numbers; the call of numpy's alone takes ten times as long."""
+    """Median of a few numbers; numpy's takes ten times as long."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else 0.5 * (ordered[middle - 1] + ordered[middle])

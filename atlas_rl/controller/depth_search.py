@@ -20,7 +20,7 @@ _STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to run if
 
 @cached_njit(nogil=True)
 def decide(current, room, forecast, table, factor, spent_s, shares, levels, backlog, depths, discount):
-    """Draft tokens to ask of one drafter, for the highest expected goodput.
+    """Draft tokens to ask of one drafter per request, for the highest expected goodput.
 
     Args:
         current: float64 `[batch, lookahead]`, survival of the draft that each request already has; rows never rise.
@@ -61,7 +61,7 @@ def decide(current, room, forecast, table, factor, spent_s, shares, levels, back
 
 @cached_njit(nogil=True)
 def search(current, expected, better, table, factor, draft_s, depths, discount):
-    """Find the answer with the highest expected goodput.
+    """Find the depths with the highest expected goodput.
 
     Args:
         current: As for `decide`.
@@ -111,7 +111,7 @@ def search(current, expected, better, table, factor, draft_s, depths, discount):
 
 @cached_njit(nogil=True)
 def _rank(current, expected, better, depths, first, last, kept, fresh, shallowest):
-    """Number and mass of the slots at each level of survival, of every answer, in place.
+    """Number and mass of the slots at each level of survival, for every depth, in place.
 
     A request that is asked takes the new draft where that gains more. It gains more the further it goes, so there is a depth
     from which on it is taken. So one pass over the slots is enough for all depths.
@@ -170,7 +170,7 @@ def _rank(current, expected, better, depths, first, last, kept, fresh, shallowes
 
 @cached_njit(nogil=True)
 def _sum_up(first, last, kept, fresh):
-    """From slots by the depth at which they come or go to those that stand at each depth, in place, as `_rank` says."""
+    """Cumulate slots by the depth at which they come or go into slots present at each depth, in place."""
     num_depths = kept.shape[1] - 1
     for whom in range(first, last):
         for index in range(num_depths, 0, -1):
@@ -185,7 +185,7 @@ def _sum_up(first, last, kept, fresh):
 
 @cached_njit(nogil=True)
 def _verified(kept, fresh, batch, table, factor, draft_s, discount):
-    """Tokens, discounted tokens and seconds of one draw, verified as far as is best; no discount if nothing is verified."""
+    """Tokens, discounted tokens and seconds of one draw at its best verified length; no discount at length 0."""
     num_slots, tokens = 0, float(batch)
     best_tokens, best_seconds, worth = tokens, table[batch] * factor + draft_s, 1.0
     for level in range(_LEVELS):

@@ -17,7 +17,7 @@ _OPTIMISTIC = _OPTIMISM ** np.arange(1, MAX_LOOKAHEAD + 1)
 
 
 class DraftForecast:
-    """Latest survival profiles of a drafter, by how promising the best draft of the others was at that moment.
+    """Recent survival profiles of a drafter, keyed by how promising the best other draft was at that moment.
 
     A profile is the survival probability at each position of one draft. Whole profiles are kept, not their mean: a long
     draft pays if the drafter is sure about one request in ten, but not if it is slightly sure about all.
@@ -32,12 +32,12 @@ class DraftForecast:
         self._stood = 0.0  # weight of that mean: survival of the positions before
 
     def tables(self) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-        """What `remembered` forecasts the next draft from: flat tables, and the turn of its profiles."""
+        """Inputs of `remembered` as flat tables, and the position in the rotation of profiles."""
         self._turn += 1  # a situation with fewer requests than profiles shows other profiles the next time
         return self._profiles, self._counts, self._turn, _OPTIMISTIC if self._measured is None else self._measured
 
     def predict(self, beside: np.ndarray) -> np.ndarray:
-        """Survival profiles to expect of its next draft: the plain form of `remembered`.
+        """Survival profiles to expect of the next draft; `remembered` is the compiled form.
 
         Args:
             beside: float64 `[batch]`, survival of the first token of the best draft that each request has; 0 for none.
@@ -79,7 +79,7 @@ class DraftForecast:
             self._counts[index] += len(new)
 
     def _learn_usual(self, survival: np.ndarray) -> float:
-        """Mean acceptance of positions after an accepted one, with these drafts (`[n, MAX_LOOKAHEAD]`) included."""
+        """Update the mean acceptance after an accepted position with these drafts (`[n, MAX_LOOKAHEAD]`)."""
         stood = float(survival[:, :-1][survival[:, 1:] > 0].sum())
         if stood:
             self._stood = min(self._stood, _USUAL_MEMORY) + stood
@@ -109,7 +109,7 @@ class DraftForecast:
 def remembered(
     beside: np.ndarray, profiles: np.ndarray, counts: np.ndarray, turn: int, unknown: np.ndarray
 ) -> np.ndarray:
-    """Profiles of the nearest known situation for each request, taken in turn; `unknown` where no situation is known.
+    """Profiles of the nearest known situation for each request, in rotation; `unknown` if no situation is known.
 
     Args:
         beside: As for `DraftForecast.predict`, which is its plain form.
@@ -143,7 +143,7 @@ def remembered(
 
 
 def _prolonged(survival: np.ndarray, lengths: np.ndarray, goes_on: np.ndarray, usual: float) -> np.ndarray:
-    """Extrapolate profiles beyond the draft, from the acceptance of its last position towards the usual acceptance."""
+    """Extend profiles beyond the draft, from the acceptance of its last position towards the usual acceptance."""
     profiles, last = survival.copy(), np.maximum(lengths - 1, 0)
     rows = np.arange(len(survival))
     ends = survival[rows, last]

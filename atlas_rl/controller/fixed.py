@@ -13,7 +13,7 @@ from atlas_rl.core import Draft, Verified
 
 
 class NoSpeculation(Controller):
-    """Asks nobody and learns nothing: plain decoding, one token per request and step.
+    """Never drafts: plain decoding, one token per request and step.
 
     Args:
         explain: Return a record of every step from `observe`.
@@ -36,14 +36,14 @@ class NoSpeculation(Controller):
         return step_record(step, admission, verified, forward_s, self.speculators) if self._explain else None
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        """Nothing to do: it has learned nothing."""
+        """Do nothing: there is nothing learned."""
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         return None
 
 
 class FixedController(Controller):
-    """One drafter, always the same number of draft tokens: a baseline to compare with, not a policy for a run.
+    """Always uses one drafter with a fixed number of draft tokens: a baseline for comparisons.
 
     Args:
         speculators: Names, in the order that `Admission.drafters` refers to.
@@ -82,7 +82,7 @@ class FixedController(Controller):
         return None
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        """Nothing to do: it has learned nothing about its drafter."""
+        """Do nothing: there is nothing learned."""
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)

@@ -45,7 +45,7 @@ _PLAIN_SHARES = 16  # latest steps without drafts that tell the forward's share 
 
 @dataclass(slots=True, eq=False)
 class _Decision:
-    """One step: `plan` opens it, `observe` closes it, perhaps after the next one was planned.
+    """State of one step's decision: `plan` opens it, and `observe` closes it, perhaps after the next plan.
 
     Attributes:
         step: The step.
@@ -88,12 +88,12 @@ class _BestDrafts:
 
     @classmethod
     def none(cls, batch: int, columns: int) -> _BestDrafts:
-        """Before the first draft."""
+        """No drafts yet."""
         return cls(np.zeros((batch, MAX_LOOKAHEAD)), np.zeros(batch), np.zeros(batch, np.int64), columns)
 
 
 class GoodputController(Controller):
-    """Maximises the expected goodput of every step, as the module's docstring says, with any number of speculators.
+    """Maximises the expected goodput of every step, with any number of speculators (formula in the module docstring).
 
     Args:
         speculators: Names, in the order that `Admission.drafters` refers to.
@@ -189,7 +189,7 @@ class GoodputController(Controller):
     # ------------------------------------------------------------------------------------------------------- decisions
 
     def _decision(self, step: Step) -> _Decision:
-        """The decision about `step`; a step that was not planned gets one that asks nobody."""
+        """The decision about `step`; a step that was not planned gets one without drafts."""
         for decision in self._at_hand:
             if decision.step is step:
                 return decision
@@ -267,21 +267,21 @@ class GoodputController(Controller):
         return wanted
 
     def _is_new(self, batch: int) -> bool:
-        """Whether a trial's draft is verified whole: such a forward is not on the line through smaller ones.
+        """Whether a trial's draft is verified whole: its cost cannot be interpolated from smaller forwards.
 
         Decided by the tokens asked for, before anything is drawn: a draft that drew an ending token is shorter.
         """
         return self._cost.num_samples(batch * (1 + _TRIAL_DEPTH)) < _TRIALS
 
     def _trial_s(self, name: str, step: Step) -> float:
-        """Seconds charged for a call that is not expected to pay and is made to learn from it."""
+        """Seconds charged for a trial call, which is made to learn and is not expected to pay."""
         plain_s = self._cost.seconds(step.batch, step.context_tokens)
         least_s = 0.0 if plain_s is None else _LEAST_TRIAL * plain_s
         draft_s = self._models[name].cost.predict(step.batch, float(_TRIAL_DEPTH), step.backlog.get(name, 0))
         return max(draft_s, least_s)
 
     def _best_lengths(self, survival: np.ndarray, decision: _Decision) -> np.ndarray:
-        """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch, n where G peaks."""
+        """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch; n maximises G."""
         step, batch = decision.step, decision.step.batch
         if decision.prediction is None or not step.drafts:
             return np.zeros(batch, np.int64)
@@ -319,7 +319,7 @@ class GoodputController(Controller):
     def _compare(
         self, decision: _Decision, drafted: bool, num_tokens: float, undrafted_s: float, step_s: float
     ) -> None:
-        """Note how much of its predicted goodput a step kept.
+        """Record the share of its predicted goodput that a step reached.
 
         `admit` predicted when the drafts were there. `plan` promised when the last of them was asked for: drafts that
         come out worse than expected are paid for all the same.
@@ -371,5 +371,5 @@ class GoodputController(Controller):
 
 
 def _any_drawn(step: Step) -> bool:
-    """Whether some draft was drawn from probabilities, and is therefore verified by rejection."""
+    """Whether some draft was drawn from probabilities and is therefore verified by rejection."""
     return any(draft.draft_probs is not None for draft in step.drafts.values())

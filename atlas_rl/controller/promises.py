@@ -1,4 +1,4 @@
-"""What drafting promised and what it delivered: learned per drafter, and for steps with and without drafts.
+"""Compares predicted with reached goodput, per drafter and for steps with and without drafts.
 
 The controller chooses what looks best, so its predictions are optimistic about what it chose. It therefore discounts
 the predicted goodput of drafting by what such steps delivered so far, and pauses planning where nothing ever pays.
@@ -25,7 +25,7 @@ _SAME_BATCH = 7 / 8
 
 
 class Prediction(NamedTuple):
-    """Tokens and seconds, drafting excluded, that a step is expected to commit and take."""
+    """Tokens that a step is expected to commit, and the seconds it is expected to take without drafting."""
 
     tokens: float
     seconds: float
@@ -40,7 +40,7 @@ class Promise(NamedTuple):
 
 @dataclass(slots=True)
 class Kept:
-    """How much of its predicted goodput one kind of step delivers.
+    """Mean share of its predicted goodput that one kind of step reaches.
 
     Attributes:
         mean: Running mean of log(realised / predicted).
@@ -53,7 +53,7 @@ class Kept:
     num_steps: float = _KEPT_PRIOR_STEPS
 
     def observe(self, goodput: float, predicted: float) -> None:
-        """A step of this kind reached `goodput`, in tokens per second, where `predicted` was expected."""
+        """A step of this kind reached `goodput` tokens per second; `predicted` was expected."""
         surprise = min(max(math.log(goodput / predicted), -_OUTLIER), _OUTLIER)
         self.num_steps = min(self.num_steps + 1, _KEPT_STEPS)
         deviation = surprise - self.mean
@@ -61,12 +61,12 @@ class Kept:
         self.variance += (deviation**2 - self.variance) / self.num_steps
 
     def fade(self, towards: float) -> None:
-        """A step passed without one of this kind: the mean drifts to `towards`."""
+        """A step of another kind passed: the mean drifts to `towards`."""
         self.mean += _DOUBT_FADES * (towards - self.mean)
 
 
 def discount(drafted: Kept, plain: Kept) -> float:
-    """Factor on the predicted goodput of drafting: what steps with drafts keep of it, relative to plain steps.
+    """Factor on the predicted goodput of drafting: the share that steps with drafts reach, relative to plain steps.
 
     It stands for everything that the models do not see: sampling rounds, bookkeeping, a ragged batch, and the optimism
     of choosing what looked best. One standard error is taken off as well: a gain that is lost in the noise of step
@@ -81,7 +81,7 @@ def discount(drafted: Kept, plain: Kept) -> float:
 
 @dataclass(slots=True)
 class DrafterModel:
-    """Everything the controller has learned about one drafter.
+    """Everything that the controller has learned about one drafter.
 
     Attributes:
         acceptance: Probability that its draft tokens are accepted.
@@ -100,7 +100,7 @@ class DrafterModel:
 
 @dataclass(slots=True)
 class Pause:
-    """Skips planning where planning never asks anybody: a plan costs as much as a few draft tokens.
+    """Skips planning if planning never asks a drafter, because a plan costs as much as a few draft tokens.
 
     After the first plan beyond `_PATIENCE` that asked nobody it skips one step, after the next two, and so on up to
     `_LONGEST_PAUSE`.
@@ -116,7 +116,7 @@ class Pause:
     batch: int = 0
 
     def holds(self, batch: int) -> bool:
-        """Whether to skip the plan of a step of `batch` requests; counts down, so it is asked once per step."""
+        """Whether to skip planning a step of `batch` requests. Counts down, so call it once per step."""
         if not _SAME_BATCH * self.batch <= batch <= self.batch:
             self.steps_left = 0
         self.steps_left -= self.steps_left > 0

@@ -1,4 +1,4 @@
-"""Draft slots of a batch, compiled: how likely each survives, whose draft is best, and how many slots are verified.
+"""Compiled functions over the draft slots of a batch: survival, best draft, and number of slots to verify.
 
 A decision looks at every slot a few times. In numpy each look costs some microseconds per operation, and there are dozens in
 a step that takes the device a few milliseconds. Every function here has its numpy form in `tests/controller/test_slots.py`.
@@ -46,7 +46,7 @@ def survival_of(confidence, lengths, edges, position_class, a, b):
 
 @cached_njit(nogil=True)
 def take_better(survival, gains, drafters, own, index, columns):
-    """Let a request have the draft of drafter `index` where it gains more, in place.
+    """Replace a request's best draft by that of drafter `index` if it gains more, in place.
 
     Args:
         survival: float64 `[batch, MAX_LOOKAHEAD]`, of the best drafts so far.
@@ -67,7 +67,7 @@ def take_better(survival, gains, drafters, own, index, columns):
 
 @cached_njit(nogil=True)
 def compare(expected, room, survival):
-    """Cut expected drafts to the room that there is, in place, and say where they beat those at hand.
+    """Cut expected drafts to the available room, in place, and mark the rows where they beat the best draft so far.
 
     Args:
         expected: float64 `[draws, batch, lookahead]`.
@@ -95,7 +95,7 @@ def compare(expected, room, survival):
 
 @cached_njit(nogil=True)
 def admitted(survival, values, table, factor, drafting_s, discount, one_by_one):
-    """How many draft tokens of each request to verify: the likeliest slots of the batch, as many as pay.
+    """Draft tokens of each request to verify: the likeliest slots of the batch, as many as pay.
 
     Args:
         survival: float64 `[batch, MAX_LOOKAHEAD]`, zero behind a draft; rows never rise.
@@ -117,7 +117,7 @@ def admitted(survival, values, table, factor, drafting_s, discount, one_by_one):
 
 @cached_njit(nogil=True)
 def num_admitted(values, batch, table, factor, drafting_s, discount, one_by_one):
-    """How many slots to verify, in falling order of survival, for the most tokens per second.
+    """Number of slots to verify, in falling order of survival, for the most tokens per second.
 
     Args:
         values: float64 `[n]`, survival of the slots, rising.

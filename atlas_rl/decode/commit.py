@@ -1,4 +1,4 @@
-"""The verb commit: what a forward settled becomes part of the sequences, and is counted. One copy for every engine."""
+"""The verb commit: appends settled tokens to the sequences and counts them. Both engines use it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def commit(
     ends: np.ndarray = NOBODY_SAYS,
     logprobs: np.ndarray = NOBODY_WANTS,
 ) -> Verified:
-    """Append tokens to their sequences, up to an ending token, and say which requests end.
+    """Append tokens to their sequences, up to an ending token, and return which requests end.
 
     Args:
         settled: The tokens.

@@ -1,4 +1,4 @@
-"""Compile kernels before the first measured step: numba and Triton do it once per machine, and cache the result.
+"""Compiles kernels before the first measured step: numba and Triton do it once per machine and cache the result.
 
 python -m atlas_rl.decode.compile_kernels
 """
@@ -53,7 +53,7 @@ _WORTH_SAYING_S = 3.0
 
 @cache
 def compile_kernels() -> float:
-    """Run every CPU kernel once on a toy batch; seconds it took. Later calls return at once."""
+    """Run every CPU kernel once on a toy batch; returns the seconds. Later calls return at once."""
     began = time.perf_counter()
     with announced("CPU", "about a minute"), _counted():
         _run_all()
@@ -61,7 +61,7 @@ def compile_kernels() -> float:
 
 
 def compile_verification(verifier: Verifier, sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
-    """Compile what verification launches on a GPU, before the first step; calls that need no more return at once.
+    """Compile the GPU kernels of verification before the first step; returns at once if all are compiled.
 
     Args:
         verifier: As `verifier_on` gives it for the device.
@@ -79,7 +79,7 @@ def compile_verification(verifier: Verifier, sampling: SamplingParams, vocab_siz
 def compile_drafting(
     speculators: Iterable[Speculator], sampling: SamplingParams, vocab_size: int, device: torch.device
 ) -> None:
-    """Compile what drafters launch on a GPU, before the first step; calls that need no more return at once.
+    """Compile the GPU kernels of drafters before the first step; returns at once if all are compiled.
 
     Args:
         speculators: Bound, and guarded.
@@ -99,7 +99,7 @@ def compile_drafting(
 
 
 def _kind_of(sampling: SamplingParams, vocab_size: int) -> tuple[Hashable, ...]:
-    """Equal for calls whose kernels are compiled alike."""
+    """Key that is equal for calls with the same compiled kernels."""
     temperature = kernel_temperature(sampling)
     kind: tuple[Hashable, ...] = (temperature if temperature in (0, 1) else None,)
     if not sampling.truncates:
@@ -114,7 +114,7 @@ _compiled_of: WeakKeyDictionary[Speculator, set[tuple[Hashable, ...]]] = WeakKey
 
 @contextmanager
 def announced(kind: str, how_long: str) -> Iterator[None]:
-    """Says that kernels are compiled inside, if that takes long, and how long it took."""
+    """Context that announces a compilation that takes long, and says how long it took."""
     began = time.perf_counter()
     saying = f"atlas_rl: compiling its {kind} kernels, once per machine: {how_long}"
     said = threading.Timer(_WORTH_SAYING_S, logger.warning, [saying])
@@ -131,7 +131,7 @@ def announced(kind: str, how_long: str) -> Iterator[None]:
 
 @contextmanager
 def _counted() -> Iterator[None]:
-    """A bar over the CPU kernels, which moves with every one that numba compiles inside."""
+    """Context with a progress bar that advances with every CPU kernel that numba compiles."""
     bar = progress.bar("CPU kernels", num_kernels()[0], "kernel", after_s=_WORTH_SAYING_S)
     with bar, event.install_listener("numba:compile", _MovesABar(bar)):
         yield

@@ -1,4 +1,4 @@
-"""The speculators that an engine has when nobody names any."""
+"""The default speculators of an engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
 
 def default_speculators() -> list[Speculator]:
-    """Both organs of the adaptive speculator: the history index and the recurrent head. The static one is added if given."""
+    """The history index and the recurrent head, and the static speculator if one is given."""
     return [HistorySpeculator(), RecurrentSpeculator()]
 
 
 def bind_all(
     speculators: Iterable[Speculator], policy: PolicyView, faults: Faults, *, couples_noise: bool
 ) -> dict[str, GuardedSpeculator]:
-    """Get speculators ready to draft for a policy; by name, in their order.
+    """Bind speculators to a policy; returns them by name, in order.
 
     Args:
         speculators: Not bound yet.

@@ -1,4 +1,4 @@
-"""One generation call, and who runs it: the interface of backends, and the backend that runs the policy in process."""
+"""The generation call, the interface of backends, and the backend that runs the policy in process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a call came to, beside the completed sequences.
+    """Result of a call, beside the completed sequences.
 
     Attributes:
         logprobs: Per request, of its completion tokens, under the processed distribution.
@@ -89,7 +89,7 @@ class Backend(ABC):
 
     @abstractmethod
     def runs(self, model: Any) -> bool:
-        """Whether this is the backend of `model`, or of a wrapper of it."""
+        """Whether this backend runs `model`, or the model that `model` wraps."""
 
     @abstractmethod
     def generate(self, call: Call) -> Run:
@@ -100,11 +100,11 @@ class Backend(ABC):
         """
 
     def current_vocab_size(self) -> int:
-        """The policy's vocabulary as it is now; `vocab_size` is what it was when the backend was made."""
+        """The policy's present vocabulary size; `vocab_size` is the size when the backend was made."""
         return self.vocab_size
 
     def moved(self) -> bool:
-        """Whether the policy is on another device than when the backend was made: drafters are then bound anew."""
+        """Whether the policy has moved to another device since the backend was made; drafters are then bound again."""
         return False
 
     @abstractmethod
@@ -113,7 +113,7 @@ class Backend(ABC):
 
     @abstractmethod
     def audited(self, model: Any, policy: nn.Module | None) -> nn.Module | None:
-        """The policy to audit against, as its trainer runs it, wrappers included; None audits nothing.
+        """The policy to audit against, as its trainer runs it, wrappers included; None disables the audit.
 
         Args:
             model: What the call was made with: `runs(model)` is true.
@@ -121,13 +121,13 @@ class Backend(ABC):
         """
 
     def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:  # noqa: B027 - most need nothing
-        """Before a refresh: note drafters that changed though nobody trained them since `remember_drafters`."""
+        """Before a refresh: note drafters whose weights changed without training since `remember_drafters`."""
 
     def remember_drafters(self, speculators: Mapping[str, Speculator]) -> None:  # noqa: B027 - most need nothing
-        """After a refresh: drafters are as they should be."""
+        """After a refresh: remember the drafters' weights."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take new policy weights, (name, tensor) as in a checkpoint; read to the end whatever happens.
+        """Load new policy weights, (name, tensor) as in a checkpoint; the iterator is exhausted even on errors.
 
         Raises:
             ValueError: The backend generates with the policy's own weights.
@@ -204,7 +204,7 @@ class InProcessBackend(Backend):
 
 
 def ending_ids(given: Any, name: str = "eos_token_id") -> list[int]:
-    """Ending tokens as transformers and TRL give them: one, several or None, where None and negative ids mean none.
+    """Ending tokens from transformers and TRL: one id, several or None; None and negative ids mean no ending token.
 
     Args:
         given: Of a trainer, a configuration or a tokenizer.
@@ -218,5 +218,5 @@ def ending_ids(given: Any, name: str = "eos_token_id") -> list[int]:
 
 
 def ending_tokens_of(source: Any) -> list[int]:
-    """`eos_token_id` of a configuration or a tokenizer; may be none."""
+    """`eos_token_id` of a configuration or a tokenizer; may be empty."""
     return ending_ids(getattr(source, "eos_token_id", None))

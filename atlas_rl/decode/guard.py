@@ -1,4 +1,4 @@
-"""Errors of drafters and controllers cost drafts, never the generation.
+"""Catches errors of drafters and controllers: they cost drafts, never the generation.
 
 Whatever is drafted, the tokens are the policy's. So a drafter that raises, or drafts what cannot be, is not worth the
 rollouts of a step or the requests of a server. It is put aside until the next policy update; its fault is logged with its
@@ -38,7 +38,7 @@ _LONGEST_TEXT = 200
 
 
 class Faults:
-    """What was caught since it was last reported."""
+    """Errors caught since the last report."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -48,7 +48,7 @@ class Faults:
     def attempt(
         self, name: str, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any
     ) -> tuple[Value, bool]:
-        """The result of `call(*arguments)`, or `otherwise` where it raises; and whether it did not.
+        """Return `call(*arguments)` and True, or `otherwise` and False if it raises.
 
         Args:
             name: Whose call it is.
@@ -64,7 +64,7 @@ class Faults:
             return otherwise, False
 
     def report_to(self, recorder: StepRecorder) -> None:
-        """Hand over what was caught; it is not reported again."""
+        """Hand over the caught errors to a recorder, once."""
         recorder.faults(self._counts, self._messages)
         self._counts, self._messages = {}, {}
 
@@ -80,7 +80,7 @@ class Faults:
 
 
 class GuardedSpeculator(Speculator):
-    """A speculator whose errors are caught; attributes that are not of the interface are the speculator's own.
+    """Wraps a speculator and catches its errors; other attributes are passed through.
 
     Args:
         speculator: Drafts.
@@ -104,7 +104,7 @@ class GuardedSpeculator(Speculator):
         return getattr(self.unguarded, name)
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Bind the speculator; what it raises is for whoever chose it, and is not caught."""
+        """Bind the speculator. Errors are raised, not caught: the caller chose this speculator."""
         self.unguarded.bind(policy, couples_noise)
         self._policy = policy
         self.needs, self._off_at = self.unguarded.needs, None
@@ -168,7 +168,7 @@ class GuardedSpeculator(Speculator):
         return draft
 
     def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
-        """As `Faults.attempt`. Methods are looked up inside of `call`: a drafter that lacks one has failed, too."""
+        """Call a method through `Faults.attempt`; a missing method counts as a failure of the drafter, too."""
         if self._off_at is not None:
             return otherwise
         result, went_well = self._faults.attempt(self.name, where, call, otherwise, *arguments)
@@ -181,7 +181,7 @@ class GuardedSpeculator(Speculator):
 
 
 class GuardedController(Controller):
-    """A controller whose errors are caught; without it nothing is drafted.
+    """Wraps a controller and catches its errors; after an error nothing is drafted.
 
     Args:
         controller: Plans.
@@ -296,7 +296,7 @@ def _check_draft(draft: Draft, max_draft_tokens: np.ndarray, vocab_size: int) ->
 
 @cached_njit(nogil=True)
 def _can_be(tokens: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, most: np.ndarray, vocab_size: int) -> bool:
-    """Whether lengths, tokens and confidences are within their bounds: in one pass, for the drafts of every step."""
+    """Whether lengths, tokens and confidences are within bounds, in one pass."""
     for row in range(len(lengths)):
         if not 0 <= lengths[row] <= min(most[row], tokens.shape[1]):
             return False
@@ -308,7 +308,7 @@ def _can_be(tokens: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, mos
 
 @cached_njit(nogil=True)
 def _num_drafted(lengths: np.ndarray, drafters: np.ndarray, index: int, drafted: np.ndarray) -> int:
-    """Requests whose admitted tokens are there: of the draft of drafter `index`, and no more than were drafted."""
+    """Number of requests whose admitted tokens exist in the draft of drafter `index`."""
     count = 0
     for row in range(len(lengths)):
         count += drafters[row] == index and 0 < lengths[row] <= drafted[row]
@@ -343,7 +343,7 @@ def _checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarr
 
 
 def _empty_call(policy_version: int) -> Sequences:
-    """A call that nothing comes of."""
+    """A call that has nothing to learn from."""
     one = np.ones(1, np.int64)
     return Sequences(
         token_ids=np.zeros((1, 1), np.int32),

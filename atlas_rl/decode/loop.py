@@ -37,7 +37,7 @@ PREFILL_TOKENS = 4096  # packed prompt tokens per forward: bounds the activation
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A step that was run, and is still to be learned from.
+    """A step that has run but has not been learned from yet.
 
     Attributes:
         step: As planned, with its drafts.
@@ -101,12 +101,12 @@ class DecodeLoop:
 
     @property
     def logprobs(self) -> list[list[float]]:
-        """Per request, of its completion tokens so far, under the processed distribution."""
+        """Logprobs of each request's completion tokens so far, under the processed distribution."""
         counts = self.sequences.lengths - self.sequences.prompt_lengths
         return [row[:count].tolist() for row, count in zip(self._logprobs, counts, strict=True)]
 
     def rows_of(self, requests: np.ndarray) -> np.ndarray:
-        """Cache rows of active requests: int64 `[n]` for int64 `[n]`."""
+        """Cache rows of active requests: int64 `[n]` in, int64 `[n]` out."""
         row_of = np.empty(len(self.sequences.lengths), np.int64)
         row_of[self.active] = np.arange(len(self.active))
         return row_of[requests]
@@ -155,7 +155,7 @@ class DecodeLoop:
         self._unlearned = _Run(step, admission, verified, forward_s, self._arrived_s - began_s)
 
     def _learn(self) -> float:
-        """Learn from the step before, and count it; seconds that this took."""
+        """Learn from the previous step and count it; returns the seconds that this took."""
         began_s, run = self.recorder.clock(), self._unlearned
         self._unlearned = None
         with self.recorder.time("observe"):
@@ -190,17 +190,17 @@ class DecodeLoop:
         return logits, Hidden(first, taps.head_inputs, taps.layers)
 
     def _rest(self, requests: np.ndarray) -> Rest:
-        """What active requests have behind them and before them."""
+        """Tokens that active requests have generated, and tokens until their limits."""
         lengths = self.sequences.lengths[requests]
         generated, left = lengths - self.sequences.prompt_lengths[requests], self.max_lengths[requests] - lengths
         return Rest(requests, generated, left, len(self.room.waiting))
 
     def _taps(self) -> Taps:
-        """What the speculators need of the next forward."""
+        """Hidden states that the speculators need from the next forward."""
         return Taps(self._needs.head_inputs, self._needs.layers)
 
     def commit(self, requests: np.ndarray, outcome: Outcome, num_drafted: np.ndarray, hidden: Hidden) -> Verified:
-        """Append what verification settled, and the logprobs of it."""
+        """Append the tokens that verification settled, with their logprobs."""
         sequences, num_tokens = self.sequences, outcome.num_accepted + 1
         settled = Settled(
             requests,
@@ -235,7 +235,7 @@ class DecodeLoop:
             self._resume(wave[begun])
 
     def _begin(self, wave: np.ndarray) -> None:
-        """Admit requests, int64 `[n]`: one prefill per unique prompt, its cache copied to the group, and first tokens."""
+        """Admit requests, int64 `[n]`: prefill each unique prompt, copy its cache to the group, draw first tokens."""
         groups: dict[int, list[int]] = {}
         for request in wave.tolist():
             groups.setdefault(self._prompt_group(request, groups), []).append(request)
@@ -260,7 +260,7 @@ class DecodeLoop:
         self._first_tokens(requests, logits, hidden, groups)
 
     def _resume(self, wave: np.ndarray) -> None:
-        """Admit requests that were paused, int64 `[n]`: run what they have, but for the last token."""
+        """Admit paused requests, int64 `[n]`: rerun their tokens except the last."""
         with self._prefilling(wave) as ended:
             for segments in self._texts(wave, self.sequences.lengths[wave] - 1, len(self.active)):
                 self.runner.forward(segments, np.cumsum(segments.lengths) - 1)
@@ -270,7 +270,7 @@ class DecodeLoop:
 
     @contextmanager
     def _prefilling(self, wave: np.ndarray) -> Iterator[list[bool]]:
-        """Around a prefill: where it gets no memory, its requests wait again. Afterwards empty, unless it ended.
+        """Context of a prefill: if it gets no memory, its requests wait again.
 
         Nobody has been told of these requests yet, so that nothing is to be taken back.
         """
@@ -288,7 +288,7 @@ class DecodeLoop:
     def _first_tokens(
         self, requests: np.ndarray, logits: torch.Tensor, hidden: Hidden, groups: Mapping[int, list[int]]
     ) -> None:
-        """Draw each request's first token from its prompt's logits and let it into the batch."""
+        """Draw each request's first token from its prompt's logits and add it to the batch."""
         leader_of = {request: index for index, group in enumerate(groups.values()) for request in group}
         index = np.array([leader_of[int(request)] for request in requests])
         draft = Draft.empty(len(requests))
@@ -333,7 +333,7 @@ class DecodeLoop:
             yield Segments(tokens, first_row + chunk.start, np.zeros_like(counts), counts, settled=counts)
 
     def _prompt_group(self, request: int, groups: Mapping[int, list[int]]) -> int:
-        """The request that leads this one's group: the first in the wave with the same prompt, or itself."""
+        """Index of the request that leads this one's group: the first in the wave with the same prompt, or itself."""
         sequences = self.sequences
         length = sequences.prompt_lengths[request]
         for leader in groups:

@@ -1,4 +1,4 @@
-"""What the decoding forwards of a call would have cost without speculation, as far as the call itself knows.
+"""Estimates the cost of a call's decoding forwards without speculation, from the call's own measurements.
 
 The tokens are the same without speculation, so the plain run is known exactly once the call has ended: a request of n
 tokens takes part in n - 1 forwards. How many forwards there are follows from the longest requests, not from the mean. Steps
@@ -45,13 +45,13 @@ class PlainCosts:
     steps: dict[int, int] = field(default_factory=dict)
 
     def note(self, batch: int, plain_s: float | None) -> None:
-        """A step of `batch` requests: a plain forward in its place costs `plain_s`; None where nobody knows."""
+        """Note for a step of `batch` requests that a plain forward would cost `plain_s`; None if unknown."""
         if plain_s is not None:
             self.seconds[batch] = self.seconds.get(batch, 0.0) + plain_s
             self.steps[batch] = self.steps.get(batch, 0) + 1
 
     def run(self, completion_lengths: np.ndarray, num_rows: int) -> PlainForwards:
-        """The call without speculation.
+        """Estimate the call without speculation.
 
         Args:
             completion_lengths: int64 `[num_requests]`, tokens of each request in the order of admission.

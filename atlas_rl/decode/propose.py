@@ -1,4 +1,4 @@
-"""The verbs `plan` and `propose`: whom the controller asks, and one draft per request out of what they drafted."""
+"""The verbs `plan` and `propose`: asks speculators as planned, and merges their drafts into one per request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atlas_rl.speculators.base import Speculator
 
 
 class Proposing:
-    """Asks speculators for drafts, one after the other, until the controller has what it wants.
+    """Asks speculators for drafts, one after the other, until the controller stops.
 
     Args:
         speculators: By name, in the controller's order.
@@ -62,7 +62,7 @@ class Proposing:
                 return step  # nobody is left to be asked
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
-        """One speculator's drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
+        """Ask one speculator for drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
         before = self._recorder.clock()
         batch, num_asked = len(requests), np.count_nonzero(wanted > 0)
         if num_asked == batch:
@@ -79,7 +79,7 @@ class Proposing:
         self.num_proposed[name] = self.num_proposed.get(name, 0) + int(draft.lengths.sum())
 
     def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
-        """One speculator's draft for some requests, at least one token wanted of each."""
+        """Ask one speculator for drafts of some requests, at least one token each."""
         return self._speculators[name].propose(sequences, requests, wanted)
 
     def drawn_as(self, sequences: Sequences, requests: np.ndarray) -> Hashable:
@@ -97,7 +97,7 @@ def take_rows(
     own_tokens: np.ndarray,
     own_confidence: np.ndarray,
 ) -> None:
-    """Copy the tokens and confidences of drafter `index` into its rows, to their lengths; a loop, compiled."""
+    """Copy the tokens and confidences of drafter `index` into its rows, up to their lengths; a compiled loop."""
     for row in range(len(drafters)):
         if drafters[row] == index:
             for column in range(lengths[row]):
@@ -128,7 +128,7 @@ def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, v
 def _merged_probs(
     drafts: Mapping[str, Draft], rows_of: Mapping[str, np.ndarray], merged: Draft, vocab_size: int
 ) -> torch.Tensor | None:
-    """`draft_probs` of the merged draft, of requests that draft; rows of others mean nothing. Waits for no device."""
+    """`draft_probs` of the merged draft; rows without a draft are undefined. Does not wait for the device."""
     used = [name for name, rows in rows_of.items() if len(rows)]
     with_probs = [probs for name in used if (probs := drafts[name].draft_probs) is not None]
     if not with_probs:

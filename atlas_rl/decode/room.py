@@ -1,4 +1,4 @@
-"""Which requests have a cache row: as many as memory takes at the length that texts have come to.
+"""Decides which requests have a cache row: as many as fit into memory at the present lengths of the texts.
 
 Requests wait for a row, first come, first served. They are admitted by the length that texts have, and a margin; how many
 tokens they may still generate does not count. Where texts then outgrow memory in the middle of a call, the shortest are
@@ -46,7 +46,7 @@ class CacheRoom:
         self._failed_alone = False  # whether that was the prefill of one request, with nothing else running
 
     def wave(self, active: np.ndarray) -> np.ndarray:
-        """Requests to admit now, in their order: int64 `[n]`. Room is made for them behind the rows of `active`."""
+        """Requests to admit now, in order: int64 `[n]`. Makes room for them behind the rows of `active`."""
         free = self._fitting - len(active)
         # A prefill holds up everybody: wait until a quarter of the rows is free, unless nothing else is running.
         if not self.waiting or (len(active) and free < max(1, self._fitting // 4)):
@@ -74,11 +74,11 @@ class CacheRoom:
         return np.array(wave, np.int64)
 
     def admitted(self) -> None:
-        """Note that a prefill succeeded."""
+        """A prefill succeeded."""
         self._most, self._failed_alone = self._max_rows, False
 
     def take_back(self, wave: np.ndarray, active: np.ndarray) -> bool:
-        """Let a wave wait whose prefill got no memory; half of it is tried next. False where one request alone gets none.
+        """Return a wave whose prefill got no memory; half of it is tried next. False if a single request gets none.
 
         The first forward of a cache is the one that takes its memory, and `reserve` cannot do that for it. One request is
         given two tries, because the second one is made with no margin.
@@ -92,7 +92,7 @@ class CacheRoom:
         return True
 
     def drafts(self, active: np.ndarray) -> np.ndarray:
-        """Most draft tokens that active requests can use, int64 `[n]`: the target adds one token of its own.
+        """Most draft tokens that active requests can use, int64 `[n]`: the target adds one token itself.
 
         It is settled before anything is drafted. A row that grew for a draft, or did not, would let the drawn tokens
         decide how many of them are verified, which rejection sampling does not forgive.
@@ -101,7 +101,7 @@ class CacheRoom:
         return room
 
     def go_on(self, active: np.ndarray) -> np.ndarray:
-        """Make room for the next step of active requests, by row. Returns those that it was made for, by their rows now."""
+        """Make room for the next step of active requests, by row. Returns the requests that fit, by their new rows."""
         needed = needed_by(active, self._sequences.lengths, self._max_lengths)
         if needed <= self._runner.held_cells:
             return active
@@ -124,12 +124,12 @@ class CacheRoom:
                 return active
 
     def _wanted(self, requests: np.ndarray | int) -> np.ndarray:
-        """Tokens that requests are to have room for when they are admitted."""
+        """Tokens to reserve for requests when they are admitted."""
         wanted: np.ndarray = np.minimum(self._sequences.lengths[requests] + _MARGIN, self._max_lengths[requests])
         return wanted
 
     def _pause(self, active: np.ndarray, number: int) -> np.ndarray:
-        """Take the rows of the shortest requests; among equals, of those that came last."""
+        """Take the rows of the shortest requests; among equals, of the latest."""
         lengths = self._sequences.lengths
         order = np.lexsort((-active, lengths[active]))
         paused = np.zeros(len(active), bool)
@@ -141,7 +141,7 @@ class CacheRoom:
 
 @cached_njit(nogil=True)
 def room_of(active: np.ndarray, lengths: np.ndarray, max_lengths: np.ndarray, held_cells: int) -> np.ndarray:
-    """Draft tokens that each active request can use: up to its limit but for one, and to the cells that rows have.
+    """Draft tokens that each active request can use: up to one before its limit, and within the cells of its row.
 
     Args:
         active: int64 `[batch]`.
@@ -160,7 +160,7 @@ def room_of(active: np.ndarray, lengths: np.ndarray, max_lengths: np.ndarray, he
 
 @cached_njit(nogil=True)
 def needed_by(active: np.ndarray, lengths: np.ndarray, max_lengths: np.ndarray) -> int:
-    """Cells that the next step of active requests may write: the longest and `LOOKAHEAD`, within the furthest limit."""
+    """Cells that the next step may write: the longest active text plus `LOOKAHEAD`, within the largest limit."""
     longest, furthest = 0, 0
     for row in range(len(active)):
         longest, furthest = max(longest, lengths[active[row]]), max(furthest, max_lengths[active[row]])

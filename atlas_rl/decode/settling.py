@@ -1,4 +1,4 @@
-"""What a forward settled becomes part of the texts: one pass over the rows, compiled, and the same in plain numpy.
+"""Appends settled tokens to the texts: one compiled pass over the rows, and the same in plain numpy.
 
 A step of a few milliseconds leaves no time for a dozen numpy calls over a few hundred rows, nor for a turn of Python per
 request. `settle` takes about as long as one such call.
@@ -14,7 +14,7 @@ from atlas_kernels.jit_cache import cached_njit
 
 
 class Texts(NamedTuple):
-    """What grows by committed tokens.
+    """Arrays that grow by committed tokens.
 
     Attributes:
         token_ids: int32 `[num_requests, capacity]`.
@@ -32,7 +32,7 @@ class Texts(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens that a forward settled; a row's first `num_tokens` columns count.
+    """Tokens that a forward settled; only a row's first `num_tokens` columns count.
 
     Attributes:
         requests: int64 `[batch]`.
@@ -58,7 +58,7 @@ class Drawn(NamedTuple):
 
 
 class Fates(NamedTuple):
-    """What became of each row: int64 `[batch]`, three times, and bool `[batch]`; see `Verified`."""
+    """Outcome of each row: three int64 `[batch]` arrays and bool `[batch]`; see `Verified`."""
 
     num_committed: np.ndarray
     num_accepted: np.ndarray
@@ -67,14 +67,14 @@ class Fates(NamedTuple):
 
     @staticmethod
     def of(batch: int) -> Fates:
-        """Room for those of `batch` rows."""
+        """Empty arrays for `batch` rows."""
         committed, accepted, drafted = (np.empty(batch, np.int64) for _ in range(3))
         return Fates(committed, accepted, drafted, np.empty(batch, np.bool_))
 
 
 @cached_njit(nogil=True)
 def reached(requests, num_tokens, lengths, max_lengths, prompt_lengths):
-    """The longest text, and the longest completion, that tokens of these requests can come to; arrays as in `settle`."""
+    """Longest text and longest completion that these requests can reach; arrays as in `settle`."""
     text, completion = 0, 0
     for i in range(len(requests)):
         request = requests[i]
@@ -123,7 +123,7 @@ def settle(drawn, texts, fates):
 
 
 def settle_in_numpy(drawn: Drawn, texts: Texts, fates: Fates) -> tuple[float, float, int]:
-    """What `settle` does, one array operation at a time; to read, and to hold `settle` against."""
+    """The reference of `settle`, in numpy operations, for reading and for tests."""
     requests, tokens = drawn.requests, drawn.token_ids
     ends = drawn.ends if len(drawn.ends) else (tokens[..., None] == drawn.stops).any(axis=-1)
     ends = ends & (np.arange(tokens.shape[1])[None] < drawn.num_tokens[:, None])

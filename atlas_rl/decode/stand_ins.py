@@ -1,4 +1,4 @@
-"""Draft tokens that no text can go on behind: their embeddings are not finite, as some unused rows of padded tables are.
+"""Replaces draft tokens that the policy cannot run, such as unused rows of padded tables with non-finite embeddings.
 
 Such a policy does not sample them, but a drafter may propose them. Their keys and values would be NaN, and a cell of the
 attention cache that is masked still enters as 0 * NaN, at every position of its row. So another token is run in their place.

@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels run in generation: all but cuDNN's.
+"""Keeps torch's attention off cuDNN in generation; all other kernels may run.
 
 From torch 2.11 on, `scaled_dot_product_attention` goes to cuDNN first on Hopper and Blackwell. cuDNN makes a plan for every
 shape that it has not met, while everybody waits: 43 ms with a mask on an H100 (measured). A decode step has keys of a
@@ -44,7 +44,7 @@ def attend(
     causal: bool = False,
     grouped: bool = False,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention`, by another kernel than cuDNN's."""
+    """`scaled_dot_product_attention` by any kernel but cuDNN's."""
     with without_cudnn() if query.device.type == "cuda" else nullcontext():
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
@@ -53,7 +53,7 @@ def attend(
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Inside, no attention of this process goes to cuDNN."""
+    """Context in which no attention of this process uses cuDNN."""
     if not _cuda.cudnn_sdp_enabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""Autocast without its repetitions: what it would convert in every forward is converted once in a call.
+"""Speeds up autocast: weights that it would convert in every forward are converted once per call.
 
 TRL trains float32 weights under bf16 autocast. A decode step needs each weight in bf16, and torch converts it whenever a
 forward comes by: what it remembers it forgets at the end of an autocast region, of which trainers open one per forward, and
@@ -35,12 +35,12 @@ _SHARE = 0.5  # of the memory that caches may take: the rest is theirs
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on a device, in this thread, now; None where it is off."""
+    """Type that autocast computes in on a device, in this thread, now; None if it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values in the type that attention converts them to under autocast."""
+    """Queries, keys and values in the type that autocast gives attention."""
     dtype = autocast_type(tensors[0].device)
     if dtype is None:
         return tensors
@@ -48,7 +48,7 @@ def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class _Half:
-    """A layer's weight and bias in a lower type, and on a CPU the routes to multiply by them."""
+    """A layer's weight and bias in a lower type; on a CPU also the routes to multiply by them."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         self._weight, self._bias = (
@@ -64,7 +64,7 @@ class _Half:
 
 
 class _Lowered:
-    """The latest input in a lower type: projections of one input, which follow each other, convert it once.
+    """The latest input in a lower type, so that successive projections of one input convert it once.
 
     Args:
         dtype: The type.
@@ -84,7 +84,7 @@ class _Lowered:
 
 
 class HalfWeights:
-    """The linear layers of a model with weights of autocast's type.
+    """The linear layers of a model with weights in autocast's type.
 
     Args:
         model: Its `nn.Linear` and `Conv1D` layers with float32 weights take part.
@@ -102,7 +102,7 @@ class HalfWeights:
 
     @contextmanager
     def installed(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Inside, in this thread, layers under autocast of a type multiply by copies that are made now and go at the end.
+        """Context in which this thread's layers under autocast multiply by copies that last as long as the context.
 
         Args:
             dtype: The type that is expected; None makes no copies. Where autocast turns out otherwise, they are not used.
@@ -127,7 +127,7 @@ class HalfWeights:
             table.save()
 
     def _reserve(self, num_bytes: int) -> bool:
-        """Take bytes for copies, if there are so many."""
+        """Reserve bytes for copies, if they are free."""
         if num_bytes > _SHARE * self._free_bytes():
             return False
         self.num_bytes += num_bytes
@@ -136,7 +136,7 @@ class HalfWeights:
 
 
 def _choose_routes(halves: Iterable[_Half], table: RouteTable) -> None:
-    """Give layers of a CPU their contests, which those of one shape share."""
+    """Give a CPU's layers their contests, one for all layers of a shape."""
     found: dict[tuple[torch.Size, bool], dict[int, Contest]] = {}
     for half in halves:
         weight, has_bias = half.weight, half.bias is not None
@@ -158,7 +158,7 @@ def _takes_part(module: Any) -> bool:
 
 
 def _size_of(module: Any) -> int:
-    """Numbers that the weight of a layer has."""
+    """Number of elements of a layer's weight."""
     return module.nx * module.nf if isinstance(module, Conv1D) else module.in_features * module.out_features
 
 
@@ -183,7 +183,7 @@ _PRODUCTS: dict[type, Callable[[torch.Tensor, _Half], torch.Tensor]] = {nn.Linea
 def _forward_of(
     own: Callable[..., torch.Tensor], lowered: _Lowered, halves: dict[Any, _Half]
 ) -> Callable[..., torch.Tensor]:
-    """The forward of a layer that otherwise has the forward `own`."""
+    """The replacement for a layer's forward `own`."""
 
     def forward(layer: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         half = halves.get(layer)

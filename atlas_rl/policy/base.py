@@ -1,4 +1,4 @@
-"""Running a policy in process: the interface of a runner, and the values that pass through it."""
+"""The interface that runs a policy in process, and the values that pass through it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Segments:
 
 @dataclass(slots=True)
 class Taps:
-    """Hidden states to catch during one forward.
+    """Hidden states to capture during one forward.
 
     Attributes:
         wants_head_inputs: Whether to catch the input of the LM head.
@@ -62,12 +62,12 @@ class Taps:
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether anything is wanted."""
+        """Whether any hidden states are wanted."""
         return self.wants_head_inputs or bool(self.wants_layers)
 
 
 class PolicyRunner(ABC):
-    """Runs the policy over packed segments of ragged rows and keeps one attention cache row per request.
+    """Runs the policy over packed segments of ragged rows, with one attention cache row per request.
 
     Cells beyond a row's valid length may hold rejected drafts; they are overwritten by the next `forward` of the row and
     are never attended to before that. A row may go back to any length from what was last said to be settled on
@@ -80,11 +80,11 @@ class PolicyRunner(ABC):
 
     @abstractmethod
     def new_cache(self, num_rows: int, capacity: int) -> Any:
-        """An attention cache that grows with use, up to `num_rows` rows of `capacity` tokens; it goes when it is dropped."""
+        """A new attention cache that grows with use, up to `num_rows` rows of `capacity` tokens."""
 
     @abstractmethod
     def session(self, cache: Any) -> AbstractContextManager[None]:
-        """Get the policy ready to generate into `cache`, and put it back as it was whatever happens inside.
+        """Context in which the policy is ready to generate into `cache`; afterwards it is restored, also after errors.
 
         Inside: no dropout, no gradient. Afterwards training mode, attention implementation, cache settings and every
         module are as before. Sessions of different models may be nested. Sessions of different threads wait for each
@@ -105,11 +105,11 @@ class PolicyRunner(ABC):
 
     @property
     def works_beside_host(self) -> bool:
-        """Whether a forward goes on while the host does other things, as on a GPU."""
+        """Whether the host can work while a forward runs, as on a GPU."""
         return False
 
     def unrunnable(self) -> np.ndarray | None:
-        """Tokens whose embeddings are not finite, bool `[vocab]`; None where there are none.
+        """Tokens whose embeddings are not finite, bool `[vocab]`; None if there are none.
 
         Their keys and values must not get into the cache as drafts: see `decode/stand_ins.py`.
         """
@@ -121,7 +121,7 @@ class PolicyRunner(ABC):
 
     @abstractmethod
     def cells_that_fit(self) -> int:
-        """Tokens that memory allows the session's cache now, over all rows, those that it holds included.
+        """Tokens that memory allows in the session's cache now, over all rows, including those it already holds.
 
         A row takes as many cells as the longest one needs, and `state_cells`. The answer is an estimate before the first
         forward.
@@ -129,17 +129,17 @@ class PolicyRunner(ABC):
 
     @property
     def state_cells(self) -> int:
-        """Tokens in the cache that take as much memory as what a row has besides: the state of recurrent layers."""
+        """Size of a row's recurrent state, in cache tokens that take as much memory."""
         return 0
 
     @property
     @abstractmethod
     def held_cells(self) -> int:
-        """Tokens that every row of the session's cache has room for now."""
+        """Tokens allocated in every row of the session's cache."""
 
     @abstractmethod
     def reserve(self, num_rows: int, length: int) -> None:
-        """Make room for the first `num_rows` rows to have `length` tokens each.
+        """Allocate `length` tokens for each of the first `num_rows` rows.
 
         What they hold stays, up to that length. Rows from `num_rows` on may be dropped. Forwards make room as well, but
         without a look at memory. The first forward tells what a token takes: what is reserved ahead of it is promised only,
@@ -151,7 +151,7 @@ class PolicyRunner(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait for the forwards and copies that were asked for, so that a clock read afterwards means something.
+        """Wait for pending forwards and copies, so that a clock read afterwards is meaningful.
 
         Not for what was asked of the device after the last of them. Does nothing on a CPU.
         """
@@ -174,7 +174,7 @@ class PolicyCache:
 
 
 def roomy(length: int, most: int | None = None) -> int:
-    """Tokens to make room for where `length` are needed and texts grow: at least 32 more, or a fifth; `most` at most.
+    """Tokens to allocate if `length` are needed and texts grow: at least 32 more, or a fifth; `most` at most.
 
     Arrays that grow like this hold a fifth more than is used, and all copies made on the way are at most five times the
     last array. Doubling would copy once and hold twice as much. A decode step reads the whole cache anyway, and a fifth
@@ -185,7 +185,7 @@ def roomy(length: int, most: int | None = None) -> int:
 
 
 def retire(active: np.ndarray, finished: np.ndarray, cached: Callable[[int], int], runner: PolicyRunner) -> np.ndarray:
-    """Drop finished rows and move the last rows into the gaps, so that the long tail runs as a small batch.
+    """Drop finished rows and move the last rows into the gaps, so that the last requests run as a small batch.
 
     Args:
         active: int64 `[batch]`, the request in each cache row.

@@ -1,4 +1,4 @@
-"""Calls a causal LM's forward for the logits of some positions only, whatever its signature is.
+"""Calls a causal LM's forward for the logits of selected positions, whatever its signature.
 
 transformers' models take `logits_to_keep`, positions whose logits are computed. A forward of somebody else's may lack it,
 name it otherwise, or swallow it in `**kwargs` and return every row. Then the rows are picked here.
@@ -74,7 +74,7 @@ class ForwardCall:
     def rows(
         self, token_ids: torch.Tensor, keep: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Whatever the forward returns as logits for one batch row, unchecked; -inf for tokens that it cuts off."""
+        """The forward's unchecked logits for one batch row; -inf for tokens that it cuts off."""
         arguments: dict[str, Any] = {"input_ids": token_ids[None]}
         if position_ids is not None:
             arguments["position_ids"] = position_ids[None]
@@ -93,12 +93,12 @@ def accepted_by(forward: Callable[..., Any]) -> Callable[[str], bool]:
 
 
 def for_all_tokens(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Logits of every token that the head knows: -inf for those that a forward cuts off, the padding of a vocabulary."""
+    """Logits of every token of the head; -inf for those that a forward cuts off (padding of a vocabulary)."""
     cut_off = vocab_size - logits.shape[-1]
     return nn.functional.pad(logits, (0, cut_off), value=float("-inf")) if cut_off > 0 else logits
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """The logits in what a causal LM returned: an output object, or a tuple."""
+    """The logits in the return value of a causal LM: an output object or a tuple."""
     logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits

@@ -1,4 +1,4 @@
-"""Runs policies that `torch.compile` has compiled as they were before: a ragged forward has another shape on every step.
+"""Runs policies compiled by `torch.compile` without compilation: a ragged forward has a new shape at every step.
 
 A module is compiled in place (`module.compile()`) or wrapped (`torch.compile(module)`), as a whole or layer by layer.
 Compiled code looks attention functions and modes up when it is compiled, and would be compiled again for every step. So the
@@ -29,7 +29,7 @@ def is_compiled(model: Any) -> bool:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Inside, this thread runs every module of `model` as if it had not been compiled."""
+    """Context in which this thread runs every module of `model` as if it had not been compiled."""
     owner = threading.get_ident()
     changed: list[tuple[dict[str, Any], str, Any]] = []
     try:

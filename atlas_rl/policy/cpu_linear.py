@@ -1,4 +1,4 @@
-"""Linear layers of a policy on a CPU, each by the route that is fastest there (`linear_routes.py`), for the time of a call.
+"""Runs a policy's linear layers on a CPU by the fastest route for each (`linear_routes.py`), during a call.
 
 A packed copy of a weight costs its bytes once more and the time of some forwards, and is only good for the weight that it
 was made of. It is made when a call has gone on for so long that it would have paid a good part of its price, for all layers
@@ -49,13 +49,13 @@ _WORTH = 0.25  # of the price that must have been lost before a shape is packed:
 
 
 def by_columns(weight: torch.Tensor) -> torch.Tensor:
-    """The same weight `[out, in]`, on a CPU stored column by column; elsewhere as it is."""
+    """The same weight `[out, in]`, stored column by column on a CPU; unchanged elsewhere."""
     return weight.t().contiguous().t() if weight.device.type == "cpu" else weight
 
 
 @dataclass(slots=True)
 class _Shape:
-    """Layers of one shape and type: their contests by rows, their packed copies, and what not having these has cost."""
+    """Layers of one shape and type: their contests by rows, their packed copies, and the cost of not having these."""
 
     layers: list[nn.Linear]
     contests: dict[int, Contest]
@@ -63,7 +63,7 @@ class _Shape:
     lost_s: float = 0.0
 
     def prepare(self, contest: Contest) -> None:
-        """Pack what a forward with this contest should have."""
+        """Pack the layers that a forward with this contest should have packed."""
         if PACKED not in contest.seconds:
             return
         missing = [layer for layer in self.layers if layer not in self.copies]
@@ -81,7 +81,7 @@ class _Shape:
                 self._pack(missing)
 
     def _pack(self, layers: list[nn.Linear]) -> float:
-        """Pack layers; returns the seconds that one took."""
+        """Pack layers; returns the seconds per layer."""
         began_s = time.perf_counter()
         for layer in layers:
             self.copies[layer] = WeightCopy.of(layer.weight, packed_weight(layer.weight))
@@ -89,7 +89,7 @@ class _Shape:
 
 
 class FastLinears:
-    """The linear layers of a model by their fastest routes.
+    """Runs the linear layers of a model by their fastest routes.
 
     Args:
         model: Its `nn.Linear` layers of float32, bfloat16 or float16 on a CPU take part.
@@ -108,7 +108,7 @@ class FastLinears:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, layers take their routes in this thread; afterwards none does, and no copy is left.
+        """Context in which this thread's layers take their routes; afterwards no route and no copy is left.
 
         A layer returns what it would return otherwise: the same type, and the same value up to rounding.
         """
@@ -128,7 +128,7 @@ class FastLinears:
                 table.save()
 
     def prepare(self, num_rows: int) -> None:
-        """Pack what is worth it, before a forward over `num_rows` tokens."""
+        """Pack the layers for which it pays, before a forward over `num_rows` tokens."""
         began_s, num_copies = time.perf_counter(), sum(len(shape.copies) for shape in self._shapes)
         for shape in self._shapes:
             if num_rows in _rows_in_contests(shape.layers[0].weight.dtype):
@@ -174,7 +174,7 @@ def _fits(layers: list[nn.Linear]) -> bool:
 
 
 def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
-    """The forward of layers of a shape."""
+    """The replacement forward for layers of a shape."""
     dtype, inputs = shape.layers[0].weight.dtype, shape.layers[0].in_features
     contests, copies, rows_in_contests = shape.contests, shape.copies, _rows_in_contests(dtype)
 
@@ -197,7 +197,7 @@ def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tens
 
 
 def _rows_in_contests(dtype: torch.dtype) -> range:
-    """Numbers of rows for which layers of a type choose their routes: for many rows of float32 BLAS is at its best."""
+    """Row counts with contests for a type; with many float32 rows BLAS is fastest anyway."""
     return range(1, BUCKETS[-1] + 1 if dtype == torch.float32 else sys.maxsize)
 
 

@@ -1,4 +1,4 @@
-"""Between a policy's products with weights, one pass where its code takes several: for the time of a call, in one thread.
+"""Computes a policy's norms and rotary embeddings in one pass each, during a call and in one thread.
 
 Written as modules, a norm is six operations of torch and a rotary embedding ten. On a GPU each is a launch, on a CPU a call
 and an allocation. Where a module's code is known (`layer_forms.py`), `atlas_kernels.layer` computes the same instead.
@@ -33,7 +33,7 @@ _MOST_NUMBERS = 1 << 20  # on a CPU: beyond, torch's threads are worth more than
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Inside, in this thread, norms and rotary embeddings of known code are computed in one pass each."""
+    """Context in which this thread computes norms and rotary embeddings of known code in one pass each."""
     stand_in: dict[
         type, Callable[..., Any] | None
     ] = {}  # by class; others may put functions of their own into them later
@@ -49,7 +49,7 @@ def fused(model: nn.Module) -> Iterator[None]:
 
 
 def _fused_forward(own: Any) -> Callable[..., Any] | None:
-    """What stands in for the forward of modules of a class; None where that is not known."""
+    """The replacement forward for modules of a class; None if the class is not known."""
     form = norm_form(own)
     if form is not None:
         return _norm(own.forward, form.epsilon, form.adds_one, form.rounds_first)
@@ -84,7 +84,7 @@ def _rotation(own: Any) -> Callable[..., Any]:
 
 
 def _rotatable(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int) -> bool:
-    """Whether this is a packed batch, `[1, heads, num_tokens, dim]`, with an angle for each number of a head."""
+    """Whether this is a packed batch, `[1, heads, num_tokens, dim]`, with an angle for each element of a head."""
     return (
         unsqueeze_dim == 1
         and q.dim() == k.dim() == 4
@@ -98,12 +98,12 @@ def _rotatable(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.T
 
 
 def _by_token(x: torch.Tensor) -> torch.Tensor:
-    """`[num_tokens, heads, dim]`, which projections have written in this order."""
+    """View as `[num_tokens, heads, dim]`, the memory layout in which projections wrote it."""
     return x[0].transpose(0, 1).contiguous()
 
 
 def _taken(x: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether kernels take these: on a GPU with Triton, or few numbers of float32 on a CPU."""
+    """Whether kernels accept these tensors: on a GPU with Triton, or few float32 elements on a CPU."""
     if torch.is_grad_enabled() or x.dtype not in TYPES or other.dtype not in TYPES or x.device != other.device:
         return False
     if hasattr(other, "device_mesh"):  # a shard
@@ -114,7 +114,7 @@ def _taken(x: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _with_other_name(forward: FunctionType, name: str, meaning: object) -> FunctionType:
-    """A function of the same code to which one name of its module means something else."""
+    """A copy of a function in which one global name refers to something else."""
     names = {**forward.__globals__, name: meaning}
     made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__

@@ -1,4 +1,4 @@
-"""A guise: a class that a module or configuration has for a time, and that shows to nobody.
+"""Temporarily gives a module or configuration another class that stays invisible to other code.
 
 Other code asks an object for its class, makes copies and pickles of it, and keeps registers of classes. None of it may
 meet a guise. So the object goes on to name its own class, a copy or pickle is one of its own class, and no hook for
@@ -15,17 +15,17 @@ _put: Any = vars(object)["__class__"].__set__  # a guise has a `__class__` of it
 
 
 class _Unannounced:
-    """First base of every guise: the bases behind it are not told that there is another subclass.
+    """First base of every guise: keeps the other bases from hearing of a new subclass.
 
     It has no `__slots__`: objects can be given the guise because it and their class have the same layout.
     """
 
     def __init_subclass__(cls, **_options: Any) -> None:
-        """Do nothing, and do not ask the next base."""
+        """Do nothing, so that no other base is called."""
 
 
 def guise_of(own: type, attributes: dict[str, Any]) -> type:
-    """A subclass of `own` with other attributes; objects of `own` can be given it by `put_class`."""
+    """A subclass of `own` with other attributes; `put_class` assigns it to objects of `own`."""
     names: dict[str, Any] = {"__module__": own.__module__, "__qualname__": own.__qualname__}
     names |= {"__class__": property(lambda _: own, put_class), "__reduce_ex__": _reduced, _MARK: own}
     # The metaclass is kept, and what it does to a new class is left out; that of abstract classes keeps books that it needs.
@@ -35,22 +35,22 @@ def guise_of(own: type, attributes: dict[str, Any]) -> type:
 
 
 def class_of(thing: Any) -> Any:
-    """The class that a module or configuration has outside of a call."""
+    """The class of a module or configuration outside of a call."""
     return vars(type(thing)).get(_MARK, type(thing))
 
 
 def own_attribute(thing: Any, name: str) -> Any:
-    """What an object that has a guise would find under a name in its own class."""
+    """The value that an object with a guise would find under a name in its own class."""
     return getattr(super(_Unannounced, thing), name)
 
 
 def put_class(thing: Any, new: type) -> None:
-    """Give an object a class, past whatever it does to attributes that are set."""
+    """Set an object's class, bypassing its own `__setattr__`."""
     _put(thing, new)
 
 
 def _reduced(thing: Any, protocol: Any) -> Any:
-    """What a copy or pickle is made of, with the object's own class in it."""
+    """`__reduce_ex__` of an object with a guise: copies and pickles have the object's own class."""
     own, guise = class_of(thing), type(thing)
     reduced = own.__reduce_ex__(thing, protocol)
     if not isinstance(reduced, tuple):

@@ -1,4 +1,4 @@
-"""Layers with weights of their own, such as the experts of an MoE and their router: run as twins with half as large weights.
+"""Runs layers with weights of their own, such as MoE experts and routers, as copies ("twins") of half the size.
 
 An MoE keeps the weights of all its experts in one tensor, and its own class multiplies by them. Under autocast every product
 converts what it multiplies by: slices of that tensor, or what was gathered from it. Nobody can tell from outside which
@@ -42,7 +42,7 @@ class HalfTwins:
         self._unequal: set[type] = set()  # classes whose twins returned something else
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
-        """For `threads.replaced_forwards`."""
+        """Replacements for `threads.replaced_forwards`."""
         return {layer: self._forward_of(layer, layer.forward) for layer in self.layers}
 
     def _forward_of(self, layer: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +61,7 @@ class HalfTwins:
         return forward
 
     def _tried(self, layer: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What the layer returns; it has a twin from now on, if that returns the same."""
+        """Run the layer and its twin; the twin is used from then on if both return the same."""
         kind = class_of(layer)
         if kind in self._unequal or _is_captured() or not all(map(_can_be_repeated, (*args, *kwargs.values()))):
             return own(*args, **kwargs)
@@ -81,7 +81,7 @@ class HalfTwins:
 
 
 class _Twin:
-    """A layer with other weights, of two and more dimensions, and all else the layer's own."""
+    """A copy of a layer with other weights of two and more dimensions."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         self._copies = {name: WeightCopy.of(own, own.detach().to(dtype)) for name, own in _weights(layer)}
@@ -96,7 +96,7 @@ class _Twin:
 
 
 def _weights(layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A layer's own parameters by which it may multiply."""
+    """A layer's own parameters that it may multiply by."""
     return [(name, own) for name, own in layer._parameters.items() if own is not None and own.dim() > 1]
 
 
@@ -117,17 +117,17 @@ def _is_captured() -> bool:
 
 
 def _can_be_repeated(value: Any) -> bool:
-    """Whether a forward with this argument leaves nothing behind, as one with a cache does."""
+    """Whether a forward with this argument can be repeated: it leaves no state behind, as a cache would."""
     return value is None or isinstance(value, (torch.Tensor, int, float, str))
 
 
 def _repeated(value: Any) -> Any:
-    """An argument for another forward, which may write into it."""
+    """A copy of an argument for a second forward, which may write into it."""
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _are_equal(found: Any, expected: Any) -> bool:
-    """Whether two results of a forward are the same to the bit; the host waits for the answer."""
+    """Whether two results of a forward are bit-equal; the host waits for the answer."""
     if isinstance(expected, torch.Tensor):
         return isinstance(found, torch.Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
     if isinstance(expected, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Which layers attend to the keys and values of an earlier layer (Gemma 3n, Gemma 4): those are handed the same tensors."""
+"""Detects layers that attend to the keys and values of an earlier layer (Gemma 3n, Gemma 4)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class HandedOn:
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], int]] = {}
 
     def first_layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> int:
-        """The layer that came with these very tensors first: `layer`, or an earlier one."""
+        """The first layer that passed these very tensors: `layer`, or an earlier one."""
         seen = self._seen.get(id(key))
         if seen is not None and seen[0]() is key and seen[1]() is value:
             return seen[2]

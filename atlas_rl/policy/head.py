@@ -1,4 +1,4 @@
-"""The LM head as what it computes: an affine map, whatever module computes it.
+"""Reads the LM head as an affine map, whatever module computes it.
 
 A head may be a linear layer with or without a bias, or one inside an adapter (LoRA and kin, a trained copy). Drafters need
 rows of it, because they learn when the policy's weights may be sharded away.
@@ -16,7 +16,7 @@ _ROWS_AT_ONCE = 128
 
 
 def linear_of(head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Weight and bias of a head that computes nothing but `weight @ state + bias`; None where it does more."""
+    """Weight and bias of a head that computes only `weight @ state + bias`; None if it does more."""
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
         return head.weight, head.bias

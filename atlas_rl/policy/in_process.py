@@ -97,7 +97,7 @@ class InProcessRunner(PolicyRunner):
 
     @property
     def device(self) -> torch.device:
-        """Where the policy's embeddings live."""
+        """Device of the policy's embeddings."""
         return self.model.get_input_embeddings().weight.device
 
     @cached_property
@@ -133,7 +133,7 @@ class InProcessRunner(PolicyRunner):
     def run(
         self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, shift: np.ndarray | None = None
     ) -> torch.Tensor:
-        """`forward` without fixed shapes, and with positions moved by `shift`, int64 `[num_tokens]`: for the probe.
+        """`forward` without fixed shapes, with positions moved by `shift`, int64 `[num_tokens]`; for the probe.
 
         What it returns stays as it is.
         """
@@ -152,7 +152,7 @@ class InProcessRunner(PolicyRunner):
     def _run(
         self, cache: RaggedBatch, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor, taps: Taps
     ) -> torch.Tensor:
-        """The policy over tokens that have been placed in `cache`."""
+        """Run the policy over tokens that have been placed in `cache`."""
         layers = self._layers if taps.wants_layers else nn.ModuleList()
         attention = attending(ragged_attention.NAME, self.config)
         mixers = {each.module: partial(_recur, cache, layer, each) for layer, each in self.recurrent.items()}
@@ -164,7 +164,7 @@ class InProcessRunner(PolicyRunner):
         return logits.float().contiguous()
 
     def _steps_of(self, cache: RaggedBatch) -> StepGraphs | None:
-        """Decode steps of fixed shapes over this cache, where its attention allows them and the policy does."""
+        """Decode steps of fixed shapes over this cache, if its attention and the policy allow them."""
         if cache.steps is None and cache.takes_steps and self._uncaptured is None:
             capture = self.device.type == "cuda"
             cache.steps = StepGraphs(lambda cache: partial(self._run, cache), capture=capture)
@@ -195,12 +195,12 @@ class InProcessRunner(PolicyRunner):
         self._mark()
 
     def row_bytes(self, capacity: int) -> int:
-        """Bytes of cache that one row of `capacity` tokens takes."""
+        """Cache bytes of one row of `capacity` tokens."""
         with torch.no_grad(), evaluation_mode(self.model):
             return self._look().token_bytes * capacity + self._look().state_bytes
 
     def check_reach(self, tokens: int) -> None:
-        """Raise `ValueError` where rows of `tokens` tokens would depend on their neighbours, or lose a mask."""
+        """Raise `ValueError` if rows of `tokens` tokens would depend on their neighbours or need a missing mask."""
         with torch.no_grad(), evaluation_mode(self.model):
             reach = self._look().reach
         if reach is not None:
@@ -242,14 +242,14 @@ class InProcessRunner(PolicyRunner):
             self._asked = None
 
     def _mark(self) -> None:
-        """Remember what has been asked of the device so far."""
+        """Mark the present end of the device's queue."""
         if self.device.type == "cuda":
             self._asked = torch.cuda.Event()
             self._asked.record()
 
     @contextmanager
     def ragged(self, cache: RaggedBatch) -> Iterator[None]:
-        """Inside, forwards run over `cache`."""
+        """Context in which forwards run over `cache`."""
         outer = self._cache
         try:
             self._cache = cache
@@ -265,12 +265,12 @@ class InProcessRunner(PolicyRunner):
 
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
-        """Inside, the policy's layers call the attention function of this name, in this thread."""
+        """Context in which the policy's layers call the attention function of this name, in this thread."""
         with uncompiled(self.model), attending(name, self.config), without_cudnn():
             yield
 
     def _look(self) -> Probed:
-        """What the probe found; gradients are off, and modules in evaluation mode."""
+        """Probe the policy, with gradients off and modules in evaluation mode."""
         if self._probed is None:
             try:
                 self._probed = probe(self)
@@ -287,13 +287,13 @@ class InProcessRunner(PolicyRunner):
 def _recur(
     cache: RaggedBatch, layer: int, own: RecurrentLayer, module: nn.Module, hidden_states: torch.Tensor, **_: Any
 ) -> torch.Tensor:
-    """The forward of a recurrent layer over the rows of a cache; a mask would be of padding, and there is none."""
+    """Run a recurrent layer over the rows of a cache; the mask is ignored because there is no padding."""
     return own.forward(hidden_states, lambda inputs: cache.recur(layer, inputs, own))
 
 
 @contextmanager
 def _tapped(model: Any, layers: nn.ModuleList, taps: Taps) -> Iterator[None]:
-    """Inside, `taps` catches the inputs of the LM head and of the decoder layers it asks for, in forwards of this thread."""
+    """Context in which `taps` captures inputs of the LM head and of the requested layers, in this thread."""
 
     def catch_last(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else next(iter(kwargs.values()))
@@ -313,7 +313,7 @@ def _tapped(model: Any, layers: nn.ModuleList, taps: Taps) -> Iterator[None]:
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The policy's stack of decoder layers; `ValueError` if it has none that can be told."""
+    """The policy's stack of decoder layers; `ValueError` if it cannot be identified."""
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     if len(found) != 1:
         raise ValueError(

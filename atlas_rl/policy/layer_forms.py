@@ -1,4 +1,4 @@
-"""Code that transformers has in dozens of families, letter for letter, and what it computes.
+"""Recognises norms and rotary embeddings that dozens of transformers families share, by their code.
 
 transformers writes every family's layers out: 78 of its classes have Llama's norm, 73 of its files Llama's rotary embedding.
 A function is one of these if it has the same instructions and its names mean the same (`same_code`). Nothing is inferred
@@ -23,7 +23,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class NormForm:
-    """How a norm over squares is written.
+    """How an RMS norm is written.
 
     Attributes:
         epsilon: The attribute that has its epsilon.
@@ -36,7 +36,7 @@ class NormForm:
 
 
 def norm_form(own: type) -> NormForm | None:
-    """The form of a norm's class; None if it has none of those that are known."""
+    """The form of a norm's class; None if it is not a known one."""
     for known, form in _NORMS:
         methods = [name for name, value in vars(known).items() if isinstance(value, FunctionType)]
         if all(same_code(getattr(own, name, None), vars(known)[name]) for name in methods):
@@ -50,7 +50,7 @@ def rotates_halves(function: object) -> bool:
 
 
 def same_code(function: object, known: Any) -> bool:
-    """Whether two functions have the same instructions, defaults, and meanings of the names that they take from outside."""
+    """Whether two functions have the same instructions, defaults, and meanings of global names."""
     if not isinstance(function, FunctionType):
         return False
     if function.__closure__ or (function.__defaults__, function.__kwdefaults__) != (
@@ -142,14 +142,14 @@ _NORMS: tuple[tuple[type, NormForm], ...] = (
 
 
 def rotate_half(x: Any) -> Any:
-    """Of transformers."""
+    """As in transformers."""
     x1 = x[..., : x.shape[-1] // 2]
     x2 = x[..., x.shape[-1] // 2 :]
     return torch.cat((-x2, x1), dim=-1)
 
 
 def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
-    """Of transformers."""
+    """As in transformers."""
     cos = cos.unsqueeze(unsqueeze_dim)
     sin = sin.unsqueeze(unsqueeze_dim)
     q_embed = (q * cos) + (rotate_half(q) * sin)

@@ -1,4 +1,4 @@
-"""The routes by which a linear layer can be computed on a CPU, and the contest that finds the fastest for a shape.
+"""The routes that compute a linear layer on a CPU, and the contest that finds the fastest for a shape.
 
 A decode step multiplies a few rows by every weight, and is bound by reading the weights. Libraries differ in how near to
 that they come, by an order of magnitude, and by processor: for one row of SmolLM2's layers `F.linear` took 7 ms on a Xeon
@@ -48,19 +48,19 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 
 
 def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` of `[rows, in]`, with the weight as the tall operand: BLAS streams it instead of packing it."""
+    """`F.linear` of `[rows, in]` with the weight as the tall operand: BLAS streams it instead of packing it."""
     # Contiguous again, because every elementwise operation downstream would walk the transposed layout.
     out = (weight @ x.t()).t().contiguous()
     return out if bias is None else out.add_(bias)
 
 
 def padded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`turned` of one row, `[1, in]`, given twice: a product with a matrix where BLAS has a poor one with a vector."""
+    """`turned` with its single row given twice, for a BLAS whose matrix-vector product is slow."""
     return turned(x.expand(2, -1), weight, bias)[:1]
 
 
 def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` of half precision in float32, rounded once: as it is defined, too, where the processor knows the type.
+    """`F.linear` of half precision, computed in float32 and rounded once, even if the processor has the type.
 
     The weight is converted piece by piece: an LM head in float32 would take gigabytes that nobody was asked for.
     """
@@ -74,18 +74,18 @@ ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, PADDED: 
 
 
 def bucket_of(rows: int) -> int:
-    """The number of rows whose contest a forward over `rows` rows takes part in."""
+    """The row count whose contest a forward over `rows` rows takes part in."""
     return _BUCKET_OF[min(rows, BUCKETS[-1]) - 1]
 
 
 def packed_type(dtype: torch.dtype) -> torch.dtype | None:
-    """The type of packed copies of weights: float32 where oneDNN has no other here; None where it packs nothing."""
+    """The type of packed weight copies: float32 if oneDNN packs nothing else here; None if it packs nothing."""
     return next((kind for kind in (dtype, torch.float32) if _can_pack(kind)), None)
 
 
 @cache
 def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of a type here: `torch.compile` does it where weights are frozen, so torch has a way."""
+    """Whether oneDNN can pack weights of a type here, as `torch.compile` does with frozen weights."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
@@ -97,7 +97,7 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 def packed_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A copy of a weight in oneDNN's layout, for `packed`, of `packed_type`."""
+    """A copy of a weight of type `packed_type` in oneDNN's layout, for `packed`."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(packed_type(weight.dtype)), 16)
 
 
@@ -109,7 +109,7 @@ def packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 @dataclass(slots=True)
 class Contest:
-    """Routes for one shape, timed until the fastest is known.
+    """Times the routes for one shape until the fastest is known.
 
     Attributes:
         seconds: Timings of each route, newest last.
@@ -137,12 +137,12 @@ class Contest:
         return cls({name: [] for name in names})
 
     def next(self, may_pack: bool) -> str:
-        """The route to time next, of those that still may win; for layers without a packed copy one that needs none."""
+        """The route to time next, among those that may still win; without a packed copy, one that needs none."""
         routes = [name for name in self._open() if name != PACKED or may_pack]
         return min(routes, key=lambda name: len(self.seconds[name]), default=self._fastest(but=PACKED))
 
     def note(self, route: str, seconds: float) -> None:
-        """A timing of a route, as far as it is wanted."""
+        """Record a timing of a route, if it is wanted."""
         if route not in (still := self._open()):
             return
         self.seconds[route].append(seconds)
@@ -150,12 +150,12 @@ class Contest:
             self.decide()
 
     def leave_out(self, route: str) -> None:
-        """Go on without a route, in this process: there is no memory for it now."""
+        """Exclude a route in this process, because memory for it is lacking now."""
         del self.seconds[route]
         self.is_whole = False
 
     def decide(self) -> None:
-        """Name the winner by what is known."""
+        """Choose the winner by the timings so far."""
         self.winner, self.runner_up = self._fastest(), self._fastest(but=PACKED)
 
     @property
@@ -164,11 +164,11 @@ class Contest:
         return self.cost_s(self.runner_up) - self.cost_s(PACKED) if self.winner == PACKED else 0.0
 
     def cost_s(self, route: str) -> float:
-        """Seconds that a route takes, as far as is known: the least, as what else the machine does only adds to it."""
+        """Estimated seconds of a route: the least timing, because other load only adds to it."""
         return min(self.seconds[route], default=float("inf"))
 
     def _open(self) -> list[str]:
-        """Routes that need more timings, and may still be the fastest."""
+        """Routes that need more timings and may still be the fastest."""
         best = min((min(timed) for timed in self.seconds.values() if timed), default=float("inf"))
         return [
             name
@@ -181,7 +181,7 @@ class Contest:
 
 
 def by_route(contest: Contest, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` of `[rows, in]` by the best route without a copy of the weight, timed as long as that is not known."""
+    """`F.linear` of `[rows, in]` by the best route without a weight copy, timed until that is known."""
     if contest.winner is not None:
         return ROUTES[contest.runner_up](x, weight, bias)
     with timing(contest, route := contest.next(may_pack=False), len(x)):
@@ -190,7 +190,7 @@ def by_route(contest: Contest, x: torch.Tensor, weight: torch.Tensor, bias: torc
 
 @contextmanager
 def timing(contest: Contest, route: str, rows: int) -> Iterator[None]:
-    """Inside, a route is taken for so many rows; those of the last bucket may be more than it says."""
+    """Context in which a route runs for `rows` rows; the last bucket may have more rows than it is named after."""
     began_s = time.perf_counter()
     yield
     contest.note(route, (time.perf_counter() - began_s) * min(1.0, BUCKETS[-1] / rows))
@@ -198,7 +198,7 @@ def timing(contest: Contest, route: str, rows: int) -> Iterator[None]:
 
 @dataclass(slots=True)
 class RouteTable:
-    """Contests of a machine, and the file that they are kept in.
+    """Contests of a machine, and the file that stores them.
 
     Args:
         path: Of the file; None keeps nothing.
@@ -213,7 +213,7 @@ class RouteTable:
 
     @classmethod
     def of_this_machine(cls) -> RouteTable:
-        """What was found out here, in this process and in earlier ones; a file that cannot be read is as good as none."""
+        """The table of this machine, from this process and earlier ones; an unreadable file counts as empty."""
         path, machine = cache_folder() / "linear_routes.json", machine_name(torch.get_num_threads())
         if (path, machine) not in _TABLES:
             _TABLES[path, machine] = cls._loaded(path, machine)
@@ -230,7 +230,7 @@ class RouteTable:
         return table
 
     def contest(self, weight: torch.Tensor, has_bias: bool, rows: int, may_pack: bool = True) -> Contest:
-        """The contest of a weight's shape and type for a bucket of rows, with or without packed copies."""
+        """The contest for a weight's shape and type and a bucket of rows, with or without packed copies."""
         outputs, inputs = weight.shape
         name = f"{outputs}x{inputs} {str(weight.dtype).removeprefix('torch.')}{' bias' if has_bias else ''}, {rows}"
         name, new = name + ", unpacked" * (not may_pack), Contest.between(rows, weight.dtype, may_pack)
@@ -240,7 +240,7 @@ class RouteTable:
         return known
 
     def save(self) -> None:
-        """Keep what is decided. A disk that cannot be written to costs a few timings in the next run."""
+        """Save decided contests. If the disk cannot be written to, the next run repeats a few timings."""
         decided = {name: contest for name, contest in self.contests.items() if contest.winner and contest.is_whole}
         if self.path is None or len(decided) == self._num_saved:
             return
@@ -270,7 +270,7 @@ _TABLES: dict[tuple[Path, str], RouteTable] = {}
 
 
 def _is_table(known: object) -> bool:
-    """Whether this is what `RouteTable.save` writes."""
+    """Whether this is valid content of a file by `RouteTable.save`."""
     return isinstance(known, dict) and all(
         isinstance(contests, dict)
         and all(
@@ -287,14 +287,14 @@ def _is_table(known: object) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where what was found out about a machine is kept: `ATLAS_RL_CACHE`, or the user's cache folder."""
+    """Folder for measurements of this machine: `ATLAS_RL_CACHE`, or the user's cache folder."""
     own = os.environ.get("ATLAS_RL_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlas_rl"
 
 
 @cache
 def machine_name(num_threads: int) -> str:
-    """Processor, threads and torch: what timings hold for."""
+    """Processor, threads and torch version, for which timings are valid."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""What a policy makes of its LM head's output before it calls it a logit, found out from the policy's own code.
+"""Finds out what a policy computes between its LM head's output and its logits.
 
 Families scale it (Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, HyperCLOVA X multiplies by a
 field of that same name, Falcon H1 has `lm_head_multiplier`) or squash it (Gemma 2, RecurrentGemma, xLSTM, each with a field
@@ -26,7 +26,7 @@ _TOLERANCE = 1e-3  # of a logit, beside the same in nats
 
 @dataclass(frozen=True, slots=True)
 class LogitForm:
-    """From the LM head's output to logits, the same for every token.
+    """Map from the LM head's output to logits, the same for every token.
 
     Attributes:
         scale: Factor on the head's output.
@@ -38,20 +38,20 @@ class LogitForm:
 
     @classmethod
     def of(cls, config: Any) -> LogitForm:
-        """As the fields of the commonest families say, in a transformers text configuration: a first guess."""
+        """A first guess from the usual fields of a transformers text configuration."""
         factor = float(getattr(config, "logit_scale", None) or 1.0)
         divisor = float(getattr(config, "logits_scaling", None) or 1.0)
         return cls(factor / divisor, getattr(config, "final_logit_softcapping", None))
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
-        """Logits of the head's outputs, any shape."""
+        """Logits from head outputs of any shape."""
         if self.scale != 1.0:
             products = products * self.scale
         return products if self.softcap is None else torch.tanh(products / self.softcap) * self.softcap
 
 
 def probe_products(vocab_size: int) -> torch.Tensor:
-    """Outputs of a head from tiny to huge, of either sign: float32 `[n, vocab]`, the same every time."""
+    """Head outputs from tiny to huge, of either sign, as test inputs: float32 `[n, vocab]`, always the same."""
     generator = torch.Generator().manual_seed(0)
     magnitudes = torch.tensor(_MAGNITUDES, dtype=torch.float32)[:, None]
     uniforms = torch.rand(len(_MAGNITUDES), vocab_size, generator=generator, dtype=torch.float32)
@@ -61,7 +61,7 @@ def probe_products(vocab_size: int) -> torch.Tensor:
 def fit_form(
     products: torch.Tensor, logits: torch.Tensor, guess: LogitForm, tolerance: float = _TOLERANCE
 ) -> tuple[LogitForm | None, bool]:
-    """The form between pairs of head outputs and logits, float32 `[n, vocab]` each.
+    """Fit the form to pairs of head outputs and logits, float32 `[n, vocab]` each.
 
     Args:
         products: From tiny to huge; of the logits' tokens, or of more (padding that a policy cuts off).
@@ -83,7 +83,7 @@ def fit_form(
 
 
 def _fitted(z: torch.Tensor, wanted: torch.Tensor) -> LogitForm:
-    """Scale from the smallest outputs; a softcap from the largest, where they are out of proportion."""
+    """Fit the scale to the smallest outputs, and a softcap to the largest if they are out of proportion."""
     size = z.abs()
     small = size <= size.flatten().kthvalue(max(1, size.numel() // 4)).values
     scale = float((z * wanted)[small].sum() / z[small].square().sum().clamp_min(1e-30))
@@ -94,7 +94,7 @@ def _fitted(z: torch.Tensor, wanted: torch.Tensor) -> LogitForm:
 
 @torch.no_grad()
 def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
-    """Logits `[n, vocab]` that a policy's forward makes of outputs `[n, vocab]` of its LM head.
+    """Logits `[n, vocab]` that a policy's forward computes from LM head outputs `[n, vocab]`.
 
     Body and head are replaced while the policy's own forward runs: what is left is whatever that does behind the head. No
     weight is read, so it may be asked while weights are sharded away. A policy whose code does not run like this is taken at
@@ -123,7 +123,7 @@ def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
 
 
 class _BodyOutput(tuple):
-    """What a body returned: its first element is the last hidden state, and all else is None."""
+    """Output of a model body: the first element is the last hidden state, everything else is None."""
 
     __slots__ = ()
 
@@ -134,5 +134,5 @@ class _BodyOutput(tuple):
 
 
 def _answering(answer: Any) -> Callable[..., Any]:
-    """A forward that returns `answer` whatever it is asked."""
+    """A forward that always returns `answer`."""
     return lambda *args, **kwargs: answer

@@ -1,4 +1,4 @@
-"""Finds logits that are no distribution, and compares logits with masked tokens.
+"""Finds logits that are not a distribution, and compares logits that have masked tokens.
 
 A row of logits is a distribution unless it holds NaN or +inf, or nothing but -inf. Its softmax is then NaN at every token,
 and so is the row's largest probability. Sampling computes that reduction for the report anyway, so the check costs nothing
@@ -15,7 +15,7 @@ _SURELY_MASKED_NATS = 100.0  # behind the likeliest token: no token there has a 
 
 
 class NonFiniteLogits(ValueError):
-    """The policy gave logits that are no distribution, and no token can be drawn from them."""
+    """The policy's logits are not a distribution, so no token can be drawn."""
 
 
 def require_distributions(max_probs: np.ndarray, logits: torch.Tensor, rows: np.ndarray | None = None) -> None:
@@ -40,7 +40,7 @@ def require_distributions(max_probs: np.ndarray, logits: torch.Tensor, rows: np.
 
 
 def defect(row: torch.Tensor) -> tuple[str, str]:
-    """What is wrong with a row of logits, `[vocab]`, that is no distribution, and its likely causes."""
+    """Describes why a row of logits, `[vocab]`, is not a distribution, with likely causes."""
     if row.isnan().any():
         return (
             "NaN",
@@ -52,7 +52,7 @@ def defect(row: torch.Tensor) -> tuple[str, str]:
 
 
 def rows_not_finite(table: torch.Tensor, num_rows: int) -> np.ndarray | None:
-    """Which of the first rows of a table hold NaN or infinity: bool `[num_rows]`; None where none does.
+    """Which of the first rows of a table hold NaN or infinity: bool `[num_rows]`; None if none does.
 
     Tables are large: one reduction over it, and a second look only where that finds something.
     """
@@ -69,7 +69,7 @@ def rows_not_finite(table: torch.Tensor, num_rows: int) -> np.ndarray | None:
 
 
 def rows_that_differ(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """Whether two forwards' logits differ by more than arithmetic does, masked tokens aside: bool `[rows]`.
+    """Whether logits of two forwards differ by more than rounding, masked tokens aside: bool `[rows]`.
 
     A token that a forward puts 100 nats or more behind the likeliest is masked, by whatever number.
 
@@ -86,10 +86,10 @@ def rows_that_differ(logits: torch.Tensor, expected: torch.Tensor, tolerance: fl
 
 
 def _distributions(logits: torch.Tensor) -> torch.Tensor:
-    """Rows that are distributions: bool `[rows]`."""
+    """Which rows are distributions: bool `[rows]`."""
     return logits.amax(dim=-1).isfinite()
 
 
 def _floored(logits: torch.Tensor) -> torch.Tensor:
-    """Logits with masked tokens raised to one number."""
+    """Logits with masked tokens raised to one finite number."""
     return logits.clamp(min=logits.amax(dim=-1, keepdim=True) - _SURELY_MASKED_NATS)

@@ -1,4 +1,4 @@
-"""Memory that caches may take: what is free now, less a share for everything else; and taking it."""
+"""Memory for caches: how much may be taken, and its allocation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def allocated(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Memory of the kind of `like`, for a cache; `MemoryError` where there is none."""
+    """Allocate a cache tensor of the type and device of `like`; `MemoryError` if it does not fit."""
     try:
         return like.new_empty(shape)
     except RuntimeError as error:  # the only one that this call has, under several names
@@ -34,7 +34,7 @@ def allocated(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _host_bytes() -> int:
-    """Memory of the machine, or of the container, that can be had: files that the system only keeps at hand do not count."""
+    """Available memory of the machine or container; reclaimable file cache counts as available."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -1,4 +1,4 @@
-"""Whether code of somebody's own runs in a policy's forward: it may look at more than a row's own tokens and positions.
+"""Detects custom code in a policy's forward, which may depend on more than a row's own tokens and positions.
 
 Layers of the libraries below compute position by position, attention aside. Other code may be right as well. It only gets a
 closer look (`policy/probe.py`).
@@ -15,7 +15,7 @@ _KNOWN = ("transformers.", "torch.", "peft.", "accelerate.", "bitsandbytes.", "d
 
 
 def own_code(model: nn.Module) -> bool:
-    """Whether a forward or a forward hook in `model` is none of those libraries'."""
+    """Whether `model` has a forward or a forward hook from outside the known libraries."""
     return any(not origin_of(code).startswith(_KNOWN) for module in model.modules() for code in _code_of(module))
 
 

@@ -1,4 +1,4 @@
-"""Prompts with places for images, videos or sounds are refused: in process a policy is given token ids alone.
+"""Refuses prompts with placeholders for images, videos or sounds: in process a policy gets token ids only.
 
 A processor puts a token of its own where an image belongs, and the policy's forward puts the image's embeddings there. With
 token ids alone the policy would go on as if the token were text, and nobody would be told.
@@ -15,7 +15,7 @@ _FIELDS = tuple((kind, f"{kind}_token_{end}") for kind in _KINDS for end in ("id
 
 
 def refuse_placeholders(config: Any, token_ids: np.ndarray, lengths: np.ndarray) -> None:
-    """Raise `ValueError` for prompts that have a placeholder of their policy's.
+    """Raise `ValueError` for prompts that contain one of the policy's placeholders.
 
     Args:
         config: The policy's own configuration, not that of its text part.

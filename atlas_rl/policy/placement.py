@@ -1,4 +1,4 @@
-"""Where the packed tokens of one forward go in the cache, and what each of them sees, on the device."""
+"""Computes where the packed tokens of one forward go in the cache, and what each of them sees, on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atlas_rl.policy.varlen import Packing
 
 @dataclass(slots=True)
 class Padding:
-    """Packed tokens as a rectangle, for attention that takes nothing else.
+    """Packed tokens as a rectangle, for attention that needs padding.
 
     Attributes:
         rows: int64 `[batch]`, cache rows; None where they are consecutive.
@@ -62,7 +62,7 @@ class Placement:
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def padding(self) -> Padding:
-        """Made when first asked for, once for all layers."""
+        """The padded form, made on first use, once for all layers."""
         if self._padding is None:
             assert self.segments is not None, "tokens of a step of fixed shape are not padded"
             self._padding = _padding(self.segments, self.query_len, self.token_rows.device)
@@ -85,7 +85,7 @@ class Placement:
 def place(
     segments: Segments, held_cells: int, device: torch.device, also: Sequence[np.ndarray]
 ) -> tuple[Placement, list[torch.Tensor]]:
-    """The placement of `segments` in rows of `held_cells` cells, and copies of `also`: in one upload."""
+    """Place `segments` in rows of `held_cells` cells and copy `also` to the device, in one upload."""
     lengths, starts, rows = segments.lengths, segments.starts, segments.rows
     first_row = segments.first_row
     if rows is not None and (np.diff(rows) == 1).all():  # consecutive after all: read in place

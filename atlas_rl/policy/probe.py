@@ -1,4 +1,4 @@
-"""Holds the ragged forward of a policy against plain forwards, once, before anything is generated.
+"""Compares the ragged forward of a policy with plain forwards, once, before anything is generated.
 
 Three looks, from what is exact and cheap to what is costly:
 
@@ -47,7 +47,7 @@ _FAILURES = (TypeError, AttributeError, LookupError, AssertionError, RuntimeErro
 
 
 class Probeable(Protocol):
-    """What the probe asks of a runner; see `InProcessRunner`."""
+    """What the probe needs from a runner; see `InProcessRunner`."""
 
     model: Any
     config: Any
@@ -71,7 +71,7 @@ class Probeable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """What was found out about a policy that can be run.
+    """Findings about a policy that can be run.
 
     Attributes:
         token_bytes: What one token takes in the cache, over all layers.
@@ -85,7 +85,7 @@ class Probed:
 
 
 def probe(runner: Probeable) -> Probed:
-    """Look at a policy; gradients must be off, and every module in evaluation mode.
+    """Probe a policy; gradients must be off, and every module in evaluation mode.
 
     Raises:
         ValueError: It cannot be run over a ragged batch; the message says what was found, and what to do.
@@ -117,11 +117,11 @@ class _Probe:
         return Probed(trace.token_bytes, self._state_bytes, reach)
 
     def _tokens(self, count: int) -> np.ndarray:
-        """int64 `[count]`, all over the vocabulary, but for tokens whose embeddings are not finite."""
+        """int64 `[count]`: tokens from the whole vocabulary whose embeddings are finite."""
         return self._runnable[(np.arange(count, dtype=np.int64) * 7919 + 1) % len(self._runnable)]
 
     def _plain(self, token_ids: np.ndarray, first_position: int | None = None) -> torch.Tensor:
-        """Logits of one text, `[tokens, vocab]`, as the policy's own attention gives them."""
+        """Logits of one text, `[tokens, vocab]`, by the policy's own attention."""
         ids, positions = torch.from_numpy(token_ids).to(self._runner.device), None
         if first_position is not None:
             positions = torch.arange(len(token_ids), device=self._runner.device) + first_position
@@ -129,7 +129,7 @@ class _Probe:
             return self._runner.call(ids, positions, None)
 
     def _computes_in_float32(self) -> bool:
-        """Whether nothing in the forward computes in less: autocast can sit around it or, as trainers put it, within."""
+        """Whether the whole forward computes in float32: autocast can be around it or, as in trainers, within it."""
         types: set[torch.dtype] = set()
 
         def note(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ class _Probe:
         return types <= {torch.float32, torch.float64}
 
     def _find_out_what_is_kept(self) -> None:
-        """Whether `logits_to_keep` does what it says: one row, and the right one."""
+        """Find out whether `logits_to_keep` works: one row, and the right one."""
         call = self._runner.call
         if not call.keeps:
             return
@@ -171,7 +171,7 @@ class _Probe:
         return trace
 
     def _far_rows(self, limit: int, windows: list[int]) -> None:
-        """A row at the beginning beside one at the farthest positions: neither may feel the other."""
+        """Compare a row at the beginning with one at the farthest positions: neither may affect the other."""
         near = self._tokens(min(4, limit))
         far, first = near[::-1].copy(), max(0, limit - len(near))
         expected = [self._plain(near), self._plain(far, first)]
@@ -182,7 +182,7 @@ class _Probe:
             self._compare(logits, want, f"with rows at positions 0 and {first:,}")
 
     def _rows(self, limit: int, windows: list[int]) -> None:
-        """A short row and a long one, over cache rows 0 and 2 of 3."""
+        """Compare a short row and a long one, in cache rows 0 and 2 of 3."""
         length = min(self._long_row(windows), limit)
         long, short = self._tokens(length), self._tokens(length)[-min(_SHORT, length) :]
         expected = [self._plain(short), self._plain(long)]
@@ -211,7 +211,7 @@ class _Probe:
             self._compare(logits[rest], want[rest], how)
 
     def _long_row(self, windows: list[int]) -> int:
-        """Tokens that the long row is to have."""
+        """Number of tokens of the long row."""
         affordable = self._affordable()
         wanted = min((window for window in windows if window >= _FEW), default=0) + _FEW
         if own_code(self._runner.model):
@@ -221,7 +221,7 @@ class _Probe:
         return wanted if wanted <= affordable else _FEW
 
     def _affordable(self) -> int:
-        """Tokens that the long row may have."""
+        """Number of tokens that the long row can afford."""
         kind = self._runner.device.type
         weights = sum(parameter.numel() for parameter in self._runner.model.parameters())
         by_flops = _FLOPS["cpu" if kind == "cpu" else "cuda"] / (4 * max(1, weights))  # two forwards, two per weight
@@ -229,11 +229,11 @@ class _Probe:
         return int(min(_MAX_TOKENS, by_flops, by_bytes))
 
     def _off(self, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        """bool `[positions]`: where two rows of logits differ by more than arithmetic does."""
+        """bool `[positions]`: where two rows of logits differ by more than rounding."""
         return rows_that_differ(logits, expected, _TOLERANCE[self._exact])
 
     def _compare(self, logits: torch.Tensor, expected: torch.Tensor, how: str, most: float = 0.5) -> None:
-        """Raise `ValueError` where logits differ; in half precision, where more than a share of `most` rows do."""
+        """Raise `ValueError` if logits differ; in half precision, if more than a share `most` of the rows differ."""
         off = self._off(logits, expected.float())
         # In half precision a near-tie between experts may fall either way for a token or two. What is wrong hits all
         # positions of a kind, and each kind is looked at by itself.
@@ -248,7 +248,7 @@ class _Probe:
             )
 
     def _ignores_positions(self) -> bool:
-        """Whether positions with a gap between them change nothing."""
+        """Whether gaps between positions change nothing."""
         tokens = torch.from_numpy(self._tokens(3)).to(self._runner.device)
         gap = torch.tensor([0, 1, 3], device=self._runner.device)
         with self._runner.attention(self._runner.own_attention):
@@ -256,7 +256,7 @@ class _Probe:
         return torch.equal(plain, gapped)
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
-        """`run()`, with failures of the policy's own code named as such."""
+        """Call `run()`; errors of the policy's own code are reported as such."""
         try:
             return run()
         except torch.OutOfMemoryError:
@@ -269,14 +269,14 @@ class _Probe:
 
 
 def _cuts(length: int) -> list[int]:
-    """Where the segments of a row begin, and its end; a short context has no room for all of `_TAIL`."""
+    """Where the segments of a row begin, and its end; a short context cannot hold all of `_TAIL`."""
     starts = (length - sum(_TAIL[i:]) for i in range(len(_TAIL)))
     return [0, *(start for start in starts if start > 0), length]
 
 
 @contextmanager
 def _kept_frequencies(model: nn.Module) -> Iterator[None]:
-    """Puts rotary modules back as they were: some recompute their frequencies for the text that they meet."""
+    """Context that restores rotary modules: some recompute their frequencies for the text at hand."""
     rotary = [
         m for m in model.modules() if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))
     ]
@@ -290,7 +290,7 @@ def _kept_frequencies(model: nn.Module) -> Iterator[None]:
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Undo what changed, and touch nothing else: other threads may be running the module."""
+    """Undo changes and touch nothing else, because other threads may be running the module."""
     for name in now.keys() - before.keys():
         del now[name]
     for name, value in before.items():

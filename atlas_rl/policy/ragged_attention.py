@@ -43,7 +43,7 @@ def _plenty() -> int:
 
 @dataclass(slots=True)
 class RaggedBatch:
-    """Where the packed tokens of one forward go, and the cache they go to.
+    """Where the packed tokens of one forward go, and the cache that holds them.
 
     Attributes:
         num_rows, capacity: Most rows, and most tokens of a row.
@@ -85,7 +85,7 @@ class RaggedBatch:
     recurrent: RecurrentRows | None = None
 
     def place(self, segments: Segments, device: torch.device, *also: np.ndarray) -> list[torch.Tensor]:
-        """Get ready for the next forward: room in the cache, and indices on the device.
+        """Prepare the next forward: room in the cache, and indices on the device.
 
         Args:
             segments: What will be run.
@@ -105,13 +105,13 @@ class RaggedBatch:
 
     @property
     def placed(self) -> Placement:
-        """Of the forward that is running."""
+        """The placement of the running forward."""
         assert self.placement is not None, "attention before place()"
         return self.placement
 
     @property
     def takes_steps(self) -> bool:
-        """Whether all layers take packed tokens as they come, so that a step may have a fixed shape."""
+        """Whether all layers take packed tokens without padding, so that a step may have a fixed shape."""
         return bool(self.keys) and self.attended == {True} and self.recurrent is None
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> int:
@@ -138,7 +138,7 @@ class RaggedBatch:
         return source
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the rows that run, `[batch, kv_heads, context, dim]`: views, where the rows are consecutive."""
+        """Keys and values of the running rows, `[batch, kv_heads, context, dim]`; views if the rows are consecutive."""
         placed = self.placed
         rows: slice | torch.Tensor | None = placed.padding().rows
         if rows is None:
@@ -147,7 +147,7 @@ class RaggedBatch:
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def _begin(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Make the tensors of a layer, in the first forward."""
+        """Allocate the tensors of a layer, in the first forward."""
         rows, cells = self.held_rows, self.held_cells
         try:
             self.keys[layer] = allocated(key, rows, cells, key.shape[1], key.shape[3]).zero_()
@@ -158,7 +158,7 @@ class RaggedBatch:
             raise
 
     def recur(self, layer: int, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
-        """Run a recurrent layer, `[num_tokens, inputs]` to `[num_tokens, outputs]`, from and to its states in the rows."""
+        """Run a recurrent layer, `[num_tokens, inputs]` to `[num_tokens, outputs]`, and update its states."""
         assert self.recurrent is not None, "a recurrent layer over a cache for attention alone"
         begun = layer in self.recurrent
         try:
@@ -169,7 +169,7 @@ class RaggedBatch:
             raise
 
     def _drop(self) -> None:
-        """Let go of what the first layers have taken, where the next got no memory: fewer rows can be tried then."""
+        """Free the tensors of the first layers after an allocation failed, so that fewer rows can be tried."""
         self.keys, self.values, self.held_rows, self.held_cells, self.tight = {}, {}, 0, 0, True
         if self.recurrent is not None:
             self.recurrent.clear()
@@ -194,24 +194,24 @@ class RaggedBatch:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes allocated."""
         states = 0 if self.recurrent is None else self.recurrent.num_bytes
         return states + sum(tensor.nbytes for store in (self.keys, self.values) for tensor in store.values())
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of what recurrent layers keep of a row; 0 before the first forward."""
+        """Bytes of a row's recurrent state; 0 before the first forward."""
         return 0 if self.recurrent is None else self.recurrent.row_bytes
 
     def cells_that_fit(self, cell_bytes: int) -> int:
-        """Tokens that memory allows now over all rows; `cell_bytes` is what one takes, as far as it is not known."""
+        """Tokens that memory allows now over all rows; `cell_bytes` is the size of one if it is not known yet."""
         held, free = self.num_bytes, self.free_bytes()
         if self.budget_bytes is None:
             self.budget_bytes = held + free
         return min(self.budget_bytes, held + free) // max(1, self.cell_bytes or cell_bytes)
 
     def reserve(self, num_rows: int, length: int, most_cells: int | None = None) -> None:
-        """Hold `num_rows` rows of `length` cells; where that takes new tensors, rows beyond them are dropped.
+        """Allocate `num_rows` rows of `length` cells; if that takes new tensors, further rows are dropped.
 
         Args:
             num_rows: Rows that are needed.
@@ -230,13 +230,13 @@ class RaggedBatch:
         self._resize(num_rows, length, most)
 
     def grow(self, num_rows: int, length: int) -> None:
-        """Hold `num_rows` rows of `length` cells, and everything that there is."""
+        """Allocate `num_rows` rows of `length` cells and keep everything that there is."""
         if num_rows > self.held_rows or length > self.held_cells:
             most = self.capacity if length > self.held_cells else self.held_cells
             self._resize(max(num_rows, self.held_rows), max(length, self.held_cells), most)
 
     def _resize(self, num_rows: int, length: int, most: int) -> None:
-        """Hold `num_rows` rows of `length` cells, or of more, up to `most`, where memory takes that."""
+        """Allocate `num_rows` rows of `length` cells, or more, up to `most`, if memory allows."""
         cells = length if self.tight and not self.keys else self._roomy(length, most)
         if num_rows > self.num_rows or cells > self.capacity:
             raise IndexError(f"{num_rows} rows of {cells} tokens in a cache for {self.num_rows} of {self.capacity}")
@@ -272,7 +272,7 @@ class RaggedBatch:
         return new
 
     def _roomy(self, length: int, most: int) -> int:
-        """Cells to hold where `length` are needed. On a GPU copies are cheap, and new addresses cost captured steps."""
+        """Cells to allocate if `length` are needed. On a GPU copies are cheap; new addresses cost captured steps."""
         captured = any(cache.is_cuda for cache in self.keys.values())
         return max(length, min(most, 2 * length)) if captured else roomy(length, most)
 
@@ -286,7 +286,7 @@ _this_thread = _ThisThread()
 
 @contextmanager
 def active(batch: RaggedBatch) -> Iterator[None]:
-    """Inside, attention calls of this thread read and write `batch`."""
+    """Context in which attention calls of this thread read and write `batch`."""
     previous = _this_thread.batch
     try:
         _this_thread.batch = batch

@@ -1,4 +1,4 @@
-"""Attention of packed queries over a rectangle: padded queries, masked cells.
+"""Attention of packed queries as a padded rectangle with masked cells.
 
 Query heads that share a key/value head are folded into the query length: `[batch, kv_heads, group * len, dim]` against
 `[batch, kv_heads, context, dim]`. The cache is then read once and never expanded to the number of query heads.

@@ -1,4 +1,4 @@
-"""The recurrent layers that can be run over a ragged batch: by transformers' own weights and formulas, three kinds of them.
+"""Recurrent layers that can run over a ragged batch, with the weights and formulas of transformers: three kinds.
 
 | kind | layers |
 |---|---|
@@ -50,7 +50,7 @@ class RecurrentLayer(ABC):
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        """Whether a mixer has all that is read of it: another version of transformers may have changed it."""
+        """Whether a mixer has all attributes that are read; another version of transformers may have changed it."""
         source = sys.modules[class_of(module).__module__]
         return all(hasattr(module, name) for name in cls.fields) and (
             not cls.has_state or callable(getattr(source, cls.function, None))
@@ -58,16 +58,16 @@ class RecurrentLayer(ABC):
 
     @property
     def lead(self) -> int:
-        """Tokens before a token that the convolution looks at."""
+        """Number of preceding tokens that the convolution reads."""
         return int(self._convolution.weight.shape[-1]) - 1
 
     def forward(self, hidden_states: torch.Tensor, mix: Mix) -> torch.Tensor:
-        """The mixer over packed tokens, `[1, num_tokens, hidden]` to the same shape."""
+        """Run the mixer over packed tokens, `[1, num_tokens, hidden]` to the same shape."""
         inputs, rest = self._project(hidden_states)
         return self._finish(mix(inputs[0])[None], rest)
 
     def convolved(self, window: torch.Tensor) -> torch.Tensor:
-        """See `Recurrence`; inputs behind the convolution's channels pass it by."""
+        """See `Recurrence`; inputs beyond the convolution's channels are passed through."""
         weight, bias, channels = self._convolution.weight, self._convolution.bias, self._convolution.weight.shape[0]
         signal = window[..., :channels].transpose(1, 2).to(weight.dtype)
         out = functional.conv1d(signal, weight, bias, groups=channels)
@@ -82,11 +82,11 @@ class RecurrentLayer(ABC):
 
     @abstractmethod
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[1, num_tokens, hidden]` to the recurrence's inputs, convolved ones first, and what `_finish` needs."""
+        """Map `[1, num_tokens, hidden]` to the recurrence's inputs, convolved ones first, and `_finish`'s inputs."""
 
     @abstractmethod
     def _finish(self, outputs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        """`[1, num_tokens, outputs]` to `[1, num_tokens, hidden]`."""
+        """Map `[1, num_tokens, outputs]` to `[1, num_tokens, hidden]`."""
 
     @property
     def _convolution(self) -> Any:
@@ -101,7 +101,7 @@ class RecurrentLayer(ABC):
 
 
 class ShortConv(RecurrentLayer):
-    """A gated convolution over the last tokens, and nothing else (LFM2)."""
+    """A gated convolution over the latest tokens, without further state (LFM2)."""
 
     has_state = False
     fields = ("in_proj", "conv", "out_proj")
@@ -127,7 +127,7 @@ class ShortConv(RecurrentLayer):
 
 
 class GatedDelta(RecurrentLayer):
-    """The gated delta rule behind a convolution (arXiv 2412.06464): Qwen3.5."""
+    """The gated delta rule after a convolution (arXiv 2412.06464): Qwen3.5."""
 
     function = "torch_chunk_gated_delta_rule"
     fields: tuple[str, ...] = (
@@ -166,7 +166,7 @@ class GatedDelta(RecurrentLayer):
 
 
 class GroupedGatedDelta(GatedDelta):
-    """The same, with the projections of a group of heads side by side: Qwen3-Next."""
+    """`GatedDelta` with the projections of a group of heads side by side: Qwen3-Next."""
 
     fields = (
         *(name for name in GatedDelta.fields if not name.startswith("in_proj")),
@@ -182,7 +182,7 @@ class GroupedGatedDelta(GatedDelta):
 
 
 class Mamba2(RecurrentLayer):
-    """Mamba-2 (arXiv 2405.21060) behind a convolution: Bamba, Granite 4 H, Nemotron-H."""
+    """Mamba-2 (arXiv 2405.21060) after a convolution: Bamba, Granite 4 H, Nemotron-H."""
 
     function = "mamba2_chunk_scan"
     fields: tuple[str, ...] = (
@@ -222,7 +222,7 @@ class Mamba2(RecurrentLayer):
 
 
 class ScaledMamba2(Mamba2):
-    """The same with scales around the projection, and a norm that may be missing: Falcon-H1."""
+    """`Mamba2` with scales around the projection, and an optional norm: Falcon-H1."""
 
     fields = (*Mamba2.fields, "ssm_in_multiplier", "mup_vector", "mamba_rms_norm")
 
@@ -252,13 +252,13 @@ _KNOWN: dict[str, type[RecurrentLayer]] = {
 
 
 def _chunk(mixed: torch.Tensor) -> int:
-    """Tokens of a chunk that has those of `[rows, tokens, mixed]`: no more, because work is padded to whole chunks."""
+    """Chunk length for `[rows, tokens, mixed]`: no more than its tokens, because work is padded to whole chunks."""
     tokens = mixed.shape[1]
     return max(16, 1 << (tokens - 1).bit_length()) if mixed.is_cuda else tokens  # kernels multiply tiles of 16
 
 
 def recurrent_layers(model: nn.Module) -> dict[int, RecurrentLayer]:
-    """A policy's recurrent layers that can be run, by the number of their layer."""
+    """A policy's recurrent layers that can be run, by layer number."""
     found: dict[int, RecurrentLayer] = {}
     for module in model.modules():
         own = class_of(module)

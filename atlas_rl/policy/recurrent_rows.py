@@ -1,4 +1,4 @@
-"""What recurrent layers keep of each request, and how a rejected draft leaves no trace in it.
+"""Keeps the recurrent layers' state of each request, such that a rejected draft leaves no trace in it.
 
 A layer with a running state (a gated delta rule, Mamba-2) has no cells that could be overwritten: what went into its state
 cannot be taken out. So the state of a row stands at its last *settled* token, one that no later forward goes back behind. Of
@@ -29,15 +29,15 @@ from atlas_rl.policy.upload import upload
 
 
 class Recurrence(Protocol):
-    """What a recurrent layer does with its inputs."""
+    """A recurrent layer's computation."""
 
     @property
     def lead(self) -> int:
-        """Tokens before a token that its convolution looks at."""
+        """Number of preceding tokens that its convolution reads."""
 
     @property
     def has_state(self) -> bool:
-        """Whether there is more than a convolution."""
+        """Whether it has a state beyond the convolution."""
 
     def convolved(self, window: torch.Tensor) -> torch.Tensor:
         """`[rows, lead + tokens, inputs]` to `[rows, tokens, mixed]`."""
@@ -56,7 +56,7 @@ class Recurrence(Protocol):
 
 @dataclass(slots=True)
 class _Steps:
-    """The tokens of one forward: of each row those that are recorded and accepted, then the new ones.
+    """The tokens of one forward: for each row, first its recorded and accepted ones, then the new ones.
 
     Attributes:
         rows: Of the cache, a slice where they are consecutive, else int64 `[batch]`.
@@ -87,7 +87,7 @@ class _Steps:
 
 @dataclass(slots=True)
 class _Kept:
-    """What one layer keeps. A forward that fails leaves every layer right: those that ran have moved on, others have not.
+    """State of one layer. After a failed forward, every layer's state is consistent: some have advanced, others not.
 
     Attributes:
         lead: Tokens before a token that its convolution looks at.
@@ -127,7 +127,7 @@ class RecurrentRows:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes allocated."""
         return sum(tensor.nbytes for kept in self._layers.values() for tensor in kept.tensors)
 
     @property
@@ -136,11 +136,11 @@ class RecurrentRows:
         return sum(tensor[:1].nbytes for kept in self._layers.values() for tensor in kept.tensors)
 
     def clear(self) -> None:
-        """Let go of everything: no row has a token."""
+        """Free everything: no row has a token."""
         self._layers = {}
 
     def resize(self, held_rows: int) -> None:
-        """Hold so many rows; what the first of them have stays."""
+        """Allocate `num_rows` rows; the first ones keep their content."""
         for kept in self._layers.values():
             if len(kept.records) != held_rows:
                 kept.records = _resized(kept.records, held_rows, *kept.records.shape[1:])
@@ -148,7 +148,7 @@ class RecurrentRows:
                 kept.state = _resized(kept.state, held_rows, *kept.state.shape[1:])
 
     def place(self, segments: Segments, device: torch.device) -> None:
-        """Get ready for the next forward."""
+        """Prepare the next forward."""
         self._placed, self._steps = (segments, device), None
 
     def run(self, layer: int, new: torch.Tensor, held_rows: int, recurrence: Recurrence) -> torch.Tensor:
@@ -183,7 +183,7 @@ class RecurrentRows:
         return outputs
 
     def copy_rows(self, source: int, targets: np.ndarray, length: int) -> None:
-        """Give rows `targets` (int64 `[n]`) what row `source` has of its first `length` tokens.
+        """Copy the first `length` tokens of row `source` to rows `targets` (int64 `[n]`).
 
         Raises:
             RuntimeError: It has more or fewer, and cannot go back that far.
@@ -202,7 +202,7 @@ class RecurrentRows:
         return _Kept(lead, nothing, nothing.copy(), allocated(new, held_rows, lead, new.shape[1]).zero_())
 
     def _counts(self, kept: _Kept) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """int64 `[batch]` each: rows; where their states stand, and will; and what will be recorded behind that."""
+        """int64 `[batch]` each: rows; present and future place of their states; tokens to be recorded after that."""
         assert self._placed is not None, "run() before place()"
         segments, _ = self._placed
         rows = segments.rows
@@ -216,7 +216,7 @@ class RecurrentRows:
         return rows, at, settled, segments.starts + segments.lengths - settled
 
     def _steps_from(self, rows: np.ndarray, at: np.ndarray) -> _Steps:
-        """What is to be run from there; made once for all layers, which stand at the same token as a rule."""
+        """The tokens to run from there; computed once, because all layers usually stand at the same token."""
         if self._steps is None or not np.array_equal(self._steps[0], at):
             assert self._placed is not None, "run() before place()"
             segments, device = self._placed
@@ -227,7 +227,7 @@ class RecurrentRows:
 
 
 def _refuse_gaps(kept: _Kept, rows: np.ndarray, wanted: np.ndarray) -> None:
-    """Raise `RuntimeError` where rows are wanted with so many recorded tokens, and have no such."""
+    """Raise `RuntimeError` if a row is wanted with recorded tokens that it does not have."""
     wrong = (wanted < 0) | (wanted > kept.recorded[rows])
     if wrong.any():
         row, first = int(rows[wrong][0]), int(kept.at[rows[wrong][0]])
@@ -238,7 +238,7 @@ def _refuse_gaps(kept: _Kept, rows: np.ndarray, wanted: np.ndarray) -> None:
 
 
 def _window(kept: _Kept, steps: _Steps, new: torch.Tensor) -> torch.Tensor:
-    """Inputs of what is recorded and of the new tokens, `[batch, lead + steps, inputs]`; zeros where there are none."""
+    """Inputs of recorded and new tokens, `[batch, lead + steps, inputs]`; zeros before the beginning."""
     window = kept.records.new_zeros(len(steps.fresh), kept.lead + steps.steps, new.shape[1])
     if not steps.all_fresh:
         live = torch.cat([~steps.fresh[:, None].expand(-1, kept.lead), steps.live_recorded], 1)
@@ -248,7 +248,7 @@ def _window(kept: _Kept, steps: _Steps, new: torch.Tensor) -> torch.Tensor:
 
 
 def _state(kept: _Kept, steps: _Steps) -> torch.Tensor | None:
-    """Where the rows go on from; None for the state of empty texts."""
+    """The state that the rows continue from; None for the state of empty texts."""
     if steps.all_fresh or kept.state is None:
         return None
     state = kept.state[steps.rows]
@@ -274,7 +274,7 @@ def _scanned(
 
 
 def _resized(old: torch.Tensor, *shape: int) -> torch.Tensor:
-    """A copy of another size: what is cut off is lost, and what is added is zero."""
+    """A copy of another size: truncated or padded with zeros."""
     new = allocated(old, *shape).zero_()
     kept = tuple(slice(min(was, now)) for was, now in zip(old.shape, shape, strict=True))
     new[kept] = old[kept]
@@ -289,7 +289,7 @@ def _steps(
     lengths: np.ndarray,
     device: torch.device,
 ) -> _Steps:
-    """See `_Steps`; arrays are int64 `[batch]`, `fresh` is bool, and counts are from where a row's state stands."""
+    """See `_Steps`; arrays are int64 `[batch]`, `fresh` is bool; counts start at a row's state."""
     drafts, row = recorded + lengths - settled, np.repeat(np.arange(len(rows)), lengths)
     step = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + recorded[row]
     behind = step - settled[row]
@@ -316,11 +316,11 @@ def _steps(
 
 
 def _only(values: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """`[batch, tokens, n]` with zeros where `live`, bool `[batch, tokens]`, is False: what is there may be no number."""
+    """`[batch, tokens, n]` with zeros where `live`, bool `[batch, tokens]`, is False: values there may be NaN."""
     return torch.where(live[:, :, None], values, 0)
 
 
 def _from(values: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` tokens of each row of `[batch, tokens, n]` from `first`, int64 `[batch]`, on; past the end the last again."""
+    """`count` tokens of each row of `[batch, tokens, n]` from `first`, int64 `[batch]`; repeats the last at the end."""
     index = (first[:, None] + torch.arange(count, device=first.device)).clamp_(max=values.shape[1] - 1)
     return values[torch.arange(len(values), device=first.device)[:, None], index]

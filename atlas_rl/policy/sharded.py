@@ -1,4 +1,4 @@
-"""Gathers a policy whose weights FSDP has sharded: once for all the forwards of a call, and for nothing else.
+"""Gathers a policy whose weights FSDP has sharded, once for all forwards of a call.
 
 FSDP gathers the weights of a layer in that layer's forward, and every gathering is a collective. Ranks whose requests need
 different numbers of forwards would wait for each other for ever, and each token would cost a trip of all weights. So the
@@ -36,14 +36,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def rounds_in_training(model: nn.Module) -> bool:
-    """Whether forwards in training have weights of another type than `gathered` gives: mixed precision of FSDP1."""
+    """Whether training forwards use weights of another type than `gathered` gives: mixed precision of FSDP1."""
     wrappers = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
     return any(wrapper.mixed_precision.param_dtype is not None for wrapper in wrappers)
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, the weights of a model are whole, and its forwards are no collectives.
+    """Context in which the weights of a model are whole, and its forwards do not communicate.
 
     All ranks have to come here, and as often. Weights must not be changed inside. Does nothing where none are sharded.
 
@@ -64,7 +64,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(modules: Sequence[FSDPModule]) -> Iterator[None]:
-    """Inside, FSDP2 modules have whole weights."""
+    """Context in which FSDP2 modules have whole weights."""
     try:
         for module in modules:
             # A forward may have left weights gathered, on some ranks only, or from before the last update.
@@ -78,7 +78,7 @@ def _unsharded(modules: Sequence[FSDPModule]) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Inside, no module has FSDP2's forward hooks; hooks that others add or remove meanwhile are left to them."""
+    """Context in which no module has FSDP2's forward hooks; hooks that others add or remove meanwhile are kept."""
     changed: list[tuple[Any, Mapping[int, Any]]] = []
     try:
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""Attention sinks (gpt-oss, arXiv 2309.17453): one more logit per head in each softmax, whose share goes to no cell.
+"""Attention sinks (gpt-oss, arXiv 2309.17453): one extra logit per head in each softmax, without a value.
 
 So attention with a sink is attention without it, times what the sink leaves of the softmax. That takes the logarithm of the
 softmax's denominator, which flash attention gives as well.
@@ -10,5 +10,5 @@ import torch
 
 
 def share_of_cells(log_sums: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """What sinks leave of a softmax, float32: `exp(l) / (exp(l) + exp(sink))`, where l is the scores' log-sum-exp."""
+    """Share of a softmax left by sinks, float32: `exp(l) / (exp(l) + exp(sink))`, l the log-sum-exp of the scores."""
     return torch.sigmoid(log_sums.float() - sinks.float())

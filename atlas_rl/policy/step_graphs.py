@@ -1,4 +1,4 @@
-"""Decode forwards of fixed shapes: on a GPU a step is captured once and then replayed by one launch.
+"""Runs decode forwards of fixed shapes: on a GPU a step is captured once and then replayed by one launch.
 
 A policy's modules ask for some fifty kernels per layer. Launched one by one from Python they take longer than they run: 25
 ms a forward of 28 layers, 4 ms of it work (Qwen3 of 0.6 billion weights on an H100, batch 1). A CUDA graph
@@ -50,7 +50,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Taps], torch.Tenso
 
 @dataclass(slots=True)
 class _Step:
-    """One shape.
+    """A step of one shape.
 
     Attributes:
         inputs: int64 `[3, num_tokens]` on the device: token ids, positions, cache rows.
@@ -91,7 +91,7 @@ class StepGraphs:
         self.refused: str | None = None
 
     def serves(self, segments: Segments, keep: np.ndarray) -> bool:
-        """Whether this forward is a step: rows go on, all logits are wanted, and there is a size for it."""
+        """Whether this forward is such a step: rows continue, all logits are wanted, and there is a size for it."""
         num_tokens = len(segments.token_ids)
         return (
             self.refused is None
@@ -136,7 +136,7 @@ class StepGraphs:
         return step.logits[:num_tokens]
 
     def _size_for(self, num_tokens: int, rest: tuple[Hashable, ...]) -> int:
-        """The size to run so many tokens by: their own, or a larger one that has been run."""
+        """The size at which to run so many tokens: their number, or a larger size that has been run."""
         own = SIZES[bisect.bisect_left(SIZES, num_tokens)]
         near = [size for size in SIZES if own < size <= max(2 * own, _FEW) and (size, *rest) in self._steps]
         if (own, *rest) in self._steps or not near or self._rented[own, *rest] == _PATIENCE:
@@ -174,7 +174,7 @@ class StepGraphs:
         return self._forward(cache)(tokens, positions, keep, step.taps)
 
     def _record(self, step: _Step, cache: RaggedBatch) -> None:
-        """Capture the step and run it; where that is impossible, run it plainly and say why."""
+        """Capture the step and run it; if that is impossible, run it plainly and report why."""
         began_s = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
@@ -195,7 +195,7 @@ class StepGraphs:
 
 
 def _fill(step: _Step, segments: Segments, rows: np.ndarray) -> None:
-    """Put the tokens where the step reads them; the last one fills what is left."""
+    """Copy the tokens to where the step reads them, padded with the last one."""
     row = np.repeat(np.arange(len(rows)), segments.lengths)
     first = np.cumsum(segments.lengths) - segments.lengths
     places = [segments.starts[row] + np.arange(len(row)) - first[row], rows[row]]

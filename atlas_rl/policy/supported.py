@@ -1,4 +1,4 @@
-"""Which policies can run rows of different lengths together, as far as their configuration says; and how far they reach.
+"""Decides by configuration which policies can run rows of different lengths together, and up to which length.
 
 A ragged forward is right where a token's logits depend on the tokens before it in its own row, and on its position. Some
 policies depend on more: on the length of the longest text in the batch, on chunks, on a running state. What cannot be run is
@@ -23,7 +23,7 @@ _BOTH = "hybrid"  # Falcon-H1: attention and a recurrence side by side
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How long a row may get before a ragged forward would differ from a plain one.
+    """Longest row for which a ragged forward equals a plain one.
 
     Attributes:
         tokens: Most tokens of a row.
@@ -34,7 +34,7 @@ class Reach:
     reason: str
 
     def check(self, tokens: int, name: str) -> None:
-        """Raise `ValueError` where a row of a policy `name` may reach `tokens`."""
+        """Raise `ValueError` if a row of a policy `name` may not reach `tokens`."""
         if tokens > self.tokens:
             raise ValueError(
                 f"{name} can be run in process up to {self.tokens} tokens of prompt and completion; beyond that, "
@@ -44,17 +44,17 @@ class Reach:
 
 
 def nearest(reaches: Iterable[Reach | None]) -> Reach | None:
-    """The one that ends first."""
+    """The shortest reach of several."""
     return min((reach for reach in reaches if reach is not None), key=lambda reach: reach.tokens, default=None)
 
 
 def field_of(config: Any, name: str, layer: int) -> Any:
-    """A field of one layer, which may differ from layer to layer (Gemma 4); None where the configuration has none."""
+    """A field of one layer, which may differ between layers (Gemma 4); None if the configuration has none."""
     return getattr(config.per_layer_config[layer] if _differs(config, name) else config, name, None)
 
 
 def fields_of(config: Any, name: str) -> list[Any]:
-    """The values that a field has over the layers, each once."""
+    """The distinct values of a field over the layers."""
     if not _differs(config, name):
         return [getattr(config, name, None)]
     values: list[Any] = []
@@ -69,7 +69,7 @@ def _differs(config: Any, name: str) -> bool:
 
 
 def _kinds_of(config: Any) -> list[str]:
-    """The type of each layer; empty where the configuration does not say."""
+    """The type of each layer; empty if the configuration does not say."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     return [str(kind) for kind in kinds]
 
@@ -95,7 +95,7 @@ def refuse_layers(config: Any, name: str, recurrent: Container[int] = ()) -> Non
 
 
 def layers_that_attend(config: Any, num_layers: int, recurrent: Container[int]) -> set[int]:
-    """Numbers of the layers that have attention, as far as the configuration says."""
+    """Numbers of the layers with attention, according to the configuration."""
     kinds = dict(enumerate(_kinds_of(config)))
     return {
         layer
@@ -105,7 +105,7 @@ def layers_that_attend(config: Any, num_layers: int, recurrent: Container[int]) 
 
 
 def refuse_modules(model: nn.Module) -> None:
-    """Raise `ValueError` for a policy whose weights are elsewhere or in several places, or whose modules are compiled."""
+    """Raise `ValueError` for a policy whose weights are elsewhere or spread out, or whose modules are compiled."""
     name = type(model).__name__
     away = next((key for key, weight in model.named_parameters() if weight.is_meta), None)
     if away is not None:
@@ -129,7 +129,7 @@ def refuse_modules(model: nn.Module) -> None:
 
 
 def _devices_of(model: nn.Module) -> list[str]:
-    """Where a policy's weights are, and where accelerate has put its layers (`device_map`)."""
+    """Devices of a policy's weights, and where accelerate has put its layers (`device_map`)."""
     # What is sharded away leaves an empty weight behind, anywhere.
     devices = {str(weight.device) for weight in model.parameters() if weight.numel()}
     placed = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
@@ -137,12 +137,12 @@ def _devices_of(model: nn.Module) -> list[str]:
 
 
 def reach_of(config: Any) -> Reach | None:
-    """Up to where a policy is independent of its neighbours' lengths, as its configuration says; None for everywhere."""
+    """Length up to which a policy is independent of its neighbours' lengths (configuration); None: unlimited."""
     return nearest([_chunk_reach(config), *(_rope_reach(config, rope) for rope in rope_settings(config))])
 
 
 def rope_settings(config: Any) -> list[Mapping[str, Any]]:
-    """Rotary settings, one per kind of layer that has its own: new (`rope_parameters`) or old (`rope_scaling`) form."""
+    """Rotary settings by kind of layer, in new (`rope_parameters`) or old (`rope_scaling`) form."""
     found: list[Mapping[str, Any]] = []
     for settings in fields_of(config, "rope_parameters") + fields_of(config, "rope_scaling"):
         if isinstance(settings, Mapping):
@@ -156,7 +156,7 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 
 
 def _rope_reach(config: Any, rope: Mapping[str, Any]) -> Reach | None:
-    """transformers recomputes frequencies of these types for the longest text of each batch (`dynamic_rope_update`)."""
+    """Reach by rotary type: transformers recomputes some for the longest text of a batch (`dynamic_rope_update`)."""
     kind, positions = _rope_type(rope), getattr(config, "max_position_embeddings", None)
     if kind in ("longrope", "su"):
         own = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
@@ -179,7 +179,7 @@ def _chunk_reach(config: Any) -> Reach | None:
 
 
 def context_of(model: nn.Module, config: Any) -> int | None:
-    """Longest text that a policy can be run over, in tokens; None where nothing limits it.
+    """Longest text that a policy can run, in tokens; None if unlimited.
 
     A table of learned positions ends at its last row. Rotary positions have no end: transformers goes on past
     `max_position_embeddings` with a warning. Here a request ends there, unless rope scaling stretches the positions: with a
@@ -197,7 +197,7 @@ def context_of(model: nn.Module, config: Any) -> int | None:
 
 
 def _has_position_table(model: nn.Module, positions: int) -> bool:
-    """Whether positions are looked up. OPT and its kin have two rows more than positions."""
+    """Whether positions are embeddings from a table. OPT-like tables have two rows more than positions."""
     return any(
         isinstance(module, nn.Embedding)
         and ("pos" in name.rpartition(".")[2] or name.endswith("wpe"))

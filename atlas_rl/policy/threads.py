@@ -1,4 +1,4 @@
-"""Generating changes how a policy's modules run; this module keeps that change to the thread that generates.
+"""Generating changes how a policy's modules run; this module limits the change to the generating thread.
 
 What is promised:
 
@@ -44,14 +44,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Change:
-    """One way in which some things are changed: each thing, by its id, with the value that the change has for it."""
+    """One kind of change: for each changed thing, by its id, its value under the change."""
 
     kind: str
     things: Mapping[int, tuple[Any, Any]]
 
 
 class _Changes:
-    """All changes that there are now.
+    """All present changes.
 
     Attributes:
         owner: The thread that has the lock and sees them; None where nobody does.
@@ -76,7 +76,7 @@ class _Changes:
         self._follow(change)
 
     def restore(self) -> None:
-        """Put everything back; may be interrupted, and called again."""
+        """Undo everything; may be interrupted and called again."""
         self.owner = None  # from here on guises do nothing
         self.open, self.values = [], {}
         for thing in self.touched.values():
@@ -84,11 +84,11 @@ class _Changes:
         self.touched = {}
 
     def seen(self, thing: Any) -> Mapping[str, list[Any]]:
-        """Values of the changes of a thing that this thread sees, by kind."""
+        """The values that this thread sees of a changed thing, by kind."""
         return self.values.get(id(thing), _NONE) if self.owner == threading.get_ident() else _NONE
 
     def _follow(self, change: _Change) -> None:
-        """Let things be as `open` says."""
+        """Apply the changes in `open`."""
         for key, (thing, _) in change.things.items():
             values: dict[str, list[Any]] = {}
             for each in self.open:
@@ -105,7 +105,7 @@ _changes = _Changes()
 
 @contextmanager
 def generating() -> Iterator[None]:
-    """Inside, this thread has the lock; what an interrupt left of earlier calls has been put back."""
+    """Context in which this thread holds the lock; remains of interrupted calls are undone first."""
     outermost = not _is_owned()
     with GENERATING:
         if outermost:
@@ -128,7 +128,7 @@ def _is_owned() -> bool:
 
 
 def one_at_a_time(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """Let `method` wait for whatever else generates in this process."""
+    """Make `method` wait until no other generation runs in this process."""
 
     @functools.wraps(method)
     def waiting(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
@@ -140,7 +140,7 @@ def one_at_a_time(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off in this thread. No training flag is written, and what others write meanwhile stays."""
+    """Context with dropout off in this thread. No training flag is written; writes of other threads stay."""
     # Wrappers of torch.compile have no flag of their own: what they wrap has one, and is among the modules.
     with generating(), _changed(_EVALUATED, [(m, True) for m in model.modules() if m.__dict__.get("training")]):
         yield
@@ -148,20 +148,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attending(name: str, config: Any) -> Iterator[None]:
-    """Inside, this thread finds the attention implementation `name` in a model's configuration."""
+    """Context in which this thread finds the attention implementation `name` in a model's configuration."""
     with _changed(_ATTENDING, [(config, name)]):
         yield
 
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, `forward(module, *args, **kwargs)` stands in place of a module's forward, in this thread."""
+    """Context in which `forward(module, *args, **kwargs)` replaces a module's forward, in this thread."""
     with _changed(_FORWARD, forwards.items()):
         yield
 
 
 def stand_ins() -> tuple[Callable[..., Any], ...]:
-    """What stands in place of modules' own forwards now, in this thread: the first of every change.
+    """The present replacements of modules' forwards in this thread: the first of every change.
 
     They are equal as long as the changes are the same, and who holds them keeps their like from having their names.
     """
@@ -173,7 +173,7 @@ def stand_ins() -> tuple[Callable[..., Any], ...]:
 
 @contextmanager
 def watched_forwards(watchers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, `watcher(forward, *args, **kwargs)` is called instead of a module's forward, in this thread; it calls that."""
+    """Context in which this thread calls `watcher(forward, *args, **kwargs)` instead of a module's forward."""
     with _changed(_WATCHED, watchers.items()):
         yield
 
@@ -190,7 +190,7 @@ def _changed(kind: str, things: Iterable[tuple[Any, Any]]) -> Iterator[None]:
 
 
 class _Forward:
-    """`forward` of a guise: that of the thread's changes, or else the module's own."""
+    """`forward` of a guise: the thread's replacement, or else the module's own."""
 
     def __init__(self, own: Any) -> None:
         self._own = own
@@ -238,7 +238,7 @@ def _attention(own: Any) -> property:
 
 @functools.cache
 def _seen_by_thread(own: type, kinds: frozenset[str]) -> type:
-    """What stands in for the class `own` while there are changes of these kinds: `own`, where there are none."""
+    """The class that replaces `own` while there are changes of these kinds; `own` if there are none."""
     if not kinds:
         return own
     attributes: dict[str, Any] = {}

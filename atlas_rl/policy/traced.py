@@ -1,4 +1,4 @@
-"""Traces what every layer's attention is given in a plain forward: which mask, which window, keys and values of what size.
+"""Traces each layer's attention in a plain forward: its mask, its window, and the sizes of keys and values.
 
 transformers looks attention functions and mask builders up by name. Under the name registered here, three tokens are run
 with a mask builder that remembers the *rule* of each mask (may query q see cell k?) and an attention function that notes
@@ -31,7 +31,7 @@ Rule = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What the attention function of one layer was given.
+    """Arguments of one layer's attention call.
 
     Attributes:
         rule: Of its mask; None where the mask is not one that transformers' mask builder made.
@@ -46,7 +46,7 @@ class AttentionCall:
 
 @dataclass(slots=True)
 class Trace:
-    """One plain forward.
+    """Attention calls of one plain forward.
 
     Attributes:
         masks: Every mask that was built, with its rule; kept alive, because masks are told apart by their memory.
@@ -62,12 +62,12 @@ class Trace:
 
     @property
     def windows(self) -> list[int]:
-        """Sliding windows that attention functions were told, smallest first."""
+        """Sliding windows that attention functions received, smallest first."""
         return sorted({c.window for calls in self.calls.values() for c in calls if c.window is not None})
 
     @property
     def token_bytes(self) -> int:
-        """What one token takes in the cache, over all layers."""
+        """Cache bytes of one token, over all layers."""
         return sum(call.token_bytes for calls in self.calls.values() for call in calls)
 
 
@@ -76,7 +76,7 @@ _current: ContextVar[Trace | None] = ContextVar("atlas_traced", default=None)
 
 @contextmanager
 def tracing() -> Iterator[Trace]:
-    """Inside, attention calls under `NAME` are noted, and give zeros."""
+    """Context in which attention calls under `NAME` are recorded and return zeros."""
     trace = Trace()
     token = _current.set(trace)
     try:
@@ -86,7 +86,7 @@ def tracing() -> Iterator[Trace]:
 
 
 def refuse_structure(trace: Trace, attending: Set[int], name: str) -> None:
-    """Raise `ValueError` for a policy `name` whose attention cannot run over a ragged batch, and say what was found.
+    """Raise `ValueError` for a policy `name` whose attention cannot run over a ragged batch, with the reason.
 
     `attending` are the numbers of the layers that have attention.
     """
@@ -115,7 +115,7 @@ def _listed(layers: list[int]) -> str:
 
 
 def mask_reach(trace: Trace, config: Any, max_context: int | None) -> Reach | None:
-    """Up to where the ragged attention hides what each layer's own mask hides; None for everywhere."""
+    """Length up to which the ragged attention and each layer's own mask hide the same cells; None if unlimited."""
     pairs = {(call.rule, call.window) for calls in trace.calls.values() for call in calls}
     return nearest(_pair_reach(rule, window, config, max_context) for rule, window in pairs if rule is not None)
 
@@ -138,7 +138,7 @@ def _pair_reach(rule: Rule, window: int | None, config: Any, max_context: int | 
 
 
 def _same(rule: Rule, window: int | None, query: int) -> bool:
-    """Whether mask and attention function agree for a query position, about every cell up to some behind it."""
+    """Whether mask and attention function agree for a query position, on every cell up to some after it."""
     cells = torch.arange(query + 4)
     ours = cells <= query
     if window is not None:

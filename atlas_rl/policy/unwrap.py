@@ -1,4 +1,4 @@
-"""Finds the causal LM inside PEFT and parallel wrappers, and refuses wrappers that are more than a passage to it.
+"""Finds the causal LM inside PEFT and parallel wrappers, and refuses wrappers that do more than delegate.
 
 The engine runs the causal LM itself. That is the policy only if its wrappers hand inputs and outputs through unchanged. Most
 PEFT methods replace layers inside the LM, and their wrappers do. Others live in the wrapper: they change the inputs, or
@@ -48,14 +48,14 @@ def unwrap_policy(model: Any) -> Any:
 
 
 def without_parallel_wrappers(model: Any) -> Any:
-    """The policy as its trainer runs it, PEFT wrapper and mixed precision included, but outside of any collective."""
+    """The policy as its trainer runs it, with PEFT wrapper and mixed precision but without collectives."""
     while isinstance(model, _PARALLEL) or is_compiled(model):
         model = model._orig_mod if is_compiled(model) else model.module
     return model
 
 
 def _inside(model: Any) -> Any | None:
-    """What a wrapper calls; None for a model that is none."""
+    """The module that a wrapper calls; None if the model is not a wrapper."""
     if isinstance(model, _PARALLEL):
         return model.module
     if is_compiled(model):
@@ -125,7 +125,7 @@ def _check_adapters(model: Any) -> None:
 
 
 def _plain_forwards(wrapper: nn.Module) -> tuple[Any, ...]:
-    """Forwards of PEFT and torch that call what is inside with the same inputs, and return its logits."""
+    """Forwards of PEFT and torch that call the inner module with the same inputs and return its logits."""
     if isinstance(wrapper, _PARALLEL):
         return tuple(kind.forward for kind in _PARALLEL)
     from peft import AdaLoraModel, PeftMixedModel, PeftModel, PeftModelForCausalLM, PeftModelForFeatureExtraction
@@ -136,7 +136,7 @@ def _plain_forwards(wrapper: nn.Module) -> tuple[Any, ...]:
 
 
 def _is_delegation(forward: Any, wrapper: Any) -> bool:
-    """Whether what stands in place of a wrapper's forward is that forward, or the forward of what is inside."""
+    """Whether a wrapper's replaced forward is the original one, or the forward of the inner module."""
     while True:
         owner, function = getattr(forward, "__self__", wrapper), getattr(forward, "__func__", forward)
         if owner is getattr(wrapper, "model", None) and owner is not None:
@@ -156,13 +156,13 @@ def _class_forward(wrapper: nn.Module) -> Any:
 
 
 def hooks_of(module: nn.Module) -> Iterator[Any]:
-    """Forward hooks of a module, not of those inside it."""
+    """Forward hooks of a module itself, not of its children."""
     yield from module._forward_pre_hooks.values()
     yield from module._forward_hooks.values()
 
 
 def origin_of(function: Any) -> str:
-    """Module of the code of a callable. A decorator's `__module__` is that of what it decorates, so it is not asked."""
+    """Module that defines a callable's code; a decorator's `__module__` names the decorated function's."""
     if isinstance(function, functools.partial):
         return origin_of(function.func)
     function = getattr(function, "__func__", function)
@@ -171,7 +171,7 @@ def origin_of(function: Any) -> str:
 
 
 def _name(wrapper: Any) -> str:
-    """The PEFT method where there is one, else the wrapper's class."""
+    """The PEFT method if there is one, else the wrapper's class."""
     configs = getattr(wrapper, "peft_config", None)
     if not isinstance(configs, dict):
         return type(wrapper).__name__

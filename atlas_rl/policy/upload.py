@@ -1,4 +1,4 @@
-"""Arrays between the host and the policy's device, together: up without waiting, down with one wait."""
+"""Moves arrays between host and device in bulk: up without waiting, down with one wait."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
 
 
 def uploaded(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """`upload` of one."""
+    """`upload` of a single array."""
     return upload([array], device)[0]
 
 
 def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """Copies on the host, in the shapes and types of `tensors`, which are on one device; the host waits once."""
+    """Copies on the host of `tensors`, which are on one device; the host waits once."""
     if tensors[0].device.type == "cpu":
         return [tensor.numpy() for tensor in tensors]
     bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]

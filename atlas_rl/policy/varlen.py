@@ -1,4 +1,4 @@
-"""Attention of packed queries to rows of a cache by flash attention over sequences of any length: no mask, no padding.
+"""Attention of packed queries over cache rows by variable-length flash attention: no mask, no padding.
 
 torch's operator takes where a sequence's keys begin and how many of them there are, so that a row of the cache is read as
 far as it is filled. `torch.nn.attention.varlen` wraps the same operator, and lets callers say that only from torch 2.12 on.
@@ -37,7 +37,7 @@ class Packing:
 
 
 def takes(query: torch.Tensor, value_dim: int) -> bool:
-    """Whether the operator takes such queries: on a GPU, in half precision, heads that are not too large.
+    """Whether the operator accepts such queries: on a GPU, in half precision, with heads that are not too large.
 
     Its values are of the size of its keys, which those of latent attention (DeepSeek) are not.
     """
@@ -119,7 +119,7 @@ def reference(
     scale: float | None,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`flash`, sequence by sequence: what the operator is tested against, and what stands in for it on a CPU."""
+    """`flash`, sequence by sequence: the reference in tests and the fallback on a CPU."""
     kv_heads, dim = keys.shape[2:]
     flat_keys, flat_values = keys.view(-1, kv_heads, dim), values.flatten(0, 1)
     starts, out, log_sums = packing.query_starts.tolist(), [], []

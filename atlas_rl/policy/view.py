@@ -1,4 +1,4 @@
-"""What drafters read of a policy: its two embedding tables, its configuration, and the way from hidden state to logits.
+"""The parts of a policy that drafters read: both embedding tables, configuration, map from hidden state to logits.
 
 Drafters of every kind read the same few things, wherever the policy runs: in this process, inside vLLM, or in a recording.
 `PolicyView` declares them once. The way from the LM head's input to the logits is declared here and nowhere else:
@@ -27,7 +27,7 @@ from atlas_rl.policy.upload import uploaded
 
 
 class PolicyView(ABC):
-    """A policy as drafters read it.
+    """Interface to a policy for drafters.
 
     Weights may be read while a call runs, when they are whole on every rank. At a refresh they may be sharded away.
 
@@ -45,12 +45,12 @@ class PolicyView(ABC):
     @property
     @abstractmethod
     def input_table(self) -> torch.Tensor:
-        """The input embedding's weight `[vocab, hidden]`, before whatever scale the policy puts on it."""
+        """The input embedding's weight `[vocab, hidden]`, before any scale of the policy."""
 
     @property
     @abstractmethod
     def output_table(self) -> torch.Tensor:
-        """The LM head's weight `[vocab, hidden]`, without its bias and adapters: `rows_of` and `logits` have them."""
+        """The LM head's weight `[vocab, hidden]`, without bias and adapters, which `rows_of` and `logits` include."""
 
     @abstractmethod
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class PolicyView(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the LM head knows."""
+        """Number of tokens of the LM head."""
         return int(self.output_table.shape[0])
 
     @property
@@ -81,7 +81,7 @@ class PolicyView(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the LM head lives."""
+        """Device of the LM head."""
         return self.output_table.device
 
     @property
@@ -110,7 +110,7 @@ class PolicyView(ABC):
 
 
 class InProcessView(PolicyView):
-    """A transformers causal LM of this process.
+    """View of a transformers causal LM in this process.
 
     Args:
         model: Read whenever something is asked for, so that a view never goes stale.
@@ -141,7 +141,7 @@ class InProcessView(PolicyView):
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """See `PolicyView.logits`: by the policy's own head module and, where no form describes it, its own forward."""
+        """As `PolicyView.logits`: by the policy's head module or, if no form describes it, by its own forward."""
         form, everywhere = self._fitted
         with evaluation_mode(self._head):
             if form is not None and token_ids is not None and linear_of(self._head) is not None:
@@ -159,7 +159,7 @@ class InProcessView(PolicyView):
 
     @cached_property
     def _fitted(self) -> tuple[LogitForm | None, bool]:
-        """The form, held against the policy's own forward, and whether it holds for all tokens. No weight is read."""
+        """The form, checked against the policy's own forward, and whether it holds for all tokens. Reads no weights."""
         products = probe_products(self.vocab_size)
         logits = after_head(self.model, products.to(self.device)).cpu().float()
         return fit_form(products, logits, LogitForm.of(self.config))

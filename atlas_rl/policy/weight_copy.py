@@ -1,4 +1,4 @@
-"""A copy of a weight in another form, and what tells whether it still is the weight's."""
+"""A copy of a weight in another form, with a check of whether it is still up to date."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(slots=True)
 class WeightCopy:
-    """What was made of a weight, good as long as the weight has the address and the version counter that it had then.
+    """A converted weight, valid while the original keeps its address and version counter.
 
     Writing through `.data` into the same memory changes neither: a copy must not outlive the call that made it.
     """
@@ -27,5 +27,5 @@ class WeightCopy:
 
 
 def can_be_copied(weight: torch.Tensor, numel: int) -> bool:
-    """Whether a weight is whole, with all its numbers in this process, and has a version counter."""
+    """Whether a weight is whole in this process and has a version counter."""
     return not weight.is_inference() and weight.numel() == numel and not hasattr(weight, "device_mesh")

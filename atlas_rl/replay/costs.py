@@ -1,4 +1,4 @@
-"""Costs of forwards and drafts, fitted to a live run, and the time that passes in a replay by them."""
+"""Costs of forwards and drafts, fitted to a live run, and a clock that advances by them in a replay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atlas_rl.speculators.base import Speculator
 
 @dataclass(slots=True)
 class Costs:
-    """What a machine takes for the policy's forwards and for drafts, as fitted to a live run.
+    """Seconds of a machine's forwards and drafts, fitted to a live run.
 
     Attributes:
         forward: Of target forwards.
@@ -30,7 +30,7 @@ class Costs:
 
     @classmethod
     def of(cls, trace: Iterable[Mapping[str, Any]]) -> Costs:
-        """From the lines of a controller's trace (`EngineConfig.trace`)."""
+        """Fit to the lines of a controller's trace (`EngineConfig.trace`)."""
         costs = cls()
         for step in trace:
             slots = sum(step["admitted"].values())
@@ -42,7 +42,7 @@ class Costs:
 
 
 class ToldClock:
-    """Time that passes only when somebody says so."""
+    """A clock that advances only when told to."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -52,7 +52,7 @@ class ToldClock:
 
 
 class PaidProposing(Proposing):
-    """Proposes as usual; drafts take what the costs say.
+    """Proposes as usual; drafts advance the clock by their fitted cost.
 
     Args:
         speculators: See `Proposing`, here and for the next two.

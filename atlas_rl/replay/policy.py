@@ -1,4 +1,4 @@
-"""A recorded policy, as drafters read it."""
+"""The policy of a recorded run, as drafters read it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atlas_rl.replay.record import Recorded
 
 
 class RecordedPolicy(PolicyView):
-    """Embeddings and configuration of the policy of a recorded run, as far as the record holds them.
+    """Embeddings and configuration of a recorded run's policy, as far as recorded.
 
     Args:
         recorded: Any call of the run.
@@ -38,7 +38,7 @@ class RecordedPolicy(PolicyView):
         self.follow(recorded)
 
     def follow(self, recorded: Recorded) -> None:
-        """Become the policy as it was at this call."""
+        """Switch to the policy of this recorded call."""
         index = torch.from_numpy(recorded.token_ids)
         self._inputs[index], self._outputs[index] = recorded.inputs, recorded.outputs
         self._biases[index] = recorded.biases

@@ -1,4 +1,4 @@
-"""Records a run: tokens, the policy's hidden states, and the embeddings of the tokens it used.
+"""Records a run: tokens, the policy's hidden states, and the embeddings of the tokens used.
 
 Rollouts under drafter-invariant sampling do not depend on what is drafted. So one recording answers for every drafter.
 """
@@ -54,7 +54,7 @@ class Recorded:
     form: LogitForm
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all; `OSError` where the disk does not take it."""
+        """Write one safetensors file, whole or not at all; `OSError` if the disk does not take it."""
         sequences = self.sequences
         arrays = {name: getattr(sequences, name) for name in _SEQUENCE_ARRAYS}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
@@ -73,7 +73,7 @@ class Recorded:
 
     @classmethod
     def load(cls, path: Path) -> Recorded:
-        """Read what `save` wrote; `ValueError` for another file."""
+        """Read a file that `save` wrote; `ValueError` for any other."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
@@ -151,7 +151,7 @@ class RecordingSpeculator(Speculator):
         prompts: Prompts = NO_PROMPTS,
         cache: PolicyCache | None = None,
     ) -> None:
-        """Note the prompts' tokens and keep their states."""
+        """Record the prompts' tokens and keep their states."""
         if sequences is not self._sequences:
             self._sequences = sequences
             self._last: list[list[torch.Tensor]] = [[] for _ in sequences.lengths]
@@ -168,7 +168,7 @@ class RecordingSpeculator(Speculator):
                     per_request[request].append(_half(prompts.hidden.layers[layer][first:end]))
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        """None: it only watches, and never drafts."""
+        """None: it never drafts."""
         return None
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
@@ -205,12 +205,12 @@ class RecordingSpeculator(Speculator):
 
 
 def _half(states: torch.Tensor) -> torch.Tensor:
-    """A float16 copy on the host; the residual stream of some families has entries beyond its range."""
+    """A float16 copy on the host; residual streams of some families exceed float16's range."""
     return states.detach().float().clamp(-65504, 65504).to("cpu", torch.float16, copy=True)
 
 
 def recorded_calls(folder: str | Path) -> list[Path]:
-    """The calls recorded in a folder, in their order; `ValueError` if there are none."""
+    """The calls recorded in a folder, in order; `ValueError` if there are none."""
     found = sorted(Path(folder).glob("call_*.safetensors"))
     if not found:
         raise ValueError(f"no recorded rollouts in '{folder}': record some with RecordingSpeculator('{folder}')")

@@ -1,4 +1,4 @@
-"""Replays a recorded call for any drafter: exactly, and without the policy.
+"""Replays a recorded call for any drafter, exactly and without the policy.
 
 Under drafter-invariant sampling the rollouts do not depend on what is drafted. So a recorded run (tokens, the policy's
 hidden states, the embeddings of the tokens it used) answers for every drafter, draft length and controller how much would
@@ -67,7 +67,7 @@ def replay(
 
 
 def unfinished(recorded: Recorded) -> tuple[Sequences, np.ndarray]:
-    """The requests of a recorded call before their first token, and int64 `[num_requests]`, tokens at which each ends."""
+    """The requests of a recorded call before their first token, and int64 `[num_requests]`, their final lengths."""
     true = recorded.sequences
     token_ids = np.zeros_like(true.token_ids)
     for request, length in enumerate(true.prompt_lengths):
@@ -83,14 +83,14 @@ def unfinished(recorded: Recorded) -> tuple[Sequences, np.ndarray]:
 
 
 def head_inputs_at(recorded: Recorded) -> np.ndarray:
-    """Per request, int64: add the position of a completion token to get its place in `recorded.last`."""
+    """int64 per request: add a completion token's position to get its index in `recorded.last`."""
     completions = recorded.sequences.lengths - recorded.sequences.prompt_lengths
     places: np.ndarray = np.cumsum(completions) - completions - recorded.sequences.prompt_lengths
     return places
 
 
 class _ReplayLoop(DecodeLoop):
-    """The decode loop, its forwards answered by the record."""
+    """The decode loop with forwards answered by the record."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _ReplayLoop(DecodeLoop):
         self._paid: tuple[Costs, ToldClock] | None = None
 
     def pay(self, costs: Costs, clock: ToldClock) -> None:
-        """Let forwards and drafts take what `costs` says, on the recorder's clock."""
+        """Charge forwards and drafts the seconds of `costs`, on the recorder's clock."""
         self._paid = costs, clock
         self.proposing = PaidProposing(self.speculators, self.controller, self.recorder, costs, clock)
 
@@ -139,7 +139,7 @@ class _ReplayLoop(DecodeLoop):
         return torch.empty(len(leaders), 0), Hidden(first, self._head_inputs(leaders, lengths), self._layers(index))
 
     def _head_inputs(self, requests: np.ndarray, drawn: np.ndarray) -> torch.Tensor:
-        """What the tokens at positions `drawn` of `requests` (int64 `[n]` each) were drawn from."""
+        """Hidden states that the tokens at positions `drawn` of `requests` (int64 `[n]` each) were drawn from."""
         return self._recorded.last[torch.from_numpy(self._head_inputs_at[requests] + drawn)].float()
 
     def _layers(self, index: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -147,7 +147,7 @@ class _ReplayLoop(DecodeLoop):
 
 
 class _FromRecord(Verifier):
-    """Commits what the record holds: a draft stands when it is that token, as under drafter-invariant sampling."""
+    """Commits the recorded tokens: a draft is accepted if it is that token, as under drafter-invariant sampling."""
 
     couples_noise = True
 
@@ -171,7 +171,7 @@ class _FromRecord(Verifier):
 
 
 class NoRunner(PolicyRunner):
-    """Stands where a policy would run: the loop only moves rows about."""
+    """Stands in for a policy runner: the loop only moves rows."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -200,4 +200,4 @@ class NoRunner(PolicyRunner):
         """Do nothing: there is no cache."""
 
     def synchronize(self) -> None:
-        """Do nothing: no device works."""
+        """Do nothing: there is no device."""

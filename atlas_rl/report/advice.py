@@ -1,4 +1,4 @@
-"""Every warning of the library: its words, its cause, and what to do.
+"""Every warning of the library, with its cause and what to do.
 
 The page of a run says what to do about the warnings of its reports, and `docs/warnings.md` is made of this file. A test
 reads the sources and finds a warning that is missing here.
@@ -25,7 +25,7 @@ class Explained:
     cure: str
 
     def fits(self, warning: str) -> bool:
-        """Whether a warning says this."""
+        """Whether a warning matches this entry."""
         pattern = ".*".join(map(re.escape, self.says.split("...")))
         return re.search(pattern, warning, re.DOTALL) is not None
 
@@ -252,5 +252,5 @@ UNKNOWN = "The sentence names the cause. docs/warnings.md has a list."
 
 
 def advice_for(warning: str) -> str:
-    """What to do about a report's warning; `UNKNOWN` for one that is in no list, such as a later version's."""
+    """What to do about a report's warning; `UNKNOWN` for an unlisted one, such as a later version's."""
     return next((each.cure for each in REPORTED if each.fits(warning)), UNKNOWN)

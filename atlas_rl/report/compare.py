@@ -1,4 +1,4 @@
-"""Two runs' figures beside each other, with their noise.
+"""Compares two runs' figures, with their noise.
 
 A figure of a run is a sum over its steps divided by another, such as tokens by seconds. Its noise is what comes of drawing
 the run's steps again: a bootstrap over blocks of neighbouring steps, as these resemble each other.
@@ -26,7 +26,7 @@ Part = tuple[float, float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of two runs; what is not known is None.
+    """One figure of two runs; unknown values are None.
 
     Attributes:
         label: Name and unit.
@@ -183,7 +183,7 @@ def _interval(first: np.ndarray, second: np.ndarray, paired: bool, seed: int) ->
 
 
 def _drawn(random: np.random.Generator, num_steps: int) -> np.ndarray:
-    """First steps `[resamples, blocks]` of circular blocks, which together have `num_steps` steps or just more."""
+    """First steps `[resamples, blocks]` of circular blocks, which together cover at least `num_steps` steps."""
     return random.integers(num_steps, size=(_RESAMPLES, -(-num_steps // _block_size(num_steps))))
 
 
@@ -192,7 +192,7 @@ def _block_size(num_steps: int) -> int:
 
 
 def _sums_of_blocks(sums: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sums `[resamples, 2]` over blocks of steps, the last block cut so that all have as many steps as `sums`."""
+    """Sums `[resamples, 2]` over blocks of steps; the last block is cut so that all have as many steps as `sums`."""
     num_steps, size = len(sums), _block_size(len(sums))
     up_to = np.concatenate([np.zeros((1, 2)), np.cumsum(np.concatenate([sums, sums[:size]]), axis=0)])
 
@@ -204,7 +204,7 @@ def _sums_of_blocks(sums: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _times(value: float, digits: int) -> str:
-    """A ratio; small ones keep three digits."""
+    """A ratio as text; small ones keep three digits."""
     return f"{value:.{digits}f}" if value >= 0.1 else f"{value:.3g}"
 
 

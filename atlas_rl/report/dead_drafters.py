@@ -1,4 +1,4 @@
-"""Warns of drafters that have stopped working, in the report of the step in which they do.
+"""Warns about drafters that have stopped working, in the report of the step in which they stop.
 
 A dead drafter costs speed, never correctness, so nothing else would tell.
 """

@@ -1,4 +1,4 @@
-"""Writes that a disk did not take: a full disk costs a line or a file, never the tokens of a call or a training."""
+"""Tolerates failed writes: a full disk costs a line or a file, never the tokens of a call or a training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class LostWrites:
-    """Counts what was lost; says the first loss of each kind, and how many there were when writing works again.
+    """Counts failed writes; reports the first of each kind, and their number when writing works again.
 
     Attributes:
         counts: Losses so far by kind, such as `{"report line": 3}`.
@@ -25,7 +25,7 @@ class LostWrites:
 
     @contextmanager
     def tolerate(self, kind: str) -> Iterator[None]:
-        """Inside, an `OSError` loses a `kind` of thing and nothing else."""
+        """Context in which an `OSError` loses one `kind` of thing and nothing else."""
         try:
             yield
         except OSError as error:
@@ -44,7 +44,7 @@ class LostWrites:
 
 
 def check_folder(folder: Path, option: str, *files: str) -> None:
-    """Make sure that a folder can be written to; it is made if it is missing.
+    """Make sure that a folder exists and can be written to.
 
     Args:
         folder: What `option` was set to.

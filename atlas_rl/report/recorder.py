@@ -20,7 +20,7 @@ _CURVE_POINTS = 1 << 12  # kept of the active batch, in a recorder that nobody a
 
 
 class StepRecorder:
-    """Records one generation step. Make a new one for each.
+    """Records one generation step. Make a new one for each step.
 
     Seconds are exclusive: while a timer runs inside another, only the inner phase is charged, so that the phases add up.
     The generation runs inside `with recorder.generating():`, and its seconds that no phase claims are `other`. Phases
@@ -65,7 +65,7 @@ class StepRecorder:
         self._packing_s, self._packed_bytes = 0.0, 0
 
     def generating(self) -> _Timer:
-        """Context of the whole generation; charges `other` for the seconds that no phase claims."""
+        """Context of the whole generation; seconds that no phase claims are charged to `other`."""
         return self._timers["other"]
 
     def time(self, phase: str) -> _Timer:
@@ -74,7 +74,7 @@ class StepRecorder:
 
     @property
     def running(self) -> str:
-        """Phase whose seconds are being charged; empty outside of all timers."""
+        """Phase that is being charged now; empty outside of all timers."""
         return self._running[-1] if self._running else ""
 
     @property
@@ -102,7 +102,7 @@ class StepRecorder:
         return self._seconds[phase]
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Charge seconds of one phase to another: a device's work, for which the host waited later than it asked for it."""
+        """Move seconds between phases: device work for which the host waited later than it launched it."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
@@ -114,7 +114,7 @@ class StepRecorder:
         num_accepted: np.ndarray | None = None,
         drafters: np.ndarray | None = None,
     ) -> None:
-        """Record one decoding target forward over the active batch. The arrays must not be written to afterwards.
+        """Record one decoding forward of the target over the active batch. Do not write to the arrays afterwards.
 
         Args:
             num_committed: int `[batch]`, tokens appended per request.
@@ -141,13 +141,13 @@ class StepRecorder:
             self._count_pending()
 
     def distribution(self, *, entropy_sum: float, max_prob_sum: float, num_tokens: int) -> None:
-        """Record sums over `num_tokens` drawn tokens: entropy of the processed distribution (nats), largest probability."""
+        """Record sums over `num_tokens` drawn tokens: entropy of the processed distribution (nats), top probability."""
         self._entropy_sum += entropy_sum
         self._max_prob_sum += max_prob_sum
         self._num_scored_tokens += num_tokens
 
     def packed(self, seconds: float, num_bytes: int) -> None:
-        """Copies of weights: seconds of packing, which count in the phase that runs too, and most bytes at once."""
+        """Record weight copies: seconds of packing (also counted in the running phase), and most bytes at once."""
         self._packing_s += seconds
         self._packed_bytes = max(self._packed_bytes, num_bytes)
 
@@ -156,7 +156,7 @@ class StepRecorder:
         self._warnings[message] = None
 
     def faults(self, counts: Mapping[str, int], messages: Iterable[str]) -> None:
-        """Errors that were caught: how many, by drafter, and the warnings that name them."""
+        """Record caught errors: their number by drafter, and the warnings about them."""
         for name, count in counts.items():
             self._faults[name] = self._faults.get(name, 0) + count
         for message in messages:
@@ -174,7 +174,7 @@ class StepRecorder:
         baseline_tokens_per_s: float | None = None,
         step_s: float | None = None,
     ) -> StepReport:
-        """The report of what was recorded; arguments as in `StepReport`, `completion_lengths` one per request.
+        """The finished report; arguments as in `StepReport`, `completion_lengths` one per request.
 
         Raises:
             RuntimeError: A timer is still running.
@@ -275,12 +275,12 @@ class _Timer:
 
 
 def _reached(length_counts: np.ndarray) -> tuple[int, ...]:
-    """Rows that reach position 0, 1, ..., from counts of rows by length `[max_len + 1]`."""
+    """Number of rows that reach position 0, 1, ..., from counts of rows by length `[max_len + 1]`."""
     return tuple(int(n) for n in np.cumsum(length_counts[::-1])[::-1][1:])
 
 
 def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Sum of two count vectors of different length."""
+    """Sum of two count vectors of different lengths."""
     longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
     total = longer.astype(np.int64)
     total[: len(shorter)] += shorter

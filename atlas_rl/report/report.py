@@ -170,7 +170,7 @@ class StepReport:
 
     @property
     def rollout_s(self) -> float:
-        """Seconds of `generate_s` that went into rollouts: neither into refreshes nor into bringing weights."""
+        """Seconds of `generate_s` without refreshes and weight loading."""
         return self.generate_s - self.refresh_s - self.sync_s
 
     @property
@@ -194,7 +194,7 @@ class StepReport:
 
     @property
     def acceptance_by_position(self) -> tuple[float, ...]:
-        """Accepted / drafted tokens at draft position 0, 1, ...; a draft counts as accepted if all before it were, too."""
+        """Accepted / drafted tokens at draft position 0, 1, ...; accepted only if all tokens before it were."""
         return tuple(a / d for a, d in zip(self.accepted_by_position, self.drafted_by_position, strict=True) if d)
 
     @property
@@ -209,12 +209,12 @@ class StepReport:
 
     @property
     def speedup_measured(self) -> float | None:
-        """Measured speedup of generation: tokens/s over those of the rerun without speculation; None without a rerun."""
+        """Measured speedup of generation: tokens/s over those of the rerun without speculation; None if no rerun."""
         return self.tokens_per_s / self.baseline_tokens_per_s if self.baseline_tokens_per_s else None
 
     @property
     def generation_share(self) -> float | None:
-        """Share of the training step that is generation, as measured; None until the step's time is known."""
+        """Measured share of generation in the training step's time; None until that is known."""
         return self.generate_s / self.step_s if self.step_s else None
 
     @property
@@ -260,7 +260,7 @@ class StepReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepReport:
-        """The report that `to_dict` wrote; derived figures are computed again.
+        """The report from the output of `to_dict`; derived figures are recomputed.
 
         A line of `rollouts.jsonl` also says who wrote it (`ORIGIN`), which is no part of the report.
 
@@ -303,7 +303,7 @@ def amdahl_bound(generation_share: float, alpha: float) -> float:
 
 
 def with_sync(report: StepReport, seconds: float) -> StepReport:
-    """The report with further seconds of bringing weights in, which are spent with speculation and without."""
+    """The report with further seconds of loading weights, which are spent with and without speculation."""
     plain_s, rate = report.no_speculation_s, report.baseline_tokens_per_s
     return replace(
         report,
@@ -315,7 +315,7 @@ def with_sync(report: StepReport, seconds: float) -> StepReport:
 
 
 def no_speculation_seconds(report: StepReport, num_forwards: int, forwards_s: float | None) -> float | None:
-    """Estimated seconds of the generation that `report` describes, had it been done without speculation.
+    """Estimated seconds of the generation in `report`, had it run without speculation.
 
         seconds = prefill_s + sample_s + (commit_s + other_s) * num_forwards / report.num_forwards + forwards_s
 

@@ -20,7 +20,7 @@ _MAX_NAMED = 10  # line numbers in one warning
 
 
 def console_line(report: StepReport) -> str:
-    """The report as one line of at most 140 columns; figures from its end are left out if it would be longer."""
+    """The report as one line of at most 140 columns; figures that do not fit are dropped from the end."""
     head = f"atlas {'step' if report.mode == 'train' else report.mode} {report.step}"
     parts = [head, f"{report.tokens_per_s:.0f} tok/s"]
     if not report.speculation:
@@ -45,7 +45,7 @@ def console_line(report: StepReport) -> str:
 
 
 def console_warnings(report: StepReport) -> list[str]:
-    """One line per warning, never shortened, to be printed with the console line."""
+    """One line per warning, never shortened, for printing below the console line."""
     return [f"atlas warning: {message}" for message in report.warnings]
 
 
@@ -95,7 +95,7 @@ def trainer_metrics(report: StepReport) -> dict[str, float]:
 
 
 class JsonlSink:
-    """Appends one JSON object per line to a file, flushed at once; the first write makes missing folders.
+    """Appends one JSON object per line to a file and flushes; the first write makes missing folders.
 
     A run that is killed while writing, or whose disk is full, leaves half a line. The next object then starts on a new
     line, and `read_jsonl` skips the half line with a warning.
@@ -118,7 +118,7 @@ class JsonlSink:
         self._append(json.dumps({**self._origin, **report.to_dict(), **extra}, allow_nan=False) + "\n")
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append other objects than reports; `OSError` as in `write`."""
+        """Append objects other than reports; `OSError` as in `write`."""
         self._append("".join(json.dumps({**self._origin, **row}) + "\n" for row in rows))
 
     def _append(self, text: str) -> None:
@@ -132,7 +132,7 @@ class JsonlSink:
 
 
 def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]:
-    """The files of an engine's reports and, if wanted, of its controller's trace.
+    """The files for an engine's reports and, if wanted, its controller's trace.
 
     Every line says which engine wrote it and in which process (`ORIGIN`): engines may share a folder. Traces of several
     ranks (`RANK` and `WORLD_SIZE` of torchrun) have a file each: `controller.rank0.jsonl` and so on.
@@ -160,7 +160,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def parse_jsonl(content: bytes) -> tuple[dict[int, dict[str, Any]], list[int]]:
-    """The objects of a JSONL file by line number, counted from 1, and the numbers of the lines that hold none."""
+    """The objects of a JSONL file by line number, counted from 1, and the numbers of invalid lines."""
     rows, skipped = {}, []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
@@ -177,7 +177,7 @@ def parse_jsonl(content: bytes) -> tuple[dict[int, dict[str, Any]], list[int]]:
 
 
 def summary_table(reports: Sequence[StepReport], *, baseline: Sequence[StepReport] = ()) -> str:
-    """A Markdown table of the totals over all steps, beside those of a baseline if one is given.
+    """A Markdown table of the totals over all steps, beside those of an optional baseline.
 
     Tokens/s is total tokens over total seconds, not a mean of ratios.
 
@@ -228,7 +228,7 @@ _COMPARED = ("tokens_per_s", "us_per_token", "generate_s", "num_forwards")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of text; the first row is its header, the first column its names."""
+    """A Markdown table of text; the first row is the header, the first column holds names."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Adds reports up: over the ranks of one step (`merge`), and over generations that followed one another (`concatenate`).
+"""Sums reports: over the ranks of one step (`merge`), and over successive generations (`concatenate`).
 
 Each field of a report declares in its metadata how it adds up in either case, by a function of the reports and the
 field's name:
@@ -24,7 +24,7 @@ CURVE_POINTS = 64
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """One report of ranks that generated the same step side by side.
+    """Merge reports of ranks that generated the same step in parallel.
 
     Counts add up. The seconds, with their breakdown, are those of the slowest rank, because the trainer waits for it.
 
@@ -35,7 +35,7 @@ def merge(reports: Sequence[Report]) -> Report:
 
 
 def concatenate(reports: Sequence[Report]) -> Report:
-    """One report of generations that followed one another.
+    """Concatenate reports of successive generations.
 
     Counts and seconds add up. Step, version and mode are those of the last.
 
@@ -46,7 +46,7 @@ def concatenate(reports: Sequence[Report]) -> Report:
 
 
 def adds(ranks: Reducer, *, steps: Reducer | None = None) -> Mapping[str, Reducer]:
-    """Metadata of a report's field: how it adds up over ranks, and over steps (by default alike)."""
+    """Metadata of a report's field: how to combine it over ranks, and over steps (by default alike)."""
     return {"ranks": ranks, "steps": steps or ranks}
 
 
@@ -68,7 +68,7 @@ def largest(reports: Sequence[Any], name: str) -> Any:
 
 
 def largest_known(reports: Sequence[Any], name: str) -> float | None:
-    """The largest value of the reports that have one; None if none has."""
+    """The largest known value; None if none is known."""
     return max((value for value in _values(reports, name) if value is not None), default=None)
 
 
@@ -90,7 +90,7 @@ def last(reports: Sequence[Any], name: str) -> Any:
 
 
 def of_slowest(reports: Sequence[Any], name: str) -> Any:
-    """The value of the report with the largest `generate_s`: all seconds of a sum are then those of one rank."""
+    """The value of the report with the largest `generate_s`, so that all seconds of a sum come from one rank."""
     return getattr(max(reports, key=lambda report: report.generate_s), name)
 
 
@@ -124,7 +124,7 @@ def mean_by_key(counts_name: str) -> Reducer:
 
 
 def rate_of_slowest(count_name: str) -> Reducer:
-    """A rate per second side by side: all of the field `count_name` over the seconds of the report that takes longest.
+    """A rate over parallel ranks: all of the field `count_name` over the seconds of the slowest report.
 
     None unless every report has a rate.
     """
@@ -132,7 +132,7 @@ def rate_of_slowest(count_name: str) -> Reducer:
 
 
 def rate_over(count_name: str) -> Reducer:
-    """A rate per second in turns: all of the field `count_name` over the seconds that it took at each report's own rate.
+    """A rate over successive reports: all of the field `count_name` over the seconds at each report's own rate.
 
     None unless every report has a rate.
     """
@@ -166,12 +166,12 @@ def total_by_position(reports: Sequence[Any], name: str) -> tuple[int, ...]:
 
 
 def joined(reports: Sequence[Any], name: str) -> tuple[Any, ...]:
-    """The tuples, one after the other."""
+    """Concatenation of tuples."""
     return tuple(value for values in _values(reports, name) for value in values)
 
 
 def distinct(reports: Sequence[Any], name: str) -> tuple[Any, ...]:
-    """The tuples, one after the other, equal values once."""
+    """Concatenation of tuples, without duplicates."""
     return tuple(dict.fromkeys(joined(reports, name)))
 
 
@@ -187,7 +187,7 @@ def curves_side_by_side(reports: Sequence[Any], name: str) -> tuple[tuple[int, i
 
 
 def curves_in_turn(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], ...]:
-    """Curves one after the other: each begins one index past the end of the curve before it."""
+    """Concatenation of curves: each begins one index after the end of the one before."""
     points: list[tuple[int, int]] = []
     for curve in _values(reports, name):
         offset = points[-1][0] + 1 if points else 0

@@ -1,4 +1,4 @@
-"""The unit of every figure of a report, for people who read it."""
+"""The unit of every figure of a report, for display."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _BY_ENDING = (
 
 
 def unit_of(name: str) -> str:
-    """The unit of a field or a derived figure of `StepReport`; `KeyError` for a name that tells none and is not listed."""
+    """The unit of a field or a derived figure of `StepReport`; `KeyError` for a name without one."""
     if name in _BY_NAME:
         return _BY_NAME[name]
     for ending, unit in _BY_ENDING:

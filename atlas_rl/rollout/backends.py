@@ -1,4 +1,4 @@
-"""Chooses the backend of a policy, and the static speculator that it can have there. vLLM is imported only if asked for."""
+"""Chooses the backend for a policy and its static speculator. vLLM is imported only if needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def new_backend(model: Any, config: EngineConfig) -> Backend:
-    """The backend of a loaded causal LM (in process), of a `vllm.LLM`, or of a checkpoint that vLLM is to load.
+    """The backend for a loaded causal LM (in process), a `vllm.LLM`, or a checkpoint that vLLM is to load.
 
     Raises:
         ValueError: The policy cannot be run that way; says what to change.
@@ -45,7 +45,7 @@ def new_backend(model: Any, config: EngineConfig) -> Backend:
 
 
 def _check_checkpoint(model: str | Path, config: EngineConfig) -> None:
-    """Raise `ValueError` for a checkpoint's name that cannot be worked with, before vLLM is loaded for it."""
+    """Raise `ValueError` for an unusable checkpoint name, before vLLM is loaded."""
     folder = path("model", model, "a loaded causal LM, or for vLLM the folder or name of a checkpoint")
     if config.backend == "in_process":
         raise ValueError(
@@ -61,7 +61,7 @@ def _check_checkpoint(model: str | Path, config: EngineConfig) -> None:
 
 
 def resized(backend: Backend) -> bool:
-    """Whether the policy's embeddings have grown since the backend was made: drafters are then bound anew.
+    """Whether the policy's embeddings have grown since the backend was made; drafters are then bound again.
 
     Raises:
         ValueError: They have shrunk.
@@ -76,7 +76,7 @@ def resized(backend: Backend) -> bool:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise `ValueError` for a tokenizer that knows of no ending tokens, such as its name, or a processor around one."""
+    """Raise `ValueError` for a tokenizer without ending tokens, such as its name or a processor around it."""
     if tokenizer is None or hasattr(tokenizer, "eos_token_id"):
         return
     if hasattr(tokenizer, "tokenizer"):
@@ -87,7 +87,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def vllm_draft_folder(config: EngineConfig) -> str | Path | None:
-    """Folder of the static head for vLLM, which must know of it before it loads the policy."""
+    """Folder of the static head for vLLM, which must know it before it loads the policy."""
     if isinstance(config.draft_model, nn.Module) or config.draft_model == "fp4":
         raise ValueError("with vLLM draft_model is the folder of an EAGLE-3 head, nothing else")
     return config.draft_model

@@ -1,4 +1,4 @@
-"""`RolloutEngine`: one generation call, checked, run, audited and reported; and what an engine keeps between calls."""
+"""`RolloutEngine`: checks, runs, audits and reports one generation call, and keeps state between calls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutEngine:
-    """Rollouts by speculative decoding that follows the policy; trainers are attached by `AtlasRolloutEngine`.
+    """Lossless speculative rollouts whose drafters follow the policy; `AtlasRolloutEngine` attaches trainers.
 
     Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off. Threads
     may share engines and policies (`policy/threads.py`). A call that is interrupted leaves them ready for the next one.
@@ -199,7 +199,7 @@ class RolloutEngine:
         return GenerationOutput(prompt_ids, texts, run.logprobs, report)
 
     def meet(self, model: Any) -> None:
-        """Make the speculators for `model` now, not at the first rollout, so that what they lack is found before any work.
+        """Make the speculators for `model` now rather than at the first rollout, so that errors come before any work.
 
         Raises:
             ValueError: The policy cannot be run, or not with these speculators.
@@ -226,7 +226,7 @@ class RolloutEngine:
 
     @one_at_a_time
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int | None = None) -> None:
-        """New policy weights for a backend that keeps its own, vLLM; `policy_updated` follows by itself.
+        """Load new policy weights into a backend that keeps its own (vLLM); includes `policy_updated`.
 
         Args:
             weights: (name, tensor) as in a checkpoint of the policy; read to the end whatever happens.
@@ -249,21 +249,21 @@ class RolloutEngine:
         self._policy.exchange = exchange
 
     def measured(self, seconds: float) -> None:
-        """A rerun took so long, only to measure; for integrations. It earns the drafters no time to learn."""
+        """Record seconds of a measuring rerun, which earn the drafters no learning time; for integrations."""
         self._policy.measured(seconds)
 
     def synced(self, seconds: float) -> None:
-        """Bringing the policy's weights into the engine took so long; for integrations. The next report has it."""
+        """Record seconds of bringing the policy's weights into the engine for the next report; for integrations."""
         self._sync_s += seconds
 
     @property
     def policy_version(self) -> int:
-        """Version of the policy that the next rollouts are made by."""
+        """Policy version that makes the next rollouts."""
         return self._policy.version
 
     @one_at_a_time
     def publish(self, report: StepReport) -> None:
-        """Keep a report, print its line, and append it to the JSONL file; what the disk does not take is `lost_writes`."""
+        """Keep a report, print its line, and append it to the JSONL file; failed writes count in `lost_writes`."""
         self.reports.append(report)
         if self.config.console:
             with self._lost.tolerate("console line"):  # often a file on the same disk
@@ -274,14 +274,14 @@ class RolloutEngine:
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
-        """State of every speculator, by name: what a resumed run needs to draft as well as this one."""
+        """State of every speculator, by name: a resumed run that loads it drafts as well as this one."""
         if self._speculators is None:
             return dict(self._restored)
         return {name: speculator.state_dict() for name, speculator in self._speculators.items()}
 
     @one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Restore `state_dict()`; speculators that have no state may come and go.
+        """Restore `state_dict()`; speculators without saved state are allowed.
 
         Before an attached engine's first rollout, which makes its speculators, the state waits for them.
 
@@ -302,11 +302,11 @@ class RolloutEngine:
 
     @property
     def lost_writes(self) -> dict[str, int]:
-        """What a full or broken disk did not take, by kind, such as `{"report line": 3}`; empty where all is well."""
+        """Failed writes by kind, such as `{"report line": 3}`; empty if all is well."""
         return dict(self._lost.counts)
 
     def save_drafters(self, path: str | Path) -> None:
-        """Write `state_dict()` to a file. A disk that does not take it costs that file: a warning, and `lost_writes`."""
+        """Write `state_dict()` to a file. If the disk does not take it: a warning, and `lost_writes`."""
         file = file_to_write(path)
         with self._lost.tolerate("drafter state"):
             try:
@@ -315,7 +315,7 @@ class RolloutEngine:
                 logger.warning("atlas_rl: the drafters' state is not saved: %s", error)
 
     def load_drafters(self, path: str | Path) -> None:
-        """Read what `save_drafters` wrote; `ValueError` for no file. What is damaged or foreign costs a warning."""
+        """Read a file from `save_drafters`; `ValueError` if there is none. Damaged or unsuitable parts: a warning."""
         file = file_to_read(path)
         try:
             state = load_state(file)
@@ -350,7 +350,7 @@ class RolloutEngine:
         return self._speculators
 
     def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: Run) -> Audit:
-        """Hold some rollouts against a plain forward pass of the policy as its trainer runs it, wrappers included.
+        """Compare some rollouts with a plain forward pass of the policy as its trainer runs it, wrappers included.
 
         Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
         leaves it the distribution.

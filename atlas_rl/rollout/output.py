@@ -9,7 +9,7 @@ from atlas_rl.report.report import StepReport
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput:
-    """What `RolloutEngine.generate` returns, one row per request: prompt by prompt, its generations in order.
+    """Return value of `RolloutEngine.generate`, one row per request: prompt by prompt, its generations in order.
 
     Attributes:
         prompt_ids: The prompts, repeated per generation.

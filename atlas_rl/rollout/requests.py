@@ -1,4 +1,4 @@
-"""From a caller's prompts to `Sequences`: checks everything that can be wrong before any work is done."""
+"""Turns a caller's prompts into `Sequences`, after checking all input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_sequences(
     max_context: int | None,
     policy_version: int,
 ) -> tuple[Sequences, np.ndarray]:
-    """Sequences of `len(prompts) * num_generations` requests, and the length at which each must end.
+    """`Sequences` of `len(prompts) * num_generations` requests, with the maximal length of each.
 
     A request ends after `max_new_tokens`, or when the policy's context is full: `max_context` tokens have been run, and
     one more drawn from the last of them.
@@ -94,7 +94,7 @@ def check_names(unknown: Mapping[str, Any]) -> None:
 
 
 def _several(prompts: Any) -> list[Any]:
-    """The prompts as a list. One prompt alone, text, and what a tokenizer returns are refused with the cure."""
+    """The prompts as a list. A single prompt, text, and a tokenizer's output are refused with the remedy."""
     if isinstance(prompts, Mapping | str | bytes) or not isinstance(prompts, Iterable):
         cure = _TOKENIZE if isinstance(prompts, str | bytes) else ""
         if isinstance(prompts, Mapping) and "input_ids" in prompts:

@@ -1,4 +1,4 @@
-"""Verification by kernels: all positions of all requests at once, where the eager forms go position by position.
+"""Verification by kernels: all positions of all requests at once; the eager forms go position by position.
 
 What lies behind a first rejection is computed for nothing, for the sake of one launch instead of a turn of the host per
 position. The decisions are those of `verification.py` (`docs/kernels.md` says within what).
@@ -32,14 +32,14 @@ from atlas_rl.sampling.verification import (
 
 
 def verifier_on(device: torch.device, form: Verifier) -> Verifier:
-    """`form` by kernels where they run on `device` and know it; elsewhere `form` itself."""
+    """The kernel version of `form` if kernels support it on `device`, else `form`."""
     if kernels_run_on(device) and type(form) in (DrafterInvariant, RejectionSampling):
         return FusedVerifier(form)
     return form
 
 
 class FusedVerifier(Verifier):
-    """A form of verification, by kernels.
+    """Verification by kernels, for one form.
 
     Args:
         form: Drafter-invariant or rejection sampling.
@@ -72,7 +72,7 @@ class FusedVerifier(Verifier):
         return partial(_outcome, verified, logits, starts, sampling)
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
-        """The kernel over packed rows; `probs` are those of drafts that were drawn, for rejection sampling."""
+        """Launch the kernel over packed rows; `probs` are those of drawn drafts, for rejection sampling."""
         if self.couples_noise:
             return verify(*rows, temperature=temperature, implementation=self._implementation)
         return verify_by_rejection(
@@ -80,7 +80,7 @@ class FusedVerifier(Verifier):
         )
 
     def compile_for(self, sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
-        """Run what `verify` runs, on one row without a draft; see `decode/compile_kernels.py`."""
+        """Run the kernels of `verify` on one row without a draft; see `decode/compile_kernels.py`."""
         none, zero = (torch.full((1,), number, device=device) for number in (-1, 0))
         logits = torch.zeros(1, vocab_size, device=device)
         if sampling.truncates:
@@ -95,19 +95,19 @@ class FusedVerifier(Verifier):
 
 
 def kernel_temperature(sampling: SamplingParams) -> float:
-    """The temperature that is left for kernels to apply; 0 is greedy."""
+    """The temperature that kernels still have to apply; 0 is greedy."""
     if sampling.greedy:
         return 0.0
     return 1.0 if _is_processed(sampling) else sampling.temperature
 
 
 def _is_processed(sampling: SamplingParams) -> bool:
-    """Whether torch applies truncation, penalties and the temperature before kernels see the logits."""
+    """Whether torch applies truncation, penalties and the temperature before the kernels run."""
     return sampling.truncates or sampling.repetition_penalty != 1
 
 
 def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor | None:
-    """Draft probabilities of every row, float32 `[rows, vocab]`; those of rows without a draft mean nothing."""
+    """Draft probabilities of every row, float32 `[rows, vocab]`; rows without a draft are undefined."""
     if draft.draft_probs is None or not draft.draft_probs.shape[1]:
         return None
     device = draft.draft_probs.device
@@ -117,7 +117,7 @@ def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Ten
 
 
 def _outcome(verified: Verification, logits: torch.Tensor, starts: np.ndarray, sampling: SamplingParams) -> Outcome:
-    """Packed results, from the device, as one row per request; zeros behind what is committed.
+    """Packed results from the device as one row per request, with zeros after the committed tokens.
 
     Whether the logits were distributions is read off what is downloaded anyway.
     """

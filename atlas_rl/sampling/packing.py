@@ -1,4 +1,4 @@
-"""Between rows of a batch and packed positions, compiled: what a forward runs, what verification decides, what came of it.
+"""Compiled conversion between rows of a batch and packed positions, before and after a forward.
 
 A request has `draft_lengths + 1` packed positions, request by request: its last committed token, then its drafts. The numpy
 forms are in `tests/sampling/test_packing.py`.
@@ -74,7 +74,7 @@ def packed_positions(requests, lengths, noise_keys, drafts, draft_lengths):
 
 @cached_njit(nogil=True)
 def unpacked(begins, accepted, tokens, logprobs, entropies, max_probs, stops):
-    """Packed results as one row per request, zeros behind what is committed.
+    """Packed results as one row per request, with zeros after the committed tokens.
 
     Args:
         begins: int64 `[batch + 1]`, where each row begins.

@@ -1,4 +1,4 @@
-"""From the policy's logits to the distribution that is sampled.
+"""Turns the policy's logits into the distribution that is sampled.
 
 The order is that of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p. The last three are
 `atlas_kernels.truncate`, which keeps the same tokens on every device, and says which of equal ones.
@@ -45,7 +45,7 @@ def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: torch.Tens
 
 
 def padded_prefixes(texts: np.ndarray, rows: np.ndarray, ends: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Token ids before some positions, as `process` takes them. One upload, and no look at any row by itself.
+    """Token ids before some positions, as `process` takes them, in one upload for all rows.
 
     Args:
         texts: int32 `[texts, n]`.
@@ -66,7 +66,7 @@ def padded_prefixes(texts: np.ndarray, rows: np.ndarray, ends: np.ndarray, devic
 def entropies(
     logits: torch.Tensor, probs: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, truncated: bool
 ) -> np.ndarray:
-    """Entropy in nats of every row: log Z - sum p l, with log Z read off one token whose logprob is known.
+    """Entropy in nats of every row: log Z - sum p l, with log Z taken from one token whose logprob is known.
 
     Args:
         logits: Processed logits `[rows, vocab]`; every row is a distribution.

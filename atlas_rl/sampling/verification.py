@@ -1,4 +1,4 @@
-"""Verification: from the policy's logits at every drafted position to the tokens that are committed.
+"""Verification: decides from the policy's logits at every drafted position which tokens are committed.
 
 Both forms go through the positions of the batch together: position 0 of every request, then position 1 of the requests
 whose first draft was accepted, and so on. Positions after the first rejection are never processed, so the work over the
@@ -27,7 +27,7 @@ from atlas_rl.sampling.processing import block_maxima, entropies, padded_prefixe
 
 @dataclass(slots=True)
 class Outcome:
-    """What verification settled for a batch of requests.
+    """Committed tokens of a batch of requests.
 
     Attributes:
         token_ids: int64 `[batch, draft_len + 1]`: accepted drafts, then the recovered or bonus token.
@@ -46,7 +46,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Positions:
-    """The positions that one round decides: one per request that is still being verified.
+    """The positions of one round: one per request that is still being verified.
 
     Attributes:
         probs: float32 `[rows, vocab]`, processed probabilities.
@@ -64,7 +64,7 @@ class Positions:
 
 
 class Verifier(ABC):
-    """Decides, position by position, whether a draft stands and what is committed otherwise.
+    """Decides, position by position, whether a draft is accepted and which token replaces it otherwise.
 
     Whatever is drafted, the committed tokens have exactly the processed distribution of the policy.
     """
@@ -79,7 +79,7 @@ class Verifier(ABC):
     def begin(
         self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
     ) -> Callable[[], Outcome]:
-        """`verify` in two parts: what is done here waits for no device, and what is returned gives the outcome.
+        """First part of `verify`, which does not wait for the device; the returned function gives the outcome.
 
         The arguments are left alone until then.
         """
@@ -141,7 +141,7 @@ class Verifier(ABC):
 
 
 class DrafterInvariant(Verifier):
-    """Drafter-invariant sampling (Daliri, Musco, Suresh, arXiv 2408.07978): a draft stands when it *is* the token.
+    """Drafter-invariant sampling (Daliri, Musco, Suresh, arXiv 2408.07978): a draft is accepted if it *is* the token.
 
     The policy's token at a position is `argmax p(x) / E(x)` with noise keyed by (seed, request, position, token), a
     function of prefix and seed alone. So one seed gives one text, whatever is drafted, trimmed or left out; a bug in a
@@ -222,7 +222,7 @@ def prefixes_of(
     depths: np.ndarray,
     device: torch.device,
 ) -> torch.Tensor | None:
-    """Tokens before some positions, committed ones and then drafts; None where no penalty asks for them.
+    """Tokens before some positions, committed ones and then drafts; None if no penalty needs them.
 
     Args:
         sequences: All requests.

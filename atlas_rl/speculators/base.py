@@ -1,4 +1,4 @@
-"""The interface of every speculator. A speculator that runs a network keeps its tensors to itself."""
+"""The interface of every speculator. A speculator that runs a network shares its tensors with nobody."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Speculator(ABC):
         self._couples_noise = couples_noise
 
     def compile_for(self, sampling: SamplingParams) -> None:
-        """Compile the kernels that drafts of a call launch on a GPU, so that nobody waits for it in the middle of the call.
+        """Compile the GPU kernels of drafts in a call beforehand, so that no step waits for compilation.
 
         Engines ask once for each kind of sampling, before the first step. By default there are none.
         """
@@ -85,7 +85,7 @@ class Speculator(ABC):
         """
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        """Committed tokens that `propose` for these requests (int64 `[n]`) has to run before it drafts.
+        """Committed tokens that `propose` for these requests (int64 `[n]`) has to process before it drafts.
 
         The controller accounts for them separately: a speculator that has been idle for many steps has more to catch up on.
 
@@ -109,10 +109,10 @@ class Speculator(ABC):
 
     @abstractmethod
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Follow verified tokens, as far as the next draft needs it, and let go of the state of finished requests."""
+        """Follow verified tokens, as far as the next draft needs it, and release the state of finished requests."""
 
     def learn(self) -> None:
-        """Do what `observe` put off because no draft waits for it.
+        """Finish the work of `observe` that no draft waits for.
 
         Engines call this while the device runs the next forward, so that it takes no time of a step. It may come late or
         not at all: what is put off is done at the latest when it is needed, or when the next `observe` puts off more. By
@@ -122,7 +122,7 @@ class Speculator(ABC):
 
     @abstractmethod
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Follow the policy, which moved on to `policy_version`.
+        """Follow the policy, which has moved to `policy_version`.
 
         Args:
             rollouts: The newest finished ones, made by an earlier version.
@@ -135,26 +135,26 @@ class Speculator(ABC):
         """
 
     def shared(self) -> torch.Tensor | None:
-        """This rank's part of what ranks learn together: float32 `[n]`, of one length on all of them.
+        """This rank's summand for learning across ranks: float32 `[n]`, of equal length on all ranks.
 
         Ranks add their parts up after an optimizer step. None by default: there is nothing to add up.
         """
         return None
 
     def take_shared(self, total: torch.Tensor) -> None:
-        """The sum of all ranks' parts, float32 `[n]`, the same on every rank. By default nothing is shared."""
+        """Take the sum over all ranks, float32 `[n]`, equal on every rank. By default nothing is shared."""
         return
 
     def weights(self) -> Iterable[torch.Tensor]:
-        """Tensors of the networks that it owns; none by default. Engines that sleep check that they are not lost."""
+        """Tensors of its own networks; none by default. Engines that sleep check that they are not lost."""
         return ()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draft as well as this one: arrays, tensors, numbers, strings; none by default."""
+        """State that a resumed run needs to draft as well: arrays, tensors, numbers, strings; none by default."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`. What comes from a file may be damaged: check it before anything changes.
+        """Restore `state_dict()`. State from a file may be damaged: check it before changing anything.
 
         Raises:
             ValueError: A damaged state, or one of another kind of speculator or policy; nothing has changed then.

@@ -1,4 +1,4 @@
-"""Loads a causal LM from a folder, whole or not at all.
+"""Loads a causal LM from a folder; incomplete checkpoints are refused.
 
 transformers fills what a checkpoint lacks with random numbers and drops what it does not know, with a warning. A drafter
 loaded like that drafts badly for the rest of the run. So the loading report is read, and anything missing is an error.
@@ -25,7 +25,7 @@ _NAMED = 4  # tensors that a message names at most
 
 
 def causal_lm_config(folder: str | Path) -> Any:
-    """transformers' configuration of the causal LM in `folder`; no weights are read but their names.
+    """Configuration of the causal LM in `folder`; only the names of the weights are read.
 
     Raises:
         ValueError: Something else is there; says what, as `kind_of` names it.

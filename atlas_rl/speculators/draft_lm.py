@@ -65,7 +65,7 @@ class DraftLM(Speculator):
         self._cache: RaggedBatch | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Draft for this policy, whose vocabulary may have grown, where it is now."""
+        """Draft for this policy, on its present device; its vocabulary may have grown."""
         super().bind(policy, couples_noise)
         if self._runner.device != policy.device:
             self._runner = InProcessRunner(self._runner.model.to(policy.device))
@@ -84,7 +84,7 @@ class DraftLM(Speculator):
         prompts: Prompts = NO_PROMPTS,
         cache: PolicyCache | None = None,
     ) -> None:
-        """Give the new requests a cache row; their prompts are run when the first draft is asked for."""
+        """Give the new requests cache rows; their prompts run when the first draft is asked for."""
         if sequences is not self._sequences:
             num_requests = len(sequences.lengths)
             self._sequences = sequences
@@ -95,13 +95,13 @@ class DraftLM(Speculator):
         self._active = np.concatenate([self._active, requests])
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
-        """Tokens that are not cached, of all active requests that fit its context: it runs them together."""
+        """Uncached tokens of all active requests that fit its context; it runs them together."""
         lengths = sequences.lengths[self._active]
         waiting = lengths - self._cached[self._active]
         return int(waiting[self._room(lengths) > 0].sum())
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for every request; all rows run to the longest draft wanted, or as far as the draft LM's context goes."""
+        """Draft for every request; all rows run to the longest wanted draft, or as far as the context reaches."""
         assert sequences is self._sequences, "propose() before start()"
         self._make_room(sequences, int(max_draft_tokens.max(initial=0)))
         known = np.flatnonzero(np.isin(requests, self._active))
@@ -159,13 +159,13 @@ class DraftLM(Speculator):
                 self._active = retire(self._active, ended, lambda request: int(self._cached[request]), self._runner)
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Release the cache of the call before. A static drafter does not follow the policy."""
+        """Release the cache of the previous call. A static drafter does not follow the policy."""
         self._sequences = None
         self._cache = None
         return None
 
     def _make_room(self, sequences: Sequences, depth: int) -> None:
-        """Let go of the shortest requests, for good, where memory does not take all: they are drafted for by others."""
+        """Give up the shortest requests for good if memory is short; other drafters may draft for them."""
         cache, lengths = self._cache, sequences.lengths[self._active]
         assert cache is not None, "room is made for requests that start() has told of"
         needed = min(int(lengths.max(initial=0)) + depth, cache.capacity)
@@ -180,7 +180,7 @@ class DraftLM(Speculator):
             self._runner.reserve(len(self._active), needed)
 
     def _room(self, lengths: np.ndarray) -> np.ndarray:
-        """Most tokens that each row can still draft within the cache and the draft LM's own context; 0 or less for none."""
+        """Most tokens that each row can still draft within the cache and the model's context; 0 or less for none."""
         assert self._cache is not None
         limit = min(self._cache.capacity, self._runner.max_context or self._cache.capacity)
         return limit - lengths + 1
@@ -195,12 +195,12 @@ class DraftLM(Speculator):
         self._vocab_size = vocab_size
 
     def _readable(self, token_ids: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-        """Tokens, int64 `[n]`, with 0 for those that the draft LM has no embedding for."""
+        """Tokens, int64 `[n]`, with 0 for those without an embedding in the draft LM."""
         embeddings = self._runner.model.get_input_embeddings().weight.shape[0]
         return token_ids if embeddings >= self._vocab_size else token_ids * (token_ids < embeddings)
 
     def _in_policys_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[rows, vocab of the draft LM]` over the policy's vocabulary; tokens that it lacks are impossible."""
+        """Logits `[rows, draft vocab]` over the policy's vocabulary; tokens that the draft LM lacks get -inf."""
         missing = self._vocab_size - logits.shape[1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
@@ -213,7 +213,7 @@ def load_draft_model(folder: Path, *, device: torch.device, dtype: torch.dtype) 
 
 
 def shares_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether the tokenizer in a draft LM's folder is the policy's; False where one of them is not known.
+    """Whether the tokenizer in a draft LM's folder is the policy's; False if either is unknown.
 
     Tokens that only one of them has were added to it, and do not count.
 

@@ -29,12 +29,12 @@ _RUNS_ALL = np.zeros(0, np.bool_)  # no token is unrunnable
 
 
 class NonFiniteDraft(ValueError):
-    """A drafter gave logits that are no distribution: it cannot draft until it has other weights. The policy can go on."""
+    """A drafter's logits are not a distribution: it cannot draft until its weights change. The policy can go on."""
 
 
 @dataclass(slots=True)
 class _Position:
-    """One position of a draft: int64 `[n]` each, on the device but for `rows`.
+    """One position of a draft: int64 `[n]` each, on the device except `rows`.
 
     Attributes:
         rows: Requests that have it, as indices into those of the draft.
@@ -111,7 +111,7 @@ class Drawing:
             self._prefixes = padded_prefixes(texts, np.arange(len(own)), lengths, device)
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of every request that has this position.
+        """Draw the next token of every request that has this position.
 
         Args:
             logits: `[n, vocab]`, or over the reduced vocabulary; may be changed in place. Rows are those of `rows`.
@@ -140,7 +140,7 @@ class Drawing:
 
     @property
     def by_kernel(self) -> bool:
-        """Whether the draft head kernel draws as this call does: it takes the likeliest token at temperature 0 only."""
+        """Whether the draft head kernel draws as this call does: at temperature 0 it takes the likeliest token only."""
         return self._likeliest == self._sampling.greedy
 
     def draw_all(
@@ -168,7 +168,7 @@ class Drawing:
         self._probs = [] if drawn.probs is None else list(drawn.probs.unbind(dim=1))
 
     def take(self, indices: torch.Tensor, max_probs: torch.Tensor) -> None:
-        """All tokens of every request, drawn elsewhere.
+        """Take tokens of every request that were drawn elsewhere.
 
         Args:
             indices: int64 `[batch, depth]`, token ids, or indices into the reduced vocabulary.
@@ -177,7 +177,7 @@ class Drawing:
         self._whole = indices, max_probs
 
     def finish(self, max_draft_tokens: np.ndarray, unrunnable: np.ndarray | None = None) -> Draft:
-        """The draft, fetched in one download.
+        """The finished draft, copied to the host in one download.
 
         Args:
             max_draft_tokens: int64 `[batch]`, where each row is cut. It is cut behind its first ending token as well.
@@ -219,7 +219,7 @@ class Drawing:
         return tokens, confidence
 
     def _draft_probs(self) -> torch.Tensor | None:
-        """The distributions that tokens were drawn from, float32 `[batch, depth, vocab]`; None where they were coupled."""
+        """Distributions that tokens were drawn from, float32 `[batch, depth, vocab]`; None if draws were coupled."""
         if not self._probs:
             return None
         batch = len(self._depths)
@@ -243,7 +243,7 @@ class Drawing:
     def _by_kernel(
         self, logits: torch.Tensor, position: _Position
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Indices, largest probabilities, and all probabilities where they are kept and not one-hot."""
+        """Indices, largest probabilities, and all probabilities if they are kept and not one-hot."""
         keeps = not self._couples_noise and not self._likeliest
         temperature = 0.0 if self._likeliest else self._sampling.temperature
         if keeps or self._prefixes is not None or self._sampling.truncates or self._likeliest != self._sampling.greedy:
@@ -283,7 +283,7 @@ def _laid_out(
     carried: Sequence[np.ndarray],
     device: torch.device,
 ) -> tuple[list[_Position], list[torch.Tensor]]:
-    """The positions of a draft behind committed tokens (int64 `[num_requests]`), and what goes along, in one upload."""
+    """The positions of a draft after committed tokens (int64 `[num_requests]`), and `carried`, in one upload."""
     parts: list[np.ndarray] = []
     for position, row in enumerate(rows):
         stayed = np.searchsorted(rows[max(position - 1, 0)], row)
@@ -302,7 +302,7 @@ def _laid_out_alike(
     carried: Sequence[np.ndarray],
     device: torch.device,
 ) -> tuple[list[_Position], list[torch.Tensor]]:
-    """`_laid_out` where every row has every position: a compiled call however many there are."""
+    """`_laid_out` for rows that all have every position, in one compiled call."""
     batch, depth = len(keys), len(rows)
     own = positions_alike(keys, lengths, requests, depth)
     there = uploaded(np.concatenate([own, *carried]) if carried else own, device)

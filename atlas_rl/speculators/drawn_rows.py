@@ -1,4 +1,4 @@
-"""Rows of a draft that a network draws, compiled: what its positions need, where its rows end, which states it starts from.
+"""Compiled preparation of a network's draft: noise keys of its positions, ends of rows, initial states.
 
 A drafter of a few hundred microseconds leaves no time for dozens of numpy calls around it. Every function here has its numpy
 form in `tests/speculators/test_drawn_rows.py`.
@@ -16,7 +16,7 @@ CONFIDENCE = (0.01, 0.99)
 
 @cached_njit(nogil=True)
 def positions_alike(keys, lengths, requests, depth):
-    """Numbers that every position of a draft needs, one after the other; the plain form is in the tests.
+    """Per-position inputs of a draft, one position after the other; the plain form is in the tests.
 
     Args:
         keys: uint64 `[batch]`, of the noise.
@@ -38,7 +38,7 @@ def positions_alike(keys, lengths, requests, depth):
 
 @cached_njit(nogil=True)
 def cut(drawn, sure, most, stops, unrunnable):
-    """Cut every row of a draft behind its first ending token; the plain form is in the tests.
+    """Cut every row of a draft after its first ending token; the plain form is in the tests.
 
     Args:
         drawn: int64 `[batch, depth]`, tokens.
@@ -70,7 +70,7 @@ def cut(drawn, sure, most, stops, unrunnable):
 
 @cached_njit(nogil=True)
 def newest_indices(requests, lengths, texts, index_of):
-    """What a head of a reduced vocabulary starts from: the index of every request's last token.
+    """First input of a reduced-vocabulary head: the index of every request's last token.
 
     Args:
         requests: int64 `[batch]`.
@@ -89,7 +89,7 @@ def newest_indices(requests, lengths, texts, index_of):
 
 @cached_njit(nogil=True)
 def newest_places(starts, num_committed, requests, lengths):
-    """Where the states of the newest tokens are among those of a forward, and where each request's text began.
+    """Places of the newest tokens' states among those of a forward, and where each request's text began.
 
     Args:
         starts: int64 `[batch]`, each row's first place in the forward.
@@ -111,7 +111,7 @@ def newest_places(starts, num_committed, requests, lengths):
 
 @cached_njit(nogil=True)
 def committed_places(starts, num_committed):
-    """All committed tokens, row by row: int64 `[n]` rows, places in their row, and places among those of the forward.
+    """All committed tokens, row by row: int64 `[n]` rows, places in the row, and places in the forward.
 
     Args:
         starts: int64 `[batch]`, each row's first place in the forward.

@@ -1,4 +1,4 @@
-"""Says what a checkpoint folder holds, by its configuration and by the names and shapes of its tensors.
+"""Identifies the content of a checkpoint folder by its configuration and its tensors' names and shapes.
 
 Heads of many kinds come in folders that look alike. An EAGLE-1 head calls itself a Llama of one layer; DFlash, DSpark and
 P-EAGLE heads of the `speculators` layout have the fields of an EAGLE-3 head. Loaded as what it is not, a head drafts badly
@@ -65,7 +65,7 @@ _TENSORS = {
 
 
 def kind_of(folder: str | Path) -> str:
-    """What the folder holds, as it reads in a sentence: `CAUSAL_LM`, `EAGLE3`, or the name of another kind of head.
+    """The kind of content, as used in a sentence: `CAUSAL_LM`, `EAGLE3`, or the name of another kind of head.
 
     `CAUSAL_LM` is what is left when nothing says head; whether all its weights are there, loading tells.
 
@@ -90,7 +90,7 @@ def kind_of(folder: str | Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`; `ValueError` where it is missing or no JSON object."""
+    """The folder's `config.json`; `ValueError` if it is missing or not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -111,7 +111,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, on the CPU; `ValueError` where there are none or a file is damaged."""
+    """All tensors of a checkpoint, on the CPU; `ValueError` if there are none or a file is damaged."""
     tensors: dict[str, torch.Tensor] = {}
     files = _weight_files(folder)
     if not files:
@@ -153,7 +153,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files with a checkpoint's weights: one, or those that an index names; none where there are none."""
+    """The files with a checkpoint's weights: one, or those that an index names; empty if there are none."""
     for name in (_SAFETENSORS, _PICKLE):
         if (folder / name).is_file():
             return [folder / name]
@@ -185,7 +185,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 
 def _by_tensor_names(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """Tensors decide before the configuration: P-EAGLE's are also sold as EAGLE-3."""
+    """Kind by tensor names, before the configuration: P-EAGLE heads are also published as EAGLE-3."""
     for pattern, kind in _TENSORS.items():
         if any(re.match(pattern, name) for name in shapes):
             return kind
@@ -193,7 +193,7 @@ def _by_tensor_names(shapes: dict[str, tuple[int, ...]]) -> str | None:
 
 
 def _by_declared_type(declared: Any) -> str | None:
-    """By the `speculators` layout, whose kinds are an open list."""
+    """Kind by the declared type in the `speculators` layout, whose list of types is open."""
     if not declared:
         return None
     named = _by_name(declared)
@@ -217,7 +217,7 @@ def _by_name(name: Any) -> str | None:
 
 
 def _by_tensor_shapes(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """Heads that nothing names, by how they read the policy's hidden states."""
+    """Kind by tensor shapes, for heads without a declared type: how they read the policy's hidden states."""
     fuse = shapes.get("fc.weight")
     if fuse is not None:
         hidden, read = fuse[0], fuse[-1]

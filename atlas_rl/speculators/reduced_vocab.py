@@ -1,4 +1,4 @@
-"""The tokens that a drafter's output layer knows: those that the rollouts use.
+"""The reduced vocabulary of a drafter's output layer: the tokens that the rollouts use.
 
 A rollout of one task uses a few hundred of the policy's tokens; an output layer over all of them would cost more than the
 rest of a small drafter. What the drafter cannot propose, the policy still samples: that is a rejected draft, never a bias.
@@ -18,7 +18,7 @@ _HALVED_AFTER_UPDATES = 8
 
 
 class TokenCounts:
-    """How often the rollouts used each token, the oldest fading with every policy update.
+    """Counts how often rollouts used each token; old counts fade with every policy update.
 
     Args:
         vocab_size: The policy's vocabulary.
@@ -32,7 +32,7 @@ class TokenCounts:
         self.counts += np.bincount(token_ids, minlength=len(self.counts))
 
     def fade(self) -> None:
-        """The policy was updated."""
+        """Fade the counts after a policy update."""
         self.counts *= 0.5 ** (1 / _HALVED_AFTER_UPDATES)
 
     def most_used(self, max_size: int) -> np.ndarray:
@@ -46,7 +46,7 @@ class TokenCounts:
 
 @dataclass(slots=True)
 class TokenRows:
-    """The policy's input embeddings, and rows and biases of its LM head, of the tokens seen so far.
+    """The policy's input embeddings, LM head rows and biases, of the tokens seen so far.
 
     A copy, because the drafter learns when the policy's weights may be sharded away, and small, because it holds only what
     the rollouts used. `reread` follows the policy.
@@ -71,7 +71,7 @@ class TokenRows:
         return cls(np.full(vocab_size, -1, np.int64), np.zeros(0, np.int64), rows, rows, rows[:, 0])
 
     def add(self, token_ids: np.ndarray, policy: PolicyView) -> None:
-        """Make sure that tokens have rows: int `[n]`."""
+        """Add rows for tokens that have none: int `[n]`."""
         new = np.unique(token_ids)
         new = new[self.slots[new] < 0].astype(np.int64)
         if len(new):
@@ -82,16 +82,16 @@ class TokenRows:
             self.biases = torch.cat([self.biases, biases])
 
     def move_to(self, device: torch.device) -> None:
-        """The policy is on another device now."""
+        """The policy has moved to another device."""
         self.inputs, self.outputs, self.biases = (rows.to(device) for rows in (self.inputs, self.outputs, self.biases))
 
     def reread(self, policy: PolicyView) -> None:
-        """The policy's weights may have changed: take the rows anew."""
+        """Read all rows again, because the policy's weights may have changed."""
         self.inputs, self.outputs, self.biases = policy.rows_of(self.token_ids)
 
 
 def _appended(rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """`rows` and `new`, in the memory behind `rows` where it has room: some policies bring new tokens all the time."""
+    """`rows` with `new` appended, in spare memory after `rows` if there is some, because tokens keep coming."""
     old, count, width = len(rows), len(rows) + len(new), rows.shape[1]
     room = rows.untyped_storage().nbytes() // (rows.element_size() * width)
     store = rows

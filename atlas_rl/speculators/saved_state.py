@@ -1,4 +1,4 @@
-"""Checks of a drafter's saved state: everything that comes from a file is looked at before anything is built of it.
+"""Checks a drafter's saved state before anything is built from it.
 
 Compiled code indexes by some of these numbers, and a disk may give back other ones than were written.
 """
@@ -32,7 +32,7 @@ class SavedState:
         self._values, self._owner = values, owner
 
     def check_kind(self, kind: str, version: int) -> None:
-        """`ValueError` for the state of another kind of speculator, or one in another format."""
+        """Raise `ValueError` for the state of another kind of speculator, or one in another format."""
         found = self._values.get("kind"), self._values.get("version")
         if not (isinstance(found[0], str) and found[0] == kind):
             raise ValueError(f"not a state of the {self._owner}: kind is {_short(found[0])}")
@@ -40,11 +40,11 @@ class SavedState:
             raise ValueError(f"{self._owner}: the state has format {_short(found[1])}, expected {version}")
 
     def names(self) -> set[str]:
-        """What it holds."""
+        """Names of its values."""
         return set(self._values)
 
     def part(self, name: str) -> SavedState:
-        """A mapping inside it."""
+        """A nested mapping."""
         return SavedState(self._value(name), f"{self._owner}: {name}")
 
     def integer(self, name: str, low: int, high: int) -> int:

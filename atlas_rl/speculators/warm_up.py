@@ -1,4 +1,4 @@
-"""What drafters launch on a GPU, launched once on next to nothing: so Triton compiles it before anybody waits for a draft.
+"""Launches the drafters' GPU kernels once on tiny inputs, so that Triton compiles them before a draft needs them.
 
 Triton compiles a kernel anew for other types, and for numbers that are multiples of 16 or not (`docs/kernels.md`). What is
 launched here has the types and the kinds of numbers that drafts will have, and is otherwise as small as can be.
@@ -20,7 +20,7 @@ from atlas_rl.speculators.drawing import Drawing
 def one_drawing(
     sampling: SamplingParams, vocab_size: int, device: torch.device, couples_noise: bool, token_ids: torch.Tensor | None
 ) -> Drawing:
-    """The draft of one token for one request, of a call that samples like this; arguments as of `Drawing`."""
+    """The draft of one token for one request under these sampling parameters; arguments as in `Drawing`."""
     one = np.ones(1, np.int64)
     sequences = Sequences(
         token_ids=np.zeros((1, 2), np.int32),
@@ -47,14 +47,14 @@ def draw_from_logits(
     dtype: torch.dtype = torch.float32,
     token_ids: torch.Tensor | None = None,
 ) -> None:
-    """Draw a token as drafters do that have logits of a type; other arguments as of `Drawing`."""
+    """Draw a token as drafters do from logits of a type; other arguments as in `Drawing`."""
     columns = vocab_size if token_ids is None else len(token_ids)
     drawing = one_drawing(sampling, vocab_size, device, couples_noise, token_ids)
     drawing.draw(torch.zeros(1, columns, dtype=dtype, device=device))
 
 
 def write_cache(kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Write a token's key and value, of such a shape and type, into a cache."""
+    """Write a token's key and value of this shape and type into a cache."""
     keys, values = torch.zeros(2, 1, 1, kv_heads, dim, dtype=dtype, device=device)
     where = torch.zeros(1, dtype=torch.int64, device=device)
     store(keys, values, keys[0].clone(), values[0].clone(), where, where)
@@ -93,7 +93,7 @@ def draw_from_head(
 def multiply_in_four_bits(
     shape: torch.Size, stored: torch.dtype, computed: set[torch.dtype], device: torch.device
 ) -> None:
-    """Quantize a weight of such a shape and type, and multiply by it in other types."""
+    """Quantize a weight of this shape and type, and multiply by it in other types."""
     out_features, in_features = shape
     weight = torch.zeros(_alike(out_features, 16), _alike(in_features, 256), dtype=stored, device=device)
     packed = quantize(weight, tensor_scale_for(weight, 1.0))
@@ -102,19 +102,19 @@ def multiply_in_four_bits(
 
 
 def kinds_of(shape: torch.Size) -> tuple[int, int]:
-    """Equal for weights that the kernels of four bits are compiled alike for."""
+    """Key that is equal for weights for which the four-bit kernels are compiled alike."""
     return _alike(shape[0], 16), _alike(shape[1], 256)
 
 
 def _is_whole(tokens: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether a head of so many tokens drafts in one launch."""
+    """Whether a head of this many tokens drafts in one launch."""
     from atlas_kernels.draft_head_triton import WHOLE_BYTES
 
     return (3 * size * size + 3 * size + tokens * size + tokens) * dtype.itemsize <= WHOLE_BYTES
 
 
 def _alike(number: int, most: int) -> int:
-    """The least number that is a multiple of the same power of two, up to `most`, and 1 or one group of 16 where it is."""
+    """The least number with the same power-of-two factor (up to `most`); 1 and 16 stand for themselves."""
     if number in (1, 16):
         return number
     power = min(number & -number, most)

@@ -1,4 +1,4 @@
-"""What the drafters know, saved beside a trainer's checkpoint: one safetensors file, never a pickle.
+"""Saves the drafters' state beside a trainer's checkpoint: one safetensors file, never a pickle.
 
 Drafters index by numbers from this file, so its content is signed with a checksum: a file that a disk or a copy damaged is
 refused as a whole. Each drafter checks its own part again when it loads it (`speculators/saved_state.py`).
@@ -64,7 +64,7 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 def file_to_write(path: Any) -> Path:
-    """Where drafters are to be saved; `ValueError` for no path, or one of a folder."""
+    """Path for saving drafters; `ValueError` for no path, or for a folder."""
     file = checked_path("path", path, "the file to write")
     if file.is_dir():
         raise ValueError(f"path='{file}' is a folder: name the file in it, such as '{file / FILE_NAME}'")
@@ -72,7 +72,7 @@ def file_to_write(path: Any) -> Path:
 
 
 def file_to_read(path: Any) -> Path:
-    """Where drafters were saved; `ValueError` for no path, or where no file is."""
+    """Path of saved drafters; `ValueError` for no path, or if no file is there."""
     file = checked_path("path", path, "a file that save_drafters() wrote")
     if not file.is_file():
         found = "is a folder" if file.is_dir() else "does not exist"
@@ -81,12 +81,12 @@ def file_to_read(path: Any) -> Path:
 
 
 def file_of_rank(folder: Path, rank: int) -> Path:
-    """Where a rank of a training keeps its drafters' state, beside the trainer's checkpoint."""
+    """File of a rank's drafters, beside the trainer's checkpoint."""
     return folder / (_OF_RANKS.replace("*", str(rank)) if rank else FILE_NAME)
 
 
 def file_to_resume(folder: Path, rank: int) -> Path | None:
-    """What a rank resumes from: its own file, or where the training had fewer ranks that of another; None for none."""
+    """File from which a rank resumes: its own, or another's if the training had fewer ranks; None if there is none."""
     own, files = file_of_rank(folder, rank), _files_of_ranks(folder)
     if own.is_file() or not files:
         return own if own.is_file() else None
@@ -94,7 +94,7 @@ def file_to_resume(folder: Path, rank: int) -> Path | None:
 
 
 def drop_ranks(folder: Path, num_ranks: int) -> None:
-    """Remove what an earlier training with more ranks has left in a checkpoint's folder."""
+    """Remove files of an earlier training with more ranks from a checkpoint's folder."""
     for rank, file in _files_of_ranks(folder).items():
         if rank >= num_ranks:
             with suppress(OSError):
@@ -111,7 +111,7 @@ def _files_of_ranks(folder: Path) -> dict[int, Path]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote: arrays come back as numpy arrays or tensors, as they went.
+    """The content written by `save_state`; arrays return as numpy arrays or tensors, as they were saved.
 
     Raises:
         ValueError: Not such a file, one of another version, one that cannot be read, or a damaged one.
@@ -134,7 +134,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, strict: bool) -> None:
-    """Give speculators their own part of a state each.
+    """Restore each speculator's part of a state.
 
     Args:
         speculators: By name.
@@ -191,7 +191,7 @@ def _flatten(state: Mapping[str, Any], prefix: str, tensors: dict[str, torch.Ten
 
 
 def _nested(path: Path, tensors: Mapping[str, torch.Tensor], described: str) -> dict[str, Any]:
-    """The mapping that `_flatten` took apart. A checksum is no signature, so a forged file is a `ValueError` too."""
+    """The mapping that `_flatten` took apart. Checksums prove no origin: a forged file is a `ValueError` too."""
     state: dict[str, Any] = {}
     try:
         values = json.loads(described)

@@ -1,4 +1,4 @@
-"""The policy moves: its version, the rollouts it made, and the refresh of the drafters that follow it."""
+"""Tracks the policy version and its rollouts, and refreshes the drafters when it changes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _MAX_DIGITS = 10
 
 
 class RolloutExchange(ABC):
-    """Brings finished rollouts from rank to rank, and adds up what drafters learned: what one rank sees serves all."""
+    """Exchanges finished rollouts between ranks and sums what drafters learned."""
 
     @abstractmethod
     def put(self, sequences: Sequences) -> None:
-        """A call of this rank ended."""
+        """Add a finished call of this rank."""
 
     @abstractmethod
     def take(self) -> tuple[list[Sequences], float]:
-        """Calls of other ranks that have come since this was last asked, and the seconds that bringing them took."""
+        """New calls of other ranks since the last `take`, and the seconds of their transfer."""
 
     @abstractmethod
     def refreshed(self, speculators: Mapping[str, Speculator]) -> None:
-        """These speculators of this rank have been refreshed, and may have learned."""
+        """This rank has refreshed these speculators, which may have learned."""
 
 
 class PolicyTracker:
-    """Keeps the policy's version, and brings drafters up to date when it changes.
+    """Keeps the policy's version, and refreshes drafters when it changes.
 
     Order at an update: the version advances, then every speculator is refreshed with the newest rollouts, then the
     controller is told. Rollouts are handed over once; a call that was abandoned is never handed over.
@@ -54,7 +54,7 @@ class PolicyTracker:
         self._refresh_s = self._measuring_s = 0.0
 
     def checked(self, version: str | int | None) -> int | None:
-        """A version that comes from outside, as a number; None for none.
+        """An external version as a number, or None.
 
         Raises:
             ValueError: No whole number, too large to be kept with every rollout, or below the present version.
@@ -76,13 +76,13 @@ class PolicyTracker:
             self.exchange.put(rollouts.sequences)
 
     def measured(self, seconds: float) -> None:
-        """A rerun took so long, to measure. Drafters learn for a share of the run's time, and this is none of it."""
+        """Exclude the seconds of a measuring rerun from the time of which drafters get a share for learning."""
         self._measuring_s += seconds
 
     def advance(
         self, speculators: Mapping[str, Speculator], controller: Controller | None, version: int | None = None
     ) -> None:
-        """The policy's weights changed. `version` None counts up by one."""
+        """The policy's weights changed. `version` None adds one."""
         self.version = self.version + 1 if version is None else version
         if self._newest is None:
             return
@@ -101,6 +101,6 @@ class PolicyTracker:
         self._refresh_s += self._clock() - began
 
     def take_refresh_s(self) -> float:
-        """Seconds of refreshes since this was last asked."""
+        """Seconds of refreshes since the last call."""
         seconds, self._refresh_s = self._refresh_s, 0.0
         return seconds

@@ -1,4 +1,4 @@
-"""The command `atlas-rl train-speculator`: checks everything, continues the prompts, trains the head, writes the checkpoint.
+"""The command `atlas-rl train-speculator`: checks input, continues the prompts, trains the head, writes the checkpoint.
 
 Generation takes hours, so whatever can be wrong is looked for first: options, prompts and folders before the policy is
 loaded, and right after it what only the policy can say.
@@ -113,7 +113,7 @@ def _tokenizer(folder: str) -> Any:
 
 
 def _longest_prompt(config: Any) -> int | None:
-    """The policy's context, or more where its positions are scaled: the loaded policy says exactly."""
+    """The policy's context, or more if its positions are scaled; the loaded policy decides exactly."""
     context = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     return None if context is None or rope.get("rope_type", "default") != "default" else context
@@ -136,7 +136,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _made_of(args: argparse.Namespace, layers: tuple[int, ...], prompts: list[Prompt]) -> dict[str, Any]:
-    """What continuations depend on: equal for a command that goes on where another stopped."""
+    """Everything that continuations depend on: equal for a command that resumes another."""
     ids = json.dumps([prompt.token_ids for prompt in prompts]).encode()
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "generate_batch", "seed")}
     return {
@@ -148,7 +148,7 @@ def _made_of(args: argparse.Namespace, layers: tuple[int, ...], prompts: list[Pr
 
 
 def _check_same_work(rollouts: Path, made_of: dict[str, Any]) -> None:
-    """Raise `ValueError` where the folder has continuations of other prompts, of another policy or with other options."""
+    """Raise `ValueError` if the folder has continuations of other prompts, another policy or other options."""
     if not any(rollouts.glob("call_*.safetensors")):
         return
     try:
@@ -184,7 +184,7 @@ def _generate(
     args: argparse.Namespace,
     new_engine: Callable[..., Any],
 ) -> list[Path]:
-    """Continue every prompt once, recording hidden states; calls that are there already are kept."""
+    """Continue every prompt once, recording hidden states; finished calls are kept."""
     batches = [prompts[i : i + args.generate_batch] for i in range(0, len(prompts), args.generate_batch)]
     done = len(list(folder.glob("call_*.safetensors")))
     recorder = RecordingSpeculator(folder, layers, first_call=done)

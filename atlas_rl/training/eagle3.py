@@ -1,4 +1,4 @@
-"""Training an EAGLE-3 head with test-time unrolling (Li et al., arXiv 2503.01840, section 3.2).
+"""Trains an EAGLE-3 head with test-time unrolling (Li et al., arXiv 2503.01840, section 3.2).
 
 What a head meets when it drafts is its own output of the steps before. So training runs `unroll` steps over every position:
 the first reads the policy's features, each later one what the head itself made of the chain that starts there. Attention in
@@ -36,7 +36,7 @@ HELD_OUT = 0.1  # of the calls
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """How a head is trained.
+    """Training settings of a head.
 
     Attributes:
         layers: Decoder layers of the policy that it reads, ascending.
@@ -82,7 +82,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Progress:
-    """Where a training stands; written to `training.json` after every epoch.
+    """State of a training; written to `training.json` after every epoch.
 
     Attributes:
         epochs: Per epoch: `loss`, `seconds`, and on held-out calls per unrolled position `acceptance` (`sum_x min(p, q)`,
@@ -96,7 +96,7 @@ class Progress:
 
 
 def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
-    """A head for `policy` over `token_ids` (sorted int64), its output layer started from the policy's own."""
+    """A new head for `policy` over `token_ids` (sorted int64); its output layer starts as the policy's own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         head = Eagle3Head(head_config(policy, settings.layers, len(token_ids), settings.intermediate_size))
@@ -111,12 +111,12 @@ def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray)
 
 
 def num_held_out(num_calls: int, share: float = HELD_OUT) -> int:
-    """Recorded calls that are not trained on: at least one."""
+    """Number of recorded calls that are held out of training, at least one."""
     return max(1, round(share * num_calls))
 
 
 def most_used_tokens(calls: Sequence[Path], vocab_size: int, size: int) -> np.ndarray:
-    """The tokens that the completions use most: sorted int64 ids, at most `size`."""
+    """The most used tokens of the completions: sorted int64 ids, at most `size`."""
     counts = np.zeros(vocab_size, np.int64)
     for path in calls:
         sequences = Recorded.load(path).sequences
@@ -133,7 +133,7 @@ def train(
     settings: TrainSettings,
     say: Callable[[str], None] = print,
 ) -> Eagle3Head:
-    """Train a head, or go on where an interrupted training in `output` stopped.
+    """Train a head, or resume an interrupted training in `output`.
 
     Args:
         policy: Gives embeddings and output layer; only read.
@@ -184,7 +184,7 @@ def _train_epoch(
     num_batches: int,
     say: Callable[[str], None],
 ) -> list[float]:
-    """One pass over the data; the losses of its steps. On a terminal a bar moves, else a line is said now and then."""
+    """One pass over the data; returns its losses. Progress: a bar on a terminal, else a line now and then."""
     began, losses = time.perf_counter(), list[float]()
     with progress.bar(f"epoch {epoch + 1}/{settings.epochs}", num_batches, "batch") as bar:
         for index, batch in enumerate(batches):
@@ -205,7 +205,7 @@ def _train_epoch(
 def _train_step(
     head: Eagle3Head, policy: PolicyView, batch: Batch, optimizer: torch.optim.Optimizer, settings: TrainSettings
 ) -> float | None:
-    """One optimizer step; its loss, None for a batch that has nothing to predict."""
+    """One optimizer step; returns its loss, or None for a batch without targets."""
     loss = _loss(head, policy, batch, settings)
     if loss is None:
         return None
@@ -219,7 +219,7 @@ def _train_step(
 def evaluate(
     head: Eagle3Head, policy: PolicyView, batches: Iterator[Batch], settings: TrainSettings
 ) -> dict[str, list[float | None]]:
-    """`acceptance` and `agreement` per unrolled position, see `Progress`; None where no completion reaches."""
+    """`acceptance` and `agreement` per unrolled position, see `Progress`; None for positions without completions."""
     overlap, same, count = np.zeros(settings.unroll), np.zeros(settings.unroll), np.zeros(settings.unroll)
     with torch.no_grad():
         for batch in batches:
@@ -257,7 +257,7 @@ def _loss(head: Eagle3Head, policy: PolicyView, batch: Batch, settings: TrainSet
 
 
 def _num_targets(path: Path) -> int:
-    """Drawn tokens of a recorded call that a head predicts: those at the third position or later."""
+    """Number of a recorded call's tokens that a head predicts: those from the third position on."""
     sequences = Recorded.load(path).sequences
     return int(np.maximum(sequences.lengths - np.maximum(sequences.prompt_lengths, 2), 0).sum())
 
@@ -265,7 +265,7 @@ def _num_targets(path: Path) -> int:
 def _unrolled(
     head: Eagle3Head, policy: PolicyView, batch: Batch, unroll: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Per step: the head's logits, the policy's over the same tokens, and where both mean something."""
+    """Per step: the head's logits, the policy's over the same tokens, and where both are defined."""
     num_tokens = batch.token_ids.shape[1]
     features = head.fuse(batch.features)
     positions = torch.arange(num_tokens, device=features.device)[None].expand(len(batch.token_ids), -1)
@@ -302,12 +302,12 @@ class _Chain:
 
 
 def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
-    """`x` moved `by` places towards the front of dimension 1, zeros behind."""
+    """`x` shifted `by` places towards the front of dimension 1, with zeros at the end."""
     return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
 
 
 def _batches(calls: Sequence[Path], settings: TrainSettings, order: np.random.Generator | None) -> Iterator[Batch]:
-    """Batches of whole sequences: calls in random order, sequences of a call sorted by length to pad little."""
+    """Batches of whole sequences: calls in random order, sequences of a call sorted by length for little padding."""
     paths = list(calls)
     if order is not None:
         order.shuffle(paths)
@@ -357,7 +357,7 @@ def _save(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, log:
 
 
 def _resume(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, log: Progress) -> int:
-    """Put back what `_save` left; returns how many epochs are done."""
+    """Restore what `_save` wrote; returns the number of finished epochs."""
     if not (output / _STATE).is_file():
         return 0
     state = load_state(output / _STATE)

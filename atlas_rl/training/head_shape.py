@@ -1,4 +1,4 @@
-"""The shape of a new EAGLE-3 head: what a Llama layer can take over of the policy it is for."""
+"""The shape of a new EAGLE-3 head: the settings of its policy that a Llama layer can adopt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atlas_rl.speculators.eagle3.config import Eagle3Config
 def head_config(
     policy: PolicyView, layers: tuple[int, ...], draft_vocab_size: int, intermediate_size: int | None = None
 ) -> Eagle3Config:
-    """Shape of a head for `policy`: a layer like one of its own, as far as a Llama layer can be.
+    """Shape of a head for `policy`: like one of its layers, as far as a Llama layer can be.
 
     Args:
         policy: Whose sizes are taken.
@@ -57,7 +57,7 @@ def head_config(
 
 
 def _rope(config: Any) -> dict[str, Any] | None:
-    """The policy's rotary positions where a Llama layer can have them; else plain ones with the policy's base."""
+    """The policy's rotary settings if a Llama layer supports them; else plain ones with the policy's base."""
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # of families with two kinds of layers
     if not rope:

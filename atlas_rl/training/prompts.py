@@ -1,4 +1,4 @@
-"""Reads prompts from a file or a dataset, and checks each before any work is done; what is wrong is named by its line."""
+"""Reads prompts from a file or a dataset and checks each before any work; errors name the line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Prompt:
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
-    """Prompts as token ids: messages and texts through the chat template where the tokenizer has one.
+    """Prompts as token ids; messages and texts go through the chat template if the tokenizer has one.
 
     Raises:
         ValueError: Nothing there, a file of another type, or a prompt that is not one; says which line.
@@ -49,7 +49,7 @@ def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab_size: int, max_context: int | None) -> None:
-    """Raise `ValueError` for a prompt that the policy cannot be run over.
+    """Raise `ValueError` for a prompt that the policy cannot run.
 
     Args:
         prompts: All of them.

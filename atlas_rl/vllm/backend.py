@@ -1,4 +1,4 @@
-"""A vLLM engine of this process, drafting with our proposer, as `AtlasRolloutEngine` uses it."""
+"""A vLLM engine in this process that drafts with our proposer, for `AtlasRolloutEngine`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NO_DRAFTER = (
 
 
 def llm_arguments(draft_model: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that make it draft with our proposer, and on CUDA capture graphs of its steps.
+    """Arguments for `vllm.LLM` to draft with our proposer and, on CUDA, to capture graphs of its steps.
 
     Args:
         draft_model: Folder of an EAGLE-3 head, the static speculator.
@@ -53,7 +53,7 @@ def llm_arguments(draft_model: str | Path | None = None, **arguments: Any) -> di
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """Engines that are built inside run in this process, where their proposer can be reached."""
+    """Context in which engines are built to run in this process, so that their proposer can be reached."""
     internals.check_version()
     check_environment()
     name = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -70,7 +70,7 @@ def in_this_process() -> Iterator[None]:
 
 
 def build_llm(model: str | Path, draft_model: str | Path | None) -> Any:
-    """A `vllm.LLM` of this process with our proposer and otherwise vLLM's defaults, but for its cache on a CPU.
+    """A `vllm.LLM` in this process with our proposer and vLLM's defaults, except for its cache on a CPU.
 
     There vLLM would take nearly all memory of the machine. `VLLM_CPU_KVCACHE_SPACE` (GiB) sets another size.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what a folder holds, and whether it can take the place of the weights that are served."""
+"""Reads checkpoint folders, and checks whether one can replace the weights that are served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED = 5  # tensors that an error names
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A tensor of a checkpoint: its shape, and its type as safetensors calls it."""
+    """A tensor of a checkpoint: its shape, and its type in safetensors' notation."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -45,7 +45,7 @@ def describe(folder: str | Path) -> dict[str, Described]:
 
 
 def served_folder(model: str, revision: str | None) -> Path:
-    """Where the weights lie that an engine was started with: a folder, or the cache of the Hub.
+    """Folder of the weights that an engine was started with: a local folder, or in the Hub's cache.
 
     Raises:
         ValueError: They are in neither.
@@ -63,7 +63,7 @@ def served_folder(model: str, revision: str | None) -> Path:
 
 
 def check(folder: str | Path, expected: Mapping[str, Described], dtype: torch.dtype) -> None:
-    """Raise `ValueError` if a checkpoint cannot take the place of the expected one; all of it is read.
+    """Raise `ValueError` if a checkpoint cannot replace the expected one; reads all of it.
 
     Args:
         folder: Of the checkpoint.
@@ -86,13 +86,13 @@ def check(folder: str | Path, expected: Mapping[str, Described], dtype: torch.dt
 
 
 def check_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise `ValueError` if some value of a weight is not finite in the type that the engine runs in."""
+    """Raise `ValueError` if a weight is not finite in the type that the engine runs in."""
     if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.to(dtype).isfinite().all()):
         raise ValueError(f"{name} holds values that are not finite in {dtype}")
 
 
 def tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint, one after the other.
+    """Iterate over all tensors of a checkpoint.
 
     Raises:
         ValueError: See `describe`.

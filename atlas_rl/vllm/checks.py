@@ -1,4 +1,4 @@
-"""What drafting inside vLLM cannot live with, said before any work is done and with what to change."""
+"""Refuses options that drafting inside vLLM cannot support, before any work and with what to change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def speculative_config(num_speculative_tokens: int = NUM_SPECULATIVE_TOKENS) -> 
 
 
 def options_of(vllm_config: Any) -> dict[str, Any]:
-    """Our options in vLLM's `additional_config`; `ValueError` for one that does not exist."""
+    """Our options in vLLM's `additional_config`; `ValueError` for an unknown one."""
     given = vllm_config.additional_config
     options = dict(given.get("atlas_rl", {})) if isinstance(given, dict) else {}
     reject_unknown(options, _KNOWN_OPTIONS, "additional_config['atlas_rl']")
@@ -38,13 +38,13 @@ _V2 = "atlas_rl drafts through vLLM's model runner V1: unset VLLM_USE_V2_MODEL_R
 
 
 def check_environment() -> None:
-    """Raise `ValueError` where the environment asks for what our proposer cannot work in, before an engine is built."""
+    """Raise `ValueError` for environment variables that our proposer does not support, before an engine is built."""
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() in ("1", "true"):
         raise ValueError(_V2)
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Raise `ValueError` for an engine configuration that our proposer cannot work in."""
+    """Raise `ValueError` for an engine configuration that our proposer does not support."""
     checks = (
         (vllm_config.use_v2_model_runner, _V2),
         (
@@ -70,7 +70,7 @@ _LOST = ("min_p", "logit_bias", "logits_processors", "prompt_logprobs", "logprob
 
 
 def check_sampling(sampling: SamplingParams, extra: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for sampling parameters that vLLM leaves out under speculation, or that we set ourselves."""
+    """Raise `ValueError` for sampling parameters that vLLM ignores under speculation, or that we set ourselves."""
     if sampling.min_p > 0:
         raise ValueError(
             "vLLM leaves min_p out under speculative decoding: use top_p, or AtlasRolloutEngine(backend='in_process')"

@@ -1,4 +1,4 @@
-"""Speculators and controller beside an engine that runs its own steps: observe what a forward settled, draft for the next.
+"""Speculators and controller beside an engine that runs its own steps: observe a forward's outcome, draft for the next.
 
 The verbs are those of `decode/loop.py`, with the engine between them: it schedules, runs and commits, and says after every
 forward what it committed. A draft is therefore planned at the end of one forward and verified by the next, whose batch may
@@ -39,7 +39,7 @@ from atlas_rl.vllm.ways import ProposingInWays, observe_in_ways
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """What was planned for the next forward: `requests` int64 `[batch]`, and when planning began."""
+    """The plan for the next forward: `requests` int64 `[batch]`, and when planning began."""
 
     step: Step
     admission: Admission
@@ -49,7 +49,7 @@ class _Planned:
 
 @dataclass(frozen=True, slots=True)
 class _Unlearned:
-    """A forward that nobody has learned from.
+    """A forward that has not been learned from yet.
 
     Attributes:
         planned: What was planned for it; None where nothing was.
@@ -66,7 +66,7 @@ class _Unlearned:
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """What a forward committed, of the requests that are followed: requests with a plan first, in its order.
+    """Tokens that a forward committed for followed requests; requests with a plan first, in its order.
 
     Attributes:
         rows: int64 `[n]`, rows of the forward.
@@ -108,13 +108,13 @@ class Drafting:
         self.use({}, NoSpeculation())
 
     def use(self, speculators: Mapping[str, Speculator], controller: Controller) -> None:
-        """Draft with these from now on; they are bound to the policy."""
+        """Draft with these speculators from now on; they are bound to the policy."""
         self._count()
         self.speculators, self.controller = dict(speculators), controller
         self.record(StepRecorder(speculators=tuple(speculators)))
 
     def record(self, recorder: StepRecorder) -> None:
-        """Count from here on into `recorder`."""
+        """Count into `recorder` from now on."""
         self._count()
         self._epoch_mark_s -= self._busy_s()
         self.recorder = recorder
@@ -125,7 +125,7 @@ class Drafting:
         self._forward_mark_s = recorder.seconds("forward")
 
     def begin(self, call: Call) -> int:
-        """A call of ours begins. Returns its ticket, which its requests carry, with their index, in vLLM's `extra_args`."""
+        """Begin a call of ours. Returns its ticket: requests carry it, with their index, in vLLM's `extra_args`."""
         self._count()
         if call.sequences.policy_version != self._seen_version:
             self.requests.prompt_states.clear()
@@ -138,18 +138,18 @@ class Drafting:
         return self.requests.table.announce(call.sequences, call.max_lengths)
 
     def plain_forwards(self, call: Call) -> PlainForwards:
-        """Forwards that the call's tokens take without speculation; `call` has ended, and its sequences are complete."""
+        """Forwards that the tokens of a finished `call` take without speculation; its sequences are complete."""
         sequences = call.sequences
         return self._plain_costs.run(sequences.lengths - sequences.prompt_lengths, self._max_batch)
 
     def end(self) -> None:
-        """The call is over."""
+        """End the call."""
         self._count()
         self.requests.table.close()
         self._planned, self.speculates = None, True
 
     def policy_updated(self, version: int | None = None) -> None:
-        """New weights, on an engine whose requests nobody announces: drafters learn from what they have seen."""
+        """New weights on an engine with unannounced requests: drafters learn from the rollouts they have seen."""
         self._count()
         table = self.requests.table
         self.requests.prompt_states.clear()
@@ -160,7 +160,7 @@ class Drafting:
             self._begin_epoch(table.current.sampling)
 
     def take_report(self) -> StepReport:
-        """What was done for requests that ended since the last call, on an engine whose requests nobody announces.
+        """Report on requests that ended since the last report, on an engine with unannounced requests.
 
         `generate_s` is the time in which the worker was busy. Nothing is estimated of a server without speculation: which
         requests would have met there, nobody knows.
@@ -183,7 +183,7 @@ class Drafting:
         return report
 
     def forget(self, names: set[str]) -> None:
-        """The engine has ended these requests, perhaps for a reason that is not seen here (a stop string, a client gone)."""
+        """The engine has ended these requests, perhaps for a reason unknown here (a stop string, a lost client)."""
         for name in names:
             row = self.requests.forget(name)
             if row is not None:
@@ -191,14 +191,14 @@ class Drafting:
                 self._abandon(row)
 
     def give_up(self) -> None:
-        """Something went wrong in here: requests that run go on without drafts."""
+        """After an error: running requests continue without drafts."""
         table = self.requests.table
         if not table.announced:
             table.close()
         table.request_of, self._planned, self._unlearned = {}, None, None
 
     def step(self, forward: Forward) -> list[list[int]]:
-        """Draft for the next forward, given what one left behind: draft tokens of every row."""
+        """Draft for the next forward after the last one: draft tokens of every row."""
         self.learn()
         drafts: list[list[int]] = [[] for _ in forward.batch.names]
         now_s = self.recorder.clock()
@@ -220,7 +220,7 @@ class Drafting:
         return self._uniform(forward, drafts)
 
     def learn(self) -> None:
-        """Learn from the forward before: while a device runs the next one, or at once."""
+        """Learn from the previous forward: while a device runs the next one, or at once."""
         if self._unlearned is None:
             return
         began_s = self.recorder.clock()
@@ -233,7 +233,7 @@ class Drafting:
     # ------------------------------------------------------------------------------------------------------- following
 
     def _follow(self, forward: Forward) -> tuple[np.ndarray, np.ndarray]:
-        """Rows with new tokens whose requests drafters know, newcomers included, and those requests: int64 `[n]`."""
+        """Rows with new tokens whose requests drafters know, including newcomers, and those requests: int64 `[n]`."""
         requests = self.requests
         known = requests.rows_of(forward.batch)
         requests.read_prompts(forward, known)
@@ -262,7 +262,7 @@ class Drafting:
                 speculator.start(table.current, np.array(entered), prompts)
 
     def _end_epoch(self) -> None:
-        """What the epoch generated is there to learn from."""
+        """End an epoch of unannounced requests and make its rollouts available for learning."""
         table = self.requests.table
         if table.sequences is not None:
             table.sample_as(table.commonest_way)
@@ -272,14 +272,14 @@ class Drafting:
             self.tracker.finished(Rollouts(table.sequences, self._busy_s() - self._epoch_mark_s, accepted))
 
     def _refresh(self, version: int | None) -> None:
-        """Drafters learn from the newest epoch, for a policy of this version; None counts up."""
+        """Refresh the drafters from the newest epoch, for a policy of this version; None adds one."""
         began_s = self.recorder.clock()
         self.tracker.advance(self.speculators, self.controller, version)
         now_s = self.recorder.clock()
         self._traffic.learned(now_s, now_s - began_s)
 
     def _begin_epoch(self, sampling: SamplingParams) -> None:
-        """Requests that still run move into it."""
+        """Begin an epoch of unannounced requests; running requests move into it."""
         table = self.requests.table
         table.open(sampling, self.tracker.version)
         self._planned, self._epoch_mark_s = None, self._busy_s()
@@ -295,7 +295,7 @@ class Drafting:
             self._traffic.ended(prompt, int(table.current.lengths[request]) - prompt)
 
     def _abandon(self, request: int) -> None:
-        """A request that ended unseen counts as finished; nothing new is known of it."""
+        """Count a request that ended unseen as finished; nothing new is known about it."""
         one, none = np.array([request]), np.zeros(1, np.int64)
         ended = Verified(one, np.zeros((1, 0), np.int64), none, none, none, np.ones(1, bool))
         for speculator in self.speculators.values() if self.speculates else ():
@@ -305,7 +305,7 @@ class Drafting:
     # ------------------------------------------------------------------------------------------------------- observing
 
     def _commit(self, forward: Forward, rows: np.ndarray, requests: np.ndarray) -> _Committed:
-        """Append what the forward settled, up to an ending token."""
+        """Append the tokens that the forward settled, up to an ending token."""
         table, planned, drawn = self.requests.table, self._planned, forward.drawn
         plan = NO_PLAN if planned is None else Plan(planned.requests, planned.admission.lengths)
         outcome = Outcome(
@@ -333,7 +333,7 @@ class Drafting:
         return self._forward_mark_s - mark_s + (beside_s if works_beside_host else 0.0)
 
     def _count(self) -> None:
-        """Let the controller learn from the forward before, and count it. Touches no device, where weights may be asleep."""
+        """Let the controller learn from the previous forward and count it. Never uses the device: weights may sleep."""
         unlearned, self._unlearned = self._unlearned, None
         if unlearned is None or unlearned.planned is None:
             return
@@ -352,7 +352,7 @@ class Drafting:
     # -------------------------------------------------------------------------------------------------------- drafting
 
     def _plan(self, committed: _Committed, drafts: list[list[int]]) -> None:
-        """Plan and propose for the requests that go on; their draft tokens go into `drafts`, by row."""
+        """Plan and propose for the requests that continue; draft tokens go into `drafts`, by row."""
         verified, table = committed.verified, self.requests.table
         sequences, began_s = table.current, self.recorder.clock()
         requests, rows, room = going_on(
@@ -376,13 +376,13 @@ class Drafting:
         self._planned = _Planned(step, admission, requests, began_s)
 
     def _take(self, draft: Draft, rows: np.ndarray, drafts: list[list[int]]) -> None:
-        """Put the draft of each of `rows` (int64 `[n]`) into `drafts`."""
+        """Copy the draft of each of `rows` (int64 `[n]`) into `drafts`."""
         for row, tokens, length in zip(rows.tolist(), draft.token_ids.tolist(), draft.lengths.tolist(), strict=True):
             drafts[row] = tokens[:length]
         self.num_planned += int(draft.lengths.sum())
 
     def _uniform(self, forward: Forward, drafts: list[list[int]]) -> list[list[int]]:
-        """`drafts`, of one length where vLLM replays full graphs only then and every row decodes."""
+        """`drafts`, of equal length if every row decodes and vLLM's full graphs need that."""
         if not forward.uniform or not forward.num_new.all():
             return drafts
         batch = forward.batch
@@ -391,7 +391,7 @@ class Drafting:
 
 
 def _layers(forward: Forward) -> dict[int, torch.Tensor]:
-    """Hidden states of layers at the positions that were drawn from; they come for every token of the forward."""
+    """Hidden states of layers at the positions that were drawn from, out of those of all tokens of the forward."""
     if not forward.layers:
         return {}
     counts = forward.num_drafted + 1

@@ -1,4 +1,4 @@
-"""Drafter-invariant verification for an engine that hands over the processed logits of a whole step at once.
+"""Drafter-invariant verification for an engine that passes the processed logits of a whole step at once.
 
 The rule is that of `sampling/verification.py`: the token at a position is a function of prefix and noise, and a draft is
 accepted exactly when it is that token. Here every drafted position is drawn, and what follows the first miss is dropped.
@@ -26,7 +26,7 @@ NO_TOKEN = -1
 
 @dataclass(slots=True)
 class Drawn:
-    """What one step drew.
+    """Tokens that one step drew.
 
     Attributes:
         token_ids: int64 `[batch, draft_len + 1]`: accepted drafts, then the recovered or bonus token, then `NO_TOKEN`.
@@ -70,7 +70,7 @@ class _Rows:
 
 @dataclass(slots=True)
 class _Decided:
-    """The draw of every row, also of those behind a miss: arrays `[rows]`, and `drafts` int64 `[sum(num_drafts)]`."""
+    """The draw of every row, including rows after a miss: arrays `[rows]`, and `drafts` int64 `[sum(num_drafts)]`."""
 
     tokens: np.ndarray
     drafts: np.ndarray
@@ -93,7 +93,7 @@ def draw(
     ranked: bool = False,
     implementation: Implementation = "auto",
 ) -> Drawn:
-    """Draw every position of a step and keep, per request, the tokens up to the first that is no accepted draft.
+    """Draw every position of a step and keep, per request, the tokens up to the first that is not an accepted draft.
 
     Args:
         logits: `[sum(num_drafts + 1), vocab]`, processed: request by request, the logits after its last committed token,
@@ -122,7 +122,7 @@ def draw(
 
 
 def compile_draw(vocab_size: int, device: torch.device) -> None:
-    """Compile what `draw` launches on a GPU, before any request waits for it."""
+    """Compile the GPU kernels of `draw`, before any request needs it."""
     if kernels_run_on(device):
         none, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
         with announced("GPU", "some seconds"):
@@ -130,7 +130,7 @@ def compile_draw(vocab_size: int, device: torch.device) -> None:
 
 
 def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> Drawn:
-    """Per request, what was drawn up to the first token that is no accepted draft."""
+    """Per request, the drawn tokens up to the first that is not an accepted draft."""
     row, depth, first = rows.request, rows.depth, rows.starts[:-1]
     width = int((num_drafts + 1).max(initial=1))
     drafted = depth < num_drafts[row]
@@ -179,7 +179,7 @@ def _decided_by_kernel(
     ranked: bool,
     implementation: Implementation,
 ) -> _Decided:
-    """One upload, a dozen launches, one download; nothing of the size of `logits` but one byte per rank and token."""
+    """One upload, a dozen launches, one download; nothing as large as `logits` except one byte per rank and token."""
     device, num_rows = logits.device, len(rows.request)
     # A row's draft, or the -1 behind the last draft.
     source = np.where(rows.depth < num_drafts[rows.request], np.arange(num_rows) - rows.request, len(drafts))
@@ -209,7 +209,7 @@ def _decided_by_kernel(
 
 
 def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
-    """Some arrays on the device, as int64, in one copy that nobody waits for; each begins at a multiple of 16 bytes."""
+    """Arrays on the device as int64, in one asynchronous copy; each starts at a multiple of 16 bytes."""
     width = max(map(len, arrays)) + 1 & ~1
     packed = np.zeros((len(arrays), width), np.int64)
     for row, array in zip(packed, arrays, strict=True):
@@ -291,7 +291,7 @@ def _looked_up(
 
 @cached_njit(nogil=True)
 def _ranks(logits: np.ndarray, index: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """One pass and nothing written, where torch would write every comparison out."""
+    """Ranks of tokens, in one pass that writes nothing; torch would materialise every comparison."""
     found = np.zeros(len(index), np.int64)
     for i in range(len(index)):
         row = logits[index[i]]
@@ -303,7 +303,7 @@ def _ranks(logits: np.ndarray, index: np.ndarray, tokens: np.ndarray) -> np.ndar
 
 
 def _certain(logits: torch.Tensor) -> torch.Tensor:
-    """Each row's likeliest token, the first where there is none, as the only one: `[rows, vocab]` likewise."""
+    """Logits `[rows, vocab]` with each row's likeliest token (the first if there is none) as the only one."""
     likeliest = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(dim=-1, keepdim=True)
     return torch.full_like(logits, -torch.inf).scatter_(1, likeliest, 0.0)
 

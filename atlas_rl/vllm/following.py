@@ -1,4 +1,4 @@
-"""Follows the requests of one engine: which rows drafters know, what was seen of their prompts, and the noise of all."""
+"""Follows the requests of one engine: their rows, the seen parts of their prompts, and their noise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RequestFollower:
         self._keys: dict[str, int] = {}
 
     def keys(self, batch: Batch) -> np.ndarray:
-        """Noise keys uint64 `[rows]`: the call's, or of the request's seed, or of its turn, the same on every rank."""
+        """Noise keys uint64 `[rows]` from the call, the request's seed, or its turn; equal on every rank."""
         keys = list(map(self._keys.get, batch.names))
         if None in keys:
             for name in batch.names:
@@ -50,11 +50,11 @@ class RequestFollower:
         return np.array(keys, np.uint64)
 
     def rows_of(self, batch: Batch) -> np.ndarray:
-        """Row of `Sequences` of every row of a batch: int64 `[rows]`, -1 where drafters do not know the request."""
+        """Row of `Sequences` for every row of a batch: int64 `[rows]`, -1 if drafters do not know the request."""
         return np.fromiter(map(self.table.request_of.get, batch.names, repeat(-1)), np.int64, len(batch.names))
 
     def forget(self, name: str) -> int | None:
-        """The engine has ended a request; its row where drafters know it, which they leave."""
+        """The engine has ended a request; returns its row if drafters know it, and removes it."""
         self._keys.pop(name, None)
         self.prompt_states.drop(name)
         row = self.table.request_of.get(name)
@@ -63,7 +63,7 @@ class RequestFollower:
         return row
 
     def read_prompts(self, forward: Forward, known: np.ndarray) -> None:
-        """Keep what a forward says of prompts that are not complete; `known` as of `rows_of`."""
+        """Keep a forward's hidden states of incomplete prompts; `known` as in `rows_of`."""
         batch = forward.batch
         for row in np.flatnonzero(known < 0).tolist() if forward.layers else ():
             begin, count, position = forward.spans[row].tolist()
@@ -73,7 +73,7 @@ class RequestFollower:
                 self.prompt_states.add(batch.names[row], position, pieces)
 
     def newcomers(self, forward: Forward, known: np.ndarray) -> list[int]:
-        """Rows of the forward whose prompt is now complete; only these can be entered: drafters want all that follows."""
+        """Rows whose prompt is now complete. Only these can be entered: drafters need everything that follows."""
         complete = forward.batch.lengths - forward.num_new == forward.batch.num_prompt_tokens
         return ((forward.num_new > 0) & (known < 0) & complete).nonzero()[0].tolist()
 
@@ -129,6 +129,6 @@ class RequestFollower:
         return mix64(mix64(seed) ^ ~0 & 0xFFFFFFFFFFFFFFFF)
 
     def _announced(self, params: Any) -> int | None:
-        """Index of a request in the sequences of the call that runs; None where that call did not announce it."""
+        """Index of a request in the sequences of the running call; None if that call did not announce it."""
         table = self.table
         return announced_as(params, table.ticket, len(table.max_lengths))

@@ -1,4 +1,4 @@
-"""CUDA graphs that hold our steps: arguments for vLLM, decided before an engine is built.
+"""Sizes and configuration of CUDA graphs that fit our steps, for building a vLLM engine.
 
     python -m atlas_rl.vllm.graphs 256       # for `vllm serve --compilation-config`, with --max-num-seqs 256
 
@@ -34,7 +34,7 @@ _ITS_OWN = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capt
 
 
 def capture_sizes(max_num_seqs: int, num_speculative_tokens: int = NUM_SPECULATIVE_TOKENS) -> list[int]:
-    """Tokens of the steps to capture, ascending: up to every request with all of its drafts."""
+    """Token counts of the steps to capture, ascending: up to every request with all of its drafts."""
     unit = 1 + num_speculative_tokens
     limit = min(max_num_seqs * unit, max(MOST_TOKENS // unit * unit, unit))
     sizes, size = [unit], unit
@@ -54,7 +54,7 @@ def compilation_config(max_num_seqs: int | None = None) -> dict[str, Any]:
 
 
 def with_graphs(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` with these graphs, where there is CUDA and the caller has set none of his own."""
+    """Arguments of `vllm.LLM` with these graphs, on CUDA and if the caller has set no graphs."""
     if not torch.cuda.is_available() or any(arguments.get(name) is not None for name in _ITS_OWN):
         return dict(arguments)
     return {**arguments, "compilation_config": compilation_config(arguments.get("max_num_seqs"))}
@@ -63,7 +63,7 @@ def with_graphs(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def uniform_drafts(
     drafts: list[list[int]], last_tokens: np.ndarray, room: np.ndarray, num_draft_tokens: int
 ) -> list[list[int]]:
-    """Drafts of one length, for a backend whose full graphs need that; as they are where the step would be too large.
+    """Drafts of equal length, for backends whose full graphs need that; unchanged if the step would be too large.
 
     What is added repeats a token. It is verified like any other, so nothing changes but the step's size.
 

@@ -1,4 +1,4 @@
-"""What can happen to drafters inside a vLLM engine without an error, named at the step it happens."""
+"""Detects drafters that stop working inside vLLM without an error, and names them in the same step's report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SAMPLE = 64  # values of each tensor that its fingerprint is made of
 
 
 class LostDrafters:
-    """Compares every call with those before it."""
+    """Compares every call with the calls before it."""
 
     def __init__(self) -> None:
         self._fingerprints: dict[str, torch.Tensor] = {}
@@ -24,11 +24,11 @@ class LostDrafters:
         self._hit_rate: dict[str, float] = {}
 
     def remember(self, speculators: Mapping[str, Speculator]) -> None:
-        """The drafters' tensors are right now."""
+        """Remember the drafters' tensors as correct."""
         self._fingerprints = {name: fingerprint(speculator) for name, speculator in speculators.items()}
 
     def check(self, speculators: Mapping[str, Speculator]) -> None:
-        """Before a call or a refresh: have tensors changed since `remember`?"""
+        """Check before a call or a refresh whether tensors have changed since `remember`."""
         for name, speculator in speculators.items():
             known, now = self._fingerprints.get(name), fingerprint(speculator)
             if known is not None and (known.shape != now.shape or not torch.equal(known, now)):

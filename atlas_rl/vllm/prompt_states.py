@@ -1,4 +1,4 @@
-"""Hidden states of whole prompts, for drafters that read layers, from an engine that runs prompts in pieces and skips some.
+"""Collects hidden states of whole prompts, for drafters that read layers; engines run prompts in pieces and skip some.
 
 A prompt may come in chunks, and what vLLM finds in its prefix cache is never run. The missing beginning is then taken from
 a prompt that was run lately and begins alike; where none is left, the drafter does without that request.
@@ -28,14 +28,14 @@ class _Piece:
 
 
 class PromptStates:
-    """Puts the pieces of prompts together."""
+    """Assembles the pieces of prompts."""
 
     def __init__(self) -> None:
         self._pieces: dict[str, _Piece] = {}
         self._recent: OrderedDict[bytes, tuple[np.ndarray, dict[int, torch.Tensor]]] = OrderedDict()
 
     def add(self, name: str, begin: int, layers: dict[int, torch.Tensor]) -> None:
-        """A piece of a prompt was run: per layer `[n, hidden]`, from position `begin` on."""
+        """Add a piece of a prompt that was run: per layer `[n, hidden]`, from position `begin` on."""
         known = self._pieces.get(name)
         if known is not None and known.end == begin:
             layers = {n: torch.cat([known.layers[n], states]) for n, states in layers.items()}
@@ -43,7 +43,7 @@ class PromptStates:
         self._pieces[name] = _Piece(begin, layers)
 
     def take(self, name: str, tokens: np.ndarray) -> dict[int, torch.Tensor] | None:
-        """States of a complete prompt (int32 `[n]`): per layer `[n, hidden]`; None where its beginning is lost."""
+        """States of a complete prompt (int32 `[n]`): per layer `[n, hidden]`; None if its beginning is missing."""
         piece = self._pieces.pop(name, None)
         if piece is None or piece.end != len(tokens):
             return None
@@ -57,11 +57,11 @@ class PromptStates:
         return layers
 
     def drop(self, name: str) -> None:
-        """The request has ended before its prompt was complete."""
+        """Drop a request that ended before its prompt was complete."""
         self._pieces.pop(name, None)
 
     def clear(self) -> None:
-        """New weights: nothing that was seen is worth anything."""
+        """Drop everything after a weight change."""
         self._pieces.clear()
         self._recent.clear()
 

@@ -69,11 +69,11 @@ class AtlasProposer(Hooks):
 
     @property
     def recorder(self) -> StepRecorder:  # type: ignore[override]
-        """Where the hooks charge seconds to."""
+        """Recorder that the hooks charge seconds to."""
         return self.drafting.recorder
 
     def load_model(self, target_model: nn.Module) -> None:
-        """Called by vLLM. Nothing is built yet: tensors made now are lost when the engine goes to sleep at level 2."""
+        """Called by vLLM. Builds nothing yet, because tensors made now are lost when the engine sleeps at level 2."""
         self._model = target_model
         compile_draw(self.drafting.vocab_size, next(target_model.parameters()).device)
         internals.follow(target_model, self)
@@ -99,7 +99,7 @@ class AtlasProposer(Hooks):
             self.drafting.use(speculators, GuardedController(GoodputController(tuple(speculators)), faults))
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
-        """vLLM's own call, which the hooks replace: here only if they were not installed."""
+        """vLLM's own call, which the hooks replace; it runs only if they were not installed."""
         raise RuntimeError("atlas_rl: vLLM's model runner asked for drafts past the hooks; report this vLLM version")
 
     def keys(self, batch: Batch) -> np.ndarray:
@@ -169,7 +169,7 @@ class AtlasProposer(Hooks):
         self._guarded("learn", self.drafting.learn, None)
 
     def _guarded(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
-        """Following requests is not worth a server either: an error costs the drafts of the requests that run."""
+        """Catch errors of following requests: they cost the drafts of the running requests, never the server."""
         result, went_well = self.drafting.faults.attempt("drafting", where, call, otherwise)
         if not went_well:
             self.drafting.give_up()

@@ -1,4 +1,4 @@
-"""What passes between our side and vLLM about a request, in vLLM's public sampling parameters.
+"""Passes our data about a request through vLLM's public sampling parameters.
 
 Clients of a server can write anything into these fields. So nothing in them is trusted but the number of a request of the
 call that is running, which a call of ours has announced; noise keys never travel.
@@ -18,7 +18,7 @@ _MAX_TOKEN = 1 << 31  # tokens are int32 everywhere
 
 
 def announced_as(params: Any, ticket: int | None, num_requests: int) -> int | None:
-    """Index of a request in the sequences of the running call; None for a request that the call did not announce.
+    """Index of a request in the sequences of the running call; None for a request outside that call.
 
     Args:
         params: vLLM's sampling parameters.
@@ -34,7 +34,7 @@ def announced_as(params: Any, ticket: int | None, num_requests: int) -> int | No
 
 
 def sampling_of(params: Any) -> SamplingParams | None:
-    """vLLM's sampling parameters as ours; what we do not have costs acceptance, never correctness.
+    """vLLM's sampling parameters as ours; unsupported ones cost acceptance, never correctness.
 
     Returns:
         None for parameters that ours cannot express: such a request is served without drafts.

@@ -1,4 +1,4 @@
-"""Keeps requests that come, move between rows, pause and go as rows of the `Sequences` that drafters know.
+"""Maps requests that come, move between rows, pause and go to fixed rows of the `Sequences` that drafters know.
 
 vLLM has no generation calls, only requests. An *epoch* stands for one: with an engine of ours it is the call, whose
 sequences the engine hands over; on a server it is a span of traffic, which ends when its rows are used up or when nothing
@@ -24,7 +24,7 @@ _WORTH_AN_EPOCH = 32  # finished requests of a server that end an epoch when not
 
 @dataclass(slots=True)
 class Arrival:
-    """A request, when its prompt is complete.
+    """A request whose prompt has become complete.
 
     Attributes:
         name: The engine's name of it.
@@ -71,7 +71,7 @@ class RequestTable:
         return self.ticket is not None
 
     def announce(self, sequences: Sequences, max_lengths: np.ndarray) -> int:
-        """A call begins; each request ends at `max_lengths` (int64 `[num_requests]`) tokens.
+        """Begin a call; each request ends at `max_lengths` (int64 `[num_requests]`) tokens.
 
         Returns:
             The call's ticket: its requests name it together with their rows.
@@ -82,18 +82,18 @@ class RequestTable:
         return self.ticket
 
     def close(self) -> None:
-        """The call is over, or nothing of the epoch can be relied on; whatever comes next was announced by nobody."""
+        """End the call, or an epoch that cannot be relied on; later requests are unannounced."""
         self.sequences, self.ticket, self.request_of, self._num_used = None, None, {}, 0
 
     @property
     def current(self) -> Sequences:
-        """The sequences of the call or epoch, which there is while requests are followed."""
+        """The sequences of the call or epoch; exists while requests are followed."""
         assert self.sequences is not None, "no call was announced, no epoch begun"
         return self.sequences
 
     @property
     def has_room(self) -> bool:
-        """Whether another request that nobody announced gets a row."""
+        """Whether another unannounced request can get a row."""
         return self._num_used < self._num_rows
 
     def is_over(self) -> bool:
@@ -107,7 +107,7 @@ class RequestTable:
         return not self.request_of and self._num_used >= _WORTH_AN_EPOCH
 
     def open(self, sampling: SamplingParams, policy_version: int) -> None:
-        """Begin an epoch of unannounced requests; those that run move into it."""
+        """Begin an epoch of unannounced requests; running ones move into it."""
         rows = self._num_rows
         old, running, ways, way_of = self.sequences, dict(self.request_of), self._ways, self._way_of
         self.sequences = Sequences(
@@ -135,7 +135,7 @@ class RequestTable:
                 getattr(self.sequences, field)[target] = getattr(old, field)[request]
 
     def enter(self, arrival: Arrival, tokens: np.ndarray) -> int | None:
-        """Give a request its row, prompt in place: int32 `tokens [num_prompt_tokens]`; None where it gets none."""
+        """Give a request its row and prompt, int32 `tokens [num_prompt_tokens]`; None if there is no row."""
         if arrival.request is not None:
             self.request_of[arrival.name] = arrival.request
             return arrival.request
@@ -150,13 +150,13 @@ class RequestTable:
         return row
 
     def leave(self, name: str) -> None:
-        """A request has ended."""
+        """Remove a request that has ended."""
         del self.request_of[name]
 
     # ------------------------------------------------------------------------------------------------ ways of sampling
 
     def ways(self, requests: np.ndarray) -> list[tuple[SamplingParams, np.ndarray]]:
-        """How some requests, int64 `[n]`, sample: each way, and int64 indices into `requests` of those that sample so."""
+        """Sampling parameters of requests, int64 `[n]`: each distinct way, with int64 indices into `requests`."""
         if len(self._ways) == 1:
             return [(self._ways[0], np.arange(len(requests)))]
         of_each = self._way_of[requests]
@@ -164,12 +164,12 @@ class RequestTable:
 
     @property
     def all_ways(self) -> tuple[SamplingParams, ...]:
-        """How requests of the call or epoch sample; none before there is one."""
+        """Distinct sampling parameters of the call or epoch; empty before there is one."""
         return () if self.sequences is None else tuple(self._ways)
 
     @property
     def only_way(self) -> SamplingParams | None:
-        """How every request samples; None where they differ."""
+        """The common sampling parameters of all requests; None if they differ."""
         return self._ways[0] if len(self._ways) == 1 else None
 
     def ends(self, requests: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
@@ -186,12 +186,12 @@ class RequestTable:
         return ends
 
     def sample_as(self, sampling: SamplingParams) -> None:
-        """Drafters are asked about requests that sample like this now."""
+        """Show drafters these sampling parameters from now on."""
         self.current.sampling = sampling
 
     @property
     def commonest_way(self) -> SamplingParams:
-        """How most requests of the epoch sample."""
+        """The most frequent sampling parameters of the epoch."""
         if not self._ways:
             return self.current.sampling
         used = len(self._way_of) if self.announced else self._num_used
@@ -208,5 +208,5 @@ class RequestTable:
         return row
 
     def _drawing(self, sampling: SamplingParams) -> SamplingParams:
-        """`sampling` without what differs between requests that sample alike."""
+        """`sampling` without fields that differ between requests that are drawn alike."""
         return replace(sampling, max_new_tokens=self._max_length, seed=0)

@@ -1,4 +1,4 @@
-"""Passes over the rows of a forward, compiled, and the same in plain numpy.
+"""Passes over the rows of a forward: compiled, and as numpy references.
 
 Between two forwards a device waits for the host. A pass takes about as long as a numpy call, and stands in place of a dozen.
 """
@@ -13,7 +13,7 @@ from atlas_kernels.jit_cache import cached_njit
 
 
 class Plan(NamedTuple):
-    """What was planned for a forward: int64 `[planned]` requests and draft tokens of each; none where nothing was."""
+    """The plan for a forward: int64 `[planned]` requests and draft tokens of each; empty if nothing was planned."""
 
     requests: np.ndarray
     lengths: np.ndarray
@@ -23,7 +23,7 @@ NO_PLAN = Plan(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 class Outcome(NamedTuple):
-    """What a forward settled, row by row.
+    """Row by row, the outcome of a forward.
 
     Attributes:
         num_new: int64 `[rows]`, tokens just committed.
@@ -77,7 +77,7 @@ def followed(
 def followed_in_numpy(
     known: np.ndarray, num_new: np.ndarray, lengths: np.ndarray, num_prompt_tokens: np.ndarray, before: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int, bool]:
-    """What `followed` does, to read and to hold it against."""
+    """The reference of `followed`, in numpy."""
     (rows,) = ((num_new > 0) & (known >= 0)).nonzero()
     requests = known[rows]
     newcomers = (num_new > 0) & (known < 0) & (lengths - num_new == num_prompt_tokens)
@@ -89,7 +89,7 @@ def followed_in_numpy(
 def in_order(
     rows: np.ndarray, requests: np.ndarray, plan: Plan, num_requests: int, only_planned: bool, outcome: Outcome
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
-    """What a forward settled of some rows, planned requests first and as they were planned.
+    """The outcome of a forward for some rows, planned requests first and in their planned order.
 
     Args:
         rows: int64 `[n]`.
@@ -147,7 +147,7 @@ def in_order(
 def in_order_in_numpy(
     rows: np.ndarray, requests: np.ndarray, plan: Plan, num_requests: int, only_planned: bool, outcome: Outcome
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
-    """What `in_order` does, to read and to hold it against."""
+    """The reference of `in_order`, in numpy."""
     where = np.full(num_requests, -1)
     where[requests] = np.arange(len(requests))
     first = where[plan.requests]
@@ -209,13 +209,13 @@ def going_on_in_numpy(
     max_lengths: np.ndarray,
     most: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `going_on` does, to read and to hold it against."""
+    """The reference of `going_on`, in numpy."""
     own = requests[~finished]
     return own, rows[~finished], np.minimum(max_lengths[own] - lengths[own] - 1, most)
 
 
 def compile_passes() -> None:
-    """Compile them, or read them from the cache, before the first step."""
+    """Compile the passes, or read them from the cache, before the first step."""
     one, figures = np.zeros(1, np.int64), np.zeros((1, 1), np.float32)
     outcome = Outcome(one + 1, one, one, one[None], figures, figures)
     followed(one, one, one, one, one)

@@ -1,4 +1,4 @@
-"""`atlas-rl vllm-serve`: the command line of `vllm serve` with our proposer, and a server that trainers can rely on."""
+"""`atlas-rl vllm-serve`: the command line of `vllm serve` with our proposer and safe defaults for trainers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SWITCHES_OF_TRL = ("--enforce-eager", "--enable-prefix-caching", "--trust-remot
 def serve_command(
     model: str, flags: Sequence[str], draft_model: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that serves a policy, and the variables that its environment needs besides.
+    """The command that serves a policy, and the environment variables that it needs.
 
     Args:
         model: Folder or name of the policy.
@@ -70,7 +70,7 @@ def serve_command(
 
 
 def serve(model: str, flags: Sequence[str], draft_model: Path | None = None) -> None:
-    """Become the server: this process runs vLLM's own command. Raises as `serve_command` does."""
+    """Replace this process with vLLM's server command. Raises like `serve_command`."""
     command, variables = serve_command(model, flags, draft_model)
     line = shlex.join(command)
     print("atlas-rl vllm-serve:", *(f"{name}={value}" for name, value in variables.items()), line, file=sys.stderr)
@@ -79,7 +79,7 @@ def serve(model: str, flags: Sequence[str], draft_model: Path | None = None) -> 
 
 
 def _entry(model: str) -> list[str]:
-    """What `vllm serve MODEL` runs. The command asks for its version under a name that the CPU wheel does not have."""
+    """The entry point of `vllm serve MODEL`, whose version lookup fails with the name of the CPU wheel."""
     try:
         metadata.version("vllm")
     except metadata.PackageNotFoundError:
@@ -88,7 +88,7 @@ def _entry(model: str) -> list[str]:
 
 
 def _in_words_of_vllm(flags: Sequence[str]) -> list[str]:
-    """The flags, those of `trl vllm-serve` as vLLM calls them."""
+    """Translate flags of `trl vllm-serve` into vLLM's."""
     found: list[str] = []
     rest = list(flags)
     while rest:
@@ -106,12 +106,12 @@ def _in_words_of_vllm(flags: Sequence[str]) -> list[str]:
 
 
 def _name(flag: str) -> str:
-    """`--some-flag` of `--some_flag=value` or `--some-flag.key`, as vLLM reads it."""
+    """`--some-flag` from `--some_flag=value` or `--some-flag.key`, as vLLM reads it."""
     return flag.partition("=")[0].partition(".")[0].replace("_", "-")
 
 
 def _value(given: Sequence[str], name: str) -> str | None:
-    """What follows the last flag of this name; None where it is not given, or nothing follows."""
+    """The value after the last flag of this name; None if the flag or its value is missing."""
     found = None
     for i, flag in enumerate(given):
         if flag.startswith("--") and _name(flag) == name and "." not in flag.partition("=")[0]:
@@ -120,7 +120,7 @@ def _value(given: Sequence[str], name: str) -> str | None:
 
 
 def _weight_transfer(given: Sequence[str], names: set[str]) -> list[str]:
-    """The backend for this machine, unless one is given, which must be ours."""
+    """The weight-transfer backend for this machine; a given one must be ours."""
     name = "--weight-transfer-config"
     if name not in names:
         return [name, json.dumps({"backend": NCCL if torch.cuda.is_available() else GLOO})]
@@ -140,7 +140,7 @@ def _weight_transfer(given: Sequence[str], names: set[str]) -> list[str]:
 
 
 def _memory_and_graphs(given: Sequence[str], names: set[str], environment: Mapping[str, str]) -> list[str]:
-    """On CUDA graphs of our steps; on a CPU a cache that leaves the trainer some memory. What is given is kept."""
+    """On CUDA, graphs of our steps; on a CPU, a cache that leaves the trainer some memory. Given flags are kept."""
     if torch.cuda.is_available():
         if names & set(_GRAPHS):
             return []
@@ -155,7 +155,7 @@ def _memory_and_graphs(given: Sequence[str], names: set[str], environment: Mappi
 
 
 def _without_additional_config(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The flags without `--additional-config`, and what it has; `ValueError` where it has options of ours as well."""
+    """Flags without `--additional-config`, and its content; `ValueError` if it also has options of ours."""
     name = "--additional-config"
     value = _value(given, name)
     if value is None:

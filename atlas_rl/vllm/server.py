@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class AtlasWorkerExtension:
-    """Mixed into vLLM's worker; every method answers on every rank."""
+    """Worker extension of vLLM; every method answers on every rank."""
 
     model_runner: Any
 
     def atlas_policy_updated(self, version: str | None = None) -> dict[str, Any]:
-        """The server's weights were changed by other means: drafters learn from what they have seen.
+        """The server's weights were changed by other means: drafters learn from the rollouts they have seen.
 
         Args:
             version: Of the policy, a whole number, not below the present one; None counts up by one.
@@ -47,7 +47,7 @@ class AtlasWorkerExtension:
         return self._answer(self._atlas_proposer().load_checkpoint(self.model_runner, folder, version))
 
     def atlas_status(self) -> dict[str, Any]:
-        """What a trainer compares before it relies on the server.
+        """State that a trainer checks before it relies on the server.
 
         Returns:
             `server`, a random name that a restart changes; `policy_version`; `weights_are_whole`, False while an update has
@@ -56,11 +56,11 @@ class AtlasWorkerExtension:
         return self._atlas_proposer().status()
 
     def atlas_report(self) -> dict[str, Any]:
-        """A step report, as JSON, of the requests that ended since the last call."""
+        """Step report, as JSON, about the requests that ended since the last report."""
         return self._atlas_proposer().take_report().to_dict()
 
     def _answer(self, done: dict[str, Any]) -> dict[str, Any]:
-        """What was done, and whether something is left to do: a worker in a process of its own reaches no prefix cache."""
+        """Answer of a weight update; says if the caller must reset the prefix cache, which another process holds."""
         from atlas_rl.vllm.internals import in_engine_process
 
         if in_engine_process(self.model_runner.vllm_config):

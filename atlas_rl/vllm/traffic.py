@@ -1,4 +1,4 @@
-"""What the traffic of a server amounted to: for its reports, and for when its drafters learn."""
+"""Counts the traffic of a server, for its reports and for deciding when its drafters learn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Traffic:
         self.reset()
 
     def reset(self) -> None:
-        """Count from here on, for the next report."""
+        """Restart counting, for the next report."""
         self.num_requests, self.num_prompt_tokens, self.num_tokens = 0, 0, 0
         self.completion_lengths: deque[int] = deque(maxlen=_KEPT_LENGTHS)
 
@@ -38,10 +38,10 @@ class Traffic:
         self.completion_lengths.append(num_tokens)
 
     def worth_learning(self, now_s: float) -> bool:
-        """Whether enough is new for the drafters to learn from, and they have not learned just before."""
+        """Whether there is enough new traffic to learn from, and enough time since drafters last learned."""
         return self._new_tokens >= _WORTH_LEARNING_TOKENS and now_s >= self._learn_again_s
 
     def learned(self, now_s: float, seconds: float) -> None:
-        """Drafters have learned, which took some seconds."""
+        """Drafters have learned, which took `seconds`."""
         self._new_tokens = 0
         self._learn_again_s = now_s + seconds / _LEARNING_SHARE

@@ -40,12 +40,12 @@ class ProposingInWays(Proposing):
         self._table = table
 
     def compile_for_ways(self, device: torch.device) -> None:
-        """Compile what drafters launch for requests that sample in these ways."""
+        """Compile drafters' kernels for requests that sample in these ways."""
         for sampling in self._table.all_ways:
             compile_drafting(self._speculators.values(), sampling, self._table.current.vocab_size, device)
 
     def drawn_as(self, sequences: Sequences, requests: np.ndarray) -> Hashable:
-        """The distribution that all requests are drawn from, roughly, or that they differ."""
+        """Rounded sampling parameters of all requests, or that they differ."""
         ways = self._table.ways(requests) if self._table.only_way is None else [(self._table.only_way, requests)]
         return _roughly(ways[0][0]) if len(ways) == 1 else MIXED
 
@@ -61,7 +61,7 @@ class ProposingInWays(Proposing):
 
 
 def observe_in_ways(speculator: Speculator, table: RequestTable, verified: Verified) -> None:
-    """Hand a drafter what was verified, greedy requests apart from drawn ones: some learn differently from each."""
+    """Pass verified tokens to a drafter, greedy and drawn requests apart: some drafters learn differently from each."""
     if table.only_way is not None:
         table.sample_as(table.only_way)
         speculator.observe(table.current, verified)
@@ -89,7 +89,7 @@ def _of(verified: Verified, rows: np.ndarray) -> Verified:
 
 
 def _together(parts: list[tuple[np.ndarray, Draft]], batch: int) -> Draft:
-    """Drafts of disjoint rows as one of `batch` rows; drafts that couple noise carry no probabilities."""
+    """Merge drafts of disjoint rows into one of `batch` rows; drafts with coupled noise carry no probabilities."""
     width = max(draft.token_ids.shape[1] for _, draft in parts)
     tokens, lengths = np.zeros((batch, width), np.int64), np.zeros(batch, np.int64)
     confidence = np.full((batch, width), 0.5, np.float32)
@@ -102,7 +102,7 @@ def _together(parts: list[tuple[np.ndarray, Draft]], batch: int) -> Draft:
 
 @lru_cache(maxsize=64)
 def _roughly(sampling: SamplingParams) -> Hashable:
-    """Distributions that differ by little share what was learned: clients send any number."""
+    """Rounded sampling parameters, so that similar distributions share statistics: clients send any number."""
     return (
         round(sampling.temperature, 1),
         min(sampling.top_k, 1000).bit_length(),

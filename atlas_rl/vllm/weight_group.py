@@ -1,4 +1,4 @@
-"""A process group over gloo between one trainer process and the workers of a server, apart from either's own groups."""
+"""A gloo process group of one trainer process and a server's workers, separate from their own groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SENDING = timedelta(minutes=5)
 
 
 class WeightGroup:
-    """Carries tensors from the trainer, rank 0, to all workers. One that has raised is of no further use.
+    """Sends tensors from the trainer, rank 0, to all workers. Unusable after an error.
 
     Args:
         host: Address of the trainer, as the workers reach it.
@@ -37,11 +37,11 @@ class WeightGroup:
         self._group = gloo(self._store, rank, world_size, options)
 
     def send(self, tensor: torch.Tensor) -> None:
-        """Send a tensor from rank 0 to all others, which know its shape and type; RuntimeError where one has gone."""
+        """Send a tensor from rank 0 to all others, which know its shape and type; RuntimeError if a peer is gone."""
         self._broadcast(tensor.detach().cpu().contiguous())
 
     def receive(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """The next tensor of rank 0; RuntimeError where it has gone."""
+        """Receive the next tensor of rank 0; RuntimeError if it is gone."""
         tensor = torch.empty(shape, dtype=dtype)
         self._broadcast(tensor)
         return tensor
@@ -57,7 +57,7 @@ class WeightGroup:
 
 
 def address_towards(host: str, port: int) -> str:
-    """The address of this machine from which it reaches another one; nothing is sent."""
+    """The address of this machine on the route to another one; sends nothing."""
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as unsent:
         unsent.connect(address)

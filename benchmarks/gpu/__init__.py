@@ -1,1 +1,1 @@
-"""What only a GPU can say: correctness on a device, kernels against their floors, steps by arm, and what stalls them."""
+"""Measurements that need a GPU: correctness on a device, kernels against their floors, steps by arm, stalls."""

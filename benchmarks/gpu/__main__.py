@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, part by part; each adds to what the output file has.
+"""Runs all GPU measurements, part by part; each part updates the output file.
 
 python -m benchmarks.gpu.texts runs/gpu/texts.npz                       # where the demo is installed
 python -m benchmarks.gpu.policy runs/gpu/texts.npz runs/gpu/policy     # on the GPU: 45 s
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 class Shared:
-    """The parts, and the policy and engines that they share."""
+    """The policy and engines that the parts share."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -104,7 +104,7 @@ class Shared:
         return said(kernels.rows())
 
     def large(self) -> list[dict[str, Any]]:
-        """Plain steps of larger policies with random weights, which is what a step costs but not what is accepted."""
+        """Plain steps of larger policies with random weights, which give step times but no acceptance."""
         rows = []
         for size in ("1.7b", "8b"):
             model = new_policy(size, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Whether attention plans anew for every key length: the claim that keeps cuDNN out of decoding."""
+"""Tests whether cuDNN attention plans anew for every key length, the reason to keep it out of decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BACKENDS = {"default": None, "without cuDNN": OWN, "cuDNN": [SDPBackend.CUDNN_AT
 
 
 def rows(batch: int = 8, queries: int = 2, first: int = 300, lengths: int = 12) -> list[dict[str, Any]]:
-    """Milliseconds of attention at key lengths that are met for the first time, and again, masked as in a decode step."""
+    """Milliseconds of attention at new key lengths and at repeated ones, masked as in a decode step."""
     found = []
     for name, backends in BACKENDS.items():
         for kind in ("masked", "plain"):

@@ -1,4 +1,4 @@
-"""Rollouts on a device: speculation on, off and by arm beside transformers' own generation; a step against its graph."""
+"""Rollouts on a device: speculation on, off and by arm, beside transformers' own generation, and steps as graphs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIXED = {
 
 
 class Prompts:
-    """Batches of prompts that were not asked before."""
+    """Batches of prompts that were not used before."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         self._rows = itertools.cycle(rows)
@@ -43,7 +43,7 @@ class Prompts:
 
 
 def engines(model: Any) -> dict[str, AtlasRolloutEngine]:
-    """On, off, and one speculator alone at a fixed lookahead."""
+    """Engines: on, off, and each single speculator at a fixed lookahead."""
     made = {
         "off": AtlasRolloutEngine(model=model, speculation=False, console=False, audit_share=0.0),
         "on": AtlasRolloutEngine(model=model, console=False, audit_share=0.0),
@@ -71,7 +71,7 @@ def warm(engine: AtlasRolloutEngine, prompts: Prompts, eos: int, calls: int, max
 
 
 def transformers_arm(model: Any, eos: int, max_new_tokens: int) -> Callable[[list[list[int]], int, int], int]:
-    """What TRL calls without vLLM: `model.generate` over left-padded prompts."""
+    """TRL's generation without vLLM: `model.generate` over left-padded prompts."""
 
     def run(rows: list[list[int]], group: int, seed: int) -> int:
         torch.manual_seed(seed)
@@ -155,7 +155,7 @@ def _row(batch: int, arm: str, speed: dict[str, list[float]], reports: list[Any]
 
 
 def asked_of_the_device(engine: AtlasRolloutEngine, prompts: Prompts, batch: int, tokens: int = 12) -> dict[str, Any]:
-    """Launches, waits and copies per step of one short call, the prompt's forward subtracted."""
+    """Launches, waits and copies per step of one short call, with the prompt's forward subtracted."""
     rows, group = prompts.next(batch)
 
     def call(count: int) -> Any:
@@ -172,7 +172,7 @@ def asked_of_the_device(engine: AtlasRolloutEngine, prompts: Prompts, batch: int
 
 
 def step_and_graph(model: Any, batch: int, queries: int, context: int) -> dict[str, Any]:
-    """Milliseconds of a decode forward, kernel by kernel and as a captured step."""
+    """Milliseconds of a decode forward, kernel by kernel and as a captured graph."""
     segments = Segments(
         np.ones(batch * queries, np.int64), 0, np.full(batch, context, np.int64), np.full(batch, queries, np.int64)
     )

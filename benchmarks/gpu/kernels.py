@@ -1,4 +1,4 @@
-"""The Triton kernels on a device: milliseconds beside the torch operations that they replace, and beside their floor."""
+"""Times the Triton kernels on a device, beside the torch operations they replace and their memory-bandwidth floor."""
 
 from __future__ import annotations
 

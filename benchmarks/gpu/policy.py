@@ -1,4 +1,4 @@
-"""A policy of a real architecture and size that is made on the spot: trained for a minute on the demo's written solutions.
+"""Makes a policy of a real architecture and size, trained for a minute on the demo's written solutions.
 
 Nothing can be downloaded on a bare machine, and a policy of random weights accepts no draft. One that has learned to write
 the demo's solutions has an entropy like a policy in training, and drafts are accepted for the reasons that they are there.
@@ -56,7 +56,7 @@ def texts(path: Path, name: str) -> list[list[int]]:
 
 
 def train(model: Any, rows: list[list[int]], seconds: float, batch_tokens: int, device: str) -> list[float]:
-    """Next-token training over packed rows until the time is over; the losses of its steps."""
+    """Next-token training over packed rows until time is up; returns the losses."""
     stream = torch.tensor([token for row in rows for token in row], device=device)
     length = 512 if batch_tokens >= 512 else batch_tokens
     model.train().to(device)

@@ -1,4 +1,4 @@
-"""The demo's tasks as token ids in one file, for a machine that has neither reasoning-gym nor a tokenizer.
+"""Writes the demo's tasks as token ids, for a machine that has neither reasoning-gym nor a tokenizer.
 
 python -m benchmarks.gpu.texts runs/gpu/texts.npz
 """

@@ -1,4 +1,4 @@
-"""Device time by events, and what the host asked of the device."""
+"""Measures device time by events, and counts the host's requests to the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 
 def device_ms(call: Callable[[], Any], repeats: int = 30) -> dict[str, float]:
-    """Milliseconds of the device for `call`, which waits for nothing: captured, so that launches are not what is timed."""
+    """Device milliseconds of `call`, which must not wait: captured as a graph, so that launches are not timed."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -36,7 +36,7 @@ def device_ms(call: Callable[[], Any], repeats: int = 30) -> dict[str, float]:
 
 
 def host_ms(call: Callable[[], Any], repeats: int = 10, warm_up: int = 2) -> dict[str, float]:
-    """Milliseconds until the device is done with `call`, by the host's clock."""
+    """Milliseconds on the host's clock until the device has finished `call`."""
     seconds = []
     for turn in range(warm_up + repeats):
         torch.cuda.synchronize()
@@ -49,7 +49,7 @@ def host_ms(call: Callable[[], Any], repeats: int = 10, warm_up: int = 2) -> dic
 
 
 def traced(call: Callable[[], Any]) -> dict[str, Any]:
-    """What one call makes the host ask of the device: launches, waits, copies; and the device's busy milliseconds."""
+    """Host requests to the device in one call (launches, waits, copies), and the device's busy milliseconds."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:

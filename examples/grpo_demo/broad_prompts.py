@@ -1,4 +1,4 @@
-"""Writes prompts to train the demo's static drafter on: many reasoning-gym families, none of them the demo's.
+"""Writes training prompts for the demo's static drafter: many reasoning-gym families, none of them the demo's.
 
     python examples/grpo_demo/broad_prompts.py --output runs/eagle3
     atlas-rl train-speculator --model runs/eagle3/policy --data runs/eagle3/prompts.jsonl --output runs/eagle3/head
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def broad_families() -> list[str]:
-    """Return the families that prompts are drawn from."""
+    """Return the families to draw prompts from."""
     return sorted(set(DATASETS) - set(FAMILIES) - RELATIVES)
 
 

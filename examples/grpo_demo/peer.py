@@ -1,4 +1,4 @@
-"""Times TRL's own generation by transformers over prompts and tokens that the engine has generated before."""
+"""Times TRL's own generation by transformers over prompts and tokens that the engine generated before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 @dataclass(frozen=True)
 class Generation:
-    """One training step's rollouts: prompts as the data set has them, one per completion, and token ids."""
+    """One training step's rollouts: prompts as in the dataset, one per completion, and token ids."""
 
     step: int
     prompts: list[Any]
@@ -24,7 +24,7 @@ class Generation:
 
 
 class KeepsGenerations:
-    """A reward function that keeps what it is given, by training step, and rewards as another one does."""
+    """A reward function that records its input by training step and delegates to another one."""
 
     def __init__(self, reward_func: Any) -> None:
         self.__name__ = reward_func.__name__  # TRL's name for it in its logs
@@ -55,7 +55,7 @@ def time_trl(trainer: GRPOTrainer, generation: Generation) -> float:
 
 @contextmanager
 def _forced(model: Any, completion_ids: Sequence[list[int]]) -> Iterator[None]:
-    """Inside, `model.generate` draws these tokens. The work is that of sampling: only the scores are overwritten."""
+    """Context in which `model.generate` draws these tokens: sampling runs as usual, only the scores are overwritten."""
     processors = LogitsProcessorList([_Forced(completion_ids)])
     model.generate = functools.partial(model.generate, logits_processor=processors)
     try:

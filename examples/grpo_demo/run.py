@@ -147,7 +147,7 @@ def build_trainer(
 
 
 class Progress(TrainerCallback):
-    """Prints one line per step and keeps it; `rows` holds reward, length (tokens), entropy (nats) and seconds."""
+    """Prints and keeps one line per step; `rows` holds reward, length (tokens), entropy (nats) and seconds."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -198,7 +198,7 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
 
 
 def announce(args: argparse.Namespace) -> None:
-    """Print what is about to run, and where it stands to the runs that speculation is for."""
+    """Print the coming run's settings, and how they compare with the runs that speculation is made for."""
     policy, requests = "raw" if args.raw_policy else "warm-started", args.prompts * args.num_generations
     print(
         f"GRPO, {policy} SmolLM2-135M on {', '.join(args.families)}: {args.steps} steps of {args.prompts} prompts x "
@@ -227,7 +227,7 @@ def announce(args: argparse.Namespace) -> None:
 def compare_with_trl(
     trainer: GRPOTrainer, engine: Any, generations: KeepsGenerations, args: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """Let TRL's own generation repeat some training steps token by token, and give the seconds beside the engine's."""
+    """Repeat some training steps with TRL's own generation, token by token; returns both times in seconds."""
     reports = {r.step: r for r in engine.reports if r.mode == "train" and r.baseline_tokens_per_s}
     chosen = [step for step in sorted(reports.keys() & generations.kept.keys()) if step % args.trl_every == 0]
     print(f"\nTRL's own generation repeats {len(chosen)} of the steps ...", flush=True)
@@ -255,7 +255,7 @@ def evaluate(trainer: GRPOTrainer, args: argparse.Namespace, when: str) -> float
 def summarize(
     args: argparse.Namespace, engine: Any | None, rows: list[dict[str, float]], held_out: list[float | None]
 ) -> dict[str, Any]:
-    """Gather all that the closing table shows, as plain JSON values; speeds are in tokens per second."""
+    """Collect the figures of the closing table as plain JSON values; speeds are in tokens per second."""
     rewards = [row["reward"] for row in rows]
     edge = max(1, min(5, len(rewards) // 2))
     summary: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What the short runs of the other examples share: their options, the policy, the trainer's settings, the closing lines."""
+"""Shared parts of the short example runs: options, policy, trainer settings, closing lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from policy import load_policy
 
 
 def add_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
-    """The options of every short run; `output_dir` is the default of one of them."""
+    """Add the options of every short run; `output_dir` is the default of `--output-dir`."""
     parser.add_argument("--model", help="the policy's folder or name; by default the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     parser.add_argument("--prompts", type=int, default=2, help="prompts per step and rank")
@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The policy that was asked for, and its tokenizer."""
+    """The requested policy, and its tokenizer."""
     if args.model is None:
         return load_policy()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if args.bf16 else torch.float32)
@@ -34,7 +34,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Of `GRPOConfig`, as far as they have nothing to do with where rollouts come from."""
+    """`GRPOConfig` settings that do not depend on where rollouts come from."""
     return {
         "output_dir": str(args.output_dir),
         "per_device_train_batch_size": args.prompts * args.num_generations,
@@ -52,7 +52,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_last(engine: Any, output_dir: Path) -> None:
-    """How fast the last step was, and where the report is."""
+    """Print the speed of the last step, and where the report is."""
     last = engine.reports[-1]
     print(f"\nlast step: {last.tokens_per_s:.0f} tokens/s, accepted length {last.accepted_length:.2f}")
     print(f"written: {output_dir / 'rollouts.jsonl'}")

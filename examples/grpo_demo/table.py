@@ -1,4 +1,4 @@
-"""The demo's closing figures: rollouts on and off by epoch and active batch, TRL's, and what a GPU is predicted to do."""
+"""The demo's closing tables: rollouts on and off by epoch and active batch, TRL's, and predictions for GPUs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def summarize_rollouts(reports: Sequence[Any], trace: Path, steps_per_epoch: int
 
 
 def compared(reports: Sequence[Any]) -> dict[str, Any]:
-    """Speeds on and off over the generations that were repeated without speculation: equal tokens on both sides.
+    """Speeds on and off over generations that were repeated without speculation, with equal tokens on both sides.
 
     `estimate_error` is that of the estimate against those reruns, over the generations that have one.
     """
@@ -78,7 +78,7 @@ def by_batch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def predictions(accepted_length: float, draft_tokens: float) -> list[dict[str, Any]]:
-    """What `atlas-rl plan` predicts for GPUs if as many tokens were committed and drafted per forward as in this run."""
+    """Predictions of `atlas-rl plan` for GPUs, with this run's committed and drafted tokens per forward."""
     k = max(1, math.ceil(draft_tokens))
     found = []
     for name, gpu in PREDICTED:
@@ -139,7 +139,7 @@ def _print_batches(batches: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_peer(rows: Sequence[dict[str, Any]]) -> None:
-    """TRL's own generation over the prompts and tokens of some steps, beside ours of the same."""
+    """Print TRL's own generation over the prompts and tokens of some steps, beside ours."""
     if not rows:
         return
     tokens = sum(row["num_tokens"] for row in rows)
@@ -152,7 +152,7 @@ def _print_peer(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_predictions(rows: Sequence[dict[str, Any]]) -> None:
-    """Predictions, and what they are of."""
+    """Print the predictions and their settings."""
     print(
         f"PREDICTED by atlas-rl plan, not measured: this accepted length with {rows[0]['draft_tokens']} drafts per request"
     )
@@ -166,7 +166,7 @@ def _print_predictions(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def ratio(reports: Sequence[Any], above: str, below: str) -> float:
-    """Sum of a figure over the sum of another."""
+    """Sum of a figure divided by the sum of another."""
     return sum(getattr(r, above) for r in reports) / max(1, sum(getattr(r, below) for r in reports))
 
 
@@ -175,7 +175,7 @@ def _measured_s(report: Any) -> float:
 
 
 def _weighted_mean(reports: Sequence[Any], name: str) -> float | None:
-    """Average a report's figure over the run's tokens; None if no report has it."""
+    """Mean of a report's figure weighted by tokens; None if no report has it."""
     rows = [(getattr(r, name), r.num_tokens) for r in reports if getattr(r, name) is not None]
     weight = sum(tokens for _, tokens in rows)
     return sum(value * tokens for value, tokens in rows) / weight if weight else None

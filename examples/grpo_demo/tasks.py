@@ -38,7 +38,7 @@ _SEED_STRIDE = 100_003
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One question with what is needed to score an answer to it."""
+    """One question with the data needed to score an answer."""
 
     family: str
     question: str
@@ -185,7 +185,7 @@ _TOTAL = (
 
 
 def write_solution(task: Task, rng: random.Random) -> str:
-    """Write a right solution of `task` in randomly drawn words, with the answer in the last line."""
+    """Write a correct solution of `task` in randomly chosen words, with the answer in the last line."""
     steps = _WRITERS[task.family](task, rng)
     closing = rng.choice(_CLOSINGS).format(r=task.answer)
     body = " ".join(part for part in (rng.choice(_OPENINGS), *steps, closing) if part)

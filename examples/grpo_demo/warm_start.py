@@ -1,4 +1,4 @@
-"""Trains and measures the demo's warm start: a LoRA adapter over SmolLM2-135M-Instruct.
+"""Trains and evaluates the demo's warm start: a LoRA adapter for SmolLM2-135M-Instruct.
 
 The adapter is trained on written solutions (tasks.py), with a loss on solution tokens only. Then the merged policy is
 sampled at temperature 1 on held-out questions. Its entropy, accuracy and completion lengths are recorded beside the adapter.
@@ -99,7 +99,7 @@ def _processor() -> str:
 
 
 def encode(task: Task, solution: str, tokenizer: Any) -> Example:
-    """Return the token ids as generation sees them: the templated prompt; the solution and the end-of-turn token."""
+    """Return token ids as generation sees them: the templated prompt; the solution with the end-of-turn token."""
     prompt = tokenizer.apply_chat_template(task.messages, tokenize=False, add_generation_prompt=True)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, solution)]
     return ids[0], [*ids[1], tokenizer.eos_token_id]
@@ -220,7 +220,7 @@ class PolicyStatistics(LogitsProcessor):
 
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure entropy, accuracy and lengths of completions that are sampled at temperature 1 on held-out questions."""
+    """Measure entropy, accuracy and lengths of completions sampled at temperature 1 on held-out questions."""
     torch.manual_seed(args.seed + 1)
     # Families have different lengths: a batch of one family waits less for its longest row.
     tasks = sorted(make_tasks("eval", args.eval_prompts, args.seed), key=lambda task: task.family)

@@ -17,7 +17,7 @@ def kernels_run_on(device: torch.device) -> bool:
 
 
 def implementation_on(device: torch.device) -> Implementation:
-    """What a caller passes on that can do without kernels: they run on `device`, or the reference does."""
+    """Name of the implementation on `device`, "triton" or "reference", for callers that can do without kernels."""
     return "triton" if kernels_run_on(device) else "reference"
 
 

@@ -60,7 +60,7 @@ def draft_head(
     truncation: Truncation | None = None,
     implementation: Implementation = "auto",
 ) -> HeadDraft:
-    """Draft `num_tokens` tokens for every row. Reads nothing back from the device.
+    """Draft `num_tokens` tokens for every row. Does not read from the device.
 
     Args:
         weights: The head.

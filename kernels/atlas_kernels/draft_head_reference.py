@@ -1,4 +1,4 @@
-"""The eager reference of `draft_head`: step by step, every score written out."""
+"""The eager reference of `draft_head`: step by step, with every score materialised."""
 
 from __future__ import annotations
 

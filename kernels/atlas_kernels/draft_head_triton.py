@@ -1,4 +1,4 @@
-"""The Triton kernels of `draft_head`: `advance` the state, `score` its tokens, `finish_draft`, or all in `draft_whole`.
+"""The Triton kernels of `draft_head`: `advance` the state, `score` its tokens, `finish_draft`; `draft_whole` does all.
 
 Each step reads from memory what the step before it wrote. Within one program a barrier separates them, among several
 programs a launch does.
@@ -38,14 +38,14 @@ _EPSILON = tl.constexpr(torch.finfo(torch.float32).eps)
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent, by operations that the interpreter has too."""
+    """Hyperbolic tangent, from operations that the interpreter supports."""
     t = tl.exp(-2.0 * tl.abs(x))
     return tl.where(x < 0, -1.0, 1.0) * (1.0 - t) / (1.0 + t)
 
 
 @triton.jit
 def state_tile(states, row, inner, batch, size, ELEMENT: tl.constexpr, COMPUTE: tl.constexpr):
-    """`[INNER, ROWS]` of the states, rounded to the weights' type, and the float32 numbers themselves."""
+    """`[INNER, ROWS]` of the states, rounded to the weights' type, and unrounded in float32."""
     at = states + row[None, :].to(tl.int64) * size + inner[:, None]
     x = tl.load(at, mask=(row[None, :] < batch) & (inner[:, None] < size), other=0.0)
     return x.to(ELEMENT).to(COMPUTE), x
@@ -53,7 +53,7 @@ def state_tile(states, row, inner, batch, size, ELEMENT: tl.constexpr, COMPUTE: 
 
 @triton.jit
 def joined(scores, tokens, row, inside, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
-    """The token of the best score over a row's splits, of which `SPLITS` are looked at at a time: int32 `[ROWS]`."""
+    """The token with the best score over a row's splits, read `SPLITS` at a time: int32 `[ROWS]`."""
     at = row.to(tl.int64) * splits
     best = tl.full([ROWS], float("-inf"), tl.float64)
     winner = tl.zeros([ROWS], tl.int32)
@@ -97,7 +97,7 @@ def gates_of_state(
 def absorbed_token(
     newest, scores, tokens, row, step, batch, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
-    """The token that the state absorbs at a step: int32 `[ROWS]`, the newest committed one first, then what was drawn."""
+    """The token that the state absorbs at a step: int32 `[ROWS]`: first the newest committed one, then drawn ones."""
     of_step = (step - 1) * batch * splits
     # One of the two masks is empty.
     given = tl.load(newest + row, mask=row < tl.where(step == 0, batch, 0), other=0).to(tl.int32)
@@ -146,7 +146,7 @@ def logits_of_tile(
     ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile of the reduced vocabulary from states: float32 `[TOKENS, ROWS]`, `-inf` for what is not `known`."""
+    """Logits of a vocabulary tile from states: float32 `[TOKENS, ROWS]`, `-inf` for tokens that are not `known`."""
     x = tl.zeros([TOKENS, ROWS], tl.float32)
     squares = tl.zeros([INNER, ROWS], tl.float32)
     for first in range(0, size, INNER):
@@ -165,7 +165,7 @@ def logits_of_tile(
 
 @triton.jit
 def noisy(x, token_ids, index, known, key, position, STREAM: tl.constexpr, ROWS: tl.constexpr):
-    """The scores of logits `[TOKENS, ROWS]`, float64: each minus the log of the exponential of its token."""
+    """Scores of logits `[TOKENS, ROWS]`, float64: each logit minus the log of its token's exponential."""
     ids = tl.load(token_ids + index, mask=known, other=0).to(tl.int32)[:, None] + tl.zeros([1, ROWS], tl.int32)
     return x.to(tl.float64) - tl.log(exponentials_of(key, position, ids, STREAM).to(tl.float64))
 
@@ -290,7 +290,7 @@ def draft_whole(
 def draft_head_triton(
     call: HeadCall, *, whole_bytes: int = WHOLE_BYTES
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The fields of `atlas_kernels.draft_head.HeadDraft`. Weights of up to `whole_bytes` take one launch."""
+    """The fields of `atlas_kernels.draft_head.HeadDraft`. Weights of up to `whole_bytes` take a single launch."""
     weights, state, num_steps = call.weights, call.state, call.num_tokens
     (batch, size), device, tokens = state.shape, state.device, len(weights.token_ids)
     tile, compute = tile_on(device, weights)
@@ -347,12 +347,12 @@ def element_of(weights: DraftHeadWeights) -> Any:
 
 
 def tile_on(device: torch.device, weights: DraftHeadWeights) -> tuple[dict[str, int], Any]:
-    """Sizes of tiles, and the type of what products multiply."""
+    """Tile sizes, and the type in which products multiply."""
     return (TILE, element_of(weights)) if device.type == "cuda" else (_INTERPRETED_TILE, tl.float32)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Launch `kernel` with those of the arguments that it takes."""
+    """Launch `kernel` with the arguments that it takes."""
     kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=NUM_WARPS)
 
 
@@ -374,5 +374,5 @@ def split_tokens(
 
 
 def _programs(device: torch.device) -> int:
-    """Programs that use the whole device, and the most splits; of the interpreter, splits that suffice for a test."""
+    """Programs that fill the device, and the most splits; for the interpreter, enough splits for a test."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

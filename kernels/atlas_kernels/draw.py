@@ -1,4 +1,4 @@
-"""Draws one token per row of logits, by the noise of `atlas_kernels.noise`: what drafters do at every drafted position.
+"""Draws one token per row of logits with the noise of `atlas_kernels.noise`, as drafters do at every position.
 
     choice = argmax_x l(x) - log E(x)          l = logits / T
 
@@ -44,7 +44,7 @@ def draw(
     token_ids: torch.Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Drawn:
-    """Draw one token per row. Reads nothing back from the device.
+    """Draw one token per row. Does not read from the device.
 
     Args:
         logits: float32, bfloat16 or float16 `[rows, tokens]`; `-inf` for excluded tokens. Left unchanged.

@@ -1,4 +1,4 @@
-"""The arguments of `draw`, checked once: what its reference and its kernels both read."""
+"""The checked arguments of `draw`, for its reference and its kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DrawCall:
     token_ids: torch.Tensor | None
 
     def checked(self) -> DrawCall:
-        """This call, if its arguments fit each other.
+        """This call, if its arguments are consistent; `ValueError` otherwise.
 
         Raises:
             ValueError: A shape, type, device or number does not fit.

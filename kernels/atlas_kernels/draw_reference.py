@@ -1,4 +1,4 @@
-"""The eager reference of `draw`: every score written out, in float64."""
+"""The eager reference of `draw`: every score materialised, in float64."""
 
 from __future__ import annotations
 

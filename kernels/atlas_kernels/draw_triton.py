@@ -1,4 +1,4 @@
-"""The Triton kernels of `draw`: those of `verify` over a whole vocabulary, one more over a reduced one, and the joining."""
+"""The Triton kernels of `draw`: those of `verify` over a whole vocabulary, one for a reduced one, and a final join."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def choose_among_splits(
     temperature, num_tokens, logits_stride, tiles_per_split, step,
     STREAM: tl.constexpr, GREEDY: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """`choose_splits` over a reduced vocabulary, every score written out; grid `[rows, splits]`.
+    """`choose_splits` over a reduced vocabulary, with an explicit score per token; grid `[rows, splits]`.
 
     Writes `scores`, `tokens` (columns of the logits) and `sums` as `choose_splits` does. The noise is that of `step`
     positions behind `positions`.

@@ -1,4 +1,4 @@
-"""The weights and the arguments of `draft_head`, checked once: what its reference and its kernels both read."""
+"""The checked weights and arguments of `draft_head`, for its reference and its kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class DraftHeadWeights:
-    """The weights of a folded head. Products with the state round it to this type; sums and all else are float32.
+    """The weights of a folded head. Products round the state to the weights' type; everything else is float32.
 
     Attributes:
         input_gates: float32, bfloat16 or float16 `[tokens + 1, 3 * size]`: what a token adds to reset, update and new
@@ -60,7 +60,7 @@ class DraftHeadWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weights that one drafted token reads, without its row of `input_gates`."""
+        """Bytes of weights that one drafted token reads, except its row of `input_gates`."""
         return sum(tensor.nbytes for tensor in (self.state_gates, self.state_bias, self.outputs, self.bias))
 
 
@@ -80,7 +80,7 @@ class HeadCall:
     truncation: Truncation | None = None
 
     def checked(self) -> HeadCall:
-        """This call, if its arguments fit each other.
+        """This call, if its arguments are consistent; `ValueError` otherwise.
 
         Raises:
             ValueError: A shape, type, device or number does not fit.

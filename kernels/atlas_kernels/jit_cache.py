@@ -1,4 +1,4 @@
-"""Compiled CPU kernels that are kept by their content, so that a new checkout, or a copy elsewhere, finds them.
+"""Caches compiled CPU kernels by content, so that a new checkout or a copy elsewhere finds them.
 
 numba keeps compiled code beside the source, under the source's path and time of change: a new clone compiles everything
 again, about a minute. It also looks at no other file: a kernel whose callee changed in another module is served as it was.
@@ -29,7 +29,7 @@ _CONSTANTS = (bool, int, float, complex, str, bytes, tuple, np.generic, np.ndarr
 
 
 def cached_njit(**options: Any) -> Callable[[Callable], Any]:
-    """`numba.njit` whose machine code is kept by content; `options` are numba's, without `cache`.
+    """`numba.njit` with a cache by content; `options` are numba's, without `cache`.
 
     `NUMBA_DISABLE_JIT`, `NUMBA_CACHE_DIR` and `NUMBA_CACHE_LOCATOR_CLASSES` hold as for any kernel.
     """
@@ -45,12 +45,12 @@ def cached_njit(**options: Any) -> Callable[[Callable], Any]:
 
 
 def num_kernels() -> tuple[int, int]:
-    """Kernels of the modules that are loaded, and how many of them are compiled by now (or read from the cache)."""
+    """Number of kernels in the loaded modules, and how many of them are compiled or read from the cache."""
     return len(_kernels), sum(bool(kernel.overloads) for kernel in _kernels)
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `NUMBA_CACHE_DIR`, else `numba` beside what else is found out about a machine."""
+    """Folder of compiled kernels: `NUMBA_CACHE_DIR`, else `numba` in this library's cache folder."""
     if config.CACHE_DIR:
         return Path(config.CACHE_DIR)
     own = os.environ.get("ATLAS_RL_CACHE")
@@ -59,7 +59,7 @@ def cache_folder() -> Path:
 
 
 def content_key(function: Any) -> str:
-    """Hexadecimal key of all that a kernel is compiled from and by, once the modules of its callees are loaded."""
+    """Hexadecimal key of everything a kernel is compiled from and with; its callees' modules must be loaded."""
     parts, seen, waiting = {f"numba {numba.__version__}"}, set(), [function]
     while waiting:
         called = waiting.pop()
@@ -77,7 +77,7 @@ def content_key(function: Any) -> str:
 
 
 class _ContentCache:
-    """Stands in for numba's cache of one function. It is opened at the first call, when all callees are defined."""
+    """Replaces numba's cache of one function. Opens at the first call, when all callees are defined."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
@@ -104,7 +104,7 @@ class _ContentCache:
 
 
 class _Locator:
-    """Tells numba in which folder and under which key a function is kept; the members are those that numba asks."""
+    """Tells numba the folder and key under which a function is cached; the members are numba's interface."""
 
     def __init__(self, function: Any, path: str) -> None:
         self._py_file, self._folder, self._key = path, cache_folder(), content_key(function)
@@ -130,7 +130,7 @@ class _Locator:
         return self._key
 
     def get_disambiguator(self) -> str:
-        """Part of the file names, so that two versions of a kernel do not push each other out."""
+        """Part of the file names that keeps two versions of a kernel from replacing each other."""
         return self._key[:16]
 
 
@@ -143,7 +143,7 @@ class _KeptByContent(caching.FunctionCache):
 
 
 def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Names that a function takes from its module, and of modules of ours that it names, with their values."""
+    """Names that a function takes from its module, and from our modules that it names, with their values."""
     names = set(_names_in(function.__code__))
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]

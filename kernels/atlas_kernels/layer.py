@@ -1,4 +1,4 @@
-"""What decoder layers compute between their products with weights: norms, rotations, writing into the cache.
+"""Operations of decoder layers between their matrix products: norms, rotary embeddings, cache writes.
 
 torch takes five to ten passes over the numbers for each. A decode step has few numbers, so it pays for the passes: on a GPU
 for their launches, on a CPU for their calls and allocations. Here each is one pass.
@@ -62,7 +62,7 @@ def rotate(
     *,
     implementation: Implementation = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary embeddings (Su et al., arXiv 2104.09864): turns pairs of numbers that are half a head apart.
+    """Rotary embeddings (Su et al., arXiv 2104.09864): rotates pairs of elements that are half a head apart.
 
     Args:
         query: `[num_tokens, heads, dim]`, contiguous; dim is even.
@@ -141,7 +141,7 @@ def store(
 
 
 def _compiled(x: torch.Tensor, other: torch.Tensor, implementation: Implementation) -> bool:
-    """Whether what is compiled for CPUs takes these."""
+    """Whether the compiled CPU version accepts these tensors."""
     return (
         implementation == "auto"
         and x.dtype == other.dtype == torch.float32

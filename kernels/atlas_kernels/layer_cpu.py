@@ -1,4 +1,4 @@
-"""`layer` in float32 on a CPU, compiled: one pass where torch takes five to ten, each of which allocates.
+"""`layer` in float32 on a CPU, compiled: one pass; torch takes five to ten, each with an allocation.
 
 Rows and tokens are computed one by one, so that none depends on how many there are.
 """
@@ -12,7 +12,7 @@ from atlas_kernels.jit_cache import cached_njit
 
 
 def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bool, rounds_first: bool) -> torch.Tensor:
-    """See `layer.rms_norm`; in float32 there is nothing to round first."""
+    """See `layer.rms_norm`; in float32 there is no intermediate rounding."""
     out = torch.empty_like(x)
     columns = x.shape[-1]
     # numpy would pin the weight's storage, which FSDP has to free: numpy gets a copy.

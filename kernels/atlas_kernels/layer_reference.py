@@ -1,4 +1,4 @@
-"""What `layer` computes, in torch, as the layers of transformers write it."""
+"""`layer` in torch, written as in the layers of transformers."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def store_reference(
 
 
 def wider(left: torch.Tensor, right: torch.Tensor) -> torch.dtype:
-    """The type that torch computes a product of two tensors in."""
+    """The type in which torch computes a product of two tensors."""
     return torch.promote_types(left.dtype, right.dtype)

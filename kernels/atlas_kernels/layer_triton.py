@@ -1,4 +1,4 @@
-"""The Triton kernels of `layer`: one launch each, which rounds where torch's operations round."""
+"""The Triton kernels of `layer`: one launch each, with rounding at the same places as torch."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def rotate_token(
 def store_token(
     keys, values, key, value, rows, cells, key_width, value_width, key_cells, value_cells, NUMBERS: tl.constexpr
 ):  # fmt: skip
-    """Some numbers of one token's key and value; grid over tokens and blocks of numbers."""
+    """Some elements of one token's key and value; grid over tokens and blocks of elements."""
     token = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1) * NUMBERS + tl.arange(0, NUMBERS)
     row, cell = tl.load(rows + token), tl.load(cells + token)

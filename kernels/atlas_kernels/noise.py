@@ -48,7 +48,7 @@ share_threads()  # before any kernel is compiled
 
 
 class Stream(enum.IntEnum):
-    """Disjoint noise streams; drawing from one says nothing about another."""
+    """Independent noise streams."""
 
     TARGET = 0  # the target's own choice, shared with drafters that couple to it
     ACCEPT = 1  # rejection sampling: accept or reject a draft
@@ -72,7 +72,7 @@ def request_keys(seed: int, num_requests: int) -> np.ndarray:
 
 
 def draft_keys(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Keys for `Stream.DRAFT` of drafts that begin behind `lengths` committed tokens.
+    """Keys for `Stream.DRAFT` of drafts that begin after `lengths` committed tokens.
 
     Every decode step commits a token, so drafts of two steps never share noise. Whatever learns from drafts has seen the
     discarded ones: if their noise were used again, the next decision would know the next draw.

@@ -51,7 +51,7 @@ class NVFP4Weight:
 
     @property
     def saturated(self) -> torch.Tensor:
-        """bool `[]` on the device: whether a magnitude lies beyond the largest number of this tensor scale.
+        """bool `[]` on the device: whether a magnitude exceeds the largest number of this tensor scale.
 
         A scale or magnitude that is not finite counts: weights that were NaN for a while must not leave their scale behind.
         """

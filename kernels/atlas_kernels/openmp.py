@@ -1,4 +1,4 @@
-"""torch and numba share one OpenMP runtime; this keeps numba from changing it for torch.
+"""Keeps numba from changing the settings of the OpenMP runtime that it shares with torch.
 
 numba starts its threads with the first parallel function that a process compiles. On GNU's runtime that
 
@@ -19,7 +19,7 @@ import torch
 
 
 def share_threads() -> None:
-    """Start numba's threads now, as many as torch's, and leave torch's number and nesting as they were."""
+    """Start as many numba threads as torch's now, and restore torch's thread count and nesting."""
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.get_num_threads()))
     if torch.get_num_threads() != threads:

@@ -1,4 +1,4 @@
-"""Verification by rejection, beside `verify`: for engines and drafters whose noise is not shared.
+"""Verification by rejection sampling, for engines and drafters whose noise is not shared.
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), as in
 `atlas_rl.sampling.verification.RejectionSampling`: a draft x drawn from q stands with probability `min(1, p(x) / q(x))`;
@@ -37,7 +37,7 @@ def verify_by_rejection(
     draft_vocab: torch.Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Verification:
-    """Verify packed drafts by rejection. Reads nothing back from the device.
+    """Verify packed drafts by rejection. Does not read from the device.
 
     Args:
         logits: As in `verify`, like the next four and `temperature`, `allowed` and `implementation`. At temperature 0 both
@@ -75,7 +75,7 @@ def verify_by_rejection(
 def _checked_vocab(
     logits: torch.Tensor, draft_probs: torch.Tensor | None, draft_vocab: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Token ids of the columns of `draft_probs`; raises the `ValueError`s of both."""
+    """Checks `draft_probs` and its token ids; returns the ids of its columns. Raises `ValueError`."""
     if draft_probs is None:
         if draft_vocab is not None:
             raise ValueError("draft_vocab names the columns of draft_probs: pass both, or neither for one-hot drafts")

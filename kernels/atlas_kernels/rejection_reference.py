@@ -1,4 +1,4 @@
-"""The eager reference of `rejection`: both distributions written out, in float64."""
+"""The eager reference of `rejection`: both distributions materialised, in float64."""
 
 from __future__ import annotations
 

@@ -63,14 +63,14 @@ def residual_splits(
 
 @triton.jit
 def better_split(scores, tokens, row, splits, score, token, SPLITS: tl.constexpr):
-    """Score and token of a row's best split, or the given ones, if none is better."""
+    """Score and token of a row's best split, or the given ones if no split is better."""
     other_score, other_token, _ = best_split(scores, tokens, row, splits, SPLITS)
     return tl.maximum(score, other_score), tl.where(other_score > score, other_token, token)
 
 
 @triton.jit
 def draft_probability(draft_probs, column_of, row, draft, num_draft_tokens):
-    """The probability that a row's draft was drawn with: 0 without a draft, or for one outside of the draft vocabulary."""
+    """The probability that a row's draft was drawn with; 0 without a draft or outside of the draft vocabulary."""
     column = tl.load(column_of + draft, mask=draft >= 0, other=-1)
     return tl.load(draft_probs + row * num_draft_tokens + column, mask=column >= 0, other=0.0)
 
@@ -161,7 +161,7 @@ def rejection_triton(
 
 
 def _inverted(draft_vocab: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Column of every token of the vocabulary, -1 for those without: int32 `[vocab]`."""
+    """Column of every token of the vocabulary, -1 for tokens without one: int32 `[vocab]`."""
     columns = torch.arange(len(draft_vocab), dtype=torch.int32, device=draft_vocab.device)
     return columns.new_full((vocab,), -1).index_copy_(0, draft_vocab, columns)
 

@@ -1,4 +1,4 @@
-"""Packed rows of logits with their drafts and noise keys, checked once: the input of every verification."""
+"""Packed rows of logits with their drafts and noise keys, checked once: the input of all verification."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PackedRows:
         return len(self.row_starts) - 1
 
     def checked(self) -> PackedRows:
-        """These rows, if its arguments fit each other.
+        """These rows, if the arguments are consistent; `ValueError` otherwise.
 
         Raises:
             ValueError: A shape, type, device or number does not fit.
@@ -66,7 +66,7 @@ class PackedRows:
         return self
 
     def contiguous(self) -> PackedRows:
-        """The same rows, laid out as kernels read them: any stride between the rows of `logits`, none elsewhere."""
+        """The same rows in the kernels' layout: any stride between the rows of `logits`, contiguous otherwise."""
         return replace(
             self,
             logits=self.logits if self.logits.stride(1) == 1 else self.logits.contiguous(),

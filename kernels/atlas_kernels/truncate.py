@@ -1,4 +1,4 @@
-"""Truncates rows of logits by top-k, then top-p, then min-p: tokens outside get `-inf`.
+"""Truncates rows of logits by top-k, then top-p, then min-p: excluded tokens get `-inf`.
 
 As many tokens are kept as by `transformers.generate`, and as likely ones; among equal ones it leaves the choice to a sort
 that is not stable. With l = logits / T and m the largest l:
@@ -36,7 +36,7 @@ def truncate(
     out: torch.Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> torch.Tensor:
-    """Divide by the temperature, and set what is not kept to `-inf`. Reads nothing back from the device.
+    """Divide by the temperature, and set excluded tokens to `-inf`. Does not read from the device.
 
     Args:
         logits: float32, bfloat16 or float16 `[rows, vocab]`; `-inf` for excluded tokens. Unchanged, unless it is `out`.

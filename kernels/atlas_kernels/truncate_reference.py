@@ -1,4 +1,4 @@
-"""The eager reference of `truncate`: rows sorted, and every weight written out, in integers."""
+"""The eager reference of `truncate`: sorted rows, with every weight as an integer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def truncate_reference(
 
 
 def weights(x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
-    """About `2**40 exp(x - peak)`, rounded down: int64, like float32 `x`. Only `x - peak` and its scaling are rounded."""
+    """About `2**40 exp(x - peak)`, rounded down: int64, like float32 `x`. Only `x - peak` and its scaling round."""
     steps = ((peak - x) * STEPS_PER_NAT).clamp(max=MOST_STEPS).nan_to_num(MOST_STEPS).int()
     if steps.device.type == "cpu":
         return torch.from_numpy(_weights_of(steps.numpy().reshape(-1))).view(steps.shape)
@@ -58,7 +58,7 @@ def weights(x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
 
 @cached_njit(nogil=True)
 def _weights_of(steps):
-    """The same of int32 `[n]`: some twenty integer operations of torch took longer than the sort."""
+    """`weights` of int32 `[n]`, compiled: some twenty integer operations of torch took longer than the sort."""
     out = np.empty(len(steps), np.int64)
     for index in range(len(steps)):
         step = np.int64(steps[index])

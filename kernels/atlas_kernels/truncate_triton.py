@@ -1,4 +1,4 @@
-"""The Triton kernel of `truncate`: one program per row, which searches the least kept logit in passes over the row.
+"""The Triton kernel of `truncate`: one program per row searches the least kept logit in passes over the row.
 
 Nothing is sorted. A search halves an interval of float32 bit patterns twice per pass: at most 16 passes, each over logits
 that are in cache after the first. Tiles without a logit in the interval cost a comparison. See `docs/kernels.md`.
@@ -35,7 +35,7 @@ def ordered(x):
 
 @triton.jit
 def weights(x, peak):
-    """As `truncate_reference.weights`, by the high halves of 32-bit products."""
+    """As `truncate_reference.weights`, from the high halves of 32-bit products."""
     steps = tl.minimum((peak - x) * _STEPS_PER_NAT, _MOST_STEPS).to(tl.int32)
     # Twice the reference's fraction: the high half of the product with a multiple of 2**-31 is one again.
     fraction = ((steps & _FRACTION_MASK) << _FRACTION_SHIFT).to(tl.uint32)
@@ -100,7 +100,7 @@ def row_sums(logits, vocab, temperature, SCALED: tl.constexpr, TOKENS: tl.conste
 
 @triton.jit
 def total_weight(logits, vocab, temperature, peak, least, SCALED: tl.constexpr, TOKENS: tl.constexpr):
-    """The weights of a row's tokens of keys from `least` on, together."""
+    """Total weight of a row's tokens with keys from `least` on."""
     total = tl.zeros([], tl.int64)
     for start in range(0, vocab, TOKENS):
         x = processed_logits(logits, logits, start + tl.arange(0, TOKENS), vocab, temperature, SCALED, False)
@@ -119,7 +119,7 @@ def truncate_rows(
     logits, out, temperature, vocab, logits_stride, out_stride, top_k, dropped_share, least_share,
     SCALED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Truncates one row; grid `[rows]`. `out` may be `logits`: a tile is read before it is written, and never again."""
+    """Truncates one row; grid `[rows]`. `out` may be `logits`: each tile is read before it is written."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     out += row * out_stride

@@ -1,4 +1,4 @@
-"""`draft_head` where tokens are truncated: a row's logits have to be known as a whole before a token is drawn.
+"""`draft_head` with truncation: a row's logits have to be complete before a token is drawn.
 
 Per token `advance` and `score` of the draft head, here for its logits alone, then `truncate` and `draw`: five launches.
 """
@@ -21,7 +21,7 @@ _ALIGNED = 4  # float32 numbers, so that the logits of every step begin at 16 by
 
 
 def draft_head_triton(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The fields of `atlas_kernels.draft_head.HeadDraft`, of a call with a truncation."""
+    """The fields of `atlas_kernels.draft_head.HeadDraft`, for a call with truncation."""
     assert call.truncation is not None
     (batch, size), tokens, num_steps = call.state.shape, len(call.weights.token_ids), call.num_tokens
     device = call.state.device
@@ -44,7 +44,7 @@ def draft_head_triton(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def _arguments(call: HeadCall, states: torch.Tensor) -> dict[str, Any]:
-    """What `advance` and `score` take at every step, by name."""
+    """Arguments of `advance` and `score` at every step, by name."""
     weights, (batch, size), device = call.weights, call.state.shape, call.state.device
     tile, compute = head.tile_on(device, weights)
     splits, tiles_per_split = head.split_tokens(batch, len(weights.token_ids), tile, device, whole=False)

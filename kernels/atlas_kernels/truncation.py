@@ -1,4 +1,4 @@
-"""Top-k, top-p and min-p: what `truncate`, its reference and its kernel read."""
+"""Parameters of top-k, top-p and min-p, for `truncate`, its reference and its kernel."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ class Truncation:
 
     @property
     def least_share(self) -> int:
-        """`min_p`, likewise, rounded up."""
+        """`min_p` as a multiple of `2**-31`, rounded up."""
         return min(math.ceil(self.min_p * 2**SHARE_BITS), 2**SHARE_BITS - 1)

@@ -1,4 +1,4 @@
-"""Verifies drafts in one pass over the vocabulary: the policy's own choice at every drafted position.
+"""Verifies drafts in one pass over the vocabulary, by the policy's own choice at every drafted position.
 
 Drafter-invariant sampling (Daliri, Musco, Suresh, arXiv 2408.07978). With processed logits `l = logits / T` and the keyed
 exponentials E of `atlas_kernels.noise`,
@@ -56,7 +56,7 @@ def verify(
     greedy: torch.Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Verification:
-    """Verify packed drafts, drafter-invariantly. Reads nothing back from the device.
+    """Verify packed drafts by drafter-invariant sampling. Does not read from the device.
 
     Args:
         logits: float32, bfloat16 or float16 `[rows, vocab]`: request by request, after its last committed token, then
@@ -84,7 +84,7 @@ def verify(
 
 
 def decide(rows: PackedRows, implementation: Implementation) -> Verification:
-    """`verify` of checked rows."""
+    """`verify` for checked rows."""
     if use_triton(rows.logits, implementation):
         from atlas_kernels.verify_triton import verify_triton as run
     else:

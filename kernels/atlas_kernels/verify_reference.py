@@ -1,4 +1,4 @@
-"""The eager reference of `verify`: every score written out, in float64."""
+"""The eager reference of `verify`: every score materialised, in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def summarise(log_probs: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.T
 
 
 def processed_logits(logits: torch.Tensor, temperature: float, allowed: torch.Tensor | None) -> torch.Tensor:
-    """Logits of the sampled distribution: float64 `[rows, vocab]` with values that float32 holds."""
+    """Logits of the sampled distribution: float64 `[rows, vocab]`, with values representable in float32."""
     processed = logits.float()
     if temperature not in (0, 1):
         # A tensor divides; a Python number would be turned into a multiplication by its reciprocal on CUDA.
@@ -45,13 +45,13 @@ def processed_logits(logits: torch.Tensor, temperature: float, allowed: torch.Te
 def noisy_scores(
     log_weights: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, stream: Stream
 ) -> torch.Tensor:
-    """`log w(x) - log E(x)`: float64 `[rows, vocab]`; its argmax is a draw from `w`, normalised."""
+    """`log w(x) - log E(x)`: float64 `[rows, vocab]`; its argmax is a draw from the normalised `w`."""
     e = noise.exponentials(keys, positions, int(stream), log_weights.shape[1])
     return log_weights - e.double().log()
 
 
 def first_argmax(scores: torch.Tensor) -> torch.Tensor:
-    """The first of each row's largest scores: int64 `[rows]` (`Tensor.argmax` promises none among equals).
+    """The first of each row's largest scores: int64 `[rows]` (`Tensor.argmax` does not promise the first).
 
     0 in a row with a NaN, which equals nothing: an index out of range would stop a GPU's whole process.
     """
@@ -62,7 +62,7 @@ def first_argmax(scores: torch.Tensor) -> torch.Tensor:
 
 
 def count_accepted(stands: torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:
-    """Drafts that stand before the first that does not: int64 `[batch]` (`stands` bool `[rows]`)."""
+    """Accepted drafts before the first rejected one: int64 `[batch]` (`stands` bool `[rows]`)."""
     num_rows = len(stands)
     rows = torch.arange(num_rows + 1, device=stands.device)
     fallen = torch.where(torch.nn.functional.pad(stands, (0, 1)), num_rows, rows)

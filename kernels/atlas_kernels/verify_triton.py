@@ -24,7 +24,7 @@ _SLACK = tl.constexpr(1e-9)
 
 @triton.jit
 def processed_logits(logits, allowed, ids, vocab, temperature, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr):
-    """Logits of the sampled distribution for some tokens of a row: float32, `-inf` for what is excluded or outside."""
+    """Logits of the sampled distribution for some tokens of a row: float32, `-inf` for excluded tokens and padding."""
     inside = ids < vocab
     x = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
     if SCALED:
@@ -36,7 +36,7 @@ def processed_logits(logits, allowed, ids, vocab, temperature, SCALED: tl.conste
 
 @triton.jit
 def without_excluded(x, ids, vocab, excluded, EXCLUDE: tl.constexpr):
-    """`x`, but `-inf` for the token `excluded` points at (EXCLUDE 1), or where `excluded[id] >= 0` (EXCLUDE 2)."""
+    """`x` with `-inf` for the token at `excluded` (EXCLUDE 1), or wherever `excluded[id] >= 0` (EXCLUDE 2)."""
     if EXCLUDE == 1:
         x = tl.where(ids == tl.load(excluded), float("-inf"), x)
     if EXCLUDE == 2:
@@ -46,7 +46,7 @@ def without_excluded(x, ids, vocab, excluded, EXCLUDE: tl.constexpr):
 
 @triton.jit
 def add_weights(x, top, peak, total, moment):
-    """Adds a tile to the sums of `exp(x - peak)` and `exp(x - peak) (x - peak)`, lane by lane; `top` is its largest `x`."""
+    """Adds a tile to the sums of `exp(x - peak)` and `exp(x - peak) (x - peak)`, by lane; `top` is its largest `x`."""
     new_peak = tl.maximum(peak, top)
     # While nothing is allowed the peak is -inf, and -inf - -inf is not a number.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -64,7 +64,7 @@ def race(
     key, position, temperature, vocab, start, top, best_score, best_token, best_logit,
     STREAM: tl.constexpr, SCALED: tl.constexpr, HAS_ALLOWED: tl.constexpr, EXCLUDE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The best score so far, its token and logit, after the tile from `start`, whose blocks have largest logits `top`."""
+    """Updates the best score, its token and logit by the tile from `start`, whose blocks have largest logits `top`."""
     lanes, blocks = tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
     minima, lane_of_minimum = block_minima(key, position, blocks + start // BLOCK, STREAM)
     bounds = top.to(tl.float64) - tl.log(minima.to(tl.float64)) + _SLACK
@@ -92,7 +92,7 @@ def race(
 
 @triton.jit
 def likelier(x, ids, vocab, top, score, token, logit):
-    """The best score so far, its token and logit, after a tile of logits `x`, the largest of them `top`; without noise."""
+    """Updates the best score, its token and logit by a tile of logits `x` with largest value `top`, without noise."""
     if top > logit:
         logit = top
         token = tl.min(tl.where(x == top, ids, vocab))
@@ -102,7 +102,7 @@ def likelier(x, ids, vocab, top, score, token, logit):
 
 @triton.jit
 def store_split(scores, tokens, sums, slot, score, token, logit, peak, total, moment):
-    """Writes the best of a split, and the split's sums (see `choose_splits`)."""
+    """Writes the best token of a split, and the split's sums (see `choose_splits`)."""
     tl.store(scores + slot, score)
     tl.store(tokens + slot, token)
     tl.store(sums + 4 * slot, logit)
@@ -183,7 +183,7 @@ def best_split(scores, tokens, row, splits, SPLITS: tl.constexpr):
 
 @triton.jit
 def join_sums(sums, row, splits, SPLITS: tl.constexpr):
-    """With a row's largest logit m: `m, sum exp(l - m), sum exp(l - m) (l - m)`."""
+    """Joined sums of a row with largest logit m: `m, sum exp(l - m), sum exp(l - m) (l - m)`."""
     split = tl.arange(0, SPLITS)
     inside = split < splits
     at = sums + 4 * (row * splits + split)
@@ -255,7 +255,7 @@ def empty_results(rows: PackedRows) -> tuple[torch.Tensor, ...]:
 
 
 def row_arguments(rows: PackedRows) -> dict[str, Any]:
-    """The arguments that kernels over contiguous rows have in common, by name."""
+    """The common arguments of kernels over contiguous rows, by name."""
     # A pointer must be passed even where nothing is read through it.
     mask = rows.logits if rows.allowed is None else rows.allowed.view(torch.uint8)
     return {
@@ -273,14 +273,14 @@ def row_arguments(rows: PackedRows) -> dict[str, Any]:
 
 
 def _row_stride(rows: torch.Tensor) -> int:
-    """From row to row; of a single row, that may have any stride, what several have."""
+    """Stride between rows; for a single row, whose stride is arbitrary, that of several contiguous ones."""
     return rows.stride(0) if len(rows) > 1 else rows.shape[1]
 
 
 def launch_splits(
     rows: PackedRows, *, stream: Stream = Stream.TARGET, exclude: int = 0, excluded: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`choose_splits` over contiguous rows: its `(scores, tokens, sums)`."""
+    """`choose_splits` over contiguous rows; returns `(scores, tokens, sums)`."""
     (num_rows, vocab), device = rows.logits.shape, rows.logits.device
     blocks, splits, tiles_per_split = split_vocab(num_rows, vocab, device)
     flags = rows.greedy if rows.temperature > 0 else None
@@ -307,7 +307,7 @@ def launch_splits(
 
 
 def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int, int]:
-    """Noise blocks per step, splits, and steps per split.
+    """Noise blocks per step, number of splits, and steps per split.
 
     There are about four programs per multiprocessor, so that few rows use the whole device too.
     """
@@ -319,13 +319,13 @@ def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int, 
 
 
 def most_splits(vocab: int, device: torch.device) -> int:
-    """A power of two that no number of splits exceeds, however many rows there are."""
+    """A power of two that is never less than the number of splits."""
     blocks, programs = _blocks_and_programs(device)
     return triton.next_power_of_2(min(programs, triton.cdiv(vocab, blocks * NOISE_BLOCK)))
 
 
 def _blocks_and_programs(device: torch.device) -> tuple[int, int]:
-    """Noise blocks per step, and programs that use the whole device; in the interpreter, splits."""
+    """Noise blocks per step, and programs that fill the device; for the interpreter, splits."""
     if device.type != "cuda":
         return _INTERPRETED
     return BLOCKS, 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""Lets TRL's trainers that can ask vLLM generate with the engine, in the trainer's process.
+"""Lets TRL trainers that can use vLLM generate with the engine, in the trainer's process.
 
 The seam is the object that TRL keeps for vLLM. Trainers ask `trainer.vllm_generation` to sync weights and to generate,
 whatever object stands there. An adapter with the same two methods keeps every feature of that path: importance-sampling
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def check_attached_once(engine: RolloutEngine, trainer: Any) -> None:
-    """Raise `ValueError` for a trainer that an engine is attached to."""
+    """Raise `ValueError` if an engine is already attached to the trainer."""
     present = getattr(trainer, "atlas_adapter", None) or getattr(trainer, "vllm_generation", None)
     if isinstance(present, TrainerAdapter):
         if present.engine is engine:
@@ -44,7 +44,7 @@ def check_attached_once(engine: RolloutEngine, trainer: Any) -> None:
 
 
 def check_same_policy(engine: RolloutEngine, trainer: Any) -> None:
-    """Raise `ValueError` for an engine that was made for another policy than the trainer's."""
+    """Raise `ValueError` if the engine was made for another policy than the trainer's."""
     model = engine.model
     if model is None or (isinstance(model, nn.Module) and unwrap_policy(model) is unwrap_policy(trainer.model)):
         return
@@ -55,7 +55,7 @@ def check_same_policy(engine: RolloutEngine, trainer: Any) -> None:
 
 
 def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
-    """Make the adapter for `GRPOTrainer(rollout_func=engine)`, which calls it and needs nothing installed.
+    """Make the adapter for `GRPOTrainer(rollout_func=engine)`, which the trainer calls.
 
     The trainer calls it for the first time in the middle of `train`. If it resumes, the drafters are restored now, from
     where the trainer saves them: which folder it resumed from is not known any more.
@@ -71,7 +71,7 @@ def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
 
 
 def sampling_in_process(trainer: Any, seed: int) -> TrainerSampling:
-    """The trainer's sampling options. Raises `ValueError` for those that the in-process engine does not have."""
+    """The trainer's sampling options. Raises `ValueError` for those that the in-process engine lacks."""
     of_policy = left_to_the_policy(trainer)
     sampling = read_sampling(trainer, seed, of_policy)
     if sampling.extra:
@@ -93,7 +93,7 @@ def sampling_in_process(trainer: Any, seed: int) -> TrainerSampling:
 
 
 class TrainerAdapter:
-    """Generates for a trainer that believes it talks to `trl.generation.vllm_generation.VLLMGeneration`.
+    """Generates for a trainer in place of `trl.generation.vllm_generation.VLLMGeneration`.
 
     Trainers call `sync_weights`, `generate` and `llm`. A subclass for another engine overrides `llm` and `sync_weights`,
     the two class attributes, and four hooks: `_mode` says what a call is for, `_sampling` what it can honour, `_policy` what
@@ -138,7 +138,7 @@ class TrainerAdapter:
             trainer.add_callback(callback)
 
     def install(self) -> None:
-        """Take the place of the trainer's vLLM."""
+        """Take the place of the trainer's vLLM engine."""
         self.trainer.use_vllm = True
         self.trainer.vllm_generation = self
         self.trainer._last_loaded_step = -1  # sync before the first generation
@@ -184,7 +184,7 @@ class TrainerAdapter:
         return output.prompt_ids, output.completion_ids, logprobs, token_ids
 
     def rollout_func(self, prompts: list[Any]) -> dict[str, Any]:
-        """Generate as TRL's `rollout_func` has to: one row per prompt, which the trainer has already repeated.
+        """Generate as TRL's `rollout_func`: one row per prompt, which the trainer has already repeated.
 
         Raises:
             ValueError: Prompts with images.
@@ -200,7 +200,7 @@ class TrainerAdapter:
         }
 
     def _generate(self, prompts: list[list[int]], asked: SamplingParams | None = None) -> GenerationOutput:
-        """One generation call: generated, compared with a rerun where that is due, and reported.
+        """Run one generation call, compare it with a rerun if one is due, and report.
 
         `asked` are the sampling options of this call; None takes the trainer's. The seed is the adapter's in any case.
         """
@@ -232,7 +232,7 @@ class TrainerAdapter:
         return replace(output, report=report)
 
     def _mode(self) -> Mode:
-        """Hook: what a call generates for."""
+        """Hook: what a call generates for, training or evaluation."""
         return "train" if self.trainer.model.training else "eval"
 
     def _sampling(self, seed: int) -> TrainerSampling:
@@ -240,21 +240,21 @@ class TrainerAdapter:
         return sampling_in_process(self.trainer, seed)
 
     def _policy(self) -> AbstractContextManager[Any]:
-        """Hook: what `RolloutEngine.rollout` generates with, ready for one call.
+        """Hook: the policy for `RolloutEngine.rollout`, ready for one call.
 
         In process it is the trainer's model, with DeepSpeed ZeRO-3 and FSDP shards gathered once, for the whole call.
         """
         return whole_policy(self.trainer)
 
     def _audited(self) -> nn.Module | None:
-        """Hook: the policy whose plain forward the audit compares with, if another copy of it generates.
+        """Hook: the policy whose plain forward the audit uses, if another copy generates.
 
         None means that `_policy` itself is compared with in process, and that nothing is audited elsewhere.
         """
         return None
 
     def _seed(self, step: int, mode: Mode) -> int:
-        """A seed of its own for every generation call. A run that was resumed at this step gets the same one."""
+        """A distinct seed for every generation call; a run resumed at this step gets the same one."""
         call = self._calls_at_step.get((step, mode), 0)
         self._calls_at_step = {(step, mode): call + 1}
         seed = int(self.trainer.args.seed)
@@ -266,7 +266,7 @@ class TrainerAdapter:
     def _with_baseline(
         self, model: Any, prompts: list[list[int]], sampling: TrainerSampling, output: GenerationOutput
     ) -> StepReport:
-        """The report of `output` with the tokens/s of a rerun without speculation, whose tokens must be the same."""
+        """The report of `output` with the tokens/s of a rerun without speculation, whose tokens must be equal."""
         began_s = time.perf_counter()
         plain = self.engine.rollout(model, prompts, sampling.params, speculation=False, extra=sampling.extra)
         measuring_s = time.perf_counter() - began_s

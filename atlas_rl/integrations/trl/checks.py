@@ -1,4 +1,4 @@
-"""What training would trip over, found when the engine is attached: before any training time is spent."""
+"""Finds settings that training would fail on when the engine is attached, before training time is spent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_m
 
 
 def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> None:
-    """Raise `ValueError` for a trainer that no engine can be attached to, or not with this backend."""
+    """Raise `ValueError` for a trainer that no engine, or no engine with this backend, can be attached to."""
     whole("baseline_every", baseline_every, 0, hint="(0 never)")
     kind = kind_of(trainer)
     way = kind.in_process if in_process else kind.vllm
@@ -37,7 +37,7 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
 
 
 def check_gathering(trainer: Any) -> None:
-    """Raise `ValueError` where weights could not be gathered once per generation call, by all ranks together.
+    """Raise `ValueError` if all ranks together cannot gather the weights once per generation call.
 
     Ranks generate different numbers of tokens. A collective in every forward, or calls of some ranks only, would make them
     wait for each other for ever.
@@ -67,7 +67,7 @@ def check_gathering(trainer: Any) -> None:
 
 
 def _splits_forwards(trainer: Any) -> str:
-    """What spreads a single forward over ranks, in words; empty where nothing does."""
+    """Names what splits a single forward over ranks; empty if nothing does."""
     model, state = trainer.model, trainer.accelerator.state
     layout = getattr(trainer.accelerator, "parallelism_config", None)
     for kind, words in (("tp", "tensor parallelism"), ("cp", "context parallelism"), ("sp", "sequence parallelism")):
@@ -107,14 +107,14 @@ def check_policy_in_process(trainer: Any, sampling: SamplingParams) -> None:
 
 
 def is_whole(trainer: Any) -> bool:
-    """Whether the policy's weights are whole, and where the trainer will run them."""
+    """Whether the policy's weights are whole and on the device where the trainer runs them."""
     if trainer.is_deepspeed_enabled or shards(trainer):
         return False
     return all(parameter.device.type == trainer.accelerator.device.type for parameter in trainer.model.parameters())
 
 
 def _check_way_to_the_engine(trainer: Any, way: Way) -> None:
-    """Raise `ValueError` where a trainer generates in a method of its own, which never asks the engine."""
+    """Raise `ValueError` if the trainer generates in a method of its own that never calls the engine."""
     for stage, following in pairwise(way):
         method = getattr(trainer, stage, None)
         if method is not None and not _mentions(method, trainer, {stage, following}):
@@ -125,7 +125,7 @@ def _check_way_to_the_engine(trainer: Any, way: Way) -> None:
 
 
 def _mentions(method: Any, trainer: Any, wanted: set[str]) -> bool:
-    """Whether a method's code speaks of one of the names, or a method beside it that it calls, or that it wraps."""
+    """Whether a method's code, or a sibling method that it calls or wraps, mentions one of the names."""
     functions, seen = [_function(method)], set()
     while functions:
         function = functions.pop()
@@ -168,7 +168,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _check_correction(trainer: Any) -> None:
-    """TRL's checks of the importance-sampling correction, which its constructor makes for `use_vllm=True` alone.
+    """TRL's checks of the importance-sampling correction, which its constructor makes only with `use_vllm=True`.
 
     Raises:
         ValueError: The loss and the mode of the correction do not go together, or the mode does not exist.

@@ -1,4 +1,4 @@
-"""Saves what the drafters know with the trainer's checkpoints, and restores it from the one that a run resumes from.
+"""Saves the drafters' state with the trainer's checkpoints, and restores it when a run resumes.
 
 Drafters of different ranks know different things, so each rank has a file. If the number of ranks changes, ranks without a
 file take those of others.
@@ -38,7 +38,7 @@ class DrafterStateCallback(TrainerCallback):
         self._asked: str | Path | bool | None = None
 
     def follow(self) -> None:
-        """Note from now on what `trainer.train` is told to resume from."""
+        """Remember from now on which checkpoint `trainer.train` resumes from."""
         train = self._trainer.train
 
         @functools.wraps(train)
@@ -51,12 +51,12 @@ class DrafterStateCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A resumed run gets its drafters back."""
+        """Restore the drafters of a resumed run."""
         if self._asked or state.global_step > 0:
             self.restore(args, state)
 
     def restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Restore the drafters of a run that resumes; where there is nothing to restore, a warning says so."""
+        """Restore the drafters of a resumed run; warns if there is nothing to restore."""
         folder = self._resumed_folder(args, state)
         saved = file_to_resume(folder, int(self._trainer.accelerator.process_index))
         if saved is not None:
@@ -70,7 +70,7 @@ class DrafterStateCallback(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save what the drafters know beside the trainer's checkpoint."""
+        """Save the drafters' state beside the trainer's checkpoint."""
         folder, accelerator = _checkpoint_folder(args, state), self._trainer.accelerator
         self._engine.save_drafters(file_of_rank(folder, int(accelerator.process_index)))
         if accelerator.is_main_process:
@@ -84,5 +84,5 @@ class DrafterStateCallback(TrainerCallback):
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the trainer puts the checkpoint of the present step."""
+    """Folder in which the trainer puts the checkpoint of the present step."""
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -1,4 +1,4 @@
-"""Brings every rank's rollouts to every rank after an optimizer step, as token ids, and adds up what drafters learned.
+"""Sends every rank's rollouts to all ranks after an optimizer step, as token ids, and sums what drafters learned.
 
 With N ranks each sees one prompt in N, and a prompt that comes back in the next epoch goes to another rank most of the time.
 An index of this rank's rollouts alone would know little of it. A step's rollouts are a few MB at most. Rollouts of
@@ -51,11 +51,11 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep an evaluation's rollouts to this rank."""
+        """Keep an evaluation's rollouts on this rank."""
         self._own = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Send what this rank finished since the last step, keep what the others did, and learn with them."""
+        """Send this rank's finished rollouts, receive those of the others, and learn from them."""
         if self._accelerator.num_processes == 1:
             return
         began = time.perf_counter()
@@ -72,7 +72,7 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         self._seconds += time.perf_counter() - began
 
     def _add_up(self, parts: Mapping[str, torch.Tensor], sizes: list[dict[str, int]]) -> None:
-        """Sum each speculator's part over ranks, in one order, where all ranks have one of the same size."""
+        """Sum each speculator's part over ranks in a fixed order, if all ranks have one of the same size."""
         for name in sorted(parts):
             if all(told.get(name) == sizes[0].get(name) for told in sizes):
                 part = parts[name].to(self._accelerator.device)

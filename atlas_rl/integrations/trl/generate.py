@@ -49,14 +49,14 @@ class GenerateAdapter(TrainerAdapter):
         self._modes: list[Mode] = []
 
     def install(self) -> None:
-        """Replace the policy's `generate` whenever the trainer runs."""
+        """Replace the policy's `generate` while the trainer runs."""
         self.trainer.atlas_adapter = self
         self.drafter_state.follow()
         for name, mode in _ENTRANCES.items():
             setattr(self.trainer, name, self._while_serving(getattr(self.trainer, name), mode))
 
     def sync_weights(self) -> None:
-        """Refresh the drafters where the trainer has made a step since the last call."""
+        """Refresh the drafters if the trainer has made a step since the last call."""
         step = int(self.trainer.state.global_step)
         if self._synced_step != step:
             self._synced_step = step
@@ -84,7 +84,7 @@ class GenerateAdapter(TrainerAdapter):
 
     @contextmanager
     def _served_policy(self) -> Iterator[None]:
-        """Inside, `generate` of the trainer's policy asks the engine. A copy of the policy keeps its own."""
+        """Context in which `generate` of the trainer's policy calls the engine. A copy of the policy keeps its own."""
         policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
         check_generate(policy)
 
@@ -119,7 +119,7 @@ class GenerateAdapter(TrainerAdapter):
 
 
 def _keep_figures(trainer: Any) -> None:
-    """Give a trainer that has none a place for figures, from which its log takes the means, as TRL's other trainers do."""
+    """Give a trainer without metrics a place for them; its log takes the means, as in TRL's other trainers."""
     kept: dict[str, defaultdict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
     log = trainer.log
 

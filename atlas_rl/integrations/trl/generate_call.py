@@ -1,4 +1,4 @@
-"""Reads a call of `model.generate` that a trainer makes, and answers it as transformers would.
+"""Reads a trainer's call of `model.generate`, and answers it as transformers would.
 
 A call is served only as a whole: what the engine cannot do in it, it does not leave out.
 """
@@ -46,7 +46,7 @@ class GenerateCall:
     as_dict: bool
 
     def answer(self, completions: Sequence[Sequence[int]]) -> Any:
-        """What `model.generate` returns: prompts with their completions, padded on the right to the longest of them."""
+        """The return value of `model.generate`: prompts with completions, padded on the right to the longest."""
         width = max(map(len, completions))
         rows = [[*tokens, *[self.pad_token_id] * (width - len(tokens))] for tokens in completions]
         inputs = self.input_ids.repeat_interleave(len(self.prompts) // len(self.input_ids), dim=0)
@@ -55,7 +55,7 @@ class GenerateCall:
 
 
 def read_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerateCall:
-    """What `model.generate(*args, **kwargs)` asks for.
+    """Read the arguments of `model.generate(*args, **kwargs)`.
 
     Raises:
         ValueError: Something that the engine cannot do. The message says what, to be read after "because".
@@ -91,7 +91,7 @@ def read_config(model: nn.Module, config: GenerationConfig) -> SamplingParams:
 
 
 def check_generate(model: nn.Module) -> None:
-    """Raise `ValueError` for a policy that has a `generate` of its own, which may do more than transformers' does."""
+    """Raise `ValueError` for a policy with its own `generate`, which may do more than transformers' does."""
     inside: Any = unwrap_policy(model)
     replaced = [each for each in (model, inside) if "generate" in vars(each)]
     if replaced or getattr(type(inside), "generate", None) is not GenerationMixin.generate:
@@ -109,7 +109,7 @@ def _named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _config_of(
     model: nn.Module, config: GenerationConfig | None, named: Mapping[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The configuration that transformers makes of a call's, the policy's and its own defaults; and the other arguments.
+    """The configuration that transformers makes of the call, the policy and its defaults; and the other arguments.
 
     None of its options is known to transformers by an argument of `generate`, so that what it does not take is left over.
     """
@@ -130,7 +130,7 @@ def _honoured(sampling: TrainerSampling) -> SamplingParams:
 
 
 def _prompts(input_ids: Any, mask: Any, config: GenerationConfig) -> list[list[int]]:
-    """The token ids of each prompt, without its padding on the left."""
+    """The token ids of each prompt, without left padding."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
         raise ValueError("its prompts are not a table of token ids")
     if mask is None:
@@ -150,7 +150,7 @@ def _prompts(input_ids: Any, mask: Any, config: GenerationConfig) -> list[list[i
 
 
 def _inferred_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """What transformers takes for a mask that is not given: padding is seen where it is no ending token too."""
+    """The mask that transformers infers if none is given: padding is recognised unless it is also an ending token."""
     pad, endings = config.pad_token_id, config.eos_token_id
     endings = endings if isinstance(endings, list | tuple) else [endings]
     if pad is None or pad in endings:

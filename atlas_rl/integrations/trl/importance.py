@@ -38,7 +38,7 @@ _OUTLIER = 10  # the largest difference may be so many times the limit of the me
 
 @dataclass(slots=True)
 class Comparison:
-    """Sampled logprobs of one rank against the trainer's.
+    """One rank's comparison of sampled logprobs with the trainer's.
 
     Attributes:
         num_tokens: Tokens compared.
@@ -61,13 +61,13 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains the differences. Not a number is no agreement."""
+        """Whether rounding explains the differences; NaN does not agree."""
         small = self.mean_nats <= self.limit_nats and self.max_nats <= _OUTLIER * self.limit_nats
         return not self.reason and (small or not self.num_tokens)
 
 
 class ImportanceCheck(TrainerCallback):
-    """Compares sampled logprobs with the trainer's forward pass, and drops the correction where they are the same.
+    """Compares sampled logprobs with the trainer's forward pass, and drops the correction if they agree.
 
     Ranks decide together, at the begin and the end of an optimizer step, which each of them reaches equally often. Ranks
     that decided differently would run different collectives and wait for each other for ever.
@@ -84,7 +84,7 @@ class ImportanceCheck(TrainerCallback):
         self._own = Comparison()
 
     def begin_step(self, sampling: SamplingParams) -> None:
-        """Before the first rollouts of a policy version: options that have changed switch the correction on again."""
+        """Before the first rollouts of a policy version: changed options switch the correction on again."""
         if not self._dropped:
             return
         reason = next(filter(None, self._of_all_ranks(self._difference_in_law(sampling))), "")
@@ -117,16 +117,16 @@ class ImportanceCheck(TrainerCallback):
             self._settle([self._own])
 
     def _of_all_ranks(self, own: Any) -> list[Any]:
-        """What each rank has; all of them have to come here."""
+        """Gather a value of every rank; all ranks must call this."""
         return [own] if self._trainer.accelerator.num_processes == 1 else list(gather_object([own]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ranks decide together, by the worst of them."""
+        """Decide together over all ranks, by the worst of them."""
         if self._pending and self._trainer.accelerator.num_processes > 1:
             self._settle(self._of_all_ranks(self._own))
 
     def _difference_in_law(self, sampling: SamplingParams) -> str:
-        """Why the trainer scores another distribution than the sampled one, in words; empty where it does not."""
+        """Why the trainer scores another distribution than the sampled one, in words; empty if it does not."""
         if not sampling.plain:
             return "the sampled distribution is greedy, truncated or penalised, and the trainer scores the whole one"
         scored_at = getattr(self._trainer, "temperature", 1.0)
@@ -140,7 +140,7 @@ class ImportanceCheck(TrainerCallback):
         return ""
 
     def _compare(self, model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> None:
-        """Add some rollouts, chosen at random, scored as the trainer scores them: in its mode and precision."""
+        """Add some rollouts, chosen at random, scored in the trainer's mode and precision."""
         device = unwrap_policy(model).get_input_embeddings().weight.device
         rows = np.random.default_rng(sampling.seed).permutation(len(output.completion_ids))[:_ROWS]
         # Dropout of this pass must not change that of the training.
@@ -180,7 +180,7 @@ class ImportanceCheck(TrainerCallback):
             own.max_nats = float(torch.tensor([own.max_nats, float(error.max())]).max())  # keeps not-a-number
 
     def _settle(self, ranks: list[Comparison]) -> None:
-        """Decide, if the ranks together have seen enough; called with the same on every rank."""
+        """Decide if the ranks together have seen enough; called with the same argument on every rank."""
         reason = next((rank.reason for rank in ranks if rank.reason), "")
         if not reason and sum(rank.num_tokens for rank in ranks) < _ENOUGH_TOKENS:
             return

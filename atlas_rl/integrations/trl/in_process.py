@@ -1,4 +1,4 @@
-"""Attaches an engine that generates in process, by the way in which the trainer samples."""
+"""Attaches an engine that generates in process, according to how the trainer samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerA
 
 
 def _checked_config(trainer: Any) -> SamplingParams:
-    """The sampling options of the calls that the trainer makes. Raises `ValueError` for those that cannot be honoured."""
+    """The sampling options of the trainer's calls. Raises `ValueError` for those that cannot be honoured."""
     check_generate(trainer.model)
     try:
         return read_config(trainer.model, trainer.generation_config)

@@ -1,4 +1,4 @@
-"""TRL's trainers by the way in which they come to their completions.
+"""TRL's trainers, by how they obtain completions.
 
 A trainer is known by the names of its classes, so that a subclass is what it derives from and no trainer is imported.
 """

@@ -48,7 +48,7 @@ class ReportCallback(TrainerCallback):
         self._generated = True
 
     def measured(self, seconds: float) -> None:
-        """A rerun took so long, only to measure: the training step does not count it."""
+        """Exclude the seconds of a measuring rerun from the training step's time."""
         self._step_began += seconds
 
     def on_train_begin(
@@ -58,7 +58,7 @@ class ReportCallback(TrainerCallback):
         self._step_began, self._generated = time.perf_counter(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish what was generated for this optimizer step, if anything was."""
+        """Publish the report of this optimizer step, if anything was generated."""
         now = time.perf_counter()
         report = self._take("train", step_s=now - self._step_began)
         self._step_began = now
@@ -78,7 +78,7 @@ class ReportCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log the evaluation so far: it is logged before any callback hears of its end."""
+        """Log the evaluation so far: TRL logs it before any callback hears of its end."""
         report = self._take("eval", step_s=None)
         if report is None:
             return
@@ -89,7 +89,7 @@ class ReportCallback(TrainerCallback):
         )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish the evaluation. The training step that it interrupts does not count its time."""
+        """Publish the evaluation's report. The interrupted training step does not count its time."""
         self.on_prediction_step(args, state, control)  # a loop of somebody's own may tell of no batches
         report, self._evaluation = self._evaluation, None
         self._step_began = time.perf_counter()
@@ -99,11 +99,11 @@ class ReportCallback(TrainerCallback):
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
-        """Publish what was generated for a prediction, likewise."""
+        """Publish the report of a prediction, as of an evaluation."""
         self.on_evaluate(args, state, control)
 
     def _take(self, mode: Mode, step_s: float | None) -> StepReport | None:
-        """One report of all ranks' pending ones; None if there are none. Every rank calls it, whether it has some or not."""
+        """Merge all ranks' pending reports into one; None if there are none. Every rank must call this."""
         reports, self._pending[mode] = self._pending[mode], []
         own = [replace(concatenate(reports), step_s=step_s)] if reports and self.leads else []
         if self._trainer.accelerator.num_processes > 1:

@@ -1,4 +1,4 @@
-"""Reads a TRL trainer's sampling options, for either engine, and those of a call of `model.generate`.
+"""Reads the sampling options of a TRL trainer, for either engine, and of a call of `model.generate`.
 
 A trainer keeps the common options as attributes of its own and the rest in `generation_kwargs`, which win over attributes
 of the same name. Both engines read them here; they differ in the entries of `generation_kwargs` that they can honour. An
@@ -139,7 +139,7 @@ class TrainerSampling:
 
 
 def left_to_the_policy(trainer: Any) -> dict[str, Any]:
-    """What the policy's own `generation_config` asks for where the trainer asks for nothing.
+    """Options of the policy's own `generation_config` that the trainer leaves unset.
 
     `transformers.generate`, with which TRL generates by itself, fills such places from there. Names that transformers does
     not know change nothing in it.
@@ -194,12 +194,12 @@ def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None =
 
 
 def _option(trainer: Any, name: str) -> Any:
-    """An option that some trainers keep as an attribute of their own, some among their arguments, and some do not have."""
+    """An option that is an attribute of the trainer, an argument, or absent, depending on the trainer."""
     return getattr(trainer, name) if hasattr(trainer, name) else getattr(trainer.args, name, None)
 
 
 def _endings(trainer: Any) -> list[int]:
-    """The ending tokens; of a trainer that keeps none those of its tokenizer and its policy, at which vLLM ends too."""
+    """The ending tokens of the trainer, else those of its tokenizer and policy, at which vLLM ends too."""
     if hasattr(trainer, "eos_token_ids"):
         return ending_ids(trainer.eos_token_ids, "the ending tokens (eos_token_id of the policy's generation_config)")
     sources = (trainer.processing_class, getattr(trainer.model, "generation_config", None))
@@ -207,7 +207,7 @@ def _endings(trainer: Any) -> list[int]:
 
 
 def read_generation_config(config: GenerationConfig, seed: int) -> TrainerSampling:
-    """The sampling options of one call of `model.generate`, from the configuration that transformers has made for it.
+    """The sampling options of one call of `model.generate`, from the configuration that transformers made for it.
 
     Args:
         config: Complete: what it lacks is off. Without `do_sample` the call is greedy, and only the penalty holds.
@@ -251,7 +251,7 @@ def _check_do_sample(asked: Mapping[str, Any]) -> None:
 
 
 def _is_neutral(name: str, value: Any, params: SamplingParams) -> bool:
-    """Whether an entry of `generation_kwargs` asks for nothing."""
+    """Whether an entry of `generation_kwargs` has no effect."""
     if name in ("max_new_tokens", "max_tokens"):
         return value is None or equals(value, params.max_new_tokens)
     if name == "eos_token_id":

@@ -34,7 +34,7 @@ _ENGINE_HELP = (
 
 
 def read_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The arguments with `--config FILE` as TRL's parser wants it, and what the file says; its `env` is set at once.
+    """Arguments with `--config FILE` as TRL's parser wants it, and the file's content; its `env` is set at once.
 
     Raises:
         ValueError: The file is no YAML mapping, names an option twice, or not one file is named.
@@ -61,7 +61,7 @@ def read_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _read_yaml(path: Path) -> Any:
-    """What a YAML file says; `ValueError` for one that is no YAML, or that says two things of one key.
+    """The content of a YAML file; `ValueError` for invalid YAML or a repeated key.
 
     YAML forbids such keys, and PyYAML takes the last without a word.
     """
@@ -81,7 +81,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Callable[..., Any]) -> Callable[[], None]:
-    """Check everything, and return what trains as TRL's script does.
+    """Check everything, and return a function that trains as TRL's script does.
 
     Args:
         arguments: Of the command line, without the name of the command.
@@ -122,7 +122,7 @@ def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Cal
 
 
 def trl_script() -> Any:
-    """TRL's script for GRPO; `ValueError` where TRL is missing."""
+    """TRL's script for GRPO; `ValueError` if TRL is missing."""
     try:
         from trl.scripts import grpo
     except ImportError as error:
@@ -131,7 +131,7 @@ def trl_script() -> Any:
 
 
 def make_parser(script: Any, new_engine: Any) -> Any:
-    """The parser of TRL's script with the engine's options as a further group; what it refuses is a `ValueError`.
+    """The parser of TRL's script plus the engine's options; it raises `ValueError` instead of exiting.
 
     Args:
         script: `trl_script()`.
@@ -149,7 +149,7 @@ def make_parser(script: Any, new_engine: Any) -> Any:
 
 
 def engine_arguments(new_engine: Any) -> type:
-    """A dataclass of the engine's options for `HfArgumentParser`; help and defaults are those of `EngineConfig`.
+    """A dataclass of the engine's options for `HfArgumentParser`; help and defaults come from `EngineConfig`.
 
     Options that take objects are not among them, nor is `output_dir`: it is the trainer's.
     """
@@ -174,7 +174,7 @@ def _option(default: Any, text: str) -> Any:
 
 
 def _check_names(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raise `ValueError` for an option that does not exist: with the nearest name, or with whose it is."""
+    """Raise `ValueError` for an unknown option, with the nearest name, or the command that takes it."""
     unknown = [name for name in given if name not in known]
     if not unknown:
         return
@@ -191,7 +191,7 @@ def _check_names(given: Mapping[str, Any], known: Collection[str], where: str) -
 
 
 def _check_choices(config: Mapping[str, Any], actions: Iterable[Any]) -> None:
-    """Raise `ValueError` for a value of the YAML file that is none of its option's: argparse asks the command line only."""
+    """Raise `ValueError` for an invalid choice in the YAML file, since argparse checks only the command line."""
     for action in actions:
         if action.choices is None or config.get(action.dest) is None:
             continue
@@ -208,7 +208,7 @@ def _check_choices(config: Mapping[str, Any], actions: Iterable[Any]) -> None:
 
 
 def _check_rest(rest: Sequence[str], known: Collection[str]) -> None:
-    """Raise `ValueError` for what no option has taken."""
+    """Raise `ValueError` for arguments that no option takes."""
     flags = [each[2:].split("=")[0] for each in rest if each.startswith("--") and each != "--"]
     _check_names(dict.fromkeys(flags), known, "the command line")
     if rest:
@@ -216,7 +216,7 @@ def _check_rest(rest: Sequence[str], known: Collection[str]) -> None:
 
 
 def _made(parser: Any, arguments: Sequence[str]) -> Sequence[Any]:
-    """The options as objects of TRL's classes and ours; a refusal of bfloat16 says whose choice that was."""
+    """The options as objects of TRL's classes and ours; an error about bfloat16 says where the setting comes from."""
     try:
         made: Sequence[Any] = parser.parse_args_and_config(list(arguments))
     except ValueError as error:
@@ -242,7 +242,7 @@ def _check_given(values: Mapping[str, Any]) -> None:
 
 
 def _check_path(name: str, value: Any) -> None:
-    """Raise `ValueError` for a path that leads nowhere; names of the hub are `name` and `owner/name`."""
+    """Raise `ValueError` for a path that does not exist; names of the hub are `name` and `owner/name`."""
     if value is None:
         return
     if not isinstance(value, str):
@@ -254,7 +254,7 @@ def _check_path(name: str, value: Any) -> None:
 
 @contextmanager
 def _attached(engine: Any, baseline_every: int) -> Iterator[None]:
-    """Inside, the trainer that TRL's script builds is attached to the engine; the script takes it from `trl`."""
+    """Context in which the trainer that TRL's script builds gets the engine attached."""
     trl: Any = import_module("trl")
     own = trl.GRPOTrainer
 

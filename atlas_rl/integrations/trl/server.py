@@ -81,7 +81,7 @@ def _check_options(config: EngineConfig, baseline_every: int) -> None:
 
 
 def _check_teacher(trainer: Any) -> None:
-    """Raise `ValueError` where the server would also have to score prompts: vLLM leaves that out under speculation."""
+    """Raise `ValueError` if the server would also have to score prompts: vLLM skips that under speculation."""
     if getattr(trainer, "use_teacher_server", False):
         raise ValueError(
             "use_teacher_server=True asks the server for the logprobs of prompts, which vLLM does not compute where it "
@@ -90,7 +90,7 @@ def _check_teacher(trainer: Any) -> None:
 
 
 def _new_generation(trainer: Any, sampling: SamplingParams) -> Any:
-    """What TRL would have built for `use_vllm=True`, with our client."""
+    """Build TRL's object for `use_vllm=True`, with our client."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     args = trainer.args
@@ -120,7 +120,7 @@ def _new_generation(trainer: Any, sampling: SamplingParams) -> Any:
 
 
 def agreed(accelerator: Any, call: Callable[[], Value]) -> Value:
-    """What `call` returns on the main process, on every rank; what it raises there is raised on every rank."""
+    """The main process's result of `call`, on every rank; its exception is raised on every rank."""
     told: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -167,7 +167,7 @@ class ServerAdapter(TrainerAdapter):
         super().install()
 
     def sync_weights(self) -> None:
-        """Send the policy's weights to the server after an update; there the drafters are refreshed."""
+        """Send the policy's weights to the server after an update; its drafters are then refreshed."""
         step = int(self.trainer.state.global_step)
         if self._synced_step == step:
             return
@@ -214,7 +214,7 @@ class ServerAdapter(TrainerAdapter):
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[None]:
-        """Requests that the main process sends inside are those of `call`."""
+        """Context in which requests of the main process belong to `call`."""
         if self._client is not None:
             self._client.call = call
         try:
@@ -232,14 +232,14 @@ class ServerAdapter(TrainerAdapter):
         return self._client
 
     def _meet(self) -> ServerStatus:
-        """The server, if it is ours; what it did before is nobody's report."""
+        """Record the server's identity and discard the report of its earlier work."""
         self._main_client.check_server_is_ours()
         self._main_client.report()
         met, connection = self._main_client.status(), self._main_client.connection
         return met if connection is None else replace(met, num_trainers=connection)
 
     def _check_server(self, version: int) -> ServerStatus:
-        """The server's status; `RuntimeError` unless it is the one that was met, and serves this version."""
+        """The server's status; `RuntimeError` unless it is the expected server with the expected policy version."""
         client = self._main_client
         now = client.status()
         if now.server != self._server.server:
@@ -265,7 +265,7 @@ class ServerAdapter(TrainerAdapter):
         return now
 
     def _failure(self, call: Callable[[], Any]) -> Exception | None:
-        """What `call` raises on the main process, for `_settled` to tell; other ranks have nothing to lose it for."""
+        """The exception of `call` on the main process, for `_settled`; other ranks have none."""
         if self._client is None:
             call()
             return None
@@ -276,7 +276,7 @@ class ServerAdapter(TrainerAdapter):
         return None
 
     def _settled(self, failure: Exception | None) -> ServerStatus:
-        """The server after a sync; raises if it failed."""
+        """The server's status after a sync; raises if the sync failed."""
         if failure is not None:
             raise RuntimeError(
                 f"the policy's weights did not reach the vLLM server at {self._main_client.base_url}: {failure}"
@@ -284,7 +284,7 @@ class ServerAdapter(TrainerAdapter):
         return self._check_server(self._server.policy_version + 1)
 
     def _report(self, call: Call, step: int, mode: Mode, seconds: float) -> StepReport:
-        """The server's report of a call, with what the trainer counted and waited for."""
+        """The server's report of a call, with the trainer's counts and waiting time."""
         client = self._main_client
         if call.failure is not None:
             kind = RuntimeError if isinstance(call.failure, RuntimeError) else ConnectionError

@@ -1,4 +1,4 @@
-"""TRL's client of a vLLM server, extended by what our server takes: seeds per prompt, weights over gloo, reports."""
+"""TRL's client of a vLLM server, with seeds per prompt, weights over gloo and reports, which our server supports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ START_OURS = "start it with `atlas-rl vllm-serve MODEL` (docs/scaling.md)"
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """See `AtlasWorkerExtension.atlas_status`."""
+    """Status of a server; see `AtlasWorkerExtension.atlas_status`."""
 
     server: str
     policy_version: int
@@ -44,7 +44,7 @@ class ServerStatus:
 
 @dataclass
 class Call:
-    """One generation call: its seed, the tokens that end a completion, and what came of it.
+    """One generation call: its seed, ending tokens and result.
 
     Attributes:
         seed: Of the noise of all its completions.
@@ -62,7 +62,7 @@ class Call:
 
 
 class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
-    """TRL's client; what it does not have of its own is TRL's.
+    """Extends TRL's client; other attributes are those of TRL's client.
 
     Errors are built-in ones that name the server: ConnectionError where it does not answer, RuntimeError for what it
     answers. Calls that must not happen twice are not repeated.
@@ -76,7 +76,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def adopting(cls, client: VLLMClient) -> AtlasClient:
-        """A client that TRL has made, with these methods: connections and communicator are the same."""
+        """Wrap a client that TRL has made; connections and communicator are shared."""
         own = cls.__new__(cls)
         own.__dict__ = client.__dict__
         return own
@@ -84,7 +84,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     # ------------------------------------------------------------------------------------------------------- our calls
 
     def check_server_is_ours(self) -> str:
-        """Raise `ValueError` for a server that no drafter of ours is in, or that would not tell it of new weights.
+        """Raise `ValueError` for a server without our drafter, or one that would not tell it about new weights.
 
         Returns:
             The name of its weight-transfer backend.
@@ -117,7 +117,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         return str(transfer)
 
     def _configuration(self) -> dict[str, Any]:
-        """vLLM's configuration of the server; `ValueError` for one that tells nobody."""
+        """vLLM's configuration of the server; `ValueError` for a server that does not publish it."""
         response = self.session.get(f"{self.base_url}/server_info", params={"config_format": "json"})
         if response.status_code == 404:
             raise ValueError(
@@ -127,7 +127,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         return self._read("/server_info", response)["vllm_config"]
 
     def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
-        """Wait until the server is up. TRL's method waits for ever where something else answers at this address.
+        """Wait until the server is up. TRL's method waits for ever if something else answers at this address.
 
         Raises:
             ConnectionError: Nothing answers in `total_timeout` seconds, or what answers is no vLLM server.
@@ -148,7 +148,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         super().check_server(total_timeout, retry_interval)
 
     def _health(self) -> int | None:
-        """The status of `/health`; None where nothing answers."""
+        """The HTTP status of `/health`; None if nothing answers."""
         try:
             with urllib.request.urlopen(f"{self.base_url}/health", timeout=_HEALTH_S) as answer:
                 return int(answer.status)
@@ -158,18 +158,18 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
             return None
 
     def status(self) -> ServerStatus:
-        """Which server answers, and what it serves."""
+        """Identity of the server and the policy version that it serves."""
         return ServerStatus(**self._rpc("atlas_status"))
 
     def report(self) -> StepReport:
-        """The report of what the server did since this was last asked; `ValueError` for one of another version."""
+        """The server's report since the last request; `ValueError` for one of another version."""
         return StepReport.from_dict(self._rpc("atlas_report"))
 
     def _rpc(self, method: str) -> dict[str, Any]:
         return self.ask("/collective_rpc", {"method": method})["results"][0]
 
     def ask(self, path: str, body: dict[str, Any]) -> Any:
-        """The answer to one POST, which is not repeated.
+        """Send one POST, without retries, and return the answer.
 
         Raises:
             ConnectionError: No server answers.
@@ -198,7 +198,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     def generate(  # type: ignore[override]
         self, prompts: Any, features: Any = None, n: int = 1, generation_kwargs: Any = None, **options: Any
     ) -> dict[str, Any]:
-        """As TRL's, within a `call` with a request and a seed for each prompt.
+        """Generate like TRL's client, within a `call` that has a request and a seed for each prompt.
 
         A request of several prompts has one seed. Their completions would be drawn with the same noise.
         """
@@ -240,7 +240,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     # --------------------------------------------------------------------------------------------------------- weights
 
     def init_communicator(self, device: torch.device | str | int = 0) -> None:
-        """Connect to the server's workers, over gloo where its backend is that, else as TRL does.
+        """Connect to the server's workers, over gloo if its backend is gloo, else as TRL does.
 
         Raises:
             ValueError: See `check_server_is_ours`.
@@ -265,7 +265,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     def update_named_params(
         self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, torch.Tensor]]
     ) -> None:
-        """As TRL's. `named_params` is read to its end whatever happens: TRL merges adapters in it and unmerges them last."""
+        """Send weights like TRL's client. Always exhausts `named_params`, because TRL unmerges adapters at its end."""
         try:
             if self._group is None:
                 super().update_named_params(metadata, named_params)
@@ -307,7 +307,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
 
 @contextmanager
 def our_clients() -> Iterator[None]:
-    """Every client of a server that TRL builds inside is ours."""
+    """Context in which every server client that TRL builds is ours."""
     from trl.generation import vllm_generation
 
     own = vllm_generation.VLLMClient

@@ -45,7 +45,7 @@ _FROM_ARGUMENTS = (
 
 @contextmanager
 def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
-    """Make every `LLM` that TRL builds inside this context draft with our proposer, and every client of a server ours.
+    """Context in which every `LLM` that TRL builds drafts with our proposer, and every server client is ours.
 
     Args:
         config: Its `draft_model` is the static drafter.
@@ -95,7 +95,7 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdap
 
 
 def _new_generation(config: EngineConfig, trainer: Any) -> Any:
-    """Build what TRL would have built for `use_vllm=True`, with our proposer in it."""
+    """Build TRL's object for `use_vllm=True`, with our proposer in it."""
     args, exact = trainer.args, {}
     if not args.bf16 and not args.fp16 and trainer.model.dtype == torch.float32:
         exact["dtype"] = "float32"  # what the trainer computes in; left alone, vLLM rounds such a policy to 16 bits
@@ -179,7 +179,7 @@ class VllmAdapter(TrainerAdapter):
         )
 
     def _of_group(self, prompts: list[list[int]]) -> tuple[slice, list[list[int]]]:
-        """Where this rank's prompts are among those of its tensor-parallel group, and all of the group's prompts."""
+        """Position of this rank's prompts among those of its tensor-parallel group, and all prompts of the group."""
         size = self.ranks_per_engine
         if size == 1:
             return slice(None), prompts
@@ -216,7 +216,7 @@ class VllmAdapter(TrainerAdapter):
         yield self.backend
 
     def _audited(self) -> nn.Module | None:
-        """The trainer's policy, unless its weights are sharded: an audit is not worth gathering them."""
+        """The trainer's policy; None if its weights are sharded, because an audit is not worth gathering them."""
         accelerator = self.trainer.accelerator
         deepspeed = accelerator.state.deepspeed_plugin
         if getattr(accelerator.state, "fsdp_plugin", None) is not None or (deepspeed and deepspeed.zero_stage == 3):

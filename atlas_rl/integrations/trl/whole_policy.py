@@ -1,4 +1,4 @@
-"""A trainer's policy, ready for one generation call: whole on every rank, and put back whatever happens meanwhile.
+"""Makes a trainer's policy whole on every rank for one generation call, and restores it afterwards.
 
 TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off where generation raises, and
 lets FSDP gather layer by layer in every forward. It switches checkpointing on by a method of transformers that registers one
@@ -19,7 +19,7 @@ from atlas_rl.policy.sharded import gathered, is_sharded
 
 
 def shards(trainer: Any) -> str:
-    """What shards the policy's weights over ranks: "DeepSpeed ZeRO-3", "FSDP1" or "FSDP2"; empty where nothing does."""
+    """What shards the policy's weights: "DeepSpeed ZeRO-3", "FSDP1" or "FSDP2"; empty if nothing does."""
     backend = _backend_of(trainer)
     if backend.is_zero3:
         return "DeepSpeed ZeRO-3"
@@ -29,14 +29,14 @@ def shards(trainer: Any) -> str:
 
 
 def _backend_of(trainer: Any) -> Any:
-    """TRL's word on what spreads the trainer over ranks. Not every trainer keeps one."""
+    """TRL's name for what spreads the trainer over ranks. Not every trainer has one."""
     kept = getattr(trainer, "_dist", None)
     return DistributedBackend(trainer.accelerator) if kept is None else kept
 
 
 @contextmanager
 def whole_policy(trainer: Any) -> Iterator[Any]:
-    """Inside, the trainer's model without parallel wrappers, with all its weights on this rank; no forward communicates.
+    """Context with the trainer's model, unwrapped and with whole weights on this rank; its forwards do not communicate.
 
     Gathering is collective: all ranks have to come here equally often.
     """
@@ -48,7 +48,7 @@ def whole_policy(trainer: Any) -> Iterator[Any]:
 
 @contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Inside, no activations are checkpointed."""
+    """Context without activation checkpointing."""
     flagged: list[Any] = [module for module in model.modules() if vars(module).get("gradient_checkpointing")]
     try:
         for module in flagged:
@@ -61,7 +61,7 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _of_zero3(trainer: Any) -> Iterator[None]:
-    """Inside, weights that ZeRO-3 has sharded are whole, and DeepSpeed's hooks, which would shard them again, are off."""
+    """Context in which weights sharded by ZeRO-3 are whole and DeepSpeed's hooks, which would reshard them, are off."""
     if not _backend_of(trainer).is_zero3:
         yield
         return
@@ -78,7 +78,7 @@ def _of_zero3(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_start_of_forward(engine: Any) -> Iterator[None]:
-    """Inside, a forward of the whole model does not ask the other ranks whether they begin one too.
+    """Context in which a forward of the whole model does not synchronise its start with other ranks.
 
     TRL's `remove_hooks` leaves this one hook of DeepSpeed's, and ranks run forwards of their own here: they would wait for
     each other for ever.

@@ -1,4 +1,4 @@
-"""Checks that a line of a report file is a report, so that a damaged one is counted and not drawn."""
+"""Checks that a line of a report file is a report, so that damaged lines are counted and not drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST = 2**53  # beyond it not every whole number is a float, so no figure of a 
 
 
 def report_of(row: Mapping[str, Any]) -> StepReport:
-    """The report of a line.
+    """The report in a line.
 
     Keys that no report has are left out: callers may add figures of their own.
 
@@ -50,12 +50,12 @@ def unknown_keys(row: Mapping[str, Any], origin: Collection[str]) -> set[str]:
 
 
 def _cannot_be_negative(name: str) -> bool:
-    """Whether a number is an amount of time or a rate; `other_s` is a difference, and clocks differ."""
+    """Whether a field is a time or rate that cannot be negative. `other_s` can: it is a difference of clocks."""
     return name.endswith("_s") and name != "other_s"
 
 
 def _shown(value: Any) -> str:
-    """A value on one short line; a whole number of thousands of digits is not written out."""
+    """A value on one short line; huge whole numbers are not written out."""
     if isinstance(value, int) and abs(value) > _MOST:
         return "too large"
     return f"{json.dumps(value):.60}"

@@ -1,4 +1,4 @@
-"""What `atlas-rl report` does: reads runs, writes one HTML page."""
+"""The command `atlas-rl report`: reads runs and writes one HTML page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from atlas_rl.report.page.words import counted
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """`write_page` as the command line asks for it."""
+    """Call `write_page` with the command line's arguments."""
     write_page(args.run, args.output, earlier=args.all)
 
 
 def write_page(paths: Sequence[Path], output: Path, *, earlier: bool = False) -> None:
-    """Write the page of one run or several, and print what it holds.
+    """Write the page of one or more runs, and print a summary.
 
     Args:
         paths: Folders of runs, or their `rollouts.jsonl`.
@@ -53,7 +53,7 @@ def plotly_js() -> str:
 
 
 def _checked(output: Path) -> Path:
-    """The file to write, links followed. What is no page of ours is not replaced, be it a run, a page or a device.
+    """The file to write, with links followed. Only our own pages are replaced, never a run, another page or a device.
 
     Raises:
         ValueError: It is something else already, or cannot be written.
@@ -74,13 +74,13 @@ def _checked(output: Path) -> Path:
 
 
 def _replaceable(file: Path) -> bool:
-    """Whether a file is a page that this wrote, or empty."""
+    """Whether a file is one of our pages, or empty."""
     with file.open("rb") as content:
         return content.read(len(BEGINNING)) in (b"", BEGINNING.encode())
 
 
 def _write(output: Path, text: str) -> None:
-    """Replace a file in one go: a browser that reloads it never sees half a page."""
+    """Replace a file atomically, so that a browser that reloads never sees half a page."""
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""Panels of drafting: who drafted and how well, acceptance by position, entropy, calibration."""
+"""Panels about drafting: share and acceptance of drafters, acceptance by position, entropy, calibration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ENOUGH_PER_POINT = 10
 
 
 def speculators(runs: Sequence[Run]) -> Panel:
-    """Which speculator drafted, and how much of it was accepted."""
+    """Which drafter drafted, and how much of it was accepted."""
     sentence = "Which speculator drafted, and how many of its verified draft tokens were the policy's own choice."
     drafting = [run for run in runs if run.total.drafted]
     if not drafting:
@@ -105,7 +105,7 @@ def entropy(runs: Sequence[Run]) -> Panel:
 
 
 def calibration(runs: Sequence[Run]) -> Panel:
-    """How far the controller's estimates of acceptance were off."""
+    """Errors of the controller's acceptance estimates."""
     sentence = (
         "Expected calibration error: how far the acceptance that the controller expected was from what came, by speculator. "
         "0 is exact; a large one means that the controller drafts too much or too little."

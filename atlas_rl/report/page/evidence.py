@@ -1,4 +1,4 @@
-"""Panels of trust: the audit's evidence, warnings and faults with what to do about each."""
+"""Panels about trust: the audit's evidence, and warnings and faults with what to do about each."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def audit(runs: Sequence[Run]) -> Panel:
 
 
 def warnings(runs: Sequence[Run]) -> Panel:
-    """Every warning, when it came, and what to do about it."""
+    """Every warning, when it occurred, and what to do about it."""
     sentence = "What the engine warned of, in which steps, and what to do about each."
     parts = []
     for run in runs:

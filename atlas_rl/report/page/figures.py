@@ -1,4 +1,4 @@
-"""Parts of a page: panels, figures in plotly's JSON, and tables. Nothing here loads plotly.
+"""Parts of a page: panels, figures in plotly's JSON, and tables. Does not load plotly.
 
 Colours of text and grid are the page's: they follow the reader's light or dark scheme (`page.js`).
 """
@@ -23,7 +23,7 @@ _ENTRY_PX, _LETTER_PX, _ROW_PX = 45, 7, 19  # of a legend: the mark of an entry,
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart: traces and layout of plotly, with a caption of its own or none."""
+    """A chart: traces and layout of plotly, with an optional caption."""
 
     data: list[dict[str, Any]]
     layout: dict[str, Any]
@@ -60,7 +60,7 @@ class Panel:
 
 
 def height_px(figure: Figure, width_px: int) -> int:
-    """Height of a figure whose legend gets `width_px`: rows of the legend beyond the second take nothing from the chart."""
+    """Height of a figure whose legend gets `width_px`: legend rows beyond the second do not shrink the chart."""
     longest = max(len(trace.get("name", "")) for trace in figure.data)
     columns = max(1, width_px // (_ENTRY_PX + _LETTER_PX * longest))
     rows = -(-len(figure.data) // columns)
@@ -78,13 +78,13 @@ def having(steps: Iterable[StepReport], *names: str) -> list[StepReport]:
 
 
 def pale(color: str) -> str:
-    """A colour of `COLORS`, for areas that lie over each other."""
+    """A pale form of a colour of `COLORS`, for overlapping areas."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.15)"
 
 
 def line(name: str, x: Sequence[Any], y: Sequence[Any], color: str, **more: Any) -> dict[str, Any]:
-    """A line over steps; its points are marked where there are few."""
+    """A line over steps, with markers if there are few points."""
     mode = "lines+markers" if len(x) <= _FEW_POINTS else "lines"
     trace = {"type": "scatter", "mode": mode, "name": name, "x": list(x), "y": list(y)}
     return trace | {"line": {"color": color, "width": 2}, "marker": {"color": color, "size": 5}} | more
@@ -97,19 +97,19 @@ def dots(name: str, x: Sequence[Any], y: Sequence[Any], color: str, **more: Any)
 
 
 def bars(name: str, x: Sequence[Any], y: Sequence[Any], color: str, **more: Any) -> dict[str, Any]:
-    """Horizontal bars, `x` long, one for every name in `y`."""
+    """Horizontal bars of length `x`, one for every name in `y`."""
     trace = {"type": "bar", "orientation": "h", "name": name, "x": list(x), "y": list(y)}
     return trace | {"marker": {"color": color}} | more
 
 
 def layout(x_title: str, y_title: str, **more: Any) -> dict[str, Any]:
-    """Axes with titles; y begins at zero, because most figures here are amounts."""
+    """Axes with titles; y starts at zero, because most figures here are amounts."""
     axes = {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": y_title}, "rangemode": "tozero"}}
     return axes | more
 
 
 def over_steps(runs: Sequence[Run], y_title: str, **more: Any) -> dict[str, Any]:
-    """Axes of figures over the steps of runs; few steps get a tick each, and none between them."""
+    """Step axes of runs; few steps get a tick each, and none between them."""
     title = {"train": "training step", "standalone": "call", "eval": "evaluation at step"}[runs[0].mode]
     sizes = {len(groups(run.steps)[0]) for run in runs}
     per_point = f" ({'up to ' if len(sizes) > 1 else ''}{max(sizes)} per point)" if max(sizes) > 1 else ""
@@ -120,12 +120,12 @@ def over_steps(runs: Sequence[Run], y_title: str, **more: Any) -> dict[str, Any]
 
 
 def names_axis() -> dict[str, Any]:
-    """An axis of names, the first at the top. By itself plotly takes names such as 2026-11-26 for dates."""
+    """An axis of names, the first at the top. Without it plotly takes names such as 2026-11-26 for dates."""
     return {"type": "category", "automargin": True, "autorange": "reversed"}
 
 
 def whole_ticks(least: int, most: int) -> dict[str, Any]:
-    """Part of an axis of whole numbers, the same wherever a figure lacks some of them."""
+    """Part of an axis of whole numbers, equal for all figures even if some lack numbers."""
     margin = max(0.5, 0.03 * (most - least))
     axis = {"tickformat": "d", "range": [least - margin, most + margin]}
     return axis | {"dtick": 1} if most - least <= _FEW_TICKS else axis
@@ -138,5 +138,5 @@ def mark(y: float) -> dict[str, Any]:
 
 
 def whose(run: Run, runs: Sequence[Run], after: str = ", ") -> str:
-    """The run's name before what is said of it; nothing where there is but one run."""
+    """The run's name as a prefix; empty if there is only one run."""
     return f"{run.name}{after}" if len(runs) > 1 else ""

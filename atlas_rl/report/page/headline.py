@@ -1,4 +1,4 @@
-"""The top of the page: each run's figures, and what they say."""
+"""The top of the page: each run's main figures and verdict."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def headline(run: Run) -> Headline:
 
 
 def side_by_side(runs: Sequence[Run]) -> Table:
-    """The same figures of several runs, a column each."""
+    """The headline figures of several runs, a column each."""
     figures = [totals(run.steps) for run in runs]
     rows = [(label, *(form(of) for of in figures)) for label, form, _ in _ROWS]
     return Table(("", *(run.name for run in runs)), rows)
 
 
 def ratio(value: float | None) -> str:
-    """A gain as text."""
+    """A ratio as text."""
     return _NONE if value is None else f"{value:.2f}×"
 
 

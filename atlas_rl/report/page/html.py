@@ -83,12 +83,12 @@ def _resource(name: str) -> str:
 
 
 def _json(value: object) -> str:
-    """JSON that cannot end the script element that holds it."""
+    """JSON in which nothing can close the surrounding script element."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
 def _plain(value: Any) -> Any:
-    """Parts of a figure in which plotly finds no tags: it would draw a run called <b> as bold text."""
+    """Part of a figure with tags escaped: plotly would draw a run called <b> as bold text."""
     if isinstance(value, str):
         return escape(value, quote=False)
     if isinstance(value, dict):
@@ -156,5 +156,5 @@ def _table(table: Table) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text as HTML, what stands between backticks as code."""
+    """Text as HTML; text between backticks becomes code."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))

@@ -1,4 +1,4 @@
-"""Reads runs from report files: which lines belong together, and what had to be left out.
+"""Reads runs from report files: groups lines into runs, and notes what was left out.
 
 Several engines may have written one file: the ranks of a launch, a run that was resumed, and runs one after the other.
 """
@@ -42,12 +42,12 @@ class Run:
 
     @cached_property
     def total(self) -> StepReport:
-        """All steps added up."""
+        """The sum of all steps."""
         return concatenate(self.steps)
 
     @cached_property
     def points(self) -> tuple[StepReport, ...]:
-        """The steps, or sums over neighbouring ones where they are many."""
+        """The steps, or sums over neighbouring steps if there are many."""
         return points(self.steps)
 
 
@@ -71,7 +71,7 @@ class _Launch:
 
 
 def read_runs(paths: Sequence[Path], *, earlier: bool = False, now_s: float | None = None) -> list[Run]:
-    """The runs of report files, named by what tells their paths apart.
+    """The runs in report files, named by the differing parts of their paths.
 
     Args:
         paths: `rollouts.jsonl` files, or folders that hold one.
@@ -92,7 +92,7 @@ def read_runs(paths: Sequence[Path], *, earlier: bool = False, now_s: float | No
 
 
 def report_file(path: Path) -> Path:
-    """The report file that a path stands for.
+    """The report file that a path refers to.
 
     Raises:
         ValueError: There is none; the message names those in folders below.
@@ -113,7 +113,7 @@ def report_file(path: Path) -> Path:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """The shortest ends of the folders' paths that differ."""
+    """The shortest differing ends of the folders' paths."""
     folders = [file.parent.parts if file.name == REPORTS_FILE else file.parts for file in files]
     for length in range(1, max(map(len, folders)) + 1):
         names = ["/".join(folder[-length:]) for folder in folders]
@@ -173,7 +173,7 @@ def _lines_named(numbers: Iterable[int]) -> str:
 
 
 def _launches(lines: Sequence[_Line]) -> list[_Launch]:
-    """The n-th engine of every rank belong together: a process makes a random name for its engine when it starts."""
+    """Group the n-th engine of every rank: a process makes a random name for its engine when it starts."""
     place: dict[tuple[int, str], int] = {}
     of_rank: dict[int, int] = {}
     launches: dict[int, list[_Line]] = {}
@@ -187,7 +187,7 @@ def _launches(lines: Sequence[_Line]) -> list[_Launch]:
 
 
 def _groups(launches: Sequence[_Launch]) -> list[list[_Launch]]:
-    """Launches by run: one that begins later in the file and at a later step goes on where the one before it stopped."""
+    """Group launches into runs: one that begins later in the file and at a later step continues the previous one."""
     groups: list[list[_Launch]] = []
     for launch in launches:
         before = groups[-1] if groups else None
@@ -221,7 +221,7 @@ def _run(name: str, group: Sequence[_Launch]) -> Run:
 
 
 def _merged(launch: _Launch) -> tuple[list[StepReport], list[str]]:
-    """One report per step; steps that not every rank has reported are left out, as long as any are whole."""
+    """One report per step. Steps that some rank has not reported are left out, if any complete step exists."""
     ranks = {line.rank for line in launch.lines}
     found: dict[tuple[Any, ...], dict[int, StepReport]] = {}
     seen: dict[tuple[Any, ...], int] = {}

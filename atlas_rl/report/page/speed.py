@@ -1,4 +1,4 @@
-"""Panels of speed: tokens/s, gain, accepted length, seconds, and the long tail."""
+"""Panels about speed: tokens/s, gain, accepted length, seconds, and the long tail."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def gain(runs: Sequence[Run]) -> Panel:
 
 
 def seconds(runs: Sequence[Run]) -> Panel:
-    """Where every second went: per token over the run, and per step."""
+    """Seconds by phase: per token over the run, and per step."""
     sentence = "Where every second of the generation went; the phases add up to it."
     whole = [run.total for run in runs]
     names = [run.name for run in runs]
@@ -203,12 +203,12 @@ def long_tail(runs: Sequence[Run]) -> Panel:
 
 
 def steps_of(reports: Sequence[StepReport]) -> list[int]:
-    """The step of each report; of a sum, its last."""
+    """The step of each report; for a sum, its last."""
     return [report.step for report in reports]
 
 
 def known_points(run: Run, *names: str) -> list[StepReport]:
-    """One report per point of a run, over those of its steps that have the figures."""
+    """One report per point of a run, over those steps that have the figures."""
     known = [
         (having(group, *names), len(group), whole) for group, whole in zip(groups(run.steps), run.points, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Long runs as sums over neighbouring steps, so that a page stays small."""
+"""Thins long runs into sums over neighbouring steps, so that a page stays small."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MOST_POINTS = 250
 
 
 def groups(steps: Sequence[StepReport], most: int = MOST_POINTS) -> list[Sequence[StepReport]]:
-    """Neighbouring steps, at most `most` groups of equal size."""
+    """Groups of neighbouring steps, at most `most`, of equal size."""
     size = -(-len(steps) // most)
     return [steps[i : i + size] for i in range(0, len(steps), size)]
 
 
 def points(steps: Sequence[StepReport]) -> tuple[StepReport, ...]:
-    """One report per group: counts and seconds added up, so that its ratios are those of all its tokens."""
+    """One report per group, with counts and seconds summed so that ratios are those of all its tokens."""
     return tuple(concatenate(group) for group in groups(steps))

@@ -15,7 +15,7 @@ OVERHEAD = ("draft", "controller", "observe", "refresh")
 
 @dataclass(frozen=True)
 class Totals:
-    """A run in a few numbers; None where no step knows.
+    """Totals of a run; None if no step has the figure.
 
     Attributes:
         all: All steps added up.
@@ -41,12 +41,12 @@ class Totals:
 
     @property
     def gain(self) -> float | None:
-        """The measured gain, or else the estimated one."""
+        """The measured gain, else the estimated one."""
         return self.estimated if self.measured is None else self.measured
 
 
 def totals(steps: Sequence[StepReport]) -> Totals:
-    """Add up the steps of a run, at least one."""
+    """Sum up the steps of a run, at least one."""
     total = concatenate(steps)
 
     def over(some: Sequence[StepReport], figure: str) -> float | None:
@@ -73,5 +73,5 @@ def phase_s(report: StepReport, phase: str) -> float:
 
 
 def phases_of(reports: Sequence[StepReport]) -> list[str]:
-    """Phases that took any time in these reports, `other` last."""
+    """Phases with nonzero time in these reports, `other` last."""
     return [phase for phase in (*PHASES, "other") if any(phase_s(report, phase) > 0 for report in reports)]

@@ -1,4 +1,4 @@
-"""Says in sentences whether speculation paid in a run, why not, and what to change."""
+"""Writes sentences on whether speculation paid in a run, why not, and what to change."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _outcome(run: Totals) -> str:
 
 
 def _start(steps: Sequence[StepReport]) -> list[str]:
-    """What the run is without its first step, if that was far slower than the others."""
+    """Speed of the run without its first step, if that step was far slower than the others."""
     usual_s = median(report.generate_s for report in steps)
     rest = steps[1:]
     if not rest or steps[0].generate_s < _SLOW_START * usual_s:
@@ -63,7 +63,7 @@ def _start(steps: Sequence[StepReport]) -> list[str]:
 
 
 def _over_time(steps: Sequence[StepReport]) -> list[str]:
-    """The gain of the first and of the last quarter, in one way of knowing it if that is known of both."""
+    """Gains of the first and the last quarter, both measured or both estimated."""
     if len(steps) < _LATE_STEPS:
         return []
     quarter = len(steps) // 4

@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints: reads the `speculators` layout of the vLLM project and the original one, writes the first.
+"""Reads EAGLE-3 checkpoints in the `speculators` layout of the vLLM project and the original one; writes the first.
 
 The `speculators` layout names its tensors as `Eagle3Head` does. In the original one (SafeAILab/EAGLE) the layer is called
 `midlayer`. Everything that a rollout relies on is checked here: names, shapes and finiteness of the tensors, and that `d2t`
@@ -50,7 +50,7 @@ def load_eagle3(folder: str | Path, policy: PolicyView) -> Eagle3Head:
 
 
 def eagle3_layers(folder: str | Path, num_layers: int) -> tuple[int, ...]:
-    """Layers of a policy with `num_layers` layers that a checkpoint's head reads; `ValueError` if it holds no head."""
+    """Policy layers, of `num_layers`, that a checkpoint's head reads; `ValueError` if it holds no head."""
     folder = Path(folder)
     return parse_config(_settings(folder), num_layers, 1, f"'{folder / 'config.json'}'").layers
 
@@ -116,7 +116,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _config_for(
     policy: PolicyView, settings: dict[str, Any], tensors: dict[str, torch.Tensor], what: str, where: str
 ) -> Eagle3Config:
-    """The head's configuration; `ValueError` where the head cannot be one of this policy's."""
+    """The head's configuration; `ValueError` if the head cannot belong to this policy."""
     vocab_size = policy.vocab_size
     head_weight = tensors.get("lm_head.weight")
     if head_weight is None:
@@ -145,7 +145,7 @@ def _config_for(
 
 
 def _public_name(policy: nn.Module) -> str | None:
-    """The policy's name, without the folders of this machine."""
+    """The policy's name, without local folders."""
     name = str(getattr(policy.config, "name_or_path", "") or "")
     return (Path(name).name if Path(name).exists() else name) or None
 
@@ -153,7 +153,7 @@ def _public_name(policy: nn.Module) -> str | None:
 def _vocabulary(
     tensors: dict[str, torch.Tensor], draft_vocab_size: int, vocab_size: int, what: str
 ) -> dict[str, torch.Tensor]:
-    """`d2t` (offsets from a draft token to the policy's, int64) and `t2d` (bool), whichever of them the file has.
+    """`d2t` (offsets from a draft token to the policy's, int64) and `t2d` (bool), from whichever the file has.
 
     Raises:
         ValueError: They are of another type or length, contradict each other, lead out of the vocabulary, or lead from two
@@ -196,7 +196,7 @@ def _vocabulary(
 
 
 def _check_fit(head: Eagle3Head, tensors: dict[str, torch.Tensor], what: str) -> None:
-    """Raise `ValueError` where the tensors are not those that the configuration describes."""
+    """Raise `ValueError` if the tensors do not match the configuration."""
     own = head.state_dict()
     faults = [
         *(f"{name} is missing" for name in own if name not in tensors),

@@ -1,4 +1,4 @@
-"""Shape of an EAGLE-3 head, and how it is read from the configuration of either layout.
+"""Shape of an EAGLE-3 head, and how to read it from either configuration layout.
 
 The `speculators` layout (vllm-project/speculators) keeps the layer's shape in `transformer_layer_config`. The original one
 (SafeAILab/EAGLE) is a flat Llama configuration, to which others have added an `eagle_config`. A field that is null counts as
@@ -53,18 +53,18 @@ class Eagle3Config:
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """Low, middle and high layer where a checkpoint names none: as EAGLE-3's authors and vLLM have it."""
+    """Low, middle and high layer, for checkpoints that name none, as in EAGLE-3's code and vLLM."""
     return (2, num_layers // 2, num_layers - 3)
 
 
 def new_layers(num_layers: int) -> tuple[int, ...]:
-    """The layers that a new head reads: `default_layers` where those are three in order, else the last ones there are."""
+    """Layers that a new head reads: `default_layers` if those are three in order, else the last ones."""
     low, middle, high = default_layers(num_layers)
     return (low, middle, high) if low < middle < high else tuple(range(max(0, num_layers - 3), num_layers))
 
 
 def check_layers(layers: Any, num_layers: int, where: str) -> tuple[int, ...]:
-    """Decoder layers to read, in ascending order, as vLLM hands them over.
+    """Check decoder layers to read: ascending, as vLLM passes them.
 
     Args:
         layers: From a user or a file.
@@ -90,7 +90,7 @@ def check_layers(layers: Any, num_layers: int, where: str) -> tuple[int, ...]:
 def parse_config(
     settings: Mapping[str, Any], num_layers: int, draft_vocab_size: int | None, where: str
 ) -> Eagle3Config:
-    """Read the configuration of a head of either layout.
+    """Read a head's configuration in either layout.
 
     Args:
         settings: What `config.json` holds.
@@ -143,7 +143,7 @@ def parse_config(
 def _refuse_other_heads(
     fields: Mapping[str, Any], layer: Mapping[str, Any], eagle: Mapping[str, Any], where: str
 ) -> None:
-    """Raise for EAGLE-3 heads whose forward is another than ours."""
+    """Raise `ValueError` for EAGLE-3 heads with a different forward."""
     reasons = (
         (
             layer.get("num_hidden_layers", 1) != 1,

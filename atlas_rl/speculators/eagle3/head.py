@@ -27,7 +27,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Eagle3Head(nn.Module):
-    """See the module's docstring. `embed_tokens` is the checkpoint's own, or None for the policy's.
+    """EAGLE-3 head. `embed_tokens` is the checkpoint's own table, or None for the policy's.
 
     Args:
         config: Shape.
@@ -60,13 +60,13 @@ class Eagle3Head(nn.Module):
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def set_vocabulary(self, token_ids: torch.Tensor) -> None:
-        """Take these tokens of the policy, sorted: int64 `[draft_vocab]`."""
+        """Set the reduced vocabulary: sorted policy tokens, int64 `[draft_vocab]`."""
         self.d2t.copy_(token_ids - torch.arange(len(token_ids), device=token_ids.device))
         self.t2d.zero_()
         self.t2d[token_ids] = True
 
     def fuse(self, states: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Features `[tokens, hidden]` of positions where the policy has run, from `[tokens, hidden]` per layer."""
+        """Features `[tokens, hidden]` from the policy's layer states, `[tokens, hidden]` per layer."""
         parts = [states[layer].to(self.fc.weight.dtype) for layer in self.config.layers]
         if self.input_norm is not None:
             parts = list(self.input_norm(torch.cat(parts, dim=-1)).chunk(len(parts), dim=-1))
@@ -98,7 +98,7 @@ class Eagle3Head(nn.Module):
 
 
 def cached_sizes(config: LlamaConfig) -> tuple[int, int]:
-    """Heads of keys and values of a layer, and the size of each."""
+    """Number and size of a layer's key and value heads."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads or config.num_attention_heads, size
 
@@ -129,7 +129,7 @@ class Eagle3Layer(nn.Module):
 
 
 class _Projections(nn.Module):
-    """Queries, keys and values from twice the hidden size, and the output projection."""
+    """Projections: queries, keys and values from twice the hidden size, and the output."""
 
     def __init__(self, config: LlamaConfig, qk_norm: bool) -> None:
         super().__init__()

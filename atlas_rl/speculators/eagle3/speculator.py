@@ -1,4 +1,4 @@
-"""EAGLE-3 as a speculator: static, trained before the run and never changed by it.
+"""EAGLE-3 as a speculator: static, trained before the run and not changed by it.
 
 The head keeps one layer's attention cache of its own, a row for each request that it drafts for. Committed positions enter
 it with the policy's features; drafted ones with the head's own, and are overwritten when the policy has run there. Where
@@ -116,7 +116,7 @@ class Eagle3Speculator(Speculator):
             self._has_prompt[group] = True
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
-        """Positions whose features wait to be run."""
+        """Positions whose features have not been run yet."""
         known = requests[self._has_prompt[requests]]
         fresh = known[self._cached[known] == 0]
         copied = np.setdiff1d(fresh, self._leaders(sequences, fresh)) if len(fresh) else fresh
@@ -124,7 +124,7 @@ class Eagle3Speculator(Speculator):
         return int(waiting - (sequences.prompt_lengths[copied] - 1).sum())
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
+        """Draft for every request; all rows run to the longest wanted draft, shorter ones are cut."""
         assert sequences is self._sequences, "propose() before start()"
         known = np.flatnonzero(self._has_prompt[requests])
         if len(known) < len(requests):  # an engine that caches prefixes does not always run a prompt again
@@ -176,7 +176,7 @@ class Eagle3Speculator(Speculator):
             self._fuse()
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Release the cache of the call before. A static drafter does not follow the policy."""
+        """Release the cache of the previous call. A static drafter does not follow the policy."""
         self._sequences, self._cache, self._features, self._unfused = None, None, [], []
         return None
 
@@ -184,7 +184,7 @@ class Eagle3Speculator(Speculator):
         return self.head.parameters()
 
     def _forget(self, sequences: Sequences, requests: np.ndarray) -> None:
-        """Let requests go, int64 `[n]`, with all that is kept of them."""
+        """Drop all state of requests, int64 `[n]`."""
         self._has_prompt[requests] = False
         self._row_of[requests] = -1
         for request in requests.tolist():
@@ -194,7 +194,7 @@ class Eagle3Speculator(Speculator):
                 del self._prompt_in[key]
 
     def _make_room(self, sequences: Sequences, requests: np.ndarray, depth: int) -> bool:
-        """Give requests (int64 `[n]`) their rows; whether some had to be forgotten because memory does not take all."""
+        """Give requests (int64 `[n]`) rows; returns whether some were dropped because memory is short."""
         cache = self._cache
         assert cache is not None, "room is made for requests that start() has told of"
         kept = np.flatnonzero(self._row_of >= 0)
@@ -215,7 +215,7 @@ class Eagle3Speculator(Speculator):
         return False
 
     def _close_gaps(self, cache: RaggedBatch, kept: np.ndarray) -> None:
-        """Move the last rows of requests that have one, int64 `[n]`, so that these are the first `n`."""
+        """Move the last rows of requests with one, int64 `[n]`, so that these are the first `n`."""
         rows = self._row_of[kept]
         gaps = np.setdiff1d(np.arange(len(kept)), rows)
         for request, gap in zip(kept[rows >= len(kept)].tolist(), gaps.tolist(), strict=True):
@@ -223,7 +223,7 @@ class Eagle3Speculator(Speculator):
             self._row_of[request] = gap
 
     def _fuse(self) -> None:
-        """Features of the positions observed since the last time: together, as reading the weights costs as much for one."""
+        """Fuse features of the positions observed since the last time, in one read of the weights."""
         if not self._unfused:
             return
         requests, counts = (np.concatenate([entry[i] for entry in self._unfused]) for i in range(2))
@@ -236,12 +236,12 @@ class Eagle3Speculator(Speculator):
                 self._features[request].append(part)
 
     def _leaders(self, sequences: Sequences, fresh: np.ndarray) -> np.ndarray:
-        """One request for each prompt that no row has yet."""
+        """One request for each prompt that has no row yet."""
         keys, first = np.unique(sequences.prompt_keys[fresh], return_index=True)
         return fresh[first[[int(key) not in self._prompt_in for key in keys]]]
 
     def _run_prompts(self, sequences: Sequences, fresh: np.ndarray) -> None:
-        """Run the prompts of new requests but for their last position, each once for all of its siblings."""
+        """Run the prompts of new requests except their last position, once for all siblings of a prompt."""
         fresh, cache = fresh[sequences.prompt_lengths[fresh] > 1], self._cache
         if cache is None or not len(fresh):
             return
@@ -262,7 +262,7 @@ class Eagle3Speculator(Speculator):
             cache.copy_rows(int(self._row_of[source]), rows, int(lengths[source]))
 
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
-        """Run the committed positions that are not cached yet; features of the last one of each request."""
+        """Run the committed positions that are not cached yet; returns the last features of each request."""
         fresh: list[torch.Tensor] = []
         tokens, counts, starts = [], np.zeros(len(requests), np.int64), self._cached[requests]
         for row, (request, start) in enumerate(zip(requests, starts, strict=True)):
@@ -283,7 +283,7 @@ class Eagle3Speculator(Speculator):
         starts: np.ndarray,
         counts: np.ndarray,
     ) -> torch.Tensor:
-        """Packed `[tokens, hidden]` through the head, its keys and values into the requests' cache rows."""
+        """Run packed `[tokens, hidden]` through the head, with keys and values in the requests' cache rows."""
         cache = self._cache
         assert cache is not None
         segments = Segments(tokens, 0, starts, counts, self._row_of[requests])
@@ -308,7 +308,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _Layer:
-    """The head has one layer, and the cache calls it 0."""
+    """Layer 0 of the cache: the head has only one layer."""
 
     layer_idx = 0
 

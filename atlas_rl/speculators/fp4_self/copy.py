@@ -28,7 +28,7 @@ HEADROOM = 2.0  # of a tensor scale: so long as no magnitude outgrows it, a refr
 
 
 class FourBitCopy:
-    """See the module's docstring.
+    """Four-bit copy of a policy's linear layers, in place in its modules.
 
     Args:
         policy: A causal LM whose decoder layers multiply by `nn.Linear` only; never changed, but for the time of `running`.
@@ -63,7 +63,7 @@ class FourBitCopy:
         return sum(weight.num_bytes for weight in self._weights)
 
     def compile_kernels(self) -> None:
-        """Compile what `requantize` and the layers launch."""
+        """Compile the kernels of `requantize` and of the layers."""
         weights = [module.weight.detach() for module in self._linears]
         device = weights[0].device
         if not (kernels_run_on(device) if self._kernels is None else self._kernels):
@@ -75,7 +75,7 @@ class FourBitCopy:
             multiply_in_four_bits(shape, stored, computed, device)
 
     def requantize(self) -> None:
-        """Read the policy's weights as they are now: once each, unless one outgrew the scale it had."""
+        """Quantize the policy's present weights: reads each once, or twice if it outgrew its scale."""
         modules = self._linears + self._embeddings
         weights = [module.weight.detach() for module in modules]
         scales = [weight.tensor_scale for weight in self._weights]
@@ -94,14 +94,14 @@ class FourBitCopy:
         self._forwards += [_looked_up(weight) for weight in self._weights[len(self._linears) :]]
 
     def running(self) -> AbstractContextManager[None]:
-        """Inside, the policy's modules compute with the four-bit weights in this thread; afterwards they are as before."""
+        """Context in which this thread's modules of the policy compute with the four-bit weights."""
         modules = self._linears + self._embeddings
         assert self._forwards, "running() before requantize()"
         return replaced_forwards(dict(zip(modules, self._forwards, strict=True)))
 
 
 def _linears(root: nn.Module) -> list[Any]:
-    """The `nn.Linear` modules below `root`, itself included, adapters left out: those stay as they are, and are small."""
+    """The `nn.Linear` modules below `root`, itself included, without adapters, which are small and stay as they are."""
     adapters = {
         id(part)
         for module in root.modules()

@@ -1,4 +1,4 @@
-"""The FP4 self-draft: an NVFP4 copy of the policy drafts, the policy verifies. A static speculator that cannot go stale.
+"""The FP4 self-draft: an NVFP4 copy of the policy drafts, the policy verifies. Static, but requantized from the policy.
 
 Self-speculation with a quantized copy is that of QuantSpec (arXiv 2502.10424) and, in RL, of EfficientRollout (arXiv
 2606.18967); the format is NVFP4 (`copy.py`). The copy is made anew whenever the policy has moved: no training, no
@@ -82,7 +82,7 @@ class Fp4SelfSpeculator(Speculator):
         self._cache = cache
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for every request, each as far as it is wanted or to its first ending token."""
+        """Draft for every request, up to its wanted length or its first ending token."""
         depth = int(max_draft_tokens.max(initial=0))
         if depth <= 0:
             return Draft.empty(len(requests))
@@ -112,15 +112,15 @@ class Fp4SelfSpeculator(Speculator):
             raise
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Do nothing: the policy has run what was committed."""
+        """Do nothing: the policy has run the committed tokens."""
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Let go of the call's cache. Weights are read when the next draft is wanted, when they are whole on every rank."""
+        """Release the call's cache. Weights are read at the next draft, when they are whole on every rank."""
         self._cache = None
         return None
 
     def _current(self, policy_version: int) -> FourBitCopy:
-        """The copy, of the policy as it is now."""
+        """The copy, up to date with the policy."""
         assert self._copy is not None, "propose() before bind()"
         if self._version != policy_version:
             self._copy.requantize()
@@ -130,7 +130,7 @@ class Fp4SelfSpeculator(Speculator):
     def _clean(
         self, runner: PolicyRunner, newest: np.ndarray, starts: np.ndarray, depths: np.ndarray, rows: np.ndarray
     ) -> None:
-        """Let the policy itself write every cell that was drafted in; arrays are int64 `[batch]`.
+        """Let the policy rewrite every cache cell that drafting wrote to; arrays are int64 `[batch]`.
 
         Numbers that are not finite would get into its own forward: a cell that is masked still enters as 0 * NaN.
         """

@@ -1,4 +1,4 @@
-"""Cursors: the places in history whose preceding tokens equal a request's latest ones.
+"""Cursors: places in history where the preceding tokens equal a request's latest ones.
 
 A request keeps its cursors from token to token. A token that a cursor predicted moves the cursor on, one token
 longer; any other token drops it; the chains supply new ones. So the longest matches are never lost to the bound on
@@ -41,7 +41,7 @@ _MAX_VISITS = 32  # entries looked at in one chain
 
 @numba.njit(inline="always")
 def _match_live(row, pos, context, end):
-    """How many tokens before `row[pos]` equal those before `context[end]`."""
+    """Number of tokens before `row[pos]` that equal those before `context[end]`."""
     limit = min(min(pos, end), MAX_MATCH)
     length = 0
     while length < limit and row[pos - 1 - length] == context[end - 1 - length]:
@@ -51,7 +51,7 @@ def _match_live(row, pos, context, end):
 
 @numba.njit(inline="always")
 def _match_archive(nodes, code, context, end):
-    """How many tokens before an archived one equal those before `context[end]`; separators equal none."""
+    """Number of tokens before an archived one that equal those before `context[end]`; separators never match."""
     limit = min(end, MAX_MATCH)
     length = 0
     at = code
@@ -137,7 +137,7 @@ def _search_archive(cursors, count, survivors, family, context, end, tag, archiv
 
 @numba.njit
 def refill(cursors, count, context, end, request, live, archive):
-    """Find cursors for the context that ends before `context[end]`, beside the `count` there are; returns the count."""
+    """Add cursors for the context before `context[end]` to the existing `count`; returns the new count."""
     if count >= _REFILL_BELOW:
         return count
     survivors = count
@@ -153,7 +153,7 @@ def refill(cursors, count, context, end, request, live, archive):
 
 @numba.njit(inline="always")
 def _advance_live(cursors, i, context, end, position, request, live):
-    """Move a live cursor on by one token; returns the token it predicts next, SEPARATOR where its text ends.
+    """Move a live cursor on by one token; returns the token it predicts next, SEPARATOR at the end of its text.
 
     `context[end]` is token `position` of the request, which is the next to come: a cursor into the request itself may
     run into the draft, which is the case of a text that repeats itself.
@@ -177,7 +177,7 @@ def _advance_live(cursors, i, context, end, position, request, live):
 
 @numba.njit
 def advance(cursors, count, token, context, end, position, request, live, archive):
-    """Keep the cursors that predicted `token`, now `context[end - 1]`, and move them on; returns how many are left."""
+    """Keep and advance the cursors that predicted `token`, now `context[end - 1]`; returns how many are left."""
     kept = 0
     for i in range(count):
         if cursors[i, NEXT] != token:
@@ -201,5 +201,5 @@ def advance(cursors, count, token, context, end, position, request, live, archiv
 
 
 def new_cursors(num_requests: int) -> np.ndarray:
-    """Room for the cursors of every request: int32 `[num_requests, MAX_CURSORS, 4]`."""
+    """Empty cursor arrays for every request: int32 `[num_requests, MAX_CURSORS, 4]`."""
     return np.empty((num_requests, MAX_CURSORS, 4), np.int32)

@@ -1,4 +1,4 @@
-"""From cursors to a probability, a draft token and a confidence, all learned online.
+"""Turns cursors into a probability, a draft token and a confidence, with weights learned online.
 
 **Mixture.** A cursor c of category k(c) = (source, match length) predicts one token x_c with weight w_k, and
 
@@ -63,7 +63,7 @@ _LEAST_ESCAPE = 1e-9
 
 
 class Model(NamedTuple):
-    """Everything learned beside the tokens themselves."""
+    """Everything learned besides the tokens themselves."""
 
     log_weights: np.ndarray  # float64 [NUM_SOURCES, NUM_BUCKETS]
     escapes: np.ndarray  # float64 [NUM_KINDS, NUM_BUCKETS, 2]: hits, trials
@@ -72,7 +72,7 @@ class Model(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Work arrays of one position; the candidates are the different tokens that cursors predict."""
+    """Work arrays of one position; candidates are the distinct tokens that cursors predict."""
 
     rates: np.ndarray  # float64 [NUM_SOURCES, NUM_BUCKETS], exponentials of the model's log weights
     weights: np.ndarray  # float64 [MAX_CURSORS], per cursor, in units of the weightiest
@@ -84,7 +84,7 @@ class Scratch(NamedTuple):
 
 
 class Position(NamedTuple):
-    """What `mix` found."""
+    """Result of `mix`."""
 
     different: int  # number of candidates
     total: float  # their mass
@@ -94,7 +94,7 @@ class Position(NamedTuple):
 
 
 def new_model() -> Model:
-    """A model whose priors say: a longer match is better, and a confidence is what it is derived to be."""
+    """A model with prior weights: longer matches predict better, and a confidence is what its derivation says."""
     log_weights = np.tile(0.5 * np.arange(NUM_BUCKETS), (NUM_SOURCES, 1))
     escapes = np.full((NUM_KINDS, NUM_BUCKETS, 2), _PRIOR_TRIALS)
     for kind in range(NUM_KINDS):
@@ -111,7 +111,7 @@ def new_model() -> Model:
 
 @numba.njit
 def new_scratch(model):
-    """Fresh work arrays, for a model that `learn` alone changes meanwhile."""
+    """New work arrays, for a model that only `learn` changes meanwhile."""
     return Scratch(
         np.exp(model.log_weights),
         np.empty(MAX_CURSORS),
@@ -165,7 +165,7 @@ def _logit(p):
 
 @numba.njit(inline="always")
 def _overtakes(n, m, log_ratio):
-    """Probability that a candidate of `m` counts, `log_ratio` later by the counts, really comes before one of `n`.
+    """Probability that a candidate of `m` counts, `log_ratio` later by the counts, truly precedes one of `n`.
 
     The log of a Gamma(n) rate has mean near log(n) - 1 / (2 n) and variance near 1 / n + 1 / (2 n**2); their difference
     is taken for normal, and the normal for logistic.
@@ -177,7 +177,7 @@ def _overtakes(n, m, log_ratio):
 
 @numba.njit
 def _first_arrival(at, scratch, exponent):
-    """The candidate that arrives first where rates are raised to `exponent`."""
+    """The candidate that arrives first if rates are raised to `exponent`."""
     first, pick = _NEVER, 0  # an index, so it is one whatever the comparisons say
     for x in range(at.different):
         # Times scale with the rate's unit, so dividing by the mass instead of P changes no comparison.
@@ -233,7 +233,7 @@ def _choose_likeliest(at, scratch):
 
 @numba.njit
 def choose(cursors, count, at, model, scratch, mode, key, position, learns):
-    """The token to draft: its index among the candidates; fills the features of its confidence, and what `learn` needs."""
+    """Choose the candidate to draft: returns its index, and fills confidence features and inputs of `learn`."""
     best = (
         _choose_coupled(at, model, scratch, key, position, learns)
         if mode == COUPLED
@@ -263,7 +263,7 @@ def confidence_of(coefficients, features):
 
 @numba.njit
 def learn(cursors, count, token, drafted, at, model, scratch, mode):
-    """Learn from the token that came, after `mix` and `choose`, whose pick was candidate `drafted`."""
+    """Learn from the actual token, after `mix` and `choose`, which picked candidate `drafted`."""
     right = -1
     for x in range(at.different):
         if scratch.tokens[x] == token:

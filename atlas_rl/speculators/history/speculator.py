@@ -1,4 +1,4 @@
-"""History index: drafts what followed the same tokens in recent rollouts.
+"""History index: drafts the tokens that followed the same context in recent rollouts.
 
 The light organ of the adaptive speculator. Everything a run has generated lately is text that the next rollout may repeat:
 the siblings of its group, which answer the same prompt now; rollouts of the same prompt in earlier epochs; the prompt
@@ -51,7 +51,7 @@ _CONFIDENCE_FLOOR = 0.01
 
 @numba.njit
 def _draft_row(request, length, want, cursors, count, live, archive, model, scratch, mode, key, stops, out, confidence):
-    """Draft up to `want` tokens of one request from its `count` cursors, which are used up; returns how many."""
+    """Draft up to `want` tokens of one request from its `count` cursors, which are consumed; returns how many."""
     end = min(length, MAX_MATCH)
     context = np.empty(MAX_MATCH + want, np.int32)
     context[:end] = live.tokens[request, length - end : length]
@@ -77,7 +77,7 @@ def _draft_row(request, length, want, cursors, count, live, archive, model, scra
 
 @cached_njit(nogil=True)
 def _draft_rows(requests, lengths, want, cursors, counts, live, archive, model, mode, keys, stops, out, confidence):
-    """Draft every row behind the `lengths` of all requests; returns the lengths of the drafts."""
+    """Draft every row after the `lengths` of all requests; returns the lengths of the drafts."""
     drafted = np.zeros(len(requests), np.int64)
     own = np.empty_like(cursors[0])
     scratch = new_scratch(model)
@@ -113,7 +113,7 @@ def _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_
 
 @cached_njit(nogil=True)
 def _follow_rows(requests, lengths, observed, most, starts, ends, cursors, counts, live, archive, met, met_counts):
-    """Move cursors past what was committed since, and file it; nothing where `met` has no room. Returns how many tokens.
+    """Move cursors past newly committed tokens and index them; nothing if `met` has no room. Returns the token count.
 
     `starts` and `ends` (int64 `[batch]`) get the tokens of each request observed before, and by now; `observed` (int64
     `[num_requests]`) follows. Positions from `most` on are not filed. The other arguments are those of `_move_rows`.
@@ -132,7 +132,7 @@ def _follow_rows(requests, lengths, observed, most, starts, ends, cursors, count
 
 @cached_njit(nogil=True)
 def _learn_rows(requests, starts, ends, tokens, met, met_counts, model, mode, keys):
-    """Learn from the tokens that `_move_rows` moved past, as if each had been drafted from the cursors that it met."""
+    """Learn from the tokens that `_move_rows` passed, as if each had been drafted from the cursors at its place."""
     scratch = new_scratch(model)
     token = 0
     for i in range(len(requests)):
@@ -147,7 +147,7 @@ def _learn_rows(requests, starts, ends, tokens, met, met_counts, model, mode, ke
 
 
 class _PutOff(NamedTuple):
-    """Tokens of one step to learn from: int64 `[n]` requests, first and last position, and the draft mode."""
+    """Tokens of one step to learn from later: int64 `[n]` requests, first and last position, and the draft mode."""
 
     requests: np.ndarray
     starts: np.ndarray
@@ -183,7 +183,7 @@ class HistorySpeculator(Speculator):
         self._met, self._met_counts = new_cursors(0), np.zeros(0, np.int64)  # cursors that its tokens met
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Draft for this policy. What is archived of one with more tokens goes: drafts index the policy's logits."""
+        """Draft for this policy. An archive with tokens beyond its vocabulary is dropped: drafts index its logits."""
         super().bind(policy, couples_noise)
         self._vocab_size = policy.vocab_size
         if self._archive.largest_token >= policy.vocab_size:
@@ -216,7 +216,7 @@ class HistorySpeculator(Speculator):
         self._observed[requests] = sequences.prompt_lengths[requests]
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for each request: the likeliest continuation, or the one the coupled noise picks."""
+        """Draft for each request: the likeliest continuation, or the one that the coupled noise picks."""
         live = self._live_of(sequences)
         widest = int(max_draft_tokens.max(initial=0))
         if widest <= 0:
@@ -230,7 +230,7 @@ class HistorySpeculator(Speculator):
         return Draft(tokens, lengths, confidence)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Move the cursors past what came and index it; what they predicted is scored later."""
+        """Move the cursors past committed tokens and index these; `learn` scores the predictions later."""
         self.learn()
         live = self._live_of(sequences)
         requests = verified.requests
@@ -247,7 +247,7 @@ class HistorySpeculator(Speculator):
         self._finished.extend(requests[verified.finished].tolist())
 
     def learn(self) -> None:
-        """Score what the cursors predicted of the latest tokens against what came."""
+        """Score the cursors' predictions of the latest tokens."""
         if self._put_off is not None and self._live is not None and self._sequences is not None:
             requests, starts, ends, mode = self._put_off
             _learn_rows(
@@ -257,7 +257,7 @@ class HistorySpeculator(Speculator):
         self._put_off = None
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Archive the call that `rollouts` came from, and other ranks' calls; the oldest leave the ring by themselves."""
+        """Archive the call that made `rollouts`, and other ranks' calls; the oldest leave the ring automatically."""
         self._end_call()
         for sequences in rollouts.elsewhere:
             self._archive_rollouts(sequences, list(range(len(sequences.lengths))))
@@ -268,7 +268,7 @@ class HistorySpeculator(Speculator):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Archive, with what has finished by now, and learned weights; a call under way goes on unharmed."""
+        """Archive, including the rollouts finished so far, and learned weights; a running call is not disturbed."""
         self.learn()
         self._archive_finished()
         return {
@@ -295,7 +295,7 @@ class HistorySpeculator(Speculator):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: the archive, and the index of the present call."""
+        """Bytes of the archive and of the present call's index."""
         live = 0 if self._live is None else self._live.nbytes + self._cursors.nbytes
         return self._archive.nbytes + live
 

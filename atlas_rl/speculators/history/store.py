@@ -1,4 +1,4 @@
-"""Where the tokens of the history index live: an archive of finished rollouts and the running requests themselves.
+"""Token storage of the history index: an archive of finished rollouts, and the running requests in place.
 
 Both are indexed by hash chains, as in LZ77: an *entry* is a token, filed under the hash of the few tokens before it;
 `heads[family, bucket]` names the newest entry of a bucket, and every entry links to the next older one. Following a
@@ -51,7 +51,7 @@ _MAX_LIVE_BUCKETS = 1 << 20
 
 
 class LiveView(NamedTuple):
-    """What kernels see of the running requests; `buckets` heads per family."""
+    """View of the running requests for kernels; `buckets` heads per family."""
 
     tokens: np.ndarray  # int32 [requests, capacity]
     links: np.ndarray  # int32 [positions * requests, 2]
@@ -62,7 +62,7 @@ class LiveView(NamedTuple):
 
 
 class ArchiveView(NamedTuple):
-    """What kernels see of the archive."""
+    """View of the archive for kernels."""
 
     nodes: np.ndarray  # int32 [capacity, 4]
     heads: np.ndarray  # int32 [2, buckets]
@@ -70,7 +70,7 @@ class ArchiveView(NamedTuple):
 
 
 def prompt_tags(prompt_keys: np.ndarray) -> np.ndarray:
-    """Hashes of prompts small enough to sit in every archived token: int32 `[n]`, 29 bits, of int64 keys `[n]`."""
+    """29-bit hashes of prompts, stored with every archived token: int32 `[n]` from int64 keys `[n]`."""
     mixed = prompt_keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
@@ -107,7 +107,7 @@ def in_prompt(info):
 
 @cached_njit(nogil=True)
 def index_live(live, requests, ends):
-    """File the tokens from `indexed[request]` up to `end` of every request."""
+    """Index the tokens from `indexed[request]` up to `end` of every request."""
     num_requests = len(live.tokens)
     buckets = live.heads.shape[1]
     for i in range(len(requests)):
@@ -127,7 +127,7 @@ def index_live(live, requests, ends):
 
 @numba.njit(inline="always")
 def _write_node(archive, token, info):
-    """Put a node at the cursor, over the oldest one when the ring is full; returns its code."""
+    """Write a node at the write position, over the oldest one when the ring is full; returns its code."""
     code = archive.cursor[0]
     capacity = len(archive.nodes)
     archive.nodes[code, TOKEN] = token
@@ -141,7 +141,7 @@ def _write_node(archive, token, info):
 
 @numba.njit(inline="always")
 def _file_node(archive, code, context, end, run, tag):
-    """Link a written node into the chains of the context that ends before it and is `run` tokens long."""
+    """Link a written node into the chains of the `run` tokens of context before it."""
     for family in range(2):
         if run >= ORDERS[family]:
             bucket = bucket_of(context, end, family, tag, archive.heads.shape[1])
@@ -168,7 +168,7 @@ def _append(archive, tokens, prompt_length, tag, index_prompt, version):
 
 @cached_njit(nogil=True)
 def _replay(archive, tokens, infos):
-    """Append nodes as `oldest_first` lists them, filing each as it was filed before."""
+    """Append nodes in the order of `oldest_first`, with the same links as before."""
     run = 0
     for i in range(len(tokens)):
         code = _write_node(archive, tokens[i], infos[i])
@@ -184,7 +184,7 @@ def _replay(archive, tokens, infos):
 
 
 class LiveIndex:
-    """Index of the requests of one generation call, in place; dropped with the call.
+    """In-place index of the requests of one generation call; dropped with the call.
 
     It grows with the texts. What lies past the codes that 31 bits can name, of very many very long texts, is not indexed.
 
@@ -210,7 +210,7 @@ class LiveIndex:
         self.prompt_owner: dict[int, int] = {}
 
     def follow(self, sequences: Sequences) -> None:
-        """The texts may have grown: see them where they are now."""
+        """Update the view of texts that may have been reallocated."""
         view = self.view
         if sequences.token_ids is view.tokens:
             return
@@ -220,7 +220,7 @@ class LiveIndex:
         self.view = view._replace(tokens=sequences.token_ids, links=links)
 
     def add(self, sequences: Sequences, requests: np.ndarray) -> None:
-        """File the prompts of new requests, one copy of each distinct prompt."""
+        """Index the prompts of new requests, one copy of each distinct prompt."""
         owners = []
         for request, key in zip(requests.tolist(), sequences.prompt_keys[requests].tolist(), strict=True):
             if self.prompt_owner.setdefault(key, request) == request:
@@ -237,7 +237,7 @@ class LiveIndex:
 
 
 class Archive:
-    """Ring of finished rollouts, newest over oldest, grown geometrically up to `max_tokens`."""
+    """Ring of finished rollouts: the newest overwrite the oldest; grows geometrically up to `max_tokens`."""
 
     def __init__(self, max_tokens: int) -> None:
         if not 2 * MAX_MATCH <= max_tokens <= MAX_CODE:
@@ -254,7 +254,7 @@ class Archive:
     def append(
         self, tokens: np.ndarray, prompt_length: int, tag: int, *, index_prompt: bool, policy_version: int
     ) -> None:
-        """Archive one rollout: int32 tokens, prompt then completion. A rollout beyond the ring keeps its end."""
+        """Archive one rollout: int32 tokens, prompt then completion. A rollout longer than the ring keeps its end."""
         if len(tokens) > self.max_tokens - 1:
             cut = len(tokens) - (self.max_tokens - 1)
             tokens, prompt_length = tokens[cut:], max(0, prompt_length - cut)
@@ -262,7 +262,7 @@ class Archive:
         _append(self.view, tokens, prompt_length, tag, index_prompt, policy_version)
 
     def _grow(self, needed: int) -> None:
-        """Make room for `needed` nodes, as far as the bound allows; chains are rebuilt for the longer tables."""
+        """Make room for `needed` nodes, within the bound; chains are rebuilt for the larger tables."""
         capacity = len(self.view.nodes)
         if needed <= capacity or capacity == self.max_tokens:
             return
@@ -271,7 +271,7 @@ class Archive:
         _replay(self.view, *old)
 
     def oldest_first(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and info words of the stored nodes in the order they were written: int32 `[n]` each."""
+        """Tokens and info words of the stored nodes in writing order: int32 `[n]` each."""
         write, stored = self.view.cursor.tolist()
         nodes = self.view.nodes[:stored]
         order = np.roll(nodes, -write, axis=0) if stored == len(self.view.nodes) else nodes
@@ -279,11 +279,11 @@ class Archive:
 
     @property
     def largest_token(self) -> int:
-        """Largest token id that is stored; -1 while there is none."""
+        """Largest stored token id; -1 if empty."""
         return int(self.view.nodes[:, TOKEN].max())
 
     def oldest_policy_version(self) -> int | None:
-        """Version of the policy that made the oldest archived rollout, `None` while there is none."""
+        """Version of the policy that made the oldest archived rollout; None if empty."""
         tokens, infos = self.oldest_first()
         ends = np.flatnonzero(tokens == SEPARATOR)
         return int(infos[ends[0]]) if len(ends) else None
@@ -297,13 +297,13 @@ class Archive:
         return sum(a.nbytes for a in self.view)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tokens and info words; the chains follow from them."""
+        """Tokens and info words; the chains are rebuilt from them."""
         tokens, infos = self.oldest_first()
         return {"tokens": tokens, "infos": infos, "capacity": len(self.view.nodes)}
 
     @classmethod
     def from_state(cls, state: SavedState, max_tokens: int, vocab_size: int | None) -> Archive:
-        """An archive that replays what `state_dict` returned; a smaller ring keeps the newest.
+        """An archive from a `state_dict`; a smaller ring keeps the newest.
 
         Args:
             state: Its numbers are not trusted: the kernels draft from them, and follow chains that are made of them.

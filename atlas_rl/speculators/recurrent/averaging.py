@@ -1,4 +1,4 @@
-"""The mean of several ranks' heads: what one rank learned from its rollouts serves the drafts of all.
+"""Averages the heads of several ranks, so that all drafts benefit from what one rank learned.
 
 Hidden states are too large to exchange, weights are not. A head is written as a vector that ranks can add up. Ranks know
 different tokens, so biases stand by the policy's own ids, each beside a count of the ranks that have it.
@@ -13,7 +13,7 @@ from atlas_rl.speculators.recurrent.head import RecurrentHead
 
 
 def summand(head: RecurrentHead, ids: np.ndarray, vocab_size: int, *, learned: bool) -> torch.Tensor:
-    """A rank's part of the sum: float32 `[n]`, of one length for all heads of a policy.
+    """A rank's summand: float32 `[n]`, of equal length for all heads of a policy.
 
     Args:
         head: Of this rank.
@@ -30,7 +30,7 @@ def summand(head: RecurrentHead, ids: np.ndarray, vocab_size: int, *, learned: b
 
 
 def take_mean(head: RecurrentHead, ids: np.ndarray, total: torch.Tensor) -> bool:
-    """Give a head the mean of all that have learned; `total` is the sum of the ranks' parts.
+    """Set a head to the mean of all heads that have learned; `total` is the sum of the ranks' parts.
 
     Returns:
         Whether any rank had learned; if not, nothing changes.
@@ -54,5 +54,5 @@ def take_mean(head: RecurrentHead, ids: np.ndarray, total: torch.Tensor) -> bool
 
 
 def _weights(head: RecurrentHead) -> list[torch.nn.Parameter]:
-    """All that is learned, but for the biases of tokens."""
+    """All learned weights except the biases of tokens."""
     return [parameter for parameter in head.parameters() if parameter is not head.bias]

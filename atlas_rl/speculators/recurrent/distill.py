@@ -1,4 +1,4 @@
-"""Distillation of the recurrent head from the policy's own distribution, inside a time budget.
+"""Distils the policy's own distribution into the recurrent head, within a time budget.
 
 What the policy would have said at a position is known exactly: its LM head's input was computed by verification, and the
 head's rows and biases give the logits over the reduced vocabulary. The head unrolls over the tokens that were committed, and
@@ -31,7 +31,7 @@ _MAX_STEPS = 400
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """What one refresh did.
+    """Result of one refresh.
 
     Attributes:
         num_steps: Optimizer steps.
@@ -133,7 +133,7 @@ def agreement(head: RecurrentHead, windows: Windows, target: Target) -> np.ndarr
 
 
 def _mean(by_position: np.ndarray, windows: Windows) -> float:
-    """Over all positions that exist."""
+    """Mean over all existing positions."""
     counts = windows.valid.sum(axis=0)
     return float(by_position @ counts / counts.sum())
 
@@ -161,5 +161,5 @@ def _unrolled(head: RecurrentHead, windows: Windows, target: Target) -> torch.Te
 
 
 def new_optimizer(head: RecurrentHead) -> torch.optim.Optimizer:
-    """Of all the head's parameters."""
+    """A new optimizer of all the head's parameters."""
     return torch.optim.AdamW(head.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)

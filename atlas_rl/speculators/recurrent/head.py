@@ -1,4 +1,4 @@
-"""The recurrent head: a gated recurrent network from the policy's last hidden state over a reduced vocabulary.
+"""The recurrent head: a gated recurrent network from the policy's last hidden state to a reduced vocabulary.
 
 In the family of ReDrafter (arXiv 2403.09919), MLP speculators (arXiv 2404.19124) and Hydra (arXiv 2402.05109): the state
 starts from the hidden state that the newest committed token was drawn from, absorbs that token, and then every drafted one.
@@ -26,7 +26,7 @@ _TYPE = torch.float32  # whatever the process makes tensors of
 
 
 class RecurrentHead(nn.Module):
-    """See the module's docstring.
+    """The recurrent head for training.
 
     Args:
         hidden_size: Of the policy.
@@ -54,16 +54,16 @@ class RecurrentHead(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Of the policy."""
+        """Hidden size of the policy."""
         return self.read.in_features
 
     @property
     def vocab_size(self) -> int:
-        """Tokens the head can propose."""
+        """Number of tokens that the head can propose."""
         return len(self.bias)
 
     def set_tables(self, inputs: torch.Tensor, outputs: torch.Tensor, output_biases: torch.Tensor) -> None:
-        """Give the policy's tables of the reduced vocabulary.
+        """Set the policy's embedding and output rows of the reduced vocabulary.
 
         Args:
             inputs: float32 `[vocab, hidden]`, input embeddings.
@@ -76,7 +76,7 @@ class RecurrentHead(nn.Module):
         self.output_biases = output_biases
 
     def begin(self, hidden: torch.Tensor) -> torch.Tensor:
-        """State `[rows, state]` from the policy's hidden states `[rows, hidden]`."""
+        """Initial state `[rows, state]` from the policy's hidden states `[rows, hidden]`."""
         return _tanh(self.read(_normed(hidden.float())))
 
     def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ class RecurrentHead(nn.Module):
         return self.cell(self.embed(self.inputs[tokens]), state)
 
     def unroll(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """States after each token of int64 `[rows, unroll]`, begun from `[rows, hidden]`: `[rows, unroll, state]`."""
+        """States after each token of int64 `[rows, unroll]`, started from `[rows, hidden]`: `[rows, unroll, state]`."""
         # A token's part in the gates does not depend on where it stands: once per different token, not once per position.
         used, index = tokens.unique(return_inverse=True)
         gates = functional.linear(self.embed(self.inputs[used]), self.cell.weight_ih, self.cell.bias_ih)
@@ -101,7 +101,7 @@ class RecurrentHead(nn.Module):
 
 
 class FoldedHead:
-    """The same function for drafting, with everything multiplied out that does not change between two refreshes.
+    """The head for drafting, with all products multiplied out that are constant between two refreshes.
 
     Per drafted token that leaves one product with the state's gates and one over the reduced vocabulary.
 
@@ -122,7 +122,7 @@ class FoldedHead:
         self._packed: DraftHeadWeights | None = None
 
     def packed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> DraftHeadWeights:
-        """What the draft head kernel reads, in numbers of `dtype`: made once.
+        """The input of the draft head kernel in `dtype`, made once.
 
         Args:
             token_ids: int64 `[vocab]`, the policy's ids of the reduced vocabulary.
@@ -153,7 +153,7 @@ class FoldedHead:
 
 
 def _gated(input_gates: torch.Tensor, state_gates: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.GRUCell`, the products with its weights given: `[rows, 3 * state]` each."""
+    """`torch.nn.GRUCell` from the products with its weights: `[rows, 3 * state]` each."""
     reset_in, update_in, new_in = input_gates.chunk(3, dim=-1)
     reset, update, new = state_gates.chunk(3, dim=-1)
     new = _tanh(new_in + torch.sigmoid(reset_in + reset) * new)

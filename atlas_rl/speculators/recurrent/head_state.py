@@ -1,4 +1,4 @@
-"""A head's weights and its optimizer's moments as they come from a file: checked before anything changes."""
+"""Checks a head's saved weights and optimizer moments before anything changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_WEIGHT = 1e4  # no training makes one as large, and it is finite in every n
 
 
 def saved_weights(head: RecurrentHead, state: SavedState) -> dict[str, torch.Tensor]:
-    """Weights for `head`, by name; `ValueError` for others, or for values that no training makes."""
+    """Weights for `head`, by name; `ValueError` for others, or for values that no training produces."""
     own = head.state_dict()
     if state.names() != set(own):
         raise ValueError(
@@ -24,7 +24,7 @@ def saved_weights(head: RecurrentHead, state: SavedState) -> dict[str, torch.Ten
 
 
 def saved_moments(head: RecurrentHead, state: SavedState) -> dict[int, dict[str, torch.Tensor]]:
-    """AdamW's moments, by the parameter's number; none before the first step. `ValueError` as of `saved_weights`."""
+    """AdamW's moments, by the parameter's number; empty before the first step. Errors as in `saved_weights`."""
     parameters = {str(index): parameter for index, parameter in enumerate(head.parameters())}
     if not state.names() <= set(parameters):
         raise ValueError(f"recurrent drafter: the optimizer has parameters {sorted(map(str, state.names()))}")

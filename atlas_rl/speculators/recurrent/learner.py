@@ -1,4 +1,4 @@
-"""Learning of the recurrent drafter: from what verification computes anyway to a head that follows the policy.
+"""Trains the recurrent drafter on by-products of verification, so that it follows the policy.
 
 Verification computes the policy's hidden state at every token of every rollout. The learner logs these states during a call.
 When the call ends it moves them into a bounded buffer (`rollout_buffer.py`). Whenever the policy moves it takes a few steps
@@ -36,7 +36,7 @@ trainable = torch.inference_mode(False)
 
 @dataclass(frozen=True, slots=True)
 class LearnSettings:
-    """How the head learns.
+    """Training settings of the head.
 
     Attributes:
         loss: What refreshes minimise, see `distill`.
@@ -55,7 +55,7 @@ class LearnSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Logged:
-    """Committed tokens of one step: requests, positions and tokens int64 `[n]`, what each was drawn from, and misses."""
+    """Committed tokens of one step: requests, positions and tokens int64 `[n]`, source states, and misses."""
 
     requests: np.ndarray
     positions: np.ndarray
@@ -64,13 +64,13 @@ class _Logged:
     missed: np.ndarray
 
     def of(self, kept: np.ndarray) -> _Logged:
-        """Some of the tokens only: bool `[n]`."""
+        """The selected tokens only: bool `[n]`."""
         hidden = self.hidden[torch.from_numpy(kept).to(self.hidden.device)]
         return _Logged(self.requests[kept], self.positions[kept], self.tokens[kept], hidden, self.missed[kept])
 
 
 class Learner:
-    """Owns the head, its reduced vocabulary and what it learns from.
+    """Owns the head, its reduced vocabulary and its training data.
 
     Args:
         policy: Gives sizes and device, and has a form of logits; embeddings are read later, when they are whole.
@@ -118,12 +118,12 @@ class Learner:
         return len(self._counts.counts), self.head.hidden_size
 
     def forget_tables(self) -> None:
-        """Another policy of the same sizes: its embeddings are read at the next call."""
+        """Follow another policy of the same sizes: embeddings are re-read at the next call."""
         self._rows_version = None
 
     @trainable
     def move_to(self, device: torch.device) -> None:
-        """What it learned, and what it learns from, goes where the policy is now."""
+        """Move the head and its training data to the policy's present device."""
         if device == self._device:
             return
         moments = self._optimizer.state_dict()
@@ -138,7 +138,7 @@ class Learner:
     # -------------------------------------------------------------------------------------------------------- a call
 
     def begin_call(self, sequences: Sequences, policy: PolicyView) -> None:
-        """Log the tokens of this call from now on. Embeddings are read anew if the policy has moved."""
+        """Log the tokens of this call from now on. Embeddings are re-read if the policy version changed."""
         self.end_call()
         self.sequences = sequences
         if sequences.policy_version != self._rows_version:
@@ -176,7 +176,7 @@ class Learner:
             self._num_read = len(self._log)
 
     def _thin(self) -> None:
-        """Log half of the requests that were logged: every n-th, hence all prompts, and whole rollouts.
+        """Log only half of the requests that were logged: every n-th, hence all prompts, and whole rollouts.
 
         A call that overflows the buffer is sampled like this. How long its texts may become does not tell whether it will.
         """
@@ -186,7 +186,7 @@ class Learner:
         self._num_logged = sum(len(entry.requests) for entry in self._log)
 
     def end_call(self) -> None:
-        """Move what the call left into the buffer."""
+        """Move the call's tokens into the buffer."""
         if self._log and self.sequences is not None:
             requests = np.concatenate([entry.requests for entry in self._log])
             positions = np.concatenate([entry.positions for entry in self._log])
@@ -267,7 +267,7 @@ class Learner:
         return summand(self.head, self.ids, len(self._counts.counts), learned=self._learned_alone)
 
     def take_shared(self, total: torch.Tensor) -> None:
-        """The head becomes the mean of those of all ranks that have learned. Moments stay this rank's."""
+        """Set the head to the mean of all ranks' heads that have learned. Optimizer moments stay this rank's."""
         if take_mean(self.head, self.ids, total):
             self._learned_alone = False
             self.revision += 1
@@ -286,7 +286,7 @@ class Learner:
     # ----------------------------------------------------------------------------------------------------- vocabulary
 
     def _revise_vocabulary(self, policy: PolicyView) -> None:
-        """Take the tokens that the rollouts use by now; what was learned about those that stay is kept."""
+        """Adopt the tokens that rollouts use now; what was learned about remaining tokens is kept."""
         ids = self._counts.most_used(self._settings.max_vocab)
         ids = ids[self._rows.slots[ids] >= 0]
         if not len(ids):
@@ -330,7 +330,7 @@ class Learner:
     # ----------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer moments, the reduced vocabulary and its counts; the buffer fills again within a step."""
+        """Weights, optimizer moments, the reduced vocabulary and its counts; the buffer is not saved."""
         used = np.flatnonzero(self._counts.counts)
         optimizer = self._optimizer.state_dict()["state"]
         return {
@@ -347,7 +347,7 @@ class Learner:
 
     @trainable
     def load_state_dict(self, state: SavedState) -> None:
-        """Restore `state_dict()` of a learner for a policy of the same sizes, into one that has learned nothing yet.
+        """Restore `state_dict()` of a learner for a policy of the same sizes, into an untrained learner.
 
         Raises:
             ValueError: Anything that no such learner can hold; this one is then of no more use.

@@ -1,4 +1,4 @@
-"""Keeps hidden states and tokens of the newest rollouts for the drafter to learn from; verification computed them anyway."""
+"""Keeps hidden states and tokens of the newest rollouts as training data; verification computed them anyway."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HALVED_AFTER_UPDATES = 4.0
 
 @dataclass(slots=True)
 class Windows:
-    """Training examples: what the head would have seen at a position, and what the policy did next.
+    """Training examples: the head's input at a position, and the policy's next tokens.
 
     Attributes:
         hidden: `[n, 1 + unroll, hidden]`: what the newest token was drawn from, then what each following one was.
@@ -26,7 +26,7 @@ class Windows:
 
 
 class RolloutBuffer:
-    """A bounded ring of rollouts, the oldest dropped first.
+    """Bounded ring of rollouts; the oldest are dropped first.
 
     Args:
         max_tokens: Most tokens kept.
@@ -82,11 +82,11 @@ class RolloutBuffer:
         self._weights = np.concatenate([self._weights[dropped:], weights])
 
     def move_to(self, device: torch.device) -> None:
-        """The policy is on another device now, and so are the states of its next rollouts."""
+        """The policy has moved to another device, where its next states will be."""
         self._hidden = self._hidden.to(device)
 
     def sample(self, num_windows: int, unroll: int, version: int, rng: np.random.Generator) -> Windows:
-        """Windows from all over the buffer: more of recent policies, more of where the head's drafts were rejected.
+        """Sample windows from the whole buffer, with more weight on recent policies and rejected drafts.
 
         The latter as in Draft-OPD: what the head knows already teaches it nothing.
         """
@@ -96,13 +96,13 @@ class RolloutBuffer:
         return self._windows(starts, unroll)
 
     def newest(self, num_windows: int, unroll: int, rng: np.random.Generator) -> Windows:
-        """Windows of the newest call only: what the policy is like now."""
+        """Windows of the newest call only, which show the present policy."""
         starts = np.flatnonzero(self._left[-self._sizes[-1] :] > 0) + len(self) - self._sizes[-1]
         return self._windows(rng.choice(starts, size=min(num_windows, len(starts)), replace=False), unroll)
 
     @property
     def has_windows(self) -> bool:
-        """Whether the newest call holds anything to learn from: a rollout of two tokens."""
+        """Whether the newest call has a usable rollout: one of two tokens or more."""
         return bool(self._sizes) and bool((self._left[-self._sizes[-1] :] > 0).any())
 
     def _windows(self, starts: np.ndarray, unroll: int) -> Windows:

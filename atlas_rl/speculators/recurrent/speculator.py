@@ -1,4 +1,4 @@
-"""The adaptive drafter that learns: a recurrent head trained on the run's own rollouts after every policy update.
+"""The drafter that learns during the run: a recurrent head trained on the run's rollouts after every policy update.
 
 Drafting is here: what the head starts from, and how its tokens are drawn. Learning is in `learner.py`. The head starts from
 nothing and drafts nothing before its first refresh.
@@ -91,7 +91,7 @@ class RecurrentSpeculator(Speculator):
         self._began_s = clock()
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Draft for this policy, on its device: as learned where the one before had its sizes, else from nothing."""
+        """Draft for this policy, on its device: with the learned state if the sizes are equal, else from nothing."""
         super().bind(policy, couples_noise)
         self._follows = policy.form is not None
         if not self._follows:
@@ -115,7 +115,7 @@ class RecurrentSpeculator(Speculator):
         self._reset(policy, Learner(policy, self._settings, self._clock))
 
     def compile_for(self, sampling: SamplingParams) -> None:
-        """Also before it has learned anything: it may draft in the next call, whose vocabulary nobody knows yet."""
+        """Compile also before it has learned: it may draft in the next call, whose vocabulary is not known yet."""
         if not self._follows or not kernels_run_on(self._device):
             return
         policy = self._bound()
@@ -139,11 +139,11 @@ class RecurrentSpeculator(Speculator):
         self._newest = torch.zeros(shape, dtype=torch.float32, device=self._device)
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        """Nothing to catch up on; None before it has learned anything."""
+        """0: it never has to catch up. None before it has learned anything."""
         return 0 if self._policy is not None and self._follows and self.learner.trained else None
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for every request; all rows run to the longest draft wanted, shorter ones are cut."""
+        """Draft for every request; all rows run to the longest wanted draft, shorter ones are cut."""
         depth, learner = int(max_draft_tokens.max(initial=0)), self.learner
         if depth <= 0 or not learner.trained:
             return Draft.empty(len(requests))
@@ -165,7 +165,7 @@ class RecurrentSpeculator(Speculator):
         return self._proposed[1]
 
     def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
-        """Everything that a draft asks of the device."""
+        """Queue all device work of a draft."""
         rows, indices = drawing.carried
         with torch.no_grad():
             state = head.begin(self._newest[rows])
@@ -191,12 +191,12 @@ class RecurrentSpeculator(Speculator):
         self._put_off = partial(self._log, verified, begins, proposed)
 
     def _keep(self, states: torch.Tensor, places: torch.Tensor) -> None:
-        """Everything that `observe` asks of the device: keep the states at `places[0]` for the requests `places[1]`."""
+        """Queue the device work of `observe`: keep the states at `places[0]` for the requests `places[1]`."""
         ends, requests = places.unbind()
         self._newest.index_copy_(0, requests, states.detach().index_select(0, ends).float())
 
     def learn(self) -> None:
-        """Log the latest tokens, to learn from them at the refresh."""
+        """Log the latest tokens as training data for the refresh."""
         put_off, self._put_off = self._put_off, None
         if put_off is not None:
             put_off()
@@ -210,7 +210,7 @@ class RecurrentSpeculator(Speculator):
         self.learner.observe(verified, begins, _missed_at(verified, proposed), self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Learn from the newest rollouts: within `budget_share` of the time since the last refresh, one step at least."""
+        """Learn from the newest rollouts: for `budget_share` of the time since the last refresh, at least one step."""
         self.learn()
         self.policy_version = policy_version
         if not self._follows:
@@ -235,7 +235,7 @@ class RecurrentSpeculator(Speculator):
         return self.learner.head.parameters() if self._policy is not None else ()
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned, and for which policy."""
+        """What it has learned, and the sizes of its policy."""
         self.learn()
         if self._policy is None:
             return {}
@@ -250,7 +250,7 @@ class RecurrentSpeculator(Speculator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`. For a policy with other sizes it says so, and drafting starts from nothing.
+        """Restore `state_dict()`. A state for other sizes gives a warning, and drafting starts from nothing.
 
         Raises:
             ValueError: The state of another kind of speculator or of another format, or a damaged one; nothing has
@@ -285,7 +285,7 @@ class RecurrentSpeculator(Speculator):
         return self._policy
 
     def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
-        """The head as drafting reads it, of its present revision, and its tokens, int64 `[vocab]` on the device."""
+        """The present head for drafting, and its tokens, int64 `[vocab]` on the device."""
         if self._folded is None or self._folded[0] != self.learner.revision:
             token_ids = uploaded(self.learner.ids, self._device)
             self._folded = self.learner.revision, FoldedHead(self.learner.head), token_ids
@@ -293,7 +293,7 @@ class RecurrentSpeculator(Speculator):
 
 
 def _missed_at(verified: Verified, proposed: tuple[np.ndarray, Draft] | None) -> np.ndarray:
-    """Offset of the committed token that the head drafted otherwise: int64 `[batch]`, -1 for none.
+    """Offset of the first committed token that differs from the head's draft: int64 `[batch]`, -1 for none.
 
     Args:
         verified: What was committed.

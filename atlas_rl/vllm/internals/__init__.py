@@ -1,4 +1,4 @@
-"""Every internal of vLLM that this library touches, in one place, for the versions it knows.
+"""All uses of vLLM's internals, for the versions that are known.
 
 What is here and why:
 

@@ -1,4 +1,4 @@
-"""LoRA adapters that come to a running engine: a new policy for the drafters, which vLLM tells nobody of."""
+"""Notices LoRA adapters that are loaded into a running engine: a new policy for the drafters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atlas_rl.vllm.internals.version import INSTALLED
 
 
 def follow_adapters() -> None:
-    """Let what drafts for a model hear of every adapter that a runner of this process is given (`/v1/load_lora_adapter`)."""
+    """Notify a model's drafters of every adapter that a runner of this process loads (`/v1/load_lora_adapter`)."""
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     original = LoRAModelRunnerMixin.add_lora

@@ -56,7 +56,7 @@ class VllmView(PolicyView):
             self.refresh()
 
     def refresh(self) -> None:
-        """Read the embeddings anew; collective under tensor parallelism."""
+        """Read the embeddings again; collective under tensor parallelism."""
         self._inputs.read()
         self._outputs.read()
         self.stale = False
@@ -81,7 +81,7 @@ class VllmView(PolicyView):
 
     @torch.inference_mode()
     def _see_form(self) -> None:
-        """Hold the form against the model's own `compute_logits`; collective under tensor parallelism.
+        """Check the form against the model's own `compute_logits`; collective under tensor parallelism.
 
         With LoRA layers in it that takes rows of the running batch alone, and the form is what the configuration says.
         """
@@ -110,7 +110,7 @@ class VllmView(PolicyView):
 
 
 def _form_of(model: nn.Module, config: Any) -> LogitForm:
-    """As the model's own logits processor says, which caps before it scales."""
+    """The logit form according to the model's logits processor, which caps before it scales."""
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
     for module in model.modules():
@@ -121,7 +121,7 @@ def _form_of(model: nn.Module, config: Any) -> LogitForm:
 
 
 class _Table:
-    """One embedding; where it is sharded, its weight has a shape and no values before the first `read`."""
+    """One embedding; if it is sharded, its weight has a shape and no values before the first `read`."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
@@ -145,7 +145,7 @@ class _Table:
 
 
 def runner_of(llm: Any) -> Any:
-    """The model runner of an engine in this process; `ValueError` where the engine runs in another one."""
+    """The model runner of an engine in this process; `ValueError` if the engine runs in another one."""
     executor = getattr(llm.llm_engine, "model_executor", None)
     worker = getattr(executor, "driver_worker", None)
     if worker is None:
@@ -157,7 +157,7 @@ def runner_of(llm: Any) -> Any:
 
 
 def drafter_of(llm: Any) -> Hooks | None:
-    """Our proposer inside an engine of this process; None where it has none, or another one."""
+    """Our proposer inside an engine of this process; None if it has none or another one."""
     drafter = getattr(runner_of(llm), "drafter", None)
     return drafter if isinstance(drafter, Hooks) else None
 
@@ -171,7 +171,7 @@ def tensor_parallel() -> tuple[int, int, Any]:
 
 
 def abandon(llm: Any) -> None:
-    """End what a call left behind that did not come to its end; nothing happens where it did.
+    """Remove the requests of an unfinished call; does nothing after a finished one.
 
     A step that was cut off has scheduled tokens that were never run. What remembers them as computed has to go with their
     requests: the runner's half of the step, and the prefix cache.
@@ -184,7 +184,7 @@ def abandon(llm: Any) -> None:
 
 
 def agree(failed: str | None) -> str | None:
-    """Tell the ranks of the tensor-parallel group what went wrong on this one; returns what went wrong on any, or None."""
+    """Share errors among the ranks of the tensor-parallel group; returns an error of any rank, or None."""
     _, size, group = tensor_parallel()
     if size == 1:
         return failed
@@ -194,7 +194,7 @@ def agree(failed: str | None) -> str | None:
 
 
 def reset_prefix_cache_with_new_weights(methods: tuple[str, ...]) -> None:
-    """After these methods of a worker, have the engine forget what it cached under the old weights.
+    """Make these methods of a worker reset the engine's prefix cache, which holds results of the old weights.
 
     The prefix cache lives in the engine's scheduler, out of a worker's reach. Running requests are put back and run again:
     vLLM forgets nothing while they hold on to it. Does nothing where workers are processes of their own.
@@ -216,5 +216,5 @@ def reset_prefix_cache_with_new_weights(methods: tuple[str, ...]) -> None:
 
 
 def in_engine_process(vllm_config: Any) -> bool:
-    """Whether the engine's scheduler lives in the process of this worker."""
+    """Whether the engine's scheduler runs in this worker's process."""
     return vllm_config.parallel_config.distributed_executor_backend in ("uni", "external_launcher")

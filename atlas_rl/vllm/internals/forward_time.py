@@ -1,4 +1,4 @@
-"""Seconds of a forward on a device that works while the host goes on: by events, and without a wait of their own.
+"""Measures a forward's seconds on an asynchronous device by events, without waiting for it.
 
 Waiting for every forward, to time it, would keep the host from preparing what comes next. Two events mark a forward in the
 device's queue. They are read once the sampler has waited for what it drew, when both have passed.
@@ -18,7 +18,7 @@ from atlas_rl.report.recorder import StepRecorder
 
 @dataclass(slots=True)
 class _Marked:
-    """A forward in the queue: its events, and seconds of the host that its phase has been charged."""
+    """A queued forward: its events, and the host seconds already charged to its phase."""
 
     phase: str
     began: Any
@@ -41,7 +41,7 @@ class ForwardTime:
 
     @contextmanager
     def running(self, recorder: StepRecorder, phase: str) -> Iterator[None]:
-        """A forward is started inside, of this phase."""
+        """Context in which a forward of this phase is started."""
         self._marked = None
         before = recorder.clock()
         began = self._event()
@@ -51,7 +51,7 @@ class ForwardTime:
             self._marked = _Marked(phase, began, self._event(), recorder.clock() - before)
 
     def settle(self, recorder: StepRecorder, phase: str, since_s: float) -> None:
-        """The host has waited for the device, in `phase` since `since_s`: what of that was the forward's becomes its own."""
+        """The host has waited in `phase` since `since_s`: move the forwards' part of the wait to their own phase."""
         marked, self._marked = self._marked, None
         if marked is None:
             return

@@ -1,4 +1,4 @@
-"""What is wrong in vLLM's CPU backend and is put right here."""
+"""Fixes faults of vLLM's CPU backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atlas_rl.vllm.internals.version import INSTALLED, check_version, since
 
 
 def repair_cpu_sampler() -> None:
-    """Make vLLM's CPU backend spread per-request values over draft positions correctly. Does nothing elsewhere.
+    """Fix how vLLM's CPU backend spreads per-request values over draft positions. Does nothing elsewhere.
 
     Its stand-in for a Triton kernel writes into an int64 copy of the float output, so that temperature and top-p of every
     draft position are uninitialised memory. Needed by every speculative method at temperature above 0.
@@ -37,7 +37,7 @@ def repair_cpu_sampler() -> None:
 
 
 def tolerate_numba() -> None:
-    """Let vLLM's CPU backend start in a process that has loaded numba. Call it before an engine is built.
+    """Let vLLM's CPU backend start in a process that has loaded numba. Call it before building an engine.
 
     At start it looks through every attribute of every module for kernels to replace, and trips over the one object of
     llvmlite that answers to any attribute, `__dict__` included. Before 0.31 it replaced them by name.

@@ -1,4 +1,4 @@
-"""Hooks on the model runner: our sampler in place of vLLM's, timers, hidden states for the drafter."""
+"""Hooks into the model runner: our sampler instead of vLLM's, timers, hidden states for the drafter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atlas_rl.vllm.internals.version import INSTALLED, KNOWN_RANGE, check_versio
 
 @dataclass(slots=True)
 class Batch:
-    """The rows of one forward. vLLM's own arrays, row by row: a step asks nothing of its requests one by one.
+    """The rows of one forward, in vLLM's own arrays, so that a step never loops over requests.
 
     Attributes:
         names: vLLM's names of the requests, which differ between ranks: keys of dictionaries on one rank, and nothing else.
@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Forward:
-    """What one forward of the policy left behind.
+    """Results of one forward of the policy.
 
     Attributes:
         batch: Its rows, newly sampled tokens included.
@@ -70,7 +70,7 @@ class Forward:
 
 
 class Hooks(ABC):
-    """What a proposer implements to be called by the hooks of `install`."""
+    """Methods of a proposer that the hooks of `install` call."""
 
     recorder: StepRecorder
     layers: tuple[int, ...] = ()
@@ -96,19 +96,19 @@ class Hooks(ABC):
 
     @abstractmethod
     def undefined_logits(self, num_positions: int) -> None:
-        """The policy's own logits were no distribution at some positions of a step."""
+        """The policy's logits were not a distribution at some positions of a step."""
 
     @abstractmethod
     def propose_after(self, forward: Forward) -> list[list[int]]:
-        """Draft tokens for every row, given what the last forward settled."""
+        """Draft tokens for every row, given the outcome of the last forward."""
 
     @abstractmethod
     def learn(self) -> None:
-        """A forward has been started, and a device runs it now: the host has time for what drafts do not wait for."""
+        """A device runs a forward: use the host's time for work that drafts do not wait for."""
 
 
 def install() -> None:
-    """Hook the model runner of this process; runners whose drafter is not ours are left alone."""
+    """Install the hooks on the model runner of this process; runners with another drafter are left alone."""
     check_version()
     repair_cpu_sampler()
     from vllm.platforms import current_platform
@@ -131,7 +131,7 @@ def install() -> None:
 
 
 def _check_signature(method: Callable[..., Any], expected: tuple[str, ...]) -> None:
-    """A patch release may have changed what is hooked: then nothing here can be trusted."""
+    """Check signatures of hooked methods: a patch release may have changed them."""
     found = tuple(inspect.signature(inspect.unwrap(method)).parameters)
     if found[: len(expected)] != expected:
         raise ValueError(
@@ -219,7 +219,7 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
 
 
 def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> list[list[int]]:
-    """In place of the runner's own call of the proposer, which passes neither hidden states nor requests."""
+    """Replaces the runner's own call of the proposer, which passes neither hidden states nor requests."""
     scheduled, sampled, _, _, hidden, layers = args[:6]
     batch, num_drafted, drawn = runner._atlas_rl_drawn
     batch.lengths = _lengths(runner, batch)
@@ -260,7 +260,7 @@ _HOOKS: dict[str, Callable[..., Any]] = {
 
 
 def _uniform(runner: Any) -> int:
-    """See `Forward.uniform`. vLLM has settled its mode by the attention backend when the first request runs."""
+    """See `Forward.uniform`. vLLM settles its graph mode by the attention backend when the first request runs."""
     mode = runner.cudagraph_dispatcher.cudagraph_mode
     return runner.uniform_decode_query_len - 1 if mode.separate_routine() and mode.has_full_cudagraphs() else 0
 

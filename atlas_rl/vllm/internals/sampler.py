@@ -1,4 +1,4 @@
-"""vLLM's processing of logits without its drawing, and its output made of what we drew."""
+"""Uses vLLM's processing of logits without its drawing, and builds its output from our tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atlas_rl.vllm.draw import Drawn, scores
 
 
 def draft_metadata(spec: Any, num_rows: int, device: torch.device) -> Any:
-    """vLLM's metadata of the drafts, in a step without any as well: before 0.32 vLLM makes none for those.
+    """vLLM's metadata of the drafts, also in a step without drafts, for which vLLM before 0.32 makes none.
 
     Args:
         spec: vLLM's own metadata, or None.
@@ -37,7 +37,7 @@ def draft_metadata(spec: Any, num_rows: int, device: torch.device) -> Any:
 
 
 def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> tuple[torch.Tensor, bool]:
-    """vLLM's own logits processing, of every position: `[positions, vocab]`, and whether some may be `-inf`.
+    """Logits of every position after vLLM's processing: `[positions, vocab]`, and whether some may be `-inf`.
 
     float32, or as they came where nothing is processed and the kernel reads them: a copy is the largest thing in a step.
 
@@ -69,7 +69,7 @@ def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: An
 
 
 def _untouched(metadata: Any) -> bool:
-    """Whether the processed distribution is the softmax of the logits as they are."""
+    """Whether the processed distribution is the softmax of the unchanged logits."""
     holder = metadata.thinking_budget_state_holder
     return (
         (metadata.all_greedy or bool((metadata.temperature == 1).all()))
@@ -86,7 +86,7 @@ def _untouched(metadata: Any) -> bool:
 def sampler_output(
     sampler: Any, logits: torch.Tensor, processed: torch.Tensor, drawn: Drawn, num_logprobs: int | None
 ) -> Any:
-    """vLLM's `SamplerOutput` of the tokens we drew, with the logprobs that were asked for (None for none).
+    """vLLM's `SamplerOutput` of our tokens, with the requested logprobs (None for none).
 
     On the host, where vLLM wants them next. On the device it would fetch each of its four tensors by itself.
     """

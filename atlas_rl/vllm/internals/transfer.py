@@ -1,4 +1,4 @@
-"""Weight-transfer backends of ours by name, and the drafters that hear from them of a new policy.
+"""Registers our weight-transfer backends by name, and the drafters to notify about a new policy.
 
 A trainer elsewhere updates a server's weights by `start_weight_update`, `update_weights` and `finish_weight_update`. vLLM
 tells nobody of them but the engine of the backend that it was started with. So the engines are ours
@@ -20,7 +20,7 @@ _CLASSES = {NCCL: "AtlasNcclEngine", GLOO: "AtlasGlooEngine"}
 
 
 class Follower(Protocol):
-    """What drafts for a model whose weights come from elsewhere."""
+    """Interface of drafters for a model whose weights come from elsewhere."""
 
     weights_are_whole: bool
     """False while an update has changed some weights and not all of them."""
@@ -32,25 +32,25 @@ class Follower(Protocol):
         """The model has new weights."""
 
     def policy_updated(self, version: int | None) -> dict[str, Any]:
-        """The policy has moved; None counts its version up by one."""
+        """The policy has changed; None adds one to its version."""
 
 
 _FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Follower]] = weakref.WeakKeyDictionary()
 
 
 def follow(model: nn.Module, follower: Follower) -> None:
-    """Let `follower` hear of new weights of `model`; neither is kept alive by it."""
+    """Notify `follower` of new weights of `model`; neither is kept alive by this."""
     _FOLLOWERS[model] = weakref.ref(follower)
 
 
 def follower_of(model: nn.Module) -> Follower | None:
-    """What follows a model; None where nothing does."""
+    """The follower of a model; None if there is none."""
     found = _FOLLOWERS.get(model)
     return None if found is None else found()
 
 
 def register_backends() -> None:
-    """Make the backends known to vLLM in this process; a worker asks for one when it has loaded its model."""
+    """Register the backends with vLLM in this process; a worker looks one up after loading its model."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     for name, class_name in _CLASSES.items():

@@ -1,4 +1,4 @@
-"""vLLM's weight-transfer engines that tell the drafters. vLLM itself loads this module, by the names of `transfer.py`."""
+"""vLLM's weight-transfer engines, extended to notify drafters. vLLM loads this module by the names in `transfer.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atlas_rl.vllm.weight_group import WeightGroup
 
 
 class _TellsDrafters(WeightTransferEngine):
-    """Tells what drafts for the model of a weight update. An update of a draft model of vLLM's own is none of theirs."""
+    """Notifies a model's drafters of a weight update, unless it updates a draft model of vLLM's own."""
 
     def init_transfer_engine(self, init_info: Any) -> None:
         super().init_transfer_engine(init_info)  # the backend's own, which follows in the order of bases
@@ -56,12 +56,12 @@ class _TellsDrafters(WeightTransferEngine):
 
 
 class AtlasNcclEngine(_TellsDrafters, NCCLWeightTransferEngine):
-    """`atlas_nccl`: vLLM's own transfer, and the drafters follow."""
+    """`atlas_nccl`: vLLM's own NCCL transfer, with notified drafters."""
 
 
 @dataclass(kw_only=True)
 class GlooInitInfo(WeightTransferInitInfo):
-    """Where the trainer waits; workers are ranks `rank_offset` and up of `world_size`."""
+    """Address of the trainer's process group; workers are ranks `rank_offset` and up of `world_size`."""
 
     master_address: str
     master_port: int
@@ -71,7 +71,7 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """Names, types (`"float32"`) and shapes of the tensors to come, in their order."""
+    """Names, types (`"float32"`) and shapes of the coming tensors, in order."""
 
     names: list[str]
     dtype_names: list[str]
@@ -79,7 +79,7 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
 
 class AtlasGlooEngine(_TellsDrafters):
-    """`atlas_gloo`: the whole policy in one update, received to its end before a weight changes, and all or nothing."""
+    """`atlas_gloo`: the whole policy in one update, received completely before any weight changes; all or nothing."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
@@ -93,7 +93,7 @@ class AtlasGlooEngine(_TellsDrafters):
         self._note_trainer()
 
     def start_weight_update(self) -> None:
-        """Nothing changes before all has come."""
+        """Do nothing: no weight changes before everything has been received."""
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         if self._group is None:
@@ -106,7 +106,7 @@ class AtlasGlooEngine(_TellsDrafters):
         self._tell()
 
     def _runner(self) -> Any:
-        """What loading asks of a model runner. Caches of LoRA and images: vLLM's worker and its client reset them."""
+        """The parts of a model runner that loading needs; vLLM's worker and client reset LoRA and image caches."""
         return SimpleNamespace(
             get_model=lambda: self.model,
             model_config=self.model_config,
@@ -122,7 +122,7 @@ class AtlasGlooEngine(_TellsDrafters):
 
     @classmethod
     def trainer_init(cls, *args: Any, **options: Any) -> Any:
-        """vLLM before 0.28 asks its engines for the trainer's side as well, in this method and the next."""
+        """Required by vLLM before 0.28, whose engines also serve the trainer's side; the next method, too."""
         raise NotImplementedError("the trainer's side is atlas_rl.vllm.weight_group.WeightGroup")
 
     trainer_send_weights = trainer_init

@@ -26,7 +26,7 @@ def installed_version() -> str | None:
 
 
 def check_version() -> str:
-    """The installed version; `ValueError` where vLLM is missing or its version is not one of `KNOWN_VERSIONS`."""
+    """The installed version; `ValueError` if vLLM is missing or its version is not one of `KNOWN_VERSIONS`."""
     version = installed_version()
     if version is None:
         raise ValueError(
@@ -41,10 +41,10 @@ def check_version() -> str:
 
 
 def since(version: str) -> bool:
-    """Whether the installed vLLM is of this version, such as "0.28", or a newer one: for internals that came with it."""
+    """Whether the installed vLLM is this version, such as "0.28", or newer: for internals that came with it."""
     return _numbers(check_version()) >= _numbers(version)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The first two numbers: a patch release does not say what a vLLM has inside."""
+    """The first two numbers: patch releases are taken to have the same internals."""
     return tuple(int(part) for part in version.split(".")[:2])

@@ -1,4 +1,4 @@
-"""New weights for a running engine, all or nothing."""
+"""Loads new weights into a running engine, all or nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atlas_rl.vllm.internals.version import since
 
 
 def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load a checkpoint layer by layer, as vLLM reloads; whatever goes wrong, the weights are those of before.
+    """Load a checkpoint layer by layer, as vLLM reloads; on any error the old weights are restored.
 
     Meanwhile a copy of the old weights lies in host memory.
 
@@ -39,7 +39,7 @@ def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]
 
 
 def load_in_place(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load a checkpoint into the live model, tensor by tensor, without a copy of the old one. Not on CPUs: see `_reload`.
+    """Load a checkpoint into the live model, tensor by tensor, without a copy. Not on CPUs: see `_reload`.
 
     Raises:
         ValueError: Weights are missing, or not finite; some have changed then.
@@ -52,7 +52,7 @@ def load_in_place(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> N
 
 
 def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load new weights into an engine of this process and forget what was cached under the old ones.
+    """Load new weights into an engine of this process and drop caches computed with the old ones.
 
     On CPUs the old weights stay where loading fails; elsewhere, where a copy of them would cost as much memory as they do,
     some have changed then.
@@ -80,7 +80,7 @@ def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
 
 
 def _reload(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """vLLM's reload, which only logs what is missing. On CPUs the only way: live weights were packed there and dropped."""
+    """vLLM's reload, which only logs missing weights. The only way on CPUs: live weights were packed and dropped."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     model, config = runner.get_model(), runner.model_config
@@ -95,7 +95,7 @@ def _reload(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _forget_adapters(runner: Any) -> None:
-    """Adapters were made for the old weights. Before 0.28 vLLM's own reload left them where they are."""
+    """Remove adapters, which were made for the old weights. Before 0.28 vLLM's own reload keeps them."""
     if since("0.28"):
         runner.reset_lora_state()
     else:
@@ -103,7 +103,7 @@ def _forget_adapters(runner: Any) -> None:
 
 
 def _check_complete(model: nn.Module, config: Any, loaded: set[str] | None, names: set[str] | None = None) -> None:
-    """Raise `ValueError` if weights were left out, as vLLM does when it loads a model for the first time."""
+    """Raise `ValueError` if weights are missing, as vLLM does when it first loads a model."""
     if config.quantization is not None or loaded is None:
         return
     names = {name for name, _ in model.named_parameters()} if names is None else names
@@ -113,7 +113,7 @@ def _check_complete(model: nn.Module, config: Any, loaded: set[str] | None, name
 
 
 def _half_loaded(model: nn.Module) -> list[str]:
-    """Linear layers under reload that got some of their parts only, such as queries and no keys."""
+    """Linear layers under reload that got only some of their parts, such as queries but not keys."""
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -132,7 +132,7 @@ def _finite(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> 
 
 
 class _Snapshot:
-    """A model as it is: what its modules hold, and the values of its parameters and buffers."""
+    """Snapshot of a model: its modules' attributes, and the values of its parameters and buffers."""
 
     _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -145,7 +145,7 @@ class _Snapshot:
         self._values = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in own.values()]
 
     def restore(self) -> None:
-        """Put everything back: packed weights are held by functions that the modules hold."""
+        """Restore everything, attributes included: functions in the modules hold packed weights."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         for module, held in zip(self._modules, self._held, strict=True):
