@@ -1,6 +1,6 @@
 """Measures what ranks gain from an exchange: accepted length per epoch with 1, 2 and 4 ranks, shared or separate.
 
-    python -m benchmarks.exchange                     # some ten minutes on two cores
+    python -m benchmarks.exchange                     # some twenty minutes on two cores
 
 GRPO of a tiny random policy over sixteen prompts, six epochs, drafts of four tokens by one drafter alone. Together, the
 history index gets the rollouts of all ranks, and the recurrent head the mean of all ranks' weights. A step has the same
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,17 +37,21 @@ from tests.models import tiny_bigram, tiny_llama
 from tests.trainers import arguments, with_special_tokens
 
 RESULT = ROOT / "benchmarks" / "results" / "exchange_cpu.json"
-VOCAB, PROMPTS, ROWS_PER_STEP, EPOCHS = 512, 16, 16, 6
+PROMPTS, ROWS_PER_STEP, EPOCHS = 16, 16, 6
 STEPS_PER_EPOCH = 2 * PROMPTS // ROWS_PER_STEP
-DRAFTERS: dict[str, type[Speculator]] = {"recurrent": RecurrentSpeculator, "history": HistorySpeculator}
-# What a head can learn in a few updates: the next token depends on the last. What an index can: few texts, which come again.
-POLICIES = {"recurrent": partial(tiny_bigram, logit_std=4), "history": partial(tiny_llama, logit_std=14)}
+# The steps of so small a policy are short: a twentieth of them, the head's usual share, is one update each.
+DRAFTERS: dict[str, Callable[[], Speculator]] = {
+    "recurrent": partial(RecurrentSpeculator, budget_share=1.0),
+    "history": HistorySpeculator,
+}
+VOCAB = {"recurrent": 128, "history": 512}
+# A head can learn within a few updates that the next token depends on the last one. An index needs texts that come again.
+POLICIES = {"recurrent": partial(tiny_bigram, logit_std=6), "history": partial(tiny_llama, logit_std=14)}
 RANKS = ((1, "together"), (2, "together"), (2, "apart"), (4, "together"), (4, "apart"))
-ARMS = [(drafter, ranks, way) for drafter in DRAFTERS for ranks, way in RANKS]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", *(f"w{number}" for number in range(VOCAB - 2))]
+def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", *(f"w{number}" for number in range(vocab - 2))]
     base = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
     base.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="<eos>", unk_token="w0")
@@ -60,7 +65,9 @@ def arm(folder: Path, drafter: str, way: str) -> NoReturn:
     """Run one rank of one arm and end the process; rank 0 writes the figures."""
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
-    prompts = [" ".join(f"w{(37 * row + 11 * word) % (VOCAB - 2)}" for word in range(4)) for row in range(PROMPTS)]
+    prompts = [
+        " ".join(f"w{(37 * row + 11 * word) % (VOCAB[drafter] - 2)}" for word in range(4)) for row in range(PROMPTS)
+    ]
     args = arguments(
         GRPOConfig,
         folder,
@@ -72,11 +79,11 @@ def arm(folder: Path, drafter: str, way: str) -> NoReturn:
         ddp_backend="gloo",
     )
     trainer = GRPOTrainer(
-        model=with_special_tokens(POLICIES[drafter](vocab=VOCAB, hidden=64, context=96, seed=3)),
+        model=with_special_tokens(POLICIES[drafter](vocab=VOCAB[drafter], hidden=64, context=96, seed=3)),
         reward_funcs=reward,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        processing_class=tokenizer(),
+        processing_class=tokenizer(VOCAB[drafter]),
     )
     controller, speculators = FixedController([drafter], drafter, 4), [DRAFTERS[drafter]()]
     engine = AtlasRolloutEngine(console=False, audit_share=0, speculators=speculators, controller=controller)
@@ -106,17 +113,31 @@ def figures(engine: AtlasRolloutEngine) -> dict[str, Any]:
     }
 
 
+def kept(output: Path, drafters: list[str]) -> list[dict[str, Any]]:
+    """Rows of drafters that this run leaves out, of an earlier one."""
+    earlier = json.loads(output.read_text()) if output.exists() else {"arms": []}
+    return [{"commit": earlier["commit"], **row} for row in earlier["arms"] if row["drafter"] not in drafters]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument(
         "--rank-of", nargs=3, metavar=("FOLDER", "DRAFTER", "WAY"), help="be one rank of one arm, under torchrun"
     )
+    parser.add_argument(
+        "--drafters",
+        nargs="+",
+        default=list(DRAFTERS),
+        choices=list(DRAFTERS),
+        help="rows of the others are kept as the output file has them",
+    )
     args = parser.parse_args()
     if args.rank_of:
         arm(Path(args.rank_of[0]), *args.rank_of[1:])
-    rows = []
-    for drafter, ranks, way in progress.each(ARMS, "arms", "arm"):
+    rows = kept(args.output, args.drafters)
+    arms = [(drafter, ranks, way) for drafter in args.drafters for ranks, way in RANKS]
+    for drafter, ranks, way in progress.each(arms, "arms", "arm"):
         with tempfile.TemporaryDirectory() as folder:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
             command = [*launch, "-m", "benchmarks.exchange", "--rank-of", folder, drafter, way]
