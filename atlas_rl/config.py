@@ -22,8 +22,9 @@ class EngineConfig:
     Attributes:
         speculation: False decodes without drafts: the baseline, with the same tokens.
         verification: `invariant` (drafter-invariant sampling) or `rejection`.
-        draft_model: The static speculator: "fp4", a four-bit copy of the policy (a folder of that name is "./fp4"); the
-            folder of an EAGLE-3 head or of a causal LM with the policy's tokenizer; or a loaded causal LM.
+        draft_model: The static speculator: "mtp", the layer for multi-token prediction of the policy's own checkpoint, or
+            "mtp:FOLDER", that of another folder; "fp4", a four-bit copy of the policy (a folder of such a name is "./fp4");
+            the folder of an EAGLE-3 head or of a causal LM with the policy's tokenizer; or a loaded causal LM.
         speculators: Speculators to use instead of the defaults (history index, recurrent head, and the static one if
             given).
         controller: Controller to use instead of `GoodputController`.
@@ -112,12 +113,22 @@ def _check_drafting(config: EngineConfig) -> None:
         raise ValueError(f"speculators need different names, got {names}")
 
 
+def mtp_folder(given: Any) -> str | None:
+    """Folder of the checkpoint whose MTP layer `draft_model` asks for, "" for the policy's own; None if it asks for none."""
+    asks = isinstance(given, str) and (given == "mtp" or given.startswith("mtp:"))
+    return given[len("mtp:") :] if asks else None
+
+
 def _check_draft_folder(given: Any) -> None:
-    """Raise `ValueError` unless it is "fp4" or a local folder: nothing is downloaded."""
-    wanted = 'a loaded causal LM, "fp4", or the folder of an EAGLE-3 head or of a causal LM'
-    if equals(given, "fp4") or path("draft_model", given, wanted).is_dir():
+    """Raise `ValueError` unless it is "mtp", "fp4" or a local folder: nothing is downloaded."""
+    if equals(given, "mtp") or equals(given, "fp4"):
+        return
+    wanted = 'a loaded causal LM, "mtp", "fp4", or the folder of an EAGLE-3 head or of a causal LM'
+    folder = mtp_folder(given)
+    if path("draft_model", given, wanted).is_dir() if folder is None else folder and Path(folder).is_dir():
         return
     raise ValueError(
-        f"draft_model: no checkpoint in {str(given)!r}, which is no folder of this machine. Names of the hub are not looked "
-        "up: download the checkpoint and give its folder. A four-bit copy of the policy itself is draft_model='fp4'"
+        f"draft_model: no checkpoint in {str(given if folder is None else folder)!r}, which is no folder of this machine. "
+        "Names of the hub are not looked up: download the checkpoint and give its folder. A four-bit copy of the policy "
+        "itself is draft_model='fp4', and the MTP layer of its own checkpoint is 'mtp'"
     )

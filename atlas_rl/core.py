@@ -276,7 +276,7 @@ class Hidden:
         starts: int64 `[batch]`.
         head_inputs: `[num_positions, hidden]`, input of the policy's LM head; `[0, 0]` where no speculator needs it.
         layers: Per layer that a speculator needs, `[num_positions, hidden]`: the input of decoder layer `i`, which is
-            what `i` layers have made of the embedding.
+            what `i` layers have made of the embedding. In process `i` may be the number of layers.
     """
 
     starts: np.ndarray

@@ -51,7 +51,7 @@ class Taps:
 
     Attributes:
         wants_head_inputs: Whether to catch the input of the LM head.
-        wants_layers: Decoder layers whose input to catch.
+        wants_layers: Decoder layers whose input to catch; the number of layers stands for what the last one makes.
         head_inputs: Filled by the forward: `[len(keep), hidden]`; `[0, 0]` where it was not wanted.
         layers: Filled by the forward: per layer `[num_tokens, hidden]`, of all packed tokens.
     """

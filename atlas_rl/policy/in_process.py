@@ -302,10 +302,14 @@ def _tapped(model: Any, layers: nn.ModuleList, taps: Taps) -> Iterator[None]:
 
     def catch_layer(layer: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
-        taps.layers[layer] = states.reshape(-1, states.shape[-1])
-        return forward(*args, **kwargs)
+        out = forward(*args, **kwargs)
+        ends = {layer: states, layer + 1: out[0] if isinstance(out, tuple) else out}
+        taps.layers |= {n: ends[n].reshape(-1, ends[n].shape[-1]) for n in taps.wants_layers if n in ends}
+        return out
 
-    watchers: dict[nn.Module, Callable[..., Any]] = {layers[n]: partial(catch_layer, n) for n in taps.wants_layers}
+    # What the last layer makes is the input of none.
+    watched = {min(n, len(layers) - 1) for n in taps.wants_layers}
+    watchers: dict[nn.Module, Callable[..., Any]] = {layers[n]: partial(catch_layer, n) for n in watched}
     if taps.wants_head_inputs:
         watchers[model.get_output_embeddings()] = catch_last
     with watched_forwards(watchers):

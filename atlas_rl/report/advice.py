@@ -216,6 +216,11 @@ LOGGED: tuple[Explained, ...] = (
         "Nothing, if acceptance is as usual. Please report the policy's class.",
     ),
     Explained(
+        "... has ... MTP layers: the first drafts every token, the others are not used",
+        "The policy's checkpoint has several layers for multi-token prediction, one for each token ahead.",
+        "Nothing: the first one drafts further tokens from what it made of the one before.",
+    ),
+    Explained(
         "on a CPU the four-bit copy of the policy is dequantized",
         'Without a GPU, drafting with `draft_model="fp4"` costs as much as the policy.',
         'Leave `draft_model="fp4"` out on a CPU.',

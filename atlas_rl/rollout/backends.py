@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from atlas_rl.checks import path, shown, wrong
-from atlas_rl.config import EngineConfig
+from atlas_rl.config import EngineConfig, mtp_folder
 from atlas_rl.decode.generate import Backend, InProcessBackend
 from atlas_rl.sampling.verification import VERIFIERS
 
@@ -88,15 +88,25 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def vllm_draft_folder(config: EngineConfig) -> str | Path | None:
     """Folder of the static head for vLLM, which must know it before it loads the policy."""
+    _refuse_mtp(config.draft_model)
     if isinstance(config.draft_model, nn.Module) or config.draft_model == "fp4":
         raise ValueError("with vLLM draft_model is the folder of an EAGLE-3 head, nothing else")
     return config.draft_model
 
 
+def _refuse_mtp(draft_model: Any) -> None:
+    """Raise `ValueError` where the policy's MTP layer is asked for, which drafts in process alone."""
+    if mtp_folder(draft_model) is not None:
+        raise ValueError(
+            f"with vLLM draft_model={draft_model!r} does not draft: give the folder of an EAGLE-3 head. vLLM's own method "
+            "'mtp' drafts without this library"
+        )
+
+
 def static_speculator(
     model: nn.Module | str | Path, backend: Backend, tokenizer: PreTrainedTokenizerBase | None
 ) -> Speculator:
-    """The static speculator: the four-bit self-draft by name, an EAGLE-3 head where the folder holds one, else a draft LM.
+    """The static speculator: four-bit self-draft or MTP layer by name, the head that a folder holds, else a draft LM.
 
     Raises:
         ValueError: The backend cannot draft with it; says what the folder holds, and what to give instead.
@@ -104,12 +114,17 @@ def static_speculator(
     from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model, shares_tokenizer
     from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
     from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
-    from atlas_rl.speculators.identify import CAUSAL_LM, EAGLE3, kind_of
+    from atlas_rl.speculators.identify import CAUSAL_LM, EAGLE3, MTP, kind_of
+    from atlas_rl.speculators.mtp.speculator import MtpSpeculator
 
     serves_lms = "draft_lm" in backend.static_kinds
     wanted = "the folder of an EAGLE-3 head" + (" or of a causal LM with the policy's tokenizer" if serves_lms else "")
     if model == "fp4" and "fp4" in backend.static_kinds:
         return Fp4SelfSpeculator()
+    if "mtp" not in backend.static_kinds:
+        _refuse_mtp(model)
+    elif (mtp := mtp_folder(model)) is not None:
+        return MtpSpeculator(mtp or None)
     if isinstance(model, nn.Module):
         if not serves_lms:
             raise ValueError(f"with vLLM draft_model is {wanted}, got {type(model).__name__}")
@@ -123,6 +138,8 @@ def static_speculator(
         raise ValueError(f"draft_model: {said}. A four-bit copy of the policy itself is draft_model='fp4'") from error
     if kind == EAGLE3:
         return Eagle3Speculator(model)
+    if kind == MTP and "mtp" in backend.static_kinds:
+        return MtpSpeculator(model)
     if kind != CAUSAL_LM or not serves_lms:
         raise ValueError(f"draft_model: '{model}' holds {kind}, which cannot draft here: give {wanted}")
     folder, policy = Path(model), backend.view

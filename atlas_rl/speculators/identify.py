@@ -13,22 +13,18 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 CAUSAL_LM = "a causal LM"
 EAGLE3 = "an EAGLE-3 head"
 _EAGLE1 = "an EAGLE-1 or EAGLE-2 head"
-_P_EAGLE, _DFLASH, _DSPARK, _MTP = (
-    "a P-EAGLE head",
-    "a DFlash head",
-    "a DSpark head",
-    "a multi-token prediction (MTP) head",
-)
+MTP = "a multi-token prediction (MTP) head"
+_P_EAGLE, _DFLASH, _DSPARK = "a P-EAGLE head", "a DFlash head", "a DSpark head"
 _MEDUSA, _HYDRA, _MLP = "Medusa heads", "Hydra heads", "an MLP speculator"
 
 _GIVE = " Give a folder that save_pretrained() wrote."
@@ -43,7 +39,7 @@ _NAMES = {
     "mlpspeculator": _MLP,
     "eagle3": EAGLE3,
     "eagle": _EAGLE1,
-    "mtp": _MTP,
+    "mtp": MTP,
 }
 # Beginnings of configuration fields that only such heads have.
 _FIELDS = {
@@ -77,7 +73,7 @@ def kind_of(folder: str | Path) -> str:
         if any(folder.glob(f"{file}.*")):
             return _NAMES[file.partition("_")[0]]
     config = read_config(folder)
-    shapes = {name.removeprefix("model."): shape for name, shape in _shapes(folder).items()}
+    shapes = {name.removeprefix("model."): shape for name, shape in read_shapes(folder).items()}
     described = config.get("speculators_config")
     declared = config.get("speculators_model_type") or (described or {}).get("algorithm")
     return (
@@ -110,8 +106,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, on the CPU; `ValueError` if there are none or a file is damaged."""
+def read_tensors(folder: Path, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint, on the CPU.
+
+    Args:
+        folder: Of the checkpoint.
+        names: Those that are read; None reads all.
+
+    Raises:
+        ValueError: There are no tensors at all, or a file is damaged.
+    """
     tensors: dict[str, torch.Tensor] = {}
     files = _weight_files(folder)
     if not files:
@@ -119,11 +123,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for path in files:
         if path.suffix == ".safetensors":
             try:
-                tensors |= load_file(path)
+                with safe_open(path, framework="pt") as file:
+                    wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118
+                    tensors |= {name: file.get_tensor(name) for name in wanted}
             except (SafetensorError, OSError) as error:
                 raise _damaged(path, error) from error
         else:
-            tensors |= _read_pickle(path, "cpu")
+            read = _read_pickle(path, "cpu")
+            tensors |= {name: tensor for name, tensor in read.items() if names is None or name in names}
     return tensors
 
 
@@ -137,7 +144,7 @@ def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
             )
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a folder; of safetensors files, only the headers are read."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in _weight_files(folder):
@@ -231,4 +238,4 @@ def _by_tensor_shapes(shapes: dict[str, tuple[int, ...]]) -> str | None:
         return EAGLE3
     # Whole models come with such layers as well.
     predicts = any(re.match(r"mtp\.", name) or ".eh_proj." in name for name in shapes)
-    return _MTP if predicts and not any(name.startswith("layers.0.") for name in shapes) else None
+    return MTP if predicts and not any(name.startswith("layers.0.") for name in shapes) else None

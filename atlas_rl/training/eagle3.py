@@ -10,11 +10,11 @@ token was drawn from, which gives the policy's distribution exactly.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,9 @@ from atlas_rl import progress
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.replay.record import Recorded
 from atlas_rl.speculators.eagle3.head import Eagle3Head
-from atlas_rl.sync.checkpoint import load_state, save_state
 from atlas_rl.training.head_shape import head_config
+from atlas_rl.training.state import SAVE_EVERY_S, Pace, Progress, TrainingState
 
-_STATE = "training.safetensors"
-_LOG = "training.json"
 HELD_OUT = 0.1  # of the calls
 
 
@@ -80,21 +78,6 @@ class Batch:
     drawn: torch.Tensor
 
 
-@dataclass(slots=True)
-class Progress:
-    """State of a training; written to `training.json` after every epoch.
-
-    Attributes:
-        epochs: Per epoch: `loss`, `seconds`, and on held-out calls per unrolled position `acceptance` (`sum_x min(p, q)`,
-            what noise-coupled drafts are accepted with but for a few points) and `agreement` (the likeliest tokens agree).
-    """
-
-    settings: dict[str, Any]
-    num_train_tokens: int
-    num_held_out_tokens: int
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-
-
 def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
     """A new head for `policy` over `token_ids` (sorted int64); its output layer starts as the policy's own."""
     with torch.random.fork_rng(devices=[]):
@@ -132,15 +115,17 @@ def train(
     output: Path,
     settings: TrainSettings,
     say: Callable[[str], None] = print,
+    save_every_s: float = SAVE_EVERY_S,
 ) -> Eagle3Head:
     """Train a head, or resume an interrupted training in `output`.
 
     Args:
         policy: Gives embeddings and output layer; only read.
         calls: Recorded calls with the layers of `settings`.
-        output: Gets the training's state and log after every epoch.
+        output: Gets the training's state and log after every epoch, and its state now and then within one.
         settings: How.
         say: Gets lines about it. On a terminal, batches move a bar instead.
+        save_every_s: Seconds of training that an interruption may cost.
 
     Raises:
         ValueError: Too few calls, completions too short to learn from, calls without the layers, or a state that other
@@ -159,47 +144,58 @@ def train(
     log = Progress(asdict(settings), sum(counts[first:]), sum(counts[:first]))
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    done = _resume(output, head, optimizer, log)
+    state = TrainingState(output, head, optimizer, log)
+    state.resume()
     num_batches = math.ceil(sum(len(Recorded.load(path).sequences.lengths) for path in trained) / settings.batch_size)
-    for epoch in range(done, settings.epochs):
-        began = time.perf_counter()
+    pace = Pace(num_batches * settings.epochs, num_batches * len(log.epochs) + state.begun.batches)
+    if 0 < pace.done < pace.total:
+        say(f"goes on at epoch {len(log.epochs) + 1}/{settings.epochs}, batch {state.begun.batches + 1}/{num_batches}")
+    for epoch in range(len(log.epochs), settings.epochs):
         batches = _batches(trained, settings, np.random.default_rng((settings.seed, epoch)))
-        losses = _train_epoch(head, policy, batches, optimizer, settings, epoch, num_batches, say)
-        row: dict[str, Any] = {"loss": float(np.mean(losses)), "seconds": time.perf_counter() - began}
+        _train_epoch(state, policy, batches, settings, num_batches, pace, say, save_every_s)
+        begun = state.begun
+        row: dict[str, Any] = {"loss": float(np.mean(begun.losses)), "seconds": begun.seconds}
         row |= evaluate(head, policy, _batches(held_out, settings, None), settings)
-        log.epochs.append(row)
         say(f"epoch {epoch + 1}/{settings.epochs} | loss {row['loss']:.3f} | held-out acceptance by position "
             + " ".join("-" if value is None else f"{value:.2f}" for value in row["acceptance"]))  # fmt: skip
-        _save(output, head, optimizer, log)
+        state.end_epoch(row)
     return head
 
 
 def _train_epoch(
-    head: Eagle3Head,
+    state: TrainingState,
     policy: PolicyView,
     batches: Iterator[Batch],
-    optimizer: torch.optim.Optimizer,
     settings: TrainSettings,
-    epoch: int,
     num_batches: int,
+    pace: Pace,
     say: Callable[[str], None],
-) -> list[float]:
-    """One pass over the data; returns its losses. Progress: a bar on a terminal, else a line now and then."""
-    began, losses = time.perf_counter(), list[float]()
-    with progress.bar(f"epoch {epoch + 1}/{settings.epochs}", num_batches, "batch") as bar:
-        for index, batch in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = _learning_rate(settings, epoch + index / num_batches)
-            loss = _train_step(head, policy, batch, optimizer, settings)
+    save_every_s: float,
+) -> None:
+    """The rest of a pass over the data. Progress: a bar on a terminal, else a line now and then."""
+    epoch, begun = len(state.log.epochs), state.begun
+    name = f"epoch {epoch + 1}/{settings.epochs}"
+    saved, before_s = time.perf_counter(), begun.seconds
+    began = saved
+    with progress.bar(name, num_batches, "batch", done=begun.batches) as bar:
+        for batch in islice(batches, begun.batches, None):
+            state.optimizer.param_groups[0]["lr"] = _learning_rate(settings, epoch + begun.batches / num_batches)
+            loss = _train_step(state.head, policy, batch, state.optimizer, settings)
+            begun.losses += [] if loss is None else [loss]
+            begun.batches += 1
+            now = time.perf_counter()
+            begun.seconds = before_s + now - began
+            if now - saved >= save_every_s:
+                state.save()
+                saved = time.perf_counter()
+            first_estimate = pace.step()
             bar.update()
-            if loss is None:
-                continue
-            losses.append(loss)
-            bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
-            if (index + 1) % 20 == 0 and not progress.shown():
-                left_s = (time.perf_counter() - began) / (index + 1) * (num_batches - index - 1)
-                say(f"epoch {epoch + 1}/{settings.epochs} | batch {index + 1}/{num_batches} | "
-                    f"loss {np.mean(losses[-20:]):.3f} | {left_s:.0f} s left in this epoch")  # fmt: skip
-    return losses
+            bar.set_postfix_str(f"loss {np.mean(begun.losses[-20:] or [0.0]):.3f}, {pace.left} for all epochs")
+            if first_estimate:
+                say(f"training takes {pace.left} from here, and measuring on held-out calls after each epoch besides")
+            if begun.batches % 20 == 0 and begun.losses and not progress.shown():
+                say(f"{name} | batch {begun.batches}/{num_batches} | loss {np.mean(begun.losses[-20:]):.3f} | "
+                    f"{pace.left} for all epochs")  # fmt: skip
 
 
 def _train_step(
@@ -348,27 +344,3 @@ def _learning_rate(settings: TrainSettings, epoch: float) -> float:
     if share < 0.05:
         return settings.learning_rate * share / 0.05
     return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (share - 0.05) / 0.95)))
-
-
-def _save(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, log: Progress) -> None:
-    moments = {str(index): dict(values) for index, values in optimizer.state_dict()["state"].items()}
-    save_state(output / _STATE, {"head": dict(head.state_dict()), "optimizer": moments, "log": json.dumps(asdict(log))})
-    (output / _LOG).write_text(json.dumps(asdict(log), indent=2) + "\n")
-
-
-def _resume(output: Path, head: Eagle3Head, optimizer: torch.optim.Optimizer, log: Progress) -> int:
-    """Restore what `_save` wrote; returns the number of finished epochs."""
-    if not (output / _STATE).is_file():
-        return 0
-    state = load_state(output / _STATE)
-    saved = json.loads(state["log"])
-    if saved["settings"] != json.loads(json.dumps(log.settings)) or saved["num_train_tokens"] != log.num_train_tokens:
-        raise ValueError(
-            f"'{output}' holds a training with other settings or data: give another --output, or delete it"
-        )
-    head.load_state_dict(state["head"])
-    described = optimizer.state_dict()
-    described["state"] = {int(index): values for index, values in state["optimizer"].items()}
-    optimizer.load_state_dict(described)
-    log.epochs = saved["epochs"]
-    return len(log.epochs)

@@ -19,7 +19,7 @@ from transformers import (
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.policy import ragged_attention as attention
-from atlas_rl.policy.base import Segments
+from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
 from tests.models import FACTORIES, SLIDING_WINDOW, tiny_gemma2, tiny_gpt2, tiny_llama
 
@@ -107,6 +107,21 @@ def test_ragged_logits_are_plain_logits_with_eager_attention(name):
     model = FACTORIES[name](seed=1)
     model.set_attn_implementation("eager")
     assert_ragged_equals_plain(model)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (2,), (1,)])
+def test_layers_are_tapped_before_each_and_behind_the_last(wanted):
+    model, tokens = FACTORIES["qwen2"](seed=1), texts(1)[0]
+    runner, taps = InProcessRunner(model), Taps(wants_layers=wanted)
+    with runner.session(runner.new_cache(1, LENGTH)):
+        zero, length = np.zeros(1, np.int64), np.array([LENGTH])
+        runner.forward(Segments(tokens, 0, zero, length, zero), np.array([LENGTH - 1]), taps)
+    with torch.no_grad():
+        *inputs, last = model(torch.from_numpy(tokens)[None], output_hidden_states=True).hidden_states
+        assert set(taps.layers) == set(wanted)
+        for layer, states in taps.layers.items():
+            expected = last[0] if layer == len(inputs) else inputs[layer][0]
+            assert torch.allclose(model.model.norm(states) if layer == len(inputs) else states, expected, atol=1e-4)
 
 
 def test_soft_capped_attention_counts():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 
 import numpy as np
@@ -20,6 +21,7 @@ from atlas_rl.speculators.eagle3.checkpoint import load_eagle3, save_eagle3
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.training.eagle3 import TrainSettings, _batches, _unrolled, new_head, train
+from atlas_rl.training.state import lasting
 from tests.models import tiny_bigram, tiny_llama, tiny_qwen3
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 4], [11, 12], [40, 2, 2]]
@@ -99,6 +101,32 @@ def test_an_interrupted_training_goes_on(calls, tmp_path):
         assert torch.equal(again.state_dict()[name], parts.state_dict()[name])
     with pytest.raises(ValueError, match="other settings"):
         train(InProcessView(policy()), calls, tmp_path / "parts", settings(epochs=2, unroll=2), say=lines.append)
+
+
+def test_a_training_goes_on_in_the_middle_of_an_epoch(calls, tmp_path):
+    """Each batch is saved here. What is said after the fifth, how long the rest takes, is where it is interrupted."""
+    options = settings(epochs=1, unroll=2)
+    whole = train(InProcessView(policy()), calls[:4], tmp_path / "whole", options, say=lambda line: None)
+    lines = []
+
+    def stop_at_the_estimate(line):
+        lines.append(line)
+        if "from here" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(InProcessView(policy()), calls[:4], tmp_path / "parts", options, say=stop_at_the_estimate, save_every_s=0)
+    assert re.fullmatch(r"training takes about \d+ (s|min) from here, .*", lines[-1])
+    parts = train(InProcessView(policy()), calls[:4], tmp_path / "parts", options, say=lines.append)
+    assert "goes on at epoch 1/1, batch 6/9" in lines
+    for name, tensor in whole.state_dict().items():
+        assert torch.allclose(parts.state_dict()[name].float(), tensor.float(), atol=1e-5), name
+    logs = [json.loads((tmp_path / each / "training.json").read_text())["epochs"] for each in ("whole", "parts")]
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-5)
+
+
+def test_the_time_that_is_left_is_said_in_its_unit():
+    assert [lasting(s) for s in (0.4, 89, 600, 12_600)] == ["0 s", "89 s", "10 min", "3.5 h"]
 
 
 def test_the_policy_is_not_trained(calls, tmp_path):

@@ -73,7 +73,10 @@ def test_kinds_are_told_apart(tmp_path, case):
     config, shapes, kind = KINDS[case]
     folder = write(tmp_path / "head", config, shapes)
     assert kind in kind_of(folder)
-    if kind not in (EAGLE3, CAUSAL_LM):
+    if kind == "MTP":
+        with pytest.raises(ValueError, match="no MTP layer in"):
+            generate(AtlasRolloutEngine(model=policy(), draft_model=folder, console=False))
+    elif kind not in (EAGLE3, CAUSAL_LM):
         with pytest.raises(ValueError, match=rf"holds .*{kind}.*give the folder of an EAGLE-3 head or of a causal LM"):
             AtlasRolloutEngine(model=policy(), draft_model=folder, console=False)
 

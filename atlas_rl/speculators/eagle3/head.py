@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from atlas_rl.speculators.eagle3.config import Eagle3Config
+from atlas_rl.speculators.rotary import RotaryTables
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From rotated queries, keys and values `[batch, heads, tokens, dim]` to `[batch, tokens, heads, dim]`."""
@@ -52,7 +53,7 @@ class Eagle3Head(nn.Module):
         self.embed_tokens = nn.Embedding(layer.vocab_size, layer.hidden_size) if own_embeddings else None
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(layer.vocab_size, dtype=torch.bool))
-        self.rotary = LlamaRotaryEmbedding(layer)
+        self.rotary = RotaryTables(LlamaRotaryEmbedding(layer))
 
     @property
     def token_ids(self) -> torch.Tensor:

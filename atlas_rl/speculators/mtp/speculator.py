@@ -1,0 +1,82 @@
+"""The policy's own layer for multi-token prediction as a speculator: published with the policy, never changed by a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from atlas_rl.core import Needs, SamplingParams
+from atlas_rl.policy.base import Segments
+from atlas_rl.policy.cpu_linear import by_columns
+from atlas_rl.policy.ragged_attention import RaggedBatch, active
+from atlas_rl.speculators.feature_head import FeatureHeadSpeculator
+from atlas_rl.speculators.mtp.checkpoint import folder_of, load_mtp
+from atlas_rl.speculators.mtp.head import Parts
+
+if TYPE_CHECKING:
+    from atlas_rl.policy.view import PolicyView
+
+
+class MtpSpeculator(FeatureHeadSpeculator):
+    """Drafts with the MTP layer of the policy's checkpoint, under the sampling parameters of the call.
+
+    One layer drafts every token: what it returns for one is its feature for the next. Embedding, final norm and LM head are
+    the policy's own, as they are now; the layer stays as it was published.
+
+    Args:
+        folder: Of the checkpoint; None takes the one that the policy was loaded from.
+
+    Raises:
+        ValueError: At `bind`: there is no such layer, it belongs to another policy, or the policy does not run in this
+            process, or is sharded.
+    """
+
+    name = "mtp"
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        super().__init__()
+        self._folder = None if folder is None else Path(folder)
+
+    def bind(self, policy: PolicyView, couples_noise: bool) -> None:
+        """Load the layer for this policy."""
+        super().bind(policy, couples_noise)
+        if policy.model is None:
+            raise ValueError("draft_model='mtp' needs a policy that runs in this process: leave it out here")
+        self.head = load_mtp(self._folder or folder_of(policy), policy)
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = by_columns(module.weight.data)
+        self._norm = Parts.of(policy.model, policy.num_layers).norm
+        self.needs = Needs(layers=(policy.num_layers,))
+        self._cell_bytes = self._run_once()
+
+    def compile_for(self, sampling: SamplingParams) -> None:
+        self._run_once()
+        super().compile_for(sampling)
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        return self.head.parameters()
+
+    @torch.no_grad()
+    def _run_once(self) -> int:
+        """Run the layer over one token, so that its kernels are compiled; returns the bytes that it took in the cache."""
+        cache = RaggedBatch(1, 1, honour_softcap=False)
+        zero = torch.zeros(1, dtype=torch.int64)
+        cache.place(Segments(zero.numpy(), 0, zero.numpy(), zero.numpy() + 1, zero.numpy()), self._device)
+        states = self.head.eh_proj.weight.new_zeros(1, self.head.eh_proj.out_features)
+        with active(cache):
+            self._step(states, states, zero.to(self._device))
+        return cache.cell_bytes
+
+    def _features_of(self, states: dict[int, torch.Tensor]) -> torch.Tensor:
+        return self._norm(states[self._policy.num_layers]).to(self.head.eh_proj.weight.dtype)
+
+    def _step(self, embeddings: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.head(embeddings[None], features[None], positions[None])[0]
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self._policy.logits(features)
