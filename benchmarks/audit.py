@@ -178,7 +178,7 @@ def rounded(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def drift(model: Any, output: Any) -> dict[str, float]:
-    """By how much bf16 moves the mean log-likelihood of a token when the same prefix runs in another shape, in nats.
+    """Change of a token's mean log-likelihood in nats if bf16 runs the same prefix in another shape.
 
     p is the forward over the whole sequence, p' the one that ends at the position; sum of (p' - p) log p is the drift of a
     position, whatever token was drawn there. Every twelfth position is taken.

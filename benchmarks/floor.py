@@ -113,7 +113,7 @@ def stream_rate(model: Any) -> float:
 
 
 def multiply_rate() -> float:
-    """Floating-point operations/s of a large square product: the best of a few."""
+    """Floating-point operations/s of a large square product: the best of several tries."""
     size = 1536
     left, right = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / best_s(lambda: left @ right, 4)

@@ -150,7 +150,7 @@ class Contest:
             self.decide()
 
     def leave_out_packed(self) -> None:
-        """Go on without packed copies, in this process: there is no memory for them now."""
+        """Exclude packed copies in this process, because memory for them is lacking now."""
         del self.seconds[PACKED]
         self.is_whole = False
 

@@ -49,7 +49,7 @@ def nearest(reaches: Iterable[Reach | None]) -> Reach | None:
 
 
 def field_of(config: Any, name: str) -> Any:
-    """A field of the first layer, as it may differ from layer to layer (Gemma 4); None where there is none."""
+    """A field of the first layer, as it may differ between layers (Gemma 4); None if the configuration has none."""
     return getattr(config.per_layer_config[0] if _differs(config, name) else config, name, None)
 
 

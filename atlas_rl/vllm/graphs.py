@@ -34,7 +34,7 @@ _ITS_OWN = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capt
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
-    """Tokens of the steps to capture, ascending: up to every request with all of its drafts."""
+    """Token counts of the steps to capture, ascending: up to every request with all of its drafts."""
     unit = 1 + NUM_SPECULATIVE_TOKENS
     limit = min(max_num_seqs * unit, max(MOST_TOKENS // unit * unit, unit))
     sizes, size = [unit], unit

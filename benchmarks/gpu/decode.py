@@ -155,7 +155,7 @@ def _row(batch: int, arm: str, speed: dict[str, list[float]], reports: list[Any]
 
 
 def asked_of_the_device(engine: AtlasRolloutEngine, prompts: Prompts) -> dict[str, Any]:
-    """Launches, waits and copies per step of one short call of 8 requests, the prompt's forward subtracted."""
+    """Launches, waits and copies per step of one short call of 8 requests, with the prompt's forward subtracted."""
     (rows, group), tokens = prompts.next(8), 12
 
     def call(count: int) -> Any:

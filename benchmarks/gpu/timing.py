@@ -36,7 +36,7 @@ def device_ms(call: Callable[[], Any], repeats: int = 30) -> dict[str, float]:
 
 
 def host_ms(call: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds until the device is done with `call`, by the host's clock."""
+    """Milliseconds on the host's clock until the device has finished `call`."""
     seconds = []
     for turn in range(12):
         torch.cuda.synchronize()

@@ -207,7 +207,7 @@ def _endings(trainer: Any) -> list[int]:
 
 
 def read_generation_config(config: GenerationConfig) -> TrainerSampling:
-    """The sampling options of one call of `model.generate`, from the configuration that transformers has made for it.
+    """The sampling options of one call of `model.generate`, from the configuration that transformers made for it.
 
     Args:
         config: Complete: what it lacks is off. Without `do_sample` the call is greedy, and only the penalty holds.
