@@ -49,7 +49,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo 'make demo    GRPO on SmolLM2-135M through AtlasRolloutEngine; DEMO_ARGS="--help" lists its options'
-	@echo 'make quick   lint, format and the quick tests, without vLLM: some ten minutes on two cores'
+	@echo 'make quick   lint, format and the quick tests of the library: about three minutes on two cores'
 	@echo 'make test    the gate: lint, format, types and every test; PYTEST_ARGS="-k report" narrows either'
 	@echo 'make test-vllm VLLM=0.28.0    the tests of vLLM on another version of it, in .venv-vllm-0.28.0 (docs/vllm.md)'
 	@echo 'make bench   rollout benchmark, written to benchmarks/results/; BENCH_ARGS="--help"'
@@ -119,10 +119,10 @@ types: $(STAMP)
 	@echo '== mypy'
 	$(PY) -m mypy
 
-# Tests of vLLM are not even collected, since their modules load it.
+# Which tests these are: tests/quick.py.
 quick: $(STAMP) lint
-	@echo '== pytest, without what is slow'
-	@$(PYTEST) -m 'not slow' --ignore-glob='tests/*vllm*' $(PYTEST_ARGS)
+	@echo '== pytest, the quick tests'
+	@$(PYTEST) --quick $(PYTEST_ARGS)
 
 test: $(TEST_SETUP) lint types
 	@echo '== pytest'

@@ -5,8 +5,6 @@ python -m benchmarks.adaptivity_plots benchmarks/results/adaptivity_cpu.json doc
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from benchmarks.common import result_and_folder
 
 WINDOW = 3
 LABELS = {
@@ -28,12 +28,8 @@ LABELS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="a file of benchmarks/results/")
-    parser.add_argument("folder", type=Path, help="gets the pictures")
-    args = parser.parse_args()
-    runs, folder = json.loads(args.result.read_text())["runs"], args.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    result, folder = result_and_folder(__doc__)
+    runs = result["runs"]
     for scenario in sorted({run["scenario"] for run in runs}):
         draw(scenario, [run for run in runs if run["scenario"] == scenario], folder / f"adaptivity_{scenario}.png")
 

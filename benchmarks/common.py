@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -100,6 +101,16 @@ def write_result(path: str | Path, payload: dict[str, Any]) -> Path:
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def result_and_folder(description: str | None) -> tuple[dict[str, Any], Path]:
+    """The arguments of a command that draws a recorded result: what its file holds, and the folder for the pictures."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="a file of benchmarks/results/")
+    parser.add_argument("folder", type=Path, help="gets the pictures")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    return json.loads(args.result.read_text()), args.folder
 
 
 def _cpu_model() -> str:

@@ -5,8 +5,6 @@ python -m benchmarks.controller_plots benchmarks/results/controller_cpu.json doc
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from benchmarks.common import result_and_folder
 
 LABELS = {
     "controller": "controller",
@@ -28,12 +28,8 @@ LABELS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="a file of benchmarks/results/")
-    parser.add_argument("folder", type=Path, help="gets the pictures")
-    args = parser.parse_args()
-    cells, folder = json.loads(args.result.read_text())["cells"], args.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    result, folder = result_and_folder(__doc__)
+    cells = result["cells"]
     for policy in dict.fromkeys(cell["policy"] for cell in cells):
         here = [c for c in cells if c["policy"] == policy and c["temperature"] == 1.0]
         if len({c["batch"] for c in here if c["kind"] == "even"}) > 1:

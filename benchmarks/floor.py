@@ -112,8 +112,9 @@ def stream_rate(model: Any) -> float:
     return weight.numel() * weight.element_size() / best_s(lambda: weight @ row, 8)
 
 
-def multiply_rate(size: int = 1536) -> float:
+def multiply_rate() -> float:
     """Floating-point operations/s of a large square product: the best of several tries."""
+    size = 1536
     left, right = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / best_s(lambda: left @ right, 4)
 

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from atlas_kernels.noise import request_keys
 from atlas_rl import AtlasRolloutEngine, SamplingParams
 from atlas_rl.audit.auditor import Auditor
-from tests.models import tiny_llama
+from tests import engines
+from tests.engines import policy
 
-VOCAB, EOS, NEW = 64, (17, 40, 35), 24
+EOS, NEW = (17, 40, 35), 24
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4, 11, 2, 9, 5, 6], [0, 63]]
-SETTINGS = {
-    "plain": {},
-    "cold": {"temperature": 0.6},
-    "hot": {"temperature": 1.3},
-    "greedy": {"temperature": 0.0},
-    "top_k": {"top_k": 5},
-    "top_p": {"top_p": 0.8, "temperature": 1.3},
-    "min_p": {"min_p": 0.1},
-    "penalty": {"repetition_penalty": 1.4},
-    "everything": {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 0.8},
-}
-
-
-@cache
-def policy():
-    return tiny_llama(seed=11)
+SETTINGS = engines.SETTINGS | {"hot": {"temperature": 1.3}, "greedy": {"temperature": 0.0}}
 
 
 def sample(model=None, num_generations=25, seed=3, engine=None, **options):

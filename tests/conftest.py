@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 from tests import ROOT
 from tests.models import FACTORIES
+from tests.quick import is_left_out, quick_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,13 +33,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="of every test that is not slow the first case (tests/quick.py)"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--quick`, other folders are not even imported: what they load takes longer than the quick tests of a folder."""
+    return True if config.getoption("quick") and is_left_out(collection_path) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests that use the demo policy as slow; order slow tests after all others, and those of vLLM last."""
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
     # vLLM's CPU worker patches torch in its process: what follows it runs in vLLM's world. xdist keeps the order.
     items.sort(key=lambda item: ("vllm" in item.nodeid.split("::")[0], item.get_closest_marker("slow") is not None))
+    if config.getoption("quick"):
+        quick = quick_of(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in quick])
+        items[:] = [item for item in items if item in quick]
 
 
 @pytest.fixture(scope="session")

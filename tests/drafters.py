@@ -42,9 +42,9 @@ class RandomDrafter(Stateless):
 
     name = "random"
 
-    def __init__(self, *, with_probs: bool = False, seed: int = 0) -> None:
+    def __init__(self, *, with_probs: bool = False) -> None:
         self.with_probs = with_probs
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(0)
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         batch, width, vocab = len(requests), int(max_draft_tokens.max(initial=0)), sequences.vocab_size
@@ -62,10 +62,10 @@ class Parrot(Stateless):
 
     name = "parrot"
 
-    def __init__(self, completions: list[list[int]], *, error_rate: float, seed: int = 0) -> None:
+    def __init__(self, completions: list[list[int]], *, error_rate: float) -> None:
         self.completions = completions
         self.error_rate = error_rate
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(0)
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         width = int(max_draft_tokens.max(initial=0))

@@ -102,12 +102,12 @@ def decode(spec, sequences, completions, most=8):
 
 
 class Branching:
-    """A policy that chooses uniformly among `branches` phrasings at every node, with the noise of its request."""
+    """A policy that chooses uniformly among four phrasings at every node, with the noise of its request."""
 
-    def __init__(self, seed, nodes=12, branches=4, phrase=4):
+    def __init__(self, seed, nodes=12):
         rng = np.random.default_rng(seed)
         self.prompt = rng.integers(20_000, 30_000, 10).tolist()
-        self.phrases = rng.integers(10, 20_000, (nodes, branches, phrase)).tolist()
+        self.phrases = rng.integers(10, 20_000, (nodes, 4, 4)).tolist()
 
     def complete(self, key):
         tokens = []
@@ -120,12 +120,12 @@ class Branching:
         return [i * len(self.phrases[0][0]) for i in range(len(self.phrases))]
 
 
-def run_epochs(sources, epochs, *, coupled=True, group=6):
+def run_epochs(sources, epochs, *, coupled=True):
     """Decode `epochs` calls of all sources; returns the speculator and per epoch what `decode` returned."""
     spec = speculator(coupled=coupled, max_tokens=100_000)
     results = []
     for epoch in range(epochs):
-        members = [s for s in sources for _ in range(group)]
+        members = [s for s in sources for _ in range(6)]
         sequences = call([s.prompt for s in members], seed=100 + epoch)
         completions = [s.complete(key) for s, key in zip(members, sequences.noise_keys, strict=True)]
         results.append(decode(spec, sequences, completions))

@@ -31,6 +31,11 @@ from transformers import (
 
 SLIDING_WINDOW = 8
 _NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SHAPE = {
+    "vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, **_NO_SPECIAL_TOKENS,
+}  # fmt: skip
+"""Options of a configuration of any family that is not among those below."""
 
 
 def build(model_class: type[PreTrainedModel], config: Any, *, seed: int = 0, logit_std: float = 2.0) -> PreTrainedModel:

@@ -70,13 +70,15 @@ class Auditor:
 
     Args:
         share: Share of the generated tokens that may be audited, in [0, 1]; 0 never audits.
-        engine_dtype: Precision that the engine computes in, if it is not the policy's own.
+
+    Attributes:
+        engine_dtype: Precision that the engine computes in, where that is not the policy's own; None until it is told.
     """
 
-    def __init__(self, share: float, *, engine_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, share: float) -> None:
         self.share = share
         self.detector = ChangeDetector()
-        self.engine_dtype = engine_dtype
+        self.engine_dtype: torch.dtype | None = None
         self._credit_tokens = 1.0 if share else 0.0  # the first completion of a run is audited at once, on credit
         self._num_calls = 0
 

@@ -326,7 +326,7 @@ class DecodeLoop:
 
     def _texts(self, requests: np.ndarray, lengths: np.ndarray, first_row: int) -> Iterator[Segments]:
         """The first `lengths` tokens (int64 `[n]`) of requests (int64 `[n]`) for rows from `first_row` on, in parts."""
-        for chunk in _chunks(lengths, PREFILL_TOKENS):
+        for chunk in _chunks(lengths):
             counts = lengths[chunk]
             texts = [self.sequences.token_ids[r, :n] for r, n in zip(requests[chunk], counts, strict=True)]
             tokens = np.concatenate(texts).astype(np.int64)
@@ -344,11 +344,11 @@ class DecodeLoop:
         return request
 
 
-def _chunks(lengths: np.ndarray, budget: int) -> list[slice]:
-    """Consecutive slices whose lengths add up to at most `budget`, at least one item each."""
+def _chunks(lengths: np.ndarray) -> list[slice]:
+    """Consecutive slices whose lengths add up to at most `PREFILL_TOKENS`, at least one item each."""
     chunks, begin, total = [], 0, 0
     for index, length in enumerate(lengths):
-        if index > begin and total + length > budget:
+        if index > begin and total + length > PREFILL_TOKENS:
             chunks.append(slice(begin, index))
             begin, total = index, 0
         total += int(length)

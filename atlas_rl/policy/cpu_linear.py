@@ -72,7 +72,7 @@ class _Shape:
             if pilots and _fits(pilots):
                 contest.pack_s = self._pack(pilots)
             elif pilots:
-                contest.leave_out(PACKED)
+                contest.leave_out_packed()
             return
         self.lost_s += contest.gain_s * len(missing)
         if missing and contest.gain_s and self.lost_s > _WORTH * (contest.pack_s or 0.0) * len(missing):

@@ -149,9 +149,9 @@ class Contest:
         if still == [route] and not self._open():
             self.decide()
 
-    def leave_out(self, route: str) -> None:
-        """Exclude a route in this process, because memory for it is lacking now."""
-        del self.seconds[route]
+    def leave_out_packed(self) -> None:
+        """Exclude packed copies in this process, because memory for them is lacking now."""
+        del self.seconds[PACKED]
         self.is_whole = False
 
     def decide(self) -> None:

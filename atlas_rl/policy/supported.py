@@ -48,9 +48,9 @@ def nearest(reaches: Iterable[Reach | None]) -> Reach | None:
     return min((reach for reach in reaches if reach is not None), key=lambda reach: reach.tokens, default=None)
 
 
-def field_of(config: Any, name: str, layer: int) -> Any:
-    """A field of one layer, which may differ between layers (Gemma 4); None if the configuration has none."""
-    return getattr(config.per_layer_config[layer] if _differs(config, name) else config, name, None)
+def field_of(config: Any, name: str) -> Any:
+    """A field of the first layer, as it may differ between layers (Gemma 4); None if the configuration has none."""
+    return getattr(config.per_layer_config[0] if _differs(config, name) else config, name, None)
 
 
 def fields_of(config: Any, name: str) -> list[Any]:

@@ -195,11 +195,11 @@ def curves_in_turn(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], 
     return thin_curve(points)
 
 
-def thin_curve(curve: Sequence[tuple[int, int]], num_points: int = CURVE_POINTS) -> tuple[tuple[int, int], ...]:
-    """At most `num_points` of `curve`, evenly spaced, first and last among them."""
-    if len(curve) <= num_points:
+def thin_curve(curve: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """At most `CURVE_POINTS` of `curve`, evenly spaced, first and last among them."""
+    if len(curve) <= CURVE_POINTS:
         return tuple(curve)
-    return tuple(curve[round(i * (len(curve) - 1) / (num_points - 1))] for i in range(num_points))
+    return tuple(curve[round(i * (len(curve) - 1) / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS))
 
 
 def _values(reports: Sequence[Any], name: str) -> list[Any]:

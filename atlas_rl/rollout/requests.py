@@ -66,10 +66,10 @@ def build_sequences(
         if not 0 <= token < vocab_size:
             raise ValueError(f"eos_token_ids has {token}, outside the vocabulary of {vocab_size} tokens")
     lengths = np.repeat(np.array([len(row) for row in rows], np.int64), num_generations)
-    limits = lengths + sampling.max_new_tokens
+    max_lengths = lengths + sampling.max_new_tokens
     if max_context is not None:
-        limits = np.minimum(limits, max_context + 1)
-    most = int(limits.max())
+        max_lengths = np.minimum(max_lengths, max_context + 1)
+    most = int(max_lengths.max())
     token_ids = np.zeros((len(lengths), roomy(int(lengths.max()), most)), np.int32)
     for index, row in enumerate(rows):
         token_ids[index * num_generations : (index + 1) * num_generations, : len(row)] = row
@@ -85,7 +85,7 @@ def build_sequences(
         policy_version=policy_version,
         max_length=most,
     )
-    return sequences, limits
+    return sequences, max_lengths
 
 
 def check_names(unknown: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from atlas_rl.checks import shown
@@ -38,18 +38,14 @@ class PolicyTracker:
     Order at an update: the version advances, then every speculator is refreshed with the newest rollouts, then the
     controller is told. Rollouts are handed over once; a call that was abandoned is never handed over.
 
-    Args:
-        clock: Seconds since some fixed moment.
-
     Attributes:
         version: The policy's.
         exchange: Brings other ranks' rollouts; None where there are none.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self) -> None:
         self.version = 0
         self.exchange: RolloutExchange | None = None
-        self._clock = clock
         self._newest: Rollouts | None = None
         self._refresh_s = self._measuring_s = 0.0
 
@@ -86,7 +82,7 @@ class PolicyTracker:
         self.version = self.version + 1 if version is None else version
         if self._newest is None:
             return
-        began = self._clock()
+        began = time.perf_counter()
         if self.exchange is not None:
             elsewhere, seconds = self.exchange.take()
             self._newest = replace(self._newest, elsewhere=tuple(elsewhere))
@@ -98,7 +94,7 @@ class PolicyTracker:
         if controller is not None:
             controller.policy_updated({name: survival for name, survival in measured.items() if survival is not None})
         self._newest, self._measuring_s = None, 0.0
-        self._refresh_s += self._clock() - began
+        self._refresh_s += time.perf_counter() - began
 
     def take_refresh_s(self) -> float:
         """Seconds of refreshes since the last call."""

@@ -26,18 +26,18 @@ def head_config(
         ValueError: The policy's sizes fit no head: its embeddings are not as wide as its layers, or heads have an odd size.
     """
     config = policy.config
-    hidden, num_heads = int(config.hidden_size), field_of(config, "num_attention_heads", 0)
+    hidden, num_heads = int(config.hidden_size), field_of(config, "num_attention_heads")
     if policy.hidden_size != hidden or policy.input_table.shape[1] != hidden:
         raise ValueError(
             f"the policy's layers are {hidden} wide, its embeddings {policy.input_table.shape[1]} and {policy.hidden_size}: "
             "a head needs them alike"
         )
-    head_dim = field_of(config, "head_dim", 0) or hidden // num_heads
+    head_dim = field_of(config, "head_dim") or hidden // num_heads
     if head_dim % 2:
         raise ValueError(
             f"the policy's attention heads have the size {head_dim}, and rotary positions need an even one"
         )
-    width = field_of(config, "intermediate_size", 0)
+    width = field_of(config, "intermediate_size")
     width = width[0] if isinstance(width, list) else width
     layer = LlamaConfig(
         vocab_size=policy.vocab_size,
@@ -46,7 +46,7 @@ def head_config(
         intermediate_size=intermediate_size or width or 4 * hidden,
         num_hidden_layers=1,
         num_attention_heads=num_heads,
-        num_key_value_heads=field_of(config, "num_key_value_heads", 0) or num_heads,
+        num_key_value_heads=field_of(config, "num_key_value_heads") or num_heads,
         head_dim=head_dim,
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),

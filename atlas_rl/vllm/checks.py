@@ -21,9 +21,9 @@ UNDEFINED_LOGITS = (
 _KNOWN_OPTIONS = ("draft_model",)
 
 
-def speculative_config(num_speculative_tokens: int = NUM_SPECULATIVE_TOKENS) -> dict[str, Any]:
+def speculative_config() -> dict[str, Any]:
     """vLLM's `speculative_config` for our proposer."""
-    return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_speculative_tokens}
+    return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
 
 
 def options_of(vllm_config: Any) -> dict[str, Any]:

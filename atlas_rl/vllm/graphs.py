@@ -33,9 +33,9 @@ FILLED_TOKENS = 256
 _ITS_OWN = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
 
 
-def capture_sizes(max_num_seqs: int, num_speculative_tokens: int = NUM_SPECULATIVE_TOKENS) -> list[int]:
+def capture_sizes(max_num_seqs: int) -> list[int]:
     """Token counts of the steps to capture, ascending: up to every request with all of its drafts."""
-    unit = 1 + num_speculative_tokens
+    unit = 1 + NUM_SPECULATIVE_TOKENS
     limit = min(max_num_seqs * unit, max(MOST_TOKENS // unit * unit, unit))
     sizes, size = [unit], unit
     while size < limit:

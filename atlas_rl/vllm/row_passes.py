@@ -1,4 +1,4 @@
-"""Passes over the rows of a forward: compiled, and as numpy references.
+"""Passes over the rows of a forward, compiled.
 
 Between two forwards a device waits for the host. A pass takes about as long as a numpy call, and stands in place of a dozen.
 """
@@ -74,17 +74,6 @@ def followed(
     return rows[:count], requests[:count], newcomers, whole
 
 
-def followed_in_numpy(
-    known: np.ndarray, num_new: np.ndarray, lengths: np.ndarray, num_prompt_tokens: np.ndarray, before: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int, bool]:
-    """The reference of `followed`, in numpy."""
-    (rows,) = ((num_new > 0) & (known >= 0)).nonzero()
-    requests = known[rows]
-    newcomers = (num_new > 0) & (known < 0) & (lengths - num_new == num_prompt_tokens)
-    whole = (before[requests] + num_new[rows] == lengths[rows]).all()
-    return rows, requests, int(newcomers.sum()), bool(whole)
-
-
 @cached_njit(nogil=True)
 def in_order(
     rows: np.ndarray, requests: np.ndarray, plan: Plan, num_requests: int, only_planned: bool, outcome: Outcome
@@ -144,29 +133,6 @@ def in_order(
     return own_rows, own_requests, places, (new, drafted, starts, tokens, entropies, max_probs)
 
 
-def in_order_in_numpy(
-    rows: np.ndarray, requests: np.ndarray, plan: Plan, num_requests: int, only_planned: bool, outcome: Outcome
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
-    """The reference of `in_order`, in numpy."""
-    where = np.full(num_requests, -1)
-    where[requests] = np.arange(len(requests))
-    first = where[plan.requests]
-    places = np.flatnonzero(first >= 0)
-    rest = np.ones(len(requests), bool)
-    rest[first[places]] = False
-    order = np.append(first[places], np.flatnonzero(rest))
-    rows = rows[order]
-    new, drafted = outcome.num_new[rows], outcome.num_drafted[rows]
-    drafted[: len(places)] = np.minimum(drafted[: len(places)], plan.lengths[places])
-    if only_planned:
-        drafted[len(places) :] = 0
-    width = new.max(initial=0)
-    kept = np.arange(width)[None] < new[:, None]
-    figures = (outcome.token_ids, outcome.entropies, outcome.max_probs)
-    wide = tuple(np.where(kept, each[rows, :width], each.dtype.type(0)) for each in figures)
-    return rows, requests[order], places, (new, drafted, outcome.starts[rows], *wide)
-
-
 @cached_njit(nogil=True)
 def going_on(
     requests: np.ndarray,
@@ -199,19 +165,6 @@ def going_on(
             room[count] = min(max_lengths[request] - lengths[request] - 1, most)
             count += 1
     return own[:count], own_rows[:count], room[:count]
-
-
-def going_on_in_numpy(
-    requests: np.ndarray,
-    rows: np.ndarray,
-    finished: np.ndarray,
-    lengths: np.ndarray,
-    max_lengths: np.ndarray,
-    most: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The reference of `going_on`, in numpy."""
-    own = requests[~finished]
-    return own, rows[~finished], np.minimum(max_lengths[own] - lengths[own] - 1, most)
 
 
 def compile_passes() -> None:

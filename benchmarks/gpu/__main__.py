@@ -97,7 +97,7 @@ class Shared:
         rows = []
         for name in ("off", "history", "recurrent", "fp4"):
             engine = self.warmed(name)[name]
-            rows.append({"arm": name, "batch": 8} | decode.asked_of_the_device(engine, self.prompts, 8))
+            rows.append({"arm": name, "batch": 8} | decode.asked_of_the_device(engine, self.prompts))
         return said(rows)
 
     def kernels(self) -> list[dict[str, Any]]:
@@ -119,7 +119,7 @@ class Shared:
         own = {"off": decode.engines(model)["off"]}
         with torch.autocast("cuda", torch.bfloat16):
             rows = decode.cell(model, own, self.prompts, EOS, 8, ["off", "transformers"], 2, self.args.max_new_tokens)
-            rows[0]["asked"] = decode.asked_of_the_device(own["off"], self.prompts, 8)
+            rows[0]["asked"] = decode.asked_of_the_device(own["off"], self.prompts)
         return said(rows)
 
 

@@ -154,9 +154,9 @@ def _row(batch: int, arm: str, speed: dict[str, list[float]], reports: list[Any]
     return row
 
 
-def asked_of_the_device(engine: AtlasRolloutEngine, prompts: Prompts, batch: int, tokens: int = 12) -> dict[str, Any]:
-    """Launches, waits and copies per step of one short call, with the prompt's forward subtracted."""
-    rows, group = prompts.next(batch)
+def asked_of_the_device(engine: AtlasRolloutEngine, prompts: Prompts) -> dict[str, Any]:
+    """Launches, waits and copies per step of one short call of 8 requests, with the prompt's forward subtracted."""
+    (rows, group), tokens = prompts.next(8), 12
 
     def call(count: int) -> Any:
         return engine.generate(rows, num_generations=group, max_new_tokens=count, eos_token_ids=[1], seed=7)

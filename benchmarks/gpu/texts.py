@@ -5,6 +5,7 @@ python -m benchmarks.gpu.texts runs/gpu/texts.npz
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ TRAINED, ASKED = 24_000, 600
 
 
 def main() -> None:
-    output = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="gets the arrays, an .npz file")
+    output = parser.parse_args().output
     tokenizer = AutoTokenizer.from_pretrained(demo_policy.prepare())
     rng = random.Random(0)
     arrays: dict[str, np.ndarray] = {"eos": np.array([tokenizer.eos_token_id], np.int32)}

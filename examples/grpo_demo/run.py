@@ -275,18 +275,18 @@ def summarize(
     return summary | {"rollouts": summarize_rollouts(engine.reports, trace, args.steps_per_epoch)}
 
 
-def plot_rewards(rows: list[dict[str, float]], path: Path, window: int = 5) -> None:
-    """Draw mean reward per step and its rolling mean over `window` steps."""
+def plot_rewards(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw mean reward per step and its rolling mean over five steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     steps, rewards = [row["step"] for row in rows], [row["reward"] for row in rows]
-    rolling = [statistics.fmean(rewards[max(0, i + 1 - window) : i + 1]) for i in range(len(rewards))]
+    rolling = [statistics.fmean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
     figure, axes = plt.subplots(figsize=(7, 3.5))
     axes.plot(steps, rewards, "o", markersize=3, alpha=0.5, label="one step")
-    axes.plot(steps, rolling, label=f"mean of {window} steps")
+    axes.plot(steps, rolling, label="mean of 5 steps")
     axes.set(xlabel="training step", ylabel="mean reward (share of right answers)", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

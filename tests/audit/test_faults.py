@@ -10,7 +10,8 @@ import torch
 
 from atlas_rl.audit.auditor import Auditor
 from atlas_rl.audit.scores import LOW_PRECISION
-from tests.audits import EOS, NEW, PROMPTS, VOCAB, asked, audit, policy, sample
+from tests.audits import EOS, NEW, PROMPTS, asked, audit, sample
+from tests.engines import VOCAB, policy
 from tests.models import tiny_llama
 
 WRONG = {

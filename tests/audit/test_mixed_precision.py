@@ -15,7 +15,8 @@ from torch.nn import functional
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.audit.auditor import Auditor
 from atlas_rl.audit.plain_forward import plain_logits
-from tests.audits import asked, audit, policy, sample
+from tests.audits import asked, audit, sample
+from tests.engines import policy
 from tests.models import tiny_bigram, tiny_llama
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 
@@ -76,6 +77,7 @@ def test_no_false_alarm(name: str) -> None:
         assert not report.warnings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [False, True])
 def test_thirty_steps_of_training_in_bf16_raise_no_alarm(peft: bool, tmp_path: Path) -> None:
     """TRL's default: float32 weights and `bf16=True`, every completion audited."""

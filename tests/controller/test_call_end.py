@@ -37,10 +37,10 @@ def observed(end: CallEnd, gained: np.ndarray, generated: int, draft_s: float, *
     end.observe(step, Admission(np.zeros(batch, np.int64), slots), verified, plain_costs())
 
 
-def after_steps(gained: np.ndarray, draft_s: float, steps: int = 12, **options: int) -> bool:
-    """Whether drafts are held back after some steps."""
+def after_steps(gained: np.ndarray, draft_s: float, **options: int) -> bool:
+    """Whether drafts are held back after a dozen steps."""
     end = CallEnd()
-    for step in range(steps):
+    for step in range(12):
         observed(end, gained, 1 + step, draft_s, **options)
     return end.holds_back
 

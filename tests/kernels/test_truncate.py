@@ -69,6 +69,7 @@ def by_kernel(logits: torch.Tensor, truncation: Truncation, **options: Any) -> t
     return kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncation", TRUNCATIONS[:4], ids=str)
 def test_the_kernel_keeps_what_the_reference_keeps(truncation: Truncation) -> None:
     truncated = by_kernel(awkward_rows(), truncation, temperature=0.8)

@@ -153,6 +153,7 @@ def test_greedy_takes_the_first_of_the_likeliest():
     assert assert_same(logits, temperature=0).token_ids.tolist() == [4000, 0]
 
 
+@pytest.mark.slow
 def test_greedy_and_drawn_rows_in_one_batch():
     """A server's requests differ; each row is what it would be alone, and at temperature 0 nobody draws."""
     logits = torch.randn(6, 9000, generator=torch.Generator().manual_seed(2))

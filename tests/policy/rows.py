@@ -22,14 +22,14 @@ def plain_logits(model, tokens):
 
 
 class Rows:
-    """Some rows of a cache, and what plain forwards give for them.
+    """Five rows of a cache, and what plain forwards give for them.
 
     Every forward is held against those, at all tokens that are not drafts.
     """
 
-    def __init__(self, model, num_rows=5):
+    def __init__(self, model):
         self.runner = InProcessRunner(model)
-        self.model, self.cache = model, self.runner.new_cache(num_rows, 2 * LENGTH)
+        self.model, self.cache = model, self.runner.new_cache(5, 2 * LENGTH)
         self.texts = {}
 
     def forward(self, news, *, rejected=(), settled=None):

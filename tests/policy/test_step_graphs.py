@@ -109,6 +109,7 @@ def test_a_size_that_there_is_serves_until_another_is_wanted_often():
     assert sizes_of_steps(wanted) == [12] * (1 + step_graphs._PATIENCE) + [4] * 3
 
 
+@pytest.mark.slow
 def test_a_batch_that_drains_needs_few_sizes():
     assert len(set(sizes_of_steps(range(128, 0, -1)))) <= 5
 

@@ -56,6 +56,7 @@ def stand_in(layer, x):
     return torch.nn.functional.linear(x, layer.weight)
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_of_begin_and_end_is_put_right_by_the_next_session():
     model = tiny_llama(layers=1, seed=3).train()
     runner = InProcessRunner(model)

@@ -31,13 +31,7 @@ from atlas_rl.policy.in_process import unwrap_policy
 from atlas_rl.policy.logit_form import LogitForm, after_head, fit_form, probe_products
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.speculators.reduced_vocab import TokenRows
-from tests.models import FACTORIES, build, tiny_llama
-
-SHAPE = {
-    "vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": None,
-    "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+from tests.models import FACTORIES, SHAPE, build, tiny_llama
 
 
 def with_bias():

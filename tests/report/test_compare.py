@@ -57,6 +57,7 @@ def test_the_same_steps_are_drawn_together():
     assert width(noisy(2)) < 0.5 * width(apart)
 
 
+@pytest.mark.slow
 def test_an_interval_covers_as_often_as_it_says():
     covered = 0
     for seed in range(100):

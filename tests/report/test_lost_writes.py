@@ -18,10 +18,10 @@ from tests.engines import engine_of, generate, policy
 
 
 @contextmanager
-def small_disk(folder, size="64k", option="rw"):
+def small_disk(folder, option="rw"):
     """A file system of its own; skipped where this process may not mount one."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},{option}", "tmpfs", folder], check=False)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=64k,{option}", "tmpfs", folder], check=False)
     if done.returncode:
         pytest.skip("mounting needs rights that this process lacks")
     try:

@@ -68,10 +68,10 @@ class Failing(RandomDrafter):
         """Nothing to restore."""
 
 
-def engine_with(*speculators, first=0, k=3):
-    """An engine that always asks one of its speculators for `k` tokens."""
+def engine_with(*speculators):
+    """An engine that always asks the first of its speculators for three tokens."""
     names = [speculator.name for speculator in speculators]
-    return engine_of(speculators=list(speculators), controller=FixedController(names, names[first], k))
+    return engine_of(speculators=list(speculators), controller=FixedController(names, names[0], 3))
 
 
 @pytest.mark.parametrize("after", [0, 3])

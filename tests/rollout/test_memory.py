@@ -139,6 +139,7 @@ def engine_with(drafter):
     return engine_of(speculators=[speculator], controller=controller)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", drafters())
 @pytest.mark.parametrize("num_cells", [1, 130, 400])
 def test_requests_wait_where_texts_outgrow_memory(drafter, num_cells, monkeypatch, caches):
@@ -188,6 +189,7 @@ def test_one_request_that_gets_no_memory_is_an_error_that_says_so(monkeypatch):
 FEW_WORDS = [[3, 1, 4], [15, 9, 2, 6]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["none", "draft LM", "recurrent"])
 @pytest.mark.parametrize("num_cells", [160, 500, 700])
 def test_a_first_allocation_that_fails_costs_rows(drafter, num_cells, monkeypatch):
@@ -260,6 +262,7 @@ def test_a_wave_is_as_large_as_memory_takes(monkeypatch):
     assert 5 < max(active for _, active in output.report.active_batch_curve) <= 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_cells", [120, 200, 10_000])
 def test_room_for_drafts_is_settled_before_they_are_drawn(num_cells, monkeypatch):
     """Rejection sampling: a cache that grew, or did not, for what was drawn would choose which drawn tokens are verified."""

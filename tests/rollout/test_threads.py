@@ -49,6 +49,7 @@ def test_two_engines_on_two_policies(speculation):
     assert [state_of(model) for model in models] == before
 
 
+@pytest.mark.slow
 def test_two_engines_on_one_policy_and_each_others_drafters():
     model, drafter = tiny_llama(seed=21), draft_model()
     before = state_of(model), state_of(drafter)

@@ -73,6 +73,7 @@ def rollout(engine, seed=99, **options):
     return engine.generate(PROMPTS, num_generations=4, max_new_tokens=24, eos_token_ids=EOS, seed=seed, **options)
 
 
+@pytest.mark.slow
 def test_training_raises_held_out_acceptance(training):
     log = json.loads((training[1] / "training.json").read_text())
     first, last = log["epochs"][0]["acceptance"], log["epochs"][-1]["acceptance"]

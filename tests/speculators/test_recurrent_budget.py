@@ -18,6 +18,7 @@ def test_a_budget_is_kept():
     assert [done.num_steps for done in speculator.refreshes] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("measuring_s", "learns"), [(0.0, True), (5.0, False)])
 def test_time_that_only_measures_earns_no_time_to_learn(measuring_s, learns):
     speculator = recurrent_drafter(budget_share=1.0, clock=ticking(0.01))

@@ -162,6 +162,7 @@ def test_a_bad_state_that_waits_for_the_first_rollout_does_not_stop_it(tmp_path,
     assert "All drafters start afresh" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_damage_ends_the_process(tmp_path, state):
     path = tmp_path / "state.safetensors"
     save_state(path, state)

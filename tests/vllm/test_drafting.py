@@ -20,6 +20,7 @@ from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.draw import NO_TOKEN, Drawn
 from atlas_rl.vllm.internals import Batch, Forward
 from tests.drafters import Stateless
+from tests.vllm import row_passes_in_numpy
 
 VOCAB, CONTEXT, PROMPT, K = 100, 256, 5, 3
 
@@ -220,7 +221,7 @@ def test_passes_do_what_numpy_does(seed: int) -> None:
     lengths[rng.random(count) < 0.05] += 1
     arguments = known, num_new, lengths, prompts, before
     found = row_passes.followed(*arguments)
-    same(found, row_passes.followed_in_numpy(*arguments))
+    same(found, row_passes_in_numpy.followed(*arguments))
 
     rows, requests = found[:2]
     planned = rng.permutation(num_requests)[: rng.integers(0, 9)] if seed % 3 else requests.copy()
@@ -230,11 +231,11 @@ def test_passes_do_what_numpy_does(seed: int) -> None:
     outcome = row_passes.Outcome(num_new, rng.integers(0, width, count), rng.integers(0, 99, count), tokens, *figures)
     for only_planned in (False, True):
         arguments = rows, requests, plan, num_requests, only_planned, outcome
-        same(row_passes.in_order(*arguments), row_passes.in_order_in_numpy(*arguments))
+        same(row_passes.in_order(*arguments), row_passes_in_numpy.in_order(*arguments))
 
     finished = rng.random(len(rows)) < (0.3 if seed % 5 else 1)
     arguments = requests, rows, finished, before, before + rng.integers(1, 9, num_requests), K
-    same(row_passes.going_on(*arguments), row_passes.going_on_in_numpy(*arguments))
+    same(row_passes.going_on(*arguments), row_passes_in_numpy.going_on(*arguments))
 
 
 def same(found: Any, expected: Any) -> None:

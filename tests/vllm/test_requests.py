@@ -71,14 +71,14 @@ def drafting(llm: Any) -> Any:
     return drafter.drafting
 
 
-def draft_with(llm: Any, speculator: Speculator | None, k: int = 3) -> None:
-    """Always draft `k` random tokens, say, or nothing."""
+def draft_with(llm: Any, speculator: Speculator | None) -> None:
+    """Always draft three random tokens, say, or nothing."""
     own = drafting(llm)
     if speculator is None:
         own.use({}, NoSpeculation())
         return
     name = speculator.name
-    controller = GuardedController(FixedController([name], name, k), own.faults)
+    controller = GuardedController(FixedController([name], name, 3), own.faults)
     own.use({name: GuardedSpeculator(speculator, own.faults)}, controller)
 
 

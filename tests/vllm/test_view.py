@@ -8,14 +8,11 @@ from torch import nn
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, PhiConfig, PhiForCausalLM
 
 from atlas_rl.policy.view import InProcessView
+from tests import models
 from tests.models import build, tiny_gemma2
 from tests.vllm_engines import engine
 
-SHAPE = {
-    "vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": None,
-    "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+SHAPE = models.SHAPE | {"hidden_size": 128}
 
 
 def phi():

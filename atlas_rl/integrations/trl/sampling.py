@@ -206,12 +206,11 @@ def _endings(trainer: Any) -> list[int]:
     return list(dict.fromkeys(token for source in sources for token in ending_tokens_of(source)))
 
 
-def read_generation_config(config: GenerationConfig, seed: int) -> TrainerSampling:
+def read_generation_config(config: GenerationConfig) -> TrainerSampling:
     """The sampling options of one call of `model.generate`, from the configuration that transformers made for it.
 
     Args:
         config: Complete: what it lacks is off. Without `do_sample` the call is greedy, and only the penalty holds.
-        seed: Of the noise.
 
     Raises:
         ValueError: No number of new tokens, or a value that is out of its range.
@@ -226,7 +225,6 @@ def read_generation_config(config: GenerationConfig, seed: int) -> TrainerSampli
     params = SamplingParams(
         max_new_tokens=given.pop("max_new_tokens"),
         eos_token_ids=tuple(ending_ids(given.pop("eos_token_id", None), "eos_token_id of the generation_config")),
-        seed=seed,
         **options,
     )
     given.pop("num_return_sequences", None)  # the caller's business

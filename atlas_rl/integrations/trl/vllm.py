@@ -154,7 +154,7 @@ class VllmAdapter(TrainerAdapter):
             return
         moved = self._synced_step != step
         began = time.perf_counter()
-        self._wake_up("weights")
+        self._wake_up()
         self.backend.load_weights(self.generation._iter_named_params())
         self.engine.synced(time.perf_counter() - began)
         self._synced_step = step
@@ -193,12 +193,12 @@ class VllmAdapter(TrainerAdapter):
     def _asleep(self) -> bool:
         return bool(self.generation._llm_weights_sleeping)
 
-    def _wake_up(self, tag: str) -> None:
+    def _wake_up(self) -> None:
         if self.generation.enable_sleep_mode:
             from trl.generation.vllm_generation import empty_cache
 
             empty_cache()
-            self.llm.wake_up(tags=[tag])
+            self.llm.wake_up(tags=["weights"])
             self.generation._llm_weights_sleeping = False
 
     def _sampling(self, seed: int) -> TrainerSampling:

@@ -23,6 +23,7 @@ from atlas_rl.speculators.identify import EAGLE3, check_finite, kind_of, read_co
 _SPECULATORS_VERSION = "0.2.0"  # of the layout
 _WEIGHTS = "model.safetensors"
 _NUM_USUAL_LAYERS = 3
+_SUGGESTED_DRAFT_TOKENS = 3  # to engines that draft a fixed number
 _VERIFIER = "verifier_"  # tensors of the policy, which training of some versions left in
 
 
@@ -55,22 +56,20 @@ def eagle3_layers(folder: str | Path, num_layers: int) -> tuple[int, ...]:
     return parse_config(_settings(folder), num_layers, 1, f"'{folder / 'config.json'}'").layers
 
 
-def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_draft_tokens: int = 3) -> None:
+def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module) -> None:
     """Write `head` in the `speculators` layout, weights in bfloat16.
 
     Args:
         folder: Gets `config.json` and `model.safetensors`.
         head: The head.
         policy: Named in the config as the verifier.
-        num_draft_tokens: Suggested to engines that draft a fixed number.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config, layer = head.config, {**head.config.layer.to_dict(), "torch_dtype": "bfloat16", "num_hidden_layers": 1}
     if len(config.layers) != _NUM_USUAL_LAYERS:
-        layer["num_aux_hidden_states"] = len(
-            config.layers
-        )  # vLLM reads their number from here, and takes three without
+        # vLLM reads their number from here, and takes three without.
+        layer["num_aux_hidden_states"] = len(config.layers)
     if config.qk_norm:
         layer["model_type"] = "qwen3"
     settings = {
@@ -88,7 +87,7 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module, *, num_
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": _SUGGESTED_DRAFT_TOKENS}],
             "verifier": {
                 "name_or_path": _public_name(policy),
                 "architectures": [type(policy).__name__],

@@ -282,12 +282,6 @@ class Archive:
         """Largest stored token id; -1 if empty."""
         return int(self.view.nodes[:, TOKEN].max())
 
-    def oldest_policy_version(self) -> int | None:
-        """Version of the policy that made the oldest archived rollout; None if empty."""
-        tokens, infos = self.oldest_first()
-        ends = np.flatnonzero(tokens == SEPARATOR)
-        return int(infos[ends[0]]) if len(ends) else None
-
     def __len__(self) -> int:
         return int(self.view.cursor[1])
 

@@ -38,11 +38,11 @@ def run_of(reports: Iterable[StepReport], name: str = "run") -> Run:
 
 
 @cache
-def real_folder(speculation: bool = True, num_calls: int = 4) -> Path:
+def real_folder(speculation: bool = True) -> Path:
     """The folder of a real engine that generated a few times."""
     folder = Path(mkdtemp())
     engine = engine_of(output_dir=folder, speculation=speculation, audit_share=0.5)
-    for call in range(num_calls):
+    for call in range(4):
         generate(engine, seed=call)
         engine.policy_updated()
     return folder
