@@ -60,6 +60,7 @@ from policy import load_policy  # noqa: E402
 LOOKAHEAD = 5
 FREEZE_AFTER = 5
 NEVER = 1_000_000  # steps between reruns without speculation
+PROMPTS = {"grpo": 4, "grpo_short": 2, "shift": 4}  # questions per step, all of them new
 SHIFT = (("chain_sum", 15), ("leg_counting", 8), ("chain_sum", 7))  # task family and training steps
 EAGLE3 = DEMO / "eagle3"
 ARMS = (
@@ -82,9 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     record_ = commands.add_parser("record")
-    record_.add_argument("--scenario", choices=("grpo", "shift"), default="grpo")
+    record_.add_argument("--scenario", choices=("grpo", "grpo_short", "shift"), default="grpo")
     record_.add_argument("--steps", type=int, default=30)
-    record_.add_argument("--prompts", type=int, default=4, help="questions per step, all of them new")
     record_.add_argument("--seed", type=int, default=0)
     record_.add_argument("--eval-prompts", type=int, default=0, help="held-out questions answered before and after")
     record_.add_argument("--learning-rate", type=float, default=2e-5)
@@ -108,7 +108,8 @@ def record(args: argparse.Namespace) -> None:
         args.steps = sum(steps for _, steps in SHIFT)
     given = {"steps": args.steps, "seed": args.seed, "learning-rate": args.learning_rate, "output-dir": folder}
     given |= {"record": folder / "record", "eval-prompts": args.eval_prompts, "baseline-every": NEVER}
-    given |= {"prompts": args.prompts, "questions": args.steps * args.prompts, "threads": args.threads}
+    prompts = PROMPTS[args.scenario]
+    given |= {"prompts": prompts, "questions": args.steps * prompts, "threads": args.threads}
     options = demo.parse_args([f"--{name}={value}" for name, value in given.items()])
     folder.mkdir(parents=True, exist_ok=True)
     demo.set_seed(options.seed)
