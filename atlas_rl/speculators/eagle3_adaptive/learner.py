@@ -222,7 +222,9 @@ class HeadLearner:
         return lambda states: form(functional.linear(states, rows, biases))
 
     def _is_good(self, done: Distilled) -> bool:
-        finite = all(bool(torch.isfinite(weight).all()) for weight in learned_parameters(self.trainee).values())
+        dtype = self._head.fc.weight.dtype  # that of the drafts may hold less
+        weights = learned_parameters(self.trainee).values()
+        finite = all(bool(torch.isfinite(weight.detach().to(dtype)).all()) for weight in weights)
         return finite and done.agreement_after >= done.agreement_before - _WORSE
 
     def _undo(self, done: Distilled) -> None:
@@ -232,7 +234,7 @@ class HeadLearner:
             "%.3f on the newest rollouts, or its weights are no numbers any more",
             done.agreement_before, done.agreement_after,
         )  # fmt: skip
-        drafting = learned_parameters(self._head)
+        drafting = dict(self._head.named_parameters())
         with torch.no_grad():
             for name, weight in learned_parameters(self.trainee).items():
                 weight.copy_(drafting[name])
