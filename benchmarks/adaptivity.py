@@ -9,7 +9,9 @@ run. `grpo` is the demo's training; `shift` trains on one task family, then on a
 drafter and takes the most promising draft of each request. The recurrent head comes in kinds: `recurrent` starts from what
 it had learned by the end of another run, `recurrent_cold` from nothing; the others are cold ones as well: `recurrent_frozen`
 without refreshes after step 5, `recurrent_tv` with the other loss, `recurrent_argmax` without drawn drafts, and
-`recurrent_uniform` without learning more where its drafts were rejected.
+`recurrent_uniform` without learning more where its drafts were rejected. `eagle3_adaptive` is the static head, refined after
+every update; `recurrent_eagle3_adaptive` has it beside a cold recurrent head, `all_adaptive` beside all others: within one
+budget of seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import concatenate_datasets
+from transformers import TrainerCallback
 
 from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.controller.base import Admission, Step
@@ -37,7 +42,9 @@ from atlas_rl.replay.record import Recorded, recorded_calls
 from atlas_rl.replay.replay import replay
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
+from atlas_rl.speculators.eagle3_adaptive.speculator import AdaptiveEagle3Speculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.learning_budget import divide_budget
 from atlas_rl.speculators.recurrent.distill import Loss
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.common import environment, write_result
@@ -53,7 +60,7 @@ from policy import load_policy  # noqa: E402
 LOOKAHEAD = 5
 FREEZE_AFTER = 5
 NEVER = 1_000_000  # steps between reruns without speculation
-STEP_S = 0.2  # a distillation step on one core of the machine that recorded (2.5 GHz Xeon): measured 0.17 to 0.28
+PROMPTS = {"grpo": 4, "grpo_short": 2, "shift": 4}  # questions per step, all of them new
 SHIFT = (("chain_sum", 15), ("leg_counting", 8), ("chain_sum", 7))  # task family and training steps
 EAGLE3 = DEMO / "eagle3"
 ARMS = (
@@ -65,7 +72,10 @@ ARMS = (
     "recurrent_argmax",
     "recurrent_uniform",
     "eagle3",
+    "eagle3_adaptive",
+    "recurrent_eagle3_adaptive",
     "all",
+    "all_adaptive",
 )
 
 
@@ -73,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     record_ = commands.add_parser("record")
-    record_.add_argument("--scenario", choices=("grpo", "shift"), default="grpo")
+    record_.add_argument("--scenario", choices=("grpo", "grpo_short", "shift"), default="grpo")
     record_.add_argument("--steps", type=int, default=30)
     record_.add_argument("--seed", type=int, default=0)
     record_.add_argument("--eval-prompts", type=int, default=0, help="held-out questions answered before and after")
@@ -98,11 +108,15 @@ def record(args: argparse.Namespace) -> None:
         args.steps = sum(steps for _, steps in SHIFT)
     given = {"steps": args.steps, "seed": args.seed, "learning-rate": args.learning_rate, "output-dir": folder}
     given |= {"record": folder / "record", "eval-prompts": args.eval_prompts, "baseline-every": NEVER}
+    prompts = PROMPTS[args.scenario]
+    given |= {"prompts": prompts, "questions": args.steps * prompts, "threads": args.threads}
     options = demo.parse_args([f"--{name}={value}" for name, value in given.items()])
     folder.mkdir(parents=True, exist_ok=True)
     demo.set_seed(options.seed)
     model, tokenizer = load_policy(warm=True)
-    trainer, progress = demo.build_trainer(model, tokenizer, options)
+    trainer, progress = demo.build_trainer(model, tokenizer, options, demo.KeepsGenerations(demo_tasks.reward_func))
+    ticks = CpuTicks()
+    trainer.add_callback(ticks)
     if args.scenario == "shift":
         phases = [
             demo_tasks.build_dataset("train", steps * options.prompts, options.seed + phase, [family])
@@ -114,26 +128,44 @@ def record(args: argparse.Namespace) -> None:
     held_out = [demo.evaluate(trainer, options, "before")]
     trainer.train()
     engine.policy_updated()  # writes the last call
-    write_steps(folder, engine, progress.rows)
+    write_steps(folder, engine, progress.rows, ticks.steps_s)
     held_out.append(demo.evaluate(trainer, options, "after"))
     summary = demo.summarize(options, engine, progress.rows, held_out)
     (folder / "summary.json").write_text(json.dumps(environment() | summary, indent=2) + "\n")
     demo.plot_rewards(progress.rows, folder / "reward.png")
 
 
-def write_steps(folder: Path, engine: Any, rows: list[dict[str, float]]) -> None:
-    """Write figures of the live run that the record lacks: rewards, entropies and times."""
+class CpuTicks(TrainerCallback):
+    """Processor seconds of every training step: on one thread they are its seconds on a machine that nobody else uses."""
+
+    def __init__(self) -> None:
+        self.steps_s: list[float] = []
+        self._began_s = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began_s = time.process_time()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "reward" in logs:
+            now_s = time.process_time()
+            self.steps_s.append(now_s - self._began_s)
+            self._began_s = now_s
+
+
+def write_steps(folder: Path, engine: Any, rows: list[dict[str, float]], steps_cpu_s: list[float]) -> None:
+    """What only the live run knows: rewards, entropies and times."""
     reports = [report for report in engine.reports if report.mode == "train"]
     steps = [
         {
             "reward": row["reward"],
             "entropy": report.entropy,
             "step_s": row["step_s"],
+            "step_cpu_s": cpu_s,
             "generate_s": report.generate_s,
             "refresh_s": report.refresh_s,
             "live_accepted_length": report.accepted_length,
         }
-        for row, report in zip(rows, reports, strict=True)
+        for row, report, cpu_s in zip(rows, reports, steps_cpu_s, strict=True)
     ]
     (folder / "steps.json").write_text(json.dumps({"environment": environment(), "steps": steps}, indent=2) + "\n")
 
@@ -172,19 +204,53 @@ class MostPromising(FixedController):
             model.policy_updated()
 
 
-class StepClock:
-    """The live run's time for a replayed speculator: every clock reading counts as one distillation step of `STEP_S`.
+class LiveClock:
+    """The live run's time for replayed speculators: its steps take what they took, refreshes what they take this thread.
 
-    So each arm gets the refresh budgets of the live run, and as many optimizer steps as fit into them there, whatever
-    this machine does meanwhile.
+    So each arm gets the refresh budgets of the live run, whatever else this machine does meanwhile.
     """
 
     def __init__(self) -> None:
-        self.now_s = 0.0
+        self._told_s = 0.0
+        self._began_s: float | None = None  # of a refresh
 
     def __call__(self) -> float:
-        self.now_s += STEP_S
-        return self.now_s
+        return self._told_s + (0.0 if self._began_s is None else time.thread_time() - self._began_s)
+
+    def pass_(self, seconds: float) -> None:
+        """So long took a step."""
+        self._told_s += seconds
+
+    @contextmanager
+    def refreshing(self) -> Iterator[None]:
+        """Inside, time passes by itself."""
+        self._began_s = time.thread_time()
+        yield
+        self._told_s, self._began_s = self(), None
+
+
+class ThreadSeconds:
+    """Counts the seconds of this thread that speculators take to follow the texts and to draft."""
+
+    def __init__(self, speculators: Iterable[Speculator]) -> None:
+        self.total_s = 0.0
+        for speculator in speculators:
+            for name in ("start", "backlog", "propose", "observe", "learn"):
+                setattr(speculator, name, self._counted(getattr(speculator, name)))
+        self._depth = 0  # a speculator may call itself
+
+    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            self._depth += 1
+            began_s = time.thread_time()
+            try:
+                return call(*args, **options)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.total_s += time.thread_time() - began_s
+
+        return counted
 
 
 def replay_all(args: argparse.Namespace) -> None:
@@ -194,7 +260,9 @@ def replay_all(args: argparse.Namespace) -> None:
         raise SystemExit(f"nothing recorded in {args.runs}: run `record` first")
     runs: list[dict[str, Any]] = []
     if args.keep and args.output.is_file():
-        runs = [run for run in json.loads(args.output.read_text())["runs"] if run["arm"] not in (args.arms or ARMS)]
+        anew = {(folder.name, arm) for folder in folders for arm in args.arms or ARMS}
+        runs = json.loads(args.output.read_text())["runs"]
+        runs = [run for run in runs if (f"{run['scenario']}-{run['seed']}", run["arm"]) not in anew]
     learned = {}
     for folder in folders if "recurrent_cold" in (args.arms or ARMS) else []:
         learned[folder] = measure(runs, "recurrent_cold", folder, args.output, state=None)["recurrent"].state_dict()
@@ -204,7 +272,7 @@ def replay_all(args: argparse.Namespace) -> None:
         for arm in ARMS:
             if arm == "recurrent_cold" or arm not in (args.arms or ARMS):
                 continue
-            if (arm == "eagle3" and not EAGLE3.is_dir()) or (arm == "recurrent" and state is None):
+            if ("eagle3" in arm and not EAGLE3.is_dir()) or (arm == "recurrent" and state is None):
                 continue
             measure(runs, arm, folder, args.output, state if arm == "recurrent" else None)
     print(f"written: {args.output}")
@@ -216,7 +284,7 @@ def measure(
     """Replay one arm over one run, add it to `runs` and write it; returns its speculators."""
     scenario, seed = folder.name.rsplit("-", 1)
     steps = json.loads((folder / "steps.json").read_text())["steps"]
-    speculators, lengths, refresh_share = replay_arm(arm, folder / "record", steps, state)
+    speculators, lengths, costs = replay_arm(arm, folder / "record", steps, state)
     runs.append(
         {
             "scenario": scenario,
@@ -225,7 +293,7 @@ def measure(
             "accepted_length_per_step": lengths,
             "reward_per_step": [step["reward"] for step in steps],
             "entropy_per_step": [step["entropy"] for step in steps],
-            "refresh_share": refresh_share,
+            **costs,
             "lookahead": LOOKAHEAD,
             # Steps before which the task changed.
             "shifts": np.cumsum([steps for _, steps in SHIFT])[:-1].tolist() if scenario == "shift" else [],
@@ -238,13 +306,19 @@ def measure(
 
 def replay_arm(
     arm: str, folder: Path, steps: list[dict[str, float]], state: dict[str, Any] | None
-) -> tuple[dict[str, Speculator], list[float], float]:
-    """The arm's speculators, accepted length per step, and refreshes' share of the live steps' time (`StepClock`)."""
-    clock = StepClock()
+) -> tuple[dict[str, Speculator], list[float], dict[str, float]]:
+    """Its speculators, the accepted length per step, and what the arm costs.
+
+    `refresh_share` is the refreshes' share of the live steps' time, `refresh_s` their seconds and `draft_s` those of all
+    else that the speculators did, of this thread; `num_forwards` counts the target forwards.
+    """
+    clock = LiveClock()
     speculators = arm_speculators(arm, clock)
+    divide_budget(speculators.values())
+    spent = ThreadSeconds(speculators.values())
     names = list(speculators)
     controller = MostPromising(names, LOOKAHEAD) if len(names) > 1 else FixedController(names, names[0], LOOKAHEAD)
-    lengths, policy, refresh_s = [], None, 0.0
+    lengths, policy, refresh_s, num_forwards, num_tokens = [], None, 0.0, 0, 0
     for index, (path, step) in enumerate(zip(recorded_calls(folder), steps, strict=True)):
         recorded = Recorded.load(path)
         if policy is None:
@@ -257,19 +331,30 @@ def replay_arm(
                 speculators["recurrent"].load_state_dict(state)
         policy.follow(recorded)
         report, rollouts = replay(recorded, speculators, controller)
-        clock.now_s += step["step_s"]
-        rollouts = replace(rollouts, generate_s=step["generate_s"] - step["refresh_s"])
+        step_s = step.get("step_cpu_s", step["step_s"])  # older runs had the machine to themselves
+        clock.pass_(step_s)
+        generate_s = (step["generate_s"] - step["refresh_s"]) * step_s / step["step_s"]
+        rollouts = replace(rollouts, generate_s=generate_s, accepted=report.accepted)
         lengths.append(report.accepted_length)
-        began_s = clock.now_s
-        for name, speculator in speculators.items():
-            if not (arm == "recurrent_frozen" and name == "recurrent" and index >= FREEZE_AFTER):
-                speculator.refresh(rollouts, index + 1)
-        refresh_s += clock.now_s - began_s
+        num_forwards, num_tokens = num_forwards + report.num_forwards, num_tokens + report.num_decoded_tokens
+        began_s = clock()
+        with clock.refreshing():
+            for name, speculator in speculators.items():
+                if not (arm == "recurrent_frozen" and name == "recurrent" and index >= FREEZE_AFTER):
+                    speculator.refresh(rollouts, index + 1)
+        refresh_s += clock() - began_s
         controller.policy_updated({})
-    return speculators, lengths, refresh_s / sum(step["step_s"] for step in steps)
+    costs = {
+        "refresh_share": refresh_s / sum(step.get("step_cpu_s", step["step_s"]) for step in steps),
+        "refresh_s": refresh_s,
+        "draft_s": spent.total_s,
+        "num_forwards": num_forwards,
+        "num_decoded_tokens": num_tokens,
+    }
+    return speculators, lengths, costs
 
 
-def arm_speculators(arm: str, clock: StepClock) -> dict[str, Speculator]:
+def arm_speculators(arm: str, clock: LiveClock) -> dict[str, Speculator]:
     loss: Loss = "tv" if arm == "recurrent_tv" else "kl"
     recurrent = RecurrentSpeculator(
         clock=clock,
@@ -288,8 +373,13 @@ def arm_speculators(arm: str, clock: StepClock) -> dict[str, Speculator]:
         "all": [HistorySpeculator(), recurrent],
     }
     if EAGLE3.is_dir():
-        chosen["eagle3"] = [Eagle3Speculator(EAGLE3)]
-        chosen["all"].append(Eagle3Speculator(EAGLE3))
+        static = Eagle3Speculator(EAGLE3)
+        refined = AdaptiveEagle3Speculator(EAGLE3, clock=clock)
+        chosen["eagle3"] = [static]
+        chosen["eagle3_adaptive"] = [refined]
+        chosen["recurrent_eagle3_adaptive"] = [recurrent, refined]
+        chosen["all"].append(static)
+        chosen["all_adaptive"] = [*chosen["all"], refined]
     return {speculator.name: speculator for speculator in chosen[arm]}
 
 

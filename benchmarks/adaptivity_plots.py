@@ -24,6 +24,7 @@ LABELS = {
     "recurrent_frozen": "recurrent, frozen after step 5",
     "history": "history index",
     "eagle3": "EAGLE-3 (static)",
+    "eagle3_adaptive": "EAGLE-3 (adaptive)",
 }
 
 

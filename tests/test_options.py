@@ -165,7 +165,7 @@ HINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "text": (lambda: engine_of().generate(["a b"], max_new_tokens=1, eos_token_ids=1), "'a b': tokenize it"),
     "one text": (lambda: engine_of().generate("a b", max_new_tokens=1, eos_token_ids=1), "'a b': tokenize it"),
     "attach": (lambda: AtlasRolloutEngine().attach(None, baselineevery=2), "did you mean 'baseline_every'"),  # type: ignore[arg-type]
-    "attach to a policy": (lambda: AtlasRolloutEngine().attach(policy()), r"takes a trainer .* got a LlamaForCausalLM"),
+    "attach to a policy": (lambda: AtlasRolloutEngine().attach(policy()), r"takes an initialised .* got a LlamaForCausalLM"),
     "a name in process": (
         lambda: AtlasRolloutEngine(model="org/name", backend="in_process"),
         r"AutoModelForCausalLM.from_pretrained\('org/name'\)",

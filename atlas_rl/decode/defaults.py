@@ -9,6 +9,7 @@ from atlas_rl.decode.guard import Faults, GuardedSpeculator
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.learning_budget import divide_budget
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
 
@@ -32,6 +33,8 @@ def bind_all(
         ValueError: One of them cannot draft for this policy.
     """
     compile_kernels()
+    speculators = list(speculators)
+    divide_budget(speculators)
     bound = {speculator.name: GuardedSpeculator(speculator, faults) for speculator in speculators}
     for speculator in bound.values():
         speculator.bind(policy, couples_noise)

@@ -1,11 +1,8 @@
 """Trains an EAGLE-3 head with test-time unrolling (Li et al., arXiv 2503.01840, section 3.2).
 
-What a head meets when it drafts is its own output of the steps before. So training runs `unroll` steps over every position:
-the first reads the policy's features, each later one what the head itself made of the chain that starts there. Attention in
-step j sees the policy's features up to the chain's start, and the chain's own steps after it.
-
-Data are recorded generation calls of the policy (`replay/replay.py`): tokens, hidden states, and the state that every
-token was drawn from, which gives the policy's distribution exactly.
+The unrolled head and its loss are in `speculators/eagle3/unrolling.py`. Data are recorded generation calls of the policy
+(`replay/replay.py`): tokens, hidden states, and the state that every token was drawn from, which gives the policy's
+distribution exactly.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from atlas_rl import progress
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.replay.record import Recorded
 from atlas_rl.speculators.eagle3.head import Eagle3Head
+from atlas_rl.speculators.eagle3.unrolling import Batch, Stretch, cross_entropy, shifted, unrolled
 from atlas_rl.training.head_shape import head_config
 from atlas_rl.training.state import SAVE_EVERY_S, Pace, Progress, TrainingState
 
@@ -59,23 +57,6 @@ class TrainSettings:
     step_weight: float = 0.8
     held_out: float = HELD_OUT
     seed: int = 0
-
-
-@dataclass(slots=True)
-class Batch:
-    """Padded sequences.
-
-    Attributes:
-        token_ids: int64 `[batch, tokens]`.
-        features: Per layer `[batch, tokens, hidden]`, of every position.
-        drawn_from: `[batch, tokens, hidden]`: what the token at each position was drawn from.
-        drawn: bool `[batch, tokens]`, whether the token at each position was drawn by the policy.
-    """
-
-    token_ids: torch.Tensor
-    features: dict[int, torch.Tensor]
-    drawn_from: torch.Tensor
-    drawn: torch.Tensor
 
 
 def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
@@ -151,11 +132,11 @@ def train(
     if 0 < pace.done < pace.total:
         say(f"goes on at epoch {len(log.epochs) + 1}/{settings.epochs}, batch {state.begun.batches + 1}/{num_batches}")
     for epoch in range(len(log.epochs), settings.epochs):
-        batches = _batches(trained, settings, np.random.default_rng((settings.seed, epoch)))
+        batches = _batches(policy, trained, settings, np.random.default_rng((settings.seed, epoch)))
         _train_epoch(state, policy, batches, settings, num_batches, pace, say, save_every_s)
         begun = state.begun
         row: dict[str, Any] = {"loss": float(np.mean(begun.losses)), "seconds": begun.seconds}
-        row |= evaluate(head, policy, _batches(held_out, settings, None), settings)
+        row |= evaluate(head, policy, _batches(policy, held_out, settings, None), settings)
         say(f"epoch {epoch + 1}/{settings.epochs} | loss {row['loss']:.3f} | held-out acceptance by position "
             + " ".join("-" if value is None else f"{value:.2f}" for value in row["acceptance"]))  # fmt: skip
         state.end_epoch(row)
@@ -201,8 +182,12 @@ def _train_epoch(
 def _train_step(
     head: Eagle3Head, policy: PolicyView, batch: Batch, optimizer: torch.optim.Optimizer, settings: TrainSettings
 ) -> float | None:
-    """One optimizer step; returns its loss, or None for a batch without targets."""
-    loss = _loss(head, policy, batch, settings)
+    """One optimizer step; its loss, None for a batch that has nothing to predict."""
+
+    def logits_of(states: torch.Tensor) -> torch.Tensor:
+        return policy.logits(states, head.token_ids)
+
+    loss = cross_entropy(head, batch, logits_of, settings.unroll, settings.step_weight)
     if loss is None:
         return None
     optimizer.zero_grad(set_to_none=True)
@@ -219,37 +204,19 @@ def evaluate(
     overlap, same, count = np.zeros(settings.unroll), np.zeros(settings.unroll), np.zeros(settings.unroll)
     with torch.no_grad():
         for batch in batches:
-            for step, (logits, target, valid) in enumerate(_unrolled(head, policy, batch, settings.unroll)):
-                p, q = target.softmax(dim=-1), logits.softmax(dim=-1)
+            for number, step in enumerate(unrolled(head, batch, settings.unroll)):
+                if not len(step.features):
+                    continue
+                whole, q = policy.logits(step.drawn_from), head.logits(step.features).softmax(dim=-1)
                 # The policy's mass outside the reduced vocabulary can never be matched.
-                inside = _mass_inside(policy, batch, head, step)[valid]
-                overlap[step] += float((torch.minimum(p[valid] * inside[:, None], q[valid]).sum(dim=-1)).sum())
-                same[step] += float((p.argmax(dim=-1) == q.argmax(dim=-1))[valid].sum())
-                count[step] += int(valid.sum())
+                p = whole.softmax(dim=-1)[:, head.token_ids]
+                overlap[number] += float(torch.minimum(p, q).sum())
+                same[number] += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+                count[number] += len(p)
     means = {"acceptance": overlap, "agreement": same}
     return {
         name: [float(s / n) if n else None for s, n in zip(sums, count, strict=True)] for name, sums in means.items()
     }
-
-
-def _mass_inside(policy: PolicyView, batch: Batch, head: Eagle3Head, step: int) -> torch.Tensor:
-    """The policy's probability of the reduced vocabulary at each target of an unrolled step: `[batch, tokens]`."""
-    logits = policy.logits(_shifted(batch.drawn_from, step + 2))
-    return logits.softmax(dim=-1)[..., head.token_ids].sum(dim=-1)
-
-
-def _loss(head: Eagle3Head, policy: PolicyView, batch: Batch, settings: TrainSettings) -> torch.Tensor | None:
-    """Cross-entropy with the policy's distribution over the reduced vocabulary, summed over the unrolled steps.
-
-    None where the completions are too short for any step.
-    """
-    losses, weights = [], []
-    for step, (logits, target, valid) in enumerate(_unrolled(head, policy, batch, settings.unroll)):
-        if bool(valid.any()):
-            per_position = -(target.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
-            losses.append(per_position[valid].mean() * settings.step_weight**step)
-            weights.append(settings.step_weight**step)
-    return torch.stack(losses).sum() / sum(weights) if losses else None
 
 
 def _num_targets(path: Path) -> int:
@@ -258,52 +225,10 @@ def _num_targets(path: Path) -> int:
     return int(np.maximum(sequences.lengths - np.maximum(sequences.prompt_lengths, 2), 0).sum())
 
 
-def _unrolled(
-    head: Eagle3Head, policy: PolicyView, batch: Batch, unroll: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Per step: the head's logits, the policy's over the same tokens, and where both are defined."""
-    num_tokens = batch.token_ids.shape[1]
-    features = head.fuse(batch.features)
-    positions = torch.arange(num_tokens, device=features.device)[None].expand(len(batch.token_ids), -1)
-    chain = _Chain(num_tokens, features.device)
-    for step in range(unroll):
-        embeddings = policy.embed(_shifted(batch.token_ids, step + 1)).detach().to(features.dtype)
-        features = head(embeddings, features, positions + step, chain)
-        with torch.no_grad():
-            target = policy.logits(_shifted(batch.drawn_from, step + 2), head.token_ids)
-        yield head.logits(features), target, _shifted(batch.drawn, step + 2)
-
-
-class _Chain:
-    """Attention of chains: step 0 is causal; in step j each position also sees its own chain's steps 1 to j."""
-
-    def __init__(self, num_tokens: int, device: torch.device) -> None:
-        self._causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        group = query.shape[1] // key.shape[1]
-        self._keys.append(key.repeat_interleave(group, dim=1))
-        self._values.append(value.repeat_interleave(group, dim=1))
-        scale = query.shape[-1] ** -0.5
-        scores = (query @ self._keys[0].transpose(-1, -2) * scale).masked_fill(~self._causal, float("-inf"))
-        own = [(query * k).sum(dim=-1, keepdim=True) * scale for k in self._keys[1:]]
-        weights = torch.cat([scores, *own], dim=-1).softmax(dim=-1)
-        num_tokens = query.shape[2]
-        out = weights[..., :num_tokens] @ self._values[0]
-        for index, v in enumerate(self._values[1:]):
-            out = out + weights[..., num_tokens + index, None] * v
-        return out.transpose(1, 2)
-
-
-def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
-    """`x` shifted `by` places towards the front of dimension 1, with zeros at the end."""
-    return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
-
-
-def _batches(calls: Sequence[Path], settings: TrainSettings, order: np.random.Generator | None) -> Iterator[Batch]:
-    """Batches of whole sequences: calls in random order, sequences of a call sorted by length for little padding."""
+def _batches(
+    policy: PolicyView, calls: Sequence[Path], settings: TrainSettings, order: np.random.Generator | None
+) -> Iterator[Batch]:
+    """Batches of whole sequences: calls in random order, sequences of a call sorted by length to pad little."""
     paths = list(calls)
     if order is not None:
         order.shuffle(paths)
@@ -317,10 +242,10 @@ def _batches(calls: Sequence[Path], settings: TrainSettings, order: np.random.Ge
         if order is not None:
             order.shuffle(groups)
         for group in groups:
-            yield _batch(recorded, group)
+            yield _batch(policy, recorded, group)
 
 
-def _batch(recorded: Recorded, requests: np.ndarray) -> Batch:
+def _batch(policy: PolicyView, recorded: Recorded, requests: np.ndarray) -> Batch:
     sequences = recorded.sequences
     lengths, prompts = sequences.lengths, sequences.prompt_lengths
     layers_at, last_at = np.cumsum(lengths - 1) - (lengths - 1), np.cumsum(lengths - prompts) - (lengths - prompts)
@@ -336,7 +261,8 @@ def _batch(recorded: Recorded, requests: np.ndarray) -> Batch:
         drawn[row, prompt:n] = True
         for layer, states in recorded.layers.items():
             features[layer][row, : n - 1] = states[layers_at[request] : layers_at[request] + n - 1].float()
-    return Batch(token_ids, features, drawn_from, drawn)
+    embeddings = policy.embed(shifted(token_ids, 1)).detach()
+    return Batch(Stretch(embeddings, features, torch.zeros(size, dtype=torch.int64)), drawn_from, drawn)
 
 
 def _learning_rate(settings: TrainSettings, epoch: float) -> float:

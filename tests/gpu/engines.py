@@ -62,7 +62,7 @@ def eagle3_head() -> Eagle3Head:
 ARMS: dict[str, Callable[[Move], Speculator | None]] = {
     "plain": lambda move: None,
     "history": lambda move: HistorySpeculator(),
-    "recurrent": lambda move: recurrent_drafter(budget_share=1e-5),  # one step of training a refresh
+    "recurrent": lambda move: recurrent_drafter(budget_share=1e-5),  # one step of training in all
     "eagle3": lambda move: Eagle3Speculator(move(eagle3_head())),
     "draft_lm": lambda move: DraftLM(move(draft_lm()), VOCAB),
     "fp4_self": lambda move: Fp4SelfSpeculator(),

@@ -213,7 +213,7 @@ def test_a_wrong_baseline_is_refused(value: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("built", [None, GRPOTrainer, 3])
 def test_what_is_no_trainer_is_named(built: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"takes a trainer that is built.* got (a NoneType|the class GRPOTrainer|a int)"
+        ValueError, match=r"takes an initialised TRL trainer .* got (a NoneType|the class GRPOTrainer|a int)"
     ):
         attach(built)
 

@@ -19,8 +19,9 @@ from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3, save_eagle3
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
+from atlas_rl.speculators.eagle3.unrolling import unrolled
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from atlas_rl.training.eagle3 import TrainSettings, _batches, _unrolled, new_head, train
+from atlas_rl.training.eagle3 import TrainSettings, _batches, new_head, train
 from atlas_rl.training.state import lasting
 from tests.models import tiny_bigram, tiny_llama, tiny_qwen3
 
@@ -164,8 +165,10 @@ def test_it_drafts_what_training_unrolled(head, calls):
     one = settings(batch_size=1)
     by_length = np.argsort(recorded.sequences.lengths)
     with torch.no_grad():
-        for request, batch in zip(by_length, _batches(calls[:1], one, None), strict=True):
-            logits[int(request)] = [out[0][0] for out in _unrolled(head, InProcessView(policy()), batch, 3)]
+        for request, batch in zip(by_length, _batches(InProcessView(policy()), calls[:1], one, None), strict=True):
+            for depth, step in enumerate(unrolled(head, batch, 3)):
+                places = step.valid[0].nonzero().flatten().tolist()
+                logits[int(request), depth] = dict(zip(places, head.logits(step.features), strict=True))
     checked = 0
 
     class Checking(Eagle3Speculator):
@@ -177,13 +180,15 @@ def test_it_drafts_what_training_unrolled(head, calls):
                 length = int(sequences.lengths[request])
                 for depth in range(int(draft.lengths[row])):
                     # The chain from position length - 2, as long as what it drafted is what the record holds.
-                    expected = logits[int(request)][depth][length - 2].softmax(dim=-1).max().clamp(0.01, 0.99)
+                    if length + depth >= true.lengths[request]:
+                        break
+                    expected = logits[int(request), depth][length - 2].softmax(dim=-1).max().clamp(0.01, 0.99)
                     assert draft.confidence[row, depth] == pytest.approx(
                         float(expected), abs=3e-3
                     )  # features come back in half precision
                     checked += 1
                     at = length + depth
-                    if at >= true.lengths[request] or draft.token_ids[row, depth] != true.token_ids[request, at]:
+                    if draft.token_ids[row, depth] != true.token_ids[request, at]:
                         break
             return draft
 

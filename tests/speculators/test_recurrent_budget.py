@@ -8,14 +8,57 @@ import pytest
 import torch
 
 from atlas_rl.core import Rollouts
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.learning_budget import LearningBudget, divide_budget
 from tests.drafters import recurrent_drafter, ticking
 from tests.recurrent import engine_of, policy, rollout, trained
 
 
 def test_a_budget_is_kept():
+    """The first refresh takes a step whatever it costs; what that overdrew is taken off the next ones."""
     speculator = recurrent_drafter(budget_share=1e-9)
     trained(policy(), speculator, updates=2)
-    assert [done.num_steps for done in speculator.refreshes] == [1, 1]
+    assert [done.num_steps for done in speculator.refreshes] == [1]
+
+
+def test_the_share_holds_over_the_run():
+    """Every reading of the clock takes a second: a refresh takes three at least, and a training step earns half of that."""
+    clock = ticking(1.0)
+    speculator = recurrent_drafter(clock=clock, budget_share=0.05)
+    engine, began = engine_of(policy(), speculator), clock()
+    for seed in range(8):
+        rollout(engine, seed, num_generations=2, max_new_tokens=6)
+        for _ in range(30):  # what else a training step takes
+            clock()
+        engine.policy_updated()
+    spent = [done.seconds for done in speculator.refreshes]
+    assert 2 <= len(spent) < 8
+    assert sum(spent) <= 0.05 * (clock() - began) + max(spent)
+
+
+def test_heads_that_learn_beside_each_other_divide_one_share():
+    """Whoever adds a second head gets no longer refreshes."""
+    rollouts = Rollouts(None, 1.0)
+    budgets = []
+    for heads in (1, 2):
+        drafters = [recurrent_drafter(clock=ticking(1.0), budget_share=0.05) for _ in range(heads)]
+        divide_budget([HistorySpeculator(), *drafters])
+        for drafter in drafters:
+            drafter.budget._closed_s = drafter.budget._clock() - 99.0
+            assert drafter.budget.open(rollouts, "recurrent")
+            budgets.append(drafter.budget.limit_s(0.0))
+    assert budgets == pytest.approx([5.0, 2.5, 2.5])
+
+
+def test_time_without_anything_to_learn_from_is_kept():
+    budget = LearningBudget(0.05, ticking(1.0))
+    rollouts = Rollouts(None, 1.0)
+    budget._closed_s -= 100.0
+    assert budget.open(rollouts, "a")
+    first = budget.limit_s(0.0)
+    budget.close()
+    assert budget.open(rollouts, "a")
+    assert budget.limit_s(0.0) > first - 2
 
 
 @pytest.mark.slow
@@ -23,7 +66,7 @@ def test_a_budget_is_kept():
 def test_time_that_only_measures_earns_no_time_to_learn(measuring_s, learns):
     speculator = recurrent_drafter(budget_share=1.0, clock=ticking(0.01))
     rollout(engine_of(policy(), speculator), 0)
-    speculator._began_s = speculator._clock() - 5.0
+    speculator.budget._closed_s = speculator._clock() - 5.0
     speculator.refresh(Rollouts(speculator.learner.sequences, 1.0, measuring_s=measuring_s), 1)
     assert (speculator.refreshes[-1].num_steps > 20) == learns
     assert learns or speculator.refreshes[-1].num_steps == 1
@@ -38,7 +81,7 @@ def learning(generate_s, accepted=(), updates=6, budget_s=1.0):
         with torch.no_grad():  # so that there is always something to learn
             for weight in model.parameters():
                 weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
-        speculator._began_s = speculator._clock() - budget_s
+        speculator.budget._closed_s = speculator._clock() - budget_s
         counts = accepted[seed] if seed < len(accepted) else {}
         speculator.refresh(Rollouts(speculator.learner.sequences, generate_s, counts), seed)
         steps.append(speculator.refreshes[-1].num_steps)
@@ -79,7 +122,7 @@ def test_a_jump_of_the_policy_gives_the_whole_budget_back():
 
     def refreshed(seed, generate_s):
         rollout(engine, seed)
-        speculator._began_s = speculator._clock() - 1.0
+        speculator.budget._closed_s = speculator._clock() - 1.0
         speculator.refresh(Rollouts(speculator.learner.sequences, generate_s), seed)
         return speculator.refreshes[-1].num_steps
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from atlas_rl.policy.logit_form import LogitForm
+from atlas_rl.speculators.learning_budget import Agreement, Distilled, learn_in_time
 from atlas_rl.speculators.recurrent.head import RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer, Windows
 
@@ -22,30 +23,7 @@ Loss = Literal["kl", "tv"]
 UNROLL = 5
 _WINDOWS_PER_STEP = 256
 _CHECK_WINDOWS = 128
-_CHECK_EVERY = 8  # optimizer steps
-_PATIENCE = 3  # checks without a better agreement after which training stops
-_WORTH = 1e-3  # of agreement: what counts as better
 _LEARNING_RATE = 2e-3
-_MAX_STEPS = 400
-
-
-@dataclass(frozen=True, slots=True)
-class Distilled:
-    """Result of one refresh.
-
-    Attributes:
-        num_steps: Optimizer steps.
-        agreement_before, agreement_after: Mean over positions of `sum_x min(p(x), q(x))` on the newest rollouts: the
-            acceptance that the best use of the head could reach.
-        by_position: The latter at each position of a draft, float64 `[UNROLL]`.
-        seconds: Spent.
-    """
-
-    num_steps: int
-    agreement_before: float
-    agreement_after: float
-    by_position: np.ndarray
-    seconds: float
 
 
 @dataclass(slots=True)
@@ -83,6 +61,7 @@ def distill(
     loss: Loss,
     rng: np.random.Generator,
     clock: Callable[[], float],
+    began_s: float,
 ) -> Distilled:
     """Train until the budget is spent or the agreement on the newest rollouts stops rising.
 
@@ -96,30 +75,22 @@ def distill(
         loss: `kl`, forward KL(p || q), or `tv`, total variation.
         rng: Draws the windows.
         clock: Seconds.
+        began_s: On the clock, since when the budget counts.
     """
-    began = clock()
     check = buffer.newest(_CHECK_WINDOWS, UNROLL, rng)
-    before = best = _mean(agreement(head, check, target), check)
-    limit_s, now = budget_s(before), clock()
-    check_s, stale, step = now - began, 0, 0
-    while step < _MAX_STEPS and stale < _PATIENCE:
-        _step(head, optimizer, buffer.sample(_WINDOWS_PER_STEP, UNROLL, version, rng), target, loss)
-        step += 1
-        last, now = now, clock()
-        if now - began + (now - last) + check_s > limit_s:  # another step and the closing check would not fit
-            break
-        if step % _CHECK_EVERY == 0:
-            reached = _mean(agreement(head, check, target), check)
-            stale, best = (0, reached) if reached > best + _WORTH else (stale + 1, best)
-    after = agreement(head, check, target)
-    return Distilled(step, before, _mean(after, check), after, clock() - began)
+    return learn_in_time(
+        lambda: _step(head, optimizer, buffer.sample(_WINDOWS_PER_STEP, UNROLL, version, rng), target, loss),
+        lambda: agreement(head, check, target),
+        budget_s,
+        clock,
+        began_s,
+    )
 
 
-def agreement(head: RecurrentHead, windows: Windows, target: Target) -> np.ndarray:
+def agreement(head: RecurrentHead, windows: Windows, target: Target) -> Agreement:
     """Mean of `sum_x min(p(x), q(x))` over the windows at each position, the windows' own tokens absorbed (teacher forcing).
 
-    Returns:
-        float64 `[unroll]`; a position that no window reaches has that of the one before.
+    A position that no window reaches has that of the one before.
     """
     with torch.no_grad():
         q = _unrolled(head, windows, target).exp()
@@ -129,13 +100,7 @@ def agreement(head: RecurrentHead, windows: Windows, target: Target) -> np.ndarr
     means = (overlap * windows.valid).sum(axis=0, dtype=np.float64) / np.maximum(counts, 1)
     for position in range(1, len(means)):
         means[position] = means[position] if counts[position] else means[position - 1]
-    return means
-
-
-def _mean(by_position: np.ndarray, windows: Windows) -> float:
-    """Mean over all existing positions."""
-    counts = windows.valid.sum(axis=0)
-    return float(by_position @ counts / counts.sum())
+    return Agreement(means, counts)
 
 
 def _step(head: RecurrentHead, optimizer: torch.optim.Optimizer, windows: Windows, target: Target, loss: Loss) -> None:

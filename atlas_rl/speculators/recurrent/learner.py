@@ -18,17 +18,17 @@ from atlas_rl.core import Rollouts, Sequences, Verified
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.drawn_rows import committed_places
+from atlas_rl.speculators.head_state import MAX_COUNT, saved_moments, saved_weights
+from atlas_rl.speculators.learning_budget import Distilled, LearningBudget
 from atlas_rl.speculators.recurrent.averaging import summand, take_mean
-from atlas_rl.speculators.recurrent.distill import Distilled, Loss, Target, distill, new_optimizer
+from atlas_rl.speculators.recurrent.distill import Loss, Target, distill, new_optimizer
 from atlas_rl.speculators.recurrent.head import RecurrentHead
-from atlas_rl.speculators.recurrent.head_state import MAX_COUNT, saved_moments, saved_weights
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.speculators.saved_state import SavedState
 
 _MAX_STATE_SIZE = 1024
-_LASTS_UPDATES = 4.0  # policy updates over which what was learned is worth something
-_LEAST_CUT = 1 / 16  # of the budget: what is always spent, to see whether training pays again
+_OWNER = "recurrent drafter"  # in errors
 
 # A caller's inference mode would make tensors that no training can use; what training touches is made outside of it.
 trainable = torch.inference_mode(False)
@@ -106,9 +106,6 @@ class Learner:
         self._log: list[_Logged] = []
         self._num_read = 0  # entries of the log whose tokens have rows
         self._unread = np.zeros(0, np.int64)  # tokens of earlier calls that have none: weights are read in calls alone
-        self._cut = 1.0  # share of the budget that training is worth
-        self._use = 1.0  # share of what speculation saves that is the head's
-        self._agreement: float | None = None  # after the refresh before
         self._learned_alone = False  # since the last mean over ranks
         self._set_ids(np.zeros(0, np.int64))
 
@@ -207,57 +204,37 @@ class Learner:
         rollouts: Rollouts,
         policy_version: int,
         policy: PolicyView,
-        budget_s: Callable[[], float],
-        use: float | None = None,
+        budget: LearningBudget,
+        in_time: bool = True,
     ) -> Distilled | None:
         """Learn from the newest rollouts.
-
-        The budget is halved while training gains less than it costs, and doubled, up to the whole, while it pays. It is
-        whole again at once where what was lost since the last refresh is worth it: the policy jumped, or has a new task.
-
-        A point of agreement is worth about a point of the time that generating takes, in this step and some more, where
-        the head drafts everything. Where others' drafts are accepted as well, it is worth the head's share of that. A
-        share that falls is believed half at a time: a head that is not asked for one call must not be left to age.
 
         Args:
             rollouts: The newest.
             policy_version: Of the policy from now on.
             policy: Gives the form of its logits.
-            budget_s: Asked once: most seconds.
-            use: Share of the accepted draft tokens that were the head's; None where nobody knows.
+            budget: Opened for this refresh.
+            in_time: Whether there is any time. A head that has learned nothing yet takes one step all the same.
 
         Returns:
-            What was done; None where there is nothing to learn from, or no token yet whose embeddings are known: a server
-            may be told of new weights before any request has ended.
+            What was done; None where there is no time, nothing to learn from, or no token yet whose embeddings are known: a
+            server may be told of new weights before any request has ended.
         """
         self.end_call()
         for elsewhere in rollouts.elsewhere:
             self._counts.add(elsewhere.completion_tokens())
             self._unread = np.union1d(self._unread, elsewhere.completion_tokens())
         self._counts.fade()
-        if not self._buffer.has_windows:
+        if not self._buffer.has_windows or (self.trained and not in_time):
             return None
         self._revise_vocabulary(policy)
         if not len(self.ids):
             return None
-        whole_s = budget_s()
-        if use is not None:
-            self._use = max(use, self._use / 2)
-        worth_s = (rollouts.generate_s or 0.0) * _LASTS_UPDATES * self._use
-
-        def share_s(agreement: float) -> float:
-            if self._agreement is not None and (self._agreement - agreement) * worth_s > whole_s:
-                self._cut = 1.0
-            return whole_s * self._cut
-
         done = distill(
             self.head, self._optimizer, self._buffer, self._target(rollouts.sequences, policy), version=policy_version,
-            budget_s=share_s, loss=self._settings.loss, rng=self._rng, clock=self._clock,
+            budget_s=budget.limit_s, loss=self._settings.loss, rng=self._rng, clock=self._clock, began_s=budget.opened_s,
         )  # fmt: skip
-        self._agreement = done.agreement_after
-        if rollouts.generate_s is not None:
-            gained_s = (done.agreement_after - done.agreement_before) * worth_s
-            self._cut = min(1.0, 2 * self._cut) if gained_s >= done.seconds else max(_LEAST_CUT, self._cut / 2)
+        budget.learned(done)
         self.trained = self._learned_alone = True
         self.revision += 1
         return done
@@ -362,9 +339,9 @@ class Learner:
             raise ValueError("recurrent drafter: the state is of a trained head over no tokens")
         self._counts.counts[used] = state.floats("counts", used.shape, 0.0, MAX_COUNT)
         self._set_ids(ids)
-        self.head.load_state_dict(saved_weights(self.head, state.part("weights")))
+        self.head.load_state_dict(saved_weights(self.head, state.part("weights"), _OWNER))
         self._optimizer = new_optimizer(self.head)
         described = self._optimizer.state_dict()
-        described["state"] = saved_moments(self.head, state.part("optimizer"))
+        described["state"] = saved_moments(self.head, state.part("optimizer"), _OWNER)
         self._optimizer.load_state_dict(described)
         self.trained = trained

@@ -21,7 +21,8 @@ from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.drawn_rows import newest_indices, newest_places
-from atlas_rl.speculators.recurrent.distill import Distilled, Loss
+from atlas_rl.speculators.learning_budget import SHARE, Distilled, LearningBudget
+from atlas_rl.speculators.recurrent.distill import Loss
 from atlas_rl.speculators.recurrent.head import FoldedHead
 from atlas_rl.speculators.recurrent.learner import Learner, LearnSettings
 from atlas_rl.speculators.saved_state import SavedState
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 _STATE_KIND, _STATE_VERSION = "atlas_rl.recurrent", 1
 _MAX_SIZE = 2**31 - 1
 _USUAL = LearnSettings()
-_BUDGET_SHARE = 0.05  # of the time since the refresh before
 
 
 class RecurrentSpeculator(Speculator):
@@ -51,13 +51,15 @@ class RecurrentSpeculator(Speculator):
         max_tokens: Most rollout tokens kept to learn from.
         missed_weight: How much more often it learns where its drafts were rejected.
         seed: Seed of the initial weights and of the training windows.
-        budget_share: Most of the time between two refreshes that the later one takes, but for its first step.
+        budget_share: Most of the time between two refreshes that the later one takes; heads that learn beside each other
+            divide it.
         clock: Seconds.
         argmax: Draft the likeliest token instead of drawing: for comparisons.
 
     Attributes:
         policy_version: Version of the policy that it was refreshed at; -1 before.
         refreshes: What every refresh did.
+        budget: How long it may learn.
         learner: Owns the head and what it learns from; there once the speculator is bound.
     """
 
@@ -72,14 +74,15 @@ class RecurrentSpeculator(Speculator):
         max_tokens: int = _USUAL.max_tokens,
         missed_weight: float = _USUAL.missed_weight,
         seed: int = _USUAL.seed,
-        budget_share: float = _BUDGET_SHARE,
+        budget_share: float = SHARE,
         clock: Callable[[], float] = time.perf_counter,
         argmax: bool = False,
     ) -> None:
         self.policy_version = -1
         self.refreshes: list[Distilled] = []
         self._settings = LearnSettings(loss, max_vocab, max_tokens, missed_weight, seed)
-        self._budget_share, self._clock, self._argmax = budget_share, clock, argmax
+        self._clock, self._argmax = clock, argmax
+        self.budget = LearningBudget(budget_share, clock)
         self._policy: PolicyView | None = None
         self._follows = True  # whether the policy's logits can be learned
         self.learner: Learner
@@ -88,7 +91,6 @@ class RecurrentSpeculator(Speculator):
         self._newest: torch.Tensor  # [num_requests, hidden], what each request's newest token was drawn from
         self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
         self._put_off: Callable[[], None] | None = None
-        self._began_s = clock()
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy, on its device: with the learned state if the sizes are equal, else from nothing."""
@@ -210,20 +212,16 @@ class RecurrentSpeculator(Speculator):
         self.learner.observe(verified, begins, _missed_at(verified, proposed), self._bound())
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Learn from the newest rollouts: for `budget_share` of the time since the last refresh, at least one step."""
+        """Learn from the newest rollouts, as long as the budget lasts."""
+        in_time = self.budget.open(rollouts, self.name)
         self.learn()
         self.policy_version = policy_version
-        if not self._follows:
-            return None
-        budget_s, use = partial(self._budget_s, rollouts), rollouts.share_of(self.name)
-        done = self.learner.refresh(rollouts, policy_version, self._bound(), budget_s, use)
-        if done is not None:
-            self.refreshes.append(done)
-            self._began_s = self._clock()
+        if self._follows:
+            done = self.learner.refresh(rollouts, policy_version, self._bound(), self.budget, in_time)
+            if done is not None:
+                self.refreshes.append(done)
+        self.budget.close()
         return np.cumprod(self.refreshes[-1].by_position) if self.refreshes else None
-
-    def _budget_s(self, rollouts: Rollouts) -> float:
-        return self._budget_share * max(0.0, self._clock() - self._began_s - rollouts.measuring_s)
 
     def shared(self) -> torch.Tensor | None:
         return self.learner.shared() if self._policy is not None and self._follows else None

@@ -1,0 +1,147 @@
+"""Logs the states of one call's texts as verification hands them over; the head learns from them after the call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from atlas_rl.core import Prompts, Sequences, Verified
+from atlas_rl.policy.upload import uploaded
+from atlas_rl.policy.view import PolicyView
+from atlas_rl.speculators.drawn_rows import committed_places
+from atlas_rl.speculators.eagle3_adaptive.texts import PromptStates, Text
+
+_LARGEST_HALF = 65504.0  # the residual stream of some families has entries beyond it
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Committed tokens of one step: int64 `[n]` requests and positions, and states `[n, hidden]`."""
+
+    requests: np.ndarray
+    positions: np.ndarray
+    embeddings: torch.Tensor
+    features: dict[int, torch.Tensor]
+    drawn_from: torch.Tensor
+
+    def of(self, kept: np.ndarray) -> _Entry:
+        """Only some of the tokens: bool `[n]`."""
+        index = torch.from_numpy(np.flatnonzero(kept)).to(self.drawn_from.device)
+        features = {layer: states[index] for layer, states in self.features.items()}
+        return _Entry(
+            self.requests[kept], self.positions[kept], self.embeddings[index], features, self.drawn_from[index]
+        )
+
+
+class CallLog:
+    """See the module's docstring.
+
+    Args:
+        sequences: All requests of the call.
+        layers: Decoder layers that the head reads.
+        max_tokens: Most drawn tokens kept. A call that has more is sampled: every n-th request, hence all prompts.
+    """
+
+    def __init__(self, sequences: Sequences, layers: tuple[int, ...], max_tokens: int) -> None:
+        self.sequences = sequences
+        self._layers, self._max_tokens = layers, max_tokens
+        self._prompts: dict[int, PromptStates] = {}
+        self._entries: list[_Entry] = []
+        self._kept = np.zeros(
+            len(sequences.lengths), bool
+        )  # requests whose prompt is known and whose tokens are logged
+        self._stride, self._num_logged = 1, 0
+
+    def start(self, prompts: Prompts, policy: PolicyView) -> None:
+        """Keep the states of prompts. Requests whose prompt an engine did not run are not learned from."""
+        for group, first in zip(prompts.groups, prompts.hidden.starts.tolist(), strict=True):
+            group = group[group % self._stride == 0]
+            if not len(group):
+                continue
+            tokens = self.sequences.token_ids[group[0], : self.sequences.prompt_lengths[group[0]]].astype(np.int64)
+            features = {n: _half(prompts.hidden.layers[n][first : first + len(tokens)]) for n in self._layers}
+            states = PromptStates(_embedded(tokens[1:], policy), features)
+            self._prompts |= dict.fromkeys(group.tolist(), states)
+            self._kept[group] = True
+
+    def observe(self, verified: Verified, lengths: np.ndarray, policy: PolicyView) -> None:
+        """Log committed tokens.
+
+        Args:
+            verified: What was committed.
+            lengths: int64 `[batch]`, tokens of each request's text by then.
+            policy: Gives the embeddings of tokens.
+        """
+        if not self._kept[verified.requests].any():
+            return
+        row, offset, places = committed_places(verified.hidden.starts, verified.num_committed)
+        kept = self._kept[verified.requests[row]]
+        row, offset, places = row[kept], offset[kept], places[kept]
+        taken = uploaded(places, policy.device)
+        hidden, tokens = verified.hidden, verified.token_ids[row, offset]
+        entry = _Entry(
+            verified.requests[row],
+            (lengths - verified.num_committed)[row] + offset,
+            _embedded(tokens, policy),
+            {layer: _half(hidden.layers[layer][taken]) for layer in self._layers},
+            _half(hidden.head_inputs[taken]),
+        )
+        self._entries.append(entry)
+        self._num_logged += len(row)
+        while self._num_logged > self._max_tokens and self._kept.any():
+            self._thin()
+
+    def texts(self) -> list[Text]:
+        """What was logged of each request."""
+        if not self._entries:
+            return []
+        requests = np.concatenate([entry.requests for entry in self._entries])
+        positions = np.concatenate([entry.positions for entry in self._entries])
+        order = np.lexsort((positions, requests))
+        index = torch.from_numpy(order).to(self._entries[0].drawn_from.device)
+        embeddings, drawn_from = (
+            torch.cat([getattr(entry, name) for entry in self._entries])[index] for name in ("embeddings", "drawn_from")
+        )
+        features = {n: torch.cat([entry.features[n] for entry in self._entries])[index] for n in self._layers}
+        requests, positions = requests[order], positions[order]
+        ends = np.flatnonzero(np.append(requests[1:] != requests[:-1], True)) + 1
+        texts = []
+        for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+            request = int(requests[begin])
+            first = int(self.sequences.prompt_lengths[request])
+            if (positions[begin:end] == first + np.arange(end - begin)).all():
+                # What the first token was drawn from is the prompt's last position, which the prompt has.
+                own = {n: states[begin + 1 : end] for n, states in features.items()}
+                texts.append(
+                    Text(
+                        self._prompts[request],
+                        embeddings[begin:end],
+                        own,
+                        drawn_from[begin:end],
+                        self.sequences.policy_version,
+                    )
+                )
+        return texts
+
+    def _thin(self) -> None:
+        """Log half of the requests that were logged; the last one keeps what it has, and no more of it is logged."""
+        if self._kept.sum() == 1:
+            self._kept[:] = False
+            return
+        self._stride *= 2
+        self._kept &= np.arange(len(self._kept)) % self._stride == 0
+        going = np.arange(len(self._kept)) % self._stride == 0
+        self._prompts = {request: states for request, states in self._prompts.items() if going[request]}
+        self._entries = [entry.of(going[entry.requests]) for entry in self._entries]
+        self._num_logged = sum(len(entry.requests) for entry in self._entries)
+
+
+def _half(states: torch.Tensor) -> torch.Tensor:
+    return states.detach().float().clamp(-_LARGEST_HALF, _LARGEST_HALF).to(torch.float16)
+
+
+def _embedded(tokens: np.ndarray, policy: PolicyView) -> torch.Tensor:
+    with torch.no_grad():
+        return _half(policy.embed(uploaded(tokens, policy.device)))

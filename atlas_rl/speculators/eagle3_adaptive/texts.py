@@ -1,0 +1,151 @@
+"""Keeps what an EAGLE-3 head learns from: the states that the policy computed along its newest rollouts.
+
+A head attends to its whole text, so texts are kept whole, in half precision, prompts once for all of their siblings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from atlas_rl.speculators.eagle3.unrolling import Batch, Stretch
+
+_ROWS = 64  # positions of a text that one example learns from
+_BEFORE = 512  # positions before these that it attends to
+_HALVED_AFTER_UPDATES = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStates:
+    """States along a prompt of `n` tokens.
+
+    Attributes:
+        embeddings: float16 `[n - 1, hidden]`, of its tokens but for the first.
+        features: Per layer float16 `[n, hidden]`.
+    """
+
+    embeddings: torch.Tensor
+    features: dict[int, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.embeddings) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """States along the first `m` drawn tokens of a rollout.
+
+    Attributes:
+        prompt: Of its prompt.
+        embeddings: float16 `[m, hidden]`, of the drawn tokens.
+        features: Per layer float16 `[m - 1, hidden]`, of the positions of all of them but the last.
+        drawn_from: float16 `[m, hidden]`, what each was drawn from.
+        version: Of the policy.
+    """
+
+    prompt: PromptStates
+    embeddings: torch.Tensor
+    features: dict[int, torch.Tensor]
+    drawn_from: torch.Tensor
+    version: int
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def feature(self, layer: int) -> torch.Tensor:
+        """All features of a layer, of the text's positions but the last: `[len(prompt) + m - 1, hidden]`."""
+        return torch.cat([self.prompt.features[layer], self.features[layer]])
+
+
+class TextBuffer:
+    """The newest texts, whole calls at a time, the oldest dropped first.
+
+    Args:
+        max_tokens: Most drawn tokens kept.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._calls: list[list[Text]] = []
+
+    def add(self, texts: Sequence[Text]) -> None:
+        """Add the texts of a call. Those of one drawn token teach nothing: a head predicts the second at the earliest."""
+        self._calls.append([text for text in texts if len(text) > 1])
+        while len(self._calls) > 1 and sum(len(text) for call in self._calls for text in call) > self._max_tokens:
+            self._calls.pop(0)
+
+    def move_to(self, device: torch.device) -> None:
+        """The policy is on another device: what was computed on the one before is let go."""
+        self._calls = []
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the newest call left anything to learn from."""
+        return bool(self._calls) and bool(self._calls[-1])
+
+    def newest(self, size: int, rng: np.random.Generator) -> list[Text]:
+        """At most `size` texts of the newest call."""
+        call = self._calls[-1]
+        return [call[n] for n in rng.choice(len(call), min(size, len(call)), replace=False)]
+
+    def sample(self, size: int, version: int, rng: np.random.Generator) -> list[Text]:
+        """At most `size` texts from all over the buffer, more of recent policies."""
+        texts = [text for call in self._calls for text in call]
+        weights = 0.5 ** (np.array([version - text.version for text in texts]) / _HALVED_AFTER_UPDATES)
+        chosen = rng.choice(len(texts), min(size, len(texts)), replace=False, p=weights / weights.sum())
+        return [texts[n] for n in chosen]
+
+
+def batch_of(texts: Sequence[Text], layers: Sequence[int], rng: np.random.Generator) -> Batch:
+    """A stretch of each text, somewhere in it where it is longer than one, and what comes before."""
+    # Row r of a text stands at its prompt's last position plus r; the token after it is drawn token r.
+    num_rows = np.array([len(text) + 1 for text in texts])
+    firsts = rng.integers(0, np.maximum(1, num_rows - _ROWS + 1))
+    ends = np.minimum(firsts + _ROWS, num_rows)
+    places = np.array([len(text.prompt) - 1 for text in texts]) + firsts  # of the first row, in the text
+    begins = np.maximum(0, places - _BEFORE)
+    device = texts[0].embeddings.device
+    rows = _Padded(int((ends - firsts).max()), len(texts), device)
+    before = _Padded(int((places - begins).max()), len(texts), device)
+    drawn = torch.zeros(len(texts), rows.width, dtype=torch.bool, device=device)
+    for n, text in enumerate(texts):
+        first, end, place, begin = int(firsts[n]), int(ends[n]), int(places[n]), int(begins[n])
+        after = torch.cat([text.prompt.embeddings, text.embeddings])  # of the token after each position
+        rows.put("embeddings", n, after[place : place + end - first])
+        before.put("embeddings", n, after[begin:place])
+        for layer in layers:
+            states = text.feature(layer)
+            rows.put(layer, n, states[place : place + end - first])
+            before.put(layer, n, states[begin:place])
+        # The token at row r is drawn token r - 1.
+        rows.put("drawn_from", n, text.drawn_from[max(0, first - 1) : end - 1], int(first == 0))
+        drawn[n, int(first == 0) : end - first] = True
+    known = torch.arange(before.width, device=device)[None] < torch.from_numpy(places - begins).to(device)[:, None]
+    return Batch(
+        rows.stretch(layers, places),
+        rows.parts["drawn_from"],
+        drawn,
+        before.stretch(layers, begins) if before.width else None,
+        known,
+    )
+
+
+class _Padded:
+    """Float32 tensors `[batch, width, hidden]` by name, zeros where nothing was put."""
+
+    def __init__(self, width: int, batch: int, device: torch.device) -> None:
+        self.width, self._batch, self._device = width, batch, device
+        self.parts: dict[str | int, torch.Tensor] = {}
+
+    def put(self, name: str | int, row: int, values: torch.Tensor, at: int = 0) -> None:
+        if name not in self.parts:
+            shape = self._batch, self.width, values.shape[1]
+            self.parts[name] = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        self.parts[name][row, at : at + len(values)] = values
+
+    def stretch(self, layers: Sequence[int], starts: np.ndarray) -> Stretch:
+        features = {layer: self.parts[layer] for layer in layers}
+        return Stretch(self.parts["embeddings"], features, torch.from_numpy(starts).to(self._device))
