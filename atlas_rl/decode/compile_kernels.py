@@ -31,8 +31,9 @@ from atlas_rl.controller.cost import DraftCost
 from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.controller.slots import admitted, take_better
+from atlas_rl.controller.slots import admitted, take_better, within
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences
+from atlas_rl.counts import bounds
 from atlas_rl.decode.commit import Settled, commit
 from atlas_rl.decode.guard import Faults, GuardedController, GuardedSpeculator
 from atlas_rl.decode.propose import merge
@@ -160,6 +161,8 @@ def _run_all() -> None:
     acceptance, confidence = AcceptanceModel(), np.full((2, 2), 0.5, np.float32)
     acceptance.observe(confidence, np.full(2, 2), np.ones(2, np.int64))
     survival = acceptance.survival(confidence, np.full(2, 2))
+    within(np.full(2, 4), np.full(2, 4))
+    bounds(np.full(2, 4))
     take_better(survival, np.zeros(2), np.zeros(2, np.int64), survival, 0, 1)
     table, room, costs = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4), DraftCost()
     costs.observe(2, 4, 1.0)
