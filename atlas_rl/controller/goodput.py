@@ -177,6 +177,10 @@ class GoodputController(Controller):
             model.acceptance.policy_updated()
             model.forecast.policy_updated(expected.get(name))
 
+    def forwards_are_padded(self, sizes: Sequence[int]) -> None:
+        if tuple(sizes) != self._cost.padded:
+            self._cost = CostModel(sizes)
+
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)
         if plain_s is None or not self._plain_shares or not self._cost.knows(batch):
