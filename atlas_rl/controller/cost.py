@@ -66,6 +66,11 @@ class CostModel:
         """Sizes that forwards are padded to."""
         return self._step_sizes.padded
 
+    @property
+    def edges(self) -> np.ndarray:
+        """`padded` as int64 `[n]`, for compiled decisions."""
+        return self._step_sizes.edges
+
     def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
         """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
         size, seconds = self._step_sizes.bucket(num_tokens), max(seconds, _TICK_S)

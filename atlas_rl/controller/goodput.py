@@ -255,7 +255,7 @@ class GoodputController(Controller):
             # Draft cost is not extrapolated from large batches to small ones. If a draft would pay at zero cost, it is
             # tried once and timed.
             shares if knows else shares[:0], levels, step.backlog.get(name, 0), _DEPTHS,
-            discount(model.kept, self._kept_plain),
+            discount(model.kept, self._kept_plain), self._cost.edges,
         )  # fmt: skip
         if wanted.any():
             if not knows:

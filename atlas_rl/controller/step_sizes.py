@@ -15,12 +15,16 @@ class StepSizes:
 
     Args:
         padded: Sizes that forwards are padded to, rising; none where a forward runs the tokens that it is given.
+
+    Attributes:
+        padded: As given.
+        edges: The same, int64 `[n]`.
     """
 
     def __init__(self, padded: Sequence[int] = ()) -> None:
         self.padded = tuple(padded)
         self._last = self.padded[-1] if self.padded else -1
-        self._edges = np.array(self.padded, np.int64)
+        self.edges = np.array(self.padded, np.int64)
 
     def bucket(self, num_tokens: int) -> int:
         """Smallest size in the bucket of `num_tokens`."""
@@ -41,7 +45,7 @@ class StepSizes:
         """Tokens that forwards over 0, 1, ... `max_tokens` tokens run: int64 `[max_tokens + 1]`."""
         sizes = np.arange(max_tokens + 1)
         padded = min(self._last, max_tokens) + 1
-        sizes[:padded] = self._edges[np.searchsorted(self._edges, sizes[:padded])]
+        sizes[:padded] = self.edges[np.searchsorted(self.edges, sizes[:padded])]
         return sizes
 
 
