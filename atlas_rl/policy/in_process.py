@@ -27,7 +27,7 @@ from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.recurrent_layers import RecurrentLayer, recurrent_layers
 from atlas_rl.policy.recurrent_rows import RecurrentRows
-from atlas_rl.policy.step_graphs import StepGraphs
+from atlas_rl.policy.step_graphs import SIZES, StepGraphs
 from atlas_rl.policy.supported import context_of, refuse_layers, refuse_modules
 from atlas_rl.policy.threads import (
     attending,
@@ -186,6 +186,11 @@ class InProcessRunner(PolicyRunner):
     @property
     def works_beside_host(self) -> bool:
         return self.device.type != "cpu"
+
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        cache = self._cache
+        return SIZES if cache is not None and cache.takes_steps and self._uncaptured is None else ()
 
     def unrunnable(self) -> np.ndarray | None:
         if self._unrunnable is None:
