@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,9 @@ class InTurns(Controller):
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         return self._controller.plain_forward_s(batch, context_tokens)
+
+    def forwards_are_padded(self, sizes: Sequence[int]) -> None:
+        self._controller.forwards_are_padded(sizes)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return self._controller.take_calibration()

@@ -136,6 +136,13 @@ class Controller(ABC):
         None unless forwards of that size, or of sizes around it that cost about the same, were measured.
         """
 
+    def forwards_are_padded(self, sizes: Sequence[int]) -> None:  # noqa: B027 - most need not know
+        """From now on a forward takes what the smallest of `sizes` (tokens, rising) takes that holds its tokens.
+
+        Beyond the last, and where there are none, it takes what its own tokens take. Said again and again; costs that were
+        learned of other sizes are forgotten.
+        """
+
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         """Per speculator: draft tokens scored since the last call, and the calibration error of their estimates."""
         return {}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from atlas_kernels.jit_cache import cached_njit
+from atlas_rl.controller.step_sizes import StepSizes
 
 _Depth = TypeVar("_Depth", float, np.ndarray)
 
@@ -36,17 +37,21 @@ _SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usu
 class CostModel:
     """Seconds of a forward over packed tokens, by their number and the cached tokens of all their requests.
 
-    Sizes are bucketed: exact when small, eighths of an octave beyond. A prediction blends the bucket's median with a
-    line fitted through all buckets: steps in the true cost (kernel choices, captured graph sizes) show in buckets that
-    were seen, and everything else is interpolated.
+    Sizes are bucketed (`StepSizes`). A prediction blends the bucket's median with a line fitted through all buckets:
+    steps in the true cost that nobody tells of (kernel choices) show in buckets that were seen, and everything else is
+    interpolated. Where forwards are padded, the line is over the tokens that they run, so that it is a staircase.
 
     Two factors multiply that table, the same for all sizes. One is the cost of reading the context, fitted to how
     forwards of one size differ. The other is the machine's level, which follows the latest forwards of any size. A
     decision compares sizes: if the machine slows down, or the context grows, sizes seen lately must not look dearer
     than those seen before.
+
+    Args:
+        padded: Sizes that forwards are padded to, rising; none where a forward runs the tokens that it is given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, padded: Sequence[int] = ()) -> None:
+        self._step_sizes = StepSizes(padded)
         self._samples: dict[int, deque[float]] = {}  # seconds over both factors
         self._sizes: list[int] = []  # of the samples, rising
         self._means: dict[int, tuple[float, float]] = {}  # running mean of seconds and context, per bucket
@@ -56,9 +61,19 @@ class CostModel:
         self._observed = 0
         self._table = np.zeros(0)
 
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """Sizes that forwards are padded to."""
+        return self._step_sizes.padded
+
+    @property
+    def edges(self) -> np.ndarray:
+        """`padded` as int64 `[n]`, for compiled decisions."""
+        return self._step_sizes.edges
+
     def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
         """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
-        size, seconds = _bucket(num_tokens), max(seconds, _TICK_S)
+        size, seconds = self._step_sizes.bucket(num_tokens), max(seconds, _TICK_S)
         self._learn_context(size, seconds, context_tokens)
         scaled = seconds / self._factor(context_tokens)
         expected = float(self._predicted(size)[size]) if self._observed else scaled
@@ -100,7 +115,9 @@ class CostModel:
         return self._table, self._factor(context_tokens)
 
     def num_samples(self, num_tokens: int) -> int:
-        """Forwards seen within a tenth of this size, of those that are remembered."""
+        """Forwards seen that are padded to the same size, or within a tenth of it, of those that are remembered."""
+        if self.padded and num_tokens <= self.padded[-1]:
+            return len(self._samples.get(self._step_sizes.bucket(num_tokens), ()))
         near = slice(bisect_left(self._sizes, 0.9 * num_tokens), bisect_right(self._sizes, 1.1 * num_tokens))
         return sum([len(self._samples[size]) for size in self._sizes[near]])
 
@@ -111,7 +128,7 @@ class CostModel:
         """
         measured = [size for size in self._sizes if len(self._samples[size]) >= _MEASURED]
         below = [size for size in measured if size <= num_tokens]
-        above = [size for size in measured if size + _width(size) > num_tokens]
+        above = [size for size in measured if self._step_sizes.end(size) > num_tokens]
         if not below or not above:
             return False
         table = self._predicted(above[0])
@@ -137,18 +154,19 @@ class CostModel:
 
     def _tabulate(self, max_tokens: int) -> None:
         sizes = self._sizes
-        size = np.array(sizes, dtype=np.float64)
+        max_tokens = max(max_tokens, sizes[-1])
+        run = self._step_sizes.run(max_tokens)
+        size = run[sizes].astype(np.float64)
         weight = np.array([len(self._samples[bucket]) for bucket in sizes], dtype=np.float64)
         # More tokens are never cheaper. If they seem to be, a forward was interrupted: more samples weigh more.
         median = _rising([_median(self._samples[bucket]) for bucket in sizes], weight.tolist())
         intercept, slope = _line(size, median, weight)
-        max_tokens = max(max_tokens, sizes[-1])
-        table = intercept + slope * np.arange(max_tokens + 1)
+        table = intercept + slope * run
         seen = np.full(max_tokens + 1, np.inf)
         trust = weight / (weight + _TRUST)
         factor = 1 + trust * (median / (intercept + slope * size) - 1)
         for bucket, times in zip(sizes, factor, strict=True):
-            where = slice(bucket, bucket + _width(bucket))
+            where = slice(bucket, self._step_sizes.end(bucket))
             table[where] *= times
             seen[where] = table[where]
         # Nor may an interpolated size cost more than a larger one that was measured.
@@ -302,13 +320,3 @@ def _median(values: Iterable[float]) -> float:
     ordered = sorted(values)
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else 0.5 * (ordered[middle - 1] + ordered[middle])
-
-
-def _bucket(num_tokens: int) -> int:
-    """Smallest size in the bucket of `num_tokens`: exact below 16, then eighths of an octave."""
-    return num_tokens // _width(num_tokens) * _width(num_tokens)
-
-
-def _width(num_tokens: int) -> int:
-    """Number of sizes in the bucket of `num_tokens`."""
-    return 1 if num_tokens < 16 else 1 << (num_tokens.bit_length() - 4)

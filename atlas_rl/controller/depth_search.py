@@ -19,7 +19,7 @@ _STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to run if
 
 
 @cached_njit(nogil=True)
-def decide(current, room, forecast, table, factor, spent_s, shares, levels, backlog, depths, discount):
+def decide(current, room, forecast, table, factor, spent_s, shares, levels, backlog, depths, discount, edges):
     """Draft tokens to ask of one drafter, for the highest expected goodput.
 
     Args:
@@ -36,6 +36,7 @@ def decide(current, room, forecast, table, factor, spent_s, shares, levels, back
             the latest steps recur, so no more than these are weighed.
         depths: int64 `[num_depths]`, draft tokens that may be asked for, rising.
         discount: Factor on the goodput of steps with drafts.
+        edges: int64 `[n]`, sizes that forwards are padded to, rising; none where they are not.
 
     Returns:
         Draft tokens to ask for, int64 `[batch]`, not cut to the room; and the expected goodput of that without the discount.
@@ -51,7 +52,7 @@ def decide(current, room, forecast, table, factor, spent_s, shares, levels, back
                 draft_s[whom, index] += drafts_s(
                     shares, levels, rows, depths[index], min(backlog, _STEADY_BACKLOG * rows)
                 )
-    whom, index, goodput = search(current, expected, better, table, factor, draft_s, depths, discount)
+    whom, index, goodput = search(current, expected, better, table, factor, draft_s, depths, discount, edges)
     wanted = np.zeros(batch, np.int64)
     for row in range(batch):
         if whom == 2 or (whom == 1 and better[row]):
@@ -60,7 +61,7 @@ def decide(current, room, forecast, table, factor, spent_s, shares, levels, back
 
 
 @cached_njit(nogil=True)
-def search(current, expected, better, table, factor, draft_s, depths, discount):
+def search(current, expected, better, table, factor, draft_s, depths, discount, edges):
     """Find the answer with the highest expected goodput.
 
     Args:
@@ -74,6 +75,7 @@ def search(current, expected, better, table, factor, draft_s, depths, discount):
             it is asked for `better` to each depth, if it is asked for all requests.
         depths: As for `decide`.
         discount: As for `decide`.
+        edges: As for `decide`.
 
     Returns:
         Requests to ask for (0 none, 1 `better`, 2 all), index of the depth, and the expected goodput without the
@@ -91,14 +93,15 @@ def search(current, expected, better, table, factor, draft_s, depths, discount):
         for whom in range(first, last):
             for index in range(num_depths):
                 tokens, discounted, seconds = _verified(
-                    kept[whom, index + 1], fresh[whom, index], batch, table, factor, draft_s[whom + 1, index], discount
-                )
+                    kept[whom, index + 1], fresh[whom, index], batch, table, factor, draft_s[whom + 1, index], discount,
+                    edges,
+                )  # fmt: skip
                 sums[whom, index, 0] += tokens
                 sums[whom, index, 1] += discounted
                 sums[whom, index, 2] += seconds
     # Nobody is asked: all rows have their current draft, in every draw. The last of `fresh` is never counted in.
     tokens, discounted, seconds = _verified(
-        kept[first, 0], fresh[first, num_depths], batch, table, factor, draft_s[0, 0], discount
+        kept[first, 0], fresh[first, num_depths], batch, table, factor, draft_s[0, 0], discount, edges
     )
     best, expected_of_it, answer = discounted / seconds, tokens / seconds, (0, 0)
     for whom in range(first, last):
@@ -184,15 +187,26 @@ def _sum_up(first, last, kept, fresh):
 
 
 @cached_njit(nogil=True)
-def _verified(kept, fresh, batch, table, factor, draft_s, discount):
-    """Tokens, discounted tokens and seconds of one draw, verified as far as is best; no discount if nothing is verified."""
-    num_slots, tokens = 0, float(batch)
+def _verified(kept, fresh, batch, table, factor, draft_s, discount, edges):
+    """Tokens, discounted tokens and seconds of one draw, verified as far as is best; no discount if nothing is verified.
+
+    What is best ends with a level, or where padding ends: up to there slots are free, though the rest of the level is not.
+    """
+    num_slots, tokens, edge = 0, float(batch), 0
     best_tokens, best_seconds, worth = tokens, table[batch] * factor + draft_s, 1.0
     for level in range(_LEVELS):
         count = kept[0, level] + fresh[0, level]
         if count > 0:
+            mass, size = kept[1, level] + fresh[1, level], batch + num_slots
+            while edge < len(edges) and edges[edge] < size + count:
+                if edges[edge] > size:
+                    some = tokens + mass * (edges[edge] - size) / count
+                    seconds = table[edges[edge]] * factor + draft_s
+                    if discount * some * best_seconds > worth * best_tokens * seconds:
+                        best_tokens, best_seconds, worth = some, seconds, discount
+                edge += 1
             num_slots += int(count)
-            tokens += kept[1, level] + fresh[1, level]
+            tokens += mass
             seconds = table[batch + num_slots] * factor + draft_s
             if discount * tokens * best_seconds > worth * best_tokens * seconds:
                 best_tokens, best_seconds, worth = tokens, seconds, discount

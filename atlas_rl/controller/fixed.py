@@ -84,6 +84,10 @@ class FixedController(Controller):
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
         """Nothing to do: it has learned nothing about its drafter."""
 
+    def forwards_are_padded(self, sizes: Sequence[int]) -> None:
+        if tuple(sizes) != self._cost.padded:
+            self._cost = CostModel(sizes)
+
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)
         return plain_s if plain_s is not None and self._cost.knows(batch) else None

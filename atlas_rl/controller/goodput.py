@@ -177,6 +177,10 @@ class GoodputController(Controller):
             model.acceptance.policy_updated()
             model.forecast.policy_updated(expected.get(name))
 
+    def forwards_are_padded(self, sizes: Sequence[int]) -> None:
+        if tuple(sizes) != self._cost.padded:
+            self._cost = CostModel(sizes)
+
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)
         if plain_s is None or not self._plain_shares or not self._cost.knows(batch):
@@ -251,7 +255,7 @@ class GoodputController(Controller):
             # Draft cost is not extrapolated from large batches to small ones. If a draft would pay at zero cost, it is
             # tried once and timed.
             shares if knows else shares[:0], levels, step.backlog.get(name, 0), _DEPTHS,
-            discount(model.kept, self._kept_plain),
+            discount(model.kept, self._kept_plain), self._cost.edges,
         )  # fmt: skip
         if wanted.any():
             if not knows:

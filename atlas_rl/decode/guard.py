@@ -11,7 +11,7 @@ nothing but speed. Errors of the policy's own forward, interrupts and exits are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral
 from operator import methodcaller
@@ -221,6 +221,9 @@ class GuardedController(Controller):
         return self._try(
             "plain_forward_s", methodcaller("plain_forward_s", batch, context_tokens), None, self.unguarded
         )
+
+    def forwards_are_padded(self, sizes: Sequence[int]) -> None:
+        self._try("forwards_are_padded", methodcaller("forwards_are_padded", sizes), None, self.unguarded)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return self._try("take_calibration", methodcaller("take_calibration"), {}, self.unguarded)

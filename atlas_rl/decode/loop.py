@@ -117,6 +117,7 @@ class DecodeLoop:
             while self.room.waiting or len(self.active):
                 if self.room.waiting:
                     self.admit_waiting()
+                    self.controller.forwards_are_padded(self.runner.step_sizes)
                 if len(self.active):
                     self.step()
             self._learn()

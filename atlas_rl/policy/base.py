@@ -108,6 +108,11 @@ class PolicyRunner(ABC):
         """Whether a forward goes on while the host does other things, as on a GPU."""
         return False
 
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Tokens that the session's decode forwards are padded to, rising; none where they run those that they are given."""
+        return ()
+
     def unrunnable(self) -> np.ndarray | None:
         """Tokens whose embeddings are not finite, bool `[vocab]`; None where there are none.
 

@@ -26,7 +26,7 @@ from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.recurrent_layers import RecurrentLayer, recurrent_layers
 from atlas_rl.policy.recurrent_rows import RecurrentRows
-from atlas_rl.policy.step_graphs import StepGraphs
+from atlas_rl.policy.step_graphs import SIZES, StepGraphs
 from atlas_rl.policy.supported import context_of, refuse_layers, refuse_modules
 from atlas_rl.policy.threads import (
     attending,
@@ -89,10 +89,11 @@ class InProcessRunner(PolicyRunner):
         self._probed: Probed | None = None
         self._asked: torch.cuda.Event | None = None  # of the last forward or copy
         self._uncaptured: str | None = None  # why its steps cannot be captured, once that was tried
+        self._said: set[str] = set()  # such causes that were said
         self.linears = FastLinears(self.model)
         self.halves = HalfWeights(self.model, lambda: self.free_bytes())
         self._autocast: torch.dtype | None = None  # of the latest forward; the probe has had some
-        self._fuses = True  # norms and rotary embeddings; unless the probe finds that this changes logits
+        self._fuses = True  # norms, rotary embeddings and gates; unless the probe finds that this changes logits
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
@@ -116,7 +117,9 @@ class InProcessRunner(PolicyRunner):
             refuse_modules(self.model)  # offloaded since
             self._look()
             self._unrunnable = None  # weights may have changed
-            with self.ragged(cache):
+            # What is launched and captured goes to the current device, wherever its tensors are.
+            device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+            with device, self.ragged(cache):
                 yield
 
     def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
@@ -165,24 +168,38 @@ class InProcessRunner(PolicyRunner):
 
     def _steps_of(self, cache: RaggedBatch) -> StepGraphs | None:
         """Decode steps of fixed shapes over this cache, where its attention allows them and the policy does."""
-        if cache.steps is None and cache.takes_steps and self._uncaptured is None:
+        if cache.steps is None and self._uncaptured is None:
             capture = self.device.type == "cuda"
-            cache.steps = StepGraphs(lambda cache: partial(self._run, cache), capture=capture)
+            if cache.takes_steps:
+                cache.steps = StepGraphs(lambda cache: partial(self._run, cache), capture=capture)
+            elif capture and cache.why_no_steps is not None:
+                self._say_uncaptured(cache.why_no_steps)
         return cache.steps
 
     def _step(self, steps: StepGraphs, cache: RaggedBatch, segments: Segments, taps: Taps) -> torch.Tensor:
         logits = steps.run(cache, segments, taps, stand_ins())
         if steps.refused is not None and self._uncaptured is None:
             self._uncaptured = steps.refused
+            self._say_uncaptured(steps.refused)
+        return logits
+
+    def _say_uncaptured(self, why: str) -> None:
+        """Once for every cause."""
+        if why not in self._said:
+            self._said.add(why)
             logger.warning(
                 "atlas_rl: %s cannot run as a CUDA graph (%s): its decode steps are launched kernel by kernel, which takes "
-                "several times as long for a small batch", type(self.model).__name__, steps.refused,
+                "several times as long for a small batch", type(self.model).__name__, why,
             )  # fmt: skip
-        return logits
 
     @property
     def works_beside_host(self) -> bool:
         return self.device.type != "cpu"
+
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        cache = self._cache
+        return SIZES if cache is not None and cache.takes_steps and self._uncaptured is None else ()
 
     def unrunnable(self) -> np.ndarray | None:
         if self._unrunnable is None:
@@ -278,7 +295,7 @@ class InProcessRunner(PolicyRunner):
                 self._fuses = False
                 self._probed = probe(self)  # raises again, if that was not the cause
                 logger.warning(
-                    "atlas_rl: %s runs its norms and rotary embeddings as they are, which takes several operations each: in "
+                    "atlas_rl: %s runs its norms, rotations and gates as they are, which takes several operations each: in "
                     "one pass each they fail here (%s)", type(self.model).__name__, error,
                 )  # fmt: skip
         return self._probed

@@ -15,6 +15,7 @@ from atlas_rl.policy.sinks import share_of_cells
 
 _TYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256  # dimensions, of flash attention
+_LEAST_CAPABILITY = (8, 0)  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,36 @@ class Packing:
 
 
 def takes(query: torch.Tensor, value_dim: int) -> bool:
-    """Whether the operator takes such queries: on a GPU, in half precision, heads that are not too large.
+    """Whether the operator takes such queries."""
+    return refusal(query, value_dim) is None
+
+
+def refusal(query: torch.Tensor, value_dim: int) -> str | None:
+    """Why the operator does not take such queries; None if it does.
 
     Its values are of the size of its keys, which those of latent attention (DeepSeek) are not.
     """
     dim = query.shape[-1]
-    return query.is_cuda and query.dtype in _TYPES and dim <= _LARGEST_HEAD and dim % 8 == 0 and dim == value_dim
+    if not query.is_cuda:
+        return "its attention is not on a GPU"
+    if query.dtype not in _TYPES:
+        return f"its attention is computed in {query.dtype}, and flash attention takes bfloat16 and float16"
+    if dim > _LARGEST_HEAD or dim % 8 or dim != value_dim:
+        return f"its heads have keys of {dim} and values of {value_dim} numbers, which flash attention does not take"
+    return _lacking(query.device)
+
+
+def _lacking(device: torch.device) -> str | None:
+    """What keeps the operator from running on a GPU."""
+    arguments = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    if not torch.backends.cuda.is_flash_attention_available() or "seqused_k" not in arguments:
+        return f"torch {torch.__version__} has no flash attention over rows of any length"
+    if torch.version.hip is not None:
+        return "torch's flash attention over rows of any length has not been tried on AMD's GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return "flash attention needs a GPU of compute capability 8.0, and this one has {}.{}".format(*capability)
+    return None
 
 
 def attend(

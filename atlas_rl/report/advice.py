@@ -221,14 +221,16 @@ LOGGED: tuple[Explained, ...] = (
         'Leave `draft_model="fp4"` out on a CPU.',
     ),
     Explained(
-        "... runs its norms and rotary embeddings as they are, which takes several operations each",
-        "The policy failed the engine's test with norms and rotary embeddings in one pass each, and passes it without.",
+        "... runs its norms, rotations and gates as they are, which takes several operations each",
+        "The policy failed the engine's test with norms, rotations and gates in one pass each, and passes it without.",
         "Nothing: its steps are somewhat slower. Please report the policy's class and versions.",
     ),
     Explained(
         "cannot run as a CUDA graph",
-        "The policy's forward does something that a CUDA graph cannot hold; the message has torch's reason.",
-        "Nothing, or change the policy's code. Its decode steps are launched kernel by kernel.",
+        "The policy's forward does something that a CUDA graph cannot hold, or the GPU or torch lacks the attention that "
+        "steps of fixed shapes need; the message has the reason.",
+        "Nothing, or what the reason names: load a policy of float32 in bfloat16, or set the trainer's bf16=True. "
+        "Its decode steps are launched kernel by kernel.",
     ),
     Explained(
         "compiling its ... kernels, once per machine",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from atlas_rl.controller.cost import CostModel, DraftCost, _bucket
+from atlas_rl.controller.cost import CostModel, DraftCost
 from tests.controller_simulator import affine, proportional
 
 
@@ -93,16 +93,6 @@ def test_a_context_that_grows_while_the_machine_slows_down_leaves_the_sizes_as_t
     table = model.predict(64, 2000)
     assert table[64] / table[16] == pytest.approx(4, rel=0.2)
     assert table[32] / table[8] == pytest.approx(4, rel=0.2)
-
-
-def test_buckets_are_ordered_and_narrow():
-    sizes = np.arange(1, 301)
-    buckets = np.array([_bucket(int(size)) for size in sizes])
-    assert (buckets <= sizes).all()
-    assert (np.diff(buckets) >= 0).all()
-    assert all(_bucket(int(bucket)) == bucket for bucket in buckets)
-    assert (buckets[:15] == sizes[:15]).all()
-    assert ((sizes - buckets) <= sizes / 8).all()
 
 
 def test_every_size_is_predicted_as_it_was_seen():

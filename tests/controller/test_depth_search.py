@@ -10,6 +10,8 @@ from atlas_rl.controller.depth_search import decide, search
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
 from tests.controller_simulator import affine
 
+UNPADDED = np.zeros(0, np.int64)
+
 
 def slow_search(current, expected, better, table, draft_s, depths, discount):
     """The same by sorting every answer's slots: the goodput of each, and what it is without the factor."""
@@ -34,6 +36,17 @@ def slow_search(current, expected, better, table, draft_s, depths, discount):
     return answers
 
 
+def test_slots_that_padding_makes_free_are_asked_for():
+    """All slots of a draft are alike, so that they are one level, and only some of them are free."""
+    edges = np.array([24, 40, 80])
+    table = 0.1 + 0.01 * edges[np.searchsorted(edges, np.arange(33 * 2 + 1))]
+    none, slots = np.zeros((33, 1)), np.full((1, 33, 1), 0.2)
+    draft_s, depths = np.zeros((3, 1)), np.array([1])
+    answers = [search(none, slots, np.ones(33, bool), table, 1.0, draft_s, depths, 1.0, e) for e in (UNPADDED, edges)]
+    assert [answer[0] for answer in answers] == [0, 1]
+    assert answers[1][2] == pytest.approx((33 + 7 * 0.2) / table[40])
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_compiled_search_finds_what_sorting_finds(seed):
     rng = np.random.default_rng(seed)
@@ -46,7 +59,7 @@ def test_the_compiled_search_finds_what_sorting_finds(seed):
     table = np.array([affine(n) for n in range(batch * 17 + 1)])
     draft_s = np.concatenate([np.zeros((1, 8)), np.outer([better.mean(), 1], depths) * rng.uniform(0, 0.01)])
     answers = slow_search(current, expected, better, table, draft_s, depths, 0.97)
-    whom, index, goodput = search(current, expected, better, table / 1.25, 1.25, draft_s, depths, 0.97)
+    whom, index, goodput = search(current, expected, better, table / 1.25, 1.25, draft_s, depths, 0.97, UNPADDED)
     found, undiscounted = answers[whom, index]
     assert found > 0.985 * max(best for best, _ in answers.values())  # survival is ranked in steps of 1/64
     assert goodput == pytest.approx(undiscounted, rel=0.02)
@@ -117,7 +130,7 @@ def test_a_decision_in_one_call_is_the_plain_one(seed, is_known):
     for _ in range(3):  # the profiles' turn moves on
         found = decide(
             current, room, forecast.tables(), table / 1.25, 1.25, spent_s, shares if is_known else shares[:0], levels,
-            backlog, depths, 0.97,
+            backlog, depths, 0.97, UNPADDED,
         )  # fmt: skip
         expected = plain(current, room, twin, table, cost if is_known else None, spent_s, backlog, depths, 0.97)
         assert np.array_equal(found[0], expected[0])

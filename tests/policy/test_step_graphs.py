@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.policy import ragged_attention, step_graphs, varlen
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.engines import ARMS, SETTINGS, draft_model, engine_of, generate, reference
 from tests.models import FACTORIES, tiny_llama
 
@@ -219,3 +221,19 @@ def test_torch_has_the_operator():
     assert {"scale", "window_size_left", "window_size_right", "seqused_k"} <= set(names)
     assert not varlen.takes(torch.zeros(1, 1, 8, dtype=torch.bfloat16), 8)  # which is on a CPU
     assert ragged_attention.NAME == "atlas_ragged"
+
+
+def sizes_told():
+    """What an engine's controller is told of its forwards, in a call of two waves."""
+    controller, told = GoodputController(["history"]), []
+    controller.forwards_are_padded = told.append
+    generate(engine_of(speculators=[HistorySpeculator()], controller=controller, max_batch_size=3))
+    return told
+
+
+def test_the_controller_is_told_what_forwards_are_padded_to(fixed_shapes):
+    assert set(sizes_told()) == {step_graphs.SIZES}
+
+
+def test_and_that_they_are_not():
+    assert set(sizes_told()) == {()}
