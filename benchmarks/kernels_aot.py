@@ -172,6 +172,9 @@ CASES = {
         layer_triton.NUM_WARPS,
         {"HEADS": layer_triton.HEADS, "HALF": 64, "ELEMENT": tl.bfloat16},
     ),
+    "layer.gated_numbers": _case(
+        layer_triton.gated_numbers, "bbbI", layer_triton.NUM_WARPS, {"SILU": True, "NUMBERS": layer_triton.NUMBERS}
+    ),
     "layer.store_token": _case(
         layer_triton.store_token, "bbbbllIIII", layer_triton.NUM_WARPS, {"NUMBERS": layer_triton.NUMBERS}
     ),

@@ -44,6 +44,7 @@ from atlas_rl.planner.host import NO_HOST
 from atlas_rl.planner.model import parse_model
 from atlas_rl.planner.roofline import Precision
 from atlas_rl.planner.speculation import Setting
+from atlas_rl.policy.step_graphs import SIZES
 from atlas_rl.replay.policy import RecordedPolicy
 from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
 from atlas_rl.replay.replay import replay
@@ -66,10 +67,13 @@ ARMS = ("off", "history", "recurrent", "controller")
 _FP8 = Precision(mlp="fp8", attention="fp8")
 SETTINGS: dict[str, tuple[str, str, int, Precision]] = {
     "Qwen3-1.7B, H100": ("Qwen3-1.7B", "h100", 1, Precision()),
+    "Qwen3-1.7B, H100, in process": ("Qwen3-1.7B", "h100", 1, Precision()),
     "Qwen3-8B, B200": ("Qwen3-8B", "b200", 1, Precision()),
     "Qwen3-32B, B200": ("Qwen3-32B", "b200", 1, Precision()),
     "DeepSeek-V3.1, 4x B200": ("DeepSeek-V3", "b200", 4, _FP8),
 }
+PADDED = {"Qwen3-1.7B, H100, in process": SIZES}
+"""Settings whose decode forwards have the sizes of `policy/step_graphs.py`."""
 
 
 def main() -> None:
@@ -228,11 +232,11 @@ def measure(args: argparse.Namespace) -> None:
     for policy in args.policies:
         learned = Learned.of(args.records / policy)
         for name in args.settings:
-            setting = setting_of(name)
+            costs = Costs(setting_of(name), PADDED.get(name, ()))
             for batch in progress.each(args.batches, f"{policy}, {name}", "cell"):
                 if batch > len(learned.recorded.sequences.lengths):
                     continue  # fewer were recorded
-                rows = cell(learned, setting, batch, args.passes)
+                rows = cell(learned, costs, batch, args.passes)
                 names = {"setting": name, "policy": policy, "batch": batch}
                 cells = [row for row in cells if {key: row[key] for key in names} != names]
                 cells += [names | row for row in rows]
@@ -251,9 +255,9 @@ def setting_of(name: str) -> Setting:
     )
 
 
-def cell(learned: Learned, setting: Setting, batch: int, passes: int) -> list[dict[str, Any]]:
+def cell(learned: Learned, costs: Costs, batch: int, passes: int) -> list[dict[str, Any]]:
     """Every arm of one cell; the first pass of each is not counted."""
-    costs, whole = Costs(setting), len(learned.recorded.sequences.lengths)
+    whole = len(learned.recorded.sequences.lengths)
     # Small batches are taken from different groups, of which a call's first requests are one.
     begins = np.arange(0, whole, max(batch, GROUP))[: MOST_CALLS.get(batch, 1)]
     parts = [begin + np.arange(batch) for begin in begins]

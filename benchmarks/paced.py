@@ -122,10 +122,11 @@ class Costs:
 
     Args:
         setting: The policy, its recurrent drafter and the machine; `context` is added to the recorded texts.
+        padded: Tokens that a decode forward is padded to, rising; none where it runs those that it is given.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+    def __init__(self, setting: Setting, padded: tuple[int, ...] = ()) -> None:
+        self._setting, self.padded = setting, padded
         self._known: dict[tuple[int, int, int], float] = {}
         self._drafts: dict[int, float] = {}
 
@@ -143,6 +144,16 @@ class Costs:
                 context=setting.context + mean,
             ).total_s
         return self._known[key]
+
+    def step_s(self, batch: int, num_tokens: int, context_tokens: int) -> float:
+        """`forward_s` of a decode step. If it is padded, every token of it, padding included, reads a row of the cache.
+
+        Tokens of one row may find it in the device's cache, which is not reckoned with.
+        """
+        if not self.padded or num_tokens > self.padded[-1]:
+            return self.forward_s(batch, num_tokens, context_tokens)
+        size = next(size for size in self.padded if size >= num_tokens)
+        return self.forward_s(size, size, context_tokens // batch * size)
 
     def draft_s(self, batch: int, depth: int) -> float:
         """Seconds of a draft of the recurrent head."""
@@ -169,13 +180,17 @@ class PacedRunner(NoRunner):
                 row = np.repeat(np.arange(len(requests)), lengths)
                 offset = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
                 taps.head_inputs = self.loop.drawn_from(requests[row], segments.starts[row] + 1 + offset)
-            seconds = self._costs.forward_s(len(lengths), int(lengths.sum()), int(segments.starts.sum()))
+            seconds = self._costs.step_s(len(lengths), int(lengths.sum()), int(segments.starts.sum()))
         device.forward(seconds)
         return torch.empty(0)
 
     @property
     def works_beside_host(self) -> bool:
         return True
+
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        return self._costs.padded
 
     def copy_rows(self, source: int, targets: Any, length: int) -> None:
         self._device.submit(0.0)

@@ -173,7 +173,8 @@ class InProcessBackend(Backend):
         num_requests, sequences = len(call.max_lengths), call.sequences
         refuse_placeholders(runner.model.config, sequences.token_ids, sequences.prompt_lengths)
         num_rows = min(num_requests, self._max_batch_size or num_requests)
-        with runner.session(runner.new_cache(num_rows, sequences.max_length)):
+        cache = runner.new_cache(num_rows, sequences.max_length)
+        with runner.session(cache):
             verifier = verifier_on(runner.device, self._verifier)
             compile_verification(verifier, sequences.sampling, runner.vocab_size, runner.device)
             drafters = call.speculators.values()
@@ -191,6 +192,8 @@ class InProcessBackend(Backend):
             loop.run()
         num_bytes = runner.linears.most_packed_bytes + runner.halves.most_bytes
         call.recorder.packed(runner.linears.packing_s, num_bytes)
+        if cache.steps is not None:
+            call.recorder.captured(cache.steps.capture_s, cache.steps.num_bytes)
         asked = loop.proposing
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
         plain = loop.plain_costs.run(sequences.lengths - sequences.prompt_lengths, num_rows)

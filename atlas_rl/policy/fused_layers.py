@@ -1,8 +1,11 @@
-"""Computes a policy's norms and rotary embeddings in one pass each, during a call and in one thread.
+"""Computes a policy's norms, rotary embeddings and gates in one pass each, during a call and in one thread.
 
-Written as modules, a norm is six operations of torch and a rotary embedding ten. On a GPU each is a launch, on a CPU a call
-and an allocation. Where a module's code is known (`layer_forms.py`), `atlas_kernels.layer` computes the same instead.
+Written as modules, a norm is six operations of torch, a rotary embedding ten and a gate two. On a GPU each is a launch, on a
+CPU a call and an allocation. Where a module's code is known (`layer_forms.py`), `atlas_kernels.layer` computes the same.
 Weights are read from the module at every call, so nothing can be stale, and nothing is kept between calls.
+
+A gated layer calls its projections as modules, and a GPU computes the gate between them in one pass. A CPU keeps torch's two
+vectorised passes.
 
 A rotary embedding is a function that attention modules find among the names of their file. So their forward gets other
 names, not other code: whatever a family does around its rotation stays its own.
@@ -20,12 +23,13 @@ from typing import Any
 import torch
 
 from atlas_kernels.dispatch import kernels_run_on
-from atlas_kernels.layer import TYPES, rms_norm, rotate
+from atlas_kernels.layer import TYPES, gated, rms_norm, rotate
 from atlas_rl.policy.guise import class_of
-from atlas_rl.policy.layer_forms import norm_form, rotates_halves
+from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form, rotates_halves
 from atlas_rl.policy.parts import HasModules
 from atlas_rl.policy.threads import replaced_forwards
 
+_Maker = Callable[[Any], Callable[..., Any] | None]
 _ROTARY = "apply_rotary_pos_emb"
 _MOST_COLUMNS = 1 << 14  # of a norm: a program of the kernel has a whole row in registers
 _MOST_NUMBERS = 1 << 20  # on a CPU: beyond, torch's threads are worth more than fewer passes
@@ -33,31 +37,31 @@ _MOST_NUMBERS = 1 << 20  # on a CPU: beyond, torch's threads are worth more than
 
 @contextmanager
 def fused(model: HasModules) -> Iterator[None]:
-    """Context in which this thread computes norms and rotary embeddings of known code in one pass each."""
-    stand_in: dict[
-        type, Callable[..., Any] | None
-    ] = {}  # by class; others may put functions of their own into them later
+    """Context in which this thread computes norms, rotary embeddings and gates of known code in one pass each."""
+    makers: dict[type, _Maker] = {}  # by class; others may put functions of their own into them later
     forwards = {}
     for module in model.modules():
         own = class_of(module)
-        if own not in stand_in:
-            stand_in[own] = _fused_forward(own)
-        if stand_in[own] is not None and "forward" not in vars(module):
-            forwards[module] = stand_in[own]
-    with replaced_forwards(forwards):  # type: ignore[arg-type]
+        if own not in makers:
+            makers[own] = _maker(own)
+        made = None if "forward" in vars(module) else makers[own](module)
+        if made is not None:
+            forwards[module] = made
+    with replaced_forwards(forwards):
         yield
 
 
-def _fused_forward(own: Any) -> Callable[..., Any] | None:
-    """The replacement forward for modules of a class; None if the class is not known."""
-    form = norm_form(own)
+def _maker(own: Any) -> _Maker:
+    """Makes the replacement forward for a module of a class; the replacement is None if the class is not known."""
+    forward, form, made = getattr(own, "forward", None), norm_form(own), None
+    if is_gated(forward):
+        return _gate
     if form is not None:
-        return _norm(own.forward, form.epsilon, form.adds_one, form.rounds_first)
-    forward = own.forward
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
-        return None
-    rotary = forward.__globals__.get(_ROTARY)
-    return _with_other_name(forward, _ROTARY, _rotation(rotary)) if rotates_halves(rotary) else None
+        made = _norm(own.forward, form.epsilon, form.adds_one, form.rounds_first)
+    elif isinstance(forward, FunctionType) and _ROTARY in forward.__code__.co_names:
+        rotary = forward.__globals__.get(_ROTARY)
+        made = _with_other_name(forward, _ROTARY, _rotation(rotary)) if rotates_halves(rotary) else None
+    return lambda module: made
 
 
 def _norm(own: Callable[..., Any], epsilon: str, adds_one: bool, rounds_first: bool) -> Callable[..., torch.Tensor]:
@@ -67,6 +71,21 @@ def _norm(own: Callable[..., Any], epsilon: str, adds_one: bool, rounds_first: b
         if not (_taken(x, weight) and weight.shape == x.shape[-1:] and len(weight) <= _MOST_COLUMNS):
             return own(module, x)
         return rms_norm(x.contiguous(), weight, getattr(module, epsilon), adds_one=adds_one, rounds_first=rounds_first)
+
+    return forward
+
+
+def _gate(layer: Any) -> Callable[..., torch.Tensor] | None:
+    """The replacement forward for a gated layer; None if its activation is not known."""
+    activation = activation_form(layer.act_fn)
+    if activation is None:
+        return None
+
+    def forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        if gate.is_cuda and gate.shape == up.shape and gate.dtype == up.dtype and _taken(gate, up):
+            return module.down_proj(gated(gate.contiguous(), up.contiguous(), activation))
+        return module.down_proj(module.act_fn(gate) * up)
 
     return forward
 

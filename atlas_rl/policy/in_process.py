@@ -90,10 +90,11 @@ class InProcessRunner(PolicyRunner):
         self._probed: Probed | None = None
         self._asked: torch.cuda.Event | None = None  # of the last forward or copy
         self._uncaptured: str | None = None  # why its steps cannot be captured, once that was tried
+        self._said: set[str] = set()  # causes that were logged
         self.linears = FastLinears(self.model)
         self.halves = HalfWeights(self.model, lambda: self.free_bytes())
         self._autocast: torch.dtype | None = None  # of the latest forward; the probe has had some
-        self._fuses = True  # norms and rotary embeddings; unless the probe finds that this changes logits
+        self._fuses = True  # norms, rotary embeddings and gates; unless the probe finds that this changes logits
         self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
 
     @property
@@ -116,7 +117,9 @@ class InProcessRunner(PolicyRunner):
         with generating(), torch.no_grad():
             if cache.parts is None:
                 refuse_modules(self.model)  # offloaded since
-            with evaluation_mode(self._parts_of(cache)):
+            # Launches and captures go to the current device, wherever the tensors are.
+            device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+            with device, evaluation_mode(self._parts_of(cache)):
                 self._look()
                 self._unrunnable = None  # weights may have changed
                 with self.ragged(cache):
@@ -168,20 +171,29 @@ class InProcessRunner(PolicyRunner):
 
     def _steps_of(self, cache: RaggedBatch) -> StepGraphs | None:
         """Decode steps of fixed shapes over this cache, if its attention and the policy allow them."""
-        if cache.steps is None and cache.takes_steps and self._uncaptured is None:
+        if cache.steps is None and self._uncaptured is None:
             capture = self.device.type == "cuda"
-            cache.steps = StepGraphs(lambda cache: partial(self._run, cache), capture=capture)
+            if cache.takes_steps:
+                cache.steps = StepGraphs(lambda cache: partial(self._run, cache), capture=capture)
+            elif capture and cache.why_no_steps is not None:
+                self._say_uncaptured(cache.why_no_steps)
         return cache.steps
 
     def _step(self, steps: StepGraphs, cache: RaggedBatch, segments: Segments, taps: Taps) -> torch.Tensor:
         logits = steps.run(cache, segments, taps, stand_ins())
         if steps.refused is not None and self._uncaptured is None:
             self._uncaptured = steps.refused
+            self._say_uncaptured(steps.refused)
+        return logits
+
+    def _say_uncaptured(self, why: str) -> None:
+        """Log a cause once."""
+        if why not in self._said:
+            self._said.add(why)
             logger.warning(
                 "atlas_rl: %s cannot run as a CUDA graph (%s): its decode steps are launched kernel by kernel, which takes "
-                "several times as long for a small batch", type(self.model).__name__, steps.refused,
+                "several times as long for a small batch", type(self.model).__name__, why,
             )  # fmt: skip
-        return logits
 
     @property
     def works_beside_host(self) -> bool:
@@ -292,7 +304,7 @@ class InProcessRunner(PolicyRunner):
                 self._fuses = False
                 self._probed = probe(self)  # raises again, if that was not the cause
                 logger.warning(
-                    "atlas_rl: %s runs its norms and rotary embeddings unfused, in several operations each: in "
+                    "atlas_rl: %s runs its norms, rotary embeddings and gates unfused, in several operations each: in "
                     "one pass each they fail here (%s)", type(self.model).__name__, error,
                 )  # fmt: skip
         return self._probed

@@ -1,4 +1,4 @@
-"""Recognises norms and rotary embeddings that dozens of transformers families share, by their code.
+"""Recognises norms, rotary embeddings and gated layers that dozens of transformers families share, by their code.
 
 transformers writes every family's layers out: 78 of its classes have Llama's norm, 73 of its files Llama's rotary embedding.
 A function is one of these if it has the same instructions and its names mean the same (`same_code`). Nothing is inferred
@@ -14,11 +14,15 @@ import builtins
 import dis
 import inspect
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
+from torch import nn
+
+from atlas_kernels.layer_reference import Activation
+from atlas_rl.policy.guise import class_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,27 @@ def norm_form(own: type) -> NormForm | None:
 def rotates_halves(function: object) -> bool:
     """Whether a function is Llama's `apply_rotary_pos_emb`."""
     return same_code(function, apply_rotary_pos_emb)
+
+
+def is_gated(function: object) -> bool:
+    """Whether a function is the forward of Llama's `MLP`, which 122 classes have."""
+    return same_code(function, _Gated.forward)
+
+
+def activation_form(module: Any) -> Activation | None:
+    """What a module of `ACT2FN` computes; None if that is not known, or if somebody watches it or has changed it."""
+    if not isinstance(module, nn.Module) or "forward" in vars(module):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    own = class_of(module)
+    forward = getattr(own, "forward", None)
+    if same_code(forward, _Silu.forward):
+        return "silu"
+    act = getattr(module, "act", None)
+    if not same_code(forward, _GeluTanh.forward) or not isinstance(act, partial) or act.args:
+        return None
+    return "gelu_tanh" if act.func is nn.functional.gelu and act.keywords == {"approximate": "tanh"} else None
 
 
 def same_code(function: object, known: Any) -> bool:
@@ -81,6 +106,29 @@ def _instructions(code: CodeType) -> list[tuple[str, Any]]:
 def _signature(code: CodeType) -> tuple[Any, ...]:
     kind = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE)
     return code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount, kind, code.co_varnames
+
+
+class _Gated:
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    act_fn: Any
+
+    def forward(self, x: Any) -> Any:
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj
+
+
+class _Silu:
+    def forward(self, input: Any) -> Any:
+        return nn.functional.silu(input)
+
+
+class _GeluTanh:
+    act: Any
+
+    def forward(self, input: Any) -> Any:
+        return self.act(input)
 
 
 class _Llama:

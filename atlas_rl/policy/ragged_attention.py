@@ -61,6 +61,7 @@ class RaggedBatch:
         generation: How often the tensors have changed their addresses.
         placement: Of the tokens that are run, or have been run last.
         attended: Whether attention has gone over a rectangle (False) and over sequences of any length (True).
+        refusal: Why it has gone over a rectangle, if it has.
         steps: Decode steps of fixed shapes over this cache, which go with it.
         recurrent: What recurrent layers keep of the rows; None where the policy has none.
         parts: Modules of the policy that runs over it, once it does.
@@ -83,6 +84,7 @@ class RaggedBatch:
     generation: int = 0
     placement: Placement | None = None
     attended: set[bool] = field(default_factory=set)
+    refusal: str | None = None
     steps: Any = None  # a StepGraphs, which runs over this cache
     recurrent: RecurrentRows | None = None
     parts: Parts | None = None
@@ -115,7 +117,12 @@ class RaggedBatch:
     @property
     def takes_steps(self) -> bool:
         """Whether all layers take packed tokens without padding, so that a step may have a fixed shape."""
-        return bool(self.keys) and self.attended == {True} and self.recurrent is None
+        return bool(self.keys) and self.why_no_steps is None
+
+    @property
+    def why_no_steps(self) -> str | None:
+        """What keeps a step from having a fixed shape; None if nothing does, or if nothing has run."""
+        return self.refusal if self.recurrent is None else "it has recurrent layers"
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> int:
         """Write `[1, kv_heads, num_tokens, dim]` into the rows, unless an earlier layer has written them.
@@ -325,9 +332,12 @@ def ragged_attention(
     packed = query[0].transpose(0, 1)  # [num_tokens, heads, dim]
     if not batch.honour_softcap:
         softcap = None
-    unpadded = softcap is None and (batch.varlen or varlen.takes(packed, value.shape[-1]))
-    batch.attended.add(unpadded)
-    if not unpadded:
+    refusal = None if batch.varlen else varlen.refusal(packed, value.shape[-1])
+    if softcap is not None:
+        refusal = "its attention caps scores, which flash attention does not"
+    batch.attended.add(refusal is None)
+    if refusal is not None:
+        batch.refusal = refusal
         keys, values = batch.read(layer)
         return attend_padded(packed, keys, values, batch.placed, scaling, sliding_window, softcap, s_aux)[None], None
     # Cells that some tensors have beyond the others' are left of a growth that memory ended; they are not used.

@@ -34,7 +34,7 @@ import torch
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.placement import Placement
 from atlas_rl.policy.ragged_attention import RaggedBatch
-from atlas_rl.policy.upload import upload
+from atlas_rl.policy.upload import upload_into
 from atlas_rl.policy.varlen import Packing
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -76,6 +76,7 @@ class StepGraphs:
     Attributes:
         captured: Graphs made so far, those included that are gone.
         capture_s: Seconds spent on that.
+        num_bytes: Bytes of device memory that captures have reserved.
         refused: Why steps cannot be captured; None as long as they can.
     """
 
@@ -88,6 +89,7 @@ class StepGraphs:
         self._pool: Any = None
         self.captured = 0
         self.capture_s = 0.0
+        self.num_bytes = 0
         self.refused: str | None = None
 
     def serves(self, segments: Segments, keep: np.ndarray) -> bool:
@@ -175,7 +177,7 @@ class StepGraphs:
 
     def _record(self, step: _Step, cache: RaggedBatch) -> None:
         """Capture the step and run it; if that is impossible, run it plainly and report why."""
-        began_s = time.perf_counter()
+        began_s, before_bytes = time.perf_counter(), torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -191,6 +193,7 @@ class StepGraphs:
         step.graph = graph
         graph.replay()
         self.captured += 1
+        self.num_bytes += max(0, torch.cuda.memory_reserved() - before_bytes)
         self.capture_s += time.perf_counter() - began_s
 
 
@@ -201,8 +204,7 @@ def _fill(step: _Step, segments: Segments, rows: np.ndarray) -> None:
     places = [segments.starts[row] + np.arange(len(row)) - first[row], rows[row]]
     tokens, missing = segments.token_ids, step.inputs.shape[1] - len(row)
     known = [tokens, *places] if isinstance(tokens, np.ndarray) else places
-    (there,) = upload([np.pad(np.stack(known), ((0, 0), (0, missing)), mode="edge")], step.inputs.device)
-    step.inputs[3 - len(known) :].copy_(there)
+    upload_into(step.inputs[3 - len(known) :], np.pad(np.stack(known), ((0, 0), (0, missing)), mode="edge"))
     if isinstance(tokens, torch.Tensor):  # drafted, and never fetched
         step.inputs[0, : len(row)].copy_(tokens)
         step.inputs[0, len(row) :].copy_(tokens[-1:].expand(missing))

@@ -44,6 +44,16 @@ def uploaded(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return upload([array], device)[0]
 
 
+def upload_into(target: torch.Tensor, array: np.ndarray) -> None:
+    """`upload` of an array of the shape and type of `target`, into that: no kernel is launched."""
+    if target.device.type == "cpu":
+        target.copy_(torch.from_numpy(array))
+        return
+    staged = torch.empty(array.shape, dtype=target.dtype, pin_memory=True)  # torch keeps it until the copy is done
+    staged.numpy()[...] = array
+    target.copy_(staged, non_blocking=True)
+
+
 def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """Copies on the host of `tensors`, which are on one device; the host waits once."""
     if tensors[0].device.type == "cpu":

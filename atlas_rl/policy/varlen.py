@@ -7,6 +7,7 @@ far as it is filled. `torch.nn.attention.varlen` wraps the same operator, and le
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from atlas_rl.policy.sinks import share_of_cells
 
 _TYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256  # dimensions, of flash attention
+_LEAST_CAPABILITY = (8, 0)  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,42 @@ class Packing:
 
 
 def takes(query: torch.Tensor, value_dim: int) -> bool:
-    """Whether the operator accepts such queries: on a GPU, in half precision, with heads that are not too large.
+    """Whether the operator accepts such queries."""
+    return refusal(query, value_dim) is None
+
+
+def refusal(query: torch.Tensor, value_dim: int) -> str | None:
+    """Why the operator does not accept such queries; None if it does.
 
     Its values are of the size of its keys, which those of latent attention (DeepSeek) are not.
     """
     dim = query.shape[-1]
-    return query.is_cuda and query.dtype in _TYPES and dim <= _LARGEST_HEAD and dim % 8 == 0 and dim == value_dim
+    if not query.is_cuda:
+        return "its attention is not on a GPU"
+    if query.dtype not in _TYPES:
+        return f"its attention is computed in {query.dtype}, and flash attention takes bfloat16 and float16"
+    if dim > _LARGEST_HEAD or dim % 8 or dim != value_dim:
+        return f"its heads have keys of {dim} and values of {value_dim} numbers, which flash attention does not take"
+    return _lacking(query.device)
+
+
+def _lacking(device: torch.device) -> str | None:
+    """Why the operator cannot run on a GPU; None if it can."""
+    if not torch.backends.cuda.is_flash_attention_available() or not _reads_rows():
+        return f"torch {torch.__version__} has no flash attention over rows of any length"
+    if torch.version.hip is not None:
+        return "torch's flash attention over rows of any length has not been tried on AMD's GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return "flash attention needs a GPU of compute capability 8.0, and this one has {}.{}".format(*capability)
+    return None
+
+
+@cache
+def _reads_rows() -> bool:
+    """Whether this torch's operator reads rows up to their lengths."""
+    arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
+    return any(argument.name == "seqused_k" for argument in arguments)
 
 
 def attend(

@@ -226,14 +226,16 @@ LOGGED: tuple[Explained, ...] = (
         'Leave `draft_model="fp4"` out on a CPU.',
     ),
     Explained(
-        "... runs its norms and rotary embeddings unfused, in several operations each",
-        "The policy fails the engine's test with fused norms and rotary embeddings, and passes it without.",
+        "... runs its norms, rotary embeddings and gates unfused, in several operations each",
+        "The policy fails the engine's test with fused norms, rotary embeddings and gates, and passes it without.",
         "Nothing: its steps are somewhat slower. Please report the policy's class and versions.",
     ),
     Explained(
         "cannot run as a CUDA graph",
-        "The policy's forward does something that a CUDA graph does not support; the message has torch's reason.",
-        "Nothing, or change the policy's code. Its decode steps are launched kernel by kernel.",
+        "The policy's forward does something that a CUDA graph does not support, or the GPU or torch lacks the attention "
+        "that steps of fixed shapes need; the message has the reason.",
+        "Nothing, or remove the reason: load a float32 policy in bfloat16, or set the trainer's bf16=True. "
+        "Its decode steps are launched kernel by kernel.",
     ),
     Explained(
         "compiling its ... kernels, once per machine",

@@ -63,6 +63,7 @@ class StepRecorder:
         self._warnings: dict[str, None] = {}
         self._faults: dict[str, int] = {}
         self._packing_s, self._packed_bytes = 0.0, 0
+        self._capture_s, self._graph_bytes = 0.0, 0
 
     def generating(self) -> _Timer:
         """Context of the whole generation; seconds that no phase claims are charged to `other`."""
@@ -151,6 +152,11 @@ class StepRecorder:
         self._packing_s += seconds
         self._packed_bytes = max(self._packed_bytes, num_bytes)
 
+    def captured(self, seconds: float, num_bytes: int) -> None:
+        """CUDA graphs of a call: seconds of capturing, which count in the phase that runs too, and bytes."""
+        self._capture_s += seconds
+        self._graph_bytes = max(self._graph_bytes, num_bytes)
+
     def warn(self, message: str) -> None:
         """Add a warning to the report; equal messages are added once."""
         self._warnings[message] = None
@@ -208,6 +214,8 @@ class StepRecorder:
             **phases,
             packing_s=self._packing_s,
             packed_bytes=self._packed_bytes,
+            capture_s=self._capture_s,
+            graph_bytes=self._graph_bytes,
             entropy=self._entropy_sum / scored if scored else None,
             mean_max_prob=self._max_prob_sum / scored if scored else None,
             num_scored_tokens=scored,

@@ -85,6 +85,8 @@ class StepReport:
         audit_s: Seconds of auditing a share of the rollouts.
         packing_s: Seconds, part of `prefill_s` and `forward_s`, of packing weights for faster products on a CPU.
         packed_bytes: Most bytes of weight copies at once: packed ones, and those in the type of a trainer's autocast.
+        capture_s: Seconds, part of `forward_s`, of capturing decode steps as CUDA graphs, which last for one call.
+        graph_bytes: Most bytes of device memory that one call's CUDA graphs reserve, beyond its cache.
         other_s: `generate_s` less the named seconds.
         entropy: Mean entropy of the processed distribution in nats per token; None if not measured.
         mean_max_prob: Mean probability of the likeliest token; None if not measured.
@@ -137,6 +139,8 @@ class StepReport:
     audit_s: float = field(default=0.0, metadata=_SECONDS)
     packing_s: float = field(default=0.0, metadata=_SECONDS)
     packed_bytes: int = field(default=0, metadata=adds(largest))
+    capture_s: float = field(default=0.0, metadata=_SECONDS)
+    graph_bytes: int = field(default=0, metadata=adds(largest))
     other_s: float = field(default=0.0, metadata=_SECONDS)
     entropy: float | None = field(default=None, metadata=_TOKEN_MEAN)
     mean_max_prob: float | None = field(default=None, metadata=_TOKEN_MEAN)

@@ -1,4 +1,4 @@
-"""Operations of decoder layers between their matrix products: norms, rotary embeddings, cache writes.
+"""Operations of decoder layers between their matrix products: norms, rotary embeddings, gates, cache writes.
 
 torch takes five to ten passes over the numbers for each. A decode step has few numbers, so it pays for the passes: on a GPU
 for their launches, on a CPU for their calls and allocations. Here each is one pass.
@@ -6,11 +6,19 @@ for their launches, on a CPU for their calls and allocations. Here each is one p
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from atlas_kernels.dispatch import Implementation, use_triton
 from atlas_kernels.layer_cpu import rms_norm_cpu, rotate_cpu
-from atlas_kernels.layer_reference import rms_norm_reference, rotate_reference, store_reference
+from atlas_kernels.layer_reference import (
+    Activation,
+    gated_reference,
+    rms_norm_reference,
+    rotate_reference,
+    store_reference,
+)
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,6 +104,36 @@ def rotate(
 
         return rotate_triton(*tensors)
     return (rotate_cpu if _compiled(query, cos, implementation) else rotate_reference)(*tensors)
+
+
+def gated(
+    gate: torch.Tensor, up: torch.Tensor, activation: Activation, *, implementation: Implementation = "auto"
+) -> torch.Tensor:
+    """`activation(gate) * up`, as gated layers have it (Shazeer, arXiv 2002.05202).
+
+    Args:
+        gate: `[...]`, contiguous.
+        up: Like `gate`, of the same type.
+        activation: "silu", or "gelu_tanh", which approximates GELU by a tanh.
+        implementation: "auto" is the kernel on CUDA and the reference elsewhere.
+
+    Returns:
+        Like `gate`; the activation is rounded to its type before it is multiplied.
+
+    Raises:
+        ValueError: A shape, type or device does not fit, or the implementation cannot run here.
+    """
+    fits = gate.shape == up.shape and gate.dtype == up.dtype and gate.dtype in TYPES
+    if not fits or activation not in get_args(Activation) or not (gate.is_contiguous() and up.is_contiguous()):
+        raise ValueError(
+            f"gate and up must be contiguous, of one shape and type, and the activation one of {get_args(Activation)}, got "
+            f"{gate.dtype} {list(gate.shape)}, {up.dtype} {list(up.shape)} and {activation!r}"
+        )
+    if use_triton(gate, implementation):
+        from atlas_kernels.layer_triton import gated_triton
+
+        return gated_triton(gate, up, activation)
+    return gated_reference(gate, up, activation)
 
 
 def store(

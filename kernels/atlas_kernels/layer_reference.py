@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from torch.nn import functional
+
+Activation = Literal["silu", "gelu_tanh"]
+"""Of a gated layer."""
 
 
 def rms_norm_reference(
@@ -27,6 +33,12 @@ def rotate_reference(
 def _turned(x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
+
+
+def gated_reference(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """See `layer.gated`."""
+    silu = activation == "silu"
+    return (functional.silu(gate) if silu else functional.gelu(gate, approximate="tanh")) * up
 
 
 def store_reference(

@@ -6,12 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from atlas_kernels.layer_reference import wider
+from atlas_kernels.layer_reference import Activation, wider
 
 HEADS = 8
 """Heads of a token that one program rotates."""
 NUMBERS = 1024
-"""Numbers of a token that one program stores."""
+"""Numbers that one program takes, of a token that is stored or of a gated layer."""
 NUM_WARPS = 4
 _ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -72,6 +72,21 @@ def rotate_token(
     tl.store(key_out + key_at + half, right.to(ELEMENT), mask=is_key)
 
 
+@triton.jit(do_not_specialize=["count"])
+def gated_numbers(gate, up, out, count, SILU: tl.constexpr, NUMBERS: tl.constexpr):
+    """Some numbers of a gated layer; grid over blocks of numbers.
+
+    `gelu_tanh` is x (1 + tanh u) / 2, which is x sigmoid(2u).
+    """
+    number = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    inside = number < count
+    own = tl.load(gate + number, mask=inside, other=0.0)
+    x = own.to(tl.float32)
+    turned = x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    active = (x / (1.0 + tl.exp(-turned))).to(own.dtype).to(tl.float32)
+    tl.store(out + number, active * tl.load(up + number, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+
 @triton.jit(do_not_specialize=["key_cells", "value_cells"], do_not_specialize_on_alignment=["rows", "cells"])
 def store_token(
     keys, values, key, value, rows, cells, key_width, value_width, key_cells, value_cells, NUMBERS: tl.constexpr
@@ -115,6 +130,16 @@ def rotate_triton(
             HEADS=HEADS, HALF=triton.next_power_of_2(dim // 2), ELEMENT=_ELEMENT[dtype], num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
+    return out
+
+
+def gated_triton(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """See `layer.gated`."""
+    out = torch.empty_like(gate)
+    if out.numel():
+        gated_numbers[(triton.cdiv(out.numel(), NUMBERS),)](
+            gate, up, out, out.numel(), SILU=activation == "silu", NUMBERS=NUMBERS, num_warps=NUM_WARPS
+        )
     return out
 
 

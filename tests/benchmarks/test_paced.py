@@ -9,6 +9,7 @@ import pytest
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.policy.step_graphs import SIZES
 from atlas_rl.replay.policy import RecordedPolicy
 from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.history.speculator import HistorySpeculator
@@ -63,6 +64,14 @@ def test_drafters_learn_of_the_first_calls_and_the_others_are_measured(tmp_path)
     assert len(learned.recorded.sequences.lengths) == 2 * 3 * len(PROMPTS)
 
 
+def test_a_padded_step_takes_what_its_size_takes() -> None:
+    setting = setting_of("Qwen3-1.7B, H100, in process")
+    padded, plain = Costs(setting, SIZES), Costs(setting)
+    assert padded.step_s(8, 9, 800) == padded.step_s(8, 12, 800) == plain.forward_s(12, 12, 1200)
+    assert padded.step_s(8, 12, 800) < padded.step_s(8, 13, 800) == padded.step_s(16, 16, 1600)
+    assert padded.step_s(8, 600, 800) == plain.step_s(8, 600, 800) == plain.forward_s(8, 600, 800)
+
+
 @pytest.mark.parametrize("drafts", [False, True])
 def test_a_recorded_call_comes_out_as_it_was(tmp_path, drafts: bool) -> None:
     engine = AtlasRolloutEngine(
@@ -77,7 +86,7 @@ def test_a_recorded_call_comes_out_as_it_was(tmp_path, drafts: bool) -> None:
     if drafts:
         speculators = {"history": HistorySpeculator()}
         speculators["history"].bind(RecordedPolicy(part), couples_noise=True)
-    loop = PacedLoop(part, speculators, controller, Costs(setting_of("Qwen3-8B, B200")))
+    loop = PacedLoop(part, speculators, controller, Costs(setting_of("Qwen3-8B, B200"), SIZES))
     loop.run()
     for request in range(5):
         assert loop.sequences.completion(request) == part.sequences.completion(request)

@@ -142,7 +142,7 @@ def test_verification_is_compiled_before_the_first_step_and_it_is_said(
         ):
             engine.generate([[5, 9, 2], [3]], max_new_tokens=3, eos_token_ids=[17], seed=0, **options)
             assert not [event.what for event in cuda.events if event.kind == "build" and event.section == "run"]
-    of_layers = {"norm_row", "rotate_token", "store_token"}  # compiled when the policy was probed
+    of_layers = {"norm_row", "rotate_token", "gated_numbers", "store_token"}  # compiled when the policy was probed
     built = builds(cuda)
     assert of_layers <= set(built)
     assert len([name for name in built if name not in of_layers]) == {"invariant": 5, "rejection": 13}[verification]

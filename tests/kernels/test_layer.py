@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atlas_kernels.layer import rms_norm, rotate, store
+from atlas_kernels.layer import gated, rms_norm, rotate, store
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,6 +57,26 @@ def test_rotation_kernel_is_the_reference(dtype, angles, heads, kv_heads, dim):
     kernel, reference = (rotate(query, key, cos, sin, implementation=i) for i in ("triton", "reference"))
     for ours, theirs in zip(kernel, reference, strict=True):
         assert_close(ours, theirs, ours.dtype)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gate_kernel_is_the_reference(dtype, activation):
+    """Near 0 torch's own `gelu` loses what a sum of 1 and nearly -1 loses: so it is compared by the size of the largest."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    gate, up = 3 * numbers(2, 7, 130, dtype=dtype), numbers(2, 7, 130, dtype=dtype, seed=1)
+    kernel, reference = (gated(gate, up, activation, implementation=i) for i in ("triton", "reference"))
+    assert (kernel.dtype, kernel.shape) == (dtype, gate.shape)
+    apart, size = (kernel.float() - reference.float()).abs(), reference.float().abs()
+    cut_off = dtype == torch.bfloat16 and DEVICE == "cpu"
+    bound = 1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert (apart <= bound * (size.max() if cut_off or dtype == torch.float32 else size) + 1e-5).all()
+
+
+def test_the_activations_differ():
+    """So that the comparison above can fail."""
+    gate, up = numbers(4, 64), numbers(4, 64, seed=1)
+    assert (gated(gate, up, "silu") - gated(gate, up, "gelu_tanh")).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -128,3 +148,10 @@ def test_a_store_that_does_not_fit_is_refused():
     for keys, key in ((cache, new[:2]), (cache, new[..., :4]), (cache, new.half()), (cache.transpose(0, 1), new)):
         with pytest.raises(ValueError, match="keys and values must be"):
             store(keys, cache, key, new, places, places)
+
+
+def test_a_gate_that_does_not_fit_is_refused():
+    gate = numbers(3, 8)
+    for up, activation in ((gate[:2], "silu"), (gate.half(), "silu"), (numbers(8, 3).t(), "silu"), (gate, "relu")):
+        with pytest.raises(ValueError, match="gate and up must be"):
+            gated(gate, up, activation)

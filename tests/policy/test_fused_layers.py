@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
 from atlas_rl.policy import fused_layers, in_process
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.fused_layers import fused
 from atlas_rl.policy.in_process import InProcessRunner
-from atlas_rl.policy.layer_forms import norm_form, rotates_halves
+from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form, rotates_halves
 from atlas_rl.policy.threads import generating
 from tests.models import FACTORIES, tiny_llama
 
@@ -128,6 +129,29 @@ def test_code_that_is_written_otherwise_has_no_form():
     assert not rotates_halves(other)
 
 
+class Doubled(modeling_llama.LlamaMLP):
+    """A gated layer of somebody's own."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 2
+
+
+def test_gates_are_known_by_their_code_and_activations_by_theirs():
+    assert is_gated(modeling_llama.LlamaMLP.forward)
+    assert not is_gated(Doubled.forward)
+    known = {
+        name: activation_form(ACT2FN[name])
+        for name in ("silu", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu", "relu")
+    }
+    assert known == {
+        "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": None, "gelu": None, "relu": None,
+    }  # fmt: skip
+    watched, changed = ACT2FN["silu"], ACT2FN["silu"]
+    watched.register_forward_hook(lambda module, args, out: None)
+    changed.forward = lambda x: x
+    assert activation_form(watched) is activation_form(changed) is activation_form(torch.relu) is None
+
+
 def test_code_of_ones_own_runs_as_it_is(calls, monkeypatch, unfused):
     def half(q, k, cos, sin, unsqueeze_dim=1):
         return q * 0.5, k
@@ -170,5 +194,5 @@ def test_kernels_that_are_wrong_here_are_not_used(monkeypatch, unfused, caplog):
     monkeypatch.setattr(fused_layers, "rms_norm", lambda x, weight, eps, **form: 1.1 * x)
     logits = steps(tiny_llama(seed=3))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "norms and rotary embeddings unfused" in caplog.text
+    assert "norms, rotary embeddings and gates unfused" in caplog.text
     assert torch.equal(logits, unfused(tiny_llama(seed=3)))

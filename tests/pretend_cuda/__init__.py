@@ -22,10 +22,11 @@ raises as torch would, and whatever makes the host wait is recorded with file an
     build   something is compiled or planned for shapes or arguments that were not seen before, while everybody waits: a
             Triton kernel (0.3 to 3 s where its cache on disk is empty), an attention plan of cuDNN (25 ms to 1 s)
 
-Where it is blind: numbers are the CPU's; nothing takes time; streams run nothing apart, graphs, `torch.compile` and memory
-limits are absent; of composite operations the CPU's decomposition is counted, so launches are good to some tens of percent.
-Attention is computed by the CPU, and recorded as the backend that CUDA would take (`attention.py`). C++ that groups tensors
-by device (`clip_grad_norm_`, `foreach` optimizers) sees the CPU: copies to it that are recorded there are none on a GPU.
+Where it is blind: numbers are the CPU's; nothing takes time; streams run nothing apart, `torch.compile` and memory limits
+are absent, graphs are there where they are asked for (`graphs.py`); of composite operations the CPU's decomposition is
+counted, so launches are good to some tens of percent. Attention is computed by the CPU, and recorded as the backend that
+CUDA would take (`attention.py`). C++ that groups tensors by device (`clip_grad_norm_`, `foreach` optimizers) sees the CPU:
+copies to it that are recorded there are none on a GPU.
 
 Needs no GPU build of torch: device indices, guards and streams of CUDA are never touched, because to C++ a `CudaTensor` is a
 CPU tensor without memory of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def call(device: Operations, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _made(device: Operations, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a factory makes on the device; what it made of host values was copied there."""
     with device.made_here(False):
-        out = func(*plain(args), **plain(kwargs))
+        out = device.graphs.run(partial(func, *plain(args), **plain(kwargs)))
     if func in (torch.tensor, torch.as_tensor, torch.asarray):
         device.record.event("h2d", func.__name__, num_bytes=out.nbytes)
     elif func not in _EMPTY:
@@ -139,7 +140,7 @@ def _rms_norm(device: Operations, func: Any, args: tuple[Any, ...], kwargs: dict
         return func(*args, **kwargs)
     device.record.event("launch", "rms_norm")
     with unpretended():
-        return CudaTensor(func(*plain(args), **plain(kwargs)))
+        return CudaTensor(device.graphs.run(partial(func, *plain(args), **plain(kwargs))))
 
 
 def _new_tensor(device: Operations, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -31,6 +31,8 @@ class PretendCuda(Record):
         memory: Bytes of the device, all of them free.
         cudnn_attention: Whether attention in half precision goes to cuDNN first, as torch from 2.11 on has it on Hopper and
             Blackwell (cuDNN above 9.15.1, and TORCH_CUDNN_SDPA_DEPRIORITIZED not set).
+        graphs: Whether it has CUDA graphs (`graphs.py`). Without, what would be captured is launched kernel by kernel.
+        capability: Of the device, 9.0 for an H100.
         kernels: How Triton kernels get their results (`kernels.py`): of their references, of the interpreter, or not at all.
         forbid: Kinds of events that raise where they happen (see also `forbidding`).
     """
@@ -43,12 +45,15 @@ class PretendCuda(Record):
         processors: int = 132,
         memory: int = 80 << 30,
         cudnn_attention: bool = True,
+        graphs: bool = False,
+        capability: tuple[int, int] = (9, 0),
         kernels: Literal["reference", "interpreted", "blank"] = "reference",
         forbid: Sequence[str] = (),
     ) -> None:
         super().__init__(roots, forbid)
         self._processors, self._memory, self._available = processors, memory, available
-        self._cudnn_attention, self._kernels = cudnn_attention, kernels
+        self._cudnn_attention, self._kernels, self._graphs = cudnn_attention, kernels, graphs
+        self._capability = capability
         self._stack = ExitStack()
 
     def __enter__(self) -> PretendCuda:
@@ -61,8 +66,10 @@ class PretendCuda(Record):
         self._stack.close()
 
     def _enter(self, stack: ExitStack, device: Operations) -> None:
-        for name, value in self._of_torch_cuda().items():
+        graphs = {"CUDAGraph": device.graphs.make, "graph": device.graphs.capture} if self._graphs else {}
+        for name, value in (self._of_torch_cuda() | graphs).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.backends.cuda, "is_flash_attention_available", return_value=True))
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", self._synchronize))
         stack.enter_context(_autocast_of_the_cpu())
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -75,16 +82,21 @@ class PretendCuda(Record):
 
     def _of_torch_cuda(self) -> dict[str, Any]:
         properties = SimpleNamespace(
-            name="pretended H100", major=9, minor=0, total_memory=self._memory, multi_processor_count=self._processors
+            name="pretended H100",
+            major=self._capability[0],
+            minor=self._capability[1],
+            total_memory=self._memory,
+            multi_processor_count=self._processors,
         )
         return {
             "_lazy_init": lambda: None,
             "is_available": lambda: self._available,
             "device_count": lambda: 1,
             "current_device": lambda: 0,
+            "device": lambda device: nullcontext(),
             "synchronize": self._synchronize,
             "get_device_properties": lambda device=None: properties,
-            "get_device_capability": lambda device=None: (9, 0),
+            "get_device_capability": lambda device=None: self._capability,
             "mem_get_info": lambda device=None: (self._memory, self._memory),
             "memory_reserved": lambda device=None: 0,
             "memory_allocated": lambda device=None: 0,

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -32,6 +33,7 @@ _REFERENCES = (
     ("nvfp4_triton", "nvfp4_reference", "linear"),
     ("layer_triton", "layer_reference", "rms_norm"),
     ("layer_triton", "layer_reference", "rotate"),
+    ("layer_triton", "layer_reference", "gated"),
     ("layer_triton", "layer_reference", "store"),
 )
 
@@ -95,7 +97,7 @@ class Launches:
             finally:
                 self._blank = before
             with unpretended():
-                out = reference(*(_numbers(value) for value in args))
+                out = self._device.graphs.run(partial(reference, *(_numbers(value) for value in args)))
                 return CudaTensor(out) if isinstance(out, torch.Tensor) else tuple(_on_device(value) for value in out)
 
         return called

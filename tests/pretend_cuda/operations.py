@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from atlas_rl.policy.varlen import Packing, reference
+from tests.pretend_cuda.graphs import Graphs
 from tests.pretend_cuda.record import Record
 from tests.pretend_cuda.tensors import MIXED, CudaTensor, mapped, plain, tensors_in
 
@@ -77,6 +79,7 @@ class Operations:
     def __init__(self, record: Record, *, cudnn_attention: bool) -> None:
         self.record, self.cudnn_attention = record, cudnn_attention
         self.pinned = Pinned()
+        self.graphs = Graphs(record)
         self._tags = [False]  # whether tensors that C++ makes on its own, inside the call at hand, are on the device
 
     @contextmanager
@@ -96,7 +99,7 @@ class Operations:
         if not on_device and (tensors or not self._tags[-1]):
             return func(*args, **kwargs)
         self._check(packet, args, tensors)
-        out = _OF_CUDA_ALONE.get(packet, func)(*plain(args), **plain(kwargs))
+        out = self.graphs.run(partial(_OF_CUDA_ALONE.get(packet, func), *plain(args), **plain(kwargs)))
         if packet is _aten.copy_:
             return self._copied(args)
         if packet is _aten._to_copy and asked is not None and asked.type == "cpu" and not self._tags[-1]:

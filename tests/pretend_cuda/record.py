@@ -51,6 +51,7 @@ class Record:
     def __init__(self, roots: Sequence[str | Path], forbid: Sequence[str]) -> None:
         self.roots = tuple(str(root).rstrip("/") + "/" for root in roots)
         self.events: list[Event] = []
+        self.captured: list[Event] | None = None  # of the graph that is being captured; None where there is none
         self.entered: Counter[str] = Counter()  # how often each section was
         self._sections = [""]
         self._forbidden = tuple(forbid)
@@ -110,7 +111,13 @@ class Record:
     def event(self, kind: str, what: str, *, count: int = 1, num_bytes: int = 0) -> None:
         """Something happened, by the code that is running."""
         where, library = self._where()
-        self.events.append(Event(kind, what, where, self._sections[-1], count, num_bytes, library))
+        event = Event(kind, what, where, self._sections[-1], count, num_bytes, library)
+        if self.captured is not None and kind != "build":
+            if kind in WAITS:
+                raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+            self.captured.append(event)  # nothing is launched
+            return
+        self.events.append(event)
         if kind in self._forbidden:
             raise AssertionError(f"{kind} on the device: {what} at {where}")
 

@@ -1,0 +1,186 @@
+"""Steps captured on a pretended GPU and replayed: one launch each, the tokens of a CPU, and fallbacks that are said."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from atlas_rl.policy import varlen
+from atlas_rl.policy.in_process import InProcessRunner
+from tests.gpu.counts import sectioned
+from tests.gpu.engines import ARMS, autocast, engine_of, generate, policy, tokens_of
+from tests.models import FACTORIES
+from tests.pretend_cuda import WAITS, PretendCuda
+
+pytestmark = pytest.mark.usefixtures("probed_once")
+
+SAID = "cannot run as a CUDA graph"
+LONG = {"max_new_tokens": 12, "eos_token_ids": ()}
+
+
+def replays_of(model, arm="plain", calls=1, **options):
+    """A pretended device on which an engine has generated, and what came of it."""
+    with PretendCuda(graphs=True) as cuda, sectioned(cuda):
+        engine = engine_of(cuda.move(model), ARMS[arm](cuda.move))
+        outputs = generate(engine, calls, **LONG | options)
+    return cuda, outputs
+
+
+def test_a_captured_step_is_one_launch_beside_drafting():
+    cuda, outputs = replays_of(policy(torch.bfloat16))
+    target = cuda.of("launch", "triton", section="target")
+    replays = [event for event in target if event.what == "graph"]
+    steps = cuda.entered["target"]
+    assert steps == LONG["max_new_tokens"] - 1
+    assert len(replays) == steps - 1  # the first one loads what a capture must not load
+    seen = cuda.events.index(replays[0])
+    after = [event for event in cuda.events[seen:] if event.section == "target" and event.kind in ("launch", "triton")]
+    assert after == replays
+    assert not [event for event in cuda.events[seen:] if event.section == "target" and event.kind in WAITS]
+    assert outputs[0].report.capture_s > 0
+
+
+def test_drafting_adds_what_is_tapped():
+    cuda, _ = replays_of(policy(torch.bfloat16), "recurrent", calls=2)
+    first = next(index for index, event in enumerate(cuda.events) if event.what == "graph")
+    target = [event.what for event in cuda.events[first:] if event.section == "target" and event.kind == "launch"]
+    replays = target.count("graph")
+    assert replays >= 15
+    assert target.count("clone") <= cuda.entered["target"]  # the hidden state that it drafts from
+
+
+@pytest.fixture
+def flash_in_float32(monkeypatch):
+    """So that tokens can be compared to the bit: the operator is emulated, in any type."""
+    monkeypatch.setattr(varlen, "_TYPES", (torch.float32, torch.bfloat16, torch.float16))
+
+
+def lora():
+    torch.manual_seed(0)
+    return get_peft_model(policy(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+
+
+def capped():
+    model = FACTORIES["gemma2"](vocab=128, context=128, seed=2)
+    model.set_attn_implementation("eager")  # transformers' SDPA path caps nothing
+    return model
+
+
+CASES = {
+    "ragged": (policy, "history", {}),
+    "waves that retire": (policy, "plain", {"max_batch_size": 2}),
+    "windows": (lambda: FACTORIES["mistral"](vocab=128, context=128, seed=2), "plain", {}),
+    "capped scores": (capped, "plain", {}),
+    "LoRA": (lora, "plain", {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_a_cpu(case, flash_in_float32):
+    make, arm, options = CASES[case]
+
+    def run(move):
+        engine = engine_of(move(make()), ARMS[arm](move), **options)
+        return tokens_of(generate(engine, 2, max_new_tokens=8))
+
+    with PretendCuda(graphs=True) as cuda:
+        found = run(cuda.move)
+    assert any(event.what == "graph" for event in cuda.events) == (case != "capped scores")
+    assert found == run(lambda module: module)
+
+
+def test_tokens_under_autocast_are_those_of_steps_that_are_not_captured():
+    def run(graphs):
+        with PretendCuda(graphs=graphs) as cuda:
+            found = tokens_of(generate(engine_of(cuda.move(autocast(policy()))), 2, max_new_tokens=6))
+        return found, any(event.what == "graph" for event in cuda.events)
+
+    (captured, replayed), (plain, launched) = run(True), run(False)
+    assert (replayed, launched) == (True, False)
+    assert captured == plain
+
+
+def test_a_step_after_an_optimizer_step_runs_the_new_weights(flash_in_float32):
+    def run(move):
+        model = move(policy())
+        engine, out = engine_of(model), []
+        for _ in range(2):
+            out += tokens_of(generate(engine, 1, max_new_tokens=6, seed=3))
+            with torch.no_grad():
+                model.get_output_embeddings().weight.neg_()
+        return out
+
+    with PretendCuda(graphs=True) as cuda:
+        found = run(cuda.move)
+    assert any(event.what == "graph" for event in cuda.events)
+    assert found[0] != found[1]
+    assert found == run(lambda module: module)
+
+
+def test_a_call_makes_the_policys_device_the_current_one(monkeypatch):
+    entered = []
+    with PretendCuda(graphs=True) as cuda:
+        monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+        generate(engine_of(cuda.move(policy(torch.bfloat16))), 1, max_new_tokens=2)
+    assert entered
+    assert set(entered) == {torch.device("cuda", 0)}
+
+
+def said_of(caplog):
+    return [record.getMessage() for record in caplog.records if SAID in record.getMessage()]
+
+
+class Waiting(torch.nn.Module):
+    """An activation that looks at its input."""
+
+    def forward(self, x):
+        return x * 2 if float(x.sum()) == 12345.0 else torch.nn.functional.silu(x)
+
+
+def waiting():
+    model = policy(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Waiting()
+    return model
+
+
+FALLBACKS = {
+    "a layer that waits": (waiting, {}, "operation not permitted when stream is capturing"),
+    "an old GPU": (
+        lambda: policy(torch.bfloat16),
+        {"capability": (7, 5)},
+        "compute capability 8.0, and this one has 7.5",
+    ),
+    "float32": (policy, {}, "computed in torch.float32"),
+    "capped scores": (lambda: capped().bfloat16(), {}, "caps scores"),
+}
+
+
+@pytest.mark.parametrize("why", FALLBACKS)
+def test_a_fallback_is_said_once_and_named(why, caplog):
+    make, device, words = FALLBACKS[why]
+    with PretendCuda(graphs=True, **device) as cuda:
+        engine = engine_of(cuda.move(make()))
+        outputs = generate(engine, 2, max_new_tokens=5)
+    assert not [event for event in cuda.events if event.what == "graph"]
+    assert len(said_of(caplog)) == 1, said_of(caplog)
+    assert words in said_of(caplog)[0]
+    assert all(len(ids) for output in outputs for ids in output.completion_ids)
+
+
+def test_a_torch_without_the_operator_is_named(monkeypatch, caplog):
+    with PretendCuda(graphs=True) as cuda:
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+        generate(engine_of(cuda.move(policy(torch.bfloat16))), 1, max_new_tokens=4)
+    assert len(said_of(caplog)) == 1
+    assert "has no flash attention over rows of any length" in said_of(caplog)[0]
+
+
+def test_nothing_is_said_where_steps_are_captured_and_on_a_cpu(caplog):
+    replays_of(policy(torch.bfloat16), max_new_tokens=4)
+    generate(engine_of(policy()), 1, max_new_tokens=4)
+    assert not said_of(caplog)
+    assert InProcessRunner(policy())._said == set()
