@@ -3,12 +3,13 @@
     python -m benchmarks.gpu.peers                                              # on a GPU: Qwen3 of 0.6B, 1.7B and 8B
     python -m benchmarks.gpu.peers --sizes tiny --batches 1 3 --vocab 128       # whether it runs, on a CPU
 
-Policies have random weights, and no text ends before its length. So nothing of what is drafted is accepted but by chance:
-*off* says what a decode step costs, and *on* what deciding not to draft costs beside it, not what speculation gains.
+Policies have random weights, and no text ends before its length. So drafts are accepted only by chance. *off* is the speed
+of decode steps. *on* is that speed when the controller decides not to draft; it does not show the gain of speculation.
 
     off, on         the engine, in process
     generate        `model.generate`, which is TRL's generation without vLLM
-    continuous      `model.generate_batch`, transformers' continuous batching, which TRL calls its paged generation
+    continuous      `model.generate_batch`, transformers' continuous batching, as TRL calls it: cache and graphs are made in
+                    every call. On a CPU the cache has a fixed size, because the default takes most of the memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from atlas_rl import AtlasRolloutEngine
 from benchmarks.common import ROOT, environment, quantiles, write_result
@@ -28,6 +30,7 @@ from benchmarks.gpu.policy import SIZES, VOCAB, new_policy
 
 ARMS = ("off", "on", "generate", "continuous")
 PROMPT_TOKENS = 128
+_CPU_BLOCKS, _CPU_BATCH_TOKENS = 64, 512
 RESULT = ROOT / "benchmarks" / "results" / "peers_gpu.json"
 
 Run = Callable[[list[list[int]], int], list[list[int]]]
@@ -92,11 +95,14 @@ def run_of(arm: str, model: Any, max_new_tokens: int) -> Run:
         completions: list[list[int]] = out[:, ids.shape[1] :].tolist()
         return completions
 
+    on_cpu = arm == "continuous" and model.device.type == "cpu"
+    room = ContinuousBatchingConfig(num_blocks=_CPU_BLOCKS, max_batch_tokens=_CPU_BATCH_TOKENS) if on_cpu else None
+
     def of_continuous(prompts: list[list[int]], seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
         attention = model.config._attn_implementation
         try:
-            out = model.generate_batch(prompts, generation_config=sampling)
+            out = model.generate_batch(prompts, generation_config=sampling, continuous_batching_config=room)
         finally:
             model.set_attn_implementation(attention)
         return [each.generated_tokens for each in out.values()]
