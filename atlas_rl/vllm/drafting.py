@@ -207,7 +207,7 @@ class Drafting:
 
     def learn(self) -> None:
         """Learn from the previous forward: while a device runs the next one, or at once."""
-        if self._unlearned is None:
+        if self._unlearned is None and not self.observing.waits:
             return
         began_s = self.recorder.clock()
         with self.recorder.time("observe"):

@@ -15,7 +15,7 @@ import torch
 from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Hidden, Verified
 from atlas_rl.decode.commit import NOBODY_WANTS
-from atlas_rl.decode.settling import Drawn, Fates, Texts, reached, settle
+from atlas_rl.decode.settling import Texts, reached, settle_arrays
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.vllm.internals import Forward
 from atlas_rl.vllm.request_table import RequestTable
@@ -50,6 +50,16 @@ class Committed:
 
 
 @cached_njit(nogil=True)
+def _ends(tokens: np.ndarray, num_tokens: np.ndarray, stops: np.ndarray, ways: np.ndarray) -> np.ndarray:
+    """Which tokens end their request, by its way of sampling: bool, like `tokens`."""
+    ends = np.zeros(tokens.shape, np.bool_)
+    for i in range(len(tokens)):
+        for j in range(num_tokens[i]):
+            for stop in stops[ways[i]]:
+                ends[i, j] = ends[i, j] or tokens[i, j] == stop
+    return ends
+
+
 def settle_rows(
     known: np.ndarray,
     lengths: np.ndarray,
@@ -80,42 +90,59 @@ def settle_rows(
 
     Returns:
         What became of it (nothing has changed unless it is `_DONE`), the longest text there would be, rows, rows with a
-        plan and rows that go on; sums of entropies and largest probabilities over so many tokens; int64 `[_COLUMNS, rows]`
-        columns of which the first entries count; tokens int64 `[rows, width]`; and bool `[rows]`, who has ended.
+        plan and rows that go on; sums as of `settle`; int64 `[_COLUMNS, rows]`, whose first entries count; tokens int64
+        `[rows, width]`; and bool `[rows]`, who has ended.
     """
-    count, capacity = len(known), texts.token_ids.shape[1]
-    columns = np.empty((_COLUMNS, count), np.int64)
+    # One by one: numba takes some microseconds to look into a named tuple, and a tenth of one for an array.
+    return _settle_rows(  # type: ignore[no-any-return]
+        known,
+        lengths,
+        num_prompt_tokens,
+        *outcome,
+        *plan,
+        only_planned,
+        stops,
+        way_of,
+        *texts,
+        most,
+        waits_for_newcomers,
+    )
+
+
+@cached_njit(nogil=True)
+def _settle_rows(
+    known, lengths, num_prompt_tokens,
+    num_new, num_drafted, first_states, token_ids, all_entropies, all_max_probs,
+    planned, planned_lengths, only_planned, stops, way_of,
+    texts, text_lengths, max_lengths, prompt_lengths, logprobs,
+    most, waits_for_newcomers,
+):  # fmt: skip
+    """`settle_rows`, its arguments one by one."""
+    columns = np.empty((_COLUMNS, len(known)), np.int64)
     no_sums, no_tokens, nobody = (0.0, 0.0, 0), np.empty((0, 0), np.int64), np.empty(0, np.bool_)
-    rows, requests, newcomers, whole = followed(known, outcome.num_new, lengths, num_prompt_tokens, texts.lengths)
-    if not whole:
-        return (_SKIPPED, 0, 0, 0, 0), no_sums, columns, no_tokens, nobody
-    if newcomers > 0 and waits_for_newcomers:
-        return (_NEWCOMERS, 0, 0, 0, 0), no_sums, columns, no_tokens, nobody
-    num_requests = len(texts.max_lengths)
-    rows, requests, places, found = in_order(rows, requests, plan, num_requests, only_planned, outcome)
+    rows, requests, newcomers, whole = followed(known, num_new, lengths, num_prompt_tokens, text_lengths)
+    if not whole or (newcomers > 0 and waits_for_newcomers):
+        return (_NEWCOMERS if whole else _SKIPPED, 0, 0, 0, 0), no_sums, columns, no_tokens, nobody
+    plan = Plan(planned, planned_lengths)
+    outcome = Outcome(num_new, num_drafted, first_states, token_ids, all_entropies, all_max_probs)
+    rows, requests, places, found = in_order(rows, requests, plan, len(max_lengths), only_planned, outcome)
     new, drafted, starts, tokens, entropies, max_probs = found
-    longest, _ = reached(requests, new, texts.lengths, texts.max_lengths, texts.prompt_lengths)
-    if longest > capacity:
+    longest, _ = reached(requests, new, text_lengths, max_lengths, prompt_lengths)
+    if longest > texts.shape[1]:
         return (_TOO_LONG, longest, 0, 0, 0), no_sums, columns, no_tokens, nobody
-    ends = np.zeros(tokens.shape, np.bool_)
-    for i in range(len(rows)):
-        for j in range(new[i]):
-            for stop in stops[way_of[requests[i]]]:
-                ends[i, j] = ends[i, j] or tokens[i, j] == stop
     number = len(rows)
-    fates = Fates(
-        np.empty(number, np.int64), np.empty(number, np.int64), np.empty(number, np.int64), np.empty(number, np.bool_)
-    )
-    no_logprobs, no_stops = np.empty((0, 0), np.float32), np.empty(0, np.int64)
-    sums = settle(
-        Drawn(requests, tokens, new, drafted, entropies, max_probs, no_logprobs, ends, no_stops), texts, fates
-    )
-    own, own_rows, room = going_on(requests, rows, fates.finished, texts.lengths, texts.max_lengths, most)
-    columns[_ROWS, :number], columns[_REQUESTS, :number], columns[_STARTS, :number] = rows, requests, starts
-    columns[_COMMITTED, :number], columns[_ACCEPTED, :number] = fates.num_committed, fates.num_accepted
-    columns[_DRAFTED, :number], columns[_PLACES, : len(places)] = fates.num_drafted, places
+    own_columns, finished = columns[:, :number], np.empty(number, np.bool_)
+    ends = _ends(tokens, new, stops, way_of[requests])
+    sums = settle_arrays(
+        requests, tokens, new, drafted, entropies, max_probs, logprobs[:0], ends, planned[:0],
+        texts, text_lengths, max_lengths, prompt_lengths, logprobs[:0],
+        own_columns[_COMMITTED], own_columns[_ACCEPTED], own_columns[_DRAFTED], finished,
+    )  # fmt: skip
+    own, own_rows, room = going_on(requests, rows, finished, text_lengths, max_lengths, most)
+    own_columns[_ROWS], own_columns[_REQUESTS], own_columns[_STARTS] = rows, requests, starts
+    columns[_PLACES, : len(places)] = places
     columns[_OWN, : len(own)], columns[_OWN_ROWS, : len(own)], columns[_ROOM, : len(own)] = own, own_rows, room
-    return (_DONE, longest, number, len(places), len(own)), sums, columns, tokens, fates.finished
+    return (_DONE, longest, number, len(places), len(own)), sums, columns, tokens, finished
 
 
 def commit_rows(

@@ -83,6 +83,11 @@ class Observing:
         self._speculators, self._table = speculators, table
         self._waiting: dict[str, Verified] = {}
 
+    @property
+    def waits(self) -> bool:
+        """Whether some speculator has not observed the latest forward."""
+        return bool(self._waiting)
+
     def put_off(self, verified: Verified) -> None:
         """A forward settled this; what the one before settled has been handed over."""
         self._waiting = dict.fromkeys(self._speculators, verified)
