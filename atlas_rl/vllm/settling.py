@@ -94,7 +94,7 @@ def settle_rows(
         `[rows, width]`; and bool `[rows]`, who has ended.
     """
     # One by one: numba takes some microseconds to look into a named tuple, and a tenth of one for an array.
-    return _settle_rows(  # type: ignore[no-any-return]
+    return _settle_rows(
         known,
         lengths,
         num_prompt_tokens,
@@ -176,8 +176,8 @@ def commit_rows(
         forward.num_new, forward.num_drafted, forward.starts, drawn.token_ids, drawn.entropies, drawn.max_probs
     )
     only_planned = has_plan and forward.uniform > 0  # other drafts only made the step uniform
-    texts, stops, way_of = table.texts()
-    while True:
+    for _ in range(2):
+        texts, stops, way_of = table.texts()
         (state, longest, count, num_planned, num_going), sums, columns, tokens, finished = settle_rows(
             known, batch.lengths, batch.num_prompt_tokens, outcome, plan, only_planned, stops, way_of, texts, most,
             waits_for_newcomers,
@@ -185,8 +185,7 @@ def commit_rows(
         if state != _TOO_LONG:
             break
         table.current.reserve(longest)
-        texts, stops, way_of = table.texts()
-    assert state != _SKIPPED, "every committed token passes here"
+    assert state in (_DONE, _NEWCOMERS), "every committed token passes here"
     if state == _NEWCOMERS:
         return None
     recorder.distribution(entropy_sum=sums[0], max_prob_sum=sums[1], num_tokens=sums[2])
