@@ -15,7 +15,6 @@ import pytest
 from atlas_rl.decode.compile_kernels import compile_kernels
 from atlas_rl.vllm.settling import compile_settling
 from benchmarks.vllm_host import PretendedEngine
-from tests.benchmarks.test_calls_per_step import counting
 from tests.models import tiny_llama
 
 LIMIT = 180
@@ -39,15 +38,17 @@ def calls(policy: Any, batch: int) -> float:
     def counted(forward: Any) -> list[list[int]]:
         counts.append(0)
 
-        def note() -> None:
-            counts[-1] += 1
+        def note(frame: Any, event: str, argument: Any) -> None:
+            counts[-1] += event in ("call", "c_call")
 
-        with counting(note):
+        sys.setprofile(note)
+        try:
             return step(forward)
+        finally:
+            sys.setprofile(None)
 
     engine.drafting.step = counted  # type: ignore[method-assign]
     drafted = [engine.step()[2] for _ in range(_COUNTED)]
-    assert sys.getprofile() is None
     plain = [count for count, tokens in zip(counts, drafted, strict=True) if not tokens]
     assert len(plain) > _COUNTED / 2
     return statistics.median(plain)
