@@ -35,7 +35,7 @@ from atlas_rl.vllm.checks import NUM_SPECULATIVE_TOKENS
 from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.draw import NO_TOKEN, Drawn
 from atlas_rl.vllm.internals import Batch, Forward
-from atlas_rl.vllm.row_passes import compile_passes
+from atlas_rl.vllm.settling import compile_settling
 from benchmarks.common import ROOT, environment, quantiles, write_result
 
 VOCAB, HIDDEN, CONTEXT, PROMPT = 2048, 64, 4096, 6
@@ -138,7 +138,7 @@ def main() -> None:
     origin = environment()
     torch.set_num_threads(1)
     compile_kernels()
-    compile_passes()
+    compile_settling()
     policy = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,

@@ -146,11 +146,15 @@ class GoodputController(Controller):
         return admission
 
     def _admission(self, step: Step, decision: _Decision) -> Admission:
-        best = self._best_drafts(decision)
-        plain_s = self._cost.seconds(step.batch, step.context_tokens)
         if decision.is_trial:
+            best = self._best_drafts(decision)
             return Admission(best.drafters, (best.survival > 0).sum(axis=1))
+        plain_s = self._cost.seconds(step.batch, step.context_tokens)
         decision.prediction = None if plain_s is None else Prediction(step.batch, plain_s)
+        if not step.drafts:  # as most steps are where nothing pays, and a device waits for each
+            nothing = np.zeros(step.batch, np.int64)
+            return Admission(nothing, nothing)
+        best = self._best_drafts(decision)
         return Admission(best.drafters, self._best_lengths(best.survival, decision))
 
     def observe(
@@ -288,7 +292,7 @@ class GoodputController(Controller):
     def _best_lengths(self, survival: np.ndarray, decision: _Decision) -> np.ndarray:
         """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch; n maximises G."""
         step, batch = decision.step, decision.step.batch
-        if decision.prediction is None or not step.drafts:
+        if decision.prediction is None:
             return np.zeros(batch, np.int64)
         values = survival[survival > 0]
         values.sort()

@@ -134,3 +134,7 @@ def _settle(
         fates.num_drafted[i] = accepted if settled > count else drawn.num_drafted[i]
         fates.finished[i] = stopped or length + count >= texts.max_lengths[request]
     return entropy_sum, max_prob_sum, total
+
+
+settle_arrays = _settle
+"""For passes that are compiled themselves; arrays in the order of `Drawn`, `Texts` and `Fates`."""

@@ -88,6 +88,7 @@ class Speculator(ABC):
         """Committed tokens that `propose` for these requests (int64 `[n]`) has to process before it drafts.
 
         The controller accounts for them separately: a speculator that has been idle for many steps has more to catch up on.
+        Inside vLLM it is asked before `observe` of the latest forward, and again afterwards if it is to draft.
 
         Returns:
             The number of tokens; None where the speculator cannot draft yet, and so must not be asked.

@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.controller.fixed import NoSpeculation
-from atlas_rl.core import Draft, Hidden, Prompts, Rollouts, SamplingParams, Verified
-from atlas_rl.decode.commit import Settled, account, commit
+from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Verified
+from atlas_rl.decode.commit import account
 from atlas_rl.decode.generate import Call
 from atlas_rl.decode.guard import Faults
 from atlas_rl.decode.plain_run import PlainCosts, PlainForwards
@@ -32,9 +31,10 @@ from atlas_rl.sync.refresh import PolicyTracker
 from atlas_rl.vllm.following import RequestFollower
 from atlas_rl.vllm.graphs import uniform_drafts
 from atlas_rl.vllm.internals import Forward
-from atlas_rl.vllm.row_passes import NO_PLAN, Outcome, Plan, going_on, in_order
+from atlas_rl.vllm.row_passes import NO_PLAN, Plan
+from atlas_rl.vllm.settling import Committed, commit_rows
 from atlas_rl.vllm.traffic import Traffic
-from atlas_rl.vllm.ways import ProposingInWays, observe_in_ways
+from atlas_rl.vllm.ways import Observing, ProposingInWays
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +59,9 @@ class _Unlearned:
     """
 
     planned: _Planned | None
-    committed: _Committed
+    committed: Committed
     forward_s: float
     step_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Committed:
-    """Tokens that a forward committed for followed requests; requests with a plan first, in its order.
-
-    Attributes:
-        rows: int64 `[n]`, rows of the forward.
-        planned: int64 `[n]` or fewer, places in the plan of those that had one.
-        verified: For the speculators.
-        as_planned: Whether the forward ran the planned batch and nothing else.
-    """
-
-    rows: np.ndarray
-    planned: np.ndarray
-    verified: Verified
-    as_planned: bool
 
 
 class Drafting:
@@ -111,6 +94,7 @@ class Drafting:
         """Draft with these speculators from now on; they are bound to the policy."""
         self._count()
         self.speculators, self.controller = dict(speculators), controller
+        self.observing = Observing(self.speculators, self.requests.table)
         self.record(StepRecorder(speculators=tuple(speculators)))
 
     def record(self, recorder: StepRecorder) -> None:
@@ -118,7 +102,9 @@ class Drafting:
         self._count()
         self._epoch_mark_s -= self._busy_s()
         self.recorder = recorder
-        self.proposing = ProposingInWays(self.speculators, self.controller, recorder, self.requests.table)
+        self.proposing = ProposingInWays(
+            self.speculators, self.controller, recorder, self.requests.table, self.observing
+        )
         self._plain_costs = PlainCosts()
         self.num_planned = 0
         self._planned: _Planned | None = None
@@ -126,13 +112,14 @@ class Drafting:
 
     def begin(self, call: Call) -> int:
         """Begin a call of ours. Returns its ticket: requests carry it, with their index, in vLLM's `extra_args`."""
-        self._count()
+        self._settle()
         if call.sequences.policy_version != self._seen_version:
             self.requests.prompt_states.clear()
             self._seen_version = call.sequences.policy_version
         self.speculates = bool(call.speculators)
         if self.speculates:
             self.speculators, self.controller = dict(call.speculators), call.controller
+            self.observing = Observing(self.speculators, self.requests.table)
         self.record(call.recorder)
         self.num_undefined = 0
         return self.requests.table.announce(call.sequences, call.max_lengths)
@@ -144,13 +131,13 @@ class Drafting:
 
     def end(self) -> None:
         """End the call."""
-        self._count()
+        self._settle()
         self.requests.table.close()
         self._planned, self.speculates = None, True
 
     def policy_updated(self, version: int | None = None) -> None:
         """New weights on an engine with unannounced requests: drafters learn from the rollouts they have seen."""
-        self._count()
+        self._settle()
         table = self.requests.table
         self.requests.prompt_states.clear()
         self._end_epoch()
@@ -187,6 +174,7 @@ class Drafting:
         for name in names:
             row = self.requests.forget(name)
             if row is not None:
+                self._settle()
                 self._count_ended(row)
                 self._abandon(row)
 
@@ -196,24 +184,22 @@ class Drafting:
         if not table.announced:
             table.close()
         table.request_of, self._planned, self._unlearned = {}, None, None
+        self.observing.drop()
 
     def step(self, forward: Forward) -> list[list[int]]:
         """Draft for the next forward after the last one: draft tokens of every row."""
         self.learn()
         drafts: list[list[int]] = [[] for _ in forward.batch.names]
         now_s = self.recorder.clock()
-        with self.recorder.time("observe"):
-            rows, requests = self._follow(forward)
-        if not len(rows):
+        with self.recorder.time("commit"):
+            committed = self._commit(forward)
+        if committed is None:
             self._planned = None
             return drafts
-        with self.recorder.time("commit"):
-            committed = self._commit(forward, rows, requests)
         step_s = now_s - self._planned.began_s if self._planned is not None else 0.0
         self._unlearned = _Unlearned(self._planned, committed, self._forward_s(forward), step_s)
-        with self.recorder.time("observe"):
-            for speculator in self.speculators.values() if self.speculates else ():
-                observe_in_ways(speculator, self.requests.table, committed.verified)
+        if self.speculates:
+            self.observing.put_off(committed.verified)
         self._plan(committed, drafts)
         if not self.requests.table.request_of:
             self.learn()  # nothing runs next; the engine may go to sleep
@@ -221,25 +207,27 @@ class Drafting:
 
     def learn(self) -> None:
         """Learn from the previous forward: while a device runs the next one, or at once."""
-        if self._unlearned is None:
+        if self._unlearned is None and not self.observing.waits:
             return
         began_s = self.recorder.clock()
         with self.recorder.time("observe"):
+            self.observing.hand_over_all()
             for speculator in self.speculators.values() if self.speculates else ():
                 speculator.learn()
             self._count()
         self._beside_s += self.recorder.clock() - began_s
 
+    def _settle(self) -> None:
+        """Nothing is open of the forward before: requests, speculators or weights are about to change."""
+        with self.recorder.time("observe"):
+            self.observing.hand_over_all()
+        self._count()
+
     # ------------------------------------------------------------------------------------------------------- following
 
-    def _follow(self, forward: Forward) -> tuple[np.ndarray, np.ndarray]:
-        """Rows with new tokens whose requests drafters know, including newcomers, and those requests: int64 `[n]`."""
+    def _enter(self, forward: Forward, known: np.ndarray) -> None:
+        """Rows whose prompt is complete become requests that drafters know; `known` as of `rows_of`."""
         requests = self.requests
-        known = requests.rows_of(forward.batch)
-        requests.read_prompts(forward, known)
-        rows, own, num_newcomers = requests.followed(forward, known)
-        if not num_newcomers:
-            return rows, own
         newcomers = requests.newcomers(forward, known)
         for row in newcomers:
             arrival, prompt = requests.arrival(forward, row)
@@ -252,7 +240,6 @@ class Drafting:
         if self.speculates:
             self.proposing.compile_for_ways(forward.head_inputs.device)
         self._start([forward.batch.names[row] for row in newcomers], requests.prompts_of(forward, newcomers))
-        return requests.followed(forward, requests.rows_of(forward.batch))[:2]
 
     def _start(self, names: list[str], prompts: Prompts) -> None:
         table = self.requests.table
@@ -304,26 +291,33 @@ class Drafting:
 
     # ------------------------------------------------------------------------------------------------------- observing
 
-    def _commit(self, forward: Forward, rows: np.ndarray, requests: np.ndarray) -> _Committed:
-        """Append the tokens that the forward settled, up to an ending token."""
-        table, planned, drawn = self.requests.table, self._planned, forward.drawn
+    def _commit(self, forward: Forward) -> Committed | None:
+        """Append what the forward settled, newcomers included; None where drafters know none of its requests."""
+        requests, table = self.requests, self.requests.table
+        known = requests.rows_of(forward.batch)
+        requests.read_prompts(forward, known)
+        committed = self._committed(forward, known, waits_for_newcomers=True)
+        if committed is None:
+            self._enter(forward, known)
+            committed = self._committed(forward, requests.rows_of(forward.batch), waits_for_newcomers=False)
+        assert committed is not None
+        if not len(committed.rows):
+            return None
+        verified = committed.verified
+        if len(committed.going) < len(committed.rows):
+            for i in verified.finished.nonzero()[0].tolist():
+                self._count_ended(verified.requests[i])
+                table.leave(forward.batch.names[committed.rows[i]])
+        return committed
+
+    def _committed(self, forward: Forward, known: np.ndarray, *, waits_for_newcomers: bool) -> Committed | None:
+        """See `commit_rows`. What was planned is asked for now: newcomers may have begun another epoch."""
+        planned = self._planned
         plan = NO_PLAN if planned is None else Plan(planned.requests, planned.admission.lengths)
-        outcome = Outcome(
-            forward.num_new, forward.num_drafted, forward.starts, drawn.token_ids, drawn.entropies, drawn.max_probs
-        )
-        only_planned = planned is not None and forward.uniform > 0  # other drafts only made the step uniform
-        num_requests = len(table.max_lengths)
-        rows, requests, places, found = in_order(rows, requests, plan, num_requests, only_planned, outcome)
-        num_new, num_drafted, starts, tokens, entropies, max_probs = found
-        hidden = Hidden(starts, forward.head_inputs, _layers(forward))
-        settled = Settled(requests, tokens, num_new, num_drafted, entropies, max_probs, hidden)
-        ends = table.ends(requests, tokens)
-        verified = commit(settled, table.current, table.max_lengths, self.recorder, ends)
-        for i in verified.finished.nonzero()[0].tolist():
-            self._count_ended(requests[i])
-            table.leave(forward.batch.names[rows[i]])
-        as_planned = len(rows) == len(places) == len(plan.requests) == len(forward.batch.names)
-        return _Committed(rows, places, verified, as_planned)
+        return commit_rows(
+            forward, known, self.requests.table, plan, self._max_draft_tokens, self.recorder,
+            has_plan=planned is not None, waits_for_newcomers=waits_for_newcomers,
+        )  # fmt: skip
 
     def _forward_s(self, forward: Forward) -> float:
         """Seconds of the forward."""
@@ -351,14 +345,10 @@ class Drafting:
 
     # -------------------------------------------------------------------------------------------------------- drafting
 
-    def _plan(self, committed: _Committed, drafts: list[list[int]]) -> None:
+    def _plan(self, committed: Committed, drafts: list[list[int]]) -> None:
         """Plan and propose for the requests that continue; draft tokens go into `drafts`, by row."""
-        verified, table = committed.verified, self.requests.table
-        sequences, began_s = table.current, self.recorder.clock()
-        requests, rows, room = going_on(
-            verified.requests, committed.rows, verified.finished, sequences.lengths, table.max_lengths,
-            self._max_draft_tokens,
-        )  # fmt: skip
+        requests, rows, room = committed.going, committed.going_rows, committed.room
+        sequences, began_s = self.requests.table.current, self.recorder.clock()
         self._planned = None
         if not len(requests):
             return
@@ -388,13 +378,3 @@ class Drafting:
         batch = forward.batch
         last_tokens = batch.token_ids[np.arange(len(drafts)), batch.lengths - 1]
         return uniform_drafts(drafts, last_tokens, self._max_length - 1 - batch.lengths, forward.uniform)
-
-
-def _layers(forward: Forward) -> dict[int, torch.Tensor]:
-    """Hidden states of layers at the positions that were drawn from, out of those of all tokens of the forward."""
-    if not forward.layers:
-        return {}
-    counts = forward.num_drafted + 1
-    first = forward.spans[:, 0] + forward.spans[:, 1] - counts
-    at = torch.from_numpy(np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
-    return {n: states[at.to(states.device)] for n, states in forward.layers.items()}

@@ -14,9 +14,6 @@ from atlas_rl.vllm.internals import Batch, Forward
 from atlas_rl.vllm.prompt_states import PromptStates
 from atlas_rl.vllm.request_fields import announced_as, sampling_of
 from atlas_rl.vllm.request_table import Arrival, RequestTable
-from atlas_rl.vllm.row_passes import followed
-
-_NO_LENGTHS = np.zeros(0, np.int64)
 
 
 class RequestFollower:
@@ -105,19 +102,6 @@ class RequestFollower:
         lengths = np.array([len(next(iter(states.values()))) for states in found], np.int64)
         layers = {n: torch.cat([states[n] for states in found]) for n in found[0]}
         return Prompts(groups, Hidden(np.cumsum(lengths) - lengths, torch.zeros(0, 0), layers))
-
-    def followed(self, forward: Forward, known: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Rows of the forward with new tokens whose requests drafters know, and their rows of `Sequences`: int64 `[n]`.
-
-        `known` is what `rows_of` says. The third is the number of `newcomers`.
-        """
-        batch, sequences = forward.batch, self.table.sequences
-        before = _NO_LENGTHS if sequences is None else sequences.lengths
-        rows, requests, num_newcomers, whole = followed(
-            known, forward.num_new, batch.lengths, batch.num_prompt_tokens, before
-        )
-        assert whole, "every committed token passes here"
-        return rows, requests, num_newcomers
 
     def _key_of(self, params: Any) -> int:
         index, seed = self._announced(params), params.seed

@@ -26,7 +26,7 @@ from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_engine, options_of
 from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.draw import compile_draw
 from atlas_rl.vllm.internals import Batch, Forward, Hooks, VllmView
-from atlas_rl.vllm.row_passes import compile_passes
+from atlas_rl.vllm.settling import compile_settling
 
 Value = TypeVar("Value")
 _NEW_WEIGHTS = ("atlas_load_weights", "atlas_policy_updated", "finish_weight_update")
@@ -89,7 +89,7 @@ class AtlasProposer(Hooks):
             return
         assert self._model is not None, "vLLM loads the model before it asks for drafts"
         self.policy = VllmView(self._model, self._config)
-        compile_passes()
+        compile_settling()
         if defaults:
             chosen = default_speculators()
             if "draft_model" in self.options:

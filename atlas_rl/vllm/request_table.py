@@ -16,10 +16,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atlas_rl.core import SamplingParams, Sequences, prompt_key
-from atlas_rl.decode.commit import NOBODY_SAYS
+from atlas_rl.decode.commit import NOBODY_WANTS
+from atlas_rl.decode.settling import Texts
 from atlas_rl.policy.base import roomy
 
 _WORTH_AN_EPOCH = 32  # finished requests of a server that end an epoch when nothing runs
+_NOBODY = np.zeros(0, np.int64)
+_NO_TEXTS = Texts(np.zeros((0, 0), np.int32), _NOBODY, _NOBODY, _NOBODY, NOBODY_WANTS)
+_NO_STOPS = np.zeros((1, 0), np.int64)
+_NO_TOKEN = -1
 
 
 @dataclass(slots=True)
@@ -64,6 +69,7 @@ class RequestTable:
         self._tickets = itertools.count()
         self._ways: list[SamplingParams] = []
         self._way_of = np.zeros(0, np.int64)  # of every row, index in `_ways`
+        self._stops = np.zeros((0, 0), np.int64)  # ending tokens of each way
 
     @property
     def announced(self) -> bool:
@@ -79,6 +85,7 @@ class RequestTable:
         self.sequences, self.max_lengths, self.ticket = sequences, max_lengths, next(self._tickets)
         self.request_of = {}
         self._ways, self._way_of = [sequences.sampling], np.zeros(len(max_lengths), np.int64)
+        self._stops = _table_of(self._ways)
         return self.ticket
 
     def close(self) -> None:
@@ -122,7 +129,7 @@ class RequestTable:
             max_length=self._max_length,
         )
         max_lengths, self.max_lengths = self.max_lengths, np.zeros(rows, np.int64)
-        self._ways, self._way_of = [], np.zeros(rows, np.int64)
+        self._ways, self._way_of, self._stops = [], np.zeros(rows, np.int64), np.zeros((0, 0), np.int64)
         self.request_of, self._num_used = {}, 0
         for name, request in running.items():
             assert old is not None
@@ -172,18 +179,15 @@ class RequestTable:
         """The common sampling parameters of all requests; None if they differ."""
         return self._ways[0] if len(self._ways) == 1 else None
 
-    def ends(self, requests: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-        """Which tokens end their request: bool, like `token_ids` (int64 `[n, width]`) of `requests` (int64 `[n]`).
-
-        Where all requests sample alike it has no rows, and the sampling parameters of `current` say so.
-        """
-        if self.only_way is not None:
-            self.sample_as(self.only_way)
-            return NOBODY_SAYS
-        ends = np.zeros(token_ids.shape, bool)
-        for sampling, rows in self.ways(requests):
-            ends[rows] = sampling.ends(token_ids[rows])
-        return ends
+    def texts(self) -> tuple[Texts, np.ndarray, np.ndarray]:
+        """What tokens are appended to; int64 `[ways, n]` tokens that end a request of each way; every request's way."""
+        sequences = self.sequences
+        if sequences is None:
+            return _NO_TEXTS, _NO_STOPS, self._way_of
+        texts = Texts(sequences.token_ids, sequences.lengths, self.max_lengths, sequences.prompt_lengths, NOBODY_WANTS)
+        if len(self._stops) != len(self._ways):
+            self._stops = _table_of(self._ways)
+        return texts, self._stops, self._way_of
 
     def sample_as(self, sampling: SamplingParams) -> None:
         """Show drafters these sampling parameters from now on."""
@@ -210,3 +214,11 @@ class RequestTable:
     def _drawing(self, sampling: SamplingParams) -> SamplingParams:
         """`sampling` without fields that differ between requests that are drawn alike."""
         return replace(sampling, max_new_tokens=self._max_length, seed=0)
+
+
+def _table_of(ways: list[SamplingParams]) -> np.ndarray:
+    """Tokens that end requests of each way: int64 `[ways, n]`, `_NO_TOKEN` where there are fewer."""
+    stops = np.full((len(ways), max((len(way.eos_token_ids) for way in ways), default=0)), _NO_TOKEN, np.int64)
+    for way, own in zip(ways, stops, strict=True):
+        own[: len(way.eos_token_ids)] = way.eos_token_ids
+    return stops

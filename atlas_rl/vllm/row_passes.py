@@ -165,12 +165,3 @@ def going_on(
             room[count] = min(max_lengths[request] - lengths[request] - 1, most)
             count += 1
     return own[:count], own_rows[:count], room[:count]
-
-
-def compile_passes() -> None:
-    """Compile the passes, or read them from the cache, before the first step."""
-    one, figures = np.zeros(1, np.int64), np.zeros((1, 1), np.float32)
-    outcome = Outcome(one + 1, one, one, one[None], figures, figures)
-    followed(one, one, one, one, one)
-    in_order(one, one, NO_PLAN, 1, False, outcome)
-    going_on(one, one, np.zeros(1, np.bool_), one, one + 2, 1)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from atlas_rl.controller.base import Controller
+from atlas_rl.controller.base import Controller, Step
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences, Verified
 from atlas_rl.decode.compile_kernels import compile_drafting
 from atlas_rl.decode.propose import Proposing
@@ -27,6 +27,7 @@ class ProposingInWays(Proposing):
         controller: Plans.
         recorder: Gets the seconds.
         table: Knows how requests sample.
+        observing: Has what speculators have not observed yet.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class ProposingInWays(Proposing):
         controller: Controller,
         recorder: StepRecorder,
         table: RequestTable,
+        observing: Observing,
     ) -> None:
         super().__init__(speculators, controller, recorder)
-        self._table = table
+        self._table, self._observing = table, observing
 
     def compile_for_ways(self, device: torch.device) -> None:
         """Compile drafters' kernels for requests that sample in these ways."""
@@ -49,6 +51,13 @@ class ProposingInWays(Proposing):
         ways = self._table.ways(requests) if self._table.only_way is None else [(self._table.only_way, requests)]
         return _roughly(ways[0][0]) if len(ways) == 1 else MIXED
 
+    def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
+        """As everywhere, after the drafter has seen the latest tokens: time that its drafts are not charged with."""
+        with self._recorder.time("observe"):
+            self._observing.hand_over(name)
+        step.backlog[name] = self._speculators[name].backlog(sequences, requests) or 0
+        super().ask(name, sequences, requests, wanted, step)
+
     def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
         if self._table.only_way is not None:
             self._table.sample_as(self._table.only_way)
@@ -58,6 +67,45 @@ class ProposingInWays(Proposing):
             self._table.sample_as(sampling)
             parts.append((rows, super().draft(name, sequences, requests[rows], wanted[rows])))
         return parts[0][1] if len(parts) == 1 else _together(parts, len(requests))
+
+
+class Observing:
+    """Hands speculators what forwards settled: before they draft next, and else beside the next forward.
+
+    A step in which nobody is asked has no use for it, and a device waits for such a step too.
+
+    Args:
+        speculators: By name.
+        table: Knows how requests sample.
+    """
+
+    def __init__(self, speculators: Mapping[str, Speculator], table: RequestTable) -> None:
+        self._speculators, self._table = speculators, table
+        self._waiting: dict[str, Verified] = {}
+
+    @property
+    def waits(self) -> bool:
+        """Whether some speculator has not observed the latest forward."""
+        return bool(self._waiting)
+
+    def put_off(self, verified: Verified) -> None:
+        """A forward settled this; what the one before settled has been handed over."""
+        self._waiting = dict.fromkeys(self._speculators, verified)
+
+    def hand_over(self, name: str) -> None:
+        """One speculator is asked next."""
+        verified = self._waiting.pop(name, None)
+        if verified is not None:
+            observe_in_ways(self._speculators[name], self._table, verified)
+
+    def hand_over_all(self) -> None:
+        """A device runs the next forward, or requests are about to change."""
+        for name in tuple(self._waiting):
+            self.hand_over(name)
+
+    def drop(self) -> None:
+        """Nothing of it can be relied on."""
+        self._waiting = {}
 
 
 def observe_in_ways(speculator: Speculator, table: RequestTable, verified: Verified) -> None:

@@ -15,11 +15,16 @@ import torch
 from atlas_rl.controller.base import Admission, Step
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.core import Draft, Sequences, Verified
+from atlas_rl.decode.commit import NOBODY_WANTS
+from atlas_rl.decode.settling import Drawn as Settling
+from atlas_rl.decode.settling import Fates, Texts
 from atlas_rl.vllm import row_passes
 from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.draw import NO_TOKEN, Drawn
 from atlas_rl.vllm.internals import Batch, Forward
+from atlas_rl.vllm.settling import settle_rows
 from tests.drafters import Stateless
+from tests.settling import settle_in_numpy
 from tests.vllm import row_passes_in_numpy
 
 VOCAB, CONTEXT, PROMPT, K = 100, 256, 5, 3
@@ -236,6 +241,107 @@ def test_passes_do_what_numpy_does(seed: int) -> None:
     finished = rng.random(len(rows)) < (0.3 if seed % 5 else 1)
     arguments = requests, rows, finished, before, before + rng.integers(1, 9, num_requests), K
     same(row_passes.going_on(*arguments), row_passes_in_numpy.going_on(*arguments))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_pass_does_what_they_do_one_after_another(seed: int) -> None:
+    """Requests of two ways of sampling, with ending tokens and limits; it changes nothing before it can do everything."""
+    rng = np.random.default_rng(seed)
+    count, num_requests, width = int(rng.integers(0, 9)), 16, int(rng.integers(1, 5))
+    known = rng.permutation(num_requests)[:count]
+    known[rng.random(count) < 0.2] = -1
+    num_new, before = rng.integers(0, width + 1, count), rng.integers(2, 9, num_requests)
+    lengths, prompts = np.where(known >= 0, before[known], 5) + num_new, np.where(rng.random(count) < 0.5, 5, 9)
+    figures = (rng.random((count, width)).astype(np.float32) for _ in range(2))
+    tokens = rng.integers(0, 6, (count, width))
+    outcome = row_passes.Outcome(num_new, rng.integers(0, width, count), rng.integers(0, 99, count), tokens, *figures)
+    planned = rng.permutation(num_requests)[: rng.integers(0, 9)]
+    plan = row_passes.Plan(planned, rng.integers(0, width, len(planned))) if seed % 4 else row_passes.NO_PLAN
+    stops, way_of = np.array([[1, -1], [2, 3]]), rng.integers(0, 2, num_requests)
+    limits = before + rng.integers(1, 6, num_requests)
+
+    def texts(capacity: int) -> Texts:
+        shape = num_requests, capacity
+        return Texts(np.zeros(shape, np.int32), before.copy(), limits, np.ones(num_requests, np.int64), NOBODY_WANTS)
+
+    rows, requests, newcomers, _ = row_passes_in_numpy.followed(known, num_new, lengths, prompts, before)
+    arguments = rows, requests, plan, num_requests, bool(seed % 2), outcome
+    rows, requests, places, settled = row_passes_in_numpy.in_order(*arguments)
+    new, drafted, starts, tokens, *figures = settled
+    ends = np.array([[token in stops[way_of[r]] for token in row] for r, row in zip(requests, tokens, strict=True)])
+    expected, fates = texts(20), Fates.of(len(rows))
+    drawn = Settling(requests, tokens, new, drafted, *figures, NOBODY_WANTS, ends.reshape(tokens.shape), stops[0, :0])
+    sums = settle_in_numpy(drawn, expected, fates) if len(rows) else (0.0, 0.0, 0)
+    going = row_passes_in_numpy.going_on(requests, rows, fates.finished, expected.lengths, limits, K)
+
+    def passed(own: Texts, *, waits: bool = False) -> Any:
+        return settle_rows(known, lengths, prompts, outcome, plan, bool(seed % 2), stops, way_of, own, K, waits)
+
+    small = texts(1)
+    (state, longest, *_), *_ = passed(small)
+    if len(rows):
+        assert (state, longest) == (3, np.minimum(before[requests] + new, limits[requests]).max())
+        same(tuple(small), tuple(texts(1)))
+    if newcomers:
+        assert passed(texts(20), waits=True)[0][0] == 1
+    found = texts(20)
+    (state, _, *sizes), its_sums, columns, its_tokens, finished = passed(found, waits=not newcomers)
+    assert (state, sizes) == (0, [len(rows), len(places), len(going[0])])
+    same(tuple(found), tuple(expected))
+    assert its_sums == pytest.approx(sums)
+    settled_columns = (rows, requests, places, starts, *fates[:3], *going)
+    same(tuple(c[: len(e)] for c, e in zip(columns, settled_columns, strict=True)), settled_columns)
+    same((its_tokens, finished), (tokens, fates.finished))
+
+
+class InTurns(Noting):
+    """Asks only when it is told to."""
+
+    asks = False
+
+    def plan(self, step: Step) -> dict[str, np.ndarray]:
+        return super().plan(step) if self.asks else {}
+
+
+def test_a_drafter_observes_before_it_is_asked_and_else_beside_the_next_forward() -> None:
+    engine, controller = Engine(4, speculates=True), InTurns()
+    drafting, observed = engine.drafting, engine.drafter.observed
+    drafting.use({"constant": engine.drafter}, controller)
+    engine.step(engine.forward())
+    engine.step(engine.forward())
+    assert len(observed) == 1, "of the step before"
+    drafting.learn()
+    assert len(observed) == 2
+    controller.asks = True
+    engine.step(engine.forward())
+    assert len(observed) == 3, "before it drafted"
+    drafting.learn()
+    assert len(observed) == 3, "once"
+
+
+@pytest.mark.parametrize("what", ["update", "report", "forget", "end", "give up"])
+def test_what_was_put_off_is_observed_before_requests_or_weights_change(what: str) -> None:
+    engine = Engine(4, speculates=True)
+    drafting, observed = engine.drafting, engine.drafter.observed
+    drafting.use({"constant": engine.drafter}, InTurns())
+    engine.step(engine.forward())
+    versions: list[int] = []
+    engine.drafter.observe = lambda sequences, _: versions.append(sequences.policy_version)  # type: ignore[method-assign]
+    if what == "update":
+        drafting.policy_updated(5)
+    elif what == "report":
+        drafting.take_report()
+        drafting.learn()
+    elif what == "forget":
+        drafting.forget({"request 0", "nobody"})
+        assert len(versions) == 2, "and that it has ended"
+    elif what == "end":
+        drafting.end()
+    else:
+        drafting.give_up()
+    drafting.learn()
+    assert versions[:1] == ([] if what == "give up" else [0])
+    assert observed == []
 
 
 def same(found: Any, expected: Any) -> None:

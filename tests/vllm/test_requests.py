@@ -217,13 +217,13 @@ def test_an_error_of_our_own_costs_drafts(llm: Any, monkeypatch: pytest.MonkeyPa
     expected = ask(llm, batch)
     own.take_report()
     calls = itertools.count()
-    followed = own.requests.followed
+    read_prompts = own.requests.read_prompts
 
-    def broken(forward: Any, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        assert next(calls) != 3, "every committed token passes here"
-        return followed(forward, known)
+    def broken(forward: Any, known: np.ndarray) -> None:
+        assert next(calls) != 3, "this step fails"
+        read_prompts(forward, known)
 
-    monkeypatch.setattr(own.requests, "followed", broken)
+    monkeypatch.setattr(own.requests, "read_prompts", broken)
     assert ask(llm, batch) == expected
     assert ask(llm, batch) == expected
     report = own.take_report()
