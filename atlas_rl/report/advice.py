@@ -206,6 +206,21 @@ LOGGED: tuple[Explained, ...] = (
         "Nothing: the history index drafts alone.",
     ),
     Explained(
+        "the policy's logits are no scaled or capped output of its LM head: the adaptive EAGLE-3 head cannot learn them",
+        "The policy computes its logits in a way that the head's training cannot follow.",
+        "Nothing: the head drafts as it was loaded. Its acceptance may fall as the policy changes.",
+    ),
+    Explained(
+        "the saved adaptive EAGLE-3 head drafts other tokens than the given one",
+        "The drafters' state was saved with a head of another reduced vocabulary.",
+        "Load the head that the state was saved with. Else the given head starts as it was trained.",
+    ),
+    Explained(
+        "a refresh of the adaptive EAGLE-3 head is undone",
+        "The refresh lowered the head's agreement with the policy, or made weights that are not finite.",
+        "Nothing, if it is rare: the head drafts with the weights from before. If it repeats, please report it.",
+    ),
+    Explained(
         "cannot determine what ... makes of its LM head's output",
         "The policy's forward failed on a test of its computation after the LM head.",
         "Nothing, if acceptance is as usual. The drafters follow its configuration instead.",
