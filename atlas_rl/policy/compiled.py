@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.parts import HasModules
 
 _CALL = "_compiled_call_impl"  # nn.Module.__call__ calls it where it is there
 
@@ -23,12 +24,12 @@ def is_compiled(model: Any) -> bool:
     """Whether a module is a wrapper made by `torch.compile`."""
     # By name: most processes compile nothing, and torch._dynamo takes a second to import.
     return (
-        isinstance(model, nn.Module) and class_of(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
+        isinstance(model, nn.Module) and "_orig_mod" in model._modules and class_of(model).__name__ == "OptimizedModule"
     )
 
 
 @contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
+def uncompiled(model: HasModules) -> Iterator[None]:
     """Context in which this thread runs every module of `model` as if it had not been compiled."""
     owner = threading.get_ident()
     changed: list[tuple[dict[str, Any], str, Any]] = []

@@ -40,6 +40,7 @@ from atlas_rl.policy.linear_routes import (
     timing,
 )
 from atlas_rl.policy.memory import free_bytes
+from atlas_rl.policy.parts import HasModules
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
@@ -107,16 +108,17 @@ class FastLinears:
         self._shapes: list[_Shape] = []
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self, parts: HasModules | None = None) -> Iterator[None]:
         """Context in which this thread's layers take their routes; afterwards no route and no copy is left.
 
-        A layer returns what it would return otherwise: the same type, and the same value up to rounding.
+        A layer returns what it would return otherwise: the same type, and the same value up to rounding. `parts` are the
+        model's modules, where they are listed already.
         """
         if not self._shapes:
             self.packing_s, self.most_packed_bytes = 0.0, 0
         outer, table = self._shapes, self._given or RouteTable.of_this_machine()
         known = {layer for shape in outer for layer in shape.layers}
-        inner = _by_shape([m for m in self._model.modules() if m not in known and _takes_part(m)], table)
+        inner = _by_shape([m for m in (parts or self._model).modules() if m not in known and _takes_part(m)], table)
         forwards: dict[nn.Module, Any] = {layer: _forward_of(shape) for shape in inner for layer in shape.layers}
         try:
             self._shapes = outer + inner
@@ -150,18 +152,15 @@ def _by_shape(layers: list[Any], table: RouteTable) -> list[_Shape]:
 
 
 def _takes_part(module: Any) -> bool:
+    if class_of(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    weight = module.weight
     return (
-        class_of(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype in _TYPES
-        and can_be_copied(module.weight, module.in_features * module.out_features)
-        and _bytes(module) >= MIN_BYTES
+        weight.dtype in _TYPES
+        and weight.device.type == "cpu"
+        and weight.numel() * weight.element_size() >= MIN_BYTES
+        and can_be_copied(weight, module.in_features * module.out_features)
     )
-
-
-def _bytes(layer: nn.Linear) -> int:
-    return layer.weight.numel() * layer.weight.element_size()
 
 
 def _packed_bytes(layer: nn.Linear) -> int:

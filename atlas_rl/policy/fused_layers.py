@@ -18,12 +18,12 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
 
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.layer import TYPES, rms_norm, rotate
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.layer_forms import norm_form, rotates_halves
+from atlas_rl.policy.parts import HasModules
 from atlas_rl.policy.threads import replaced_forwards
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -32,7 +32,7 @@ _MOST_NUMBERS = 1 << 20  # on a CPU: beyond, torch's threads are worth more than
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
+def fused(model: HasModules) -> Iterator[None]:
     """Context in which this thread computes norms and rotary embeddings of known code in one pass each."""
     stand_in: dict[
         type, Callable[..., Any] | None

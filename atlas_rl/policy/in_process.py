@@ -22,6 +22,7 @@ from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.fused_layers import fused
 from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
+from atlas_rl.policy.parts import Parts
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.recurrent_layers import RecurrentLayer, recurrent_layers
@@ -112,12 +113,14 @@ class InProcessRunner(PolicyRunner):
 
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
-        with generating(), torch.no_grad(), evaluation_mode(self.model):
-            refuse_modules(self.model)  # offloaded since
-            self._look()
-            self._unrunnable = None  # weights may have changed
-            with self.ragged(cache):
-                yield
+        with generating(), torch.no_grad():
+            if cache.parts is None:
+                refuse_modules(self.model)  # offloaded since
+            with evaluation_mode(self._parts_of(cache)):
+                self._look()
+                self._unrunnable = None  # weights may have changed
+                with self.ragged(cache):
+                    yield
 
     def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
         assert self._cache is not None, "forward() outside of session()"
@@ -250,18 +253,24 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def ragged(self, cache: RaggedBatch) -> Iterator[None]:
         """Context in which forwards run over `cache`."""
-        outer = self._cache
+        outer, parts = self._cache, self._parts_of(cache)
         try:
             self._cache = cache
             with (
-                uncompiled(self.model),
-                fused(self.model) if self._fuses else nullcontext(),
-                self.linears.installed(),
+                uncompiled(parts),
+                fused(parts) if self._fuses else nullcontext(),
+                self.linears.installed(parts),
                 self.halves.installed(self._autocast),
             ):
                 yield
         finally:
             self._cache = outer
+
+    def _parts_of(self, cache: RaggedBatch) -> Parts:
+        """The policy's modules, listed when this cache is first run over: a draft LM enters a session for every draft."""
+        if cache.parts is None:
+            cache.parts = Parts(self.model)
+        return cache.parts
 
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:

@@ -30,6 +30,7 @@ from atlas_rl.policy import varlen
 from atlas_rl.policy.autocast import as_attended, autocast_type
 from atlas_rl.policy.base import Segments, roomy
 from atlas_rl.policy.memory import allocated
+from atlas_rl.policy.parts import Parts
 from atlas_rl.policy.placement import Placement, place
 from atlas_rl.policy.rectangle import attend_padded
 from atlas_rl.policy.recurrent_rows import Recurrence, RecurrentRows
@@ -62,6 +63,7 @@ class RaggedBatch:
         attended: Whether attention has gone over a rectangle (False) and over sequences of any length (True).
         steps: Decode steps of fixed shapes over this cache, which go with it.
         recurrent: What recurrent layers keep of the rows; None where the policy has none.
+        parts: Modules of the policy that runs over it, once it does.
     """
 
     num_rows: int
@@ -83,6 +85,7 @@ class RaggedBatch:
     attended: set[bool] = field(default_factory=set)
     steps: Any = None  # a StepGraphs, which runs over this cache
     recurrent: RecurrentRows | None = None
+    parts: Parts | None = None
 
     def place(self, segments: Segments, device: torch.device, *also: np.ndarray) -> list[torch.Tensor]:
         """Prepare the next forward: room in the cache, and indices on the device.

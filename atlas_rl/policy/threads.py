@@ -30,6 +30,7 @@ from typing import Any, ParamSpec, TypeVar
 from torch import nn
 
 from atlas_rl.policy.guise import class_of, guise_of, own_attribute, put_class
+from atlas_rl.policy.parts import HasModules
 
 GENERATING = threading.RLock()
 """Held by the thread that generates, audits or refreshes drafters; `generating` takes it."""
@@ -139,7 +140,7 @@ def one_at_a_time(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: HasModules) -> Iterator[None]:
     """Context with dropout off in this thread. No training flag is written; writes of other threads stay."""
     # Wrappers of torch.compile have no flag of their own: what they wrap has one, and is among the modules.
     with generating(), _changed(_EVALUATED, [(m, True) for m in model.modules() if m.__dict__.get("training")]):

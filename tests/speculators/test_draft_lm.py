@@ -49,6 +49,30 @@ def test_draft_probs_are_over_the_policys_vocabulary(rows):
             assert not draft.draft_probs[row, :length, rows:].any()
 
 
+def test_a_draft_does_not_walk_through_its_modules(monkeypatch):
+    """The first one of a call does, once. A walk takes as long as a small draft, and a session has several uses for it."""
+    walks = []
+
+    class Watched(DraftLM):
+        def propose(self, *args):
+            walk, seen = nn.Module.named_modules, []
+
+            def noted(module, *rest, **options):
+                seen.append(module)
+                return walk(module, *rest, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(nn.Module, "named_modules", noted)
+                draft = super().propose(*args)
+            walks.append(len(seen))
+            return draft
+
+    generate(fixed(Watched(tiny_llama(layers=2, seed=12), VOCAB), 3))
+    assert walks[0] > 0
+    assert len(walks) > 3
+    assert not any(walks[1:])
+
+
 def test_rejection_is_lossless_with_fewer_rows():
     """First two tokens of 4,000 requests against those of plain decoding; a difference of 0.06 has a chance below 1e-4."""
     small = tiny_llama(vocab=7, layers=1, hidden=16, seed=5)

@@ -1,0 +1,31 @@
+"""A model's modules, listed once where they are gone through often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import nn
+
+
+class HasModules(Protocol):
+    """A model, or a list of its modules."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module, the model itself first."""
+        ...
+
+
+class Parts:
+    """The modules that a model has now, in the order of `model.modules()`.
+
+    Walking through a model of thirty layers takes torch half a millisecond. A session does so for everything that it changes
+    for the time of a forward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = tuple(model.modules())
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module, the model itself first."""
+        return iter(self._modules)
