@@ -17,7 +17,7 @@ from tests import ROOT
 
 FLOORS = {
     0: ("atlas_kernels",),
-    1: ("checks", "docstrings", "progress", "policy", "report", "planner"),
+    1: ("checks", "counts", "docstrings", "progress", "policy", "report", "planner"),
     2: ("core",),
     3: ("sampling", "controller"),
     4: ("speculators", "audit"),
