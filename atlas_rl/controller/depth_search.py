@@ -38,7 +38,8 @@ def decide(current, room, forecast, table, factor, spent_s, shares, levels, back
         discount: Factor on the goodput of steps with drafts.
 
     Returns:
-        Draft tokens to ask for, int64 `[batch]`, not cut to the room; and the expected goodput of that without the discount.
+        Draft tokens to ask for, int64 `[batch]`, not cut to the room; the expected goodput of that without the discount; and
+        whether anybody is asked.
     """
     batch = len(room)
     expected = remembered(current[:, 0].copy(), *forecast)
@@ -56,7 +57,7 @@ def decide(current, room, forecast, table, factor, spent_s, shares, levels, back
     for row in range(batch):
         if whom == 2 or (whom == 1 and better[row]):
             wanted[row] = depths[index]
-    return wanted, goodput
+    return wanted, goodput, whom > 0
 
 
 @cached_njit(nogil=True)

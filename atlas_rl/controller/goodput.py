@@ -28,8 +28,9 @@ from atlas_rl.controller.cost import CostModel
 from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
-from atlas_rl.controller.slots import admitted, take_better
+from atlas_rl.controller.slots import admitted, take_better, within
 from atlas_rl.core import Verified
+from atlas_rl.counts import bounds
 
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
 _TRIALS = 3  # calls before a drafter's cost is believed
@@ -129,8 +130,8 @@ class GoodputController(Controller):
         if len(left) > 1:
             left.sort(key=lambda n: models[n].cost.predict(step.batch, 1.0) if len(models[n].cost) else 0.0)
         for name in left:
-            wanted = np.minimum(step.room, self._wanted(name, best, decision))
-            if wanted.any():
+            wanted, anybody = within(self._wanted(name, best, decision), step.room)
+            if anybody:
                 decision.beside[name] = best.survival[:, 0].copy()  # the best drafts change when the next one is there
                 return {name: wanted}
         return {}
@@ -139,7 +140,7 @@ class GoodputController(Controller):
         decision = self._decision(step)
         admission = self._admission(step, decision)
         # Noted here: the next step is planned before this one is observed.
-        self._steps_since_plain = self._steps_since_plain + 1 if admission.lengths.any() else 0
+        self._steps_since_plain = self._steps_since_plain + 1 if bounds(admission.lengths)[1] else 0
         if decision.planned:
             self._pause.observe(step.batch, decision.promise is not None)
         return admission
@@ -246,14 +247,14 @@ class GoodputController(Controller):
         table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
         shares, levels = model.cost.tables()
         knows = model.cost.knows(batch)
-        wanted, goodput = decide(
+        wanted, goodput, anybody = decide(
             best.survival, step.room, model.forecast.tables(), table, factor, sum(step.draft_s.values(), 0.0),
             # Draft cost is not extrapolated from large batches to small ones. If a draft would pay at zero cost, it is
             # tried once and timed.
             shares if knows else shares[:0], levels, step.backlog.get(name, 0), _DEPTHS,
             discount(model.kept, self._kept_plain),
         )  # fmt: skip
-        if wanted.any():
+        if anybody:
             if not knows:
                 # For all requests, so that the cost of such a call is known afterwards.
                 decision.is_trial = self._is_new(batch)

@@ -45,6 +45,24 @@ def survival_of(confidence, lengths, edges, position_class, a, b):
 
 
 @cached_njit(nogil=True)
+def within(wanted, room):
+    """Draft tokens to ask for, within the room that there is, and whether any are.
+
+    Args:
+        wanted: int64 `[batch]`.
+        room: int64 `[batch]`.
+
+    Returns:
+        int64 `[batch]`, and a bool.
+    """
+    asked, anybody = np.empty(len(wanted), np.int64), False
+    for row in range(len(wanted)):
+        asked[row] = min(wanted[row], room[row])
+        anybody = anybody or asked[row] != 0
+    return asked, anybody
+
+
+@cached_njit(nogil=True)
 def take_better(survival, gains, drafters, own, index, columns):
     """Replace a request's best draft by that of drafter `index` if it gains more, in place.
 
