@@ -37,7 +37,7 @@ from atlas_rl.counts import asked_of, bounds, tokens_of
 from atlas_rl.decode.commit import Settled, commit
 from atlas_rl.decode.guard import Faults, GuardedController, GuardedSpeculator
 from atlas_rl.decode.propose import merge
-from atlas_rl.decode.room import needed_by, room_of
+from atlas_rl.decode.room import needed_by, rest_of, room_of
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
 from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
@@ -192,6 +192,7 @@ def _run_all() -> None:
 def _run_rows_of_drafts(sequences: Sequences, requests: np.ndarray) -> None:
     lengths, ones = sequences.lengths, np.ones(2, np.int64)
     room_of(requests, lengths, lengths, needed_by(requests, lengths, lengths))
+    rest_of(requests, lengths, lengths, lengths)
     positions_alike(sequences.noise_keys, lengths, requests, 1)
     cut(ones[:, None], np.ones((2, 1), np.float32), ones, sequences.sampling.stops, np.zeros(0, np.bool_))
     newest_indices(requests, lengths, sequences.token_ids, np.zeros(4, np.int64))

