@@ -33,11 +33,11 @@ from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.slots import admitted, take_better, within
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences
-from atlas_rl.counts import bounds
+from atlas_rl.counts import asked_of, bounds, tokens_of
 from atlas_rl.decode.commit import Settled, commit
 from atlas_rl.decode.guard import Faults, GuardedController, GuardedSpeculator
 from atlas_rl.decode.propose import merge
-from atlas_rl.decode.room import needed_by, room_of
+from atlas_rl.decode.room import needed_by, rest_of, room_of
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
 from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
@@ -175,6 +175,7 @@ def _run_all() -> None:
     packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
     figures = np.ones(len(packed[0]), np.float32)
     unpacked(packed[1], np.ones(2, np.int64), packed[0], figures, figures, figures, sequences.sampling.stops)
+    within(np.full(2, 4), room)
     _run_rows_of_drafts(sequences, requests)
     history = GuardedSpeculator(HistorySpeculator(), Faults())
     for _ in range(2):  # the second call archives the first
@@ -194,11 +195,13 @@ def _run_all() -> None:
 def _run_rows_of_drafts(sequences: Sequences, requests: np.ndarray) -> None:
     lengths, ones = sequences.lengths, np.ones(2, np.int64)
     room_of(requests, lengths, lengths, needed_by(requests, lengths, lengths))
+    rest_of(requests, lengths, lengths, lengths)
     positions_alike(sequences.noise_keys, lengths, requests, 1)
     cut(ones[:, None], np.ones((2, 1), np.float32), ones, sequences.sampling.stops, np.zeros(0, np.bool_))
     newest_indices(requests, lengths, sequences.token_ids, np.zeros(4, np.int64))
     newest_places(requests, ones, requests, lengths)
     committed_places(requests, ones)
+    bounds(ones), asked_of(ones), tokens_of(requests, lengths)
 
 
 def _toy_sequences() -> Sequences:

@@ -23,6 +23,7 @@ import torch
 from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, Verified
+from atlas_rl.counts import bounds
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 
@@ -340,7 +341,7 @@ def _checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarr
         if name not in step.ready or name in step.drafts:
             raise ValueError(f"a plan asks '{name}', which is not ready or has drafted already")
         asked = np.asarray(wanted)
-        if asked.shape != (step.batch,) or asked.dtype.kind not in "iu" or (len(asked) and asked.min() < 0):
+        if asked.shape != (step.batch,) or asked.dtype.kind not in "iu" or bounds(asked)[0] < 0:
             raise ValueError(f"a plan needs a number of tokens for each of {step.batch} requests")
     return plan
 

@@ -19,7 +19,7 @@ from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.plain_run import PlainCosts
 from atlas_rl.decode.propose import Proposing, merge
-from atlas_rl.decode.room import CacheRoom
+from atlas_rl.decode.room import CacheRoom, rest_of
 from atlas_rl.decode.settling import reached
 from atlas_rl.decode.stand_ins import stand_in
 from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire, roomy
@@ -192,8 +192,8 @@ class DecodeLoop:
 
     def _rest(self, requests: np.ndarray) -> Rest:
         """Tokens that active requests have generated, and tokens until their limits."""
-        lengths = self.sequences.lengths[requests]
-        generated, left = lengths - self.sequences.prompt_lengths[requests], self.max_lengths[requests] - lengths
+        sequences = self.sequences
+        generated, left = rest_of(requests, sequences.lengths, sequences.prompt_lengths, self.max_lengths)
         return Rest(requests, generated, left, len(self.room.waiting))
 
     def _taps(self) -> Taps:

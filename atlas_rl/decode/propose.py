@@ -10,6 +10,7 @@ import torch
 from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Controller, Rest, Step
 from atlas_rl.core import Draft, Sequences
+from atlas_rl.counts import asked_of, bounds, tokens_of
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
@@ -47,7 +48,7 @@ class Proposing:
         """
         backlogs = {name: speculator.backlog(sequences, requests) for name, speculator in self._speculators.items()}
         backlog = {name: tokens for name, tokens in backlogs.items() if tokens is not None}
-        context_tokens = int(sequences.lengths[requests].sum())
+        context_tokens = tokens_of(requests, sequences.lengths)
         drawn_as = self.drawn_as(sequences, requests)
         step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=drawn_as, rest=rest)
         while True:
@@ -64,7 +65,7 @@ class Proposing:
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         """Ask one speculator for drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
         before = self._recorder.clock()
-        batch, num_asked = len(requests), np.count_nonzero(wanted > 0)
+        batch, (num_asked, num_wanted) = len(requests), asked_of(wanted)
         if num_asked == batch:
             draft = self.draft(name, sequences, requests, wanted)
         elif num_asked:
@@ -75,8 +76,8 @@ class Proposing:
             draft = Draft.empty(batch)
         step.asked[name], step.drafts[name] = wanted, draft
         step.draft_s[name] = self._recorder.clock() - before
-        self.num_asked[name] = self.num_asked.get(name, 0) + int(wanted.sum())
-        self.num_proposed[name] = self.num_proposed.get(name, 0) + int(draft.lengths.sum())
+        self.num_asked[name] = self.num_asked.get(name, 0) + num_wanted
+        self.num_proposed[name] = self.num_proposed.get(name, 0) + asked_of(draft.lengths)[1]
 
     def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
         """Ask one speculator for drafts of some requests, at least one token each."""
@@ -107,10 +108,9 @@ def take_rows(
 
 def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, vocab_size: int) -> Draft:
     """Merge drafts into one per request: from the admitted speculator, to the admitted length."""
-    batch, width = len(admission.lengths), int(admission.lengths.max(initial=0))
-    merged = Draft.empty(batch)
+    batch, width = len(admission.lengths), bounds(admission.lengths)[1]
     if width == 0:
-        return merged
+        return Draft.empty(batch)
     merged = Draft(np.zeros((batch, width), np.int64), admission.lengths, np.zeros((batch, width), np.float32))
     for name, draft in drafts.items():
         take_rows(

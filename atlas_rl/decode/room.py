@@ -159,6 +159,28 @@ def room_of(active: np.ndarray, lengths: np.ndarray, max_lengths: np.ndarray, he
 
 
 @cached_njit(nogil=True)
+def rest_of(
+    active: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, max_lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that each active request has generated, and the most that may still come.
+
+    Args:
+        active: int64 `[batch]`.
+        lengths: int64 `[num_requests]`, tokens by now.
+        prompt_lengths: int64 `[num_requests]`.
+        max_lengths: int64 `[num_requests]`.
+
+    Returns:
+        int64 `[batch]` twice.
+    """
+    generated, left = np.empty(len(active), np.int64), np.empty(len(active), np.int64)
+    for row in range(len(active)):
+        request = active[row]
+        generated[row], left[row] = lengths[request] - prompt_lengths[request], max_lengths[request] - lengths[request]
+    return generated, left
+
+
+@cached_njit(nogil=True)
 def needed_by(active: np.ndarray, lengths: np.ndarray, max_lengths: np.ndarray) -> int:
     """Cells that the next step may write: the longest active text plus `LOOKAHEAD`, within the largest limit."""
     longest, furthest = 0, 0

@@ -19,6 +19,7 @@ from atlas_kernels.draw import draw
 from atlas_kernels.head_call import DraftHeadWeights
 from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Draft, Sequences
+from atlas_rl.counts import bounds
 from atlas_rl.policy.upload import download, uploaded
 from atlas_rl.sampling.processing import padded_prefixes, process
 from atlas_rl.sampling.verification import choose
@@ -91,8 +92,8 @@ class Drawing:
         self._depths, self._token_ids, self._device = depths, token_ids, device
         self._couples_noise, self._likeliest = couples_noise, argmax or sampling.greedy
         self._stream, keys = sequences.draft_noise(requests, couples_noise)
-        deepest = int(depths.max())
-        self._uniform = int(depths.min()) == deepest
+        shallowest, deepest = bounds(depths)
+        self._uniform = shallowest == deepest
         if self._uniform:
             self.rows = [np.arange(len(depths))] * deepest
             lay_out = _laid_out_alike
@@ -306,7 +307,10 @@ def _laid_out_alike(
     batch, depth = len(keys), len(rows)
     own = positions_alike(keys, lengths, requests, depth)
     there = uploaded(np.concatenate([own, *carried]) if carried else own, device)
-    row, key, *parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])
+    if all(len(part) == batch for part in carried):
+        row, key, *parts = there.view(-1, batch).unbind()  # a third of what `split` takes
+    else:
+        row, key, *parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])
     positions = [_Position(own_rows, row, key, at, row) for own_rows, at in zip(rows, parts, strict=False)]
     return positions, parts[depth:]
 

@@ -50,6 +50,35 @@ def test_proposing_twice_changes_nothing():
     assert (sequences.token_ids[:, len(Branching(2).prompt) :] == 77_777).all()  # speculators read, never write
 
 
+def test_being_asked_changes_nothing_that_is_found_or_learned_later():
+    """A draft's search is used again when the cursors move on, unless the history has grown since."""
+    asked, silent, rng = one_hot(), one_hot(), np.random.default_rng(0)
+    for spec in (asked, silent):
+        archive(spec, [9, 8], [np.random.default_rng(7).integers(5, 8, 60).tolist()])
+    late = np.random.default_rng(8).integers(5, 8, 60).tolist()
+    calls = [call([[9, 8], [9, 8], [7, 6], late], seed=3) for _ in range(2)]
+    both = list(zip((asked, silent), calls, strict=True))
+    for spec, sequences in both:
+        spec.start(sequences, np.arange(3))
+        commit(spec, sequences, {2: late[::-1]}, finished=True)
+    for step in range(40):
+        rows = {request: rng.integers(5, 8, rng.integers(1, 4)).tolist() for request in range(2) if rng.random() < 0.7}
+        asked.propose(calls[0], np.arange(2), rng.integers(0, 5, 2))
+        if step == 20:
+            for spec, sequences in both:
+                spec.start(sequences, np.array([3]))
+        if step % 10 == 4:  # archives in the middle of a call
+            np.testing.assert_equal(asked.state_dict(), silent.state_dict())
+        if rows:
+            for spec, sequences in both:
+                commit(spec, sequences, rows)
+    np.testing.assert_equal(asked.state_dict(), silent.state_dict())
+    drafts = [spec.propose(sequences, np.array([0, 1, 3]), np.full(3, 6)) for spec, sequences in both]
+    assert drafts[0].lengths.any()
+    for name in ("token_ids", "lengths", "confidence"):
+        np.testing.assert_array_equal(getattr(drafts[0], name), getattr(drafts[1], name))
+
+
 @pytest.mark.parametrize("prompt", [[5], [5, 6]])
 def test_prompts_shorter_than_a_context(prompt):
     spec = one_hot()

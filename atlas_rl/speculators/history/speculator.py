@@ -21,11 +21,13 @@ import numpy as np
 
 from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
+from atlas_rl.counts import bounds
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.history.match import advance, new_cursors, refill
 from atlas_rl.speculators.history.mixture import (
     COUPLED,
     ONE_HOT,
+    Model,
     choose,
     confidence_of,
     learn,
@@ -35,7 +37,15 @@ from atlas_rl.speculators.history.mixture import (
     new_model,
     new_scratch,
 )
-from atlas_rl.speculators.history.store import MAX_MATCH, Archive, LiveIndex, index_live, prompt_tags
+from atlas_rl.speculators.history.store import (
+    MAX_MATCH,
+    Archive,
+    ArchiveView,
+    LiveIndex,
+    LiveView,
+    index_live,
+    prompt_tags,
+)
 from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
@@ -51,13 +61,17 @@ _CONFIDENCE_FLOOR = 0.01
 
 @numba.njit
 def _draft_row(request, length, want, cursors, count, live, archive, model, scratch, mode, key, stops, out, confidence):
-    """Draft up to `want` tokens of one request from its `count` cursors, which are consumed; returns how many."""
+    """Draft up to `want` tokens of one request from its `count` cursors, which are used up; returns how many.
+
+    The cursors have been refilled for the first of them.
+    """
     end = min(length, MAX_MATCH)
     context = np.empty(MAX_MATCH + want, np.int32)
     context[:end] = live.tokens[request, length - end : length]
     for drafted in range(want):
         position = length + drafted
-        count = refill(cursors, count, context, end, request, live, archive)
+        if drafted > 0:
+            count = refill(cursors, count, context, end, request, live, archive)
         if count == 0:
             return drafted
         at = mix(cursors, count, model, scratch)
@@ -76,24 +90,45 @@ def _draft_row(request, length, want, cursors, count, live, archive, model, scra
 
 
 @cached_njit(nogil=True)
-def _draft_rows(requests, lengths, want, cursors, counts, live, archive, model, mode, keys, stops, out, confidence):
-    """Draft every row after the `lengths` of all requests; returns the lengths of the drafts."""
+def _draft_rows(
+    requests, lengths, want, cursors, counts, found, found_at,
+    tokens, links, heads, indexed, prompt_lengths, tags, nodes, archive_heads, cursor,
+    log_weights, escapes, exponents, certainty,
+    mode, keys, stops, out, confidence,
+):  # fmt: skip
+    """Draft every row behind the `lengths` of all requests; returns the lengths of the drafts.
+
+    A request has `counts[request]` cursors. A search appends others behind them: there are `found[request]` then, for
+    the position `found_at[request]`. `counts` stays as it is. So a later search, in a history that has grown, starts from
+    the same cursors as if nobody had asked for a draft before.
+
+    `LiveView`, `ArchiveView` and `Model` come array by array: numba takes some microseconds to look into a named tuple.
+    """
+    live = LiveView(tokens, links, heads, indexed, prompt_lengths, tags)
+    archive = ArchiveView(nodes, archive_heads, cursor)
+    model = Model(log_weights, escapes, exponents, certainty)
     drafted = np.zeros(len(requests), np.int64)
     own = np.empty_like(cursors[0])
     scratch = new_scratch(model)
     for i in range(len(requests)):
-        request = requests[i]
-        count = counts[request]
+        request, length = requests[i], lengths[requests[i]]
+        if want[i] <= 0:
+            continue
+        if found_at[request] != length:
+            row = live.tokens[request]
+            found[request] = refill(cursors[request], counts[request], row, length, request, live, archive)
+            found_at[request] = length
+        count = found[request]
         own[:count] = cursors[request, :count]
         drafted[i] = _draft_row(
-            request, lengths[request], want[i], own, count, live, archive, model, scratch, mode, keys[request], stops,
+            request, length, want[i], own, count, live, archive, model, scratch, mode, keys[request], stops,
             out[i], confidence[i],
         )  # fmt: skip
     return drafted
 
 
 @numba.njit
-def _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_counts):
+def _move_rows(requests, starts, ends, cursors, counts, found, found_at, live, archive, met, met_counts):
     """Move every request's cursors past its tokens `starts[i] .. ends[i] - 1`.
 
     `met` (int32 `[tokens, MAX_CURSORS, 4]`) and `met_counts` (int64 `[tokens]`) get the cursors that each token met.
@@ -103,7 +138,10 @@ def _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_
         request = requests[i]
         row, own, count = live.tokens[request], cursors[request], counts[request]
         for position in range(starts[i], ends[i]):
-            count = refill(own, count, row, position, request, live, archive)
+            if position == starts[i] and found_at[request] == position:  # by a draft, in the same history
+                count = found[request]
+            else:
+                count = refill(own, count, row, position, request, live, archive)
             met[token, :count] = own[:count]
             met_counts[token] = count
             token += 1
@@ -112,21 +150,28 @@ def _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_
 
 
 @cached_njit(nogil=True)
-def _follow_rows(requests, lengths, observed, most, starts, ends, cursors, counts, live, archive, met, met_counts):
+def _follow_rows(
+    requests, lengths, observed, most, starts, ends, cursors, counts, found, found_at,
+    tokens, links, heads, indexed, prompt_lengths, tags, nodes, archive_heads, cursor,
+    met, met_counts,
+):  # fmt: skip
     """Move cursors past newly committed tokens and index them; nothing if `met` has no room. Returns the token count.
 
     `starts` and `ends` (int64 `[batch]`) get the tokens of each request observed before, and by now; `observed` (int64
     `[num_requests]`) follows. Positions from `most` on are not filed. The other arguments are those of `_move_rows`.
     """
+    live = LiveView(tokens, links, heads, indexed, prompt_lengths, tags)
+    archive = ArchiveView(nodes, archive_heads, cursor)
     total = 0
     for i in range(len(requests)):
         starts[i], ends[i] = observed[requests[i]], lengths[requests[i]]
         total += ends[i] - starts[i]
     if total <= len(met):
-        _move_rows(requests, starts, ends, cursors, counts, live, archive, met, met_counts)
+        _move_rows(requests, starts, ends, cursors, counts, found, found_at, live, archive, met, met_counts)
         for i in range(len(requests)):
             observed[requests[i]] = ends[i]
         index_live(live, requests, np.minimum(ends, most))
+        found_at[:] = -1  # there is more to find now, also for requests that were put off
     return total
 
 
@@ -179,6 +224,8 @@ class HistorySpeculator(Speculator):
         self._live: LiveIndex | None = None
         self._finished: list[int] = []
         self._cursors, self._counts, self._observed = new_cursors(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        # Cursors with those that a draft has found, and the position that it searched for, -1 for none.
+        self._found, self._found_at = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._put_off: _PutOff | None = None
         self._met, self._met_counts = new_cursors(0), np.zeros(0, np.int64)  # cursors that its tokens met
 
@@ -211,21 +258,24 @@ class HistorySpeculator(Speculator):
             self._cursors = new_cursors(num_requests)
             self._counts = np.zeros(num_requests, np.int64)
             self._observed = np.zeros(num_requests, np.int64)
+            self._found, self._found_at = np.zeros(num_requests, np.int64), np.zeros(num_requests, np.int64)
         live = self._live_of(sequences)
+        self._found_at[:] = -1  # there is more to find now
         live.add(sequences, requests)
         self._observed[requests] = sequences.prompt_lengths[requests]
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for each request: the likeliest continuation, or the one that the coupled noise picks."""
         live = self._live_of(sequences)
-        widest = int(max_draft_tokens.max(initial=0))
+        widest = bounds(max_draft_tokens)[1]
         if widest <= 0:
             return Draft.empty(len(requests))
         tokens = np.zeros((len(requests), widest), np.int64)
         confidence = np.zeros((len(requests), widest), np.float32)
         lengths = _draft_rows(
-            requests, sequences.lengths, max_draft_tokens, self._cursors, self._counts, live.view, self._archive.view,
-            self._model, self._mode(sequences), sequences.noise_keys, sequences.sampling.stops, tokens, confidence,
+            requests, sequences.lengths, max_draft_tokens, self._cursors, self._counts, self._found, self._found_at,
+            *live.view, *self._archive.view, *self._model,
+            self._mode(sequences), sequences.noise_keys, sequences.sampling.stops, tokens, confidence,
         )  # fmt: skip
         return Draft(tokens, lengths, confidence)
 
@@ -238,7 +288,7 @@ class HistorySpeculator(Speculator):
         while True:
             num_tokens = _follow_rows(
                 requests, sequences.lengths, self._observed, live.most, starts, ends, self._cursors, self._counts,
-                live.view, self._archive.view, self._met, self._met_counts,
+                self._found, self._found_at, *live.view, *self._archive.view, self._met, self._met_counts,
             )  # fmt: skip
             if num_tokens <= len(self._met):
                 break
@@ -329,6 +379,7 @@ class HistorySpeculator(Speculator):
     def _archive_rollouts(self, sequences: Sequences, requests: list[int]) -> None:
         """Archive requests, the prompt in full with the first rollout of each."""
         tags = prompt_tags(sequences.prompt_keys)
+        self._found_at[:] = -1  # there is more to find now
         seen: set[int] = set()
         for request in requests:
             tag = int(tags[request])

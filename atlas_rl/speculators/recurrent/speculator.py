@@ -17,6 +17,7 @@ import torch
 
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
+from atlas_rl.counts import bounds
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
@@ -146,7 +147,7 @@ class RecurrentSpeculator(Speculator):
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest wanted draft, shorter ones are cut."""
-        depth, learner = int(max_draft_tokens.max(initial=0)), self.learner
+        depth, learner = bounds(max_draft_tokens)[1], self.learner
         if depth <= 0 or not learner.trained:
             return Draft.empty(len(requests))
         head, token_ids = self._folded_head()
