@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 
 from atlas_rl.policy import varlen
 from atlas_rl.policy.in_process import InProcessRunner
+from benchmarks import tiny_policies
 from tests.gpu.counts import sectioned
 from tests.gpu.engines import ARMS, autocast, engine_of, generate, policy, tokens_of
-from tests.models import FACTORIES
+from tests.models import FACTORIES, tiny_llama
 from tests.pretend_cuda import WAITS, PretendCuda
 
 pytestmark = pytest.mark.usefixtures("probed_once")
@@ -29,7 +30,7 @@ def replays_of(model, arm="plain", calls=1, **options):
     return cuda, outputs
 
 
-def test_a_captured_step_is_one_launch_beside_drafting():
+def test_a_captured_forward_is_one_launch():
     cuda, outputs = replays_of(policy(torch.bfloat16))
     target = cuda.of("launch", "triton", section="target")
     replays = [event for event in target if event.what == "graph"]
@@ -156,6 +157,12 @@ FALLBACKS = {
     ),
     "float32": (policy, {}, "computed in torch.float32"),
     "capped scores": (lambda: capped().bfloat16(), {}, "caps scores"),
+    "recurrent layers": (lambda: tiny_policies.build("lfm2").bfloat16(), {}, "recurrent"),
+    "heads of twelve numbers": (
+        lambda: tiny_llama(vocab=64, hidden=48, context=128).bfloat16(),
+        {},
+        "keys of 12 and values of 12 numbers",
+    ),
 }
 
 
@@ -169,6 +176,14 @@ def test_a_fallback_is_said_once_and_named(why, caplog):
     assert len(said_of(caplog)) == 1, said_of(caplog)
     assert words in said_of(caplog)[0]
     assert all(len(ids) for output in outputs for ids in output.completion_ids)
+
+
+def test_a_gpu_of_amd_is_named(monkeypatch, caplog):
+    with PretendCuda(graphs=True) as cuda:
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        generate(engine_of(cuda.move(policy(torch.bfloat16))), 1, max_new_tokens=4)
+    assert len(said_of(caplog)) == 1
+    assert "has not been tried on AMD's GPUs" in said_of(caplog)[0]
 
 
 def test_a_torch_without_the_operator_is_named(monkeypatch, caplog):

@@ -48,6 +48,7 @@ _FREE = {
     _aten._fused_sdp_choice,
 }
 # Kernels of operations that start more than one: sorts are radix passes, `topk` of a long row is a search and a gather.
+_TOGETHER = {_aten.cat: 128, _aten._foreach_copy_: 64}  # tensors of a list that one launch takes
 _KERNELS = {_aten.sort: 6, _aten.topk: 3, _aten.cumsum: 2, _aten.nonzero: 3, _aten._unique2: 8, _aten.cummin: 2}
 
 
@@ -166,7 +167,8 @@ class Operations:
         if packet is _aten._to_copy and getattr(args[0], "_is_param", False):
             self.record.event("launch", "cast of a weight", num_bytes=args[0].nbytes)
             return
-        kernels = -(-len(args[0]) // 128) if packet is _aten.cat else _KERNELS.get(packet, 1)
+        together = _TOGETHER.get(packet)
+        kernels = -(-len(args[0]) // together) if together else _KERNELS.get(packet, 1)
         self.record.event("launch", str(packet).removeprefix("aten."), count=kernels)
 
 
