@@ -275,7 +275,7 @@ class Hidden:
 
     Attributes:
         starts: int64 `[batch]`.
-        head_inputs: `[num_positions, hidden]`, input of the policy's LM head; `[0, 0]` where no speculator needs it.
+        head_inputs: `[num_positions, hidden]`, input of the policy's LM head; `[0, 0]` if no speculator needs it.
         layers: Per layer `i` that a speculator needs, `[num_positions, hidden]`: the input of decoder layer `i`, which
             is the output of the first `i` layers. In process, `i` may be the number of layers.
     """

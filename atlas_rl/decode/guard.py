@@ -166,7 +166,7 @@ class GuardedSpeculator(Speculator):
         draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
         _check_draft(draft, max_draft_tokens, sequences.vocab_size)
         if draft.draft_probs is not None and self._policy is not None:
-            draft.draft_probs = draft.draft_probs.to(self._policy.device)  # wherever the drafter works
+            draft.draft_probs = draft.draft_probs.to(self._policy.device)  # the drafter may work on another device
         return draft
 
     def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:

@@ -46,7 +46,7 @@ class CacheRoom:
         self._failed_alone = False  # whether that was the prefill of one request, with nothing else running
 
     def wave(self, active: np.ndarray) -> np.ndarray:
-        """Requests to admit now, in order: int64 `[n]`. Makes room for them behind the rows of `active`."""
+        """Requests to admit now, in order: int64 `[n]`. Makes room for them after the rows of `active`."""
         free = self._fitting - len(active)
         # A prefill delays all requests: wait until a quarter of the rows is free, unless nothing else is running.
         if not self.waiting or (len(active) and free < max(1, self._fitting // 4)):

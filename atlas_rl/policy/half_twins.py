@@ -38,7 +38,7 @@ class HalfTwins:
     def __init__(self, model: nn.Module, dtype: torch.dtype, reserve: Callable[[int], bool]) -> None:
         self.layers = [module for module in model.modules() if _takes_part(module)]
         self._dtype, self._reserve = dtype, reserve
-        self._twins: dict[nn.Module, _Twin | None] = {}  # of layers that were tried; None if there is none
+        self._twins: dict[nn.Module, _Twin | None] = {}  # of layers that were tried; None if they got none
         self._unequal: set[type] = set()  # classes whose twins gave other results
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:

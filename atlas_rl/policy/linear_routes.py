@@ -92,7 +92,7 @@ def _can_pack(dtype: torch.dtype) -> bool:
     try:
         weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=dtype), 16)
         torch.ops.mkldnn._linear_pointwise(torch.ones(2, 16, dtype=dtype), weight, None, "none", [], "")
-    except RuntimeError:  # the processor lacks what bfloat16 needs
+    except RuntimeError:  # the processor does not support the type
         return False
     return True
 

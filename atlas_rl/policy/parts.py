@@ -1,4 +1,4 @@
-"""A model's modules, listed once where they are gone through often."""
+"""A model's modules, listed once for frequent iteration."""
 
 from __future__ import annotations
 

@@ -225,8 +225,7 @@ class _Probe:
         """Number of tokens that the long row can afford."""
         kind = self._runner.device.type
         weights = sum(parameter.numel() for parameter in self._runner.model.parameters())
-        by_flops = _FLOPS["cpu" if kind == "cpu" else "cuda"] / (4 * max(1, weights))  # two forwards, two FLOPs per
-        weight
+        by_flops = _FLOPS["cpu" if kind == "cpu" else "cuda"] / (4 * max(1, weights))  # two forwards, two per weight
         by_bytes = _LOGIT_BYTES / (8 * self._runner.vocab_size)  # two copies in float32
         return int(min(_MAX_TOKENS, by_flops, by_bytes))
 

@@ -94,7 +94,7 @@ class RaggedBatch:
 
         Args:
             segments: Tokens that will be run.
-            device: Of the cache.
+            device: Device of the cache.
             also: Further arrays that the forward needs on the device.
 
         Returns:

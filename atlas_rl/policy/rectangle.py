@@ -3,8 +3,8 @@
 Query heads that share a key/value head are folded into the query length: `[batch, kv_heads, group * len, dim]` against
 `[batch, kv_heads, context, dim]`. The cache is then read once and never expanded to the number of query heads.
 
-torch's attention supports neither softcaps nor attention sinks. With these, it is computed by its formula, for so few
-queries at a time that their scores take little memory.
+torch's attention supports neither softcaps nor attention sinks. Attention with these is computed by its formula, for so
+few queries at a time that their scores take little memory.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     All ranks must enter it equally often. Weights must not be changed inside. Does nothing if none are sharded.
 
     Args:
-        model: As the trainer calls it, FSDP's outermost wrapper included.
+        model: The model as the trainer calls it, FSDP's outermost wrapper included.
     """
     second = [module for module in model.modules() if isinstance(module, FSDPModule)]
     first = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]

@@ -138,7 +138,7 @@ class StepGraphs:
         return step.logits[:num_tokens]
 
     def _size_for(self, num_tokens: int, rest: tuple[Hashable, ...]) -> int:
-        """The size at which to run so many tokens: their number, or a larger size that has been run."""
+        """The size at which to run `num_tokens` tokens: the smallest that fits, or a larger one that has been run."""
         own = SIZES[bisect.bisect_left(SIZES, num_tokens)]
         near = [size for size in SIZES if own < size <= max(2 * own, _FEW) and (size, *rest) in self._steps]
         if (own, *rest) in self._steps or not near or self._rented[own, *rest] == _PATIENCE:
