@@ -98,8 +98,8 @@ def account(
         controller: Estimates the cost of a plain forward.
         step: Plan of the forward; it covers the first `step.batch` requests of `verified`, or fewer.
         verified: Outcome of the forward.
-        drafters: int64 `[n]`, the speculator whose draft each of the first `n` requests of `verified` used; the others
-            had no plan.
+        drafters: int64 `[n]`, index of the speculator whose draft each of the first `n` requests of `verified` used;
+            the others had no plan.
         forward_s: Seconds of the forward.
         plain: Receives the cost of a plain forward in its place.
     """

@@ -1,7 +1,8 @@
 """Turns the policy's logits into the distribution that is sampled.
 
 The order is that of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p.
-`atlas_kernels.truncate` does the last three; it keeps the same tokens on every device, and defines which of equal ones.
+`atlas_kernels.truncate` does the last three; it keeps the same tokens on every device, and defines which of equal ones
+it keeps.
 """
 
 from __future__ import annotations
