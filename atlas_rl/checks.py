@@ -1,6 +1,6 @@
 """Checks of options and arguments: each returns the value or raises a `ValueError` with option, value and remedy.
 
-Numbers may come as numpy's or torch's scalars; what is returned is Python's own. `True` is no number, and text is none.
+Numbers may be numpy or torch scalars; the returned number is Python's. Neither `True` nor text counts as a number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-_LONGEST = 80  # of a value in a message
+_LONGEST = 80  # characters of a value in a message
 
 
 def wrong(name: str, wanted: str, value: Any) -> ValueError:
@@ -122,10 +122,10 @@ def reject_unknown(
     """Raise `ValueError` for options that are not `known`, with the nearest known name.
 
     Args:
-        options: By name.
+        options: Options by name.
         known: Names that exist.
-        where: What takes them.
-        elsewhere: What other libraries call them, by that name.
+        where: What takes the options, for the message.
+        elsewhere: Known names by the names that other libraries use for them.
         listed: Where the known names are listed, if they are too many for a message.
     """
     for name in options:

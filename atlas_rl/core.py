@@ -128,8 +128,8 @@ class Sequences:
     The decode loop owns them and appends; speculators read.
 
     Attributes:
-        token_ids: int32 `[num_requests, capacity]`, prompt then completion; cells past the length are undefined. It grows
-            with the texts (`reserve`) and is another array then, so that nobody may keep it.
+        token_ids: int32 `[num_requests, capacity]`, prompt then completion; cells past the length are undefined.
+            `reserve` replaces the array when texts grow, so do not keep references to it.
         lengths: int64 `[num_requests]`, prompt plus committed completion tokens.
         prompt_lengths: int64 `[num_requests]`.
         prompt_keys: int64 `[num_requests]`, equal for equal prompts (a hash of the prompt's tokens).
@@ -137,7 +137,7 @@ class Sequences:
         sampling: Sampling parameters of the call.
         vocab_size: Size of the policy's vocabulary.
         policy_version: Version of the policy that generates.
-        max_length: Most tokens that any request may come to; as given, `token_ids` has room for no more.
+        max_length: Most tokens that any request can reach; at least the initial capacity of `token_ids`.
     """
 
     token_ids: np.ndarray
@@ -183,7 +183,8 @@ class Sequences:
 
         Args:
             requests: int64 `[n]`.
-            couples_noise: The policy's own noise; otherwise noise that the request's drafts of no other step have.
+            couples_noise: Whether to return the policy's own noise; otherwise noise that only this step's drafts of a
+                request have.
         """
         keys = self.noise_keys[requests]
         if couples_noise:
@@ -197,14 +198,14 @@ class Draft:
 
     Attributes:
         token_ids: int64 `[batch, draft_len]`; cells past `lengths` are undefined.
-        lengths: int64 `[batch]`; 0 means that the speculator has nothing to say about the request.
+        lengths: int64 `[batch]`; 0 means no draft for the request.
         confidence: float32 `[batch, draft_len]` in (0, 1): the speculator's own estimate that the position is accepted,
             given that the positions before it were. Under rejection verification it must be a function of the prefix
             alone, never of the drawn token; under drafter-invariant verification it may also read the noise.
         draft_probs: Only for engines that verify by rejection, float32 `[batch, draft_len, vocab]` on the policy's
             device: the distribution each draft token was drawn from. `None` means one-hot drafts.
-        probs_are_checked: Whether who drew them has seen that they are finite, in what it fetched anyway. Otherwise whoever
-            takes the draft looks, and on a GPU the host waits for that.
+        probs_are_checked: Whether the speculator has checked that `draft_probs` are finite, in a transfer that it made
+            anyway. Otherwise the receiver of the draft checks, and on a GPU the host waits for that.
     """
 
     token_ids: np.ndarray
@@ -246,9 +247,9 @@ class Needs:
     """What a speculator needs from the policy's forwards. Known once the speculator is bound, and fixed from then on.
 
     Attributes:
-        head_inputs: `Hidden.head_inputs`, of verified positions.
+        head_inputs: Whether it needs `Hidden.head_inputs` of verified positions.
         layers: Decoder layers for `Hidden.layers`, of prompts and of verified positions.
-        cache: The policy's own attention cache.
+        cache: Whether it needs the policy's own attention cache.
     """
 
     head_inputs: bool = False
@@ -270,13 +271,13 @@ class Needs:
 class Hidden:
     """The policy's hidden states at the positions of one forward, for speculators that need them.
 
-    Request (or prompt) `i` of the call that hands them over has its positions at `starts[i]`, `starts[i] + 1`, ...
+    Request (or prompt) `i` of the batch has its positions at `starts[i]`, `starts[i] + 1`, ...
 
     Attributes:
         starts: int64 `[batch]`.
-        head_inputs: `[num_positions, hidden]`, input of the policy's LM head; `[0, 0]` where no speculator needs it.
-        layers: Per layer that a speculator needs, `[num_positions, hidden]`: the input of decoder layer `i`, which is
-            what `i` layers have made of the embedding. In process `i` may be the number of layers.
+        head_inputs: `[num_positions, hidden]`, input of the policy's LM head; `[0, 0]` if no speculator needs it.
+        layers: Per layer `i` that a speculator needs, `[num_positions, hidden]`: the input of decoder layer `i`, which
+            is the output of the first `i` layers. In process, `i` may be the number of layers.
     """
 
     starts: np.ndarray
@@ -294,7 +295,7 @@ class Prompts:
     """Hidden states of whole prompts.
 
     Attributes:
-        groups: Per prompt int64 `[n]`, the requests that have it.
+        groups: Per prompt int64 `[n]`, the requests that share it.
         hidden: Layers at every position of the prompts; prompt `i` begins at `hidden.starts[i]`.
     """
 
@@ -315,8 +316,8 @@ class Verified:
         num_accepted: int64 `[batch]`, accepted draft tokens.
         num_drafted: int64 `[batch]`, draft tokens that were verified.
         finished: bool `[batch]`, requests that end with this step; they never appear again.
-        hidden: Hidden states at the verified positions: entry `starts[i] + j` is what token `j` of request `i` was drawn
-            from. Entries past the committed tokens mean nothing.
+        hidden: Hidden states at the verified positions: token `j` of request `i` was drawn from entry `starts[i] + j`.
+            Entries past the committed tokens are undefined.
     """
 
     requests: np.ndarray
@@ -331,12 +332,12 @@ class Verified:
         """Which tokens of a draft the committed tokens confirm, whether or not it was the verified draft.
 
         Args:
-            draft: Proposed for the positions that were committed now.
+            draft: Draft for the positions that this step committed.
             rows: int64 `[n]`, rows of this batch that the draft covers; None for all.
 
         Returns:
-            int64 `[n]` twice: draft positions whose fate is known, and how many of them were right. A position is known
-            while all before it were right and a token was committed there.
+            int64 `[n]` twice: number of draft positions whose outcome is known, and how many of them were right. An
+            outcome is known if all positions before it were right and a token was committed at it.
         """
         tokens, counts = self.token_ids, self.num_committed
         if rows is not None:
@@ -356,10 +357,10 @@ class Rollouts:
 
     Attributes:
         sequences: Every request, complete.
-        generate_s: Seconds that generating them took, refreshes aside; None where nobody measured.
-        accepted: Accepted draft tokens by their speculator's name; empty where nobody counted.
-        elsewhere: Calls that other ranks have finished since the last refresh: token ids, without hidden states.
-        measuring_s: Seconds since the last refresh that went into reruns, to measure: no part of the run.
+        generate_s: Seconds spent on generating them, without refreshes; None if not measured.
+        accepted: Accepted draft tokens by speculator name; empty if not counted.
+        elsewhere: Calls of other ranks that finished since the last refresh: token ids, without hidden states.
+        measuring_s: Seconds since the last refresh spent on reruns for measurement, which are not part of the run.
     """
 
     sequences: Sequences

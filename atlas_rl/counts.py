@@ -9,7 +9,7 @@ from atlas_kernels.jit_cache import cached_njit
 
 @cached_njit(nogil=True)
 def bounds(numbers: np.ndarray) -> tuple[int, int]:
-    """The least and the largest of `numbers`, int64 `[n]`; 0 and 0 where there are none."""
+    """The least and the largest of `numbers`, int64 `[n]`; 0 and 0 if there are none."""
     if len(numbers) == 0:
         return 0, 0
     least, most = numbers[0], numbers[0]

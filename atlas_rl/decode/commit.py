@@ -22,12 +22,12 @@ class Settled:
     Attributes:
         requests: int64 `[batch]`.
         token_ids: int64 `[batch, width]`: accepted drafts, then the recovered or bonus token.
-        num_tokens: int64 `[batch]`, how many of them a row has, at least 1.
+        num_tokens: int64 `[batch]`, number of valid tokens per row, at least 1.
         num_drafted: int64 `[batch]`, draft tokens that the forward verified.
         entropies: float32 `[batch, at least max(num_tokens)]`, nats, of the distribution each token was drawn from.
         max_probs: float32, same shape, probability of its likeliest token.
         hidden: States that the tokens were drawn from.
-        logprobs: float32, same shape as the entropies; without rows where the engine keeps its own.
+        logprobs: float32, same shape as the entropies; no rows if the engine keeps its own.
     """
 
     requests: np.ndarray
@@ -51,13 +51,14 @@ def commit(
     """Append tokens to their sequences, up to an ending token, and return which requests end.
 
     Args:
-        settled: The tokens.
-        sequences: Appended to.
+        settled: Tokens to append.
+        sequences: Sequences to append to.
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
-        recorder: Gets the entropies.
-        ends: bool like `settled.token_ids`, tokens that end their request; by default the sampling parameters of the call
-            say so.
-        logprobs: float32 `[num_requests, n]`, gets the tokens' logprobs by place in the completion; has room for them.
+        recorder: Receives the entropies.
+        ends: bool like `settled.token_ids`, tokens that end their request; by default the call's sampling parameters
+            decide.
+        logprobs: float32 `[num_requests, n]`, receives the tokens' logprobs by place in the completion; must be large
+            enough.
     """
     requests, tokens = settled.requests, settled.token_ids
     num_tokens = np.ascontiguousarray(settled.num_tokens, np.int64)
@@ -93,13 +94,14 @@ def account(
     """Count one decoding forward.
 
     Args:
-        recorder: Gets the counts.
-        controller: Knows what a plain forward costs.
-        step: What was planned for the forward; it covers the first `step.batch` requests of `verified`, or fewer.
-        verified: What came of it.
-        drafters: int64 `[n]`, whose draft each of the first `n` requests of `verified` used; the others had no plan.
+        recorder: Receives the counts.
+        controller: Estimates the cost of a plain forward.
+        step: Plan of the forward; it covers the first `step.batch` requests of `verified`, or fewer.
+        verified: Outcome of the forward.
+        drafters: int64 `[n]`, index of the speculator whose draft each of the first `n` requests of `verified` used;
+            the others had no plan.
         forward_s: Seconds of the forward.
-        plain: Gets what a plain forward in its place costs.
+        plain: Receives the cost of a plain forward in its place.
     """
     count = len(drafters)
     num_committed, num_drafted = verified.num_committed[:count], verified.num_drafted[:count]

@@ -65,10 +65,10 @@ def compile_verification(verifier: Verifier, sampling: SamplingParams, vocab_siz
     """Compile the GPU kernels of verification before the first step; returns at once if all are compiled.
 
     Args:
-        verifier: As `verifier_on` gives it for the device.
-        sampling: Of the call.
-        vocab_size: Of the policy.
-        device: Of the logits.
+        verifier: From `verifier_on`, for the device.
+        sampling: Sampling parameters of the call.
+        vocab_size: Size of the policy's vocabulary.
+        device: Device of the logits.
     """
     needed = verifier.couples_noise, vocab_size, device, *_kind_of(sampling, vocab_size)
     if isinstance(verifier, FusedVerifier) and needed not in _compiled:
@@ -83,10 +83,10 @@ def compile_drafting(
     """Compile the GPU kernels of drafters before the first step; returns at once if all are compiled.
 
     Args:
-        speculators: Bound, and guarded.
-        sampling: Of the call.
-        vocab_size: Of the policy.
-        device: Of the policy.
+        speculators: Bound and guarded speculators.
+        sampling: Sampling parameters of the call.
+        vocab_size: Size of the policy's vocabulary.
+        device: Device of the policy.
     """
     if not kernels_run_on(device):
         return
@@ -109,8 +109,8 @@ def _kind_of(sampling: SamplingParams, vocab_size: int) -> tuple[Hashable, ...]:
     return *kind, sampling.temperature == 1, top_k, top_p, min_p
 
 
-_compiled: set[tuple[Hashable, ...]] = set()  # calls of kernels, as far as they are compiled for
-_compiled_of: WeakKeyDictionary[Speculator, set[tuple[Hashable, ...]]] = WeakKeyDictionary()  # the same of drafters
+_compiled: set[tuple[Hashable, ...]] = set()  # keys of calls whose kernels are compiled
+_compiled_of: WeakKeyDictionary[Speculator, set[tuple[Hashable, ...]]] = WeakKeyDictionary()  # the same per drafter
 
 
 @contextmanager

@@ -24,9 +24,9 @@ def bind_all(
     """Bind speculators to a policy; returns them by name, in order.
 
     Args:
-        speculators: Not bound yet.
-        policy: What they draft for.
-        faults: Gets what goes wrong in them from then on.
+        speculators: Speculators that are not bound yet.
+        policy: Policy that they draft for.
+        faults: Receives their errors from then on.
         couples_noise: See `Speculator.bind`.
 
     Raises:

@@ -37,7 +37,7 @@ class Call:
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
         speculators: By name, in the controller's order; empty decodes plainly, with the same tokens.
         controller: Plans every step.
-        recorder: Gets counts and seconds.
+        recorder: Receives counts and seconds.
         extra: Further sampling parameters, for backends that have more than `SamplingParams`.
     """
 
@@ -54,10 +54,10 @@ class Run:
     """Result of a call, beside the completed sequences.
 
     Attributes:
-        logprobs: Per request, of its completion tokens, under the processed distribution.
+        logprobs: Per request, logprobs of its completion tokens under the processed distribution.
         plain: Forwards that the same tokens take without speculation.
-        findings: What is wrong with the drafters, in words that name the cause.
-        trace: What the controller says of every step, if it explains itself.
+        findings: Problems of the drafters, each with its cause.
+        trace: The controller's record of every step, if it keeps one.
     """
 
     logprobs: list[list[float]]
@@ -71,12 +71,12 @@ class Backend(ABC):
 
     Attributes:
         vocab_size: The policy's vocabulary.
-        max_context: Longest sequence that the policy can be run over, tokens; None where it has no limit of its own.
+        max_context: Longest sequence that the policy can be run over, tokens; None if it has no limit of its own.
         view: The policy as drafters read it.
-        couples_noise: Whether drafters draw with the noise that decides.
+        couples_noise: Whether drafters draw with the noise that also decides the policy's tokens.
         static_kinds: Static speculators that can draft here: `fp4`, `eagle3`, `mtp`, `draft_lm`.
         leads: Whether this rank drafts; in a tensor-parallel group one rank drafts for all.
-        engine_dtype: Precision that it computes in, where that is not the policy's own.
+        engine_dtype: Precision that it computes in, if that is not the policy's own.
     """
 
     vocab_size: int
@@ -96,7 +96,7 @@ class Backend(ABC):
         """Generate every request of a call.
 
         Raises:
-            ValueError: Something that this backend cannot do is asked for; nothing has been generated then.
+            ValueError: The call needs something that this backend cannot do; nothing has been generated then.
         """
 
     def current_vocab_size(self) -> int:
@@ -116,8 +116,8 @@ class Backend(ABC):
         """The policy to audit against, as its trainer runs it, wrappers included; None disables the audit.
 
         Args:
-            model: What the call was made with: `runs(model)` is true.
-            policy: The policy in process, where the backend runs a copy of it.
+            model: Model that the call was made with; `runs(model)` is true.
+            policy: The policy in process, if the backend runs a copy of it.
         """
 
     def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:  # noqa: B027 - most need nothing
@@ -210,11 +210,11 @@ def ending_ids(given: Any, name: str = "eos_token_id") -> list[int]:
     """Ending tokens from transformers and TRL: one id, several or None; None and negative ids mean no ending token.
 
     Args:
-        given: Of a trainer, a configuration or a tokenizer.
-        name: What it is called there.
+        given: Ending tokens of a trainer, a configuration or a tokenizer.
+        name: Its name there, for the message.
 
     Raises:
-        ValueError: No token ids.
+        ValueError: `given` is not token ids.
     """
     some = [token for token in given if token is not None] if isinstance(given, list | tuple) else given
     return [token for token in token_ids(name, [] if some is None else some) if token >= 0]

@@ -1,11 +1,12 @@
 """Catches errors of drafters and controllers: they cost drafts, never the generation.
 
-Whatever is drafted, the tokens are the policy's. So a drafter that raises, or drafts what cannot be, is not worth the
-rollouts of a step or the requests of a server. It is put aside until the next policy update; its fault is logged with its
-traceback, named in the report and counted there; and everything goes on without it. Without a controller nothing is drafted.
+Whatever is drafted, the tokens are the policy's. So a drafter that raises, or returns an invalid draft, must not cost
+the rollouts of a step or the requests of a server. It is turned off until the next policy update; its error is logged
+with its traceback, and named and counted in the report; everything goes on without it. If the controller fails, nothing
+is drafted.
 
-This is the one place of the library that catches `Exception`. It does so around code that users plug in and that decides
-nothing but speed. Errors of the policy's own forward, interrupts and exits are not caught.
+The library catches `Exception` only here, around code that users plug in and that decides nothing but speed. Errors of
+the policy's own forward, interrupts and exits are not caught.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
-_KEPT_MESSAGES = 100  # until somebody asks for a report; the counts go on
+_KEPT_MESSAGES = 100  # between two reports; further errors are only counted
 _LONGEST_TEXT = 200
 
 
@@ -52,15 +53,15 @@ class Faults:
         """Return `call(*arguments)` and True, or `otherwise` and False if it raises.
 
         Args:
-            name: Whose call it is.
-            where: The method.
-            call: What may raise.
-            otherwise: Stands in for its result.
-            arguments: Of the call.
+            name: Name of the drafter or controller.
+            where: Name of the method.
+            call: Function that may raise.
+            otherwise: Result if it raises.
+            arguments: Arguments of `call`.
         """
         try:
             return call(*arguments), True
-        except Exception as error:  # noqa: BLE001 - drafts are worth nothing beside what they would take down
+        except Exception as error:  # noqa: BLE001 - an error in drafting must not end a generation
             self._note(name, where, error)
             return otherwise, False
 
@@ -84,11 +85,11 @@ class GuardedSpeculator(Speculator):
     """Wraps a speculator and catches its errors; other attributes are passed through.
 
     Args:
-        speculator: Drafts.
-        faults: Gets what is caught.
+        speculator: Speculator to guard.
+        faults: Receives the caught errors.
 
     Attributes:
-        unguarded: The speculator.
+        unguarded: The wrapped speculator.
     """
 
     def __init__(self, speculator: Speculator, faults: Faults) -> None:
@@ -165,7 +166,7 @@ class GuardedSpeculator(Speculator):
         draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
         _check_draft(draft, max_draft_tokens, sequences.vocab_size)
         if draft.draft_probs is not None and self._policy is not None:
-            draft.draft_probs = draft.draft_probs.to(self._policy.device)  # wherever the drafter works
+            draft.draft_probs = draft.draft_probs.to(self._policy.device)  # the drafter may work on another device
         return draft
 
     def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
@@ -175,7 +176,7 @@ class GuardedSpeculator(Speculator):
         result, went_well = self._faults.attempt(self.name, where, call, otherwise, *arguments)
         if not went_well:
             self._off_at = self._version
-            # An empty call ends the present one, whose state the error may have left half done.
+            # An empty call ends the present one, whose state may be inconsistent after the error.
             with suppress(Exception):
                 self.unguarded.start(_empty_call(self._version), np.zeros(0, np.int64))
         return result
@@ -185,8 +186,8 @@ class GuardedController(Controller):
     """Wraps a controller and catches its errors; after an error nothing is drafted.
 
     Args:
-        controller: Plans.
-        faults: Gets what is caught.
+        controller: Controller to guard.
+        faults: Receives the caught errors.
     """
 
     def __init__(self, controller: Controller, faults: Faults) -> None:
@@ -293,7 +294,7 @@ def _check_draft(draft: Draft, max_draft_tokens: np.ndarray, vocab_size: int) ->
         return
     if probs.shape != (batch, width, vocab_size):
         raise ValueError(f"a draft of {batch} requests has draft_probs {tuple(probs.shape)}")
-    # The host waits for the answer on a GPU: those who fetch their drafts have it already.
+    # On a GPU the host waits for the answer; drafters that fetch their drafts have it already.
     if not draft.probs_are_checked and not torch.isfinite(probs).all():
         raise ValueError("a draft has draft_probs that are not finite")
 

@@ -40,11 +40,12 @@ class _Run:
     """A step that has run but has not been learned from yet.
 
     Attributes:
-        step: As planned, with its drafts.
-        admission: What was verified.
-        verified: What came of it.
+        step: The planned step, with its drafts.
+        admission: Which drafts were verified.
+        verified: Outcome of the step.
         forward_s: Seconds of the forward.
-        step_s: Seconds from the outcome before to its own: what a step takes, without what the device hides.
+        step_s: Seconds from the previous outcome to this one: the time of a step, without host work hidden by the
+            device.
     """
 
     step: Step
@@ -65,7 +66,7 @@ class DecodeLoop:
         sequences: The requests, prompts in place.
         num_rows: Most requests decoded together, as far as memory allows; the others wait and are admitted in waves.
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
-        recorder: Gets counts and seconds.
+        recorder: Receives counts and seconds.
     """
 
     def __init__(
@@ -92,12 +93,12 @@ class DecodeLoop:
         self.max_lengths = max_lengths
         self.plain_costs = PlainCosts()
         self.proposing = Proposing(speculators, controller, recorder)
-        self.trace: list[dict[str, Any]] = []  # of a controller that explains itself, one record per step
+        self.trace: list[dict[str, Any]] = []  # the controller's records, one per step, if it keeps any
         self._names = list(speculators)
         self._needs = Needs.of(speculator.needs for speculator in speculators.values())
         self._cache = PolicyCache(runner, self.rows_of)
         self._unlearned: _Run | None = None
-        self._arrived_s = 0.0  # when the newest outcome did
+        self._arrived_s = 0.0  # time of the newest outcome
 
     @property
     def logprobs(self) -> list[list[float]]:
@@ -127,8 +128,8 @@ class DecodeLoop:
     def step(self) -> None:
         """One target forward over the active batch.
 
-        The device waits for what stands before the forward. So nothing does but what the forward needs: what was learned of
-        one step is learned while the device runs the next.
+        The device waits for everything that comes before the forward, so only what the forward needs comes there.
+        Learning from a step happens while the device runs the next one.
         """
         self.active = requests = self.room.go_on(self.active)
         step = self.proposing.run(self.sequences, requests, self.room.drafts(requests), self._rest(requests))
@@ -273,7 +274,7 @@ class DecodeLoop:
     def _prefilling(self, wave: np.ndarray) -> Iterator[list[bool]]:
         """Context of a prefill: if it gets no memory, its requests wait again.
 
-        Nobody has been told of these requests yet, so that nothing is to be taken back.
+        Speculators do not know these requests yet, so nothing else has to be undone.
         """
         ended: list[bool] = []
         try:

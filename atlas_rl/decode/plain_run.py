@@ -1,12 +1,12 @@
 """Estimates the cost of a call's decoding forwards without speculation, from the call's own measurements.
 
 The tokens are the same without speculation, so the plain run is known exactly once the call has ended: a request of n
-tokens takes part in n - 1 forwards. How many forwards there are follows from the longest requests, not from the mean. Steps
-with speculation cannot be scaled to it: a request that is lucky with its drafts ends early and leaves the others alone,
-where a plain batch stays together.
+tokens takes part in n - 1 forwards. The number of forwards follows from the longest requests, not from the mean. Steps
+with speculation cannot be scaled to it: a request that is lucky with its drafts ends early and leaves the batch, while
+a plain batch stays together.
 
-What a plain forward costs is noted in every step: measured where the step had no drafts, else as the controller estimates
-it. The controller does so only for batch sizes that it has measured.
+The cost of a plain forward is noted in every step: measured if the step had no drafts, else estimated by the
+controller. The controller estimates it only for batch sizes that it has measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_NOTED_SHARE = 0.9  # of the plain forwards whose batch size must have been noted, for an estimate
+_NOTED_SHARE = 0.9  # share of plain forwards whose batch size must have been noted, for an estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class PlainForwards:
     """Plain forwards of a call.
 
     Attributes:
-        num_forwards: How many there would have been; exact.
-        seconds: What they would have cost; None where too few of their batch sizes are known.
+        num_forwards: Their number; exact.
+        seconds: Their estimated cost; None if the cost of too few of their batch sizes is known.
     """
 
     num_forwards: int
@@ -37,8 +37,8 @@ class PlainCosts:
     """Seconds of a plain forward by batch size, as noted during one call.
 
     Attributes:
-        seconds: Sum over the steps of a batch size.
-        steps: How many steps were noted.
+        seconds: Total seconds by batch size.
+        steps: Number of noted steps by batch size.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)

@@ -21,8 +21,8 @@ class Proposing:
 
     Args:
         speculators: By name, in the controller's order.
-        controller: Plans.
-        recorder: Gets the seconds.
+        controller: Plans each step.
+        recorder: Receives the seconds.
 
     Attributes:
         num_asked: Draft tokens asked for so far, per speculator that was asked.
@@ -44,7 +44,7 @@ class Proposing:
             rest: As in `Step`.
 
         Returns:
-            The step, with what was drafted.
+            The step, with its drafts.
         """
         backlogs = {name: speculator.backlog(sequences, requests) for name, speculator in self._speculators.items()}
         backlog = {name: tokens for name, tokens in backlogs.items() if tokens is not None}
@@ -60,7 +60,7 @@ class Proposing:
                 for name, wanted in plan.items():
                     self.ask(name, sequences, requests, wanted, step)
             if len(step.drafts) >= len(step.ready):
-                return step  # nobody is left to be asked
+                return step  # no speculator is left to ask
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         """Ask one speculator for drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
@@ -134,7 +134,7 @@ def _merged_probs(
     if not with_probs:
         return None
     width = merged.token_ids.shape[1]
-    if len(used) == 1:  # nothing to merge: the vocabulary is large, and a copy of it is not free
+    if len(used) == 1:  # nothing to merge, and a copy over a large vocabulary is not free
         return with_probs[0][:, :width]
     draft_probs = with_probs[0].new_zeros(*merged.token_ids.shape, vocab_size)
     for name in used:

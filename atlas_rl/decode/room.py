@@ -1,12 +1,12 @@
 """Decides which requests have a cache row: as many as fit into memory at the present lengths of the texts.
 
-Requests wait for a row, first come, first served. They are admitted by the length that texts have, and a margin; how many
-tokens they may still generate does not count. Where texts then outgrow memory in the middle of a call, the shortest are
-*paused*: they give their rows up and wait at the head of the queue, with their tokens. When there is room again, their cache
-is computed from those, all at once. Nobody is told: to drafters a paused request is one that is not asked about for a while.
+Requests wait for a row, first come, first served. Admission counts their present length and a margin, but not the
+tokens that they may still generate. If texts outgrow memory during a call, the shortest are *paused*: they give up
+their rows and wait at the head of the queue, with their tokens. When there is room again, their cache is recomputed
+from those, all at once. Drafters are not told: to them, a paused request is one that is not asked about for a while.
 
-The longest always go on, and one request is run whatever memory there is. So every call ends; where even one request gets no
-memory it ends by a `MemoryError` that says so.
+The longest always go on, and one request is run whatever memory there is. So every call ends; if even one request gets
+no memory, it ends with a `MemoryError` that says so.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Sequences
 from atlas_rl.policy.base import PolicyRunner, retire
 
-LOOKAHEAD = 17  # tokens of a step that room is made for ahead of it: drafts have more where rows happen to have it
-_MARGIN = 32  # tokens beyond a text that is admitted
+LOOKAHEAD = 17  # tokens of a step that room is made for before it; drafts may use more if rows have it
+_MARGIN = 32  # tokens of room beyond an admitted text
 
 
 class CacheRoom:
     """Hands out the rows of the attention cache.
 
     Args:
-        runner: Its session is open, as long as this is used.
+        runner: Its session must stay open while this is used.
         sequences: The requests of the call.
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
         max_rows: Most requests decoded together.
 
     Attributes:
-        waiting: Requests without a row, in their order.
-        num_paused: Times that a request had to give its row up.
+        waiting: Requests without a row, in order.
+        num_paused: Number of times that a request had to give up its row.
     """
 
     def __init__(self, runner: PolicyRunner, sequences: Sequences, max_lengths: np.ndarray, max_rows: int) -> None:
         self.waiting = deque(range(len(sequences.lengths)))
         self.num_paused = 0
         self._runner, self._sequences, self._max_lengths, self._max_rows = runner, sequences, max_lengths, max_rows
-        self._fitting = max_rows  # rows that memory took, when it was last asked
-        self._most = max_rows  # rows to try, since a prefill failed for want of memory
+        self._fitting = max_rows  # rows that fit into memory, at the latest query
+        self._most = max_rows  # rows to try, after a prefill ran out of memory
         self._failed_alone = False  # whether that was the prefill of one request, with nothing else running
 
     def wave(self, active: np.ndarray) -> np.ndarray:
-        """Requests to admit now, in order: int64 `[n]`. Makes room for them behind the rows of `active`."""
+        """Requests to admit now, in order: int64 `[n]`. Makes room for them after the rows of `active`."""
         free = self._fitting - len(active)
-        # A prefill holds up everybody: wait until a quarter of the rows is free, unless nothing else is running.
+        # A prefill delays all requests: wait until a quarter of the rows is free, unless nothing else is running.
         if not self.waiting or (len(active) and free < max(1, self._fitting // 4)):
             return np.zeros(0, np.int64)
         cells, besides = self._runner.cells_that_fit(), self._runner.state_cells
@@ -80,8 +80,8 @@ class CacheRoom:
     def take_back(self, wave: np.ndarray, active: np.ndarray) -> bool:
         """Return a wave whose prefill got no memory; half of it is tried next. False if a single request gets none.
 
-        The first forward of a cache is the one that takes its memory, and `reserve` cannot do that for it. One request is
-        given two tries, because the second one is made with no margin.
+        A cache's memory is taken by its first forward, which `reserve` cannot do in advance. A single request gets two
+        tries, because the second is made without a margin.
         """
         alone = len(active) + len(wave) == 1
         if alone and self._failed_alone:
@@ -94,8 +94,8 @@ class CacheRoom:
     def drafts(self, active: np.ndarray) -> np.ndarray:
         """Most draft tokens that active requests can use, int64 `[n]`: the target adds one token itself.
 
-        It is settled before anything is drafted. A row that grew for a draft, or did not, would let the drawn tokens
-        decide how many of them are verified, which rejection sampling does not forgive.
+        The limit is fixed before anything is drafted. If a row could grow for a draft, the drawn tokens would decide
+        how many of them are verified, which would bias rejection sampling.
         """
         room: np.ndarray = room_of(active, self._sequences.lengths, self._max_lengths, self._runner.held_cells)
         return room
@@ -147,7 +147,7 @@ def room_of(active: np.ndarray, lengths: np.ndarray, max_lengths: np.ndarray, he
         active: int64 `[batch]`.
         lengths: int64 `[num_requests]`, tokens by now.
         max_lengths: int64 `[num_requests]`.
-        held_cells: Of every row.
+        held_cells: Cells of every row.
 
     Returns:
         int64 `[batch]`: `min(max_lengths[active] - 1, held_cells) - lengths[active]`.

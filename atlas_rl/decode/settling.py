@@ -1,7 +1,7 @@
 """Appends settled tokens to the texts: one compiled pass over the rows, and the same in plain numpy.
 
-A step of a few milliseconds leaves no time for a dozen numpy calls over a few hundred rows, nor for a turn of Python per
-request. `settle` takes about as long as one such call.
+A step of a few milliseconds leaves no time for a dozen numpy calls over a few hundred rows, nor for a Python loop over
+requests. `settle` takes about as long as one numpy call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Texts(NamedTuple):
         lengths: int64 `[num_requests]`.
         max_lengths: int64 `[num_requests]`, tokens at which a request ends.
         prompt_lengths: int64 `[num_requests]`.
-        logprobs: float32 `[num_requests, completion capacity]`; without rows where nobody wants them.
+        logprobs: float32 `[num_requests, completion capacity]`; no rows if not wanted.
     """
 
     token_ids: np.ndarray
@@ -39,11 +39,11 @@ class Drawn(NamedTuple):
         token_ids: int64 `[batch, width]`.
         num_tokens: int64 `[batch]`, at least 1.
         num_drafted: int64 `[batch]`, draft tokens that were verified.
-        entropies: float32 `[batch, at least width]`, and so are the next two.
+        entropies: float32 `[batch, at least width]`, like the next two.
         max_probs: Probability of the likeliest token.
-        logprobs: Without rows where nobody wants them.
-        ends: bool `[batch, width]`, tokens that end their request; without rows, `stops` (int64 `[n]`) say so.
-        stops: Tokens that end a request.
+        logprobs: No rows if not wanted.
+        ends: bool `[batch, width]`, tokens that end their request; if it has no rows, `stops` decide.
+        stops: int64 `[n]`, tokens that end a request.
     """
 
     requests: np.ndarray
@@ -86,12 +86,12 @@ def reached(requests, num_tokens, lengths, max_lengths, prompt_lengths):
 def settle(drawn: Drawn, texts: Texts, fates: Fates) -> tuple[float, float, int]:
     """Append every row's tokens up to its first ending one, or to its limit, and fill `fates`.
 
-    There must be room for the tokens. Drafts behind an accepted ending token were neither accepted nor rejected.
+    There must be room for the tokens. Drafts after an accepted ending token count as neither accepted nor rejected.
 
     Returns:
-        Sums over the committed tokens: of entropies, of largest probabilities, and their number.
+        Sums of entropies and of largest probabilities over the committed tokens, and the number of these.
     """
-    # One by one: numba takes some microseconds to look into a named tuple, and a tenth of one for an array.
+    # Passed one by one: numba takes some microseconds to unpack a named tuple, and a tenth of one for an array.
     sums: tuple[float, float, int] = _settle(*drawn, *texts, *fates)
     return sums
 
@@ -137,4 +137,4 @@ def _settle(
 
 
 settle_arrays = _settle
-"""For passes that are compiled themselves; arrays in the order of `Drawn`, `Texts` and `Fates`."""
+"""For compiled callers; arrays in the order of `Drawn`, `Texts` and `Fates`."""

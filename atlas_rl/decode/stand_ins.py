@@ -1,9 +1,9 @@
 """Replaces draft tokens that the policy cannot run, such as unused rows of padded tables with non-finite embeddings.
 
-Such a policy does not sample them, but a drafter may propose them. Their keys and values would be NaN, and a cell of the
-attention cache that is masked still enters as 0 * NaN, at every position of its row. So another token is run in their place.
-The draft itself is verified like any other: what decides on it are the logits before it. Those behind it are not known. They
-become NaN, so that a call that gets there ends as it does without drafts.
+Such a policy does not sample them, but a drafter may propose them. Their keys and values would be NaN, and a masked
+cell of the attention cache still enters as 0 * NaN, at every position of its row. So another token is run in their
+place. The draft itself is verified like any other, by the logits before it. The logits after it are not known. They
+become NaN, so that a call that reaches them fails as it does without drafts.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
 """Keeps torch's attention off cuDNN in generation; all other kernels may run.
 
-From torch 2.11 on, `scaled_dot_product_attention` goes to cuDNN first on Hopper and Blackwell. cuDNN makes a plan for every
-shape that it has not met, while everybody waits: 43 ms with a mask on an H100 (measured). A decode step has keys of a
-length that no step had before, so that it would plan every time. The others plan nothing.
+From torch 2.11 on, `scaled_dot_product_attention` prefers cuDNN on Hopper and Blackwell. cuDNN makes a plan for every
+new shape while the host waits: 43 ms with a mask on an H100 (measured). The key length changes in every decode step, so
+cuDNN would plan in every step. The other kernels need no plan.
 
-Which kernels may run is a switch of the process; torch has none for a thread. Another thread may run attention meanwhile,
-and it may turn switches itself, so:
+torch enables kernels per process, not per thread. Other threads may run attention or change these switches at the same
+time, so:
 
-- The engine's own attention (`attend`) turns the switch for one call of a layer at a time, which costs a few microseconds.
-  What another thread starts within that call may go to another kernel than cuDNN's; it then differs by rounding, as it would
-  from one release of torch to the next, and never fails: there is always a kernel left that takes every input. Turned for a
-  whole forward, the switch would do this to every layer of a trainer's thread.
-- The policy's own attention is only reached around its forward (`without_cudnn`), as the audit and the probe run it, a few
-  times per call.
-- What the caller forbids stays forbidden: of the kernels that are on, cuDNN's goes off. Only where that would leave none
-  that takes every input (torch's math), the others go on.
-- Put back is what was turned, and only as far as nobody turned it since.
+- The engine's own attention (`attend`) changes the switch for one layer call at a time, which costs a few microseconds.
+  Attention that another thread starts during that call may run on another kernel than cuDNN's. Its result then differs
+  by rounding, as between releases of torch. It never fails, because a kernel that takes every input stays enabled. A
+  switch changed for a whole forward would affect every layer of a trainer's thread.
+- For the policy's own attention the switch can only be changed around its forward (`without_cudnn`). The audit and the
+  probe do this, a few times per call.
+- Kernels that the caller disabled stay disabled, and cuDNN is disabled as well. If this leaves no kernel that takes
+  every input (torch's math), the others are enabled.
+- Afterwards the changed switches are restored, unless somebody else has changed them since.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """Speeds up autocast: weights that it would convert in every forward are converted once per call.
 
-TRL trains float32 weights under bf16 autocast. A decode step needs each weight in bf16, and torch converts it whenever a
-forward comes by: what it remembers it forgets at the end of an autocast region, of which trainers open one per forward, and
-weights that are not trained (those under LoRA) it never remembers. So a step that would read 2 bytes per weight reads 4,
-writes 2 and reads these. Likewise rotary embeddings return float32 keys, and attention would convert the whole key cache, in
-every layer of every step.
+TRL trains float32 weights under bf16 autocast. A decode step needs each weight in bf16, and torch converts it in every
+forward: its cache of converted weights is cleared at the end of an autocast region, trainers open one region per
+forward, and frozen weights (those under LoRA) are never cached. So a step that could read 2 bytes per weight reads 4,
+writes 2 and reads those 2. Likewise, rotary embeddings return float32 keys, and attention would convert the whole key
+cache in every layer of every step.
 
-Here the cache holds the type that attention computes in (`as_attended`), and for the time of a call the linear layers have
-copies of their weights, half as large as these (`HalfWeights`). Both are what autocast would have made, so that results are
-the same to the bit. Experts of an MoE, which lie in one tensor, and their routers have copies as well (`half_twins.py`).
+Here the attention cache holds the type that attention computes in (`as_attended`), and during a call linear layers have
+copies of their weights of half the size (`HalfWeights`). Both are what autocast would have made, so results are
+bit-equal. MoE experts, whose weights are one tensor, and their routers have copies as well (`half_twins.py`).
 
-A processor without units for the type multiplies it number by number: 64 rows took six times as long as in float32. On a CPU
-a product of some size therefore goes by the fastest route (`linear_routes.py`), the same up to the order of summation.
+A processor without units for the type multiplies one number at a time: 64 rows took six times as long as in float32. On
+a CPU, large products therefore take the fastest route (`linear_routes.py`), with equal results up to the order of
+summation.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from atlas_rl.policy.linear_routes import BUCKETS, MIN_BYTES, Contest, RouteTabl
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
-_SHARE = 0.5  # of the memory that caches may take: the rest is theirs
+_SHARE = 0.5  # of the memory available to caches; the rest is left to them
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
@@ -56,7 +57,7 @@ class _Half:
         )
         self.weight: Any = None if self._weight is None else self._weight.made
         self.bias: Any = None if self._bias is None else self._bias.made
-        self.contests: dict[int, Contest] = {}  # by rows; none where PyTorch's route is taken
+        self.contests: dict[int, Contest] = {}  # by rows; empty if PyTorch's route is used
 
     def is_of(self, layer: Any) -> bool:
         pairs = ((self._weight, layer.weight), (self._bias, layer.bias))
@@ -73,7 +74,7 @@ class _Lowered:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._of: WeightCopy | None = None
-        self._input: torch.Tensor | None = None  # held, so that no other takes its place
+        self._input: torch.Tensor | None = None  # kept alive, so that its address is not reused
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == self.dtype or x.is_inference():  # without a version counter
@@ -87,13 +88,13 @@ class HalfWeights:
     """The linear layers of a model with weights in autocast's type.
 
     Args:
-        model: Its `nn.Linear` and `Conv1D` layers with float32 weights take part.
-        free_bytes: Bytes that caches may take. Copies take no more than half of them, or there are none.
-        table: What is known of this machine's routes; None for its own.
+        model: Model; its `nn.Linear` and `Conv1D` layers with float32 weights take part.
+        free_bytes: Returns the bytes available to caches. If copies need more than half of them, none are made.
+        table: Timings of routes; None for those of this machine.
 
     Attributes:
-        num_bytes: Bytes of the copies that there are.
-        most_bytes: Most of them that there were at once in the latest call.
+        num_bytes: Bytes of the present copies.
+        most_bytes: Peak of `num_bytes` in the latest call.
     """
 
     def __init__(self, model: nn.Module, free_bytes: Callable[[], int], table: RouteTable | None = None) -> None:
@@ -105,7 +106,8 @@ class HalfWeights:
         """Context in which this thread's layers under autocast multiply by copies that last as long as the context.
 
         Args:
-            dtype: The type that is expected; None makes no copies. Where autocast turns out otherwise, they are not used.
+            dtype: Expected autocast type; None makes no copies. They are not used if autocast turns out to use another
+                type.
         """
         if not self.num_bytes:
             self.most_bytes = 0

@@ -23,13 +23,14 @@ class Segments:
     sequence.
 
     Attributes:
-        token_ids: int64 `[num_tokens]`, the rows' tokens one after the other; a tensor where they are on the device already.
+        token_ids: int64 `[num_tokens]`, row by row; a tensor if they are already on the device.
         first_row: First cache row, of consecutive ones.
         starts: int64 `[rows]`, position of each row's first new token; everything before it is cached.
         lengths: int64 `[rows]`, at least 1 each.
-        rows: int64 `[rows]`, cache rows instead of consecutive ones from `first_row`; with gaps, reading them costs a copy.
-        settled: int64 `[rows]`, tokens of each row that no later forward replaces; recurrent layers move their state there.
-            None: all that were cached before, and the first new one. The others are drafts.
+        rows: int64 `[rows]`, cache rows instead of consecutive ones from `first_row`; if they have gaps, reading them
+            costs a copy.
+        settled: int64 `[rows]`, number of tokens of each row that no later forward replaces; recurrent layers advance
+            their state to there. None: the tokens cached before, and the first new one. All others are drafts.
     """
 
     token_ids: np.ndarray | torch.Tensor
@@ -51,8 +52,8 @@ class Taps:
 
     Attributes:
         wants_head_inputs: Whether to catch the input of the LM head.
-        wants_layers: Decoder layers whose input to catch; the number of layers stands for what the last one makes.
-        head_inputs: Filled by the forward: `[len(keep), hidden]`; `[0, 0]` where it was not wanted.
+        wants_layers: Decoder layers whose input to catch; the number of layers stands for the last layer's output.
+        head_inputs: Filled by the forward: `[len(keep), hidden]`; `[0, 0]` if not wanted.
         layers: Filled by the forward: per layer `[num_tokens, hidden]`, of all packed tokens.
     """
 
@@ -69,9 +70,9 @@ class Taps:
 class PolicyRunner(ABC):
     """Runs the policy over packed segments of ragged rows, with one attention cache row per request.
 
-    Cells beyond a row's valid length may hold rejected drafts; they are overwritten by the next `forward` of the row and
-    are never attended to before that. A row may go back to any length from what was last said to be settled on
-    (`Segments.settled`), and to nothing.
+    Cells beyond a row's valid length may hold rejected drafts; they are overwritten by the next `forward` of the row
+    and are never attended to before that. A row may be cut back to any length from its last settled one
+    (`Segments.settled`) on, or to 0.
     """
 
     vocab_size: int
@@ -95,7 +96,8 @@ class PolicyRunner(ABC):
     def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
         """Append the segments to the cache and return float32 logits `[len(keep), vocab]`, contiguous.
 
-        They may be changed in place, and the next forward may overwrite them. What `taps` catches stays.
+        The logits may be changed in place, and the next forward may overwrite them. States in `taps` are not
+        overwritten.
 
         Args:
             segments: Tokens to run.
@@ -110,7 +112,7 @@ class PolicyRunner(ABC):
 
     @property
     def step_sizes(self) -> tuple[int, ...]:
-        """Tokens that the session's decode forwards are padded to, rising; none where they run those that they are given."""
+        """Token counts that the session's decode forwards are padded to, ascending; empty if they are not padded."""
         return ()
 
     def unrunnable(self) -> np.ndarray | None:
@@ -128,13 +130,13 @@ class PolicyRunner(ABC):
     def cells_that_fit(self) -> int:
         """Tokens that memory allows in the session's cache now, over all rows, including those it already holds.
 
-        A row takes as many cells as the longest one needs, and `state_cells`. The answer is an estimate before the first
-        forward.
+        Every row takes as many cells as the longest one needs, plus `state_cells`. Before the first forward this is an
+        estimate.
         """
 
     @property
     def state_cells(self) -> int:
-        """Size of a row's recurrent state, in cache tokens that take as much memory."""
+        """Size of a row's recurrent state, as the number of cache tokens that take as much memory."""
         return 0
 
     @property
@@ -146,19 +148,19 @@ class PolicyRunner(ABC):
     def reserve(self, num_rows: int, length: int) -> None:
         """Allocate `length` tokens for each of the first `num_rows` rows.
 
-        What they hold stays, up to that length. Rows from `num_rows` on may be dropped. Forwards make room as well, but
-        without a look at memory. The first forward tells what a token takes: what is reserved ahead of it is promised only,
-        and it may raise `MemoryError` as well. Then the cache is empty, as before.
+        Rows keep their content up to that length. Rows from `num_rows` on may be dropped. Forwards also make room, but
+        without checking memory. The size of a token is known from the first forward on: a reservation before it
+        allocates nothing, and that forward may raise `MemoryError` as well, which leaves the cache empty.
 
         Raises:
-            MemoryError: There is none left. Rows hold what they held, and `held_cells` says what they have room for.
+            MemoryError: No memory is left. Rows keep their content, and `held_cells` is their size.
         """
 
     @abstractmethod
     def synchronize(self) -> None:
         """Wait for pending forwards and copies, so that a clock read afterwards is meaningful.
 
-        Not for what was asked of the device after the last of them. Does nothing on a CPU.
+        Work queued on the device after the last of them is not waited for. Does nothing on a CPU.
         """
 
 
@@ -181,9 +183,9 @@ class PolicyCache:
 def roomy(length: int, most: int | None = None) -> int:
     """Tokens to allocate if `length` are needed and texts grow: at least 32 more, or a fifth; `most` at most.
 
-    Arrays that grow like this hold a fifth more than is used, and all copies made on the way are at most five times the
-    last array. Doubling would copy once and hold twice as much. A decode step reads the whole cache anyway, and a fifth
-    lasts for very many of them: bytes held are dearer than bytes copied.
+    Arrays that grow like this hold a fifth more than is used, and all copies made on the way add up to at most five
+    times the last array. Doubling would copy once and hold twice as much. Holding bytes costs more than copying them: a
+    decode step reads the whole cache anyway, and a fifth lasts for very many steps.
     """
     wanted = length + max(_MARGIN, length // 5)
     return max(length, wanted if most is None else min(wanted, most))

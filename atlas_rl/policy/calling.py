@@ -1,7 +1,7 @@
 """Calls a causal LM's forward for the logits of selected positions, whatever its signature.
 
-transformers' models take `logits_to_keep`, positions whose logits are computed. A forward of somebody else's may lack it,
-name it otherwise, or swallow it in `**kwargs` and return every row. Then the rows are picked here.
+transformers' models take `logits_to_keep`, the positions whose logits are computed. A custom forward may lack it, name
+it differently, or swallow it in `**kwargs` and return every row. The rows are then selected here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class ForwardCall:
 
     Args:
         model: A causal LM. Only its signature is read.
-        vocab_size: Tokens that its LM head knows.
+        vocab_size: Number of tokens of its LM head.
 
     Attributes:
-        keeps: Whether the forward itself computes wanted positions only. A signature can promise what the forward does not
-            do, so the probe (`policy/probe.py`) finds out.
+        keeps: Whether the forward computes wanted positions only. The signature may promise this wrongly, so the probe
+            (`policy/probe.py`) checks it.
 
     Raises:
         ValueError: The forward takes no positions, so that rows of different lengths cannot be told apart.
@@ -54,8 +54,8 @@ class ForwardCall:
             `[n, vocab]`, in the policy's own number format.
 
         Raises:
-            ValueError: The forward did not return a row of logits for each position, or has logits of more tokens than the
-                LM head.
+            ValueError: The forward did not return a row of logits for each position, or returned logits of more tokens
+                than the LM head has.
         """
         logits = self.rows(token_ids, keep, position_ids)
         if logits.shape[-1] > self._vocab_size:

@@ -1,8 +1,8 @@
 """Runs policies compiled by `torch.compile` without compilation: a ragged forward has a new shape at every step.
 
 A module is compiled in place (`module.compile()`) or wrapped (`torch.compile(module)`), as a whole or layer by layer.
-Compiled code looks attention functions and modes up when it is compiled, and would be compiled again for every step. So the
-thread that generates runs the modules' own code. Other threads run what is compiled, as the trainer does when it trains.
+Compiled code looks up attention functions and modes at compile time, and would be recompiled in every step. So the
+generating thread runs the modules' own code. Other threads run the compiled code, as the trainer does in training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.parts import HasModules
 
-_CALL = "_compiled_call_impl"  # nn.Module.__call__ calls it where it is there
+_CALL = "_compiled_call_impl"  # nn.Module.__call__ calls it if it is set
 
 
 def is_compiled(model: Any) -> bool:

@@ -1,15 +1,15 @@
 """Runs a policy's linear layers on a CPU by the fastest route for each (`linear_routes.py`), during a call.
 
-A packed copy of a weight costs its bytes once more and the time of some forwards, and is only good for the weight that it
-was made of. It is made when a call has gone on for so long that it would have paid a good part of its price, for all layers
-of a shape; it is used as long as the weight has the address and the version counter that it had then; and it goes at the
-end of the call, before anybody trains. Memory that caches may not take is not taken (`memory.py`).
+A packed copy of a weight costs its bytes once more and the time of some forwards, and is valid only for the weight that
+it was made from. Layers of a shape are packed once a call has lasted so long that packing would have paid a good part
+of its cost. A copy is used while the weight keeps its address and version counter, and is freed at the end of the call,
+before training. Copies take only memory that is available to caches (`memory.py`).
 
-Under autocast a layer computes in another type than its weights have, and adds its bias before it rounds: there every layer
-keeps PyTorch's route (`autocast.py` spares it the conversions).
+Under autocast a layer computes in another type than its weights', and adds its bias before rounding. So every layer
+keeps PyTorch's route there, and `autocast.py` saves the conversions.
 
-Drafters' own weights are small and stay in the caches, and nothing else reads them. Stored column by column they need
-neither repacking nor a product that is transposed afterwards (`by_columns`).
+Drafters' own weights are small, stay in the processor's caches, and are read by nothing else. Stored column by column,
+they need neither repacking nor a transposed product (`by_columns`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PILOTS = 3  # layers of a shape that are packed in order to see what it brings
-_WORTH = 0.25  # of the price that must have been lost before a shape is packed: calls that went on for long go on
+_PILOTS = 3  # layers of a shape that are packed first, to time the packed route
+_WORTH = 0.25  # share of the packing cost lost without it before a shape is packed: long calls tend to go on
 
 
 def by_columns(weight: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class _Shape:
             return
         self.lost_s += contest.gain_s * len(missing)
         if missing and contest.gain_s and self.lost_s > _WORTH * (contest.pack_s or 0.0) * len(missing):
-            self.lost_s = float("-inf")  # once a call: what there was no memory for is not tried in every step
+            self.lost_s = float("-inf")  # once per call: without memory for it, packing is not retried in every step
             if _fits(missing):
                 self._pack(missing)
 
@@ -93,12 +93,12 @@ class FastLinears:
     """Runs the linear layers of a model by their fastest routes.
 
     Args:
-        model: Its `nn.Linear` layers of float32, bfloat16 or float16 on a CPU take part.
-        table: What is known of this machine; None for that of the machine.
+        model: Model; its `nn.Linear` layers of float32, bfloat16 or float16 on a CPU take part.
+        table: Timings of routes; None for those of this machine.
 
     Attributes:
         packing_s: Seconds spent on packing in the latest session.
-        most_packed_bytes: Most bytes of packed copies that there were at once in it.
+        most_packed_bytes: Peak bytes of packed copies in the latest session.
     """
 
     def __init__(self, model: nn.Module, table: RouteTable | None = None) -> None:
@@ -111,8 +111,8 @@ class FastLinears:
     def installed(self, parts: HasModules | None = None) -> Iterator[None]:
         """Context in which this thread's layers take their routes; afterwards no route and no copy is left.
 
-        A layer returns what it would return otherwise: the same type, and the same value up to rounding. `parts` are the
-        model's modules, where they are listed already.
+        A layer's result keeps its type, and its value up to rounding. `parts` are the model's modules, if already
+        listed.
         """
         if not self._shapes:
             self.packing_s, self.most_packed_bytes = 0.0, 0
@@ -177,7 +177,7 @@ def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tens
     dtype, inputs = shape.layers[0].weight.dtype, shape.layers[0].in_features
     contests, copies, rows_in_contests = shape.contests, shape.copies, _rows_in_contests(dtype)
 
-    def forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some policies pass it by its name
+    def forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some policies pass it by name
         rows = input.numel() // inputs
         if rows not in rows_in_contests or input.dtype != dtype or torch.is_autocast_enabled("cpu"):
             return functional.linear(input, layer.weight, layer.bias)

@@ -1,16 +1,16 @@
 """Computes a policy's norms, rotary embeddings and gates in one pass each, during a call and in one thread.
 
-Written as modules, a norm is six operations of torch, a rotary embedding ten and a gate two. On a GPU each is a launch, on a
-CPU a call and an allocation. Where a module's code is known (`layer_forms.py`), `atlas_kernels.layer` computes the same.
-Weights are read from the module at every call, so nothing can be stale, and nothing is kept between calls.
+As modules, a norm takes six torch operations, a rotary embedding ten and a gate two. Each is a launch on a GPU, and a
+call and an allocation on a CPU. If a module's code is known (`layer_forms.py`), `atlas_kernels.layer` computes the same
+in one pass. Weights are read from the module at every call, so nothing can be stale, and nothing is kept between calls.
 
 A gated layer calls its projections as modules, and a GPU computes the gate between them in one pass. A CPU keeps torch's two
 vectorised passes.
 
-A rotary embedding is a function that attention modules find among the names of their file. So their forward gets other
-names, not other code: whatever a family does around its rotation stays its own.
+A rotary embedding is a global function in the attention module's file. So the attention's forward gets other globals,
+not other code: what a family does around its rotation is unchanged.
 
-Arguments that kernels do not take (other types, shapes, a gradient that is asked for) go the module's own way.
+Arguments that kernels do not support (other types or shapes, a requested gradient) run the module's own code.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from atlas_rl.policy.threads import replaced_forwards
 
 _Maker = Callable[[Any], Callable[..., Any] | None]
 _ROTARY = "apply_rotary_pos_emb"
-_MOST_COLUMNS = 1 << 14  # of a norm: a program of the kernel has a whole row in registers
-_MOST_NUMBERS = 1 << 20  # on a CPU: beyond, torch's threads are worth more than fewer passes
+_MOST_COLUMNS = 1 << 14  # of a norm: a program of the kernel holds a whole row in registers
+_MOST_NUMBERS = 1 << 20  # on a CPU: above, torch's threads gain more than fewer passes
 
 
 @contextmanager
 def fused(model: HasModules) -> Iterator[None]:
     """Context in which this thread computes norms, rotary embeddings and gates of known code in one pass each."""
-    makers: dict[type, _Maker] = {}  # by class; others may put functions of their own into them later
+    makers: dict[type, _Maker] = {}  # by class; not kept between calls, as classes may be patched
     forwards = {}
     for module in model.modules():
         own = class_of(module)

@@ -1,8 +1,8 @@
 """Temporarily gives a module or configuration another class that stays invisible to other code.
 
-Other code asks an object for its class, makes copies and pickles of it, and keeps registers of classes. None of it may
-meet a guise. So the object goes on to name its own class, a copy or pickle is one of its own class, and no hook for
-subclasses runs when a guise is made: neither `__init_subclass__` nor a metaclass may register or refuse it.
+Other code asks an object for its class, copies and pickles it, and keeps registries of classes. None of it may see a
+guise. So the object still reports its own class, copies and pickles have its own class, and no subclass hook runs when
+a guise is made: neither `__init_subclass__` nor a metaclass can register or refuse it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from abc import ABCMeta
 from typing import Any
 
 _MARK = "_atlas_rl_own_class"
-_put: Any = vars(object)["__class__"].__set__  # a guise has a `__class__` of its own, and so may anything
+_put: Any = vars(object)["__class__"].__set__  # guises override `__class__`, and other classes may
 
 
 class _Unannounced:
@@ -28,7 +28,7 @@ def guise_of(own: type, attributes: dict[str, Any]) -> type:
     """A subclass of `own` with other attributes; `put_class` assigns it to objects of `own`."""
     names: dict[str, Any] = {"__module__": own.__module__, "__qualname__": own.__qualname__}
     names |= {"__class__": property(lambda _: own, put_class), "__reduce_ex__": _reduced, _MARK: own}
-    # The metaclass is kept, and what it does to a new class is left out; that of abstract classes keeps books that it needs.
+    # The metaclass is kept but its `__new__` is skipped, except ABCMeta's, which does necessary bookkeeping.
     maker: Any = ABCMeta if issubclass(type(own), ABCMeta) else type
     made: type = maker.__new__(type(own), own.__name__, (_Unannounced, own), names | attributes)
     return made

@@ -1,13 +1,13 @@
 """Runs layers with their own weights, such as MoE experts and routers, as copies ("twins") of half the size.
 
-An MoE keeps the weights of all its experts in one tensor, and its own class multiplies by them. Under autocast every product
-converts what it multiplies by: slices of that tensor, or what was gathered from it. Nobody can tell from outside which
-products these are. So the forward runs in a twin of the layer, which is the layer in everything but these tensors.
+An MoE keeps the weights of all its experts in one tensor, and its own class multiplies by them. Under autocast every
+product converts its operand: slices of that tensor, or rows gathered from it. Which products these are cannot be seen
+from outside. So the forward runs in a twin, a copy of the layer that differs only in these tensors.
 
-Autocast does not reach every product. `torch.nn.functional.grouped_mm`, by which transformers multiplies unless told
-otherwise, computes in the weights' own type: nothing is converted there. Some routers turn autocast off. A twin would change
-what these return. So the first forward of a call runs both ways, and a layer has a twin only where both return the same to
-the bit; after the first layer of a kind that does not, its kind is left alone for the call.
+Autocast does not affect every product. `torch.nn.functional.grouped_mm`, transformers' default, computes in the
+weights' own type without conversions, and some routers turn autocast off. A twin would change their results. So the
+first forward of a call runs both ways, and a layer gets a twin only if both results are bit-equal. After the first
+difference, further layers of that class get no twin in the call.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class HalfTwins:
     """Twins of a model's layers, for one call.
 
     Args:
-        model: Layers of its own or its family's making, without layers inside, take part.
-        dtype: That autocast computes in.
-        reserve: Told how many bytes a twin takes, or gives back where they are negative; whether it may.
+        model: Model; its layers that are not torch's and have no weights in sublayers take part.
+        dtype: Type that autocast computes in.
+        reserve: Takes the bytes that a twin needs (negative: gives back) and returns whether they are available.
 
     Attributes:
-        layers: Those that may get a twin.
+        layers: Layers that may get a twin.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, reserve: Callable[[int], bool]) -> None:
         self.layers = [module for module in model.modules() if _takes_part(module)]
         self._dtype, self._reserve = dtype, reserve
-        self._twins: dict[nn.Module, _Twin | None] = {}  # of layers that were tried; None where there is none
-        self._unequal: set[type] = set()  # classes whose twins returned something else
+        self._twins: dict[nn.Module, _Twin | None] = {}  # of layers that were tried; None if they got none
+        self._unequal: set[type] = set()  # classes whose twins gave other results
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """Replacements for `threads.replaced_forwards`."""
@@ -81,12 +81,12 @@ class HalfTwins:
 
 
 class _Twin:
-    """A copy of a layer with other weights of two and more dimensions."""
+    """A copy of a layer in which weights of two and more dimensions are replaced."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         self._copies = {name: WeightCopy.of(own, own.detach().to(dtype)) for name, own in _weights(layer)}
         twin = object.__new__(class_of(layer))
-        made = {name: copy.made for name, copy in self._copies.items()}  # found before the parameters of these names
+        made = {name: copy.made for name, copy in self._copies.items()}  # these shadow the parameters of the same names
         vars(twin).update(vars(layer) | made | {"training": False})
         self.forward: Callable[..., Any] = twin.forward
 
@@ -105,7 +105,7 @@ def _takes_part(module: nn.Module) -> bool:
     return bool(
         weights
         and not class_of(module).__module__.startswith("torch.")  # linear layers have copies, convolutions are small
-        and not isinstance(module, (nn.Embedding, Conv1D))  # a lookup converts nothing, and these have copies
+        and not isinstance(module, (nn.Embedding, Conv1D))  # lookups convert nothing, Conv1D layers have copies
         and "forward" not in module.__dict__
         and not any(True for child in module.children() for _ in child.parameters())
         and all(own.dtype == torch.float32 and can_be_copied(own, own.numel()) for _, own in weights)

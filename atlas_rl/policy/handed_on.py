@@ -11,7 +11,7 @@ class HandedOn:
     """The keys and values of one forward."""
 
     def __init__(self) -> None:
-        # Nothing is kept alive: a number that another tensor has meanwhile is told by the reference.
+        # Weak references keep nothing alive, and reveal an id that another tensor has reused.
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], int]] = {}
 
     def first_layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> int:

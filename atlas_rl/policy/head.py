@@ -1,7 +1,7 @@
 """Reads the LM head as an affine map, whatever module computes it.
 
-A head may be a linear layer with or without a bias, or one inside an adapter (LoRA and kin, a trained copy). Drafters need
-rows of it, because they learn when the policy's weights may be sharded away.
+A head may be a linear layer with or without a bias, or one inside an adapter (LoRA and kin, a trained copy). Drafters
+need rows of it, because the policy's weights may be sharded away when they learn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def linear_of(head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | Non
         return head.weight, head.bias
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         return None
-    # A wrapper. Its weight may be the one that it uses, as that of a trained copy is, or lie below an adapter.
+    # A wrapper. It may compute with its `weight` (a trained copy), or add an adapter to it.
     generator = torch.Generator().manual_seed(0)
     state = torch.randn(1, weight.shape[1], generator=generator).to(weight)
     with torch.no_grad():
@@ -34,8 +34,8 @@ def linear_of(head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | Non
 def affine_rows(head: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows `[n, hidden]` and biases `[n]` of the head's affine map for int64 `[n]` tokens; dropout must be off.
 
-    The row of a token is the gradient of its output, and its bias the output of a state that is zero. So any adapter is
-    read without knowing it, at the price of a forward and a backward pass of the head over `n` rows.
+    A token's row is the gradient of its output, and its bias is the output for a zero state. This reads any adapter, at
+    the cost of a forward and a backward pass of the head over `n` rows.
     """
     plain = linear_of(head)
     if plain is not None:

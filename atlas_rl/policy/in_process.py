@@ -47,17 +47,17 @@ class InProcessRunner(PolicyRunner):
 
     Some recurrent layers can be run as well (`policy/recurrent_layers.py`).
 
-    A policy whose configuration says that it cannot be run is refused at once. Before the first forward it is probed
-    (`policy/probe.py`).
+    A policy whose configuration shows that it cannot be run is refused at once. Any other is probed before its first
+    forward (`policy/probe.py`).
 
     Args:
         model: The policy, or a wrapper around it. Only read.
-        is_placed: Whether its weights are where they will be run; sharding may still have to bring them there.
+        is_placed: Whether its weights are on the device where it will run; with sharding they may arrive later.
 
     Attributes:
-        config: Its text configuration.
+        config: The policy's text configuration.
         call: Runs its forward.
-        recurrent: Its layers with a running state, by their number.
+        recurrent: Its layers with a running state, by layer number.
         max_context: Longest text that it can be run over, see `policy/supported.py`.
 
     Raises:
@@ -89,13 +89,13 @@ class InProcessRunner(PolicyRunner):
         self.own_attention: str = self.config._attn_implementation
         self._probed: Probed | None = None
         self._asked: torch.cuda.Event | None = None  # of the last forward or copy
-        self._uncaptured: str | None = None  # why its steps cannot be captured, once that was tried
+        self._uncaptured: str | None = None  # why its steps cannot be captured, once a capture has failed
         self._said: set[str] = set()  # causes that were logged
         self.linears = FastLinears(self.model)
         self.halves = HalfWeights(self.model, lambda: self.free_bytes())
-        self._autocast: torch.dtype | None = None  # of the latest forward; the probe has had some
-        self._fuses = True  # norms, rotary embeddings and gates; unless the probe finds that this changes logits
-        self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, once it is asked for
+        self._autocast: torch.dtype | None = None  # of the latest forward; the probe runs the first ones
+        self._fuses = True  # norms, rotary embeddings and gates, unless this makes the probe fail
+        self._unrunnable: tuple[np.ndarray | None] | None = None  # of the session, computed on first use
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +116,7 @@ class InProcessRunner(PolicyRunner):
     def session(self, cache: RaggedBatch) -> Iterator[None]:
         with generating(), torch.no_grad():
             if cache.parts is None:
-                refuse_modules(self.model)  # offloaded since
+                refuse_modules(self.model)  # may have been offloaded since
             # Launches and captures go to the current device, wherever the tensors are.
             device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
             with device, evaluation_mode(self._parts_of(cache)):
@@ -141,7 +141,7 @@ class InProcessRunner(PolicyRunner):
     ) -> torch.Tensor:
         """`forward` without fixed shapes, with positions moved by `shift`, int64 `[num_tokens]`; for the probe.
 
-        What it returns stays as it is.
+        Later forwards do not overwrite the result.
         """
         batch = self._cache
         assert batch is not None, "forward() outside of session()"
@@ -333,7 +333,7 @@ def _tapped(model: Any, layers: nn.ModuleList, taps: Taps) -> Iterator[None]:
         taps.layers |= {n: ends[n].reshape(-1, ends[n].shape[-1]) for n in taps.wants_layers if n in ends}
         return out
 
-    # What the last layer makes is the input of none.
+    # The last layer's output is the input of no layer.
     watched = {min(n, len(layers) - 1) for n in taps.wants_layers}
     watchers: dict[nn.Module, Callable[..., Any]] = {layers[n]: partial(catch_layer, n) for n in watched}
     if taps.wants_head_inputs:

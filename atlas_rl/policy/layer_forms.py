@@ -1,11 +1,11 @@
 """Recognises norms, rotary embeddings and gated layers that dozens of transformers families share, by their code.
 
-transformers writes every family's layers out: 78 of its classes have Llama's norm, 73 of its files Llama's rotary embedding.
-A function is one of these if it has the same instructions and its names mean the same (`same_code`). Nothing is inferred
-from a class's name, or from numbers that came out alike: whatever is written otherwise, by another release or by somebody
-else, has no form here and runs as it is.
+transformers repeats layers in every family's file: 78 of its classes have Llama's norm, 73 of its files Llama's rotary
+embedding. A function is recognised if it has the same instructions and its global names mean the same (`same_code`).
+Nothing is inferred from a class's name, or from equal results: code that is written differently, in another release or
+by others, is not recognised and runs unchanged.
 
-The functions below are copies. They are compared with, never called.
+The functions below are copies for comparison. They are never called.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NormForm:
     """How an RMS norm is written.
 
     Attributes:
-        epsilon: The attribute that has its epsilon.
+        epsilon: Name of the attribute that holds its epsilon.
         adds_one, rounds_first: See `atlas_kernels.layer.rms_norm`.
     """
 
@@ -59,7 +59,7 @@ def is_gated(function: object) -> bool:
 
 
 def activation_form(module: Any) -> Activation | None:
-    """What a module of `ACT2FN` computes; None if that is not known, or if somebody watches it or has changed it."""
+    """The activation that a module of `ACT2FN` computes; None if it is not known, or if it has hooks or was patched."""
     if not isinstance(module, nn.Module) or "forward" in vars(module):
         return None
     if module._forward_hooks or module._forward_pre_hooks:

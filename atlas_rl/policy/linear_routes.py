@@ -1,10 +1,11 @@
 """The routes that compute a linear layer on a CPU, and the contest that finds the fastest for a shape.
 
-A decode step multiplies a few rows by every weight, and is bound by reading the weights. Libraries differ in how near to
-that they come, by an order of magnitude, and by processor: for one row of SmolLM2's layers `F.linear` took 7 ms on a Xeon
-and 49 on an EPYC, where two rows took 18 the other way round. So nothing is assumed. Where several layers have one shape,
-the first forwards run some by one route and some by another, each against weights that have to come from memory as they do
-in the forwards to come. What was found is kept on disk (`RouteTable`), by machine, number of threads and version of torch.
+A decode step multiplies a few rows by every weight, and is bound by reading the weights. How close a library comes to
+that bound varies by an order of magnitude, and by processor: for one row of SmolLM2's layers `F.linear` took 7 ms on a
+Xeon and 49 ms on an EPYC, where two rows took 18 ms with the operands swapped. So routes are timed. If several layers
+have one shape, the first forwards run some by one route and some by another, so that each timing reads weights from
+memory, as later forwards do. Results are kept on disk (`RouteTable`), by machine, number of threads and version of
+torch.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from torch.nn import functional
 logger = logging.getLogger(__name__)
 
 PLAIN, TURNED, PADDED, WIDENED, PACKED = "plain", "turned", "padded", "widened", "packed"
-"""`F.linear`; weights as the tall operand; that with a second row where there is one; in float32; in oneDNN's layout.
+"""`F.linear`; the weight as the tall operand; that with a single row given twice; in float32; in oneDNN's layout.
 
-A processor without units for bfloat16 multiplies it number by number: 32 rows take six times as long as in float32, 128 take
-eight times. `WIDENED` converts such weights in every forward, and a packed copy of them is one in float32.
+A processor without units for bfloat16 multiplies one number at a time: 32 rows take six times as long as in float32,
+128 take eight times. `WIDENED` converts such weights in every forward; a packed copy of them is in float32.
 """
 
 _ENOUGH = 4  # timings of a route: the first one warms caches and compiles
-_WIDENED_BYTES = 1 << 25  # of a weight's pieces in float32
-_HOPELESS = 1.5  # times the best one that a route took twice: it is not tried again
+_WIDENED_BYTES = 1 << 25  # size of a weight's pieces in float32
+_HOPELESS = 1.5  # a route that took this many times the best one twice is not tried again
 
 MIN_BYTES = 1 << 18
-"""Smaller weights stay in any processor's own cache, where PyTorch's route is as good as another."""
+"""Smaller weights stay in any processor's cache, where PyTorch's route is as good as any other."""
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Numbers of rows that have a contest; others take part in the next larger one's, or in the last one's."""
+"""Row counts that have a contest; other counts use the contest of the next larger one, or of the last."""
 _BUCKET_OF = tuple(next(bucket for bucket in BUCKETS if rows <= bucket) for rows in range(1, BUCKETS[-1] + 1))
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -62,7 +63,7 @@ def padded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` of half precision, computed in float32 and rounded once, even if the processor has the type.
 
-    The weight is converted piece by piece: an LM head in float32 would take gigabytes that nobody was asked for.
+    The weight is converted piece by piece: an LM head in float32 would take gigabytes that were not accounted for.
     """
     x32 = x.float()
     pieces = weight.split(max(1, _WIDENED_BYTES // (4 * weight.shape[1])))
@@ -91,7 +92,7 @@ def _can_pack(dtype: torch.dtype) -> bool:
     try:
         weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=dtype), 16)
         torch.ops.mkldnn._linear_pointwise(torch.ones(2, 16, dtype=dtype), weight, None, "none", [], "")
-    except RuntimeError:  # the processor lacks what bfloat16 needs
+    except RuntimeError:  # the processor does not support the type
         return False
     return True
 
@@ -201,9 +202,9 @@ class RouteTable:
     """Contests of a machine, and the file that stores them.
 
     Args:
-        path: Of the file; None keeps nothing.
-        machine: What the timings hold for.
-        contests: By `outputs x inputs, type, bias, rows`.
+        path: The file's path; None stores nothing.
+        machine: Machine that the timings are valid for.
+        contests: Contests by `outputs x inputs, type, bias, rows`.
     """
 
     path: Path | None
@@ -235,7 +236,7 @@ class RouteTable:
         name = f"{outputs}x{inputs} {str(weight.dtype).removeprefix('torch.')}{' bias' if has_bias else ''}, {rows}"
         name, new = name + ", unpacked" * (not may_pack), Contest.between(rows, weight.dtype, may_pack)
         known = self.contests.setdefault(name, new)
-        if known.is_whole and known.seconds.keys() != new.seconds.keys():  # another release's
+        if known.is_whole and known.seconds.keys() != new.seconds.keys():  # by another release
             known = self.contests[name] = new
         return known
 

@@ -2,8 +2,8 @@
 
 Families scale it (Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, HyperCLOVA X multiplies by a
 field of that same name, Falcon H1 has `lm_head_multiplier`) or squash it (Gemma 2, RecurrentGemma, xLSTM, each with a field
-of its own). So no field is believed: `after_head` runs the policy's forward with its body and head replaced, and `fit_form`
-reads scale and softcap off what comes out.
+of its own). So no field is trusted: `after_head` runs the policy's forward with its body and head replaced, and
+`fit_form` fits scale and softcap to the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atlas_rl.policy.threads import replaced_forwards
 logger = logging.getLogger(__name__)
 
 _MAGNITUDES = (1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e5)
-_TOLERANCE = 1e-3  # of a logit, beside the same in nats
+_TOLERANCE = 1e-3  # relative to a logit, plus the same in nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,9 @@ def fit_form(
     """Fit the form to pairs of head outputs and logits, float32 `[n, vocab]` each.
 
     Args:
-        products: From tiny to huge; of the logits' tokens, or of more (padding that a policy cuts off).
-        logits: What the policy made of them. Tokens that it masks in every row say nothing about the others.
-        guess: Its exact numbers are preferred to fitted ones, where they fit.
+        products: Head outputs from tiny to huge, for the logits' tokens or for more (padding that a policy cuts off).
+        logits: The policy's logits for them. Tokens that it masks in every row are ignored.
+        guess: Preferred to fitted numbers, if it fits, because its numbers are exact.
         tolerance: Largest difference, relative to a logit and in nats.
 
     Returns:
@@ -96,9 +96,9 @@ def _fitted(z: torch.Tensor, wanted: torch.Tensor) -> LogitForm:
 def after_head(model: Any, products: torch.Tensor) -> torch.Tensor:
     """Logits `[n, vocab]` that a policy's forward computes from LM head outputs `[n, vocab]`.
 
-    Body and head are replaced while the policy's own forward runs: what is left is whatever that does behind the head. No
-    weight is read, so it may be asked while weights are sharded away. A policy whose code does not run like this is taken at
-    its configuration's word, and says so.
+    The policy's own forward runs with body and head replaced, which leaves only the computation after the head. No
+    weight is read, so this works while weights are sharded away. If the policy's code does not run like this, its
+    configuration is used instead, with a warning.
     """
     body, head = model.base_model, model.get_output_embeddings()
     states = products.new_zeros(1, len(products), head.weight.shape[1])

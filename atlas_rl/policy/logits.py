@@ -1,8 +1,8 @@
 """Finds logits that are not a distribution, and compares logits that have masked tokens.
 
-A row of logits is a distribution unless it holds NaN or +inf, or nothing but -inf. Its softmax is then NaN at every token,
-and so is the row's largest probability. Sampling computes that reduction for the report anyway, so the check costs nothing
-more. A policy may exclude tokens by logits of its own: -inf, or the least number of its type.
+A row of logits is not a distribution if it holds NaN or +inf, or only -inf. Its softmax is then NaN at every token, and
+so is the row's largest probability. Sampling computes that largest probability for the report anyway, so the check is
+free. A policy may mask tokens itself, by -inf or by the least number of its type.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-_SURELY_MASKED_NATS = 100.0  # behind the likeliest token: no token there has a probability that float32 resolves
+_SURELY_MASKED_NATS = 100.0  # below the likeliest token, where float32 resolves no probability
 
 
 class NonFiniteLogits(ValueError):
@@ -23,11 +23,11 @@ def require_distributions(max_probs: np.ndarray, logits: torch.Tensor, rows: np.
 
     Args:
         max_probs: float32 `[n]`, the largest probability of each row's softmax (`atlas_kernels.verify` gives it too).
-        logits: `[rows, vocab]`, as the policy gave them or processed; read only where something is wrong.
-        rows: int64 `[n]`, the rows of `logits` that `max_probs` is about; None for all in order.
+        logits: `[rows, vocab]`, raw or processed; read only if something is wrong.
+        rows: int64 `[n]`, the row of `logits` for each of `max_probs`; None for all in order.
 
     Raises:
-        NonFiniteLogits: Some row is none; the message says why that may be and what to do.
+        NonFiniteLogits: A row is not a distribution; the message gives likely causes and what to do.
     """
     lost = np.flatnonzero(np.isnan(max_probs))
     if len(lost):
@@ -54,7 +54,7 @@ def defect(row: torch.Tensor) -> tuple[str, str]:
 def rows_not_finite(table: torch.Tensor, num_rows: int) -> np.ndarray | None:
     """Which of the first rows of a table hold NaN or infinity: bool `[num_rows]`; None if none does.
 
-    Tables are large: one reduction over it, and a second look only where that finds something.
+    Tables are large: one reduction checks the whole table, and rows are checked only if it finds something.
     """
     if type(table) not in (torch.Tensor, nn.Parameter) or table.dim() != 2 or not table.numel():
         return None  # sharded
@@ -71,11 +71,11 @@ def rows_not_finite(table: torch.Tensor, num_rows: int) -> np.ndarray | None:
 def rows_that_differ(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> torch.Tensor:
     """Whether logits of two forwards differ by more than rounding, masked tokens aside: bool `[rows]`.
 
-    A token that a forward puts 100 nats or more behind the likeliest is masked, by whatever number.
+    A token 100 nats or more below the likeliest counts as masked, whatever its logit.
 
     Args:
         logits: float32 `[rows, vocab]`.
-        expected: float32 `[rows, vocab]`, what they should be. Rows that are no distribution say nothing.
+        expected: float32 `[rows, vocab]`, the reference. Rows that are not distributions are ignored.
         tolerance: Share of the spread of a row's logits.
     """
     ours, theirs, top = _floored(logits), _floored(expected), expected.amax(dim=-1, keepdim=True)

@@ -25,7 +25,7 @@ def allocated(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """Allocate a cache tensor of the type and device of `like`; `MemoryError` if it does not fit."""
     try:
         return like.new_empty(shape)
-    except RuntimeError as error:  # the only one that this call has, under several names
+    except RuntimeError as error:  # the only error of this call, under several names
         gib = math.prod(shape) * like.element_size() / 2**30
         raise MemoryError(
             f"the attention cache needs {gib:.2f} GiB more, and there is no memory for it: lower max_batch_size or "
@@ -41,7 +41,7 @@ def _host_bytes() -> int:
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))  # "max" where there is none
+        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))  # "max" if there is none
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
         files = (_CGROUP / "memory.stat").read_text(encoding="ascii").split()
         reclaimable = int(files[files.index("inactive_file") + 1])

@@ -1,7 +1,7 @@
 """Detects custom code in a policy's forward, which may depend on more than a row's own tokens and positions.
 
-Layers of the libraries below compute position by position, attention aside. Other code may be right as well. It only gets a
-closer look (`policy/probe.py`).
+Except for attention, layers of the libraries below compute each position on its own. Other code may do so as well; it
+only gets a closer check (`policy/probe.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model's modules, listed once where they are gone through often."""
+"""A model's modules, listed once for frequent iteration."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class HasModules(Protocol):
 class Parts:
     """The modules that a model has now, in the order of `model.modules()`.
 
-    Walking through a model of thirty layers takes torch half a millisecond. A session does so for everything that it changes
-    for the time of a forward.
+    Iterating over the modules of a model of thirty layers takes torch half a millisecond, and a session does it for
+    every kind of change that it makes.
     """
 
     def __init__(self, model: nn.Module) -> None:

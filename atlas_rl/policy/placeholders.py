@@ -1,7 +1,7 @@
 """Refuses prompts with placeholders for images, videos or sounds: in process a policy gets token ids only.
 
-A processor puts a token of its own where an image belongs, and the policy's forward puts the image's embeddings there. With
-token ids alone the policy would go on as if the token were text, and nobody would be told.
+A processor inserts a special token where an image belongs, and the policy's forward puts the image's embeddings there.
+Given token ids alone, the policy would silently treat the token as text.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Padding:
     """Packed tokens as a rectangle, for attention that needs padding.
 
     Attributes:
-        rows: int64 `[batch]`, cache rows; None where they are consecutive.
+        rows: int64 `[batch]`, cache rows; None if they are consecutive.
         pad: int64 `[batch * query_len]`, packed index of each padded query; None if there is no padding.
         unpad: int64 `[num_tokens]`, padded index of each packed token; None if there is no padding.
         queries: int64 `[batch, query_len]`, positions.
@@ -38,13 +38,13 @@ class Placement:
     Attributes:
         token_rows: int64 `[num_tokens]`, cache row of each packed token.
         token_positions: int64 `[num_tokens]`.
-        packing: For attention over sequences of any length.
-        segments: What is run; None where the numbers are the device's alone.
-        first_row: Of consecutive rows.
-        batch: Rows.
+        packing: Input of variable-length attention.
+        segments: The tokens that are run; None if they are known only on the device.
+        first_row: First cache row, of consecutive ones.
+        batch: Number of rows.
         query_len: Most new tokens of a row.
-        context: Longest row afterwards.
-        fresh: Whether all rows begin with these tokens.
+        context: Longest row after the forward.
+        fresh: Whether these are the first tokens of all rows.
         handed_on: Keys and values of the layers that have run so far.
     """
 

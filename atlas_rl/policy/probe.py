@@ -1,18 +1,18 @@
 """Compares the ragged forward of a policy with plain forwards, once, before anything is generated.
 
-Three looks, from what is exact and cheap to what is costly:
+Three checks, from exact and cheap to costly:
 
 1. A trace of three tokens (`policy/traced.py`): does every layer run its attention through the ragged cache, and does its
    mask hide exactly what the ragged attention hides, at every length?
 2. A row at the farthest positions beside one at the first: does anything depend on the batch's longest text?
-3. Values: a short row and a long one, in cache rows that are not neighbours, compared with plain forwards at every position:
-   a prompt, two tokens as in verification, then one token a forward as in decoding. The long row goes past the smallest
-   window where that is affordable: within `_FLOPS` floating-point operations, `_LOGIT_BYTES` of logits and `_MAX_TOKENS`
-   tokens. Else it has `_FEW` tokens. Where code of somebody's own runs in the policy (`policy/own_code.py`), it may look at
-   lengths and tokens: the long row is as long as is affordable, all over the vocabulary.
+3. Values: a short row and a long one, in cache rows that are not adjacent, are compared with plain forwards at every
+   position: a prompt, two tokens as in verification, then one token per forward as in decoding. The long row extends
+   past the smallest window if that is affordable: within `_FLOPS` floating-point operations, `_LOGIT_BYTES` of logits
+   and `_MAX_TOKENS` tokens. Otherwise it has `_FEW` tokens. Custom code in the policy (`policy/own_code.py`) may depend
+   on lengths and tokens, so then the long row is as long as affordable, with tokens from the whole vocabulary.
 
-Nothing of the policy changes: no mode, no random state, no rotary frequency. Cost: a dozen forwards of a few tokens, and
-where a window or code of somebody's own is looked at two long ones, which `_FLOPS` bounds.
+The policy is left unchanged: mode, random state, rotary frequencies. Cost: a dozen forwards of a few tokens and, if
+there is a window or custom code to check, two long ones, which `_FLOPS` bounds.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from atlas_rl.policy.recurrent_layers import RecurrentLayer
 from atlas_rl.policy.supported import REMEDY, Reach, layers_that_attend, nearest, reach_of
 from atlas_rl.policy.threads import watched_forwards
 
-_FLOPS = {"cpu": 1e11, "cuda": 1e13}  # about a second, and a twentieth of one, of a machine of that kind
+_FLOPS = {"cpu": 1e11, "cuda": 1e13}  # about a second of a CPU, and a twentieth of a second of a GPU
 _LOGIT_BYTES = 1 << 28
 _MAX_TOKENS = 4160  # past a window of 4,096, the widest that is common among small policies
-_FEW, _SHORT = 12, 9  # tokens of the long row where no window can be reached, and of the short row
-_TAIL = (2, 1, 1, 1, 1)  # tokens of a row's segments behind its prompt
-_TOLERANCE = {True: 2e-3, False: 2e-2}  # of the logits' spread, in float32 and below; a wrong mask is off by the spread
+_FEW, _SHORT = 12, 9  # tokens of the long row if no window can be reached, and of the short row
+_TAIL = (2, 1, 1, 1, 1)  # tokens of a row's segments after its prompt
+_TOLERANCE = {True: 2e-3, False: 2e-2}  # of the logits' spread, in float32 and below; a wrong mask is off by all of it
 _FAILURES = (TypeError, AttributeError, LookupError, AssertionError, RuntimeError)
 
 
@@ -74,9 +74,9 @@ class Probed:
     """Findings about a policy that can be run.
 
     Attributes:
-        token_bytes: What one token takes in the cache, over all layers.
-        state_bytes: What a row takes besides.
-        reach: Up to where a ragged forward is right; None for everywhere.
+        token_bytes: Cache bytes of one token, over all layers.
+        state_bytes: Bytes that a row takes in addition to its tokens.
+        reach: Length up to which a ragged forward is right; None if unlimited.
     """
 
     token_bytes: int
@@ -101,7 +101,7 @@ class _Probe:
         self._exact, self._state_bytes = False, 0
         unrunnable = rows_not_finite(self._runner.model.get_input_embeddings().weight, self._runner.vocab_size)
         known = np.arange(self._runner.vocab_size)
-        # Where none is finite, the logits say so.
+        # If none is finite, the logits show it.
         self._runnable = known if unrunnable is None or unrunnable.all() else known[~unrunnable]
 
     def look(self) -> Probed:
@@ -200,7 +200,8 @@ class _Probe:
         self._state_bytes = cache.state_bytes
         how = f"with rows of {len(short)} and {len(long)} tokens"
         got = [torch.cat(parts) for parts in pieces]
-        # What reads the token before in the batch is wrong at the first token of every segment, and right everywhere else.
+        # Code that reads the previous token of the batch is wrong at the first token of every segment, and right
+        # elsewhere.
         if firsts := [place for row_cuts in cuts for place in row_cuts[1:-1]]:
             half = len(firsts) // 2
             places = firsts[:half], firsts[half:]
@@ -215,7 +216,7 @@ class _Probe:
         affordable = self._affordable()
         wanted = min((window for window in windows if window >= _FEW), default=0) + _FEW
         if own_code(self._runner.model):
-            # Attention that is written out has a matrix of length times length per head.
+            # Eager attention has a matrix of length times length per head.
             heads = int(getattr(self._config, "num_attention_heads", None) or 1)
             wanted = max(min(affordable, int((_LOGIT_BYTES / (4 * heads)) ** 0.5)), wanted)
         return wanted if wanted <= affordable else _FEW
@@ -225,7 +226,7 @@ class _Probe:
         kind = self._runner.device.type
         weights = sum(parameter.numel() for parameter in self._runner.model.parameters())
         by_flops = _FLOPS["cpu" if kind == "cpu" else "cuda"] / (4 * max(1, weights))  # two forwards, two per weight
-        by_bytes = _LOGIT_BYTES / (8 * self._runner.vocab_size)  # twice float32
+        by_bytes = _LOGIT_BYTES / (8 * self._runner.vocab_size)  # two copies in float32
         return int(min(_MAX_TOKENS, by_flops, by_bytes))
 
     def _off(self, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -235,8 +236,8 @@ class _Probe:
     def _compare(self, logits: torch.Tensor, expected: torch.Tensor, how: str, most: float = 0.5) -> None:
         """Raise `ValueError` if logits differ; in half precision, if more than a share `most` of the rows differ."""
         off = self._off(logits, expected.float())
-        # In half precision a near-tie between experts may fall either way for a token or two. What is wrong hits all
-        # positions of a kind, and each kind is looked at by itself.
+        # In half precision a near-tie between experts may fall either way for a token or two. A real error affects all
+        # positions of a kind, and each kind is compared separately.
         if bool(off.any() if self._exact else off.float().mean() > most):
             error = float((logits - expected.float())[off].abs().max())
             cause = "something in it depends on more than a row's own tokens and positions"

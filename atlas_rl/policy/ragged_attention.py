@@ -1,15 +1,15 @@
 """Attention over a ragged batch: packed queries, one cache row per request.
 
-transformers looks attention functions up by name and leaves masks to implementations it has no mask builder for. So one
-registered function is all it takes to run unchanged model code on a packed batch `[1, num_tokens]`: linear layers see no
-padding at all, the function below writes the new keys and values into the cache rows and attends row by row.
+transformers looks up attention functions by name, and builds no mask for those without a registered mask builder. So
+one registered function is enough to run unchanged model code on a packed batch `[1, num_tokens]`: linear layers see no
+padding at all, and the function below writes the new keys and values into the cache rows and attends row by row.
 
-Rows are padded to a rectangle (`rectangle.py`). On a GPU, in half precision, that is not needed: flash attention over
-sequences of any length reads every row as far as it is filled, without padding and without a mask (`varlen.py`).
+Rows are padded to a rectangle (`rectangle.py`). On a GPU, in half precision, this is not needed: variable-length flash
+attention reads every row as far as it is filled, without padding and without a mask (`varlen.py`).
 
-The cache is one tensor per layer, read in place, and grows with use: it has the rows that run, of the cells that the longest
-of them needs and a margin. What texts might come to costs nothing. A layer that attends to the keys and values of an earlier
-one (Gemma 3n, Gemma 4) reads those in the cache, and has no tensor of its own.
+The cache is one tensor per layer, read in place, and grows with use: it has as many rows as run, each with the cells
+that the longest of them needs and a margin. Possible future lengths take no memory. A layer that attends to the keys
+and values of an earlier one (Gemma 3n, Gemma 4) reads those in the cache, and has no tensor of its own.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ class RaggedBatch:
     Attributes:
         num_rows, capacity: Most rows, and most tokens of a row.
         honour_softcap: Whether the policy's own attention applies `softcap` (transformers' SDPA path does not).
-        varlen: Whether attention goes over sequences of any length even where torch's operator for that does not run.
-        free_bytes: Bytes that caches may take now, beyond those that they have.
-        keys, values: Per layer `[held_rows, held_cells, kv_heads, dim]`; none until the layer's first call tells the shape,
-            and none for layers that read those of another.
+        varlen: Whether to use variable-length attention even where torch's operator for it does not run.
+        free_bytes: Returns the bytes that caches may take now, beyond those that they have.
+        keys, values: Per layer `[held_rows, held_cells, kv_heads, dim]`; none before the layer's first call, which sets
+            the shape, and none for layers that read those of another.
         sources: For each layer, the one whose keys and values it attends to: itself, or an earlier one.
-        held_rows, held_cells: Rows, and cells of each, that every tensor has; asked for, as long as there is none.
-        autocast: The type that autocast had in the latest forward; None where it was off.
-        tight: Whether the first tensors did not fit; the next ones are as small as can be.
-        copied_bytes: Copied so far in order to grow.
+        held_rows, held_cells: Rows, and cells per row, of every tensor; the requested ones, while there is no tensor.
+        autocast: Autocast type of the latest forward; None if it was off.
+        tight: Whether the first tensors did not fit; the next ones are then as small as possible.
+        copied_bytes: Bytes copied so far in order to grow.
         generation: How often the tensors have changed their addresses.
-        placement: Of the tokens that are run, or have been run last.
-        attended: Whether attention has gone over a rectangle (False) and over sequences of any length (True).
-        refusal: Why it has gone over a rectangle, if it has.
-        steps: Decode steps of fixed shapes over this cache, which go with it.
-        recurrent: What recurrent layers keep of the rows; None where the policy has none.
-        parts: Modules of the policy that runs over it, once it does.
+        placement: Placement of the present or latest forward.
+        attended: Which forms of attention were used: a padded rectangle (False), variable-length (True).
+        refusal: Why the rectangle was used, if it was.
+        steps: Decode steps of fixed shapes over this cache, freed with it.
+        recurrent: Recurrent layers' states of the rows; None if the policy has no such layers.
+        parts: Modules of the policy, listed when it first runs over this cache.
     """
 
     num_rows: int
@@ -80,7 +80,7 @@ class RaggedBatch:
     copied_bytes: int = 0
     autocast: torch.dtype | None = None
     tight: bool = False
-    budget_bytes: int | None = None  # what was free when first asked, and is not exceeded when more becomes free
+    budget_bytes: int | None = None  # bytes free at the first query; a limit even if more becomes free
     generation: int = 0
     placement: Placement | None = None
     attended: set[bool] = field(default_factory=set)
@@ -93,12 +93,12 @@ class RaggedBatch:
         """Prepare the next forward: room in the cache, and indices on the device.
 
         Args:
-            segments: What will be run.
-            device: Of the cache.
-            also: Arrays that the forward needs there as well.
+            segments: Tokens that will be run.
+            device: Device of the cache.
+            also: Further arrays that the forward needs on the device.
 
         Returns:
-            Those, on the device.
+            Copies of `also` on the device.
         """
         rows = segments.rows
         last_row = segments.first_row + len(segments.lengths) - 1 if rows is None else int(rows.max())
@@ -128,7 +128,7 @@ class RaggedBatch:
         """Write `[1, kv_heads, num_tokens, dim]` into the rows, unless an earlier layer has written them.
 
         Returns:
-            The layer whose tensors have them.
+            The layer whose tensors hold them.
         """
         source = self.placed.handed_on.first_layer(layer, key, value)
         if self.sources.setdefault(layer, source) != source:
@@ -225,14 +225,14 @@ class RaggedBatch:
 
         Args:
             num_rows: Rows that are needed.
-            length: Cells of each that are needed, by rows that there are as well: of what they have beyond, some may go.
-                Texts grow, so that a row gets more at once (`roomy`), where there is memory for it.
-            most_cells: Cells, over all rows, to stay below unless more are needed.
+            length: Cells needed per row, present rows included; their cells beyond that may be dropped. Texts grow, so
+                rows get more at once (`roomy`) if memory allows.
+            most_cells: Limit on cells over all rows, exceeded only if more are needed.
 
         Raises:
             IndexError: More rows or cells than the cache may have.
-            MemoryError: No memory is left. The first `num_rows` rows have what they need of what they had; `held_rows` and
-                `held_cells` say what there is.
+            MemoryError: No memory is left. The first `num_rows` rows keep the content that they need; `held_rows` and
+                `held_cells` are the present size.
         """
         if num_rows <= self.held_rows and length <= self.held_cells:
             return
@@ -260,11 +260,11 @@ class RaggedBatch:
     def _resize_all(self, num_rows: int, cells: int) -> None:
         tensors = [(store, layer) for store in (self.keys, self.values) for layer in store]
         try:
-            for store, layer in tensors:  # one by one: no more than one tensor is there twice
+            for store, layer in tensors:  # one by one: at most one tensor exists twice
                 store[layer] = self._resized(store[layer], num_rows, cells)
             if self.recurrent is not None:
                 self.recurrent.resize(num_rows)
-        finally:  # it may have ended at any of them
+        finally:  # the loop may have ended at any of them
             self.held_rows = min((store[layer].shape[0] for store, layer in tensors), default=num_rows)
             self.held_cells = min((store[layer].shape[1] for store, layer in tensors), default=cells)
 
@@ -340,7 +340,7 @@ def ragged_attention(
         batch.refusal = refusal
         keys, values = batch.read(layer)
         return attend_padded(packed, keys, values, batch.placed, scaling, sliding_window, softcap, s_aux)[None], None
-    # Cells that some tensors have beyond the others' are left of a growth that memory ended; they are not used.
+    # Some tensors may have more cells than others, after a growth that ran out of memory; the extra cells are not used.
     keys, values = (store[layer][:, : batch.held_cells].contiguous() for store in (batch.keys, batch.values))
     return varlen.attend(packed, keys, values, batch.placed.packing, scaling, sliding_window, s_aux)[None], None
 

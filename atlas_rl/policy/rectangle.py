@@ -3,8 +3,8 @@
 Query heads that share a key/value head are folded into the query length: `[batch, kv_heads, group * len, dim]` against
 `[batch, kv_heads, context, dim]`. The cache is then read once and never expanded to the number of query heads.
 
-Squashed scores and attention sinks are no options of torch's attention. They are computed by its formula, for so many
-queries at a time that their scores take little memory.
+torch's attention supports neither softcaps nor attention sinks. Attention with these is computed by its formula, for so
+few queries at a time that their scores take little memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def attend_padded(
 
     Args:
         packed: Queries, `[num_tokens, heads, dim]`.
-        keys: `[batch, kv_heads, context, dim]`, of the rows that run.
+        keys: `[batch, kv_heads, context, dim]`, of the running rows.
         values: `[batch, kv_heads, context, value_dim]`.
-        placed: Which tokens are whose.
-        scaling: Of the scores; None is `dim ** -0.5`.
+        placed: Row and position of each token.
+        scaling: Factor on the scores; None is `dim ** -0.5`.
         sliding_window: Most cells that a query sees, its own included; None is all up to its own.
         softcap: Scores are squashed to `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118).
         sinks: `[heads]`, one more logit in each softmax, whose share goes to no cell (gpt-oss, arXiv 2309.17453).

@@ -6,10 +6,10 @@
 | `GatedDelta` | Qwen3-Next, Qwen3.5, with experts or not |
 | `Mamba2` | Bamba, Falcon-H1, Granite 4 H, Nemotron-H |
 
-A layer's forward is cut in three: *project* is a map of each token, *mix* is what tokens do to each other, over the rows of
-the cache (`recurrent_rows.py`), and *finish* is a map of each token again. Submodules are called as such, so that adapters
-and faster linear layers take part. The recurrence is transformers' own function, or the kernel that stands in for it. What
-it is told for a token that is not there (decay 1, no update) leaves the state exactly as it is.
+A layer's forward has three parts: *project* maps each token, *mix* lets tokens interact, over the rows of the cache
+(`recurrent_rows.py`), and *finish* maps each token again. Submodules are called as modules, so that adapters and faster
+linear layers apply. The recurrence is transformers' own function, or the kernel that replaces it. A token that does not
+exist is given as decay 1 and no update, which leaves the state exactly as it is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RecurrentLayer(ABC):
     """One recurrent layer of a policy.
 
     Args:
-        module: Its mixer. Only read.
+        module: The layer's mixer. Only read.
     """
 
     has_state = True
@@ -149,7 +149,7 @@ class GatedDelta(RecurrentLayer):
         options["beta"] = torch.where(live[:, :, None], b.sigmoid(), 0)
         options |= {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
         rule = self._recurrence()
-        if not mixed.is_cuda:  # kernels have a size of their own
+        if not mixed.is_cuda:  # kernels have their own chunk size
             options["chunk_size"] = min(_DELTA_CHUNK, _chunk(mixed))
         output, state = rule(query, key, value.unflatten(-1, (-1, own.head_v_dim)), **options)
         return output.flatten(2), state

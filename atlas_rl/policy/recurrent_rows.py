@@ -1,15 +1,16 @@
 """Keeps the recurrent layers' state of each request, such that a rejected draft leaves no trace in it.
 
-A layer with a running state (a gated delta rule, Mamba-2) has no cells that could be overwritten: what went into its state
-cannot be taken out. So the state of a row stands at its last *settled* token, one that no later forward goes back behind. Of
-the tokens after it the layer's inputs are recorded: they are small, where a copy of the state per token would be large. The
-next forward first advances the state by as many of them as were accepted, and then runs what is new:
+A layer with a running state (a gated delta rule, Mamba-2) has no cells that could be overwritten: a token cannot be
+removed from its state. So a row's state is kept at its last *settled* token, which no later forward goes back before.
+For the tokens after it, the layer's inputs are recorded: they are small, while a copy of the state per token would be
+large. The next forward first advances the state over the recorded tokens that were accepted, and then runs the new
+ones:
 
     state at settled --(recorded, accepted)--> --(new, settled)--> state from now on --(drafts)--> dropped
 
-This is two passes of the recurrence, up to what is settled and over the drafts, each over a rectangle of tokens. Tokens that
-a row does not have are *not live*: they are zeros, and the recurrence leaves the state exactly as it is. The first new token
-of a verification is committed already, so that a forward without drafts has the first pass alone.
+These are two passes of the recurrence, up to the settled token and over the drafts, each over a rectangle of tokens.
+Tokens that a row does not have are *not live*: they are zeros, and the recurrence leaves the state exactly as it is.
+The first new token of a verification is already committed, so a forward without drafts has only the first pass.
 
 A convolution over the last tokens needs no state beside the record: the record begins as many tokens before the state as the
 convolution looks back.
@@ -50,7 +51,7 @@ class Recurrence(Protocol):
         Args:
             mixed: `[rows, tokens, mixed]`, zeros where a row has no token.
             live: bool `[rows, tokens]`; where it is False the state stays exactly as it is.
-            state: At the first token; None for that of an empty text.
+            state: Before the first token; None for that of an empty text.
         """
 
 
@@ -59,11 +60,11 @@ class _Steps:
     """The tokens of one forward: for each row, first its recorded and accepted ones, then the new ones.
 
     Attributes:
-        rows: Of the cache, a slice where they are consecutive, else int64 `[batch]`.
-        token_rows, token_steps: int64 `[num_tokens]`, where each new token is in the rectangle `[batch, steps]`.
-        token_places: int64 `[num_tokens]`, where its output is behind `settled` settled steps and the drafts.
+        rows: Cache rows: a slice if they are consecutive, else int64 `[batch]`.
+        token_rows, token_steps: int64 `[num_tokens]`, place of each new token in the rectangle `[batch, steps]`.
+        token_places: int64 `[num_tokens]`, column of its output, with the drafts' outputs after the settled steps'.
         fresh: bool `[batch]`, rows that begin with this forward.
-        any_fresh, all_fresh: Whether there are some, and no others.
+        any_fresh, all_fresh: Whether some rows are fresh, and whether all are.
         first_draft: int64 `[batch]`, settled steps of each row.
         live_settled: bool `[batch, settled]`.
         live_drafts: bool `[batch, drafts]`.
@@ -90,11 +91,11 @@ class _Kept:
     """State of one layer. After a failed forward, every layer's state is consistent: some have advanced, others not.
 
     Attributes:
-        lead: Tokens before a token that its convolution looks at.
+        lead: Number of preceding tokens that its convolution reads.
         at: int64 `[num_rows]`, tokens that a row's state has seen.
-        recorded: int64 `[num_rows]`, tokens recorded behind those.
-        records: Their inputs, `[held_rows, lead + most recorded, inputs]`.
-        state: `[held_rows, ...]`; None where there is none, or no row has one yet.
+        recorded: int64 `[num_rows]`, tokens recorded after those.
+        records: Inputs of recorded tokens, `[held_rows, lead + most recorded, inputs]`.
+        state: `[held_rows, ...]`; None if the layer has none, or before its first run.
     """
 
     lead: int
@@ -119,7 +120,7 @@ class RecurrentRows:
         self._num_rows = num_rows
         self._layers: dict[int, _Kept] = {}
         self._placed: tuple[Segments, torch.device] | None = None
-        self._steps: tuple[np.ndarray, _Steps] | None = None  # of layers whose states stand there
+        self._steps: tuple[np.ndarray, _Steps] | None = None  # positions of states, and the steps from there
 
     def __contains__(self, layer: int) -> bool:
         """Whether a layer has run."""
@@ -140,7 +141,7 @@ class RecurrentRows:
         self._layers = {}
 
     def resize(self, held_rows: int) -> None:
-        """Allocate `num_rows` rows; the first ones keep their content."""
+        """Allocate `held_rows` rows; the first ones keep their content."""
         for kept in self._layers.values():
             if len(kept.records) != held_rows:
                 kept.records = _resized(kept.records, held_rows, *kept.records.shape[1:])
@@ -155,8 +156,8 @@ class RecurrentRows:
         """Run a layer's recurrence over the placed tokens: `[num_tokens, inputs]` to `[num_tokens, outputs]`.
 
         Raises:
-            RuntimeError: A row is to go on from before its state, or from behind what is recorded.
-            MemoryError: Nothing has changed.
+            RuntimeError: A row would continue from before its state, or from after its recorded tokens.
+            MemoryError: No memory is left; nothing has changed.
         """
         kept = self._layers.get(layer) or self._begun(new, held_rows, recurrence)
         rows, at, settled, recorded = self._counts(kept)
@@ -186,7 +187,7 @@ class RecurrentRows:
         """Copy the first `length` tokens of row `source` to rows `targets` (int64 `[n]`).
 
         Raises:
-            RuntimeError: It has more or fewer, and cannot go back that far.
+            RuntimeError: The row has fewer tokens, or cannot be cut back to `length`.
         """
         for kept in self._layers.values():
             at = int(kept.at[source]) if length else 0
@@ -227,7 +228,7 @@ class RecurrentRows:
 
 
 def _refuse_gaps(kept: _Kept, rows: np.ndarray, wanted: np.ndarray) -> None:
-    """Raise `RuntimeError` if a row is wanted with recorded tokens that it does not have."""
+    """Raise `RuntimeError` if rows lack some of the recorded tokens that are wanted."""
     wrong = (wanted < 0) | (wanted > kept.recorded[rows])
     if wrong.any():
         row, first = int(rows[wrong][0]), int(kept.at[rows[wrong][0]])

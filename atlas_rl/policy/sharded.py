@@ -1,17 +1,17 @@
 """Gathers a policy whose weights FSDP has sharded, once for all forwards of a call.
 
-FSDP gathers the weights of a layer in that layer's forward, and every gathering is a collective. Ranks whose requests need
-different numbers of forwards would wait for each other for ever, and each token would cost a trip of all weights. So the
-weights are gathered before the first forward of a call, and forwards run past FSDP meanwhile.
+FSDP gathers the weights of a layer in that layer's forward, and every gather is a collective. Ranks whose requests need
+different numbers of forwards would wait for each other for ever, and each token would cost a transfer of all weights.
+So the weights are gathered before the first forward of a call, and forwards bypass FSDP until its end.
 
-How far the promise reaches:
+How, for each version:
 
-    FSDP2   its public `unshard` and `reshard`. Its hooks, which would reshard after the first forward, are off meanwhile.
-            Weights come in the type of its mixed precision, as in training.
-    FSDP1   its public `summon_full_params`. Wrappers inside the policy pass their inputs through. Weights come in the type
-            that they are kept in, whatever the mixed precision (`rounds_in_training`).
+    FSDP2   by its public `unshard` and `reshard`. Its hooks, which would reshard after the first forward, are disabled.
+            Weights have the type of its mixed precision, as in training.
+    FSDP1   by its public `summon_full_params`. Wrappers inside the policy pass their inputs through. Weights have the
+            type that they are stored in, whatever the mixed precision (`rounds_in_training`).
 
-Afterwards everything is sharded and hooked as before, whatever happened inside.
+Afterwards everything is sharded and hooked as before, also after errors.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def rounds_in_training(model: nn.Module) -> bool:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Context in which the weights of a model are whole, and its forwards do not communicate.
 
-    All ranks have to come here, and as often. Weights must not be changed inside. Does nothing where none are sharded.
+    All ranks must enter it equally often. Weights must not be changed inside. Does nothing if none are sharded.
 
     Args:
-        model: As the trainer calls it, FSDP's outermost wrapper included.
+        model: The model as the trainer calls it, FSDP's outermost wrapper included.
     """
     second = [module for module in model.modules() if isinstance(module, FSDPModule)]
     first = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]

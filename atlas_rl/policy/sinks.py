@@ -1,7 +1,7 @@
 """Attention sinks (gpt-oss, arXiv 2309.17453): one extra logit per head in each softmax, without a value.
 
-So attention with a sink is attention without it, times what the sink leaves of the softmax. That takes the logarithm of the
-softmax's denominator, which flash attention gives as well.
+So attention with a sink is attention without it, times the share of the softmax that the sink leaves. This takes the
+logarithm of the softmax's denominator, which flash attention returns as well.
 """
 
 from __future__ import annotations

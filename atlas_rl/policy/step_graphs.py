@@ -1,22 +1,22 @@
 """Runs decode forwards of fixed shapes: on a GPU a step is captured once and then replayed by one launch.
 
-A policy's modules ask for some fifty kernels per layer. Launched one by one from Python they take longer than they run: 25
-ms a forward of 28 layers, 4 ms of it work (Qwen3 of 0.6 billion weights on an H100, batch 1). A CUDA graph
-(https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-graphs) asks for all of them at once.
+A policy's modules launch some fifty kernels per layer. Launching them one by one from Python takes longer than running
+them: 25 ms per forward of 28 layers, 4 ms of it GPU work (Qwen3 of 0.6 billion weights on an H100, batch 1). A CUDA
+graph (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-graphs) launches all of them at once.
 
-**Shapes.** A captured step has a fixed number of packed tokens, one of a few sizes; what is missing repeats the last token,
-which writes what that token writes, and whose logits nobody reads. A new size costs two steps that are launched kernel by
-kernel, ten times the price of a replay. So a somewhat larger size that there is serves as well, until one size has been
-wanted often enough (`_PATIENCE`) for its own graph to come in, as one rents skis before buying them.
+**Shapes.** A captured step has a fixed number of packed tokens, one of a few sizes. It is padded by repeating the last
+token, which writes the same values again; logits of the padding are ignored. A new size costs two steps that are
+launched kernel by kernel, ten times the price of a replay. So a somewhat larger existing size is used instead, until a
+size has been needed often enough (`_PATIENCE`) to get its own graph, as in the ski rental problem.
 
-Every token is a sequence of its own to attention, one query over the cells up to its own, so that neither the number of rows
+For attention, every token is its own sequence: one query over the cells up to its own. So neither the number of rows
 nor their lengths are part of the shape.
 
-**What a graph holds.** Addresses: of the weights, of the cache, of what stands in for linear layers. So a graph belongs to
-one cache, which lives for one generation call, and weights stay in place meanwhile; where the cache's tensors move, the
-graphs go. Nothing is captured that could be stale in the next call.
+**What a graph holds.** Addresses of the weights, of the cache, and of the replacements of linear layers. So a graph
+belongs to one cache, which lives for one generation call, and weights stay in place meanwhile; if the cache's tensors
+move, the graphs are dropped. Nothing captured can be stale in the next call.
 
-Where there is no CUDA the same step is called plainly (`capture=False`): all but the capture is tested on a CPU.
+Without CUDA the same step is called directly (`capture=False`), so everything but the capture is tested on a CPU.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from atlas_rl.policy.upload import upload_into
 from atlas_rl.policy.varlen import Packing
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-"""Packed tokens of a step: from 16 on half more than are needed at most. Beyond the last a forward hides its launches."""
+"""Packed tokens of a step: from 16 on, at most half more than needed. Beyond the last, a forward hides its launches."""
 
 _VARIANTS = 2
-_FEW = 16  # tokens: up to here a forward reads weights, and costs about the same
-_PATIENCE = 64  # steps of another size: what they waste is about what a capture costs, if each wastes a fifth of itself
+_FEW = 16  # tokens: up to here a forward is bound by reading weights, and costs about the same
+_PATIENCE = 64  # steps at a larger size; they waste about what a capture costs, if each wastes a fifth of its time
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Taps], torch.Tensor]
-"""Token ids, positions and wanted logits, int64 `[num_tokens]`, of placed tokens: gives logits, and fills the taps."""
+"""Maps token ids, positions and wanted logits, int64 `[num_tokens]`, of placed tokens to logits, and fills the taps."""
 
 
 @dataclass(slots=True)
@@ -54,8 +54,8 @@ class _Step:
 
     Attributes:
         inputs: int64 `[3, num_tokens]` on the device: token ids, positions, cache rows.
-        graph: Once it is captured.
-        logits, taps: What the graph writes.
+        graph: The captured graph; None before the capture.
+        logits, taps: Outputs of the graph.
         runs: How often it has run.
     """
 
@@ -71,11 +71,11 @@ class StepGraphs:
 
     Args:
         forward: Runs the policy over tokens that are placed in the cache.
-        capture: Whether steps are captured, or only have the shapes for it.
+        capture: Whether to capture steps, or only to use their fixed shapes.
 
     Attributes:
-        captured: Graphs made so far, those included that are gone.
-        capture_s: Seconds spent on that.
+        captured: Graphs made so far, dropped ones included.
+        capture_s: Seconds spent on capturing.
         num_bytes: Bytes of device memory that captures have reserved.
         refused: Why steps cannot be captured; None as long as they can.
     """
@@ -84,7 +84,7 @@ class StepGraphs:
         self._forward, self._capture = forward, capture
         self._steps: dict[Hashable, _Step] = {}
         self._variants: set[Hashable] = set()
-        self._rented: Counter[Hashable] = Counter()  # steps of a size that were run by a larger one
+        self._rented: Counter[Hashable] = Counter()  # steps of a size that were run at a larger one
         self._generation = -1
         self._pool: Any = None
         self.captured = 0
@@ -105,13 +105,13 @@ class StepGraphs:
     def run(self, cache: RaggedBatch, segments: Segments, taps: Taps, variant: Hashable = None) -> torch.Tensor:
         """The logits of every packed token, float32 `[num_tokens, vocab]`.
 
-        They are overwritten by the next step; what `taps` catches is not.
+        The next step overwrites them, but not the states in `taps`.
 
         Args:
-            cache: Always the same one; its keys and values are in place and have the type that they keep.
-            segments: As `serves` them.
+            cache: Always the same one; its keys and values are allocated, in their final type.
+            segments: Tokens for which `serves` is true.
             taps: Filled.
-            variant: What stands in for the policy's modules; the graphs of one are not those of another.
+            variant: Key of the present replacements of the policy's modules; each variant has its own graphs.
         """
         rows = np.arange(len(segments.lengths)) + segments.first_row if segments.rows is None else segments.rows
         cache.grow(int(rows.max()) + 1, int((segments.starts + segments.lengths).max()))
@@ -124,7 +124,7 @@ class StepGraphs:
         key = size, *rest
         step = self._steps.get(key)
         if step is None:
-            # The policy and a copy of it that drafts: of whatever else has stood in for its modules the graphs are gone.
+            # Two variants: the policy, and a copy of it that drafts. When another one appears, all graphs are dropped.
             if variant not in self._variants and len(self._variants) == _VARIANTS:
                 self._forget()
             self._variants.add(variant)
@@ -138,7 +138,7 @@ class StepGraphs:
         return step.logits[:num_tokens]
 
     def _size_for(self, num_tokens: int, rest: tuple[Hashable, ...]) -> int:
-        """The size at which to run so many tokens: their number, or a larger size that has been run."""
+        """The size at which to run `num_tokens` tokens: the smallest that fits, or a larger one that has been run."""
         own = SIZES[bisect.bisect_left(SIZES, num_tokens)]
         near = [size for size in SIZES if own < size <= max(2 * own, _FEW) and (size, *rest) in self._steps]
         if (own, *rest) in self._steps or not near or self._rented[own, *rest] == _PATIENCE:
@@ -182,10 +182,10 @@ class StepGraphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            # Other threads, which pin memory for a loader say, may go on meanwhile.
+            # Other threads may go on meanwhile, for example to pin memory for a data loader.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 step.logits = self._call(step, cache)
-        except RuntimeError as error:  # a module waits for the device, say to see which experts are asked for
+        except RuntimeError as error:  # for example, a module waits for the device to see which experts are needed
             self.refused = str(error).splitlines()[0]
             torch.cuda.synchronize()
             step.logits = self._call(step, cache)
@@ -205,6 +205,6 @@ def _fill(step: _Step, segments: Segments, rows: np.ndarray) -> None:
     tokens, missing = segments.token_ids, step.inputs.shape[1] - len(row)
     known = [tokens, *places] if isinstance(tokens, np.ndarray) else places
     upload_into(step.inputs[3 - len(known) :], np.pad(np.stack(known), ((0, 0), (0, missing)), mode="edge"))
-    if isinstance(tokens, torch.Tensor):  # drafted, and never fetched
+    if isinstance(tokens, torch.Tensor):  # drafted on the device, and never fetched
         step.inputs[0, : len(row)].copy_(tokens)
         step.inputs[0, len(row) :].copy_(tokens[-1:].expand(missing))

@@ -1,8 +1,9 @@
 """Decides by configuration which policies can run rows of different lengths together, and up to which length.
 
-A ragged forward is right where a token's logits depend on the tokens before it in its own row, and on its position. Some
-policies depend on more: on the length of the longest text in the batch, on chunks, on a running state. What cannot be run is
-refused here, by name. What can be run up to some length gets a `Reach`; longer requests are refused before any work is done.
+A ragged forward is right if a token's logits depend only on the tokens before it in its own row, and on its position.
+Some policies depend on more: on the length of the longest text in the batch, on chunks, on a running state. Policies
+that cannot be run are refused here, by name. Policies that can be run up to some length get a `Reach`; longer requests
+are refused before any work is done.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 REMEDY = "generate with the trainer's own engine, or with vLLM if it knows the policy"
 _ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 _MLP_TYPES = frozenset({"dense", "sparse"})  # some configurations list kinds of MLPs under the same name
-_MLP_ALONE_TYPES = frozenset({"mlp", "moe"})  # Nemotron-H: layers of nothing else
+_MLP_ALONE_TYPES = frozenset({"mlp", "moe"})  # Nemotron-H: layers with nothing else
 _BOTH = "hybrid"  # Falcon-H1: attention and a recurrence side by side
 
 
@@ -27,7 +28,7 @@ class Reach:
 
     Attributes:
         tokens: Most tokens of a row.
-        reason: What is different beyond, to be read after "beyond that,".
+        reason: What differs beyond, to follow "beyond that," in a message.
     """
 
     tokens: int
@@ -79,8 +80,8 @@ def refuse_layers(config: Any, name: str, recurrent: Container[int] = ()) -> Non
 
     Args:
         config: Its text configuration.
-        name: Of its class.
-        recurrent: Numbers of the recurrent layers that can (`policy/recurrent_layers.py`).
+        name: Name of its class.
+        recurrent: Numbers of the recurrent layers that can be run (`policy/recurrent_layers.py`).
     """
     known = _ATTENTION_TYPES | _MLP_TYPES | _MLP_ALONE_TYPES
     other = sorted(
@@ -130,7 +131,7 @@ def refuse_modules(model: nn.Module) -> None:
 
 def _devices_of(model: nn.Module) -> list[str]:
     """Devices of a policy's weights, and where accelerate has put its layers (`device_map`)."""
-    # What is sharded away leaves an empty weight behind, anywhere.
+    # Sharding leaves empty weights behind, on any device.
     devices = {str(weight.device) for weight in model.parameters() if weight.numel()}
     placed = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     return sorted(placed if len(placed) > 1 else devices)
@@ -182,10 +183,10 @@ def context_of(model: nn.Module, config: Any) -> int | None:
     """Longest text that a policy can run, in tokens; None if unlimited.
 
     A table of learned positions ends at its last row. Rotary positions have no end: transformers goes on past
-    `max_position_embeddings` with a warning. Here a request ends there, unless rope scaling stretches the positions: with a
-    factor f it ends at f times as many. Checkpoints disagree whether `max_position_embeddings` counts before or after
-    scaling (linear and dynamic: before; yarn: either; llama3: after). The larger reading is taken, so that no request is
-    ended that transformers would go on with; `max_new_tokens` ends it in any case.
+    `max_position_embeddings` with a warning. Here a request ends there or, with rope scaling by a factor f, at f times
+    as many positions. Checkpoints disagree whether `max_position_embeddings` counts before or after scaling (linear and
+    dynamic: before; yarn: either; llama3: after). The larger reading is used, so that no request ends that transformers
+    would continue; `max_new_tokens` ends it in any case.
     """
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or positions <= 0:  # XLNet says -1

@@ -1,20 +1,20 @@
 """Generating changes how a policy's modules run; this module limits the change to the generating thread.
 
-What is promised:
+Guarantees:
 
 - Generation calls of a process run one at a time, whatever engines and policies they belong to. A second thread waits.
 - A plain forward of the policy in another thread neither waits nor changes. It has the policy's own attention, linear
-  layers, dropout and training mode, whether it begins before, during or after a call; so has its backward pass.
-- A copy or a pickle of the policy that is made meanwhile, in whatever thread, is that of a policy at rest.
-- Calls of one thread may be nested (a draft LM inside a policy's call) and taken in turns (greenlets).
-- Whatever interrupts a call, and wherever: what it leaves is put back at its end or, where that was interrupted as well, at
-  the begin of the next call.
+  layers, dropout and training mode, whether it begins before, during or after a call. The same holds for its backward
+  pass.
+- A copy or a pickle of the policy that any thread makes during a call is the same as outside of calls.
+- Calls of one thread may be nested (a draft LM inside a policy's call) and interleaved (greenlets).
+- If a call is interrupted, at any point, its changes are undone at its end or, if that was interrupted as well, at the
+  beginning of the next call.
 
-Three means. `GENERATING` is the lock of the process: with one lock there is no order in which two threads could wait for
-each other. Whatever must differ between threads is an attribute of a guise (`policy/guise.py`) that modules and
-configuration have for the time of a change, as `torch.nn.utils.parametrize` and FSDP2 do it. So nothing is written into an
-object that another thread reads. And what is changed is listed before it is changed, so that it can be put back without
-asking who changed it.
+Three mechanisms: `GENERATING` is the one lock of the process, so that threads cannot wait for each other in a cycle.
+Whatever must differ between threads is an attribute of a guise (`policy/guise.py`) that modules and configuration have
+during a change, as `torch.nn.utils.parametrize` and FSDP2 do it. So nothing is written into an object that another
+thread reads. And every change is listed before it is made, so that it can be undone without asking who made it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class _Changes:
     """All present changes.
 
     Attributes:
-        owner: The thread that has the lock and sees them; None where nobody does.
-        open: In their order.
-        values: Made of `open`: by the id of a thing and by kind, the values of its changes in their order.
+        owner: The thread that holds the lock and sees the changes; None if no thread does.
+        open: Present changes, in order.
+        values: Derived from `open`: by the id of a thing and by kind, the values of its changes, in order.
         touched: Everything that may have a guise.
     """
 
@@ -115,7 +115,7 @@ def generating() -> Iterator[None]:
         try:
             yield
         finally:
-            # What is open now is of a call that this one is taken in turns with, or was left by an interrupt.
+            # Changes that are open now belong to a call interleaved with this one, or were left by an interrupt.
             if outermost and not _changes.open:
                 _changes.restore()
 
@@ -142,7 +142,7 @@ def one_at_a_time(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 @contextmanager
 def evaluation_mode(model: HasModules) -> Iterator[None]:
     """Context with dropout off in this thread. No training flag is written; writes of other threads stay."""
-    # Wrappers of torch.compile have no flag of their own: what they wrap has one, and is among the modules.
+    # Wrappers of torch.compile have no flag of their own; the module inside has one, and is listed as well.
     with generating(), _changed(_EVALUATED, [(m, True) for m in model.modules() if m.__dict__.get("training")]):
         yield
 
@@ -164,7 +164,8 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 def stand_ins() -> tuple[Callable[..., Any], ...]:
     """The present replacements of modules' forwards in this thread: the first of every change.
 
-    They are equal as long as the changes are the same, and who holds them keeps their like from having their names.
+    Two results are equal while the changes are the same. Holding a result keeps its functions alive, so that no new one
+    can be taken for them.
     """
     if _changes.owner != threading.get_ident():
         return ()
@@ -199,7 +200,7 @@ class _Forward:
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None:
             return self._own.forward
-        changes = _changes.seen(module)  # once: it is asked for at every call of every layer
+        changes = _changes.seen(module)  # read once: this runs at every call of every layer
         if _FORWARD in changes:
             forward: Any = MethodType(changes[_FORWARD][-1], module)
         elif "forward" in module.__dict__:

@@ -1,9 +1,9 @@
 """Traces each layer's attention in a plain forward: its mask, its window, and the sizes of keys and values.
 
-transformers looks attention functions and mask builders up by name. Under the name registered here, three tokens are run
-with a mask builder that remembers the *rule* of each mask (may query q see cell k?) and an attention function that notes
-what it is called with. A rule can be asked about any position, so a window or a chunk of any size is compared with what the
-ragged attention would hide, without running a text of that length.
+transformers looks up attention functions and mask builders by name. Under the name registered here, three tokens are
+run with a mask builder that records the *rule* of each mask (may query q see cell k?) and an attention function that
+records its arguments. A rule can be evaluated at any position, so a window or a chunk of any size is compared with what
+the ragged attention would hide, without running a text of that length.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class AttentionCall:
     """Arguments of one layer's attention call.
 
     Attributes:
-        rule: Of its mask; None where the mask is not one that transformers' mask builder made.
-        window: The sliding window it was told.
-        token_bytes: What one token takes in the cache, keys and values; 0 where those are an earlier layer's.
+        rule: Rule of its mask; None if transformers' mask builder did not make the mask.
+        window: Sliding window that it received.
+        token_bytes: Cache bytes of one token's keys and values; 0 if those are an earlier layer's.
     """
 
     rule: Rule | None
@@ -50,8 +50,8 @@ class Trace:
 
     Attributes:
         masks: Every mask that was built, with its rule; kept alive, because masks are told apart by their memory.
-        calls: Of each layer.
-        unnumbered: Calls by modules that do not say which layer they are.
+        calls: Calls of each layer.
+        unnumbered: Calls by modules without a layer number.
         handed_on: Keys and values of the layers so far.
     """
 
@@ -156,7 +156,7 @@ def _traced_mask(
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask = sdpa_mask(mask_function=mask_function, use_vmap=use_vmap, **options)
     trace = _current.get()
-    if trace is not None and mask is not None and not use_vmap:  # with vmap, the rule is somebody's own code
+    if trace is not None and mask is not None and not use_vmap:  # with vmap, the rule is custom code
         trace.masks.append((mask, mask_function))
     return mask
 

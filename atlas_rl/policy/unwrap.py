@@ -1,13 +1,13 @@
 """Finds the causal LM inside PEFT and parallel wrappers, and refuses wrappers that do more than delegate.
 
-The engine runs the causal LM itself. That is the policy only if its wrappers hand inputs and outputs through unchanged. Most
-PEFT methods replace layers inside the LM, and their wrappers do. Others live in the wrapper: they change the inputs, or
-reach into the layers by hooks that stand only while the wrapper's own forward runs. Nobody would miss them in a rollout, so
-every wrapper is checked for everything that it could do by itself:
+The engine runs the causal LM itself. That is the policy only if its wrappers pass inputs and outputs through unchanged.
+Most PEFT methods replace layers inside the LM, and their wrappers do so. Others act in the wrapper: they change the
+inputs, or change the layers by hooks that exist only while the wrapper's own forward runs. A rollout would lose them
+unnoticed, so every wrapper is checked for everything that it could do itself:
 
     its class     forward is PEFT's plain delegation
-    the instance  nothing has replaced forward, but accelerate's mixed precision
-    hooks         none are registered on it, but those of FSDP and DeepSpeed, and its forward registers none elsewhere
+    the instance  nothing but accelerate's mixed precision has replaced forward
+    hooks         only those of FSDP and DeepSpeed are registered on it, and its forward registers none elsewhere
     adapters      none of the active ones is a prompt, or begins at tokens of the input (activated LoRA)
 """
 
@@ -23,7 +23,7 @@ from atlas_rl.policy.compiled import is_compiled
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _PASSES_THROUGH = ("torch.", "accelerate.", "deepspeed.")
-"""Where functions come from that change how a forward runs (precision, gathering of weights), not what it computes."""
+"""Modules whose functions change how a forward runs (precision, gathering of weights), not what it computes."""
 
 _MIXES_TOKENS = ("LILY",)
 """Methods whose layers average over all tokens of a batch: what they compute for a token depends on its neighbours."""
@@ -35,13 +35,13 @@ def unwrap_policy(model: Any) -> Any:
     """The causal LM inside PEFT and parallel wrappers; adapters stay in place, injected into its layers.
 
     Raises:
-        ValueError: A wrapper does more than to call what is inside it, which would be lost. The message names it.
+        ValueError: A wrapper does more than call the module inside, which would be lost. The message names it.
     """
     while True:
         inside = _inside(model)
         if inside is None:
             return model
-        if not is_compiled(model):  # whose forward is that of what it compiles
+        if not is_compiled(model):  # its forward is that of the compiled module
             _check_forward(model)
         _check_hooks(model)
         model = inside
@@ -132,7 +132,7 @@ def _plain_forwards(wrapper: nn.Module) -> tuple[Any, ...]:
     from peft.tuners.tuners_utils import BaseTuner
 
     kinds = (PeftModel, PeftModelForCausalLM, PeftModelForFeatureExtraction, PeftMixedModel, BaseTuner)
-    return (*(kind.forward for kind in kinds), AdaLoraModel.forward)  # AdaLoRA adds to the loss alone
+    return (*(kind.forward for kind in kinds), AdaLoraModel.forward)  # AdaLoRA only adds to the loss
 
 
 def _is_delegation(forward: Any, wrapper: Any) -> bool:

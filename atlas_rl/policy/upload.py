@@ -15,14 +15,14 @@ _TYPES = {
     np.dtype(bool): torch.bool,
 }
 _DTYPES: dict[torch.dtype, Any] = {there: here for here, there in _TYPES.items()}
-_ALIGNED = 16  # bytes, of where an array begins
+_ALIGNED = 16  # bytes, alignment of each array
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Copies on `device`, in the shapes and types of `arrays` (int64, int32, float32 or bool).
 
-    On a CPU they may share memory with the arrays. Elsewhere it is one copy from pinned memory: the host goes on at once,
-    and what it queues afterwards sees the numbers.
+    On a CPU they may share memory with the arrays. Elsewhere it is one copy from pinned memory: the host does not wait,
+    and work that it queues afterwards sees the values.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]

@@ -1,7 +1,7 @@
 """Attention of packed queries over cache rows by variable-length flash attention: no mask, no padding.
 
-torch's operator takes where a sequence's keys begin and how many of them there are, so that a row of the cache is read as
-far as it is filled. `torch.nn.attention.varlen` wraps the same operator, and lets callers say that only from torch 2.12 on.
+torch's operator takes the start and the number of each sequence's keys, so that a row of the cache is read only as far
+as it is filled. `torch.nn.attention.varlen` wraps the same operator, but takes these arguments only from torch 2.12 on.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Packing:
     """Which queries attend to which cells.
 
     Attributes:
-        query_starts: int32 `[sequences + 1]`, of each sequence among the packed queries.
-        key_starts: int32 `[sequences + 1]`, of each sequence among the cells of all rows; the last one is not read.
+        query_starts: int32 `[sequences + 1]`, start of each sequence among the packed queries.
+        key_starts: int32 `[sequences + 1]`, start of each sequence among the cells of all rows; the last one is not
+            read.
         key_lengths: int32 `[sequences]`, cells of each; a sequence's last query sees all of them.
         max_queries: Most queries of a sequence.
         max_keys: Most cells of a sequence, or more.
@@ -46,7 +47,7 @@ def takes(query: torch.Tensor, value_dim: int) -> bool:
 def refusal(query: torch.Tensor, value_dim: int) -> str | None:
     """Why the operator does not accept such queries; None if it does.
 
-    Its values are of the size of its keys, which those of latent attention (DeepSeek) are not.
+    Values must have the size of keys, which those of latent attention (DeepSeek) do not.
     """
     dim = query.shape[-1]
     if not query.is_cuda:
@@ -92,8 +93,8 @@ def attend(
         query: `[num_tokens, heads, dim]`.
         keys: `[rows, cells, kv_heads, dim]`, contiguous; `kv_heads` divides `heads`.
         values: Like `keys`.
-        packing: Who attends to what.
-        scale: Of the scores; None is `dim ** -0.5`.
+        packing: Which queries attend to which cells.
+        scale: Factor on the scores; None is `dim ** -0.5`.
         window: Most cells that a query sees, its own included; None is all up to its own.
         sinks: `[heads]`, one more logit in each softmax, whose share goes to no cell.
 
@@ -118,7 +119,7 @@ def flash(
     """`attend` without sinks by torch's flash attention (Dao, arXiv 2307.08691).
 
     Returns:
-        That, and the log-sum-exp of each query's scores, float32 `[heads, num_tokens]`.
+        Attention's output, and the log-sum-exp of each query's scores, float32 `[heads, num_tokens]`.
     """
     kv_heads, dim = keys.shape[2:]
     # One query per sequence sees exactly its cells, and a causal flag would only keep torch from splitting long ones.

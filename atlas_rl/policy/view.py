@@ -1,12 +1,13 @@
 """The parts of a policy that drafters read: both embedding tables, configuration, map from hidden state to logits.
 
-Drafters of every kind read the same few things, wherever the policy runs: in this process, inside vLLM, or in a recording.
-`PolicyView` declares them once. The way from the LM head's input to the logits is declared here and nowhere else:
+All drafters read the same few parts, wherever the policy runs: in this process, inside vLLM, or in a recording.
+`PolicyView` declares them once. The map from the LM head's input to the logits is declared only here:
 
     logits = form(head(state))      head: an affine map, rows and biases      form: a scale and a softcap, see `LogitForm`
 
-Neither is taken from a configuration's word alone: how families name and apply their scales differs. Views hold the form
-against the policy's own code (`atlas_rl/policy/logit_form.py`) and ask the head module where it is more than a linear layer.
+Neither is read from a configuration alone, because families name and apply their scales differently. Views check the
+form against the policy's own code (`atlas_rl/policy/logit_form.py`), and call the head module if it is more than a
+linear layer.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class PolicyView(ABC):
 
     Attributes:
         config: transformers' text configuration, or an object with the same fields.
-        form: From the head's output to the logits; None where none describes it. Only `logits` is right then, and drafters
-            that learn later, from rows, cannot follow.
-        model: The policy's own modules, for speculators that run them; None where they do not run in this process.
+        form: Map from the head's output to the logits; None if no form describes it. Only `logits` is right then, and
+            drafters that learn later, from rows, cannot compute logits.
+        model: The policy's own modules, for speculators that run them; None if they do not run in this process.
     """
 
     config: Any
@@ -113,7 +114,7 @@ class InProcessView(PolicyView):
     """View of a transformers causal LM in this process.
 
     Args:
-        model: Read whenever something is asked for, so that a view never goes stale.
+        model: The policy; read at every access, so that a view is never stale.
     """
 
     def __init__(self, model: nn.Module) -> None:

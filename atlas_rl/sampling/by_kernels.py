@@ -1,7 +1,7 @@
 """Verification by kernels: all positions of all requests at once; the eager forms go position by position.
 
-What lies behind a first rejection is computed for nothing, for the sake of one launch instead of a turn of the host per
-position. The decisions are those of `verification.py` (`docs/kernels.md` says within what).
+Positions after a first rejection are computed in vain, in exchange for one launch instead of a host round trip per
+position. The decisions equal those of `verification.py` (`docs/kernels.md` gives the tolerance).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Ten
 def _outcome(verified: Verification, logits: torch.Tensor, starts: np.ndarray, sampling: SamplingParams) -> Outcome:
     """Packed results from the device as one row per request, with zeros after the committed tokens.
 
-    Whether the logits were distributions is read off what is downloaded anyway.
+    The downloaded values also show whether the logits were distributions.
     """
     num_accepted, *results = download(
         [verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs]

@@ -23,8 +23,8 @@ def packed_tokens(requests, texts, lengths, drafts, draft_lengths):
         draft_lengths: int64 `[batch]`.
 
     Returns:
-        int64 `[n]` tokens; int64 `[batch]` three times: each row's first place among them, position of the first in its
-        sequence, and number of them.
+        int64 `[n]` tokens; int64 `[batch]` three times: index of each row's first token among them, its position in its
+        sequence, and the row's number of tokens.
     """
     batch = len(requests)
     first, starts, counts = np.empty(batch, np.int64), np.empty(batch, np.int64), np.empty(batch, np.int64)
@@ -52,8 +52,9 @@ def packed_positions(requests, lengths, noise_keys, drafts, draft_lengths):
         draft_lengths: int64 `[batch]`.
 
     Returns:
-        int64 `[n]` drafts to decide, -1 in a request's last position; int64 `[batch + 1]`, where each row begins; int64
-        `[n]` four times: bits of the noise keys, positions in the sequence, rows, and drafts before each position.
+        int64 `[n]` drafts to decide, -1 in a request's last position; int64 `[batch + 1]`, start of each row; int64
+        `[n]` four times: bits of the noise keys, positions in the sequence, rows, and number of drafts before each
+        position.
     """
     batch = len(requests)
     begins = np.zeros(batch + 1, np.int64)
@@ -77,17 +78,17 @@ def unpacked(begins, accepted, tokens, logprobs, entropies, max_probs, stops):
     """Packed results as one row per request, with zeros after the committed tokens.
 
     Args:
-        begins: int64 `[batch + 1]`, where each row begins.
+        begins: int64 `[batch + 1]`, start of each row.
         accepted: int64 `[batch]`, accepted drafts.
         tokens: int64 `[n]`, of every packed position.
         logprobs: float32 `[n]`.
         entropies: float32 `[n]`.
         max_probs: float32 `[n]`.
-        stops: int64 `[k]`, tokens behind which nothing is committed.
+        stops: int64 `[k]`, tokens after which nothing is committed.
 
     Returns:
         int64 `[batch, longest row]` tokens; float32 of the same shape: logprobs, entropies and largest probabilities; bool
-        `[n]`, positions that count; and whether all largest probabilities at those are numbers.
+        `[n]`, positions that count; and whether none of the largest probabilities at those is NaN.
     """
     batch, width, numbers = len(accepted), 0, True
     for row in range(batch):

@@ -1,7 +1,8 @@
 """Turns the policy's logits into the distribution that is sampled.
 
-The order is that of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p. The last three are
-`atlas_kernels.truncate`, which keeps the same tokens on every device, and says which of equal ones.
+The order is that of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p.
+`atlas_kernels.truncate` does the last three; it keeps the same tokens on every device, and defines which of equal ones
+it keeps.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: torch.Tens
         logits: float32 `[rows, vocab]`; may be changed in place.
         sampling: Sampling parameters. Greedy sampling keeps the temperature at 1: the choice is the same, and the
             returned logprobs are the policy's own instead of zeros.
-        prefixes: int64 `[rows, n]`, ids of every token before each position, any of them several times
-            (`padded_prefixes`); needed with a repetition penalty, else None.
+        prefixes: int64 `[rows, n]`, ids of all tokens before each position, repetitions allowed (`padded_prefixes`);
+            needed with a repetition penalty, else None.
 
     Returns:
         float32 `[rows, vocab]`.
@@ -34,7 +35,7 @@ def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: torch.Tens
     if sampling.repetition_penalty != 1:
         assert prefixes is not None
         seen, penalty = logits.gather(1, prefixes), sampling.repetition_penalty
-        # A token that stands there several times is written as often, always with the same number.
+        # A repeated token is written several times, always with the same value.
         logits.scatter_(1, prefixes, torch.where(seen < 0, seen * penalty, seen / penalty))
     if sampling.greedy:
         return logits
@@ -50,11 +51,11 @@ def padded_prefixes(texts: np.ndarray, rows: np.ndarray, ends: np.ndarray, devic
     Args:
         texts: int32 `[texts, n]`.
         rows: int64 `[positions]`, the text of each position.
-        ends: int64 `[positions]`, at least 1: the tokens of its text that are before it.
-        device: Where they are wanted.
+        ends: int64 `[positions]`, number of tokens of its text before it, at least 1.
+        device: Device of the result.
 
     Returns:
-        int64 `[positions, n]` on `device`; behind its end a row repeats its first token.
+        int64 `[positions, n]` on `device`; after its end a row repeats its first token.
     """
     packed = uploaded(np.concatenate([texts.ravel(), rows, ends]).astype(np.int32), device)
     known, row, end = packed.split([texts.size, len(rows), len(ends)])
@@ -73,7 +74,7 @@ def entropies(
         probs: Their softmax `[rows, vocab]`.
         tokens: int64 `[rows]`, tokens of non-zero probability.
         logprobs: float32 `[rows]`, their logprobs.
-        truncated: Whether the caller has excluded tokens. Those that a policy excludes itself cost a second pass.
+        truncated: Whether the caller has excluded tokens. Tokens that the policy itself excludes cost a second pass.
 
     Returns:
         float32 `[rows]`.

@@ -52,7 +52,7 @@ class Positions:
         probs: float32 `[rows, vocab]`, processed probabilities.
         keys: uint64 `[rows]`, noise keys.
         indices: int64 `[rows]`, index in the whole sequence of the token being drawn.
-        drafts: int64 `[rows]`, draft token of the position, -1 where there is none.
+        drafts: int64 `[rows]`, draft token of the position, -1 if there is none.
         draft_probs: float32 `[rows, vocab]`, the distribution the drafts were drawn from; None for one-hot drafts.
     """
 
@@ -81,14 +81,14 @@ class Verifier(ABC):
     ) -> Callable[[], Outcome]:
         """First part of `verify`, which does not wait for the device; the returned function gives the outcome.
 
-        The arguments are left alone until then.
+        The arguments must not be changed until then.
         """
         return partial(self.verify, logits, draft, sequences, requests)
 
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
         """Verify packed drafts.
 
-        The largest probability of every row, which the report wants, tells whether the row is a distribution at all.
+        The largest probability of every row, which the report needs, also shows whether the row is a distribution.
 
         Args:
             logits: float32 `[sum(draft.lengths + 1), vocab]`: request by request, the logits after its last committed
@@ -98,7 +98,7 @@ class Verifier(ABC):
             requests: int64 `[batch]`.
 
         Raises:
-            NonFiniteLogits: The policy's logits are no distribution at a position that is reached.
+            NonFiniteLogits: The policy's logits are not a distribution at a position that is reached.
         """
         sampling = sequences.sampling
         batch, width = len(requests), int(draft.lengths.max(initial=0)) + 1
@@ -134,7 +134,7 @@ class Verifier(ABC):
             outcome.entropies[going, depth] = entropies(processed, probs, chosen, logprobs, sampling.truncates)
             outcome.max_probs[going, depth] = max_probs
             outcome.num_accepted[going[accepted]] += 1
-            going = going[accepted & ~sampling.ends(tokens)]  # behind an ending token nothing is committed
+            going = going[accepted & ~sampling.ends(tokens)]  # after an ending token nothing is committed
             if not len(going):
                 break
         return outcome
@@ -185,7 +185,7 @@ class RejectionSampling(Verifier):
         ratio = target / q.gather(1, column)[:, 0].double()
         accepted = (noise.uniforms(keys, indices, Stream.ACCEPT) < ratio) & has_draft
         residual = (probs - q).clamp(min=0)
-        # p == q leaves nothing to recover from, and then every draft is accepted but for rounding: fall back to p.
+        # If p == q, nothing is left to recover from, and every draft is accepted up to rounding: fall back to p.
         residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, probs)
         recovered = choose(residual, positions.keys, positions.indices, Stream.RECOVER, greedy=False)
         stands = accepted.cpu().numpy()
@@ -230,7 +230,7 @@ def prefixes_of(
         draft: The drafts.
         going: int64 `[rows]`, rows of the draft.
         depths: int64 `[rows]`, drafts before each position.
-        device: Where they are wanted.
+        device: Device of the result.
 
     Returns:
         As `padded_prefixes`.
