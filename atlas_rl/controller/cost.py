@@ -158,7 +158,7 @@ class CostModel:
         run = self._step_sizes.run(max_tokens)
         size = run[sizes].astype(np.float64)
         weight = np.array([len(self._samples[bucket]) for bucket in sizes], dtype=np.float64)
-        # More tokens are never cheaper. If they seem so, a forward was interrupted: the median of more samples wins.
+        # More tokens are never cheaper. If they seem so, a forward was interrupted: weigh by samples.
         median = _rising([_median(self._samples[bucket]) for bucket in sizes], weight.tolist())
         intercept, slope = _line(size, median, weight)
         table = intercept + slope * run
