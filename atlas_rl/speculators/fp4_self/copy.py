@@ -4,8 +4,8 @@ Only the matrix products are replaced. Norms, rotary positions, biases, adapters
 one row: four bits would save no time) and the attention cache are the policy's own. So any architecture keeps working,
 and the copy costs 9/16 byte per weight. The format is that of `atlas_kernels.nvfp4`.
 
-On a GPU the layers run as the NVFP4 kernel. Elsewhere they run with the dequantized weight, which computes the
-same function, at the cost of the policy's own forward and of a second copy in memory: for tests and for measuring acceptance.
+On a GPU the layers run as the NVFP4 kernel. Elsewhere they run with the dequantized weight, which computes the same
+function at the cost of the policy and of a second copy of it: for tests and for measuring acceptance.
 """
 
 from __future__ import annotations

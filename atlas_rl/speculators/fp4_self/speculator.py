@@ -132,7 +132,7 @@ class Fp4SelfSpeculator(Speculator):
     ) -> None:
         """Let the policy overwrite every cache cell that drafting wrote to; arrays are int64 `[batch]`.
 
-        Non-finite values would reach its own forward: a masked cell still contributes 0 * NaN.
+        Otherwise non-finite values would reach the policy's own forward: a masked cell still contributes 0 * NaN.
         """
         drafted = depths > 0
         tokens, counts = np.repeat(newest[drafted], depths[drafted]), depths[drafted]

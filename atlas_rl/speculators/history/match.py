@@ -106,7 +106,7 @@ def _search_live(cursors, count, survivors, family, context, end, request, live)
 def _search_archive(cursors, count, survivors, family, context, end, tag, archive):
     """Follow one chain of the archive. PROMPT yields completions of the same prompt, GLOBAL text of the others.
 
-    Nodes get older along a chain. At a node that does not, the chain was overwritten and ends.
+    Nodes get older along a chain. One that is newer has been overwritten, and the chain ends there.
     """
     capacity = len(archive.nodes)
     room = min(count + _MAX_FOUND, MAX_CURSORS)

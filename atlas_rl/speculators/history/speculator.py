@@ -170,7 +170,7 @@ def _follow_rows(
         for i in range(len(requests)):
             observed[requests[i]] = ends[i]
         index_live(live, requests, np.minimum(ends, most))
-        found_at[:] = -1  # the history has grown, also for requests without a draft
+        found_at[:] = -1  # the history has grown, also for requests that this step left out
     return total
 
 
@@ -376,7 +376,7 @@ class HistorySpeculator(Speculator):
         self._finished = []
 
     def _archive_rollouts(self, sequences: Sequences, requests: list[int]) -> None:
-        """Archive requests; the prompt is indexed in full only with its first rollout."""
+        """Archive requests; each prompt is indexed in full only with its first rollout."""
         tags = prompt_tags(sequences.prompt_keys)
         self._found_at[:] = -1  # the history has grown
         seen: set[int] = set()
