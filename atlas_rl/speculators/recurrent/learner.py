@@ -176,7 +176,7 @@ class Learner:
     def _thin(self) -> None:
         """Halve the logged requests: every n-th is kept, hence all prompts, and whole rollouts.
 
-        This samples a call that overflows the buffer. Its maximum length does not tell beforehand whether it will.
+        A call that overflows the buffer is sampled like this. The maximum lengths do not tell beforehand whether it will.
         """
         self._stride *= 2
         self._kept = np.arange(len(self._kept)) % self._stride == 0
