@@ -15,9 +15,9 @@ from atlas_rl.controller.slots import LEAST, survival_of
 _EDGES = np.linspace(-5.0, 5.0, 21)  # bins of the confidence, in logits: fine where they decide whether a draft pays
 _NUM_BINS = len(_EDGES) + 1
 _POSITIONS = np.array([0, 1, 2, 4, 8])  # first draft position of each class of positions
-_PRIOR_WEIGHT = 8.0  # observations that the prior of a cell counts for
+_PRIOR_WEIGHT = 8.0  # weight of a cell's prior, in observations
 _MEMORY = 2000.0  # observations beyond which a cell scales older ones down
-_FORGET_AT_UPDATE = 0.7  # share of the evidence that a policy update leaves
+_FORGET_AT_UPDATE = 0.7  # share of the evidence kept at a policy update
 _SCORE_BINS = 10
 _KEPT_DISTRIBUTIONS = 8  # sampling distributions whose statistics are kept
 
@@ -25,9 +25,8 @@ _KEPT_DISTRIBUTIONS = 8  # sampling distributions whose statistics are kept
 class AcceptanceModel:
     """Share of draft tokens that were accepted, by confidence and draft position.
 
-    A cell with little data is shrunk towards its confidence bin over all positions, and that towards the confidence
-    itself. A drafter that is well calibrated needs no data; one that is overconfident at far positions is corrected
-    there.
+    A cell with little data is shrunk towards its confidence bin over all positions, and that bin towards the confidence
+    itself. A well-calibrated drafter needs no data; one that is overconfident at far positions is corrected there.
 
     A position is observed only if every draft token before it was accepted (censoring). The estimate is therefore
     acceptance given an accepted prefix, which is what a decision about the next slot needs.
@@ -98,7 +97,7 @@ class AcceptanceModel:
         self._tried /= excess
         self._accepted /= excess
         self._lines = None
-        self._lines_now()  # here and not when a decision asks for them: learning runs beside the device
+        self._lines_now()  # here and not in a decision: learning runs beside the device
 
     def policy_updated(self) -> None:
         """The policy changed: older evidence gets less weight."""
@@ -110,7 +109,7 @@ class AcceptanceModel:
         """Draft tokens scored since the last call, and their expected calibration error.
 
         As in Guo et al., arXiv 1706.04599, eq. 3: the distance between mean estimate and mean outcome within tenths of
-        the estimate, averaged over draft tokens. Each estimate is scored before its outcome is learned from.
+        the estimate, averaged over draft tokens. Each estimate is scored before the model learns from its outcome.
         """
         tried, estimates, accepted = self._scores
         total = tried.sum()
@@ -119,7 +118,7 @@ class AcceptanceModel:
         return int(total), error
 
     def _estimate(self, own: np.ndarray, cell: np.ndarray, position_class: np.ndarray) -> np.ndarray:
-        """Estimate single positions. Shrunk twice, an estimate is linear in the confidence: `a + b * own`, by cell."""
+        """Estimate single positions. After both shrinkages it is linear in the confidence: `a + b * own`, by cell."""
         a, b = self._lines_now()
         return a[position_class, cell] + b[position_class, cell] * own
 
@@ -155,9 +154,9 @@ def learn_outcomes(
         positions: int64 `[classes]`, first draft position of each class.
         a: float64 `[classes, n + 1]`; the estimate is `a + b * confidence`.
         b: float64 `[classes, n + 1]`.
-        tried: float64 `[classes, n + 1]`, is counted in.
-        accepted: float64 `[classes, n + 1]`, likewise.
-        scores: float64 `[3, bins]`, tried, sum of estimates and accepted by estimate, likewise.
+        tried: float64 `[classes, n + 1]`, updated in place.
+        accepted: float64 `[classes, n + 1]`, updated in place.
+        scores: float64 `[3, bins]`: tried, sum of estimates, accepted; by estimate, updated in place.
     """
     for row in range(len(num_tried)):
         kind = 0

@@ -1,8 +1,7 @@
 """The interface of controllers.
 
 In every decode step a controller decides which speculators draft, for which requests and how far, and how many of the
-draft tokens are verified. It is pure logic over numpy arrays: it computes with no tensors, and reads no clock but the
-times it is told.
+draft tokens are verified. It is pure logic over numpy arrays: no tensors, and no clock except the times passed to it.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from atlas_rl.core import Draft, Verified
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """Tokens that the requests of a step have generated, and tokens until their limits.
+    """Tokens that the requests of a step have generated, and tokens left until their limits.
 
     Attributes:
-        requests: int64 `[batch]`, which requests of the call these are.
+        requests: int64 `[batch]`, indices of these requests in the call.
         generated: int64 `[batch]`, completion tokens so far, at least 1.
-        left: int64 `[batch]`, the most that may still come, at least 1.
+        left: int64 `[batch]`, most tokens still to come, at least 1.
         num_waiting: Requests of the call that wait for a row.
     """
 
@@ -42,13 +41,13 @@ class Step:
         room: int64 `[batch]`, the most draft tokens that each active request can still use.
         context_tokens: Committed tokens of all active requests.
         ready: Speculators that can draft now.
-        asked: int64 `[batch]` per speculator asked so far in this step: the most tokens wanted of it.
+        asked: int64 `[batch]` per speculator asked so far in this step: most tokens wanted from it.
         drafts: Drafts of those speculators; every draft has a row for every request.
         draft_s: Seconds that each of those drafts took.
-        backlog: `Speculator.backlog` over all requests; once a speculator was asked, over those it drafted for.
+        backlog: `Speculator.backlog` over all requests; after a speculator drafted, over the requests it drafted for.
         drawn_as: Key of the sampling distribution: acceptance at one temperature says little about another.
-        rest: What the requests have before them; None where the end of a call is not the end of its last request, as with a
-            server's traffic: then every token counts alike.
+        rest: Remaining work of the requests; None if the call does not end with its last request, as in a server's
+            traffic. Every token then counts alike.
     """
 
     room: np.ndarray
@@ -73,7 +72,7 @@ class Admission:
 
     Attributes:
         drafters: int64 `[batch]`, index of the speculator whose draft is used; undefined for a request with length 0.
-        lengths: int64 `[batch]`, draft tokens that are verified.
+        lengths: int64 `[batch]`, number of draft tokens to verify.
     """
 
     drafters: np.ndarray
@@ -88,7 +87,7 @@ class Controller(ABC):
 
     @abstractmethod
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        """Choose which speculators to ask next. Called again with their drafts until it asks none or none is left.
+        """Choose which speculators to ask next. Called again with their drafts until it asks none, or none is left.
 
         Returns:
             By speculator, each from `step.ready` and without a draft yet: int64 `[batch]`, the most draft tokens
@@ -113,11 +112,11 @@ class Controller(ABC):
             admission: Draft tokens that were verified.
             verified: Tokens that were committed.
             forward_s: Seconds of the target forward.
-            step_s: Seconds of the whole step, from the outcome before to its own. Where learning runs beside the device, the
-                next step has been planned by now.
+            step_s: Seconds of the whole step, from the previous step's outcome to its own. If learning runs beside the
+                device, the next step has already been planned.
 
         Returns:
-            A record of the step as JSON values, from a controller that explains itself; else None.
+            A record of the step as JSON values if the controller explains itself; else None.
         """
 
     @abstractmethod
@@ -125,22 +124,22 @@ class Controller(ABC):
         """The policy changed, and the speculators have been refreshed.
 
         Args:
-            expected: `Speculator.expected_survival` of the speculators that measured it: float64 `[n]`, probability
-                that a draft survives up to each position.
+            expected: Survival measured at the refresh, by speculator that measured it: float64 `[n]`, probability that
+                a draft survives up to each position.
         """
 
     @abstractmethod
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         """Estimated seconds of a forward that decodes one token for each of `batch` requests.
 
-        None unless forwards of that size, or of sizes around it that cost about the same, were measured.
+        None unless forwards of that size, or of nearby sizes with about the same cost, were measured.
         """
 
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:  # noqa: B027 - most need not know
-        """From now on a forward takes what the smallest of `sizes` (tokens, rising) takes that holds its tokens.
+        """Set the sizes (tokens, rising) that forwards are padded to: a forward costs what the next such size costs.
 
-        Beyond the last, and where there are none, it takes what its own tokens take. Said again and again; costs that were
-        learned of other sizes are forgotten.
+        Forwards beyond the last size are not padded; nor is any if `sizes` is empty. May be called repeatedly; if the
+        sizes change, all learned costs are forgotten.
         """
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
@@ -151,7 +150,7 @@ class Controller(ABC):
 def step_record(
     step: Step, admission: Admission, verified: Verified, forward_s: float, speculators: Sequence[str]
 ) -> dict[str, Any]:
-    """Tokens and seconds of one step as JSON values, for any controller; a replay fits its costs to such records."""
+    """Tokens and seconds of one step as JSON values, for any controller; replay costs are fitted to such records."""
     slots = np.bincount(admission.drafters, weights=admission.lengths, minlength=len(speculators))
     return {
         "batch": step.batch,

@@ -1,17 +1,17 @@
 """Forecasts when a call ends if drafting goes on, and if it stops.
 
-A call is over when its last request is. The goodput of a step counts every token alike, so it does not tell that. Requests
-that are lucky with their drafts leave early. The others take as many steps as before, and each of these is dearer. So the
-end of the call is forecast:
+A call is over when its last request is. The goodput of a step counts every token alike, so it misses this: requests
+with lucky drafts leave early, the others take as many steps as before, and each of those steps costs more. So the end
+of the call is forecast:
 
     T = mean over scenarios of the sum over steps of (forward time(active requests + their draft slots) + draft time)
 
 where request i is active for `remaining_i / rate_i` steps. In plain decoding every rate is one token per step, and there are
-no slots. With drafts a request has the rate and the slots of a request like it, in a batch of about this size. Which one it
-is like shows after some steps only. Before that it may be any, and the slowest decides. How much remains is unknown, too.
-A scenario draws both. Nobody is asked for drafts while they would make T longer.
+no slots. With drafts, a request takes rate and slots from a similar request in a batch of about this size. Similarity
+shows only after some steps; before that, a request may be like any other, and the slowest decides. The remaining length
+is unknown, too. A scenario draws both. No drafts are asked for while they would make T longer.
 
-While requests wait for a row, those take the places of the ones that end. Then every token counts alike after all.
+While requests wait for a row, they take the places of those that end, and every token counts alike.
 """
 
 from __future__ import annotations
@@ -27,41 +27,40 @@ from atlas_rl.core import Verified
 
 _SCENARIOS = 16
 _EVERY = 8  # steps between forecasts
-_SAME_BATCH = 7 / 8  # a batch below this share of that of the latest forecast is forecast anew
-_TELLING = (
-    4  # steps with drafts after which a request that ended, or came to another octave, tells what others may be like
-)
-_TELLING_NOW = 8  # the same of one that goes on: what it did so far is luck to a larger part
-_ENOUGH = 8  # requests that must have told it
-_REMEMBERED = 512  # latest requests of which it is remembered, per octave of the batch; and latest completion lengths
-_WEIGHED = 48  # of those that are drawn from
-_MEMORY = 24.0  # steps that a request's mean goes back
+_SAME_BATCH = 7 / 8  # a batch below this share of the latest forecast's batch triggers a new forecast
+# Steps with drafts after which a request that ended, or changed octave, is evidence about other requests.
+_TELLING = 4
+_TELLING_NOW = 8  # the same for a running request: a larger part of its gain so far is luck
+_ENOUGH = 8  # least number of requests with evidence
+_REMEMBERED = 512  # latest requests whose evidence is kept, per octave of the batch; also latest completion lengths
+_WEIGHED = 48  # most of those that scenarios are drawn from
+_MEMORY = 24.0  # steps that a request's mean covers
 _VARIANCE_MEMORY = 0.05
-_LEAST_VARIANCE = 0.05  # of the tokens that a request gains in a step
-_FIRST_RETRY, _LAST_RETRY = 8, 64  # calls mostly held back after which drafts are tried anew
+_LEAST_VARIANCE = 0.05  # least variance of the tokens that a request gains per step
+_FIRST_RETRY, _LAST_RETRY = 8, 64  # calls, mostly held back, after which drafts are tried again
 
 
 class CallEnd:
     """Decides whether drafts would make the call end later. Learns from every step, and across calls.
 
     Attributes:
-        holds_back: Whether they do.
+        holds_back: Whether to stop drafting, because drafts would make the call end later.
     """
 
     def __init__(self) -> None:
         self.holds_back = False
         self._gains = _Gains()
-        self._lengths: deque[int] = deque(maxlen=_REMEMBERED)  # of completions
+        self._lengths: deque[int] = deque(maxlen=_REMEMBERED)  # completion lengths
         self._rng = np.random.default_rng(0)
-        self._steps, self._batch = 0, 0  # since the latest forecast, and its batch
+        self._steps, self._batch = 0, 0  # steps since the latest forecast; its batch
         self._retry = _Retry()
 
     def observe(
         self, step: Step, admission: Admission, verified: Verified, cost: CostModel, *, is_trial: bool = False
     ) -> None:
-        """Learn from a step and renew the forecast from time to time. Steps without `rest` are ignored.
+        """Learn from a step, and renew the forecast at intervals. Steps without `rest` are ignored.
 
-        A trial's drafts are not those that would be made to gain by them.
+        Drafts of a trial do not count as drafts: they are not chosen to pay.
         """
         rest, ended = step.rest, verified.finished
         if rest is None:
@@ -101,34 +100,34 @@ class CallEnd:
         table, bare = cost.predict(most, context_tokens), cost.predict(batch, 0)
         assert table is not None, "a step was observed"
         assert bare is not None
-        # Reading the context is a factor on the forward that goes with the requests that end.
+        # The cost of reading the context is a factor on the forward that shrinks as requests end.
         share = np.linspace(bare[batch] / table[batch], 1.0, batch + 1)
         draft_s = self._gains.drafting_s(batch)
         drafted_s = seconds_to_end(remaining, 1 + gained, slots, table, share, draft_s)
         return seconds_to_end(remaining, 1 + none, none, table, share, 0 * draft_s) < drafted_s
 
     def _remaining(self, rest: Rest) -> np.ndarray:
-        """Tokens to the end of each request, drawn from completions that got as far: float64 `[_SCENARIOS, batch]`."""
+        """Tokens left for each request, drawn from completions at least that long: float64 `[_SCENARIOS, batch]`."""
         lengths = np.sort(np.array(self._lengths, np.int64))
         longer = np.searchsorted(lengths, rest.generated, side="right")
         place = longer + self._rng.random((_SCENARIOS, len(longer))) * (len(lengths) - longer)
-        # Where none got so far, it goes to the most that may come.
+        # If no completion was that long, the request runs to its limit.
         drawn = np.append(lengths, np.iinfo(np.int64).max)[np.minimum(place.astype(np.int64), len(lengths))]
         return np.clip(drawn - rest.generated, 1, np.maximum(rest.left, 1)).astype(np.float64)
 
 
 class _Gains:
-    """Gains of requests by drafts per step, and the slots and seconds that drafts take, by octave of the batch."""
+    """Tokens gained by drafts per request and step, and the slots and seconds of drafts, by octave of the batch."""
 
     def __init__(self) -> None:
-        self._own = np.zeros((0, 4))  # per request: steps, and sums of gained tokens, of their squares, of slots
-        self._octave = np.zeros(0, np.int64)  # per request: that these are from
-        self._told: dict[int, deque[tuple[float, float, float]]] = {}  # of requests: steps, tokens and slots per step
+        self._own = np.zeros((0, 4))  # per request: steps; sums of gained tokens, of their squares, of slots
+        self._octave = np.zeros(0, np.int64)  # per request: octave that its counts come from
+        self._told: dict[int, deque[tuple[float, float, float]]] = {}  # per request: steps, tokens and slots per step
         self._draft_s: dict[int, float] = {}
-        self._variance = 1.0  # of the tokens that a request gains in a step, around its own mean
+        self._variance = 1.0  # variance of a request's gain per step around its own mean
 
     def call_begins(self, *, anew: bool) -> None:
-        """A new call begins and reuses request numbers. `anew` also forgets the calls before."""
+        """A new call begins and reuses request numbers. `anew` also forgets earlier calls."""
         self._own[:] = 0.0
         if anew:
             self._told.clear()
@@ -150,7 +149,7 @@ class _Gains:
             self._variance += _VARIANCE_MEMORY * (float(within.mean()) - self._variance)
 
     def archive(self, requests: np.ndarray) -> None:
-        """Requests that end or change octave: store their gains and start new counts for them."""
+        """Store the gains of requests that end or change octave, and reset their counts."""
         requests = requests[requests < len(self._own)]
         telling = requests[self._own[requests, 0] >= _TELLING]
         for octave, one in zip(self._octave[telling].tolist(), _told(self._own[telling]).tolist(), strict=True):
@@ -162,8 +161,8 @@ class _Gains:
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Tokens gained and slots used per step: float64 `[_SCENARIOS, batch]` each; None without evidence.
 
-        A request is like one that has told what it gained, the likelier the nearer their means are. `remaining` are the
-        tokens to the end of a request, on average.
+        Each request is paired with a request that has evidence, more likely with one of a similar mean gain.
+        `remaining` is the mean number of tokens left per request.
         """
         octave, inside = _octave(len(requests)), requests < len(self._own)
         known = requests[inside]
@@ -183,7 +182,7 @@ class _Gains:
         shares = np.cumsum(np.exp(-0.5 * distance / max(self._variance, _LEAST_VARIANCE)), axis=1)
         drawn = rng.random((_SCENARIOS, len(requests))) * shares[:, -1]
         chosen = (drawn[..., None] > shares).sum(axis=2)
-        # A mean over fewer steps than remain differs from the others by luck that will even out.
+        # A mean over fewer steps than remain also differs by luck, which will even out: that part is removed.
         spread, to_come = gains.var(), remaining / (1 + gains.mean())
         lasting = spread - self._variance * (1 / steps).mean() + self._variance / to_come
         kept = math.sqrt(min(max(lasting / max(spread, 1e-9), 0.0), 1.0))
@@ -226,7 +225,7 @@ def _octave(batch: int) -> int:
 
 
 def _told(own: np.ndarray) -> np.ndarray:
-    """Steps, and tokens and slots per step, of rows of `_Gains._own`: float64 `[n, 3]`."""
+    """Steps, and tokens and slots per step, from rows of `_Gains._own`: float64 `[n, 3]`."""
     return np.stack([own[:, 0], own[:, 1] / own[:, 0], own[:, 3] / own[:, 0]], axis=1)
 
 
@@ -245,8 +244,8 @@ def seconds_to_end(
         rate: float64 `[scenarios, batch]`, tokens per step.
         slots: float64 `[scenarios, batch]`, draft tokens verified per step.
         table: float64, seconds of a forward over 0, 1, ... tokens while all requests are active.
-        share: float64 `[batch + 1]`, factor on that for so many active requests.
-        draft_s: float64 `[batch + 1]`, seconds of the drafts for so many.
+        share: float64 `[batch + 1]`, factor on `table` for 0, 1, ... `batch` active requests.
+        draft_s: float64 `[batch + 1]`, seconds of the drafts for as many requests.
     """
     steps = remaining / rate
     order = steps.argsort(axis=1)

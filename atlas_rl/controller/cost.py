@@ -18,19 +18,19 @@ _Depth = TypeVar("_Depth", float, np.ndarray)
 _SAMPLES = 15  # latest samples per size: their median ignores outliers and follows a machine that slows down
 _TRUST = 3.0  # samples at which the median of a size, or octave, weighs as much as the fit through all of them
 _PRIOR_DOUBLING_TOKENS = 64.0  # before any evidence: this many more tokens double a forward's time
-_PRIOR_WEIGHT = 0.05  # of that slope in the fit
+_PRIOR_WEIGHT = 0.05  # weight of that slope in the fit
 _CONTEXT_DOUBT = 2000.0  # context tokens: evidence spread this wide weighs as much as the prior "context is free"
-_CONTEXT_FADES = 0.995  # share of that evidence that each forward leaves
-_OUTLIER = 0.2  # bound on a forward's relative distance to its size's mean, where the context's share is learned
+_CONTEXT_FADES = 0.995  # share of that evidence kept at each forward
+_OUTLIER = 0.2  # bound on a forward's relative distance from its size's mean, when learning the context's cost
 _INTERRUPTED = 2.0  # bound on measured over expected seconds of a forward, either way
-_KNOWN = 8  # samples of a size from which on it tells how fast the machine is at the moment
+_KNOWN = 8  # samples of a size from which on it is used to measure the machine's level
 _LEVEL_FORWARDS = 9  # latest forwards, of any size, whose median of measured over expected is the machine's level
 _DRAFTS = 12  # latest calls of a drafter, per octave of rows, that its cost is fitted to
-_PRIOR_CALLS = 0.03  # calls that the prior "in proportion to the depth" counts for
+_PRIOR_CALLS = 0.03  # weight of the prior "proportional to the depth", in calls
 _MEASURED = 3  # forwards of a size after which its cost counts as measured: their median ignores one outlier
 _ABOUT = 1.1  # bound on the ratio of two costs that are about the same
-_TICK_S = 1e-9  # least seconds that anything takes: a coarse clock may stand still meanwhile
-_OCTAVES = 32  # of rows
+_TICK_S = 1e-9  # least seconds of anything: a coarse clock may measure 0
+_OCTAVES = 32  # octaves of rows
 _SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usual ones
 
 
@@ -38,24 +38,24 @@ class CostModel:
     """Estimates seconds of a forward from its packed tokens and the cached tokens of all their requests.
 
     Sizes are bucketed (`StepSizes`). A prediction blends the bucket's median with a line fitted through all buckets:
-    steps in the true cost that nobody tells of (kernel choices) show in buckets that were seen, and everything else is
-    interpolated. Where forwards are padded, the line is over the tokens that they run, so that it is a staircase.
+    hidden steps in the true cost (kernel choices) show in buckets that were seen, and everything else is interpolated.
+    If forwards are padded, the line is over the padded tokens, so predictions are a staircase.
 
-    Two factors multiply that table, the same for all sizes. One is the cost of reading the context, fitted to how
-    forwards of one size differ. The other is the machine's level, which follows the latest forwards of any size. A
-    decision compares sizes: if the machine slows down, or the context grows, sizes seen lately must not look dearer
-    than those seen before.
+    Two factors multiply that table, the same for all sizes. One is the cost of reading the context, fitted to the
+    differences between forwards of one size. The other is the machine's level, which follows the latest forwards of any
+    size. A decision compares sizes: if the machine slows down, or the context grows, sizes seen lately must not look
+    dearer than those seen before.
 
     Args:
-        padded: Sizes that forwards are padded to, rising; none where a forward runs the tokens that it is given.
+        padded: Sizes that forwards are padded to, rising; empty if forwards are not padded.
     """
 
     def __init__(self, padded: Sequence[int] = ()) -> None:
         self._step_sizes = StepSizes(padded)
-        self._samples: dict[int, deque[float]] = {}  # seconds over both factors
-        self._sizes: list[int] = []  # of the samples, rising
-        self._means: dict[int, tuple[float, float]] = {}  # running mean of seconds and context, per bucket
-        self._covariance, self._variance = 0.0, 0.0  # of context and relative seconds within buckets
+        self._samples: dict[int, deque[float]] = {}  # per bucket: seconds divided by both factors
+        self._sizes: list[int] = []  # buckets of the samples, rising
+        self._means: dict[int, tuple[float, float]] = {}  # per bucket: running mean of seconds and of context
+        self._covariance, self._variance = 0.0, 0.0  # of context and relative seconds, within buckets
         self._ratios: deque[float] = deque(maxlen=_LEVEL_FORWARDS)
         self._level = 1.0
         self._observed = 0
@@ -81,8 +81,8 @@ class CostModel:
             self._samples[size] = deque(maxlen=_SAMPLES)
             insort(self._sizes, size)
         samples = self._samples[size]
-        # Also for a new size: one interrupted forward would make it look dear, and it would never be tried again. A
-        # size that is really dear shows in its next forwards.
+        # New sizes too: one interrupted forward would make them look dear, and they would never be tried again. If a
+        # size is really dear, its next forwards show it.
         scaled = min(scaled, expected * _INTERRUPTED)
         if len(samples) >= _KNOWN:
             scaled = max(scaled, expected / _INTERRUPTED)
@@ -91,7 +91,7 @@ class CostModel:
         samples.append(scaled)
         self._observed += 1
         if len(samples) <= _KNOWN or _due(self._observed, 4):
-            # Now and not when it is asked for: learning runs beside the device, and decisions do not.
+            # Here and not in `predict`: learning runs beside the device, decisions do not.
             self._tabulate(max(len(self._table) - 1, size))
 
     def predict(self, max_tokens: int, context_tokens: int = 0) -> np.ndarray | None:
@@ -109,7 +109,7 @@ class CostModel:
     def tables(self, max_tokens: int, context_tokens: int) -> tuple[np.ndarray, float]:
         """`predict` as a table of at least `max_tokens + 1` sizes and a factor on it, for compiled decisions.
 
-        There must be evidence.
+        Requires evidence.
         """
         self._predicted(max_tokens)
         return self._table, self._factor(context_tokens)
@@ -124,7 +124,7 @@ class CostModel:
     def knows(self, num_tokens: int) -> bool:
         """Whether the prediction for this size was measured: at it, or at sizes around it with about equal cost.
 
-        More tokens never cost less, so a size between two others costs what lies between.
+        More tokens never cost less, so the cost of a size lies between those of its neighbours.
         """
         measured = [size for size in self._sizes if len(self._samples[size]) >= _MEASURED]
         below = [size for size in measured if size <= num_tokens]
@@ -140,7 +140,7 @@ class CostModel:
         return self._table[: max_tokens + 1]
 
     def _factor(self, context_tokens: int) -> float:
-        """Factor on the whole table for the context and for the machine's present speed."""
+        """Factor on the whole table, for the context and the machine's present speed."""
         relative = max(0.0, self._covariance / (self._variance + _CONTEXT_DOUBT**2))
         return self._level * (1 + relative * context_tokens)
 
@@ -158,7 +158,7 @@ class CostModel:
         run = self._step_sizes.run(max_tokens)
         size = run[sizes].astype(np.float64)
         weight = np.array([len(self._samples[bucket]) for bucket in sizes], dtype=np.float64)
-        # More tokens are never cheaper. If they seem to be, a forward was interrupted: more samples weigh more.
+        # More tokens are never cheaper. If they seem so, a forward was interrupted: weigh by samples.
         median = _rising([_median(self._samples[bucket]) for bucket in sizes], weight.tolist())
         intercept, slope = _line(size, median, weight)
         table = intercept + slope * run
@@ -169,7 +169,7 @@ class CostModel:
             where = slice(bucket, self._step_sizes.end(bucket))
             table[where] *= times
             seen[where] = table[where]
-        # Nor may an interpolated size cost more than a larger one that was measured.
+        # An interpolated size must not cost more than a larger one that was measured.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
         self._table = np.maximum.accumulate(np.maximum(table, _TICK_S))
 
@@ -177,18 +177,18 @@ class CostModel:
 class DraftCost:
     """Estimates seconds of a drafter's call: `a + b * depth + c * rows * depth + d * backlog`.
 
-    `rows` are the requests that it drafts for, `backlog` the committed tokens that it has to run first. The four shares
-    are never negative. They are fitted to the latest calls of every octave of rows by least squares of relative errors,
-    robust to outliers. A ridge pulls them towards "in proportion to the depth", which decides while nothing else
-    varies. Every octave then gets a level of its own, the median of measured over fitted seconds, shrunk towards 1
-    while its calls are few: its calls may be older or newer than those of other octaves.
+    `rows` are the requests that it drafts for, `backlog` the committed tokens that it has to process first. The four
+    coefficients are never negative. They are fitted to the latest calls of every octave of rows by least squares of
+    relative errors, robust to outliers. A ridge pulls them towards "proportional to the depth", which decides until
+    other inputs vary. Every octave also has a level, the median of measured over fitted seconds, shrunk towards 1 while
+    its calls are few: they may be older or newer than those of other octaves.
     """
 
     def __init__(self) -> None:
         self._calls: dict[int, deque[tuple[int, int, int, float]]] = {}  # by octave of rows
         self._observed, self._held = 0, 0
         self._shares = np.zeros(0)
-        self._levels = np.zeros(0)  # by octave of rows: that of the nearest octave that was observed
+        self._levels = np.zeros(0)  # by octave of rows, each from the nearest observed octave
 
     def __len__(self) -> int:
         return self._held
@@ -199,7 +199,7 @@ class DraftCost:
         return any(near in self._calls for near in (octave - 1, octave, octave + 1))
 
     def observe(self, rows: int, depth: int, seconds: float, backlog: int = 0) -> None:
-        """One call took `seconds`."""
+        """Record a call that took `seconds`."""
         calls = self._calls.setdefault(rows.bit_length(), deque(maxlen=_DRAFTS))
         self._held += len(calls) < _DRAFTS
         calls.append((rows, max(depth, 1), backlog, max(seconds, _TICK_S)))
@@ -213,7 +213,7 @@ class DraftCost:
         Args:
             rows: Requests that it drafts for.
             depth: Draft tokens per request, a float or float64 `[n]`.
-            backlog: Committed tokens that it has to run first.
+            backlog: Committed tokens that it has to process first.
 
         Raises:
             ValueError: Before any call was observed.
@@ -225,20 +225,20 @@ class DraftCost:
         return level * (fixed + per_backlog * backlog + (per_depth + per_token * rows) * depth)
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs of `drafts_s`: the four coefficients, and the level of every octave of rows."""
+        """Inputs of `drafts_s`: the four coefficients, and the level of each octave of rows."""
         return self._shares, self._levels
 
     def _fit(self) -> None:
         rows, depth, backlog, seconds = np.array([call for calls in self._calls.values() for call in calls]).T
         per_depth = _median(seconds / depth)
-        seconds = np.minimum(seconds, _SLOW * per_depth * depth)  # a call that compiled, or was interrupted
+        seconds = np.minimum(seconds, _SLOW * per_depth * depth)  # a call may have compiled, or been interrupted
         features = np.stack([np.ones_like(depth), depth, rows * depth, backlog], axis=1) / seconds[:, None]
         scale = np.maximum(features.mean(axis=0), 1e-9)
         features = features / scale
         prior = np.array([0.0, per_depth, 0.0, 0.0]) * scale
         weight, shares = np.ones_like(seconds), prior
         ends = np.cumsum([len(calls) for calls in self._calls.values()])[:-1]
-        for _ in range(4):  # reweighted: calls far from the fit of their octave count for little in the next round
+        for _ in range(4):  # reweighted: calls far from the fit of their octave weigh less in the next round
             weighted = features * weight[:, None]
             shares = _not_negative(weighted.T @ features, weighted.sum(axis=0), prior)
             rest = np.split(1 - features @ shares, ends)
@@ -255,14 +255,14 @@ class DraftCost:
 
 @cached_njit(nogil=True)
 def drafts_s(shares: np.ndarray, levels: np.ndarray, rows: int, depth: int, backlog: int) -> float:
-    """Seconds of a call, from `DraftCost.tables()`; `DraftCost.predict` is the same without compilation.
+    """Seconds of a call, from `DraftCost.tables()`; compiled form of `DraftCost.predict`.
 
     Args:
         shares: float64 `[4]`.
         levels: float64 `[octaves]`.
         rows: Requests that it drafts for.
         depth: Draft tokens per request.
-        backlog: Committed tokens that it has to run first.
+        backlog: Committed tokens that it has to process first.
     """
     octave = 0
     while rows >> octave > 0:
@@ -285,7 +285,7 @@ def _not_negative(gram: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np
 
 
 def _rising(values: list[float], weights: list[float]) -> np.ndarray:
-    """The nearest sequence that never falls, by weighted least squares of the logarithms (pool adjacent violators)."""
+    """The nearest non-decreasing sequence, by weighted least squares of the logarithms (pool adjacent violators)."""
     pools: list[tuple[float, float, int]] = []  # mean, weight, members
     for value, weight in zip(values, weights, strict=True):
         mean, count = math.log(max(value, 1e-9)), 1
@@ -303,7 +303,7 @@ def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[flo
     mean_size, mean = float(weight @ size / total), float(weight @ median / total)
     prior_slope = mean / (mean_size + _PRIOR_DOUBLING_TOKENS)
     centred = size - mean_size
-    # A ridge towards the prior slope: it decides while only one size has been seen and fades as sizes spread.
+    # A ridge towards the prior slope: it decides until a second size is seen, and fades as sizes spread.
     ridge = _PRIOR_WEIGHT * (mean_size + 1) ** 2
     slope = float((weight @ (centred * (median - mean)) + ridge * prior_slope) / (weight @ centred**2 + ridge))
     slope = min(max(slope, 0.0), mean / max(mean_size, 1.0))

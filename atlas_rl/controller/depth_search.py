@@ -1,8 +1,8 @@
 """Decides how far to ask a drafter and for which requests, in one compiled call.
 
-A decision forecasts the drafter's drafts, prices them, and weighs some twenty answers, each a ranking of all draft slots of
-the batch. Its parts are functions of their own. Their numpy forms are `DraftForecast.predict`, `DraftCost.predict` and those
-in `tests/controller/test_depth_search.py`.
+A decision forecasts the drafter's drafts, prices them, and compares some twenty answers, each a ranking of all draft
+slots of the batch. Each part is its own function. The numpy forms are `DraftForecast.predict`, `DraftCost.predict`
+and those in `tests/controller/test_depth_search.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from atlas_rl.controller.cost import drafts_s
 from atlas_rl.controller.draft_forecast import remembered
 from atlas_rl.controller.slots import compare
 
-_LEVELS = 64  # resolution of the ranking by survival: drafts that do not exist yet need no finer one
-_STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to run if it drafts in every step
+_LEVELS = 64  # resolution of the ranking by survival: forecast drafts need no finer one
+_STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to process if it drafts in every step
 
 
 @cached_njit(nogil=True)
@@ -27,27 +27,27 @@ def decide(current, room, forecast, table, factor, spent_s, shares, levels, back
         room: int64 `[batch]`, the most draft tokens that each request can still use.
         forecast: `DraftForecast.tables()`.
         table: float64, seconds of a forward over 0, 1, ... tokens, to at least `batch * (1 + lookahead)`.
-        factor: On the whole table.
+        factor: Factor on the whole table.
         spent_s: Seconds of the drafts made so far.
-        shares: float64 `[4]`, `DraftCost.tables()[0]`; empty if a call for so many requests was never seen: then its drafts
-            are taken to be free.
+        shares: float64 `[4]`, `DraftCost.tables()[0]`; empty if no call for as many requests was ever seen: drafts then
+            count as free.
         levels: float64 `[octaves]`, `DraftCost.tables()[1]`.
-        backlog: Committed tokens that the drafter has to run first. After an idle time it has many, once: only those of
-            the latest steps recur, so no more than these are weighed.
+        backlog: Committed tokens that the drafter has to process first. A long backlog after an idle time occurs only
+            once, so at most the tokens of the latest steps are counted.
         depths: int64 `[num_depths]`, draft tokens that may be asked for, rising.
         discount: Factor on the goodput of steps with drafts.
-        edges: int64 `[n]`, sizes that forwards are padded to, rising; none where they are not.
+        edges: int64 `[n]`, sizes that forwards are padded to, rising; empty if they are not padded.
 
     Returns:
-        Draft tokens to ask for, int64 `[batch]`, not cut to the room; the expected goodput of that without the discount; and
-        whether anybody is asked.
+        Draft tokens to ask for, int64 `[batch]`, not cut to the room; the expected goodput of that without the
+        discount; and whether any request is asked for.
     """
     batch = len(room)
     expected = remembered(current[:, 0].copy(), *forecast)
     better = compare(expected, room, current)
     draft_s = np.full((3, len(depths)), spent_s)
     if len(shares) > 0:
-        # Two candidates: the requests where it is expected to do better, and all of them where that costs no more.
+        # Two candidates: the requests where it is expected to do better, and all requests if that costs no more.
         for whom, rows in ((1, better.sum()), (2, batch)):
             for index in range(len(depths)):
                 draft_s[whom, index] += drafts_s(
@@ -68,12 +68,12 @@ def search(current, expected, better, table, factor, draft_s, depths, discount, 
     Args:
         current: As for `decide`.
         expected: float64 `[draws, batch, lookahead]`, survival of possible drafts of the drafter. Each draw is verified
-            as far as is best for it; an answer's goodput is that of all draws together.
+            at its best length; an answer's goodput is that of all draws together.
         better: bool `[batch]`, requests where the drafter is expected to beat the current draft.
         table: As for `decide`.
         factor: As for `decide`.
-        draft_s: float64 `[3, num_depths]`, draft seconds of the step: if it is not asked (first entry of the row), if
-            it is asked for `better` to each depth, if it is asked for all requests.
+        draft_s: float64 `[3, num_depths]`, draft seconds of the step: not asking (first entry of the row), asking for
+            `better` to each depth, asking for all requests.
         depths: As for `decide`.
         discount: As for `decide`.
         edges: As for `decide`.
@@ -84,10 +84,10 @@ def search(current, expected, better, table, factor, draft_s, depths, discount, 
     """
     batch, num_depths = len(current), len(depths)
     kept, fresh = np.empty((2, num_depths + 1, 2, _LEVELS)), np.empty((2, num_depths + 1, 2, _LEVELS))
-    sums = np.zeros((2, num_depths, 3))  # of an answer's draws: tokens, discounted tokens, seconds
-    # The shallowest depth at which a new draft is taken. Asking less deep, or where none is, costs and brings nothing.
+    sums = np.zeros((2, num_depths, 3))  # per answer, over its draws: tokens, discounted tokens, seconds
+    # The shallowest depth at which a new draft is taken. Below it, asking costs time and gains nothing.
     shallowest = np.full(2, num_depths)
-    # If all are better, asking them is asking all; if none is, asking them would ask no request.
+    # If all rows are better, both answers are the same; if none is, the first asks for no request.
     first, last = 0 if better.any() else 1, 1 if better.all() else 2
     for draw in range(len(expected)):
         _rank(current, expected[draw], better, depths, first, last, kept, fresh, shallowest)
@@ -100,7 +100,7 @@ def search(current, expected, better, table, factor, draft_s, depths, discount, 
                 sums[whom, index, 0] += tokens
                 sums[whom, index, 1] += discounted
                 sums[whom, index, 2] += seconds
-    # Nobody is asked: all rows have their current draft, in every draw. The last of `fresh` is never counted in.
+    # Nobody is asked: all rows keep their current draft in every draw. The last entry of `fresh` is never counted.
     tokens, discounted, seconds = _verified(
         kept[first, 0], fresh[first, num_depths], batch, table, factor, draft_s[0, 0], discount, edges
     )
@@ -117,18 +117,18 @@ def search(current, expected, better, table, factor, draft_s, depths, discount, 
 def _rank(current, expected, better, depths, first, last, kept, fresh, shallowest):
     """Number and mass of the slots at each level of survival, for every depth, in place.
 
-    A request that is asked takes the new draft where that gains more. It gains more the further it goes, so there is a depth
-    from which on it is taken. So one pass over the slots is enough for all depths.
+    A request takes the new draft if it gains more. The gain rises with the depth, so the new draft is taken from some
+    depth on, and one pass over the slots serves all depths.
 
     Args:
         current: float64 `[batch, lookahead]`.
         expected: float64 `[batch, lookahead]`, of one draw.
         better: bool `[batch]`.
         depths: int64 `[num_depths]`, rising.
-        first: Of who is asked (0 `better`, 1 all), the first that counts.
-        last: One behind the last that counts.
-        kept: float64 `[2, num_depths + 1, 2, _LEVELS]`, by who is asked (`better`, all): `kept[whom, i + 1]` gets slots of
-            the current drafts that stand at depth i, `kept[whom, 0]` of all current drafts.
+        first: First answer to fill in (0 asks for `better`, 1 for all).
+        last: End of the answers to fill in, exclusive.
+        kept: float64 `[2, num_depths + 1, 2, _LEVELS]`, by answer (`better`, all): `kept[whom, i + 1]` gets slots of
+            the current drafts that are kept at depth i, `kept[whom, 0]` those of all current drafts.
         fresh: float64 of the same shape; `fresh[whom, i]` gets slots of new drafts at depth i.
         shallowest: int64 `[2]`, index of the shallowest depth so far at which a new draft is taken.
     """
@@ -191,7 +191,7 @@ def _sum_up(first, last, kept, fresh):
 def _verified(kept, fresh, batch, table, factor, draft_s, discount, edges):
     """Tokens, discounted tokens and seconds of one draw at its best verified length; no discount at length 0.
 
-    That length ends with a level, or where padding ends: up to there slots are free, though the rest of the level is not.
+    The best length ends with a level, or where padding ends: up to there slots are free, even if the level goes on.
     """
     num_slots, tokens, edge = 0, float(batch), 0
     best_tokens, best_seconds, worth = tokens, table[batch] * factor + draft_s, 1.0

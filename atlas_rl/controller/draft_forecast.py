@@ -12,7 +12,7 @@ _EDGES = np.array([1e-9, 0.3, 0.6, 0.85])
 _PROFILES = 32  # latest drafts kept per situation
 _PERSISTENCE = 0.5  # share of a position's deviation from the usual acceptance that carries over to the next position
 _USUAL_MEMORY = 200.0  # positions that the usual acceptance is averaged over
-_OPTIMISM = 0.7  # acceptance assumed of an unknown drafter: enough to be tried where drafting pays at all
+_OPTIMISM = 0.7  # acceptance assumed of an unknown drafter: enough to try it wherever drafting could pay
 _OPTIMISTIC = _OPTIMISM ** np.arange(1, MAX_LOOKAHEAD + 1)
 
 
@@ -28,16 +28,16 @@ class DraftForecast:
         self._counts = np.zeros(len(_EDGES) + 1, np.int64)
         self._turn = 0
         self._measured: np.ndarray | None = None
-        self._usual = _OPTIMISM  # mean acceptance of a position after an accepted one
-        self._stood = 0.0  # weight of that mean: survival of the positions before
+        self._usual = _OPTIMISM  # mean acceptance of a position whose prefix was accepted
+        self._stood = 0.0  # weight of that mean: sum of the prefixes' survival
 
     def tables(self) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-        """Inputs of `remembered` as flat tables, and the position in the rotation of profiles."""
-        self._turn += 1  # a situation with fewer requests than profiles shows other profiles the next time
+        """Inputs of `remembered` as flat tables, and the offset into the rotation of profiles."""
+        self._turn += 1  # if a situation has fewer requests than profiles, the next call shows other profiles
         return self._profiles, self._counts, self._turn, _OPTIMISTIC if self._measured is None else self._measured
 
     def predict(self, beside: np.ndarray) -> np.ndarray:
-        """Survival profiles to expect of the next draft; `remembered` is the compiled form.
+        """Survival profiles expected of the next draft; `remembered` is the compiled form.
 
         Args:
             beside: float64 `[batch]`, survival of the first token of the best draft that each request has; 0 for none.
@@ -51,7 +51,7 @@ class DraftForecast:
             return np.tile(unknown, (draws, len(beside), 1))
         known = np.flatnonzero(counts)
         situation = np.tile(np.searchsorted(_EDGES, beside, side="right"), draws)
-        taken = np.zeros_like(situation)  # profiles handed out before, in the same situation
+        taken = np.zeros_like(situation)  # profiles used before by requests in the same situation
         for own in set(situation.tolist()):
             taken[situation == own] = np.arange((situation == own).sum())
         nearest = known[np.abs(known[None] - situation[:, None]).argmin(axis=1)]
@@ -62,11 +62,11 @@ class DraftForecast:
         """Remember the drafts of a step.
 
         Args:
-            beside: As for `predict`, at the moment when they were asked for.
+            beside: As for `predict`, at the moment when the drafts were asked for.
             survival: float64 `[batch, MAX_LOOKAHEAD]`, their survival by position.
             asked: int64 `[batch]`, the most tokens wanted; rows with 0 are ignored.
-            lengths: int64 `[batch]`, tokens drafted. A draft shorter than wanted has nothing beyond its end; one as
-                long as wanted is extrapolated.
+            lengths: int64 `[batch]`, tokens drafted. A draft shorter than wanted ends there; one as long as wanted is
+                extrapolated.
         """
         rows = np.flatnonzero(asked > 0)
         reached = lengths[rows] >= np.minimum(asked[rows], MAX_LOOKAHEAD)
@@ -90,8 +90,8 @@ class DraftForecast:
         """The drafter was refreshed.
 
         Args:
-            measured: float64 `[n]`, its mean survival by position on the newest rollouts; None if it did not measure
-                that. The kept profiles are scaled by how it changed.
+            measured: float64 `[n]`, its mean survival by position on the newest rollouts; None if it was not measured.
+                The kept profiles are scaled by the change since the last measurement.
         """
         if measured is None:
             return
@@ -100,7 +100,7 @@ class DraftForecast:
         new = _prolonged(padded[None], lengths, np.array([True]), self._usual)[0]
         if self._measured is not None:
             factor = new / np.maximum(self._measured, 1e-3)
-            # The factors differ by position, and survival must still never rise along a profile.
+            # The factors differ by position, but survival must not rise along a profile.
             self._profiles = np.minimum.accumulate(np.clip(self._profiles * factor, 0.0, 1.0), axis=-1)
         self._measured = new
 
@@ -112,10 +112,10 @@ def remembered(
     """Profiles of the nearest known situation for each request, in rotation; `unknown` if no situation is known.
 
     Args:
-        beside: As for `DraftForecast.predict`, which is its plain form.
-        profiles: The first of `DraftForecast.tables()`; the others follow.
+        beside: As for `DraftForecast.predict`, the plain form of this function.
+        profiles: `DraftForecast.tables()[0]`; the next three are the other entries.
         counts: int64 `[situations]`.
-        turn: Of the profiles.
+        turn: Offset into the rotation of profiles.
         unknown: float64 `[MAX_LOOKAHEAD]`.
 
     Returns:
@@ -129,7 +129,7 @@ def remembered(
         for index in range(len(counts)):
             if counts[index] > 0 and (nearest[own] < 0 or abs(index - own) < abs(nearest[own] - own)):
                 nearest[own] = index
-    given = np.zeros(len(counts), np.int64)  # profiles handed out so far, per situation
+    given = np.zeros(len(counts), np.int64)  # profiles used so far, per situation
     for draw in range(draws):
         for row in range(batch):
             own = np.searchsorted(_EDGES, beside[row], side="right")

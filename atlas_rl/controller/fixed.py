@@ -36,7 +36,7 @@ class NoSpeculation(Controller):
         return step_record(step, admission, verified, forward_s, self.speculators) if self._explain else None
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        """Do nothing: there is nothing learned."""
+        """Do nothing: nothing is learned."""
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         return None
@@ -47,8 +47,8 @@ class FixedController(Controller):
 
     Args:
         speculators: Names, in the order that `Admission.drafters` refers to.
-        drafter: The one of them that drafts.
-        num_draft_tokens: Draft tokens per request and step, at least 1; fewer where the drafter has fewer.
+        drafter: Name of the one that drafts.
+        num_draft_tokens: Draft tokens per request and step, at least 1; fewer if the drafter gives fewer.
 
     Raises:
         ValueError: If `drafter` is not among `speculators`, or `num_draft_tokens` is below 1.
@@ -71,7 +71,7 @@ class FixedController(Controller):
         return {self._drafter: np.minimum(step.room, self._num_draft_tokens)}
 
     def admit(self, step: Step) -> Admission:
-        # A drafter that is not ready was not asked, and has no draft.
+        # A drafter that is not ready was not asked and has no draft.
         drafted = step.drafts.get(self._drafter, Draft.empty(step.batch))
         return Admission(np.full(step.batch, self._index), drafted.lengths.copy())
 
@@ -82,7 +82,7 @@ class FixedController(Controller):
         return None
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        """Do nothing: there is nothing learned."""
+        """Do nothing: nothing is learned."""
 
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:
         if tuple(sizes) != self._cost.padded:

@@ -9,8 +9,8 @@ the whole batch, and the likeliest n are admitted, with n where G peaks; n may b
 
 Drafters are asked one after the other, the cheapest first. Each is asked for the requests where it is expected to beat
 the drafts made so far, and as far as that raises G. Everything is learned in the run: acceptance (`acceptance.py`),
-cost (`cost.py`), what a drafter would draft (`draft_forecast.py`), and how much of the predictions comes true
-(`promises.py`). Every draft is scored on the committed tokens, whether or not it was verified (full information).
+cost (`cost.py`), expected drafts (`draft_forecast.py`), and how far predictions come true (`promises.py`). Every draft
+is scored on the committed tokens, whether or not it was verified (full information).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from atlas_rl.core import Verified
 from atlas_rl.counts import bounds
 
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
-_TRIALS = 3  # calls before a drafter's cost is believed
+_TRIALS = 3  # calls before a drafter's cost estimate is used
 _TRIAL_DEPTH = 4
-_EXPLORED_SHARE = 0.003  # of the time, for calls that are not expected to pay
+_EXPLORED_SHARE = 0.003  # share of the time for calls that are not expected to pay
 # Minimum cost charged to a trial call, as a share of a plain step: deciding and learning are not free.
 _LEAST_TRIAL = 0.03
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures plain decoding anew
 _PLAIN_KNOWN = 3  # forwards of about a size after which its cost is known: their median ignores one outlier
 _PLAIN_APART = 4  # steps between plain steps while the size is not known yet
-_PLAIN_SHARES = 16  # latest steps without drafts that tell the forward's share of such a step
+_PLAIN_SHARES = 16  # latest steps without drafts that give the forward's share of such a step
 
 
 @dataclass(slots=True, eq=False)
@@ -51,12 +51,12 @@ class _Decision:
     Attributes:
         step: The step.
         planned: Whether drafters were considered: the step is neither plain on purpose nor skipped by a pause.
-        is_trial: Whether its drafts are verified whole, to see what such a forward costs.
-        promise: What the latest drafter that was asked promised; None if none was expected to pay.
+        is_trial: Whether its drafts are verified whole, to measure the cost of such a forward.
+        promise: Goodput expected when the latest drafter was asked; None if none was expected to pay.
         prediction: What `admit` expected of the step; None in a trial, and before any forward was seen.
-        beside: float64 `[batch]` per drafter asked: survival of the first token of the best draft it was asked beside.
+        beside: float64 `[batch]` per drafter asked: survival of the first token of the best draft at that moment.
         survivals: float64 `[batch, MAX_LOOKAHEAD]` per draft: survival of its slots.
-        best: The most promising of the drafts so far; None before anybody asked.
+        best: The most promising drafts so far; None until first needed.
     """
 
     step: Step
@@ -74,11 +74,11 @@ class _BestDrafts:
     """The most promising draft of each request.
 
     Attributes:
-        survival: float64 `[batch, MAX_LOOKAHEAD]`, of its slots; zero where a request has no draft.
+        survival: float64 `[batch, MAX_LOOKAHEAD]`, survival of its slots; zero for a request without a draft.
         gains: float64 `[batch]`, sum of that over the first `columns` positions.
         drafters: int64 `[batch]`, index of its drafter.
-        columns: Positions that drafters were compared by.
-        num_drafts: Drafts of the step that were compared, in the order that they came in.
+        columns: Number of positions that drafters are compared by.
+        num_drafts: Number of the step's drafts compared so far, in the order of arrival.
     """
 
     survival: np.ndarray
@@ -105,14 +105,14 @@ class GoodputController(Controller):
         self.speculators = tuple(speculators)
         self._models = {name: DrafterModel() for name in self.speculators}
         self._cost = CostModel()  # of a step without its drafting: forward, sampling, bookkeeping
-        self._plain_shares: deque[float] = deque(maxlen=_PLAIN_SHARES)  # the forward's share of that, without drafts
+        self._plain_shares: deque[float] = deque(maxlen=_PLAIN_SHARES)  # the forward's share of steps without drafts
         self._kept_drafting, self._kept_plain = Kept(), Kept()  # steps with verified drafts, and without
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
         self._pause = Pause()
         self._end = CallEnd()
         self._drawn_as: Hashable = None
         self._explain = explain
-        self._at_hand: deque[_Decision] = deque(maxlen=2)  # a step is learned from while the next one runs
+        self._at_hand: deque[_Decision] = deque(maxlen=2)  # learning from a step happens while the next one runs
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
@@ -123,7 +123,7 @@ class GoodputController(Controller):
                 return {}
             decision.planned = True
         if not left or _any_drawn(step):
-            # Once a drawn draft is there, asking another for the same request would depend on the drawn tokens.
+            # With a drawn draft present, asking another for the same request would depend on the drawn tokens.
             return {}
         best = self._best_drafts(decision)
         models = self._models
@@ -132,14 +132,14 @@ class GoodputController(Controller):
         for name in left:
             wanted, anybody = within(self._wanted(name, best, decision), step.room)
             if anybody:
-                decision.beside[name] = best.survival[:, 0].copy()  # the best drafts change when the next one is there
+                decision.beside[name] = best.survival[:, 0].copy()  # a copy: the best drafts change with the next one
                 return {name: wanted}
         return {}
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
         admission = self._admission(step, decision)
-        # Noted here: the next step is planned before this one is observed.
+        # Counted here, because the next step is planned before this one is observed.
         self._steps_since_plain = self._steps_since_plain + 1 if bounds(admission.lengths)[1] else 0
         if decision.planned:
             self._pause.observe(step.batch, decision.promise is not None)
@@ -151,7 +151,7 @@ class GoodputController(Controller):
             return Admission(best.drafters, (best.survival > 0).sum(axis=1))
         plain_s = self._cost.seconds(step.batch, step.context_tokens)
         decision.prediction = None if plain_s is None else Prediction(step.batch, plain_s)
-        if not step.drafts:  # as most steps are where nothing pays, and a device waits for each
+        if not step.drafts:  # shortcut: most steps if drafting does not pay, and the device waits
             nothing = np.zeros(step.batch, np.int64)
             return Admission(nothing, nothing)
         best = self._best_drafts(decision)
@@ -215,17 +215,17 @@ class GoodputController(Controller):
         """Whether to measure a step without drafts.
 
         Drafting is compared with plain decoding, so plain decoding must have been measured at this batch size. If its
-        cost were only inferred, say from one interrupted step, drafting could look free; and while every step has
-        drafts, nothing would ever correct that.
+        cost were only inferred, say from one interrupted step, drafting could look free, and while every step has
+        drafts, nothing would correct that.
         """
         seen = self._cost.num_samples(step.batch)
         return self._steps_since_plain >= (_PLAIN_EVERY if seen >= _PLAIN_KNOWN else _PLAIN_APART * (seen > 0))
 
     def _best_drafts(self, decision: _Decision) -> _BestDrafts:
-        """The most promising of the drafts made so far, per request."""
+        """The most promising draft of each request so far."""
         step = decision.step
         # Rejection verification: whether a drawn token is verified must not depend on the token. Confidences of later
-        # positions are computed from it, so a request's drafter is chosen by first positions only.
+        # positions depend on it, so drafters are compared by first positions only.
         columns = 1 if _any_drawn(step) else MAX_LOOKAHEAD
         best = decision.best
         if best is None or best.columns != columns:
@@ -239,7 +239,7 @@ class GoodputController(Controller):
     def _survival(self, name: str, decision: _Decision) -> np.ndarray:
         """Survival probability of every slot of a draft: float64 `[batch, MAX_LOOKAHEAD]`, zero past a row's length.
 
-        Computed once per step: what is learned from a step must not change what was expected of it.
+        Computed once per step: what is learned from a step must not change its own expectations.
         """
         if name not in decision.survivals:
             draft = decision.step.drafts[name]
@@ -264,7 +264,7 @@ class GoodputController(Controller):
         )  # fmt: skip
         if anybody:
             if not knows:
-                # For all requests, so that the cost of such a call is known afterwards.
+                # Ask for all requests, so that the cost of such a call is known afterwards.
                 decision.is_trial = self._is_new(batch)
                 return np.full(batch, _TRIAL_DEPTH)
             decision.promise = Promise(name, goodput)
@@ -278,7 +278,7 @@ class GoodputController(Controller):
     def _is_new(self, batch: int) -> bool:
         """Whether a trial's draft is verified whole: its cost cannot be interpolated from smaller forwards.
 
-        Decided by the tokens asked for, before anything is drawn: a draft that drew an ending token is shorter.
+        Decided by the tokens asked for, before anything is drawn: a draft with an ending token is shorter.
         """
         return self._cost.num_samples(batch * (1 + _TRIAL_DEPTH)) < _TRIALS
 
@@ -296,8 +296,8 @@ class GoodputController(Controller):
             return np.zeros(batch, np.int64)
         values = survival[survival > 0]
         values.sort()
-        # As many as there could be: larger sizes than were asked for so far bring newer measurements into the table, and
-        # how many slots there are depends on ending tokens that were drawn.
+        # The largest possible size. A size that depended on the slots would depend on ending tokens that were drawn,
+        # and larger sizes bring newer measurements into the table.
         table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
         worth = discount(self._kept_drafting, self._kept_plain)
         lengths, gained, forward_s = admitted(
@@ -309,8 +309,8 @@ class GoodputController(Controller):
     def _drafting_s(self, step: Step) -> float:
         """Seconds of a step's drafts: measured, or expected if any of them was drawn.
 
-        A drawn draft may have stopped at an ending token. Its measured time would tell, and must not influence whether
-        that token is verified.
+        A drawn draft may have stopped at an ending token. Its measured time would reveal that, and must not influence
+        whether the token is verified.
         """
         if not _any_drawn(step):
             return sum(step.draft_s.values(), 0.0)
@@ -328,10 +328,10 @@ class GoodputController(Controller):
     def _compare(
         self, decision: _Decision, drafted: bool, num_tokens: float, undrafted_s: float, step_s: float
     ) -> None:
-        """Record the share of its predicted goodput that a step reached.
+        """Compare the goodput of a step with its predictions.
 
-        `admit` predicted when the drafts were there. `plan` promised when the last of them was asked for: drafts that
-        come out worse than expected are paid for all the same.
+        `admit` predicted it with the drafts known. `plan` promised it when the last drafter was asked; drafts that turn
+        out worse than expected still cost their time.
         """
         step, plain = decision.step, self._kept_plain
         if decision.prediction is not None:
@@ -340,7 +340,7 @@ class GoodputController(Controller):
         if decision.promise is not None:
             name, goodput = decision.promise
             self._models[name].kept.observe(num_tokens / step_s, goodput)
-        # A choice that is not made teaches nothing about itself, so doubt about it fades until it is tried again.
+        # A choice that is not made yields no evidence about itself, so doubt about it fades until it is tried again.
         if step.drafts and not drafted:
             self._kept_drafting.fade(plain.mean)
         if decision.planned:
@@ -355,7 +355,7 @@ class GoodputController(Controller):
         model.forecast.observe(decision.beside[name], self._survival(name, decision), asked, draft.lengths)
         tried, accepted = verified.outcome_of(draft)
         if draft.draft_probs is not None:
-            # Rejection accepts a drawn token more often than an independent draw equals it: only its verdicts count.
+            # Rejection accepts a drawn token more often than an independent draw equals it: only verified drafts count.
             used = (admission.drafters == self.speculators.index(name)) & (admission.lengths > 0)
             tried, accepted = np.where(used, verified.num_drafted, 0), np.where(used, verified.num_accepted, 0)
         model.acceptance.observe(draft.confidence, tried, accepted)
@@ -380,5 +380,5 @@ class GoodputController(Controller):
 
 
 def _any_drawn(step: Step) -> bool:
-    """Whether some draft was drawn from probabilities and is therefore verified by rejection."""
+    """Whether some draft was drawn from probabilities, and is therefore verified by rejection."""
     return any(draft.draft_probs is not None for draft in step.drafts.values())

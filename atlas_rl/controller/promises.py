@@ -1,7 +1,7 @@
 """Compares predicted with reached goodput, per drafter and for steps with and without drafts.
 
-The controller chooses what looks best, so its predictions are optimistic about what it chose. It therefore discounts
-the predicted goodput of drafting by what such steps delivered so far, and pauses planning where nothing ever pays.
+The controller chooses what looks best, so its predictions are optimistic about the choice. It therefore discounts the
+predicted goodput of drafting by what such steps reached so far, and pauses planning if nothing ever pays.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from atlas_rl.controller.draft_forecast import DraftForecast
 
 _KEPT_STEPS = 20.0  # steps that a running mean remembers
 _KEPT_PRIOR_STEPS, _KEPT_PRIOR_SPREAD = 3.0, 0.1  # before any evidence, as if three steps had missed by a tenth
-_OUTLIER = 0.25  # bound on one step's log ratio: a larger miss means that the machine was interrupted
+_OUTLIER = 0.25  # bound on one step's log ratio: a larger miss means an interruption
 _DOUBT_FADES = 0.01  # per step without drafts: a hundred of them forget most of the evidence against drafting
-_PATIENCE = 3  # plans in a row that may ask nobody; after the next one planning pauses
+_PATIENCE = 3  # plans in a row without asking a drafter; planning pauses after the next one
 _LONGEST_PAUSE = 8  # steps
 # A pause ends when the batch falls below this share of its size at the start: drafting may pay for a smaller batch.
 _SAME_BATCH = 7 / 8
@@ -32,7 +32,7 @@ class Prediction(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """Goodput of the step, drafting included, that was expected when `drafter` was asked."""
+    """Goodput of the step, drafting included, expected when `drafter` was asked."""
 
     drafter: str
     goodput: float
@@ -68,11 +68,11 @@ class Kept:
 def discount(drafted: Kept, plain: Kept) -> float:
     """Factor on the predicted goodput of drafting: the share that steps with drafts reach, relative to plain steps.
 
-    It stands for everything that the models do not see: sampling rounds, bookkeeping, a ragged batch, and the optimism
-    of choosing what looked best. One standard error is taken off as well: a gain that is lost in the noise of step
-    times is not worth the risk of a loss.
+    It covers everything that the models do not see: sampling rounds, bookkeeping, a ragged batch, and the optimism of
+    choosing what looked best. One standard error is subtracted as well: a gain within the noise of step times is not
+    worth the risk of a loss.
     """
-    # Step times are as noisy with drafts as without: one pooled variance, so that plain steps inform it too.
+    # Step times are equally noisy with and without drafts: one pooled variance, so that plain steps inform it too.
     num_steps = drafted.num_steps + plain.num_steps
     variance = (drafted.variance * drafted.num_steps + plain.variance * plain.num_steps) / num_steps
     error = math.sqrt(variance / drafted.num_steps + variance / plain.num_steps)
@@ -85,10 +85,10 @@ class DrafterModel:
 
     Attributes:
         acceptance: Probability that its draft tokens are accepted.
-        forecast: Its drafts, before they are made.
+        forecast: Forecasts its drafts before they are made.
         cost: Seconds of its calls.
-        kept: How much of the goodput that was predicted when it was asked came, drafting included.
-        purse_s: Seconds it may spend on calls that are not expected to pay.
+        kept: Share of the goodput predicted when it was asked that was reached, drafting included.
+        purse_s: Seconds that it may spend on calls that are not expected to pay.
     """
 
     acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
@@ -100,9 +100,9 @@ class DrafterModel:
 
 @dataclass(slots=True)
 class Pause:
-    """Skips planning if planning never asks a drafter, because a plan costs as much as a few draft tokens.
+    """Skips planning if plans never ask a drafter, because a plan costs as much as a few draft tokens.
 
-    After the first plan beyond `_PATIENCE` that asked nobody it skips one step, after the next two, and so on up to
+    The first vain plan beyond `_PATIENCE` is followed by one skipped step, the next by two, and so on up to
     `_LONGEST_PAUSE`.
 
     Attributes:
@@ -116,7 +116,7 @@ class Pause:
     batch: int = 0
 
     def holds(self, batch: int) -> bool:
-        """Whether to skip planning a step of `batch` requests. Counts down, so call it once per step."""
+        """Whether to skip planning a step of `batch` requests. Counts down: call it once per step."""
         if not _SAME_BATCH * self.batch <= batch <= self.batch:
             self.steps_left = 0
         self.steps_left -= self.steps_left > 0

@@ -1,7 +1,8 @@
 """Compiled functions over the draft slots of a batch: survival, best draft, and number of slots to verify.
 
-A decision looks at every slot a few times. In numpy each look costs some microseconds per operation, and there are dozens in
-a step that takes the device a few milliseconds. Every function here has its numpy form in `tests/controller/test_slots.py`.
+A decision visits every slot a few times. In numpy each operation costs some microseconds, and there would be dozens of
+them in a step that takes the device a few milliseconds. The numpy form of every function is in
+`tests/controller/test_slots.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 
 LEAST = 1e-4
-"""Confidences are kept this far from 0 and 1: their logarithms are taken."""
+"""Least distance of confidences from 0 and 1, because their logarithms are taken."""
 
 
 @cached_njit(nogil=True)
@@ -46,7 +47,7 @@ def survival_of(confidence, lengths, edges, position_class, a, b):
 
 @cached_njit(nogil=True)
 def within(wanted, room):
-    """Draft tokens to ask for, within the room that there is, and whether any are.
+    """Draft tokens to ask for, cut to the available room, and whether there are any.
 
     Args:
         wanted: int64 `[batch]`.
@@ -64,15 +65,15 @@ def within(wanted, room):
 
 @cached_njit(nogil=True)
 def take_better(survival, gains, drafters, own, index, columns):
-    """Replace a request's best draft by that of drafter `index` if it gains more, in place.
+    """Replace a request's best draft by the draft of `index` if it gains more, in place.
 
     Args:
         survival: float64 `[batch, MAX_LOOKAHEAD]`, of the best drafts so far.
         gains: float64 `[batch]`, of the best drafts so far: survival summed over the first `columns` positions.
-        drafters: int64 `[batch]`, whose they are.
-        own: float64 `[batch, MAX_LOOKAHEAD]`, survival of this drafter's.
-        index: Of the drafter.
-        columns: Positions that count.
+        drafters: int64 `[batch]`, index of the drafter of each best draft.
+        own: float64 `[batch, MAX_LOOKAHEAD]`, survival of this drafter's draft.
+        index: Index of this drafter.
+        columns: Number of positions that count.
     """
     for row in range(len(gains)):
         gain = 0.0
@@ -90,7 +91,7 @@ def compare(expected, room, survival):
     Args:
         expected: float64 `[draws, batch, lookahead]`.
         room: int64 `[batch]`.
-        survival: float64 `[batch, lookahead]`, of the drafts at hand.
+        survival: float64 `[batch, lookahead]`, of the best drafts so far.
 
     Returns:
         bool `[batch]`.
@@ -116,17 +117,17 @@ def admitted(survival, values, table, factor, drafting_s, discount, one_by_one):
     """Draft tokens of each request to verify: the likeliest slots of the batch, as many as pay.
 
     Args:
-        survival: float64 `[batch, MAX_LOOKAHEAD]`, zero behind a draft; rows never rise.
-        values: float64 `[n]`, the survivals above zero, rising. numpy sorts them several times faster than compiled code.
+        survival: float64 `[batch, MAX_LOOKAHEAD]`, zero beyond a draft; rows never rise.
+        values: float64 `[n]`, the positive survivals, rising. numpy sorts them several times faster than compiled code.
         table: float64, seconds of a forward over 0, 1, ... tokens, to at least `batch` and all slots.
-        factor: On the whole table.
-        drafting_s: Seconds of the drafts, which are paid for however many slots are verified.
+        factor: Factor on the whole table.
+        drafting_s: Seconds of the drafts, spent however many slots are verified.
         discount: Factor on the goodput of steps with drafts.
         one_by_one: Stop at the first slot that does not pay, and discount what slots gain: a slot's admission then depends
-            on likelier slots alone, never on a later one of its own row.
+            only on likelier slots, never on a later one of its own row.
 
     Returns:
-        int64 `[batch]`, the tokens that these slots are expected to bring, and the seconds of their forward.
+        int64 `[batch]`, the tokens that these slots are expected to gain, and the seconds of their forward.
     """
     batch = len(survival)
     best, gained = num_admitted(values, batch, table, factor, drafting_s, discount, one_by_one)
@@ -135,11 +136,11 @@ def admitted(survival, values, table, factor, drafting_s, discount, one_by_one):
 
 @cached_njit(nogil=True)
 def num_admitted(values, batch, table, factor, drafting_s, discount, one_by_one):
-    """Number of slots to verify, in falling order of survival, for the most tokens per second.
+    """Number of slots to verify, likeliest first, for the most tokens per second.
 
     Args:
         values: float64 `[n]`, survival of the slots, rising.
-        batch: Requests.
+        batch: Number of requests.
         table: As for `admitted`.
         factor: As for `admitted`.
         drafting_s: As for `admitted`.
@@ -147,7 +148,7 @@ def num_admitted(values, batch, table, factor, drafting_s, discount, one_by_one)
         one_by_one: As for `admitted`.
 
     Returns:
-        Their number, and the tokens that they are expected to bring.
+        The number, and the tokens that these slots are expected to gain.
     """
     best, tokens, gained = 0, 0.0, 0.0
     highest = batch / (table[batch] * factor + drafting_s)
@@ -169,7 +170,7 @@ def num_admitted(values, batch, table, factor, drafting_s, discount, one_by_one)
 def lengths_of(survival, values, count):
     """Slots of each request among the `count` likeliest of the batch: int64 `[batch]`.
 
-    Among equals earlier positions come first, then earlier rows. `values` are the slots' survivals, rising.
+    Ties go to earlier positions, then to earlier rows. `values` are the slots' survivals, rising.
     """
     batch, lookahead = survival.shape
     lengths = np.zeros(batch, np.int64)

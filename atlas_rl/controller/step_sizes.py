@@ -1,4 +1,4 @@
-"""Which forwards cost the same: those that are padded to one size, and elsewhere those of about one size."""
+"""Groups forwards of equal cost: those padded to one size, and unpadded ones of about one size."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 
 
 class StepSizes:
-    """Buckets of sizes, in tokens. Up to the last padded size a bucket is what is padded to the same one.
+    """Buckets of sizes, in tokens. Up to the last padded size, a bucket holds all sizes padded to the same one.
 
-    Beyond, and where nothing is padded, buckets are exact below 16, then eighths of an octave.
+    Beyond it, and without padding, buckets are exact below 16, then eighths of an octave.
 
     Args:
-        padded: Sizes that forwards are padded to, rising; none where a forward runs the tokens that it is given.
+        padded: Sizes that forwards are padded to, rising; empty if forwards are not padded.
 
     Attributes:
-        padded: As given.
+        padded: See above.
         edges: The same, int64 `[n]`.
     """
 
@@ -35,7 +35,7 @@ class StepSizes:
         return max(num_tokens // width * width, self._last + 1)
 
     def end(self, bucket: int) -> int:
-        """One behind the largest size in a bucket, which is given by its smallest."""
+        """One beyond the largest size in a bucket, which is given by its smallest."""
         if bucket <= self._last:
             return self.padded[bisect_left(self.padded, bucket)] + 1
         width = _width(bucket)
@@ -50,5 +50,5 @@ class StepSizes:
 
 
 def _width(num_tokens: int) -> int:
-    """Number of sizes in a bucket where nothing is padded."""
+    """Number of sizes in an unpadded bucket."""
     return 1 if num_tokens < 16 else 1 << (num_tokens.bit_length() - 4)

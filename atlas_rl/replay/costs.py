@@ -21,8 +21,8 @@ class Costs:
     """Seconds of a machine's forwards and drafts, fitted to a live run.
 
     Attributes:
-        forward: Of target forwards.
-        drafts: Of each speculator's proposals.
+        forward: Cost of target forwards.
+        drafts: Cost of each speculator's proposals.
     """
 
     forward: CostModel = field(default_factory=CostModel)
@@ -55,11 +55,11 @@ class PaidProposing(Proposing):
     """Proposes as usual; drafts advance the clock by their fitted cost.
 
     Args:
-        speculators: See `Proposing`, here and for the next two.
-        controller: Plans.
-        recorder: Gets the seconds.
-        costs: What drafts take.
-        clock: Is put forward by that.
+        speculators: See `Proposing`.
+        controller: See `Proposing`.
+        recorder: See `Proposing`.
+        costs: Seconds that drafts take.
+        clock: Clock that drafts advance.
     """
 
     def __init__(

@@ -17,8 +17,8 @@ class RecordedPolicy(PolicyView):
 
     Args:
         recorded: Any call of the run.
-        like: The policy of the run, of any version. It gives the embeddings of tokens that the record does not know, which a
-            drafter with a past of its own may propose; without it they are zero.
+        like: The run's policy, at any version. Provides embeddings of tokens that the record lacks, which a drafter with
+            state from elsewhere may propose; without `like` those embeddings are zero.
     """
 
     def __init__(self, recorded: Recorded, like: PolicyView | None = None) -> None:
@@ -32,7 +32,7 @@ class RecordedPolicy(PolicyView):
         )
         if like is not None:
             _, self._outputs, self._biases = like.rows_of(np.arange(shape[0]))
-        # Only the recorded layers: a drafter that needs more gets an error.
+        # Only the recorded layers: a drafter that needs others gets an error.
         self.config = SimpleNamespace(num_hidden_layers=max(recorded.layers, default=-1) + 1)
         self.form = recorded.form
         self.follow(recorded)

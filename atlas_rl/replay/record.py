@@ -1,6 +1,6 @@
 """Records a run: tokens, the policy's hidden states, and the embeddings of the tokens used.
 
-Rollouts under drafter-invariant sampling do not depend on what is drafted. So one recording answers for every drafter.
+Rollouts under drafter-invariant sampling do not depend on the drafts, so one recording can be replayed for any drafter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from atlas_rl.sync.checkpoint import save_whole
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
 
-_FORMAT = "atlas_rl.rollouts.3"  # 2 had no biases, and no longest text
+_FORMAT = "atlas_rl.rollouts.3"  # 2 had no biases and no maximum length
 _SEQUENCE_ARRAYS = ("token_ids", "lengths", "prompt_lengths", "prompt_keys", "noise_keys")
 
 
@@ -35,13 +35,13 @@ class Recorded:
     """One recorded generation call.
 
     Attributes:
-        sequences: Every request, complete.
-        last: float16 `[completion tokens, hidden]`, request by request: what each token was drawn from.
+        sequences: All requests, finished.
+        last: float16 `[completion tokens, hidden]`, request by request: hidden state that each token was drawn from.
         layers: Per layer float16 `[all tokens but the last of each request, hidden]`, request by request.
-        token_ids: int64 `[tokens]`, those whose embeddings the call or an earlier one used.
-        inputs, outputs: float32 `[tokens, hidden]`, their input embeddings and their rows of the LM head.
-        biases: float32 `[tokens]`, of the LM head.
-        form: From the LM head's output to the logits.
+        token_ids: int64 `[tokens]`, tokens used by this call or an earlier one; their embeddings follow.
+        inputs, outputs: float32 `[tokens, hidden]`, input embeddings and rows of the LM head.
+        biases: float32 `[tokens]`, biases of the LM head.
+        form: How logits are computed from the LM head's output.
     """
 
     sequences: Sequences
@@ -54,7 +54,7 @@ class Recorded:
     form: LogitForm
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all; `OSError` if the disk does not take it."""
+        """Write one safetensors file, either whole or not at all; `OSError` if the write fails."""
         sequences = self.sequences
         arrays = {name: getattr(sequences, name) for name in _SEQUENCE_ARRAYS}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
@@ -73,7 +73,7 @@ class Recorded:
 
     @classmethod
     def load(cls, path: Path) -> Recorded:
-        """Read a file that `save` wrote; `ValueError` for any other."""
+        """Read a file written by `save`; `ValueError` for any other."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
@@ -110,14 +110,14 @@ class RecordingSpeculator(Speculator):
 
     Args:
         folder: Gets `call_0000.safetensors` and so on.
-        layers: Decoder layers whose inputs to record: what an EAGLE-3 head reads.
-        first_call: Number of the first call's file, to go on with a folder.
+        layers: Decoder layers whose inputs to record, for an EAGLE-3 head to read.
+        first_call: Number of the first call's file, to continue in a folder.
 
     Attributes:
-        lost: Calls that the disk did not take; a full disk ends a recording, not a training.
+        lost: Calls that could not be written; a full disk ends a recording, not a training.
 
     Raises:
-        ValueError: A folder that cannot be written to.
+        ValueError: The folder cannot be written to.
     """
 
     name = "recorder"
@@ -134,7 +134,7 @@ class RecordingSpeculator(Speculator):
         """Record the embeddings of this policy.
 
         Raises:
-            ValueError: Its logits cannot be computed again from what is recorded.
+            ValueError: Its logits cannot be recomputed from what is recorded.
         """
         super().bind(policy, couples_noise)
         if policy.form is None:
@@ -182,7 +182,7 @@ class RecordingSpeculator(Speculator):
             count, first = int(verified.num_committed[row]), int(hidden.starts[row])
             begin = int(sequences.lengths[request]) - count
             self._last[request].append(_half(hidden.head_inputs[first : first + count]))
-            if begin > sequences.prompt_lengths[request]:  # else the prompt's own states hold them already
+            if begin > sequences.prompt_lengths[request]:  # else the prompt's states include them
                 for layer, per_request in self._layers.items():
                     per_request[request].append(_half(hidden.layers[layer][first : first + count]))
             self._rows.add(verified.token_ids[row, :count], self._policy)
@@ -205,7 +205,7 @@ class RecordingSpeculator(Speculator):
 
 
 def _half(states: torch.Tensor) -> torch.Tensor:
-    """A float16 copy on the host; residual streams of some families exceed float16's range."""
+    """Copy to float16 on the host, clipped: residual streams of some families exceed float16's range."""
     return states.detach().float().clamp(-65504, 65504).to("cpu", torch.float16, copy=True)
 
 

@@ -1,9 +1,9 @@
 """Replays a recorded call for any drafter, exactly and without the policy.
 
-Under drafter-invariant sampling the rollouts do not depend on what is drafted. So a recorded run (tokens, the policy's
-hidden states, the embeddings of the tokens it used) answers for every drafter, draft length and controller how much would
-have been accepted. The decode loop runs as it is; only its tokens come from the record. The time that passes comes from
-`Costs`, which are fitted to a live run's trace.
+Under drafter-invariant sampling the rollouts do not depend on the drafts. So a recorded run (tokens, the policy's hidden
+states, the embeddings of the tokens it used) tells for every drafter, draft length and controller how much would have been
+accepted. The decode loop is the real one; only its tokens come from the record. Times come from `Costs`, fitted to a live
+run's trace.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def replay(
         recorded: The call; the speculators must be bound to a `RecordedPolicy` that follows it.
         speculators: By name, in the controller's order.
         controller: Plans each step.
-        costs: What forwards and drafts take. The controller is told these seconds and the report adds them up, prefill and
-            sampling aside; without them both get those of the replay itself, which runs no policy.
+        costs: Seconds of forwards and drafts. The controller is told these, and the report adds them up, without prefill
+            and sampling. None uses the times of the replay itself, which runs no policy.
 
     Returns:
-        What the live run would have reported, but for entropies, and for times as said; and the rollouts, for the refreshes
-        between calls, which are the caller's.
+        The report of a live run, except for entropies and times (see `costs`), and the rollouts. The caller refreshes the
+        drafters with them between calls.
     """
     true = recorded.sequences
     sequences, max_lengths = unfinished(recorded)
@@ -67,7 +67,7 @@ def replay(
 
 
 def unfinished(recorded: Recorded) -> tuple[Sequences, np.ndarray]:
-    """The requests of a recorded call before their first token, and int64 `[num_requests]`, their final lengths."""
+    """The requests of a recorded call before their first token, and their final lengths, int64 `[num_requests]`."""
     true = recorded.sequences
     token_ids = np.zeros_like(true.token_ids)
     for request, length in enumerate(true.prompt_lengths):
@@ -76,7 +76,7 @@ def unfinished(recorded: Recorded) -> tuple[Sequences, np.ndarray]:
         token_ids, true.prompt_lengths.copy(), true.prompt_lengths, true.prompt_keys, true.noise_keys, true.sampling,
         true.vocab_size, true.policy_version, true.max_length,
     )  # fmt: skip
-    # A rollout that stopped by itself could have gone on: drafts reach as far as they did when it was made.
+    # A rollout that stopped by itself had room to go on: drafts may reach as far as they did in the live run.
     stopped = true.sampling.ends(true.token_ids[np.arange(len(true.lengths)), true.lengths - 1])
     max_lengths = np.minimum(true.prompt_lengths + true.sampling.max_new_tokens, true.max_length)
     return sequences, np.where(stopped, max_lengths, true.lengths)
@@ -125,7 +125,7 @@ class _ReplayLoop(DecodeLoop):
             clock.now_s += float(table[num_tokens])
         first = np.cumsum(lengths) - lengths
         row = np.repeat(np.arange(len(requests)), lengths)
-        # Position of the token that is drawn; past the end of the rollout there is nothing, and nothing is read.
+        # Position of the token that is drawn, clipped to the rollout: hidden states beyond its end are never used.
         drawn = starts[row] + np.arange(len(row)) - first[row]
         drawn = np.minimum(drawn, self._recorded.sequences.lengths[requests][row] - 1)
         index = torch.from_numpy(self._layers_at[requests[row]] + drawn - 1)
@@ -139,7 +139,7 @@ class _ReplayLoop(DecodeLoop):
         return torch.empty(len(leaders), 0), Hidden(first, self._head_inputs(leaders, lengths), self._layers(index))
 
     def _head_inputs(self, requests: np.ndarray, drawn: np.ndarray) -> torch.Tensor:
-        """Hidden states that the tokens at positions `drawn` of `requests` (int64 `[n]` each) were drawn from."""
+        """Hidden states from which the tokens at positions `drawn` of `requests` (int64 `[n]` each) were drawn."""
         return self._recorded.last[torch.from_numpy(self._head_inputs_at[requests] + drawn)].float()
 
     def _layers(self, index: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -171,7 +171,7 @@ class _FromRecord(Verifier):
 
 
 class NoRunner(PolicyRunner):
-    """Stands in for a policy runner: the loop only moves rows."""
+    """Takes the place of a policy runner: the loop only moves rows."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

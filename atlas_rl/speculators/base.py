@@ -36,21 +36,21 @@ class Speculator(ABC):
     """Short name used in reports, such as `history` or `draft_lm`."""
 
     needs: Needs = Needs()
-    """What it needs of the policy's forwards. Valid after `bind`."""
+    """What it needs from the policy's forwards. Valid after `bind`."""
 
     _couples_noise: bool = True
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy, on the device where it is now.
 
-        Called before anything else, and again whenever the engine gets another policy, or finds it on another device.
+        Called before anything else, and again whenever the policy is replaced or has moved to another device.
 
         Args:
             policy: May be read while a call runs (`start`, `propose`, `observe`), when its weights are whole on every
-                rank. At a refresh they may be sharded away.
+                rank. At a refresh they may be sharded.
             couples_noise: Whether drafts are drawn with the policy's own noise (`Stream.TARGET`). Engines that verify by
-                rejection say False: the speculator then draws with noise of that draft's own, or proposes its likeliest
-                token. `Sequences.draft_noise` gives what to draw with in either case.
+                rejection pass False: the speculator then draws with independent noise, or proposes its likeliest token.
+                `Sequences.draft_noise` gives the noise in either case.
 
         Raises:
             ValueError: It cannot draft for this policy; the message says why.
@@ -60,7 +60,7 @@ class Speculator(ABC):
     def compile_for(self, sampling: SamplingParams) -> None:
         """Compile the GPU kernels of drafts in a call beforehand, so that no step waits for compilation.
 
-        Engines ask once for each kind of sampling, before the first step. By default there are none.
+        Engines ask once for each kind of sampling, before the first step. By default there is nothing to compile.
         """
         return
 
@@ -72,16 +72,16 @@ class Speculator(ABC):
         prompts: Prompts = NO_PROMPTS,
         cache: PolicyCache | None = None,
     ) -> None:
-        """Requests enter the batch. A new `Sequences` starts a new call, which ends the one before.
+        """Take in requests that enter the batch. A new `Sequences` starts a new call, which ends the previous one.
 
-        Mutates only the speculator's own state.
+        Changes only the speculator's own state.
 
         Args:
             sequences: All requests of the call.
             requests: int64 `[n]`, those that enter; their prompts are in place.
-            prompts: Hidden states of their prompts, for speculators that need layers. An engine that caches prefixes does
+            prompts: Hidden states of their prompts, for speculators that need layers. Engines with a prefix cache do
                 not always run a prompt again, so some requests may be missing.
-            cache: The policy's own cache, for speculators that need it; None where the engine does not share one.
+            cache: The policy's own cache, for speculators that need it; None if the engine does not share one.
         """
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
@@ -91,7 +91,7 @@ class Speculator(ABC):
         Inside vLLM it is asked before `observe` of the latest forward, and again afterwards if it is to draft.
 
         Returns:
-            The number of tokens; None where the speculator cannot draft yet, and so must not be asked.
+            The number of tokens; None if the speculator cannot draft yet and must not be asked.
         """
         return 0
 
@@ -102,43 +102,43 @@ class Speculator(ABC):
         Args:
             sequences: All requests of the call; the context of request `r` is `token_ids[r, :lengths[r]]`.
             requests: int64 `[batch]`.
-            max_draft_tokens: int64 `[batch]`, most tokens wanted per request; 0 asks for nothing.
+            max_draft_tokens: int64 `[batch]`, most tokens wanted per request; 0 for none.
 
         Returns:
-            A `Draft` of the same batch order, each row at most `max_draft_tokens` long.
+            A `Draft` with its rows in the same order, each at most `max_draft_tokens` long.
         """
 
     @abstractmethod
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Follow verified tokens, as far as the next draft needs it, and release the state of finished requests."""
+        """Follow verified tokens as far as the next draft needs it, and release the state of finished requests."""
 
     def learn(self) -> None:
         """Finish the work of `observe` that no draft waits for.
 
-        Engines call this while the device runs the next forward, so that it takes no time of a step. It may come late or
-        not at all: what is put off is done at the latest when it is needed, or when the next `observe` puts off more. By
-        default nothing is put off.
+        Engines call this while the device runs the next forward, so that it adds no time to a step. It may come late or
+        not at all: deferred work is done when it is needed at the latest, or when the next `observe` defers more. By
+        default nothing is deferred.
         """
         return
 
     @abstractmethod
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Follow the policy, which has moved to `policy_version`.
+        """Follow the policy to its new version.
 
         Args:
-            rollouts: The newest finished ones, made by an earlier version.
-            policy_version: Of the policy from now on.
+            rollouts: The newest finished rollouts, made by an earlier version.
+            policy_version: Policy version from now on.
 
         Returns:
             Mean probability that draft position 0, 1, ... is accepted together with all before it, float64 `[n]`, as
-            measured on the newest rollouts; None for speculators that do not measure it. It tells the controller that a
-            speculator has become good, or bad, without asking it for drafts.
+            measured on the newest rollouts; None for speculators that do not measure it. It tells the controller how
+            good the speculator has become, without asking it for drafts.
         """
 
     def shared(self) -> torch.Tensor | None:
         """This rank's summand for learning across ranks: float32 `[n]`, of equal length on all ranks.
 
-        Ranks add their parts up after an optimizer step. None by default: there is nothing to add up.
+        Ranks sum these vectors after an optimizer step. None, the default, if there is nothing to sum.
         """
         return None
 
@@ -158,7 +158,7 @@ class Speculator(ABC):
         """Restore `state_dict()`. State from a file may be damaged: check it before changing anything.
 
         Raises:
-            ValueError: A damaged state, or one of another kind of speculator or policy; nothing has changed then.
+            ValueError: The state is damaged, or of another kind of speculator or policy; nothing has changed then.
         """
         if state:
             raise ValueError(

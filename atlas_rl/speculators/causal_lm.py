@@ -1,7 +1,8 @@
 """Loads a causal LM from a folder; incomplete checkpoints are refused.
 
-transformers fills what a checkpoint lacks with random numbers and drops what it does not know, with a warning. A drafter
-loaded like that drafts badly for the rest of the run. So the loading report is read, and anything missing is an error.
+transformers fills whatever a checkpoint lacks with random numbers and drops unknown tensors, with only a warning. A
+drafter loaded like that drafts badly for the rest of the run, so the loading report is read, and anything missing is an
+error.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from atlas_rl import progress
 from atlas_rl.speculators.identify import CAUSAL_LM, check_finite, kind_of
 
-_NAMED = 4  # tensors that a message names at most
+_NAMED = 4  # most tensors that a message names
 
 
 def causal_lm_config(folder: str | Path) -> Any:
     """Configuration of the causal LM in `folder`; only the names of the weights are read.
 
     Raises:
-        ValueError: Something else is there; says what, as `kind_of` names it.
+        ValueError: The folder holds something else; the message names it as `kind_of` does.
     """
     kind = kind_of(folder)
     if kind != CAUSAL_LM:
@@ -48,7 +49,7 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     """The causal LM in `folder`, on the CPU and in evaluation mode.
 
     Raises:
-        ValueError: No causal LM, a damaged one, one whose weights are not all there or not all used, or not all finite.
+        ValueError: It is no causal LM, or is damaged, or has weights that are missing, unused or not finite.
     """
     config = causal_lm_config(folder)
     try:
@@ -59,7 +60,7 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype) -> nn.Module:
                 dtype=dtype,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are read from the report, in words of our own
+                ignore_mismatched_sizes=True,  # reported below, in our own words
             )
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"the checkpoint in '{folder}' cannot be loaded ({_one_line(error)})") from error

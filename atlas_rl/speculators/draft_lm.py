@@ -1,7 +1,7 @@
 """Draft LM: any causal LM with the policy's tokenizer drafts token by token (arXiv 2211.17192).
 
-A static speculator: heavyweight, trained before the run, never changed by it. It keeps an attention cache of its own and
-catches up with what was committed since it last drafted, whoever drafted that.
+A static speculator: large, trained before the run, never changed by it. It keeps its own attention cache and catches up
+with all tokens committed since it last drafted, whoever drafted them.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
     from atlas_rl.policy.ragged_attention import RaggedBatch
     from atlas_rl.policy.view import PolicyView
 
-_PADDING_SHARE = (
-    0.2  # of the larger vocabulary: what padding and added tokens make of one tokenizer; more is another one
-)
-_DRAFT_ROOM = 32  # cells past the longest text: all rows run to the longest draft wanted, also those about to end
+# Largest difference of vocabulary sizes, as a share of the larger one, that padding and added tokens explain.
+_PADDING_SHARE = 0.2
+_DRAFT_ROOM = 32  # cells past the longest text: all rows run to the longest wanted draft, even those about to end
 
 
 class DraftLM(Speculator):
     """Drafts with a small causal LM, under the sampling parameters of the call.
 
-    Coupled to the policy's noise, each draft token is the one that the draft LM would commit itself at that position
-    (acceptance close to 1 - TV). Without coupling it is an independent draw, and `Draft.draft_probs` says from what.
+    Coupled to the policy's noise, each draft token is the one that the draft LM itself would commit at that position
+    (acceptance close to 1 - TV). Without coupling it is an independent draw from `Draft.draft_probs`.
 
-    One tokenizer can come with embeddings of different sizes, padded differently or grown by added tokens. The draft LM
-    then drafts over the rows that both have. It reads a token that it has no embedding for as its token 0, which costs
-    acceptance and nothing else.
+    One tokenizer can come with embeddings of different sizes, padded differently or extended by added tokens. The draft
+    LM then drafts over the rows that both have. It reads tokens without an embedding as its token 0, which costs only
+    acceptance.
 
     Args:
         model: The draft LM; moved to the policy's device, and only read.
         vocab_size: The policy's vocabulary size.
-        same_tokenizer: Whether its tokenizer is known to be the policy's, so that sizes may differ by any amount.
+        same_tokenizer: Whether its tokenizer is known to be the policy's; vocabulary sizes may then differ by any
+            amount.
 
     Raises:
-        ValueError: No causal LM, one whose weights are not finite, or one with another vocabulary (here and at `bind`).
+        ValueError: It is no causal LM, has weights that are not finite, or another vocabulary (here and at `bind`).
     """
 
     name = "draft_lm"
@@ -84,7 +84,7 @@ class DraftLM(Speculator):
         prompts: Prompts = NO_PROMPTS,
         cache: PolicyCache | None = None,
     ) -> None:
-        """Give the new requests cache rows; their prompts run when the first draft is asked for."""
+        """Give the new requests cache rows; their prompts run at the first draft."""
         if sequences is not self._sequences:
             num_requests = len(sequences.lengths)
             self._sequences = sequences
@@ -95,13 +95,13 @@ class DraftLM(Speculator):
         self._active = np.concatenate([self._active, requests])
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int:
-        """Uncached tokens of all active requests that fit its context; it runs them together."""
+        """Uncached tokens of all active requests that fit its context; they run together."""
         lengths = sequences.lengths[self._active]
         waiting = lengths - self._cached[self._active]
         return int(waiting[self._room(lengths) > 0].sum())
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for every request; all rows run to the longest wanted draft, or as far as the context reaches."""
+        """Draft for every request; all rows run to the longest wanted draft, or to the end of the context."""
         assert sequences is self._sequences, "propose() before start()"
         self._make_room(sequences, int(max_draft_tokens.max(initial=0)))
         known = np.flatnonzero(np.isin(requests, self._active))
@@ -143,7 +143,7 @@ class DraftLM(Speculator):
         return draft
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Keep the cached drafts that were committed and let finished requests go."""
+        """Keep the cached drafts that were committed, and release finished requests."""
         assert sequences is self._sequences, "observe() before start()"
         assert self._cache is not None
         for row, request in enumerate(verified.requests.tolist()):
@@ -165,7 +165,7 @@ class DraftLM(Speculator):
         return None
 
     def _make_room(self, sequences: Sequences, depth: int) -> None:
-        """Give up the shortest requests for good if memory is short; other drafters may draft for them."""
+        """If memory is short, drop the shortest requests for good; other drafters may draft for them."""
         cache, lengths = self._cache, sequences.lengths[self._active]
         assert cache is not None, "room is made for requests that start() has told of"
         needed = min(int(lengths.max(initial=0)) + depth, cache.capacity)
@@ -180,7 +180,7 @@ class DraftLM(Speculator):
             self._runner.reserve(len(self._active), needed)
 
     def _room(self, lengths: np.ndarray) -> np.ndarray:
-        """Most tokens that each row can still draft within the cache and the model's context; 0 or less for none."""
+        """Most tokens that each row can still draft, given the cache and the model's context; 0 or less for none."""
         assert self._cache is not None
         limit = min(self._cache.capacity, self._runner.max_context or self._cache.capacity)
         return limit - lengths + 1
@@ -195,12 +195,12 @@ class DraftLM(Speculator):
         self._vocab_size = vocab_size
 
     def _readable(self, token_ids: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-        """Tokens, int64 `[n]`, with 0 for those without an embedding in the draft LM."""
+        """Tokens, int64 `[n]`, with 0 for tokens without an embedding in the draft LM."""
         embeddings = self._runner.model.get_input_embeddings().weight.shape[0]
         return token_ids if embeddings >= self._vocab_size else token_ids * (token_ids < embeddings)
 
     def _in_policys_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[rows, draft vocab]` over the policy's vocabulary; tokens that the draft LM lacks get -inf."""
+        """Logits `[rows, draft vocab]` over the policy's vocabulary; -inf for tokens that the draft LM lacks."""
         missing = self._vocab_size - logits.shape[1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
@@ -208,17 +208,17 @@ class DraftLM(Speculator):
 
 
 def load_draft_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Load a draft LM from a checkpoint folder, onto a device and in a number format; `ValueError` as `load_causal_lm`."""
+    """Load a draft LM from a folder, to a device and in a number format; `ValueError` as for `load_causal_lm`."""
     return load_causal_lm(folder, dtype).to(device)
 
 
 def shares_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether the tokenizer in a draft LM's folder is the policy's; False if either is unknown.
 
-    Tokens that only one of them has were added to it, and do not count.
+    Tokens that only one of them has count as added and are ignored.
 
     Raises:
-        ValueError: It is another one.
+        ValueError: It is another tokenizer.
     """
     from transformers import AutoTokenizer
 

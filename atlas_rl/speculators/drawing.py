@@ -1,7 +1,7 @@
 """Draws draft tokens from a drafter's logits: over the policy's whole vocabulary (LMs) or a reduced one (learned heads).
 
-On a GPU a wait of the host costs as much as a small drafter's forward. So what is drawn stays on the device: the drafter
-runs its next forward on it there, and the host gets all tokens of a draft at once.
+On a GPU, each wait of the host costs as much as a small drafter's forward. So drawn tokens stay on the device, where the
+drafter's next forward reads them, and the host gets all tokens of a draft at once.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from atlas_rl.sampling.processing import padded_prefixes, process
 from atlas_rl.sampling.verification import choose
 from atlas_rl.speculators.drawn_rows import cut, positions_alike
 
-_UNKNOWN = 0.5  # confidence where nothing was drawn
+_UNKNOWN = 0.5  # confidence of positions where nothing was drawn
 _RUNS_ALL = np.zeros(0, np.bool_)  # no token is unrunnable
 
 
 class NonFiniteDraft(ValueError):
-    """A drafter's logits are not a distribution: it cannot draft until its weights change. The policy can go on."""
+    """A drafter's logits are no distribution: it cannot draft until its weights change. The policy is not affected."""
 
 
 @dataclass(slots=True)
@@ -38,11 +38,11 @@ class _Position:
     """One position of a draft: int64 `[n]` each, on the device except `rows`.
 
     Attributes:
-        rows: Requests that have it, as indices into those of the draft.
+        rows: Requests that have this position, as indices into the draft's requests.
         index: The same on the device.
         keys: Noise keys, the bits of uint64 numbers.
-        at: Index in the whole sequence of the token that is drawn.
-        stayed: Where these requests are among those of the position before.
+        at: Index of the drawn token in the whole sequence.
+        stayed: Indices of these requests among those of the previous position.
     """
 
     rows: np.ndarray
@@ -59,12 +59,12 @@ class Drawing:
         drafter: The speculator's name, for errors.
         sequences: All requests of the call.
         requests: int64 `[batch]`.
-        depths: int64 `[batch]`, draft tokens of each request; at least one of one of them.
-        device: Of the logits. All that is known beforehand goes there in one upload.
+        depths: int64 `[batch]`, draft tokens of each request; at least one of them is positive.
+        device: Device of the logits. All inputs known beforehand are uploaded at once.
         couples_noise: Draw with the policy's own noise; otherwise independently, and keep the probabilities.
         token_ids: int64 `[reduced vocab]` on the device, the policy's ids; None for the whole vocabulary.
         argmax: Take the likeliest token instead of drawing.
-        carried: int64 arrays of the drafter's own, which go along.
+        carried: int64 arrays of the drafter's own, uploaded with the rest.
 
     Attributes:
         rows: Per position int64 `[n]`, the requests that have it, as indices into `requests`.
@@ -86,7 +86,7 @@ class Drawing:
     ) -> None:
         sampling = sequences.sampling
         if token_ids is not None and sampling.repetition_penalty != 1:
-            # A penalty would need the whole prefix among the tokens: left out, it costs acceptance and nothing else.
+            # A penalty would need the whole prefix in the reduced vocabulary: leaving it out costs only acceptance.
             sampling = replace(sampling, repetition_penalty=1.0)
         self._drafter, self._sampling, self._sequences = drafter, sampling, sequences
         self._depths, self._token_ids, self._device = depths, token_ids, device
@@ -101,11 +101,11 @@ class Drawing:
             self.rows = [np.flatnonzero(depths > position) for position in range(deepest)]
             lay_out = _laid_out
         self._positions, self.carried = lay_out(self.rows, keys, sequences.lengths, requests, carried, device)
-        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None  # drawn at once: as for `take`
-        self._indices: list[torch.Tensor] = []  # drawn position by position so far, like the next two
+        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None  # all tokens drawn at once: see `take`
+        self._indices: list[torch.Tensor] = []  # drawn so far, by position, like the next two
         self._max_probs: list[torch.Tensor] = []
         self._probs: list[torch.Tensor] = []
-        self._prefixes: torch.Tensor | None = None  # of the next position
+        self._prefixes: torch.Tensor | None = None  # prefixes of the next position
         if sampling.repetition_penalty != 1:
             own, lengths = requests[self.rows[0]], sequences.lengths[requests[self.rows[0]]]
             texts = sequences.token_ids[own, : int(lengths.max())]
@@ -118,8 +118,8 @@ class Drawing:
             logits: `[n, vocab]`, or over the reduced vocabulary; may be changed in place. Rows are those of `rows`.
 
         Returns:
-            On the device int64 `[m]`, of those requests that have another position (of all, at the last one): token ids, or
-            indices into the reduced vocabulary.
+            int64 `[m]` on the device: token ids, or indices into the reduced vocabulary, of the requests that have
+            another position (at the last position: of all).
         """
         position = self._positions[len(self._indices)]
         by = self._by_numba if logits.device.type == "cpu" else self._by_kernel
@@ -141,7 +141,7 @@ class Drawing:
 
     @property
     def by_kernel(self) -> bool:
-        """Whether the draft head kernel draws as this call does: at temperature 0 it takes the likeliest token only."""
+        """Whether the draft head kernel can draw for this call: at temperature 0 it only takes the likeliest token."""
         return self._likeliest == self._sampling.greedy
 
     def draw_all(
@@ -151,7 +151,7 @@ class Drawing:
         newest: torch.Tensor,
         implementation: Implementation = "auto",
     ) -> None:
-        """All tokens of every request, by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`."""
+        """Draw all tokens by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`."""
         drawn = draft_head(
             weights,
             state,
@@ -169,7 +169,7 @@ class Drawing:
         self._probs = [] if drawn.probs is None else list(drawn.probs.unbind(dim=1))
 
     def take(self, indices: torch.Tensor, max_probs: torch.Tensor) -> None:
-        """Take tokens of every request that were drawn elsewhere.
+        """Take tokens of all requests that were drawn elsewhere.
 
         Args:
             indices: int64 `[batch, depth]`, token ids, or indices into the reduced vocabulary.
@@ -178,14 +178,14 @@ class Drawing:
         self._whole = indices, max_probs
 
     def finish(self, max_draft_tokens: np.ndarray, unrunnable: np.ndarray | None = None) -> Draft:
-        """The finished draft, copied to the host in one download.
+        """Finish the draft and copy it to the host in one download.
 
         Args:
-            max_draft_tokens: int64 `[batch]`, where each row is cut. It is cut behind its first ending token as well.
-            unrunnable: bool `[vocab]`, tokens that rows are cut behind too; None where there are none.
+            max_draft_tokens: int64 `[batch]`, where each row is cut. Rows are also cut after their first ending token.
+            unrunnable: bool `[vocab]`, tokens that rows are cut after as well; None if there are none.
 
         Raises:
-            NonFiniteDraft: The largest probability of a row, which is its confidence, is NaN.
+            NonFiniteDraft: The largest probability of a row (its confidence) is NaN.
         """
         drawn, sure = self._fetched()
         sampling, depths = self._sequences.sampling, self._depths
@@ -199,7 +199,7 @@ class Drawing:
                 "causes: weights of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave "
                 "it out"
             )
-        # A row's largest probability is a number exactly if all of them are.
+        # A row's largest probability is NaN if any of them is.
         return Draft(tokens, lengths, confidence, self._draft_probs(), probs_are_checked=True)
 
     def _fetched(self) -> tuple[np.ndarray, np.ndarray]:
@@ -220,11 +220,11 @@ class Drawing:
         return tokens, confidence
 
     def _draft_probs(self) -> torch.Tensor | None:
-        """Distributions that tokens were drawn from, float32 `[batch, depth, vocab]`; None if draws were coupled."""
+        """Distributions that tokens were drawn from, float32 `[batch, depth, vocab]`; None for coupled draws."""
         if not self._probs:
             return None
         batch = len(self._depths)
-        everybody = len(self.rows[-1]) == batch  # has all positions
+        everybody = len(self.rows[-1]) == batch  # all requests have all positions
         if everybody and self._token_ids is None:
             return torch.stack(self._probs, dim=1)
         draft_probs = self._probs[0].new_zeros(batch, len(self.rows), self._sequences.vocab_size)
@@ -284,7 +284,7 @@ def _laid_out(
     carried: Sequence[np.ndarray],
     device: torch.device,
 ) -> tuple[list[_Position], list[torch.Tensor]]:
-    """The positions of a draft after committed tokens (int64 `[num_requests]`), and `carried`, in one upload."""
+    """The positions of a draft after committed tokens (int64 `[num_requests]`), and `carried`; one upload."""
     parts: list[np.ndarray] = []
     for position, row in enumerate(rows):
         stayed = np.searchsorted(rows[max(position - 1, 0)], row)
@@ -303,12 +303,12 @@ def _laid_out_alike(
     carried: Sequence[np.ndarray],
     device: torch.device,
 ) -> tuple[list[_Position], list[torch.Tensor]]:
-    """`_laid_out` for rows that all have every position, in one compiled call."""
+    """`_laid_out` for rows that all have every position; one compiled call."""
     batch, depth = len(keys), len(rows)
     own = positions_alike(keys, lengths, requests, depth)
     there = uploaded(np.concatenate([own, *carried]) if carried else own, device)
     if all(len(part) == batch for part in carried):
-        row, key, *parts = there.view(-1, batch).unbind()  # a third of what `split` takes
+        row, key, *parts = there.view(-1, batch).unbind()  # takes a third of the time of `split`
     else:
         row, key, *parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])
     positions = [_Position(own_rows, row, key, at, row) for own_rows, at in zip(rows, parts, strict=False)]
@@ -317,11 +317,11 @@ def _laid_out_alike(
 
 @cached_njit(nogil=True)
 def choose_among(probs, token_ids, keys, positions, stream):
-    """`argmax p(x) / E(x)` of every row over some tokens.
+    """`argmax p(x) / E(x)` of every row over a list of tokens.
 
     Args:
         probs: float32 `[rows, tokens]`.
-        token_ids: int64 `[tokens]`, whose noise counts.
+        token_ids: int64 `[tokens]`, ids that the noise is computed for.
         keys: uint64 `[rows]`.
         positions: int64 `[rows]`.
         stream: The noise stream.
@@ -342,6 +342,6 @@ def choose_among(probs, token_ids, keys, positions, stream):
 
 
 def _one_hot(indices: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """float32 `[rows, tokens]`, shaped like `logits`."""
+    """One-hot rows, float32 `[rows, tokens]`, shaped like `logits`."""
     hot = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
     return hot.scatter_(1, indices[:, None], 1.0)

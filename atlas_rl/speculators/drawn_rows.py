@@ -1,7 +1,7 @@
 """Compiled preparation of a network's draft: noise keys of its positions, ends of rows, initial states.
 
-A drafter of a few hundred microseconds leaves no time for dozens of numpy calls around it. Every function here has its numpy
-form in `tests/speculators/test_drawn_rows.py`.
+A draft of a few hundred microseconds leaves no time for dozens of numpy calls around it. The numpy form of every
+function is in `tests/speculators/test_drawn_rows.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def positions_alike(keys, lengths, requests, depth):
     """Per-position inputs of a draft, one position after the other; the plain form is in the tests.
 
     Args:
-        keys: uint64 `[batch]`, of the noise.
+        keys: uint64 `[batch]`, noise keys.
         lengths: int64 `[num_requests]`, committed tokens.
         requests: int64 `[batch]`.
-        depth: Draft tokens of each.
+        depth: Draft tokens of each request.
 
     Returns:
         int64 `[(2 + depth) * batch]`: rows, bits of the keys, then per draft token its index in the whole sequence.
@@ -42,13 +42,13 @@ def cut(drawn, sure, most, stops, unrunnable):
 
     Args:
         drawn: int64 `[batch, depth]`, tokens.
-        sure: float32 `[batch, depth]`, largest probabilities; kept inside of `CONFIDENCE`, in place.
-        most: int64 `[batch]`, where each row is cut at the latest.
+        sure: float32 `[batch, depth]`, largest probabilities; clipped to `CONFIDENCE` in place.
+        most: int64 `[batch]`, maximum length of each row.
         stops: int64 `[n]`, ending tokens.
-        unrunnable: bool `[vocab]`, tokens that rows are cut behind too; empty where there are none.
+        unrunnable: bool `[vocab]`, tokens that rows are cut after as well; empty if there are none.
 
     Returns:
-        Tokens, confidences, int64 `[batch]` lengths, and whether all probabilities are numbers.
+        Tokens, confidences, int64 `[batch]` lengths, and whether no probability is NaN.
     """
     batch, depth = drawn.shape
     lengths = np.empty(batch, np.int64)
@@ -89,13 +89,13 @@ def newest_indices(requests, lengths, texts, index_of):
 
 @cached_njit(nogil=True)
 def newest_places(starts, num_committed, requests, lengths):
-    """Places of the newest tokens' states among those of a forward, and where each request's text began.
+    """Places of the newest tokens' states in a forward, and the length of each request's text before it.
 
     Args:
         starts: int64 `[batch]`, each row's first place in the forward.
-        num_committed: int64 `[batch]`, tokens of each row that stand.
+        num_committed: int64 `[batch]`, committed tokens of each row.
         requests: int64 `[batch]`.
-        lengths: int64 `[num_requests]`, tokens by now.
+        lengths: int64 `[num_requests]`, tokens after the forward.
 
     Returns:
         int64 `[2, batch]`: place of each row's last committed token, and its request. int64 `[batch]`: tokens before this

@@ -1,12 +1,12 @@
 """Heads of one attention layer that continue the policy's own features: what EAGLE-3 and multi-token prediction share.
 
-At position i such a head sees the embedding of token x_{i+1} and a feature of position i, and predicts x_{i+2}. The feature
-is made of the policy's hidden states where the policy has run, and is the head's own output of the step before where it has
-not.
+At position i such a head reads the embedding of token x_{i+1} and a feature of position i, and predicts x_{i+2}. Where
+the policy has run, the feature is computed from its hidden states; elsewhere it is the head's own output of the
+previous step.
 
-The head keeps an attention cache of its own, a row for each request that it drafts for. Committed positions enter it with
-the policy's features; drafted ones with the head's own, and are overwritten when the policy has run there. Where memory does
-not take another row, requests go without its drafts.
+The head keeps its own attention cache, with a row for each request that it drafts for. Committed positions enter it
+with the policy's features; drafted ones with the head's own, overwritten once the policy has run there. If there is no
+memory for another row, requests get no drafts of this head.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
     from atlas_rl.policy.view import PolicyView
 
-_FUSED_TOGETHER = 256  # observed positions whose states are kept at most before they are fused
-_DRAFT_ROOM = 32  # cache cells past the longest text, for drafts that reach beyond a request's end
+_FUSED_TOGETHER = 256  # most observed positions whose states are kept unfused
+_DRAFT_ROOM = 32  # cache cells past the longest text, for drafts beyond a request's end
 
 
 class FeatureHeadSpeculator(Speculator):
     """Drafts with a head on the policy's features, under the sampling parameters of the call.
 
-    A subclass loads its head in `bind`, says in `needs` which layers it reads, sets `_cell_bytes`, what a token takes in the
-    head's cache, and gives `_features_of`, `_step` and `_logits`.
+    A subclass loads its head in `bind`, sets in `needs` which layers it reads, sets `_cell_bytes` (bytes per token in
+    the head's cache), and implements `_features_of`, `_step` and `_logits`.
     """
 
     _cell_bytes: int
     _token_ids: torch.Tensor | None = None
-    """The policy's ids of the tokens that the head knows, int64 `[n]`; None for all."""
+    """The policy's ids of the head's vocabulary, int64 `[n]`; None for the whole vocabulary."""
 
     def __init__(self) -> None:
         self._sequences: Sequences | None = None
@@ -55,11 +55,11 @@ class FeatureHeadSpeculator(Speculator):
 
     @abstractmethod
     def _features_of(self, states: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Features `[tokens, hidden]` of positions that the policy has run, from `[tokens, hidden]` of each needed layer."""
+        """Features `[tokens, hidden]` of positions that the policy has run, from `[tokens, hidden]` of each layer."""
 
     @abstractmethod
     def _step(self, embeddings: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The head over packed tokens, whose cache is active (`ragged_attention`).
+        """Run the head over packed tokens; its cache is active (`ragged_attention`).
 
         Args:
             embeddings: `[tokens, hidden]`, of the token after each position, in the features' number format.
@@ -72,7 +72,7 @@ class FeatureHeadSpeculator(Speculator):
 
     @abstractmethod
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits `[tokens, n]` over the tokens that the head knows, from what `_step` returned."""
+        """Logits `[tokens, n]` over the head's vocabulary, from the output of `_step`."""
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `[tokens, hidden]`: the policy's, unless the head has its own."""
@@ -109,17 +109,17 @@ class FeatureHeadSpeculator(Speculator):
                 honour_softcap=False,
                 free_bytes=lambda: free_bytes(self._device),
             )
-            self._row_of = np.full(num_requests, -1)  # cache rows, of requests that have been run
+            self._row_of = np.full(num_requests, -1)  # cache rows; -1 before a request has run
             self._cached = np.zeros(num_requests, np.int64)
             self._features: list[list[torch.Tensor]] = [[] for _ in range(num_requests)]  # not in the cache yet
-            self._has_prompt = np.zeros(num_requests, bool)  # and is still decoded
-            self._prompt_in: dict[int, int] = {}  # by prompt key, a request whose row has the prompt
+            self._has_prompt = np.zeros(num_requests, bool)  # running requests with known prompt features
+            self._prompt_in: dict[int, int] = {}  # by prompt key: a request whose row holds the prompt
             self._unfused: list[tuple[np.ndarray, np.ndarray, dict[int, torch.Tensor]]] = []
         if not prompts.groups:
             return
         with torch.no_grad():
             features = self._features_of(prompts.hidden.layers)
-        # The last position of a prompt waits for the token that follows it.
+        # The last position of a prompt is run later, with the token that follows it.
         for group, first in zip(prompts.groups, prompts.hidden.starts, strict=True):
             for request in group:
                 self._features[request].append(features[first : first + sequences.prompt_lengths[request]])
@@ -137,12 +137,12 @@ class FeatureHeadSpeculator(Speculator):
         """Draft for every request; all rows run to the longest wanted draft, shorter ones are cut."""
         assert sequences is self._sequences, "propose() before start()"
         known = np.flatnonzero(self._has_prompt[requests])
-        if len(known) < len(requests):  # an engine that caches prefixes does not always run a prompt again
+        if len(known) < len(requests):  # engines with a prefix cache may not run a prompt again
             return self.propose(sequences, requests[known], max_draft_tokens[known]).spread(known, len(requests))
         lengths, depth = sequences.lengths[requests], int(max_draft_tokens.max(initial=0))
         depth = min(depth, int(sequences.max_length + _DRAFT_ROOM - lengths.max(initial=0)))
         if depth > 0 and self._make_room(sequences, requests, depth):
-            return self.propose(sequences, requests, max_draft_tokens)  # without those that it forgot
+            return self.propose(sequences, requests, max_draft_tokens)  # without the dropped requests
         if depth <= 0:
             return Draft.empty(len(requests))
         one = np.ones(len(requests), np.int64)
@@ -169,7 +169,7 @@ class FeatureHeadSpeculator(Speculator):
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the features of committed positions until the head next runs."""
         starts = sequences.lengths[verified.requests] - verified.num_committed
-        # What the first token was drawn from is the prompt's last position, which `start` has seen.
+        # The first token was drawn from the prompt's last position, which `start` has handled.
         going = self._has_prompt[verified.requests] & ~verified.finished
         rows = np.flatnonzero((starts > sequences.prompt_lengths[verified.requests]) & going)
         self._forget(sequences, verified.requests[verified.finished])
@@ -201,7 +201,7 @@ class FeatureHeadSpeculator(Speculator):
                 del self._prompt_in[key]
 
     def _make_room(self, sequences: Sequences, requests: np.ndarray, depth: int) -> bool:
-        """Give requests (int64 `[n]`) rows; returns whether some were dropped because memory is short."""
+        """Assign rows to requests (int64 `[n]`); returns whether requests were dropped because memory is short."""
         cache = self._cache
         assert cache is not None, "room is made for requests that start() has told of"
         kept = np.flatnonzero(self._row_of >= 0)
@@ -211,7 +211,7 @@ class FeatureHeadSpeculator(Speculator):
         if num_rows > cache.held_rows or longest > cache.held_cells:
             cells = cache.cells_that_fit(self._cell_bytes)
             if num_rows > max(1, cells // longest):
-                # Those that have no row yet go first, and then the shortest of the others.
+                # Requests without a row are dropped first, then the shortest of the others.
                 by_length = kept[np.argsort(-sequences.lengths[kept], kind="stable")]
                 self._forget(sequences, np.concatenate([by_length, fresh])[max(1, cells // longest) :])
                 return True
@@ -222,7 +222,7 @@ class FeatureHeadSpeculator(Speculator):
         return False
 
     def _close_gaps(self, cache: RaggedBatch, kept: np.ndarray) -> None:
-        """Move the last rows of requests with one, int64 `[n]`, so that these are the first `n`."""
+        """Move rows of the requests in `kept` (int64 `[n]`), so that they occupy the first `n`."""
         rows = self._row_of[kept]
         gaps = np.setdiff1d(np.arange(len(kept)), rows)
         for request, gap in zip(kept[rows >= len(kept)].tolist(), gaps.tolist(), strict=True):
@@ -230,7 +230,7 @@ class FeatureHeadSpeculator(Speculator):
             self._row_of[request] = gap
 
     def _fuse(self) -> None:
-        """Fuse features of the positions observed since the last time, in one read of the weights."""
+        """Compute features of the positions observed since the last time, reading the weights once."""
         if not self._unfused:
             return
         requests, counts = (np.concatenate([entry[i] for entry in self._unfused]) for i in range(2))
@@ -243,12 +243,12 @@ class FeatureHeadSpeculator(Speculator):
                 self._features[request].append(part)
 
     def _leaders(self, sequences: Sequences, fresh: np.ndarray) -> np.ndarray:
-        """One request for each prompt that has no row yet."""
+        """One request for each prompt that is in no row yet."""
         keys, first = np.unique(sequences.prompt_keys[fresh], return_index=True)
         return fresh[first[[int(key) not in self._prompt_in for key in keys]]]
 
     def _run_prompts(self, sequences: Sequences, fresh: np.ndarray) -> None:
-        """Run the prompts of new requests except their last position, once for all siblings of a prompt."""
+        """Run the prompts of new requests except their last position, once per distinct prompt."""
         fresh, cache = fresh[sequences.prompt_lengths[fresh] > 1], self._cache
         if cache is None or not len(fresh):
             return
@@ -269,7 +269,7 @@ class FeatureHeadSpeculator(Speculator):
             cache.copy_rows(int(self._row_of[source]), rows, int(lengths[source]))
 
     def _catch_up(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
-        """Run the committed positions that are not cached yet; returns the last features of each request."""
+        """Run committed positions that are not cached yet; returns each request's last features."""
         fresh: list[torch.Tensor] = []
         tokens, counts, starts = [], np.zeros(len(requests), np.int64), self._cached[requests]
         for row, (request, start) in enumerate(zip(requests, starts, strict=True)):

@@ -10,21 +10,21 @@ from torch import nn
 from atlas_rl.speculators.saved_state import SavedState
 
 MAX_COUNT = 1e15
-_MAX_WEIGHT = 1e4  # no training makes one as large, and it is finite in every number format that the head drafts in
+_MAX_WEIGHT = 1e4  # larger than any trained weight, yet finite in every number format of drafts
 
 
 def learned_parameters(head: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that training changes, by name."""
+    """Trainable parameters by name."""
     return {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
 
 
 def saved_weights(head: nn.Module, state: SavedState, owner: str) -> dict[str, torch.Tensor]:
-    """Weights for `head`, by name; `ValueError` for others, or for values that no training makes.
+    """Weights for `head`, by name; `ValueError` if they do not fit, or have values that no training produces.
 
     Args:
-        head: Whose learned parameters they are.
-        state: By name.
-        owner: Named in errors.
+        head: Head that the weights are for.
+        state: Saved weights by name.
+        owner: Name used in errors.
     """
     own = learned_parameters(head)
     if state.names() != set(own):
@@ -33,7 +33,7 @@ def saved_weights(head: nn.Module, state: SavedState, owner: str) -> dict[str, t
 
 
 def saved_moments(head: nn.Module, state: SavedState, owner: str) -> dict[int, dict[str, torch.Tensor]]:
-    """AdamW's moments, by the parameter's number; none before the first step. `ValueError` as of `saved_weights`."""
+    """AdamW's moments, by parameter number; empty before the first step. `ValueError` as in `saved_weights`."""
     parameters = {str(index): parameter for index, parameter in enumerate(learned_parameters(head).values())}
     if not state.names() <= set(parameters):
         raise ValueError(f"{owner}: the optimizer has parameters {sorted(map(str, state.names()))}")

@@ -1,8 +1,8 @@
 """Identifies the content of a checkpoint folder by its configuration and its tensors' names and shapes.
 
-Heads of many kinds come in folders that look alike. An EAGLE-1 head calls itself a Llama of one layer; DFlash, DSpark and
-P-EAGLE heads of the `speculators` layout have the fields of an EAGLE-3 head. Loaded as what it is not, a head drafts badly
-and says nothing, so each kind is named here, and every loader asks first.
+Heads of many kinds come in similar folders. An EAGLE-1 head calls itself a Llama of one layer; DFlash, DSpark and
+P-EAGLE heads of the `speculators` layout have the fields of an EAGLE-3 head. Loaded as the wrong kind, a head drafts
+badly without any error, so each kind is named here, and every loader asks first.
 
 The layouts are those of SafeAILab/EAGLE (a flat Llama configuration), vllm-project/speculators (`speculators_model_type`),
 FasterDecoding/Medusa, and vLLM's own loaders.
@@ -29,7 +29,7 @@ _MEDUSA, _HYDRA, _MLP = "Medusa heads", "Hydra heads", "an MLP speculator"
 
 _GIVE = " Give a folder that save_pretrained() wrote."
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
-# Parts of names, without `-` and `_`, in the order in which they are looked for: "peagle" has "eagle" in it.
+# Parts of names, without `-` and `_`, in the order of the search: "peagle" contains "eagle".
 _NAMES = {
     "peagle": _P_EAGLE,
     "dspark": _DSPARK,
@@ -41,7 +41,7 @@ _NAMES = {
     "eagle": _EAGLE1,
     "mtp": MTP,
 }
-# Beginnings of configuration fields that only such heads have.
+# Prefixes of configuration fields that only such heads have.
 _FIELDS = {
     "dspark_": _DSPARK,
     "markov_": _DSPARK,
@@ -63,10 +63,10 @@ _TENSORS = {
 def kind_of(folder: str | Path) -> str:
     """The kind of content, as used in a sentence: `CAUSAL_LM`, `EAGLE3`, or the name of another kind of head.
 
-    `CAUSAL_LM` is what is left when nothing says head; whether all its weights are there, loading tells.
+    `CAUSAL_LM` is what remains if nothing indicates a head; loading shows whether all its weights are there.
 
     Raises:
-        ValueError: No checkpoint there, or a damaged one.
+        ValueError: There is no checkpoint, or it is damaged.
     """
     folder = Path(folder)
     for file in ("medusa_lm_head", "hydra_lm_head"):
@@ -110,11 +110,11 @@ def read_tensors(folder: Path, names: Collection[str] | None = None) -> dict[str
     """Tensors of a checkpoint, on the CPU.
 
     Args:
-        folder: Of the checkpoint.
-        names: Those that are read; None reads all.
+        folder: Folder of the checkpoint.
+        names: Tensors to read; None reads all.
 
     Raises:
-        ValueError: There are no tensors at all, or a file is damaged.
+        ValueError: There are no tensors, or a file is damaged.
     """
     tensors: dict[str, torch.Tensor] = {}
     files = _weight_files(folder)
@@ -135,7 +135,7 @@ def read_tensors(folder: Path, names: Collection[str] | None = None) -> dict[str
 
 
 def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
-    """Raise `ValueError` for a tensor that holds NaN or infinity; `what` begins the message."""
+    """Raise `ValueError` if a tensor holds NaN or infinity; `what` begins the message."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
@@ -145,7 +145,7 @@ def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a folder; of safetensors files, only the headers are read."""
+    """Names and shapes of the tensors in a folder; only the headers of safetensors files are read."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in _weight_files(folder):
         if path.suffix == ".safetensors":
@@ -160,7 +160,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files with a checkpoint's weights: one, or those that an index names; empty if there are none."""
+    """The files with a checkpoint's weights: one, or those in an index; empty if there are none."""
     for name in (_SAFETENSORS, _PICKLE):
         if (folder / name).is_file():
             return [folder / name]
@@ -229,13 +229,13 @@ def _by_tensor_shapes(shapes: dict[str, tuple[int, ...]]) -> str | None:
     if fuse is not None:
         hidden, read = fuse[0], fuse[-1]
         query = next((shape[-1] for name, shape in shapes.items() if name.endswith("self_attn.q_proj.weight")), None)
-        if query == 2 * hidden:  # the embedding enters beside the feature, in the attention
+        if query == 2 * hidden:  # attention reads the embedding beside the feature
             return EAGLE3
         if "hidden_norm.weight" in shapes:
             return _DFLASH
         return _EAGLE1 if read == 2 * hidden else "a head that reads the policy's hidden states"
     if "d2t" in shapes:
         return EAGLE3
-    # Whole models come with such layers as well.
+    # Whole models can contain such layers too.
     predicts = any(re.match(r"mtp\.", name) or ".eh_proj." in name for name in shapes)
     return MTP if predicts and not any(name.startswith("layers.0.") for name in shapes) else None

@@ -1,10 +1,9 @@
-"""How long a head may learn after a policy update: a share of the run's time, and no more of it than learning is worth.
+"""Limits how long a head may learn after a policy update: to a share of the run's time, and to what learning is worth.
 
-The share is kept over the run, not only hoped for. Everything between `open` and `close` counts, and what a refresh took
-beyond its budget is taken off the next ones: a head whose single step is dearer than its share skips refreshes.
-
-Within the share, the time is halved while learning gains less than it costs, and doubled, up to the whole, while it pays. It
-is whole again at once where what was lost since the last refresh is worth it: the policy jumped, or has a new task.
+The share holds over the whole run. All time between `open` and `close` counts, and if a refresh takes longer than its
+budget, the next ones get less: a head whose single step costs more than its share skips refreshes. Within the share,
+the time is halved while learning gains less than it costs, and doubled, up to the whole, while it pays. It is whole
+again at once if the loss of agreement since the last refresh is worth it: the policy jumped, or has a new task.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ import numpy as np
 
 from atlas_rl.core import Rollouts
 
-SHARE = 0.05  # of the time since the refresh before, for all heads together
-_LASTS_UPDATES = 4.0  # policy updates over which what was learned is worth something
-_LEAST_CUT = 1 / 16  # of the budget: what is always spent, to see whether training pays again
+SHARE = 0.05  # of the time since the previous refresh, for all heads together
+_LASTS_UPDATES = 4.0  # policy updates over which learning keeps its worth
+_LEAST_CUT = 1 / 16  # least share of the budget, always spent to see whether training pays again
 _CHECK_EVERY = 8  # optimizer steps
 _PATIENCE = 3  # checks without a better agreement after which training stops
-_WORTH = 1e-3  # of agreement: what counts as better
+_WORTH = 1e-3  # gain of agreement that counts as better
 _MAX_STEPS = 400
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Mean of `sum_x min(p(x), q(x))`: the acceptance that the best use of a head could reach.
+    """Mean of `sum_x min(p(x), q(x))`: the highest acceptance that any use of a head could reach.
 
     Attributes:
-        by_position: At each position of a draft, float64 `[unroll]`.
-        counts: Examples of each, int64 `[unroll]`.
+        by_position: Mean at each draft position, float64 `[unroll]`.
+        counts: Examples at each position, int64 `[unroll]`.
     """
 
     by_position: np.ndarray
@@ -40,19 +39,19 @@ class Agreement:
 
     @property
     def mean(self) -> float:
-        """Over all examples."""
+        """Mean over all examples."""
         return float(self.by_position @ self.counts / max(1, self.counts.sum()))
 
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """What one refresh did.
+    """Report of one refresh.
 
     Attributes:
         num_steps: Optimizer steps.
         agreement_before, agreement_after: Mean over positions on the newest rollouts, see `Agreement`.
-        by_position: The latter at each position of a draft, float64 `[unroll]`.
-        seconds: Spent since the refresh began.
+        by_position: `agreement_after` at each draft position, float64 `[unroll]`.
+        seconds: Seconds since the refresh began.
     """
 
     num_steps: int
@@ -63,44 +62,44 @@ class Distilled:
 
 
 class LearningBudget:
-    """See the module's docstring.
+    """Time budget of a head; see the module docstring.
 
-    A point of agreement is worth about a point of the time that generating takes, in this step and some more, where the head
-    drafts everything. Where others' drafts are accepted as well, it is worth the head's share of that. A share that falls is
-    believed half at a time: a head that is not asked for one call must not be left to age.
+    If the head drafts everything, a point of agreement is worth about a point of the generation time, in this step and
+    a few more. If other drafters' drafts are accepted too, it is worth the head's share of that. A falling share is
+    lowered by at most half at a time, so that a head that was not asked for one call is not left to age.
 
     Args:
-        share: Most of the time between two refreshes that the later one takes.
-        clock: Seconds.
+        share: Largest share of the time between two refreshes that the later one may take.
+        clock: Returns seconds.
 
     Attributes:
-        opened_s: When the present refresh began, on the clock.
+        opened_s: Start of the present refresh, on the clock.
     """
 
     def __init__(self, share: float, clock: Callable[[], float]) -> None:
         self._share, self._clock = share, clock
-        self._heads = 1  # that divide the share
+        self._heads = 1  # number of heads that divide the share
         self._closed_s = self.opened_s = clock()
         self._owed_s = self._whole_s = self._worth_s = 0.0
-        self._cut = 1.0  # share of the budget that learning is worth
-        self._use = 1.0  # share of what speculation saves that is the head's
-        self._agreement: float | None = None  # after the refresh before
-        self._measures = False  # whether anybody timed the generation
+        self._cut = 1.0  # share of the budget that is spent
+        self._use = 1.0  # the head's share of what speculation saves
+        self._agreement: float | None = None  # after the previous refresh
+        self._measures = False  # whether the generation was timed
         self._has_learned = False  # since `open`
 
     def divide(self, heads: int) -> None:
-        """So many heads learn beside each other, within one share."""
+        """Divide the share among this many heads."""
         self._heads = heads
 
     def open(self, rollouts: Rollouts, speculator: str) -> bool:
         """Begin a refresh.
 
         Args:
-            rollouts: The newest.
+            rollouts: The newest rollouts.
             speculator: The head's name in their counts.
 
         Returns:
-            Whether there is time to learn; False where earlier refreshes have spent it.
+            Whether there is time to learn; False if earlier refreshes have spent it.
         """
         self.opened_s = self._clock()
         elapsed_s = max(0.0, self.opened_s - self._closed_s - rollouts.measuring_s)
@@ -113,20 +112,20 @@ class LearningBudget:
         return self._whole_s > 0
 
     def limit_s(self, agreement: float) -> float:
-        """Most seconds since `open`, once the agreement before learning is known."""
+        """Most seconds since `open`, given the agreement before learning."""
         if self._agreement is not None and (self._agreement - agreement) * self._worth_s > self._whole_s:
             self._cut = 1.0
         return self._whole_s * self._cut
 
     def learned(self, done: Distilled) -> None:
-        """What came of it."""
+        """Record the result of learning."""
         self._agreement, self._has_learned = done.agreement_after, True
         if self._measures:
             pays = (done.agreement_after - done.agreement_before) * self._worth_s >= done.seconds
             self._cut = min(1.0, 2 * self._cut) if pays else max(_LEAST_CUT, self._cut / 2)
 
     def close(self) -> None:
-        """End a refresh. Time that could not be spent for want of anything to learn from is kept for the next one."""
+        """End a refresh. If there was nothing to learn from, unspent time is kept for the next one."""
         self._closed_s = self._clock()
         owed_s = self._closed_s - self.opened_s - self._whole_s
         self._owed_s = max(0.0, owed_s) if self._has_learned else owed_s
@@ -143,11 +142,11 @@ def learn_in_time(
     """Take optimizer steps until the budget is spent or the agreement on the newest rollouts stops rising.
 
     Args:
-        step: Takes one; at least one is taken.
+        step: Takes one optimizer step; called at least once.
         check: Measures the agreement.
-        budget_s: From the agreement before training to seconds, both checks included.
-        clock: Seconds.
-        began_s: On the clock, since when the budget counts.
+        budget_s: Maps the agreement before training to the budget in seconds, which includes both checks.
+        clock: Returns seconds.
+        began_s: Start of the budget, on the clock.
     """
     before = best = check().mean
     limit_s, now = budget_s(before), clock()

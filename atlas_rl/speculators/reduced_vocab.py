@@ -1,7 +1,8 @@
 """The reduced vocabulary of a drafter's output layer: the tokens that the rollouts use.
 
-A rollout of one task uses a few hundred of the policy's tokens; an output layer over all of them would cost more than the
-rest of a small drafter. What the drafter cannot propose, the policy still samples: that is a rejected draft, never a bias.
+A rollout of one task uses a few hundred of the policy's tokens; an output layer over all tokens would cost more than
+the rest of a small drafter. The policy still samples tokens that the drafter cannot propose: a rejected draft, never a
+bias.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from atlas_rl.policy.view import PolicyView
 
-_COVERAGE = 0.999  # share of the rollouts' tokens, so that the rarest do not widen the layer
+_COVERAGE = 0.999  # share of the rollouts' tokens: the rarest are left out
 _HALVED_AFTER_UPDATES = 8
 
 
@@ -36,7 +37,7 @@ class TokenCounts:
         self.counts *= 0.5 ** (1 / _HALVED_AFTER_UPDATES)
 
     def most_used(self, max_size: int) -> np.ndarray:
-        """The fewest tokens that cover `_COVERAGE` of what was counted, at most `max_size`: sorted int64 ids."""
+        """The fewest tokens that cover `_COVERAGE` of the counts, at most `max_size`: sorted int64 ids."""
         order = np.argsort(-self.counts, kind="stable")
         order = order[: np.count_nonzero(self.counts > 0)]
         covered = np.cumsum(self.counts[order])
@@ -48,8 +49,8 @@ class TokenCounts:
 class TokenRows:
     """The policy's input embeddings, LM head rows and biases, of the tokens seen so far.
 
-    A copy, because the drafter learns when the policy's weights may be sharded away, and small, because it holds only what
-    the rollouts used. `reread` follows the policy.
+    A copy, because the drafter learns when the policy's weights may be sharded. Small, because it holds only tokens
+    that the rollouts used. `reread` updates it to the present policy.
 
     Attributes:
         slots: int64 `[vocab]`, row of each token, -1 for tokens without one.
@@ -82,7 +83,7 @@ class TokenRows:
             self.biases = torch.cat([self.biases, biases])
 
     def move_to(self, device: torch.device) -> None:
-        """The policy has moved to another device."""
+        """Move the rows to the policy's new device."""
         self.inputs, self.outputs, self.biases = (rows.to(device) for rows in (self.inputs, self.outputs, self.biases))
 
     def reread(self, policy: PolicyView) -> None:
@@ -91,7 +92,7 @@ class TokenRows:
 
 
 def _appended(rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """`rows` with `new` appended, in spare memory after `rows` if there is some, because tokens keep coming."""
+    """`rows` with `new` appended, within spare memory after `rows` if possible, because tokens keep coming."""
     old, count, width = len(rows), len(rows) + len(new), rows.shape[1]
     room = rows.untyped_storage().nbytes() // (rows.element_size() * width)
     store = rows

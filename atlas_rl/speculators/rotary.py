@@ -1,7 +1,7 @@
 """Rotary tables that stay in float32, whatever number format the head around them is moved to.
 
-`Module.to(torch.bfloat16)` would round the frequencies as well: far into a text the angles are then others than those that a
-head was trained with.
+`Module.to(torch.bfloat16)` would round the frequencies as well, and far into a text the angles would differ from those
+in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RotaryTables(nn.Module):
         self.rotary = rotary
 
     def forward(self, states: torch.Tensor, positions: torch.Tensor) -> Any:
-        """See `rotary`; what it gives has the states' number format."""
+        """See `rotary`; the result has the states' number format."""
         return self.rotary(states, positions)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:

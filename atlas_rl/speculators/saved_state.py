@@ -1,6 +1,6 @@
 """Checks a drafter's saved state before anything is built from it.
 
-Compiled code indexes by some of these numbers, and a disk may give back other ones than were written.
+Compiled code indexes by some of these numbers, and a disk may return other numbers than were written.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class SavedState:
     """A mapping whose values are checked when they are read.
 
     Args:
-        values: What a state dict, or a part of it, holds.
-        owner: Named in errors, such as "history index".
+        values: A state dict, or a part of it.
+        owner: Name used in errors, such as "history index".
 
     Raises:
         ValueError: Not a mapping.

@@ -1,7 +1,8 @@
 """Launches the drafters' GPU kernels once on tiny inputs, so that Triton compiles them before a draft needs them.
 
-Triton compiles a kernel anew for other types, and for numbers that are multiples of 16 or not (`docs/kernels.md`). What is
-launched here has the types and the kinds of numbers that drafts will have, and is otherwise as small as can be.
+Triton compiles a kernel again for other types, and depending on whether numbers are multiples of 16
+(`docs/kernels.md`). The inputs here have the types and divisibility that drafts will have, and are otherwise as small
+as possible.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from atlas_rl.speculators.drawing import Drawing
 def one_drawing(
     sampling: SamplingParams, vocab_size: int, device: torch.device, couples_noise: bool, token_ids: torch.Tensor | None
 ) -> Drawing:
-    """The draft of one token for one request under these sampling parameters; arguments as in `Drawing`."""
+    """A draft of one token for one request under these sampling parameters; arguments as in `Drawing`."""
     one = np.ones(1, np.int64)
     sequences = Sequences(
         token_ids=np.zeros((1, 2), np.int32),
@@ -47,7 +48,7 @@ def draw_from_logits(
     dtype: torch.dtype = torch.float32,
     token_ids: torch.Tensor | None = None,
 ) -> None:
-    """Draw a token as drafters do from logits of a type; other arguments as in `Drawing`."""
+    """Draw a token from logits of a type, as drafters do; other arguments as in `Drawing`."""
     columns = vocab_size if token_ids is None else len(token_ids)
     drawing = one_drawing(sampling, vocab_size, device, couples_noise, token_ids)
     drawing.draw(torch.zeros(1, columns, dtype=dtype, device=device))
@@ -68,17 +69,17 @@ def draw_from_head(
     couples_noise: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Draw a token by the draft head kernel.
+    """Draw a token with the draft head kernel.
 
     Args:
-        sampling: Of calls.
-        sizes: Of the policy's vocabulary, of the most tokens that the head can propose, and of its state.
-        device: Of its weights.
-        couples_noise: As of `Drawing`.
-        dtype: Of its weights.
+        sampling: Sampling parameters of the calls.
+        sizes: Size of the policy's vocabulary, most tokens that the head can propose, and size of its state.
+        device: Device of its weights.
+        couples_noise: See `Drawing`.
+        dtype: Type of its weights.
     """
     vocab_size, most_tokens, size = sizes
-    # Small weights take one launch. A vocabulary of any size may come: where it is truncated, its rows are aligned or not.
+    # Small weights take one launch. The vocabulary may have any size: if it is truncated, its rows are aligned or not.
     small = [min(tokens, most_tokens) for tokens in (32, 33)]
     for tokens in {*small, most_tokens} if _is_whole(small[0], size, dtype) else set(small):
         empty = {"input_gates": (tokens + 1, 3 * size), "state_gates": (3 * size, size), "state_bias": (3 * size,)}
@@ -93,7 +94,7 @@ def draw_from_head(
 def multiply_in_four_bits(
     shape: torch.Size, stored: torch.dtype, computed: set[torch.dtype], device: torch.device
 ) -> None:
-    """Quantize a weight of this shape and type, and multiply by it in other types."""
+    """Quantize a weight of this shape and type, and multiply by it in each of the computed types."""
     out_features, in_features = shape
     weight = torch.zeros(_alike(out_features, 16), _alike(in_features, 256), dtype=stored, device=device)
     packed = quantize(weight, tensor_scale_for(weight, 1.0))
@@ -102,7 +103,7 @@ def multiply_in_four_bits(
 
 
 def kinds_of(shape: torch.Size) -> tuple[int, int]:
-    """Key that is equal for weights for which the four-bit kernels are compiled alike."""
+    """Key that is equal for weights that the four-bit kernels are compiled alike for."""
     return _alike(shape[0], 16), _alike(shape[1], 256)
 
 
@@ -114,7 +115,7 @@ def _is_whole(tokens: int, size: int, dtype: torch.dtype) -> bool:
 
 
 def _alike(number: int, most: int) -> int:
-    """The least number with the same power-of-two factor (up to `most`); 1 and 16 stand for themselves."""
+    """The least number with the same power-of-two factor (up to `most`), except that 1 and 16 are kept."""
     if number in (1, 16):
         return number
     power = min(number & -number, most)

@@ -32,11 +32,11 @@ _AFRESH = "delete it to let the drafters start afresh"
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write nested mappings of arrays, tensors, numbers and strings; whole or not at all.
+    """Write nested mappings of arrays, tensors, numbers and strings; either the whole file or nothing.
 
     Raises:
-        OSError: The disk does not take it; nothing is left behind.
-        TypeError: A value of another kind.
+        OSError: The write failed; nothing is left behind.
+        TypeError: A value of another type.
     """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
@@ -46,10 +46,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file; either the whole file or nothing.
 
     Raises:
-        OSError: The disk does not take it; nothing is left behind.
+        OSError: The write failed; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -64,7 +64,7 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 def file_to_write(path: Any) -> Path:
-    """Path for saving drafters; `ValueError` for no path, or for a folder."""
+    """Check a path for saving drafters; `ValueError` if it is no path, or a folder."""
     file = checked_path("path", path, "the file to write")
     if file.is_dir():
         raise ValueError(f"path='{file}' is a folder: name the file in it, such as '{file / FILE_NAME}'")
@@ -72,7 +72,7 @@ def file_to_write(path: Any) -> Path:
 
 
 def file_to_read(path: Any) -> Path:
-    """Path of saved drafters; `ValueError` for no path, or if no file is there."""
+    """Check a path of saved drafters; `ValueError` if it is no path, or no file is there."""
     file = checked_path("path", path, "a file that save_drafters() wrote")
     if not file.is_file():
         found = "is a folder" if file.is_dir() else "does not exist"
@@ -86,7 +86,7 @@ def file_of_rank(folder: Path, rank: int) -> Path:
 
 
 def file_to_resume(folder: Path, rank: int) -> Path | None:
-    """File from which a rank resumes: its own, or another's if the training had fewer ranks; None if there is none."""
+    """File that a rank resumes from: its own, or another rank's if the training had fewer ranks; None if there is none."""
     own, files = file_of_rank(folder, rank), _files_of_ranks(folder)
     if own.is_file() or not files:
         return own if own.is_file() else None
@@ -114,7 +114,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """The content written by `save_state`; arrays return as numpy arrays or tensors, as they were saved.
 
     Raises:
-        ValueError: Not such a file, one of another version, one that cannot be read, or a damaged one.
+        ValueError: The file is of another kind or format version, cannot be read, or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -139,10 +139,10 @@ def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, 
     Args:
         speculators: By name.
         state: Parts by name.
-        strict: False names what cannot be restored in a warning, and goes on: that speculator starts afresh.
+        strict: If False, a part that cannot be restored only gives a warning, and its speculator starts afresh.
 
     Raises:
-        ValueError: With `strict`: a damaged part, or one of a speculator that is not there.
+        ValueError: With `strict`: a part is damaged, or its speculator does not exist.
     """
     missing = sorted(str(name) for name in state if name not in speculators)
     if missing:
@@ -155,7 +155,7 @@ def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, 
             continue
         try:
             speculator.load_state_dict(state[name])
-        except Exception as error:  # whoever wrote the speculator: training never stops for a drafter
+        except Exception as error:  # user-written speculators included: training never stops for a drafter
             if strict:
                 raise
             logger.warning(
@@ -177,12 +177,12 @@ def _flatten(state: Mapping[str, Any], prefix: str, tensors: dict[str, torch.Ten
     for name, value in state.items():
         key = prefix + name
         if isinstance(value, Mapping):
-            values[key] = {}  # an empty mapping has no other trace
+            values[key] = {}  # keeps empty mappings
             _flatten(value, key + _SEPARATOR, tensors, values)
         elif isinstance(value, torch.Tensor):
             tensors[key] = value.detach().cpu().contiguous()
         elif isinstance(value, np.ndarray):
-            # torch has no arithmetic on some unsigned types, but safetensors stores them; the name says what to return.
+            # torch lacks arithmetic on some unsigned types, but safetensors stores them; `values` keeps the dtype.
             tensors[key], values[key] = torch.from_numpy(np.ascontiguousarray(value)), value.dtype.str
         elif isinstance(value, str | int | float | bool | None):
             values[key] = value
@@ -193,7 +193,7 @@ def _flatten(state: Mapping[str, Any], prefix: str, tensors: dict[str, torch.Ten
 
 
 def _nested(path: Path, tensors: Mapping[str, torch.Tensor], described: str) -> dict[str, Any]:
-    """The mapping that `_flatten` took apart. Checksums prove no origin: a forged file is a `ValueError` too."""
+    """Rebuild the mapping that `_flatten` took apart. A forged file may have a valid checksum: `ValueError` too."""
     state: dict[str, Any] = {}
     try:
         values = json.loads(described)

@@ -36,11 +36,11 @@ class PolicyTracker:
     """Keeps the policy's version, and refreshes drafters when it changes.
 
     Order at an update: the version advances, then every speculator is refreshed with the newest rollouts, then the
-    controller is told. Rollouts are handed over once; a call that was abandoned is never handed over.
+    controller is told. Rollouts are handed over once; an aborted call is never handed over.
 
     Attributes:
-        version: The policy's.
-        exchange: Brings other ranks' rollouts; None where there are none.
+        version: Policy version.
+        exchange: Brings other ranks' rollouts; None if there are no other ranks.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,10 @@ class PolicyTracker:
         self._refresh_s = self._measuring_s = 0.0
 
     def checked(self, version: str | int | None) -> int | None:
-        """An external version as a number, or None.
+        """Convert an external version to a number, or None.
 
         Raises:
-            ValueError: No whole number, too large to be kept with every rollout, or below the present version.
+            ValueError: Not a whole number, too large to be kept with every rollout, or below the present version.
         """
         if version is None:
             return None
@@ -72,7 +72,7 @@ class PolicyTracker:
             self.exchange.put(rollouts.sequences)
 
     def measured(self, seconds: float) -> None:
-        """Exclude the seconds of a measuring rerun from the time of which drafters get a share for learning."""
+        """Exclude the seconds of a measuring rerun from the time that learning gets a share of."""
         self._measuring_s += seconds
 
     def advance(

@@ -1,7 +1,7 @@
 """The command `atlas-rl train-speculator`: checks input, continues the prompts, trains the head, writes the checkpoint.
 
-Generation takes hours, so whatever can be wrong is looked for first: options, prompts and folders before the policy is
-loaded, and right after it what only the policy can say.
+Generation takes hours, so everything is checked as early as possible: options, prompts and folders before the policy is
+loaded, and whatever depends on the policy right after.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from atlas_rl.training.prompts import Prompt, check_prompts, read_prompts
 _AT_LEAST_ONE = (
     "max_new_tokens", "generate_batch", "draft_vocab_size", "intermediate_size", "unroll", "epochs", "batch_size",
 )  # fmt: skip
-_WORK_OF = "generated.json"  # what the continuations in a work folder were made of
+_WORK_OF = "generated.json"  # what the continuations in a work folder were made from
 
 
 def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -> None:
     """Run the command.
 
     Args:
-        args: Its options.
-        new_engine: The class of the engine that generates, which lives above this folder.
+        args: Options of the command.
+        new_engine: Class of the engine that generates. Passed in, because it is defined in a layer above this folder.
 
     Raises:
-        ValueError: Something in the options, the prompts or the checkpoint that cannot be worked with.
+        ValueError: The options, the prompts or the checkpoint are invalid.
     """
     _check_options(args)
     config = causal_lm_config(args.model).get_text_config()
@@ -136,7 +136,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _made_of(args: argparse.Namespace, layers: tuple[int, ...], prompts: list[Prompt]) -> dict[str, Any]:
-    """Everything that continuations depend on: equal for a command that resumes another."""
+    """Everything that the continuations depend on. A command resumes another if both are equal."""
     ids = json.dumps([prompt.token_ids for prompt in prompts]).encode()
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "generate_batch", "seed")}
     return {
@@ -199,7 +199,7 @@ def _generate(
                 temperature=args.temperature,
                 seed=args.seed * 1_000_003 + index,
             ).report
-            engine.policy_updated()  # the recorder writes a call when the next could follow another policy
+            engine.policy_updated()  # the recorder writes a call only when the policy version changes
             progress.say(f"continuations {index + 1}/{len(batches)} | {report.num_tokens} tokens | "
                          f"{report.tokens_per_s:.0f} tok/s")  # fmt: skip
             bar.update()

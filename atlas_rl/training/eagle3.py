@@ -1,8 +1,8 @@
 """Trains an EAGLE-3 head with test-time unrolling (Li et al., arXiv 2503.01840, section 3.2).
 
-The unrolled head and its loss are in `speculators/eagle3/unrolling.py`. Data are recorded generation calls of the policy
-(`replay/replay.py`): tokens, hidden states, and the state that every token was drawn from, which gives the policy's
-distribution exactly.
+The unrolled head and its loss are in `speculators/eagle3/unrolling.py`. The data are recorded generation calls of the
+policy (`replay/replay.py`): tokens, hidden states, and the state that every token was drawn from, which gives the policy's
+exact distribution.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from atlas_rl.speculators.eagle3.unrolling import Batch, Stretch, cross_entropy,
 from atlas_rl.training.head_shape import head_config
 from atlas_rl.training.state import SAVE_EVERY_S, Pace, Progress, TrainingState
 
-HELD_OUT = 0.1  # of the calls
+HELD_OUT = 0.1  # share of the calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,16 @@ class TrainSettings:
     """Training settings of a head.
 
     Attributes:
-        layers: Decoder layers of the policy that it reads, ascending.
-        draft_vocab_size: Most tokens it can propose; the most used of the data are taken.
-        intermediate_size: Of its MLP; None takes the policy's.
+        layers: Decoder layers of the policy that the head reads, ascending.
+        draft_vocab_size: Most tokens that the head can propose; the most used tokens of the data are taken.
+        intermediate_size: Size of the head's MLP; None takes the policy's.
         unroll: Steps of test-time unrolling.
         epochs: Passes over the data.
         batch_size: Sequences per optimizer step.
         learning_rate: Peak, reached after a twentieth of the steps and then annealed to a tenth.
         step_weight: Weight of each unrolled step relative to the one before.
-        held_out: Share of the calls that is not trained on.
-        seed: Of weights and order.
+        held_out: Share of the calls that is held out of training.
+        seed: Seed of the initial weights and of the order of the data.
     """
 
     layers: tuple[int, ...]
@@ -60,7 +60,7 @@ class TrainSettings:
 
 
 def new_head(policy: PolicyView, settings: TrainSettings, token_ids: np.ndarray) -> Eagle3Head:
-    """A new head for `policy` over `token_ids` (sorted int64); its output layer starts as the policy's own."""
+    """Make a head for `policy` over `token_ids` (sorted int64); its output layer starts as the policy's own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         head = Eagle3Head(head_config(policy, settings.layers, len(token_ids), settings.intermediate_size))
@@ -101,16 +101,16 @@ def train(
     """Train a head, or resume an interrupted training in `output`.
 
     Args:
-        policy: Gives embeddings and output layer; only read.
+        policy: Provides embeddings and output layer; only read.
         calls: Recorded calls with the layers of `settings`.
-        output: Gets the training's state and log after every epoch, and its state now and then within one.
-        settings: How.
-        say: Gets lines about it. On a terminal, batches move a bar instead.
-        save_every_s: Seconds of training that an interruption may cost.
+        output: Gets the training's state and log after every epoch, and its state at intervals within one.
+        settings: Training settings.
+        say: Receives lines of progress. On a terminal, a bar shows the batches instead.
+        save_every_s: Seconds of training that an interruption may lose.
 
     Raises:
-        ValueError: Too few calls, completions too short to learn from, calls without the layers, or a state that other
-            settings left there.
+        ValueError: Too few calls, completions too short to learn from, calls without the layers, or a saved state of a
+            training with other settings.
     """
     first = num_held_out(len(calls), settings.held_out)
     if len(calls) <= first:
@@ -153,7 +153,7 @@ def _train_epoch(
     say: Callable[[str], None],
     save_every_s: float,
 ) -> None:
-    """The rest of a pass over the data. Progress: a bar on a terminal, else a line now and then."""
+    """Run the rest of an epoch. Progress is shown as a bar on a terminal, else as a line at intervals."""
     epoch, begun = len(state.log.epochs), state.begun
     name = f"epoch {epoch + 1}/{settings.epochs}"
     saved, before_s = time.perf_counter(), begun.seconds
@@ -182,7 +182,7 @@ def _train_epoch(
 def _train_step(
     head: Eagle3Head, policy: PolicyView, batch: Batch, optimizer: torch.optim.Optimizer, settings: TrainSettings
 ) -> float | None:
-    """One optimizer step; its loss, None for a batch that has nothing to predict."""
+    """Take one optimizer step; returns its loss, or None for a batch without anything to predict."""
 
     def logits_of(states: torch.Tensor) -> torch.Tensor:
         return policy.logits(states, head.token_ids)
@@ -220,7 +220,7 @@ def evaluate(
 
 
 def _num_targets(path: Path) -> int:
-    """Number of a recorded call's tokens that a head predicts: those from the third position on."""
+    """Number of tokens of a recorded call that the head predicts: those from the third position on."""
     sequences = Recorded.load(path).sequences
     return int(np.maximum(sequences.lengths - np.maximum(sequences.prompt_lengths, 2), 0).sum())
 

@@ -14,16 +14,17 @@ from atlas_rl.speculators.eagle3.config import Eagle3Config
 def head_config(
     policy: PolicyView, layers: tuple[int, ...], draft_vocab_size: int, intermediate_size: int | None = None
 ) -> Eagle3Config:
-    """Shape of a head for `policy`: like one of its layers, as far as a Llama layer can be.
+    """Shape of a head for `policy`: like one of the policy's layers, as far as a Llama layer allows.
 
     Args:
-        policy: Whose sizes are taken.
-        layers: Decoder layers of it that the head reads, ascending.
-        draft_vocab_size: Tokens that the head can propose.
-        intermediate_size: Of its MLP; None takes the policy's, or four times the hidden size.
+        policy: Policy that the sizes are taken from.
+        layers: Decoder layers of the policy that the head reads, ascending.
+        draft_vocab_size: Number of tokens that the head can propose.
+        intermediate_size: Size of the head's MLP; None takes the policy's, or four times the hidden size.
 
     Raises:
-        ValueError: The policy's sizes fit no head: its embeddings are not as wide as its layers, or heads have an odd size.
+        ValueError: No head fits the policy: its embeddings are not as wide as its layers, or its attention heads have an
+            odd size.
     """
     config = policy.config
     hidden, num_heads = int(config.hidden_size), field_of(config, "num_attention_heads")
@@ -59,7 +60,7 @@ def head_config(
 def _rope(config: Any) -> dict[str, Any] | None:
     """The policy's rotary settings if a Llama layer supports them; else plain ones with the policy's base."""
     rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # of families with two kinds of layers
+    rope = rope.get("full_attention", rope)  # families with two kinds of layers
     if not rope:
         return None
     whole = rope.get("partial_rotary_factor", 1.0) == 1.0

@@ -21,7 +21,7 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        where: Its place in the file, for messages.
+        where: Place in the file, for messages.
         token_ids: Its tokens.
     """
 
@@ -33,7 +33,7 @@ def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
     """Prompts as token ids; messages and texts go through the chat template if the tokenizer has one.
 
     Raises:
-        ValueError: Nothing there, a file of another type, or a prompt that is not one; says which line.
+        ValueError: No prompts, an unknown file type, or an invalid prompt; the message names the line.
     """
     if path.is_dir():
         rows = _dataset_rows(path)
@@ -52,9 +52,9 @@ def check_prompts(prompts: Sequence[Prompt], vocab_size: int, max_context: int |
     """Raise `ValueError` for a prompt that the policy cannot run.
 
     Args:
-        prompts: All of them.
-        vocab_size: The policy's.
-        max_context: Longest prompt, tokens; None where the policy has no limit.
+        prompts: All prompts.
+        vocab_size: The policy's vocabulary size.
+        max_context: Longest prompt, in tokens; None if the policy has no limit.
     """
     for prompt in prompts:
         ids = prompt.token_ids

@@ -1,4 +1,4 @@
-"""Where the training of a head stands: on disk, so that an interruption costs minutes, and how long the rest will take."""
+"""Saves the state of a head's training, so that an interruption costs only minutes, and estimates the time left."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from atlas_rl.sync.checkpoint import load_state, save_state
 SAVE_EVERY_S = 300.0
 _STATE = "training.safetensors"
 _LOG = "training.json"
-_FIRST_STEPS = 5  # whose time is the first estimate
+_FIRST_STEPS = 5  # batches before the first time estimate
 
 
 @dataclass(slots=True)
 class Progress:
-    """What a training has come to; written to `training.json` after every epoch.
+    """Progress of a training; written to `training.json` after every epoch.
 
     Attributes:
-        settings: It was made with.
-        num_train_tokens, num_held_out_tokens: Drawn tokens of the calls that are trained on, and of the others.
+        settings: Settings of the training.
+        num_train_tokens, num_held_out_tokens: Drawn tokens of the calls that are trained on, and of those held out.
         epochs: Per epoch: `loss`, `seconds`, and on held-out calls per unrolled position `acceptance` (`sum_x min(p, q)`,
-            what noise-coupled drafts are accepted with but for a few points) and `agreement` (the likeliest tokens agree).
+            within a few points of the acceptance of noise-coupled drafts) and `agreement` (the likeliest tokens are equal).
     """
 
     settings: dict[str, Any]
@@ -38,12 +38,12 @@ class Progress:
 
 @dataclass(slots=True)
 class Begun:
-    """The epoch that is under way.
+    """The epoch in progress.
 
     Attributes:
-        batches: That are done.
-        losses: Of its optimizer steps.
-        seconds: That it has taken.
+        batches: Batches done.
+        losses: Losses of its optimizer steps.
+        seconds: Seconds spent so far.
     """
 
     batches: int = 0
@@ -52,16 +52,16 @@ class Begun:
 
 
 class TrainingState:
-    """Weights, the optimizer's moments and progress, and the folder that keeps them.
+    """Weights, the optimizer's moments and progress, and the folder that stores them.
 
     Args:
-        output: The folder.
-        head: Is trained.
-        optimizer: Of its parameters.
-        log: Of a training that begins.
+        output: Folder to save to.
+        head: Head that is trained.
+        optimizer: Optimizer of the head's parameters.
+        log: Initial progress, for a training that starts anew.
 
     Attributes:
-        begun: The epoch that is under way.
+        begun: The epoch in progress.
     """
 
     def __init__(self, output: Path, head: Any, optimizer: torch.optim.Optimizer, log: Progress) -> None:
@@ -69,21 +69,21 @@ class TrainingState:
         self.begun = Begun()
 
     def save(self) -> None:
-        """Write all of it; what was there stays whole until it is written."""
+        """Write the whole state; the previous one stays intact until the new one is written."""
         head: nn.Module = self.head
         moments = {str(index): dict(values) for index, values in self.optimizer.state_dict()["state"].items()}
         kept = {"log": json.dumps(asdict(self.log)), "begun": json.dumps(asdict(self.begun))}
         save_state(self.output / _STATE, {"head": dict(head.state_dict()), "optimizer": moments, **kept})
 
     def end_epoch(self, row: dict[str, Any]) -> None:
-        """Keep what an epoch came to."""
+        """Append an epoch's results to the log, and save."""
         self.log.epochs.append(row)
         self.begun = Begun()
         self.save()
         (self.output / _LOG).write_text(json.dumps(asdict(self.log), indent=2) + "\n")
 
     def resume(self) -> None:
-        """Go on from what `save` left, if anything; `ValueError` where that is of other settings or data."""
+        """Continue from what `save` wrote, if anything; `ValueError` if it has other settings or data."""
         if not (self.output / _STATE).is_file():
             return
         state = load_state(self.output / _STATE)
@@ -104,11 +104,11 @@ class TrainingState:
 
 
 class Pace:
-    """How long the rest of a training will take, by the time that its batches took since it began or went on.
+    """Estimates the remaining time of a training, from the batches since this process started or resumed it.
 
     Args:
         total: Batches of all epochs.
-        done: Of them before now.
+        done: Batches done before now.
     """
 
     def __init__(self, total: int, done: int) -> None:
@@ -116,19 +116,19 @@ class Pace:
         self._began, self._first = time.perf_counter(), done
 
     def step(self) -> bool:
-        """A batch is done; whether this makes the first estimate that is worth saying."""
+        """Count a batch; returns whether it completes the first estimate worth printing."""
         self.done += 1
         return self.done - self._first == _FIRST_STEPS
 
     @property
     def left(self) -> str:
-        """Time that the rest will take, in words."""
+        """Remaining time, in words."""
         seconds = (time.perf_counter() - self._began) / max(1, self.done - self._first) * (self.total - self.done)
         return f"about {lasting(seconds)}"
 
 
 def lasting(seconds: float) -> str:
-    """A time in its natural unit: `40 s`, `12 min`, `3.5 h`."""
+    """Format a time in a natural unit: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

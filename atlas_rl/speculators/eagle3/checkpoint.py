@@ -1,8 +1,8 @@
-"""Reads EAGLE-3 checkpoints in the `speculators` layout of the vLLM project and the original one; writes the first.
+"""Reads EAGLE-3 checkpoints in the vLLM project's `speculators` layout and the original one; writes the first.
 
-The `speculators` layout names its tensors as `Eagle3Head` does. In the original one (SafeAILab/EAGLE) the layer is called
+The `speculators` layout has the tensor names of `Eagle3Head`. In the original one (SafeAILab/EAGLE) the layer is called
 `midlayer`. Everything that a rollout relies on is checked here: names, shapes and finiteness of the tensors, and that `d2t`
-leads to tokens of the policy.
+maps to tokens of the policy.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from atlas_rl.speculators.eagle3.config import Eagle3Config, parse_config
 from atlas_rl.speculators.eagle3.head import Eagle3Head
 from atlas_rl.speculators.identify import EAGLE3, check_finite, kind_of, read_config, read_tensors
 
-_SPECULATORS_VERSION = "0.2.0"  # of the layout
+_SPECULATORS_VERSION = "0.2.0"  # version of the layout
 _WEIGHTS = "model.safetensors"
 _NUM_USUAL_LAYERS = 3
-_SUGGESTED_DRAFT_TOKENS = 3  # to engines that draft a fixed number
-_VERIFIER = "verifier_"  # tensors of the policy, which training of some versions left in
+_SUGGESTED_DRAFT_TOKENS = 3  # for engines that draft a fixed number
+_VERIFIER = "verifier_"  # prefix of policy tensors that some training versions saved too
 
 
 def load_eagle3(folder: str | Path, policy: PolicyView) -> Eagle3Head:
     """The head in `folder`, on the policy's device and in its number format.
 
     Raises:
-        ValueError: No such checkpoint, a damaged one, one of another kind, or one for another policy; says which.
+        ValueError: There is no checkpoint, or it is damaged, of another kind, or for another policy; the message says
+            which.
     """
     folder = Path(folder)
     what = f"the EAGLE-3 head in '{folder}'"
@@ -39,7 +40,7 @@ def load_eagle3(folder: str | Path, policy: PolicyView) -> Eagle3Head:
     tensors = {_name(name): tensor for name, tensor in read_tensors(folder).items() if not name.startswith(_VERIFIER)}
     config = _config_for(policy, settings, tensors, what, f"'{folder / 'config.json'}'")
     tensors |= _vocabulary(tensors, config.draft_vocab_size, policy.vocab_size, what)
-    # The original code has no biases, whatever a configuration says that was copied from the policy's.
+    # The original code has no biases, whatever a configuration copied from the policy's says.
     config.layer.attention_bias = "layers.0.self_attn.q_proj.bias" in tensors
     config.layer.mlp_bias = "layers.0.mlp.gate_proj.bias" in tensors
     head = Eagle3Head(config, own_embeddings="embed_tokens.weight" in tensors)
@@ -68,7 +69,7 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module) -> None
     folder.mkdir(parents=True, exist_ok=True)
     config, layer = head.config, {**head.config.layer.to_dict(), "torch_dtype": "bfloat16", "num_hidden_layers": 1}
     if len(config.layers) != _NUM_USUAL_LAYERS:
-        # vLLM reads their number from here, and takes three without.
+        # vLLM reads the number of layers from here, and assumes three without it.
         layer["num_aux_hidden_states"] = len(config.layers)
     if config.qk_norm:
         layer["model_type"] = "qwen3"
@@ -152,10 +153,10 @@ def _public_name(policy: nn.Module) -> str | None:
 def _vocabulary(
     tensors: dict[str, torch.Tensor], draft_vocab_size: int, vocab_size: int, what: str
 ) -> dict[str, torch.Tensor]:
-    """`d2t` (offsets from a draft token to the policy's, int64) and `t2d` (bool), from whichever the file has.
+    """`d2t` (offsets from draft tokens to the policy's, int64) and `t2d` (bool), from whichever the file has.
 
     Raises:
-        ValueError: They are of another type or length, contradict each other, lead out of the vocabulary, or lead from two
+        ValueError: They have another type or length, contradict each other, point outside the vocabulary, or map two
             draft tokens to one.
     """
     d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
@@ -176,7 +177,7 @@ def _vocabulary(
     ids = d2t + torch.arange(draft_vocab_size)
     outside = int(((ids < 0) | (ids >= vocab_size)).sum())
     twice = draft_vocab_size - len(ids.unique())
-    # Offsets of sorted tokens rise only where a token is left out; ids rise everywhere.
+    # Offsets of sorted tokens rise only where tokens are left out; ids always rise.
     looks_like_ids = known is None and draft_vocab_size > 1 and bool((d2t.diff() > 0).all())
     differs = known is not None and not torch.equal(ids.sort().values, known)
     if outside or twice or looks_like_ids or differs:

@@ -1,8 +1,8 @@
 """Shape of an EAGLE-3 head, and how to read it from either configuration layout.
 
 The `speculators` layout (vllm-project/speculators) keeps the layer's shape in `transformer_layer_config`. The original one
-(SafeAILab/EAGLE) is a flat Llama configuration, to which others have added an `eagle_config`. A field that is null counts as
-absent. Fields are read as vLLM's loaders read them; what changes a head and is not known here is refused by name.
+(SafeAILab/EAGLE) is a flat Llama configuration, which others have extended by an `eagle_config`. A null field counts as
+absent. Fields are read as vLLM's loaders read them; unknown fields that change a head are refused by name.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Eagle3Config:
         draft_vocab_size: Tokens the head can propose.
         layers: Decoder layers of the policy whose inputs are fused.
         norm_before_residual: Whether the residual stream starts from the normed feature (some checkpoints) or the raw one.
-        target_hidden_size: Of the policy, where it differs from the head's own.
-        norm_before_fc: Whether what is fused is normed as a whole.
-        fc_norm: Whether each layer's part of it is normed on its own (EAGLE-3.1).
+        target_hidden_size: Hidden size of the policy, if it differs from the head's.
+        norm_before_fc: Whether the fused input is normed as a whole.
+        fc_norm: Whether each layer's part of the fused input is normed separately (EAGLE-3.1).
         norm_output: Whether the feature for the next step is the normed output (EAGLE-3.1) or the raw one.
-        qk_norm: Whether queries and keys are normed, as Qwen3 does.
+        qk_norm: Whether queries and keys are normed, as in Qwen3.
     """
 
     layer: LlamaConfig
@@ -53,26 +53,26 @@ class Eagle3Config:
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """Low, middle and high layer, for checkpoints that name none, as in EAGLE-3's code and vLLM."""
+    """Low, middle and high layer, for checkpoints that name none; as in EAGLE-3's code and vLLM."""
     return (2, num_layers // 2, num_layers - 3)
 
 
 def new_layers(num_layers: int) -> tuple[int, ...]:
-    """Layers that a new head reads: `default_layers` if those are three in order, else the last ones."""
+    """Layers that a new head reads: `default_layers` if they are three in ascending order, else the last ones."""
     low, middle, high = default_layers(num_layers)
     return (low, middle, high) if low < middle < high else tuple(range(max(0, num_layers - 3), num_layers))
 
 
 def check_layers(layers: Any, num_layers: int, where: str) -> tuple[int, ...]:
-    """Check decoder layers to read: ascending, as vLLM passes them.
+    """Check decoder layers to read; returns them in ascending order, as vLLM passes them.
 
     Args:
         layers: From a user or a file.
-        num_layers: Of the policy.
-        where: Names them; begins the message.
+        num_layers: Number of layers of the policy.
+        where: Names their source; begins the message.
 
     Raises:
-        ValueError: No list of different numbers from 0 to `num_layers - 1`.
+        ValueError: Not a list of different numbers from 0 to `num_layers - 1`.
     """
     if not isinstance(layers, list | tuple) or not layers or not all(type(layer) is int for layer in layers):
         raise ValueError(f"{where} must list decoder layers by number, got {layers!r}")
@@ -93,13 +93,14 @@ def parse_config(
     """Read a head's configuration in either layout.
 
     Args:
-        settings: What `config.json` holds.
-        num_layers: Of the policy.
-        draft_vocab_size: What the tensors say, for a configuration that does not; None where they do not either.
+        settings: Content of `config.json`.
+        num_layers: Number of layers of the policy.
+        draft_vocab_size: Size according to the tensors, used if the configuration has none; None if it is unknown there
+            too.
         where: Names the file; begins every message.
 
     Raises:
-        ValueError: A field that is missing, of another type, or asks for what this head does not do.
+        ValueError: A field is missing, has another type, or asks for something that this head does not support.
     """
     nested = settings.get("transformer_layer_config")
     if nested is not None and not isinstance(nested, dict):
@@ -130,7 +131,7 @@ def parse_config(
         layer=_llama(layer, where),
         draft_vocab_size=_whole("draft_vocab_size", size, where),
         layers=check_layers(named or usual, num_layers, f"{where}: {_LAYERS_FIELD}"),
-        # As vLLM has it: heads of the `speculators` layout norm before the residual unless they say otherwise.
+        # As in vLLM: heads in the `speculators` layout norm before the residual unless they say otherwise.
         norm_before_residual=_flag(settings, "norm_before_residual", nested is not None, where),
         target_hidden_size=_whole("target_hidden_size", fields.get("target_hidden_size"), where, optional=True),
         norm_before_fc=_flag(eagle if "norm_before_fc" in eagle else settings, "norm_before_fc", False, where),

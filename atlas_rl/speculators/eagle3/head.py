@@ -1,8 +1,8 @@
 """The EAGLE-3 head (Li et al., arXiv 2503.01840): one decoder layer that continues the policy's own features.
 
-At position i the head sees the embedding of token x_{i+1} and a feature of position i, and predicts x_{i+2}. The feature is
-`fc` of the policy's hidden states below three of its layers (low, middle, high) where the policy has run, and the head's own
-output of the step before where it has not. Its output layer covers a reduced vocabulary; `d2t` maps it to the policy's.
+At position i the head reads the embedding of token x_{i+1} and a feature of position i, and predicts x_{i+2}. Where the
+policy has run, the feature is `fc` of its hidden states below three layers (low, middle, high); elsewhere it is the
+head's own output of the previous step. The output layer covers a reduced vocabulary; `d2t` maps it to the policy's.
 
 Module and tensor names are those of the vLLM project's `speculators` layout, so that a state dict is a checkpoint.
 """
@@ -31,8 +31,8 @@ class Eagle3Head(nn.Module):
     """EAGLE-3 head. `embed_tokens` is the checkpoint's own table, or None for the policy's.
 
     Args:
-        config: Shape.
-        own_embeddings: Whether the checkpoint has an input embedding of its own.
+        config: Shape of the head.
+        own_embeddings: Whether the checkpoint has its own input embedding.
     """
 
     d2t: torch.Tensor
@@ -84,7 +84,7 @@ class Eagle3Head(nn.Module):
             embeddings: `[batch, tokens, hidden]`, of the token after each position.
             features: `[batch, tokens, hidden]`, of each position.
             positions: int64 `[batch, tokens]`.
-            attend: Attention over what the caller keeps of earlier positions.
+            attend: Attention, including the keys and values of earlier positions that the caller keeps.
 
         Returns:
             `[batch, tokens, hidden]`; `logits` turns them into predictions.
@@ -120,7 +120,7 @@ class Eagle3Layer(nn.Module):
     def forward(
         self, embeddings: torch.Tensor, features: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        """See `Eagle3Head.forward`; `cos` and `sin` are the rotary tables of the positions."""
+        """See `Eagle3Head.forward`; `cos` and `sin` are rotary tables of the positions."""
         normed = self.hidden_norm(features)
         residual = normed if self.norm_before_residual else features
         hidden = residual + self.self_attn(
@@ -130,7 +130,7 @@ class Eagle3Layer(nn.Module):
 
 
 class _Projections(nn.Module):
-    """Projections: queries, keys and values from twice the hidden size, and the output."""
+    """Projections: queries, keys and values from twice the hidden size; the output from the heads."""
 
     def __init__(self, config: LlamaConfig, qk_norm: bool) -> None:
         super().__init__()
@@ -155,5 +155,5 @@ class _Projections(nn.Module):
 
 
 def _norm(config: LlamaConfig, size: int) -> nn.RMSNorm:
-    # Llama's own is seven launches on a GPU, this is one.
+    # Llama's own norm is seven launches on a GPU, this is one.
     return nn.RMSNorm(size, eps=config.rms_norm_eps)

@@ -25,7 +25,7 @@ class Eagle3Speculator(FeatureHeadSpeculator):
     """Drafts with an EAGLE-3 head, under the sampling parameters of the call.
 
     Args:
-        head: A loaded head, which is moved to the policy's device, or the folder of a checkpoint, which is then read when
+        head: A loaded head, which is moved to the policy's device, or the folder of a checkpoint, which is read once
             the policy is known.
 
     Raises:
@@ -82,7 +82,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
 
 
 class _Layer:
-    """The head has one layer, and the cache calls it 0."""
+    """Stands for the head's one layer, which is number 0 in the cache."""
 
     layer_idx = 0
 

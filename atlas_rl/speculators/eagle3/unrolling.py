@@ -1,7 +1,7 @@
 """Unrolls an EAGLE-3 head as it drafts, with gradients (Li et al., arXiv 2503.01840, section 3.2).
 
-What a head meets when it drafts is its own output of the steps before. So training runs several steps from every position:
-the first reads the policy's features, each later one what the head itself made of the chain that starts there. Attention in
+When a head drafts, it reads its own outputs of earlier steps. So training runs several steps from every position: the
+first reads the policy's features, each later one the head's own output along the chain that starts there. Attention in
 step j sees the policy's features up to the chain's start, and the chain's own steps after it.
 """
 
@@ -15,7 +15,7 @@ import torch
 from atlas_rl.speculators.eagle3.head import Eagle3Head
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
-"""From what tokens were drawn from, `[n, hidden]`, to the policy's logits over the head's tokens, `[n, draft_vocab]`."""
+"""Maps the policy's final hidden states `[n, hidden]` to its logits over the head's tokens, `[n, draft_vocab]`."""
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class Stretch:
     Attributes:
         embeddings: `[batch, tokens, hidden]`, of the token after each position.
         features: Per layer `[batch, tokens, hidden]`, of every position.
-        starts: int64 `[batch]`, where in its text the first position stands.
+        starts: int64 `[batch]`, index of the first position in its text.
     """
 
     embeddings: torch.Tensor
@@ -44,10 +44,10 @@ class Batch:
 
     Attributes:
         rows: The positions.
-        drawn_from: `[batch, tokens, hidden]`: what the token at each position was drawn from.
+        drawn_from: `[batch, tokens, hidden]`: hidden state that the token at each position was drawn from.
         drawn: bool `[batch, tokens]`, whether the token at each position was drawn by the policy.
-        before: What comes before `rows` in their texts, padded at its end; None for nothing. No gradient flows into it.
-        known: bool `[batch, tokens]`, which positions of `before` are there.
+        before: Positions before `rows` in their texts, padded at the end; None for none. No gradient flows into it.
+        known: bool `[batch, tokens]`, which positions of `before` exist.
     """
 
     rows: Stretch
@@ -62,8 +62,8 @@ class Step:
     """One unrolled step at the positions where it predicts a token that the policy drew.
 
     Attributes:
-        features: `[n, hidden]`; `head.logits` makes predictions of them.
-        drawn_from: `[n, hidden]`, what the predicted tokens were drawn from.
+        features: `[n, hidden]`; `head.logits` turns them into predictions.
+        drawn_from: `[n, hidden]`, hidden states that the predicted tokens were drawn from.
         valid: bool `[batch, tokens]`, which positions these are.
     """
 
@@ -92,14 +92,14 @@ def cross_entropy(
 
     Args:
         head: Gets the gradients.
-        batch: To learn from.
-        logits_of: Of the policy.
-        unroll: Steps.
-        step_weight: Of each step relative to the one before.
-        temperature: Of both distributions.
+        batch: Chains to learn from.
+        logits_of: Gives the policy's logits.
+        unroll: Number of steps.
+        step_weight: Weight of each step relative to the one before.
+        temperature: Temperature of both distributions.
 
     Returns:
-        A scalar; None where the texts are too short for any step.
+        A scalar; None if the texts are too short for any step.
     """
     losses, weights = [], []
     for number, step in enumerate(unrolled(head, batch, unroll)):
@@ -125,7 +125,7 @@ class _Chain:
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def read(self, head: Eagle3Head, before: Stretch, known: torch.Tensor) -> None:
-        """Keep keys and values of what comes before, where it is known."""
+        """Cache the keys and values of `before`; positions that are not `known` are masked."""
 
         def keep(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             self._before = key, value
@@ -156,5 +156,5 @@ class _Chain:
 
 
 def shifted(x: torch.Tensor, by: int) -> torch.Tensor:
-    """`x` moved `by` places towards the front of dimension 1, zeros behind."""
+    """`x` moved `by` places towards the front of dimension 1, zero-padded at the end."""
     return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)

@@ -13,7 +13,7 @@ from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.drawn_rows import committed_places
 from atlas_rl.speculators.eagle3_adaptive.texts import PromptStates, Text
 
-_LARGEST_HALF = 65504.0  # the residual stream of some families has entries beyond it
+_LARGEST_HALF = 65504.0  # residual streams of some families exceed it
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class _Entry:
     drawn_from: torch.Tensor
 
     def of(self, kept: np.ndarray) -> _Entry:
-        """Only some of the tokens: bool `[n]`."""
+        """The selected tokens only: bool `[n]`."""
         index = torch.from_numpy(np.flatnonzero(kept)).to(self.drawn_from.device)
         features = {layer: states[index] for layer, states in self.features.items()}
         return _Entry(
@@ -36,12 +36,12 @@ class _Entry:
 
 
 class CallLog:
-    """See the module's docstring.
+    """Log of one call; see the module docstring.
 
     Args:
         sequences: All requests of the call.
         layers: Decoder layers that the head reads.
-        max_tokens: Most drawn tokens kept. A call that has more is sampled: every n-th request, hence all prompts.
+        max_tokens: Most drawn tokens kept. A longer call is sampled: every n-th request, hence all prompts.
     """
 
     def __init__(self, sequences: Sequences, layers: tuple[int, ...], max_tokens: int) -> None:
@@ -55,7 +55,7 @@ class CallLog:
         self._stride, self._num_logged = 1, 0
 
     def start(self, prompts: Prompts, policy: PolicyView) -> None:
-        """Keep the states of prompts. Requests whose prompt an engine did not run are not learned from."""
+        """Keep the states of prompts. Requests whose prompt the engine did not run are not used for learning."""
         for group, first in zip(prompts.groups, prompts.hidden.starts.tolist(), strict=True):
             group = group[group % self._stride == 0]
             if not len(group):
@@ -70,9 +70,9 @@ class CallLog:
         """Log committed tokens.
 
         Args:
-            verified: What was committed.
-            lengths: int64 `[batch]`, tokens of each request's text by then.
-            policy: Gives the embeddings of tokens.
+            verified: Committed tokens.
+            lengths: int64 `[batch]`, tokens of each request's text, these included.
+            policy: Provides token embeddings.
         """
         if not self._kept[verified.requests].any():
             return
@@ -94,7 +94,7 @@ class CallLog:
             self._thin()
 
     def texts(self) -> list[Text]:
-        """What was logged of each request."""
+        """The logged states of each request."""
         if not self._entries:
             return []
         requests = np.concatenate([entry.requests for entry in self._entries])
@@ -112,7 +112,7 @@ class CallLog:
             request = int(requests[begin])
             first = int(self.sequences.prompt_lengths[request])
             if (positions[begin:end] == first + np.arange(end - begin)).all():
-                # What the first token was drawn from is the prompt's last position, which the prompt has.
+                # The first token was drawn from the prompt's last position, whose features are part of the prompt.
                 own = {n: states[begin + 1 : end] for n, states in features.items()}
                 texts.append(
                     Text(
@@ -126,7 +126,7 @@ class CallLog:
         return texts
 
     def _thin(self) -> None:
-        """Log half of the requests that were logged; the last one keeps what it has, and no more of it is logged."""
+        """Halve the logged requests. The last one keeps its log, but nothing is added to it."""
         if self._kept.sum() == 1:
             self._kept[:] = False
             return

@@ -1,7 +1,7 @@
-"""Learning of the adaptive EAGLE-3 head, from the states that verification computes anyway.
+"""Trains the adaptive EAGLE-3 head on states that verification computes anyway.
 
-The learner owns a copy of the head in float32 that training changes. What drafts is another one, which takes the copy's
-weights when a refresh has ended well. So no draft ever sees half a refresh, and one that went wrong is undone from there.
+The learner trains its own copy of the head in float32. The copy's weights are published to the drafting head when a
+refresh succeeds, so no draft ever uses a half-finished refresh, and a failed refresh is undone from the drafting head.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from atlas_rl.speculators.saved_state import SavedState
 
 logger = logging.getLogger(__name__)
 
-_WORSE = 0.02  # agreement that a refresh may cost, as the texts that it is measured on are few
-_MAX_SHARED = 1 << 26  # parameters that ranks add up: 256 MiB
+_WORSE = 0.02  # tolerated loss of agreement: it is measured on few texts
+_MAX_SHARED = 1 << 26  # most parameters summed across ranks: 256 MiB
 OWNER = "adaptive EAGLE-3 head"
-"""Names it in errors."""
+"""Name used in errors."""
 
 _MAX_TOKEN = 2**31 - 1
 
-# A caller's inference mode would make tensors that no training can use; what training touches is made outside of it.
+# Under a caller's inference mode, tensors could not be trained; everything that training touches is made outside of it.
 trainable = torch.inference_mode(False)
 
 
 @dataclass(frozen=True, slots=True)
 class RefineSettings:
-    """How the head learns.
+    """Training settings of the head.
 
     Attributes:
-        learning_rate: Of AdamW.
+        learning_rate: Learning rate of AdamW.
         unroll: Steps of test-time unrolling.
         step_weight: Weight of each unrolled step relative to the one before.
-        texts: Texts of an optimizer step, and of the agreement's measurement.
+        texts: Texts per optimizer step, and per measurement of the agreement.
         max_tokens: Most drawn tokens kept to learn from, at two bytes per component of five hidden states.
-        seed: Of the choice of texts.
+        seed: Seed for choosing texts.
     """
 
     learning_rate: float = 3e-4
@@ -62,17 +62,17 @@ class RefineSettings:
 
 
 class HeadLearner:
-    """See the module's docstring.
+    """Trains a copy of the drafting head; see the module docstring.
 
     Args:
-        head: What drafts; its weights change at the end of a refresh alone.
-        settings: How it learns.
-        clock: Seconds.
+        head: Drafting head; its weights change only at the end of a refresh.
+        settings: Training settings.
+        clock: Returns seconds.
 
     Attributes:
-        trainee: The copy that learns.
+        trainee: The copy that is trained.
         trained: Whether it has learned anything yet.
-        log: Of the present call; None between calls.
+        log: Log of the present call; None between calls.
     """
 
     @trainable
@@ -84,17 +84,17 @@ class HeadLearner:
         self._optimizer = self._new_optimizer()
         self._buffer = TextBuffer(settings.max_tokens)
         self._rng = np.random.default_rng(settings.seed)
-        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None  # of the policy's LM head, over the head's tokens
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None  # LM head rows and biases
         self._rows_version: int | None = None
         self.log: CallLog | None = None
         self.trained = False
-        self._learned_alone = False  # since the last mean over ranks
+        self._learned_alone = False  # on this rank, since the last mean over ranks
 
     # -------------------------------------------------------------------------------------------------------- a call
 
     @trainable
     def begin_call(self, sequences: Sequences, policy: PolicyView) -> CallLog:
-        """Log the texts of this call from now on. The policy's rows are read anew if it has moved."""
+        """Log the texts of this call. The policy's LM head rows are re-read if the policy version changed."""
         self.end_call()
         self.log = CallLog(sequences, self._head.config.layers, self._settings.max_tokens)
         if self._rows is None or sequences.policy_version != self._rows_version:
@@ -105,7 +105,7 @@ class HeadLearner:
         return self.log
 
     def end_call(self) -> None:
-        """Move what the call left into the buffer."""
+        """Move the call's texts into the buffer."""
         log, self.log = self.log, None
         texts = [] if log is None else log.texts()
         if texts:
@@ -113,7 +113,7 @@ class HeadLearner:
 
     @trainable
     def take_over(self, before: HeadLearner) -> None:
-        """Go on as another learner that had the same head for a policy of the same sizes; else nothing happens."""
+        """Adopt the weights of another learner, if it had the same head and a policy of the same sizes."""
         shapes = [{n: w.shape for n, w in learned_parameters(each.trainee).items()} for each in (self, before)]
         same = torch.equal(self.trainee.token_ids.cpu(), before.trainee.token_ids.cpu())
         if not (before.trained and same and shapes[0] == shapes[1]):
@@ -128,18 +128,18 @@ class HeadLearner:
     def refresh(
         self, rollouts: Rollouts, policy_version: int, policy: PolicyView, budget: LearningBudget, in_time: bool
     ) -> Distilled | None:
-        """Learn from the newest rollouts, and let the head draft with it.
+        """Learn from the newest rollouts and publish the weights to the drafting head.
 
         Args:
-            rollouts: The newest.
-            policy_version: Of the policy from now on.
-            policy: Gives the form of its logits.
-            budget: Opened for this refresh.
-            in_time: Whether there is any time. The first refresh takes one step all the same.
+            rollouts: The newest rollouts.
+            policy_version: Policy version from now on.
+            policy: Provides the form of its logits.
+            budget: Time budget, opened for this refresh.
+            in_time: Whether there is time. The first refresh takes one step in any case.
 
         Returns:
-            What was done; None where there is no time or nothing to learn from, or where it went wrong: the head is then
-            as it was before.
+            Report of the refresh; None if there was no time or nothing to learn from, or if it failed. After a failure
+            the head is unchanged.
         """
         self.end_call()
         if not self._buffer.has_texts or (self.trained and not in_time):
@@ -163,7 +163,7 @@ class HeadLearner:
         return done
 
     def shared(self) -> torch.Tensor | None:
-        """See `Speculator.shared`. Heads of more than 67 million parameters are not added up: each rank refines its own."""
+        """See `Speculator.shared`. Heads of more than 67 million parameters are not shared: each rank trains its own."""
         with torch.no_grad():
             weights = [weight.flatten() for weight in learned_parameters(self.trainee).values()]
             if sum(len(each) for each in weights) > _MAX_SHARED:
@@ -172,7 +172,7 @@ class HeadLearner:
             return vector if self._learned_alone else torch.zeros_like(vector)
 
     def take_shared(self, total: torch.Tensor) -> None:
-        """The head becomes the mean of those of all ranks that have learned. Moments stay this rank's."""
+        """Set the head to the mean of all ranks' heads that have learned. Optimizer moments stay this rank's."""
         num_learned = float(total[-1])
         if not num_learned or not bool(torch.isfinite(total).all()):
             return
@@ -222,13 +222,13 @@ class HeadLearner:
         return lambda states: form(functional.linear(states, rows, biases))
 
     def _is_good(self, done: Distilled) -> bool:
-        dtype = self._head.fc.weight.dtype  # that of the drafts may hold less
+        dtype = self._head.fc.weight.dtype  # the drafting head's number format may have a smaller range
         weights = learned_parameters(self.trainee).values()
         finite = all(bool(torch.isfinite(weight.detach().to(dtype)).all()) for weight in weights)
         return finite and done.agreement_after >= done.agreement_before - _WORSE
 
     def _undo(self, done: Distilled) -> None:
-        """Go back to what drafts."""
+        """Restore the weights of the drafting head."""
         logger.warning(
             "atlas_rl: a refresh of the adaptive EAGLE-3 head is undone: its agreement with the policy went from %.3f to "
             "%.3f on the newest rollouts, or its weights are no numbers any more",
@@ -240,10 +240,10 @@ class HeadLearner:
                 weight.copy_(drafting[name])
         moments = [value for values in self._optimizer.state.values() for value in values.values()]
         if not all(bool(torch.isfinite(torch.as_tensor(value)).all()) for value in moments):
-            self._optimizer = self._new_optimizer()  # whose first step is a large one: good moments are kept
+            self._optimizer = self._new_optimizer()  # its first step is large, so finite moments are kept
 
     def _publish(self) -> None:
-        """Let the head draft with what was learned."""
+        """Copy the learned weights to the drafting head."""
         drafting = dict(self._head.named_parameters())
         with torch.no_grad():
             for name, weight in learned_parameters(self.trainee).items():
@@ -256,7 +256,7 @@ class HeadLearner:
     # ----------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, moments and the head's tokens; what it learns from comes anew within a step."""
+        """Weights, optimizer moments and the head's tokens; the texts are not saved, new ones come within a step."""
         moments = self._optimizer.state_dict()["state"]
         return {
             "trained": int(self.trained),
@@ -269,20 +269,20 @@ class HeadLearner:
         }
 
     def fits(self, state: SavedState) -> bool:
-        """Whether a state is one of this head's: the same shapes over the same tokens.
+        """Whether a saved state fits this head: the same draft tokens.
 
         Raises:
-            ValueError: No such state at all.
+            ValueError: The state is not of this kind.
         """
         ids = self.trainee.token_ids.cpu().numpy()
         return np.array_equal(state.integers("token_ids", 0, _MAX_TOKEN), ids)
 
     @trainable
     def load_state_dict(self, state: SavedState) -> None:
-        """Restore `state_dict()`, and let the head draft with it.
+        """Restore `state_dict()` and publish the weights to the drafting head.
 
         Raises:
-            ValueError: Anything that no such learner can hold; nothing has changed then.
+            ValueError: The state does not fit any such learner; nothing has changed then.
         """
         trained = bool(state.integer("trained", 0, 1))
         weights = saved_weights(self.trainee, state.part("weights"), OWNER)

@@ -1,6 +1,7 @@
 """EAGLE-3 as an adaptive drafter: it starts as a copy of a static head and is refined after every policy update.
 
-Drafting is that of the static head (`eagle3/speculator.py`), which stays untouched beside it; learning is in `learner.py`.
+Drafting is that of the static head (`eagle3/speculator.py`), which is kept unchanged beside it; learning is in
+`learner.py`.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ class AdaptiveEagle3Speculator(Eagle3Speculator):
     """Drafts with an EAGLE-3 head that follows the policy.
 
     Args:
-        head: A loaded head, of which a copy is made, or the folder of a checkpoint.
-        settings: How it learns.
-        budget_share: Most of the time between two refreshes that the later one takes; heads that learn beside each other
-            divide it.
-        clock: Seconds.
+        head: A loaded head, which is copied, or the folder of a checkpoint.
+        settings: Training settings.
+        budget_share: Largest share of the time between two refreshes that the later one may take, divided among all
+            heads that learn.
+        clock: Returns seconds.
 
     Raises:
         ValueError: At `bind`: the checkpoint is damaged or belongs to another policy.
 
     Attributes:
-        policy_version: Version of the policy that it was refreshed at; -1 before.
-        refreshes: What every refresh did.
-        budget: How long it may learn.
-        learner: Owns the copy that learns; there once the speculator is bound.
+        policy_version: Policy version of the latest refresh; -1 before.
+        refreshes: Report of every refresh.
+        budget: Time budget for learning.
+        learner: Owns the copy that is trained; exists once the speculator is bound.
     """
 
     name = "eagle3_adaptive"
@@ -70,11 +71,11 @@ class AdaptiveEagle3Speculator(Eagle3Speculator):
         self.budget = LearningBudget(budget_share, clock)
         self._settings, self._clock = settings or RefineSettings(), clock
         self.learner: HeadLearner
-        self._follows = True  # whether the policy's logits can be learned
+        self._follows = True  # whether the form of the policy's logits is known
         self._put_off: Callable[[], None] | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Load the head for this policy: as learned where the one before took the same head, else as the static one."""
+        """Load the head for this policy; what was learned with the previous policy is kept if the head is the same."""
         before = getattr(self, "learner", None)
         super().bind(policy, couples_noise)
         self.needs = replace(self.needs, head_inputs=True)
@@ -95,7 +96,7 @@ class AdaptiveEagle3Speculator(Eagle3Speculator):
         prompts: Prompts = NO_PROMPTS,
         cache: PolicyCache | None = None,
     ) -> None:
-        """As the static head; a new `Sequences` starts a new call."""
+        """As for the static head; a new `Sequences` starts a new call."""
         super().start(sequences, requests, prompts, cache)
         if not self._follows:
             return
@@ -106,7 +107,7 @@ class AdaptiveEagle3Speculator(Eagle3Speculator):
         log.start(prompts, self._policy)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """As the static head; the states are logged later."""
+        """As for the static head; `learn` logs the states later."""
         self.learn()
         super().observe(sequences, verified)
         log = self.learner.log
@@ -114,7 +115,7 @@ class AdaptiveEagle3Speculator(Eagle3Speculator):
             self._put_off = partial(log.observe, verified, sequences.lengths[verified.requests], self._policy)
 
     def learn(self) -> None:
-        """Log the latest tokens, to learn from them at the refresh."""
+        """Log the latest tokens as training data for the refresh."""
         put_off, self._put_off = self._put_off, None
         if put_off is not None:
             put_off()
@@ -142,7 +143,7 @@ class AdaptiveEagle3Speculator(Eagle3Speculator):
         return (*super().weights(), *self.learner.trainee.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned, and for which head."""
+        """Learned state, and the head that it belongs to."""
         if not hasattr(self, "learner"):
             return {}
         self.learn()
@@ -150,11 +151,11 @@ class AdaptiveEagle3Speculator(Eagle3Speculator):
         return head | self.learner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`. For another head it says so, and drafting starts from the static one.
+        """Restore `state_dict()`. The state of another head gives a warning, and drafting starts from the static one.
 
         Raises:
-            ValueError: The state of another kind of speculator or of another format, or a damaged one; nothing has
-                changed then.
+            ValueError: The state is of another kind of speculator or another format, or damaged; nothing has changed
+                then.
         """
         if isinstance(state, Mapping) and not state:
             return

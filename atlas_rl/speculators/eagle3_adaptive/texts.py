@@ -1,6 +1,7 @@
-"""Keeps what an EAGLE-3 head learns from: the states that the policy computed along its newest rollouts.
+"""Keeps the training data of an EAGLE-3 head: states that the policy computed along its newest rollouts.
 
-A head attends to its whole text, so texts are kept whole, in half precision, prompts once for all of their siblings.
+A head attends to its whole text, so whole texts are kept, in half precision, with each prompt stored once for its
+siblings.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from atlas_rl.speculators.eagle3.unrolling import Batch, Stretch
 
 _ROWS = 64  # positions of a text that one example learns from
-_BEFORE = 512  # positions before these that it attends to
+_BEFORE = 512  # positions before these that an example attends to
 _HALVED_AFTER_UPDATES = 4.0
 
 
@@ -23,7 +24,7 @@ class PromptStates:
     """States along a prompt of `n` tokens.
 
     Attributes:
-        embeddings: float16 `[n - 1, hidden]`, of its tokens but for the first.
+        embeddings: float16 `[n - 1, hidden]`, of its tokens except the first.
         features: Per layer float16 `[n, hidden]`.
     """
 
@@ -39,11 +40,11 @@ class Text:
     """States along the first `m` drawn tokens of a rollout.
 
     Attributes:
-        prompt: Of its prompt.
+        prompt: States of its prompt.
         embeddings: float16 `[m, hidden]`, of the drawn tokens.
-        features: Per layer float16 `[m - 1, hidden]`, of the positions of all of them but the last.
-        drawn_from: float16 `[m, hidden]`, what each was drawn from.
-        version: Of the policy.
+        features: Per layer float16 `[m - 1, hidden]`, of the drawn tokens' positions except the last.
+        drawn_from: float16 `[m, hidden]`, hidden state that each token was drawn from.
+        version: Policy version.
     """
 
     prompt: PromptStates
@@ -56,12 +57,12 @@ class Text:
         return len(self.embeddings)
 
     def feature(self, layer: int) -> torch.Tensor:
-        """All features of a layer, of the text's positions but the last: `[len(prompt) + m - 1, hidden]`."""
+        """All features of a layer, of the text's positions except the last: `[len(prompt) + m - 1, hidden]`."""
         return torch.cat([self.prompt.features[layer], self.features[layer]])
 
 
 class TextBuffer:
-    """The newest texts, whole calls at a time, the oldest dropped first.
+    """The newest texts, in whole calls; the oldest calls are dropped first.
 
     Args:
         max_tokens: Most drawn tokens kept.
@@ -72,18 +73,18 @@ class TextBuffer:
         self._calls: list[list[Text]] = []
 
     def add(self, texts: Sequence[Text]) -> None:
-        """Add the texts of a call. Those of one drawn token teach nothing: a head predicts the second at the earliest."""
+        """Add the texts of a call, except those of one token: the first that a head can predict is the second."""
         self._calls.append([text for text in texts if len(text) > 1])
         while len(self._calls) > 1 and sum(len(text) for call in self._calls for text in call) > self._max_tokens:
             self._calls.pop(0)
 
     def move_to(self, device: torch.device) -> None:
-        """The policy is on another device: what was computed on the one before is let go."""
+        """The policy has moved to another device: drop the texts of the previous one."""
         self._calls = []
 
     @property
     def has_texts(self) -> bool:
-        """Whether the newest call left anything to learn from."""
+        """Whether the newest call has any usable text."""
         return bool(self._calls) and bool(self._calls[-1])
 
     def newest(self, size: int, rng: np.random.Generator) -> list[Text]:
@@ -92,7 +93,7 @@ class TextBuffer:
         return [call[n] for n in rng.choice(len(call), min(size, len(call)), replace=False)]
 
     def sample(self, size: int, version: int, rng: np.random.Generator) -> list[Text]:
-        """At most `size` texts from all over the buffer, more of recent policies."""
+        """At most `size` texts from the whole buffer, with more weight on recent policies."""
         texts = [text for call in self._calls for text in call]
         weights = 0.5 ** (np.array([version - text.version for text in texts]) / _HALVED_AFTER_UPDATES)
         chosen = rng.choice(len(texts), min(size, len(texts)), replace=False, p=weights / weights.sum())
@@ -100,12 +101,12 @@ class TextBuffer:
 
 
 def batch_of(texts: Sequence[Text], layers: Sequence[int], rng: np.random.Generator) -> Batch:
-    """A stretch of each text, somewhere in it where it is longer than one, and what comes before."""
-    # Row r of a text stands at its prompt's last position plus r; the token after it is drawn token r.
+    """A stretch of each text, at a random place if the text is longer, with the positions before it."""
+    # Row r of a text is its prompt's last position plus r; the token after it is drawn token r.
     num_rows = np.array([len(text) + 1 for text in texts])
     firsts = rng.integers(0, np.maximum(1, num_rows - _ROWS + 1))
     ends = np.minimum(firsts + _ROWS, num_rows)
-    places = np.array([len(text.prompt) - 1 for text in texts]) + firsts  # of the first row, in the text
+    places = np.array([len(text.prompt) - 1 for text in texts]) + firsts  # index of the first row in the text
     begins = np.maximum(0, places - _BEFORE)
     device = texts[0].embeddings.device
     rows = _Padded(int((ends - firsts).max()), len(texts), device)
@@ -113,7 +114,7 @@ def batch_of(texts: Sequence[Text], layers: Sequence[int], rng: np.random.Genera
     drawn = torch.zeros(len(texts), rows.width, dtype=torch.bool, device=device)
     for n, text in enumerate(texts):
         first, end, place, begin = int(firsts[n]), int(ends[n]), int(places[n]), int(begins[n])
-        after = torch.cat([text.prompt.embeddings, text.embeddings])  # of the token after each position
+        after = torch.cat([text.prompt.embeddings, text.embeddings])  # embedding of the token after each position
         rows.put("embeddings", n, after[place : place + end - first])
         before.put("embeddings", n, after[begin:place])
         for layer in layers:
@@ -134,7 +135,7 @@ def batch_of(texts: Sequence[Text], layers: Sequence[int], rng: np.random.Genera
 
 
 class _Padded:
-    """Float32 tensors `[batch, width, hidden]` by name, zeros where nothing was put."""
+    """Float32 tensors `[batch, width, hidden]` by name, zero-padded."""
 
     def __init__(self, width: int, batch: int, device: torch.device) -> None:
         self.width, self._batch, self._device = width, batch, device

@@ -1,11 +1,11 @@
 """An NVFP4 copy of a policy's linear layers, which runs inside the policy's own modules.
 
-Everything but the products is the policy's own: norms, rotary positions, biases, adapters, the embedding table (a lookup
-reads one row of it: four bits would save no time), and the attention cache. So whatever the model is made of stays what it
-is, and the copy costs 9/16 byte per weight. The format is that of `atlas_kernels.nvfp4`.
+Only the matrix products are replaced. Norms, rotary positions, biases, adapters, the embedding table (a lookup reads
+one row: four bits would save no time) and the attention cache are the policy's own. So any architecture keeps working,
+and the copy costs 9/16 byte per weight. The format is that of `atlas_kernels.nvfp4`.
 
-On a GPU the layers run as the NVFP4 kernel. Elsewhere they run with the dequantized weight, which is the same function at
-the price of the policy and of a second copy of it: for tests and for measuring acceptance.
+On a GPU the layers run as the NVFP4 kernel. Elsewhere they run with the dequantized weight, which computes the same
+function at the cost of the policy and of a second copy of it: for tests and for measuring acceptance.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from atlas_rl.policy.in_process import decoder_layers
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.speculators.warm_up import kinds_of, multiply_in_four_bits
 
-HEADROOM = 2.0  # of a tensor scale: so long as no magnitude outgrows it, a refresh reads each weight once
+HEADROOM = 2.0  # factor on tensor scales: a refresh reads each weight once unless a magnitude outgrows its scale
 
 
 class FourBitCopy:
     """Four-bit copy of a policy's linear layers, in place in its modules.
 
     Args:
-        policy: A causal LM whose decoder layers multiply by `nn.Linear` only; never changed, but for the time of `running`.
-        quantize_head: Whether the copy has an LM head of its own or uses the policy's.
+        policy: A causal LM whose decoder layers multiply by `nn.Linear` only; unchanged except within `running`.
+        quantize_head: Whether the copy has its own LM head instead of the policy's.
         quantize_embeddings: Whether it reads a quantized embedding table: for measurements, it saves nothing.
-        kernels: Whether the layers run as kernels; None where the policy is on a GPU and Triton is installed.
+        kernels: Whether the layers run as kernels; None: if the policy is on a GPU and Triton is installed.
 
     Raises:
-        ValueError: A weight of the decoder layers or of the head is not that of a plain `nn.Linear`.
+        ValueError: A weight of the decoder layers or of the head does not belong to a plain `nn.Linear`.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class FourBitCopy:
             return
         kinds = {(kinds_of(weight.shape), weight.dtype): weight.shape for weight in weights}
         for (_, stored), shape in kinds.items():
-            # Whether float32 weights run under autocast is seen in a forward only; TRL's is bfloat16.
+            # Whether float32 weights run under autocast is known only in a forward; TRL's autocast is bfloat16.
             computed = {stored, torch.bfloat16} if stored == torch.float32 else {stored}
             multiply_in_four_bits(shape, stored, computed, device)
 
     def requantize(self) -> None:
-        """Quantize the policy's present weights: reads each once, or twice if it outgrew its scale."""
+        """Quantize the policy's present weights, reading each once, or twice if it outgrew its scale."""
         modules = self._linears + self._embeddings
         weights = [module.weight.detach() for module in modules]
         scales = [weight.tensor_scale for weight in self._weights]
         if not scales or scales[0].device != weights[0].device:
             scales = [tensor_scale_for(weight, HEADROOM) for weight in weights]
-        self._weights = []  # the former copy goes before the next one comes
+        self._weights = []  # free the old copy first
         self._weights = [quantize(weight, scale) for weight, scale in zip(weights, scales, strict=True)]
-        saturated = torch.stack([weight.saturated for weight in self._weights]).tolist()  # one wait for all of them
+        saturated = torch.stack([weight.saturated for weight in self._weights]).tolist()  # one wait for all
         for index in [index for index, outgrown in enumerate(saturated) if outgrown]:
             self._weights[index] = quantize(weights[index], tensor_scale_for(weights[index], HEADROOM))
         kernels = kernels_run_on(weights[0].device) if self._kernels is None else self._kernels
@@ -94,18 +94,18 @@ class FourBitCopy:
         self._forwards += [_looked_up(weight) for weight in self._weights[len(self._linears) :]]
 
     def running(self) -> AbstractContextManager[None]:
-        """Context in which this thread's modules of the policy compute with the four-bit weights."""
+        """Context in which the policy's modules compute with the four-bit weights, in this thread only."""
         modules = self._linears + self._embeddings
         assert self._forwards, "running() before requantize()"
         return replaced_forwards(dict(zip(modules, self._forwards, strict=True)))
 
 
 def _linears(root: nn.Module) -> list[Any]:
-    """The `nn.Linear` modules below `root`, itself included, without adapters, which are small and stay as they are."""
+    """The `nn.Linear` modules below `root`, itself included, except adapters, which are small and stay as they are."""
     adapters = {
         id(part)
         for module in root.modules()
-        for name in getattr(module, "adapter_layer_names", ())  # how PEFT's layers name what they have added
+        for name in getattr(module, "adapter_layer_names", ())  # PEFT's layers list their additions here
         if isinstance(getattr(module, name, None), nn.Module)
         for part in getattr(module, name).modules()
     }
@@ -133,7 +133,7 @@ def _is_matrix(parameter: torch.Tensor) -> bool:
 def _packed(weight: NVFP4Weight) -> Any:
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         x = input
-        if torch.is_autocast_enabled(x.device.type):  # which converts the inputs of the layers that this one stands for
+        if torch.is_autocast_enabled(x.device.type):  # autocast converts the inputs of the original layers
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = linear(x.reshape(-1, x.shape[-1]), weight, implementation="triton").view(*x.shape[:-1], -1)
         return out if module.bias is None else out + module.bias.to(out.dtype)

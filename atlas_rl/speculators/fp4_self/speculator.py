@@ -1,12 +1,12 @@
 """The FP4 self-draft: an NVFP4 copy of the policy drafts, the policy verifies. Static, but requantized from the policy.
 
-Self-speculation with a quantized copy is that of QuantSpec (arXiv 2502.10424) and, in RL, of EfficientRollout (arXiv
-2606.18967); the format is NVFP4 (`copy.py`). The copy is made anew whenever the policy has moved: no training, no
-checkpoint, and what is committed is the policy's own, in full precision.
+Self-speculation with a quantized copy is known from QuantSpec (arXiv 2502.10424) and, in RL, from EfficientRollout
+(arXiv 2606.18967); the format is NVFP4 (`copy.py`). The copy is made anew at every policy update: no training, no
+checkpoint, and the committed tokens are the policy's own, in full precision.
 
-**It drafts in the policy's own cache.** What it attends to are the keys and values that the policy itself computed for
-every committed token; its own, of drafted positions, go to the cells that the next verification overwrites before it reads
-them. So there is no second cache, no prompt to run, nothing to catch up with, and no error that builds up over a long text.
+**It drafts in the policy's own cache.** It attends to the keys and values that the policy itself computed for every
+committed token. Its own, of drafted positions, go to cells that the next verification overwrites before it reads them.
+So there is no second cache, no prompt to run, no catching up, and no error that builds up over a long text.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 class Fp4SelfSpeculator(Speculator):
     """Drafts with a four-bit copy of the policy, under the sampling parameters of the call.
 
-    Coupled to the policy's noise each draft token is the one that the copy would commit itself at that position. Without
-    coupling it is an independent draw, and `Draft.draft_probs` says from what.
+    Coupled to the policy's noise, each draft token is the one that the copy itself would commit at that position.
+    Without coupling it is an independent draw from `Draft.draft_probs`.
 
     Args:
-        quantize_head: Whether the LM head has four bits too, or is the policy's own.
-        quantize_embeddings: Whether the embedding table has: for measurements.
+        quantize_head: Whether the LM head is quantized too; else it is the policy's own.
+        quantize_embeddings: Whether the embedding table is quantized too: for measurements.
 
     Raises:
-        ValueError: At `bind`: the policy has weights that are not those of plain linear layers.
+        ValueError: At `bind`: the policy has weights that do not belong to plain linear layers.
     """
 
     name = "fp4_self"
@@ -48,12 +48,12 @@ class Fp4SelfSpeculator(Speculator):
     def __init__(self, *, quantize_head: bool = True, quantize_embeddings: bool = False) -> None:
         self._options = {"quantize_head": quantize_head, "quantize_embeddings": quantize_embeddings}
         self._copy: FourBitCopy | None = None
-        self._version: int | None = None  # of the policy that was copied
+        self._version: int | None = None  # policy version of the copy
         self._policy: PolicyView | None = None
         self._cache: PolicyCache | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Copy this policy from now on."""
+        """Copy this policy from the next draft on."""
         super().bind(policy, couples_noise)
         if policy.model is None:
             raise ValueError("draft_model='fp4' copies the policy's own modules, which must run in this process")
@@ -93,14 +93,14 @@ class Fp4SelfSpeculator(Speculator):
         newest = sequences.token_ids[requests, starts].astype(np.int64)
         unrunnable, device = runner.unrunnable(), self._policy.device
         drawing = Drawing(self.name, sequences, requests, max_draft_tokens, device, couples_noise=self._couples_noise)
-        stand_ins = None  # what is run instead of each token; drafts are cut behind those that cannot be run
+        stand_ins = None  # token run in place of each token; drafts are cut after unrunnable ones
         if unrunnable is not None:
             stand_ins = uploaded(np.where(unrunnable, newest[0], np.arange(len(unrunnable))), device)
         tokens: np.ndarray | torch.Tensor = newest[drawing.rows[0]]
         with copy.running():
             for position, going in enumerate(drawing.rows):
                 every = np.arange(len(going))
-                first = starts[going]  # what the policy runs next
+                first = starts[going]  # the position that the policy runs next
                 segments = Segments(tokens, 0, first + position, np.ones_like(every), rows[going], settled=first)
                 tokens = drawing.draw(runner.forward(segments, every))
                 if stand_ins is not None:
@@ -112,7 +112,7 @@ class Fp4SelfSpeculator(Speculator):
             raise
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Do nothing: the policy has run the committed tokens."""
+        """Do nothing: the policy itself runs the committed tokens."""
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Release the call's cache. Weights are read at the next draft, when they are whole on every rank."""
@@ -120,7 +120,7 @@ class Fp4SelfSpeculator(Speculator):
         return None
 
     def _current(self, policy_version: int) -> FourBitCopy:
-        """The copy, up to date with the policy."""
+        """The copy, requantized if the policy version changed."""
         assert self._copy is not None, "propose() before bind()"
         if self._version != policy_version:
             self._copy.requantize()
@@ -130,9 +130,9 @@ class Fp4SelfSpeculator(Speculator):
     def _clean(
         self, runner: PolicyRunner, newest: np.ndarray, starts: np.ndarray, depths: np.ndarray, rows: np.ndarray
     ) -> None:
-        """Let the policy rewrite every cache cell that drafting wrote to; arrays are int64 `[batch]`.
+        """Let the policy overwrite every cache cell that drafting wrote to; arrays are int64 `[batch]`.
 
-        Numbers that are not finite would get into its own forward: a cell that is masked still enters as 0 * NaN.
+        Otherwise non-finite values would reach the policy's own forward: a masked cell still contributes 0 * NaN.
         """
         drafted = depths > 0
         tokens, counts = np.repeat(newest[drafted], depths[drafted]), depths[drafted]

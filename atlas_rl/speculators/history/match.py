@@ -1,8 +1,8 @@
 """Cursors: places in history where the preceding tokens equal a request's latest ones.
 
-A request keeps its cursors from token to token. A token that a cursor predicted moves the cursor on, one token
-longer; any other token drops it; the chains supply new ones. So the longest matches are never lost to the bound on
-how far a chain is followed, and following an agreed continuation touches memory in sequence.
+A request keeps its cursors from token to token. If a cursor predicted the token, it moves on and its match grows by
+one; otherwise it is dropped. New cursors come from the chains. So the longest matches are never lost to the bound on
+how far a chain is followed, and following an agreed continuation reads memory in sequence.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from atlas_rl.speculators.history.store import (
     tag_of,
 )
 
-# What a cursor points into. OWN: the request's own completion, or its prompt. SIBLING: a running request with the same
-# prompt. RECALLED: an archived rollout of the same prompt. The others: text that followed other prompts.
+# Sources of a cursor. OWN: the request's own completion, or its prompt. SIBLING: a running request with the same
+# prompt. RECALLED: an archived rollout of the same prompt. LIVE_OTHER, ARCHIVE_OTHER: text that followed other prompts.
 OWN, SIBLING, RECALLED, LIVE_OTHER, ARCHIVE_OTHER = range(5)
 NUM_SOURCES = 5
 
@@ -34,9 +34,9 @@ CODE, SOURCE, LENGTH, NEXT = 0, 1, 2, 3
 """Columns of a cursor. CODE is an archive code, or `~code` of a live one; NEXT is the token it predicts."""
 
 MAX_CURSORS = 48
-_REFILL_BELOW = 16  # chains are consulted while fewer cursors than this are left
-_MAX_FOUND = 16  # cursors taken from one chain
-_MAX_VISITS = 32  # entries looked at in one chain
+_REFILL_BELOW = 16  # chains are searched while fewer cursors than this are left
+_MAX_FOUND = 16  # most cursors taken from one chain
+_MAX_VISITS = 32  # most entries visited in one chain
 
 
 @numba.njit(inline="always")
@@ -106,7 +106,7 @@ def _search_live(cursors, count, survivors, family, context, end, request, live)
 def _search_archive(cursors, count, survivors, family, context, end, tag, archive):
     """Follow one chain of the archive. PROMPT yields completions of the same prompt, GLOBAL text of the others.
 
-    Nodes get older along a chain; one that does not was overwritten, and the chain ends there.
+    Nodes get older along a chain. One that is newer has been overwritten, and the chain ends there.
     """
     capacity = len(archive.nodes)
     room = min(count + _MAX_FOUND, MAX_CURSORS)
@@ -125,7 +125,7 @@ def _search_archive(cursors, count, survivors, family, context, end, tag, archiv
         link = archive.nodes[code, LINK + family]
         info = archive.nodes[code, INFO]
         same = tag_of(info) == tag
-        # The request's own prompt is found in the live index: an archived copy says nothing new.
+        # The request's own prompt is in the live index already: an archived copy adds nothing.
         if same != (family == PROMPT) or (same and in_prompt(info)) or archive.nodes[code, TOKEN] == SEPARATOR:
             continue
         length = _match_archive(archive.nodes, code, context, end)
@@ -155,8 +155,8 @@ def refill(cursors, count, context, end, request, live, archive):
 def _advance_live(cursors, i, context, end, position, request, live):
     """Move a live cursor on by one token; returns the token it predicts next, SEPARATOR at the end of its text.
 
-    `context[end]` is token `position` of the request, which is the next to come: a cursor into the request itself may
-    run into the draft, which is the case of a text that repeats itself.
+    `context[end]` is token `position` of the request, the next to come: a cursor into the request itself may run into
+    the draft, as in a text that repeats itself.
     """
     num_requests = len(live.tokens)
     code = ~cursors[i, CODE] + num_requests

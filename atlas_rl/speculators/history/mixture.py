@@ -4,26 +4,26 @@
 
     P(x) = (1 - m) n(x) / sum_y n(y)     n(x) = sum_c w_k(c) 1[x_c = x]     m = escape mass: the token is none of these
 
-log w_k climbs the log-likelihood of the tokens that come: its gradient is the share that category k has in the weight
-of the right token, less its share in all weight. So a category whose cursors are right where others are wrong gains,
-and where the policy branches evenly, cursors of equal reliability count as what they are: samples of it. The escape
-mass is the running frequency of "none of these" among positions that looked alike (best category, how many cursors, how
-many different tokens), as in PPM's secondary escape estimation.
+log w_k climbs the log-likelihood of the observed tokens: its gradient is the share of category k in the weight of the
+right token, minus its share in all weight. So a category whose cursors are right where others are wrong gains weight.
+Where the policy branches evenly, cursors of equal reliability count as samples of the policy. The escape mass is the
+running frequency of "none of these" among similar positions (best category, number of cursors, number of different
+tokens), as in PPM's secondary escape estimation.
 
 **Coupled draft.** The policy takes argmax p(x) / E(x): the first arrival of processes with times T(x) = E(x) / p(x).
 E is known beforehand, so the draft is the first arrival under P(x)^g. With many counts g = 1 is right, and the draft
-is the policy's own choice but for the error of P. With few, the likely token wins more often than P says: a rate
-known from n counts is Gamma(n), whose median falls short of its mean by more the smaller n is. How much is not
-assumed: every g of a grid is scored at every token that comes, and the best for positions of this kind is used (full
-information, so no exploration). The draft is wrong if
+is the policy's own choice up to the error of P. With few counts, the likely token wins more often than P says: a rate
+known from n counts is Gamma(n), whose median falls further below its mean the smaller n is. The exponent is not
+assumed: every g of a grid is scored at every token, and the best for this kind of position is used (full information,
+so no exploration). The draft is wrong if
 
- *  an unseen token arrives earlier. Unseen tokens have rate m together and none of their noise is known to matter: none
-    arrives before time t with probability exp(-m t);
+ *  an unseen token arrives earlier. Unseen tokens have rate m together, and which of their noise matters is unknown:
+    none arrives before time t with probability exp(-m t);
  *  another candidate arrives earlier under the true p, whose rates are Gamma(n) (`_overtakes`).
 
-**One-hot draft** (greedy, or rejection verification): the likeliest token; its confidence reads the prefix alone.
+**One-hot draft** (greedy, or rejection verification): the likeliest token; its confidence depends on the prefix alone.
 
-Confidence is a logistic regression, trained online, on the probability so derived and on what it was derived from.
+Confidence is a logistic regression, trained online, on this probability and on its inputs.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from atlas_rl.speculators.saved_state import SavedState
 COUPLED, ONE_HOT = 0, 1
 """Draft modes: the first arrival under the policy's noise, or the likeliest token."""
 
-# Match length 0..24 -> bucket: fine where one more token of context says most.
+# Match length 0..24 -> bucket: fine where one more token of context matters most.
 LENGTH_BUCKET = np.array([0, 0, 1, 2, 3, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 8, 8, 8, 8, 8, 8, 8, 8, 9], np.int64)
 NUM_BUCKETS = 10
-# A kind of position: (the best cursor is of the same prompt or not, different tokens in 4 classes, cursors in 4
-# classes).
+# A kind of position: (whether the best cursor has the same prompt, different tokens in 4 classes, cursors in
+# 4 classes).
 NUM_KINDS = 2 * 4 * 4
 EXPONENTS = np.array([1.0, 1.5, 2.5, 5.0])
-# Features of a draft token from which its confidence is regressed; RAW is the logit of the derived probability.
+# Features of a draft token for the confidence regression; RAW is the logit of the derived probability.
 BIAS, RAW, SHARE, ESCAPE, MARGIN, EVIDENCE, MATCH, COUNT = range(8)
 NUM_FEATURES = 8
 
 _WEIGHT_RATE = 0.2
 _CONFIDENCE_RATE = 0.03
-_MEMORY = 0.998  # forgetting per trial: the policy moves
+_MEMORY = 0.998  # decay per trial, because the policy changes
 _PRIOR_TRIALS = 4.0
 _MAX_MARGIN = 4.0
 _NEVER = 1e30
@@ -63,7 +63,7 @@ _LEAST_ESCAPE = 1e-9
 
 
 class Model(NamedTuple):
-    """Everything learned besides the tokens themselves."""
+    """All learned state except the tokens themselves."""
 
     log_weights: np.ndarray  # float64 [NUM_SOURCES, NUM_BUCKETS]
     escapes: np.ndarray  # float64 [NUM_KINDS, NUM_BUCKETS, 2]: hits, trials
@@ -75,7 +75,7 @@ class Scratch(NamedTuple):
     """Work arrays of one position; candidates are the distinct tokens that cursors predict."""
 
     rates: np.ndarray  # float64 [NUM_SOURCES, NUM_BUCKETS], exponentials of the model's log weights
-    weights: np.ndarray  # float64 [MAX_CURSORS], per cursor, in units of the weightiest
+    weights: np.ndarray  # float64 [MAX_CURSORS], per cursor, relative to the largest
     tokens: np.ndarray  # int64 [MAX_CURSORS], candidates
     masses: np.ndarray  # float64 [MAX_CURSORS], n(x) of the candidates
     times: np.ndarray  # float64 [MAX_CURSORS], T(x)
@@ -87,14 +87,14 @@ class Position(NamedTuple):
     """Result of `mix`."""
 
     different: int  # number of candidates
-    total: float  # their mass
+    total: float  # mass of all candidates
     kind: int
-    bucket: int  # length bucket of the weightiest cursor
+    bucket: int  # length bucket of the cursor with the largest weight
     escape: float  # probability that the next token is none of the candidates
 
 
 def new_model() -> Model:
-    """A model with prior weights: longer matches predict better, and a confidence is what its derivation says."""
+    """A model with prior weights: longer matches predict better, and the confidence is the derived probability."""
     log_weights = np.tile(0.5 * np.arange(NUM_BUCKETS), (NUM_SOURCES, 1))
     escapes = np.full((NUM_KINDS, NUM_BUCKETS, 2), _PRIOR_TRIALS)
     for kind in range(NUM_KINDS):
@@ -111,7 +111,7 @@ def new_model() -> Model:
 
 @numba.njit
 def new_scratch(model):
-    """New work arrays, for a model that only `learn` changes meanwhile."""
+    """New work arrays, valid for a model that only `learn` changes."""
     return Scratch(
         np.exp(model.log_weights),
         np.empty(MAX_CURSORS),
@@ -125,7 +125,7 @@ def new_scratch(model):
 
 @numba.njit(inline="always")
 def _log2_class(n):
-    """0, 1, 2, 3 for 1, 2..3, 4..7, more."""
+    """Class 0, 1, 2, 3 of 1, 2..3, 4..7, more."""
     return 0 if n < 2 else (1 if n < 4 else (2 if n < 8 else 3))
 
 
@@ -153,7 +153,7 @@ def mix(cursors, count, model, scratch):
     kind = (group * 4 + _log2_class(different)) * 4 + _log2_class(count)
     bucket = LENGTH_BUCKET[cursors[best, LENGTH]]
     escape = model.escapes[kind, bucket, 0] / model.escapes[kind, bucket, 1]
-    escape = min(max(escape, _LEAST_ESCAPE), 1 - _LEAST_ESCAPE)  # its logarithm is taken, and that of its complement
+    escape = min(max(escape, _LEAST_ESCAPE), 1 - _LEAST_ESCAPE)  # logarithms of it and of its complement are taken
     return Position(different, total, kind, bucket, escape)
 
 
@@ -165,10 +165,10 @@ def _logit(p):
 
 @numba.njit(inline="always")
 def _overtakes(n, m, log_ratio):
-    """Probability that a candidate of `m` counts, `log_ratio` later by the counts, truly precedes one of `n`.
+    """Probability that a candidate of `m` counts, later by `log_ratio` under the counts, truly precedes one of `n`.
 
-    The log of a Gamma(n) rate has mean near log(n) - 1 / (2 n) and variance near 1 / n + 1 / (2 n**2); their difference
-    is taken for normal, and the normal for logistic.
+    The log of a Gamma(n) rate has mean near log(n) - 1 / (2 n) and variance near 1 / n + 1 / (2 n**2); the difference
+    of two is approximated as normal, and the normal as logistic.
     """
     shift = 0.5 / m - 0.5 / n
     spread = math.sqrt(1 / n + 0.5 / (n * n) + 1 / m + 0.5 / (m * m))
@@ -178,7 +178,7 @@ def _overtakes(n, m, log_ratio):
 @numba.njit
 def _first_arrival(at, scratch, exponent):
     """The candidate that arrives first if rates are raised to `exponent`."""
-    first, pick = _NEVER, 0  # an index, so it is one whatever the comparisons say
+    first, pick = _NEVER, 0  # a valid index even if no comparison holds
     for x in range(at.different):
         # Times scale with the rate's unit, so dividing by the mass instead of P changes no comparison.
         time = scratch.times[x] * (at.total / scratch.masses[x]) ** exponent
@@ -191,7 +191,7 @@ def _first_arrival(at, scratch, exponent):
 def _choose_coupled(at, model, scratch, key, position, learns):
     """First arrival under the policy's own noise; returns its index and fills its features.
 
-    Where `learns`, it fills the picks of all exponents as well; drafting needs that of the best one alone.
+    With `learns`, it fills the picks of all exponents as well; drafting needs only that of the best one.
     """
     for x in range(at.different):
         scratch.times[x] = exponential(key, position, scratch.tokens[x], 0)
@@ -304,7 +304,8 @@ def model_from_state(state: SavedState) -> Model:
     """Inverse of `model_state`.
 
     Raises:
-        ValueError: Arrays of another shape, or numbers that learning cannot reach and `mix` and `choose` cannot take.
+        ValueError: Arrays have another shape, or numbers out of the range that `learn` reaches and `mix` and `choose`
+            accept.
     """
     shapes = {name: value.shape for name, value in new_model()._asdict().items()}
     model = Model(**{name: state.floats(name, shapes[name], *_RANGES[name]) for name in Model._fields})
@@ -316,5 +317,5 @@ def model_from_state(state: SavedState) -> Model:
     return model
 
 
-# Far beyond what learning reaches, and within what the kernels' arithmetic takes: weights are exponentiated, counts decay.
+# Far beyond what learning reaches, but safe for the kernels' arithmetic: weights are exponentiated, counts decay.
 _RANGES = {"log_weights": (-200.0, 200.0), "escapes": (0.0, 1e6), "exponents": (0.0, 1e6), "confidence": (-1e6, 1e6)}

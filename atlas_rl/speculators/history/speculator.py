@@ -1,14 +1,13 @@
 """History index: drafts the tokens that followed the same context in recent rollouts.
 
-The light organ of the adaptive speculator. Everything a run has generated lately is text that the next rollout may repeat:
-the siblings of its group, which answer the same prompt now; rollouts of the same prompt in earlier epochs; the prompt
-itself; the request's own earlier words. The index finds places where the same tokens stood before
-(`store.py`, `match.py`) and weighs what followed them by how reliable such places have proved
-(`mixture.py`).
+The light part of the adaptive speculator. The next rollout may repeat any recent text of the run: the siblings of its
+group, which answer the same prompt now; rollouts of the same prompt in earlier epochs; the prompt itself; the request's
+own earlier tokens. The index finds places with the same preceding tokens (`store.py`, `match.py`) and weighs what
+followed them by how reliable such places have been (`mixture.py`).
 
-Where the policy branches, the counts approximate its distribution, and where noise is coupled the draft is drawn from
-them with the policy's own noise: the draft is then right with probability near 1 - TV(counts, policy), where the
-likeliest token alone would be right with probability max p.
+Where the policy branches, the counts approximate its distribution. With coupled noise the draft is drawn from them with
+the policy's own noise, and is right with probability near 1 - TV(counts, policy); the likeliest token alone would be
+right with probability max p.
 """
 
 from __future__ import annotations
@@ -61,9 +60,9 @@ _CONFIDENCE_FLOOR = 0.01
 
 @numba.njit
 def _draft_row(request, length, want, cursors, count, live, archive, model, scratch, mode, key, stops, out, confidence):
-    """Draft up to `want` tokens of one request from its `count` cursors, which are used up; returns how many.
+    """Draft up to `want` tokens of one request from its `count` cursors, which are consumed; returns how many.
 
-    The cursors have been refilled for the first of them.
+    The cursors are already refilled for the first token.
     """
     end = min(length, MAX_MATCH)
     context = np.empty(MAX_MATCH + want, np.int32)
@@ -96,13 +95,13 @@ def _draft_rows(
     log_weights, escapes, exponents, certainty,
     mode, keys, stops, out, confidence,
 ):  # fmt: skip
-    """Draft every row behind the `lengths` of all requests; returns the lengths of the drafts.
+    """Draft every row after the `lengths` of all requests; returns the lengths of the drafts.
 
-    A request has `counts[request]` cursors. A search appends others behind them: there are `found[request]` then, for
-    the position `found_at[request]`. `counts` stays as it is. So a later search, in a history that has grown, starts from
-    the same cursors as if nobody had asked for a draft before.
+    A request has `counts[request]` cursors. A search appends more: `found[request]` in all, valid at the position
+    `found_at[request]`. `counts` does not change, so a later search, in a history that has grown, starts from the same
+    cursors as if no draft had been asked for before.
 
-    `LiveView`, `ArchiveView` and `Model` come array by array: numba takes some microseconds to look into a named tuple.
+    `LiveView`, `ArchiveView` and `Model` are passed array by array: numba takes microseconds to unpack a named tuple.
     """
     live = LiveView(tokens, links, heads, indexed, prompt_lengths, tags)
     archive = ArchiveView(nodes, archive_heads, cursor)
@@ -131,14 +130,14 @@ def _draft_rows(
 def _move_rows(requests, starts, ends, cursors, counts, found, found_at, live, archive, met, met_counts):
     """Move every request's cursors past its tokens `starts[i] .. ends[i] - 1`.
 
-    `met` (int32 `[tokens, MAX_CURSORS, 4]`) and `met_counts` (int64 `[tokens]`) get the cursors that each token met.
+    `met` (int32 `[tokens, MAX_CURSORS, 4]`) and `met_counts` (int64 `[tokens]`) receive the cursors at each token.
     """
     token = 0
     for i in range(len(requests)):
         request = requests[i]
         row, own, count = live.tokens[request], cursors[request], counts[request]
         for position in range(starts[i], ends[i]):
-            if position == starts[i] and found_at[request] == position:  # by a draft, in the same history
+            if position == starts[i] and found_at[request] == position:  # a draft searched here, in the same history
                 count = found[request]
             else:
                 count = refill(own, count, row, position, request, live, archive)
@@ -157,8 +156,8 @@ def _follow_rows(
 ):  # fmt: skip
     """Move cursors past newly committed tokens and index them; nothing if `met` has no room. Returns the token count.
 
-    `starts` and `ends` (int64 `[batch]`) get the tokens of each request observed before, and by now; `observed` (int64
-    `[num_requests]`) follows. Positions from `most` on are not filed. The other arguments are those of `_move_rows`.
+    `starts` and `ends` (int64 `[batch]`) receive each request's tokens observed before and now; `observed` (int64
+    `[num_requests]`) is updated. Positions from `most` on are not indexed. Other arguments: see `_move_rows`.
     """
     live = LiveView(tokens, links, heads, indexed, prompt_lengths, tags)
     archive = ArchiveView(nodes, archive_heads, cursor)
@@ -171,13 +170,13 @@ def _follow_rows(
         for i in range(len(requests)):
             observed[requests[i]] = ends[i]
         index_live(live, requests, np.minimum(ends, most))
-        found_at[:] = -1  # there is more to find now, also for requests that were put off
+        found_at[:] = -1  # the history has grown, also for requests that this step left out
     return total
 
 
 @cached_njit(nogil=True)
 def _learn_rows(requests, starts, ends, tokens, met, met_counts, model, mode, keys):
-    """Learn from the tokens that `_move_rows` passed, as if each had been drafted from the cursors at its place."""
+    """Learn from the tokens that `_move_rows` passed, as if each had been drafted from its cursors."""
     scratch = new_scratch(model)
     token = 0
     for i in range(len(requests)):
@@ -203,31 +202,31 @@ class _PutOff(NamedTuple):
 class HistorySpeculator(Speculator):
     """Drafts from the running requests and a bounded archive of finished ones.
 
-    Finished requests stay in the live index, where their siblings keep matching them, and enter the archive together
-    when the call ends (`refresh`, the first `start` of another call, or `state_dict`). So indexing them costs nothing
-    while decoding, no token is found twice, and an abandoned call leaves the archive whole: only requests that finished
-    are ever written, each in one piece.
+    Finished requests stay in the live index, where their siblings keep matching them, and are archived together when
+    the call ends (`refresh`, the first `start` of another call, or `state_dict`). So indexing them costs nothing while
+    decoding, no token is found twice, and an aborted call leaves the archive intact: only finished requests are
+    written, each as a whole.
 
     Args:
-        max_tokens: Bound of the archive in tokens; the oldest rollouts, made by the oldest policies, go first.
+        max_tokens: Capacity of the archive in tokens; the oldest rollouts are dropped first.
     """
 
     name = "history"
 
     def __init__(self, max_tokens: int = 4_000_000) -> None:
         self.policy_version = -1
-        self._vocab_size: int | None = None  # of the policy that it is bound to
+        self._vocab_size: int | None = None  # of the bound policy
         self._archive = Archive(max_tokens)
         self._model = new_model()
-        self._archived: Sequences | None = None  # the call archived last, lest `refresh` archive it again
+        self._archived: Sequences | None = None  # the call archived last, so that `refresh` skips it
         self._sequences: Sequences | None = None
         self._live: LiveIndex | None = None
         self._finished: list[int] = []
         self._cursors, self._counts, self._observed = new_cursors(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
-        # Cursors with those that a draft has found, and the position that it searched for, -1 for none.
+        # Cursors including those that a draft has found, and the position that it searched at, -1 for none.
         self._found, self._found_at = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._put_off: _PutOff | None = None
-        self._met, self._met_counts = new_cursors(0), np.zeros(0, np.int64)  # cursors that its tokens met
+        self._met, self._met_counts = new_cursors(0), np.zeros(0, np.int64)  # cursors at its tokens
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy. An archive with tokens beyond its vocabulary is dropped: drafts index its logits."""
@@ -260,12 +259,12 @@ class HistorySpeculator(Speculator):
             self._observed = np.zeros(num_requests, np.int64)
             self._found, self._found_at = np.zeros(num_requests, np.int64), np.zeros(num_requests, np.int64)
         live = self._live_of(sequences)
-        self._found_at[:] = -1  # there is more to find now
+        self._found_at[:] = -1  # the history has grown
         live.add(sequences, requests)
         self._observed[requests] = sequences.prompt_lengths[requests]
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for each request: the likeliest continuation, or the one that the coupled noise picks."""
+        """Draft for each request: the likeliest continuation, or the one chosen by the coupled noise."""
         live = self._live_of(sequences)
         widest = bounds(max_draft_tokens)[1]
         if widest <= 0:
@@ -280,7 +279,7 @@ class HistorySpeculator(Speculator):
         return Draft(tokens, lengths, confidence)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Move the cursors past committed tokens and index these; `learn` scores the predictions later."""
+        """Move the cursors past committed tokens and index the tokens; `learn` scores the predictions later."""
         self.learn()
         live = self._live_of(sequences)
         requests = verified.requests
@@ -307,7 +306,7 @@ class HistorySpeculator(Speculator):
         self._put_off = None
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Archive the call that made `rollouts`, and other ranks' calls; the oldest leave the ring automatically."""
+        """Archive the call that made `rollouts`, and other ranks' calls; the oldest rollouts are overwritten."""
         self._end_call()
         for sequences in rollouts.elsewhere:
             self._archive_rollouts(sequences, list(range(len(sequences.lengths))))
@@ -318,7 +317,7 @@ class HistorySpeculator(Speculator):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Archive, including the rollouts finished so far, and learned weights; a running call is not disturbed."""
+        """The archive, including rollouts finished so far, and learned weights; a running call is not disturbed."""
         self.learn()
         self._archive_finished()
         return {
@@ -333,7 +332,7 @@ class HistorySpeculator(Speculator):
         """Restore `state_dict()`.
 
         Raises:
-            ValueError: The state of another speculator or format, one with tokens that the policy lacks, or a damaged one;
+            ValueError: The state is of another speculator or format, has tokens that the policy lacks, or is damaged;
                 nothing has changed then.
         """
         saved = SavedState(state, "history index")
@@ -351,7 +350,7 @@ class HistorySpeculator(Speculator):
 
     @property
     def num_archived_tokens(self) -> int:
-        """Tokens in the archive, one separator per rollout included."""
+        """Tokens in the archive, including one separator per rollout."""
         return len(self._archive)
 
     def _mode(self, sequences: Sequences) -> int:
@@ -377,9 +376,9 @@ class HistorySpeculator(Speculator):
         self._finished = []
 
     def _archive_rollouts(self, sequences: Sequences, requests: list[int]) -> None:
-        """Archive requests, the prompt in full with the first rollout of each."""
+        """Archive requests; each prompt is indexed in full only with its first rollout."""
         tags = prompt_tags(sequences.prompt_keys)
-        self._found_at[:] = -1  # there is more to find now
+        self._found_at[:] = -1  # the history has grown
         seen: set[int] = set()
         for request in requests:
             tag = int(tags[request])

@@ -1,19 +1,19 @@
 """Token storage of the history index: an archive of finished rollouts, and the running requests in place.
 
-Both are indexed by hash chains, as in LZ77: an *entry* is a token, filed under the hash of the few tokens before it;
-`heads[family, bucket]` names the newest entry of a bucket, and every entry links to the next older one. Following a
-chain from the hash of the current context therefore visits continuations of that context, newest first, and its cost
-depends on how many are looked at, never on how many there are. Two chain families share the entries: GLOBAL chains
-run through all text, PROMPT chains through rollouts of one prompt and hash a shorter context.
+Both are indexed by hash chains, as in LZ77. An *entry* is a token, filed under the hash of the few tokens before it.
+`heads[family, bucket]` is the newest entry of a bucket, and every entry links to the next older one. Following a chain
+from the hash of the current context therefore visits continuations of that context, newest first. Its cost depends on
+the number of visits, not on the number of entries. Two chain families share the entries: GLOBAL chains run through all
+text, PROMPT chains through rollouts of one prompt, and hash a shorter context.
 
-Links and heads hold `code + 1`, so that 0 ends a chain and fresh tables are zero pages. A hash is never trusted: who
-walks a chain compares tokens.
+Links and heads hold `code + 1`, so that 0 ends a chain and fresh tables are zero pages. A hash is never trusted: the
+search compares tokens.
 
     store    code                         bytes per token
     archive  ring position                16 (one node: token, two links, tag) + 8 (heads)
     live     pos * requests + request     8 (links) + heads; the tokens stay where the decode loop keeps them
 
-Live codes are such that texts can grow: more positions are more codes, and no code changes.
+Live codes let texts grow: more positions add codes, and no code changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from atlas_rl.core import Sequences
 
 GLOBAL, PROMPT = 0, 1
-# Tokens of context an entry is filed under, and so the shortest match a chain of the family can find.
+# Tokens of context that an entry is filed under, hence the shortest match that a chain of the family can find.
 ORDERS = (4, 1)
 MAX_MATCH = 24
 """Matches are measured up to this many tokens."""
@@ -107,7 +107,7 @@ def in_prompt(info):
 
 @cached_njit(nogil=True)
 def index_live(live, requests, ends):
-    """Index the tokens from `indexed[request]` up to `end` of every request."""
+    """Index the tokens from `indexed[request]` up to `ends[i]` of every request."""
     num_requests = len(live.tokens)
     buckets = live.heads.shape[1]
     for i in range(len(requests)):
@@ -127,7 +127,7 @@ def index_live(live, requests, ends):
 
 @numba.njit(inline="always")
 def _write_node(archive, token, info):
-    """Write a node at the write position, over the oldest one when the ring is full; returns its code."""
+    """Write a node at the write position, over the oldest node if the ring is full; returns its code."""
     code = archive.cursor[0]
     capacity = len(archive.nodes)
     archive.nodes[code, TOKEN] = token
@@ -186,18 +186,19 @@ def _replay(archive, tokens, infos):
 class LiveIndex:
     """In-place index of the requests of one generation call; dropped with the call.
 
-    It grows with the texts. What lies past the codes that 31 bits can name, of very many very long texts, is not indexed.
+    It grows with the texts. Positions whose codes exceed 31 bits (very many very long texts) are not indexed.
 
     Attributes:
-        view: What kernels see.
-        most: Positions of each text that codes can name.
-        prompt_owner: Request whose copy of a prompt is the indexed one, by prompt key: copies would crowd the chains.
+        view: View for kernels.
+        most: Positions of each text that have codes.
+        prompt_owner: By prompt key, the request whose copy of the prompt is indexed: more copies would crowd the
+            chains.
     """
 
     def __init__(self, sequences: Sequences) -> None:
         num_requests = len(sequences.lengths)
         self.most = MAX_CODE // num_requests
-        # Zero pages until they are used, and those are used that tokens fall in.
+        # Zero pages cost no memory until tokens fall into their buckets.
         buckets = min(max(num_requests * sequences.max_length, 64), _MAX_LIVE_BUCKETS)
         self.view = LiveView(
             tokens=sequences.token_ids,
@@ -254,7 +255,7 @@ class Archive:
     def append(
         self, tokens: np.ndarray, prompt_length: int, tag: int, *, index_prompt: bool, policy_version: int
     ) -> None:
-        """Archive one rollout: int32 tokens, prompt then completion. A rollout longer than the ring keeps its end."""
+        """Archive one rollout: int32 tokens, prompt then completion. If it is longer than the ring, its end is kept."""
         if len(tokens) > self.max_tokens - 1:
             cut = len(tokens) - (self.max_tokens - 1)
             tokens, prompt_length = tokens[cut:], max(0, prompt_length - cut)
@@ -262,7 +263,7 @@ class Archive:
         _append(self.view, tokens, prompt_length, tag, index_prompt, policy_version)
 
     def _grow(self, needed: int) -> None:
-        """Make room for `needed` nodes, within the bound; chains are rebuilt for the larger tables."""
+        """Make room for `needed` nodes, up to the maximum; chains are rebuilt for the larger tables."""
         capacity = len(self.view.nodes)
         if needed <= capacity or capacity == self.max_tokens:
             return
@@ -297,22 +298,24 @@ class Archive:
 
     @classmethod
     def from_state(cls, state: SavedState, max_tokens: int, vocab_size: int | None) -> Archive:
-        """An archive from a `state_dict`; a smaller ring keeps the newest.
+        """An archive from a `state_dict`; a smaller ring keeps the newest tokens.
 
         Args:
-            state: Its numbers are not trusted: the kernels draft from them, and follow chains that are made of them.
-            max_tokens: Bound of the new archive.
-            vocab_size: Of the policy, whose logits are indexed by drafted tokens; None where there is no policy yet.
+            state: Saved state. It is not trusted, because kernels draft from its numbers and follow chains built from
+                them.
+            max_tokens: Capacity of the new archive.
+            vocab_size: Vocabulary size of the policy, whose logits are indexed by drafted tokens; None without a
+                policy.
 
         Raises:
-            ValueError: Anything that no archive of this policy holds.
+            ValueError: The state is not one of an archive of this policy.
         """
         capacity = state.integer("capacity", 1, MAX_CODE)
         tokens = state.integers("tokens", SEPARATOR, (vocab_size or MAX_CODE) - 1)
         infos = state.integers("infos", -1, 2**31 - 1)
         if not len(tokens) == len(infos) <= capacity:
             raise ValueError(f"history index: {len(tokens)} tokens and {len(infos)} infos, expected {capacity} at most")
-        if (infos[tokens != SEPARATOR] < 0).any():  # a separator has a policy version there
+        if (infos[tokens != SEPARATOR] < 0).any():  # separators hold a policy version instead
             raise ValueError("history index: infos has values below 0, which are no prompt tags")
         archive = cls(max_tokens)
         archive.view = cls._allocate(min(capacity, max_tokens))

@@ -1,4 +1,4 @@
-"""Reads the MTP layer of a policy's checkpoint, which transformers leaves out when it loads the policy."""
+"""Reads the MTP layer of a policy's checkpoint, which transformers does not load with the policy."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _QUANTIZED = r".*\.(weight_scale(_inv)?|qweight|weight_packed|scales)"
 
 
 def folder_of(policy: PolicyView) -> Path:
-    """The folder that the policy was loaded from: of this machine, or of the hub's cache on it.
+    """The folder that the policy was loaded from: a local one, or one in the local cache of the hub.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such folder.
     """
     name = str(getattr(policy.model.config, "name_or_path", "") or "")
     if name and Path(name).is_dir():
@@ -49,11 +49,11 @@ def load_mtp(folder: Path, policy: PolicyView) -> MtpHead:
     """The first MTP layer of a checkpoint, on the policy's device and in its number format.
 
     Args:
-        folder: Of a checkpoint that the policy was trained from.
-        policy: Runs in this process.
+        folder: Checkpoint that the policy was trained from.
+        policy: The policy, which must run in this process.
 
     Raises:
-        ValueError: No such layer there, a damaged one, one for another policy, or a policy that is sharded.
+        ValueError: The layer is missing, damaged, or of another policy, or the policy is sharded.
     """
     if is_sharded(policy.model):
         raise ValueError(
@@ -86,7 +86,7 @@ def load_mtp(folder: Path, policy: PolicyView) -> MtpHead:
 
 
 def _empty_head(policy: PolicyView, feature_first: bool, has_experts: bool) -> MtpHead:
-    """A head whose weights are on the meta device: no memory, and nothing is drawn."""
+    """A head whose weights are on the meta device: takes no memory and no random numbers."""
     parts = Parts.of(policy.model, policy.num_layers)
     try:
         with torch.device("meta"):
@@ -99,7 +99,7 @@ def _empty_head(policy: PolicyView, feature_first: bool, has_experts: bool) -> M
 
 
 def _with_experts_together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of experts that stand one by one, as transformers 5 has them: `[experts, out, in]`, gate above up."""
+    """Stack weights of separate experts as transformers 5 stores them: `[experts, out, in]`, gate above up."""
     each: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
     rest = {}
     for name, tensor in tensors.items():
@@ -111,14 +111,14 @@ def _with_experts_together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.
     for prefix in {prefix for prefix, _ in each}:
         kinds = {kind: each.get((prefix, kind), {}) for kind in ("gate", "up", "down")}
         if not all(kinds[kind].keys() == set(range(len(kinds["down"]))) for kind in kinds):
-            continue  # some are missing, and the whole tensor is then what is said to be
+            continue  # some are missing: reported as a missing stacked tensor
         gate, up, down = (torch.stack([kinds[kind][n] for n in range(len(kinds[kind]))]) for kind in kinds)
         rest |= {f"{prefix}gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}down_proj": down}
     return rest
 
 
 def _check_fit(head: MtpHead, tensors: dict[str, torch.Tensor], what: str, policy: str) -> None:
-    """Raise `ValueError` for tensors that are not those of the head."""
+    """Raise `ValueError` if the tensors do not match the head."""
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
@@ -133,7 +133,7 @@ def _check_fit(head: MtpHead, tensors: dict[str, torch.Tensor], what: str, polic
 
 
 def _fill(head: MtpHead, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Give the head its weights, in a number format. Buffers, such as the biases of routers, keep float32."""
+    """Load the weights into the head, in a number format. Buffers, such as router biases, keep float32."""
     weights = {name for name, _ in head.named_parameters()}
     head.load_state_dict(
         {name: tensor.to(dtype if name in weights else torch.float32) for name, tensor in tensors.items()}, assign=True

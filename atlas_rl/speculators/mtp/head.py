@@ -1,7 +1,7 @@
 """One layer for multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2), around a decoder layer.
 
-That is of transformers' own class for the policy's family, so that experts, gated or latent attention, and partial rotation
-are the policy's.
+The decoder layer has transformers' own class for the policy's family, so that experts, gated or latent attention, and
+partial rotation are as in the policy.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from atlas_rl.speculators.rotary import RotaryTables
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an MTP layer is made after, and reads, of a policy.
+    """Classes and modules of a policy that an MTP layer needs.
 
     Attributes:
-        layer_class: Of its decoder layers.
-        norm: The norm behind its last layer.
-        rotary_class: Of its rotary tables.
+        layer_class: Class of its decoder layers.
+        norm: The norm after its last layer.
+        rotary_class: Class of its rotary tables.
     """
 
     layer_class: type[nn.Module]
@@ -34,7 +34,7 @@ class Parts:
 
     @staticmethod
     def of(model: nn.Module, num_layers: int) -> Parts:
-        """Look them up; `ValueError` for a policy that is not built of such parts."""
+        """Look them up; `ValueError` if the policy does not have such parts."""
         layers = decoder_layers(model, num_layers)
         decoder: Any = next(module for module in model.modules() if any(child is layers for child in module.children()))
         norm, rotary = getattr(decoder, "norm", None), getattr(decoder, "rotary_emb", None)
@@ -48,16 +48,16 @@ class Parts:
 
 
 class MtpHead(nn.Module):
-    """See the module's docstring and `layout.py`.
+    """MTP layer; see the module docstring and `layout.py`.
 
     Args:
-        parts: Of the policy.
+        parts: Parts of the policy.
         config: The policy's text configuration; copied.
         feature_first: Whether the projection reads the feature before the embedding.
-        has_experts: Whether the block's feed-forward part is one of experts.
+        has_experts: Whether the block's feed-forward part has experts.
 
     Raises:
-        Exception: Whatever the policy's own class raises for such a layer.
+        Exception: Any error of the policy's own class for such a layer.
     """
 
     def __init__(self, parts: Parts, config: Any, *, feature_first: bool, has_experts: bool) -> None:
@@ -73,7 +73,7 @@ class MtpHead(nn.Module):
             self.rotary = RotaryTables(parts.rotary_class(config))
 
     def forward(self, embeddings: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Features for the next step, which are what the policy's LM head reads, too.
+        """Features for the next step, which are also the inputs of the policy's LM head.
 
         Args:
             embeddings: `[batch, tokens, hidden]`, of the token after each position.
@@ -96,7 +96,7 @@ class MtpHead(nn.Module):
 
 
 def _of_one_layer(config: Any, has_experts: bool) -> Any:
-    """A configuration whose layer 0 attends to everything, over a ragged cache, with experts or without."""
+    """A configuration of one layer with full attention over a ragged cache, with experts or without."""
     config = copy.deepcopy(config)
     config._attn_implementation = ragged_attention.NAME
     settings = {

@@ -1,4 +1,4 @@
-"""Where checkpoints keep their layer for multi-token prediction (MTP), under one name for each of its parts.
+"""Maps the tensor names of layers for multi-token prediction (MTP) in checkpoints to one name for each part.
 
 Three layouts are published. As in vLLM's readers (`qwen3_next_mtp.py`, `qwen3_5_mtp.py`, `deepseek_mtp.py`,
 `glm4_moe_mtp.py`, `mimo_mtp.py`) and in transformers' `MtpModel`, all of them compute
@@ -6,9 +6,9 @@ Three layouts are published. As in vLLM's readers (`qwen3_next_mtp.py`, `qwen3_5
     step    x = eh_proj(concat(enorm(embedding of token t + 1), hnorm(feature of position t)))
             feature = norm(block(x))        logits = LM head of the policy (feature)
 
-where a feature is what the policy's own LM head gets, and then what the step before returned. `block` is one decoder layer
-of the policy's family with attention over all positions. MiMo alone has the feature first in the concatenation. (vLLM zeroes
-the embedding of a text's second token; transformers does not, and neither does this.)
+where the feature of the first step is the input of the policy's own LM head, and later the output of the previous step.
+`block` is one decoder layer of the policy's family with attention over all positions. Only MiMo has the feature first
+in the concatenation. (vLLM zeroes the embedding of a text's second token; transformers does not, nor is it done here.)
 
     Qwen3-Next, Qwen3.5     mtp.fc, mtp.pre_fc_norm_embedding, mtp.pre_fc_norm_hidden, mtp.norm, mtp.layers.N.*
     DeepSeek-V3, GLM-4.x    model.layers.N.eh_proj, .enorm, .hnorm, .shared_head.norm, and the block beside them; N follows
@@ -23,18 +23,18 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-_DROPPED = "shared"  # a copy of the policy's embedding or LM head: the policy's own are read, which are current
+_DROPPED = "shared"  # copies of the policy's embedding or LM head: ignored for the policy's own, which are current
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a kind of checkpoint names the parts of its MTP layers.
+    """Names of the parts of MTP layers in one kind of checkpoint.
 
     Attributes:
         feature_first: Whether the projection reads the feature before the embedding.
-        layer: Matches a name that every layer has, with the layer's number.
-        parts: Patterns of names without what stands before the layer's own, and our names; `%` is the layer's number. The
-            first that matches the beginning counts.
+        layer: Matches a name that every layer has; captures the layer's number.
+        parts: Patterns of names, without the prefix before the layer's own name, and our names; `%` is the layer's
+            number. The first pattern that matches the beginning counts.
     """
 
     feature_first: bool
@@ -88,7 +88,7 @@ class Found:
     Attributes:
         feature_first: See `Layout`.
         names: Our name of every tensor of the layer, by the checkpoint's.
-        num_layers: MTP layers that there are.
+        num_layers: Number of MTP layers in the checkpoint.
     """
 
     feature_first: bool
@@ -97,7 +97,7 @@ class Found:
 
 
 def find_layer(names: Collection[str]) -> Found | None:
-    """The first MTP layer among a checkpoint's tensors; None where there is none."""
+    """Find the first MTP layer among a checkpoint's tensors; None if there is none."""
     for layout in _LAYOUTS:
         numbers = {int(match[1]) for name in names if (match := re.fullmatch(rf"(?:\w+\.)*{layout.layer}", name))}
         if numbers:

@@ -1,4 +1,4 @@
-"""The policy's own layer for multi-token prediction as a speculator: published with the policy, never changed by a run."""
+"""The policy's own layer for multi-token prediction as a speculator: published with the policy, unchanged by a run."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 class MtpSpeculator(FeatureHeadSpeculator):
     """Drafts with the MTP layer of the policy's checkpoint, under the sampling parameters of the call.
 
-    One layer drafts every token: what it returns for one is its feature for the next. Embedding, final norm and LM head are
-    the policy's own, as they are now; the layer stays as it was published.
+    One layer drafts every token: its output for one token is its feature for the next. Embedding, final norm and LM
+    head are the policy's own in their present state; the layer stays as published.
 
     Args:
-        folder: Of the checkpoint; None takes the one that the policy was loaded from.
+        folder: Folder of the checkpoint; None takes the one that the policy was loaded from.
 
     Raises:
-        ValueError: At `bind`: there is no such layer, it belongs to another policy, or the policy does not run in this
-            process, or is sharded.
+        ValueError: At `bind`: there is no such layer, it belongs to another policy, or the policy is sharded or does
+            not run in this process.
     """
 
     name = "mtp"
@@ -63,7 +63,7 @@ class MtpSpeculator(FeatureHeadSpeculator):
 
     @torch.no_grad()
     def _run_once(self) -> int:
-        """Run the layer over one token, so that its kernels are compiled; returns the bytes that it took in the cache."""
+        """Run the layer over one token to compile its kernels; returns the bytes per token in the cache."""
         cache = RaggedBatch(1, 1, honour_softcap=False)
         zero = torch.zeros(1, dtype=torch.int64)
         cache.place(Segments(zero.numpy(), 0, zero.numpy(), zero.numpy() + 1, zero.numpy()), self._device)

@@ -1,7 +1,7 @@
 """Averages the heads of several ranks, so that all drafts benefit from what one rank learned.
 
-Hidden states are too large to exchange, weights are not. A head is written as a vector that ranks can add up. Ranks know
-different tokens, so biases stand by the policy's own ids, each beside a count of the ranks that have it.
+Hidden states are too large to exchange, weights are not. A head becomes a vector that ranks can sum. Ranks know
+different tokens, so biases are stored by the policy's ids, each with a count of the ranks that have it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ def summand(head: RecurrentHead, ids: np.ndarray, vocab_size: int, *, learned: b
     """A rank's summand: float32 `[n]`, of equal length for all heads of a policy.
 
     Args:
-        head: Of this rank.
+        head: This rank's head.
         ids: int64 `[vocab]`, the policy's ids of the tokens that it can propose.
-        vocab_size: Of the policy.
-        learned: Whether it has learned since the last mean. If not, or if a weight is not finite, its part is zero.
+        vocab_size: The policy's vocabulary size.
+        learned: Whether it has learned since the last mean. If not, or if a weight is not finite, its summand is zero.
     """
     with torch.no_grad():
         biases, known = head.bias.new_zeros(2, vocab_size)
@@ -30,7 +30,7 @@ def summand(head: RecurrentHead, ids: np.ndarray, vocab_size: int, *, learned: b
 
 
 def take_mean(head: RecurrentHead, ids: np.ndarray, total: torch.Tensor) -> bool:
-    """Set a head to the mean of all heads that have learned; `total` is the sum of the ranks' parts.
+    """Set a head to the mean of all heads that have learned; `total` is the sum over ranks.
 
     Returns:
         Whether any rank had learned; if not, nothing changes.
@@ -47,7 +47,7 @@ def take_mean(head: RecurrentHead, ids: np.ndarray, total: torch.Tensor) -> bool
     with torch.no_grad():
         for weight, part in zip(weights, parts, strict=True):
             weight.copy_((part / num_learned).view_as(weight))
-        # A token that is in no part of the sum keeps its bias on this rank.
+        # A token that no rank's summand has keeps its bias on this rank.
         mean = biases[index] / known[index].clamp(min=1.0)
         head.bias.copy_(torch.where(known[index] > 0, mean, head.bias))
     return True

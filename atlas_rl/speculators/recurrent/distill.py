@@ -1,8 +1,8 @@
 """Distils the policy's own distribution into the recurrent head, within a time budget.
 
-What the policy would have said at a position is known exactly: its LM head's input was computed by verification, and the
-head's rows and biases give the logits over the reduced vocabulary. The head unrolls over the tokens that were committed, and
-every step is compared with the policy's distribution there.
+The policy's distribution at each position is known exactly: its LM head's input was computed by verification, and the
+LM head's rows and biases give the logits over the reduced vocabulary. The recurrent head unrolls over the committed
+tokens, and every step is compared with the policy's distribution there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Target:
     Attributes:
         rows: float32 `[vocab, hidden]`.
         biases: float32 `[vocab]`.
-        form: From the head's output to logits.
-        temperature: Of the rollouts.
+        form: How logits are computed from the LM head's output.
+        temperature: Temperature of the rollouts.
         index_of: int64 `[policy vocab]`, index in the reduced vocabulary, `len(rows)` for tokens outside.
     """
 
@@ -67,15 +67,15 @@ def distill(
 
     Args:
         head: Trained in place.
-        optimizer: Of its parameters.
-        buffer: With at least one window.
-        target: What to match.
-        version: Present version of the policy: older rollouts count for less.
-        budget_s: From the agreement before training to seconds, both checks included; at least one step is taken.
+        optimizer: Optimizer of its parameters.
+        buffer: Training data, with at least one window.
+        target: The policy's output layer to match.
+        version: Present policy version: older rollouts get less weight.
+        budget_s: Maps the agreement before training to seconds, which include both checks; at least one step is taken.
         loss: `kl`, forward KL(p || q), or `tv`, total variation.
         rng: Draws the windows.
-        clock: Seconds.
-        began_s: On the clock, since when the budget counts.
+        clock: Returns seconds.
+        began_s: Start of the budget, on the clock.
     """
     check = buffer.newest(_CHECK_WINDOWS, UNROLL, rng)
     return learn_in_time(
@@ -88,9 +88,9 @@ def distill(
 
 
 def agreement(head: RecurrentHead, windows: Windows, target: Target) -> Agreement:
-    """Mean of `sum_x min(p(x), q(x))` over the windows at each position, the windows' own tokens absorbed (teacher forcing).
+    """Mean of `sum_x min(p(x), q(x))` over the windows at each position, given the windows' tokens (teacher forcing).
 
-    A position that no window reaches has that of the one before.
+    A position that no window reaches gets the value of the previous one.
     """
     with torch.no_grad():
         q = _unrolled(head, windows, target).exp()
@@ -113,7 +113,7 @@ def _step(head: RecurrentHead, optimizer: torch.optim.Optimizer, windows: Window
             per_position = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
         valid = torch.from_numpy(windows.valid).to(log_q.device)
         optimizer.zero_grad(set_to_none=True)
-        # Picked by a mask, how many there are would have to be fetched.
+        # Selecting by a mask would need a transfer of the number of selected entries.
         (torch.where(valid, per_position, 0.0).sum() / int(windows.valid.sum())).backward()
     torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
     optimizer.step()

@@ -9,8 +9,8 @@ starts from the hidden state that the newest committed token was drawn from, abs
 
 U are the rows of the policy's own LM head, scaled to a mean norm of one, and c its biases as logits, zero for most policies.
 
-Only R, E, GRU, W and b are learned: with the policy's own tables the head starts out knowing which tokens are alike, which
-is what lets it learn within a few policy updates.
+Only R, E, GRU, W and b are learned. With the policy's own tables the head knows from the start which tokens are
+similar, so it can learn within a few policy updates.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch.nn import functional
 from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.policy.cpu_linear import by_columns
 
-_TYPE = torch.float32  # whatever the process makes tensors of
+_TYPE = torch.float32  # independent of torch's default dtype
 
 
 class RecurrentHead(nn.Module):
     """The recurrent head for training.
 
     Args:
-        hidden_size: Of the policy.
-        state_size: Of the recurrent state.
-        seed: Of the initial weights; torch's own random state is left alone.
+        hidden_size: The policy's hidden size.
+        state_size: Size of the recurrent state.
+        seed: Seed of the initial weights; torch's global random state is not used.
     """
 
     inputs: torch.Tensor
@@ -47,7 +47,7 @@ class RecurrentHead(nn.Module):
             self.cell = nn.GRUCell(state_size, state_size, dtype=_TYPE)
             self.write = nn.Linear(state_size, hidden_size, bias=False, dtype=_TYPE)
         self.bias = nn.Parameter(torch.zeros(0, dtype=_TYPE))
-        # The policy's, not learned and not saved: they are read anew from whatever policy the head drafts for.
+        # The policy's tables: neither learned nor saved, but read from the policy that the head drafts for.
         self.register_buffer("inputs", torch.zeros(1, hidden_size, dtype=_TYPE), persistent=False)
         self.register_buffer("outputs", torch.zeros(0, hidden_size, dtype=_TYPE), persistent=False)
         self.register_buffer("output_biases", torch.zeros(0, dtype=_TYPE), persistent=False)
@@ -68,9 +68,9 @@ class RecurrentHead(nn.Module):
         Args:
             inputs: float32 `[vocab, hidden]`, input embeddings.
             outputs: float32 `[vocab, hidden]`, rows of the LM head.
-            output_biases: float32 `[vocab]`, the logits that its biases alone come to.
+            output_biases: float32 `[vocab]`, logits that the LM head's biases alone give.
         """
-        # One more row for every token outside the reduced vocabulary: their mean, which says nothing in particular.
+        # One more row for all tokens outside the reduced vocabulary: the mean of the others, a neutral value.
         inputs = _normed(torch.cat([inputs, inputs.mean(dim=0, keepdim=True)]))
         self.inputs, self.outputs = inputs, outputs / outputs.norm(dim=-1).mean()
         self.output_biases = output_biases
@@ -85,7 +85,7 @@ class RecurrentHead(nn.Module):
 
     def unroll(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """States after each token of int64 `[rows, unroll]`, started from `[rows, hidden]`: `[rows, unroll, state]`."""
-        # A token's part in the gates does not depend on where it stands: once per different token, not once per position.
+        # A token's input gates do not depend on its position: computed once per distinct token, not once per position.
         used, index = tokens.unique(return_inverse=True)
         gates = functional.linear(self.embed(self.inputs[used]), self.cell.weight_ih, self.cell.bias_ih)
         state, states = self.begin(hidden), []
@@ -101,9 +101,9 @@ class RecurrentHead(nn.Module):
 
 
 class FoldedHead:
-    """The head for drafting, with all products multiplied out that are constant between two refreshes.
+    """The head for drafting, with all products precomputed that are constant between two refreshes.
 
-    Per drafted token that leaves one product with the state's gates and one over the reduced vocabulary.
+    Each drafted token then needs one product with the state's gates and one over the reduced vocabulary.
 
     Args:
         head: Read once; later changes to it are not seen.
@@ -122,7 +122,7 @@ class FoldedHead:
         self._packed: DraftHeadWeights | None = None
 
     def packed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> DraftHeadWeights:
-        """The input of the draft head kernel in `dtype`, made once.
+        """Input of the draft head kernel in `dtype`, computed once.
 
         Args:
             token_ids: int64 `[vocab]`, the policy's ids of the reduced vocabulary.
@@ -140,15 +140,15 @@ class FoldedHead:
         return self._packed
 
     def begin(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As `RecurrentHead.begin`."""
+        """See `RecurrentHead.begin`."""
         return _tanh(functional.linear(_normed(hidden.float()), self._read))
 
     def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """As `RecurrentHead.absorb`."""
+        """See `RecurrentHead.absorb`."""
         return _gated(self._input_gates[tokens], functional.linear(state, self._state_gates, self._state_bias), state)
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
-        """As `RecurrentHead.logits`."""
+        """See `RecurrentHead.logits`."""
         return functional.linear(_normed(state), self._outputs, self._bias)
 
 
@@ -161,8 +161,8 @@ def _gated(input_gates: torch.Tensor, state_gates: torch.Tensor, state: torch.Te
 
 
 def _tanh(x: torch.Tensor) -> torch.Tensor:
-    # `torch.tanh` is MKL's on a CPU, and runs in whichever OpenMP it finds. Where a package brought one of its own
-    # (sentencepiece does), its threads and torch's fight for the cores: 4 ms for 4 x 576 numbers instead of 13 us.
+    # `torch.tanh` uses MKL on a CPU, which runs in any OpenMP library it finds. If a package brought its own
+    # (sentencepiece does), its threads and torch's compete for the cores: 4 ms for 4 x 576 numbers instead of 13 us.
     return 2 * torch.sigmoid(2 * x) - 1
 
 

@@ -1,7 +1,7 @@
 """Trains the recurrent drafter on by-products of verification, so that it follows the policy.
 
-Verification computes the policy's hidden state at every token of every rollout. The learner logs these states during a call.
-When the call ends it moves them into a bounded buffer (`rollout_buffer.py`). Whenever the policy moves it takes a few steps
+Verification computes the policy's hidden state at every token of every rollout. The learner logs these states during a
+call and moves them into a bounded buffer at its end (`rollout_buffer.py`). At every policy update it takes a few steps
 of distillation (`distill.py`) over the tokens that the rollouts use (`reduced_vocab.py`).
 """
 
@@ -28,9 +28,9 @@ from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.speculators.saved_state import SavedState
 
 _MAX_STATE_SIZE = 1024
-_OWNER = "recurrent drafter"  # in errors
+_OWNER = "recurrent drafter"  # name used in errors
 
-# A caller's inference mode would make tensors that no training can use; what training touches is made outside of it.
+# Under a caller's inference mode, tensors could not be trained; everything that training touches is made outside of it.
 trainable = torch.inference_mode(False)
 
 
@@ -39,10 +39,10 @@ class LearnSettings:
     """Training settings of the head.
 
     Attributes:
-        loss: What refreshes minimise, see `distill`.
-        max_vocab: Most tokens it can propose.
+        loss: Loss of a refresh, see `distill`.
+        max_vocab: Most tokens that the head can propose.
         max_tokens: Most rollout tokens kept to learn from, at two bytes per component of a hidden state.
-        missed_weight: How much more often than elsewhere it learns where its drafts were rejected (Draft-OPD); 1 alike.
+        missed_weight: Weight of places where its drafts were rejected, relative to others (Draft-OPD); 1 for equal.
         seed: Seed of the initial weights and of the training windows.
     """
 
@@ -73,17 +73,18 @@ class Learner:
     """Owns the head, its reduced vocabulary and its training data.
 
     Args:
-        policy: Gives sizes and device, and has a form of logits; embeddings are read later, when they are whole.
-        settings: How it learns.
-        clock: Seconds.
+        policy: Provides sizes and device, and must have a form of logits; embeddings are read later, when they are
+            whole.
+        settings: Training settings.
+        clock: Returns seconds.
 
     Attributes:
         head: The network.
         ids: int64 `[vocab]`, the policy's ids of the tokens that it can propose, sorted.
         index_of: int64 `[policy vocab]`, index in `ids`; `len(ids)` for tokens outside.
         trained: Whether it has learned anything yet.
-        revision: Counts changes of head and vocabulary, for whoever holds something derived from them.
-        sequences: The call that is logged; None between calls.
+        revision: Counts changes of head and vocabulary, so that derived data can be renewed.
+        sequences: The call being logged; None between calls.
     """
 
     @trainable
@@ -98,20 +99,20 @@ class Learner:
         self._optimizer = new_optimizer(self.head)
         self._counts = TokenCounts(vocab_size)
         self._rows = TokenRows.empty(vocab_size, hidden_size, self._device)
-        self._rows_version: int | None = None  # of the policy that the rows were read from
+        self._rows_version: int | None = None  # policy version of the rows
         self._buffer = RolloutBuffer(settings.max_tokens, settings.missed_weight)
         self._rng = np.random.default_rng(settings.seed)
         self._kept = np.zeros(0, bool)  # requests whose tokens are logged
         self._stride, self._num_logged = 1, 0
         self._log: list[_Logged] = []
-        self._num_read = 0  # entries of the log whose tokens have rows
-        self._unread = np.zeros(0, np.int64)  # tokens of earlier calls that have none: weights are read in calls alone
-        self._learned_alone = False  # since the last mean over ranks
+        self._num_read = 0  # log entries whose tokens have rows
+        self._unread = np.zeros(0, np.int64)  # tokens of earlier calls without rows: weights are read only in calls
+        self._learned_alone = False  # on this rank, since the last mean over ranks
         self._set_ids(np.zeros(0, np.int64))
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Vocabulary and hidden size of the policy that it was made for."""
+        """Vocabulary and hidden size of the policy that the learner was made for."""
         return len(self._counts.counts), self.head.hidden_size
 
     def forget_tables(self) -> None:
@@ -126,7 +127,7 @@ class Learner:
         moments = self._optimizer.state_dict()
         self._device, self.head = device, self.head.to(device)
         self._optimizer = new_optimizer(self.head)
-        self._optimizer.load_state_dict(moments)  # to where the parameters are
+        self._optimizer.load_state_dict(moments)  # moves them to the parameters' device
         self._rows.move_to(device)
         self._buffer.move_to(device)
         self._log = [replace(entry, hidden=entry.hidden.to(device)) for entry in self._log]
@@ -135,7 +136,7 @@ class Learner:
     # -------------------------------------------------------------------------------------------------------- a call
 
     def begin_call(self, sequences: Sequences, policy: PolicyView) -> None:
-        """Log the tokens of this call from now on. Embeddings are re-read if the policy version changed."""
+        """Log the tokens of this call. Embeddings are re-read if the policy version changed."""
         self.end_call()
         self.sequences = sequences
         if sequences.policy_version != self._rows_version:
@@ -151,10 +152,10 @@ class Learner:
         """Log committed tokens.
 
         Args:
-            verified: What was committed.
+            verified: Committed tokens.
             begins: int64 `[batch]`, position of each row's first committed token.
-            missed: int64 `[batch]`, offset of the token that the head drafted otherwise; -1 for none.
-            policy: Gives the embeddings of new tokens.
+            missed: int64 `[batch]`, offset of the first token that differs from the head's draft; -1 for none.
+            policy: Provides the embeddings of new tokens.
         """
         row, offset, places = committed_places(verified.hidden.starts, verified.num_committed)
         if self._stride > 1:
@@ -168,14 +169,14 @@ class Learner:
             while self._num_logged > self._settings.max_tokens and self._stride < len(self._kept):
                 self._thin()
         fresh = self._log[self._num_read :]
-        if verified.finished.any() and fresh:  # not on every step: each new token copies all rows
+        if verified.finished.any() and fresh:  # not in every step: adding tokens copies all rows
             self._rows.add(np.concatenate([entry.tokens for entry in fresh]), policy)
             self._num_read = len(self._log)
 
     def _thin(self) -> None:
-        """Log only half of the requests that were logged: every n-th, hence all prompts, and whole rollouts.
+        """Halve the logged requests: every n-th is kept, hence all prompts, and whole rollouts.
 
-        A call that overflows the buffer is sampled like this. How long its texts may become does not tell whether it will.
+        A call that overflows the buffer is sampled like this. The maximum lengths do not tell beforehand whether it will.
         """
         self._stride *= 2
         self._kept = np.arange(len(self._kept)) % self._stride == 0
@@ -210,15 +211,15 @@ class Learner:
         """Learn from the newest rollouts.
 
         Args:
-            rollouts: The newest.
-            policy_version: Of the policy from now on.
-            policy: Gives the form of its logits.
-            budget: Opened for this refresh.
-            in_time: Whether there is any time. A head that has learned nothing yet takes one step all the same.
+            rollouts: The newest rollouts.
+            policy_version: Policy version from now on.
+            policy: Provides the form of its logits.
+            budget: Time budget, opened for this refresh.
+            in_time: Whether there is time. A head that has learned nothing yet takes one step in any case.
 
         Returns:
-            What was done; None where there is no time, nothing to learn from, or no token yet whose embeddings are known: a
-            server may be told of new weights before any request has ended.
+            Report of the refresh; None if there was no time, nothing to learn from, or no token with known embeddings:
+            a server may be told of new weights before any request has ended.
         """
         self.end_call()
         for elsewhere in rollouts.elsewhere:
@@ -267,7 +268,7 @@ class Learner:
         ids = self._counts.most_used(self._settings.max_vocab)
         ids = ids[self._rows.slots[ids] >= 0]
         if not len(ids):
-            return  # of none of them the rows are known yet
+            return  # no token has a known row yet
         if np.array_equal(ids, self.ids) and len(self.head.outputs) == len(ids):
             return
         stayed = self.index_of[ids] < len(self.ids)
@@ -294,7 +295,7 @@ class Learner:
 
     @trainable
     def _set_tables(self, policy: PolicyView) -> None:
-        """Give the head the policy's embeddings of its vocabulary."""
+        """Give the head the policy's embedding and output rows of its vocabulary."""
         if not len(self.ids):
             return
         self._rows.add(self.ids, policy)
@@ -327,7 +328,7 @@ class Learner:
         """Restore `state_dict()` of a learner for a policy of the same sizes, into an untrained learner.
 
         Raises:
-            ValueError: Anything that no such learner can hold; this one is then of no more use.
+            ValueError: The state does not fit any such learner; this one must then be discarded.
         """
         vocab_size = len(self._counts.counts)
         ids, used = state.integers("ids", 0, vocab_size - 1), state.integers("counted_ids", 0, vocab_size - 1)

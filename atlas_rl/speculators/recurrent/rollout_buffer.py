@@ -15,7 +15,7 @@ class Windows:
     """Training examples: the head's input at a position, and the policy's next tokens.
 
     Attributes:
-        hidden: `[n, 1 + unroll, hidden]`: what the newest token was drawn from, then what each following one was.
+        hidden: `[n, 1 + unroll, hidden]`: hidden states from which the newest token and each following one were drawn.
         token_ids: int64 `[n, 1 + unroll]`: the newest token, then the following ones.
         valid: bool `[n, unroll]`: whether the following tokens exist.
     """
@@ -30,15 +30,15 @@ class RolloutBuffer:
 
     Args:
         max_tokens: Most tokens kept.
-        missed_weight: Of a window whose first prediction the head got wrong when it drafted there; others weigh 1.
+        missed_weight: Weight of a window whose first token the head drafted wrong; others weigh 1.
     """
 
     def __init__(self, max_tokens: int, missed_weight: float = 1.0) -> None:
         self._max_tokens, self._missed_weight = max_tokens, missed_weight
-        self._sizes: list[int] = []  # tokens of each call, the oldest first
+        self._sizes: list[int] = []  # tokens of each call, oldest first
         self._hidden = torch.zeros(0, 0, dtype=torch.float16)  # [tokens, hidden]
         self._tokens = np.zeros(0, np.int64)
-        self._left = np.zeros(0, np.int64)  # tokens of the rollout that follow each one
+        self._left = np.zeros(0, np.int64)  # following tokens in the same rollout
         self._versions = np.zeros(0, np.int64)
         self._weights = np.zeros(0)
 
@@ -57,18 +57,18 @@ class RolloutBuffer:
         """Add the tokens of one call.
 
         Args:
-            requests: int64 `[n]`, whose token each is, in any order.
-            positions: int64 `[n]`, where it stands.
+            requests: int64 `[n]`, request of each token, in any order.
+            positions: int64 `[n]`, position of each token.
             tokens: int64 `[n]`.
-            hidden: float16 `[n, hidden]`, what each token was drawn from.
-            missed: bool `[n]`, whether the head had drafted another token there, all before it being right.
-            version: Of the policy.
+            hidden: float16 `[n, hidden]`, hidden state that each token was drawn from.
+            missed: bool `[n]`, whether the head drafted another token there after a correct prefix.
+            version: Policy version.
         """
         order = np.lexsort((positions, requests))
         requests, tokens = requests[order], tokens[order]
         last = np.flatnonzero(np.append(requests[1:] != requests[:-1], True))
         left = last[np.searchsorted(last, np.arange(len(requests)))] - np.arange(len(requests))
-        # A window starts at the token before the one that it predicts first.
+        # A window starts one token before the first one that it predicts.
         weights = np.where(np.append(missed[order][1:], False), self._missed_weight, 1.0) * (left > 0)
         self._sizes.append(len(tokens))
         dropped = 0
@@ -82,13 +82,13 @@ class RolloutBuffer:
         self._weights = np.concatenate([self._weights[dropped:], weights])
 
     def move_to(self, device: torch.device) -> None:
-        """The policy has moved to another device, where its next states will be."""
+        """Move to the policy's new device, where its next states will be."""
         self._hidden = self._hidden.to(device)
 
     def sample(self, num_windows: int, unroll: int, version: int, rng: np.random.Generator) -> Windows:
         """Sample windows from the whole buffer, with more weight on recent policies and rejected drafts.
 
-        The latter as in Draft-OPD: what the head knows already teaches it nothing.
+        Rejected drafts get more weight as in Draft-OPD: positions that the head predicts well teach it nothing.
         """
         age = version - self._versions
         cumulative = np.cumsum(self._weights * 0.5 ** (age / _HALVED_AFTER_UPDATES))
@@ -102,7 +102,7 @@ class RolloutBuffer:
 
     @property
     def has_windows(self) -> bool:
-        """Whether the newest call has a usable rollout: one of two tokens or more."""
+        """Whether the newest call has a usable rollout: one of at least two tokens."""
         return bool(self._sizes) and bool((self._left[-self._sizes[-1] :] > 0).any())
 
     def _windows(self, starts: np.ndarray, unroll: int) -> Windows:

@@ -1,7 +1,7 @@
 """The drafter that learns during the run: a recurrent head trained on the run's rollouts after every policy update.
 
-Drafting is here: what the head starts from, and how its tokens are drawn. Learning is in `learner.py`. The head starts from
-nothing and drafts nothing before its first refresh.
+This module drafts: it keeps the head's inputs and draws its tokens. Learning is in `learner.py`. The head starts
+untrained and drafts nothing before its first refresh.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ _USUAL = LearnSettings()
 class RecurrentSpeculator(Speculator):
     """Drafts with a small recurrent network that follows the policy.
 
-    Coupled to the policy's noise a draft token is the head's own choice under the noise of its position (acceptance close
-    to 1 - TV). Without coupling it is an independent draw, and `Draft.draft_probs` says from what.
+    Coupled to the policy's noise, a draft token is the head's own choice under the noise of its position (acceptance
+    close to 1 - TV). Without coupling it is an independent draw from `Draft.draft_probs`.
 
     Args:
         loss: See `LearnSettings`, here and for the next four.
-        max_vocab: Most tokens it can propose.
+        max_vocab: Most tokens that the head can propose.
         max_tokens: Most rollout tokens kept to learn from.
-        missed_weight: How much more often it learns where its drafts were rejected.
+        missed_weight: Weight of places where its drafts were rejected.
         seed: Seed of the initial weights and of the training windows.
-        budget_share: Most of the time between two refreshes that the later one takes; heads that learn beside each other
-            divide it.
-        clock: Seconds.
+        budget_share: Largest share of the time between two refreshes that the later one may take, divided among all
+            heads that learn.
+        clock: Returns seconds.
         argmax: Draft the likeliest token instead of drawing: for comparisons.
 
     Attributes:
-        policy_version: Version of the policy that it was refreshed at; -1 before.
-        refreshes: What every refresh did.
-        budget: How long it may learn.
-        learner: Owns the head and what it learns from; there once the speculator is bound.
+        policy_version: Policy version of the latest refresh; -1 before.
+        refreshes: Report of every refresh.
+        budget: Time budget for learning.
+        learner: Owns the head and its training data; exists once the speculator is bound.
     """
 
     name = "recurrent"
@@ -85,16 +85,16 @@ class RecurrentSpeculator(Speculator):
         self._clock, self._argmax = clock, argmax
         self.budget = LearningBudget(budget_share, clock)
         self._policy: PolicyView | None = None
-        self._follows = True  # whether the policy's logits can be learned
+        self._follows = True  # whether the form of the policy's logits is known
         self.learner: Learner
-        # Of a revision of the learner, made when first needed.
+        # Folded head of a learner's revision, made when first needed.
         self._folded: tuple[int, FoldedHead, torch.Tensor] | None = None
-        self._newest: torch.Tensor  # [num_requests, hidden], what each request's newest token was drawn from
+        self._newest: torch.Tensor  # [num_requests, hidden], source state of each newest token
         self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
         self._put_off: Callable[[], None] | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
-        """Draft for this policy, on its device: with the learned state if the sizes are equal, else from nothing."""
+        """Draft for this policy, on its device; the learned state is kept if the sizes are equal."""
         super().bind(policy, couples_noise)
         self._follows = policy.form is not None
         if not self._follows:
@@ -118,7 +118,7 @@ class RecurrentSpeculator(Speculator):
         self._reset(policy, Learner(policy, self._settings, self._clock))
 
     def compile_for(self, sampling: SamplingParams) -> None:
-        """Compile also before it has learned: it may draft in the next call, whose vocabulary is not known yet."""
+        """Compile even before it has learned: it may draft in the next call, with a vocabulary not known yet."""
         if not self._follows or not kernels_run_on(self._device):
             return
         policy = self._bound()
@@ -142,7 +142,7 @@ class RecurrentSpeculator(Speculator):
         self._newest = torch.zeros(shape, dtype=torch.float32, device=self._device)
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        """0: it never has to catch up. None before it has learned anything."""
+        """0: it never has to catch up. None before it has learned."""
         return 0 if self._policy is not None and self._follows and self.learner.trained else None
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
@@ -180,11 +180,11 @@ class RecurrentSpeculator(Speculator):
                 indices = drawing.draw(head.logits(state))
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        """Keep the hidden states that the newest tokens were drawn from; all others are logged later."""
+        """Keep the hidden states that the newest tokens were drawn from; `learn` logs all others."""
         self.learn()
         if not self._follows:
             return
-        # Compiled code reads without a look at bounds.
+        # Compiled code does not check bounds.
         assert len(verified.hidden.starts) == len(verified.requests), "states of every request: see `needs`"
         places, begins = newest_places(
             verified.hidden.starts, verified.num_committed, verified.requests, sequences.lengths
@@ -234,7 +234,7 @@ class RecurrentSpeculator(Speculator):
         return self.learner.head.parameters() if self._policy is not None else ()
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned, and the sizes of its policy."""
+        """Learned state, and the sizes of its policy."""
         self.learn()
         if self._policy is None:
             return {}
@@ -249,11 +249,11 @@ class RecurrentSpeculator(Speculator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`. A state for other sizes gives a warning, and drafting starts from nothing.
+        """Restore `state_dict()`. A state for other sizes gives a warning, and the head starts untrained.
 
         Raises:
-            ValueError: The state of another kind of speculator or of another format, or a damaged one; nothing has
-                changed then.
+            ValueError: The state is of another kind of speculator or another format, or damaged; nothing has changed
+                then.
         """
         if isinstance(state, Mapping) and not state:
             return
@@ -284,7 +284,7 @@ class RecurrentSpeculator(Speculator):
         return self._policy
 
     def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
-        """The present head for drafting, and its tokens, int64 `[vocab]` on the device."""
+        """The present head for drafting, and its token ids, int64 `[vocab]` on the device."""
         if self._folded is None or self._folded[0] != self.learner.revision:
             token_ids = uploaded(self.learner.ids, self._device)
             self._folded = self.learner.revision, FoldedHead(self.learner.head), token_ids
@@ -295,18 +295,18 @@ def _missed_at(verified: Verified, proposed: tuple[np.ndarray, Draft] | None) ->
     """Offset of the first committed token that differs from the head's draft: int64 `[batch]`, -1 for none.
 
     Args:
-        verified: What was committed.
-        proposed: Requests that the head drafted for since the verification before, and its drafts.
+        verified: Committed tokens.
+        proposed: Requests that the head drafted for since the previous verification, and its drafts.
     """
     missed = np.full(len(verified.requests), -1)
     if proposed is None:
         return missed
     requests, draft = proposed
-    if np.array_equal(requests, verified.requests):  # as in most steps
+    if np.array_equal(requests, verified.requests):  # the usual case
         tried, accepted = verified.outcome_of(draft)
         return np.where(tried > accepted, accepted, -1)
-    # A controller may ask for some requests only, and a serving engine may have put a request off: nothing is known of
-    # its draft then.
+    # Not all requests may have a draft: a controller asks for some only, and a serving engine may postpone a request,
+    # whose draft is then unknown.
     order = np.argsort(verified.requests)
     at = np.minimum(np.searchsorted(verified.requests, requests, sorter=order), len(order) - 1)
     back = np.flatnonzero(verified.requests[order[at]] == requests)
