@@ -51,13 +51,13 @@ def followed(
     Args:
         known: int64 `[rows]`, row of `Sequences`; -1 where drafters do not know the request.
         num_new: int64 `[rows]`, tokens just committed.
-            lengths: int64 `[rows]`, number of committed tokens.
-            num_prompt_tokens: int64 `[rows]`.
-            before: int64 `[num_requests]`, lengths in `Sequences`.
+        lengths: int64 `[rows]`, number of committed tokens.
+        num_prompt_tokens: int64 `[rows]`.
+        before: int64 `[num_requests]`, lengths in `Sequences`.
 
-        Returns:
-            Rows and their requests, int64 `[n]`; the number of other rows whose prompt is complete now; and whether
-            every committed token was seen here.
+    Returns:
+        Rows and their requests, int64 `[n]`; the number of other rows whose prompt is complete now; and whether
+        every committed token was seen here.
     """
     rows, requests = np.empty(len(known), np.int64), np.empty(len(known), np.int64)
     count, newcomers, whole = 0, 0, True

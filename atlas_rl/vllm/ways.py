@@ -52,7 +52,7 @@ class ProposingInWays(Proposing):
         return _roughly(ways[0][0]) if len(ways) == 1 else MIXED
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
-        """Ask as in the base class, after the drafter has observed the latest tokens, whose time its drafts do not pay for."""
+        """Ask as the base class does, but first show the drafter the latest tokens; its drafts are not charged for that."""
         with self._recorder.time("observe"):
             self._observing.hand_over(name)
         step.backlog[name] = self._speculators[name].backlog(sequences, requests) or 0

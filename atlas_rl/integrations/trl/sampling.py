@@ -155,12 +155,12 @@ def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None =
     """The trainer's present sampling options with `seed`.
 
     Args:
-            trainer: Provides options by its `generation_kwargs`, else by its attributes.
-            seed: Seed of the noise.
-            of_policy: Options by name that apply if the trainer sets none (`left_to_the_policy`).
+        trainer: Provides options by its `generation_kwargs`, else by its attributes.
+        seed: Seed of the noise.
+        of_policy: Options by name that apply if the trainer sets none (`left_to_the_policy`).
 
-        Raises:
-            ValueError: A value is out of range.
+    Raises:
+        ValueError: A value is out of range.
     """
     asked = getattr(trainer.args, "generation_kwargs", None) or {}
     if not isinstance(asked, Mapping):
@@ -210,11 +210,11 @@ def read_generation_config(config: GenerationConfig) -> TrainerSampling:
     """The sampling options of one call of `model.generate`, from the configuration that transformers made for it.
 
     Args:
-            config: A complete configuration: missing options are off. Without `do_sample` the call is greedy, and of
-                the options only the penalty applies.
+        config: A complete configuration: missing options are off. Without `do_sample` the call is greedy, and of
+            the options only the penalty applies.
 
-        Raises:
-            ValueError: The number of new tokens is missing, or a value is out of range.
+    Raises:
+        ValueError: The number of new tokens is missing, or a value is out of range.
     """
     known = {name for name in vars(GenerationConfig()) if name[0] != "_"}
     given = {name: value for name, value in vars(config).items() if name in known and value is not None}

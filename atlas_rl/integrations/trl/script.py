@@ -85,12 +85,12 @@ def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Cal
     """Check everything, and return a function that trains like TRL's script.
 
     Args:
-            arguments: Arguments of the command line, without the name of the command.
-            config: Content of their YAML file.
-            new_engine: The engine's class; this folder cannot import it.
+        arguments: Arguments of the command line, without the name of the command.
+        config: Content of their YAML file.
+        new_engine: The engine's class; this folder cannot import it.
 
-        Raises:
-            ValueError: An option does not exist (the message has the nearest name), or has an invalid value.
+    Raises:
+        ValueError: An option does not exist (the message has the nearest name), or has an invalid value.
     """
     script = trl_script()
     parser = make_parser(script, new_engine)

@@ -267,7 +267,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     def update_named_params(
         self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, torch.Tensor]]
     ) -> None:
-        """Send weights like TRL's client. Always exhausts `named_params`, because TRL unmerges adapters after the last one."""
+        """Send weights like TRL's client. Always exhausts `named_params`, because TRL unmerges adapters at its end."""
         try:
             if self._group is None:
                 super().update_named_params(metadata, named_params)
