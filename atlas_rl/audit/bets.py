@@ -12,8 +12,7 @@ A sampler may break in the middle of a run, so a new game starts with every step
     R_n(k) = (R_{n-1}(k) + 1) E_n(k)             R_n = mean over k of R_n(k)
 
 For a correct sampler `R_n - n` is a martingale. Hence `P(R reaches A within n steps) <= n / A` (Doob), and the mean
-number of
-steps to a false alarm is at least A. Both hold exactly at every sample size.
+number of steps to a false alarm is at least A. Both hold exactly at every sample size.
 """
 
 from __future__ import annotations

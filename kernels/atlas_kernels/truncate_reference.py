@@ -8,7 +8,8 @@ import torch
 from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.truncation import Truncation
 
-# (1 - 2**-f) / f for f in [0, 1], alternating in sign, as multiples of 2**-31: 2**-f is right within 3e-9, and never rises.
+# (1 - 2**-f) / f for f in [0, 1], alternating in sign, as multiples of 2**-31: 2**-f is right within 3e-9, and never
+# rises.
 COEFFICIENTS = (1488522236, 515882469, 119193747, 20652244, 2856024, 319744, 24275)
 FRACTION_BITS = 24
 STEPS_PER_NAT = 2**FRACTION_BITS * 1.4426950408889634
@@ -25,7 +26,8 @@ def truncate_reference(
     """`out`; arguments as in `atlas_kernels.truncate.truncate`."""
     scaled = logits.float()
     if temperature != 1:
-        # A tensor divides; a Python number would be turned into a multiplication by its reciprocal on CUDA.
+        # Division by a tensor stays a division; on CUDA, by a Python number it becomes a multiplication by its
+        # reciprocal.
         scaled = scaled / torch.tensor(temperature, dtype=torch.float32, device=logits.device)
     peak = scaled.amax(dim=-1, keepdim=True)
     dropped = torch.zeros_like(scaled, dtype=torch.bool)
@@ -58,7 +60,7 @@ def weights(x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
 
 @cached_njit(nogil=True)
 def _weights_of(steps):
-    """`weights` of int32 `[n]`, compiled: some twenty integer operations of torch took longer than the sort."""
+    """`weights` of int32 `[n]`, compiled: as some twenty integer operations of torch it took longer than the sort."""
     out = np.empty(len(steps), np.int64)
     for index in range(len(steps)):
         step = np.int64(steps[index])
