@@ -23,8 +23,7 @@ class Gpu:
         memory_bytes: Device memory.
         bandwidth_bytes_per_s: Peak bandwidth of that memory.
         flops_per_s: Peak dense operations per second by precision (a multiply-add is two). A missing precision has no
-            matrix
-            units: its weights are unpacked and multiplied at the next wider precision that has them.
+            matrix units: its weights are unpacked and multiplied at the next wider precision that has them.
         link_bytes_per_s: Peak bandwidth to the other GPUs of the node, per direction.
         source: Source of the figures.
     """

@@ -180,9 +180,9 @@ def score(
 ):  # fmt: skip
     """Finds the best token of one split of the reduced vocabulary, and the split's sums, for `ROWS` rows.
 
-    Writes `scores` float64 and `tokens` int32 `[num_steps, batch, splits]`; `sums` float32 `[num_steps, batch, splits,
-    2]` (the largest logit m and sum exp(l - m)); and, with probabilities, the logits to `probs`. Launched over rows and
-    splits, or called for one of each.
+    Writes `scores` float64 and `tokens` int32 `[num_steps, batch, splits]`; `sums` float32
+    `[num_steps, batch, splits, 2]` (the largest logit m and sum exp(l - m)); and, with probabilities, the logits to
+    `probs`. Launched over rows and splits, or called for one of each.
     """
     if not CALLED:
         row_tile, split = tl.program_id(0), tl.program_id(1)

@@ -5,9 +5,8 @@ numba starts its threads when a process compiles its first parallel function. On
 - raises torch's number of threads to every core, against OMP_NUM_THREADS (which torchrun sets to 1) and
   `torch.set_num_threads`;
 - turns nested parallelism on. After any call of `torch.set_num_threads`, MKL no longer lowers its own number of threads
-inside
-  a parallel region: every product inside torch's attention then starts its own team of threads. An attention of 0.1 ms
-  took 14 ms on two cores, and a decode step over 8 rows took 490 ms instead of 150.
+  inside a parallel region: every product inside torch's attention then starts its own team of threads. An attention of
+  0.1 ms took 14 ms on two cores, and a decode step over 8 rows took 490 ms instead of 150.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Verification by rejection sampling, for engines and drafters whose noise is not shared.
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), as in
-`atlas_rl.sampling.verification.RejectionSampling`: a draft x drawn from q is accepted with probability `min(1, p(x) /
-q(x))`; else another token is drawn from `(p - q)+`, normalised. Without draft probabilities drafts are one-hot: x is
-accepted with probability p(x); else a draw from p without x replaces it.
+`atlas_rl.sampling.verification.RejectionSampling`: a draft x drawn from q is accepted with probability
+`min(1, p(x) / q(x))`; else another token is drawn from `(p - q)+`, normalised. Without draft probabilities drafts are
+one-hot: x is accepted with probability p(x); else a draw from p without x replaces it.
 
 **Passes.** One-hot drafts take one pass over the vocabulary. It always draws the replacement among the other tokens,
 whether or not the draft is accepted, and needs no normaliser for that. Draft probabilities over a reduced vocabulary

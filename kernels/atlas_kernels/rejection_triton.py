@@ -38,8 +38,8 @@ def residual_splits(
 ):  # fmt: skip
     """Draws from `(p - q)+` over a tile of the draft vocabulary; the grid and both results are `[rows, tiles]`.
 
-    A draw is an argmax, so p need not be normalised: with m and Z = sum exp(l - m) of the first pass, `(exp(l - m) - q
-    Z)+` suffices. Adding m puts its scores on the first pass's scale.
+    A draw is an argmax, so p need not be normalised: with m and Z = sum exp(l - m) of the first pass,
+    `(exp(l - m) - q Z)+` suffices. Adding m puts its scores on the first pass's scale.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)

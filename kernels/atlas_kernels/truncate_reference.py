@@ -8,8 +8,7 @@ import torch
 from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.truncation import Truncation
 
-# (1 - 2**-f) / f for f in [0, 1], alternating in sign, as multiples of 2**-31: 2**-f is right within 3e-9, and never
-# rises.
+# (1 - 2**-f) / f for f in [0, 1], alternating in sign, as multiples of 2**-31: 2**-f is right within 3e-9, and never rises.
 COEFFICIENTS = (1488522236, 515882469, 119193747, 20652244, 2856024, 319744, 24275)
 FRACTION_BITS = 24
 STEPS_PER_NAT = 2**FRACTION_BITS * 1.4426950408889634

@@ -38,8 +38,7 @@ def ordered(x):
 def weights(x, peak):
     """As `truncate_reference.weights`, from the high halves of 32-bit products."""
     steps = tl.minimum((peak - x) * _STEPS_PER_NAT, _MOST_STEPS).to(tl.int32)
-    # Twice the reference's fraction: the high half of its product with a multiple of 2**-31 is a multiple of 2**-31
-    # again.
+    # Twice the reference's fraction: the high half of its product with a multiple of 2**-31 is one again.
     fraction = ((steps & _FRACTION_MASK) << _FRACTION_SHIFT).to(tl.uint32)
     series = tl.full(fraction.shape, _C6, tl.uint32)
     series = _C5 - tl.umulhi(fraction, series)
