@@ -99,7 +99,7 @@ class ReportCallback(TrainerCallback):
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
-        """Publish the report of a prediction, as of an evaluation."""
+        """Publish the report of a prediction, like that of an evaluation."""
         self.on_evaluate(args, state, control)
 
     def _take(self, mode: Mode, step_s: float | None) -> StepReport | None:
