@@ -136,7 +136,7 @@ def record(args: argparse.Namespace) -> None:
 
 
 class CpuTicks(TrainerCallback):
-    """Processor seconds of every training step: on one thread they are its seconds on a machine that nobody else uses."""
+    """Processor seconds of every training step: on one thread, its seconds on an otherwise idle machine."""
 
     def __init__(self) -> None:
         self.steps_s: list[float] = []
@@ -153,7 +153,7 @@ class CpuTicks(TrainerCallback):
 
 
 def write_steps(folder: Path, engine: Any, rows: list[dict[str, float]], steps_cpu_s: list[float]) -> None:
-    """What only the live run knows: rewards, entropies and times."""
+    """Write figures that only the live run has: rewards, entropies and times."""
     reports = [report for report in engine.reports if report.mode == "train"]
     steps = [
         {
@@ -205,32 +205,32 @@ class MostPromising(FixedController):
 
 
 class LiveClock:
-    """The live run's time for replayed speculators: its steps take what they took, refreshes what they take this thread.
+    """The live run's time for replayed speculators: steps take their live time, refreshes the time of this thread.
 
-    So each arm gets the refresh budgets of the live run, whatever else this machine does meanwhile.
+    So each arm gets the refresh budgets of the live run, whatever else runs on this machine.
     """
 
     def __init__(self) -> None:
         self._told_s = 0.0
-        self._began_s: float | None = None  # of a refresh
+        self._began_s: float | None = None  # when the refresh began
 
     def __call__(self) -> float:
         return self._told_s + (0.0 if self._began_s is None else time.thread_time() - self._began_s)
 
     def pass_(self, seconds: float) -> None:
-        """So long took a step."""
+        """Advance by the time of a step."""
         self._told_s += seconds
 
     @contextmanager
     def refreshing(self) -> Iterator[None]:
-        """Inside, time passes by itself."""
+        """Context in which time passes by itself."""
         self._began_s = time.thread_time()
         yield
         self._told_s, self._began_s = self(), None
 
 
 class ThreadSeconds:
-    """Counts the seconds of this thread that speculators take to follow the texts and to draft."""
+    """Counts the seconds of this thread that speculators spend following the texts and drafting."""
 
     def __init__(self, speculators: Iterable[Speculator]) -> None:
         self.total_s = 0.0
@@ -307,10 +307,10 @@ def measure(
 def replay_arm(
     arm: str, folder: Path, steps: list[dict[str, float]], state: dict[str, Any] | None
 ) -> tuple[dict[str, Speculator], list[float], dict[str, float]]:
-    """Its speculators, the accepted length per step, and what the arm costs.
+    """Speculators of the arm, the accepted length per step, and the arm's costs.
 
-    `refresh_share` is the refreshes' share of the live steps' time, `refresh_s` their seconds and `draft_s` those of all
-    else that the speculators did, of this thread; `num_forwards` counts the target forwards.
+    `refresh_share` is the refreshes' share of the live steps' time and `refresh_s` their seconds. `draft_s` is the
+    seconds of this thread for everything else that the speculators did. `num_forwards` counts the target forwards.
     """
     clock = LiveClock()
     speculators = arm_speculators(arm, clock)
@@ -322,7 +322,7 @@ def replay_arm(
     for index, (path, step) in enumerate(zip(recorded_calls(folder), steps, strict=True)):
         recorded = Recorded.load(path)
         if policy is None:
-            # One that learned in another run may know tokens that this one has not used yet.
+            # A head that learned in another run may know tokens that this run has not used yet.
             like = None if state is None else InProcessView(load_policy(warm=True)[0])
             policy = RecordedPolicy(recorded, like)
             for speculator in speculators.values():

@@ -36,7 +36,7 @@ import tasks as demo_tasks  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "audit_cpu.json"
 VOCAB_KEPT, STEP_TOKENS, MAX_STEPS = 500, 64, 400
-POOL_DRAWS = 60  # per position: a pool that a run would exhaust is not random, and the audit would say so
+POOL_DRAWS = 60  # draws per position: a run that exhausts its pool would not be random, and the audit would detect that
 NEW = 96
 
 
@@ -180,8 +180,8 @@ def rounded(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
 def drift(model: Any, output: Any) -> dict[str, float]:
     """Change of a token's mean log-likelihood in nats if bf16 runs the same prefix in another shape.
 
-    p is the forward over the whole sequence, p' the one that ends at the position; sum of (p' - p) log p is the drift of a
-    position, whatever token was drawn there. Every twelfth position is taken.
+    p is the forward over the whole sequence, p' the one that ends at the position; sum of (p' - p) log p is the drift
+    of a position, for any token drawn there. Every twelfth position is used.
     """
     found = []
     for prompt, completion in zip(output.prompt_ids, output.completion_ids, strict=True):

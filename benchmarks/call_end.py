@@ -33,8 +33,8 @@ from benchmarks.common import ROOT, environment, write_result
 
 RESULT = ROOT / "benchmarks" / "results" / "call_end.json"
 BATCHES = (8, 32, 64, 128, 256)
-CALLS, LEARNING = 7, 4  # calls of a cell, and those of them that do not count
-LENGTH, LONGEST = 96, 400  # tokens of a completion where all are equally long, and the most that any may have
+CALLS, LEARNING = 7, 4  # calls of a cell, and how many of them do not count
+LENGTH, LONGEST = 96, 400  # tokens of a completion if all are equally long, and most tokens of any
 CONTEXT = 100  # tokens of a prompt
 
 
@@ -44,9 +44,9 @@ class Texts:
 
     Attributes:
         lengths: int64 `[batch]`, tokens.
-        chances: float64 `[batch, LONGEST]`, the drafter's confidence in its guess of each token; it is calibrated.
-        right: bool `[batch, LONGEST]`, whether it guesses the token.
-        longest: The most tokens that a completion may have.
+        chances: float64 `[batch, LONGEST]`, the drafter's calibrated confidence in its guess of each token.
+        right: bool `[batch, LONGEST]`, whether the guess is correct.
+        longest: Most tokens of a completion.
     """
 
     lengths: np.ndarray
@@ -60,8 +60,8 @@ class Cost:
     """Simulated seconds on the device.
 
     Attributes:
-        forward_s: Of a forward over so many tokens.
-        draft_s: Of drafts for so many requests to such a depth.
+        forward_s: Seconds of a forward, by its number of tokens.
+        draft_s: Seconds of drafts, by the number of requests and the depth.
     """
 
     forward_s: Callable[[int], float]
@@ -69,9 +69,9 @@ class Cost:
 
 
 COSTS = {
-    # A forward that hardly notices drafts, and a drafter that reads its weights once: the toy that found the loss.
+    # A forward that drafts hardly slow down, and a drafter that reads its weights once: the toy that found the loss.
     "flat": Cost(lambda tokens: 9e-3 + 1.1e-5 * tokens, lambda rows, depth: 1.2e-3 + 2e-5 * rows),
-    # Free up to the ridge, where the device's operations begin to count; a small head is run for every position.
+    # Free up to the ridge, where the device's operations begin to count; a small head runs for every position.
     "ridge": Cost(
         lambda tokens: 4.2e-3 + 4e-6 * tokens + 1.5e-5 * max(0, tokens - 280),
         lambda rows, depth: depth * (1.5e-4 + 1e-6 * rows),
@@ -86,7 +86,7 @@ KINDS = (
 
 
 def texts_of(kind: str, batch: int, rng: np.random.Generator) -> Texts:
-    """Texts of a call. If a kind names no lengths, all completions run to the same limit."""
+    """Texts of a call. If a kind sets no lengths, all completions run to the same limit."""
     lengths, ranks = np.full(batch, LENGTH), np.arange(batch) / batch
     mean, place = np.full(batch, 0.7), np.arange(LONGEST) / LENGTH
     if kind in ("geometric", "long tail", "long ones repeat", "long ones are hard"):
@@ -204,7 +204,7 @@ def cell(name: str, kind: str, batch: int, seed: int) -> list[dict[str, Any]]:
 
 
 def worst(cells: list[dict[str, Any]]) -> dict[str, float]:
-    """The lowest ratios of all cells, which decide the verdict."""
+    """The lowest ratios over all cells, which decide the verdict."""
     by_arm = {
         arm: np.array([row["ratio_to_off"] for row in cells if row["arm"] == arm]) for arm in ("goodput", "call_end")
     }

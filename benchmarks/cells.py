@@ -74,7 +74,7 @@ def row(
         **cell.names,
         "arm": arm,
         "tokens_per_s": quantiles(speed[arm]),
-        "repeats_tokens_per_s": [round(value, 2) for value in speed[arm]],  # of one repeat: same prompts, same minutes
+        "repeats_tokens_per_s": [round(value, 2) for value in speed[arm]],  # one per repeat: same prompts, same minutes
         "ratio_to_off": quantiles(ratios(speed[arm], speed["off"])),
         "accepted_length": mean(reports, "accepted_length") if ours else 1.0,
         "entropy": mean(reports, "entropy") if ours else None,

@@ -23,15 +23,15 @@ def environment(packages: Sequence[str] = _PACKAGES, commit: str | None = None) 
     """Machine, versions and commit of a measurement.
 
     Args:
-        packages: Whose versions matter.
-        commit: What was measured, told by whoever copied it to a machine without git.
+        packages: Packages whose versions to include.
+        commit: The measured commit, if the code was copied to a machine without git.
 
     Returns:
         `machine` (CPU model, cores, memory, GPU), `versions` of Python and of the packages that matter, `commit` and
         `dirty` (whether the checkout, results aside, differs from that commit).
 
     Raises:
-        RuntimeError: Something cannot be determined; a figure without its origin is not written.
+        RuntimeError: A value cannot be determined; a figure without its origin is not written.
     """
     origin = {"commit": commit} if commit else {"commit": _git("rev-parse", "HEAD"), "dirty": _dirty()}
     return {"machine": machine(), "versions": versions(packages), **origin}
@@ -89,7 +89,7 @@ def saved(name: str, model: Any, tokenizer: Any) -> str:
 
 
 def write_result(path: str | Path, payload: dict[str, Any]) -> Path:
-    """Write `payload` as JSON atomically: an interrupted run leaves the former result in place.
+    """Write `payload` as JSON atomically: an interrupted run leaves the previous result in place.
 
     Raises:
         ValueError: A number in `payload` is not finite.
@@ -104,7 +104,7 @@ def write_result(path: str | Path, payload: dict[str, Any]) -> Path:
 
 
 def result_and_folder(description: str | None) -> tuple[dict[str, Any], Path]:
-    """The arguments of a command that draws a recorded result: what its file holds, and the folder for the pictures."""
+    """The arguments of a command that plots a recorded result: the content of its file, and the folder for the pictures."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="a file of benchmarks/results/")
     parser.add_argument("folder", type=Path, help="gets the pictures")
@@ -126,7 +126,7 @@ def _cpu_model() -> str:
 
 
 def _dirty() -> bool:
-    # Untracked source files count: a figure made by unpublished code is as unrepeatable as one made by edited code.
+    # Untracked source files count: a figure from unpublished code is as unrepeatable as one from edited code.
     return bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))
 
 

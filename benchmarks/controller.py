@@ -61,7 +61,7 @@ from benchmarks.rollout import (
 from benchmarks.vllm_peers import vllm_rows
 
 EAGLE3 = ROOT / "examples" / "grpo_demo" / "eagle3"
-LAYERS = (2, 15, 27)  # what the shipped EAGLE-3 head reads
+LAYERS = (2, 15, 27)  # layers that the shipped EAGLE-3 head reads
 
 
 def main() -> None:
@@ -125,8 +125,8 @@ class Start:
     """Initial state of every arm of every cell: after some calls over other prompts, with a refresh after each.
 
     Attributes:
-        speculators: Their states, by name.
-        controller: What it has learned in these calls; to be copied, not used.
+        speculators: States of the speculators, by name.
+        controller: The controller that learned in these calls; copy it, do not use it.
     """
 
     speculators: dict[str, Any]
@@ -135,7 +135,7 @@ class Start:
 
 def warm_start(model: Any, tokenizer: Any, policy: str, args: argparse.Namespace) -> Start:
     """The first steps of a run of this policy."""
-    # The shipped head was trained for the warm policy; for the raw one it would be an unrealistic arm.
+    # The shipped head was trained for the warm policy; with the raw policy it would be an unrealistic arm.
     names = ("history", "recurrent", "eagle3") if policy == "warm" else ("history", "recurrent")
     controller = GoodputController(names)
     engine = AtlasRolloutEngine(
@@ -179,9 +179,9 @@ def measure(cell: Cell, model: Any, tokenizer: Any, start: Start, args: argparse
     engines = engines_of(model, tokenizer, turns, start, args.lookaheads)
     arms = arms_of(cell, cell.max_new_tokens, engines, model, tokenizer, turns)
     prompts = [cell_prompts(cell, tokenizer, seed=repeat) for repeat in range(args.repeats)]
-    # A first call that nobody counts, shorter and over prompts of its own: compilation, allocation, caches, what the
-    # controller needs to learn of a new batch size, and how long each arm takes.
-    # In a run the batch size is the same for hundreds of calls, so the controller has a whole one first.
+    # A first call that is not counted, shorter and over its own prompts: for compilation, allocation, caches, what the
+    # controller needs to learn about a new batch size, and how long each arm takes.
+    # In a run the batch size is the same for hundreds of calls, so the controller first gets a whole call.
     alone = {"controller": arms["controller"]}
     run_in_turns(turns, alone, cell_prompts(cell, tokenizer, seed=21_000), 21_000, {"controller": 1.0})
     short = arms_of(cell, cell.max_new_tokens // 4, engines, model, tokenizer, turns)

@@ -39,13 +39,13 @@ from tests.trainers import arguments, with_special_tokens
 RESULT = ROOT / "benchmarks" / "results" / "exchange_cpu.json"
 PROMPTS, ROWS_PER_STEP, EPOCHS = 16, 16, 6
 STEPS_PER_EPOCH = 2 * PROMPTS // ROWS_PER_STEP
-# The steps of so small a policy are short: a twentieth of them, the head's usual share, is one update each.
+# A tiny policy's steps are short: the head's usual share, a twentieth of them, is one update each.
 DRAFTERS: dict[str, Callable[[], Speculator]] = {
     "recurrent": partial(RecurrentSpeculator, budget_share=1.0),
     "history": HistorySpeculator,
 }
 VOCAB = {"recurrent": 128, "history": 512}
-# A head can learn within a few updates that the next token depends on the last one. An index needs texts that come again.
+# A head can learn within a few updates that the next token depends on the last one. An index needs recurring texts.
 POLICIES = {"recurrent": partial(tiny_bigram, logit_std=6), "history": partial(tiny_llama, logit_std=14)}
 RANKS = ((1, "together"), (2, "together"), (2, "apart"), (4, "together"), (4, "apart"))
 
@@ -97,7 +97,7 @@ def arm(folder: Path, drafter: str, way: str) -> NoReturn:
         )
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    os._exit(0)  # gloo's threads can abort an interpreter that ends by itself
+    os._exit(0)  # gloo's threads can abort an interpreter that exits normally
 
 
 def figures(engine: AtlasRolloutEngine) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def figures(engine: AtlasRolloutEngine) -> dict[str, Any]:
 
 
 def kept(output: Path, drafters: list[str]) -> list[dict[str, Any]]:
-    """Rows of drafters that this run leaves out, of an earlier one."""
+    """Rows of an earlier run for drafters that this run leaves out."""
     earlier = json.loads(output.read_text()) if output.exists() else {"arms": []}
     return [{"commit": earlier["commit"], **row} for row in earlier["arms"] if row["drafter"] not in drafters]
 

@@ -53,7 +53,7 @@ def main() -> None:
 def measure(
     engine: AtlasRolloutEngine, model: Any, tokenizer: Any, batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Steps of one batch size: without ending tokens every request runs to `max_new_tokens`."""
+    """Steps of one batch size: without ending tokens, every request runs to `max_new_tokens`."""
     prompts = unseen_prompts(tokenizer, max(1, batch // 4), args.repeats + 1, seed=batch)
 
     def generate(call: int) -> Any:

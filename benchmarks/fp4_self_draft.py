@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--verification", nargs="+", default=["invariant", "rejection"])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "fp4_self_draft_cpu.json")
     args = parser.parse_args()
-    origin = environment()  # as it was when the first token was drawn
+    origin = environment()  # as of the first drawn token
     rows = []
     for name in ("raw", "warm"):
         model, tokenizer = demo_policy.load_policy(warm=name == "warm")
@@ -80,7 +80,7 @@ def speculator_of(arm: str, model: nn.Module) -> Speculator:
 def dequantized(model: nn.Module) -> nn.Module:
     """A copy of a model whose linear layers, head included, hold dequantized four-bit weights."""
     twin: Any = copy.deepcopy(model)
-    twin.lm_head.weight = nn.Parameter(twin.lm_head.weight.detach().clone())  # no longer the embedding table
+    twin.lm_head.weight = nn.Parameter(twin.lm_head.weight.detach().clone())  # separate from the embedding table
     for module in twin.modules():
         if isinstance(module, nn.Linear):
             weight = module.weight.detach()

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_emulated.json")
     args = parser.parse_args()
-    origin = environment()  # as it was when the first step was counted
+    origin = environment()  # as of the first counted step
     rows = []
     for arm in args.arms:
         for path, options in progress.each(PATHS.items(), arm, "path"):

@@ -36,7 +36,7 @@ class BranchingSource:
 
     def __init__(self, num_prompts: int, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        # A shared stock of phrases: other prompts' text matches too, as it does in real rollouts.
+        # Prompts share a stock of phrases: as in real rollouts, other prompts' text matches too.
         self.stock = self.rng.integers(10, VOCAB, (max(64, num_prompts * NODES // 4), PHRASE), dtype=np.int32)
         self.phrases = self.rng.integers(0, len(self.stock), (num_prompts, NODES, BRANCHES))
         self.prompts = self.rng.integers(10, VOCAB, (num_prompts, PROMPT_LENGTH), dtype=np.int32)
@@ -92,7 +92,7 @@ def decode(spec: HistorySpeculator, call: Sequences, full: np.ndarray) -> Iterat
             truth = full[request, call.lengths[request] : call.lengths[request] + draft.lengths[i]]
             committed[i] += int(np.cumprod(draft.token_ids[i, : draft.lengths[i]] == truth).sum())
         call.lengths[requests] += committed
-        # Nothing is reported as finished, so that the archive keeps its size.
+        # No request is reported as finished, so that the archive keeps its size.
         open_ended = np.zeros(len(requests), bool)
         tokens = np.zeros((len(requests), 0), np.int64)
         verified = Verified(requests, tokens, committed, committed - 1, draft.lengths, open_ended)

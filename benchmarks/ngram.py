@@ -13,7 +13,7 @@ class NgramSpeculator(Speculator):
     """Proposes the tokens after the latest earlier occurrence of the request's own last tokens.
 
     Args:
-        longest: Tokens that are looked for first.
+        longest: Number of last tokens to look for first.
         shortest: Fewest tokens that count as an occurrence.
     """
 

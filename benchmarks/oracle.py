@@ -1,8 +1,8 @@
 """The oracle of `benchmarks.controller`: the best whole-batch choice per step if every draft's outcome were known.
 
-In each step it takes the one speculator and length for the whole batch that yields most tokens per second, at the costs that
-the cell's arms measured, all of their steps taken together. It pays for the drafts that it uses only. The controller may
-draft for some requests and not for others, and so can pass it.
+In each step it takes the one speculator and length for the whole batch that yields most tokens per second, at the costs
+that the cell's arms measured over all of their steps. It pays only for the drafts that it uses. The controller may
+draft for some requests only, and so can beat it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Foreseen(Speculator):
         self._wrapped.start(sequences, requests, prompts, cache)
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        # What it would have to catch up on is in the costs of the arm that it stands for.
+        # Its backlog is part of the costs of the arm that it stands for.
         return None if self._wrapped.backlog(sequences, requests) is None else 0
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
@@ -104,10 +104,10 @@ class Oracle(Controller):
         return Admission(np.full(step.batch, index), admitted)
 
     def observe(self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float) -> None:
-        """Do nothing: it knows the outcomes."""
+        """Do nothing: outcomes are known."""
 
     def policy_updated(self, expected: Any) -> None:
-        """Do nothing: it knows the outcomes."""
+        """Do nothing: outcomes are known."""
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         return None
@@ -138,7 +138,7 @@ def oracle_rows(
         controller = Oracle(foreseen, costs, longest)
         report = replay(recorded, foreseen, controller, costs)[0]
         lengths.append(report.accepted_length)
-        # Per token what plain decoding spent on drawing it, per step what it spent on bookkeeping.
+        # Plain decoding's time per token for drawing, and per step for bookkeeping.
         turns_s = (off.commit_s + off.other_s) * report.num_forwards / off.num_forwards
         speeds.append(off.num_tokens / (controller.seconds + off.prefill_s + off.sample_s + turns_s))
     return {

@@ -56,12 +56,12 @@ from benchmarks.paced import Costs, PacedLoop, PacedRecurrent
 RECORDS, RESULT = ROOT / "runs" / "pace", ROOT / "benchmarks" / "results" / "pace.json"
 BATCHES = (1, 8, 32, 64, 128, 256)
 CONTEXT = 1024  # tokens before each recorded text: prompts of a real task are longer than the demo's
-FIXED = 4  # draft tokens of a drafter alone
+FIXED = 4  # draft tokens of a drafter that runs alone
 GROUP = 8
-STEP_S, BETWEEN_UPDATES_S = 0.2, 240.0  # what a distillation step takes, and the time that a refresh has a share of
+STEP_S, BETWEEN_UPDATES_S = 0.2, 240.0  # seconds of a distillation step, and the time of which a refresh has a share
 PROMPTS, NEW_TOKENS = 8, 48  # of each recorded call
-CALLS, LEARNED_CALLS = 5, 1  # recorded, and those of them that drafters learn from
-MOST_CALLS = {1: 6, 8: 4, 32: 2}  # of a pass, for batches of which the record holds more
+CALLS, LEARNED_CALLS = 5, 1  # recorded calls, and those of them that drafters learn from
+MOST_CALLS = {1: 6, 8: 4, 32: 2}  # calls per pass, for batches of which the record holds more
 ARMS = ("off", "history", "recurrent", "controller")
 
 _FP8 = Precision(mlp="fp8", attention="fp8")
@@ -121,10 +121,10 @@ class Learned:
     """Drafters that have learned from the first calls, and the call to measure.
 
     Attributes:
-        recorded: That call.
-        recurrent: Bound, and kept from pass to pass: nothing but a refresh changes its weights.
-        history: The history index's state, which every pass starts from.
-        policy: What drafters are bound to.
+        recorded: The call to measure.
+        recurrent: The bound head, kept from pass to pass: only a refresh changes its weights.
+        history: The history index's state at the start of every pass.
+        policy: View of the policy that drafters are bound to.
     """
 
     recorded: Recorded
@@ -176,7 +176,7 @@ class Ticking:
 
 
 class NothingYet(NoSpeculation):
-    """Plain decoding beside drafters that observe."""
+    """Plain decoding beside drafters that only observe."""
 
     def __init__(self, speculators: tuple[str, ...]) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def measure(args: argparse.Namespace) -> None:
     if args.keep and args.output.is_file():
         cells = json.loads(args.output.read_text())["cells"]
     torch.set_grad_enabled(False)
-    torch.set_num_threads(1)  # `benchmarks/paced.py` counts one thread
+    torch.set_num_threads(1)  # `benchmarks/paced.py` counts only one thread
     for policy in args.policies:
         learned = Learned.of(args.records / policy)
         for name in args.settings:
@@ -258,7 +258,7 @@ def setting_of(name: str) -> Setting:
 def cell(learned: Learned, costs: Costs, batch: int, passes: int) -> list[dict[str, Any]]:
     """Every arm of one cell; the first pass of each is not counted."""
     whole = len(learned.recorded.sequences.lengths)
-    # Small batches are taken from different groups, of which a call's first requests are one.
+    # Small batches come from different groups; the first requests of a call are one of them.
     begins = np.arange(0, whole, max(batch, GROUP))[: MOST_CALLS.get(batch, 1)]
     parts = [begin + np.arange(batch) for begin in begins]
     rows: list[dict[str, Any]] = []
@@ -292,7 +292,7 @@ def figures(loops: list[PacedLoop]) -> dict[str, Any]:
     ]  # fmt: skip
     seconds = sum(report.generate_s for report in reports)
     busy_s = sum(loop.device.busy_s for loop in loops)
-    # The first forward of a call waits for the prefill's first tokens, which is no step.
+    # The first forward of a call waits for the prefill's first tokens, which is not a step.
     gaps = 1e3 * np.concatenate([loop.device.gaps_s[1:] for loop in loops])
     steps = [step for loop in loops for step in loop.steps]
     return {

@@ -1,12 +1,13 @@
 """A simulated device in virtual time: real host code beside forwards that take the planner's predicted time.
 
-Time is virtual. It is the processor time of the loop's thread, less what the simulation itself costs (`outside`), plus the
-waits for the device. A forward is submitted and returns at once. Whoever reads its results has the clock put forward to the
-moment at which the device would have finished. So host code is real and counted, a wait takes no time to simulate, and other
-processes on the machine disturb little. Work that torch gives to other threads would not be counted: give it one.
+Time is virtual. It is the processor time of the loop's thread, minus the simulation's own time (`outside`), plus the
+waits for the device. Submitting a forward returns at once. Reading its results advances the clock to the moment at
+which the device would have finished. So host code is real and counted, a wait takes no time to simulate, and other
+processes on the machine disturb little. Work that torch gives to other threads would not be counted, so give it one
+thread.
 
-Tokens and hidden states come from a recorded call, and a recurrent head's drafts from its own network, run outside of time
-and remembered: both depend on the prefix alone. So acceptance is real.
+Tokens and hidden states come from a recorded call. A recurrent head's drafts come from its own network, run outside of
+time and remembered. Both depend on the prefix alone, so acceptance is real.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ class Device:
     """Runs submitted work in order, in virtual time.
 
     Attributes:
-        busy_s: Seconds of what was submitted: how long the same work takes if the host takes none.
-        gaps_s: Per forward of the policy, the seconds that the device waited for the host since the forward before.
+        busy_s: Seconds of submitted work: the total time if the host took none.
+        gaps_s: Per forward of the policy, the seconds that the device waited for the host since the previous forward.
         waited_s: Seconds that the host waited, by phase of the recorder.
-        shift_s: Virtual time less the processor time of the thread.
-        num_outside: Contexts of `outside` that are open.
+        shift_s: Virtual time minus the processor time of the thread.
+        num_outside: Number of open contexts of `outside`.
         began_s: Processor time at which the first of them was entered.
     """
 
@@ -122,7 +123,7 @@ class Costs:
 
     Args:
         setting: The policy, its recurrent drafter and the machine; `context` is added to the recorded texts.
-        padded: Tokens that a decode forward is padded to, rising; none where it runs those that it is given.
+        padded: Token counts that a decode forward is padded to, ascending; empty if it is not padded.
     """
 
     def __init__(self, setting: Setting, padded: tuple[int, ...] = ()) -> None:
@@ -146,9 +147,9 @@ class Costs:
         return self._known[key]
 
     def step_s(self, batch: int, num_tokens: int, context_tokens: int) -> float:
-        """`forward_s` of a decode step. If it is padded, every token of it, padding included, reads a row of the cache.
+        """`forward_s` of a decode step. If it is padded, every token, padding included, reads a row of the cache.
 
-        Tokens of one row may find it in the device's cache, which is not reckoned with.
+        Tokens of one row may find it in the device's cache, which is not modelled.
         """
         if not self.padded or num_tokens > self.padded[-1]:
             return self.forward_s(batch, num_tokens, context_tokens)
@@ -200,7 +201,7 @@ class PacedRunner(NoRunner):
 
 
 class PacedVerifier(FusedVerifier):
-    """Verification as on a GPU, its kernel answered by the record."""
+    """Verification as on a GPU, with the kernel's results taken from the record."""
 
     def __init__(self, recorded: Recorded, device: Device) -> None:
         super().__init__(DrafterInvariant(), "reference")
@@ -241,7 +242,7 @@ class PacedLoop(DecodeLoop):
     """The decode loop over a recorded call, in the device's time.
 
     Attributes:
-        steps: Per step and phase, the host's seconds without waits.
+        steps: The host's seconds without waits, per step and phase.
     """
 
     def __init__(
@@ -291,11 +292,11 @@ class PacedLoop(DecodeLoop):
 class PacedRecurrent(RecurrentSpeculator):
     """The recurrent head, with its network run off the clock, cached, and charged to the device.
 
-    A draft is a function of prefix, noise and weights. The recorded texts are given, so each (request, position) is drafted
-    once, to a depth that is at least the one wanted.
+    A draft is a function of prefix, noise and weights. The recorded texts are fixed, so each (request, position) is
+    drafted once, at least as deep as requested.
     """
 
-    loop: PacedLoop | None = None  # None while it learns, which nobody times
+    loop: PacedLoop | None = None  # None while it learns, which is not timed
 
     def follow(self, recorded: Recorded, of: np.ndarray, loop: PacedLoop) -> None:
         """Draft in `loop`, whose requests are `of` (int64 `[n]`) of `recorded`."""

@@ -27,9 +27,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 CONTEXT = 128  # about half of prompt and completion in `benchmarks.rollout`
 POLICY = "SmolLM2-135M"
 FP32 = Precision(mlp="fp32", attention="fp32", cache="fp32")
-# A CPU core has no kernels to launch; what its caches and cores reach is in the two calibrated rates.
+# A CPU core has no kernels to launch; the two calibrated rates include the efficiency of its caches and cores.
 NO_OVERHEAD = Efficiency(bandwidth_share=1.0, flops_share=1.0, kernel_s=0.0, all_reduce_s=0.0)
-# Candidates of the host terms: to 10 ms per round, and to 1 ms per request.
+# Grid of the host terms: up to 10 ms per round and 1 ms per request.
 GRID_ROUND_S, GRID_REQUEST_S = 1e-4 * np.arange(101), 5e-6 * np.arange(201)
 
 
@@ -114,8 +114,8 @@ def fitted_hosts() -> dict[str, Host]:
 def own_cpu(measured: dict[str, Any]) -> dict[str, Any]:
     """Predicts `benchmarks.rollout` on a CPU: two rates are fitted to two plain cells, every other cell is predicted.
 
-    The rates are bytes per second at the smallest batch and operations per second at the largest, of the warm policy without
-    speculation; these two rows are near to right by construction, and marked.
+    The rates are bytes per second at the smallest batch and operations per second at the largest, for the warm policy
+    without speculation. These two rows are nearly exact by construction, and marked.
     """
     model = parse_model(CONFIGS[POLICY])
     cells = {(c["policy"], c["batch"], c["arm"]): c for c in measured["cells"]}
@@ -154,8 +154,8 @@ def _cpu(bandwidth_bytes_per_s: float, flops_per_s: float) -> Machine:
 def _cpu_row(
     model: Model, machine: Machine, policy: str, batch: int, cell: dict[str, Any], calibrated: bool
 ) -> dict[str, Any]:
-    # The controller's draft lengths vary and are not in the file: the shortest uniform draft that could have brought the
-    # measured accepted length stands for them, which is the least that can have been verified.
+    # The controller's draft lengths vary and are not in the file. They are replaced by the shortest uniform draft that
+    # could give the measured accepted length: the least that can have been verified.
     setting = Setting(model=model, machine=machine, precision=FP32, context=CONTEXT)
     accepted = cell["accepted_length"]
     draft_tokens = math.ceil(round(accepted - 1, 3))

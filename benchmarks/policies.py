@@ -42,18 +42,18 @@ from benchmarks.tiny_policies import CHUNK, POSITIONS, WINDOW, build, model_type
 
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "policies.json", ROOT / "docs" / "policies.md"
 BEGIN, END = "<!-- table: python -m benchmarks.policies -->", "<!-- end of table -->"
-_PROMPTS = (3, 2 * WINDOW + 1, CHUNK + 4)  # a short row beside two that are past windows and chunks
+_PROMPTS = (3, 2 * WINDOW + 1, CHUNK + 4)  # a short row and two that are longer than windows and chunks
 _NEW_TOKENS = 16
 _TOLERANCE = 1e-3  # nats, in float32
-_CELL = 260  # characters of a reason in the table, at most
+_CELL = 260  # most characters of a reason in the table
 _REMEDIES = (
     "; generate with", ": generate with", ": in process only 'full_attention'", ". Requests here may reach",
     ", so that rows of different lengths cannot",
 )  # fmt: skip
-# Names in transformers' registry that are one configuration class, so that the model type is the same.
+# Names in transformers' registry that share one configuration class and therefore one model type.
 _REGISTERED = {"gpt2": ("gpt2", "gpt-sw3")}
 
-# Settings that classes share and defaults leave out: name, model type, options of its configuration.
+# Settings that classes share and defaults omit: name, model type, options of its configuration.
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
 _ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": POSITIONS}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -104,9 +104,9 @@ class Outcome:
 
     Attributes:
         name: Model type, or the name of a variant.
-        model_class: Class of the policy; None where it was not built.
+        model_class: Class of the policy; None if it was not built.
         outcome: `same`, `refused`, `not built`, `wrong` or `crashed`.
-        detail: Why, in the words of who refused or failed.
+        detail: The reason, as the message of the error or refusal.
     """
 
     name: str
@@ -220,7 +220,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cell(outcome: Outcome) -> str:
-    """The finding, without the name and the remedy, which are equal in every row."""
+    """The finding without the name and the remedy, which are the same in every row."""
     text = outcome.detail.removeprefix(f"{outcome.model_class} ")
     for same_in_every_row in _REMEDIES:
         text = text.split(same_in_every_row)[0]
@@ -236,7 +236,7 @@ def _shortened(text: str) -> str:
 
 
 def updated(result: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
-    """The recorded result with this run's rows replaced or added; `updates` says which, and their versions."""
+    """The recorded result with this run's rows replaced or added; `updates` lists them with their versions."""
     rows = {outcome.name: asdict(outcome) for outcome in outcomes}
     update = {"environment": environment(), "names": list(rows)}
     policies = [rows.get(row["name"], row) for row in result["policies"]]
@@ -260,9 +260,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    numba.config.THREADING_LAYER = "workqueue"  # lives through a fork, as OpenMP does not
+    numba.config.THREADING_LAYER = "workqueue"  # survives a fork, unlike OpenMP
     names, began, outcomes = arguments.only or [*model_types(), *VARIANTS, *WRAPPERS], time.perf_counter(), []
-    tried("llama", build("llama"))  # imports and compiles what all of them use
+    tried("llama", build("llama"))  # imports and compiles what all classes use
     for name in progress.each(names, "classes", "class"):
         outcomes.append(in_process_of_its_own(name, arguments.limit))
         last = outcomes[-1]

@@ -40,7 +40,7 @@ import tasks as demo_tasks  # noqa: E402
 ARMS = ("trl_transformers", "atlas_off", "atlas_on")
 GENERATIONS = 4
 STEP_PER_ROLLOUTS = (
-    3.3  # seconds of a training step over those of its rollouts: examples/grpo_demo on 2 cores, 90 steps
+    3.3  # seconds of a training step divided by those of its rollouts: examples/grpo_demo on 2 cores, 90 steps
 )
 Arm = Callable[[list[list[int]], int], tuple[int, Any]]  # prompts and a seed in; generated tokens and the report out
 
@@ -110,13 +110,13 @@ def engine_in_turns(
 def head_of_a_run() -> RecurrentSpeculator:
     """A recurrent head whose refreshes take as long as they may in training.
 
-    They get a share of the time between them. Here that is rollouts alone, in a GRPO run the update as well.
+    They get a share of the time between refreshes, which is rollouts alone here and includes the update in a GRPO run.
     """
     return RecurrentSpeculator(budget_share=0.05 * STEP_PER_ROLLOUTS)
 
 
 def warmed_engines(model: Any, tokenizer: Any, turns: Turns, args: argparse.Namespace) -> dict[str, AtlasRolloutEngine]:
-    """One engine per arm for all batch sizes, as in a run; the speculating one has some steps behind it."""
+    """One engine per arm for all batch sizes, as in a run; the speculating one has already run some steps."""
     engines = {
         "atlas_off": engine_in_turns(model, tokenizer, turns, []),
         "atlas_on": engine_in_turns(model, tokenizer, turns, [HistorySpeculator(), head_of_a_run()]),
@@ -141,8 +141,8 @@ def measure_cell(
     prompts = unseen_prompts(tokenizer, batch // group, args.repeats, seed=batch)
     arms = {arm: engine_arm(engine, group, args.max_new_tokens) for arm, engine in engines.items()}
     arms["trl_transformers"] = trl_arm(shell(model), tokenizer, group, turns, args.max_new_tokens)
-    # Compilation, allocation, caches. With prompts and a seed of its own: rollouts that the history has seen, or that share
-    # their noise with some it has seen, would be drafted from memory.
+    # For compilation, allocation and caches. It uses its own prompts and seed: drafts would come from memory for
+    # rollouts that the history has seen, or that share noise with them.
     other = unseen_prompts(tokenizer, batch // group, 1, seed=20_000 + batch)[0]
     runs = [run_in_turns(turns, arms, other, 20_000 + batch, dict.fromkeys(arms, 1.0))]
     for repeat, batch_prompts in enumerate(prompts):

@@ -21,8 +21,8 @@ _LAYERS = 4
 
 _TOKEN_IDS = {"pad": 0, "bos": 1, "cls": 1, "decoder_start": 0, "eos": 2, "sep": 2}
 
-# The first pattern that matches a whole field name gives the value. A field whose default is None stays None, but for
-# windows, and two that classes read without asking.
+# The first pattern that matches a whole field name gives the value. A field whose default is None stays None, except
+# windows and two fields that classes read without checking.
 _ALWAYS = ("head_dim", "num_key_value_heads", "sliding_window")
 _SHRUNK: tuple[tuple[str, Any], ...] = (
     *((f"{name}_token_id", value) for name, value in _TOKEN_IDS.items()),
@@ -52,7 +52,7 @@ _SHRUNK: tuple[tuple[str, Any], ...] = (
     (r"is_decoder", True),
 )  # fmt: skip
 
-# Fields that the names above get wrong, by model type.
+# Fields that the patterns above get wrong, by model type.
 _ALTERNATING = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 16, "mamba_chunk_size": 8}
 _DELTA = {
@@ -71,7 +71,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _ALTERNATING},
     },
     "dbrx": {
-        "d_model": 32,  # read before `hidden_size`, its other name
+        "d_model": 32,  # an alias that is read before `hidden_size`
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
@@ -131,7 +131,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
                 if name in _ALWAYS or _plain(config, name) is not None:
                     fields[name] = value
                 break
-    if "kv_lora_rank" in fields:  # latent attention: every query head has keys of its own
+    if "kv_lora_rank" in fields:  # latent attention: every query head has its own keys
         fields["num_key_value_heads"] = 4
     return {**fields, **parts}
 
@@ -154,19 +154,19 @@ def build(
     """A float32 policy in evaluation mode.
 
     Args:
-        model_type: Of its configuration.
-        seed: Of its weights.
+        model_type: Model type of its configuration.
+        seed: Seed of its weights.
         logit_std: Spread of its logits, nats.
-        wrapper: Whether it is the model of images and text, not the causal LM.
+        wrapper: Whether to build the image-text model instead of the causal LM.
         options: Fields of its configuration.
 
     Raises:
-        Exception: Whatever the class raises for such a configuration.
-        ArithmeticError: A plain forward of it gives numbers that are not finite.
+        Exception: Any error that the class raises for such a configuration.
+        ArithmeticError: Its plain forward gives numbers that are not finite.
     """
     config = tiny_config(model_type, **options)
     model_class = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if wrapper else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
-    if not isinstance(config, model_class.config_class):  # registered for the whole, made of the text part
+    if not isinstance(config, model_class.config_class):  # registered for the whole model, built from its text part
         config = next(part for _, part in _parts(config) if isinstance(part, model_class.config_class))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

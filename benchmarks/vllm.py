@@ -124,17 +124,17 @@ def vllm_arm(llm: Any, args: argparse.Namespace) -> Arm:
     from vllm import SamplingParams
 
     def run(prompts: list[list[int]], group: int, seed: int) -> tuple[int, float]:
-        # Without a seed per request: with it vLLM would draw row by row.
+        # No seed per request: vLLM would then draw row by row.
         sampling = SamplingParams(
             n=group, temperature=1.0, max_tokens=args.max_new_tokens, logprobs=0, detokenize=False
         )
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         samples = [sample for output in outputs for sample in output.outputs]
         num_tokens = sum(len(sample.token_ids) for sample in samples)
-        # Not from `get_metrics()`: the counters of a process are those of its newest engine.
+        # `get_metrics()` is unsuitable: the counters of a process are those of its newest engine.
         counts = [sample.spec_decode_metrics.histogram for sample in samples if sample.spec_decode_metrics is not None]
         accepted = sum(length * count for histogram in counts for length, count in enumerate(histogram))
-        # Every forward of a request commits one token and what it accepts; the first token comes from the prompt.
+        # Every forward of a request commits one token plus the accepted ones; the first token comes from the prompt.
         decoded = num_tokens - len(prompts) * group
         return num_tokens, decoded / max(1, decoded - accepted)
 
@@ -157,7 +157,7 @@ def measure_cell(
     def run_all(prompts: list[list[int]], seed: int, expected_s: dict[str, float]) -> dict[str, Outcome]:
         return turns.run({name: partial(arm, prompts, group, seed) for name, arm in arms.items()}, expected_s)
 
-    # Compilation, caches, what the controller needs to learn of a new batch size, and how long each arm takes.
+    # For compilation, caches, what the controller needs to learn about a new batch size, and how long each arm takes.
     other = unseen_prompts(tokenizer, batch // group, 1, seed=20_000 + batch)[0]
     runs = [run_all(other, 20_000 + batch, dict.fromkeys(arms, 1.0))]
     for repeat, prompts in enumerate(unseen_prompts(tokenizer, batch // group, args.repeats, seed=batch)):

@@ -43,16 +43,16 @@ BARS_MS = {8: 0.15, 64: 0.3, 256: 0.8}
 """Most milliseconds of a step without a draft, by batch."""
 DEPTH = 4  # tokens that the history index drafts for every request, in steps with drafts
 _TEMPLATE = 1200
-_SAME = 0.9  # of the template's tokens
-_WARM_UP = 50  # steps
+_SAME = 0.9  # share of the template's tokens
+_WARM_UP = 50  # in steps
 
 
 class PretendedEngine:
     """Simulated requests of an engine that samples a template with noise, independent of drafts.
 
     Args:
-        batch: Requests that run.
-        drafts: Draft in every step; otherwise where it pays, which it does not.
+        batch: Number of running requests.
+        drafts: Draft in every step; otherwise only if it pays, which it does not.
     """
 
     def __init__(self, policy: Any, batch: int, *, drafts: bool) -> None:
@@ -74,7 +74,7 @@ class PretendedEngine:
         )  # fmt: skip
 
     def forward(self) -> Forward:
-        """The next forward: every row commits its correct drafts, and one token."""
+        """The next forward: every row commits its correct drafts and one token."""
         num_drafted = np.array([len(draft) for draft in self._drafts])
         width = int(num_drafted.max()) + 1
         places = (self._lengths[:, None] + np.arange(width)[None]) % _TEMPLATE

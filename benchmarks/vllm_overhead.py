@@ -39,7 +39,7 @@ VOCAB, CONTEXT = 512, 256
 _LOGIT_STD = 3.0
 TRAFFIC = {"one": (1.0,), "mixed": (0.0, 0.7, 1.0, 1.3)}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-_TURN_REQUESTS = 16  # that an engine ends before the other is stepped again
+_TURN_REQUESTS = 16  # requests that an engine ends before the next engine is stepped
 
 
 class Clients:
@@ -131,7 +131,7 @@ def measure(engines: dict[str, Any], temperatures: tuple[float, ...], args: argp
     profile = cProfile.Profile() if args.profile else None
     for repeat in range(
         1 + args.repeats
-    ):  # the first is not counted: kernels compile, drafters learn for the first time
+    ):  # the first is not counted: kernels compile, and drafters learn for the first time
         clock = CLOCKS[args.clock]
         clients = {name: Clients(llm, args.clients, args.max_tokens, clock) for name, llm in engines.items()}
         for _ in range(0, args.requests, _TURN_REQUESTS):

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("method", type=json.loads, help="vLLM's speculative_config as JSON; null for none")
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints goes where its messages go
+    os.dup2(2, 1)  # vLLM's output goes to stderr
 
     def answer(values: dict[str, Any]) -> None:
         answers.write(json.dumps(values) + "\n")
@@ -61,7 +61,7 @@ def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Tokens, seconds and accepted draft tokens of one call."""
     from vllm import SamplingParams
 
-    # Without a seed per request: with it vLLM would draw row by row.
+    # No seed per request: vLLM would then draw row by row.
     sampling = SamplingParams(
         n=job["generations"], temperature=job["temperature"], max_tokens=job["max_new_tokens"], detokenize=False
     )

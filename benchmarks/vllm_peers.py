@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 
 
 def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, repeats: int) -> list[dict[str, Any]]:
-    """The rows of every method that runs here; vLLM starts once per method."""
+    """The rows of every method that can run here; vLLM starts once per method."""
     off = AtlasRolloutEngine(model=model, tokenizer=tokenizer, speculation=False, console=False)
     rows = []
     folder = saved(cells[0].policy, model, tokenizer)
@@ -44,7 +44,7 @@ def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, repeats: int) -> li
 
 def measure(cell: Cell, arm: str, peer: Peer, off: AtlasRolloutEngine, tokenizer: Any, repeats: int) -> dict[str, Any]:
     plain = engine_arm(off, group_of(cell), cell.max_new_tokens, cell.temperature)
-    peer.generate(cell, cell_prompts(cell, tokenizer, 20_000))  # compilation and caches, on prompts of its own
+    peer.generate(cell, cell_prompts(cell, tokenizer, 20_000))  # compilation and caches, on its own prompts
     found, base = [], []
     for repeat in range(repeats):
         prompts = cell_prompts(cell, tokenizer, repeat)
@@ -59,7 +59,7 @@ def measure(cell: Cell, arm: str, peer: Peer, off: AtlasRolloutEngine, tokenizer
         "arm": arm,
         "tokens_per_s": quantiles(speeds),
         "ratio_to_off": quantiles(ratios(speeds, base)),
-        # Every forward of a request commits one token and what it accepts.
+        # Every forward of a request commits one token plus the accepted ones.
         "accepted_length": num_tokens / (num_tokens - num_accepted),
         "entropy": None,
         "vllm": peer.version,
@@ -72,8 +72,8 @@ class Peer:
     """A process with vLLM, with JSON lines as protocol.
 
     Attributes:
-        version: vLLM's.
-        refusal: Why the method cannot be run there; empty if it can.
+        version: Version of vLLM.
+        refusal: Why the method cannot run there; empty if it can.
     """
 
     def __init__(self, model: str, method: dict[str, Any] | None) -> None:

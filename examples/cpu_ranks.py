@@ -1,6 +1,7 @@
 """Makes accelerate use gloo ranks on a CPU, to try ZeRO and FSDP without a GPU.
 
-accelerate knows DeepSpeed and FSDP on accelerators only. What runs then is torch's FSDP and DeepSpeed's ZeRO themselves.
+accelerate supports DeepSpeed and FSDP on accelerators only. With this, torch's FSDP and DeepSpeed's ZeRO themselves
+run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def asked_for() -> str:
 
 
 def pretend(wrapper: str) -> None:
-    """Call this before creating anything with accelerate. `wrapper` as in `asked_for`; may end in ZeRO's stage."""
+    """Call this before creating anything with accelerate. `wrapper` as in `asked_for`, optionally with ZeRO's stage."""
     if wrapper == "ddp":
         return
     from accelerate import state
@@ -42,13 +43,13 @@ def pretend(wrapper: str) -> None:
     if wrapper == "fsdp1":
         from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-        # It frees the weights on the device once they are on the CPU: here it would free what it returns.
+        # The method frees the device's weights once they are on the CPU; here it would free its own result.
         FlatParamHandle.to_cpu = lambda self: nullcontext()  # type: ignore[method-assign]
     if wrapper.startswith("zero"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
         from deepspeed import comm
 
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined] # compiles for minutes
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiles for minutes
         if not comm.is_initialized():
             comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)

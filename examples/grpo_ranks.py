@@ -36,7 +36,7 @@ def main() -> None:
         train_dataset=build_dataset("train", 4096, seed=args.seed),
         args=configuration(args),
     )
-    # The same line as on one device: the policy is gathered once for each generation call.
+    # The same line as on one device: the policy is gathered once per generation call.
     engine = AtlasRolloutEngine(output_dir=args.output_dir).attach(trainer)
     trainer.train()
     if trainer.accelerator.is_main_process:

@@ -30,7 +30,7 @@ from atlas_rl.audit.bets import ChangeDetector
 from atlas_rl.audit.scores import Scores, Tolerance, score
 from atlas_rl.core import SamplingParams
 
-_FEW = 16  # the sum over fewer logprobs is divided by this many, so that one token alone raises no warning
+_FEW = 16  # a sum over fewer logprobs is divided by this, so that a single token raises no warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Audit:
         num_completions: Completions audited.
         scores: Scores of their tokens.
         evidence_nats: log R of the run's bets after this step, in nats; an alarm is raised at log 10^6.
-        findings: Faults, one sentence each; empty for a right engine.
+        findings: Faults, one sentence each; empty for a correct engine.
     """
 
     num_completions: int
@@ -62,17 +62,17 @@ class Audit:
 
 
 class Auditor:
-    """Audits some completions of every step of a run, and adds the evidence up over steps.
+    """Audits some completions of every step of a run, and accumulates the evidence over steps.
 
-    The cost is bounded by counting, not by a clock, so that equal runs audit alike. The tokens that went through the
-    audit's forward, prompts included, are at most `share` of the tokens generated so far, but for the last completion.
-    A token costs less there than in a decode step, so `share` bounds the time as well.
+    The cost is bounded by counting, not by a clock, so that equal runs audit alike. The audit's forward runs at most
+    `share` of the tokens generated so far, prompts included; only the last completion may exceed it. A token costs less
+    in this forward than in a decode step, so `share` bounds the time as well.
 
     Args:
         share: Share of the generated tokens that may be audited, in [0, 1]; 0 never audits.
 
     Attributes:
-        engine_dtype: Precision that the engine computes in, where that is not the policy's own; None until it is told.
+        engine_dtype: Precision that the engine computes in, if it is not the policy's own; None if unknown.
     """
 
     def __init__(self, share: float) -> None:
@@ -95,14 +95,14 @@ class Auditor:
         """Audit as many completions of a step as the share allows, chosen at random.
 
         Args:
-            model: The policy that the completions should come from, in process, as its trainer runs it: wrappers and mixed
-                precision included. Each rank audits its own completions.
+            model: The policy that the completions should come from, in process, as its trainer runs it, with wrappers
+                and mixed precision. Each rank audits its own completions.
             prompts: Token ids, one prompt per completion.
             completions: Token ids exactly as sampled, ending tokens included; empty ones are skipped.
-            sampling: The sampling that the engine was asked for.
+            sampling: Sampling parameters that the engine was given.
             logprobs: Per completion token, in nats, as the engine returned them; None if it returns none.
             noise_keys: uint64 `[num_completions]`, keys that the engine drew with (`atlas_kernels.noise`); None if it
-                draws with noise of its own.
+                draws with other noise.
 
         Raises:
             ValueError: Prompts, completions and rows of logprobs differ in number.

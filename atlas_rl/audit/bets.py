@@ -1,18 +1,18 @@
 """Tests whether tokens come from the distribution they should come from, by betting against the sampler.
 
-Each bet is one way to be wrong: a distribution q that depends on the prefix alone. If the tokens x are drawn from p, the
-likelihood ratio q(x) / p(x) has mean 1 whatever the prefix. The product over tokens is then a fair game, which grows only
-by luck (test martingales: Ville 1939; Shafer et al., arXiv 0912.4269). If the tokens are drawn from q, the logarithm of the
-product grows by KL(q, p) per token, and no test with an honest false-alarm rate grows faster. A token without a choice (p is
-a point mass) neither wins nor loses, and a completion that ends early only stops the game early.
+Each bet is one way to be wrong: a distribution q that depends on the prefix alone. If the tokens x are drawn from p,
+the likelihood ratio q(x) / p(x) has mean 1 whatever the prefix. The product over tokens is then a fair game, which
+grows only by luck (test martingales: Ville 1939; Shafer et al., arXiv 0912.4269). If the tokens are drawn from q, the
+logarithm of the product grows by KL(q, p) per token, and no test with a valid false-alarm rate grows faster. A token
+without a choice (p is a point mass) neither wins nor loses, and a completion that ends early only stops the game early.
 
 A sampler may break in the middle of a run, so a new game starts with every step and all games are kept
 (Shiryaev-Roberts; e-detectors: Shin, Ramdas, Rinaldo, arXiv 2203.03532). With E_n(k) the product of bet k over step n:
 
     R_n(k) = (R_{n-1}(k) + 1) E_n(k)             R_n = mean over k of R_n(k)
 
-For a right sampler `R_n - n` is a martingale. Hence `P(R reaches A within n steps) <= n / A` (Doob), and the mean number of
-steps to a false alarm is at least A. Both hold exactly at every sample size.
+For a correct sampler `R_n - n` is a martingale. Hence `P(R reaches A within n steps) <= n / A` (Doob), and the mean
+number of steps to a false alarm is at least A. Both hold exactly at every sample size.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 ALARM = 1e6
 """A of the formulas: the least mean number of audited steps between false alarms."""
 
-TEMPERATURES = (0.25, 0.5, 0.8, 0.93, 1.07, 1.25, 2.0, 4.0)  # times the one asked for
+TEMPERATURES = (0.25, 0.5, 0.8, 0.93, 1.07, 1.25, 2.0, 4.0)  # factors on the requested temperature
 JUNK_SHARES = (0.003, 0.03, 0.3)
-TILTS = (-0.2, 0.2)  # log-odds of the likeliest, second and third token, and of tokens that were there before
+TILTS = (-0.2, 0.2)  # log-odds of the likeliest, second and third token, and of tokens that occurred before
 ENDING_TILTS = (-1.0, 1.0)
 NUM_RANKS = 3
 
@@ -70,7 +70,7 @@ def log_ratios(
     own = log_probs.gather(1, token_ids[:, None])[:, 0].double()
     ratios = [(1 / t - 1) * own - torch.logsumexp(log_probs * (1 / t), dim=-1).double() for t in TEMPERATURES]
     support = torch.isfinite(log_probs).sum(dim=-1)
-    # A token of probability 0 in all but name must not overflow; e^300 is evidence enough.
+    # A token of practically zero probability must not overflow; e^300 is evidence enough.
     inverse = torch.exp(-own.clamp(min=-300.0))
     ratios += [torch.log((1 - share) + share / support * inverse) for share in JUNK_SHARES]
     ranked, tokens = log_probs.topk(min(NUM_RANKS, log_probs.shape[-1]), dim=-1)
@@ -108,7 +108,7 @@ class ChangeDetector:
     """Adds the bets up over the steps of a run and raises the alarm.
 
     Args:
-        alarm_steps: A of the module's formulas.
+        alarm_steps: A in the formulas of the module's docstring.
     """
 
     def __init__(self, alarm_steps: float = ALARM) -> None:

@@ -1,8 +1,9 @@
 """Runs one forward pass of the policy as its trainer does, and observes the precision it computes in.
 
-The pass goes through PEFT wrappers and accelerate's mixed precision, because the trainer's does. The engine runs the causal
-LM inside of them, so whatever the wrappers change shows as a difference. Rounding is no fault: what explains it is not the
-type of the weights, but what the layers returned under the policy's own autocast and quantisation.
+The pass goes through PEFT wrappers and accelerate's mixed precision, because the trainer's does. The engine runs the
+causal LM inside of them, so whatever the wrappers change shows as a difference. Rounding is not a fault. The rounding
+to allow for follows from the types that the layers return under the policy's own autocast and quantisation, not from
+the weights' type.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def plain_logits(model: nn.Module, token_ids: torch.Tensor, places: torch.Tensor
     """Logits of one sequence at some positions.
 
     Args:
-        model: The policy, or a wrapper of it, in the mode (training or evaluation) that is wanted.
+        model: The policy, or a wrapper of it, in the desired mode (training or evaluation).
         token_ids: int64 `[num_tokens]`, on the policy's device.
         places: int64 `[rows]`, ascending positions in `token_ids`.
 
     Raises:
-        ValueError: The policy returns logits of neither these positions nor all of them.
+        ValueError: The policy returns logits neither for these positions nor for all.
     """
-    policy: Any = without_parallel_wrappers(model)  # each rank has sequences of its own
+    policy: Any = without_parallel_wrappers(model)  # each rank has its own sequences
     inner = unwrap_policy(policy)
     options: dict[str, Any] = {"use_cache": False} if accepted_by(inner.forward)("use_cache") else {}
     if _keeps_positions(inner):
@@ -55,7 +56,7 @@ def plain_logits(model: nn.Module, token_ids: torch.Tensor, places: torch.Tensor
     seen = _Seen()
     with torch.no_grad(), uncompiled(policy), without_cudnn(), _watched(inner, seen):
         logits = logits_of(policy(input_ids=token_ids[None], **options))[0]
-    if hasattr(inner, "get_output_embeddings"):  # a wrapper of somebody's own may not say
+    if hasattr(inner, "get_output_embeddings"):  # a user's own wrapper may not have it
         logits = for_all_tokens(logits, len(inner.get_output_embeddings().weight))
     if len(logits) == len(token_ids):
         logits = logits[places] if len(places) != len(token_ids) else logits
@@ -65,7 +66,7 @@ def plain_logits(model: nn.Module, token_ids: torch.Tensor, places: torch.Tensor
 
 
 def _keeps_positions(model: Any) -> bool:
-    """Whether `logits_to_keep` may be positions, as in transformers; elsewhere it may be a count or be ignored."""
+    """Whether `logits_to_keep` may be positions, as in transformers. In other models it is a count, or is ignored."""
     forward = inspect.unwrap(getattr(model.forward, "__func__", model.forward))
     return forward.__module__.startswith("transformers.") and "logits_to_keep" in inspect.signature(forward).parameters
 
@@ -97,10 +98,10 @@ def _holds_float32(model: nn.Module) -> bool:
     if getattr(model, "hf_quantizer", None) is not None:
         return False
     weights = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.dim() > 1)]
-    # torch's and torchao's own types hide what they hold.
+    # The types of torch and torchao hide the type of their content.
     if any(type(part).__module__.startswith(("torch.ao.", "torchao.")) for part in (*model.modules(), *weights)):
         return False
-    # Packed weights are bytes or 32-bit words; masks are bool, and positions int64.
+    # Packed weights are bytes or 32-bit words; masks are bool, and positions are int64.
     types = {weight.dtype for weight in weights} - {torch.bool}
     return torch.int32 not in types and all(kind.itemsize >= 4 for kind in types)
 

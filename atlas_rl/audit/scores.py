@@ -40,7 +40,7 @@ class Tolerance:
     drift_nats: float
 
     def at(self, temperature: float) -> Tolerance:
-        """The tolerance for logits divided by `temperature`, which scales their rounding too."""
+        """The tolerance for logits divided by `temperature`, which also scales their rounding."""
         scale = 1 / temperature if 0 < temperature < 1 else 1.0
         return Tolerance(
             logprob_nats=self.logprob_nats * scale,
@@ -59,19 +59,20 @@ class Scores:
 
     Attributes:
         num_tokens: Tokens audited.
-        score_nats: Sum of log p(x) + H(p): its expectation is 0 for a right sampler, above 0 for one that is too greedy.
+        score_nats: Sum of log p(x) + H(p): its expectation is 0 for a correct sampler, above 0 for one that is too
+            greedy.
         score_variance_nats2: Sum of the variances of log p(x) under p.
         bets: float64 `[num_bets]`, nats that each bet has won.
         num_outside: Tokens that the processing excludes.
         num_known: Tokens that can be computed, because their noise is known or sampling is greedy.
         num_changed: Known tokens that differ from the computed ones by more than rounding.
-        worst_margin_nats: Largest margin by which such a token missed.
+        worst_margin_nats: Largest margin by which such a token differed.
         num_logprobs: Returned logprobs compared.
         logprob_error_sum_nats: Sum of their absolute differences.
         logprob_error_max_nats: The largest absolute difference.
         logprob_clipped_sum_nats: Sum of the absolute differences, clipped as in `Tolerance.logprob_nats`.
-        raw_clipped_sum_nats: The same against the policy's logprobs before any processing.
-        low_precision: Whether the policy or its engine computed any of it in less than float32.
+        raw_clipped_sum_nats: The same, against the policy's logprobs before any processing.
+        low_precision: Whether the policy or its engine computed any part in less than float32.
     """
 
     num_tokens: int
@@ -129,16 +130,16 @@ def score(
     """Compare one completion with a plain forward pass of the policy.
 
     Args:
-        model: The policy as its trainer runs it, wrappers included; dropout is off meanwhile.
+        model: The policy as its trainer runs it, wrappers included; dropout is switched off during the forward.
         prompt: Token ids.
         completion: Token ids as sampled, the ending token included.
-        sampling: The sampling that the engine was asked for.
+        sampling: Sampling parameters that the engine was given.
         logprobs: Logprob of each completion token, in nats, as the engine returned them; None if it returned none.
-        noise_key: Key of the noise (`noise.request_keys`) that drafter-invariant sampling drew with; None if unknown.
+        noise_key: Key of the noise (`noise.request_keys`) for drafter-invariant sampling; None if unknown.
         low_precision: Whether the engine computes in less than float32. The policy's own precision is observed.
     """
-    # Long completions are audited at every second, third, ... position. The stride depends on the length that was asked
-    # for: the sampled length depends on the tokens to be tested.
+    # Long completions are audited at every second, third, ... position. The stride depends on the requested length: the
+    # sampled length depends on the tokens to be tested.
     stride = -(-sampling.max_new_tokens // _POSITIONS)
     kept = np.arange(0, len(completion), stride)
     total = Scores.none()
@@ -166,7 +167,7 @@ class _Rows:
         raw: float32 `[rows, vocab]`, logits before any processing.
         tokens: int64 `[num_tokens]`, prompt and completion.
         places: int64 `[rows]`, index in `tokens` of the token that each row predicts.
-        sampling: The sampling that the engine was asked for.
+        sampling: Sampling parameters that the engine was given.
         tolerance: Differences that rounding explains.
     """
 
@@ -205,7 +206,7 @@ class _Rows:
             return Scores.none()
         log_probs, own = self.log_probs[inside], self.own[inside]
         probs = log_probs.exp()
-        # Also of tokens that the policy masks with its type's least number, whose square is infinite.
+        # Includes tokens that the policy masks with its type's least number, whose square is infinite.
         finite = log_probs.masked_fill(probs == 0, 0.0)
         entropy = -torch.linalg.vecdot(probs, finite)
         variance = (torch.linalg.vecdot(probs, finite.square()) - entropy.square()).clamp(min=0)

@@ -36,7 +36,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
     "Qwen3-32B": _QWEN_3
     | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
-    "DeepSeek-V3": {  # R1 and V3.1 are the same model with other weights
+    "DeepSeek-V3": {  # R1 and V3.1 have the same architecture
         "model_type": "deepseek_v3",
         "hidden_size": 7168,
         "intermediate_size": 18432,

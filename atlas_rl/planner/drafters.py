@@ -1,4 +1,4 @@
-"""Describes drafters as models, so that the same roofline times a draft step; None stands for a free drafter."""
+"""Describes drafters as models, so that the same roofline times a draft step; None is a free drafter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from atlas_rl.planner.model import Model
 
 DRAFTERS = ("eagle3", "mtp", "recurrent", "ngram", "draft-lm")
-EAGLE3_VOCAB = 32_000  # of the heads published with arXiv 2503.01840
+EAGLE3_VOCAB = 32_000  # vocabulary of the heads published with arXiv 2503.01840
 RECURRENT_WIDTH, RECURRENT_VOCAB = 512, 4096
 
 
@@ -17,13 +17,13 @@ def drafter_model(kind: str, target: Model, draft_lm: Model | None = None) -> Mo
     Args:
         kind: One of `DRAFTERS`.
         target: The model that verifies.
-        draft_lm: The counts of the draft LM, for `draft-lm` only.
+        draft_lm: Counts of the draft LM, for `draft-lm` only.
 
     Returns:
-        The drafter's counts; None for n-grams, whose search is taken to cost nothing.
+        The drafter's counts; None for n-grams, whose search is assumed to cost nothing.
 
     Raises:
-        ValueError: An unknown kind, a draft LM that is missing or not asked for, or no prediction layers in the target.
+        ValueError: The kind is unknown, a draft LM is missing or superfluous, or the target has no prediction layers.
     """
     if (kind == "draft-lm") != (draft_lm is not None):
         raise ValueError("a draft LM needs both --drafter draft-lm and --draft-model with its config.json")
@@ -43,11 +43,11 @@ def drafter_model(kind: str, target: Model, draft_lm: Model | None = None) -> Mo
 def eagle3(target: Model) -> Model:
     """The EAGLE-3 head (arXiv 2503.01840): one dense layer over [embedding, hidden state], and a reduced vocabulary.
 
-    Its attention reads twice the width, so its projections are about half as large again. A further projection brings the
+    Its attention reads twice the width, so its projections are about half as large again. Another projection maps the
     hidden states of three of the target's layers to the width of one.
     """
     hidden = target.hidden_size
-    # For a latent attention there is no published head to count: its own projections stand for the head's.
+    # No published head has latent attention: the target's own projections stand in for the head's.
     return replace(
         target,
         name="eagle3",
@@ -69,7 +69,8 @@ def eagle3(target: Model) -> Model:
 def mtp(target: Model) -> Model:
     """The model's own layer for multi-token prediction (arXiv 2412.19437), applied once per draft token.
 
-    It has one MoE layer, a projection of two widths to one, and the model's output matrix, which its memory counts again.
+    It has one MoE layer, a projection from two widths to one, and the model's output matrix, which its memory counts
+    again.
 
     Raises:
         ValueError: The target has no such layer.
@@ -97,7 +98,7 @@ def recurrent(target: Model) -> Model:
         vocab_size=min(RECURRENT_VOCAB, target.vocab_size),
         tied=False,
         owns_embedding=False,
-        attention_params=2 * target.hidden_size * width,  # hidden state and embedding, brought to its width
+        attention_params=2 * target.hidden_size * width,  # hidden state and embedding, projected to its width
         mlp_params=6 * width * width,
         kv_values_per_token=0,
         kv_splits=1,

@@ -22,8 +22,8 @@ class Gpu:
         name: The value of `--gpu`.
         memory_bytes: Device memory.
         bandwidth_bytes_per_s: Peak bandwidth of that memory.
-        flops_per_s: Peak dense operations per second by precision (a multiply-add is two). A precision that is absent has
-            no matrix units: its weights are unpacked and multiplied at the next wider precision that has them.
+        flops_per_s: Peak dense operations per second by precision (a multiply-add is two). A missing precision has no
+            matrix units: its weights are unpacked and multiplied at the next wider precision that has them.
         link_bytes_per_s: Peak bandwidth to the other GPUs of the node, per direction.
         source: Source of the figures.
     """
@@ -44,10 +44,10 @@ class Gpu:
         """Peak dense operations per second on weights of `precision`.
 
         Raises:
-            ValueError: Neither `precision` nor a wider one has matrix units here.
+            ValueError: Neither `precision` nor a wider one has matrix units on this GPU.
         """
         wider = [name for name in BYTES_PER_VALUE if BYTES_PER_VALUE[name] >= BYTES_PER_VALUE[precision]]
-        for name in reversed(wider):  # the narrowest that holds the values
+        for name in reversed(wider):  # the narrowest precision that holds the values
             if name in self.flops_per_s:
                 return self.flops_per_s[name]
         raise ValueError(f"GPU '{self.name}' has no figure for {precision}: it knows {', '.join(self.flops_per_s)}")
@@ -59,8 +59,8 @@ class Efficiency:
 
     `bandwidth_share` and `kernel_s` come from one measurement of Llama-3.2-1B (2.47 GB in BF16) on an H100
     (https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles): fused into a single kernel it reaches 78% of the
-    bandwidth, vLLM and SGLang at most 50% with about 100 kernels. The difference, (2.47 GB / 3.35 TB/s) (1/0.50 - 1/0.78)
-    / 100 = 5.3 us, is what the start and end of a kernel cost inside a CUDA graph.
+    bandwidth, while vLLM and SGLang reach at most 50% with about 100 kernels. The difference, (2.47 GB / 3.35 TB/s)
+    (1/0.50 - 1/0.78) / 100 = 5.3 us, is the cost of a kernel's start and end inside a CUDA graph.
 
     Attributes:
         bandwidth_share: Share of the peak memory bandwidth.

@@ -2,13 +2,13 @@
 
     t_host [s] = round_s + request_s * batch        in a round that drafts, 0 in a plain step
 
-A round that drafts goes between host and device several times: drafts are laid out, verified, and read back before the
-next round can begin. A plain step's host work is not counted: engines do it beside the device, and what a kernel takes to
-start is in the roofline (`Efficiency.kernel_s`, which was taken from engines).
+A round that drafts goes back and forth between host and device several times: drafts are laid out, verified, and read
+back before the next round can begin. A plain step's host work is not counted: engines overlap it with the device's
+work, and the start of kernels is part of the roofline (`Efficiency.kernel_s`, which was taken from engines).
 
-Both terms are fitted to one publication, EAGLE-3 (arXiv 2503.01840), and judged on all others. That rule was fixed before
-the fit: only a speedup over batch sizes tells the two terms apart, and EAGLE-3 is the only publication that has one, for two
-engines. `benchmarks/planner.py` fits them.
+Both terms are fitted to one publication, EAGLE-3 (arXiv 2503.01840), and tested on all others. That rule was fixed
+before the fit: the two terms can be told apart only by speedups over batch sizes, and EAGLE-3 is the only publication
+that has them, for two engines. `benchmarks/planner.py` fits them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Host:
     """Seconds that the device waits for an engine's host in each round that drafts.
 
     Attributes:
-        round_s: However many requests there are.
-        request_s: For each request.
+        round_s: Per round, for any number of requests.
+        request_s: Per round and request.
 
     Raises:
-        ValueError: Either is negative or no number.
+        ValueError: A value is negative or not a number.
     """
 
     round_s: float = 0.0
@@ -61,16 +61,16 @@ ENGINES: Mapping[str, Host] = {
     "typical": TYPICAL,
     **_CALIBRATED,
     "tensorrt-llm": TYPICAL,  # no row calibrates it
-    "together": TYPICAL,  # nor this one
+    "together": TYPICAL,  # no row calibrates it either
     "none": NO_HOST,
 }
 
 
 def host_of(engine: str, *, round_ms: float | None = None, request_ms: float | None = None) -> Host:
-    """The host of `engine`, with measured milliseconds per round or per request in the place of its own.
+    """The host of `engine`. Measured milliseconds per round or per request replace its own values.
 
     Raises:
-        ValueError: An unknown engine, or milliseconds that are negative or no number.
+        ValueError: The engine is unknown, or milliseconds are negative or not a number.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine '{engine}': known are {', '.join(ENGINES)}")

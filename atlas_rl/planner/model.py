@@ -34,12 +34,13 @@ class Model:
         num_experts: Routed experts per MoE layer.
         experts_per_token: Routed experts that one token uses.
         kv_values_per_token: Values that one layer caches per token.
-        kv_splits: Most parts that tensor parallelism can cut the cache into: the key-value heads; 1 for a latent cache.
+        kv_splits: Most parts into which tensor parallelism can cut the cache: the key-value heads; 1 for a latent
+            cache.
         attention_flops_per_key: Operations of one layer's attention, per query token and cached token.
         num_local_layers: Layers that attend to the last `window` tokens only.
-        window: Tokens that those layers see.
+        window: Tokens that those layers attend to.
         kernels_attention: Kernels in a layer's attention.
-        num_mtp_layers: Layers for multi-token prediction that come with the model; the parameters do not include them.
+        num_mtp_layers: The model's layers for multi-token prediction; the parameters do not include them.
     """
 
     name: str
@@ -97,8 +98,8 @@ class Model:
     def distinct_experts(self, num_tokens: float) -> float:
         """Expected number of a layer's experts that at least one of `num_tokens` tokens uses.
 
-        `E (1 - (1 - A/E)^n)` for E experts of which each token draws A independently and evenly. Neighbouring tokens draw
-        more alike, so this is an upper estimate.
+        `E (1 - (1 - A/E)^n)` for E experts of which each token draws A independently and evenly. The draws of
+        neighbouring tokens are more alike, so this is an upper estimate.
         """
         if not self.num_experts:
             return 0.0
@@ -118,7 +119,7 @@ def load_model(path: str | Path) -> Model:
     """Read a model from a `config.json`, a folder that holds one, or by its name from the local hub cache.
 
     Raises:
-        ValueError: No config there, no JSON, or an architecture that the planner does not know.
+        ValueError: There is no config, it is not JSON, or the planner does not know the architecture.
     """
     file = _config_file(Path(path))
     try:
@@ -140,10 +141,10 @@ def _config_file(path: Path) -> Path:
 
 
 def parse_model(config: Mapping[str, Any]) -> Model:
-    """Count the model of a hub config; of a multimodal one, its language model. A field that is null counts as absent.
+    """Count the model of a hub config; for a multimodal config, its language model. A null field counts as absent.
 
     Raises:
-        ValueError: An architecture that the planner does not know, or a field that is missing or no number.
+        ValueError: The planner does not know the architecture, or a field is missing or not a number.
     """
     text = config.get("text_config")
     if text is not None and not isinstance(text, Mapping):
@@ -155,14 +156,14 @@ def parse_model(config: Mapping[str, Any]) -> Model:
 
 
 class _Fields:
-    """Reads the fields of a config, each as what it must be."""
+    """Reads the fields of a config and checks their types."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self.kind = config.get("model_type")
 
     def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number of at least `least`; `ValueError` where it is none, or absent without a default."""
+        """A whole number of at least `least`; `ValueError` if it is not one, or absent without a default."""
         value = self._config.get(name)
         if value is None and default is not None:
             return default
@@ -229,7 +230,7 @@ def _deepseek(fields: _Fields) -> Model:
     """Count DeepSeek-V3 (arXiv 2412.19437): latent attention caches one compressed vector and one rotary key per token.
 
     While decoding, queries are projected into the latent space, and attention runs over the latent vectors. Without
-    `q_lora_rank` queries come from the hidden state directly.
+    `q_lora_rank`, queries are projected directly from the hidden state.
     """
     count = fields.count
     hidden, heads, layers = count("hidden_size"), count("num_attention_heads"), count("num_hidden_layers")
@@ -262,7 +263,7 @@ def _deepseek(fields: _Fields) -> Model:
 
 
 def _tied(fields: _Fields) -> bool:
-    # The hub leaves out what equals the default of the class, and the Gemma classes tie by default.
+    # The hub omits values that equal the class's default, and the Gemma classes tie by default.
     return fields.flag("tie_word_embeddings", str(fields.kind).startswith("gemma"))
 
 

@@ -46,12 +46,12 @@ class Plan:
         memory: Memory per GPU.
         max_batch: Largest batch that fits in memory.
         target: Forward of the target over one token per request.
-        draft: One step of the drafter; None if drafting is taken to cost nothing.
+        draft: One step of the drafter; None if drafting is assumed to cost nothing.
         verify: Forward of the target over the `chosen` drafts and one more token per request.
         host_s: Seconds that the device waits for the engine's host in a round that drafts.
         lengths: Figures of each draft length, from 0 on.
-        chosen: Draft length that is shown in detail.
-        best: Draft length of most tokens per second; 0 if none pays.
+        chosen: Draft length to show in detail.
+        best: Draft length with the most tokens per second; 0 if none pays.
         crossover_batch: Smallest batch at which no draft length pays; None if speculation pays up to `max_batch`.
     """
 
@@ -89,10 +89,10 @@ def make_plan(
         batch: Requests at once.
         accept: Acceptance of a draft, given that those before it were accepted.
         draft_tokens: Draft length to show in detail; None for the best.
-        max_draft_tokens: Longest draft length that is tried.
+        max_draft_tokens: Longest draft length to try.
 
     Raises:
-        ValueError: Counts out of range, or weights and cache do not fit in memory.
+        ValueError: Counts are out of range, or weights and cache do not fit in memory.
     """
     counts = (("--batch", batch), ("--context", setting.context), ("--max-draft-tokens", max_draft_tokens))
     for option, value in counts:

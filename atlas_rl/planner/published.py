@@ -1,8 +1,8 @@
 """Compares the planner with published measurements.
 
-A row holds the figures that its source states. If a source leaves out something that the planner needs, `assumed` names the
-value that was put in its place. Of one publication the rows with drafts calibrate the engines' hosts (`host.py`, which also
-says why that one); all other rows are held out, and nothing is fitted to them.
+A row holds the figures that its source states. If a source leaves out something that the planner needs, `assumed` names
+the assumed value. The rows of one publication that have drafts calibrate the engines' hosts (`host.py`, which also says
+why); all other rows are held out, and nothing is fitted to them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atlas_rl.planner.roofline import Precision
 from atlas_rl.planner.speculation import Setting, accepted_length, best_draft_tokens
 
 EAGLE3 = "arXiv 2503.01840"
-# Acceptance of a draft on MT-bench after 0, 1 and 2 drafts, read off figure 7. It gives the accepted length of a chain.
+# Acceptance of a draft on MT-bench after 0, 1 and 2 drafts, read off figure 7; gives the accepted length of a chain.
 _EAGLE3_ACCEPTANCE = (0.79, 0.79, 0.78)
 TRTLLM = (
     "https://nvidia.github.io/TensorRT-LLM/blogs/tech_blog/"
@@ -37,7 +37,7 @@ NEMO_RL = "arXiv 2604.26779"
 QWEN3_EAGLE3 = "https://huggingface.co/Tengyunw/qwen3_8b_eagle3"
 EAGLE_PR = "https://github.com/SafeAILab/EAGLE/pull/173"
 
-# Rows of this publication calibrate the engines' hosts. No row of any other does.
+# Only rows of this publication calibrate the engines' hosts.
 CALIBRATION = EAGLE3
 
 Quantity = Literal["tokens/s", "ms/token", "speedup"]
@@ -49,7 +49,7 @@ class Published:
 
     Attributes:
         source: Paper or page.
-        engine: What ran it: a key of `host.ENGINES`.
+        engine: Engine that ran it: a key of `host.ENGINES`.
         quantity: `tokens/s` of the whole batch, `ms/token` of one request, or `speedup` over no speculation.
         published: The figure, in the unit of `quantity`.
         model: A key of `CONFIGS`.
@@ -57,12 +57,12 @@ class Published:
         num_gpus: GPUs in tensor parallel.
         precision: Precision of weights and cache.
         batch: Requests at once.
-        context: Tokens cached per request, with half of the output.
+        context: Tokens cached per request, half of the output included.
         drafter: A kind of `drafters.DRAFTERS`; None without speculation.
         draft_tokens: Draft tokens per request and round.
         accepted: Tokens committed per request and round.
-        accept: Acceptance of one draft, if the source gives neither `draft_tokens` nor `accepted`. The planner then takes
-            the best draft length up to 16 and the accepted length that follows. None otherwise.
+        accept: Acceptance of one draft, if the source gives neither `draft_tokens` nor `accepted`. The planner then
+            takes the best draft length up to 16 and the resulting accepted length. None otherwise.
         assumed: Values that the source does not state.
     """
 
@@ -100,7 +100,7 @@ class Published:
         )
 
     def predicted(self, host: Host | None = None) -> float:
-        """The planner's prediction, in the unit of `quantity`; with another `host` than the engine's if one is given."""
+        """The planner's prediction, in the unit of `quantity`; `host` replaces the engine's own host if given."""
         setting, draft_tokens, accepted = self.setting, self.draft_tokens, self.accepted
         if host is not None:
             setting = replace(setting, host=host)
@@ -125,7 +125,7 @@ class Published:
 
 
 def chain_length(acceptance: Sequence[float]) -> float:
-    """Tokens per round of a chain whose i-th draft is accepted with probability `acceptance[i]` if those before it were."""
+    """Tokens per round of a chain whose i-th draft is accepted with probability `acceptance[i]`, given all before it."""
     length = reach = 1.0
     for accept in acceptance:
         reach *= accept

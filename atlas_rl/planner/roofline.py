@@ -18,8 +18,8 @@ from atlas_rl.planner.hardware import BYTES_PER_VALUE, Machine
 from atlas_rl.planner.model import Model
 
 # Kernels outside of the layers: embedding, last norm, output matrix, sampling. With four per attention and two per MLP
-# (norms and activations fused into their neighbours) Llama-3.2-1B has 16 * 6 + 4 = 100, the count that `Efficiency` rests
-# on. Latent attention has nine, and an MoE layer router, top-k, two grouped products and the reduction, as listed in
+# (norms and activations fused into their neighbours) Llama-3.2-1B has 16 * 6 + 4 = 100, the count in `Efficiency`. Latent
+# attention has nine, and an MoE layer router, top-k, two grouped products and the reduction, as listed in
 # https://nvidia.github.io/TensorRT-LLM/blogs/tech_blog/blog1_Pushing_Latency_Boundaries_Optimizing_DeepSeek-R1_Performance_on_NVIDIA_B200_GPUs.html
 KERNELS_OUTER = 4
 KERNELS_MLP = 2

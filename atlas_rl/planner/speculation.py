@@ -9,7 +9,7 @@ tokens per request on average (Leviathan et al., arXiv 2211.17192), bonus token 
 
     tokens/s = batch * tau(k) / (t_verify(k+1) + k t_draft + t_host(batch)),        without speculation batch / t_verify(1),
 
-with `t_host` what the device waits for the engine's host in a round that drafts (`host.py`).
+where `t_host` is the time that the device waits for the engine's host in a round that drafts (`host.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Setting:
         drafter: The drafter, kept in FP32 if the target is, else in BF16; None if drafts cost nothing.
         precision: Precision of the target.
         context: Tokens cached per request.
-        host: What the engine's host adds to every round that drafts. None of it by default: a device alone.
+        host: Time that the engine's host adds to every round that drafts; none by default (a device alone).
     """
 
     model: Model
@@ -101,7 +101,7 @@ def accepted_length(accept: float, draft_tokens: int) -> float:
 
 
 def best_draft_tokens(setting: Setting, batch: int, accept: float, max_draft_tokens: int) -> int:
-    """The draft length of most tokens per second: 0 if none pays, the shortest among equals."""
+    """The draft length with the most tokens per second: 0 if none pays, the shortest among equals."""
     return max(
         range(max_draft_tokens + 1),
         key=lambda k: (setting.tokens_per_s(batch, k, accepted_length(accept, k)), -k),
@@ -109,9 +109,9 @@ def best_draft_tokens(setting: Setting, batch: int, accept: float, max_draft_tok
 
 
 def crossover_batch(setting: Setting, accept: float, max_draft_tokens: int, largest: int = MAX_BATCH) -> int | None:
-    """The smallest batch at which no draft length pays any more.
+    """The smallest batch at which no draft length pays.
 
-    With experts, speculation can lose at a middle batch and win again at a larger one. Then the first loss counts.
+    With experts, speculation can lose at a medium batch and win again at a larger one. The first loss counts.
 
     Returns:
         The batch; None if speculation still pays at `largest` requests.

@@ -1,7 +1,7 @@
 """Compares two runs' figures, with their noise.
 
-A figure of a run is a sum over its steps divided by another, such as tokens by seconds. Its noise is what comes of drawing
-the run's steps again: a bootstrap over blocks of neighbouring steps, as these resemble each other.
+A figure of a run is one sum over its steps divided by another, such as tokens by seconds. Its noise is estimated by
+resampling the run's steps: a bootstrap over blocks of neighbouring steps, because neighbours resemble each other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from atlas_rl.report.page.words import counted
 from atlas_rl.report.report import StepReport
 from atlas_rl.report.sinks import markdown
 
-_ENOUGH_STEPS = 5  # for an interval
+_ENOUGH_STEPS = 5  # fewest steps for an interval
 _RESAMPLES = 2_000
 _NONE = "-"
 Part = tuple[float, float]
@@ -30,10 +30,10 @@ class Comparison:
 
     Attributes:
         label: Name and unit.
-        values: Of both runs, over all their steps.
-        spreads: Of both runs, the 10th and 90th percentile of the steps' own values.
+        values: The value of each run, over all its steps.
+        spreads: For each run, the 10th and 90th percentile of the values of single steps.
         ratio: Second run over first.
-        interval: 95% interval of the ratio; None for runs of fewer than five steps that have the figure.
+        interval: 95% interval of the ratio; None if a run has fewer than five steps with the figure.
     """
 
     label: str
@@ -46,13 +46,13 @@ class Comparison:
 def compare(first: Sequence[StepReport], second: Sequence[StepReport], *, seed: int = 0) -> list[Comparison]:
     """Compare the figures that at least one of two runs has.
 
-    Runs of the same steps are drawn again together: what makes a step slow in both, such as its prompts, is no noise of the
-    ratio then.
+    Runs of the same steps are resampled together, so that whatever makes a step slow in both, such as its prompts, is
+    not counted as noise of the ratio.
 
     Args:
-        first: Steps of a run, at least one.
-        second: Steps of the run that is divided by it.
-        seed: Of the bootstrap.
+        first: Steps of the run in the denominator, at least one.
+        second: Steps of the run in the numerator.
+        seed: Seed of the bootstrap.
     """
     found = []
     for label, part in FIGURES.items():
@@ -72,12 +72,12 @@ def table(first: Run, second: Run, *, skip: int = 0) -> str:
     """The comparison as text.
 
     Args:
-        first: The run that is divided by.
-        second: The run that is divided.
+        first: The run in the denominator.
+        second: The run in the numerator.
         skip: Steps to leave out at the start of both.
 
     Raises:
-        ValueError: A run has no more steps than are skipped.
+        ValueError: A run has no more steps than `skip`.
     """
     for run in (first, second):
         if len(run.steps) <= skip:
@@ -90,7 +90,7 @@ def table(first: Run, second: Run, *, skip: int = 0) -> str:
             cell for pair in zip(row.values, row.spreads, strict=True) for cell in (_number(pair[0]), _range(pair[1]))
         ]
         ratio = _NONE if row.ratio is None else f"{_times(row.ratio, 2)}x"
-        # Three decimals: whether an interval holds 1 has to be seen.
+        # Three decimals show whether an interval contains 1.
         interval = _NONE if row.interval is None else " to ".join(_times(end, 3) for end in row.interval)
         rows.append([row.label, *sides, ratio, interval])
     counts = f"{len(first.steps) - skip:,} and {counted(len(second.steps) - skip, 'step')}"
@@ -105,7 +105,7 @@ def run_command(args: argparse.Namespace) -> None:
     """Print the comparison of `args.first` and `args.second`.
 
     Raises:
-        ValueError: A path holds no run or several, or `--skip` leaves nothing.
+        ValueError: A path holds no run or several, or `--skip` leaves no steps.
         OSError: A file cannot be read.
     """
     if args.skip < 0:
@@ -183,7 +183,7 @@ def _interval(first: np.ndarray, second: np.ndarray, paired: bool, seed: int) ->
 
 
 def _drawn(random: np.random.Generator, num_steps: int) -> np.ndarray:
-    """First steps `[resamples, blocks]` of circular blocks, which together cover at least `num_steps` steps."""
+    """First steps `[resamples, blocks]` of circular blocks that together cover at least `num_steps` steps."""
     return random.integers(num_steps, size=(_RESAMPLES, -(-num_steps // _block_size(num_steps))))
 
 

@@ -1,6 +1,6 @@
 """Warns about drafters that have stopped working, in the report of the step in which they stop.
 
-A dead drafter costs speed, never correctness, so nothing else would tell.
+A dead drafter costs speed, never correctness, so nothing else would show it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from atlas_rl.report.recorder import StepRecorder
 
-_ENOUGH = 200  # drafts without a single hit: chance does that to a living drafter less than once in 10^8 steps
+_ENOUGH = 200  # drafts without a single hit: with a working drafter this happens less than once in 10^8 steps
 
 
 def findings(recorder: StepRecorder, num_asked: Mapping[str, int], num_proposed: Mapping[str, int]) -> Iterable[str]:
@@ -18,7 +18,7 @@ def findings(recorder: StepRecorder, num_asked: Mapping[str, int], num_proposed:
     Args:
         recorder: Holds the counts of verified and accepted drafts.
         num_asked: Draft tokens that each speculator was asked for.
-        num_proposed: Draft tokens that each speculator proposed, admitted or not; same keys.
+        num_proposed: Draft tokens that each speculator proposed, admitted or not; has the same keys.
     """
     for name, (drafted, accepted) in recorder.draft_counts().items():
         if drafted >= _ENOUGH and accepted == 0:

@@ -1,4 +1,4 @@
-"""Tolerates failed writes: a full disk costs a line or a file, never the tokens of a call or a training."""
+"""Tolerates failed writes: a full disk costs a line or a file, never the tokens of a call or a training run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LostWrites:
 
     @contextmanager
     def tolerate(self, kind: str) -> Iterator[None]:
-        """Context in which an `OSError` loses one `kind` of thing and nothing else."""
+        """Context in which an `OSError` costs one item of this `kind` and nothing else."""
         try:
             yield
         except OSError as error:
@@ -47,17 +47,17 @@ def check_folder(folder: Path, option: str, *files: str) -> None:
     """Make sure that a folder exists and can be written to.
 
     Args:
-        folder: What `option` was set to.
-        option: Named in the error.
-        files: Names in it that will be appended to.
+        folder: Value of `option`.
+        option: Name for the error.
+        files: Names of files in it that will be appended to.
 
     Raises:
-        ValueError: It cannot be written to.
+        ValueError: The folder or a file cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))  # a full disk takes an empty file
+            file.write(bytes(4096))  # a full disk accepts an empty file
         for name in files:
             if (folder / name).exists():
                 with (folder / name).open("ab"):

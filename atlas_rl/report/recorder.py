@@ -1,6 +1,6 @@
 """Counts and times one generation step, and makes its `StepReport`.
 
-The decode loop pays a few microseconds per iteration: arrays are put aside and counted in bulk.
+The decode loop spends a few microseconds per iteration: arrays are stored and counted in bulk later.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from atlas_rl.report.report import PHASES, Mode, StepReport
 from atlas_rl.report.sums import thin_curve
 
 _FLUSH_ROWS = 1 << 16
-_CURVE_POINTS = 1 << 12  # kept of the active batch, in a recorder that nobody asks for a long time
+_CURVE_POINTS = 1 << 12  # points of the active batch that are kept if nobody asks for a report for a long time
 
 
 class StepRecorder:
     """Records one generation step. Make a new one for each step.
 
     Seconds are exclusive: while a timer runs inside another, only the inner phase is charged, so that the phases add up.
-    The generation runs inside `with recorder.generating():`, and its seconds that no phase claims are `other`. Phases
-    timed outside of it, such as a sync ahead of it, count towards `generate_s` too.
+    The generation runs inside `with recorder.generating():`; its seconds that no phase claims are `other`. Phases timed
+    outside of it, such as a sync before it, count towards `generate_s` too.
 
         recorder = StepRecorder(speculators=("history",))
         with recorder.generating():
@@ -34,9 +34,9 @@ class StepRecorder:
         report = recorder.finish(step=3, policy_version=3, mode="train", ...)
 
     Args:
-        speculators: Names of the speculators that may draft, in the order that `drafters` of `forward` refers to; empty if
-            speculation is off.
-        clock: Seconds since some fixed moment.
+        speculators: Names of the speculators that may draft, in the order that `drafters` of `forward` refers to; empty
+            if speculation is off.
+        clock: Returns seconds since some fixed moment.
     """
 
     def __init__(self, *, speculators: Sequence[str] = (), clock: Callable[[], float] = time.perf_counter) -> None:
@@ -47,7 +47,7 @@ class StepRecorder:
         self._running: list[str] = []
         self._since = 0.0
         self._num_forwards = 0
-        self._active: list[int] = []  # requests of every `_active_every`-th forward
+        self._active: list[int] = []  # active requests at every `_active_every`-th forward
         self._active_every = 1
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._pending_rows = 0
@@ -103,7 +103,7 @@ class StepRecorder:
         return self._seconds[phase]
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Move seconds between phases: device work for which the host waited later than it launched it."""
+        """Move seconds between phases: the host waits for device work in a later phase than the one that launched it."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
@@ -121,11 +121,11 @@ class StepRecorder:
             num_committed: int `[batch]`, tokens appended per request.
             num_drafted: int `[batch]`, draft tokens verified per request; None for a forward without drafts.
             num_accepted: int `[batch]`, draft tokens accepted per request; required with `num_drafted`.
-            drafters: int `[batch]`, index of the speculator that drafted; None means the first. Ignored for those without
-                drafts.
+            drafters: int `[batch]`, index of the speculator that drafted; None means the first. Ignored for requests
+                without drafts.
 
         Raises:
-            ValueError: Drafts without `num_accepted`, or with a recorder that knows no speculators.
+            ValueError: Drafts come without `num_accepted`, or the recorder has no speculators.
         """
         batch = len(num_committed)
         self._note_active(batch)
@@ -153,7 +153,7 @@ class StepRecorder:
         self._packed_bytes = max(self._packed_bytes, num_bytes)
 
     def captured(self, seconds: float, num_bytes: int) -> None:
-        """CUDA graphs of a call: seconds of capturing, which count in the phase that runs too, and bytes."""
+        """Record CUDA graphs of a call: seconds of capturing (also counted in the running phase), and bytes."""
         self._capture_s += seconds
         self._graph_bytes = max(self._graph_bytes, num_bytes)
 

@@ -16,7 +16,7 @@ from atlas_rl.report.sums import concatenate
 
 CONSOLE_WIDTH = 140
 REPORTS_FILE = "rollouts.jsonl"
-_MAX_NAMED = 10  # line numbers in one warning
+_MAX_NAMED = 10  # most line numbers in one warning
 
 
 def console_line(report: StepReport) -> str:
@@ -97,12 +97,12 @@ def trainer_metrics(report: StepReport) -> dict[str, float]:
 class JsonlSink:
     """Appends one JSON object per line to a file and flushes; the first write makes missing folders.
 
-    A run that is killed while writing, or whose disk is full, leaves half a line. The next object then starts on a new
+    If a run is killed while writing, or its disk is full, half a line may remain. The next object then starts on a new
     line, and `read_jsonl` skips the half line with a warning.
 
     Args:
-        path: The file; lines that it already holds stay.
-        origin: Further values of every line, to tell the writers of one file apart.
+        path: The file; its existing lines are kept.
+        origin: Further values of every line, to distinguish the writers of one file.
     """
 
     def __init__(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
@@ -110,10 +110,10 @@ class JsonlSink:
         self._origin = dict(origin or {})
 
     def write(self, report: StepReport, **extra: Any) -> None:
-        """Append `report` with further JSON values of the caller (`extra`), for example a reward.
+        """Append `report` with further JSON values of the caller (`extra`), such as a reward.
 
         Raises:
-            OSError: The disk does not take it.
+            OSError: The write failed.
         """
         self._append(json.dumps({**self._origin, **report.to_dict(), **extra}, allow_nan=False) + "\n")
 
@@ -134,8 +134,8 @@ class JsonlSink:
 def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]:
     """The files for an engine's reports and, if wanted, its controller's trace.
 
-    Every line says which engine wrote it and in which process (`ORIGIN`): engines may share a folder. Traces of several
-    ranks (`RANK` and `WORLD_SIZE` of torchrun) have a file each: `controller.rank0.jsonl` and so on.
+    Every line names the engine and process that wrote it (`ORIGIN`), because engines may share a folder. Traces of
+    several ranks (`RANK` and `WORLD_SIZE` of torchrun) have one file each: `controller.rank0.jsonl` and so on.
 
     Raises:
         ValueError: The folder cannot be written to.
@@ -150,7 +150,7 @@ def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file.
 
-    Lines that hold none, because they were half written or damaged, are skipped with one warning that counts them.
+    Lines without an object, half written or damaged, are skipped with one warning that counts them.
     """
     rows, skipped = parse_jsonl(Path(path).read_bytes())
     if skipped:
@@ -167,7 +167,7 @@ def parse_jsonl(content: bytes) -> tuple[dict[int, dict[str, Any]], list[int]]:
             continue
         try:
             row = json.loads(line.decode())
-        except (ValueError, RecursionError):  # no JSON, or bytes that are no UTF-8
+        except (ValueError, RecursionError):  # not JSON, or not UTF-8
             row = None
         if isinstance(row, dict):
             rows[number] = row
@@ -177,7 +177,7 @@ def parse_jsonl(content: bytes) -> tuple[dict[int, dict[str, Any]], list[int]]:
 
 
 def summary_table(reports: Sequence[StepReport], *, baseline: Sequence[StepReport] = ()) -> str:
-    """A Markdown table of the totals over all steps, beside those of an optional baseline.
+    """A Markdown table of the totals over all steps, with those of an optional baseline beside them.
 
     Tokens/s is total tokens over total seconds, not a mean of ratios.
 
@@ -186,7 +186,7 @@ def summary_table(reports: Sequence[StepReport], *, baseline: Sequence[StepRepor
         baseline: Reports of the same prompts and seeds with speculation off, one per step.
 
     Raises:
-        ValueError: Another number of reports in the baseline.
+        ValueError: The baseline has another number of reports.
     """
     if baseline and len(baseline) != len(reports):
         raise ValueError(f"{len(reports)} reports but {len(baseline)} of the baseline: the same steps are compared")

@@ -1,11 +1,11 @@
 """Sums reports: over the ranks of one step (`merge`), and over successive generations (`concatenate`).
 
-Each field of a report declares in its metadata how it adds up in either case, by a function of the reports and the
+Each field of a report declares in its metadata how it adds up in both cases, as functions of the reports and the
 field's name:
 
     num_forwards: int = field(metadata=adds(largest, steps=total))
 
-A mean is weighted by the count that it was taken over, so that the mean of the sum is the mean over all tokens.
+A mean is weighted by the count it was taken over, so that the sum's mean is the mean over all tokens.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CURVE_POINTS = 64
 def merge(reports: Sequence[Report]) -> Report:
     """Merge reports of ranks that generated the same step in parallel.
 
-    Counts add up. The seconds, with their breakdown, are those of the slowest rank, because the trainer waits for it.
+    Counts add up. Seconds and their breakdown are those of the slowest rank, because the trainer waits for it.
 
     Raises:
-        ValueError: No reports, or reports of different steps, policy versions or modes.
+        ValueError: There are no reports, or they are of different steps, policy versions or modes.
     """
     return _reduced(reports, "ranks")
 
@@ -37,16 +37,16 @@ def merge(reports: Sequence[Report]) -> Report:
 def concatenate(reports: Sequence[Report]) -> Report:
     """Concatenate reports of successive generations.
 
-    Counts and seconds add up. Step, version and mode are those of the last.
+    Counts and seconds add up. Step, version and mode are those of the last report.
 
     Raises:
-        ValueError: No reports.
+        ValueError: There are no reports.
     """
     return _reduced(reports, "steps")
 
 
 def adds(ranks: Reducer, *, steps: Reducer | None = None) -> Mapping[str, Reducer]:
-    """Metadata of a report's field: how to combine it over ranks, and over steps (by default alike)."""
+    """Metadata of a report's field: how to combine it over ranks, and over steps (the same way by default)."""
     return {"ranks": ranks, "steps": steps or ranks}
 
 
@@ -103,7 +103,7 @@ def same(reports: Sequence[Any], name: str) -> Any:
 
 
 def mean_over(count_name: str) -> Reducer:
-    """The mean weighted by the field `count_name`; None where nothing was counted or no value is known."""
+    """The mean weighted by the field `count_name`; None if nothing was counted or no value is known."""
 
     def mean(reports: Sequence[Any], name: str) -> float | None:
         return _weighted_mean(zip(_values(reports, name), _values(reports, count_name), strict=True))
@@ -124,7 +124,7 @@ def mean_by_key(counts_name: str) -> Reducer:
 
 
 def rate_of_slowest(count_name: str) -> Reducer:
-    """A rate over parallel ranks: all of the field `count_name` over the seconds of the slowest report.
+    """A rate over parallel ranks: the total of the field `count_name` over the seconds of the slowest report.
 
     None unless every report has a rate.
     """
@@ -132,7 +132,7 @@ def rate_of_slowest(count_name: str) -> Reducer:
 
 
 def rate_over(count_name: str) -> Reducer:
-    """A rate over successive reports: all of the field `count_name` over the seconds at each report's own rate.
+    """A rate over successive reports: the total of the field `count_name` over the seconds at each report's own rate.
 
     None unless every report has a rate.
     """
@@ -176,7 +176,7 @@ def distinct(reports: Sequence[Any], name: str) -> tuple[Any, ...]:
 
 
 def curves_side_by_side(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], ...]:
-    """Sum of step functions: a thinned curve holds its value until its next point, and is 0 past its last."""
+    """Sum of step functions: a thinned curve holds its value until its next point, and is 0 after its last."""
     curves = _values(reports, name)
     indices = sorted({index for curve in curves for index, _ in curve})
     sums = []
@@ -187,7 +187,7 @@ def curves_side_by_side(reports: Sequence[Any], name: str) -> tuple[tuple[int, i
 
 
 def curves_in_turn(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], ...]:
-    """Concatenation of curves: each begins one index after the end of the one before."""
+    """Concatenation of curves: each begins one index after the end of the previous one."""
     points: list[tuple[int, int]] = []
     for curve in _values(reports, name):
         offset = points[-1][0] + 1 if points else 0
@@ -196,7 +196,7 @@ def curves_in_turn(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], 
 
 
 def thin_curve(curve: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """At most `CURVE_POINTS` of `curve`, evenly spaced, first and last among them."""
+    """At most `CURVE_POINTS` evenly spaced points of `curve`, including its first and last."""
     if len(curve) <= CURVE_POINTS:
         return tuple(curve)
     return tuple(curve[round(i * (len(curve) - 1) / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS))

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def new_backend(model: Any, config: EngineConfig) -> Backend:
-    """The backend for a loaded causal LM (in process), a `vllm.LLM`, or a checkpoint that vLLM is to load.
+    """The backend for a loaded causal LM (in process), a `vllm.LLM`, or a checkpoint to be loaded by vLLM.
 
     Raises:
-        ValueError: The policy cannot be run that way; says what to change.
+        ValueError: The policy cannot be run that way; the message says what to change.
     """
     if isinstance(model, Backend):
         return model
@@ -61,10 +61,10 @@ def _check_checkpoint(model: str | Path, config: EngineConfig) -> None:
 
 
 def resized(backend: Backend) -> bool:
-    """Whether the policy's embeddings have grown since the backend was made; drafters are then bound again.
+    """Whether the policy's embeddings have grown since the backend was made; drafters must then be bound again.
 
     Raises:
-        ValueError: They have shrunk.
+        ValueError: The embeddings have shrunk.
     """
     before, now = backend.vocab_size, backend.current_vocab_size()
     if now < before:
@@ -76,7 +76,7 @@ def resized(backend: Backend) -> bool:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise `ValueError` for a tokenizer without ending tokens, such as its name or a processor around it."""
+    """Raise `ValueError` for a tokenizer without ending tokens, such as a tokenizer's name or a processor."""
     if tokenizer is None or hasattr(tokenizer, "eos_token_id"):
         return
     if hasattr(tokenizer, "tokenizer"):
@@ -87,7 +87,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def vllm_draft_folder(config: EngineConfig) -> str | Path | None:
-    """Folder of the static head for vLLM, which must know it before it loads the policy."""
+    """Folder of the static head for vLLM, which needs it before it loads the policy."""
     _refuse_mtp(config.draft_model)
     if isinstance(config.draft_model, nn.Module) or config.draft_model == "fp4":
         raise ValueError("with vLLM draft_model is the folder of an EAGLE-3 head, nothing else")
@@ -95,7 +95,7 @@ def vllm_draft_folder(config: EngineConfig) -> str | Path | None:
 
 
 def _refuse_mtp(draft_model: Any) -> None:
-    """Raise `ValueError` where the policy's MTP layer is asked for, which drafts in process alone."""
+    """Raise `ValueError` if the policy's MTP layer is requested, which drafts in process only."""
     if mtp_folder(draft_model) is not None:
         raise ValueError(
             f"with vLLM draft_model={draft_model!r} does not draft: give the folder of an EAGLE-3 head. vLLM's own method "
@@ -106,10 +106,10 @@ def _refuse_mtp(draft_model: Any) -> None:
 def static_speculator(
     model: nn.Module | str | Path, backend: Backend, tokenizer: PreTrainedTokenizerBase | None
 ) -> Speculator:
-    """The static speculator: four-bit self-draft or MTP layer by name, the head that a folder holds, else a draft LM.
+    """The static speculator: four-bit self-draft or MTP layer by name, the head in a folder, else a draft LM.
 
     Raises:
-        ValueError: The backend cannot draft with it; says what the folder holds, and what to give instead.
+        ValueError: The backend cannot draft with it; the message says what the folder holds, and what to give instead.
     """
     from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model, shares_tokenizer
     from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator

@@ -44,18 +44,18 @@ logger = logging.getLogger(__name__)
 class RolloutEngine:
     """Lossless speculative rollouts whose drafters follow the policy; `AtlasRolloutEngine` attaches trainers.
 
-    Tokens are exactly the policy's: with one seed they are the same whatever is drafted, and with speculation off. Threads
-    may share engines and policies (`policy/threads.py`). A call that is interrupted leaves them ready for the next one.
+    Tokens are exactly the policy's: equal seeds give equal tokens, whatever is drafted and with speculation off.
+    Threads may share engines and policies (`policy/threads.py`). An interrupted call leaves them usable.
 
     Args:
-        model: The policy, only needed for stand-alone use. In process a causal LM, whose weights are shared, never copied;
-            for vLLM a checkpoint's folder or name, or a `vllm.LLM` of this process built with
+        model: The policy, needed for stand-alone use only. In process a causal LM, whose weights are shared, never
+            copied; for vLLM a checkpoint's folder or name, or a `vllm.LLM` of this process built with
             `atlas_rl.vllm.backend.llm_arguments()`.
-        tokenizer: Gives the ending tokens; may be None when `generate` is told `eos_token_ids`.
+        tokenizer: Provides the ending tokens; may be None if `generate` gets `eos_token_ids`.
         options: See `EngineConfig`.
 
     Raises:
-        ValueError: An unknown option, or a value it does not take, such as a folder that cannot be written to.
+        ValueError: An option is unknown, or has an invalid value, such as a folder that cannot be written to.
     """
 
     _without_policy = (
@@ -78,7 +78,7 @@ class RolloutEngine:
         self._backend: Backend | None = None
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
-        self._restored: dict[str, Any] = {}  # state that waits for the speculators, which the first rollout makes
+        self._restored: dict[str, Any] = {}  # saved state, kept until the first rollout makes the speculators
         self._restores_strictly = True
         self._policy = PolicyTracker()
         self._faults = Faults()
@@ -114,17 +114,17 @@ class RolloutEngine:
             prompts: Token ids, at least one per prompt.
             num_generations: Completions per prompt; the prompt is run once for all of them.
             max_new_tokens: Most tokens per completion. A completion also ends when the policy's context is full.
-            temperature: See `SamplingParams`, here and for the next four.
-            top_k: Tokens kept; 0 all.
+            temperature: See `SamplingParams`; so for the next four.
+            top_k: Number of tokens kept; 0 keeps all.
             top_p: Probability kept.
-            min_p: Least probability kept, relative to the likeliest.
+            min_p: Least probability kept, relative to the likeliest token's.
             repetition_penalty: 1 is off.
-            eos_token_ids: Tokens that end a completion, or one; None takes the tokenizer's and the policy's.
+            eos_token_ids: Tokens that end a completion, or a single one; None takes the tokenizer's and the policy's.
             seed: Equal seeds give equal tokens; None draws one from torch's generator.
-            unknown: Refused, with the nearest option's name.
+            unknown: Refused with an error that names the nearest option.
 
         Raises:
-            ValueError: Anything the arguments have wrong; nothing has been generated then.
+            ValueError: An argument is invalid; nothing has been generated then.
         """
         check_names(unknown)
         if self.model is None:
@@ -160,15 +160,15 @@ class RolloutEngine:
         """Generate with `model` and report, without publishing the report. For integrations.
 
         Args:
-            model: The policy or a wrapper of it; a `VllmBackend` for one that vLLM runs.
+            model: The policy or a wrapper of it; a `VllmBackend` for a policy that vLLM runs.
             prompts: Token ids.
             sampling: Sampling parameters.
             num_generations: Completions per prompt.
-            mode: For the report.
-            step: For the report; None counts calls.
-            speculation: None follows the engine's option. Reruns that set it to False, to measure, are not audited.
-            extra: Further sampling parameters of vLLM's.
-            policy: The policy in process, for the audit, where vLLM runs a copy of it; None audits nothing there.
+            mode: Mode in the report.
+            step: Step in the report; None counts calls.
+            speculation: None follows the engine's option. Measuring reruns, which set it to False, are not audited.
+            extra: Further sampling parameters of vLLM.
+            policy: The policy in process, for the audit, if vLLM runs a copy of it; None audits nothing there.
         """
         backend = self._backend_for(model)
         sizes = backend.vocab_size, backend.max_context
@@ -202,7 +202,7 @@ class RolloutEngine:
         """Make the speculators for `model` now rather than at the first rollout, so that errors come before any work.
 
         Raises:
-            ValueError: The policy cannot be run, or not with these speculators.
+            ValueError: The policy cannot be run, or does not support these speculators.
         """
         if self.config.speculation:
             self._speculators_for(self._backend_for(model))
@@ -212,7 +212,7 @@ class RolloutEngine:
         """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
 
         Trainers call it through the integration; stand-alone users call it after their own optimizer step.
-        `version` is the policy's, a whole number not below the present one (`ValueError`); None counts up by one.
+        `version` is the policy's, a whole number not below the present one (`ValueError`); None adds one.
         """
         version = self._policy.checked(version)
         speculators = self._speculators or {}
@@ -229,12 +229,12 @@ class RolloutEngine:
         """Load new policy weights into a backend that keeps its own (vLLM); includes `policy_updated`.
 
         Args:
-            weights: (name, tensor) as in a checkpoint of the policy; read to the end whatever happens.
-            version: Of the policy, not below the present one; None counts up by one.
+            weights: (name, tensor) pairs as in a checkpoint; always read to the end, even after an error.
+            version: Version of the policy, not below the present one; None adds one.
 
         Raises:
-            ValueError: A wrong version; weights that are missing or not finite; an engine that generates in process, which
-                reads the policy's own weights.
+            ValueError: The version is wrong, weights are missing or not finite, or the engine generates in process,
+                where it reads the policy's own weights.
         """
         if self._backend is None:
             raise ValueError("this engine has no policy yet: weights are loaded into a policy that vLLM runs")
@@ -249,16 +249,16 @@ class RolloutEngine:
         self._policy.exchange = exchange
 
     def measured(self, seconds: float) -> None:
-        """Record seconds of a measuring rerun, which earn the drafters no learning time; for integrations."""
+        """Record seconds of a measuring rerun, which give the drafters no learning time; for integrations."""
         self._policy.measured(seconds)
 
     def synced(self, seconds: float) -> None:
-        """Record seconds of bringing the policy's weights into the engine for the next report; for integrations."""
+        """Record seconds spent bringing the policy's weights into the engine, for the next report; for integrations."""
         self._sync_s += seconds
 
     @property
     def policy_version(self) -> int:
-        """Policy version that makes the next rollouts."""
+        """Policy version that generates the next rollouts."""
         return self._policy.version
 
     @one_at_a_time
@@ -266,7 +266,7 @@ class RolloutEngine:
         """Keep a report, print its line, and append it to the JSONL file; failed writes count in `lost_writes`."""
         self.reports.append(report)
         if self.config.console:
-            with self._lost.tolerate("console line"):  # often a file on the same disk
+            with self._lost.tolerate("console line"):  # the console is often a file on the same disk
                 progress.say("\n".join((console_line(report), *console_warnings(report))))
         if self._sink is not None:
             with self._lost.tolerate("report line"):
@@ -274,7 +274,7 @@ class RolloutEngine:
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
-        """State of every speculator, by name: a resumed run that loads it drafts as well as this one."""
+        """State of every speculator, by name. A resumed run that loads it drafts as well as this one."""
         if self._speculators is None:
             return dict(self._restored)
         return {name: speculator.state_dict() for name, speculator in self._speculators.items()}
@@ -283,14 +283,14 @@ class RolloutEngine:
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Restore `state_dict()`; speculators without saved state are allowed.
 
-        Before an attached engine's first rollout, which makes its speculators, the state waits for them.
+        An attached engine makes its speculators at its first rollout; until then the state is kept for them.
 
         Args:
-            state: Of speculators by name.
-            strict: False names what cannot be restored in a warning, and goes on: that speculator starts afresh.
+            state: State of speculators, by name.
+            strict: False warns about state that cannot be restored and continues: that speculator starts afresh.
 
         Raises:
-            ValueError: With `strict`: a damaged state, or one of a speculator that this engine does not have.
+            ValueError: With `strict`: the state is damaged, or belongs to a speculator that this engine does not have.
         """
         if not isinstance(state, Mapping):
             raise ValueError(f"the drafters' state is a {type(state).__name__}, expected what state_dict() returned")
@@ -306,16 +306,16 @@ class RolloutEngine:
         return dict(self._lost.counts)
 
     def save_drafters(self, path: str | Path) -> None:
-        """Write `state_dict()` to a file. If the disk does not take it: a warning, and `lost_writes`."""
+        """Write `state_dict()` to a file. A failed write gives a warning and counts in `lost_writes`."""
         file = file_to_write(path)
         with self._lost.tolerate("drafter state"):
             try:
                 save_state(file, self.state_dict())
-            except TypeError as error:  # of a speculator from elsewhere
+            except TypeError as error:  # from a speculator of another library
                 logger.warning("atlas_rl: the drafters' state is not saved: %s", error)
 
     def load_drafters(self, path: str | Path) -> None:
-        """Read a file from `save_drafters`; `ValueError` if there is none. Damaged or unsuitable parts: a warning."""
+        """Read a file from `save_drafters`; `ValueError` if there is none. Damaged or unsuitable parts give a warning."""
         file = file_to_read(path)
         try:
             state = load_state(file)
@@ -343,7 +343,7 @@ class RolloutEngine:
             speculators = bind_all(chosen, backend.view, self._faults, couples_noise=backend.couples_noise)
             controller = self.config.controller or GoodputController(tuple(speculators), explain=self.config.trace)
             given, names = list(controller.speculators), list(speculators)
-            if names[: len(given)] != given:  # further ones are never asked
+            if names[: len(given)] != given:  # speculators after these are never asked
                 raise ValueError(f"the controller was made for speculators {given}, the engine has {names}")
             self._speculators, self._controller = dict(speculators), GuardedController(controller, self._faults)
             self.load_state_dict(self._restored, strict=self._restores_strictly)
@@ -352,8 +352,8 @@ class RolloutEngine:
     def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: Run) -> Audit:
         """Compare some rollouts with a plain forward pass of the policy as its trainer runs it, wrappers included.
 
-        Drafter-invariant sampling draws with noise that is known, so the audit knows every token; rejection sampling
-        leaves it the distribution.
+        Drafter-invariant sampling draws with known noise, so the audit can check every token; with rejection sampling
+        it can check the distribution only.
         """
         sequences, rows = call.sequences, range(len(call.sequences.lengths))
         self._auditor.engine_dtype = backend.engine_dtype

@@ -9,13 +9,14 @@ from atlas_rl.report.report import StepReport
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput:
-    """Return value of `RolloutEngine.generate`, one row per request: prompt by prompt, its generations in order.
+    """Return value of `RolloutEngine.generate`, one row per request, ordered by prompt, then by generation.
 
     Attributes:
         prompt_ids: The prompts, repeated per generation.
         completion_ids: Generated tokens, the ending token included.
-        logprobs: Log-probability of each generated token under the processed distribution (at temperature 0: under the
-            policy's own, temperature 1).
+        logprobs: Log-probability of each generated token under the processed distribution (at temperature 0, under the
+            policy's own at temperature 1).
+        report: Counts and costs of the call.
         report: What the call did and what it cost.
     """
 

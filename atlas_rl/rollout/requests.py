@@ -40,24 +40,24 @@ def build_sequences(
     max_context: int | None,
     policy_version: int,
 ) -> tuple[Sequences, np.ndarray]:
-    """`Sequences` of `len(prompts) * num_generations` requests, with the maximal length of each.
+    """`Sequences` of `len(prompts) * num_generations` requests, with the maximum length of each.
 
-    A request ends after `max_new_tokens`, or when the policy's context is full: `max_context` tokens have been run, and
-    one more drawn from the last of them.
+    A request ends after `max_new_tokens`, or when the policy's context is full: after `max_context` tokens have been
+    run and one more has been drawn from the last of them.
 
     Args:
-        prompts: One or several, each a flat list, array or tensor of token ids.
+        prompts: One prompt or several, each a flat list, array or tensor of token ids.
         num_generations: Completions per prompt.
         sampling: Sampling parameters.
-        vocab_size: The policy's.
-        max_context: Longest sequence that the policy can be run over, tokens; None without a limit.
-        policy_version: Of the policy.
+        vocab_size: The policy's vocabulary.
+        max_context: Longest sequence that the policy can be run on, in tokens; None without a limit.
+        policy_version: Version of the policy.
 
     Returns:
-        The sequences, and int64 `[num_requests]` prompt plus completion tokens at most.
+        The sequences, and int64 `[num_requests]`, the maximum number of prompt and completion tokens of each.
 
     Raises:
-        ValueError: No prompts, an empty one, one longer than the context, a token outside the vocabulary.
+        ValueError: There is no prompt, or one is empty, longer than the context, or has a token outside the vocabulary.
     """
     num_generations = whole("num_generations", num_generations, 1)
     prompts = _several(prompts)
@@ -94,7 +94,7 @@ def check_names(unknown: Mapping[str, Any]) -> None:
 
 
 def _several(prompts: Any) -> list[Any]:
-    """The prompts as a list. A single prompt, text, and a tokenizer's output are refused with the remedy."""
+    """The prompts as a list. Refuses a single prompt, text and a tokenizer's output, and says what to pass instead."""
     if isinstance(prompts, Mapping | str | bytes) or not isinstance(prompts, Iterable):
         cure = _TOKENIZE if isinstance(prompts, str | bytes) else ""
         if isinstance(prompts, Mapping) and "input_ids" in prompts:
@@ -118,7 +118,7 @@ def _checked(index: int, prompt: Any, vocab_size: int, max_context: int | None) 
         raise ValueError(f"prompt {index} must be a flat list of token ids, got text {shown(prompt)}{_TOKENIZE}")
     try:
         row = np.asarray(prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt)
-    except ValueError as error:  # lists of different lengths within the prompt
+    except ValueError as error:  # nested lists of different lengths
         raise ValueError(f"prompt {index} must be a flat list of token ids, got nested lists") from error
     if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
         raise ValueError(

@@ -40,7 +40,8 @@ def llm_arguments(draft_model: str | Path | None = None, **arguments: Any) -> di
 
     Args:
         draft_model: Folder of an EAGLE-3 head, the static speculator.
-        arguments: Further ones of `vllm.LLM`, which win: graphs follow `max_num_seqs`, a `compilation_config` is kept.
+        arguments: Further arguments of `vllm.LLM`. They take precedence: graphs follow `max_num_seqs`, and a given
+            `compilation_config` is kept.
     """
     own: dict[str, Any] = {"speculative_config": speculative_config(), **arguments}
     if draft_model is not None:
@@ -72,7 +73,7 @@ def in_this_process() -> Iterator[None]:
 def build_llm(model: str | Path, draft_model: str | Path | None) -> Any:
     """A `vllm.LLM` in this process with our proposer and vLLM's defaults, except for its cache on a CPU.
 
-    There vLLM would take nearly all memory of the machine. `VLLM_CPU_KVCACHE_SPACE` (GiB) sets another size.
+    vLLM's default would take nearly all memory of the machine there. `VLLM_CPU_KVCACHE_SPACE` (GiB) sets another size.
     """
     with in_this_process():
         from vllm import LLM
@@ -90,7 +91,7 @@ class VllmBackend(Backend):
         llm: A `vllm.LLM` of this process, built with `llm_arguments()`.
 
     Raises:
-        ValueError: It drafts with something else, runs in another process, or returns other logprobs.
+        ValueError: The engine drafts with another method, runs in another process, or returns other logprobs.
     """
 
     couples_noise = True
@@ -108,12 +109,12 @@ class VllmBackend(Backend):
             )
         self.llm = llm
         self.drafter: AtlasProposer = drafter  # type: ignore[assignment]
-        self.drafter.prepare(defaults=False)  # an engine brings its own
+        self.drafter.prepare(defaults=False)  # the engine brings its own speculators
         assert self.drafter.policy is not None, "prepared"
         self.view = self.drafter.policy
         self.engine_dtype = config.dtype
         self.vocab_size = int(config.get_vocab_size())
-        self.max_context = int(config.max_model_len) - 1  # prompt plus completion fill the context, not one more
+        self.max_context = int(config.max_model_len) - 1  # prompt and completion together fill the context
         rank, self.tensor_parallel_size, _ = internals.tensor_parallel()
         self.leads = rank == 0
         self._lost = LostDrafters()
@@ -134,7 +135,7 @@ class VllmBackend(Backend):
         try:
             run = self._run(call, ticket)
         finally:
-            # An exception, or the user's interrupt, may have left requests that the next call would wait for.
+            # After an exception or the user's interrupt, the next call would wait for the requests that are left.
             internals.abandon(self.llm)
             self.drafter.drafting.end()
         if call.speculators:
@@ -192,7 +193,7 @@ class VllmBackend(Backend):
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             stop_token_ids=list(sampling.eos_token_ids),
-            ignore_eos=True,  # the ending tokens are the call's, not the tokenizer's
+            ignore_eos=True,  # the call's ending tokens apply, not the tokenizer's
             logprobs=0,
             detokenize=False,
             extra_args={EXTRA_REQUEST: [ticket, request]},

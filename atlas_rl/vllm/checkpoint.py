@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_FLOATS = ("F64", "F32", "BF16", "F16")  # taken for one another: trainers save in other precisions than engines run in
-_NAMED = 5  # tensors that an error names
+_FLOATS = ("F64", "F32", "BF16", "F16")  # interchangeable: trainers may save in another precision than engines run in
+_NAMED = 5  # most tensors named in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def describe(folder: str | Path) -> dict[str, Described]:
     """Every tensor of a checkpoint by name, from the headers of its files.
 
     Raises:
-        ValueError: No folder, no weights in it, or files that are missing or damaged.
+        ValueError: The folder does not exist, has no weights, or has missing or damaged files.
     """
     found: dict[str, Described] = {}
     for path in _files(Path(folder)):
@@ -45,10 +45,10 @@ def describe(folder: str | Path) -> dict[str, Described]:
 
 
 def served_folder(model: str, revision: str | None) -> Path:
-    """Folder of the weights that an engine was started with: a local folder, or in the Hub's cache.
+    """Folder of the weights that an engine was started with: a local folder or one in the Hub's cache.
 
     Raises:
-        ValueError: They are in neither.
+        ValueError: The weights are in neither place.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -63,12 +63,12 @@ def served_folder(model: str, revision: str | None) -> Path:
 
 
 def check(folder: str | Path, expected: Mapping[str, Described], dtype: torch.dtype) -> None:
-    """Raise `ValueError` if a checkpoint cannot replace the expected one; reads all of it.
+    """Raise `ValueError` if a checkpoint cannot replace the expected one. Reads all of it.
 
     Args:
-        folder: Of the checkpoint.
-        expected: What the checkpoint that is served looked like.
-        dtype: Type that the engine runs in; values must be finite in it.
+        folder: Folder of the checkpoint.
+        expected: Description of the checkpoint that is being served.
+        dtype: Type that the engine runs in; all values must be finite in it.
     """
     found = describe(folder)
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))

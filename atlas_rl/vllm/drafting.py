@@ -1,12 +1,12 @@
 """Speculators and controller beside an engine that runs its own steps: observe a forward's outcome, draft for the next.
 
-The verbs are those of `decode/loop.py`, with the engine between them: it schedules, runs and commits, and says after every
-forward what it committed. A draft is therefore planned at the end of one forward and verified by the next, whose batch may
-differ: requests come, go and pause in between. The controller learns from a forward only where the batch is the one that it
-planned for, speculators from every one.
+The verbs are those of `decode/loop.py`, with the engine between them: the engine schedules, runs and commits, and
+reports after every forward what it committed. A draft is therefore planned at the end of one forward and verified by
+the next, whose batch may differ: requests arrive, end and pause in between. Speculators learn from every forward, the
+controller only from forwards whose batch is the planned one.
 
-A device waits from one forward to the next. So `step` does what drafts need, and what a forward teaches is learned by
-`learn`, while the device runs the next one.
+The device is idle between two forwards. So `step` does only what the next drafts need, and `learn` learns from a
+forward while the device runs the next one.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class _Planned:
 
 @dataclass(frozen=True, slots=True)
 class _Unlearned:
-    """A forward that has not been learned from yet.
+    """A forward that speculators and controller have not learned from yet.
 
     Attributes:
-        planned: What was planned for it; None where nothing was.
-        committed: What came of it.
+        planned: The plan for it; None if there was none.
+        committed: What it committed.
         forward_s: Its seconds.
-        step_s: Seconds from the plan on.
+        step_s: Seconds since planning began.
     """
 
     planned: _Planned | None
@@ -80,14 +80,14 @@ class Drafting:
         self.tracker = PolicyTracker()
         self.speculates = True
         self.faults = Faults()
-        self.num_undefined = 0  # positions of the call, or so far, at which the policy's logits were no distribution
+        self.num_undefined = 0  # positions with logits that are no distribution, in this call or so far
         self._max_draft_tokens, self._max_length, self._max_batch = max_draft_tokens, max_length, max_batch
         self._seen_version, self._num_reports = 0, 0
-        self._traffic = Traffic()  # of requests nobody announced
+        self._traffic = Traffic()  # unannounced requests
         self._unlearned: _Unlearned | None = None
-        self._beside_s = 0.0  # in which something was learned while a device ran the forward
+        self._beside_s = 0.0  # seconds of learning while a device ran the forward
         self.recorder = StepRecorder()
-        self._epoch_mark_s = 0.0  # of `_busy_s`, when the epoch began
+        self._epoch_mark_s = 0.0  # value of `_busy_s` when the epoch began
         self.use({}, NoSpeculation())
 
     def use(self, speculators: Mapping[str, Speculator], controller: Controller) -> None:
@@ -149,8 +149,8 @@ class Drafting:
     def take_report(self) -> StepReport:
         """Report on requests that ended since the last report, on an engine with unannounced requests.
 
-        `generate_s` is the time in which the worker was busy. Nothing is estimated of a server without speculation: which
-        requests would have met there, nobody knows.
+        `generate_s` is the time in which the worker was busy. The time without speculation is not estimated for a
+        server: nobody knows which requests would have run together then.
         """
         self._count()
         traffic = self._traffic
@@ -162,7 +162,7 @@ class Drafting:
             num_prompt_tokens=traffic.num_prompt_tokens,
             completion_lengths=traffic.completion_lengths,
         )
-        # The lengths are those of the newest requests, where many have ended.
+        # If many requests have ended, the lengths are those of the newest ones.
         report = replace(report, num_requests=traffic.num_requests, num_tokens=traffic.num_tokens)
         traffic.reset()
         self._num_reports += 1
@@ -179,7 +179,7 @@ class Drafting:
                 self._abandon(row)
 
     def give_up(self) -> None:
-        """After an error: running requests continue without drafts."""
+        """After an error, let running requests continue without drafts."""
         table = self.requests.table
         if not table.announced:
             table.close()
@@ -202,7 +202,7 @@ class Drafting:
             self.observing.put_off(committed.verified)
         self._plan(committed, drafts)
         if not self.requests.table.request_of:
-            self.learn()  # nothing runs next; the engine may go to sleep
+            self.learn()  # no forward follows, and the engine may go to sleep
         return self._uniform(forward, drafts)
 
     def learn(self) -> None:
@@ -218,7 +218,7 @@ class Drafting:
         self._beside_s += self.recorder.clock() - began_s
 
     def _settle(self) -> None:
-        """Nothing is open of the forward before: requests, speculators or weights are about to change."""
+        """Finish learning from the previous forward: requests, speculators or weights are about to change."""
         with self.recorder.time("observe"):
             self.observing.hand_over_all()
         self._count()
@@ -226,7 +226,7 @@ class Drafting:
     # ------------------------------------------------------------------------------------------------------- following
 
     def _enter(self, forward: Forward, known: np.ndarray) -> None:
-        """Rows whose prompt is complete become requests that drafters know; `known` as of `rows_of`."""
+        """Make rows whose prompt is complete requests that drafters know; `known` as in `rows_of`."""
         requests = self.requests
         newcomers = requests.newcomers(forward, known)
         for row in newcomers:
@@ -236,7 +236,7 @@ class Drafting:
                 if self._traffic.worth_learning(self.recorder.clock()):
                     self._refresh(self.tracker.version)
                 self._begin_epoch(arrival.sampling)
-            requests.table.enter(arrival, prompt)  # or it is served without drafts
+            requests.table.enter(arrival, prompt)  # without a row, the request is served without drafts
         if self.speculates:
             self.proposing.compile_for_ways(forward.head_inputs.device)
         self._start([forward.batch.names[row] for row in newcomers], requests.prompts_of(forward, newcomers))
@@ -259,7 +259,7 @@ class Drafting:
             self.tracker.finished(Rollouts(table.sequences, self._busy_s() - self._epoch_mark_s, accepted))
 
     def _refresh(self, version: int | None) -> None:
-        """Refresh the drafters from the newest epoch, for a policy of this version; None adds one."""
+        """Refresh the drafters from the newest epoch for policy `version`; None adds one to the version."""
         began_s = self.recorder.clock()
         self.tracker.advance(self.speculators, self.controller, version)
         now_s = self.recorder.clock()
@@ -282,7 +282,7 @@ class Drafting:
             self._traffic.ended(prompt, int(table.current.lengths[request]) - prompt)
 
     def _abandon(self, request: int) -> None:
-        """Count a request that ended unseen as finished; nothing new is known about it."""
+        """Count a request that ended unseen as finished, without new tokens."""
         one, none = np.array([request]), np.zeros(1, np.int64)
         ended = Verified(one, np.zeros((1, 0), np.int64), none, none, none, np.ones(1, bool))
         for speculator in self.speculators.values() if self.speculates else ():
@@ -292,7 +292,7 @@ class Drafting:
     # ------------------------------------------------------------------------------------------------------- observing
 
     def _commit(self, forward: Forward) -> Committed | None:
-        """Append what the forward settled, newcomers included; None where drafters know none of its requests."""
+        """Append what the forward settled, newcomers included; None if drafters know none of its requests."""
         requests, table = self.requests, self.requests.table
         known = requests.rows_of(forward.batch)
         requests.read_prompts(forward, known)
@@ -311,7 +311,7 @@ class Drafting:
         return committed
 
     def _committed(self, forward: Forward, known: np.ndarray, *, waits_for_newcomers: bool) -> Committed | None:
-        """See `commit_rows`. What was planned is asked for now: newcomers may have begun another epoch."""
+        """See `commit_rows`. Reads the plan at the time of the call: newcomers may have begun another epoch."""
         planned = self._planned
         plan = NO_PLAN if planned is None else Plan(planned.requests, planned.admission.lengths)
         return commit_rows(
@@ -327,14 +327,14 @@ class Drafting:
         return self._forward_mark_s - mark_s + (beside_s if works_beside_host else 0.0)
 
     def _count(self) -> None:
-        """Let the controller learn from the previous forward and count it. Never uses the device: weights may sleep."""
+        """Let the controller learn from the previous forward and count it. Never uses the device: weights may be asleep."""
         unlearned, self._unlearned = self._unlearned, None
         if unlearned is None or unlearned.planned is None:
             return
         planned, committed = unlearned.planned, unlearned.committed
         verified = committed.verified
         if committed.as_planned and self.speculates:
-            # What the scheduler left out of a draft was not verified, and did not cost.
+            # Draft tokens that the scheduler left out were not verified and cost nothing.
             admission = Admission(planned.admission.drafters, verified.num_drafted.copy())
             self.controller.observe(planned.step, admission, verified, unlearned.forward_s, unlearned.step_s)
         if len(committed.planned):
@@ -372,7 +372,7 @@ class Drafting:
         self.num_planned += int(draft.lengths.sum())
 
     def _uniform(self, forward: Forward, drafts: list[list[int]]) -> list[list[int]]:
-        """`drafts`, of equal length if every row decodes and vLLM's full graphs need that."""
+        """Drafts padded to equal length if every row decodes and vLLM's full graphs need that; else `drafts`."""
         if not forward.uniform or not forward.num_new.all():
             return drafts
         batch = forward.batch

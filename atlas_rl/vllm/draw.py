@@ -1,9 +1,11 @@
 """Drafter-invariant verification for an engine that passes the processed logits of a whole step at once.
 
 The rule is that of `sampling/verification.py`: the token at a position is a function of prefix and noise, and a draft is
-accepted exactly when it is that token. Here every drafted position is drawn, and what follows the first miss is dropped.
+accepted exactly when it is that token. Here every drafted position is drawn, and tokens after the first miss are
+dropped.
 
-On CUDA the kernel of `atlas_kernels.verify` draws, and everything comes back in one download. On a CPU torch and numba do.
+On CUDA the kernel of `atlas_kernels.verify` draws, and all results come back in one download. On a CPU torch and numba
+draw.
 """
 
 from __future__ import annotations
@@ -96,18 +98,19 @@ def draw(
     """Draw every position of a step and keep, per request, the tokens up to the first that is not an accepted draft.
 
     Args:
-        logits: `[sum(num_drafts + 1), vocab]`, processed: request by request, the logits after its last committed token,
+        logits: `[sum(num_drafts + 1), vocab]`, processed: for each request, the logits after its last committed token,
             then after each draft token. float32; for the kernel also bfloat16 or float16. Rows that are no distribution
-            (a request may exclude every token) are replaced in place by their likeliest token: vLLM goes on with some
-            token, and so must we.
-        drafts: `[sum(num_drafts)]`, request by request, on the host or beside `logits`; a negative one is never accepted.
+            (a request may exclude every token) are replaced in place by their likeliest token, because vLLM continues
+            with some token.
+        drafts: `[sum(num_drafts)]`, request by request, on the host or on the device of `logits`; negative ones are
+            never accepted.
         num_drafts: int64 `[batch]`.
         keys: uint64 `[batch]`, noise keys.
         starts: int64 `[batch]`, index in the whole sequence of the first token drawn.
         greedy: bool `[batch]`, requests that take the likeliest token.
         truncated: Whether some logits may be `-inf`.
-        ranked: Count ranks too, where that costs no download of its own: with the kernel.
-        implementation: "auto" is the kernel on CUDA, "reference" torch and numba.
+        ranked: Count ranks too, if that needs no extra download: with the kernel.
+        implementation: "auto" is the kernel on CUDA, else torch and numba; "reference" is torch and numba.
     """
     counts = num_drafts + 1
     request = np.repeat(np.arange(len(counts)), counts)
@@ -166,7 +169,7 @@ def _decided_by_torch(logits: torch.Tensor, drafts: np.ndarray, rows: _Rows, tru
     tokens = _choose(probs, rows.keys, rows.positions, rows.greedy)
     chosen = torch.from_numpy(tokens).to(logits.device)
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
-    # Of every row, also of those behind a miss: to leave them out, the others would have to be copied, which costs more.
+    # Computed for every row, also after a miss: leaving rows out would copy the others, which costs more.
     nats = entropies(logits, probs, chosen, logprobs, truncated)
     return _Decided(tokens, drafts, logprobs.cpu().numpy(), nats, max_probs, len(undefined), None)
 
@@ -181,7 +184,7 @@ def _decided_by_kernel(
 ) -> _Decided:
     """One upload, a dozen launches, one download; nothing as large as `logits` except one byte per rank and token."""
     device, num_rows = logits.device, len(rows.request)
-    # A row's draft, or the -1 behind the last draft.
+    # Index of a row's draft, or of the -1 after the last draft.
     source = np.where(rows.depth < num_drafts[rows.request], np.arange(num_rows) - rows.request, len(drafts))
     keys, positions, at, flags, starts = _uploaded(
         (rows.keys.view(np.int64), rows.positions, source, rows.greedy, rows.starts), device
@@ -226,15 +229,15 @@ def scores(
 
     Args:
         scored: `[positions, vocab]`, logits.
-        drawn: What was drawn.
-        known: Logprobs of the kept tokens under `scored`, as `drawn.logprobs`, where they are known; `drawn.ranks` are
-            under the same `scored` then.
+        drawn: Tokens that were drawn.
+        known: Logprobs of the kept tokens under `scored`, shaped like `drawn.logprobs`; None if unknown. If given,
+            `drawn.ranks` are under `scored` too.
         num_logprobs: Likeliest tokens per position; negative for all.
         as_logits: Report logits instead.
 
     Returns:
-        On the host: token ids int32 and values float32 `[batch * (draft_len + 1), 1 + num_logprobs]`, and the drawn tokens'
-        ranks, int64; 0 where there is no token.
+        On the host: token ids int32 and values float32 `[batch * (draft_len + 1), 1 + num_logprobs]`, and the drawn
+        tokens' ranks, int64; 0 where there is no token.
     """
     kept = drawn.token_ids != NO_TOKEN
     if as_logits:

@@ -17,7 +17,7 @@ from atlas_rl.vllm.request_table import Arrival, RequestTable
 
 
 class RequestFollower:
-    """Knows the requests of an engine by name.
+    """Finds an engine's requests by name.
 
     Args:
         max_length: Most tokens of a request, prompt included.
@@ -37,7 +37,7 @@ class RequestFollower:
         self._keys: dict[str, int] = {}
 
     def keys(self, batch: Batch) -> np.ndarray:
-        """Noise keys uint64 `[rows]` from the call, the request's seed, or its turn; equal on every rank."""
+        """Noise keys uint64 `[rows]` from the call, the request's seed, or its order of arrival; equal on every rank."""
         keys = list(map(self._keys.get, batch.names))
         if None in keys:
             for name in batch.names:
@@ -51,7 +51,7 @@ class RequestFollower:
         return np.fromiter(map(self.table.request_of.get, batch.names, repeat(-1)), np.int64, len(batch.names))
 
     def forget(self, name: str) -> int | None:
-        """The engine has ended a request; returns its row if drafters know it, and removes it."""
+        """Remove a request that the engine has ended; returns its row, or None if drafters do not know it."""
         self._keys.pop(name, None)
         self.prompt_states.drop(name)
         row = self.table.request_of.get(name)
@@ -70,7 +70,7 @@ class RequestFollower:
                 self.prompt_states.add(batch.names[row], position, pieces)
 
     def newcomers(self, forward: Forward, known: np.ndarray) -> list[int]:
-        """Rows whose prompt is now complete. Only these can be entered: drafters need everything that follows."""
+        """Rows whose prompt has just become complete. Only these can be entered: drafters need every token that follows."""
         complete = forward.batch.lengths - forward.num_new == forward.batch.num_prompt_tokens
         return ((forward.num_new > 0) & (known < 0) & complete).nonzero()[0].tolist()
 

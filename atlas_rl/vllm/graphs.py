@@ -2,15 +2,15 @@
 
     python -m atlas_rl.vllm.graphs 256       # for `vllm serve --compilation-config`, with --max-num-seqs 256
 
-vLLM replays a full graph where one was captured for a step's tokens. Left alone it captures full graphs only for steps in
-which every request has exactly `1 + num_speculative_tokens` tokens. Ours have one token, or as many drafts as pay, and would
-all run piecewise. `FULL` captures graphs for whatever the requests of a step have, where the attention backend can
-(FlashAttention 3, Triton). Where it cannot (FlashInfer, FlashAttention 2), vLLM itself goes back to uniform steps, and
-`uniform_drafts` makes steps uniform that are small enough for it.
+vLLM replays a full graph if one was captured for the step's number of tokens. By default it captures full graphs only
+for steps in which every request has exactly `1 + num_speculative_tokens` tokens. In our steps a request has one token
+plus as many drafts as pay, so all of them would run piecewise. `FULL` captures graphs for any mix of lengths, if the
+attention backend supports it (FlashAttention 3, Triton). If it does not (FlashInfer, FlashAttention 2), vLLM itself
+falls back to uniform steps, and `uniform_drafts` makes small steps uniform.
 
-A captured size is rounded up to a multiple of `1 + num_speculative_tokens`, and a step is padded to the next one. So that
-number is 16, in whose multiples vLLM counts anyway, and sizes above 256 tokens are an eighth apart: some forty graphs for
-steps of up to 4,096 tokens.
+vLLM rounds a captured size up to a multiple of `1 + num_speculative_tokens`, and pads a step to the next captured size.
+So `1 + num_speculative_tokens` is 16, vLLM's own granularity, and sizes above 256 tokens are an eighth apart: some
+forty graphs for steps of up to 4,096 tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ITS_OWN = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capt
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
-    """Token counts of the steps to capture, ascending: up to every request with all of its drafts."""
+    """Token counts of the steps to capture, ascending, up to a step of all requests with full-length drafts."""
     unit = 1 + NUM_SPECULATIVE_TOKENS
     limit = min(max_num_seqs * unit, max(MOST_TOKENS // unit * unit, unit))
     sizes, size = [unit], unit
@@ -48,13 +48,13 @@ def compilation_config(max_num_seqs: int | None = None) -> dict[str, Any]:
     """vLLM's `compilation_config` for full graphs of our steps.
 
     Args:
-        max_num_seqs: Most requests that run together; None where vLLM decides.
+        max_num_seqs: Most requests that run together; None if vLLM decides.
     """
     return {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture_sizes(max_num_seqs or MOST_TOKENS)}
 
 
 def with_graphs(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` with these graphs, on CUDA and if the caller has set no graphs."""
+    """Arguments of `vllm.LLM`, with these graphs on CUDA unless the caller has configured graphs."""
     if not torch.cuda.is_available() or any(arguments.get(name) is not None for name in _ITS_OWN):
         return dict(arguments)
     return {**arguments, "compilation_config": compilation_config(arguments.get("max_num_seqs"))}
@@ -63,15 +63,15 @@ def with_graphs(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def uniform_drafts(
     drafts: list[list[int]], last_tokens: np.ndarray, room: np.ndarray, num_draft_tokens: int
 ) -> list[list[int]]:
-    """Drafts of equal length, for backends whose full graphs need that; unchanged if the step would be too large.
+    """Drafts padded to equal length, for backends whose full graphs need that; unchanged if the step got too large.
 
-    What is added repeats a token. It is verified like any other, so nothing changes but the step's size.
+    Padding repeats a token. It is verified like any draft token, so only the size of the step changes.
 
     Args:
-        drafts: Row by row, at most `num_draft_tokens` each.
-        last_tokens: int `[rows]`, the last committed token of each.
-        room: int `[rows]`, most draft tokens of each.
-        num_draft_tokens: The length; 0 where any length will do.
+        drafts: Draft of each row, at most `num_draft_tokens` tokens.
+        last_tokens: int `[rows]`, last committed token of each row.
+        room: int `[rows]`, most draft tokens of each row.
+        num_draft_tokens: Length of the padded drafts; 0 if any length will do.
     """
     size = len(drafts) * (1 + num_draft_tokens)
     if not num_draft_tokens or size > FILLED_TOKENS or room.min(initial=num_draft_tokens) < num_draft_tokens:

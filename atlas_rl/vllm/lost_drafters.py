@@ -9,10 +9,10 @@ import torch
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
 
-_ENOUGH_DRAFTS = 32  # without a hit, where they used to hit at least every fifth time
+_ENOUGH_DRAFTS = 32  # drafts without a hit that raise a warning, if at least every fifth used to hit
 _USED_TO_HIT = 0.2
-_FADES = 0.8  # of what is remembered, per call
-_SAMPLE = 64  # values of each tensor that its fingerprint is made of
+_FADES = 0.8  # weight of the earlier calls in the running mean
+_SAMPLE = 64  # values of each tensor in its fingerprint
 
 
 class LostDrafters:
@@ -38,8 +38,8 @@ class LostDrafters:
         """Warnings about the call that has just ended.
 
         Args:
-            recorder: What was verified.
-            num_planned: Draft tokens that were handed to vLLM.
+            recorder: Counts of verified drafts.
+            num_planned: Draft tokens that were passed to vLLM.
         """
         for name in self._lost:
             yield (

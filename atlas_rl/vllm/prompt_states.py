@@ -1,7 +1,7 @@
-"""Collects hidden states of whole prompts, for drafters that read layers; engines run prompts in pieces and skip some.
+"""Collects hidden states of whole prompts for drafters that read layers; engines run prompts in pieces and skip some.
 
-A prompt may come in chunks, and what vLLM finds in its prefix cache is never run. The missing beginning is then taken from
-a prompt that was run lately and begins alike; where none is left, the drafter does without that request.
+A prompt may come in chunks, and vLLM never runs tokens that it finds in its prefix cache. Their states are then taken
+from a recent prompt with the same beginning. If there is none, the drafter gets no states for that request.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_KEPT_TOKENS = 16_384  # of prompts that were run lately
+_KEPT_TOKENS = 16_384  # tokens of recently run prompts
 
 
 @dataclass(slots=True)

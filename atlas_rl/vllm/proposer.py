@@ -1,7 +1,7 @@
 """The proposer that vLLM loads by name: `speculative_config={"method": "custom_class", "model": <path of AtlasProposer>}`.
 
-vLLM builds it in every worker, before it loads the policy. Options come in vLLM's own
-`additional_config={"atlas_rl": {"draft_model": FOLDER}}`, the static speculator; all else has defaults.
+vLLM builds it in every worker, before it loads the policy. The only option is the static speculator, given in vLLM's
+own `additional_config={"atlas_rl": {"draft_model": FOLDER}}`; everything else has defaults.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class AtlasProposer(Hooks):
         vllm_config: vLLM's configuration of the worker.
 
     Raises:
-        ValueError: An engine option that drafting like this cannot live with, said with what to change.
+        ValueError: The engine has an unsupported option; the message says what to change.
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        internals.install()  # before the runner that asks for this object loads its model
+        internals.install()  # before the runner that builds this object loads its model
         internals.reset_prefix_cache_with_new_weights(_NEW_WEIGHTS)
         internals.register_backends()
         internals.follow_adapters()
         check_engine(vllm_config)
         self.options = options_of(vllm_config)
-        self.identity = secrets.token_hex(8)  # a server that was started again has another one
+        self.identity = secrets.token_hex(8)  # changes when a server is restarted
         self.policy: VllmView | None = None
         self._model: nn.Module | None = None
         model_config = vllm_config.model_config
@@ -73,18 +73,18 @@ class AtlasProposer(Hooks):
         return self.drafting.recorder
 
     def load_model(self, target_model: nn.Module) -> None:
-        """Called by vLLM. Builds nothing yet, because tensors made now are lost when the engine sleeps at level 2."""
+        """Keep the model; called by vLLM. Builds nothing: tensors made now are lost if the engine sleeps at level 2."""
         self._model = target_model
         compile_draw(self.drafting.vocab_size, next(target_model.parameters()).device)
         internals.follow(target_model, self)
         try:
             folder = served_folder(self._model_config.model, self._model_config.revision)
             self._served = describe(folder)
-        except ValueError as error:  # it may be served all the same, and new weights may come by other means
+        except ValueError as error:  # serving may still work, and new weights may come by other means
             self._served = str(error)
 
     def prepare(self, *, defaults: bool = True) -> None:
-        """Build what needs the loaded policy, with the default speculators or none; at the first step at the latest."""
+        """Build what needs the loaded policy, with the default speculators or none; runs before the first step."""
         if self.policy is not None:
             return
         assert self._model is not None, "vLLM loads the model before it asks for drafts"
@@ -99,7 +99,7 @@ class AtlasProposer(Hooks):
             self.drafting.use(speculators, GuardedController(GoodputController(tuple(speculators)), faults))
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
-        """vLLM's own call, which the hooks replace; it runs only if they were not installed."""
+        """vLLM's own call, which the hooks replace. It runs only if they are not installed."""
         raise RuntimeError("atlas_rl: vLLM's model runner asked for drafts past the hooks; report this vLLM version")
 
     def keys(self, batch: Batch) -> np.ndarray:
@@ -109,7 +109,7 @@ class AtlasProposer(Hooks):
         self._guarded("forget", lambda: self.drafting.forget(names), None)
 
     def policy_updated(self, version: int | None) -> dict[str, Any]:
-        """New weights, on a server."""
+        """Handle new weights on a server."""
         self.drafting.policy_updated(version)
         return {"policy_version": self.drafting.tracker.version}
 
@@ -124,7 +124,7 @@ class AtlasProposer(Hooks):
         return self.policy_updated(number)
 
     def _refusal(self, folder: str) -> str | None:
-        """Why a checkpoint cannot be loaded; None if it can."""
+        """Reason why a checkpoint cannot be loaded; None if it can."""
         if isinstance(self._served, str):
             return f"the checkpoint that is served cannot be read, so nothing can be compared with it: {self._served}"
         try:
@@ -161,7 +161,7 @@ class AtlasProposer(Hooks):
         if self.policy.stale:
             self.policy.refresh()  # on every rank, in the same step
         drafts: list[list[int]] = [[] for _ in forward.batch.names]
-        if rank == 0:  # a controller reads its rank's own clock: it decides for all
+        if rank == 0:  # a controller reads its own rank's clock, so one rank decides for all
             drafts = self._guarded("step", lambda: self.drafting.step(forward), drafts)
         return drafts if size == 1 else group.broadcast_object(drafts, src=0)
 
@@ -169,7 +169,7 @@ class AtlasProposer(Hooks):
         self._guarded("learn", self.drafting.learn, None)
 
     def _guarded(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
-        """Catch errors of following requests: they cost the drafts of the running requests, never the server."""
+        """Catch errors while following requests: running requests lose their drafts, but the server never stops."""
         result, went_well = self.drafting.faults.attempt("drafting", where, call, otherwise)
         if not went_well:
             self.drafting.give_up()

@@ -1,7 +1,7 @@
 """Passes our data about a request through vLLM's public sampling parameters.
 
-Clients of a server can write anything into these fields. So nothing in them is trusted but the number of a request of the
-call that is running, which a call of ours has announced; noise keys never travel.
+Clients of a server can write anything into these fields. So the only trusted field is a request's index in a running
+call that our own engine has announced. Noise keys are never sent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from atlas_rl.core import REPETITION_PENALTIES, TEMPERATURES, SamplingParams
 EXTRA_REQUEST = "atlas_rl_request"
 """In `extra_args`: the ticket of the call that announced a request, and the request's index in its sequences."""
 
-_GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
+_GREEDY_BELOW = 1e-5  # vLLM treats lower temperatures as 0
 _MAX_TOKEN = 1 << 31  # tokens are int32 everywhere
 
 
@@ -22,8 +22,8 @@ def announced_as(params: Any, ticket: int | None, num_requests: int) -> int | No
 
     Args:
         params: vLLM's sampling parameters.
-        ticket: Of the running call; None where none runs.
-        num_requests: Of that call.
+        ticket: Ticket of the running call; None if none runs.
+        num_requests: Number of requests of that call.
     """
     given = (params.extra_args or {}).get(EXTRA_REQUEST)
     if ticket is None or not isinstance(given, list | tuple) or len(given) != 2:
@@ -37,7 +37,7 @@ def sampling_of(params: Any) -> SamplingParams | None:
     """vLLM's sampling parameters as ours; unsupported ones cost acceptance, never correctness.
 
     Returns:
-        None for parameters that ours cannot express: such a request is served without drafts.
+        None if our parameters cannot express them; such a request is served without drafts.
     """
     ends = set(params.stop_token_ids or ())
     if not params.ignore_eos and params.eos_token_id is not None:

@@ -1,11 +1,11 @@
-"""Maps requests that come, move between rows, pause and go to fixed rows of the `Sequences` that drafters know.
+"""Maps requests that arrive, move between rows, pause and end to fixed rows of the `Sequences` that drafters know.
 
-vLLM has no generation calls, only requests. An *epoch* stands for one: with an engine of ours it is the call, whose
-sequences the engine hands over; on a server it is a span of traffic, which ends when its rows are used up or when nothing
-runs and enough has been seen. Requests that still run then move into the next one.
+vLLM has no generation calls, only requests. An *epoch* takes the place of a call. With our own engine it is the call,
+and the engine passes its sequences. On a server it is a span of traffic, which ends when its rows are used up, or when
+no request runs and enough have finished. Requests that still run then move into the next epoch.
 
-Requests of a server sample in several *ways* (temperature, ending tokens, ...). All of them share one `Sequences`, whose
-`sampling` is that of the requests that a drafter is asked about at the moment.
+Requests of a server sample in several *ways* (temperature, ending tokens, ...). All of them share one `Sequences`,
+whose `sampling` is that of the requests for which a drafter is being asked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atlas_rl.decode.commit import NOBODY_WANTS
 from atlas_rl.decode.settling import Texts
 from atlas_rl.policy.base import roomy
 
-_WORTH_AN_EPOCH = 32  # finished requests of a server that end an epoch when nothing runs
+_WORTH_AN_EPOCH = 32  # finished requests that end a server's epoch when no request runs
 _NOBODY = np.zeros(0, np.int64)
 _NO_TEXTS = Texts(np.zeros((0, 0), np.int32), _NOBODY, _NOBODY, _NOBODY, NOBODY_WANTS)
 _NO_STOPS = np.zeros((1, 0), np.int64)
@@ -32,11 +32,11 @@ class Arrival:
     """A request whose prompt has become complete.
 
     Attributes:
-        name: The engine's name of it.
+        name: The engine's name of the request.
         num_prompt_tokens: Tokens of its prompt.
-        sampling: How it is sampled; `max_new_tokens` is what it may still need. None where drafters cannot sample so.
+        sampling: Its sampling parameters; `max_new_tokens` is what it has left. None if drafters do not support them.
         noise_key: uint64.
-        request: Its index in the sequences of the call; None where nobody announced a call.
+        request: Its index in the sequences of the call; None outside an announced call.
     """
 
     name: str
@@ -50,13 +50,13 @@ class RequestTable:
     """Maps the engine's requests to rows of `sequences`.
 
     Args:
-        num_rows: Requests of an epoch that nobody announced.
+        num_rows: Rows of an epoch of unannounced requests.
         max_length: Most tokens of a request, prompt included.
         vocab_size: The policy's vocabulary.
 
     Attributes:
-        ticket: Number of the call that runs; None where nobody announced one.
-        request_of: Row of every request that runs, by the engine's name of it.
+        ticket: Ticket of the running call; None if no call was announced.
+        request_of: Row of every running request, by the engine's name of it.
     """
 
     def __init__(self, num_rows: int, max_length: int, vocab_size: int) -> None:
@@ -68,7 +68,7 @@ class RequestTable:
         self._num_used = 0
         self._tickets = itertools.count()
         self._ways: list[SamplingParams] = []
-        self._way_of = np.zeros(0, np.int64)  # of every row, index in `_ways`
+        self._way_of = np.zeros(0, np.int64)  # index in `_ways` of every row
         self._stops = np.zeros((0, 0), np.int64)  # ending tokens of each way
 
     @property
@@ -80,7 +80,7 @@ class RequestTable:
         """Begin a call; each request ends at `max_lengths` (int64 `[num_requests]`) tokens.
 
         Returns:
-            The call's ticket: its requests name it together with their rows.
+            The call's ticket. Its requests carry the ticket and their rows.
         """
         self.sequences, self.max_lengths, self.ticket = sequences, max_lengths, next(self._tickets)
         self.request_of = {}
@@ -89,7 +89,7 @@ class RequestTable:
         return self.ticket
 
     def close(self) -> None:
-        """End the call, or an epoch that cannot be relied on; later requests are unannounced."""
+        """End the call, or an epoch that is no longer reliable; later requests are unannounced."""
         self.sequences, self.ticket, self.request_of, self._num_used = None, None, {}, 0
 
     @property
@@ -110,7 +110,7 @@ class RequestTable:
         if self.sequences is None:
             return True
         if not self.has_room:
-            return len(self.request_of) <= self._num_rows // 2  # those that run need rows in the next one
+            return len(self.request_of) <= self._num_rows // 2  # running requests need rows in the next epoch
         return not self.request_of and self._num_used >= _WORTH_AN_EPOCH
 
     def open(self, sampling: SamplingParams, policy_version: int) -> None:
@@ -180,7 +180,7 @@ class RequestTable:
         return self._ways[0] if len(self._ways) == 1 else None
 
     def texts(self) -> tuple[Texts, np.ndarray, np.ndarray]:
-        """What tokens are appended to; int64 `[ways, n]` tokens that end a request of each way; every request's way."""
+        """The texts that tokens are appended to; int64 `[ways, n]` ending tokens of each way; the way of every request."""
         sequences = self.sequences
         if sequences is None:
             return _NO_TEXTS, _NO_STOPS, self._way_of
@@ -212,7 +212,7 @@ class RequestTable:
         return row
 
     def _drawing(self, sampling: SamplingParams) -> SamplingParams:
-        """`sampling` without fields that differ between requests that are drawn alike."""
+        """`sampling` without the fields that do not affect how tokens are drawn."""
         return replace(sampling, max_new_tokens=self._max_length, seed=0)
 
 

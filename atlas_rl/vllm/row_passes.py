@@ -1,6 +1,6 @@
 """Passes over the rows of a forward, compiled.
 
-Between two forwards a device waits for the host. A pass takes about as long as a numpy call, and stands in place of a dozen.
+A device is idle between two forwards. A pass takes about as long as one numpy call and replaces a dozen of them.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def followed(
     Args:
         known: int64 `[rows]`, row of `Sequences`; -1 where drafters do not know the request.
         num_new: int64 `[rows]`, tokens just committed.
-        lengths: int64 `[rows]`, all tokens that are committed.
+        lengths: int64 `[rows]`, number of committed tokens.
         num_prompt_tokens: int64 `[rows]`.
         before: int64 `[num_requests]`, lengths in `Sequences`.
 
     Returns:
-        Rows and their requests, int64 `[n]`; how many other rows have a prompt that is complete now; and whether every
-        committed token has passed here.
+        Rows and their requests, int64 `[n]`; the number of other rows whose prompt is complete now; and whether
+        every committed token was seen here.
     """
     rows, requests = np.empty(len(known), np.int64), np.empty(len(known), np.int64)
     count, newcomers, whole = 0, 0, True
@@ -84,13 +84,13 @@ def in_order(
         rows: int64 `[n]`.
         requests: int64 `[n]`, of these rows.
         plan: A `Plan`.
-        num_requests: Requests that there can be.
+        num_requests: Upper bound on the requests.
         only_planned: Whether drafts of requests without a plan count as none.
         outcome: An `Outcome`, of all rows.
 
     Returns:
-        The rows, int64 `[n]`, and their requests; the places in the plan, int64 `[n]` or fewer, of the first of them; and
-        the outcome of the rows, as wide as needed.
+        The rows, int64 `[n]`, and their requests; the places in the plan of the first of them, int64 `[n]` or fewer;
+        and the outcome of the rows, as wide as needed.
     """
     count, width = len(rows), 0
     same = count == len(plan.requests)
@@ -146,11 +146,11 @@ def going_on(
 
     Args:
         requests: int64 `[n]`.
-        rows: int64 `[n]`, of the forward.
+        rows: int64 `[n]`, rows of the forward.
         finished: bool `[n]`.
         lengths: int64 `[num_requests]`.
         max_lengths: int64 `[num_requests]`, tokens at which a request ends.
-        most: Draft tokens that a request may have.
+        most: Most draft tokens of a request.
 
     Returns:
         The requests, their rows and the draft tokens that each can still use: int64 `[m]` each.

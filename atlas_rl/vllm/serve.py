@@ -36,12 +36,12 @@ def serve_command(
 
     Args:
         model: Folder or name of the policy.
-        flags: Of `vllm serve` or `trl vllm-serve`; they win over what is added here.
+        flags: Flags of `vllm serve` or `trl vllm-serve`; they override those added here.
         draft_model: Folder of an EAGLE-3 head, the static speculator.
-        environment: Where variables are looked up; None takes the process's.
+        environment: Environment variables to read; None for those of the process.
 
     Raises:
-        ValueError: vLLM is missing or of an unknown version; a flag that the drafters, or a trainer, cannot live with.
+        ValueError: vLLM is missing or of an unknown version, or a flag does not work with the drafters or a trainer.
     """
     internals.check_version()
     check_environment()
@@ -79,7 +79,7 @@ def serve(model: str, flags: Sequence[str], draft_model: Path | None = None) -> 
 
 
 def _entry(model: str) -> list[str]:
-    """The entry point of `vllm serve MODEL`, whose version lookup fails with the name of the CPU wheel."""
+    """The entry point of `vllm serve MODEL`. vLLM's own looks up its version, which fails for the CPU wheel's name."""
     try:
         metadata.version("vllm")
     except metadata.PackageNotFoundError:
@@ -97,7 +97,7 @@ def _in_words_of_vllm(flags: Sequence[str]) -> list[str]:
             found.append(flag)
             continue
         name = _name(flag)
-        spelled = _OF_TRL.get(name, name) + flag[len(name) :]  # a flag and its name are equally long
+        spelled = _OF_TRL.get(name, name) + flag[len(name) :]  # a flag and its normalised name are equally long
         if name in _SWITCHES_OF_TRL and "=" not in flag and rest and rest[0].lower() in ("true", "false"):
             on = rest.pop(0).lower() == "true"
             spelled = name if on else f"--no-{name.removeprefix('--')}"
@@ -120,7 +120,7 @@ def _value(given: Sequence[str], name: str) -> str | None:
 
 
 def _weight_transfer(given: Sequence[str], names: set[str]) -> list[str]:
-    """The weight-transfer backend for this machine; a given one must be ours."""
+    """The weight-transfer backend for this machine; a given one must be one of ours."""
     name = "--weight-transfer-config"
     if name not in names:
         return [name, json.dumps({"backend": NCCL if torch.cuda.is_available() else GLOO})]
@@ -140,7 +140,7 @@ def _weight_transfer(given: Sequence[str], names: set[str]) -> list[str]:
 
 
 def _memory_and_graphs(given: Sequence[str], names: set[str], environment: Mapping[str, str]) -> list[str]:
-    """On CUDA, graphs of our steps; on a CPU, a cache that leaves the trainer some memory. Given flags are kept."""
+    """Flags for graphs of our steps on CUDA, or for a cache that leaves the trainer memory on CPUs. Given flags win."""
     if torch.cuda.is_available():
         if names & set(_GRAPHS):
             return []

@@ -1,7 +1,7 @@
 """Calls into the drafters of a `vllm serve` process, for `--worker-extension-cls` and vLLM's `collective_rpc`.
 
-A server learns from its traffic on its own. These calls tell it what traffic cannot: that the policy has new weights. Over
-HTTP, vLLM's development endpoint passes strings only, hence the types.
+A server learns from its traffic on its own. These calls tell it what traffic does not show: that the policy has new
+weights. vLLM's HTTP development endpoint passes strings only, hence the argument types.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class AtlasWorkerExtension:
     model_runner: Any
 
     def atlas_policy_updated(self, version: str | None = None) -> dict[str, Any]:
-        """The server's weights were changed by other means: drafters learn from the rollouts they have seen.
+        """Notify drafters that the server's weights were changed by other means: they learn from past rollouts.
 
         Args:
-            version: Of the policy, a whole number, not below the present one; None counts up by one.
+            version: Version of the policy: a whole number, not below the present one; None adds one.
 
         Returns:
-            The policy version by now.
+            The new policy version.
         """
         proposer = self._atlas_proposer()
         return self._answer(proposer.policy_updated(proposer.drafting.tracker.checked(version)))
@@ -32,17 +32,17 @@ class AtlasWorkerExtension:
     def atlas_load_weights(self, folder: str, version: str | None = None) -> dict[str, Any]:
         """Load a checkpoint of the same policy from a folder that the server can read, then `atlas_policy_updated`.
 
-        Everything is checked before anything moves. Where the checkpoint is refused, the old weights go on being served.
+        Everything is checked before anything changes. If the checkpoint is refused, the old weights stay in use.
 
         Args:
-            folder: Of the checkpoint, with the tensors of the one that is served.
+            folder: Folder of the checkpoint, with the same tensors as the one being served.
             version: See `atlas_policy_updated`.
 
         Returns:
-            The policy version by now.
+            The new policy version.
 
         Raises:
-            ValueError: A wrong version; a folder that is missing, damaged, of another policy, or not finite.
+            ValueError: The version is wrong, or the folder is missing, damaged, of another policy, or not finite.
         """
         return self._answer(self._atlas_proposer().load_checkpoint(self.model_runner, folder, version))
 
@@ -50,8 +50,9 @@ class AtlasWorkerExtension:
         """State that a trainer checks before it relies on the server.
 
         Returns:
-            `server`, a random name that a restart changes; `policy_version`; `weights_are_whole`, False while an update has
-            changed some weights and not all; `num_trainers`, how many have connected to send weights so far.
+            `server`, a random name that changes with a restart; `policy_version`; `weights_are_whole`, False while an
+            update has changed only some of the weights; `num_trainers`, the number of trainers that have connected to
+            send weights.
         """
         return self._atlas_proposer().status()
 
@@ -60,7 +61,7 @@ class AtlasWorkerExtension:
         return self._atlas_proposer().take_report().to_dict()
 
     def _answer(self, done: dict[str, Any]) -> dict[str, Any]:
-        """Answer of a weight update; says if the caller must reset the prefix cache, which another process holds."""
+        """Answer of a weight update; says whether the caller must reset the prefix cache, which another process holds."""
         from atlas_rl.vllm.internals import in_engine_process
 
         if in_engine_process(self.model_runner.vllm_config):

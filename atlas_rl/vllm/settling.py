@@ -1,7 +1,7 @@
-"""Commits what a forward settled, whatever rows requests have and whatever was planned: one compiled pass over its rows.
+"""Commits what a forward settled, for any rows and any plan, in one compiled pass over the forward's rows.
 
-Between two forwards a device waits for the host. Arrays that compiled code takes cost little, arrays that it returns a
-microsecond each, and every call of numpy as much. So one pass follows, sorts, commits and finds room for the next drafts.
+A device is idle between two forwards. An array passed to compiled code costs little; an array that it returns costs a
+microsecond, and so does every numpy call. So one pass follows, sorts, commits and finds room for the next drafts.
 The rules are those of `row_passes.py` and of the verb commit (`decode/settling.py`), which it calls.
 """
 
@@ -28,14 +28,14 @@ _DONE, _NEWCOMERS, _SKIPPED, _TOO_LONG = range(4)
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a forward committed, of the requests that are followed: requests with a plan first, in its order.
+    """Outcome of a forward for the followed requests: requests with a plan first, in the plan's order.
 
     Attributes:
         rows: int64 `[n]`, rows of the forward.
-        planned: int64 `[n]` or fewer, places in the plan of those that had one.
-        verified: For the speculators.
+        planned: int64 `[n]` or fewer, places in the plan of the requests that had one.
+        verified: Outcome for the speculators.
         as_planned: Whether the forward ran the planned batch and nothing else.
-        going: int64 `[m]`, requests that go on.
+        going: int64 `[m]`, requests that continue.
         going_rows: int64 `[m]`, their rows.
         room: int64 `[m]`, draft tokens that each can still use.
     """
@@ -73,27 +73,27 @@ def settle_rows(
     most: int,
     waits_for_newcomers: bool,
 ) -> tuple[tuple[int, int, int, int, int], tuple[float, float, int], np.ndarray, np.ndarray, np.ndarray]:
-    """Follow, order and commit the rows of a forward, and say who goes on.
+    """Follow, order and commit the rows of a forward, and return which requests continue.
 
     Args:
         known: int64 `[rows]`, row of `Sequences`; -1 where drafters do not know the request.
-        lengths: int64 `[rows]`, all tokens that are committed.
+        lengths: int64 `[rows]`, number of committed tokens.
         num_prompt_tokens: int64 `[rows]`.
-        outcome: What the forward settled.
-        plan: What was planned for it.
+        outcome: Outcome of the forward.
+        plan: The plan for it.
         only_planned: Whether drafts of requests without a plan count as none.
         stops: int64 `[ways, n]`, tokens that end a request of each way of sampling, -1 where there are fewer.
         way_of: int64 `[num_requests]`, way of every request.
-        texts: Appended to.
-        most: Draft tokens that a request may have.
-        waits_for_newcomers: Do nothing where a prompt is complete now and its request is not known yet.
+        texts: Texts that tokens are appended to.
+        most: Most draft tokens of a request.
+        waits_for_newcomers: Do nothing if a prompt is complete now and its request is not known yet.
 
     Returns:
-        What became of it (nothing has changed unless it is `_DONE`), the longest text there would be, rows, rows with a
-        plan and rows that go on; sums as of `settle`; int64 `[_COLUMNS, rows]`, whose first entries count; tokens int64
-        `[rows, width]`; and bool `[rows]`, who has ended.
+        A status (nothing has changed unless it is `_DONE`); the longest text there would be; the numbers of rows, of
+        rows with a plan and of rows that continue; sums as in `settle`; int64 `[_COLUMNS, rows]`, of which the first
+        entries count; tokens int64 `[rows, width]`; and bool `[rows]`, whether each has ended.
     """
-    # One by one: numba takes some microseconds to look into a named tuple, and a tenth of one for an array.
+    # Passed one by one: numba takes some microseconds to unpack a named tuple, and a tenth of one for an array.
     return _settle_rows(
         known,
         lengths,
@@ -117,7 +117,7 @@ def _settle_rows(
     texts, text_lengths, max_lengths, prompt_lengths, logprobs,
     most, waits_for_newcomers,
 ):  # fmt: skip
-    """`settle_rows`, its arguments one by one."""
+    """`settle_rows` with its arguments passed one by one."""
     columns = np.empty((_COLUMNS, len(known)), np.int64)
     no_sums, no_tokens, nobody = (0.0, 0.0, 0), np.empty((0, 0), np.int64), np.empty(0, np.bool_)
     rows, requests, newcomers, whole = followed(known, num_new, lengths, num_prompt_tokens, text_lengths)
@@ -159,17 +159,17 @@ def commit_rows(
     """Append what a forward settled to the requests that are known, up to an ending token.
 
     Args:
-        forward: What it left behind.
+        forward: Result of the forward.
         known: int64 `[rows]`, requests of its rows; -1 where drafters do not know them.
-        table: Has the requests.
-        plan: What was planned for it.
-        most: Draft tokens that a request may have.
+        table: Holds the requests.
+        plan: The plan for the forward.
+        most: Most draft tokens of a request.
         recorder: Gets the entropies.
         has_plan: Whether anything was planned.
-        waits_for_newcomers: Commit nothing where a prompt is complete now and its request is not known.
+        waits_for_newcomers: Commit nothing if a prompt is complete now and its request is not known.
 
     Returns:
-        What was committed; None where newcomers have to be known first.
+        The committed tokens; None if newcomers must be entered first.
     """
     batch, drawn = forward.batch, forward.drawn
     outcome = Outcome(
@@ -199,7 +199,7 @@ def commit_rows(
 
 
 def layers_drawn_from(forward: Forward) -> dict[int, torch.Tensor]:
-    """Hidden states of layers at the positions that were drawn from; they come for every token of the forward."""
+    """Hidden states of layers at the positions that tokens were drawn from; the forward returns them for every token."""
     if not forward.layers:
         return {}
     counts = forward.num_drafted + 1

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 
-_KEPT_LENGTHS = 4096  # completion lengths of the newest requests, where nobody asks for a report
+_KEPT_LENGTHS = 4096  # completion lengths of the newest requests, if nobody asks for a report
 _WORTH_LEARNING_TOKENS = 2048
-_LEARNING_SHARE = 0.05  # most of a server's time that drafters spend on learning
+_LEARNING_SHARE = 0.05  # largest share of a server's time that drafters spend on learning
 
 
 class Traffic:
     """Counts requests that ended.
 
     Attributes:
-        num_requests: Ended since the last report.
-        num_prompt_tokens: Of these.
-        num_tokens: Generated tokens of these.
-        completion_lengths: Of the newest of these.
+        num_requests: Requests that ended since the last report.
+        num_prompt_tokens: Their prompt tokens.
+        num_tokens: Their generated tokens.
+        completion_lengths: Completion lengths of the newest of them.
     """
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class Traffic:
         self.reset()
 
     def reset(self) -> None:
-        """Restart counting, for the next report."""
+        """Restart counting for the next report."""
         self.num_requests, self.num_prompt_tokens, self.num_tokens = 0, 0, 0
         self.completion_lengths: deque[int] = deque(maxlen=_KEPT_LENGTHS)
 
     def ended(self, num_prompt_tokens: int, num_tokens: int) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         self.num_requests += 1
         self.num_prompt_tokens += num_prompt_tokens
         self.num_tokens += num_tokens
@@ -42,6 +42,6 @@ class Traffic:
         return self._new_tokens >= _WORTH_LEARNING_TOKENS and now_s >= self._learn_again_s
 
     def learned(self, now_s: float, seconds: float) -> None:
-        """Drafters have learned, which took `seconds`."""
+        """Record that drafters have learned, which took `seconds`."""
         self._new_tokens = 0
         self._learn_again_s = now_s + seconds / _LEARNING_SHARE

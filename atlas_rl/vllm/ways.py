@@ -23,11 +23,11 @@ class ProposingInWays(Proposing):
     """Asks a drafter once for every way of sampling in the batch; the controller sees one draft of all requests.
 
     Args:
-        speculators: By name, in the controller's order.
-        controller: Plans.
+        speculators: Speculators by name, in the controller's order.
+        controller: Plans drafts.
         recorder: Gets the seconds.
-        table: Knows how requests sample.
-        observing: Has what speculators have not observed yet.
+        table: Holds the requests' ways of sampling.
+        observing: Holds what speculators have not observed yet.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class ProposingInWays(Proposing):
             compile_drafting(self._speculators.values(), sampling, self._table.current.vocab_size, device)
 
     def drawn_as(self, sequences: Sequences, requests: np.ndarray) -> Hashable:
-        """Rounded sampling parameters of all requests, or that they differ."""
+        """Rounded sampling parameters of all requests, or a marker that they differ."""
         ways = self._table.ways(requests) if self._table.only_way is None else [(self._table.only_way, requests)]
         return _roughly(ways[0][0]) if len(ways) == 1 else MIXED
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
-        """As everywhere, after the drafter has seen the latest tokens: time that its drafts are not charged with."""
+        """Ask as the base class does, but first show the drafter the latest tokens; its drafts are not charged for that."""
         with self._recorder.time("observe"):
             self._observing.hand_over(name)
         step.backlog[name] = self._speculators[name].backlog(sequences, requests) or 0
@@ -70,13 +70,13 @@ class ProposingInWays(Proposing):
 
 
 class Observing:
-    """Hands speculators what forwards settled: before they draft next, and else beside the next forward.
+    """Passes settled tokens to speculators: before they draft next, else while the next forward runs.
 
-    A step in which nobody is asked has no use for it, and a device waits for such a step too.
+    A step in which no speculator is asked does not need the observation, and would keep the device waiting for it.
 
     Args:
-        speculators: By name.
-        table: Knows how requests sample.
+        speculators: Speculators by name.
+        table: Holds the requests' ways of sampling.
     """
 
     def __init__(self, speculators: Mapping[str, Speculator], table: RequestTable) -> None:
@@ -89,22 +89,22 @@ class Observing:
         return bool(self._waiting)
 
     def put_off(self, verified: Verified) -> None:
-        """A forward settled this; what the one before settled has been handed over."""
+        """Keep the outcome of a forward for later; the outcome of the previous one has been passed on."""
         self._waiting = dict.fromkeys(self._speculators, verified)
 
     def hand_over(self, name: str) -> None:
-        """One speculator is asked next."""
+        """Pass the outcome to one speculator, which is asked next."""
         verified = self._waiting.pop(name, None)
         if verified is not None:
             observe_in_ways(self._speculators[name], self._table, verified)
 
     def hand_over_all(self) -> None:
-        """A device runs the next forward, or requests are about to change."""
+        """Pass the outcome to all: the device runs the next forward, or requests are about to change."""
         for name in tuple(self._waiting):
             self.hand_over(name)
 
     def drop(self) -> None:
-        """Nothing of it can be relied on."""
+        """Drop the outcome; it is unreliable."""
         self._waiting = {}
 
 

@@ -23,14 +23,14 @@ class WeightGroup:
         world_size: The trainer and all workers.
 
     Raises:
-        RuntimeError: Not all have come within a minute, or the port is taken.
+        RuntimeError: Not all members have joined within a minute, or the port is taken.
     """
 
     def __init__(self, host: str, port: int, rank: int, world_size: int) -> None:
         self._store = TCPStore(host, port, world_size, is_master=rank == 0, timeout=_JOINING)
-        gloo: Any = ProcessGroupGloo  # its stubs lack what follows
+        gloo: Any = ProcessGroupGloo  # its stubs lack the methods used below
         options = gloo._Options()
-        # Left alone, gloo listens on the address of the machine's name, which other machines may not reach.
+        # By default gloo listens on the address of the machine's host name, which other machines may not reach.
         own = host if rank == 0 else address_towards(host, port)
         options._devices = [gloo.create_device(hostname=own)]
         options._timeout = _JOINING
@@ -41,7 +41,7 @@ class WeightGroup:
         self._broadcast(tensor.detach().cpu().contiguous())
 
     def receive(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """Receive the next tensor of rank 0; RuntimeError if it is gone."""
+        """Receive the next tensor from rank 0; RuntimeError if that rank is gone."""
         tensor = torch.empty(shape, dtype=dtype)
         self._broadcast(tensor)
         return tensor

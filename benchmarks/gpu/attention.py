@@ -46,7 +46,7 @@ def rows(batch: int = 8, queries: int = 2, first: int = 300, lengths: int = 12) 
                 try:
                     first_ms.append(timed())
                     again_ms.append(float(np.median([timed() for _ in range(5)])))
-                except RuntimeError as error:  # this backend does not take these arguments
+                except RuntimeError as error:  # this backend does not support these arguments
                     kernel = str(error).splitlines()[0][:100]
                     break
             if not kernel:

@@ -31,7 +31,7 @@ FIXED = {
 
 
 class Prompts:
-    """Batches of prompts that were not used before."""
+    """Batches of prompts that have not been used before."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         self._rows = itertools.cycle(rows)
@@ -110,7 +110,7 @@ def cell(
     plain = transformers_arm(model, eos, max_new_tokens)
     speed: dict[str, list[float]] = {arm: [] for arm in arms}
     reports: dict[str, list[Any]] = {arm: [] for arm in arms}
-    for repeat in range(repeats + 1):  # the first warms up
+    for repeat in range(repeats + 1):  # the first repeat warms up
         rows, group = prompts.next(batch)
         for arm in arms:
             torch.cuda.synchronize()

@@ -82,7 +82,7 @@ def _verify_rows(count: int, rate: float) -> list[dict[str, Any]]:
 
 
 def _linear_rows(outputs: int, inputs: int, count: int, rate: float) -> list[dict[str, Any]]:
-    # Several weights in turn: one alone would be read from the cache.
+    # Several weights in turn: a single one would be read from the cache.
     copies = max(2, int(200e6 / (2 * outputs * inputs)))
     weights = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) / 32 for _ in range(copies)]
     packed = [nvfp4.quantize(weight) for weight in weights]

@@ -16,7 +16,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 
 def device_ms(call: Callable[[], Any], repeats: int = 30) -> dict[str, float]:
-    """Device milliseconds of `call`, which must not wait: captured as a graph, so that launches are not timed."""
+    """Device milliseconds of `call`, which must not synchronise: captured as a graph, so launches are not timed."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -43,7 +43,7 @@ def host_ms(call: Callable[[], Any]) -> dict[str, float]:
         began = time.perf_counter()
         call()
         torch.cuda.synchronize()
-        if turn >= 2:  # the first ones warm up
+        if turn >= 2:  # the first two warm up
             seconds.append(time.perf_counter() - began)
     return quantiles([1e3 * s for s in seconds])
 

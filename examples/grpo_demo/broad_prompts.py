@@ -21,7 +21,7 @@ from reasoning_gym.factory import DATASETS
 from policy import load_policy
 from tasks import FAMILIES, SYSTEM_PROMPT
 
-# Besides the demo's own: families whose questions contain or paraphrase a sum or product of a few numbers.
+# Further excluded families: their questions contain or paraphrase a sum or product of a few numbers.
 RELATIVES = {"basic_arithmetic", "simple_equations", "complex_arithmetic", "decimal_chain_sum", "decimal_arithmetic",
              "gsm_symbolic", "products", "fraction_simplification", "composite", "number_format"}  # fmt: skip
 MAX_CHARACTERS = 420
@@ -55,7 +55,7 @@ def broad_prompts(size: int, seed: int) -> list[tuple[str, list[dict[str, str]]]
     for family in broad_families():
         try:
             streams[family] = iter(reasoning_gym.create_dataset(family, size=size, seed=seed))
-        except (ImportError, OSError, ValueError) as error:  # needs a package or data that are not there
+        except (ImportError, OSError, ValueError) as error:  # needs a package or data that is not installed
             print(f"left out {family}: {error}")
     found: list[tuple[str, list[dict[str, str]]]] = []
     while len(found) < size and streams:

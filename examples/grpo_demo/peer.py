@@ -40,7 +40,7 @@ class KeepsGenerations:
 def time_trl(trainer: GRPOTrainer, generation: Generation) -> float:
     """Seconds that TRL's own generation takes for the same prompts and, token by token, the same completions."""
     prompt_ids, _, _ = trainer._tokenize_prompts(generation.prompts)
-    was_attached, trainer.use_vllm = trainer.use_vllm, False  # what the engine stands behind
+    was_attached, trainer.use_vllm = trainer.use_vllm, False  # bypasses the attached engine
     try:
         with _forced(trainer.model, generation.completion_ids):
             began = time.perf_counter()

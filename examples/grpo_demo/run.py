@@ -34,8 +34,8 @@ from tasks import FAMILIES, build_dataset, reward_func
 
 REPORTS, TRACE = "rollouts.jsonl", "controller.jsonl"
 EAGLE3 = Path(__file__).resolve().parent / "eagle3"  # the static drafter, trained for the warm-started policy
-CPU_ROOM = 8  # requests at a time up to which a plain step of this policy leaves two cores room for drafts
-RECORDED_LAYERS = (2, 15, 27)  # low, middle and high of the policy's 30: what its EAGLE-3 head reads
+CPU_ROOM = 8  # most requests at a time at which a plain step of this policy leaves two cores room for drafts
+RECORDED_LAYERS = (2, 15, 27)  # low, middle and high of the policy's 30 layers: those that its EAGLE-3 head reads
 
 # transformers renames this option while TRL still defines it by the old name.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
@@ -110,7 +110,7 @@ def build_trainer(
     config = GRPOConfig(
         output_dir=str(args.output_dir / "trainer"),
         max_steps=args.steps,
-        # The update runs in slices of one group, so that only the logits of a slice are held at once (about 0.3 GB).
+        # The update runs in slices of one group, so that only one slice's logits are held at once (about 0.3 GB).
         per_device_train_batch_size=args.num_generations,
         gradient_accumulation_steps=args.prompts,
         generation_batch_size=completions,
@@ -182,7 +182,7 @@ def attach_engine(trainer: GRPOTrainer, args: argparse.Namespace) -> Any | None:
     from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
     for name in REPORTS, TRACE:
-        (args.output_dir / name).unlink(missing_ok=True)  # the engine appends; a demo starts afresh
+        (args.output_dir / name).unlink(missing_ok=True)  # the engine appends, but a demo starts afresh
     if args.record:
         speculators = [
             HistorySpeculator(),

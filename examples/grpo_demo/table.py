@@ -42,7 +42,7 @@ def summarize_rollouts(reports: Sequence[Any], trace: Path, steps_per_epoch: int
 def compared(reports: Sequence[Any]) -> dict[str, Any]:
     """Speeds on and off over generations that were repeated without speculation, with equal tokens on both sides.
 
-    `estimate_error` is that of the estimate against those reruns, over the generations that have one.
+    `estimate_error` compares the estimate with those reruns, over the generations that have one.
     """
     paired = [report for report in reports if report.baseline_tokens_per_s]
     both = [report for report in paired if report.no_speculation_s]

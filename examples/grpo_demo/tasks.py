@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, int]] = {
     "products": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1},
 }
 
-# A question belongs to one split by its own checksum, so splits are disjoint whatever seeds are asked for.
+# A question's checksum decides its split, so splits are disjoint for any seeds.
 _SPLIT_BUCKETS: dict[str, range] = {"warm_start": range(0, 45), "train": range(45, 85), "eval": range(85, 100)}
 _STREAM_SIZE = 10_000_000
 _SEED_STRIDE = 100_003
@@ -216,7 +216,7 @@ def _write_products(task: Task, rng: random.Random) -> list[str]:
         result = total * factor
         values: dict[str, int] = {"a": total, "b": factor, "r": result}
         tens, ones = total - total % 10, total % 10
-        # Taking a number apart helps only where both parts are something to multiply.
+        # Splitting a number helps only if both parts are factors to multiply.
         if tens and ones and factor > 1:
             values |= {"t": tens, "o": ones, "tp": tens * factor, "op": ones * factor}
             steps.append(_sentence(not steps, _SPLIT, rng, **values))

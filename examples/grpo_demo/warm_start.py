@@ -49,7 +49,7 @@ def main() -> None:
             **environment(),
             "training": training,
         }
-        # Written before the measurement too, so that an interruption there loses nothing of the training.
+        # Also written before the measurement, so that an interruption there does not lose the training.
         write_record(path, record)
         model, tokenizer = load_policy(warm=False, cache_dir=args.cache_dir)
     # Measured as shipped: rounded to half precision and merged.
@@ -111,7 +111,7 @@ def make_batches(tokenizer: Any, args: argparse.Namespace) -> list[list[Example]
     tasks = make_tasks("warm_start", args.steps * args.batch_size, args.seed)
     examples = [encode(task, write_solution(task, rng), tokenizer) for task in tasks]
     examples.sort(key=lambda example: len(example[0]) + len(example[1]))
-    # Similar lengths beside each other keep padding small; shuffling pairs of batches varies what meets in one.
+    # Similar lengths side by side keep padding small; shuffling pairs of batches varies the composition of a batch.
     block, batches = 2 * args.batch_size, []
     for start in range(0, len(examples), block):
         rows = examples[start : start + block]
@@ -124,8 +124,8 @@ def make_batches(tokenizer: Any, args: argparse.Namespace) -> list[list[Example]
 def solution_loss(model: Any, batch: list[Example], pad_id: int) -> torch.Tensor:
     """Return the mean negative log-likelihood (nats) of the solution tokens of `batch`.
 
-    Rows are padded on the right, where causal attention never looks, so no mask is needed. The wide output layer runs on
-    solution positions alone.
+    Rows are padded on the right, where causal attention never looks, so no mask is needed. The wide output layer runs
+    only on solution positions.
     """
     rows = [prompt + solution for prompt, solution in batch]
     width = max(map(len, rows))
@@ -193,7 +193,7 @@ def save_adapter(model: Any, output_dir: Path) -> None:
         metadata={"format": "pt"},
     )
     config = json.loads((scratch / "adapter_config.json").read_text())
-    # The folder the base model was loaded from is this machine's business.
+    # The local folder of the base model means nothing on other machines.
     config["base_model_name_or_path"] = "SmolLM2-135M-Instruct"
     (output_dir / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     shutil.rmtree(scratch)

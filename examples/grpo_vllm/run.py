@@ -33,8 +33,8 @@ def main() -> None:
     set_seed(args.seed)
     model, tokenizer = load(args)
     engine = AtlasRolloutEngine(draft_model=args.draft_model, output_dir=args.output_dir)
-    # TRL builds its vLLM engine here, and that engine drafts with our speculators. A CPU would compile it for longer than
-    # the run takes.
+    # TRL builds its vLLM engine here, and that engine drafts with our speculators. On a CPU, compiling it would take
+    # longer than the run.
     with engine.prepare_vllm(enforce_eager=not torch.cuda.is_available()):
         trainer = GRPOTrainer(
             model=model,

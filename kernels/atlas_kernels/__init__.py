@@ -3,10 +3,10 @@
     verify          the policy's own choice at every drafted position, accepted counts and logprobs
     rejection       the same decisions by rejection sampling, with or without draft probabilities
     draw            one token per row of logits, over the whole or a reduced vocabulary
-    truncate        logits without what top-k, top-p and min-p exclude
+    truncate        logits without the tokens that top-k, top-p and min-p exclude
     draft_head      k tokens of the recurrent drafter over its reduced vocabulary
     nvfp4           a weight in NVFP4, and a linear layer that reads it
-    noise           the random numbers of them all: one per (seed, request, position, token)
+    noise           the random numbers of all kernels: one per (seed, request, position, token)
 
 The modules `verify`, `rejection`, `draw`, `truncate`, `draft_head` and `nvfp4` check their arguments and dispatch: `x` to
 `x_triton` for CUDA tensors, to `x_reference` elsewhere. Only modules named `*_triton` import Triton, and they are imported

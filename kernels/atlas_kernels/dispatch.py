@@ -17,7 +17,7 @@ def kernels_run_on(device: torch.device) -> bool:
 
 
 def implementation_on(device: torch.device) -> Implementation:
-    """Name of the implementation on `device`, "triton" or "reference", for callers that can do without kernels."""
+    """Name of the implementation on `device`, "triton" or "reference", for callers that work without kernels."""
     return "triton" if kernels_run_on(device) else "reference"
 
 
@@ -29,7 +29,7 @@ def use_triton(tensor: torch.Tensor, implementation: Implementation) -> bool:
         implementation: "auto" takes the kernel for CUDA tensors; "triton" and "reference" force one of the two.
 
     Raises:
-        ValueError: The implementation is unknown, or Triton is wanted where it cannot run.
+        ValueError: The implementation is unknown, or Triton is requested where it cannot run.
     """
     if implementation not in ("auto", "triton", "reference"):
         raise ValueError(f"implementation must be 'auto', 'triton' or 'reference', got {implementation!r}")

@@ -1,20 +1,21 @@
 """Drafts k tokens with the recurrent head over a reduced vocabulary: states, logits, probabilities and draws.
 
-The head is that of `atlas_rl.speculators.recurrent.head`, folded. Let s be the state, x the newest token, G the table of
-what a token adds to the gates, W and b the state's own part of the gates, U and c the outputs over the reduced vocabulary:
+The head is that of `atlas_rl.speculators.recurrent.head`, folded. Let s be the state, x the newest token, G the table
+of each token's contribution to the gates, W and b the state's part of the gates, U and c the outputs over the reduced
+vocabulary:
 
     r, z, n = G[x] + [W s + b],  n = tanh(n_in + r n_own)          a GRU step (Cho et al., arXiv 1406.1078)
     s       = n + z (s - n)
     l       = (U s / rms(s) + c) / T
     x       = argmax l - log E                                      E of `atlas_kernels.noise`, of the policy's token ids
 
-A drafter coupled to the policy's noise draws with the very numbers that verification will use; an uncoupled one draws from a
-stream of its own. Scores are float64 from float32 l and E, as in `verify`: the choice is that of the engine's CPU sampler,
-unless the two best scores are closer than float32 resolves.
+A drafter coupled to the policy's noise draws with the same numbers as verification; an uncoupled one draws from its own
+stream. Scores are float64 from float32 l and E, as in `verify`: the choice is that of the engine's CPU sampler, unless
+the two best scores are closer than float32 resolves.
 
-**Launches.** A token needs the whole state before its logits, and all logits before the next state. Small weights take one
-launch: one program per 16 rows reads them at all k steps. Large ones are spread over the device, in two launches per token
-and one at the end. Where tokens are truncated a row has to be known as a whole before one is drawn: five launches per token.
+**Launches.** A token needs the whole state before its logits, and all logits before the next state. Small weights take
+one launch: one program per 16 rows reads them at all k steps. Large weights are spread over the device, in two launches
+per token and one at the end. Truncation needs a whole row before a token is drawn: five launches per token.
 """
 
 from __future__ import annotations
@@ -65,14 +66,14 @@ def draft_head(
     Args:
         weights: The head.
         state: float32 `[batch, size]`, before the newest token is absorbed; left unchanged.
-        newest: int64 `[batch]`, index of the newest token in the reduced vocabulary, `tokens` for one outside.
+        newest: int64 `[batch]`, index of the newest token in the reduced vocabulary; `tokens` for one outside.
         keys: int64 `[batch]`, the bits of the noise keys.
-        positions: int64 `[batch]`, index in the whole sequence of the first token that is drafted.
+        positions: int64 `[batch]`, index in the whole sequence of the first drafted token.
         num_tokens: At least 1.
         temperature: `> 0`; 0 takes the likeliest token, the first of equals.
-        stream: The noise stream to draw from: the policy's own, or that of independent drafts.
+        stream: The noise stream to draw from: the policy's own, or the one of independent drafts.
         with_probs: Whether to return the distributions.
-        truncation: Which tokens are drawn and counted, of the reduced vocabulary's; None for all. At temperature > 0.
+        truncation: Which tokens of the reduced vocabulary are drawn and counted; None for all. At temperature > 0 only.
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Raises:

@@ -51,7 +51,7 @@ def absorbed(weights: DraftHeadWeights, state: torch.Tensor, newest: torch.Tenso
 
 def logits(weights: DraftHeadWeights, state: torch.Tensor) -> torch.Tensor:
     """Logits over the reduced vocabulary: float32 `[batch, tokens]`."""
-    # The epsilon that torch's `rms_norm` adds by default.
+    # Default epsilon of torch's `rms_norm`.
     inverse = torch.rsqrt(state.square().mean(dim=-1, keepdim=True) + torch.finfo(torch.float32).eps)
     return product(state, weights.outputs) * inverse + weights.bias.float()
 

@@ -1,7 +1,7 @@
 """The Triton kernels of `draft_head`: `advance` the state, `score` its tokens, `finish_draft`; `draft_whole` does all.
 
-Each step reads from memory what the step before it wrote. Within one program a barrier separates them, among several
-programs a launch does.
+Each step reads from memory what the previous step wrote. A barrier separates steps within one program, and a launch
+separates them across programs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def joined(scores, tokens, row, inside, splits, ROWS: tl.constexpr, SPLITS: tl.c
         known = inside[:, None] & (split[None, :] < splits)
         candidates = tl.load(scores + at[:, None] + split[None, :], mask=known, other=float("-inf"))
         top = tl.max(candidates, axis=1)
-        # Splits are in the order of the vocabulary: the first of equal ones has the first token.
+        # Splits are in vocabulary order, so the first of equal splits has the first token.
         found = tl.min(tl.where(candidates == top[:, None], split[None, :], first + SPLITS), axis=1)
         winner = tl.where(top > best, found, winner)
         best = tl.maximum(best, top)
@@ -97,9 +97,9 @@ def gates_of_state(
 def absorbed_token(
     newest, scores, tokens, row, step, batch, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
-    """The token that the state absorbs at a step: int32 `[ROWS]`: first the newest committed one, then drawn ones."""
+    """The token that the state absorbs at a step: int32 `[ROWS]`; first the newest committed token, then drawn ones."""
     of_step = (step - 1) * batch * splits
-    # One of the two masks is empty.
+    # One of the two masks is always empty.
     given = tl.load(newest + row, mask=row < tl.where(step == 0, batch, 0), other=0).to(tl.int32)
     drawn = row < tl.where(step == 0, 0, batch)
     return given + joined(scores + of_step, tokens + of_step, row, drawn, splits, ROWS, SPLITS)
@@ -180,9 +180,9 @@ def score(
 ):  # fmt: skip
     """Finds the best token of one split of the reduced vocabulary, and the split's sums, for `ROWS` rows.
 
-    Writes `scores` float64 and `tokens` int32 `[num_steps, batch, splits]`; `sums` float32 `[num_steps, batch, splits, 2]`,
-    the largest logit m and sum exp(l - m); and, with probabilities, the logits to `probs`. Launched over rows and splits,
-    or called for one of each.
+    Writes `scores` float64 and `tokens` int32 `[num_steps, batch, splits]`; `sums` float32
+    `[num_steps, batch, splits, 2]` (the largest logit m and sum exp(l - m)); and, with probabilities, the logits to
+    `probs`. Launched over rows and splits, or called for one of each.
     """
     if not CALLED:
         row_tile, split = tl.program_id(0), tl.program_id(1)
@@ -205,7 +205,7 @@ def score(
         if WITH_PROBS:
             at = probs + (row[None, :].to(tl.int64) * num_steps + step) * num_tokens + index[:, None]
             tl.store(at, x, mask=known[:, None] & alive[None, :])
-        # A split's first tile has a token inside, so the peak is a number from there on.
+        # A split's first tile contains a valid token, so the peak is finite from there on.
         new_peak = tl.maximum(peak, tl.max(x, axis=0))
         total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak[None, :]), axis=0)
         peak = new_peak
@@ -326,7 +326,7 @@ def draft_head_triton(
         "SPLITS": SPLITS,
         "MOST_SPLITS": triton.next_power_of_2(_programs(device)),
         "CHUNK": CHUNK,
-        # Set by calls from within a kernel; launched programs take their tile from the grid.
+        # Set by calls within a kernel; launched programs take their tile from the grid.
         **dict.fromkeys(("row_tile", "unit_tile", "split", "row", "step"), 0),
         "CALLED": False,
     }
@@ -347,7 +347,7 @@ def element_of(weights: DraftHeadWeights) -> Any:
 
 
 def tile_on(device: torch.device, weights: DraftHeadWeights) -> tuple[dict[str, int], Any]:
-    """Tile sizes, and the type in which products multiply."""
+    """Tile sizes, and the type that products are computed in."""
     return (TILE, element_of(weights)) if device.type == "cuda" else (_INTERPRETED_TILE, tl.float32)
 
 
@@ -361,7 +361,7 @@ def split_tokens(
 ) -> tuple[int, int]:
     """Number of splits of the reduced vocabulary, and tiles per split.
 
-    One split if one launch does it all, else as many as give about two programs per multiprocessor.
+    One split if a single launch does everything, else enough for about two programs per multiprocessor.
     """
     tiles = triton.cdiv(tokens, tile["TOKENS"])
     if whole:
@@ -374,5 +374,5 @@ def split_tokens(
 
 
 def _programs(device: torch.device) -> int:
-    """Programs that fill the device, and the most splits; for the interpreter, enough splits for a test."""
+    """Programs that fill the device, and the most splits; for the interpreter, enough splits to test them."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

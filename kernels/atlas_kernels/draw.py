@@ -2,10 +2,10 @@
 
     choice = argmax_x l(x) - log E(x)          l = logits / T
 
-It is `verify` without drafts: the choice is the one that `verify` makes of the same logits under the same noise, so a
-drafter that draws from `Stream.TARGET` is accepted wherever its logits lead to the policy's choice. Over a reduced
-vocabulary the noise is that of the policy's own token ids. They do not fill noise blocks, so every token takes two Philox
-blocks there, as in `draft_head`.
+It is `verify` without drafts: from the same logits under the same noise, both make the same choice. So a drafter that
+draws from `Stream.TARGET` is accepted wherever its logits lead to the policy's choice. Over a reduced vocabulary the
+noise is that of the policy's own token ids. They do not fill noise blocks, so every token takes two Philox blocks
+there, as in `draft_head`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Drawn:
 
     Attributes:
         indices: int64 `[rows]`, columns of the logits.
-        max_probs: float32 `[rows]`, probability of the likeliest token; NaN where a row is no distribution, whose index is
-            some column that means nothing.
+        max_probs: float32 `[rows]`, probability of the likeliest token; NaN for a row that is no distribution, whose
+            index is meaningless.
     """
 
     indices: torch.Tensor
@@ -49,11 +49,11 @@ def draw(
     Args:
         logits: float32, bfloat16 or float16 `[rows, tokens]`; `-inf` for excluded tokens. Left unchanged.
         keys: int64 `[rows]`, the bits of the noise keys (`request_keys(seed, ...)`, or `draft_keys` of them).
-        positions: int64 `[rows]`, index in the whole sequence of the token that is drawn.
+        positions: int64 `[rows]`, index in the whole sequence of the drawn token.
         temperature: `> 0`; 0 takes the likeliest token, the first of equals, and gives `max_probs` at temperature 1.
-        stream: The noise stream to draw from: the policy's own, or that of independent drafts.
-        token_ids: int64 `[tokens]`, distinct ids in the policy's vocabulary of the columns of `logits`; None where they are
-            the vocabulary in order.
+        stream: The noise stream to draw from: the policy's own, or the one of independent drafts.
+        token_ids: int64 `[tokens]`, distinct ids in the policy's vocabulary of the columns of `logits`; None if the
+            columns are the vocabulary in order.
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Raises:

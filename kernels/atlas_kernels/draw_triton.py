@@ -28,7 +28,7 @@ SPLITS = 64
 _INTERPRETED = (1024, 2)  # tokens per step and splits: the interpreter pays per operation, not per element
 
 
-# As in `choose_splits`: neither sizes that change from step to step nor where numbers per row lie are compiled for.
+# As in `choose_splits`: not recompiled when sizes change from step to step or numbers per row move.
 @triton.jit(
     do_not_specialize=["num_tokens", "logits_stride", "tiles_per_split", "step"],
     do_not_specialize_on_alignment=["keys", "positions"],
@@ -40,8 +40,8 @@ def choose_among_splits(
 ):  # fmt: skip
     """`choose_splits` over a reduced vocabulary, with an explicit score per token; grid `[rows, splits]`.
 
-    Writes `scores`, `tokens` (columns of the logits) and `sums` as `choose_splits` does. The noise is that of `step`
-    positions behind `positions`.
+    Writes `scores`, `tokens` (columns of the logits) and `sums` as `choose_splits` does. The noise is that of
+    `positions + step`.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row) + step
@@ -93,7 +93,7 @@ def draw_triton(call: DrawCall) -> tuple[torch.Tensor, torch.Tensor]:
     if num_rows and call.token_ids is not None:
         draw_among(call, call.token_ids.contiguous(), indices, max_probs)
     elif num_rows:
-        # `choose_splits` reads neither drafts nor where requests begin.
+        # `choose_splits` reads neither drafts nor the first rows of requests.
         rows = PackedRows(
             call.logits, call.positions, call.positions, call.keys, call.positions, call.temperature, None
         )
@@ -109,10 +109,10 @@ def draw_among(
     """Draw over a reduced vocabulary into `indices` int64 and `max_probs` float32 `[rows]`, at least one row.
 
     Args:
-        call: Its positions are `step` less than those whose noise is drawn.
-        token_ids: int64 `[tokens]`, in one piece.
-        indices: Gets what is drawn.
-        max_probs: Gets the largest probabilities.
+        call: The call; its positions are `step` less than those whose noise is drawn.
+        token_ids: int64 `[tokens]`, contiguous.
+        indices: Receives the drawn columns.
+        max_probs: Receives the largest probabilities.
         step: See `call`.
     """
     logits = call.logits if call.logits.stride(1) == 1 else call.logits.contiguous()

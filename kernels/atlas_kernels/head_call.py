@@ -18,8 +18,8 @@ class DraftHeadWeights:
     """The weights of a folded head. Products round the state to the weights' type; everything else is float32.
 
     Attributes:
-        input_gates: float32, bfloat16 or float16 `[tokens + 1, 3 * size]`: what a token adds to reset, update and new
-            gates; the last row is that of every token outside of the reduced vocabulary.
+        input_gates: float32, bfloat16 or float16 `[tokens + 1, 3 * size]`: each token's contribution to the reset,
+            update and new gates; the last row is for every token outside of the reduced vocabulary.
         state_gates: Same type `[3 * size, size]`.
         state_bias: Same type `[3 * size]`.
         outputs: Same type `[tokens, size]`.
@@ -60,7 +60,7 @@ class DraftHeadWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weights that one drafted token reads, except its row of `input_gates`."""
+        """Bytes of weights that one drafted token reads, without its row of `input_gates`."""
         return sum(tensor.nbytes for tensor in (self.state_gates, self.state_bias, self.outputs, self.bias))
 
 

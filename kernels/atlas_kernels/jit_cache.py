@@ -1,10 +1,11 @@
 """Caches compiled CPU kernels by content, so that a new checkout or a copy elsewhere finds them.
 
-numba keeps compiled code beside the source, under the source's path and time of change: a new clone compiles everything
-again, about a minute. It also looks at no other file: a kernel whose callee changed in another module is served as it was.
-Here the key is what the machine code was made from: the files of a kernel and of all kernels that it calls, and the
-constants that it takes from other modules, and numba's version: environments share the folder, and numba empties an index
-that another version wrote. The processor and the signature stand in numba's own index.
+numba keeps compiled code under the source's path and modification time: a new clone compiles everything again, which
+takes about a minute. It also ignores other files: if a callee in another module changes, the old kernel is used. Here
+the key covers everything that the machine code is made from: the files of a kernel and of all kernels that it calls,
+the constants that it takes from other modules, and numba's version. The version is included because environments share
+the folder, and numba empties an index that another version wrote. Processor and signature are part of numba's own
+index.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _CONSTANTS = (bool, int, float, complex, str, bytes, tuple, np.generic, np.ndarr
 def cached_njit(**options: Any) -> Callable[[Callable], Any]:
     """`numba.njit` with a cache by content; `options` are numba's, without `cache`.
 
-    `NUMBA_DISABLE_JIT`, `NUMBA_CACHE_DIR` and `NUMBA_CACHE_LOCATOR_CLASSES` hold as for any kernel.
+    `NUMBA_DISABLE_JIT`, `NUMBA_CACHE_DIR` and `NUMBA_CACHE_LOCATOR_CLASSES` apply as to any kernel.
     """
 
     def decorate(function: Callable) -> Any:
         kernel = numba.njit(**options)(function)
-        if kernel is not function:  # NUMBA_DISABLE_JIT leaves the function as it is
+        if kernel is not function:  # with NUMBA_DISABLE_JIT the function stays as it is
             kernel._cache = _ContentCache(function)
             _kernels.append(kernel)
         return kernel
@@ -86,7 +87,7 @@ class _ContentCache:
     def _opened(self) -> Any:
         try:
             return _KeptByContent(self._function)
-        except RuntimeError:  # no folder that can be written to: compiled once per process
+        except RuntimeError:  # no writable folder: compiled once per process
             return caching.NullCache()
 
     @property
@@ -115,7 +116,7 @@ class _Locator:
         try:
             locator.ensure_cache_path()
         except OSError:
-            return None  # numba asks its own locators next
+            return None  # numba then asks its own locators
         return locator
 
     def ensure_cache_path(self) -> None:
@@ -143,7 +144,7 @@ class _KeptByContent(caching.FunctionCache):
 
 
 def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Names that a function takes from its module, and from our modules that it names, with their values."""
+    """Names that a function uses from its module and from our modules that it names, with their values."""
     names = set(_names_in(function.__code__))
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]

@@ -1,7 +1,7 @@
 """Operations of decoder layers between their matrix products: norms, rotary embeddings, gates, cache writes.
 
-torch takes five to ten passes over the numbers for each. A decode step has few numbers, so it pays for the passes: on a GPU
-for their launches, on a CPU for their calls and allocations. Here each is one pass.
+torch takes five to ten passes over the data for each. A decode step has little data, so the cost of a pass is its
+overhead: launches on a GPU, calls and allocations on a CPU. Here each operation is one pass.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def rms_norm(
         weight: `[columns]`.
         eps: Added to the mean of squares.
         adds_one: Multiply by `1 + weight` instead (Gemma).
-        rounds_first: Round to the type of `x` before the weight is multiplied by, as Llama does, instead of afterwards.
-            Without effect where one is added.
+        rounds_first: Round to the type of `x` before multiplying by the weight, as Llama does, instead of afterwards.
+            No effect with `adds_one`.
         implementation: "auto" is a kernel on CUDA and on a CPU in float32, and the reference elsewhere.
 
     Returns:
-        Like `x`; where it is rounded first, of the wider one of both types.
+        Like `x`; with `rounds_first`, in the wider of both types.
 
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.
@@ -80,7 +80,7 @@ def rotate(
         implementation: As for `rms_norm`.
 
     Returns:
-        Rotated queries and keys, of the wider type of queries and angles; every product and sum is rounded to it.
+        Rotated queries and keys, in the wider type of queries and angles; every product and sum is rounded to it.
 
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.
@@ -109,7 +109,7 @@ def rotate(
 def gated(
     gate: torch.Tensor, up: torch.Tensor, activation: Activation, *, implementation: Implementation = "auto"
 ) -> torch.Tensor:
-    """`activation(gate) * up`, as gated layers have it (Shazeer, arXiv 2002.05202).
+    """`activation(gate) * up`, as in gated layers (Shazeer, arXiv 2002.05202).
 
     Args:
         gate: `[...]`, contiguous.
@@ -148,12 +148,12 @@ def store(
     """Write new keys and values into a cache.
 
     Args:
-        keys: `[rows, cells, kv_heads, dim]`, contiguous; written.
-        values: Likewise, with a `dim` of their own.
+        keys: `[rows, cells, kv_heads, dim]`, contiguous; written to.
+        values: Likewise, with its own `dim`.
         key: `[num_tokens, kv_heads, dim]`, of the type of `keys`.
         value: Likewise for `values`.
-        rows: int64 `[num_tokens]`, where each token goes; inside of the cache, which a kernel does not check.
-        cells: int64 `[num_tokens]`.
+        rows: int64 `[num_tokens]`, row of each token; must be inside the cache, which a kernel does not check.
+        cells: int64 `[num_tokens]`, cell of each token; likewise.
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Raises:

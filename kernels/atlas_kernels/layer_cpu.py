@@ -1,6 +1,6 @@
 """`layer` in float32 on a CPU, compiled: one pass; torch takes five to ten, each with an allocation.
 
-Rows and tokens are computed one by one, so that none depends on how many there are.
+Rows and tokens are computed one by one, so that no result depends on their number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bo
     """See `layer.rms_norm`; in float32 there is no intermediate rounding."""
     out = torch.empty_like(x)
     columns = x.shape[-1]
-    # numpy would pin the weight's storage, which FSDP has to free: numpy gets a copy.
+    # A numpy view would pin the weight's storage, which FSDP has to free, so numpy gets a copy.
     own = _numbers(weight.detach().clone())
     _norm_rows(_numbers(x).reshape(-1, columns), own, eps, adds_one, _numbers(out).reshape(-1, columns))
     return out
@@ -36,7 +36,7 @@ def _numbers(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-# Sums may be taken in any order, which lets them be vectorised; it is the same order for every row.
+# `reassoc` lets sums be reordered and vectorised; the order is the same for every row.
 @cached_njit(nogil=True, fastmath={"reassoc"})
 def _squares(row):
     total = np.float32(0)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `layer`: one launch each, with rounding at the same places as torch."""
+"""The Triton kernels of `layer`: one launch each, rounding at the same places as torch."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def rotate_token(
     query, key, cos, sin, query_out, key_out, heads, kv_heads, half,
     HEADS: tl.constexpr, HALF: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token, of queries and then of keys; grid over tokens and blocks of heads.
+    """Rotates some heads of one token, of queries and then of keys; grid over tokens and blocks of heads.
 
-    `ELEMENT` is the wider type, which every product and sum is rounded to.
+    `ELEMENT` is the wider type, to which every product and sum is rounded.
     """
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -74,7 +74,7 @@ def rotate_token(
 
 @triton.jit(do_not_specialize=["count"])
 def gated_numbers(gate, up, out, count, SILU: tl.constexpr, NUMBERS: tl.constexpr):
-    """Some numbers of a gated layer; grid over blocks of numbers.
+    """Computes some numbers of a gated layer; grid over blocks of numbers.
 
     `gelu_tanh` is x (1 + tanh u) / 2, which is x sigmoid(2u).
     """

@@ -1,12 +1,12 @@
 """Counter-based noise: the random number of a token is a function of (seed, request, position, token) alone.
 
 Drafter-invariant sampling (Daliri, Musco, Suresh, arXiv 2408.07978) needs noise that anybody can compute before the
-target has run, in any order, and that does not change with what was drafted. The token at a position is
+target has run, in any order, and that does not depend on the drafts. The token at a position is
 
     choice = argmax_x p(x) / E(x) = argmax_x log p(x) - log E(x)          E(x) ~ Exp(1), -log E(x) is Gumbel
 
 **Blocks.** Drawing E for 49k tokens at every verified position would cost as much as the softmax. Exponentials are
-memoryless, so the same i.i.d. variates can be drawn from the block's minimum inwards: for a block of B = 128 tokens
+memoryless, so the same i.i.d. variates can be drawn starting from a block's minimum: for a block of B = 128 tokens
 
     M     ~ Exp(B)                  the least of B i.i.d. Exp(1) variates
     lane* ~ uniform over the block  which token has it; it gets E = M
@@ -21,7 +21,7 @@ best score so far (`choose_rows`). The choice is exactly the one that all V draw
     token words   counter (token // 4, position, 2 stream + 1, 0): word token mod 4 -> E'
     u = (word + 0.5) / 2**32, E = -log1p(-u): fine-grained near zero, where draws are decided
 
-`position` is the index, in the whole sequence, of the token that is being drawn. The numba kernels (CPU) and the torch
+`position` is the index in the whole sequence of the token being drawn. The numba kernels (CPU) and the torch
 reference (every device) draw the same words bit for bit.
 """
 
@@ -67,18 +67,18 @@ def mix64(x: int) -> int:
 def request_keys(seed: int, num_requests: int) -> np.ndarray:
     """Philox keys of requests `0 .. num_requests - 1` under `seed`: uint64 `[num_requests]`."""
     base = mix64(seed)
-    # Not mixed on both sides: `mix64(seed) ^ mix64(request)` would give seed and request in exchanged roles the same key.
+    # `mix64(seed) ^ mix64(request)` would be symmetric: exchanging seed and request would give the same key.
     return np.array([mix64(base ^ request) for request in range(num_requests)], dtype=np.uint64)
 
 
 def draft_keys(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Keys for `Stream.DRAFT` of drafts that begin after `lengths` committed tokens.
 
-    Every decode step commits a token, so drafts of two steps never share noise. Whatever learns from drafts has seen the
-    discarded ones: if their noise were used again, the next decision would know the next draw.
+    Every decode step commits a token, so drafts of two steps never share noise. A learner has seen the discarded
+    drafts: if their noise were used again, the next decision would depend on the next draw.
 
     Args:
-        keys: uint64 `[n]`, of `request_keys`.
+        keys: uint64 `[n]`, from `request_keys`.
         lengths: int64 `[n]`.
 
     Returns:
@@ -146,7 +146,7 @@ def choose_rows(probs, block_max, keys, positions, stream):
     """`argmax_x p(x) / E(x)` of every row.
 
     Args:
-        probs: float32 `[rows, vocab]`, C-contiguous, unnormalised is fine.
+        probs: float32 `[rows, vocab]`, C-contiguous; may be unnormalised.
         block_max: float32 `[rows, ceil(vocab / BLOCK)]`, the largest probability of each block.
         keys: uint64 `[rows]`.
         positions: int64 `[rows]`.
@@ -161,7 +161,7 @@ def choose_rows(probs, block_max, keys, positions, stream):
     for row in numba.prange(rows):
         key, position = keys[row], positions[row]
         best_score, best_token = np.float32(-1.0), 0
-        # The likeliest block first: its score lets the bound below pass over almost every other block.
+        # The likeliest block first: its score lets the bound below skip almost every other block.
         first = np.argmax(block_max[row])
         for step in range(-1, num_blocks):
             block = first if step < 0 else step

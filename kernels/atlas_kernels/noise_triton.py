@@ -1,8 +1,8 @@
 """The noise of `atlas_kernels.noise` in Triton: the same Philox words and the same float32 exponentials.
 
-An exponential is a float64 logarithm rounded to float32. Libraries may differ in the logarithm's last place, which changes
-the rounded number once in about 2**28 draws. `1 - u` is exact in float64, so `log(1 - u)` is as good as the reference's
-`log1p(-u)`, and Triton has it everywhere.
+An exponential is a float64 logarithm rounded to float32. Libraries may differ in the logarithm's last place, which
+changes the rounded number once in about 2**28 draws. `1 - u` is exact in float64, so `log(1 - u)` is as good as the
+reference's `log1p(-u)`, and Triton supports it everywhere.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def excesses(key, position, first, STREAM: tl.constexpr, TOKENS: tl.constexpr):
     """E' of the tokens `first .. first + TOKENS - 1`, both multiples of four: float32 `[TOKENS]`."""
     groups = tl.arange(0, TOKENS // 4) + first // 4
     w0, w1, w2, w3 = _words(key, groups, position, 2 * STREAM + 1)
-    # Twice joined, the last axis counts first the pairs (w0, w2), (w1, w3): token order after one reshape.
+    # After both joins the last axis has the pairs (w0, w2), (w1, w3): one reshape gives token order.
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TOKENS])
     return exponential_of_word(words).to(tl.float32)
 
@@ -64,7 +64,7 @@ def excess(key, position, tokens, STREAM: tl.constexpr):
 
 @triton.jit
 def exponentials_of(key, position, tokens, STREAM: tl.constexpr):
-    """E of single tokens (int32, any shape): float32, as `atlas_kernels.noise.exponentials_of` has it."""
+    """E of single tokens (int32, any shape): float32, equal to `atlas_kernels.noise.exponentials_of`."""
     minimum, lane = block_minima(key, position, tokens // BLOCK, STREAM)
     return tl.where(tokens % BLOCK == lane, minimum, minimum + excess(key, position, tokens, STREAM))
 

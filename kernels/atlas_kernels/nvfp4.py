@@ -9,12 +9,12 @@ one E4M3 scale per 16 values along the inputs, one float32 scale per tensor,
 `value = e2m1(w / (block_scale * tensor_scale))`: every operation is correctly rounded float32, every format rounds to the
 nearest, ties to even. A block whose scale rounds to zero is zero.
 
-**One pass.** The tensor scale must be known before the first value is rounded. `quantize` without one reads the weight
-twice. A policy moves little between two syncs, so a refresh passes the former scale and reads the weight once. The same pass
-finds the largest magnitude, which says whether the scale still fits (`saturated`).
+**One pass.** The tensor scale must be known before the first value is rounded, so `quantize` without a scale reads the
+weight twice. A policy changes little between two syncs, so a refresh passes the previous scale and reads the weight
+once. The same pass finds the largest magnitude, which shows whether the scale still fits (`saturated`).
 
-The product of an E2M1 and an E4M3 number has six significant bits, so bfloat16 and float16 hold it exactly: the linear layer
-unpacks weights in registers without rounding, sums in float32, and applies the tensor scale to the sums.
+The product of an E2M1 and an E4M3 number has six significant bits, so bfloat16 and float16 hold it exactly: the linear
+layer unpacks weights in registers without rounding, sums in float32, and applies the tensor scale to the sums.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class NVFP4Weight:
     """A weight `[out_features, in_features]` in NVFP4; inputs are padded with zeros to a multiple of 16.
 
     Attributes:
-        packed: uint8 `[out_features, groups * 8]`: two values each, the one of the even input in the low four bits.
+        packed: uint8 `[out_features, groups * 8]`: two values each, that of the even input in the low four bits.
         scales: float8_e4m3fn `[out_features, groups]`, not negative.
         tensor_scale: float32 `[]`.
         amax: float32 `[]`, largest magnitude of the weight that was quantized.
@@ -53,7 +53,8 @@ class NVFP4Weight:
     def saturated(self) -> torch.Tensor:
         """bool `[]` on the device: whether a magnitude exceeds the largest number of this tensor scale.
 
-        A scale or magnitude that is not finite counts: weights that were NaN for a while must not leave their scale behind.
+        A scale or magnitude that is not finite counts too: weights that were NaN for a while must not leave their scale
+        behind.
         """
         largest = self.tensor_scale * (E2M1_MAX * E4M3_MAX)
         return ~((self.amax <= largest) & largest.isfinite())
@@ -67,7 +68,8 @@ class NVFP4Weight:
 def tensor_scale_for(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
     """The tensor scale at which the largest magnitude times `headroom` is the largest NVFP4 number: float32 `[]`.
 
-    Leave headroom, say 2, if a refresh is to reuse the scale: block scales keep their precision over a range of 2**14.
+    Leave headroom, such as 2, if a refresh is to reuse the scale: block scales keep their precision over a range of
+    2**14.
 
     Raises:
         ValueError: `headroom` is not a finite number >= 1.
@@ -76,7 +78,7 @@ def tensor_scale_for(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tenso
         raise ValueError(f"headroom must be a finite number >= 1, got {headroom}")
     amax = weight.abs().amax().float() if weight.numel() else torch.zeros((), device=weight.device)
     scale = amax * (headroom / (E2M1_MAX * E4M3_MAX))
-    # A weight of zeros, or of float32's smallest numbers, has no scale of its own: any will do that is a normal number.
+    # A weight of zeros, or of float32's smallest numbers, has no scale of its own: any normal number will do.
     return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -87,7 +89,8 @@ def quantize(
 
     Args:
         weight: float32, bfloat16 or float16 `[out_features, in_features]`, finite.
-        tensor_scale: float32 `[]`, positive; None computes `tensor_scale_for(weight)`, which reads the weight once more.
+        tensor_scale: float32 `[]`, positive; None computes `tensor_scale_for(weight)`, which reads the weight once
+            more.
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Raises:

@@ -1,6 +1,6 @@
 """The Triton kernels of `nvfp4`: a quantizer, and a linear layer that unpacks its weight in registers.
 
-Both formats are converted by integer operations, so that every GPU and the interpreter round alike.
+Both formats are converted by integer operations, so that every GPU and the interpreter round the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def e4m3_code(x):
     """E4M3 code of float32 in [0, 448], to the nearest, ties to even: int32."""
     bits = x.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2**-6 the step is 2**-9, which is the last place of 2**14: the addition rounds.
+    # Below 2**-6 the step is 2**-9, the last place of 2**14, so the addition rounds.
     subnormal = (x + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     return tl.where(x < 0.015625, subnormal, normal)
 
@@ -77,7 +77,7 @@ def quantize_weight(
     row_2d, group_2d = tl.reshape(row, [ROWS, 1]), tl.reshape(group, [1, GROUPS])
     inside_2d = (row_2d < out_features) & (group_2d < groups)
     tl.store(scales + row_2d * groups + group_2d, code.to(tl.uint8), mask=inside_2d)
-    # Magnitudes order as their bits do.
+    # Magnitudes have the same order as their bits.
     tl.atomic_max(amax, tl.max(tl.max(block_amax, axis=1), axis=0).to(tl.int32, bitcast=True))
 
 
@@ -89,9 +89,10 @@ def linear_rows(
 ):  # fmt: skip
     """Computes `[OUTPUTS, ROWS]` of the transposed product; grid over outputs and rows.
 
-    The weight is the left operand, so that the few rows are the small side of the matrix instruction. Even and odd inputs
-    are two products: the two values of a byte never have to be interleaved. `NATIVE` is the name of the inputs' format for
-    `tl.dot_scaled`, which converts the weight by Blackwell's own instruction; the empty string unpacks it by shifts.
+    The weight is the left operand, so that the few rows are the small side of the matrix instruction. Even and odd
+    inputs are two products, so that the two values of a byte are never interleaved. `NATIVE` is the name of the inputs'
+    format for `tl.dot_scaled`, which converts the weight by Blackwell's own instruction; the empty string unpacks it by
+    shifts.
     """
     output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -166,8 +167,8 @@ def linear_triton(
 ) -> torch.Tensor:
     """`inputs @ w.T`: `[rows, out_features]` in the type of `inputs`.
 
-    `native` converts by Blackwell's instructions. It is not the default, because it has not run yet: the interpreter takes
-    every scale of `tl.dot_scaled` for a power of two.
+    `native` converts by Blackwell's instructions. It is not the default because it has not been run: the interpreter
+    treats every scale of `tl.dot_scaled` as a power of two.
     """
     rows, in_features = inputs.shape
     out_features, groups = scales.shape
@@ -175,7 +176,7 @@ def linear_triton(
     tile_outputs, tile_rows, tile_groups = LINEAR_TILE
     compute = _COMPUTE[inputs.dtype]
     if inputs.device.type != "cuda":
-        compute = tl.float32  # the interpreter keeps bfloat16 as integers, and would multiply those
+        compute = tl.float32  # the interpreter stores bfloat16 as integers, and would multiply those
     if rows and out_features:
         linear_rows[(triton.cdiv(out_features, tile_outputs), triton.cdiv(rows, tile_rows))](
             inputs.contiguous(),

@@ -1,17 +1,17 @@
 """Verification by rejection sampling, for engines and drafters whose noise is not shared.
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), as in
-`atlas_rl.sampling.verification.RejectionSampling`: a draft x drawn from q stands with probability `min(1, p(x) / q(x))`;
-else another token is drawn from `(p - q)+`, normalised. Without draft probabilities drafts are one-hot: x stands with
-probability p(x); else a draw from p without x replaces it.
+`atlas_rl.sampling.verification.RejectionSampling`: a draft x drawn from q is accepted with probability
+`min(1, p(x) / q(x))`; else another token is drawn from `(p - q)+`, normalised. Without draft probabilities drafts are
+one-hot: x is accepted with probability p(x); else a draw from p without x replaces it.
 
-**Passes.** One-hot drafts take one pass over the vocabulary. It draws the replacement among the other tokens, whatever
-becomes of the draft, and needs no normaliser for that. Draft probabilities over a reduced vocabulary take two. The first
-pass draws among the tokens outside of that vocabulary, where q is 0 and `(p - q)+` is p. The second gathers the logits of
-the reduced vocabulary and draws from `exp(l - m) - q sum exp(l - m)`, which needs the first pass's sums. The better score
-of the two is the draw.
+**Passes.** One-hot drafts take one pass over the vocabulary. It always draws the replacement among the other tokens,
+whether or not the draft is accepted, and needs no normaliser for that. Draft probabilities over a reduced vocabulary
+take two passes. The first draws among the tokens outside of that vocabulary, where q is 0 and `(p - q)+` is p. The
+second gathers the logits of the reduced vocabulary and draws from `exp(l - m) - q sum exp(l - m)`, which needs the
+first pass's sums. The better score of the two is the draw.
 
-If `(p - q)+` is zero everywhere, q is p up to rounding, and the draft stands.
+If `(p - q)+` is zero everywhere, q is p up to rounding, and the draft is accepted.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def verify_by_rejection(
     """Verify packed drafts by rejection. Does not read from the device.
 
     Args:
-        logits: As in `verify`, like the next four and `temperature`, `allowed` and `implementation`. At temperature 0 both
-            forms are the same.
+        logits: As in `verify`; so are the next four, `temperature`, `allowed` and `implementation`. At temperature 0
+            both forms are the same.
         draft_token_ids: As in `verify`.
         row_starts: As in `verify`.
         keys: As in `verify`; the streams are those of acceptance and recovery, which no drafter draws from.
@@ -51,12 +51,13 @@ def verify_by_rejection(
         draft_probs: float32 `[rows, draft_vocab]`, the distribution each draft was drawn from; rows without a draft are
             not read. None for one-hot drafts.
         draft_vocab: int64 `[draft_vocab]`, distinct token ids of the columns of `draft_probs`; None for the whole
-            vocabulary in order. A token outside has draft probability 0.
+            vocabulary in order. Other tokens have draft probability 0.
         implementation: As in `verify`.
 
     Returns:
-        The tokens to commit: in `token_ids` the draft if it stands, else the recovered token; in a request's last row the
-        bonus token. Ignore rows behind the first rejection. Rows that are no distribution are as in `verify`.
+        The tokens to commit. `token_ids` has the draft if it is accepted, else the recovered token, and in a request's
+        last row the bonus token. Ignore rows after the first rejection. Rows that are no distribution are as in
+        `verify`.
 
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.

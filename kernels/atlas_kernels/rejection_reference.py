@@ -23,11 +23,11 @@ def rejection_reference(
         q.scatter_(1, column, 1.0)
     else:
         q[:, draft_vocab] = draft_probs.double()
-    # A row without a draft draws from p: there nothing is taken off it, whatever its draft probabilities hold.
+    # A row without a draft draws from p: nothing is subtracted, whatever its draft probabilities hold.
     q = torch.where(has_draft[:, None], q, 0.0)
     uniforms = noise.uniforms(rows.keys, rows.positions, int(Stream.ACCEPT))
     stands = uniforms * q.gather(1, column)[:, 0] < probs.gather(1, column)[:, 0]
-    residual = (probs - q).clamp(min=0).nan_to_num(0.0)  # NaN where no token is allowed
+    residual = (probs - q).clamp(min=0).nan_to_num(0.0)  # NaN if no token is allowed
     stands = has_draft & (stands | (residual.amax(dim=-1) == 0))
     recovered = first_argmax(noisy_scores(residual.log(), rows.keys, rows.positions, Stream.RECOVER))
     token_ids = torch.where(stands, rows.draft_token_ids, recovered)

@@ -38,8 +38,8 @@ def residual_splits(
 ):  # fmt: skip
     """Draws from `(p - q)+` over a tile of the draft vocabulary; the grid and both results are `[rows, tiles]`.
 
-    A draw is an argmax, so p need not be normalised: with m and Z = sum exp(l - m) of the first pass, `(exp(l - m) - q Z)+`
-    will do. Adding m puts its scores on the first pass's scale.
+    A draw is an argmax, so p need not be normalised: with m and Z = sum exp(l - m) of the first pass,
+    `(exp(l - m) - q Z)+` suffices. Adding m puts its scores on the first pass's scale.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)
@@ -49,7 +49,7 @@ def residual_splits(
     ids = tl.load(draft_vocab + column, mask=inside, other=vocab).to(tl.int32)
     row_logits, row_allowed = logits + row * logits_stride, allowed + row * allowed_stride
     x = processed_logits(row_logits, row_allowed, ids, vocab, temperature, SCALED, HAS_ALLOWED)
-    # A row without a draft draws from p: there nothing is taken off it, whatever its draft probabilities hold.
+    # A row without a draft draws from p: nothing is subtracted, whatever its draft probabilities hold.
     drafted = tl.where(tl.load(draft_token_ids + row) >= 0, num_draft_tokens, 0)
     q = tl.load(draft_probs + row * num_draft_tokens + column, mask=column < drafted, other=0.0)
     residual = tl.maximum(tl.exp(x - peak) - q * total, 0.0)
@@ -122,7 +122,7 @@ def rejection_triton(
         return results[0], results[1].zero_(), *results[2:]
     rows = rows.contiguous()
     one_hot = draft_probs is None or draft_vocab is None
-    # A pointer must be passed even where nothing is read through it; a one-hot draft's only column is itself.
+    # A pointer must be passed even if nothing is read through it; the only column of a one-hot draft is itself.
     column_of = rows.draft_token_ids if draft_vocab is None else _inverted(draft_vocab, rows.logits.shape[1])
     scores, tokens, sums = launch_splits(rows, stream=Stream.RECOVER, exclude=1 if one_hot else 2, excluded=column_of)
     arguments = row_arguments(rows) | {

@@ -1,19 +1,22 @@
 """Truncates rows of logits by top-k, then top-p, then min-p: excluded tokens get `-inf`.
 
-As many tokens are kept as by `transformers.generate`, and as likely ones; among equal ones it leaves the choice to a sort
-that is not stable. With l = logits / T and m the largest l:
+The number and the probabilities of the kept tokens are those of `transformers.generate`, which leaves the choice among
+equal tokens to an unstable sort. With l = logits / T and m the largest l:
 
-    top-k   keeps l >= the k-th largest l, so every token that is equal to the k-th
-    top-p   puts what is left in ascending order, equal tokens by their ids, and drops from its beginning as long as the sum
-            of probabilities is <= 1 - top_p; so of equal tokens at the boundary the highest ids stay. The last one stays
+    top-k   keeps l >= the k-th largest l, so every token that equals the k-th
+    top-p   sorts the remaining tokens in ascending order, equal ones by id, and drops from the beginning while the sum
+            of probabilities is <= 1 - top_p; so of equal tokens at the boundary the highest ids stay, and the last
+            token always stays
     min-p   drops tokens of less than `min_p` times the largest probability
 
-**One set, whoever computes it.** Sums of rounded numbers depend on their order, and exponentials on the library. Here a
-token weighs about `2**40 exp(l - m)`, rounded down, by a polynomial in integers (`truncate_reference.weights`), and sums are
-integers. So the kernel keeps exactly the tokens that the reference keeps. Both keep what float64 sums keep, unless a sum
-comes within some 1e-7 of the boundary; `transformers` rounds its float32 sums by as much.
+**The same set everywhere.** Sums of rounded numbers depend on their order, and exponentials on the library. Here the
+weight of a token is about `2**40 exp(l - m)`, rounded down, by a polynomial in integers (`truncate_reference.weights`),
+and sums are integers. So the kernel keeps exactly the tokens that the reference keeps. Both keep what float64 sums
+would keep, unless a sum is within some 1e-7 of the boundary; the float32 sums of `transformers` have rounding errors of
+that size.
 
-A row that is no distribution (a NaN, an infinite logit, no token allowed) loses no token, so that whoever draws notices it.
+A row that is no distribution (a NaN, an infinite logit, no token allowed) loses no token, so that the sampler notices
+it.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ def truncate(
 
     Args:
         logits: float32, bfloat16 or float16 `[rows, vocab]`; `-inf` for excluded tokens. Unchanged, unless it is `out`.
-        truncation: What is kept.
+        truncation: Which tokens are kept.
         temperature: `> 0`.
-        out: float32 `[rows, vocab]`, what is written; may be `logits`. None makes one.
+        out: float32 `[rows, vocab]`, receives the result; may be `logits`. None makes one.
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Returns:

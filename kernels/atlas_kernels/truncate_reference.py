@@ -25,7 +25,8 @@ def truncate_reference(
     """`out`; arguments as in `atlas_kernels.truncate.truncate`."""
     scaled = logits.float()
     if temperature != 1:
-        # A tensor divides; a Python number would be turned into a multiplication by its reciprocal on CUDA.
+        # Division by a tensor stays a division; on CUDA, by a Python number it becomes a multiplication by its
+        # reciprocal.
         scaled = scaled / torch.tensor(temperature, dtype=torch.float32, device=logits.device)
     peak = scaled.amax(dim=-1, keepdim=True)
     dropped = torch.zeros_like(scaled, dtype=torch.bool)
@@ -58,7 +59,7 @@ def weights(x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
 
 @cached_njit(nogil=True)
 def _weights_of(steps):
-    """`weights` of int32 `[n]`, compiled: some twenty integer operations of torch took longer than the sort."""
+    """`weights` of int32 `[n]`, compiled: as some twenty integer operations of torch it took longer than the sort."""
     out = np.empty(len(steps), np.int64)
     for index in range(len(steps)):
         step = np.int64(steps[index])

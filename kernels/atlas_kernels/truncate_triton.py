@@ -1,7 +1,8 @@
-"""The Triton kernel of `truncate`: one program per row searches the least kept logit in passes over the row.
+"""The Triton kernel of `truncate`: one program per row searches for the least kept logit in passes over the row.
 
-Nothing is sorted. A search halves an interval of float32 bit patterns twice per pass: at most 16 passes, each over logits
-that are in cache after the first. Tiles without a logit in the interval cost a comparison. See `docs/kernels.md`.
+Nothing is sorted. A search halves an interval of float32 bit patterns twice per pass: at most 16 passes, each over
+logits that are in cache after the first. Tiles without a logit in the interval cost one comparison. See
+`docs/kernels.md`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def ordered(x):
 def weights(x, peak):
     """As `truncate_reference.weights`, from the high halves of 32-bit products."""
     steps = tl.minimum((peak - x) * _STEPS_PER_NAT, _MOST_STEPS).to(tl.int32)
-    # Twice the reference's fraction: the high half of the product with a multiple of 2**-31 is one again.
+    # Twice the reference's fraction: the high half of its product with a multiple of 2**-31 is one again.
     fraction = ((steps & _FRACTION_MASK) << _FRACTION_SHIFT).to(tl.uint32)
     series = tl.full(fraction.shape, _C6, tl.uint32)
     series = _C5 - tl.umulhi(fraction, series)
@@ -56,7 +57,7 @@ def boundary(
 ):  # fmt: skip
     """`(key, below)`: the least key up to which tokens sum to more than `target`, and the sum of those below it; int64.
 
-    Tokens count 1 or, WEIGHED, their weights, of keys from `least` on.
+    Only tokens with keys from `least` on count, each as 1 or, if WEIGHED, by its weight.
     """
     low = least.to(tl.int64)
     high = ordered(peak).to(tl.int64)
@@ -126,7 +127,7 @@ def truncate_rows(
     negative_infinity = float("-inf")
     peak, defined = row_sums(logits, vocab, temperature, SCALED, TOKENS)
     least = ordered(tl.full([], negative_infinity, tl.float32))
-    surplus = tl.zeros([], tl.int64)  # tokens at `least` that are dropped, those of the lowest ids
+    surplus = tl.zeros([], tl.int64)  # tokens at `least` that are dropped: those with the lowest ids
     if defined:
         if TOP_K:
             found, _ = boundary(logits, vocab, temperature, peak, least, vocab - top_k, False, SCALED, TOKENS)

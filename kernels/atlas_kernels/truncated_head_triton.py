@@ -1,6 +1,7 @@
-"""`draft_head` with truncation: a row's logits have to be complete before a token is drawn.
+"""`draft_head` with truncation: a row's logits must be complete before a token is drawn.
 
-Per token `advance` and `score` of the draft head, here for its logits alone, then `truncate` and `draw`: five launches.
+Each token takes five launches: `advance` and `score` of the draft head, here for its logits alone, then `truncate` and
+`draw`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from atlas_kernels.draw_triton import draw_among
 from atlas_kernels.head_call import HeadCall
 from atlas_kernels.truncate_triton import truncate_triton
 
-_ALIGNED = 4  # float32 numbers, so that the logits of every step begin at 16 bytes
+_ALIGNED = 4  # in float32 numbers, so that the logits of every step begin at a multiple of 16 bytes
 
 
 def draft_head_triton(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -65,7 +66,7 @@ def _arguments(call: HeadCall, states: torch.Tensor) -> dict[str, Any]:
         "ELEMENT": head.element_of(weights),
         "COMPUTE": compute,
         "STREAM": int(call.stream),
-        "GREEDY": True,  # its choice is not looked at: without noise
+        "GREEDY": True,  # its choice is not used, so no noise is drawn
         "SCALED": False,
         "WITH_PROBS": True,
         "SPLITS": head.SPLITS,

@@ -14,12 +14,12 @@ class Truncation:
     """Which tokens of a distribution are kept.
 
     Attributes:
-        top_k: Most tokens, but for those that are equal to the last one; 0 keeps all.
+        top_k: Most tokens, plus those that are equal to the last one; 0 keeps all.
         top_p: Least share of the probability, in (0, 1]; 1 keeps all tokens.
         min_p: Least probability, as a share in [0, 1] of the largest; 0 keeps all.
 
     Raises:
-        ValueError: A number is outside its range.
+        ValueError: A number is out of range.
     """
 
     top_k: int = 0

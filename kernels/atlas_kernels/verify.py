@@ -5,9 +5,10 @@ exponentials E of `atlas_kernels.noise`,
 
     choice = argmax_x l(x) - log E(x)          a draft is accepted exactly when it is the choice
 
-A row's noise is never written out, and little of it is drawn: no score of a noise block of 128 tokens exceeds the block's
-largest logit minus the log of its least exponential. So one Philox block serves 128 tokens, unless that bound beats the best
-score so far. No softmax is written out either: log-normaliser, entropy and largest probability come from the same pass.
+A row's noise is never written out, and little of it is drawn: no score of a noise block of 128 tokens exceeds the
+block's largest logit minus the log of its least exponential. So one Philox block serves 128 tokens, unless that bound
+beats the best score so far. The softmax is not written out either: log-normaliser, entropy and largest probability come
+from the same pass.
 
 **Which choice.** Scores are float64 from float32 `l` and float32 E, in the kernel and in the reference. So both choose the
 same token, and so does `atlas_kernels.noise.choose_rows`, which draws the same E, unless the two best scores differ by
@@ -59,22 +60,23 @@ def verify(
     """Verify packed drafts by drafter-invariant sampling. Does not read from the device.
 
     Args:
-        logits: float32, bfloat16 or float16 `[rows, vocab]`: request by request, after its last committed token, then
-            after each of its drafts. The caller has applied penalties, and made tokens that top-k, top-p or min-p exclude
-            `-inf`, or not `allowed`. Left unchanged. Beyond 1e8 in magnitude float64 scores begin to lose the noise.
+        logits: float32, bfloat16 or float16 `[rows, vocab]`: for each request, the logits after its last committed
+            token, then after each of its drafts. The caller has applied penalties, and has made tokens that top-k,
+            top-p or min-p exclude `-inf` or not `allowed`. Left unchanged. Above 1e8 in magnitude, float64 scores begin
+            to lose the noise.
         draft_token_ids: int64 `[rows]`: the draft at the position that the row decides, -1 in a request's last row.
         row_starts: int64 `[batch + 1]`: request i has the rows `row_starts[i] .. row_starts[i + 1] - 1`.
         keys: int64 `[rows]`, the bits of the noise keys (`request_keys(seed, ...)`).
-        positions: int64 `[rows]`, index in the whole sequence of the token that is drawn.
+        positions: int64 `[rows]`, index in the whole sequence of the drawn token.
         temperature: `> 0`; 0 takes the likeliest token (the first of equals) and gives logprobs at temperature 1.
         allowed: bool `[rows, vocab]`; tokens that are False have probability zero. None allows all.
-        greedy: bool `[rows]`, rows that take the likeliest token, like temperature 0, but have figures at `temperature`.
-            None draws every row.
+        greedy: bool `[rows]`, rows that take the likeliest token, as at temperature 0, but have figures at
+            `temperature`. None draws every row.
         implementation: "auto" is the kernel on CUDA and the reference elsewhere.
 
     Returns:
         The choice of every row. A row that is no distribution, because it holds NaN or +inf or allows no token, has NaN
-        in all figures, and some token of the vocabulary that means nothing: look at `max_probs` before using it.
+        in all figures and a meaningless token: check `max_probs` before using it.
 
     Raises:
         ValueError: A shape, type or device does not fit, or the implementation cannot run here.

@@ -35,7 +35,8 @@ def processed_logits(logits: torch.Tensor, temperature: float, allowed: torch.Te
     """Logits of the sampled distribution: float64 `[rows, vocab]`, with values representable in float32."""
     processed = logits.float()
     if temperature not in (0, 1):
-        # A tensor divides; a Python number would be turned into a multiplication by its reciprocal on CUDA.
+        # Division by a tensor stays a division; on CUDA, by a Python number it becomes a multiplication by its
+        # reciprocal.
         processed = processed / torch.tensor(temperature, dtype=torch.float32, device=logits.device)
     if allowed is not None:
         processed = processed.masked_fill(~allowed, float("-inf"))
@@ -53,7 +54,7 @@ def noisy_scores(
 def first_argmax(scores: torch.Tensor) -> torch.Tensor:
     """The first of each row's largest scores: int64 `[rows]` (`Tensor.argmax` does not promise the first).
 
-    0 in a row with a NaN, which equals nothing: an index out of range would stop a GPU's whole process.
+    Returns 0 for a row with a NaN, which equals nothing: an index out of range would abort the whole process on a GPU.
     """
     vocab = scores.shape[1]
     tokens = torch.arange(vocab, device=scores.device)

@@ -16,7 +16,7 @@ from atlas_kernels.rows import PackedRows
 BLOCKS = 16
 """Noise blocks per step: 2,048 tokens, 16 per thread."""
 NUM_WARPS = 4
-# The interpreter pays per operation, not per element: larger steps, and splits only so that they are tested.
+# The interpreter pays per operation, not per element: large steps, and only enough splits to test them.
 _INTERPRETED = (64, 2)
 # log of float64 need not be monotone in the last place; a bound that is this much too high costs nothing.
 _SLACK = tl.constexpr(1e-9)
@@ -48,7 +48,7 @@ def without_excluded(x, ids, vocab, excluded, EXCLUDE: tl.constexpr):
 def add_weights(x, top, peak, total, moment):
     """Adds a tile to the sums of `exp(x - peak)` and `exp(x - peak) (x - peak)`, by lane; `top` is its largest `x`."""
     new_peak = tl.maximum(peak, top)
-    # While nothing is allowed the peak is -inf, and -inf - -inf is not a number.
+    # While no token is allowed the peak is -inf, and -inf - -inf is NaN.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     scale = tl.exp(peak - shift)
     # Logits that a policy masks with its type's least number are finite, and total * drift may overflow.
@@ -111,8 +111,8 @@ def store_split(scores, tokens, sums, slot, score, token, logit, peak, total, mo
     tl.store(sums + 4 * slot + 3, tl.sum(moment))
 
 
-# Whatever changes from step to step is no reason to compile anew: sizes, and where the few numbers per row lie. What a run
-# has once stays specialised, so that rows of logits are read 16 bytes at a time.
+# Sizes and addresses of the few numbers per row change from step to step and must not cause a recompilation. Properties
+# that are fixed during a run stay specialised, so that rows of logits are read 16 bytes at a time.
 @triton.jit(
     do_not_specialize=["tiles_per_split"], do_not_specialize_on_alignment=["keys", "positions", "excluded", "greedy"]
 )
@@ -126,8 +126,8 @@ def choose_splits(
 
     Writes `scores` float64 and `tokens` int32 `[rows, splits]`, and `sums` float32 `[rows, splits, 4]`: the best token's
     logit, the largest logit m, sum exp(l - m), and sum exp(l - m) (l - m). Excluded tokens (see `without_excluded`) count in
-    the sums, but are not chosen: `excluded` int64 `[rows]` has one per row, or `column_of` int32 `[vocab]` those of all.
-    Rows draw without noise if GREEDY is 1, or if it is 2 and `greedy[row]` is not 0.
+    the sums, but are not chosen: `excluded` int64 `[rows]` has one per row, `column_of` int32 `[vocab]` marks those of
+    all rows. Rows draw without noise if GREEDY is 1, or if it is 2 and `greedy[row]` is not 0.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key, position = tl.load(keys + row), tl.load(positions + row)
@@ -176,7 +176,7 @@ def best_split(scores, tokens, row, splits, SPLITS: tl.constexpr):
     inside = split < splits
     candidates = tl.load(scores + row * splits + split, mask=inside, other=float("-inf"))
     score = tl.max(candidates, axis=0)
-    # Splits are in the order of the vocabulary: the first of equal ones has the first token.
+    # Splits are in vocabulary order, so the first of equal splits has the first token.
     winner = tl.min(tl.where(candidates == score, split, SPLITS), axis=0)
     return score, tl.load(tokens + row * splits + winner), winner
 
@@ -256,7 +256,7 @@ def empty_results(rows: PackedRows) -> tuple[torch.Tensor, ...]:
 
 def row_arguments(rows: PackedRows) -> dict[str, Any]:
     """The common arguments of kernels over contiguous rows, by name."""
-    # A pointer must be passed even where nothing is read through it.
+    # A pointer must be passed even if nothing is read through it.
     mask = rows.logits if rows.allowed is None else rows.allowed.view(torch.uint8)
     return {
         "logits": rows.logits,
@@ -273,7 +273,7 @@ def row_arguments(rows: PackedRows) -> dict[str, Any]:
 
 
 def _row_stride(rows: torch.Tensor) -> int:
-    """Stride between rows; for a single row, whose stride is arbitrary, that of several contiguous ones."""
+    """Stride between rows; for a single row, whose stride is arbitrary, the stride of contiguous rows."""
     return rows.stride(0) if len(rows) > 1 else rows.shape[1]
 
 
@@ -309,7 +309,7 @@ def launch_splits(
 def split_vocab(rows: int, vocab: int, device: torch.device) -> tuple[int, int, int]:
     """Noise blocks per step, number of splits, and steps per split.
 
-    There are about four programs per multiprocessor, so that few rows use the whole device too.
+    About four programs per multiprocessor, so that few rows use the whole device too.
     """
     blocks, programs = _blocks_and_programs(device)
     splits = triton.cdiv(programs, max(rows, 1)) if device.type == "cuda" else programs

@@ -1,8 +1,9 @@
 """Lets TRL trainers that can use vLLM generate with the engine, in the trainer's process.
 
-The seam is the object that TRL keeps for vLLM. Trainers ask `trainer.vllm_generation` to sync weights and to generate,
-whatever object stands there. An adapter with the same two methods keeps every feature of that path: importance-sampling
-correction, tools, environments, evaluation. The trainer is built with `use_vllm=False`, so vLLM is never loaded.
+The interface is the object that TRL keeps for vLLM. Trainers call `trainer.vllm_generation` to sync weights and to
+generate, whatever object it is. An adapter with the same two methods keeps every feature of that path:
+importance-sampling correction, tools, environments, evaluation. The trainer is built with `use_vllm=False`, so vLLM is
+never loaded.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ def check_same_policy(engine: RolloutEngine, trainer: Any) -> None:
 def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
     """Make the adapter for `GRPOTrainer(rollout_func=engine)`, which the trainer calls.
 
-    The trainer calls it for the first time in the middle of `train`. If it resumes, the drafters are restored now, from
-    where the trainer saves them: which folder it resumed from is not known any more.
+    The trainer calls it for the first time in the middle of `train`. If the run resumes, the drafters are restored now
+    from the trainer's output folder, because the folder that it resumed from is no longer known.
 
     Raises:
-        ValueError: The trainer asks for what the engine does not have.
+        ValueError: The trainer asks for an option that the engine does not have.
     """
     check_gathering(trainer)
     adapter = TrainerAdapter(engine, trainer, baseline_every=0)
@@ -95,13 +96,14 @@ def sampling_in_process(trainer: Any, seed: int) -> TrainerSampling:
 class TrainerAdapter:
     """Generates for a trainer in place of `trl.generation.vllm_generation.VLLMGeneration`.
 
-    Trainers call `sync_weights`, `generate` and `llm`. A subclass for another engine overrides `llm` and `sync_weights`,
-    the two class attributes, and four hooks: `_mode` says what a call is for, `_sampling` what it can honour, `_policy` what
-    generates, and `_audited` what its samples are compared with. It may wrap `_generate`, which is one generation call.
+    Trainers call `sync_weights`, `generate` and `llm`. A subclass for another engine overrides `llm` and
+    `sync_weights`, the two class attributes, and four hooks: `_mode` is the purpose of a call, `_sampling` its
+    supported options, `_policy` the policy that generates, and `_audited` the policy that its samples are compared
+    with. It may also wrap `_generate`, which is one generation call.
 
     Args:
         engine: Generates.
-        trainer: Its sampling options are read at every generation, so that schedules on them work.
+        trainer: The trainer. Its sampling options are read at every generation, so that schedules on them work.
         baseline_every: See `AtlasRolloutEngine.attach`.
 
     Raises:
@@ -124,10 +126,10 @@ class TrainerAdapter:
         self._calls_at_step: dict[tuple[int, str], int] = {}
         self._train_calls = 0
         self._synced_step: int | None = None
-        self._sampling(seed=0)  # refuse options that cannot be honoured before the trainer is touched
+        self._sampling(seed=0)  # refuse unsupported options before the trainer is changed
         self._importance = ImportanceCheck(trainer, self.shares_weights and engine.config.spare_importance_sampling)
         self._reports = ReportCallback(engine, trainer)
-        # A share of the steps may learn from the dataset's own completions.
+        # Some steps may learn from the dataset's own completions.
         self._reports.may_pause = getattr(trainer, "lmbda", 1.0) < 1.0
         self.drafter_state = DrafterStateCallback(engine, trainer)
         exchange = ExchangeCallback(trainer)
@@ -138,7 +140,7 @@ class TrainerAdapter:
             trainer.add_callback(callback)
 
     def install(self) -> None:
-        """Take the place of the trainer's vLLM engine."""
+        """Replace the trainer's vLLM engine."""
         self.trainer.use_vllm = True
         self.trainer.vllm_generation = self
         self.trainer._last_loaded_step = -1  # sync before the first generation
@@ -153,7 +155,7 @@ class TrainerAdapter:
         return SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(max_model_len=limit)))
 
     def sync_weights(self) -> None:
-        """Refresh the drafters after a policy update. Weights are shared, so none are copied."""
+        """Refresh the drafters after a policy update. Weights are shared, so nothing is copied."""
         step = int(self.trainer.state.global_step)
         if self._synced_step != step:
             self._synced_step = step
@@ -170,11 +172,11 @@ class TrainerAdapter:
         """Generate one completion per prompt; the trainer has repeated each prompt `num_generations` times.
 
         Returns:
-            Prompt ids, completion ids, logprobs and token ids. The last two have a list of one per token, because TRL
-            expects the likeliest few of each position.
+            Prompt ids, completion ids, logprobs and token ids. The last two have a list of one entry per token, because
+            TRL expects several candidates per position.
 
         Raises:
-            ValueError: Prompts with images.
+            ValueError: The prompts contain images.
         """
         refuse_images(images)
         with profiler or nullcontext():
@@ -187,7 +189,7 @@ class TrainerAdapter:
         """Generate as TRL's `rollout_func`: one row per prompt, which the trainer has already repeated.
 
         Raises:
-            ValueError: Prompts with images.
+            ValueError: The prompts contain images.
         """
         prompt_ids, images, _ = self.trainer._tokenize_prompts(prompts)
         refuse_images(images)
@@ -202,7 +204,7 @@ class TrainerAdapter:
     def _generate(self, prompts: list[list[int]], asked: SamplingParams | None = None) -> GenerationOutput:
         """Run one generation call, compare it with a rerun if one is due, and report.
 
-        `asked` are the sampling options of this call; None takes the trainer's. The seed is the adapter's in any case.
+        `asked` are the sampling options of this call, None for the trainer's. The seed is always the adapter's.
         """
         step, mode = int(self.trainer.state.global_step), self._mode()
         seed = self._seed(step, mode)
@@ -232,24 +234,24 @@ class TrainerAdapter:
         return replace(output, report=report)
 
     def _mode(self) -> Mode:
-        """Hook: what a call generates for, training or evaluation."""
+        """Hook: the purpose of a call, training or evaluation."""
         return "train" if self.trainer.model.training else "eval"
 
     def _sampling(self, seed: int) -> TrainerSampling:
-        """Hook: the trainer's sampling options. Raises `ValueError` for those that the engine cannot honour."""
+        """Hook: the trainer's sampling options. Raises `ValueError` for those that the engine does not support."""
         return sampling_in_process(self.trainer, seed)
 
     def _policy(self) -> AbstractContextManager[Any]:
         """Hook: the policy for `RolloutEngine.rollout`, ready for one call.
 
-        In process it is the trainer's model, with DeepSpeed ZeRO-3 and FSDP shards gathered once, for the whole call.
+        In process it is the trainer's model. Shards of DeepSpeed ZeRO-3 and FSDP are gathered once for the whole call.
         """
         return whole_policy(self.trainer)
 
     def _audited(self) -> nn.Module | None:
         """Hook: the policy whose plain forward the audit uses, if another copy generates.
 
-        None means that `_policy` itself is compared with in process, and that nothing is audited elsewhere.
+        None audits `_policy` itself in process, and nothing with other backends.
         """
         return None
 
@@ -266,13 +268,13 @@ class TrainerAdapter:
     def _with_baseline(
         self, model: Any, prompts: list[list[int]], sampling: TrainerSampling, output: GenerationOutput
     ) -> StepReport:
-        """The report of `output` with the tokens/s of a rerun without speculation, whose tokens must be equal."""
+        """Report of `output`, with the tokens/s of a rerun without speculation, whose tokens must be equal."""
         began_s = time.perf_counter()
         plain = self.engine.rollout(model, prompts, sampling.params, speculation=False, extra=sampling.extra)
         measuring_s = time.perf_counter() - began_s
         self.engine.measured(measuring_s)
         self._reports.measured(measuring_s)
-        # Weights come to the engine whether it speculates or not.
+        # Weights are sent to the engine whether it speculates or not.
         report = replace(
             output.report, baseline_tokens_per_s=with_sync(plain.report, output.report.sync_s).tokens_per_s
         )

@@ -1,4 +1,4 @@
-"""Finds settings that training would fail on when the engine is attached, before training time is spent."""
+"""Finds settings that would fail during training with the engine attached, before training time is spent."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
 def check_gathering(trainer: Any) -> None:
     """Raise `ValueError` if all ranks together cannot gather the weights once per generation call.
 
-    Ranks generate different numbers of tokens. A collective in every forward, or calls of some ranks only, would make them
-    wait for each other for ever.
+    Ranks generate different numbers of tokens. A collective in every forward, or in calls of only some ranks, would
+    deadlock.
     """
     once = "the engine gathers the policy once per generation call, because ranks need different numbers of forwards"
     splits = _splits_forwards(trainer)
@@ -88,7 +88,8 @@ def _splits_forwards(trainer: Any) -> str:
 def check_policy_in_process(trainer: Any, sampling: SamplingParams) -> None:
     """Raise `ValueError` for a policy, ending tokens or prompts that the engine cannot run in process.
 
-    A policy whose weights are whole is probed at once. One that DeepSpeed or FSDP will shard is on no device yet.
+    A policy whose weights are whole is probed at once. A policy that DeepSpeed or FSDP will shard is not on a device
+    yet.
     """
     runner = InProcessRunner(trainer.model, is_placed=not shards(trainer))
     for token in sampling.eos_token_ids:
@@ -102,7 +103,7 @@ def check_policy_in_process(trainer: Any, sampling: SamplingParams) -> None:
     if is_whole(trainer):
         with runner.session(runner.new_cache(1, 1)):
             pass
-        # A prompt has a token at least, and the last one drawn is not run.
+        # A prompt has at least one token, and the last drawn token is not run.
         runner.check_reach(min(sampling.max_new_tokens, runner.max_context or sampling.max_new_tokens))
 
 
@@ -114,7 +115,7 @@ def is_whole(trainer: Any) -> bool:
 
 
 def _check_way_to_the_engine(trainer: Any, way: Way) -> None:
-    """Raise `ValueError` if the trainer generates in its own method that never calls the engine."""
+    """Raise `ValueError` if the trainer generates in a method of its own that never calls the engine."""
     for stage, following in pairwise(way):
         method = getattr(trainer, stage, None)
         if method is not None and not _mentions(method, trainer, {stage, following}):
@@ -171,7 +172,7 @@ def _check_correction(trainer: Any) -> None:
     """TRL's checks of the importance-sampling correction, which its constructor makes only with `use_vllm=True`.
 
     Raises:
-        ValueError: The loss and the mode of the correction do not go together, or the mode does not exist.
+        ValueError: The loss does not work with the correction's mode, or the mode does not exist.
     """
     if not getattr(trainer, "vllm_importance_sampling_correction", False):
         return

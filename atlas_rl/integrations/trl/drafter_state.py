@@ -1,7 +1,7 @@
 """Saves the drafters' state with the trainer's checkpoints, and restores it when a run resumes.
 
-Drafters of different ranks know different things, so each rank has a file. If the number of ranks changes, ranks without a
-file take those of others.
+Drafters of different ranks have learned different things, so each rank has a file. If the number of ranks changes,
+ranks without a file use those of others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 class DrafterStateCallback(TrainerCallback):
     """Keeps the drafters' state in the folders of the trainer's checkpoints.
 
-    No callback is told which folder a run resumes from, so the argument of `trainer.train` is noted.
+    Callbacks do not learn which folder a run resumes from, so the argument of `trainer.train` is recorded.
 
     Args:
-        engine: Its drafters' state is kept.
-        trainer: Whose checkpoints hold it.
+        engine: Engine whose drafters' state is saved.
+        trainer: Trainer whose checkpoints hold it.
     """
 
     def __init__(self, engine: RolloutEngine, trainer: Any) -> None:
@@ -38,7 +38,7 @@ class DrafterStateCallback(TrainerCallback):
         self._asked: str | Path | bool | None = None
 
     def follow(self) -> None:
-        """Remember from now on which checkpoint `trainer.train` resumes from."""
+        """From now on, remember which checkpoint `trainer.train` resumes from."""
         train = self._trainer.train
 
         @functools.wraps(train)

@@ -1,10 +1,10 @@
 """Sends every rank's rollouts to all ranks after an optimizer step, as token ids, and sums what drafters learned.
 
-With N ranks each sees one prompt in N, and a prompt that comes back in the next epoch goes to another rank most of the time.
-An index of this rank's rollouts alone would know little of it. A step's rollouts are a few MB at most. Rollouts of
-evaluations stay where they are: an evaluation's prompts come back to the same rank.
+Each of N ranks sees one prompt in N, and in the next epoch a prompt usually goes to another rank. An index of one
+rank's own rollouts would rarely contain it. A step's rollouts are a few MB at most. Rollouts of evaluations are not
+sent: an evaluation's prompts always come back to the same rank.
 
-A network learns from hidden states, which are too large to send. Ranks add up its weights instead.
+A network learns from hidden states, which are too large to send. Instead, ranks sum its learned parts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
     """Exchanges rollouts at the end of every optimizer step, which all ranks reach equally often.
 
     Args:
-        trainer: Whose ranks exchange.
+        trainer: Trainer whose ranks exchange.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -34,7 +34,7 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         self._own: list[Sequences] = []
         self._others: list[Sequences] = []
         self._speculators: Mapping[str, Speculator] = {}
-        self._fresh = False  # whether they were refreshed since ranks last added up
+        self._fresh = False  # whether speculators were refreshed since ranks last summed
         self._seconds = 0.0
 
     def put(self, sequences: Sequences) -> None:

@@ -1,7 +1,8 @@
 """Lets trainers that call `model.generate` generate with the engine.
 
-They call it on the policy without its parallel wrappers, so the policy gets another `generate` while the trainer trains,
-evaluates or predicts. The calls are read as transformers reads them. What cannot be served is left to transformers.
+They call it on the policy without its parallel wrappers, so the policy's `generate` is replaced while the trainer
+trains, evaluates or predicts. Calls are read as transformers reads them. Unsupported calls are passed on to
+transformers.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class GenerateAdapter(TrainerAdapter):
 
     Args:
         engine: Generates.
-        trainer: Whose policy's `generate` is replaced.
+        trainer: Trainer whose policy's `generate` is replaced.
         baseline_every: See `AtlasRolloutEngine.attach`.
 
     Raises:
-        ValueError: The trainer's `generation_config` asks for what the engine does not have.
+        ValueError: The trainer's `generation_config` asks for an option that the engine does not have.
     """
 
     def __init__(self, engine: RolloutEngine, trainer: Any, baseline_every: int) -> None:
@@ -72,7 +73,7 @@ class GenerateAdapter(TrainerAdapter):
     def _while_serving(self, run: Any, mode: Mode) -> Any:
         @functools.wraps(run)
         def served(*args: Any, **kwargs: Any) -> Any:
-            # An evaluation in the middle of training finds the policy served.
+            # An evaluation during training finds `generate` replaced already.
             with nullcontext() if self._modes else self._served_policy():
                 self._modes.append(mode)
                 try:
@@ -92,7 +93,7 @@ class GenerateAdapter(TrainerAdapter):
             plain = functools.partial(type(model).generate, model)
             return plain(*args, **kwargs) if model is not policy else self._answer(model, plain, args, kwargs)
 
-        policy.generate = MethodType(generate, policy)  # a method, so that a copy's is bound to the copy
+        policy.generate = MethodType(generate, policy)  # a method, so that a copy of the policy binds it to the copy
         try:
             yield
         finally:
@@ -111,7 +112,7 @@ class GenerateAdapter(TrainerAdapter):
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
-            self._reports.may_pause = True  # this says more
+            self._reports.may_pause = True  # this warning says more
             logger.warning(
                 "atlas_rl: a call of model.generate is left to transformers, without speculation or report, because %s",
                 reason,
@@ -119,7 +120,7 @@ class GenerateAdapter(TrainerAdapter):
 
 
 def _keep_figures(trainer: Any) -> None:
-    """Give a trainer without metrics a place for them; its log takes the means, as in TRL's other trainers."""
+    """Give a trainer without metrics a place for them; its log takes their means, as in TRL's other trainers."""
     kept: dict[str, defaultdict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
     log = trainer.log
 

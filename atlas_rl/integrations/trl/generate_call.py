@@ -1,6 +1,6 @@
 """Reads a trainer's call of `model.generate`, and answers it as transformers would.
 
-A call is served only as a whole: what the engine cannot do in it, it does not leave out.
+A call is served only if the engine supports all of it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class GenerateCall:
 
     Attributes:
         input_ids: The padded prompts, int64 `[prompts, width]`.
-        prompts: Token ids of each request: of each prompt as often as it is to be continued, without padding.
-        params: How to sample; the seed is the caller's.
-        pad_token_id: Fills the rows behind their completions.
-        as_dict: Whether transformers' output object is asked for, not the tokens alone.
+        prompts: Token ids of each request, without padding; a prompt is repeated for each of its completions.
+        params: Sampling parameters; the caller sets the seed.
+        pad_token_id: Fills rows after the end of their completions.
+        as_dict: Whether to return transformers' output object instead of the tokens alone.
     """
 
     input_ids: torch.Tensor
@@ -58,7 +58,7 @@ def read_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     """Read the arguments of `model.generate(*args, **kwargs)`.
 
     Raises:
-        ValueError: Something that the engine cannot do. The message says what, to be read after "because".
+        ValueError: The engine does not support the call. The message gives the reason, to be read after "because".
     """
     named = _named(args, kwargs)
     inputs = named.pop("inputs", None)
@@ -86,12 +86,12 @@ def read_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def read_config(model: nn.Module, config: GenerationConfig) -> SamplingParams:
-    """The sampling options of calls with this configuration. Raises `ValueError` for those that cannot be honoured."""
+    """The sampling options of calls with this configuration. Raises `ValueError` for unsupported ones."""
     return _honoured(read_generation_config(_config_of(model, config, {})[0]))
 
 
 def check_generate(model: nn.Module) -> None:
-    """Raise `ValueError` for a policy with its own `generate`, which may do more than transformers' does."""
+    """Raise `ValueError` for a policy with its own `generate`, which may differ from transformers'."""
     inside: Any = unwrap_policy(model)
     replaced = [each for each in (model, inside) if "generate" in vars(each)]
     if replaced or getattr(type(inside), "generate", None) is not GenerationMixin.generate:
@@ -111,13 +111,13 @@ def _config_of(
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """The configuration that transformers makes of the call, the policy and its defaults; and the other arguments.
 
-    None of its options is known to transformers by an argument of `generate`, so that what it does not take is left over.
+    Transformers recognises its options as arguments of `generate`; the arguments that it leaves are the others.
     """
     inside: Any = unwrap_policy(model)
     own = vars(model).get("generation_config")
     if own is not None:
         inside.generation_config = own  # as PEFT does in every call
-    # transformers' own word on which of the three wins.
+    # transformers itself decides which of the three takes precedence.
     complete, others = inside._prepare_generation_config(config, **named)
     return complete, {name: value for name, value in others.items() if name not in _OF_THE_LOOP}
 

@@ -1,9 +1,9 @@
 """Switches off TRL's importance-sampling correction where it would multiply by one.
 
-TRL corrects for an engine whose logprobs differ from the trainer's, at the price of a forward pass over every rollout. An
-engine that samples from the trainer's own weights needs none of it, if it samples from what the trainer scores with: the
-whole softmax at the trainer's temperature, in the trainer's precision and with its dropout. Sampling options are compared
-at every generation; logprobs are compared once, over enough tokens, before the correction is dropped.
+TRL corrects for an engine whose logprobs differ from the trainer's, at the price of a forward pass over every rollout.
+An engine with the trainer's own weights needs no correction if it samples from the distribution that the trainer scores
+with: the whole softmax at the trainer's temperature, in the trainer's precision and with its dropout. Sampling options
+are compared at every generation. Logprobs are compared once, over enough tokens, before the correction is dropped.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ENOUGH_TOKENS = 32  # of all ranks
+_ENOUGH_TOKENS = 32  # summed over ranks
 _ROWS = 16  # most rollouts compared per generation
 _POSITIONS = 1024  # most compared positions of a rollout
 _CHUNK = 64  # positions whose float32 logits are held together
-_OUTLIER = 10  # the largest difference may be so many times the limit of the mean
+_OUTLIER = 10  # limit of the largest difference, as a multiple of the limit of the mean
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Comparison:
         sum_nats: Sum of the absolute differences.
         max_nats: The largest one.
         limit_nats: Mean absolute difference that rounding explains.
-        reason: Why the two are different distributions; empty where they should be the same.
+        reason: Why the two distributions differ; empty if they should be equal.
     """
 
     num_tokens: int = 0
@@ -69,12 +69,12 @@ class Comparison:
 class ImportanceCheck(TrainerCallback):
     """Compares sampled logprobs with the trainer's forward pass, and drops the correction if they agree.
 
-    Ranks decide together, at the begin and the end of an optimizer step, which each of them reaches equally often. Ranks
-    that decided differently would run different collectives and wait for each other for ever.
+    Ranks decide together, at the beginning and the end of an optimizer step, which each of them reaches equally often.
+    Ranks that decided differently would run different collectives and deadlock.
 
     Args:
-        trainer: Whose `vllm_importance_sampling_correction` is switched off if they agree.
-        wanted: False leaves the correction alone.
+        trainer: Trainer whose `vllm_importance_sampling_correction` is switched off if they agree.
+        wanted: False leaves the correction as it is.
     """
 
     def __init__(self, trainer: Any, wanted: bool) -> None:
@@ -84,7 +84,7 @@ class ImportanceCheck(TrainerCallback):
         self._own = Comparison()
 
     def begin_step(self, sampling: SamplingParams) -> None:
-        """Before the first rollouts of a policy version: changed options switch the correction on again."""
+        """Switch the correction on again if options changed; called before the first rollouts of a policy version."""
         if not self._dropped:
             return
         reason = next(filter(None, self._of_all_ranks(self._difference_in_law(sampling))), "")
@@ -121,12 +121,12 @@ class ImportanceCheck(TrainerCallback):
         return [own] if self._trainer.accelerator.num_processes == 1 else list(gather_object([own]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Decide together over all ranks, by the worst of them."""
+        """Decide over all ranks together, by the worst of them."""
         if self._pending and self._trainer.accelerator.num_processes > 1:
             self._settle(self._of_all_ranks(self._own))
 
     def _difference_in_law(self, sampling: SamplingParams) -> str:
-        """Why the trainer scores another distribution than the sampled one, in words; empty if it does not."""
+        """Why the trainer scores another distribution than the sampled one, in words; empty if it is the same."""
         if not sampling.plain:
             return "the sampled distribution is greedy, truncated or penalised, and the trainer scores the whole one"
         scored_at = getattr(self._trainer, "temperature", 1.0)
@@ -140,10 +140,10 @@ class ImportanceCheck(TrainerCallback):
         return ""
 
     def _compare(self, model: nn.Module, sampling: SamplingParams, output: GenerationOutput) -> None:
-        """Add some rollouts, chosen at random, scored in the trainer's mode and precision."""
+        """Add some randomly chosen rollouts, scored in the trainer's mode and precision."""
         device = unwrap_policy(model).get_input_embeddings().weight.device
         rows = np.random.default_rng(sampling.seed).permutation(len(output.completion_ids))[:_ROWS]
-        # Dropout of this pass must not change that of the training.
+        # Dropout in this pass must not change the random numbers of training.
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             self._trainer.accelerator.autocast(),
@@ -177,7 +177,7 @@ class ImportanceCheck(TrainerCallback):
             error = (scored.gather(1, drawn[:, None])[:, 0].double().cpu() - returned[part]).abs()
             own.num_tokens += len(error)
             own.sum_nats += float(error.sum())
-            own.max_nats = float(torch.tensor([own.max_nats, float(error.max())]).max())  # keeps not-a-number
+            own.max_nats = float(torch.tensor([own.max_nats, float(error.max())]).max())  # keeps NaN
 
     def _settle(self, ranks: list[Comparison]) -> None:
         """Decide if the ranks together have seen enough; called with the same argument on every rank."""

@@ -1,4 +1,4 @@
-"""Attaches an engine that generates in process, according to how the trainer samples."""
+"""Attaches an engine that generates in process, depending on how the trainer samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
-    """Put the engine where the trainer generates. Raises `ValueError`, and changes nothing, if it cannot."""
+    """Put the engine where the trainer generates. If it cannot, raises `ValueError` and changes nothing."""
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=True)
     if getattr(trainer, "use_vllm", False):
@@ -39,7 +39,7 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerA
 
 
 def _checked_config(trainer: Any) -> SamplingParams:
-    """The sampling options of the trainer's calls. Raises `ValueError` for those that cannot be honoured."""
+    """The sampling options of the trainer's calls. Raises `ValueError` for unsupported ones."""
     check_generate(trainer.model)
     try:
         return read_config(trainer.model, trainer.generation_config)

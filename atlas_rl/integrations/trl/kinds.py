@@ -1,6 +1,6 @@
 """TRL's trainers, by how they obtain completions.
 
-A trainer is known by the names of its classes, so that a subclass is what it derives from and no trainer is imported.
+A trainer is recognised by the names of its classes, so that subclasses count as their base and no trainer is imported.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Kind:
     """How the trainers of one class sample.
 
     Attributes:
-        in_process: The way to the engine in process. It ends at `vllm_generation`, or at the policy's `generate`.
-        vllm: The way to a colocated vLLM; None where none of TRL's `VLLMGeneration` is asked.
-        built_later: Whether the vLLM engine can be given to a trainer that was built with `use_vllm=False`.
+        in_process: The trainer's path to the engine in process: to `vllm_generation` or to the policy's `generate`.
+        vllm: Its path to a colocated vLLM; None if it does not use TRL's `VLLMGeneration`.
+        built_later: Whether the vLLM engine can be added to a trainer that was built with `use_vllm=False`.
     """
 
     in_process: Way
@@ -82,7 +82,8 @@ def kind_of(trainer: Any) -> Kind:
     """How a trainer samples.
 
     Raises:
-        ValueError: It is no trainer, never samples, or samples where no engine can be attached. The message says which.
+        ValueError: It is not a trainer, never samples, or samples where no engine can be attached; the message says
+            which.
     """
     if not isinstance(trainer, type):
         for owner in type(trainer).__mro__:

@@ -27,14 +27,14 @@ class ReportCallback(TrainerCallback):
 
     Args:
         engine: Publishes the reports.
-        trainer: Gets the figures.
+        trainer: Its log gets the figures.
     """
 
     def __init__(self, engine: RolloutEngine, trainer: Any) -> None:
         self._engine = engine
         self._trainer = trainer
         self._pending: dict[Mode, list[StepReport]] = {"train": [], "eval": [], "standalone": []}
-        self._evaluation: StepReport | None = None  # so far, of all ranks
+        self._evaluation: StepReport | None = None  # accumulated so far, over all ranks
         self._step_began = time.perf_counter()
         self._generated = False
         self.leads = True
@@ -43,7 +43,7 @@ class ReportCallback(TrainerCallback):
         """Whether the trainer has steps without rollouts, so that a first one is no sign of a trainer that bypasses us."""
 
     def add(self, report: StepReport) -> None:
-        """Take the report of one generation call of the present step or evaluation."""
+        """Add the report of one generation call of the present step or evaluation."""
         self._pending[report.mode].append(report)
         self._generated = True
 
@@ -63,7 +63,7 @@ class ReportCallback(TrainerCallback):
         report = self._take("train", step_s=now - self._step_began)
         self._step_began = now
         if not self._generated and not self.may_pause:
-            self._generated = True  # said once
+            self._generated = True  # warn once
             logger.warning(
                 "atlas_rl: %s made its first training step without asking the engine for rollouts: it generates in code "
                 "of its own",
@@ -78,19 +78,19 @@ class ReportCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log the evaluation so far: TRL logs it before any callback hears of its end."""
+        """Log the evaluation so far: TRL logs it before callbacks are told of its end."""
         report = self._take("eval", step_s=None)
         if report is None:
             return
         self._evaluation = report if self._evaluation is None else concatenate([self._evaluation, report])
-        # One value per figure: the trainer's log takes the mean of several, which is wrong for counts and for rates.
+        # One value per figure: the trainer's log averages several, which is wrong for counts and rates.
         self._trainer._metrics["eval"].update(
             {name: [value] for name, value in trainer_metrics(self._evaluation).items()}
         )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish the evaluation's report. The interrupted training step does not count its time."""
-        self.on_prediction_step(args, state, control)  # a loop of somebody's own may tell of no batches
+        self.on_prediction_step(args, state, control)  # a custom evaluation loop may not report its batches
         report, self._evaluation = self._evaluation, None
         self._step_began = time.perf_counter()
         if report is not None and self._trainer.accelerator.is_main_process:
@@ -99,7 +99,7 @@ class ReportCallback(TrainerCallback):
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
-        """Publish the report of a prediction, as of an evaluation."""
+        """Publish the report of a prediction, like that of an evaluation."""
         self.on_evaluate(args, state, control)
 
     def _take(self, mode: Mode, step_s: float | None) -> StepReport | None:

@@ -1,8 +1,8 @@
 """Reads the sampling options of a TRL trainer, for either engine, and of a call of `model.generate`.
 
-A trainer keeps the common options as attributes of its own and the rest in `generation_kwargs`, which win over attributes
-of the same name. Both engines read them here; they differ in the entries of `generation_kwargs` that they can honour. An
-entry that asks for nothing is dropped, whichever of TRL, transformers and vLLM has the name.
+A trainer keeps the common options as its own attributes and the rest in `generation_kwargs`, which override attributes
+of the same name. Both engines read the options here; they differ in the entries of `generation_kwargs` that they
+support. An entry without effect is dropped, whether its name is TRL's, transformers' or vLLM's.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class TrainerSampling:
     """How a trainer wants its rollouts sampled.
 
     Attributes:
-        params: The options that every engine has.
-        extra: The other entries of `generation_kwargs` that ask for something. An engine honours them or refuses them.
+        params: Options that every engine has.
+        extra: Other entries of `generation_kwargs` that have an effect. An engine supports them or raises an error.
     """
 
     params: SamplingParams
@@ -141,8 +141,8 @@ class TrainerSampling:
 def left_to_the_policy(trainer: Any) -> dict[str, Any]:
     """Options of the policy's own `generation_config` that the trainer leaves unset.
 
-    `transformers.generate`, with which TRL generates by itself, fills such places from there. Names that transformers does
-    not know change nothing in it.
+    `transformers.generate`, with which TRL itself generates, reads such options from there. Names that transformers
+    does not know have no effect on it.
     """
     config = getattr(trainer.model, "generation_config", None)
     known = {name for name in vars(GenerationConfig()) if name[0] != "_"} - _SET_BY_THE_TRAINER
@@ -155,12 +155,12 @@ def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None =
     """The trainer's present sampling options with `seed`.
 
     Args:
-        trainer: Its attributes, and before them its `generation_kwargs`.
-        seed: Of the noise.
-        of_policy: By name, what holds where the trainer has nothing (`left_to_the_policy`).
+        trainer: Provides options by its `generation_kwargs`, else by its attributes.
+        seed: Seed of the noise.
+        of_policy: Options by name that apply if the trainer sets none (`left_to_the_policy`).
 
     Raises:
-        ValueError: A value that is out of its range.
+        ValueError: A value is out of range.
     """
     asked = getattr(trainer.args, "generation_kwargs", None) or {}
     if not isinstance(asked, Mapping):
@@ -169,7 +169,7 @@ def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None =
     given |= {name: value for name, value in (of_policy or {}).items() if given.get(name) is None}
     options = {name: _OFF[name] if (value := given.pop(name)) is None else value for name in OPTIONS}
     if equals(options["top_k"], -1):
-        options["top_k"] = 0  # vLLM's word for off
+        options["top_k"] = 0  # vLLM's value for off
     _check_do_sample(asked)
     params = SamplingParams(
         max_new_tokens=whole("max_completion_length", _option(trainer, "max_completion_length"), 1),
@@ -194,12 +194,12 @@ def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None =
 
 
 def _option(trainer: Any, name: str) -> Any:
-    """An option that is an attribute of the trainer, an argument, or absent, depending on the trainer."""
+    """Value of an option that is an attribute of the trainer, one of its arguments, or absent."""
     return getattr(trainer, name) if hasattr(trainer, name) else getattr(trainer.args, name, None)
 
 
 def _endings(trainer: Any) -> list[int]:
-    """The ending tokens of the trainer, else those of its tokenizer and policy, at which vLLM ends too."""
+    """The trainer's ending tokens, else those of its tokenizer and policy, as in vLLM."""
     if hasattr(trainer, "eos_token_ids"):
         return ending_ids(trainer.eos_token_ids, "the ending tokens (eos_token_id of the policy's generation_config)")
     sources = (trainer.processing_class, getattr(trainer.model, "generation_config", None))
@@ -210,10 +210,11 @@ def read_generation_config(config: GenerationConfig) -> TrainerSampling:
     """The sampling options of one call of `model.generate`, from the configuration that transformers made for it.
 
     Args:
-        config: Complete: what it lacks is off. Without `do_sample` the call is greedy, and only the penalty holds.
+        config: A complete configuration: missing options are off. Without `do_sample` the call is greedy, and of
+            the options only the penalty applies.
 
     Raises:
-        ValueError: No number of new tokens, or a value that is out of its range.
+        ValueError: The number of new tokens is missing, or a value is out of range.
     """
     known = {name for name in vars(GenerationConfig()) if name[0] != "_"}
     given = {name: value for name, value in vars(config).items() if name in known and value is not None}
@@ -227,8 +228,8 @@ def read_generation_config(config: GenerationConfig) -> TrainerSampling:
         eos_token_ids=tuple(ending_ids(given.pop("eos_token_id", None), "eos_token_id of the generation_config")),
         **options,
     )
-    given.pop("num_return_sequences", None)  # the caller's business
-    defaults = GenerationConfig._get_default_generation_params()  # of options that are newer than the lists above, too
+    given.pop("num_return_sequences", None)  # handled by the caller
+    defaults = GenerationConfig._get_default_generation_params()  # includes options that are newer than the lists above
     extra = {
         name: value
         for name, value in given.items()
@@ -253,7 +254,7 @@ def _is_neutral(name: str, value: Any, params: SamplingParams) -> bool:
     if name in ("max_new_tokens", "max_tokens"):
         return value is None or equals(value, params.max_new_tokens)
     if name == "eos_token_id":
-        # The trainer cuts completions at its own ending tokens, whatever else the loop was told.
+        # The trainer cuts completions at its own ending tokens, whatever the generation loop was given.
         return set(ending_ids(value, "eos_token_id of generation_kwargs")) <= set(params.eos_token_ids)
     if name in _NEUTRAL_WHERE_EMPTY and (value is None or empty(value)):
         return True

@@ -1,9 +1,10 @@
 """`atlas-rl grpo`: TRL's own script for GRPO, with its options and its YAML files, and the engine attached.
 
-What is trained, and how, is TRL's `trl.scripts.grpo`. Its parser gets one more group of options, which is made of the fields
-of `EngineConfig`. The trainer that the script builds is attached to an engine before it trains.
+TRL's `trl.scripts.grpo` decides what is trained and how. Its parser gets one more group of options, made from the
+fields of `EngineConfig`. The trainer that the script builds is attached to an engine before it trains.
 
-Torch and TRL are imported after `read_config`: the file's `env` holds variables that they read when they are imported.
+Torch and TRL are imported after `read_config`, because they read the variables in the file's `env` when they are
+imported.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from atlas_rl.checks import reject_unknown, whole
 from atlas_rl.docstrings import entries
 
 COMMAND = "atlas-rl grpo"
-_PLAIN = (bool, int, float, str)  # types that a command line and a YAML file can give
+_PLAIN = (bool, int, float, str)  # types that a command line and a YAML file can hold
 _DESCRIPTION = (
     "GRPO by TRL's own script, with the engine attached. The options are those of `trl grpo` and the group atlas_rl. "
     "`--config FILE` reads them from a YAML file; the command line overrides it. Several processes: accelerate launch "
@@ -34,11 +35,11 @@ _ENGINE_HELP = (
 
 
 def read_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Arguments with `--config FILE` as TRL's parser wants it, and the file's content; its `env` is set at once.
+    """Arguments with `--config FILE` as TRL's parser expects it, and the file's content. Sets its `env` at once.
 
     Raises:
-        ValueError: The file is no YAML mapping, names an option twice, or not one file is named.
-        OSError: It cannot be read.
+        ValueError: The file is not a YAML mapping, names an option twice, or not exactly one file is named.
+        OSError: The file cannot be read.
     """
     spread = [part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])]
     if "--config" not in spread:
@@ -63,7 +64,7 @@ def read_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 def _read_yaml(path: Path) -> Any:
     """The content of a YAML file; `ValueError` for invalid YAML or a repeated key.
 
-    YAML forbids such keys, and PyYAML takes the last without a word.
+    YAML forbids repeated keys, but PyYAML silently takes the last one.
     """
     import yaml
 
@@ -81,22 +82,22 @@ def _read_yaml(path: Path) -> Any:
 
 
 def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Callable[..., Any]) -> Callable[[], None]:
-    """Check everything, and return a function that trains as TRL's script does.
+    """Check everything, and return a function that trains like TRL's script.
 
     Args:
-        arguments: Of the command line, without the name of the command.
-        config: What the YAML file of the arguments says.
-        new_engine: The class of the engine, which lives above this folder.
+        arguments: Arguments of the command line, without the name of the command.
+        config: Content of their YAML file.
+        new_engine: The engine's class; this folder cannot import it.
 
     Raises:
-        ValueError: An option that does not exist, with the nearest name, or a value that one does not take.
+        ValueError: An option does not exist (the message has the nearest name), or has an invalid value.
     """
     script = trl_script()
     parser = make_parser(script, new_engine)
     names = {action.dest for action in parser._actions} - {"help"}
     _check_names(config, names, "the YAML file")
     _check_choices(config, parser._actions)
-    # TRL's classes check themselves when they are made. A typo or a missing name has to be told before.
+    # TRL's classes check themselves when they are built. A typo or a missing name must be reported before.
     file_at = arguments.index("--config") if "--config" in arguments else len(arguments)
     given, rest = parser.parse_known_args([*arguments[:file_at], *arguments[file_at + 2 :]])
     flags = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
@@ -106,7 +107,7 @@ def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Cal
     options = asdict(ours)
     kind, baseline_every = options.pop("engine"), options.pop("baseline_every")
     whole("baseline_every", baseline_every, 0, hint="(0 never)")
-    # The reports lie beside the checkpoints of the run that they are about.
+    # Reports are written beside the checkpoints of their run.
     output_dir = next(group.output_dir for group in theirs if hasattr(group, "output_dir"))
     if kind == "trl":
         return lambda: script.main(*theirs)
@@ -135,7 +136,7 @@ def make_parser(script: Any, new_engine: Any) -> Any:
 
     Args:
         script: `trl_script()`.
-        new_engine: The class of the engine.
+        new_engine: The engine's class.
     """
     from trl import TrlParser
 
@@ -144,14 +145,14 @@ def make_parser(script: Any, new_engine: Any) -> Any:
             raise ValueError(f"{message}. {COMMAND} --help lists the options")
 
     types = (*script.make_parser().dataclass_types, engine_arguments(new_engine))
-    # Without `allow_abbrev` a flag is an option or a typo, as a key of the YAML file is.
+    # Without `allow_abbrev`, a flag is either an option or a typo, like a key of the YAML file.
     return Parser(types, prog=COMMAND, description=_DESCRIPTION, allow_abbrev=False)
 
 
 def engine_arguments(new_engine: Any) -> type:
     """A dataclass of the engine's options for `HfArgumentParser`; help and defaults come from `EngineConfig`.
 
-    Options that take objects are not among them, nor is `output_dir`: it is the trainer's.
+    Leaves out options that take objects, and `output_dir`, which is the trainer's.
     """
     from atlas_rl.config import EngineConfig
 
@@ -216,7 +217,7 @@ def _check_rest(rest: Sequence[str], known: Collection[str]) -> None:
 
 
 def _made(parser: Any, arguments: Sequence[str]) -> Sequence[Any]:
-    """The options as objects of TRL's classes and ours; an error about bfloat16 says where the setting comes from."""
+    """The options as objects of TRL's classes and ours; an error about bfloat16 names the source of the setting."""
     try:
         made: Sequence[Any] = parser.parse_args_and_config(list(arguments))
     except ValueError as error:

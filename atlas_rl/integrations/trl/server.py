@@ -1,8 +1,8 @@
 """Lets TRL trainers generate with a vLLM server whose drafters follow the policy (`vllm_mode="server"`).
 
-TRL's `VLLMGeneration` stays, with its client: it gathers prompts and weights over ranks and sends them. The drafters hear
-of new weights in the server. The adapter around it gives every call a seed, fetches the server's report, and sees to it that
-the server serves the trainer's policy and no other.
+TRL's `VLLMGeneration` is kept with its client: it gathers prompts and weights over ranks and sends them. In the server,
+the drafters are notified of new weights. The adapter around it gives every call a seed, fetches the server's report,
+and checks that the server serves the trainer's policy.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _OF_A_SERVER = {
 
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAdapter:
-    """Put the engine around the trainer's client of a server. Raises, and changes nothing, if it cannot.
+    """Put the engine around the trainer's client of a server. If it cannot, raises an error and changes nothing.
 
     Raises:
-        ValueError: Options of engine or trainer that a server cannot honour; a server without our drafters.
+        ValueError: Unsupported options of engine or trainer, or a server without our drafters.
         ConnectionError: No server answers.
     """
     check_attached_once(engine, trainer)
@@ -55,7 +55,7 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAd
     _check_options(engine.config, baseline_every)
     _check_teacher(trainer)
     sampling = checked_sampling(trainer, seed=0)
-    unwrap_policy(trainer.model)  # the server gets merged layers: what lives in a wrapper would be lost
+    unwrap_policy(trainer.model)  # the server gets merged layers: weights held by a wrapper would be lost
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None and not kind_of(trainer).built_later:
         raise ValueError(
@@ -81,7 +81,7 @@ def _check_options(config: EngineConfig, baseline_every: int) -> None:
 
 
 def _check_teacher(trainer: Any) -> None:
-    """Raise `ValueError` if the server would also have to score prompts: vLLM skips that under speculation."""
+    """Raise `ValueError` if the server would also have to score prompts, which vLLM skips under speculation."""
     if getattr(trainer, "use_teacher_server", False):
         raise ValueError(
             "use_teacher_server=True asks the server for the logprobs of prompts, which vLLM does not compute where it "
@@ -95,7 +95,7 @@ def _new_generation(trainer: Any, sampling: SamplingParams) -> Any:
 
     args = trainer.args
     address = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    # Asked before all ranks wait for the main process to connect.
+    # Checked before all ranks wait for the main process to connect.
     agreed(
         trainer.accelerator,
         lambda: AtlasClient(address, connection_timeout=args.vllm_server_timeout).check_server_is_ours(),
@@ -120,7 +120,7 @@ def _new_generation(trainer: Any, sampling: SamplingParams) -> Any:
 
 
 def agreed(accelerator: Any, call: Callable[[], Value]) -> Value:
-    """The main process's result of `call`, on every rank; its exception is raised on every rank."""
+    """Result of `call` on the main process, returned on every rank; its exception is raised on every rank."""
     told: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -137,7 +137,7 @@ def agreed(accelerator: Any, call: Callable[[], Value]) -> Value:
 class ServerAdapter(TrainerAdapter):
     """Generates for a trainer through TRL's own `VLLMGeneration` and a server that drafts.
 
-    Only the main process talks to the server. What goes wrong there is raised on every rank, so that none waits for it.
+    Only the main process talks to the server. Its errors are raised on every rank, so that no rank waits for it.
 
     Args:
         engine: Publishes the reports.
@@ -145,7 +145,7 @@ class ServerAdapter(TrainerAdapter):
         generation: TRL's `VLLMGeneration` in server mode.
 
     Raises:
-        ValueError: Sampling options that cannot be honoured, or a server without our drafters.
+        ValueError: Unsupported sampling options, or a server without our drafters.
         ConnectionError: No server answers.
     """
 
@@ -159,7 +159,7 @@ class ServerAdapter(TrainerAdapter):
         self._server: ServerStatus = self._agreed(self._meet)
         self._sync_s = 0.0
         super().__init__(engine, trainer, baseline_every=0)
-        self._reports.leads = self._accelerator.is_main_process  # whose report is that of all ranks' rollouts
+        self._reports.leads = self._accelerator.is_main_process  # its report covers the rollouts of all ranks
 
     def install(self) -> None:
         if self._client is not None:
@@ -188,9 +188,9 @@ class ServerAdapter(TrainerAdapter):
         """Generate as `VLLMGeneration.generate` does, on all ranks together.
 
         Raises:
-            ValueError: Prompts with images.
+            ValueError: The prompts contain images.
             ConnectionError: The server does not answer.
-            RuntimeError: It answers an error, or serves another policy than the trainer's.
+            RuntimeError: The server returns an error, or serves another policy than the trainer's.
         """
         refuse_images(images)
         step = int(self.trainer.state.global_step)
@@ -232,7 +232,7 @@ class ServerAdapter(TrainerAdapter):
         return self._client
 
     def _meet(self) -> ServerStatus:
-        """Record the server's identity and discard the report of its earlier work."""
+        """Record the server's identity and discard its report of earlier work."""
         self._main_client.check_server_is_ours()
         self._main_client.report()
         met, connection = self._main_client.status(), self._main_client.connection
@@ -306,7 +306,7 @@ class ServerAdapter(TrainerAdapter):
         return replace(
             report,
             step=step,
-            policy_version=self._synced_step or 0,  # some trainers leave out some steps' weights
+            policy_version=self._synced_step or 0,  # some trainers do not send weights after every step
             mode=mode,
             num_requests=len(call.completion_lengths),
             num_prompt_tokens=call.num_prompt_tokens,

@@ -25,9 +25,9 @@ from atlas_rl.vllm.serve import EXTENSION
 from atlas_rl.vllm.weight_group import WeightGroup, address_towards
 
 _ANSWER_S, _HEALTH_S = 600.0, 5.0
-_AT_ONCE = 64  # requests, as many as TRL's session keeps connections
+_AT_ONCE = 64  # concurrent requests: the number of connections that TRL's session keeps
 _ANSWER = ("prompt_ids", "completion_ids", "logprobs", "logprob_token_ids")
-_LONGEST = 2000  # of an answer in a message
+_LONGEST = 2000  # characters of an answer that a message quotes
 
 START_OURS = "start it with `atlas-rl vllm-serve MODEL` (docs/scaling.md)"
 
@@ -47,11 +47,12 @@ class Call:
     """One generation call: its seed, ending tokens and result.
 
     Attributes:
-        seed: Of the noise of all its completions.
+        seed: Seed of the noise of all its completions.
         stop_token_ids: Tokens that end a completion.
-        num_prompt_tokens: Of all requests, repeats counted.
+        num_prompt_tokens: Prompt tokens of all requests, repeats counted.
         completion_lengths: In tokens, one per request.
-        failure: What went wrong. TRL goes on with no completions, so that all ranks come to where it is told.
+        failure: Error of the call. TRL continues without completions, so that all ranks reach the point where it is
+            raised.
     """
 
     seed: int
@@ -64,8 +65,8 @@ class Call:
 class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     """Extends TRL's client; other attributes are those of TRL's client.
 
-    Errors are built-in ones that name the server: ConnectionError where it does not answer, RuntimeError for what it
-    answers. Calls that must not happen twice are not repeated.
+    Errors are built-in exceptions that name the server: ConnectionError if it does not answer, RuntimeError if it
+    answers with an error. Calls that must not happen twice are not repeated.
     """
 
     call: Call | None = None
@@ -76,7 +77,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def adopting(cls, client: VLLMClient) -> AtlasClient:
-        """Wrap a client that TRL has made; connections and communicator are shared."""
+        """Wrap a client that TRL has made; both share connections and communicator."""
         own = cls.__new__(cls)
         own.__dict__ = client.__dict__
         return own
@@ -84,7 +85,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     # ------------------------------------------------------------------------------------------------------- our calls
 
     def check_server_is_ours(self) -> str:
-        """Raise `ValueError` for a server without our drafter, or one that would not tell it about new weights.
+        """Raise `ValueError` for a server without our drafter, or one that does not notify it of new weights.
 
         Returns:
             The name of its weight-transfer backend.
@@ -127,10 +128,11 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         return self._read("/server_info", response)["vllm_config"]
 
     def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
-        """Wait until the server is up. TRL's method waits for ever if something else answers at this address.
+        """Wait until the server is up. TRL's method waits for ever if another program answers at this address.
 
         Raises:
-            ConnectionError: Nothing answers in `total_timeout` seconds, or what answers is no vLLM server.
+            ConnectionError: Nothing answers within `total_timeout` seconds, or a program answers that is not a vLLM
+                server.
         """
         until_s = time.monotonic() + total_timeout
         while (code := self._health()) != 200:
@@ -158,11 +160,11 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
             return None
 
     def status(self) -> ServerStatus:
-        """Identity of the server and the policy version that it serves."""
+        """Identity of the server and its policy version."""
         return ServerStatus(**self._rpc("atlas_status"))
 
     def report(self) -> StepReport:
-        """The server's report since the last request; `ValueError` for one of another version."""
+        """The server's report since the last request; `ValueError` if another version of the package wrote it."""
         return StepReport.from_dict(self._rpc("atlas_report"))
 
     def _rpc(self, method: str) -> dict[str, Any]:
@@ -173,7 +175,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
 
         Raises:
             ConnectionError: No server answers.
-            RuntimeError: It answers an error, whose text the message has.
+            RuntimeError: The server returns an error; the message quotes it.
         """
         request = urllib.request.Request(
             self.base_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
@@ -200,7 +202,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     ) -> dict[str, Any]:
         """Generate like TRL's client, within a `call` that has a request and a seed for each prompt.
 
-        A request of several prompts has one seed. Their completions would be drawn with the same noise.
+        A request with several prompts has a single seed, so their completions would be drawn with the same noise.
         """
         call = self.call
         if call is None:
@@ -217,7 +219,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
                 answers += executor.map(complete, range(len(prompts)))
         except (OSError, RuntimeError) as error:
             call.failure = error
-        # Of a trainer that asks for no logprobs there are none.
+        # A trainer that asks for no logprobs gets none.
         joined: dict[str, Any] = {
             name: None if any(answer[name] is None for answer in answers) else [r for a in answers for r in a[name]]
             for name in _ANSWER
@@ -256,7 +258,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         address = address_towards(where.hostname or "", where.port or 80)
         world_size = self.get_world_size() + 1
         info = {"master_address": address, "master_port": self.group_port, "rank_offset": 1, "world_size": world_size}
-        # Each of both waits for the other.
+        # Client and server wait for each other here.
         with ThreadPoolExecutor(1) as executor:
             joined = executor.submit(self.ask, "/init_weight_transfer_engine", {"init_info": info})
             self._group = WeightGroup(address, self.group_port, 0, world_size)
@@ -288,7 +290,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
             loaded = executor.submit(self.ask, "/update_weights", {"update_info": info})
             for _, tensor in named_params:
                 if loaded.done():
-                    loaded.result()  # refused before all had come
+                    loaded.result()  # refused before all weights were sent
                 group.send(tensor)
             loaded.result()
         self._finish_weight_update()

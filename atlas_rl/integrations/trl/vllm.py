@@ -1,8 +1,8 @@
 """Lets TRL trainers generate with colocated vLLM engines that draft with our speculators.
 
-There is one vLLM engine per rank or tensor-parallel group. TRL builds its own `VLLMGeneration`, with our proposer in its
-`LLM`. That object stays, because it knows the trainer's parallel groups, sleep mode, and sharded and adapted weights. An
-adapter around it takes its place in the trainer.
+There is one vLLM engine per rank or tensor-parallel group. TRL builds its own `VLLMGeneration`, with our proposer in
+its `LLM`. That object is kept, because it handles the trainer's parallel groups, sleep mode, and sharded and adapted
+weights. An adapter around it replaces it in the trainer.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
     """Context in which every `LLM` that TRL builds drafts with our proposer, and every server client is ours.
 
     Args:
-        config: Its `draft_model` is the static drafter.
+        config: Its `draft_model` is the static speculator.
         arguments: Further arguments of `vllm.LLM`.
 
     Raises:
-        ValueError: vLLM is missing, or of an unknown version.
+        ValueError: vLLM is missing or of an unknown version.
     """
     draft_folder = vllm_draft_folder(config)
     with in_this_process():
@@ -72,13 +72,13 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
 
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
-    """Put the engine around the trainer's vLLM. Raises `ValueError`, and changes nothing, if it cannot."""
+    """Put the engine around the trainer's vLLM. If it cannot, raises `ValueError` and changes nothing."""
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=False)
     check_same_policy(engine, trainer)
-    # Refuse what cannot be honoured before a vLLM engine is built.
+    # Refuse unsupported options before a vLLM engine is built.
     checked_sampling(trainer, seed=0)
-    unwrap_policy(trainer.model)  # vLLM gets merged layers: what lives in a wrapper would be lost
+    unwrap_policy(trainer.model)  # vLLM gets merged layers: weights held by a wrapper would be lost
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None and not kind_of(trainer).built_later:
         raise ValueError(
@@ -98,7 +98,7 @@ def _new_generation(config: EngineConfig, trainer: Any) -> Any:
     """Build TRL's object for `use_vllm=True`, with our proposer in it."""
     args, exact = trainer.args, {}
     if not args.bf16 and not args.fp16 and trainer.model.dtype == torch.float32:
-        exact["dtype"] = "float32"  # what the trainer computes in; left alone, vLLM rounds such a policy to 16 bits
+        exact["dtype"] = "float32"  # the trainer's precision; by default vLLM would round such a policy to 16 bits
     with drafting_engines(config, **exact):
         from trl.generation.vllm_generation import VLLMGeneration
 
@@ -130,7 +130,7 @@ class VllmAdapter(TrainerAdapter):
         generation: TRL's `VLLMGeneration`, whose engine drafts with our proposer.
 
     Raises:
-        ValueError: Sampling options that cannot be honoured.
+        ValueError: Sampling options are not supported.
     """
 
     shares_weights = False
@@ -216,16 +216,16 @@ class VllmAdapter(TrainerAdapter):
         yield self.backend
 
     def _audited(self) -> nn.Module | None:
-        """The trainer's policy; None if its weights are sharded, because an audit is not worth gathering them."""
+        """The trainer's policy; None if its weights are sharded, because gathering them for an audit is too expensive."""
         accelerator = self.trainer.accelerator
         deepspeed = accelerator.state.deepspeed_plugin
         if getattr(accelerator.state, "fsdp_plugin", None) is not None or (deepspeed and deepspeed.zero_stage == 3):
             return None
-        return accelerator.unwrap_model(self.trainer.model)  # its PEFT wrapper and mixed precision stay on
+        return accelerator.unwrap_model(self.trainer.model)  # keeps its PEFT wrapper and mixed precision
 
 
 def checked_sampling(trainer: Any, seed: int) -> TrainerSampling:
-    """The trainer's sampling options. Raises `ValueError` for those that vLLM cannot honour under speculation."""
+    """The trainer's sampling options. Raises `ValueError` for those that vLLM does not support under speculation."""
     sampling = read_sampling(trainer, seed)
     check_sampling(sampling.params, sampling.extra)
     return sampling

@@ -1,8 +1,8 @@
 """Makes a trainer's policy whole on every rank for one generation call, and restores it afterwards.
 
-TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off where generation raises, and
-lets FSDP gather layer by layer in every forward. It switches checkpointing on by a method of transformers that registers one
-more hook on the embeddings each time.
+TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off if generation raises,
+and lets FSDP gather layer by layer in every forward. It re-enables checkpointing by a method of transformers that
+registers another hook on the embeddings each time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def shards(trainer: Any) -> str:
 
 
 def _backend_of(trainer: Any) -> Any:
-    """TRL's name for what spreads the trainer over ranks. Not every trainer has one."""
+    """TRL's name for the backend that distributes the trainer over ranks; not every trainer has one."""
     kept = getattr(trainer, "_dist", None)
     return DistributedBackend(trainer.accelerator) if kept is None else kept
 
@@ -38,7 +38,7 @@ def _backend_of(trainer: Any) -> Any:
 def whole_policy(trainer: Any) -> Iterator[Any]:
     """Context with the trainer's model, unwrapped and with whole weights on this rank; its forwards do not communicate.
 
-    Gathering is collective: all ranks have to come here equally often.
+    Gathering is collective: all ranks must enter equally often.
     """
     wrapped = trainer.model_wrapped
     model = trainer.accelerator.unwrap_model(wrapped)
@@ -80,8 +80,7 @@ def _of_zero3(trainer: Any) -> Iterator[None]:
 def _without_start_of_forward(engine: Any) -> Iterator[None]:
     """Context in which a forward of the whole model does not synchronise its start with other ranks.
 
-    TRL's `remove_hooks` leaves this one hook of DeepSpeed's, and ranks run forwards of their own here: they would wait for
-    each other for ever.
+    TRL's `remove_hooks` leaves this one hook of DeepSpeed's. Ranks run their own forwards here, so they would deadlock.
     """
     offload: Any = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
     handle: Any = getattr(offload, "fwd_pre_hook", None)
@@ -92,4 +91,4 @@ def _without_start_of_forward(engine: Any) -> Iterator[None]:
     finally:
         if hook is not None:
             hooks[handle.id] = hook
-            hooks.move_to_end(handle.id, last=False)  # before those that gather layers
+            hooks.move_to_end(handle.id, last=False)  # before the hooks that gather layers

@@ -12,16 +12,16 @@ from atlas_rl.report.report import Mode, StepReport
 
 _FIELDS = {field.name: field for field in fields(StepReport)}
 _DERIVED = {name for name, value in vars(StepReport).items() if isinstance(value, property)}
-_MOST = 2**53  # beyond it not every whole number is a float, so no figure of a run is as large
+_MOST = 2**53  # larger whole numbers are not all floats; no figure of a run is as large
 
 
 def report_of(row: Mapping[str, Any]) -> StepReport:
     """The report in a line.
 
-    Keys that no report has are left out: callers may add figures of their own.
+    Drops keys that no report has: callers may add their own figures.
 
     Raises:
-        ValueError: Fields are missing, of another type, out of range, or do not fit each other.
+        ValueError: Fields are missing, of another type, out of range, or inconsistent.
     """
     required = [
         name for name, field in _FIELDS.items() if field.default is MISSING and field.default_factory is MISSING
@@ -50,7 +50,7 @@ def unknown_keys(row: Mapping[str, Any], origin: Collection[str]) -> set[str]:
 
 
 def _cannot_be_negative(name: str) -> bool:
-    """Whether a field is a time or rate that cannot be negative. `other_s` can: it is a difference of clocks."""
+    """Whether a field is a time or rate that cannot be negative. `other_s` can: it is a difference of clock readings."""
     return name.endswith("_s") and name != "other_s"
 
 

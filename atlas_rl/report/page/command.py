@@ -23,11 +23,11 @@ def write_page(paths: Sequence[Path], output: Path, *, earlier: bool = False) ->
 
     Args:
         paths: Folders of runs, or their `rollouts.jsonl`.
-        output: The page; a file that is no page of this command is not replaced.
+        output: File of the page; an existing file is replaced only if it is a page of this command.
         earlier: Whether to show earlier runs in the same files, too.
 
     Raises:
-        ValueError: Plotly is missing, a path holds no run, or `output` is or lies in something else.
+        ValueError: Plotly is missing, a path holds no run, or `output` is something else or lies in a file.
         OSError: A file cannot be read or written.
     """
     file = _checked(output)
@@ -42,7 +42,7 @@ def write_page(paths: Sequence[Path], output: Path, *, earlier: bool = False) ->
 
 
 def plotly_js() -> str:
-    """Source of plotly.js, from the Python package; `ValueError` where it is missing."""
+    """Source of plotly.js, from the Python package; `ValueError` if it is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -53,10 +53,10 @@ def plotly_js() -> str:
 
 
 def _checked(output: Path) -> Path:
-    """The file to write, with links followed. Only our own pages are replaced, never a run, another page or a device.
+    """The file to write, with links resolved. Only our own pages are replaced, never a run, another page or a device.
 
     Raises:
-        ValueError: It is something else already, or cannot be written.
+        ValueError: It exists and is something else, or cannot be written.
     """
     if str(output) == "-":
         raise ValueError("--output is a file: the page has some 5 MB and does not go to a terminal")
@@ -84,7 +84,7 @@ def _write(output: Path, text: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        # Names of folders and texts of errors may hold bytes that are no UTF-8: a mark stands for them.
+        # Names of folders and texts of errors may hold invalid UTF-8, which is replaced by a mark.
         draft.write_text(text, encoding="utf-8", errors="replace")
         draft.replace(output)
     finally:

@@ -21,12 +21,12 @@ from atlas_rl.report.page.reading import Run
 from atlas_rl.report.page.speed import known_points, steps_of
 from atlas_rl.report.report import StepReport
 
-_ENOUGH_DRAFTS = 20  # verified at a position, for its acceptance to be shown
+_ENOUGH_DRAFTS = 20  # verified drafts at a position that are needed to show its acceptance
 _ENOUGH_PER_POINT = 10
 
 
 def speculators(runs: Sequence[Run]) -> Panel:
-    """Which drafter drafted, and how much of it was accepted."""
+    """Which drafters drafted, and how much was accepted."""
     sentence = "Which speculator drafted, and how many of its verified draft tokens were the policy's own choice."
     drafting = [run for run in runs if run.total.drafted]
     if not drafting:

@@ -16,9 +16,9 @@ from atlas_rl.report.report import StepReport
 COLORS = ("#3b82c4", "#d9822b", "#2f9e77", "#c0569b", "#8a6fd1", "#a8892c", "#d1495b", "#4aa8b5", "#7d8590", "#6b8e23")
 """Readable on white and on near-black."""
 GREY = "#8b929c"
-_FEW_POINTS = 40  # up to here a line shows its points
+_FEW_POINTS = 40  # lines of up to this many points show them
 _FEW_TICKS = 12
-_ENTRY_PX, _LETTER_PX, _ROW_PX = 45, 7, 19  # of a legend: the mark of an entry, a letter, the height of a row
+_ENTRY_PX, _LETTER_PX, _ROW_PX = 45, 7, 19  # size of a legend: mark of an entry, letter, row
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Panel:
     Attributes:
         key: Its anchor.
         title: Two or three words.
-        sentence: What it shows.
-        parts: What it shows it with.
-        absent: Why there is nothing to show; empty where there is.
+        sentence: Explains what it shows.
+        parts: Its figures and tables.
+        absent: Why there is nothing to show; empty if there is something.
     """
 
     key: str
@@ -120,7 +120,7 @@ def over_steps(runs: Sequence[Run], y_title: str, **more: Any) -> dict[str, Any]
 
 
 def names_axis() -> dict[str, Any]:
-    """An axis of names, the first at the top. Without it plotly takes names such as 2026-11-26 for dates."""
+    """An axis of names, the first at the top. Without it plotly reads names such as 2026-11-26 as dates."""
     return {"type": "category", "automargin": True, "autorange": "reversed"}
 
 

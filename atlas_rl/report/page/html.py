@@ -31,7 +31,7 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel], ...] = (
 """In the page's order."""
 BEGINNING = '<!DOCTYPE html>\n<html lang="en" data-made-by="atlas_rl">'
 """Of every page; by it the command knows a file that it may replace."""
-_PAPER_PX, _PHONE_PX = 620, 280  # width that legends have on paper, and on a narrow phone
+_PAPER_PX, _PHONE_PX = 620, 280  # width of legends on paper, and on a narrow phone
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 """The page holds all that it needs: a browser may fetch nothing for it."""
 
@@ -40,7 +40,7 @@ def page(runs: Sequence[Run], plotly_js: str, made_at: str) -> str:
     """The page of one or several runs.
 
     Args:
-        runs: At least one.
+        runs: At least one run.
         plotly_js: Source of plotly.js.
         made_at: Date and time, for the foot.
     """
@@ -66,7 +66,7 @@ def page(runs: Sequence[Run], plotly_js: str, made_at: str) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="color-scheme" content="light dark">',
-            '<link rel="icon" href="data:,">',  # or the browser asks the server for one
+            '<link rel="icon" href="data:,">',  # keeps the browser from requesting one
             f"<title>{escape(names)}: rollouts</title>",
             f"<style>{_resource('page.css')}</style></head><body>",
             f"<main>{body}</main>",
@@ -88,7 +88,7 @@ def _json(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Part of a figure with tags escaped: plotly would draw a run called <b> as bold text."""
+    """Part of a figure with tags escaped: plotly would show a run called <b> in bold."""
     if isinstance(value, str):
         return escape(value, quote=False)
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Reads runs from report files: groups lines into runs, and notes what was left out.
 
-Several engines may have written one file: the ranks of a launch, a run that was resumed, and runs one after the other.
+Several engines may have written one file: the ranks of a launch, a resumed run, or several runs in succession.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atlas_rl.report.sinks import REPORTS_FILE, parse_jsonl
 from atlas_rl.report.sums import concatenate, merge
 
 _MODES: tuple[Mode, ...] = ("train", "standalone", "eval")
-_GOING_STEPS = 3  # a file that was written less than this many steps ago may still be written
+_GOING_STEPS = 3  # a file may still be growing if its last write is less than this many steps old
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Run:
     """The steps of one run.
 
     Attributes:
-        name: Tells it from the others on the page.
-        mode: Of its steps: `train` if it has any, else `standalone`, else `eval`.
+        name: Distinguishes it from the other runs on the page.
+        mode: Mode of its steps: `train` if it has any, else `standalone`, else `eval`.
         steps: One report per step, ranks merged, in order.
-        notes: What was skipped, merged or left out, a sentence each.
+        notes: What was skipped, merged or left out, one sentence each.
     """
 
     name: str
@@ -76,7 +76,7 @@ def read_runs(paths: Sequence[Path], *, earlier: bool = False, now_s: float | No
     Args:
         paths: `rollouts.jsonl` files, or folders that hold one.
         earlier: Include runs that had ended when the newest one of the same file began.
-        now_s: Seconds since the epoch; None takes the clock.
+        now_s: Seconds since the epoch; None reads the clock.
 
     Raises:
         ValueError: A path holds no report, or is given twice.
@@ -95,7 +95,7 @@ def report_file(path: Path) -> Path:
     """The report file that a path refers to.
 
     Raises:
-        ValueError: There is none; the message names those in folders below.
+        ValueError: There is none; the message names those in subfolders.
     """
     if path.is_dir():
         if (path / REPORTS_FILE).is_file():
@@ -113,7 +113,7 @@ def report_file(path: Path) -> Path:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """The shortest differing ends of the folders' paths."""
+    """The shortest endings of the folders' paths that differ."""
     folders = [file.parent.parts if file.name == REPORTS_FILE else file.parts for file in files]
     for length in range(1, max(map(len, folders)) + 1):
         names = ["/".join(folder[-length:]) for folder in folders]
@@ -173,7 +173,7 @@ def _lines_named(numbers: Iterable[int]) -> str:
 
 
 def _launches(lines: Sequence[_Line]) -> list[_Launch]:
-    """Group the n-th engine of every rank: a process makes a random name for its engine when it starts."""
+    """Group the n-th engines of all ranks: a process gives its engine a random name at its start."""
     place: dict[tuple[int, str], int] = {}
     of_rank: dict[int, int] = {}
     launches: dict[int, list[_Line]] = {}
@@ -228,7 +228,7 @@ def _merged(launch: _Launch) -> tuple[list[StepReport], list[str]]:
     for line in launch.lines:
         report = line.report
         key = (report.mode, report.step, report.policy_version)
-        turn = seen.get((line.rank, *key), 0)  # several generations of one step stay apart
+        turn = seen.get((line.rank, *key), 0)  # keeps several generations of one step apart
         seen[(line.rank, *key)] = turn + 1
         found.setdefault((*key, turn), {})[line.rank] = report
     whole = [list(by_rank.values()) for by_rank in found.values() if len(by_rank) == len(ranks)]

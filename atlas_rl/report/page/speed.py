@@ -42,7 +42,7 @@ PHASE_COLORS = {
     "audit": "#9c755f",
     "other": GREY,
 }
-_USUAL_SHARE, _SPIKE = 0.95, 3.0  # of steps that decide a height, and how much higher one has to be to be cut off
+_USUAL_SHARE, _SPIKE = 0.95, 3.0  # share of steps that sets the height; factor above it that is cut off
 _REST = "rest of step"
 
 
@@ -208,7 +208,7 @@ def steps_of(reports: Sequence[StepReport]) -> list[int]:
 
 
 def known_points(run: Run, *names: str) -> list[StepReport]:
-    """One report per point of a run, over those steps that have the figures."""
+    """One report per point of a run, over those of its steps that have the figures."""
     known = [
         (having(group, *names), len(group), whole) for group, whole in zip(groups(run.steps), run.points, strict=True)
     ]

@@ -18,5 +18,5 @@ def groups(steps: Sequence[StepReport], most: int = MOST_POINTS) -> list[Sequenc
 
 
 def points(steps: Sequence[StepReport]) -> tuple[StepReport, ...]:
-    """One report per group, with counts and seconds summed so that ratios are those of all its tokens."""
+    """One report per group, with counts and seconds summed, so that ratios are over all of its tokens."""
     return tuple(concatenate(group) for group in groups(steps))

@@ -18,15 +18,15 @@ class Totals:
     """Totals of a run; None if no step has the figure.
 
     Attributes:
-        all: All steps added up.
-        num_steps: How many they are.
-        measured: Tokens/s over those of the reruns without speculation.
-        num_measured: Steps with such a rerun.
-        estimated: Tokens/s over the estimate of those without speculation.
-        num_estimated: Steps with such an estimate.
+        all: Sum of all steps.
+        num_steps: Number of steps.
+        measured: Tokens/s divided by those of the reruns without speculation.
+        num_measured: Number of steps with such a rerun.
+        estimated: Tokens/s divided by the estimate of those without speculation.
+        num_estimated: Number of steps with such an estimate.
         generation_share: Generation's share of the training steps' time.
-        amdahl_bound: Most that the whole step can gain at this accepted length.
-        overhead_share: Share of generation that goes to drafting, planning, learning and refreshing.
+        amdahl_bound: Upper bound on the whole step's gain at this accepted length.
+        overhead_share: Share of generation spent on drafting, planning, learning and refreshing.
     """
 
     all: StepReport
@@ -46,7 +46,7 @@ class Totals:
 
 
 def totals(steps: Sequence[StepReport]) -> Totals:
-    """Sum up the steps of a run, at least one."""
+    """Sum up the steps of a run (at least one)."""
     total = concatenate(steps)
 
     def over(some: Sequence[StepReport], figure: str) -> float | None:

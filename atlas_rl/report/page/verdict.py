@@ -9,13 +9,13 @@ from atlas_rl.report.page.totals import Totals, totals
 from atlas_rl.report.page.words import amount, counted
 from atlas_rl.report.report import StepReport
 
-_NOISE = 0.02  # a gain this close to one is none
-_LATE_STEPS = 8  # from here on the first and the last quarter of a run are looked at on their own
-_SLOW_START = 4.0  # times the median step
+_NOISE = 0.02  # a gain this close to 1 counts as none
+_LATE_STEPS = 8  # steps from which the first and the last quarter of a run are compared
+_SLOW_START = 4.0  # multiple of the median step
 _HIGH_OVERHEAD = 0.15
 _LOW_ACCEPTANCE = 0.35
-_LEARNING = {"history", "recurrent"}  # drafters that an engine has without options
-_HARDLY_DRAFTED = 0.1  # draft tokens per decoded one
+_LEARNING = {"history", "recurrent"}  # drafters that an engine has by default
+_HARDLY_DRAFTED = 0.1  # draft tokens per decoded token
 
 
 def verdict(steps: Sequence[StepReport]) -> list[str]:

@@ -1,19 +1,19 @@
-"""All uses of vLLM's internals, for the versions that are known.
+"""All uses of vLLM's internals, for the supported versions.
 
-What is here and why:
+Modules, and why each exists:
 
-    version   a vLLM whose internals are not known is refused: silently different ones would cost correctness, not speed
-    repairs   vLLM's CPU backend samples wrongly under every speculative method (docs/upstream/), and its start trips over
-              llvmlite
+    version   refuses a vLLM whose internals are unknown: unnoticed differences would cost correctness, not speed
+    repairs   vLLM's CPU backend samples wrongly under every speculative method (docs/upstream/), and llvmlite makes
+              its start fail
     runner    hooks on the model runner: our sampler in place of vLLM's, timers, hidden states for the drafter
     sampler   vLLM's own processing of logits, without its drawing
     engine    the embeddings of a loaded model, as drafters read them; an engine's proposer, ranks and prefix cache
     weights   new weights, all or nothing
-    adapters  LoRA adapters that come to a running engine
-    transfer  weight-transfer backends of ours, from which drafters hear of a new policy (`transfer_engines`)
+    adapters  LoRA adapters that are loaded into a running engine
+    transfer  our weight-transfer backends, which notify drafters of a new policy (`transfer_engines`)
 
-Where versions differ, a module here asks `since("0.28")`, or takes what vLLM hands over; nobody above knows of it. Before
-adding a version, run `make test-vllm VLLM=...`. vLLM is imported inside functions only.
+Where versions differ, a module here asks `since("0.28")` or uses what vLLM passes; code outside this package does not
+depend on the version. Before adding a version, run `make test-vllm VLLM=...`. vLLM is imported inside functions only.
 """
 
 from atlas_rl.vllm.internals.adapters import follow_adapters

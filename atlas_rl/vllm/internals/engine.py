@@ -17,18 +17,18 @@ from atlas_rl.vllm.internals.version import INSTALLED
 
 logger = logging.getLogger(__name__)
 
-_ROUNDING = 0.03  # of a logit: number formats of two bytes
+_ROUNDING = 0.03  # in logits: error of two-byte number formats
 
 
 class VllmView(PolicyView):
     """A loaded model as drafters read it.
 
-    With tensor parallelism every rank holds a share of the vocabulary. `refresh` then collects copies, on all ranks
-    together, before the first use and after new weights (`stale`).
+    With tensor parallelism every rank holds a share of the vocabulary. `refresh` then gathers full copies. It must run
+    on all ranks together, before the first use and after new weights (`stale`).
 
     Args:
         model: vLLM's model.
-        config: transformers' text configuration of it.
+        config: transformers' text configuration of the model.
 
     Raises:
         ValueError: The model has no vocabulary embedding.
@@ -50,7 +50,7 @@ class VllmView(PolicyView):
         self.weights_changed()
 
     def weights_changed(self) -> None:
-        """The model has new weights."""
+        """Mark the embeddings as stale: the model has new weights."""
         self.stale = True
         if not self._sharded:
             self.refresh()
@@ -83,7 +83,8 @@ class VllmView(PolicyView):
     def _see_form(self) -> None:
         """Check the form against the model's own `compute_logits`; collective under tensor parallelism.
 
-        With LoRA layers in it that takes rows of the running batch alone, and the form is what the configuration says.
+        With LoRA layers, `compute_logits` accepts only rows of the running batch, so the form is taken from the
+        configuration.
         """
         from vllm.lora.layers import BaseLayerWithLoRA
 
@@ -94,7 +95,7 @@ class VllmView(PolicyView):
         directions = torch.randn(4, weight.shape[1], generator=generator)
         states = torch.cat([magnitude * directions for magnitude in (0.01, 1.0, 30.0, 1000.0)]).to(weight)
         logits: Any = self._model.compute_logits(states)  # type: ignore[operator]
-        if logits is None:  # the first rank of a group has them, and it drafts for all
+        if logits is None:  # only the first rank of a group has logits, and it drafts for all
             return
         assert self.form is not None
         products = nn.functional.linear(states, weight, bias).float()
@@ -121,7 +122,7 @@ def _form_of(model: nn.Module, config: Any) -> LogitForm:
 
 
 class _Table:
-    """One embedding; if it is sharded, its weight has a shape and no values before the first `read`."""
+    """One embedding. If it is sharded, its weight has a shape but no values before the first `read`."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
@@ -173,8 +174,8 @@ def tensor_parallel() -> tuple[int, int, Any]:
 def abandon(llm: Any) -> None:
     """Remove the requests of an unfinished call; does nothing after a finished one.
 
-    A step that was cut off has scheduled tokens that were never run. What remembers them as computed has to go with their
-    requests: the runner's half of the step, and the prefix cache.
+    A step that was cut off has scheduled tokens that were never run. The runner's half of the step and the prefix cache
+    remember them as computed, so both are dropped with the requests.
     """
     left = list(llm.llm_engine.output_processor.request_states)
     if left:
@@ -196,8 +197,8 @@ def agree(failed: str | None) -> str | None:
 def reset_prefix_cache_with_new_weights(methods: tuple[str, ...]) -> None:
     """Make these methods of a worker reset the engine's prefix cache, which holds results of the old weights.
 
-    The prefix cache lives in the engine's scheduler, out of a worker's reach. Running requests are put back and run again:
-    vLLM forgets nothing while they hold on to it. Does nothing where workers are processes of their own.
+    The prefix cache lives in the engine's scheduler, out of a worker's reach. Running requests are preempted and run
+    again, because vLLM keeps the blocks they hold. Does nothing if workers are separate processes.
     """
     core = sys.modules.get("vllm.v1.engine.core")
     if core is None or hasattr(core.EngineCore.collective_rpc, INSTALLED):

@@ -1,7 +1,7 @@
 """Measures a forward's seconds on an asynchronous device by events, without waiting for it.
 
-Waiting for every forward, to time it, would keep the host from preparing what comes next. Two events mark a forward in the
-device's queue. They are read once the sampler has waited for what it drew, when both have passed.
+Waiting for every forward to time it would keep the host from preparing the next step. Instead, two events mark a
+forward in the device's queue. They are read after the sampler has waited for its tokens, when both have passed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ForwardTime:
     """Charges the forwards of one device to their phases.
 
     Args:
-        device: Of the forwards. On a CPU the host's own clock tells everything.
-        make_event: Makes an event that can be timed; for tests.
+        device: Device of the forwards. On a CPU the host's clock suffices.
+        make_event: Makes an event that supports timing; for tests.
     """
 
     def __init__(self, device: torch.device, make_event: Callable[[], Any] | None = None) -> None:
@@ -51,7 +51,7 @@ class ForwardTime:
             self._marked = _Marked(phase, began, self._event(), recorder.clock() - before)
 
     def settle(self, recorder: StepRecorder, phase: str, since_s: float) -> None:
-        """The host has waited in `phase` since `since_s`: move the forwards' part of the wait to their own phase."""
+        """Move the forwards' share of a host wait, in `phase` since `since_s`, to the forwards' own phase."""
         marked, self._marked = self._marked, None
         if marked is None:
             return

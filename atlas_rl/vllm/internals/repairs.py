@@ -14,8 +14,8 @@ from atlas_rl.vllm.internals.version import INSTALLED, check_version, since
 def repair_cpu_sampler() -> None:
     """Fix how vLLM's CPU backend spreads per-request values over draft positions. Does nothing elsewhere.
 
-    Its stand-in for a Triton kernel writes into an int64 copy of the float output, so that temperature and top-p of every
-    draft position are uninitialised memory. Needed by every speculative method at temperature above 0.
+    vLLM's stand-in for a Triton kernel writes into an int64 copy of the float output, so that temperature and top-p of
+    every draft position are uninitialised memory. Every speculative method needs the fix at temperatures above 0.
     """
     check_version()
     from vllm.platforms import current_platform
@@ -39,8 +39,8 @@ def repair_cpu_sampler() -> None:
 def tolerate_numba() -> None:
     """Let vLLM's CPU backend start in a process that has loaded numba. Call it before building an engine.
 
-    At start it looks through every attribute of every module for kernels to replace, and trips over the one object of
-    llvmlite that answers to any attribute, `__dict__` included. Before 0.31 it replaced them by name.
+    At start vLLM looks through every attribute of every module for kernels to replace. It fails on an object of
+    llvmlite that answers to any attribute, `__dict__` included. Before 0.31 vLLM replaced the kernels by name.
     """
     if not since("0.31"):
         return

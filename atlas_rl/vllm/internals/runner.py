@@ -25,12 +25,12 @@ class Batch:
     """The rows of one forward, in vLLM's own arrays, so that a step never loops over requests.
 
     Attributes:
-        names: vLLM's names of the requests, which differ between ranks: keys of dictionaries on one rank, and nothing else.
-        token_ids: int32 `[rows, max_model_len]`, all tokens that are committed.
-        lengths: int64 `[rows]`, how many those are.
+        names: vLLM's names of the requests. They differ between ranks, so use them only as dictionary keys on one rank.
+        token_ids: int32 `[rows, max_model_len]`, all committed tokens.
+        lengths: int64 `[rows]`, number of committed tokens.
         num_prompt_tokens: int64 `[rows]`.
         greedy: bool `[rows]`, requests that take the likeliest token.
-        params_of: vLLM's sampling parameters of a request, by its name.
+        params_of: Returns vLLM's sampling parameters of a request, given its name.
     """
 
     names: list[str]
@@ -47,15 +47,16 @@ class Forward:
 
     Attributes:
         batch: Its rows, newly sampled tokens included.
-        num_new: int64 `[rows]`, tokens just committed, which `drawn` begins with; 0 for a row whose prompt is not complete
-            yet.
+        num_new: int64 `[rows]`, number of tokens just committed, the first of `drawn`; 0 for a row whose prompt is not
+            complete yet.
         num_drafted: int64 `[rows]`, draft tokens that were verified.
         starts: int64 `[rows]`, the row's first entry in `head_inputs`.
         head_inputs: `[positions, hidden]`, inputs of the LM head, outside of inference mode.
-        layers: Per layer that was asked for, `[tokens, hidden]`, inputs of it at every token of the forward.
-        spans: int64 `[rows, 3]`: the row's first token in `layers`, how many there are, and the position of the first.
-        drawn: What the sampler drew.
-        uniform: Draft tokens that every request must have for vLLM to replay a full graph; 0 where any number will do.
+        layers: For each requested layer, its inputs `[tokens, hidden]` at every token of the forward.
+        spans: int64 `[rows, 3]`: the row's first token in `layers`, its number of tokens, and the position of the
+            first.
+        drawn: Tokens that the sampler drew.
+        uniform: Draft tokens that every request must have for vLLM to replay a full graph; 0 if any number will do.
     """
 
     batch: Batch
@@ -104,11 +105,11 @@ class Hooks(ABC):
 
     @abstractmethod
     def learn(self) -> None:
-        """A device runs a forward: use the host's time for work that drafts do not wait for."""
+        """Do work that drafts do not wait for; called while a device runs a forward."""
 
 
 def install() -> None:
-    """Install the hooks on the model runner of this process; runners with another drafter are left alone."""
+    """Install the hooks on the model runner of this process. Runners with another drafter are not affected."""
     check_version()
     repair_cpu_sampler()
     from vllm.platforms import current_platform
@@ -131,7 +132,7 @@ def install() -> None:
 
 
 def _check_signature(method: Callable[..., Any], expected: tuple[str, ...]) -> None:
-    """Check signatures of hooked methods: a patch release may have changed them."""
+    """Check the signature of a hooked method: a patch release may have changed it."""
     found = tuple(inspect.signature(inspect.unwrap(method)).parameters)
     if found[: len(expected)] != expected:
         raise ValueError(
@@ -157,7 +158,7 @@ def _load_model(original: Callable[..., Any], runner: Any, drafter: Hooks, *args
     result = original(*args, **kwargs)
     if drafter.layers:
         runner.get_model().set_aux_hidden_state_layers(drafter.layers)
-    # vLLM stops drafting for the whole batch where one request comes near the end of the context. Our drafts are clipped.
+    # Near the end of a request's context vLLM stops drafting for the whole batch. Our drafts are clipped instead.
     runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 1
     return result
 
@@ -210,7 +211,7 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
         )
         _forward_time(runner).settle(drafter.recorder, "sample", began_s)
         if drawn.num_undefined:
-            # Where logits were processed, it may be the request's own doing: one can exclude every token.
+            # After processing, undefined logits may be the request's own doing: it can exclude every token.
             own = drawn.num_undefined if not truncated else int((~logits.float().logsumexp(dim=-1).isfinite()).sum())
             if own:
                 drafter.undefined_logits(own)
@@ -219,12 +220,12 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
 
 
 def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> list[list[int]]:
-    """Replaces the runner's own call of the proposer, which passes neither hidden states nor requests."""
+    """Replacement of the runner's own call of the proposer, which passes neither hidden states nor requests."""
     scheduled, sampled, _, _, hidden, layers = args[:6]
     batch, num_drafted, drawn = runner._atlas_rl_drawn
     batch.lengths = _lengths(runner, batch)
     counts = num_drafted + 1
-    # What drafters keep is trained on later: outside of vLLM's inference mode, and in memory of its own.
+    # Drafters train on these tensors later, so they are copied outside of vLLM's inference mode.
     with torch.inference_mode(False), torch.no_grad():
         forward = Forward(
             batch=batch,
@@ -249,7 +250,7 @@ _PROPOSE_TAKES = (
     "sample_hidden_states",
     "aux_hidden_states",
 )
-_GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
+_GREEDY_BELOW = 1e-5  # vLLM treats lower temperatures as 0
 _HOOKS: dict[str, Callable[..., Any]] = {
     "load_model": _load_model,
     "execute_model": _execute_model,
@@ -260,7 +261,7 @@ _HOOKS: dict[str, Callable[..., Any]] = {
 
 
 def _uniform(runner: Any) -> int:
-    """See `Forward.uniform`. vLLM settles its graph mode by the attention backend when the first request runs."""
+    """See `Forward.uniform`. vLLM chooses its graph mode by the attention backend when the first request runs."""
     mode = runner.cudagraph_dispatcher.cudagraph_mode
     return runner.uniform_decode_query_len - 1 if mode.separate_routine() and mode.has_full_cudagraphs() else 0
 

@@ -12,12 +12,12 @@ from atlas_rl.vllm.draw import Drawn, scores
 
 
 def draft_metadata(spec: Any, num_rows: int, device: torch.device) -> Any:
-    """vLLM's metadata of the drafts, also in a step without drafts, for which vLLM before 0.32 makes none.
+    """vLLM's metadata of the drafts, also for a step without drafts, for which vLLM before 0.32 makes none.
 
     Args:
         spec: vLLM's own metadata, or None.
         num_rows: Requests of the step.
-        device: Of the logits.
+        device: Device of the logits.
     """
     if spec is not None:
         return spec
@@ -32,21 +32,22 @@ def draft_metadata(spec: Any, num_rows: int, device: torch.device) -> Any:
         cu_num_sampled_tokens=rows + 1,
         target_logits_indices=nothing,
         bonus_logits_indices=rows,
-        logits_indices=rows,  # vLLM has selected these hidden states; nobody selects from its logits
+        logits_indices=rows,  # vLLM has already selected these hidden states; its logits are not indexed again
     )
 
 
 def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> tuple[torch.Tensor, bool]:
     """Logits of every position after vLLM's processing: `[positions, vocab]`, and whether some may be `-inf`.
 
-    float32, or as they came where nothing is processed and the kernel reads them: a copy is the largest thing in a step.
+    float32, or in their own type if nothing is processed and the kernel reads that type: a copy of the logits is the
+    largest tensor of a step.
 
-    Both halves are processed as vLLM's rejection sampler does, step by step. Its own `forward` would draw as well, and hands
-    over no processed logits where all requests are greedy.
+    Target and bonus logits are processed as in vLLM's rejection sampler, step by step. Its own `forward` would also
+    draw, and it returns no processed logits if all requests are greedy.
 
     Args:
         sampler: vLLM's rejection sampler.
-        logits: `[positions, vocab]`, of the policy.
+        logits: `[positions, vocab]`, logits of the policy.
         spec: vLLM's metadata of the drafts.
         metadata: vLLM's metadata of sampling.
     """
@@ -88,7 +89,7 @@ def sampler_output(
 ) -> Any:
     """vLLM's `SamplerOutput` of our tokens, with the requested logprobs (None for none).
 
-    On the host, where vLLM wants them next. On the device it would fetch each of its four tensors by itself.
+    On the host, where vLLM needs them next. From the device, vLLM would fetch each of the four tensors separately.
     """
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
@@ -96,7 +97,7 @@ def sampler_output(
     if num_logprobs is None:
         return SamplerOutput(tokens, None)
     scored = processed if sampler.is_processed_logprobs_mode else logits
-    # Where what is scored is what was drawn from, its normaliser is known: no pass over the vocabulary for that.
+    # If the scored logits are those drawn from, their normaliser is known, which saves a pass over the vocabulary.
     known = drawn.logprobs if scored is processed else None
     found = scores(scored, drawn, known, num_logprobs, as_logits=sampler.is_logits_logprobs_mode)
     return SamplerOutput(tokens, LogprobsTensors(*found))

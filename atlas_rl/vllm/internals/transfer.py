@@ -1,8 +1,8 @@
 """Registers our weight-transfer backends by name, and the drafters to notify about a new policy.
 
-A trainer elsewhere updates a server's weights by `start_weight_update`, `update_weights` and `finish_weight_update`. vLLM
-tells nobody of them but the engine of the backend that it was started with. So the engines are ours
-(`transfer_engines.py`), and what drafts for a model hears of it from here.
+A remote trainer updates a server's weights by `start_weight_update`, `update_weights` and `finish_weight_update`. vLLM
+passes these calls only to the engine of the backend that it was started with. So our backends have their own engines
+(`transfer_engines.py`), which notify the drafters through this module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CLASSES = {NCCL: "AtlasNcclEngine", GLOO: "AtlasGlooEngine"}
 
 
 class Follower(Protocol):
-    """Interface of drafters for a model whose weights come from elsewhere."""
+    """Interface of drafters for a model whose weights are updated from outside."""
 
     weights_are_whole: bool
     """False while an update has changed some weights and not all of them."""
@@ -32,14 +32,14 @@ class Follower(Protocol):
         """The model has new weights."""
 
     def policy_updated(self, version: int | None) -> dict[str, Any]:
-        """The policy has changed; None adds one to its version."""
+        """Handle a policy update to `version`; None adds one to the version."""
 
 
 _FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Follower]] = weakref.WeakKeyDictionary()
 
 
 def follow(model: nn.Module, follower: Follower) -> None:
-    """Notify `follower` of new weights of `model`; neither is kept alive by this."""
+    """Notify `follower` of new weights of `model`; keeps neither of them alive."""
     _FOLLOWERS[model] = weakref.ref(follower)
 
 
@@ -50,7 +50,7 @@ def follower_of(model: nn.Module) -> Follower | None:
 
 
 def register_backends() -> None:
-    """Register the backends with vLLM in this process; a worker looks one up after loading its model."""
+    """Register the backends with vLLM in this process; a worker looks up its backend after loading its model."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     for name, class_name in _CLASSES.items():

@@ -23,7 +23,7 @@ class _TellsDrafters(WeightTransferEngine):
     """Notifies a model's drafters of a weight update, unless it updates a draft model of vLLM's own."""
 
     def init_transfer_engine(self, init_info: Any) -> None:
-        super().init_transfer_engine(init_info)  # the backend's own, which follows in the order of bases
+        super().init_transfer_engine(init_info)  # the backend's own engine, the next base class
         self._note_trainer()
 
     def start_weight_update(self) -> None:
@@ -61,7 +61,7 @@ class AtlasNcclEngine(_TellsDrafters, NCCLWeightTransferEngine):
 
 @dataclass(kw_only=True)
 class GlooInitInfo(WeightTransferInitInfo):
-    """Address of the trainer's process group; workers are ranks `rank_offset` and up of `world_size`."""
+    """Address of the trainer's process group; workers are ranks from `rank_offset` on, of `world_size`."""
 
     master_address: str
     master_port: int
@@ -106,7 +106,7 @@ class AtlasGlooEngine(_TellsDrafters):
         self._tell()
 
     def _runner(self) -> Any:
-        """The parts of a model runner that loading needs; vLLM's worker and client reset LoRA and image caches."""
+        """The parts of a model runner that loading needs. vLLM's worker and client reset the LoRA and image caches."""
         return SimpleNamespace(
             get_model=lambda: self.model,
             model_config=self.model_config,
@@ -122,7 +122,7 @@ class AtlasGlooEngine(_TellsDrafters):
 
     @classmethod
     def trainer_init(cls, *args: Any, **options: Any) -> Any:
-        """Required by vLLM before 0.28, whose engines also serve the trainer's side; the next method, too."""
+        """Required by vLLM before 0.28, whose engines also implement the trainer's side. So is the next method."""
         raise NotImplementedError("the trainer's side is atlas_rl.vllm.weight_group.WeightGroup")
 
     trainer_send_weights = trainer_init

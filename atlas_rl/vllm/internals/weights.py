@@ -16,14 +16,15 @@ from atlas_rl.vllm.internals.version import since
 def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load a checkpoint layer by layer, as vLLM reloads; on any error the old weights are restored.
 
-    Meanwhile a copy of the old weights lies in host memory.
+    A copy of the old weights is held in host memory during loading.
 
     Args:
         runner: A model runner.
-        weights: (name, tensor), of the whole checkpoint.
+        weights: (name, tensor) pairs of the whole checkpoint.
 
     Raises:
-        ValueError: Weights are missing, or not finite, or another rank failed. Errors of the iterator or of vLLM pass.
+        ValueError: Weights are missing or not finite, or another rank failed. Errors of the iterator or of vLLM
+            propagate.
     """
     before = _Snapshot(runner.get_model())
     try:
@@ -39,10 +40,10 @@ def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]
 
 
 def load_in_place(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load a checkpoint into the live model, tensor by tensor, without a copy. Not on CPUs: see `_reload`.
+    """Load a checkpoint into the live model, tensor by tensor, without a copy. Not for CPUs: see `_reload`.
 
     Raises:
-        ValueError: Weights are missing, or not finite; some have changed then.
+        ValueError: Weights are missing or not finite; some weights have changed by then.
     """
     model = runner.get_model()
     loaded: set[str] = set()
@@ -54,12 +55,12 @@ def load_in_place(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> N
 def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load new weights into an engine of this process and drop caches computed with the old ones.
 
-    On CPUs the old weights stay where loading fails; elsewhere, where a copy of them would cost as much memory as they do,
-    some have changed then.
+    If loading fails, the old weights are kept on CPUs. Elsewhere a copy would double the memory of the weights, so some
+    weights may have changed by then.
 
     Args:
         llm: An engine in this process.
-        weights: (name, tensor) pairs as in a checkpoint; read to its end, whatever happens.
+        weights: (name, tensor) pairs as in a checkpoint; always read to the end, even after an error.
     """
     runner, drafter = runner_of(llm), drafter_of(llm)
     assert drafter is not None, "a backend is built around an engine with our drafter only"
@@ -72,7 +73,7 @@ def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
             load_in_place(runner, iterator)
         drafter.weights_are_whole = True
     finally:
-        # TRL merges adapters before the first pair and unmerges them behind the last one.
+        # TRL merges adapters before the first pair and unmerges them after the last one.
         for _ in iterator:
             pass
         llm.reset_prefix_cache(reset_running_requests=True)
@@ -80,11 +81,11 @@ def reload_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
 
 
 def _reload(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """vLLM's reload, which only logs missing weights. The only way on CPUs: live weights were packed and dropped."""
+    """Load by vLLM's reload, which only logs missing weights. The only way on CPUs: live weights were packed and dropped."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     model, config = runner.get_model(), runner.model_config
-    names = {name for name, _ in model.named_parameters()}  # before: tied weights are one parameter here
+    names = {name for name, _ in model.named_parameters()}  # read before loading: tied weights are one parameter here
     initialize_layerwise_reload(model)
     loaded = model.load_weights(_finite(weights, config.dtype))
     _check_complete(model, config, loaded, names)
@@ -95,7 +96,7 @@ def _reload(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _forget_adapters(runner: Any) -> None:
-    """Remove adapters, which were made for the old weights. Before 0.28 vLLM's own reload keeps them."""
+    """Remove adapters, which were trained for the old weights. Before 0.28 vLLM's own reload keeps them."""
     if since("0.28"):
         runner.reset_lora_state()
     else:
