@@ -193,8 +193,8 @@ def joined(calls: list[Recorded]) -> Recorded:
         for name in ("lengths", "prompt_lengths", "prompt_keys", "noise_keys")
     ]
     sequences = Sequences(np.concatenate(texts), *arrays, first.sampling, first.vocab_size, first.policy_version, width)
-    last = torch.cat([call.last for call in calls])
-    return replace(calls[-1], sequences=sequences, last=last)
+    last = torch.cat([call.head_inputs for call in calls])
+    return replace(calls[-1], sequences=sequences, head_inputs=last)
 
 
 def part_of(recorded: Recorded, requests: np.ndarray) -> Recorded:
@@ -207,7 +207,7 @@ def part_of(recorded: Recorded, requests: np.ndarray) -> Recorded:
     sequences = Sequences(
         *(array[requests] for array in arrays), true.sampling, true.vocab_size, true.policy_version, true.max_length
     )
-    return replace(recorded, sequences=sequences, last=recorded.last[torch.from_numpy(places)])
+    return replace(recorded, sequences=sequences, head_inputs=recorded.head_inputs[torch.from_numpy(places)])
 
 
 def controller_of(arm: str) -> tuple[tuple[str, ...], Controller]:

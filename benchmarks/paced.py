@@ -267,7 +267,7 @@ class PacedLoop(DecodeLoop):
     def drawn_from(self, requests: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Hidden states that the tokens at `positions` of `requests` (int64 `[n]` each) were drawn from."""
         last = self._recorded.sequences.lengths[requests] - 1
-        return self._recorded.last[torch.from_numpy(self._told[requests] + np.minimum(positions, last))].float()
+        return self._recorded.head_inputs[torch.from_numpy(self._told[requests] + np.minimum(positions, last))].float()
 
     def step(self) -> None:
         with self.device.outside():

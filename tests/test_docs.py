@@ -133,6 +133,8 @@ def check_pip(words: list[str]) -> None:
 
 def check_accelerate(words: list[str]) -> None:
     parsed = launch_command_parser().parse_args(words[1:])
+    config = parsed.config_file
+    assert config is None or config.startswith("$") or (ROOT / config).is_file(), f"no {config}"
     check_python([*(["-m"] if parsed.module else []), parsed.training_script, *parsed.training_script_args])
 
 

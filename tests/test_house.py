@@ -39,6 +39,7 @@ NEVER = (
     ("speculators", ("atlas_rl.controller",), ()),
     ("", ("trl",), ("atlas_rl.integrations",)),
     ("", ("vllm",), ("atlas_rl.vllm", "atlas_rl.integrations.trl.vllm")),
+    ("vllm", ("vllm.v1", "vllm.model_executor", "vllm.distributed"), ("atlas_rl.vllm.internals",)),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 

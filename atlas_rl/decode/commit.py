@@ -1,4 +1,4 @@
-"""The verb commit: appends settled tokens to the sequences and counts them. Both engines use it."""
+"""Appends settled tokens to the sequences and counts them. Both engines use its compiled part (`settling.py`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from atlas_rl.decode.plain_run import PlainCosts
 from atlas_rl.decode.settling import Drawn, Fates, Texts, reached, settle
 from atlas_rl.report.recorder import StepRecorder
 
-NOBODY_SAYS, NOBODY_WANTS = np.zeros((0, 0), np.bool_), np.zeros((0, 0), np.float32)
+NOBODY_WANTS = np.zeros((0, 0), np.float32)
+_NOBODY_SAYS = np.zeros((0, 0), np.bool_)  # the call's sampling parameters decide which tokens end a request
 
 
 @dataclass(slots=True)
@@ -45,7 +46,6 @@ def commit(
     sequences: Sequences,
     max_lengths: np.ndarray,
     recorder: StepRecorder,
-    ends: np.ndarray = NOBODY_SAYS,
     logprobs: np.ndarray = NOBODY_WANTS,
 ) -> Verified:
     """Append tokens to their sequences, up to an ending token, and return which requests end.
@@ -55,8 +55,6 @@ def commit(
         sequences: Sequences to append to.
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
         recorder: Receives the entropies.
-        ends: bool like `settled.token_ids`, tokens that end their request; by default the call's sampling parameters
-            decide.
         logprobs: float32 `[num_requests, n]`, receives the tokens' logprobs by place in the completion; must be large
             enough.
     """
@@ -72,7 +70,7 @@ def commit(
         np.ascontiguousarray(settled.entropies),
         np.ascontiguousarray(settled.max_probs),
         settled.logprobs if len(logprobs) else NOBODY_WANTS,
-        ends,
+        _NOBODY_SAYS,
         sequences.sampling.stops,
     )
     texts = Texts(sequences.token_ids, sequences.lengths, max_lengths, sequences.prompt_lengths, logprobs)

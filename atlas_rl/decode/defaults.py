@@ -14,7 +14,7 @@ from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
 
 def default_speculators() -> list[Speculator]:
-    """The history index and the recurrent head, and the static speculator if one is given."""
+    """The history index and the recurrent head."""
     return [HistorySpeculator(), RecurrentSpeculator()]
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 from atlas_rl.policy.attention_backends import attend
+from atlas_rl.policy.attention_sinks import share_of_cells
 from atlas_rl.policy.placement import Placement
-from atlas_rl.policy.sinks import share_of_cells
 
 _SCORE_BYTES = 1 << 26
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from atlas_rl.policy.sinks import share_of_cells
+from atlas_rl.policy.attention_sinks import share_of_cells
 
 _TYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256  # dimensions, of flash attention

@@ -36,7 +36,7 @@ class Recorded:
 
     Attributes:
         sequences: All requests, finished.
-        last: float16 `[completion tokens, hidden]`, request by request: hidden state that each token was drawn from.
+        head_inputs: float16 `[completion tokens, hidden]`, request by request: hidden state that each token was drawn from.
         layers: Per layer float16 `[all tokens but the last of each request, hidden]`, request by request.
         token_ids: int64 `[tokens]`, tokens used by this call or an earlier one; their embeddings follow.
         inputs, outputs: float32 `[tokens, hidden]`, input embeddings and rows of the LM head.
@@ -45,7 +45,7 @@ class Recorded:
     """
 
     sequences: Sequences
-    last: torch.Tensor
+    head_inputs: torch.Tensor
     layers: dict[int, torch.Tensor]
     token_ids: np.ndarray
     inputs: torch.Tensor
@@ -58,7 +58,7 @@ class Recorded:
         sequences = self.sequences
         arrays = {name: getattr(sequences, name) for name in _SEQUENCE_ARRAYS}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        tensors |= {"last": self.last, "inputs": self.inputs, "outputs": self.outputs, "biases": self.biases}
+        tensors |= {"last": self.head_inputs, "inputs": self.inputs, "outputs": self.outputs, "biases": self.biases}
         tensors |= {"row_token_ids": torch.from_numpy(self.token_ids)}
         tensors |= {f"layer.{layer}": states for layer, states in self.layers.items()}
         metadata = {

@@ -83,7 +83,7 @@ def unfinished(recorded: Recorded) -> tuple[Sequences, np.ndarray]:
 
 
 def head_inputs_at(recorded: Recorded) -> np.ndarray:
-    """int64 per request: add a completion token's position to get its index in `recorded.last`."""
+    """int64 per request: add a completion token's position to get its index in `recorded.head_inputs`."""
     completions = recorded.sequences.lengths - recorded.sequences.prompt_lengths
     places: np.ndarray = np.cumsum(completions) - completions - recorded.sequences.prompt_lengths
     return places
@@ -140,7 +140,7 @@ class _ReplayLoop(DecodeLoop):
 
     def _head_inputs(self, requests: np.ndarray, drawn: np.ndarray) -> torch.Tensor:
         """Hidden states from which the tokens at positions `drawn` of `requests` (int64 `[n]` each) were drawn."""
-        return self._recorded.last[torch.from_numpy(self._head_inputs_at[requests] + drawn)].float()
+        return self._recorded.head_inputs[torch.from_numpy(self._head_inputs_at[requests] + drawn)].float()
 
     def _layers(self, index: torch.Tensor) -> dict[int, torch.Tensor]:
         return {layer: states[index].float() for layer, states in self._recorded.layers.items()}

@@ -249,7 +249,7 @@ def _batch(policy: PolicyView, recorded: Recorded, requests: np.ndarray) -> Batc
     sequences = recorded.sequences
     lengths, prompts = sequences.lengths, sequences.prompt_lengths
     layers_at, last_at = np.cumsum(lengths - 1) - (lengths - 1), np.cumsum(lengths - prompts) - (lengths - prompts)
-    size, width, hidden = len(requests), int(lengths[requests].max()), recorded.last.shape[1]
+    size, width, hidden = len(requests), int(lengths[requests].max()), recorded.head_inputs.shape[1]
     token_ids = torch.zeros(size, width, dtype=torch.int64)
     drawn_from = torch.zeros(size, width, hidden)
     drawn = torch.zeros(size, width, dtype=torch.bool)
@@ -257,7 +257,7 @@ def _batch(policy: PolicyView, recorded: Recorded, requests: np.ndarray) -> Batc
     for row, request in enumerate(requests):
         n, prompt = int(lengths[request]), int(prompts[request])
         token_ids[row, :n] = torch.from_numpy(sequences.token_ids[request, :n].astype(np.int64))
-        drawn_from[row, prompt:n] = recorded.last[last_at[request] : last_at[request] + n - prompt].float()
+        drawn_from[row, prompt:n] = recorded.head_inputs[last_at[request] : last_at[request] + n - prompt].float()
         drawn[row, prompt:n] = True
         for layer, states in recorded.layers.items():
             features[layer][row, : n - 1] = states[layers_at[request] : layers_at[request] + n - 1].float()

@@ -31,7 +31,7 @@ from atlas_rl.sync.refresh import PolicyTracker
 from atlas_rl.vllm.following import RequestFollower
 from atlas_rl.vllm.graphs import uniform_drafts
 from atlas_rl.vllm.internals import Forward
-from atlas_rl.vllm.row_passes import NO_PLAN, Plan
+from atlas_rl.vllm.row_passes import NO_PLAN, PlannedRows
 from atlas_rl.vllm.settling import Committed, commit_rows
 from atlas_rl.vllm.traffic import Traffic
 from atlas_rl.vllm.ways import Observing, ProposingInWays
@@ -313,7 +313,7 @@ class Drafting:
     def _committed(self, forward: Forward, known: np.ndarray, *, waits_for_newcomers: bool) -> Committed | None:
         """See `commit_rows`. Reads the plan at the time of the call: newcomers may have begun another epoch."""
         planned = self._planned
-        plan = NO_PLAN if planned is None else Plan(planned.requests, planned.admission.lengths)
+        plan = NO_PLAN if planned is None else PlannedRows(planned.requests, planned.admission.lengths)
         return commit_rows(
             forward, known, self.requests.table, plan, self._max_draft_tokens, self.recorder,
             has_plan=planned is not None, waits_for_newcomers=waits_for_newcomers,
@@ -346,7 +346,7 @@ class Drafting:
     # -------------------------------------------------------------------------------------------------------- drafting
 
     def _plan(self, committed: Committed, drafts: list[list[int]]) -> None:
-        """Plan and propose for the requests that continue; draft tokens go into `drafts`, by row."""
+        """PlannedRows and propose for the requests that continue; draft tokens go into `drafts`, by row."""
         requests, rows, room = committed.going, committed.going_rows, committed.room
         sequences, began_s = self.requests.table.current, self.recorder.clock()
         self._planned = None

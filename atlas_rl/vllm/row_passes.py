@@ -12,17 +12,17 @@ import numpy as np
 from atlas_kernels.jit_cache import cached_njit
 
 
-class Plan(NamedTuple):
+class PlannedRows(NamedTuple):
     """The plan for a forward: int64 `[planned]` requests and draft tokens of each; empty if nothing was planned."""
 
     requests: np.ndarray
     lengths: np.ndarray
 
 
-NO_PLAN = Plan(np.zeros(0, np.int64), np.zeros(0, np.int64))
+NO_PLAN = PlannedRows(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-class Outcome(NamedTuple):
+class RowOutcomes(NamedTuple):
     """Row by row, the outcome of a forward.
 
     Attributes:
@@ -76,17 +76,22 @@ def followed(
 
 @cached_njit(nogil=True)
 def in_order(
-    rows: np.ndarray, requests: np.ndarray, plan: Plan, num_requests: int, only_planned: bool, outcome: Outcome
+    rows: np.ndarray,
+    requests: np.ndarray,
+    plan: PlannedRows,
+    num_requests: int,
+    only_planned: bool,
+    outcome: RowOutcomes,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
     """The outcome of a forward for some rows, planned requests first and in their planned order.
 
     Args:
         rows: int64 `[n]`.
         requests: int64 `[n]`, of these rows.
-        plan: A `Plan`.
+        plan: A `PlannedRows`.
         num_requests: Upper bound on the requests.
         only_planned: Whether drafts of requests without a plan count as none.
-        outcome: An `Outcome`, of all rows.
+        outcome: An `RowOutcomes`, of all rows.
 
     Returns:
         The rows, int64 `[n]`, and their requests; the places in the plan of the first of them, int64 `[n]` or fewer;

@@ -19,7 +19,7 @@ from atlas_rl.decode.settling import Texts, reached, settle_arrays
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.vllm.internals import Forward
 from atlas_rl.vllm.request_table import RequestTable
-from atlas_rl.vllm.row_passes import NO_PLAN, Outcome, Plan, followed, going_on, in_order
+from atlas_rl.vllm.row_passes import NO_PLAN, PlannedRows, RowOutcomes, followed, going_on, in_order
 
 _ROWS, _REQUESTS, _PLACES, _STARTS, _COMMITTED, _ACCEPTED, _DRAFTED, _OWN, _OWN_ROWS, _ROOM = range(10)
 _COLUMNS = 10
@@ -28,12 +28,12 @@ _DONE, _NEWCOMERS, _SKIPPED, _TOO_LONG = range(4)
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Outcome of a forward for the followed requests: requests with a plan first, in the plan's order.
+    """RowOutcomes of a forward for the followed requests: requests with a plan first, in the plan's order.
 
     Attributes:
         rows: int64 `[n]`, rows of the forward.
         planned: int64 `[n]` or fewer, places in the plan of the requests that had one.
-        verified: Outcome for the speculators.
+        verified: RowOutcomes for the speculators.
         as_planned: Whether the forward ran the planned batch and nothing else.
         going: int64 `[m]`, requests that continue.
         going_rows: int64 `[m]`, their rows.
@@ -64,8 +64,8 @@ def settle_rows(
     known: np.ndarray,
     lengths: np.ndarray,
     num_prompt_tokens: np.ndarray,
-    outcome: Outcome,
-    plan: Plan,
+    outcome: RowOutcomes,
+    plan: PlannedRows,
     only_planned: bool,
     stops: np.ndarray,
     way_of: np.ndarray,
@@ -79,7 +79,7 @@ def settle_rows(
         known: int64 `[rows]`, row of `Sequences`; -1 where drafters do not know the request.
         lengths: int64 `[rows]`, number of committed tokens.
         num_prompt_tokens: int64 `[rows]`.
-        outcome: Outcome of the forward.
+        outcome: RowOutcomes of the forward.
         plan: The plan for it.
         only_planned: Whether drafts of requests without a plan count as none.
         stops: int64 `[ways, n]`, tokens that end a request of each way of sampling, -1 where there are fewer.
@@ -123,8 +123,8 @@ def _settle_rows(
     rows, requests, newcomers, whole = followed(known, num_new, lengths, num_prompt_tokens, text_lengths)
     if not whole or (newcomers > 0 and waits_for_newcomers):
         return (_NEWCOMERS if whole else _SKIPPED, 0, 0, 0, 0), no_sums, columns, no_tokens, nobody
-    plan = Plan(planned, planned_lengths)
-    outcome = Outcome(num_new, num_drafted, first_states, token_ids, all_entropies, all_max_probs)
+    plan = PlannedRows(planned, planned_lengths)
+    outcome = RowOutcomes(num_new, num_drafted, first_states, token_ids, all_entropies, all_max_probs)
     rows, requests, places, found = in_order(rows, requests, plan, len(max_lengths), only_planned, outcome)
     new, drafted, starts, tokens, entropies, max_probs = found
     longest, _ = reached(requests, new, text_lengths, max_lengths, prompt_lengths)
@@ -149,7 +149,7 @@ def commit_rows(
     forward: Forward,
     known: np.ndarray,
     table: RequestTable,
-    plan: Plan,
+    plan: PlannedRows,
     most: int,
     recorder: StepRecorder,
     *,
@@ -172,7 +172,7 @@ def commit_rows(
         The committed tokens; None if newcomers must be entered first.
     """
     batch, drawn = forward.batch, forward.drawn
-    outcome = Outcome(
+    outcome = RowOutcomes(
         forward.num_new, forward.num_drafted, forward.starts, drawn.token_ids, drawn.entropies, drawn.max_probs
     )
     only_planned = has_plan and forward.uniform > 0  # other drafts only made the step uniform
@@ -211,6 +211,6 @@ def layers_drawn_from(forward: Forward) -> dict[int, torch.Tensor]:
 def compile_settling() -> None:
     """Compile the pass, or read it from the cache, before the first step."""
     one, figures = np.zeros(1, np.int64), np.zeros((1, 1), np.float32)
-    outcome = Outcome(one + 1, one, one, one[None], figures, figures)
+    outcome = RowOutcomes(one + 1, one, one, one[None], figures, figures)
     texts = Texts(np.zeros((1, 2), np.int32), one + 1, one + 2, one + 1, NOBODY_WANTS)
     settle_rows(one, one + 2, one + 1, outcome, NO_PLAN, False, one[None], one, texts, 1, True)

@@ -145,7 +145,7 @@ def test_the_record_holds_what_a_plain_forward_computes(tmp_path):
         tokens = torch.from_numpy(sequences.token_ids[request, :n].astype(np.int64))[None]
         with torch.no_grad():
             states = model(tokens, output_hidden_states=True).hidden_states
-        last = recorded.last[last_at[request] : last_at[request] + n - prompt].float()
+        last = recorded.head_inputs[last_at[request] : last_at[request] + n - prompt].float()
         assert torch.allclose(last, states[-1][0, prompt - 1 : n - 1], atol=2e-2, rtol=2e-3)
         for layer in LAYERS:
             own = recorded.layers[layer][layers_at[request] : layers_at[request] + n - 1].float()

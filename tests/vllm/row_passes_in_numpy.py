@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atlas_rl.vllm.row_passes import Outcome, Plan
+from atlas_rl.vllm.row_passes import PlannedRows, RowOutcomes
 
 
 def followed(
@@ -19,7 +19,12 @@ def followed(
 
 
 def in_order(
-    rows: np.ndarray, requests: np.ndarray, plan: Plan, num_requests: int, only_planned: bool, outcome: Outcome
+    rows: np.ndarray,
+    requests: np.ndarray,
+    plan: PlannedRows,
+    num_requests: int,
+    only_planned: bool,
+    outcome: RowOutcomes,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
     """As `row_passes.in_order`."""
     where = np.full(num_requests, -1)

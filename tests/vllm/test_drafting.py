@@ -230,10 +230,12 @@ def test_passes_do_what_numpy_does(seed: int) -> None:
 
     rows, requests = found[:2]
     planned = rng.permutation(num_requests)[: rng.integers(0, 9)] if seed % 3 else requests.copy()
-    plan = row_passes.Plan(planned, rng.integers(0, width, len(planned))) if seed % 4 else row_passes.NO_PLAN
+    plan = row_passes.PlannedRows(planned, rng.integers(0, width, len(planned))) if seed % 4 else row_passes.NO_PLAN
     figures = (rng.random((count, width)).astype(np.float32) for _ in range(2))
     tokens = rng.integers(0, VOCAB, (count, width))
-    outcome = row_passes.Outcome(num_new, rng.integers(0, width, count), rng.integers(0, 99, count), tokens, *figures)
+    outcome = row_passes.RowOutcomes(
+        num_new, rng.integers(0, width, count), rng.integers(0, 99, count), tokens, *figures
+    )
     for only_planned in (False, True):
         arguments = rows, requests, plan, num_requests, only_planned, outcome
         same(row_passes.in_order(*arguments), row_passes_in_numpy.in_order(*arguments))
@@ -254,9 +256,11 @@ def test_one_pass_does_what_they_do_one_after_another(seed: int) -> None:
     lengths, prompts = np.where(known >= 0, before[known], 5) + num_new, np.where(rng.random(count) < 0.5, 5, 9)
     figures = (rng.random((count, width)).astype(np.float32) for _ in range(2))
     tokens = rng.integers(0, 6, (count, width))
-    outcome = row_passes.Outcome(num_new, rng.integers(0, width, count), rng.integers(0, 99, count), tokens, *figures)
+    outcome = row_passes.RowOutcomes(
+        num_new, rng.integers(0, width, count), rng.integers(0, 99, count), tokens, *figures
+    )
     planned = rng.permutation(num_requests)[: rng.integers(0, 9)]
-    plan = row_passes.Plan(planned, rng.integers(0, width, len(planned))) if seed % 4 else row_passes.NO_PLAN
+    plan = row_passes.PlannedRows(planned, rng.integers(0, width, len(planned))) if seed % 4 else row_passes.NO_PLAN
     stops, way_of = np.array([[1, -1], [2, 3]]), rng.integers(0, 2, num_requests)
     limits = before + rng.integers(1, 6, num_requests)
 
