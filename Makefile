@@ -131,7 +131,7 @@ test: $(TEST_SETUP) lint types
 # One vLLM of the range that atlas_rl/vllm/internals/version.py knows; `make test` runs the newest with everything else.
 test-vllm: $(VLLM_STAMP)
 	@echo '== pytest on vLLM $(VLLM)'
-	@$(PYTEST) tests/vllm tests/integrations/test_trl_vllm.py $(PYTEST_ARGS)
+	@$(PYTEST) tests/vllm tests/integrations/test_trl_vllm.py tests/integrations/test_trl_trainers_vllm.py tests/examples/test_grpo_vllm.py $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	@$(PY) -u examples/grpo_demo/run.py $(DEMO_ARGS)
