@@ -75,6 +75,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["ATLAS_RL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def modes_stay() -> Iterator[None]:
+    """A test that leaves gradients off, or inference mode on, would break those after it in its process."""
+    yield
+    left = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert left == (True, False), f"gradients on, inference mode: {left} after this test"
+
+
 @pytest.fixture
 def accelerate_anew() -> Iterator[None]:
     """accelerate keeps a process's first `Accelerator` settings for good: forget them, and put back what was there."""
