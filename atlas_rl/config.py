@@ -106,7 +106,11 @@ def _check_drafting(config: EngineConfig) -> None:
     if config.speculators is None:
         return
     if config.draft_model is not None:
-        raise ValueError("give either draft_model or speculators: add DraftLM(...) to the speculators yourself")
+        raise ValueError(
+            "give either draft_model or speculators. Leave out draft_model and add its drafter to the speculators: "
+            "Eagle3Speculator(...) for an EAGLE-3 head, MtpSpeculator(...) for an MTP layer, Fp4SelfSpeculator(...) for the "
+            "four-bit copy, DraftLM(...) for a causal LM"
+        )
     speculators = instances("speculators", config.speculators, Speculator)
     names = [speculator.name for speculator in speculators]
     if len(set(names)) < len(names):

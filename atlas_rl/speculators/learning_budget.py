@@ -8,7 +8,8 @@ again at once if the loss of agreement since the last refresh is worth it: the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,11 +86,27 @@ class LearningBudget:
         self._use = 1.0  # the head's share of what speculation saves
         self._agreement: float | None = None  # after the previous refresh
         self._measures = False  # whether the generation was timed
-        self._has_learned = False  # since `open`
+        self._has_tried = False  # whether the head has ever begun to learn, with or without success
+        self._earns_credit = True  # whether the time that the present refresh leaves is kept for the next one
 
     def divide(self, heads: int) -> None:
         """Divide the share among this many heads."""
         self._heads = heads
+
+    @contextmanager
+    def refreshing(self, rollouts: Rollouts, speculator: str) -> Iterator[bool]:
+        """Open for a refresh, which is the body, and close after it; an error in the body earns no credit.
+
+        Args and the yielded value: as for `open`.
+        """
+        in_time = self.open(rollouts, speculator)
+        failed = True
+        try:
+            yield in_time
+            failed = False
+        finally:
+            self._earns_credit = self._earns_credit and not failed
+            self.close()
 
     def open(self, rollouts: Rollouts, speculator: str) -> bool:
         """Begin a refresh.
@@ -117,19 +134,27 @@ class LearningBudget:
             self._cut = 1.0
         return self._whole_s * self._cut
 
+    def owes_first_step(self, trained: bool) -> bool:
+        """Whether the head takes a step even if there is no time: it has neither learned nor tried to."""
+        return not (trained or self._has_tried)
+
+    def begin_learning(self) -> None:
+        """The head begins to learn: this refresh earns no credit, whether it succeeds, raises or is undone."""
+        self._has_tried, self._earns_credit = True, False
+
     def learned(self, done: Distilled) -> None:
         """Record the result of learning."""
-        self._agreement, self._has_learned = done.agreement_after, True
+        self._agreement = done.agreement_after
         if self._measures:
             pays = (done.agreement_after - done.agreement_before) * self._worth_s >= done.seconds
             self._cut = min(1.0, 2 * self._cut) if pays else max(_LEAST_CUT, self._cut / 2)
 
     def close(self) -> None:
-        """End a refresh. If there was nothing to learn from, unspent time is kept for the next one."""
+        """End a refresh. If there was nothing to learn from, unspent time is a credit for the next one."""
         self._closed_s = self._clock()
         owed_s = self._closed_s - self.opened_s - self._whole_s
-        self._owed_s = max(0.0, owed_s) if self._has_learned else owed_s
-        self._has_learned = False
+        self._owed_s = owed_s if self._earns_credit else max(0.0, owed_s)
+        self._earns_credit = True
 
 
 def learn_in_time(

@@ -88,10 +88,8 @@ class TrainingState:
             return
         state = load_state(self.output / _STATE)
         saved, log = json.loads(state["log"]), self.log
-        if (
-            saved["settings"] != json.loads(json.dumps(log.settings))
-            or saved["num_train_tokens"] != log.num_train_tokens
-        ):
+        present = json.loads(json.dumps(asdict(log)))
+        if any(saved[name] != present[name] for name in ("settings", "num_train_tokens", "num_held_out_tokens")):
             raise ValueError(
                 f"'{self.output}' holds a training with other settings or data: give another --output, or delete it"
             )

@@ -3,66 +3,21 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
-from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Rollouts
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.eagle3.unrolling import unrolled
-from atlas_rl.speculators.eagle3_adaptive.learner import RefineSettings
 from atlas_rl.speculators.eagle3_adaptive.speculator import AdaptiveEagle3Speculator
 from atlas_rl.speculators.eagle3_adaptive.texts import batch_of
 from atlas_rl.training.eagle3 import TrainSettings, new_head
 from tests.drafters import ticking
-from tests.models import tiny_bigram
-
-PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 4]]
-LAYERS = (1, 2, 3)
-
-
-@cache
-def policy():
-    return tiny_bigram(layers=4, seed=11)
-
-
-@cache
-def static_head():
-    """Random but for its output layer: all that it comes to know it learns in the run."""
-    return new_head(InProcessView(policy()), TrainSettings(layers=LAYERS), np.arange(60)).eval()
-
-
-def adaptive(**options):
-    """Learns for about 12 steps after every update."""
-    settings = options.pop("settings", RefineSettings(learning_rate=4e-3))
-    return AdaptiveEagle3Speculator(
-        static_head(), settings=settings, **{"clock": ticking(), "budget_share": 12.0} | options
-    )
-
-
-def engine_of(speculator, model=None, **options):
-    controller = FixedController([speculator.name], speculator.name, 3)
-    options = {"speculators": [speculator], "controller": controller, "console": False} | options
-    return AtlasRolloutEngine(model=model or policy(), **options)
-
-
-def rollout(engine, seed, **options):
-    return engine.generate(
-        PROMPTS, **{"num_generations": 4, "max_new_tokens": 24, "eos_token_ids": [17], "seed": seed} | options
-    )
-
-
-def trained(speculator, updates, **options):
-    engine = engine_of(speculator, **options)
-    for seed in range(updates):
-        rollout(engine, seed)
-        engine.policy_updated()
-    return engine
+from tests.eagle3_adaptive import LAYERS, adaptive, engine_of, policy, rollout, same, static_head, trained, weights
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +25,6 @@ def learned():
     """A speculator after some updates, and its engine."""
     speculator = adaptive()
     return speculator, trained(speculator, 5)
-
-
-def weights(head):
-    return {name: weight.detach().clone() for name, weight in head.named_parameters()}
-
-
-def same(one, other):
-    return all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
 def test_it_follows_and_the_static_head_stays(learned):
@@ -156,27 +103,6 @@ def test_a_refresh_that_goes_wrong_is_undone(learned, learning_rate, caplog):
     assert not same(weights(speculator.head), before)
 
 
-def test_an_error_in_a_refresh_costs_drafts_only(monkeypatch):
-    """Halfway through a refresh the drafting head is whole: what is trained is another one."""
-    speculator = adaptive()
-    engine = trained(speculator, 1)
-    before = weights(speculator.head)
-    rollout(engine, 1)
-    step = speculator.learner._step
-
-    def fails(*arguments):
-        step(*arguments)
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(speculator.learner, "_step", fails)
-    engine.policy_updated()
-    assert same(weights(speculator.head), before)
-    assert "out of memory" in " ".join(rollout(engine, 2).report.warnings)
-    monkeypatch.undo()
-    engine.policy_updated()
-    assert rollout(engine, 3).report.drafted["eagle3_adaptive"] > 0
-
-
 def test_a_resumed_run_drafts_as_well_as_before(learned, tmp_path):
     speculator, engine = learned
     engine.save_drafters(tmp_path / "drafters.safetensors")
@@ -235,19 +161,6 @@ def test_ranks_draft_with_the_mean_of_those_that_learned(learned):
     other.load_state_dict(kept)
 
 
-def test_a_call_larger_than_the_buffer_is_sampled():
-    speculator = adaptive(settings=RefineSettings(max_tokens=60))
-    engine = engine_of(speculator)
-    output = rollout(engine, 3)
-    texts = speculator.learner.log.texts()
-    assert 0 < sum(map(len, texts)) <= 60
-    assert sum(map(len, output.completion_ids)) > 120
-    assert len({id(text.prompt) for text in texts}) > 1  # of several prompts
-    assert all(text.features[LAYERS[0]].shape[0] == len(text) - 1 for text in texts)
-    engine.policy_updated()
-    assert speculator.refreshes
-
-
 def test_a_text_is_learned_from_in_stretches(learned, monkeypatch):
     """Long texts give a stretch and what comes before: the head says of it what it says of the whole text."""
     speculator, engine = learned
@@ -264,23 +177,6 @@ def test_a_text_is_learned_from_in_stretches(learned, monkeypatch):
             rows = short.valid[0].nonzero().flatten()
             places = torch.cumsum(long.valid[0].long(), 0)[rows + at] - 1
             assert torch.allclose(head.logits(short.features), head.logits(long.features[places]), atol=1e-4)
-
-
-def test_a_head_whose_single_step_is_dear_skips_refreshes():
-    """Every reading of the clock takes a second, a training step forty: 5% of it are two, and a refresh takes four."""
-    clock = ticking(1.0)
-    speculator = adaptive(clock=clock, budget_share=0.05)
-    engine = engine_of(speculator)
-    began = clock()
-    for seed in range(12):
-        rollout(engine, seed, num_generations=1, max_new_tokens=4)
-        for _ in range(40):
-            clock()
-        engine.policy_updated()
-    spent = [done.seconds for done in speculator.refreshes]
-    assert 2 <= len(spent) <= 8
-    assert [done.num_steps for done in speculator.refreshes] == [1] * len(spent)
-    assert sum(spent) <= 0.05 * (clock() - began) + max(spent)
 
 
 def test_a_rebound_policy_keeps_what_was_learned(learned):

@@ -61,6 +61,40 @@ def test_time_without_anything_to_learn_from_is_kept():
     assert budget.limit_s(0.0) > first - 2
 
 
+def test_an_error_closes_the_budget_and_earns_no_credit():
+    clock = ticking(1.0)
+    budget, rollouts = LearningBudget(0.05, clock), Rollouts(None, 1.0)
+    budget._closed_s -= 100.0
+    with pytest.raises(KeyboardInterrupt), budget.refreshing(rollouts, "a"):
+        raise KeyboardInterrupt
+    assert budget.open(rollouts, "a")
+    assert budget.limit_s(0.0) == pytest.approx(0.05)  # of the one second since
+
+
+def test_learning_that_fails_earns_no_credit():
+    """Undone learning, which records no result, is no time without anything to learn from."""
+    budget, rollouts = LearningBudget(0.05, ticking(1.0)), Rollouts(None, 1.0)
+    budget._closed_s -= 100.0
+    with budget.refreshing(rollouts, "a"):
+        budget.begin_learning()
+    assert budget.open(rollouts, "a")
+    assert budget.limit_s(0.0) == pytest.approx(0.05)
+
+
+def test_an_untrained_head_that_fails_keeps_its_budget(monkeypatch):
+    """Its first refresh takes a step whatever it costs; the next ones wait until that is paid for."""
+    speculator, tries = recurrent_drafter(budget_share=1e-9), []
+
+    def fails(*arguments, **options):
+        tries.append(speculator.budget.opened_s)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("atlas_rl.speculators.recurrent.learner.distill", fails)
+    trained(policy(), speculator, updates=3)
+    assert len(tries) == 1
+    assert speculator.budget._closed_s > speculator.budget.opened_s
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("measuring_s", "learns"), [(0.0, True), (5.0, False)])
 def test_time_that_only_measures_earns_no_time_to_learn(measuring_s, learns):

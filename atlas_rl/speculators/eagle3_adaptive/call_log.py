@@ -41,7 +41,8 @@ class CallLog:
     Args:
         sequences: All requests of the call.
         layers: Decoder layers that the head reads.
-        max_tokens: Most drawn tokens kept. A longer call is sampled: every n-th request, hence all prompts.
+        max_tokens: Most positions kept: drawn tokens, and kept positions of each distinct prompt. A longer call is
+            sampled: every n-th request.
     """
 
     def __init__(self, sequences: Sequences, layers: tuple[int, ...], max_tokens: int) -> None:
@@ -52,19 +53,23 @@ class CallLog:
         self._kept = np.zeros(
             len(sequences.lengths), bool
         )  # requests whose prompt is known and whose tokens are logged
-        self._stride, self._num_logged = 1, 0
+        self._stride, self._num_logged, self._num_prompt_rows = 1, 0, 0
+        self._full = False  # whether nothing is added any more
 
     def start(self, prompts: Prompts, policy: PolicyView) -> None:
         """Keep the states of prompts. Requests whose prompt the engine did not run are not used for learning."""
         for group, first in zip(prompts.groups, prompts.hidden.starts.tolist(), strict=True):
             group = group[group % self._stride == 0]
-            if not len(group):
+            if self._full or not len(group):
                 continue
             tokens = self.sequences.token_ids[group[0], : self.sequences.prompt_lengths[group[0]]].astype(np.int64)
-            features = {n: _half(prompts.hidden.layers[n][first : first + len(tokens)]) for n in self._layers}
-            states = PromptStates(_embedded(tokens[1:], policy), features)
+            start, end = PromptStates.start_of(len(tokens)), first + len(tokens)
+            features = {n: _half(prompts.hidden.layers[n][first + start : end]) for n in self._layers}
+            states = PromptStates(start, _embedded(tokens[start + 1 :], policy), features)
             self._prompts |= dict.fromkeys(group.tolist(), states)
             self._kept[group] = True
+            self._num_prompt_rows += states.num_kept
+            self._fit()
 
     def observe(self, verified: Verified, lengths: np.ndarray, policy: PolicyView) -> None:
         """Log committed tokens.
@@ -90,8 +95,7 @@ class CallLog:
         )
         self._entries.append(entry)
         self._num_logged += len(row)
-        while self._num_logged > self._max_tokens and self._kept.any():
-            self._thin()
+        self._fit()
 
     def texts(self) -> list[Text]:
         """The logged states of each request."""
@@ -125,17 +129,22 @@ class CallLog:
                 )
         return texts
 
+    def _fit(self) -> None:
+        while self._num_logged + self._num_prompt_rows > self._max_tokens and not self._full:
+            self._thin()
+
     def _thin(self) -> None:
-        """Halve the logged requests. The last one keeps its log, but nothing is added to it."""
+        """Halve the logged requests. The last one keeps its log, but nothing is added any more."""
         if self._kept.sum() == 1:
-            self._kept[:] = False
+            self._kept[:], self._full = False, True
             return
         self._stride *= 2
-        self._kept &= np.arange(len(self._kept)) % self._stride == 0
         going = np.arange(len(self._kept)) % self._stride == 0
+        self._kept &= going
         self._prompts = {request: states for request, states in self._prompts.items() if going[request]}
         self._entries = [entry.of(going[entry.requests]) for entry in self._entries]
         self._num_logged = sum(len(entry.requests) for entry in self._entries)
+        self._num_prompt_rows = sum({id(states): states.num_kept for states in self._prompts.values()}.values())
 
 
 def _half(states: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Trains the adaptive EAGLE-3 head on states that verification computes anyway.
 
 The learner trains its own copy of the head in float32. The copy's weights are published to the drafting head when a
-refresh succeeds, so no draft ever uses a half-finished refresh, and a failed refresh is undone from the drafting head.
+refresh succeeds, so no draft ever uses a half-finished refresh. A refresh that fails or raises is undone from the
+drafting head.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class RefineSettings:
         unroll: Steps of test-time unrolling.
         step_weight: Weight of each unrolled step relative to the one before.
         texts: Texts per optimizer step, and per measurement of the agreement.
-        max_tokens: Most drawn tokens kept to learn from, at two bytes per component of five hidden states.
+        max_tokens: Most positions kept to learn from, at two bytes per component of up to five hidden states: drawn
+            tokens, and of every distinct prompt at most its last 513 tokens.
         seed: Seed for choosing texts.
     """
 
@@ -135,32 +137,47 @@ class HeadLearner:
             policy_version: Policy version from now on.
             policy: Provides the form of its logits.
             budget: Time budget, opened for this refresh.
-            in_time: Whether there is time. The first refresh takes one step in any case.
+            in_time: Whether there is time. The first refresh of an untrained head takes one step in any case.
 
         Returns:
             Report of the refresh; None if there was no time or nothing to learn from, or if it failed. After a failure
-            the head is unchanged.
+            the head is unchanged. So it is after an error, which is raised again.
         """
         self.end_call()
-        if not self._buffer.has_texts or (self.trained and not in_time):
+        if not self._buffer.has_texts or not (in_time or budget.owes_first_step(self.trained)):
             return None
+        budget.begin_learning()
+        good = False
+        try:
+            done = self._learn(rollouts, policy_version, policy, budget)
+            good = self._is_good(done)
+        finally:
+            if not good:
+                self._restore()
+        if not good:
+            logger.warning(
+                "atlas_rl: a refresh of the adaptive EAGLE-3 head is undone: its agreement with the policy went from "
+                "%.3f to %.3f on the newest rollouts, or its weights are no numbers any more",
+                done.agreement_before, done.agreement_after,
+            )  # fmt: skip
+            return None
+        budget.learned(done)
+        self.trained = self._learned_alone = True
+        self._publish()
+        return done
+
+    def _learn(self, rollouts: Rollouts, policy_version: int, policy: PolicyView, budget: LearningBudget) -> Distilled:
+        """Train the copy until the budget is spent."""
         sampling, size = rollouts.sequences.sampling, self._settings.texts
         temperature = 1.0 if sampling.greedy else sampling.temperature
         newest = self._batch(self._buffer.newest(size, self._rng))
-        done = learn_in_time(
+        return learn_in_time(
             lambda: self._step(self._batch(self._buffer.sample(size, policy_version, self._rng)), policy, temperature),
             lambda: self._agreement(newest, policy, temperature),
             budget.limit_s,
             self._clock,
             budget.opened_s,
         )
-        if not self._is_good(done):
-            self._undo(done)
-            return None
-        budget.learned(done)
-        self.trained = self._learned_alone = True
-        self._publish()
-        return done
 
     def shared(self) -> torch.Tensor | None:
         """See `Speculator.shared`. Heads of more than 67 million parameters are not shared: each rank trains its own."""
@@ -227,13 +244,9 @@ class HeadLearner:
         finite = all(bool(torch.isfinite(weight.detach().to(dtype)).all()) for weight in weights)
         return finite and done.agreement_after >= done.agreement_before - _WORSE
 
-    def _undo(self, done: Distilled) -> None:
-        """Restore the weights of the drafting head."""
-        logger.warning(
-            "atlas_rl: a refresh of the adaptive EAGLE-3 head is undone: its agreement with the policy went from %.3f to "
-            "%.3f on the newest rollouts, or its weights are no numbers any more",
-            done.agreement_before, done.agreement_after,
-        )  # fmt: skip
+    def _restore(self) -> None:
+        """Restore the weights of the drafting head, and drop the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
         drafting = dict(self._head.named_parameters())
         with torch.no_grad():
             for name, weight in learned_parameters(self.trainee).items():

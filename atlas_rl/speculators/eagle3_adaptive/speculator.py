@@ -122,15 +122,14 @@ class AdaptiveEagle3Speculator(Eagle3Speculator):
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Learn from the newest rollouts, as long as the budget lasts."""
-        in_time = self.budget.open(rollouts, self.name)
-        self.learn()
-        super().refresh(rollouts, policy_version)
-        self.policy_version = policy_version
-        if self._follows:
-            done = self.learner.refresh(rollouts, policy_version, self._policy, self.budget, in_time)
-            if done is not None:
-                self.refreshes.append(done)
-        self.budget.close()
+        with self.budget.refreshing(rollouts, self.name) as in_time:
+            self.learn()
+            super().refresh(rollouts, policy_version)
+            self.policy_version = policy_version
+            if self._follows:
+                done = self.learner.refresh(rollouts, policy_version, self._policy, self.budget, in_time)
+                if done is not None:
+                    self.refreshes.append(done)
         return np.cumprod(self.refreshes[-1].by_position) if self.refreshes else None
 
     def shared(self) -> torch.Tensor | None:

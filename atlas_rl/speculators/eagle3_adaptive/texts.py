@@ -1,7 +1,7 @@
 """Keeps the training data of an EAGLE-3 head: states that the policy computed along its newest rollouts.
 
-A head attends to its whole text, so whole texts are kept, in half precision, with each prompt stored once for its
-siblings.
+Whole drawn texts are kept, in half precision. Of a prompt, only the positions that an example can attend to are kept,
+once for all siblings.
 """
 
 from __future__ import annotations
@@ -16,23 +16,37 @@ from atlas_rl.speculators.eagle3.unrolling import Batch, Stretch
 
 _ROWS = 64  # positions of a text that one example learns from
 _BEFORE = 512  # positions before these that an example attends to
+_PROMPT_ROWS = _BEFORE + 1  # most positions of a prompt that `batch_of` reads: its last one is a row itself
 _HALVED_AFTER_UPDATES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class PromptStates:
-    """States along a prompt of `n` tokens.
+    """States along the last `n` positions of a prompt.
 
     Attributes:
-        embeddings: float16 `[n - 1, hidden]`, of its tokens except the first.
+        start: Position of the first of them: tokens of the prompt before it.
+        embeddings: float16 `[n - 1, hidden]`, of their tokens except the first.
         features: Per layer float16 `[n, hidden]`.
     """
 
+    start: int
     embeddings: torch.Tensor
     features: dict[int, torch.Tensor]
 
-    def __len__(self) -> int:
+    @staticmethod
+    def start_of(num_tokens: int) -> int:
+        """First position to keep of a prompt of so many tokens."""
+        return max(0, num_tokens - _PROMPT_ROWS)
+
+    @property
+    def num_kept(self) -> int:
+        """Positions with states."""
         return len(self.embeddings) + 1
+
+    def __len__(self) -> int:
+        """Tokens of the whole prompt."""
+        return self.start + self.num_kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +71,7 @@ class Text:
         return len(self.embeddings)
 
     def feature(self, layer: int) -> torch.Tensor:
-        """All features of a layer, of the text's positions except the last: `[len(prompt) + m - 1, hidden]`."""
+        """All kept features of a layer, from `prompt.start` to the text's last position but one: `[kept, hidden]`."""
         return torch.cat([self.prompt.features[layer], self.features[layer]])
 
 
@@ -65,7 +79,7 @@ class TextBuffer:
     """The newest texts, in whole calls; the oldest calls are dropped first.
 
     Args:
-        max_tokens: Most drawn tokens kept.
+        max_tokens: Most positions kept, see `num_positions`. The newest call is kept in any case.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -75,12 +89,8 @@ class TextBuffer:
     def add(self, texts: Sequence[Text]) -> None:
         """Add the texts of a call, except those of one token: the first that a head can predict is the second."""
         self._calls.append([text for text in texts if len(text) > 1])
-        while len(self._calls) > 1 and sum(len(text) for call in self._calls for text in call) > self._max_tokens:
+        while len(self._calls) > 1 and sum(map(num_positions, self._calls)) > self._max_tokens:
             self._calls.pop(0)
-
-    def move_to(self, device: torch.device) -> None:
-        """The policy has moved to another device: drop the texts of the previous one."""
-        self._calls = []
 
     @property
     def has_texts(self) -> bool:
@@ -100,6 +110,12 @@ class TextBuffer:
         return [texts[n] for n in chosen]
 
 
+def num_positions(texts: Sequence[Text]) -> int:
+    """Positions whose states these texts of a call hold: drawn tokens, and kept positions of each distinct prompt."""
+    prompts = {id(text.prompt): text.prompt.num_kept for text in texts}
+    return sum(prompts.values()) + sum(map(len, texts))
+
+
 def batch_of(texts: Sequence[Text], layers: Sequence[int], rng: np.random.Generator) -> Batch:
     """A stretch of each text, at a random place if the text is longer, with the positions before it."""
     # Row r of a text is its prompt's last position plus r; the token after it is drawn token r.
@@ -113,7 +129,8 @@ def batch_of(texts: Sequence[Text], layers: Sequence[int], rng: np.random.Genera
     before = _Padded(int((places - begins).max()), len(texts), device)
     drawn = torch.zeros(len(texts), rows.width, dtype=torch.bool, device=device)
     for n, text in enumerate(texts):
-        first, end, place, begin = int(firsts[n]), int(ends[n]), int(places[n]), int(begins[n])
+        first, end, start = int(firsts[n]), int(ends[n]), text.prompt.start
+        place, begin = int(places[n]) - start, int(begins[n]) - start  # among the kept positions
         after = torch.cat([text.prompt.embeddings, text.embeddings])  # embedding of the token after each position
         rows.put("embeddings", n, after[place : place + end - first])
         before.put("embeddings", n, after[begin:place])

@@ -215,7 +215,7 @@ class Learner:
             policy_version: Policy version from now on.
             policy: Provides the form of its logits.
             budget: Time budget, opened for this refresh.
-            in_time: Whether there is time. A head that has learned nothing yet takes one step in any case.
+            in_time: Whether there is time. The first refresh of an untrained head takes one step in any case.
 
         Returns:
             Report of the refresh; None if there was no time, nothing to learn from, or no token with known embeddings:
@@ -226,11 +226,12 @@ class Learner:
             self._counts.add(elsewhere.completion_tokens())
             self._unread = np.union1d(self._unread, elsewhere.completion_tokens())
         self._counts.fade()
-        if not self._buffer.has_windows or (self.trained and not in_time):
+        if not self._buffer.has_windows or not (in_time or budget.owes_first_step(self.trained)):
             return None
         self._revise_vocabulary(policy)
         if not len(self.ids):
             return None
+        budget.begin_learning()
         done = distill(
             self.head, self._optimizer, self._buffer, self._target(rollouts.sequences, policy), version=policy_version,
             budget_s=budget.limit_s, loss=self._settings.loss, rng=self._rng, clock=self._clock, began_s=budget.opened_s,

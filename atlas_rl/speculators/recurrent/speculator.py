@@ -214,14 +214,13 @@ class RecurrentSpeculator(Speculator):
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Learn from the newest rollouts, as long as the budget lasts."""
-        in_time = self.budget.open(rollouts, self.name)
-        self.learn()
-        self.policy_version = policy_version
-        if self._follows:
-            done = self.learner.refresh(rollouts, policy_version, self._bound(), self.budget, in_time)
-            if done is not None:
-                self.refreshes.append(done)
-        self.budget.close()
+        with self.budget.refreshing(rollouts, self.name) as in_time:
+            self.learn()
+            self.policy_version = policy_version
+            if self._follows:
+                done = self.learner.refresh(rollouts, policy_version, self._bound(), self.budget, in_time)
+                if done is not None:
+                    self.refreshes.append(done)
         return np.cumprod(self.refreshes[-1].by_position) if self.refreshes else None
 
     def shared(self) -> torch.Tensor | None:
