@@ -15,6 +15,7 @@ from atlas_kernels.noise import Stream
 from atlas_rl.audit import bets as audit_bets
 from atlas_rl.audit.plain_forward import plain_logits
 from atlas_rl.core import SamplingParams
+from atlas_rl.policy.current_device import on_device
 from atlas_rl.policy.threads import evaluation_mode
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.sampling.processing import process
@@ -149,7 +150,7 @@ def score(
     tokens = torch.tensor([*prompt, *completion], device=device)
     returned = None if logprobs is None else torch.tensor(logprobs, dtype=torch.float64)[torch.from_numpy(kept)]
     places = torch.from_numpy(kept + len(prompt) - 1).to(device)
-    with torch.no_grad(), evaluation_mode(model):
+    with on_device(device), torch.no_grad(), evaluation_mode(model):
         plain = plain_logits(model, tokens[:-1], places)
         total.low_precision = low_precision or not plain.full_precision
         tolerance = total.tolerance(sampling.temperature)

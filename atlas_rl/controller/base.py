@@ -138,8 +138,8 @@ class Controller(ABC):
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:  # noqa: B027 - most need not know
         """Set the sizes (tokens, rising) that forwards are padded to: a forward costs what the next such size costs.
 
-        Forwards beyond the last size are not padded; nor is any if `sizes` is empty. May be called repeatedly; if the
-        sizes change, all learned costs are forgotten.
+        Forwards beyond the last size are not padded; nor is any if `sizes` is empty. May be called repeatedly. What
+        was learned under other sizes is kept for the time when they return.
         """
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:

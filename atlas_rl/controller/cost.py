@@ -174,6 +174,17 @@ class CostModel:
         self._table = np.maximum.accumulate(np.maximum(table, _TICK_S))
 
 
+class CostModels:
+    """A cost model for each list of sizes that forwards are padded to. None is lost while another one is in use."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple[int, ...], CostModel] = {}
+
+    def of(self, padded: Sequence[int] = ()) -> CostModel:
+        """The model of forwards that are padded to these sizes, rising; empty if they are not padded."""
+        return self._models.setdefault(tuple(padded), CostModel(padded))
+
+
 class DraftCost:
     """Estimates seconds of a drafter's call: `a + b * depth + c * rows * depth + d * backlog`.
 

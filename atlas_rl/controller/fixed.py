@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from atlas_rl.controller.base import Admission, Controller, Step, step_record
-from atlas_rl.controller.cost import CostModel
+from atlas_rl.controller.cost import CostModels
 from atlas_rl.core import Draft, Verified
 
 
@@ -63,7 +63,8 @@ class FixedController(Controller):
         self._drafter = drafter
         self._index = list(speculators).index(drafter)
         self._num_draft_tokens = num_draft_tokens
-        self._cost = CostModel()
+        self._costs = CostModels()
+        self._cost = self._costs.of()
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         if self._drafter in step.drafts or self._drafter not in step.ready:
@@ -85,8 +86,7 @@ class FixedController(Controller):
         """Do nothing: nothing is learned."""
 
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:
-        if tuple(sizes) != self._cost.padded:
-            self._cost = CostModel(sizes)
+        self._cost = self._costs.of(sizes)
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)

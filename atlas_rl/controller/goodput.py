@@ -24,7 +24,7 @@ import numpy as np
 
 from atlas_rl.controller.base import Admission, Controller, Step, step_record
 from atlas_rl.controller.call_end import CallEnd
-from atlas_rl.controller.cost import CostModel
+from atlas_rl.controller.cost import CostModels
 from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
@@ -104,7 +104,8 @@ class GoodputController(Controller):
     def __init__(self, speculators: Sequence[str], *, explain: bool = False) -> None:
         self.speculators = tuple(speculators)
         self._models = {name: DrafterModel() for name in self.speculators}
-        self._cost = CostModel()  # of a step without its drafting: forward, sampling, bookkeeping
+        self._costs = CostModels()
+        self._cost = self._costs.of()  # of a step without its drafting: forward, sampling, bookkeeping
         self._plain_shares: deque[float] = deque(maxlen=_PLAIN_SHARES)  # the forward's share of steps without drafts
         self._kept_drafting, self._kept_plain = Kept(), Kept()  # steps with verified drafts, and without
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
@@ -153,7 +154,7 @@ class GoodputController(Controller):
         decision.prediction = None if plain_s is None else Prediction(step.batch, plain_s)
         if not step.drafts:  # shortcut: most steps if drafting does not pay, and the device waits
             nothing = np.zeros(step.batch, np.int64)
-            return Admission(nothing, nothing)
+            return Admission(nothing, nothing.copy())
         best = self._best_drafts(decision)
         return Admission(best.drafters, self._best_lengths(best.survival, decision))
 
@@ -183,8 +184,7 @@ class GoodputController(Controller):
             model.forecast.policy_updated(expected.get(name))
 
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:
-        if tuple(sizes) != self._cost.padded:
-            self._cost = CostModel(sizes)
+        self._cost = self._costs.of(sizes)
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)

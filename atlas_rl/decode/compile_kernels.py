@@ -38,6 +38,7 @@ from atlas_rl.decode.commit import Settled, commit
 from atlas_rl.decode.guard import Faults, GuardedController, GuardedSpeculator
 from atlas_rl.decode.propose import merge
 from atlas_rl.decode.room import needed_by, rest_of, room_of
+from atlas_rl.policy.current_device import on_device
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
 from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
@@ -72,7 +73,7 @@ def compile_verification(verifier: Verifier, sampling: SamplingParams, vocab_siz
     """
     needed = verifier.couples_noise, vocab_size, device, *_kind_of(sampling, vocab_size)
     if isinstance(verifier, FusedVerifier) and needed not in _compiled:
-        with announced("GPU", "some seconds"):
+        with announced("GPU", "some seconds"), on_device(device):
             verifier.compile_for(sampling, vocab_size, device)
         _compiled.add(needed)
 
@@ -94,7 +95,7 @@ def compile_drafting(
     for speculator in speculators:
         compiled = _compiled_of.setdefault(speculator, set())
         if needed not in compiled:
-            with announced("GPU", "some seconds"):
+            with announced("GPU", "some seconds"), on_device(device):
                 speculator.compile_for(sampling)
             compiled.add(needed)
 

@@ -98,6 +98,7 @@ class DecodeLoop:
         self._needs = Needs.of(speculator.needs for speculator in speculators.values())
         self._cache = PolicyCache(runner, self.rows_of)
         self._unlearned: _Run | None = None
+        self._told_sizes: tuple[int, ...] | None = None  # what the controller was told in this call
         self._arrived_s = 0.0  # time of the newest outcome
 
     @property
@@ -118,7 +119,6 @@ class DecodeLoop:
             while self.room.waiting or len(self.active):
                 if self.room.waiting:
                     self.admit_waiting()
-                    self.controller.forwards_are_padded(self.runner.step_sizes)
                 if len(self.active):
                     self.step()
             self._learn()
@@ -131,6 +131,7 @@ class DecodeLoop:
         The device waits for everything that comes before the forward, so only what the forward needs comes there.
         Learning from a step happens while the device runs the next one.
         """
+        self._tell_sizes()
         self.active = requests = self.room.go_on(self.active)
         step = self.proposing.run(self.sequences, requests, self.room.drafts(requests), self._rest(requests))
         with self.recorder.time("controller"):
@@ -155,6 +156,16 @@ class DecodeLoop:
         with self.recorder.time("commit"):
             self._retire(verified.finished)
         self._unlearned = _Run(step, admission, verified, forward_s, self._arrived_s - began_s)
+
+    def _tell_sizes(self) -> None:
+        """Tell the controller what forwards are padded to, whenever that has changed.
+
+        Known while requests are active: their prompts have run, and nothing is padded before.
+        """
+        sizes = self.runner.step_sizes
+        if sizes != self._told_sizes:
+            self._told_sizes = sizes
+            self.controller.forwards_are_padded(sizes)
 
     def _learn(self) -> float:
         """Learn from the previous step and count it; returns the seconds that this took."""

@@ -19,6 +19,7 @@ from atlas_rl.policy.base import PolicyRunner, Segments, Taps
 from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.cpu_linear import FastLinears
+from atlas_rl.policy.current_device import on_device
 from atlas_rl.policy.fused_layers import fused
 from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
@@ -40,6 +41,15 @@ from atlas_rl.policy.threads import (
 from atlas_rl.policy.unwrap import unwrap_policy
 
 logger = logging.getLogger(__name__)
+
+_UNCAPTURED = (
+    "atlas_rl: %s cannot run as a CUDA graph (%s): its decode steps are launched kernel by kernel, which takes several "
+    "times as long for a small batch"
+)
+_SHORT_OF_MEMORY = (
+    "atlas_rl: %s had no memory left for the CUDA graph of a decode step: this call launches its steps kernel by kernel, "
+    "and the next call tries again. Leave more memory free, or lower max_batch_size"
+)
 
 
 class InProcessRunner(PolicyRunner):
@@ -90,7 +100,7 @@ class InProcessRunner(PolicyRunner):
         self._probed: Probed | None = None
         self._asked: torch.cuda.Event | None = None  # of the last forward or copy
         self._uncaptured: str | None = None  # why its steps cannot be captured, once a capture has failed
-        self._said: set[str] = set()  # causes that were logged
+        self._said: set[str] = set()  # what was logged
         self.linears = FastLinears(self.model)
         self.halves = HalfWeights(self.model, lambda: self.free_bytes())
         self._autocast: torch.dtype | None = None  # of the latest forward; the probe runs the first ones
@@ -117,9 +127,7 @@ class InProcessRunner(PolicyRunner):
         with generating(), torch.no_grad():
             if cache.parts is None:
                 refuse_modules(self.model)  # may have been offloaded since
-            # Launches and captures go to the current device, wherever the tensors are.
-            device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-            with device, evaluation_mode(self._parts_of(cache)):
+            with on_device(self.device), evaluation_mode(self._parts_of(cache)):
                 self._look()
                 self._unrunnable = None  # weights may have changed
                 with self.ragged(cache):
@@ -181,19 +189,24 @@ class InProcessRunner(PolicyRunner):
 
     def _step(self, steps: StepGraphs, cache: RaggedBatch, segments: Segments, taps: Taps) -> torch.Tensor:
         logits = steps.run(cache, segments, taps, stand_ins())
-        if steps.refused is not None and self._uncaptured is None:
+        if steps.short_of_memory:  # that passes: the next call tries again
+            if self._is_new(_SHORT_OF_MEMORY):
+                logger.warning(_SHORT_OF_MEMORY, type(self.model).__name__)
+        elif steps.refused is not None and self._uncaptured is None:
             self._uncaptured = steps.refused
             self._say_uncaptured(steps.refused)
         return logits
 
     def _say_uncaptured(self, why: str) -> None:
         """Log a cause once."""
-        if why not in self._said:
-            self._said.add(why)
-            logger.warning(
-                "atlas_rl: %s cannot run as a CUDA graph (%s): its decode steps are launched kernel by kernel, which takes "
-                "several times as long for a small batch", type(self.model).__name__, why,
-            )  # fmt: skip
+        if self._is_new(why):
+            logger.warning(_UNCAPTURED, type(self.model).__name__, why)
+
+    def _is_new(self, said: str) -> bool:
+        """Whether this is asked for the first time, so that it is to be logged."""
+        is_new = said not in self._said
+        self._said.add(said)
+        return is_new
 
     @property
     def works_beside_host(self) -> bool:
@@ -202,7 +215,9 @@ class InProcessRunner(PolicyRunner):
     @property
     def step_sizes(self) -> tuple[int, ...]:
         cache = self._cache
-        return SIZES if cache is not None and cache.takes_steps and self._uncaptured is None else ()
+        if cache is None or not cache.takes_steps or self._uncaptured is not None:
+            return ()
+        return SIZES if cache.steps is None or cache.steps.refused is None else ()
 
     def unrunnable(self) -> np.ndarray | None:
         if self._unrunnable is None:
@@ -298,16 +313,21 @@ class InProcessRunner(PolicyRunner):
     def _look(self) -> Probed:
         """Probe the policy, with gradients off and modules in evaluation mode."""
         if self._probed is None:
-            try:
-                self._probed = probe(self)
-            except ValueError as error:
-                self._fuses = False
-                self._probed = probe(self)  # raises again, if that was not the cause
-                logger.warning(
-                    "atlas_rl: %s runs its norms, rotary embeddings and gates unfused, in several operations each: in "
-                    "one pass each they fail here (%s)", type(self.model).__name__, error,
-                )  # fmt: skip
+            with on_device(self.device):
+                self._probed = self._probe()
         return self._probed
+
+    def _probe(self) -> Probed:
+        try:
+            return probe(self)
+        except ValueError as error:
+            self._fuses = False
+            probed = probe(self)  # raises again, if that was not the cause
+            logger.warning(
+                "atlas_rl: %s runs its norms, rotary embeddings and gates unfused, in several operations each: in one "
+                "pass each they fail here (%s)", type(self.model).__name__, error,
+            )  # fmt: skip
+            return probed
 
 
 def _recur(

@@ -78,6 +78,7 @@ class StepGraphs:
         capture_s: Seconds spent on capturing.
         num_bytes: Bytes of device memory that captures have reserved.
         refused: Why steps cannot be captured; None as long as they can.
+        short_of_memory: Whether they cannot because memory ran out: another cache's steps may be.
     """
 
     def __init__(self, forward: Callable[[RaggedBatch], Forward], *, capture: bool) -> None:
@@ -91,6 +92,7 @@ class StepGraphs:
         self.capture_s = 0.0
         self.num_bytes = 0
         self.refused: str | None = None
+        self.short_of_memory = False
 
     def serves(self, segments: Segments, keep: np.ndarray) -> bool:
         """Whether this forward is such a step: rows continue, all logits are wanted, and there is a size for it."""
@@ -150,6 +152,7 @@ class StepGraphs:
         self._steps.clear()
         self._variants.clear()
         self._rented.clear()
+        self._pool = None  # else the graphs' memory would not be freed with them
 
     def _advance(self, step: _Step, cache: RaggedBatch) -> None:
         """Run the step: plainly at first, which loads what a capture must not load, then captured, then replayed."""
@@ -177,17 +180,19 @@ class StepGraphs:
 
     def _record(self, step: _Step, cache: RaggedBatch) -> None:
         """Capture the step and run it; if that is impossible, run it plainly and report why."""
-        began_s, before_bytes = time.perf_counter(), torch.cuda.memory_reserved()
+        began_s = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             # Other threads may go on meanwhile, for example to pin memory for a data loader.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                before_bytes = torch.cuda.memory_reserved()  # here: entering has freed what torch held unused
                 step.logits = self._call(step, cache)
         except RuntimeError as error:  # for example, a module waits for the device to see which experts are needed
-            self.refused = str(error).splitlines()[0]
+            self.refused, self.short_of_memory = str(error).splitlines()[0], _ran_out_of_memory(error)
             torch.cuda.synchronize()
+            self._forget()  # nothing is replayed any more, and memory may be short
             step.logits = self._call(step, cache)
             return
         step.graph = graph
@@ -195,6 +200,11 @@ class StepGraphs:
         self.captured += 1
         self.num_bytes += max(0, torch.cuda.memory_reserved() - before_bytes)
         self.capture_s += time.perf_counter() - began_s
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or the one that it came of, says so: ending a capture that failed may fail as well."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _ran_out_of_memory(error.__context__))
 
 
 def _fill(step: _Step, segments: Segments, rows: np.ndarray) -> None:

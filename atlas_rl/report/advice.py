@@ -253,6 +253,12 @@ LOGGED: tuple[Explained, ...] = (
         "Its decode steps are launched kernel by kernel.",
     ),
     Explained(
+        "had no memory left for the CUDA graph of a decode step",
+        "The device's memory ran out while a decode step was captured. The call goes on without captured steps; the next "
+        "one tries again.",
+        "Nothing if it comes once. If every run says so, lower `max_batch_size`, or leave more device memory free.",
+    ),
+    Explained(
         "compiling its ... kernels, once per machine",
         "The first run on a machine, or of a new version, compiles its kernels.",
         "Wait. The kernels are cached in `~/.cache/atlas_rl`, or in `ATLAS_RL_CACHE`.",

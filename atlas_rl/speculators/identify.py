@@ -59,6 +59,10 @@ _TENSORS = {
     r"midlayer\.": EAGLE3,
 }
 
+# Names of a layer for multi-token prediction, and of a model's own first layer, which may be inside of a wrapper.
+_PREDICTING = r"(?:\w+\.)*(mtp\.|mtp_layers\.|\w+\.eh_proj\.)"
+_FIRST_LAYER = r"(?:(?!mtp\.)\w+\.)*layers\.0\."
+
 
 def kind_of(folder: str | Path) -> str:
     """The kind of content, as used in a sentence: `CAUSAL_LM`, `EAGLE3`, or the name of another kind of head.
@@ -237,5 +241,5 @@ def _by_tensor_shapes(shapes: dict[str, tuple[int, ...]]) -> str | None:
     if "d2t" in shapes:
         return EAGLE3
     # Whole models can contain such layers too.
-    predicts = any(re.match(r"mtp\.", name) or ".eh_proj." in name for name in shapes)
-    return MTP if predicts and not any(name.startswith("layers.0.") for name in shapes) else None
+    predicts = any(re.match(_PREDICTING, name) for name in shapes)
+    return MTP if predicts and not any(re.match(_FIRST_LAYER, name) for name in shapes) else None

@@ -362,7 +362,7 @@ class Drafting:
                     )
         else:
             nothing = np.zeros(len(room), np.int64)
-            step, admission = Step(room, int(sequences.lengths[requests].sum()), []), Admission(nothing, nothing)
+            step, admission = Step(room, int(sequences.lengths[requests].sum()), []), Admission(nothing, nothing.copy())
         self._planned = _Planned(step, admission, requests, began_s)
 
     def _take(self, draft: Draft, rows: np.ndarray, drafts: list[list[int]]) -> None:

@@ -35,6 +35,13 @@ def test_nothing_is_drafted_before_a_plain_forward_is_known():
     assert run.controller.plain_forward_s(64, 0) is None, "nor is it known of a size that nobody tried"
 
 
+def test_an_admission_of_nothing_has_two_arrays():
+    """Whoever changes one, as an engine that trims drafts does, must not change the other."""
+    run = world(affine, cheap=sure(0.9))
+    run.step(batch=4)
+    assert not np.shares_memory(run.admissions[0].drafters, run.admissions[0].lengths)
+
+
 def test_no_more_is_asked_or_admitted_than_there_is_room_for():
     run = world(flat, cheap=sure(0.97))
     for step in range(150):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from atlas_rl.controller.cost import CostModel
+from atlas_rl.controller.cost import CostModel, CostModels
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.controller.step_sizes import StepSizes
@@ -122,7 +122,7 @@ def test_steps_are_filled_and_edges_not_crossed_for_little():
     assert np.isin(drafted, SIZES).mean() > 0.9
 
 
-def test_what_was_learned_of_other_steps_is_forgotten_and_of_the_same_kept():
+def test_what_was_learned_is_of_steps_of_one_form_and_is_there_when_they_return():
     run = run_of(staircase(0.05, 0.002), sure(0.7), 5, told=True, seed=0, steps=40)
     controller = GuardedController(run.controller, Faults())
     known = controller.plain_forward_s(5, 500)
@@ -131,6 +131,27 @@ def test_what_was_learned_of_other_steps_is_forgotten_and_of_the_same_kept():
     assert controller.plain_forward_s(5, 500) == known
     controller.forwards_are_padded(())
     assert controller.plain_forward_s(5, 500) is None
+    controller.forwards_are_padded(SIZES)
+    assert controller.plain_forward_s(5, 500) == known
+
+
+def test_forwards_of_either_form_are_counted_for_it_alone():
+    costs = CostModels()
+    for padded, count in (((), 2), (PADDED, 3), ((), 4)):
+        for _ in range(count):
+            costs.of(padded).observe(9, 0.05)
+    assert costs.of().num_samples(9) == 6
+    assert costs.of(list(PADDED)).num_samples(12) == 3
+
+
+def test_a_baseline_keeps_what_it_learned_of_either_form():
+    controller = FixedController(["drafter"], "drafter", 2)
+    World(controller, lambda n: 0.05, {"drafter": sure(0.5)}).run(4, batch=3)  # forwards over 9 tokens
+    known = controller.plain_forward_s(9, 900)
+    assert known is not None
+    controller.forwards_are_padded(PADDED)
+    controller.forwards_are_padded(())
+    assert controller.plain_forward_s(9, 900) == known
 
 
 def test_a_baseline_reads_its_forwards_from_the_same_stairs():

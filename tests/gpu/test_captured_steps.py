@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from atlas_rl.policy import varlen
+from atlas_kernels.layer import rms_norm
+from atlas_rl import AtlasRolloutEngine
+from atlas_rl.controller.fixed import FixedController
+from atlas_rl.core import SamplingParams
+from atlas_rl.decode import compile_kernels
+from atlas_rl.policy import in_process, varlen
+from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.probe import probe
+from atlas_rl.policy.step_graphs import SIZES
+from atlas_rl.policy.view import InProcessView
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.mtp.speculator import MtpSpeculator
 from benchmarks import tiny_policies
 from tests.gpu.counts import sectioned
-from tests.gpu.engines import ARMS, autocast, engine_of, generate, policy, tokens_of
+from tests.gpu.engines import ARMS, autocast, calls_before_drafts, engine_of, generate, policy, tokens_of
 from tests.models import FACTORIES, tiny_llama
+from tests.mtp import PlainLayer, tiny_policy, write_checkpoint
 from tests.pretend_cuda import WAITS, PretendCuda
 
 pytestmark = pytest.mark.usefixtures("probed_once")
@@ -121,13 +134,40 @@ def test_a_step_after_an_optimizer_step_runs_the_new_weights(flash_in_float32):
     assert found == run(lambda module: module)
 
 
-def test_a_call_makes_the_policys_device_the_current_one(monkeypatch):
-    entered = []
-    with PretendCuda(graphs=True) as cuda:
-        monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-        generate(engine_of(cuda.move(policy(torch.bfloat16))), 1, max_new_tokens=2)
-    assert entered
-    assert set(entered) == {torch.device("cuda", 0)}
+@pytest.mark.parametrize("arm", ARMS)
+def test_kernels_are_launched_while_the_policys_device_is_the_current_one(arm, monkeypatch):
+    """Of the probe, of compiling, of steps, their captures and drafts, of learning and of the audit."""
+    monkeypatch.setattr(in_process, "probe", probe)  # nothing that another test found
+    compile_kernels._compiled.clear()
+    with PretendCuda(graphs=True, current=1) as cuda, sectioned(cuda):
+        engine = engine_of(cuda.move(policy(torch.bfloat16)), ARMS[arm](cuda.move), audit_share=1.0)
+        generate(engine, 1 + calls_before_drafts(arm), **LONG | {"max_new_tokens": 4})
+        assert torch.cuda.current_device() == 1
+    assert not cuda.astray()
+    assert cuda.count("triton", section="probe")
+    assert cuda.count("triton", section="step")
+    assert any(event.what == "graph" for event in cuda.events)
+
+
+def test_so_are_those_of_an_mtp_layer_before_any_call(tmp_path):
+    model = tiny_policy("mimo")
+    folder = write_checkpoint(tmp_path, model, PlainLayer("mimo", model))
+    with PretendCuda(current=1) as cuda:
+        speculator = MtpSpeculator(folder)
+        speculator.bind(InProcessView(cuda.move(model.bfloat16())), True)
+        compile_kernels.compile_drafting([speculator], SamplingParams(max_new_tokens=4), 64, speculator._device)
+    assert cuda.count("triton")
+    assert not cuda.astray()
+
+
+def test_the_pretended_device_tells_a_launch_that_went_astray():
+    with PretendCuda(current=1) as cuda:
+        x = torch.ones(1, 2, 16, device="cuda")
+        rms_norm(x, x[0, 0], 1e-6)
+        with torch.cuda.device(x.device):
+            rms_norm(x, x[0, 0], 1e-6)
+    assert cuda.count("triton") == 2
+    assert len(cuda.astray()) == 1
 
 
 def said_of(caplog):
@@ -176,6 +216,105 @@ def test_a_fallback_is_said_once_and_named(why, caplog):
     assert len(said_of(caplog)) == 1, said_of(caplog)
     assert words in said_of(caplog)[0]
     assert all(len(ids) for output in outputs for ids in output.completion_ids)
+
+
+NO_MEMORY = "no memory left for the CUDA graph"
+
+
+def failing(monkeypatch, *errors):
+    """The first captures fail, each with one of the errors."""
+    capture, left = torch.cuda.graph, list(errors)
+
+    @contextmanager
+    def graph(graph, **options):
+        with capture(graph, **options):
+            yield
+            if left:
+                raise left.pop(0)
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+
+def telling(model, told):
+    """An engine whose controller notes what it is told of its forwards."""
+    controller = FixedController(["history"], "history", 2)
+    own = controller.forwards_are_padded
+    controller.forwards_are_padded = lambda sizes: (told.append(tuple(sizes)), own(sizes))
+    return AtlasRolloutEngine(
+        model=model, speculators=[HistorySpeculator()], controller=controller, console=False, audit_share=0.0
+    )
+
+
+def test_memory_that_ran_out_in_one_call_is_said_and_the_next_call_captures(monkeypatch, caplog):
+    told, replays = [], []
+    with PretendCuda(graphs=True) as cuda:
+        failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+        engine = telling(cuda.move(policy(torch.bfloat16)), told)
+        for _ in range(2):
+            cuda.events.clear()
+            generate(engine, **LONG)
+            replays.append(sum(event.what == "graph" for event in cuda.events))
+    assert replays[0] == 0
+    assert replays[1] > 0
+    assert told == [SIZES, (), SIZES]
+    assert len([record for record in caplog.records if NO_MEMORY in record.getMessage()]) == 1
+    assert not said_of(caplog)
+
+
+def test_memory_that_ran_out_is_the_cause_whatever_came_of_it(monkeypatch, caplog):
+    """Ending a capture that has failed may fail as well."""
+    with PretendCuda(graphs=True) as cuda:
+        second = RuntimeError("operation failed due to a previous error during capture")
+        second.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+        failing(monkeypatch, second)
+        generate(engine_of(cuda.move(policy(torch.bfloat16))), 2, **LONG)
+    assert any(event.what == "graph" for event in cuda.events)
+    assert not said_of(caplog)
+
+
+def test_the_controller_is_told_at_the_next_step_that_steps_are_padded_no_more():
+    told = []
+    with PretendCuda(graphs=True) as cuda:
+        generate(telling(cuda.move(waiting()), told), 2, **LONG)
+    assert told == [SIZES, (), ()]  # in the first call, and once in the second
+
+
+def test_memory_of_captures_is_counted_from_what_is_left_when_they_begin(monkeypatch):
+    """Beginning one frees what torch holds unused: 100 bytes here. Each capture reserves 10."""
+    reserved = [130]
+    with PretendCuda(graphs=True) as cuda:
+        capture = torch.cuda.graph
+
+        @contextmanager
+        def reserving(graph, **options):
+            with capture(graph, **options):
+                reserved[0] = min(reserved[0], 30)
+                yield
+            reserved[0] += 10
+
+        monkeypatch.setattr(torch.cuda, "graph", reserving)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: reserved[0])
+        outputs = generate(engine_of(cuda.move(policy(torch.bfloat16))), **LONG)
+    assert outputs[0].report.graph_bytes == 10
+
+
+def test_graphs_that_are_dropped_leave_their_memory(monkeypatch):
+    """A pool outlives its graphs: those of a cache that has moved get a new one."""
+    pools = []
+    with PretendCuda(graphs=True) as cuda:
+        own = torch.cuda.graph_pool_handle
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(0) or own())
+        runner = InProcessRunner(cuda.move(policy(torch.bfloat16)))
+        cache = runner.new_cache(2, 128)
+        one = np.ones(1, np.int64)
+        with runner.session(cache):
+            runner.forward(Segments(one, 0, 0 * one, one), np.zeros(1, np.int64))
+            for moves in range(2):
+                for place in range(1, 4):
+                    runner.forward(Segments(one, 0, place * one, one), np.zeros(1, np.int64))
+                assert len(pools) == moves + 1
+                cache.generation += 1
+    assert cache.steps.captured == 2
 
 
 def test_a_gpu_of_amd_is_named(monkeypatch, caplog):

@@ -159,7 +159,7 @@ def test_engines_and_wrappers_are_told_apart(tmp_path: Path) -> None:
     trainer._dist = DistributedBackend(trainer.accelerator)
     trainer._dist.fsdp_version = 2
     with pytest.raises(
-        ValueError, match=r"GKDTrainer calls model.generate.*FSDP2 shards there: train with DDP or ZeRO-2"
+        ValueError, match=r"GKDTrainer calls model.generate.*sharded by FSDP2: train with DDP or ZeRO-2"
     ):
         attach(trainer)
     del trainer._dist

@@ -60,7 +60,10 @@ def test_vllm_generates_what_a_trainer_trains_on(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("gold", r"GOLDTrainer sets up more.*engine\.prepare_vllm\(\)"), ("online_dpo", "OnlineDPOTrainer has no vLLM")],
+    [
+        ("gold", r"GOLDTrainer sets up other parts.*engine\.prepare_vllm\(\)"),
+        ("online_dpo", "OnlineDPOTrainer has no vLLM"),
+    ],
 )
 def test_vllm_that_cannot_be_put_in_is_refused(kind: str, message: str, tmp_path: Path) -> None:
     trainer = build_other(kind, tmp_path)

@@ -11,6 +11,7 @@ import torch
 
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
+from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy import ragged_attention, step_graphs, varlen
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
@@ -225,7 +226,7 @@ def test_torch_has_the_operator():
 
 
 def sizes_told():
-    """What an engine's controller is told of its forwards, in a call of two waves."""
+    """What an engine's controller is told of its forwards, in a call of several waves."""
     controller, told = GoodputController(["history"]), []
     controller.forwards_are_padded = told.append
     generate(engine_of(speculators=[HistorySpeculator()], controller=controller, max_batch_size=3))
@@ -233,8 +234,22 @@ def sizes_told():
 
 
 def test_the_controller_is_told_what_forwards_are_padded_to(fixed_shapes):
-    assert set(sizes_told()) == {step_graphs.SIZES}
+    assert sizes_told() == [step_graphs.SIZES]
+
+
+def test_a_wave_that_gets_no_memory_tells_the_controller_nothing(fixed_shapes, monkeypatch):
+    """Before a prompt has run, nothing is known of the forwards to come."""
+    own, failures = DecodeLoop.prefill, [MemoryError("no memory")]
+
+    def prefill(self, leaders, first_row):
+        if failures:
+            raise failures.pop()
+        return own(self, leaders, first_row)
+
+    monkeypatch.setattr(DecodeLoop, "prefill", prefill)
+    assert sizes_told() == [step_graphs.SIZES]
+    assert not failures
 
 
 def test_and_that_they_are_not():
-    assert set(sizes_told()) == {()}
+    assert sizes_told() == [()]

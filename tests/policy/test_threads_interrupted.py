@@ -73,6 +73,7 @@ def test_an_interrupt_at_any_line_of_begin_and_end_is_put_right_by_the_next_sess
     for line in itertools.count():
         if not interrupted_at(line, work):
             break
+        torch.set_grad_enabled(True)  # a tracer also interrupts between a block and the exit of its `no_grad`
         healed += [type(each) for each in things] == kinds
         with session(model, runner), replaced_forwards({head: stand_in}):
             assert not model.training

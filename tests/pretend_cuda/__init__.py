@@ -22,6 +22,8 @@ raises as torch would, and whatever makes the host wait is recorded with file an
     build   something is compiled or planned for shapes or arguments that were not seen before, while everybody waits: a
             Triton kernel (0.3 to 3 s where its cache on disk is empty), an attention plan of cuDNN (25 ms to 1 s)
 
+Triton's launches and graphs go to the current device, wherever the tensors are: `astray` lists those that went elsewhere.
+
 Where it is blind: numbers are the CPU's; nothing takes time; streams run nothing apart, `torch.compile` and memory limits
 are absent, graphs are there where they are asked for (`graphs.py`); of composite operations the CPU's decomposition is
 counted, so launches are good to some tens of percent. Attention is computed by the CPU, and recorded as the backend that

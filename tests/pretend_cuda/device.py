@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -35,6 +35,7 @@ class PretendCuda(Record):
         capability: Of the device, 9.0 for an H100.
         kernels: How Triton kernels get their results (`kernels.py`): of their references, of the interpreter, or not at all.
         forbid: Kinds of events that raise where they happen (see also `forbidding`).
+        current: Index of the device that is current at first; all tensors are on device 0 (see also `astray`).
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class PretendCuda(Record):
         capability: tuple[int, int] = (9, 0),
         kernels: Literal["reference", "interpreted", "blank"] = "reference",
         forbid: Sequence[str] = (),
+        current: int = 0,
     ) -> None:
-        super().__init__(roots, forbid)
+        super().__init__(roots, forbid, current)
         self._processors, self._memory, self._available = processors, memory, available
         self._cudnn_attention, self._kernels, self._graphs = cudnn_attention, kernels, graphs
         self._capability = capability
@@ -92,8 +94,8 @@ class PretendCuda(Record):
             "_lazy_init": lambda: None,
             "is_available": lambda: self._available,
             "device_count": lambda: 1,
-            "current_device": lambda: 0,
-            "device": lambda device: nullcontext(),
+            "current_device": lambda: self.current,
+            "device": self._making_current,
             "synchronize": self._synchronize,
             "get_device_properties": lambda device=None: properties,
             "get_device_capability": lambda device=None: self._capability,
@@ -127,6 +129,15 @@ class PretendCuda(Record):
                 if buffer is not None:
                     owner._buffers[name] = moved.setdefault(id(buffer), CudaTensor(buffer.detach().clone()))
         return module
+
+    @contextmanager
+    def _making_current(self, device: torch.device | int) -> Iterator[None]:
+        """`torch.cuda.device`."""
+        before, self.current = self.current, device if isinstance(device, int) else device.index or 0
+        try:
+            yield
+        finally:
+            self.current = before
 
     def _synchronize(self, device: Any = None) -> None:
         self.event("sync", "synchronize")

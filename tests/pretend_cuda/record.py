@@ -29,6 +29,7 @@ class Event:
         count: Kernels, of launches; 1 otherwise.
         num_bytes: Copied.
         library: `file:line` of the frame that called torch, where that is not `where` itself.
+        current: Index of the device that was current.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Event:
     count: int = 1
     num_bytes: int = 0
     library: str = ""
+    current: int = 0
 
 
 class Record:
@@ -46,9 +48,11 @@ class Record:
     Args:
         roots: Folders whose frames events are charged to.
         forbid: Kinds of events that raise where they happen (see also `forbidding`).
+        current: Index of the device that is current at first. All tensors are on device 0.
     """
 
-    def __init__(self, roots: Sequence[str | Path], forbid: Sequence[str]) -> None:
+    def __init__(self, roots: Sequence[str | Path], forbid: Sequence[str], current: int = 0) -> None:
+        self.current = current
         self.roots = tuple(str(root).rstrip("/") + "/" for root in roots)
         self.events: list[Event] = []
         self.captured: list[Event] | None = None  # of the graph that is being captured; None where there is none
@@ -96,6 +100,10 @@ class Record:
         wanted = (section,) if isinstance(section, str) else section
         return [e for e in self.events if e.kind in kinds and (wanted is None or e.section in wanted)]
 
+    def astray(self) -> list[Event]:
+        """Launches that take no notice of where their tensors are, made while another device was current."""
+        return [e for e in self.events if e.current != 0 and (e.kind == "triton" or e.what == "graph")]
+
     def places(self, *kinds: str, section: str | Collection[str] | None = None) -> Counter[tuple[str, str, str]]:
         """How often, by kind, operation and place."""
         found: Counter[tuple[str, str, str]] = Counter()
@@ -111,7 +119,7 @@ class Record:
     def event(self, kind: str, what: str, *, count: int = 1, num_bytes: int = 0) -> None:
         """Something happened, by the code that is running."""
         where, library = self._where()
-        event = Event(kind, what, where, self._sections[-1], count, num_bytes, library)
+        event = Event(kind, what, where, self._sections[-1], count, num_bytes, library, self.current)
         if self.captured is not None and kind != "build":
             if kind in WAITS:
                 raise RuntimeError(f"operation not permitted when stream is capturing: {what}")

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.speculators.causal_lm import load_causal_lm
-from atlas_rl.speculators.identify import CAUSAL_LM, EAGLE3, kind_of
+from atlas_rl.speculators.identify import CAUSAL_LM, EAGLE3, MTP, kind_of
 from tests.engines import draft_model, generate, policy, reference, tokenizer
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.mtp import FAMILIES, PlainLayer, tiny_policy, write_checkpoint
 
 HIDDEN = 32
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "num_hidden_layers": 1}
@@ -103,6 +104,25 @@ def test_a_whole_causal_lm_is_one(tmp_path, build, as_pickle):
     assert kind_of(tmp_path) == CAUSAL_LM
     loaded = load_causal_lm(tmp_path, torch.float32)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policy_with_its_mtp_layer_is_a_causal_lm_and_the_layer_alone_is_none(tmp_path, family):
+    model = tiny_policy(family)
+    layer = PlainLayer(family, model)
+    whole = write_checkpoint(tmp_path / "whole", model, layer)
+    assert any("language_model." in name for name in load_file(whole / "model.safetensors")) == ("," in family)
+    assert kind_of(whole) == CAUSAL_LM
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_text((whole / "config.json").read_text())
+    save_file(layer.tensors(), alone / "model.safetensors")
+    assert kind_of(alone) == MTP
+    save_file(
+        {f"model.language_model.{name}": tensor for name, tensor in layer.tensors().items()},
+        alone / "model.safetensors",
+    )
+    assert kind_of(alone) == MTP
 
 
 def without(*names):

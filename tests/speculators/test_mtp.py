@@ -184,6 +184,21 @@ def test_what_does_not_fit_is_refused(checkpoint, tmp_path, case):
         engine_of(model, draft_model=f"mtp:{tmp_path}").generate([[5]], max_new_tokens=2)
 
 
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError])
+def test_a_layer_that_cannot_be_made_without_memory_is_refused(checkpoint, error, monkeypatch):
+    """As one that reads a number of a tensor while it is made."""
+    folder, model, _ = checkpoint("qwen3_5_text")
+
+    def init(self, *args, **kwargs):
+        if error is RuntimeError:
+            torch.zeros(1).item()
+        raise error("not on the meta device")
+
+    monkeypatch.setattr(type(model.model.layers[-1]), "__init__", init)
+    with pytest.raises(ValueError, match=r"draft_model='mtp': no further .*meta.*leave it out"):
+        load_mtp(folder, InProcessView(model))
+
+
 def test_policies_without_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the policy does not say which that was"):
         engine_of(tiny_qwen2(), draft_model="mtp").generate([[5]], max_new_tokens=2)

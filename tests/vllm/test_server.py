@@ -197,7 +197,7 @@ def test_other_trainers_train_on_what_the_server_generated(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("iw_opd", r"IWOPDTrainer sets up more .*prepare_vllm\(\), with use_vllm=True and vllm_mode='server'"),
+        ("iw_opd", r"IWOPDTrainer sets up other parts .*prepare_vllm\(\), with use_vllm=True and vllm_mode='server'"),
         ("online_dpo", r"OnlineDPOTrainer has no vLLM engine that can be replaced"),
         ("sdft", r"use_teacher_server=True asks the server for the logprobs of prompts"),
     ],

@@ -91,7 +91,7 @@ def _empty_head(policy: PolicyView, feature_first: bool, has_experts: bool) -> M
     try:
         with torch.device("meta"):
             return MtpHead(parts, policy.config, feature_first=feature_first, has_experts=has_experts)
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(
             f"draft_model='mtp': no further {parts.layer_class.__name__} can be made from the policy's configuration "
             f"({' '.join(str(error).split())}): leave it out"

@@ -12,6 +12,7 @@ from torch import nn
 from atlas_rl.core import Needs, SamplingParams
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.cpu_linear import by_columns
+from atlas_rl.policy.current_device import on_device
 from atlas_rl.policy.ragged_attention import RaggedBatch, active
 from atlas_rl.speculators.feature_head import FeatureHeadSpeculator
 from atlas_rl.speculators.mtp.checkpoint import folder_of, load_mtp
@@ -64,6 +65,10 @@ class MtpSpeculator(FeatureHeadSpeculator):
     @torch.no_grad()
     def _run_once(self) -> int:
         """Run the layer over one token to compile its kernels; returns the bytes per token in the cache."""
+        with on_device(self._device):
+            return self._run_on_device()
+
+    def _run_on_device(self) -> int:
         cache = RaggedBatch(1, 1, honour_softcap=False)
         zero = torch.zeros(1, dtype=torch.int64)
         cache.place(Segments(zero.numpy(), 0, zero.numpy(), zero.numpy() + 1, zero.numpy()), self._device)
