@@ -86,12 +86,11 @@ def in_order(
     """The outcome of a forward for some rows, planned requests first and in their planned order.
 
     Args:
-        rows: int64 `[n]`.
-        requests: int64 `[n]`, of these rows.
+        rows, requests: int64 `[n]`.
         plan: A `PlannedRows`.
         num_requests: Upper bound on the requests.
         only_planned: Whether drafts of requests without a plan count as none.
-        outcome: An `RowOutcomes`, of all rows.
+        outcome: A `RowOutcomes`, of all rows.
 
     Returns:
         The rows, int64 `[n]`, and their requests; the places in the plan of the first of them, int64 `[n]` or fewer;
