@@ -86,15 +86,15 @@ def in_order(
     """The outcome of a forward for some rows, planned requests first and in their planned order.
 
     Args:
-        rows, requests: int64 `[n]`.
+        rows: int64 `[n]`.
+        requests: int64 `[n]`, of these rows.
         plan: A `PlannedRows`.
         num_requests: Upper bound on the requests.
         only_planned: Whether drafts of requests without a plan count as none.
         outcome: A `RowOutcomes`, of all rows.
 
     Returns:
-        The rows, int64 `[n]`, and their requests; the places in the plan of the first of them, int64 `[n]` or fewer;
-        and the outcome of the rows, as wide as needed.
+        Rows, int64 `[n]`, their requests, the first ones' places in the plan, and the rows' outcome, as wide as needed.
     """
     count, width = len(rows), 0
     same = count == len(plan.requests)
