@@ -135,12 +135,13 @@ class Controller(ABC):
         None unless forwards of that size, or of nearby sizes with about the same cost, were measured.
         """
 
-    def forwards_are_padded(self, sizes: Sequence[int]) -> None:  # noqa: B027 - most need not know
+    def forwards_are_padded(self, sizes: Sequence[int]) -> None:
         """Set the sizes (tokens, rising) that forwards are padded to: a forward costs what the next such size costs.
 
         Forwards beyond the last size are not padded; nor is any if `sizes` is empty. May be called repeatedly. What
-        was learned under other sizes is kept for the time when they return.
+        was learned under other sizes is kept for the time when they return. By default nothing happens.
         """
+        return
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         """Per speculator: draft tokens scored since the last call, and the calibration error of their estimates."""

@@ -120,11 +120,13 @@ class Backend(ABC):
             policy: The policy in process, if the backend runs a copy of it.
         """
 
-    def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:  # noqa: B027 - most need nothing
+    def check_drafters(self, speculators: Mapping[str, Speculator]) -> None:
         """Before a refresh: note drafters whose weights changed without training since `remember_drafters`."""
+        return
 
-    def remember_drafters(self, speculators: Mapping[str, Speculator]) -> None:  # noqa: B027 - most need nothing
+    def remember_drafters(self, speculators: Mapping[str, Speculator]) -> None:
         """After a refresh: remember the drafters' weights."""
+        return
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load new policy weights, (name, tensor) as in a checkpoint; the iterator is exhausted even on errors.

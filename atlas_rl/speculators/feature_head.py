@@ -292,7 +292,7 @@ class FeatureHeadSpeculator(Speculator):
     ) -> torch.Tensor:
         """Run packed `[tokens, hidden]` through the head, with keys and values in the requests' cache rows."""
         cache = self._cache
-        assert cache is not None
+        assert cache is not None, "it was made when start() told of the requests"
         segments = Segments(tokens, 0, starts, counts, self._row_of[requests])
         if isinstance(tokens, np.ndarray):
             (ids,) = cache.place(segments, self._device, tokens)

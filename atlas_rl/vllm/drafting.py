@@ -300,7 +300,7 @@ class Drafting:
         if committed is None:
             self._enter(forward, known)
             committed = self._committed(forward, requests.rows_of(forward.batch), waits_for_newcomers=False)
-        assert committed is not None
+        assert committed is not None, "a pass that does not wait for newcomers commits"
         if not len(committed.rows):
             return None
         verified = committed.verified

@@ -156,12 +156,15 @@ def test_vllm_draws_a_step_in_few_launches(cuda):
 
 
 def test_ranks_in_vllm_are_counted_on_the_device(cuda):
-    logits, keys = torch.randn(4, 128, device="cuda"), np.arange(2, dtype=np.uint64)
+    on_host, keys = torch.randn(4, 128), np.arange(2, dtype=np.uint64)
     noise = np.zeros(2, np.int64), np.ones(2, np.int64), keys, np.full(2, 9), np.zeros(2, bool)
-    drawn = draw(logits, *noise, False, ranked=True)
-    assert drawn.ranks is not None
+    drawn = draw(on_host.to("cuda"), *noise, False, ranked=True)
     assert cuda.count("launch", "triton") <= 25
     assert cuda.count("d2h", "sync") <= 1
+    there = drawn.token_ids >= 0
+    scores = on_host.numpy()[drawn.index[there]]
+    chosen = np.take_along_axis(scores, drawn.token_ids[there][:, None], axis=1)
+    assert drawn.ranks[there].tolist() == (scores >= chosen).sum(axis=1).tolist()
 
 
 BATCH, VOCAB, KNOWN, SIZE = 64, 151_936, 3021, 1024
