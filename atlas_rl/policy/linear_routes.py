@@ -27,7 +27,7 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-PLAIN, TURNED, PADDED, WIDENED, PACKED = "plain", "turned", "padded", "widened", "packed"
+PLAIN, TURNED, DOUBLED, WIDENED, PACKED = "plain", "turned", "doubled", "widened", "packed"
 """`F.linear`; the weight as the tall operand; that with a single row given twice; in float32; in oneDNN's layout.
 
 A processor without units for bfloat16 multiplies one number at a time: 32 rows take six times as long as in float32,
@@ -55,9 +55,11 @@ def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return out if bias is None else out.add_(bias)
 
 
-def padded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def doubled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`turned` with its single row given twice, for a BLAS whose matrix-vector product is slow."""
-    return turned(x.expand(2, -1), weight, bias)[:1]
+    # A real second row: an expanded one has no stride, and torch then copies it into the layout that BLAS does slowly.
+    out = (weight @ torch.cat((x, x)).t())[:, :1].t().contiguous()
+    return out if bias is None else out.add_(bias)
 
 
 def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -71,7 +73,7 @@ def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return (out if bias is None else out.add_(bias.float())).to(x.dtype)
 
 
-ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, PADDED: padded, WIDENED: widened}
+ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, DOUBLED: doubled, WIDENED: widened}
 
 
 def bucket_of(rows: int) -> int:
@@ -130,7 +132,7 @@ class Contest:
     def between(cls, rows: int, dtype: torch.dtype, may_pack: bool = True) -> Contest:
         """A new contest for a number of rows of a type."""
         takes_part = {
-            PADDED: rows == 1,
+            DOUBLED: rows == 1,
             WIDENED: dtype != torch.float32,
             PACKED: may_pack and packed_type(dtype) is not None,
         }
