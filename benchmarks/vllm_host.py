@@ -71,6 +71,7 @@ class PretendedEngine:
         self._params = SimpleNamespace(
             extra_args=None, seed=1, temperature=1.0, top_k=0, top_p=1.0, max_tokens=CONTEXT - PROMPT,
             stop_token_ids=[VOCAB - 1], eos_token_id=None, repetition_penalty=1.0, ignore_eos=True,
+            thinking_token_budget=None,
         )  # fmt: skip
 
     def forward(self) -> Forward:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,36 @@ class Parrot(Stateless):
         wrong = self.rng.random(tokens.shape) < self.error_rate
         tokens[wrong] = self.rng.integers(sequences.vocab_size, size=int(wrong.sum()))
         return Draft(tokens, lengths, np.full(tokens.shape, 0.5, np.float32))
+
+
+class Recalled(Stateless):
+    """Drafts what a known text of the same prompt continues with, wrong now and then: for engines that number requests.
+
+    Args:
+        texts: Prompt and completion of every known text.
+        longest: Tokens of every draft.
+    """
+
+    name = "recalled"
+
+    def __init__(self, texts: Iterable[tuple[list[int], list[int]]], longest: int) -> None:
+        self.texts, self.longest = [(list(prompt), list(completion)) for prompt, completion in texts], longest
+        self.rng = np.random.default_rng(0)
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        tokens = self.rng.integers(0, sequences.vocab_size, (len(requests), self.longest))
+        for row, request in enumerate(requests):
+            coming = self._coming(sequences.prompt(request), sequences.completion(request))
+            right = coming[: int(self.rng.integers(1, self.longest + 2)) - 1]
+            tokens[row, : len(right)] = right
+        lengths = np.minimum(max_draft_tokens, self.longest)
+        return Draft(tokens, lengths, np.full(tokens.shape, 0.5, np.float32))
+
+    def _coming(self, prompt: list[int], done: list[int]) -> list[int]:
+        for known, completion in self.texts:
+            if known == prompt and completion[: len(done)] == done:
+                return completion[len(done) : len(done) + self.longest]
+        return []
 
 
 class TrimByDrawnToken(FixedController):

@@ -78,5 +78,10 @@ def check_sampling(sampling: SamplingParams, extra: Mapping[str, Any]) -> None:
     for name in extra:
         if name in _LOST:
             raise ValueError(f"vLLM leaves {name} out under speculative decoding: remove it from generation_kwargs")
+        if name == "thinking_token_budget":
+            raise ValueError(
+                "vLLM counts drafts against thinking_token_budget before they are accepted, so texts would depend on the "
+                "drafts: remove it from generation_kwargs, or generate without AtlasRolloutEngine"
+            )
         if name in _OUR_OWN:
             raise ValueError(f"{name} is set by the engine: remove it from generation_kwargs")

@@ -61,7 +61,7 @@ class AtlasProposer(Hooks):
             max_length=model_config.max_model_len,
             max_batch=vllm_config.scheduler_config.max_num_seqs,
             vocab_size=model_config.get_vocab_size(),
-            seed=int(model_config.seed or 0),
+            seed=internals.replica_seed(vllm_config),
         )
         folder = self.options.get("draft_model")
         if folder is not None:

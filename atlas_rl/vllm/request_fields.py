@@ -37,8 +37,11 @@ def sampling_of(params: Any) -> SamplingParams | None:
     """vLLM's sampling parameters as ours; unsupported ones cost acceptance, never correctness.
 
     Returns:
-        None if our parameters cannot express them; such a request is served without drafts.
+        None if our parameters cannot express them, or if the text would depend on the drafts: vLLM counts drafts as
+        thinking before they are accepted. Such a request is served without drafts.
     """
+    if params.thinking_token_budget is not None:
+        return None
     ends = set(params.stop_token_ids or ())
     if not params.ignore_eos and params.eos_token_id is not None:
         ends.add(params.eos_token_id)

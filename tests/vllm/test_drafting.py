@@ -75,7 +75,7 @@ class Engine:
         self.drafts: dict[str, list[int]] = {name: [] for name in self.names}
         self.params = SimpleNamespace(
             extra_args=None, seed=3, temperature=1.0, top_k=0, top_p=1.0, max_tokens=200, stop_token_ids=[99],
-            eos_token_id=None, ignore_eos=True, repetition_penalty=1.0,
+            eos_token_id=None, ignore_eos=True, repetition_penalty=1.0, thinking_token_budget=None,
         )  # fmt: skip
 
     def forward(self) -> Forward:

@@ -5,6 +5,7 @@ Nobody announces these requests, as on a server, and the engine returns raw logp
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,16 @@ import pytest
 import torch
 
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
-from atlas_rl.core import REPETITION_PENALTIES, Draft, Sequences
+from atlas_rl.core import REPETITION_PENALTIES, Draft, SamplingParams, Sequences
 from atlas_rl.decode.guard import GuardedController, GuardedSpeculator
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.vllm.checks import check_sampling
 from atlas_rl.vllm.draw import draw
-from atlas_rl.vllm.internals import drafter_of
+from atlas_rl.vllm.following import RequestFollower
+from atlas_rl.vllm.internals import Batch, drafter_of
+from atlas_rl.vllm.proposer import AtlasProposer
 from atlas_rl.vllm.request_fields import EXTRA_REQUEST, announced_as, sampling_of
-from tests.drafters import RandomDrafter
+from tests.drafters import RandomDrafter, Recalled
 from tests.models import tiny_bigram
 from tests.vllm_engines import completions, engine  # first: it skips this module where there is no vLLM
 
@@ -82,7 +86,7 @@ def draft_with(llm: Any, speculator: Speculator | None) -> None:
     own.use({name: GuardedSpeculator(speculator, own.faults)}, controller)
 
 
-def params(temperature: float, seed: int = 0, **options: Any) -> Any:
+def params(temperature: float, seed: int | None = 0, **options: Any) -> Any:
     from vllm import SamplingParams
 
     bad_words = options.pop("_bad_words_token_ids", None)
@@ -110,8 +114,10 @@ def test_every_option_greedy_drawn_and_mixed_whatever_is_drafted(name: str, llm:
     for batch in batches:
         draft_with(llm, None)
         expected = ask(llm, batch)
-        draft_with(llm, RandomDrafter())
-        assert ask(llm, batch) == expected
+        texts = [(PROMPTS[i % len(PROMPTS)], text) for i, text in enumerate(expected)]
+        for drafter in (RandomDrafter(), Recalled(texts, 3)):
+            draft_with(llm, drafter)
+            assert ask(llm, batch) == expected, drafter.name
         greedy = [i for i, one in enumerate(batch) if one.temperature == 0]
         if name not in ("nothing allowed", "a penalty that overflows"):  # any token is as good as another there
             theirs = ask(plain, batch)
@@ -143,6 +149,31 @@ def test_fields_that_clients_make_up_are_not_trusted(value: Any, llm: Any) -> No
     extra = {EXTRA_REQUEST: value, "atlas_rl_key": value}
     assert ask(llm, [params(1.0, 3, extra_args=extra)]) == honest
     assert drafting(llm).take_report().drafter_faults == {}
+
+
+def test_replicas_of_a_server_draw_independent_samples_for_requests_without_a_seed(llm: Any) -> None:
+    """vLLM deals equal requests out to its data-parallel replicas, and each replica numbers its own from one."""
+    config = llm.llm_engine.vllm_config
+    names = [f"request {i}" for i in range(8)]
+    empty = np.zeros(8, np.int64)
+    batch = Batch(names, empty[:, None], empty, empty, empty > 0, lambda name: params(1.0, seed=None))
+
+    def keys(replica: int) -> set[int]:
+        own = copy.copy(config)
+        own.parallel_config = copy.copy(config.parallel_config)
+        own.parallel_config.data_parallel_index = replica
+        return set(AtlasProposer(own).keys(batch).tolist())
+
+    assert len(keys(0) | keys(1) | keys(2)) == 24
+    assert keys(1) == keys(1)  # so are those of all ranks of a tensor-parallel group
+    assert keys(0) == set(RequestFollower(CONTEXT, 8, VOCAB, config.model_config.seed).keys(batch).tolist())
+
+
+def test_a_limit_of_thinking_leaves_a_request_without_drafts() -> None:
+    assert sampling_of(params(1.0)) is not None
+    assert sampling_of(params(1.0, thinking_token_budget=5)) is None
+    with pytest.raises(ValueError, match="thinking_token_budget"):
+        check_sampling(SamplingParams(max_new_tokens=8), {"thinking_token_budget": 5})
 
 
 def test_only_the_running_call_announces() -> None:

@@ -1,4 +1,4 @@
-"""Requests whose text must fit a grammar: vLLM masks what does not fit, at drafted positions too. Drafts change nothing."""
+"""Requests whose text is forced in part, by a grammar or by a limit of thinking: drafts change nothing."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
-from atlas_rl.core import Draft, Sequences
 from atlas_rl.decode.guard import GuardedController, GuardedSpeculator
 from atlas_rl.vllm.internals import drafter_of
-from tests.drafters import RandomDrafter, Stateless
+from tests.drafters import RandomDrafter, Recalled, Stateless
 from tests.models import tiny_bigram
 from tests.vllm_engines import completions, engine  # first: it skips this module where there is no vLLM
 
@@ -23,25 +21,6 @@ ALPHABET = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 EOS, K = 0, 4
 PATTERNS = [r"(ab|cd){2,9}e", r"[0-9]{3,12}", None, r"x(yz)*w"]
 PROMPTS = [[20 + i, 30, 40 + i] for i in range(len(PATTERNS))]
-
-
-class Recalled(Stateless):
-    """Drafts what is known to come, wrong now and then."""
-
-    name = "recalled"
-
-    def __init__(self, texts: list[list[int]]) -> None:
-        self.known = {tuple(prompt): text for prompt, text in zip(PROMPTS, texts, strict=True)}
-        self.rng = np.random.default_rng(0)
-
-    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        tokens = self.rng.integers(0, len(ALPHABET), (len(requests), K))
-        for row, request in enumerate(requests):
-            done = len(sequences.completion(request))
-            coming = self.known[tuple(sequences.prompt(request))][done : done + K]
-            right = int(self.rng.integers(0, K + 1))
-            tokens[row, : len(coming[:right])] = coming[:right]
-        return Draft(tokens, np.minimum(max_draft_tokens, K), np.full(tokens.shape, 0.5, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +75,7 @@ def test_texts_fit_their_grammar_whatever_is_drafted(folder: Path) -> None:
         assert any(answer.outputs[0].finish_reason == "stop" for answer in answers)
         if temperature == 0:
             assert expected == completions(ask(plain, temperature))
-        for speculator in (Recalled(expected), RandomDrafter()):
+        for speculator in (Recalled(zip(PROMPTS, expected, strict=True), K), RandomDrafter()):
             own.take_report()
             draft_with(speculator)
             assert completions(ask(llm, temperature)) == expected
@@ -105,3 +84,40 @@ def test_texts_fit_their_grammar_whatever_is_drafted(folder: Path) -> None:
             assert report.warnings == ()
             if speculator.name == "recalled":
                 assert report.accepted["recalled"] > 10
+
+
+def test_a_limit_of_thinking_applies_at_the_same_token_whatever_is_drafted(folder: Path) -> None:
+    """vLLM counts drafts as thinking before they are accepted, so these requests get none; their neighbours do."""
+    from vllm import SamplingParams
+    from vllm.config import ReasoningConfig
+
+    llm = engine(
+        folder,
+        max_num_seqs=8,
+        skip_tokenizer_init=False,
+        reasoning_config=ReasoningConfig(reasoning_start_str="x", reasoning_end_str="yz"),
+    )
+    proposer: Any = drafter_of(llm)
+    proposer.prepare()
+    own = proposer.drafting
+    start, end = ALPHABET.index("x"), [ALPHABET.index(letter) for letter in "yz"]
+    prompts = [[*prompt, start] for prompt in PROMPTS]
+    each = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=30, ignore_eos=True, thinking_token_budget=budget)
+        for i, budget in enumerate((4, 7, None, None))
+    ]
+
+    def ask() -> list[list[int]]:
+        return completions(llm.generate([{"prompt_token_ids": p} for p in prompts], each, use_tqdm=False))
+
+    own.use({}, NoSpeculation())
+    expected = ask()
+    assert [text[budget : budget + 2] for text, budget in zip(expected, (4, 7), strict=False)] == [end, end]
+    for speculator in (Recalled(zip(prompts, expected, strict=True), K), RandomDrafter()):
+        own.take_report()
+        controller = GuardedController(FixedController([speculator.name], speculator.name, K), own.faults)
+        own.use({speculator.name: GuardedSpeculator(speculator, own.faults)}, controller)
+        assert ask() == expected
+        report = own.take_report()
+        assert report.drafter_faults == {}
+        assert report.drafted[speculator.name] > 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atlas_kernels.noise import mix64
 from atlas_rl.policy.logit_form import LogitForm, fit_form
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.vllm.internals.runner import Hooks
@@ -161,6 +162,15 @@ def drafter_of(llm: Any) -> Hooks | None:
     """Our proposer inside an engine of this process; None if it has none or another one."""
     drafter = getattr(runner_of(llm), "drafter", None)
     return drafter if isinstance(drafter, Hooks) else None
+
+
+def replica_seed(vllm_config: Any) -> int:
+    """Seed for requests that bring none: another one for every data-parallel replica, as for vLLM's own generators.
+
+    Replicas answer equal requests, and number them alike. With one seed, their samples would be copies of each other.
+    """
+    seed, replica = int(vllm_config.model_config.seed or 0), int(vllm_config.parallel_config.data_parallel_index)
+    return mix64(mix64(seed) ^ replica) if replica else seed
 
 
 def tensor_parallel() -> tuple[int, int, Any]:

@@ -16,7 +16,7 @@ from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.vllm.draw import Drawn, draw
 from atlas_rl.vllm.internals.forward_time import ForwardTime
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler
-from atlas_rl.vllm.internals.sampler import draft_metadata, processed_logits, sampler_output
+from atlas_rl.vllm.internals.sampler import draft_metadata, has_thinking_budgets, processed_logits, sampler_output
 from atlas_rl.vllm.internals.version import INSTALLED, KNOWN_RANGE, check_version, installed_version
 
 
@@ -197,7 +197,8 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
         spec = draft_metadata(spec, len(batch.names), logits.device)
         runner.input_batch.update_async_output_token_ids()
         metadata = runner.input_batch.sampling_metadata
-        processed, truncated = processed_logits(runner.rejection_sampler, logits, spec, metadata)
+        temperatures = runner.input_batch.temperature_cpu[: len(batch.names)]
+        processed, truncated = processed_logits(runner.rejection_sampler, logits, spec, metadata, temperatures)
         num_drafted = np.array(spec.num_draft_tokens, np.int64)
         drawn = draw(
             processed,
@@ -261,7 +262,12 @@ _HOOKS: dict[str, Callable[..., Any]] = {
 
 
 def _uniform(runner: Any) -> int:
-    """See `Forward.uniform`. vLLM chooses its graph mode by the attention backend when the first request runs."""
+    """See `Forward.uniform`. vLLM chooses its graph mode by the attention backend when the first request runs.
+
+    0 if a request limits its thinking: tokens that fill its draft up would move the limit.
+    """
+    if has_thinking_budgets(runner.input_batch.sampling_metadata):
+        return 0
     mode = runner.cudagraph_dispatcher.cudagraph_mode
     return runner.uniform_decode_query_len - 1 if mode.separate_routine() and mode.has_full_cudagraphs() else 0
 

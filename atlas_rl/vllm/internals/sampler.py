@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,9 @@ def draft_metadata(spec: Any, num_rows: int, device: torch.device) -> Any:
     )
 
 
-def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any) -> tuple[torch.Tensor, bool]:
+def processed_logits(
+    sampler: Any, logits: torch.Tensor, spec: Any, metadata: Any, temperatures: np.ndarray
+) -> tuple[torch.Tensor, bool]:
     """Logits of every position after vLLM's processing: `[positions, vocab]`, and whether some may be `-inf`.
 
     float32, or in their own type if nothing is processed and the kernel reads that type: a copy of the logits is the
@@ -50,15 +54,17 @@ def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: An
         logits: `[positions, vocab]`, logits of the policy.
         spec: vLLM's metadata of the drafts.
         metadata: vLLM's metadata of sampling.
+        temperatures: float `[rows]`, the requests' temperatures. vLLM's own copy on the device would cost a wait.
     """
-    if _untouched(metadata):
+    if _untouched(metadata, temperatures):
         return logits if kernels_run_on(logits.device) else logits.float(), False
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
     from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
 
     bonus, drafted = spec.bonus_logits_indices.long(), spec.target_logits_indices.long()
     processed = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    own = sampler.sampler.apply_logits_processors(logits[bonus].float(), metadata, predict_bonus_token=True)
+    after_drafts = _with_drafts_in_minimal_lengths(metadata, spec.num_draft_tokens)
+    own = sampler.sampler.apply_logits_processors(logits[bonus].float(), after_drafts, predict_bonus_token=True)
     if not metadata.all_greedy:
         own = sampler.sampler.apply_temperature(own, metadata.temperature, metadata.all_random)
         own = apply_top_k_top_p(own, metadata.top_k, metadata.top_p)
@@ -69,18 +75,58 @@ def processed_logits(sampler: Any, logits: torch.Tensor, spec: Any, metadata: An
     return processed, True
 
 
-def _untouched(metadata: Any) -> bool:
-    """Whether the processed distribution is the softmax of the unchanged logits."""
+def has_thinking_budgets(metadata: Any) -> bool:
+    """Whether a running request limits its thinking. vLLM applies that limit at other tokens if there are drafts."""
     holder = metadata.thinking_budget_state_holder
+    return holder is not None and holder.has_tracked_requests()
+
+
+class _MinimalLengths:
+    """vLLM's processor of minimal lengths, for logits after a request's drafts.
+
+    vLLM's own counts committed tokens only. So it excludes ending tokens at a bonus position that lies beyond the minimum.
+    """
+
+    def __init__(self, own: Any, num_draft_tokens: Sequence[int]) -> None:
+        self._own, self._num_draft_tokens = own, num_draft_tokens
+
+    def is_argmax_invariant(self) -> bool:
+        return self._own.is_argmax_invariant()
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Exclude ending tokens in row i of `[requests, vocab]` if request i is too short with its drafts."""
+        own, by_request = self._own, self._own.min_toks
+        try:
+            own.min_toks = {
+                i: (minimum - self._num_draft_tokens[i], *rest) for i, (minimum, *rest) in by_request.items()
+            }
+            return own.apply_with_spec_decode(logits, [1] * len(logits))
+        finally:
+            own.min_toks = by_request
+
+
+def _with_drafts_in_minimal_lengths(metadata: Any, num_draft_tokens: Sequence[int]) -> Any:
+    """vLLM's metadata with processors of minimal lengths that count the drafts, if this makes a difference."""
+    processors = list(metadata.logitsprocs.all)
+    if not any(num_draft_tokens[i] for own in processors for i in getattr(own, "min_toks", ())):
+        return metadata
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+
+    counting = [_MinimalLengths(own, num_draft_tokens) if hasattr(own, "min_toks") else own for own in processors]
+    return dataclasses.replace(metadata, logitsprocs=LogitsProcessors(counting))
+
+
+def _untouched(metadata: Any, temperatures: np.ndarray) -> bool:
+    """Whether the processed distribution is the softmax of the unchanged logits."""
     return (
-        (metadata.all_greedy or bool((metadata.temperature == 1).all()))
+        (metadata.all_greedy or bool((temperatures == 1).all()))
         and metadata.top_k is None
         and metadata.top_p is None
         and metadata.no_penalties
         and metadata.allowed_token_ids_mask is None
         and not metadata.bad_words_token_ids
         and not any(getattr(processor, "min_toks", True) for processor in metadata.logitsprocs.all)
-        and (holder is None or not holder.has_tracked_requests())
+        and not has_thinking_budgets(metadata)
     )
 
 
