@@ -82,7 +82,7 @@ class Parrot(Stateless):
 
 
 class Recalled(Stateless):
-    """Drafts what a known text of the same prompt continues with, wrong now and then: for engines that number requests.
+    """Drafts how a known text of the same prompt continues, for engines that number requests; some drafts end wrong.
 
     Args:
         texts: Prompt and completion of every known text.
@@ -97,12 +97,14 @@ class Recalled(Stateless):
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         tokens = self.rng.integers(0, sequences.vocab_size, (len(requests), self.longest))
+        lengths = np.full(len(requests), self.longest)
         for row, request in enumerate(requests):
             coming = self._coming(sequences.prompt(request), sequences.completion(request))
-            right = coming[: int(self.rng.integers(1, self.longest + 2)) - 1]
+            right = coming[: self.rng.integers(0, self.longest, endpoint=True)]
             tokens[row, : len(right)] = right
-        lengths = np.minimum(max_draft_tokens, self.longest)
-        return Draft(tokens, lengths, np.full(tokens.shape, 0.5, np.float32))
+            if self.rng.random() < 0.5:  # all right: the forward's last token comes after it
+                lengths[row] = len(right)
+        return Draft(tokens, np.minimum(max_draft_tokens, lengths), np.full(tokens.shape, 0.5, np.float32))
 
     def _coming(self, prompt: list[int], done: list[int]) -> list[int]:
         for known, completion in self.texts:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from atlas_rl import AtlasRolloutEngine
 from tests.models import tiny_llama
@@ -110,3 +111,17 @@ def test_the_whole_summary_is_json_and_prints(table: Any, tmp_path: Path, capsys
     ):
         line = next(line for line in printed.splitlines() if line.startswith(label))
         assert [word for word in line.split() if word in figures] == figures
+
+
+@pytest.mark.parametrize(
+    ("requests", "expected"), [([], "So this run has 8 requests at a time"), (["--prompts", "6"], "NOTHING TO WIN")]
+)
+def test_the_first_lines_say_whether_there_is_anything_to_win(
+    requests: list[str], expected: str, demo: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = demo("run")
+    run.announce(run.parse_args(requests))
+    said = capsys.readouterr().out
+    assert expected in said
+    assert ("NOTHING TO WIN" in said) == bool(requests)

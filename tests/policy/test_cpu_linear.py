@@ -30,6 +30,7 @@ from atlas_rl.policy.linear_routes import (
     packed_type,
     widened,
 )
+from tests.routes import table_where
 
 INPUTS, OUTPUTS = 200, 700  # large enough in bfloat16 as well
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -65,22 +66,6 @@ ROWS = (1, 17, 257)
 def layer_of(bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Linear:
     torch.manual_seed(seed)
     return nn.Linear(INPUTS, OUTPUTS, bias=bias, dtype=dtype)
-
-
-def table_where(route: str | None, pack_s: float = 0.0) -> RouteTable:
-    """A table of nobody's machine, in which one route wins all contests; None leaves them open."""
-
-    class Settled(RouteTable):
-        def contest(self, weight: torch.Tensor, has_bias: bool, rows: int) -> Contest:
-            contest = Contest.between(rows, weight.dtype)
-            if route is not None:
-                best = route if route in contest.seconds else TURNED  # doubled is for one row
-                contest.seconds = {name: [1.0 if name == best else 2.0] for name in contest.seconds}
-                contest.pack_s = pack_s
-                contest.decide()
-            return contest
-
-    return Settled(None, "nobody's")
 
 
 def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
