@@ -34,7 +34,7 @@ from atlas_rl.policy.view import InProcessView
 from atlas_rl.vllm.checks import NUM_SPECULATIVE_TOKENS
 from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.draw import NO_TOKEN, Drawn
-from atlas_rl.vllm.internals import Batch, Forward
+from atlas_rl.vllm.internals import Forward, ForwardBatch
 from atlas_rl.vllm.settling import compile_settling
 from benchmarks.common import ROOT, environment, quantiles, write_result
 
@@ -91,7 +91,7 @@ class PretendedEngine:
         self._lengths = self._lengths + num_new
         figures = np.ones(tokens.shape, np.float32)
         params = self._params
-        batch = Batch(
+        batch = ForwardBatch(
             list(self._names), self._tokens, self._lengths.copy(), np.full(len(tokens), PROMPT),
             np.zeros(len(tokens), bool), lambda name: params,
         )  # fmt: skip

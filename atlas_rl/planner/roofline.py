@@ -60,7 +60,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forward:
+class ForwardCost:
     """Seconds of one forward, by cause; `num_bytes` and `flops` are per GPU."""
 
     num_bytes: float
@@ -94,7 +94,7 @@ class Memory:
 
 def forward(
     model: Model, precision: Precision, machine: Machine, *, batch: int, tokens: int = 1, context: int
-) -> Forward:
+) -> ForwardCost:
     """Predict one forward over `tokens` new tokens of each of `batch` requests that have `context` tokens cached.
 
     Raises:
@@ -109,7 +109,7 @@ def forward(
         max(part.num_bytes / bandwidth, part.flops / (gpu.peak_flops_per_s(part.precision) * share.flops_share))
         for part in parts
     )
-    return Forward(
+    return ForwardCost(
         num_bytes=sum(part.num_bytes for part in parts),
         flops=sum(part.flops for part in parts),
         roofline_s=roofline_s,
