@@ -20,6 +20,7 @@ from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.noise import Stream
 from atlas_kernels.verify import verify
 from atlas_rl.decode.compile_kernels import announced
+from atlas_rl.policy.upload import download, upload
 from atlas_rl.sampling.processing import entropies
 from atlas_rl.sampling.verification import choose
 
@@ -186,19 +187,18 @@ def _decided_by_kernel(
     device, num_rows = logits.device, len(rows.request)
     # Index of a row's draft, or of the -1 after the last draft.
     source = np.where(rows.depth < num_drafts[rows.request], np.arange(num_rows) - rows.request, len(drafts))
-    keys, positions, at, flags, starts = _uploaded(
-        (rows.keys.view(np.int64), rows.positions, source, rows.greedy, rows.starts), device
+    keys, positions, at, greedy, starts = upload(
+        [rows.keys.view(np.int64), rows.positions, source, rows.greedy, rows.starts], device
     )
     drafts = torch.nn.functional.pad(drafts.to(device, torch.int64), (0, 1), value=NO_TOKEN)[at]
-    found = verify(logits, drafts, starts, keys, positions, greedy=flags != 0, implementation=implementation)
+    found = verify(logits, drafts, starts, keys, positions, greedy=greedy, implementation=implementation)
     integers = [found.token_ids, drafts]
     if ranked:
         integers.append((logits >= logits.gather(1, found.token_ids[:, None])).sum(dim=-1))
-    floats = [found.logprobs, found.entropies, found.max_probs]
-    packed = torch.cat([each.to(torch.int32) for each in integers] + [each.view(torch.int32) for each in floats])
-    values = packed.cpu().numpy().reshape(-1, num_rows)
-    tokens, own_drafts, *ranks = values[:-3].astype(np.int64)
-    logprobs, nats, max_probs = values[-3:].view(np.float32)
+    *whole, logprobs, nats, max_probs = download(
+        [*(each.to(torch.int32) for each in integers), found.logprobs, found.entropies, found.max_probs]
+    )
+    tokens, own_drafts, *ranks = (array.astype(np.int64) for array in whole)
     undefined = np.flatnonzero(np.isnan(max_probs))
     if len(undefined):
         where = torch.from_numpy(undefined).to(device)
@@ -209,17 +209,6 @@ def _decided_by_kernel(
             counted[undefined] = 1
     own_drafts = own_drafts[rows.depth < num_drafts[rows.request]]
     return _Decided(tokens, own_drafts, logprobs, nats, max_probs, len(undefined), ranks[0] if ranks else None)
-
-
-def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
-    """Arrays on the device as int64, in one asynchronous copy; each starts at a multiple of 16 bytes."""
-    width = max(map(len, arrays)) + 1 & ~1
-    packed = np.zeros((len(arrays), width), np.int64)
-    for row, array in zip(packed, arrays, strict=True):
-        row[: len(array)] = array
-    here = torch.from_numpy(packed)
-    there = (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
-    return [there[i, : len(array)] for i, array in enumerate(arrays)]
 
 
 def scores(
@@ -268,28 +257,30 @@ def _looked_up(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, values `[n, 1 + num_logprobs]` and ranks `[n]` of tokens drawn from the rows `index`, in one download.
 
-    Their logprobs are `own`, where those are known.
+    A logprob is a logit minus its row's normaliser. Where the drawn tokens' logprobs `own` are known, the normaliser
+    follows from them, and no row has to be summed.
     """
     device = scored.device
     rows, tokens = torch.from_numpy(index).to(device), torch.from_numpy(token_ids).to(device)[:, None]
-    ids, found = tokens, scored[rows[:, None], tokens].float()
-    normaliser = torch.zeros_like(found)
-    if own is not None:
-        logits, found = found, torch.from_numpy(own).to(device)[:, None]
-        normaliser = logits - found
-    elif not as_logits:
+    logits = scored[rows[:, None], tokens].float()
+    if as_logits:
+        values, normaliser = logits, torch.zeros_like(logits)
+    elif own is None:
         normaliser = scored[rows].float().logsumexp(dim=-1, keepdim=True)
-        found = found - normaliser
+        values = logits - normaliser
+    else:
+        values = torch.from_numpy(own).to(device)[:, None]
+        normaliser = logits - values
+    ids = tokens
     if num_logprobs:
         likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
         # Tokens of probability 0 have the logprob -inf, which JSON cannot represent; they rank last.
-        ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
+        ids, values = torch.cat([ids, likeliest.indices], 1), torch.cat([values, likeliest.values - normaliser], 1)
     if device.type == "cpu":
-        return ids.numpy(), found.numpy(), _ranks(scored.float().contiguous().numpy(), index, token_ids)
-    counted = (scored[rows] >= scored[rows[:, None], tokens]).sum(dim=-1, keepdim=True)
-    parts = [ids.to(torch.int32), found.contiguous().view(torch.int32), counted.to(torch.int32)]
-    packed, width = torch.cat(parts, 1).cpu().numpy(), ids.shape[1]
-    return packed[:, :width], packed[:, width:-1].copy().view(np.float32), packed[:, -1]
+        return ids.numpy(), values.numpy(), _ranks(scored.float().contiguous().numpy(), index, token_ids)
+    counted = (scored[rows] >= scored[rows[:, None], tokens]).sum(dim=-1)
+    own_ids, own_values, ranks = download([ids.to(torch.int32), values, counted.to(torch.int32)])
+    return own_ids, own_values, ranks
 
 
 @cached_njit(nogil=True)
