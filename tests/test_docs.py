@@ -40,7 +40,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate_anew: None) -> dict[str, Any]:
+def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate_anew: None) -> dict[str, Any]:
     """Names that blocks take for granted; TRL's classes train a tiny policy for a step where a block says `...`."""
     monkeypatch.chdir(tmp_path)
     own_trainer, policy, tokenizer = trl.GRPOTrainer, with_special_tokens(tiny_llama(vocab=16)), word_tokenizer()
@@ -68,10 +68,10 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate_anew: None
 
 
 @pytest.mark.parametrize("page", PYTHON_PAGES)
-def test_the_python_of_a_page_runs(page: str, world: dict[str, Any]) -> None:
+def test_the_python_of_a_page_runs(page: str, namespace: dict[str, Any]) -> None:
     for block in RUN:
         if block.page == page and block.language == "python":
-            exec(compile(block.text, block.where, "exec"), world)
+            exec(compile(block.text, block.where, "exec"), namespace)
 
 
 def flags_in(file: Path) -> set[str]:
