@@ -33,7 +33,7 @@ from atlas_rl.decode.guard import GuardedController
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.vllm.checks import NUM_SPECULATIVE_TOKENS
 from atlas_rl.vllm.drafting import Drafting
-from atlas_rl.vllm.draw import NO_TOKEN, Drawn
+from atlas_rl.vllm.draw import NO_TOKEN, DrawnTokens
 from atlas_rl.vllm.internals import Forward, ForwardBatch
 from atlas_rl.vllm.settling import compile_settling
 from benchmarks.common import ROOT, environment, quantiles, write_result
@@ -98,7 +98,7 @@ class PretendedEngine:
         self.drafting.requests.keys(batch)
         head_inputs = torch.zeros(int((num_drafted + 1).sum()), HIDDEN)
         spans = np.stack([starts, num_drafted + 1, before], axis=1)
-        drawn = Drawn(tokens, 0 * tokens, figures, figures, figures, 0)
+        drawn = DrawnTokens(tokens, 0 * tokens, figures, figures, figures, 0)
         return Forward(batch, num_new, num_drafted, starts, head_inputs, {}, spans, drawn)
 
     def step(self) -> tuple[float, float, int]:

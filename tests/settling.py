@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from atlas_rl.decode.settling import Fates, SettledTokens, Texts
+from atlas_rl.decode.settling import Drawn, Fates, Texts
 
 
-def settle_in_numpy(drawn: SettledTokens, texts: Texts, fates: Fates) -> tuple[float, float, int]:
+def settle_in_numpy(drawn: Drawn, texts: Texts, fates: Fates) -> tuple[float, float, int]:
     """Do what `settle` does, one array operation at a time."""
     requests, tokens = drawn.requests, drawn.token_ids
     ends = drawn.ends if len(drawn.ends) else (tokens[..., None] == drawn.stops).any(axis=-1)

@@ -9,7 +9,7 @@ import numpy as np
 from atlas_rl.controller.base import Controller, Step
 from atlas_rl.core import Hidden, Sequences, Verified
 from atlas_rl.decode.plain_run import PlainCosts
-from atlas_rl.decode.settling import Fates, SettledTokens, Texts, reached, settle
+from atlas_rl.decode.settling import Drawn, Fates, Texts, reached, settle
 from atlas_rl.report.recorder import StepRecorder
 
 NOBODY_WANTS = np.zeros((0, 0), np.float32)
@@ -62,7 +62,7 @@ def commit(
     num_tokens = np.ascontiguousarray(settled.num_tokens, np.int64)
     longest, _ = reached(requests, num_tokens, sequences.lengths, max_lengths, sequences.prompt_lengths)
     sequences.reserve(longest)
-    drawn = SettledTokens(
+    drawn = Drawn(
         requests,
         np.ascontiguousarray(tokens, np.int64),
         num_tokens,

@@ -31,7 +31,7 @@ class Texts(NamedTuple):
     logprobs: np.ndarray
 
 
-class SettledTokens(NamedTuple):
+class Drawn(NamedTuple):
     """Tokens that a forward settled; only a row's first `num_tokens` columns count.
 
     Attributes:
@@ -83,7 +83,7 @@ def reached(requests, num_tokens, lengths, max_lengths, prompt_lengths):
     return text, completion
 
 
-def settle(drawn: SettledTokens, texts: Texts, fates: Fates) -> tuple[float, float, int]:
+def settle(drawn: Drawn, texts: Texts, fates: Fates) -> tuple[float, float, int]:
     """Append every row's tokens up to its first ending one, or to its limit, and fill `fates`.
 
     There must be room for the tokens. Drafts after an accepted ending token count as neither accepted nor rejected.
@@ -103,7 +103,7 @@ def _settle(
     num_committed, num_accepted, drafted, finished,
 ):  # fmt: skip
     """`settle`, its arguments one by one."""
-    drawn = SettledTokens(requests, token_ids, num_tokens, num_drafted, entropies, max_probs, logprobs, ends, stops)
+    drawn = Drawn(requests, token_ids, num_tokens, num_drafted, entropies, max_probs, logprobs, ends, stops)
     texts = Texts(rows, lengths, max_lengths, prompt_lengths, own_logprobs)
     fates = Fates(num_committed, num_accepted, drafted, finished)
     entropy_sum, max_prob_sum, total = 0.0, 0.0, 0
@@ -137,4 +137,4 @@ def _settle(
 
 
 settle_arrays = _settle
-"""For compiled callers; arrays in the order of `SettledTokens`, `Texts` and `Fates`."""
+"""For compiled callers; arrays in the order of `Drawn`, `Texts` and `Fates`."""

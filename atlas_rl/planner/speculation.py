@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from atlas_rl.planner.hardware import Machine
 from atlas_rl.planner.host import NO_HOST, Host
-from atlas_rl.planner.model import Model
+from atlas_rl.planner.model import ModelShape
 from atlas_rl.planner.roofline import ForwardCost, Memory, Precision, forward, memory
 
 MAX_BATCH = 4096
@@ -38,9 +38,9 @@ class Setting:
         host: Time that the engine's host adds to every round that drafts; none by default (a device alone).
     """
 
-    model: Model
+    model: ModelShape
     machine: Machine
-    drafter: Model | None = None
+    drafter: ModelShape | None = None
     precision: Precision = BF16
     context: int
     host: Host = NO_HOST

@@ -28,7 +28,7 @@ NO_TOKEN = -1
 
 
 @dataclass(slots=True)
-class Drawn:
+class DrawnTokens:
     """Tokens that one step drew.
 
     Attributes:
@@ -95,7 +95,7 @@ def draw(
     *,
     ranked: bool = False,
     implementation: Implementation = "auto",
-) -> Drawn:
+) -> DrawnTokens:
     """Draw every position of a step and keep, per request, the tokens up to the first that is not an accepted draft.
 
     Args:
@@ -133,7 +133,7 @@ def compile_draw(vocab_size: int, device: torch.device) -> None:
             draw(torch.zeros(1, vocab_size, device=device), none, one, one.view(np.uint64), one, one > 0, False)
 
 
-def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> Drawn:
+def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> DrawnTokens:
     """Per request, the drawn tokens up to the first that is not an accepted draft."""
     row, depth, first = rows.request, rows.depth, rows.starts[:-1]
     width = int((num_drafts + 1).max(initial=1))
@@ -147,7 +147,7 @@ def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> Drawn:
     kept = np.arange(width)[None] <= num_accepted[:, None]
     index = np.where(kept, first[:, None] + np.arange(width)[None], 0)
     nothing = np.float32(0)
-    return Drawn(
+    return DrawnTokens(
         token_ids=np.where(kept, drawn, NO_TOKEN),
         index=index,
         logprobs=np.where(kept, decided.logprobs[index], nothing),
@@ -212,7 +212,7 @@ def _decided_by_kernel(
 
 
 def scores(
-    scored: torch.Tensor, drawn: Drawn, known: np.ndarray | None, num_logprobs: int, *, as_logits: bool
+    scored: torch.Tensor, drawn: DrawnTokens, known: np.ndarray | None, num_logprobs: int, *, as_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logprobs of the kept tokens as vLLM reports them: the drawn one, then the `num_logprobs` likeliest.
 

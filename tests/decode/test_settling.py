@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from atlas_rl.decode.settling import Fates, SettledTokens, Texts, reached, settle
+from atlas_rl.decode.settling import Drawn, Fates, Texts, reached, settle
 from tests.settling import settle_in_numpy
 
 
-def _case(seed: int, *, says: bool, wants: bool) -> tuple[SettledTokens, Texts]:
+def _case(seed: int, *, says: bool, wants: bool) -> tuple[Drawn, Texts]:
     rng = np.random.default_rng(seed)
     num_requests, batch, width = 12, int(rng.integers(0, 10)), int(rng.integers(1, 6))
     prompts = rng.integers(1, 5, num_requests)
@@ -19,7 +19,7 @@ def _case(seed: int, *, says: bool, wants: bool) -> tuple[SettledTokens, Texts]:
     num_tokens = rng.integers(1, width + 1, batch)
     figures = rng.random((3, batch, width + 1), np.float32)
     tokens = rng.integers(0, 9, (batch, width))
-    drawn = SettledTokens(
+    drawn = Drawn(
         rng.permutation(num_requests)[:batch],
         tokens,
         num_tokens,
@@ -56,7 +56,7 @@ def test_a_draft_behind_an_ending_token_counts_neither_way() -> None:
     tokens = np.array([[1, 3, 5, 6]])
     figures = np.zeros((1, 4), np.float32)
     none, four = np.zeros((0, 0), np.float32), np.array([4])
-    drawn = SettledTokens(
+    drawn = Drawn(
         np.array([0]), tokens, four, four, figures, figures, none, np.zeros((0, 0), np.bool_), np.array([3], np.int64)
     )
     texts = Texts(np.zeros((1, 9), np.int32), np.array([2]), np.array([9]), np.array([2]), none)

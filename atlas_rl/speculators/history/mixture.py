@@ -62,7 +62,7 @@ _NEVER = 1e30
 _LEAST_ESCAPE = 1e-9
 
 
-class MixtureState(NamedTuple):
+class Model(NamedTuple):
     """All learned state except the tokens themselves."""
 
     log_weights: np.ndarray  # float64 [NUM_SOURCES, NUM_BUCKETS]
@@ -93,7 +93,7 @@ class Position(NamedTuple):
     escape: float  # probability that the next token is none of the candidates
 
 
-def new_model() -> MixtureState:
+def new_model() -> Model:
     """A model with prior weights: longer matches predict better, and the confidence is the derived probability."""
     log_weights = np.tile(0.5 * np.arange(NUM_BUCKETS), (NUM_SOURCES, 1))
     escapes = np.full((NUM_KINDS, NUM_BUCKETS, 2), _PRIOR_TRIALS)
@@ -106,7 +106,7 @@ def new_model() -> MixtureState:
     confidence = np.zeros((2, 2, NUM_FEATURES))
     confidence[:, 0, RAW] = 1.0
     confidence[:, 1] = 1.0
-    return MixtureState(log_weights, escapes, exponents, confidence)
+    return Model(log_weights, escapes, exponents, confidence)
 
 
 @numba.njit
@@ -232,7 +232,7 @@ def _choose_likeliest(at, scratch):
 
 
 @numba.njit
-def choose_draft(cursors, count, at, model, scratch, mode, key, position, learns):
+def choose(cursors, count, at, model, scratch, mode, key, position, learns):
     """Choose the candidate to draft: returns its index, and fills confidence features and inputs of `learn`."""
     best = (
         _choose_coupled(at, model, scratch, key, position, learns)
@@ -263,7 +263,7 @@ def confidence_of(coefficients, features):
 
 @numba.njit
 def learn(cursors, count, token, drafted, at, model, scratch, mode):
-    """Learn from the actual token, after `mix` and `choose_draft`, which picked candidate `drafted`."""
+    """Learn from the actual token, after `mix` and `choose`, which picked candidate `drafted`."""
     right = -1
     for x in range(at.different):
         if scratch.tokens[x] == token:
@@ -295,20 +295,20 @@ def _learn_confidence(coefficients, features, hit):
         coefficients[0, f] += _CONFIDENCE_RATE * gradient / math.sqrt(coefficients[1, f] + 1e-3)
 
 
-def model_state(model: MixtureState) -> dict[str, Any]:
+def model_state(model: Model) -> dict[str, Any]:
     """Arrays of a model by name."""
     return {name: value.copy() for name, value in model._asdict().items()}
 
 
-def model_from_state(state: SavedState) -> MixtureState:
+def model_from_state(state: SavedState) -> Model:
     """Inverse of `model_state`.
 
     Raises:
-        ValueError: Arrays have another shape, or numbers out of the range that `learn` reaches and `mix` and `choose_draft`
+        ValueError: Arrays have another shape, or numbers out of the range that `learn` reaches and `mix` and `choose`
             accept.
     """
     shapes = {name: value.shape for name, value in new_model()._asdict().items()}
-    model = MixtureState(**{name: state.floats(name, shapes[name], *_RANGES[name]) for name in MixtureState._fields})
+    model = Model(**{name: state.floats(name, shapes[name], *_RANGES[name]) for name in Model._fields})
     hits, trials = model.escapes[..., 0], model.escapes[..., 1]
     if not ((hits <= trials) & (trials > 0)).all():
         raise ValueError("history index: escapes counts more hits than trials")

@@ -26,8 +26,8 @@ from atlas_rl.speculators.history.match import advance, new_cursors, refill
 from atlas_rl.speculators.history.mixture import (
     COUPLED,
     ONE_HOT,
-    MixtureState,
-    choose_draft,
+    Model,
+    choose,
     confidence_of,
     learn,
     mix,
@@ -74,7 +74,7 @@ def _draft_row(request, length, want, cursors, count, live, archive, model, scra
         if count == 0:
             return drafted
         at = mix(cursors, count, model, scratch)
-        best = choose_draft(cursors, count, at, model, scratch, mode, key, position, False)
+        best = choose(cursors, count, at, model, scratch, mode, key, position, False)
         confidence[drafted] = confidence_of(model.confidence[mode], scratch.features)
         if confidence[drafted] < _CONFIDENCE_FLOOR:
             return drafted
@@ -101,11 +101,11 @@ def _draft_rows(
     `found_at[request]`. `counts` does not change, so a later search, in a history that has grown, starts from the same
     cursors as if no draft had been asked for before.
 
-    `LiveView`, `ArchiveView` and `MixtureState` are passed array by array: numba takes microseconds to unpack a named tuple.
+    `LiveView`, `ArchiveView` and `Model` are passed array by array: numba takes microseconds to unpack a named tuple.
     """
     live = LiveView(tokens, links, heads, indexed, prompt_lengths, tags)
     archive = ArchiveView(nodes, archive_heads, cursor)
-    model = MixtureState(log_weights, escapes, exponents, certainty)
+    model = Model(log_weights, escapes, exponents, certainty)
     drafted = np.zeros(len(requests), np.int64)
     own = np.empty_like(cursors[0])
     scratch = new_scratch(model)
@@ -186,7 +186,7 @@ def _learn_rows(requests, starts, ends, tokens, met, met_counts, model, mode, ke
             token += 1
             if count > 0:
                 at = mix(cursors, count, model, scratch)
-                best = choose_draft(cursors, count, at, model, scratch, mode, keys[request], position, True)
+                best = choose(cursors, count, at, model, scratch, mode, keys[request], position, True)
                 learn(cursors, count, tokens[request, position], best, at, model, scratch, mode)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from atlas_rl.report.recorder import StepRecorder
-from atlas_rl.vllm.draw import Drawn, draw
+from atlas_rl.vllm.draw import DrawnTokens, draw
 from atlas_rl.vllm.internals.forward_time import ForwardTime
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler
 from atlas_rl.vllm.internals.sampler import draft_metadata, processed_logits, sampler_output
@@ -66,7 +66,7 @@ class Forward:
     head_inputs: torch.Tensor
     layers: dict[int, torch.Tensor]
     spans: np.ndarray
-    drawn: Drawn
+    drawn: DrawnTokens
     uniform: int = 0
 
 
