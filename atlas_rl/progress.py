@@ -17,7 +17,7 @@ class _Bar(tqdm):
     monitor_interval = 0  # no thread of tqdm's beside what a benchmark times, and none to hold a lock across a fork
 
 
-def bars_are_shown() -> bool:
+def shown() -> bool:
     """Whether bars are shown: stderr is a terminal and `CI` is not set."""
     in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
     return sys.stderr is not None and sys.stderr.isatty() and not in_ci
@@ -41,7 +41,7 @@ def bar(what: str, total: int, unit: str, *, done: int = 0, after_s: float = 0.0
         delay=after_s,
         leave=False,
         dynamic_ncols=True,
-        disable=not bars_are_shown(),
+        disable=not shown(),
     )
 
 
@@ -66,7 +66,7 @@ def loading() -> Iterator[None]:
     """Context in which bars of transformers for loading checkpoints are shown exactly if ours are."""
     from transformers.utils import logging
 
-    silenced = logging.is_progress_bar_enabled() and not bars_are_shown()
+    silenced = logging.is_progress_bar_enabled() and not shown()
     if silenced:
         logging.disable_progress_bar()
     try:

@@ -59,7 +59,7 @@ def test_a_bar_is_drawn_on_a_terminal_alone(terminal, variables, drawn):
 
 def test_a_bar_is_closed_where_the_work_fails(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "bars_are_shown", lambda: True)
+    monkeypatch.setattr(progress, "shown", lambda: True)
     monkeypatch.setattr(sys, "stderr", screen)
     with pytest.raises(ZeroDivisionError), progress.bar("work", 2, "part") as bar:
         raise ZeroDivisionError
@@ -84,7 +84,7 @@ def test_a_process_without_stdout_says_nothing(monkeypatch):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_bars_of_transformers_follow_ours(shown, monkeypatch):
-    monkeypatch.setattr(progress, "bars_are_shown", lambda: shown)
+    monkeypatch.setattr(progress, "shown", lambda: shown)
     assert logging.is_progress_bar_enabled()
     with progress.loading():
         assert logging.is_progress_bar_enabled() == shown

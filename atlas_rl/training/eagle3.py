@@ -174,7 +174,7 @@ def _train_epoch(
             bar.set_postfix_str(f"loss {np.mean(begun.losses[-20:] or [0.0]):.3f}, {pace.left} for all epochs")
             if first_estimate:
                 say(f"training takes {pace.left} from here, and measuring on held-out calls after each epoch besides")
-            if begun.batches % 20 == 0 and begun.losses and not progress.bars_are_shown():
+            if begun.batches % 20 == 0 and begun.losses and not progress.shown():
                 say(f"{name} | batch {begun.batches}/{num_batches} | loss {np.mean(begun.losses[-20:]):.3f} | "
                     f"{pace.left} for all epochs")  # fmt: skip
 

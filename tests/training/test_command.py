@@ -207,7 +207,7 @@ def test_policies_of_one_and_two_layers(tmp_path, family, layers):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_bars_move_on_a_terminal_alone_and_results_are_lines_everywhere(shown, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "bars_are_shown", lambda: shown)
+    monkeypatch.setattr(progress, "shown", lambda: shown)
     trained(tmp_path, tiny_llama())
     captured = capsys.readouterr()
     for bar in ("continuations: ", "epoch 1/1: "):
