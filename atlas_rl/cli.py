@@ -198,9 +198,9 @@ def _add_vllm_serve(commands: Any) -> None:
 
 def grpo(args: argparse.Namespace) -> Callable[[], None]:
     """Check the options of TRL's own script and return a function that trains. See `integrations/trl/script.py`."""
-    from atlas_rl.integrations.trl.script import prepare, read_config
+    from atlas_rl.integrations.trl.script import prepare, read_arguments
 
-    arguments, config = read_config(args.flags)
+    arguments, config = read_arguments(args.flags)
     from atlas_rl import AtlasRolloutEngine
 
     return prepare(arguments, config, AtlasRolloutEngine)

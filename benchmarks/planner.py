@@ -17,7 +17,7 @@ import numpy as np
 from atlas_rl.planner.configs import CONFIGS
 from atlas_rl.planner.hardware import MEASURED, Efficiency, Gpu, Machine
 from atlas_rl.planner.host import ENGINES, NO_HOST, Host
-from atlas_rl.planner.model import Model, parse_model
+from atlas_rl.planner.model import ModelShape, parse_model
 from atlas_rl.planner.published import TRTLLM, published_rows
 from atlas_rl.planner.roofline import Precision, forward
 from atlas_rl.planner.speculation import Setting
@@ -152,7 +152,7 @@ def _cpu(bandwidth_bytes_per_s: float, flops_per_s: float) -> Machine:
 
 
 def _cpu_row(
-    model: Model, machine: Machine, policy: str, batch: int, cell: dict[str, Any], calibrated: bool
+    model: ModelShape, machine: Machine, policy: str, batch: int, cell: dict[str, Any], calibrated: bool
 ) -> dict[str, Any]:
     # The controller's draft lengths vary and are not in the file. They are replaced by the shortest uniform draft that
     # could give the measured accepted length: the least that can have been verified.

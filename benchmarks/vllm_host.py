@@ -33,8 +33,8 @@ from atlas_rl.decode.guard import GuardedController
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.vllm.checks import NUM_SPECULATIVE_TOKENS
 from atlas_rl.vllm.drafting import Drafting
-from atlas_rl.vllm.draw import NO_TOKEN, Drawn
-from atlas_rl.vllm.internals import Batch, Forward
+from atlas_rl.vllm.draw import NO_TOKEN, DrawnTokens
+from atlas_rl.vllm.internals import Forward, ForwardBatch
 from atlas_rl.vllm.settling import compile_settling
 from benchmarks.common import ROOT, environment, quantiles, write_result
 
@@ -92,14 +92,14 @@ class PretendedEngine:
         self._lengths = self._lengths + num_new
         figures = np.ones(tokens.shape, np.float32)
         params = self._params
-        batch = Batch(
+        batch = ForwardBatch(
             list(self._names), self._tokens, self._lengths.copy(), np.full(len(tokens), PROMPT),
             np.zeros(len(tokens), bool), lambda name: params,
         )  # fmt: skip
         self.drafting.requests.keys(batch)
         head_inputs = torch.zeros(int((num_drafted + 1).sum()), HIDDEN)
         spans = np.stack([starts, num_drafted + 1, before], axis=1)
-        drawn = Drawn(tokens, 0 * tokens, figures, figures, figures, 0)
+        drawn = DrawnTokens(tokens, 0 * tokens, figures, figures, figures, 0)
         return Forward(batch, num_new, num_drafted, starts, head_inputs, {}, spans, drawn)
 
     def step(self) -> tuple[float, float, int]:

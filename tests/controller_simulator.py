@@ -50,7 +50,7 @@ def as_sure_as(chances: np.ndarray, **options) -> SimulatedDrafter:
 
 
 @dataclass
-class World:
+class SimulatedDecoding:
     """Runs a controller against known costs and acceptance, and keeps its decisions.
 
     Attributes:
@@ -113,7 +113,7 @@ class World:
         self.seconds.append(forward_s + draft_s)
         self.tokens.append(int(accepted.sum()) + batch)
 
-    def run(self, steps: int, batch: int) -> World:
+    def run(self, steps: int, batch: int) -> SimulatedDecoding:
         for _ in range(steps):
             self.step(batch)
         return self
@@ -127,8 +127,8 @@ class World:
         return float(np.mean([admission.lengths.mean() for admission in self.admissions[-last:]]))
 
 
-def world(cost: Callable[[int], float], **drafters: SimulatedDrafter) -> World:
-    return World(GoodputController(tuple(drafters)), cost, drafters)
+def simulate(cost: Callable[[int], float], **drafters: SimulatedDrafter) -> SimulatedDecoding:
+    return SimulatedDecoding(GoodputController(tuple(drafters)), cost, drafters)
 
 
 def affine(tokens: int) -> float:

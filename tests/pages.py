@@ -64,6 +64,13 @@ def blocks_of(page: str, text: str) -> Iterator[Block]:
         number += 1
 
 
+def blocks_of_pages() -> list[Block]:
+    """The code blocks of all pages."""
+    return [
+        block for page in PAGES for block in blocks_of(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8"))
+    ]
+
+
 def commands_of(shell: str) -> list[list[str]]:
     """The words of every command of a shell script, without variables that are set for it."""
     commands = []

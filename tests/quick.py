@@ -16,7 +16,7 @@ LEFT_OUT = (
     # Files that take longest. Other tests run each drafter and the engine that these are about.
     "audit/test_mixed_precision.py", "policy/test_compiled.py", "rollout/test_interrupts.py", "rollout/test_memory.py",
     "rollout/test_threads.py", "sampling/test_by_kernels.py", "speculators/test_fp4_self.py",
-    "speculators/test_recurrent_heads.py",
+    "speculators/recurrent/test_heads.py",
 )  # fmt: skip
 """Paths under `tests/`."""
 

@@ -1,8 +1,9 @@
 """Every code block of the pages is run, or checked against the parser of its command, or says why it is not.
 
 Python blocks of a page run one after the other, in one namespace and a folder of their own. They find a tiny policy, its
-tokenizer, prompts, and TRL's trainer with what `...` stands for filled in. Commands are not run: their flags are looked up.
-A block that can be neither stands below `<!-- not run: REASON -->`.
+tokenizer, prompts, and TRL's trainer with what `...` stands for filled in. Commands are not run: their flags are looked up
+(those of vLLM in tests/vllm/test_serve.py, where vLLM is loaded). A block that can be neither stands below
+`<!-- not run: REASON -->`.
 """
 
 from __future__ import annotations
@@ -24,16 +25,11 @@ from atlas_rl import AtlasRolloutEngine, cli
 from atlas_rl.integrations.trl.script import make_parser, trl_script
 from tests import ROOT
 from tests.models import tiny_llama
-from tests.pages import PAGES, Block, blocks_of, broken_links, commands_of
+from tests.pages import PAGES, Block, blocks_of, blocks_of_pages, broken_links, commands_of
 from tests.trainers import DATA, WORDS, arguments, build_trainer, rewards, with_special_tokens, word_tokenizer
 
 NOT_CODE = ("", "text", "json")
-BLOCKS = [
-    block
-    for page in PAGES
-    for block in blocks_of(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8"))
-    if block.language not in NOT_CODE
-]
+BLOCKS = [block for block in blocks_of_pages() if block.language not in NOT_CODE]
 RUN = [block for block in BLOCKS if not block.reason]
 PYTHON_PAGES = list(dict.fromkeys(block.page for block in RUN if block.language == "python"))
 
@@ -44,7 +40,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate_anew: None) -> dict[str, Any]:
+def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate_anew: None) -> dict[str, Any]:
     """Names that blocks take for granted; TRL's classes train a tiny policy for a step where a block says `...`."""
     monkeypatch.chdir(tmp_path)
     own_trainer, policy, tokenizer = trl.GRPOTrainer, with_special_tokens(tiny_llama(vocab=16)), word_tokenizer()
@@ -72,10 +68,10 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate_anew: None
 
 
 @pytest.mark.parametrize("page", PYTHON_PAGES)
-def test_the_python_of_a_page_runs(page: str, world: dict[str, Any]) -> None:
+def test_the_python_of_a_page_runs(page: str, namespace: dict[str, Any]) -> None:
     for block in RUN:
         if block.page == page and block.language == "python":
-            exec(compile(block.text, block.where, "exec"), world)
+            exec(compile(block.text, block.where, "exec"), namespace)
 
 
 def flags_in(file: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""The layout of docs/structure.md holds: no import runs up, no circle, no long file, no long function.
+"""The layout of docs/structure.md holds: no import runs up, no circle, no long file, no long function, no unnamed module.
 
 An import counts wherever it stands: at the top of a file, inside a function, or under `TYPE_CHECKING`.
 """
@@ -6,6 +6,8 @@ An import counts wherever it stands: at the top of a file, inside a function, or
 from __future__ import annotations
 
 import ast
+import re
+from collections import defaultdict
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
@@ -88,6 +90,21 @@ def room_of(module: str) -> str | None:
     return "atlas_rl" if room in ("", "cli", "__main__") else room
 
 
+def rows_of_the_map() -> list[tuple[int, Path, set[str]]]:
+    """Rows of the floors in docs/structure.md: the floor, a folder or file, and the names in what is said of it."""
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    return [
+        (
+            int(floor),
+            (ROOT if place.startswith("kernels/") else ROOT / "atlas_rl") / place,
+            set(re.findall(r"`([a-z0-9_]+/?)`", text)),
+        )
+        for floor, places, text in re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", page, re.MULTILINE)
+        for place in re.findall(r"`([^`]+)`", places)
+    ]
+
+
+MAP = rows_of_the_map()
 IMPORTS = {module: imports_of(path, MODULES) for module, path in MODULES.items()}
 
 
@@ -148,6 +165,48 @@ def test_no_function_is_long():
     assert not long, "\n".join(long)
 
 
+def test_no_two_classes_share_a_name():
+    places = defaultdict(list)
+    for module, path in MODULES.items():
+        for node in parsed(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(module)
+    shared = [f"{name}: {', '.join(modules)}" for name, modules in places.items() if len(modules) > 1]
+    assert not shared, "\n".join(shared)
+
+
+def test_the_map_has_the_floors():
+    modules = {place: module_name(place / "__init__.py" if place.is_dir() else place) for _, place, _ in MAP}
+    assert {FLOOR_OF[room_of(module)] for module in modules.values()} == set(FLOORS)
+    wrong = [str(place) for floor, place, _ in MAP if FLOOR_OF[room_of(modules[place])] != floor]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_map_names_every_module():
+    """By the row of its folder: its own name, or that of a folder within (`name/`), which stands for all of its modules."""
+    rows = {place: names for _, place, names in MAP}
+    unnamed = []
+    for path in files_of("atlas_rl"):
+        folder = next((each for each in path.parents if each in rows), None)
+        if path.name == "__init__.py" or path in rows:
+            continue
+        parts = () if folder is None else path.relative_to(folder).with_suffix("").parts
+        if not parts or not {parts[-1], f"{parts[0]}/"} & rows[folder]:
+            unnamed.append(str(path.relative_to(ROOT)))
+    assert not unnamed, "name them in docs/structure.md:\n" + "\n".join(unnamed)
+
+
+def test_the_map_names_no_module_that_is_gone():
+    gone = [
+        f"{place.relative_to(ROOT)}: {name}"
+        for _, place, names in MAP
+        for name in sorted(names)
+        if place.is_dir() and place.is_relative_to(ROOT / "atlas_rl")
+        if not any(place.rglob(name.removesuffix("/") if name.endswith("/") else f"{name}.py"))
+    ]
+    assert not gone, "\n".join(gone)
+
+
 def test_no_test_imports_a_test():
     found = [
         f"{module} -> {other}"
@@ -167,5 +226,7 @@ def test_what_quick_leaves_out_exists():
 def test_the_folders_of_tests_mirror_the_house():
     """And beside them are those of what lies beside the package, and of devices."""
     beside = {"kernels", "benchmarks", "examples", "packaging", "gpu", "pretend_cuda"}
-    folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
-    assert folders <= set(FLOOR_OF) | beside, folders - set(FLOOR_OF) - beside
+    folders = [path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").glob("*/**/__init__.py")]
+    wrong = [str(each) for each in folders if each.parts[0] not in beside and not (ROOT / "atlas_rl" / each).is_dir()]
+    assert len(folders) > len(FLOORS)
+    assert not wrong, wrong

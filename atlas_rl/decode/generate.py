@@ -50,7 +50,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class CallResult:
     """Result of a call, beside the completed sequences.
 
     Attributes:
@@ -92,7 +92,7 @@ class Backend(ABC):
         """Whether this backend runs `model`, or the model that `model` wraps."""
 
     @abstractmethod
-    def generate(self, call: Call) -> Run:
+    def generate(self, call: Call) -> CallResult:
         """Generate every request of a call.
 
         Raises:
@@ -169,7 +169,7 @@ class InProcessBackend(Backend):
     def moved(self) -> bool:
         return self.runner.device != self._device
 
-    def generate(self, call: Call) -> Run:
+    def generate(self, call: Call) -> CallResult:
         runner = self.runner
         runner.check_reach(int(call.max_lengths.max()) - 1)  # the last token drawn is not run
         num_requests, sequences = len(call.max_lengths), call.sequences
@@ -199,7 +199,7 @@ class InProcessBackend(Backend):
         asked = loop.proposing
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
         plain = loop.plain_costs.run(sequences.lengths - sequences.prompt_lengths, num_rows)
-        return Run(loop.logprobs, plain, list(findings), loop.trace)
+        return CallResult(loop.logprobs, plain, list(findings), loop.trace)
 
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(getattr(self.runner.model, "generation_config", None))

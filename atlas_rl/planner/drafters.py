@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from atlas_rl.planner.model import Model
+from atlas_rl.planner.model import ModelShape
 
 DRAFTERS = ("eagle3", "mtp", "recurrent", "ngram", "draft-lm")
 EAGLE3_VOCAB = 32_000  # vocabulary of the heads published with arXiv 2503.01840
 RECURRENT_WIDTH, RECURRENT_VOCAB = 512, 4096
 
 
-def drafter_model(kind: str, target: Model, draft_lm: Model | None = None) -> Model | None:
+def drafter_model(kind: str, target: ModelShape, draft_lm: ModelShape | None = None) -> ModelShape | None:
     """The drafter called `kind` for `target`.
 
     Args:
@@ -40,7 +40,7 @@ def drafter_model(kind: str, target: Model, draft_lm: Model | None = None) -> Mo
     raise ValueError(f"unknown drafter '{kind}': known are {', '.join(DRAFTERS)}")
 
 
-def eagle3(target: Model) -> Model:
+def eagle3(target: ModelShape) -> ModelShape:
     """The EAGLE-3 head (arXiv 2503.01840): one dense layer over [embedding, hidden state], and a reduced vocabulary.
 
     Its attention reads twice the width, so its projections are about half as large again. Another projection maps the
@@ -66,7 +66,7 @@ def eagle3(target: Model) -> Model:
     )
 
 
-def mtp(target: Model) -> Model:
+def mtp(target: ModelShape) -> ModelShape:
     """The model's own layer for multi-token prediction (arXiv 2412.19437), applied once per draft token.
 
     It has one MoE layer, a projection from two widths to one, and the model's output matrix, which its memory counts
@@ -87,10 +87,10 @@ def mtp(target: Model) -> Model:
     )
 
 
-def recurrent(target: Model) -> Model:
+def recurrent(target: ModelShape) -> ModelShape:
     """The head of `speculators/recurrent`: a GRU of width 512 on the target's hidden state, with a vocabulary of 4096."""
     width = RECURRENT_WIDTH
-    return Model(
+    return ModelShape(
         name="recurrent",
         hidden_size=width,
         num_dense_layers=1,

@@ -16,7 +16,7 @@ ARCHITECTURES = _DENSE + _MOE + _DEEPSEEK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
+class ModelShape:
     """Counts of one decoder. Norms and biases are left out: less than 0.1% of any model here.
 
     Attributes:
@@ -115,7 +115,7 @@ class Model:
         return float(num_global * context + self.num_local_layers * min(context, self.window))
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path) -> ModelShape:
     """Read a model from a `config.json`, a folder that holds one, or by its name from the local hub cache.
 
     Raises:
@@ -140,7 +140,7 @@ def _config_file(path: Path) -> Path:
     raise ValueError(f"no config at '{path}': give a config.json, a folder with one, or a model in the hub cache")
 
 
-def parse_model(config: Mapping[str, Any]) -> Model:
+def parse_model(config: Mapping[str, Any]) -> ModelShape:
     """Count the model of a hub config; for a multimodal config, its language model. A null field counts as absent.
 
     Raises:
@@ -189,7 +189,7 @@ class _Fields:
         return value
 
 
-def _grouped_query(fields: _Fields) -> Model:
+def _grouped_query(fields: _Fields) -> ModelShape:
     count = fields.count
     hidden, heads, layers = count("hidden_size"), count("num_attention_heads"), count("num_hidden_layers")
     kv_heads = count("num_key_value_heads", heads)
@@ -203,7 +203,7 @@ def _grouped_query(fields: _Fields) -> Model:
     num_dense = layers - num_moe
     expert_width = count("moe_intermediate_size", 0, least=0) or count("intermediate_size") if is_moe else 0
     num_local = _num_local_layers(fields)
-    return Model(
+    return ModelShape(
         name=str(fields.kind),
         hidden_size=hidden,
         num_dense_layers=num_dense,
@@ -226,7 +226,7 @@ def _grouped_query(fields: _Fields) -> Model:
     )
 
 
-def _deepseek(fields: _Fields) -> Model:
+def _deepseek(fields: _Fields) -> ModelShape:
     """Count DeepSeek-V3 (arXiv 2412.19437): latent attention caches one compressed vector and one rotary key per token.
 
     While decoding, queries are projected into the latent space, and attention runs over the latent vectors. Without
@@ -241,7 +241,7 @@ def _deepseek(fields: _Fields) -> Model:
     key_value = hidden * (latent + rotary) + latent * heads * (nope + value)
     experts, expert = count("n_routed_experts"), 3 * hidden * count("moe_intermediate_size")
     dense = min(count("first_k_dense_replace", least=0), layers)
-    return Model(
+    return ModelShape(
         name=str(fields.kind),
         hidden_size=hidden,
         num_dense_layers=dense,

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from atlas_rl.planner.roofline import Forward, Memory
+from atlas_rl.planner.roofline import ForwardCost, Memory
 from atlas_rl.planner.speculation import (
     MAX_BATCH,
     Setting,
@@ -62,9 +62,9 @@ class Plan:
     active_params: float
     memory: Memory
     max_batch: int
-    target: Forward
-    draft: Forward | None
-    verify: Forward
+    target: ForwardCost
+    draft: ForwardCost | None
+    verify: ForwardCost
     host_s: float
     lengths: list[Length]
     chosen: int
@@ -183,7 +183,7 @@ def _verdict(plan: Plan) -> str:
     return text + f" From batch {plan.crossover_batch} on it does not pay."
 
 
-def _forward_line(name: str, one: Forward) -> str:
+def _forward_line(name: str, one: ForwardCost) -> str:
     return (
         f"{name:<26}{1e3 * one.total_s:>8.3f}{1e3 * one.roofline_s:>10.3f}{1e3 * one.communication_s:>12.3f}"
         f"{1e3 * one.launch_s:>9.3f}{one.num_bytes / 1e9:>9.2f}{one.flops / 1e12:>11.3f}"

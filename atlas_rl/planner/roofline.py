@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atlas_rl.planner.hardware import BYTES_PER_VALUE, Machine
-from atlas_rl.planner.model import Model
+from atlas_rl.planner.model import ModelShape
 
 # Kernels outside of the layers: embedding, last norm, output matrix, sampling. With four per attention and two per MLP
 # (norms and activations fused into their neighbours) Llama-3.2-1B has 16 * 6 + 4 = 100, the count in `Efficiency`. Latent
@@ -60,7 +60,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forward:
+class ForwardCost:
     """Seconds of one forward, by cause; `num_bytes` and `flops` are per GPU."""
 
     num_bytes: float
@@ -93,8 +93,8 @@ class Memory:
 
 
 def forward(
-    model: Model, precision: Precision, machine: Machine, *, batch: int, tokens: int = 1, context: int
-) -> Forward:
+    model: ModelShape, precision: Precision, machine: Machine, *, batch: int, tokens: int = 1, context: int
+) -> ForwardCost:
     """Predict one forward over `tokens` new tokens of each of `batch` requests that have `context` tokens cached.
 
     Raises:
@@ -109,7 +109,7 @@ def forward(
         max(part.num_bytes / bandwidth, part.flops / (gpu.peak_flops_per_s(part.precision) * share.flops_share))
         for part in parts
     )
-    return Forward(
+    return ForwardCost(
         num_bytes=sum(part.num_bytes for part in parts),
         flops=sum(part.flops for part in parts),
         roofline_s=roofline_s,
@@ -119,13 +119,13 @@ def forward(
 
 
 def memory(
-    model: Model,
+    model: ModelShape,
     precision: Precision,
     machine: Machine,
     *,
     batch: int,
     context: int,
-    drafter: Model | None = None,
+    drafter: ModelShape | None = None,
     drafter_precision: Precision | None = None,
 ) -> Memory:
     """Predict the memory of `batch` requests of `context` tokens: weights and cache of the model and of the drafter."""
@@ -142,7 +142,7 @@ def memory(
     )
 
 
-def _parts(model: Model, precision: Precision, num_gpus: int, batch: int, tokens: int, context: int) -> list[Part]:
+def _parts(model: ModelShape, precision: Precision, num_gpus: int, batch: int, tokens: int, context: int) -> list[Part]:
     num_tokens = batch * tokens
     layers = model.num_layers * model.attention_params
     dense = model.num_dense_layers * model.mlp_params
@@ -182,21 +182,21 @@ def _linear(name: str, read: float, used: float, precision: str, num_tokens: int
     )
 
 
-def _weights_bytes(model: Model, precision: Precision) -> float:
+def _weights_bytes(model: ModelShape, precision: Precision) -> float:
     attention = model.num_layers * model.attention_params * BYTES_PER_VALUE[precision.attention]
     ends = (model.head_params + model.embedding_params) * BYTES_PER_VALUE[precision.head]
     rest = model.params - model.num_layers * model.attention_params - model.head_params - model.embedding_params
     return attention + ends + rest * BYTES_PER_VALUE[precision.mlp]
 
 
-def _cache_bytes(model: Model, precision: Precision, num_gpus: int, batch: int, context: int) -> float:
+def _cache_bytes(model: ModelShape, precision: Precision, num_gpus: int, batch: int, context: int) -> float:
     # A latent cache cannot be cut by heads, so every GPU keeps and reads all of it. If there are fewer key-value heads than
     # GPUs, they are copied likewise.
     num_parts = min(num_gpus, model.kv_splits)
     return batch * model.cached_values(context) * BYTES_PER_VALUE[precision.cache] / num_parts
 
 
-def _communication_s(model: Model, machine: Machine, num_tokens: int) -> float:
+def _communication_s(model: ModelShape, machine: Machine, num_tokens: int) -> float:
     if machine.num_gpus == 1:
         return 0.0
     share, n = machine.efficiency, machine.num_gpus
@@ -205,7 +205,7 @@ def _communication_s(model: Model, machine: Machine, num_tokens: int) -> float:
     return 2 * model.num_layers * each
 
 
-def _kernels(model: Model) -> int:
+def _kernels(model: ModelShape) -> int:
     shared = KERNELS_SHARED_EXPERT if model.shared_params > model.hidden_size * model.num_experts else 0
     return (
         KERNELS_OUTER

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from atlas_rl.planner.hardware import Machine
 from atlas_rl.planner.host import NO_HOST, Host
-from atlas_rl.planner.model import Model
-from atlas_rl.planner.roofline import Forward, Memory, Precision, forward, memory
+from atlas_rl.planner.model import ModelShape
+from atlas_rl.planner.roofline import ForwardCost, Memory, Precision, forward, memory
 
 MAX_BATCH = 4096
 BF16 = Precision()
@@ -38,9 +38,9 @@ class Setting:
         host: Time that the engine's host adds to every round that drafts; none by default (a device alone).
     """
 
-    model: Model
+    model: ModelShape
     machine: Machine
-    drafter: Model | None = None
+    drafter: ModelShape | None = None
     precision: Precision = BF16
     context: int
     host: Host = NO_HOST
@@ -50,11 +50,11 @@ class Setting:
         name = self.precision.head
         return Precision(mlp=name, attention=name, cache=name)
 
-    def target_forward(self, batch: int, tokens: int = 1) -> Forward:
+    def target_forward(self, batch: int, tokens: int = 1) -> ForwardCost:
         """One forward of the target over `tokens` tokens of each of `batch` requests."""
         return forward(self.model, self.precision, self.machine, batch=batch, tokens=tokens, context=self.context)
 
-    def draft_step(self, batch: int) -> Forward | None:
+    def draft_step(self, batch: int) -> ForwardCost | None:
         """One step of the drafter, a token for each of `batch` requests; None if drafting costs nothing."""
         if self.drafter is None:
             return None

@@ -23,7 +23,7 @@ from atlas_rl.policy.current_device import on_device
 from atlas_rl.policy.fused_layers import fused
 from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
-from atlas_rl.policy.parts import Parts
+from atlas_rl.policy.parts import ListedModules
 from atlas_rl.policy.probe import Probed, probe
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.recurrent_layers import RecurrentLayer, recurrent_layers
@@ -298,10 +298,10 @@ class InProcessRunner(PolicyRunner):
         finally:
             self._cache = outer
 
-    def _parts_of(self, cache: RaggedBatch) -> Parts:
+    def _parts_of(self, cache: RaggedBatch) -> ListedModules:
         """The policy's modules, listed when this cache is first run over: a draft LM enters a session for every draft."""
         if cache.parts is None:
-            cache.parts = Parts(self.model)
+            cache.parts = ListedModules(self.model)
         return cache.parts
 
     @contextmanager

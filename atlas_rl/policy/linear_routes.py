@@ -146,10 +146,11 @@ class Contest:
 
     def note(self, route: str, seconds: float) -> None:
         """Record a timing of a route, if it is wanted."""
-        if route not in (still := self._open()):
+        wanted = self._open()
+        if route not in wanted:
             return
         self.seconds[route].append(seconds)
-        if still == [route] and not self._open():
+        if wanted == [route] and not self._open():
             self.decide()
 
     def leave_out_packed(self) -> None:
@@ -236,7 +237,9 @@ class RouteTable:
         """The contest for a weight's shape and type and a bucket of rows, with or without packed copies."""
         outputs, inputs = weight.shape
         name = f"{outputs}x{inputs} {str(weight.dtype).removeprefix('torch.')}{' bias' if has_bias else ''}, {rows}"
-        name, new = name + ", unpacked" * (not may_pack), Contest.between(rows, weight.dtype, may_pack)
+        if not may_pack:
+            name += ", unpacked"
+        new = Contest.between(rows, weight.dtype, may_pack)
         known = self.contests.setdefault(name, new)
         if known.is_whole and known.seconds.keys() != new.seconds.keys():  # by another release
             known = self.contests[name] = new

@@ -16,7 +16,7 @@ class HasModules(Protocol):
         ...
 
 
-class Parts:
+class ListedModules:
     """The modules that a model has now, in the order of `model.modules()`.
 
     Iterating over the modules of a model of thirty layers takes torch half a millisecond, and a session does it for

@@ -182,34 +182,42 @@ class _Probe:
             self._compare(logits, want, f"with rows at positions 0 and {first:,}")
 
     def _rows(self, limit: int, windows: list[int]) -> None:
-        """Compare a short row and a long one, in cache rows 0 and 2 of 3."""
+        """Compare a short row and a long one."""
         length = min(self._long_row(windows), limit)
-        long, short = self._tokens(length), self._tokens(length)[-min(_SHORT, length) :]
-        expected = [self._plain(short), self._plain(long)]
-        cuts = [_cuts(len(short)), _cuts(len(long))]
+        texts = [self._tokens(length)[-min(_SHORT, length) :], self._tokens(length)]
+        expected = [self._plain(text) for text in texts]
+        cuts = [_cuts(len(text)) for text in texts]
+        got = self._in_segments(texts, cuts)
+        how = f"with rows of {len(texts[0])} and {len(texts[1])} tokens"
+        # Code that reads the previous token of the batch is wrong at the first token of every segment, and right
+        # elsewhere.
+        firsts = [own_cuts[1:-1] for own_cuts in cuts]
+        if any(firsts):
+            at_firsts = [torch.cat([rows[i][firsts[i]] for i in range(2)]) for rows in (got, expected)]
+            self._compare(at_firsts[0], at_firsts[1], f"at the first tokens of segments, {how}", most=0.4)
+        for logits, want, own_firsts in zip(got, expected, firsts, strict=True):
+            rest = np.setdiff1d(np.arange(len(logits)), own_firsts).tolist()
+            self._compare(logits[rest], want[rest], how)
+
+    def _in_segments(self, texts: list[np.ndarray], cuts: list[list[int]]) -> list[torch.Tensor]:
+        """Logits `[tokens, vocab]` of two texts that are run side by side, in cache rows 2 and 0 of 3.
+
+        Args:
+            texts: int64 `[tokens]`, the short one and the long one.
+            cuts: Where each one's segments begin, and its end: equally many of both.
+        """
         pieces: list[list[torch.Tensor]] = [[], []]
-        cache = self._runner.new_cache(3, length)
+        cache = self._runner.new_cache(3, len(texts[1]))
         with self._runner.ragged(cache):
             for starts, stops in pairwise(np.array(cuts).T):
                 lengths = stops - starts
-                ids = np.concatenate([row[a:b] for row, a, b in zip((short, long), starts, stops, strict=True)])
+                ids = np.concatenate([text[a:b] for text, a, b in zip(texts, starts, stops, strict=True)])
                 segments = Segments(ids, 0, starts, lengths, np.array([2, 0]))
                 logits = self._runner.run(segments, np.arange(len(ids)))
-                for row, part in enumerate(logits.split(lengths.tolist())):
-                    pieces[row].append(part)
+                for own, part in zip(pieces, logits.split(lengths.tolist()), strict=True):
+                    own.append(part)
         self._state_bytes = cache.state_bytes
-        how = f"with rows of {len(short)} and {len(long)} tokens"
-        got = [torch.cat(parts) for parts in pieces]
-        # Code that reads the previous token of the batch is wrong at the first token of every segment, and right
-        # elsewhere.
-        if firsts := [place for row_cuts in cuts for place in row_cuts[1:-1]]:
-            half = len(firsts) // 2
-            places = firsts[:half], firsts[half:]
-            both = [torch.cat([rows[i][places[i]] for i in range(2)]) for rows in (got, expected)]
-            self._compare(both[0], both[1], f"at the first tokens of segments, {how}", most=0.4)
-        for logits, want, row_cuts in zip(got, expected, cuts, strict=True):
-            rest = np.setdiff1d(np.arange(len(logits)), row_cuts[1:-1]).tolist()
-            self._compare(logits[rest], want[rest], how)
+        return [torch.cat(parts) for parts in pieces]
 
     def _long_row(self, windows: list[int]) -> int:
         """Number of tokens of the long row."""

@@ -30,7 +30,7 @@ from atlas_rl.policy import varlen
 from atlas_rl.policy.autocast import as_attended, autocast_type
 from atlas_rl.policy.base import Segments, roomy
 from atlas_rl.policy.memory import allocated
-from atlas_rl.policy.parts import Parts
+from atlas_rl.policy.parts import ListedModules
 from atlas_rl.policy.placement import Placement, place
 from atlas_rl.policy.rectangle import attend_padded
 from atlas_rl.policy.recurrent_rows import Recurrence, RecurrentRows
@@ -87,7 +87,7 @@ class RaggedBatch:
     refusal: str | None = None
     steps: Any = None  # a StepGraphs, which runs over this cache
     recurrent: RecurrentRows | None = None
-    parts: Parts | None = None
+    parts: ListedModules | None = None
 
     def place(self, segments: Segments, device: torch.device, *also: np.ndarray) -> list[torch.Tensor]:
         """Prepare the next forward: room in the cache, and indices on the device.

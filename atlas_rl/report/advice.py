@@ -201,14 +201,10 @@ LOGGED: tuple[Explained, ...] = (
         "Load a state of this policy, or none.",
     ),
     Explained(
-        "the policy's logits are not a scaled or capped output of its LM head: the recurrent drafter cannot learn them",
-        "The policy computes its logits in a way that the drafter cannot follow.",
-        "Nothing: the history index drafts alone.",
-    ),
-    Explained(
-        "the policy's logits are no scaled or capped output of its LM head: the adaptive EAGLE-3 head cannot learn them",
-        "The policy computes its logits in a way that the head's training cannot follow.",
-        "Nothing: the head drafts as it was loaded. Its acceptance may fall as the policy changes.",
+        "the policy's logits are not a scaled or capped output of its LM head: the ... cannot learn them",
+        "The policy computes its logits in a way that drafters that learn cannot follow.",
+        "Nothing. The recurrent drafter drafts nothing, and an adaptive EAGLE-3 head drafts as it was loaded: its "
+        "acceptance may fall as the policy changes.",
     ),
     Explained(
         "the saved adaptive EAGLE-3 head drafts other tokens than the given one",

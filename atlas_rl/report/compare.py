@@ -20,8 +20,10 @@ from atlas_rl.report.sinks import markdown
 _ENOUGH_STEPS = 5  # fewest steps for an interval
 _RESAMPLES = 2_000
 _NONE = "-"
-Part = tuple[float, float]
-"""What a step adds to both sums."""
+Terms = tuple[float, float]
+"""What a step adds to numerator and denominator of a figure."""
+Interval = tuple[float, float]
+"""Lower and upper end."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Comparison:
 
     label: str
     values: tuple[float | None, float | None]
-    spreads: tuple[Part | None, Part | None]
+    spreads: tuple[Interval | None, Interval | None]
     ratio: float | None
-    interval: Part | None
+    interval: Interval | None
 
 
 def compare(first: Sequence[StepReport], second: Sequence[StepReport], *, seed: int = 0) -> list[Comparison]:
@@ -120,26 +122,26 @@ def run_command(args: argparse.Namespace) -> None:
             print(f"{run.name}: {note}")
 
 
-def _drafts(report: StepReport) -> Part | None:
+def _drafts(report: StepReport) -> Terms | None:
     return (sum(report.accepted.values()), sum(report.drafted.values())) if report.speculation else None
 
 
-def _of(numerator: float | None, denominator: float | None) -> Part | None:
+def _of(numerator: float | None, denominator: float | None) -> Terms | None:
     return None if numerator is None or denominator is None else (numerator, denominator)
 
 
-def _baseline(report: StepReport) -> Part | None:
+def _baseline(report: StepReport) -> Terms | None:
     return (
         (report.num_tokens / report.baseline_tokens_per_s, report.generate_s) if report.baseline_tokens_per_s else None
     )
 
 
-def _entropy(report: StepReport) -> Part | None:
+def _entropy(report: StepReport) -> Terms | None:
     scored = report.num_scored_tokens
     return None if report.entropy is None else (report.entropy * scored, scored)
 
 
-FIGURES: dict[str, Callable[[StepReport], Part | None]] = {
+FIGURES: dict[str, Callable[[StepReport], Terms | None]] = {
     "tokens/s": lambda report: (report.num_tokens, report.generate_s),
     "generation, s per step": lambda report: (report.generate_s, 1.0),
     "training step, s": lambda report: _of(report.step_s, 1.0),
@@ -158,7 +160,7 @@ def _ratio(numerator: float, denominator: float) -> float | None:
     return float(numerator / denominator) if denominator else None
 
 
-def _spread(sums: np.ndarray) -> Part | None:
+def _spread(sums: np.ndarray) -> Interval | None:
     own = sums[sums[:, 1] != 0]
     if len(own) < 2:
         return None
@@ -166,7 +168,7 @@ def _spread(sums: np.ndarray) -> Part | None:
     return float(low), float(high)
 
 
-def _interval(first: np.ndarray, second: np.ndarray, paired: bool, seed: int) -> Part | None:
+def _interval(first: np.ndarray, second: np.ndarray, paired: bool, seed: int) -> Interval | None:
     if min(len(first), len(second)) < _ENOUGH_STEPS:
         return None
     random = np.random.default_rng(seed)
@@ -214,5 +216,5 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _range(ends: Part | None) -> str:
+def _range(ends: Interval | None) -> str:
     return _NONE if ends is None else f"{_number(ends[0])} to {_number(ends[1])}"

@@ -1,4 +1,4 @@
-"""Shows reports: as a console line, in a JSONL file, in the trainer's own log, in a summary table."""
+"""Shows reports: as a console line, in a JSONL file, in the trainer's own log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from uuid import uuid4
 
 from atlas_rl.report.lost_writes import check_folder
 from atlas_rl.report.report import ORIGIN, PHASES, StepReport
-from atlas_rl.report.sums import concatenate
 
 CONSOLE_WIDTH = 140
 REPORTS_FILE = "rollouts.jsonl"
@@ -174,57 +173,6 @@ def parse_jsonl(content: bytes) -> tuple[dict[int, dict[str, Any]], list[int]]:
         else:
             skipped.append(number)
     return rows, skipped
-
-
-def summary_table(reports: Sequence[StepReport], *, baseline: Sequence[StepReport] = ()) -> str:
-    """A Markdown table of the totals over all steps, with those of an optional baseline beside them.
-
-    Tokens/s is total tokens over total seconds, not a mean of ratios.
-
-    Args:
-        reports: Reports of the run's steps.
-        baseline: Reports of the same prompts and seeds with speculation off, one per step.
-
-    Raises:
-        ValueError: The baseline has another number of reports.
-    """
-    if baseline and len(baseline) != len(reports):
-        raise ValueError(f"{len(reports)} reports but {len(baseline)} of the baseline: the same steps are compared")
-    total = concatenate(reports)
-    columns = [("with speculation" if total.speculation else "speculation off", total)]
-    if baseline:
-        columns.append(("speculation off", concatenate(baseline)))
-    rows = [["", *(title for title, _ in columns), *(["ratio"] if baseline else [])]]
-    for label, name, form in _SUMMARY_ROWS:
-        values = [getattr(report, name) for _, report in columns]
-        if any(value is not None for value in values):
-            cells = ["-" if value is None else form.format(value) for value in values]
-            if baseline:
-                compared = name in _COMPARED and all(values)
-                cells.append(f"{values[0] / values[1]:.2f}x" if compared else "")
-            rows.append([label, *cells])
-    for name, drafted in total.drafted.items():
-        cells = [f"{total.accepted[name]} / {drafted}", *(["-", ""] if baseline else [])]
-        rows.append([f"accepted / drafted, {name}", *cells])
-    return markdown(rows)
-
-
-_SUMMARY_ROWS = (
-    ("tokens/s", "tokens_per_s", "{:.1f}"),
-    ("µs per token", "us_per_token", "{:.0f}"),
-    ("tokens", "num_tokens", "{}"),
-    ("generation, s", "generate_s", "{:.1f}"),
-    ("target forwards", "num_forwards", "{}"),
-    ("accepted length", "accepted_length", "{:.2f}"),
-    ("acceptance rate", "acceptance_rate", "{:.2f}"),
-    ("speedup over no speculation, estimated", "speedup_estimate", "{:.2f}x"),
-    ("entropy, nats per token", "entropy", "{:.3f}"),
-    ("completion length, mean", "completion_length_mean", "{:.1f}"),
-    ("completion length, longest", "completion_length_max", "{}"),
-    ("generation's share of the step", "generation_share", "{:.2f}"),
-    ("Amdahl bound of the step", "amdahl_bound", "{:.2f}x"),
-)
-_COMPARED = ("tokens_per_s", "us_per_token", "generate_s", "num_forwards")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -177,13 +177,9 @@ def distinct(reports: Sequence[Any], name: str) -> tuple[Any, ...]:
 
 def curves_side_by_side(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], ...]:
     """Sum of step functions: a thinned curve holds its value until its next point, and is 0 after its last."""
-    curves = _values(reports, name)
+    curves = [curve for curve in _values(reports, name) if curve]
     indices = sorted({index for curve in curves for index, _ in curve})
-    sums = []
-    for index in indices:
-        alive = [curve for curve in curves if curve and index <= curve[-1][0]]
-        sums.append((index, sum([n for i, n in curve if i <= index][-1] for curve in alive if curve[0][0] <= index)))
-    return thin_curve(sums)
+    return thin_curve([(index, sum(_value_at(index, curve) for curve in curves)) for index in indices])
 
 
 def curves_in_turn(reports: Sequence[Any], name: str) -> tuple[tuple[int, int], ...]:
@@ -204,6 +200,13 @@ def thin_curve(curve: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 def _values(reports: Sequence[Any], name: str) -> list[Any]:
     return [getattr(report, name) for report in reports]
+
+
+def _value_at(index: int, curve: Sequence[tuple[int, int]]) -> int:
+    """The value of a step function, given by its steps; 0 before the first and after the last."""
+    if not curve[0][0] <= index <= curve[-1][0]:
+        return 0
+    return [value for begin, value in curve if begin <= index][-1]
 
 
 def _weighted_mean(pairs: Iterable[tuple[float | None, int]]) -> float | None:

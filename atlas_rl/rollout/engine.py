@@ -21,7 +21,7 @@ from atlas_rl.controller.fixed import NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.core import Rollouts, SamplingParams
 from atlas_rl.decode.defaults import bind_all, default_speculators
-from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
+from atlas_rl.decode.generate import Backend, Call, CallResult, ending_tokens_of
 from atlas_rl.decode.guard import Faults, GuardedController
 from atlas_rl.policy.threads import one_at_a_time
 from atlas_rl.report.lost_writes import LostWrites
@@ -349,7 +349,7 @@ class RolloutEngine:
             self.load_state_dict(self._restored, strict=self._restores_strictly)
         return self._speculators
 
-    def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: Run) -> Audit:
+    def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: CallResult) -> Audit:
         """Compare some rollouts with a plain forward pass of the policy as its trainer runs it, wrappers included.
 
         Drafter-invariant sampling draws with known noise, so the audit can check every token; with rejection sampling
@@ -377,7 +377,7 @@ class RolloutEngine:
             raise ValueError("no ending token is known: give the engine a tokenizer, or generate() eos_token_ids=[...]")
         return list(dict.fromkeys(found))
 
-    def _report(self, call: Call, run: Run, mode: Mode, step: int) -> StepReport:
+    def _report(self, call: Call, run: CallResult, mode: Mode, step: int) -> StepReport:
         sequences = call.sequences
         report = call.recorder.finish(
             step=step,

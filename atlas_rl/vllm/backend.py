@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from atlas_rl.decode.generate import Backend, Call, Run, ending_tokens_of
+from atlas_rl.decode.generate import Backend, Call, CallResult, ending_tokens_of
 from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.policy.threads import one_at_a_time
 from atlas_rl.report import dead_drafters
@@ -123,7 +123,7 @@ class VllmBackend(Backend):
         return self is model or self.llm is model or isinstance(model, str | Path)
 
     @one_at_a_time
-    def generate(self, call: Call) -> Run:
+    def generate(self, call: Call) -> CallResult:
         if not self.drafter.weights_are_whole:
             raise ValueError(
                 "loading weights failed when some had changed: load the policy's weights once more before generating"
@@ -142,7 +142,7 @@ class VllmBackend(Backend):
             self.remember_drafters(call.speculators)
         return run
 
-    def _run(self, call: Call, ticket: int) -> Run:
+    def _run(self, call: Call, ticket: int) -> CallResult:
         sequences, drafting = call.sequences, self.drafter.drafting
         prompts = [
             {"prompt_token_ids": sequences.token_ids[i, :n].tolist()} for i, n in enumerate(sequences.prompt_lengths)
@@ -165,7 +165,7 @@ class VllmBackend(Backend):
             *dead_drafters.findings(call.recorder, drafting.proposing.num_asked, drafting.proposing.num_proposed),
             *self._lost.findings(call.recorder, drafting.num_planned),
         ]
-        return Run(logprobs, drafting.plain_forwards(call), findings)
+        return CallResult(logprobs, drafting.plain_forwards(call), findings)
 
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(self.view.config)

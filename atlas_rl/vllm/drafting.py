@@ -346,7 +346,7 @@ class Drafting:
     # -------------------------------------------------------------------------------------------------------- drafting
 
     def _plan(self, committed: Committed, drafts: list[list[int]]) -> None:
-        """PlannedRows and propose for the requests that continue; draft tokens go into `drafts`, by row."""
+        """Plan and propose for the requests that continue; draft tokens go into `drafts`, by row."""
         requests, rows, room = committed.going, committed.going_rows, committed.room
         sequences, began_s = self.requests.table.current, self.recorder.clock()
         self._planned = None

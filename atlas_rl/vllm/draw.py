@@ -20,6 +20,7 @@ from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.noise import Stream
 from atlas_kernels.verify import verify
 from atlas_rl.decode.compile_kernels import announced
+from atlas_rl.policy.upload import download, upload
 from atlas_rl.sampling.processing import entropies
 from atlas_rl.sampling.verification import choose
 
@@ -27,7 +28,7 @@ NO_TOKEN = -1
 
 
 @dataclass(slots=True)
-class Drawn:
+class DrawnTokens:
     """Tokens that one step drew.
 
     Attributes:
@@ -94,7 +95,7 @@ def draw(
     *,
     ranked: bool = False,
     implementation: Implementation = "auto",
-) -> Drawn:
+) -> DrawnTokens:
     """Draw every position of a step and keep, per request, the tokens up to the first that is not an accepted draft.
 
     Args:
@@ -132,7 +133,7 @@ def compile_draw(vocab_size: int, device: torch.device) -> None:
             draw(torch.zeros(1, vocab_size, device=device), none, one, one.view(np.uint64), one, one > 0, False)
 
 
-def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> Drawn:
+def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> DrawnTokens:
     """Per request, the drawn tokens up to the first that is not an accepted draft."""
     row, depth, first = rows.request, rows.depth, rows.starts[:-1]
     width = int((num_drafts + 1).max(initial=1))
@@ -146,7 +147,7 @@ def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> Drawn:
     kept = np.arange(width)[None] <= num_accepted[:, None]
     index = np.where(kept, first[:, None] + np.arange(width)[None], 0)
     nothing = np.float32(0)
-    return Drawn(
+    return DrawnTokens(
         token_ids=np.where(kept, drawn, NO_TOKEN),
         index=index,
         logprobs=np.where(kept, decided.logprobs[index], nothing),
@@ -186,19 +187,18 @@ def _decided_by_kernel(
     device, num_rows = logits.device, len(rows.request)
     # Index of a row's draft, or of the -1 after the last draft.
     source = np.where(rows.depth < num_drafts[rows.request], np.arange(num_rows) - rows.request, len(drafts))
-    keys, positions, at, flags, starts = _uploaded(
-        (rows.keys.view(np.int64), rows.positions, source, rows.greedy, rows.starts), device
+    keys, positions, at, greedy, starts = upload(
+        [rows.keys.view(np.int64), rows.positions, source, rows.greedy, rows.starts], device
     )
     drafts = torch.nn.functional.pad(drafts.to(device, torch.int64), (0, 1), value=NO_TOKEN)[at]
-    found = verify(logits, drafts, starts, keys, positions, greedy=flags != 0, implementation=implementation)
+    found = verify(logits, drafts, starts, keys, positions, greedy=greedy, implementation=implementation)
     integers = [found.token_ids, drafts]
     if ranked:
         integers.append((logits >= logits.gather(1, found.token_ids[:, None])).sum(dim=-1))
-    floats = [found.logprobs, found.entropies, found.max_probs]
-    packed = torch.cat([each.to(torch.int32) for each in integers] + [each.view(torch.int32) for each in floats])
-    values = packed.cpu().numpy().reshape(-1, num_rows)
-    tokens, own_drafts, *ranks = values[:-3].astype(np.int64)
-    logprobs, nats, max_probs = values[-3:].view(np.float32)
+    *whole, logprobs, nats, max_probs = download(
+        [*(each.to(torch.int32) for each in integers), found.logprobs, found.entropies, found.max_probs]
+    )
+    tokens, own_drafts, *ranks = (array.astype(np.int64) for array in whole)
     undefined = np.flatnonzero(np.isnan(max_probs))
     if len(undefined):
         where = torch.from_numpy(undefined).to(device)
@@ -211,19 +211,8 @@ def _decided_by_kernel(
     return _Decided(tokens, own_drafts, logprobs, nats, max_probs, len(undefined), ranks[0] if ranks else None)
 
 
-def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
-    """Arrays on the device as int64, in one asynchronous copy; each starts at a multiple of 16 bytes."""
-    width = max(map(len, arrays)) + 1 & ~1
-    packed = np.zeros((len(arrays), width), np.int64)
-    for row, array in zip(packed, arrays, strict=True):
-        row[: len(array)] = array
-    here = torch.from_numpy(packed)
-    there = (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
-    return [there[i, : len(array)] for i, array in enumerate(arrays)]
-
-
 def scores(
-    scored: torch.Tensor, drawn: Drawn, known: np.ndarray | None, num_logprobs: int, *, as_logits: bool
+    scored: torch.Tensor, drawn: DrawnTokens, known: np.ndarray | None, num_logprobs: int, *, as_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logprobs of the kept tokens as vLLM reports them: the drawn one, then the `num_logprobs` likeliest.
 
@@ -268,28 +257,30 @@ def _looked_up(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, values `[n, 1 + num_logprobs]` and ranks `[n]` of tokens drawn from the rows `index`, in one download.
 
-    Their logprobs are `own`, where those are known.
+    A logprob is a logit minus its row's normaliser. Where the drawn tokens' logprobs `own` are known, the normaliser
+    follows from them, and no row has to be summed.
     """
     device = scored.device
     rows, tokens = torch.from_numpy(index).to(device), torch.from_numpy(token_ids).to(device)[:, None]
-    ids, found = tokens, scored[rows[:, None], tokens].float()
-    normaliser = torch.zeros_like(found)
-    if own is not None:
-        logits, found = found, torch.from_numpy(own).to(device)[:, None]
-        normaliser = logits - found
-    elif not as_logits:
+    logits = scored[rows[:, None], tokens].float()
+    if as_logits:
+        values, normaliser = logits, torch.zeros_like(logits)
+    elif own is None:
         normaliser = scored[rows].float().logsumexp(dim=-1, keepdim=True)
-        found = found - normaliser
+        values = logits - normaliser
+    else:
+        values = torch.from_numpy(own).to(device)[:, None]
+        normaliser = logits - values
+    ids = tokens
     if num_logprobs:
         likeliest = scored[rows].topk(num_logprobs if num_logprobs > 0 else scored.shape[1], dim=-1)
         # Tokens of probability 0 have the logprob -inf, which JSON cannot represent; they rank last.
-        ids, found = torch.cat([ids, likeliest.indices], 1), torch.cat([found, likeliest.values - normaliser], 1)
+        ids, values = torch.cat([ids, likeliest.indices], 1), torch.cat([values, likeliest.values - normaliser], 1)
     if device.type == "cpu":
-        return ids.numpy(), found.numpy(), _ranks(scored.float().contiguous().numpy(), index, token_ids)
-    counted = (scored[rows] >= scored[rows[:, None], tokens]).sum(dim=-1, keepdim=True)
-    parts = [ids.to(torch.int32), found.contiguous().view(torch.int32), counted.to(torch.int32)]
-    packed, width = torch.cat(parts, 1).cpu().numpy(), ids.shape[1]
-    return packed[:, :width], packed[:, width:-1].copy().view(np.float32), packed[:, -1]
+        return ids.numpy(), values.numpy(), _ranks(scored.float().contiguous().numpy(), index, token_ids)
+    counted = (scored[rows] >= scored[rows[:, None], tokens]).sum(dim=-1)
+    own_ids, own_values, ranks = download([ids.to(torch.int32), values, counted.to(torch.int32)])
+    return own_ids, own_values, ranks
 
 
 @cached_njit(nogil=True)

@@ -10,8 +10,8 @@ import torch
 
 from atlas_kernels.noise import mix64
 from atlas_rl.core import Hidden, Prompts
-from atlas_rl.vllm.internals import Batch, Forward
-from atlas_rl.vllm.prompt_states import PromptStates
+from atlas_rl.vllm.internals import Forward, ForwardBatch
+from atlas_rl.vllm.prompt_states import PromptPieces
 from atlas_rl.vllm.request_fields import announced_as, sampling_of
 from atlas_rl.vllm.request_table import Arrival, RequestTable
 
@@ -32,11 +32,11 @@ class RequestFollower:
 
     def __init__(self, max_length: int, max_batch: int, vocab_size: int, seed: int) -> None:
         self.table = RequestTable(max(64, 2 * max_batch), max_length, vocab_size)
-        self.prompt_states = PromptStates()
+        self.prompt_states = PromptPieces()
         self._seed, self._num_unseeded = seed, 0
         self._keys: dict[str, int] = {}
 
-    def keys(self, batch: Batch) -> np.ndarray:
+    def keys(self, batch: ForwardBatch) -> np.ndarray:
         """Noise keys uint64 `[rows]` from the call, the request's seed, or its order of arrival; equal on every rank."""
         keys = list(map(self._keys.get, batch.names))
         if None in keys:
@@ -46,7 +46,7 @@ class RequestFollower:
             keys = list(map(self._keys.get, batch.names))
         return np.array(keys, np.uint64)
 
-    def rows_of(self, batch: Batch) -> np.ndarray:
+    def rows_of(self, batch: ForwardBatch) -> np.ndarray:
         """Row of `Sequences` for every row of a batch: int64 `[rows]`, -1 if drafters do not know the request."""
         return np.fromiter(map(self.table.request_of.get, batch.names, repeat(-1)), np.int64, len(batch.names))
 

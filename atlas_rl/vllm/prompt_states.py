@@ -27,7 +27,7 @@ class _Piece:
         return self.begin + next(iter(self.layers.values())).shape[0]
 
 
-class PromptStates:
+class PromptPieces:
     """Assembles the pieces of prompts."""
 
     def __init__(self) -> None:

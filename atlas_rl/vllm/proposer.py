@@ -25,7 +25,7 @@ from atlas_rl.vllm.checkpoint import Described, check, describe, served_folder, 
 from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_engine, options_of
 from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.draw import compile_draw
-from atlas_rl.vllm.internals import Batch, Forward, Hooks, VllmView
+from atlas_rl.vllm.internals import Forward, ForwardBatch, Hooks, VllmView
 from atlas_rl.vllm.settling import compile_settling
 
 Value = TypeVar("Value")
@@ -102,7 +102,7 @@ class AtlasProposer(Hooks):
         """vLLM's own call, which the hooks replace. It runs only if they are not installed."""
         raise RuntimeError("atlas_rl: vLLM's model runner asked for drafts past the hooks; report this vLLM version")
 
-    def keys(self, batch: Batch) -> np.ndarray:
+    def keys(self, batch: ForwardBatch) -> np.ndarray:
         return self.drafting.requests.keys(batch)
 
     def ended(self, names: set[str]) -> None:

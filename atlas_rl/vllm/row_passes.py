@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numba
 import numpy as np
 
 from atlas_kernels.jit_cache import cached_njit
@@ -74,6 +75,43 @@ def followed(
     return rows[:count], requests[:count], newcomers, whole
 
 
+@numba.njit
+def _planned_first(requests: np.ndarray, planned: np.ndarray, num_requests: int) -> tuple[np.ndarray, np.ndarray]:
+    """An order that begins with the planned requests, as planned, and keeps that of the others.
+
+    Args:
+        requests: int64 `[n]`.
+        planned: int64 `[planned]`, requests.
+        num_requests: Upper bound on both.
+
+    Returns:
+        Indices into `requests`, int64 `[n]`; and for the first of them, their places in the plan, int64 `[m]`.
+    """
+    count = len(requests)
+    order, places = np.arange(count), np.arange(len(planned))
+    same = count == len(planned)
+    for i in range(count):
+        same = same and requests[i] == planned[i]
+    if same:
+        return order, places
+    where = np.full(num_requests, -1)
+    for i in range(count):
+        where[requests[i]] = i
+    placed = 0
+    for place in range(len(planned)):
+        i = where[planned[place]]
+        if i >= 0:
+            order[placed], places[placed] = i, place
+            where[planned[place]] = -1
+            placed += 1
+    rest = placed
+    for i in range(count):
+        if where[requests[i]] >= 0:
+            order[rest] = i
+            rest += 1
+    return order, places[:placed]
+
+
 @cached_njit(nogil=True)
 def in_order(
     rows: np.ndarray,
@@ -96,28 +134,10 @@ def in_order(
     Returns:
         Rows, int64 `[n]`, their requests, the first ones' places in the plan, and the rows' outcome, as wide as needed.
     """
+    order, places = _planned_first(requests, plan.requests, num_requests)
     count, width = len(rows), 0
-    same = count == len(plan.requests)
     for i in range(count):
-        same = same and requests[i] == plan.requests[i]
         width = max(width, outcome.num_new[rows[i]])
-    order, places = np.arange(count), np.arange(len(plan.requests))
-    if not same:
-        where = np.full(num_requests, -1)
-        for i in range(count):
-            where[requests[i]] = i
-        placed = 0
-        for place in range(len(plan.requests)):
-            i = where[plan.requests[place]]
-            if i >= 0:
-                order[placed], places[placed] = i, place
-                where[plan.requests[place]] = -1
-                placed += 1
-        places, rest = places[:placed], placed
-        for i in range(count):
-            if where[requests[i]] >= 0:
-                order[rest] = i
-                rest += 1
     new, drafted, starts = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
     tokens = np.zeros((count, width), np.int64)
     entropies, max_probs = np.zeros((count, width), np.float32), np.zeros((count, width), np.float32)

@@ -28,12 +28,12 @@ _DONE, _NEWCOMERS, _SKIPPED, _TOO_LONG = range(4)
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """RowOutcomes of a forward for the followed requests: requests with a plan first, in the plan's order.
+    """Outcome of a forward for the followed requests: requests with a plan first, in the plan's order.
 
     Attributes:
         rows: int64 `[n]`, rows of the forward.
         planned: int64 `[n]` or fewer, places in the plan of the requests that had one.
-        verified: RowOutcomes for the speculators.
+        verified: Outcome for the speculators.
         as_planned: Whether the forward ran the planned batch and nothing else.
         going: int64 `[m]`, requests that continue.
         going_rows: int64 `[m]`, their rows.
@@ -79,7 +79,7 @@ def settle_rows(
         known: int64 `[rows]`, row of `Sequences`; -1 where drafters do not know the request.
         lengths: int64 `[rows]`, number of committed tokens.
         num_prompt_tokens: int64 `[rows]`.
-        outcome: RowOutcomes of the forward.
+        outcome: Outcome of the forward.
         plan: The plan for it.
         only_planned: Whether drafts of requests without a plan count as none.
         stops: int64 `[ways, n]`, tokens that end a request of each way of sampling, -1 where there are fewer.

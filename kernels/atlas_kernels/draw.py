@@ -21,7 +21,7 @@ from atlas_kernels.noise import Stream
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class RowDraws:
     """The token that every row draws.
 
     Attributes:
@@ -43,7 +43,7 @@ def draw(
     stream: Stream = Stream.TARGET,
     token_ids: torch.Tensor | None = None,
     implementation: Implementation = "auto",
-) -> Drawn:
+) -> RowDraws:
     """Draw one token per row. Does not read from the device.
 
     Args:
@@ -63,5 +63,5 @@ def draw(
     if use_triton(logits, implementation):
         from atlas_kernels.draw_triton import draw_triton
 
-        return Drawn(*draw_triton(call))
-    return Drawn(*draw_reference(call))
+        return RowDraws(*draw_triton(call))
+    return RowDraws(*draw_reference(call))

@@ -10,7 +10,7 @@ from atlas_kernels.verify_reference import first_argmax, noisy_scores, processed
 
 
 def draw_reference(call: DrawCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fields of `atlas_kernels.draw.Drawn`."""
+    """The fields of `atlas_kernels.draw.RowDraws`."""
     processed = processed_logits(call.logits, call.temperature, None)
     max_probs = processed.softmax(dim=-1).amax(dim=-1).float()
     if call.temperature == 0:

@@ -86,7 +86,7 @@ def finish_draw(scores, tokens, sums, indices, max_probs, splits, SPLITS: tl.con
 
 
 def draw_triton(call: DrawCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fields of `atlas_kernels.draw.Drawn`."""
+    """The fields of `atlas_kernels.draw.RowDraws`."""
     num_rows, device = len(call.logits), call.logits.device
     indices = torch.empty(num_rows, dtype=torch.int64, device=device)
     max_probs = torch.empty(num_rows, dtype=torch.float32, device=device)

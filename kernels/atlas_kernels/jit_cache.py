@@ -135,12 +135,12 @@ class _Locator:
         return self._key[:16]
 
 
-class _Kept(caching.CompileResultCacheImpl):
+class _StoredKernels(caching.CompileResultCacheImpl):
     _locator_classes = (_Locator, *caching.CompileResultCacheImpl._locator_classes)
 
 
 class _KeptByContent(caching.FunctionCache):
-    _impl_class = _Kept
+    _impl_class = _StoredKernels
 
 
 def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from atlas_rl.report.sinks import console_line, console_warnings, trainer_metric
 from atlas_rl.sampling import verification
 from atlas_rl.sampling.verification import RejectionSampling, choose
 from atlas_rl.speculators.draft_lm import DraftLM
-from tests.audits import NEW, SETTINGS, asked, audit, sample
+from tests.audit.audits import NEW, SETTINGS, asked, audit, sample
 from tests.engines import VOCAB, policy
 from tests.models import tiny_gpt2, tiny_llama
 

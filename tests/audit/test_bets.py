@@ -12,7 +12,7 @@ from atlas_rl.audit import bets as audit_bets
 from atlas_rl.audit.bets import ChangeDetector, log_ratios
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import Positions, RejectionSampling, choose
-from tests.audits import EOS, SETTINGS, asked
+from tests.audit.audits import EOS, SETTINGS, asked
 from tests.engines import VOCAB, policy
 
 SEEN = torch.arange(VOCAB) % 3 == 0  # any tokens will do

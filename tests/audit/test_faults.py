@@ -10,7 +10,7 @@ import torch
 
 from atlas_rl.audit.auditor import Auditor
 from atlas_rl.audit.scores import LOW_PRECISION
-from tests.audits import EOS, NEW, PROMPTS, asked, audit, sample
+from tests.audit.audits import EOS, NEW, PROMPTS, asked, audit, sample
 from tests.engines import VOCAB, policy
 from tests.models import tiny_llama
 

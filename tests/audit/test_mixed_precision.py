@@ -15,7 +15,7 @@ from torch.nn import functional
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.audit.auditor import Auditor
 from atlas_rl.audit.plain_forward import plain_logits
-from tests.audits import asked, audit, sample
+from tests.audit.audits import asked, audit, sample
 from tests.engines import policy
 from tests.models import tiny_bigram, tiny_llama
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer

@@ -25,7 +25,7 @@ from atlas_rl.decode.guard import Faults, GuardedController
 from atlas_rl.replay.record import RecordingSpeculator
 from benchmarks.pace import Learned, part_of, setting_of
 from benchmarks.paced import Costs, PacedLoop
-from tests.controller_simulator import SimulatedDrafter, world
+from tests.controller_simulator import SimulatedDrafter, simulate
 from tests.models import tiny_bigram
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 4]]
@@ -134,7 +134,7 @@ def test_decisions_make_few_calls_and_none_per_request() -> None:
 
 def decisions_of_a_step(drafter: Callable[[float], SimulatedDrafter], batch: int) -> int:
     """Calls of the plans and the admission of a step that asks both drafters."""
-    run = world(lambda tokens: 0.004 + 6e-6 * tokens, a=drafter(0.3), b=drafter(0.5))
+    run = simulate(lambda tokens: 0.004 + 6e-6 * tokens, a=drafter(0.3), b=drafter(0.5))
     run.run(60, batch)
     steps: list[int] = []
     plan, admit = run.controller.plan, run.controller.admit

@@ -6,11 +6,11 @@ import numpy as np
 
 from atlas_rl.controller.base import Step
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
-from tests.controller_simulator import World, affine, sure
+from tests.controller_simulator import SimulatedDecoding, affine, sure
 
 
 def test_the_fixed_controller_is_fixed():
-    run = World(FixedController(["a", "b"], "b", 3), affine, {"a": sure(0.9), "b": sure(0.05)})
+    run = SimulatedDecoding(FixedController(["a", "b"], "b", 3), affine, {"a": sure(0.9), "b": sure(0.05)})
     run.run(50, batch=4)
     assert all(list(plan) == ["b"] for plan in run.asked)
     assert all((admission.lengths == 3).all() and (admission.drafters == 1).all() for admission in run.admissions)
@@ -27,7 +27,7 @@ def test_a_drafter_that_is_not_ready_is_not_asked():
 
 
 def test_no_speculation_asks_nobody_and_learns_nothing():
-    run = World(NoSpeculation(), affine, {"a": sure(0.99)}).run(20, batch=4)
+    run = SimulatedDecoding(NoSpeculation(), affine, {"a": sure(0.99)}).run(20, batch=4)
     run.controller.policy_updated({"a": np.full(5, 0.9)})
     run.step(batch=2)
     assert run.asked == [{}] * 21

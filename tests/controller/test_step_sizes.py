@@ -11,7 +11,7 @@ from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.controller.step_sizes import StepSizes
 from atlas_rl.decode.guard import Faults, GuardedController
 from atlas_rl.policy.step_graphs import SIZES
-from tests.controller_simulator import World, as_sure_as, sure
+from tests.controller_simulator import SimulatedDecoding, as_sure_as, sure
 
 PADDED = (1, 2, 4, 8, 12, 16, 24, 50)
 
@@ -78,10 +78,12 @@ def test_a_size_beyond_the_last_is_learned_as_ever(size):
 
 
 def run_of(cost, drafter, batch, *, told, seed, steps=250):
-    world = World(GoodputController(("drafter",)), cost, {"drafter": drafter}, rng=np.random.default_rng(seed))
+    simulated = SimulatedDecoding(
+        GoodputController(("drafter",)), cost, {"drafter": drafter}, rng=np.random.default_rng(seed)
+    )
     if told:
-        world.controller.forwards_are_padded(SIZES)
-    return world.run(steps, batch)
+        simulated.controller.forwards_are_padded(SIZES)
+    return simulated.run(steps, batch)
 
 
 def goodput_of(run, chances):
@@ -146,7 +148,7 @@ def test_forwards_of_either_form_are_counted_for_it_alone():
 
 def test_a_baseline_keeps_what_it_learned_of_either_form():
     controller = FixedController(["drafter"], "drafter", 2)
-    World(controller, lambda n: 0.05, {"drafter": sure(0.5)}).run(4, batch=3)  # forwards over 9 tokens
+    SimulatedDecoding(controller, lambda n: 0.05, {"drafter": sure(0.5)}).run(4, batch=3)  # forwards over 9 tokens
     known = controller.plain_forward_s(9, 900)
     assert known is not None
     controller.forwards_are_padded(PADDED)
@@ -157,7 +159,7 @@ def test_a_baseline_keeps_what_it_learned_of_either_form():
 def test_a_baseline_reads_its_forwards_from_the_same_stairs():
     controller = FixedController(["drafter"], "drafter", 2)
     controller.forwards_are_padded(PADDED)
-    World(controller, lambda n: 0.05, {"drafter": sure(0.5)}).run(4, batch=3)  # forwards over 9 tokens
+    SimulatedDecoding(controller, lambda n: 0.05, {"drafter": sure(0.5)}).run(4, batch=3)  # forwards over 9 tokens
     assert controller.plain_forward_s(12, 1200) == pytest.approx(0.05, rel=0.1)
     assert controller.plain_forward_s(13, 1300) is None
 

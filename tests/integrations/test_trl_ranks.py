@@ -78,7 +78,7 @@ def check_of_two_ranks(monkeypatch: pytest.MonkeyPatch, other: str) -> tuple[Any
         vllm_importance_sampling_correction=True, use_vllm=True, temperature=1.0, accelerator=accelerator
     )
     check = ImportanceCheck(trainer, wanted=True)
-    check._settle([importance.Comparison(num_tokens=100, limit_nats=1.0)])
+    check._settle([importance.LogprobComparison(num_tokens=100, limit_nats=1.0)])
     assert not trainer.vllm_importance_sampling_correction
     monkeypatch.setattr(importance, "gather_object", lambda own: [*own, other])
     return trainer, check

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlas_kernels.draw import Drawn, draw
+from atlas_kernels.draw import RowDraws, draw
 from atlas_kernels.noise import Stream, request_keys
 from atlas_kernels.verify import verify
 from atlas_rl.sampling.verification import choose
@@ -35,13 +35,13 @@ def ids_of(count: int, vocab: int) -> torch.Tensor:
     return torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
-def run(logits: torch.Tensor, implementation: str, token_ids: torch.Tensor | None = None, **options) -> Drawn:
+def run(logits: torch.Tensor, implementation: str, token_ids: torch.Tensor | None = None, **options) -> RowDraws:
     keys, positions = (tensor.to(DEVICE) for tensor in rows_of(len(logits)))
     ids = None if token_ids is None else token_ids.to(DEVICE)
     return draw(logits.to(DEVICE), keys, positions, token_ids=ids, implementation=implementation, **options)
 
 
-def assert_same(logits: torch.Tensor, token_ids: torch.Tensor | None = None, **options) -> Drawn:
+def assert_same(logits: torch.Tensor, token_ids: torch.Tensor | None = None, **options) -> RowDraws:
     """The kernel's answer, once it is found to be the reference's."""
     before = logits.clone()
     kernel, reference = (run(logits, how, token_ids, **options) for how in ("triton", "reference"))

@@ -8,7 +8,7 @@ import pytest
 from atlas_rl.report import recorder as recorder_module
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import PHASES
-from atlas_rl.report.sinks import console_line, console_warnings, summary_table
+from atlas_rl.report.sinks import console_line, console_warnings
 from tests.reports import Clock
 
 
@@ -148,7 +148,6 @@ def test_nothing_recorded_makes_a_report_without_a_division_by_zero():
     assert not report.speculation
     json.dumps(report.to_dict(), allow_nan=False)
     assert console_line(report)
-    assert summary_table([report])
 
 
 def test_entropy_is_a_mean_over_tokens():

@@ -1,4 +1,4 @@
-"""Sinks: lines that fit, files that survive a killed run, tables of totals."""
+"""Sinks: lines that fit, files that survive a killed run."""
 
 import math
 
@@ -11,7 +11,6 @@ from atlas_rl.report.sinks import (
     console_line,
     read_jsonl,
     sinks_in,
-    summary_table,
     trainer_metrics,
 )
 from tests.reports import make_report
@@ -99,20 +98,6 @@ def test_json_numbers_are_finite_or_null(tmp_path):
     assert row["entropy"] is None
     assert row["no_speculation_s"] is None
     assert row["speedup_estimate"] is None
-
-
-def test_summary_table_uses_totals():
-    runs = [make_report(), make_report(generate_s=4.0, other_s=2.5)]
-    plain = [make_report(drafted={}, accepted={}, generate_s=6.0, num_request_forwards=28, num_forwards=20)] * 2
-    table = summary_table(runs, baseline=plain)
-    lines = table.splitlines()
-    assert len({len(line) for line in lines}) == 1
-    cells = {row[1].strip(): [c.strip() for c in row[2:-1]] for row in (line.split("|") for line in lines)}
-    assert cells["tokens/s"] == ["10.0", "5.0", "2.00x"]
-    assert cells["target forwards"] == ["20", "40", "0.50x"]
-    assert cells["accepted / drafted, history"] == ["28 / 48", "-", ""]
-    with pytest.raises(ValueError, match="same steps"):
-        summary_table(runs, baseline=plain[:1])
 
 
 def test_damaged_lines_are_skipped_and_counted(tmp_path):

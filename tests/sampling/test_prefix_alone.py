@@ -10,7 +10,7 @@ from atlas_rl.controller.base import Step
 from atlas_rl.controller.cost import CostModel
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.core import Draft
-from tests.controller_simulator import CONTEXT, ROOM, World, affine, sure, world
+from tests.controller_simulator import CONTEXT, ROOM, SimulatedDecoding, affine, simulate, sure
 
 
 def plateau(tokens: int) -> float:
@@ -21,7 +21,7 @@ def plateau(tokens: int) -> float:
 def depends_on_the_drawn_token(draft_probs: torch.Tensor | None) -> int:
     """How often a slot's fate changes with confidences of later positions, which a drawn token decides."""
     rng = np.random.default_rng(5)
-    controller = world(plateau, a=sure(0.8), b=sure(0.8)).run(60, batch=4).controller
+    controller = simulate(plateau, a=sure(0.8), b=sure(0.8)).run(60, batch=4).controller
     changes = 0
     for _ in range(150):
         confidence = {name: rng.uniform(0.02, 0.98, (4, 5)).astype(np.float32) for name in ("a", "b")}
@@ -55,7 +55,7 @@ def test_the_test_itself_catches_a_controller_that_looks_ahead():
 
 def depends_on_the_drafts_seconds(draft_probs: torch.Tensor | None) -> bool:
     """Whether a draft that was done sooner, as one is that drew an ending token, is admitted differently."""
-    controller = world(affine, a=sure(0.8)).run(60, batch=4).controller
+    controller = simulate(affine, a=sure(0.8)).run(60, batch=4).controller
     admitted = set()
     for draft_s in (1e-6, 1.0):
         lengths = np.full(4, 5)
@@ -77,15 +77,17 @@ def test_the_test_of_the_clock_catches_a_controller_that_reads_it():
 @pytest.mark.parametrize("chance", [0.5, 0.8, 0.95])
 def test_drawn_drafts_are_still_worth_their_while(chance):
     arms = {"cheap": sure(chance)}
-    run = World(GoodputController(("cheap",)), affine, arms, draft_probs=torch.zeros(8, 16, 2)).run(300, batch=8)
-    assert run.goodput(last=200) > 0.85 * world(affine, **arms).run(300, batch=8).goodput(last=200)
+    run = SimulatedDecoding(GoodputController(("cheap",)), affine, arms, draft_probs=torch.zeros(8, 16, 2)).run(
+        300, batch=8
+    )
+    assert run.goodput(last=200) > 0.85 * simulate(affine, **arms).run(300, batch=8).goodput(last=200)
 
 
 def test_whether_a_trial_is_verified_does_not_depend_on_an_ending_token_that_was_drawn():
     """A row that drew one is shorter, and forwards of the size that is left were seen before."""
     admitted = []
     for first_length in (4, 1):
-        controller = world(affine, a=sure(0.8)).run(1, batch=4).controller
+        controller = simulate(affine, a=sure(0.8)).run(1, batch=4).controller
         for _ in range(3):
             controller._cost.observe(4 + 13, affine(4 + 13), 4 * CONTEXT)
         step = Step(np.full(4, ROOM), 4 * CONTEXT, ["a"])
@@ -108,7 +110,7 @@ def test_an_ending_token_that_was_drawn_does_not_bring_newer_costs_into_the_deci
     )
     seen = []
     for first_length in (4, 1):
-        controller = world(affine, a=sure(0.8)).run(1, batch=4).controller
+        controller = simulate(affine, a=sure(0.8)).run(1, batch=4).controller
         lengths = np.array([first_length, 4, 4, 4])
         draft = Draft(np.zeros((4, 4), np.int64), lengths, np.full((4, 4), 0.9, np.float32), torch.zeros(4, 4, 2))
         step = Step(np.full(4, ROOM), 4 * CONTEXT, ["a"], {"a": np.full(4, 4)}, {"a": draft}, {"a": 1e-5})

@@ -166,7 +166,7 @@ def test_a_bad_state_that_waits_for_the_first_rollout_does_not_stop_it(tmp_path,
 def test_no_damage_ends_the_process(tmp_path, state):
     path = tmp_path / "state.safetensors"
     save_state(path, state)
-    command = [sys.executable, "-m", "tests.damage", "1", "30", str(path)]
+    command = [sys.executable, "-m", "tests.sync.damage", "1", "30", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-3000:]
     assert int(done.stdout.split()[-3]) > 20

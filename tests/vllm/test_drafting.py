@@ -20,8 +20,8 @@ from atlas_rl.decode.settling import Drawn as Settling
 from atlas_rl.decode.settling import Fates, Texts
 from atlas_rl.vllm import row_passes
 from atlas_rl.vllm.drafting import Drafting
-from atlas_rl.vllm.draw import NO_TOKEN, Drawn
-from atlas_rl.vllm.internals import Batch, Forward
+from atlas_rl.vllm.draw import NO_TOKEN, DrawnTokens
+from atlas_rl.vllm.internals import Forward, ForwardBatch
 from atlas_rl.vllm.settling import settle_rows
 from tests.drafters import Stateless
 from tests.settling import settle_in_numpy
@@ -88,8 +88,8 @@ class Engine:
         lengths = np.array([self.lengths[name] for name in self.names])
         kept = np.arange(num_drafted.max() + 1)[None] < num_new[:, None]
         tokens, figures = np.where(kept, 0, NO_TOKEN), kept.astype(np.float32)
-        drawn = Drawn(tokens, 0 * tokens, figures, figures, figures, 0)
-        batch = Batch(
+        drawn = DrawnTokens(tokens, 0 * tokens, figures, figures, figures, 0)
+        batch = ForwardBatch(
             names=list(self.names),
             token_ids=np.zeros((count, CONTEXT), np.int32),
             lengths=lengths,

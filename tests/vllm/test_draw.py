@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from atlas_kernels.noise import request_keys
-from atlas_rl.vllm.draw import NO_TOKEN, Drawn, draw, scores
+from atlas_rl.vllm.draw import NO_TOKEN, DrawnTokens, draw, scores
 
 VOCAB = 50
 NAN, INF = math.nan, math.inf
@@ -21,7 +21,7 @@ def logits_of_step() -> torch.Tensor:
     return 3 * torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0))
 
 
-def drawn_from(logits: torch.Tensor, greedy: bool = False) -> Drawn:
+def drawn_from(logits: torch.Tensor, greedy: bool = False) -> DrawnTokens:
     drafts = np.array([int(logits_of_step()[0].argmin()), 3, 7])
     arguments: list[Any] = [np.array([2, 0, 1]), request_keys(1, 3), np.array([5, 9, 2]), np.full(3, greedy)]
     return draw(logits, drafts, *arguments, truncated=True)
@@ -72,7 +72,9 @@ FORMS = {
 }
 
 
-def both_ways(logits: torch.Tensor, drafts: np.ndarray, greedy: np.ndarray, seed: int) -> tuple[Drawn, Drawn]:
+def both_ways(
+    logits: torch.Tensor, drafts: np.ndarray, greedy: np.ndarray, seed: int
+) -> tuple[DrawnTokens, DrawnTokens]:
     """One step by torch and numba, and by the kernel in Triton's interpreter, ranks counted."""
     pytest.importorskip("triton", reason="the kernels need Triton")
     arguments: list[Any] = [STEP, request_keys(seed, 4), np.array([5, 9, 2, 700]), greedy, True]

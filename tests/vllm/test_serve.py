@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,16 @@ import pytest
 
 from atlas_rl.cli import main
 from tests import vllm_engines  # first: it skips this module where there is no vLLM
+from tests.pages import blocks_of_pages, commands_of
 
 __all__ = ["vllm_engines"]
+OF_PAGES = [
+    pytest.param(words[1:], id=block.where)
+    for block in blocks_of_pages()
+    if block.language == "bash" and not block.reason
+    for words in commands_of(block.text)
+    if Path(words[0]).name == "atlas-rl" and words[1] == "vllm-serve"
+]
 
 
 def command(*flags: str, **options: Any) -> list[str]:
@@ -99,6 +109,38 @@ def test_it_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "POLICY" in line
     assert line[-3:] == ["--enable-lora", "--max-lora-rank", "8"]
     assert environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+@cache
+def vllm_parser() -> Any:
+    from vllm.entrypoints.cli.serve import make_arg_parser  # imported there by every version, from different modules
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+def read_by_vllm(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    """What vLLM's own parser makes of the command that `atlas-rl vllm-serve ...` becomes."""
+    started: list[Any] = []
+    monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+    main(words)
+    line = started[0][1]
+    return vllm_parser().parse_args(
+        line[line.index("serve") + 1 :] if "serve" in line else line[line.index("--model") :]
+    )
+
+
+@pytest.mark.parametrize("words", OF_PAGES)
+def test_commands_of_the_pages_have_flags_that_vllm_knows(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = read_by_vllm(words, monkeypatch)
+    assert words[1] in (read.model_tag, read.model)
+
+
+def test_a_flag_that_vllm_does_not_know_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(OF_PAGES) >= 5
+    assert read_by_vllm(["vllm-serve", "POLICY", "--tensor-parallel-size", "4"], monkeypatch).tensor_parallel_size == 4
+    with pytest.raises(SystemExit):
+        read_by_vllm(["vllm-serve", "POLICY", "--tensor-paralel-size", "4"], monkeypatch)
 
 
 def test_other_commands_still_refuse_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:

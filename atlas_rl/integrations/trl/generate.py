@@ -16,7 +16,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from atlas_rl.integrations.trl.adapter import TrainerAdapter
-from atlas_rl.integrations.trl.generate_call import check_generate, read_call, read_config
+from atlas_rl.integrations.trl.generate_call import check_generate, read_call, read_sampling
 from atlas_rl.integrations.trl.sampling import TrainerSampling
 from atlas_rl.report.report import Mode
 
@@ -64,7 +64,7 @@ class GenerateAdapter(TrainerAdapter):
             self.engine.policy_updated(step)
 
     def _sampling(self, seed: int) -> TrainerSampling:
-        params = read_config(self.trainer.model, self.trainer.generation_config)
+        params = read_sampling(self.trainer.model, self.trainer.generation_config)
         return TrainerSampling(params, {})
 
     def _mode(self) -> Mode:

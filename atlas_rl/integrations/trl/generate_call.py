@@ -85,7 +85,7 @@ def read_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     )
 
 
-def read_config(model: nn.Module, config: GenerationConfig) -> SamplingParams:
+def read_sampling(model: nn.Module, config: GenerationConfig) -> SamplingParams:
     """The sampling options of calls with this configuration. Raises `ValueError` for unsupported ones."""
     return _honoured(read_generation_config(_config_of(model, config, {})[0]))
 

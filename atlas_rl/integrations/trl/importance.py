@@ -37,7 +37,7 @@ _OUTLIER = 10  # limit of the largest difference, as a multiple of the limit of 
 
 
 @dataclass(slots=True)
-class Comparison:
+class LogprobComparison:
     """One rank's comparison of sampled logprobs with the trainer's.
 
     Attributes:
@@ -81,7 +81,7 @@ class ImportanceCheck(TrainerCallback):
         self._trainer = trainer
         self._pending = wanted and bool(getattr(trainer, "vllm_importance_sampling_correction", False))
         self._dropped = False
-        self._own = Comparison()
+        self._own = LogprobComparison()
 
     def begin_step(self, sampling: SamplingParams) -> None:
         """Switch the correction on again if options changed; called before the first rollouts of a policy version."""
@@ -179,7 +179,7 @@ class ImportanceCheck(TrainerCallback):
             own.sum_nats += float(error.sum())
             own.max_nats = float(torch.tensor([own.max_nats, float(error.max())]).max())  # keeps NaN
 
-    def _settle(self, ranks: list[Comparison]) -> None:
+    def _settle(self, ranks: list[LogprobComparison]) -> None:
         """Decide if the ranks together have seen enough; called with the same argument on every rank."""
         reason = next((rank.reason for rank in ranks if rank.reason), "")
         if not reason and sum(rank.num_tokens for rank in ranks) < _ENOUGH_TOKENS:

@@ -12,7 +12,7 @@ from atlas_rl.integrations.trl.adapter import (
 )
 from atlas_rl.integrations.trl.checks import check_gathering, check_policy_in_process, check_trainer, is_whole
 from atlas_rl.integrations.trl.generate import GenerateAdapter
-from atlas_rl.integrations.trl.generate_call import check_generate, read_config
+from atlas_rl.integrations.trl.generate_call import check_generate, read_sampling
 from atlas_rl.integrations.trl.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _checked_config(trainer: Any) -> SamplingParams:
     """The sampling options of the trainer's calls. Raises `ValueError` for unsupported ones."""
     check_generate(trainer.model)
     try:
-        return read_config(trainer.model, trainer.generation_config)
+        return read_sampling(trainer.model, trainer.generation_config)
     except ValueError as reason:
         raise ValueError(
             f"{type(trainer).__name__} cannot generate in process: {reason}. Set it to None, or attach nothing"

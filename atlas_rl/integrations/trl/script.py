@@ -3,7 +3,7 @@
 TRL's `trl.scripts.grpo` decides what is trained and how. Its parser gets one more group of options, made from the
 fields of `EngineConfig`. The trainer that the script builds is attached to an engine before it trains.
 
-Torch and TRL are imported after `read_config`, because they read the variables in the file's `env` when they are
+Torch and TRL are imported after `read_arguments`, because they read the variables in the file's `env` when they are
 imported.
 """
 
@@ -34,7 +34,7 @@ _ENGINE_HELP = (
 )
 
 
-def read_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def read_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Arguments with `--config FILE` as TRL's parser expects it, and the file's content. Sets its `env` at once.
 
     Raises:

@@ -20,7 +20,7 @@ from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_onc
 from atlas_rl.integrations.trl.checks import check_trainer
 from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling
-from atlas_rl.integrations.trl.server_client import AtlasClient, Call, ServerStatus, our_clients
+from atlas_rl.integrations.trl.server_client import AtlasClient, ServerCall, ServerStatus, our_clients
 from atlas_rl.integrations.trl.vllm import checked_sampling
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.report.report import Mode, StepReport
@@ -199,7 +199,7 @@ class ServerAdapter(TrainerAdapter):
         for name in _SAMPLING:
             setattr(self.generation, name, getattr(sampling.params, name))
         self.generation.max_completion_length = sampling.params.max_new_tokens
-        call = Call(sampling.params.seed, list(sampling.params.eos_token_ids))
+        call = ServerCall(sampling.params.seed, list(sampling.params.eos_token_ids))
         self._agreed(lambda: self._check_server(self._server.policy_version))
         began_s = time.perf_counter()
         with self._calling(call):
@@ -213,7 +213,7 @@ class ServerAdapter(TrainerAdapter):
         return checked_sampling(self.trainer, seed)
 
     @contextmanager
-    def _calling(self, call: Call) -> Iterator[None]:
+    def _calling(self, call: ServerCall) -> Iterator[None]:
         """Context in which requests of the main process belong to `call`."""
         if self._client is not None:
             self._client.call = call
@@ -283,7 +283,7 @@ class ServerAdapter(TrainerAdapter):
             ) from failure
         return self._check_server(self._server.policy_version + 1)
 
-    def _report(self, call: Call, step: int, mode: Mode, seconds: float) -> StepReport:
+    def _report(self, call: ServerCall, step: int, mode: Mode, seconds: float) -> StepReport:
         """The server's report of a call, with the trainer's counts and waiting time."""
         client = self._main_client
         if call.failure is not None:

@@ -43,7 +43,7 @@ class ServerStatus:
 
 
 @dataclass
-class Call:
+class ServerCall:
     """One generation call: its seed, ending tokens and result.
 
     Attributes:
@@ -69,7 +69,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     answers with an error. Calls that must not happen twice are not repeated.
     """
 
-    call: Call | None = None
+    call: ServerCall | None = None
     connection: int | None = None
     """Number of the trainers that had connected to the server when this one had; None before."""
 

@@ -58,7 +58,7 @@ class Batch:
 
 
 @dataclass(slots=True)
-class Step:
+class UnrolledStep:
     """One unrolled step at the positions where it predicts a token that the policy drew.
 
     Attributes:
@@ -72,7 +72,7 @@ class Step:
     valid: torch.Tensor
 
 
-def unrolled(head: Eagle3Head, batch: Batch, unroll: int) -> Iterator[Step]:
+def unrolled(head: Eagle3Head, batch: Batch, unroll: int) -> Iterator[UnrolledStep]:
     """Run `unroll` steps from every position."""
     rows, chain = batch.rows, _Chain(batch.rows.positions)
     if batch.before is not None and batch.known is not None:
@@ -82,7 +82,7 @@ def unrolled(head: Eagle3Head, batch: Batch, unroll: int) -> Iterator[Step]:
         embeddings = shifted(rows.embeddings, step).to(features.dtype)
         features = head(embeddings, features, rows.positions + step, chain)
         valid = shifted(batch.drawn, step + 2)
-        yield Step(features[valid], shifted(batch.drawn_from, step + 2)[valid], valid)
+        yield UnrolledStep(features[valid], shifted(batch.drawn_from, step + 2)[valid], valid)
 
 
 def cross_entropy(

@@ -25,6 +25,7 @@ from atlas_rl.speculators.eagle3.unrolling import Batch, cross_entropy, unrolled
 from atlas_rl.speculators.eagle3_adaptive.call_log import CallLog
 from atlas_rl.speculators.eagle3_adaptive.texts import Text, TextBuffer, batch_of
 from atlas_rl.speculators.head_state import learned_parameters, saved_moments, saved_weights
+from atlas_rl.speculators.learning import Learner, trainable
 from atlas_rl.speculators.learning_budget import Agreement, Distilled, LearningBudget, learn_in_time
 from atlas_rl.speculators.saved_state import SavedState
 
@@ -36,9 +37,6 @@ OWNER = "adaptive EAGLE-3 head"
 """Name used in errors."""
 
 _MAX_TOKEN = 2**31 - 1
-
-# Under a caller's inference mode, tensors could not be trained; everything that training touches is made outside of it.
-trainable = torch.inference_mode(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class RefineSettings:
     seed: int = 0
 
 
-class HeadLearner:
+class Eagle3Learner(Learner):
     """Trains a copy of the drafting head; see the module docstring.
 
     Args:
@@ -114,7 +112,7 @@ class HeadLearner:
             self._buffer.add(texts)
 
     @trainable
-    def take_over(self, before: HeadLearner) -> None:
+    def take_over(self, before: Eagle3Learner) -> None:
         """Adopt the weights of another learner, if it had the same head and a policy of the same sizes."""
         shapes = [{n: w.shape for n, w in learned_parameters(each.trainee).items()} for each in (self, before)]
         same = torch.equal(self.trainee.token_ids.cpu(), before.trainee.token_ids.cpu())
@@ -132,16 +130,8 @@ class HeadLearner:
     ) -> Distilled | None:
         """Learn from the newest rollouts and publish the weights to the drafting head.
 
-        Args:
-            rollouts: The newest rollouts.
-            policy_version: Policy version from now on.
-            policy: Provides the form of its logits.
-            budget: Time budget, opened for this refresh.
-            in_time: Whether there is time. The first refresh of an untrained head takes one step in any case.
-
-        Returns:
-            Report of the refresh; None if there was no time or nothing to learn from, or if it failed. After a failure
-            the head is unchanged. So it is after an error, which is raised again.
+        Args and the returned value: as for `Learner.refresh`, and None if it failed. After a failure the head is
+        unchanged. So it is after an error, which is raised again.
         """
         self.end_call()
         if not self._buffer.has_texts or not (in_time or budget.owes_first_step(self.trained)):
@@ -189,7 +179,6 @@ class HeadLearner:
             return vector if self._learned_alone else torch.zeros_like(vector)
 
     def take_shared(self, total: torch.Tensor) -> None:
-        """Set the head to the mean of all ranks' heads that have learned. Optimizer moments stay this rank's."""
         num_learned = float(total[-1])
         if not num_learned or not bool(torch.isfinite(total).all()):
             return

@@ -19,6 +19,7 @@ from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.drawn_rows import committed_places
 from atlas_rl.speculators.head_state import MAX_COUNT, saved_moments, saved_weights
+from atlas_rl.speculators.learning import Learner, trainable
 from atlas_rl.speculators.learning_budget import Distilled, LearningBudget
 from atlas_rl.speculators.recurrent.averaging import summand, take_mean
 from atlas_rl.speculators.recurrent.distill import Loss, Target, distill, new_optimizer
@@ -28,10 +29,8 @@ from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
 from atlas_rl.speculators.saved_state import SavedState
 
 _MAX_STATE_SIZE = 1024
-_OWNER = "recurrent drafter"  # name used in errors
-
-# Under a caller's inference mode, tensors could not be trained; everything that training touches is made outside of it.
-trainable = torch.inference_mode(False)
+OWNER = "recurrent drafter"
+"""Name used in errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class _Logged:
         return _Logged(self.requests[kept], self.positions[kept], self.tokens[kept], hidden, self.missed[kept])
 
 
-class Learner:
+class RecurrentLearner(Learner):
     """Owns the head, its reduced vocabulary and its training data.
 
     Args:
@@ -201,25 +200,11 @@ class Learner:
 
     @trainable
     def refresh(
-        self,
-        rollouts: Rollouts,
-        policy_version: int,
-        policy: PolicyView,
-        budget: LearningBudget,
-        in_time: bool = True,
+        self, rollouts: Rollouts, policy_version: int, policy: PolicyView, budget: LearningBudget, in_time: bool
     ) -> Distilled | None:
-        """Learn from the newest rollouts.
+        """As `Learner.refresh`. Without a token of known embeddings there is nothing to learn from.
 
-        Args:
-            rollouts: The newest rollouts.
-            policy_version: Policy version from now on.
-            policy: Provides the form of its logits.
-            budget: Time budget, opened for this refresh.
-            in_time: Whether there is time. The first refresh of an untrained head takes one step in any case.
-
-        Returns:
-            Report of the refresh; None if there was no time, nothing to learn from, or no token with known embeddings:
-            a server may be told of new weights before any request has ended.
+        So it is in a server that is told of new weights before any request has ended.
         """
         self.end_call()
         for elsewhere in rollouts.elsewhere:
@@ -242,11 +227,9 @@ class Learner:
         return done
 
     def shared(self) -> torch.Tensor:
-        """See `Speculator.shared`."""
         return summand(self.head, self.ids, len(self._counts.counts), learned=self._learned_alone)
 
     def take_shared(self, total: torch.Tensor) -> None:
-        """Set the head to the mean of all ranks' heads that have learned. Optimizer moments stay this rank's."""
         if take_mean(self.head, self.ids, total):
             self._learned_alone = False
             self.revision += 1
@@ -309,10 +292,13 @@ class Learner:
     # ----------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer moments, the reduced vocabulary and its counts; the buffer is not saved."""
+        """Weights, optimizer moments, the reduced vocabulary and its counts, and the sizes of the policy."""
+        vocab_size, hidden_size = self.sizes
         used = np.flatnonzero(self._counts.counts)
         optimizer = self._optimizer.state_dict()["state"]
         return {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
             "trained": int(self.trained),
             "ids": self.ids.copy(),
             "counted_ids": used,
@@ -341,9 +327,9 @@ class Learner:
             raise ValueError("recurrent drafter: the state is of a trained head over no tokens")
         self._counts.counts[used] = state.floats("counts", used.shape, 0.0, MAX_COUNT)
         self._set_ids(ids)
-        self.head.load_state_dict(saved_weights(self.head, state.part("weights"), _OWNER))
+        self.head.load_state_dict(saved_weights(self.head, state.part("weights"), OWNER))
         self._optimizer = new_optimizer(self.head)
         described = self._optimizer.state_dict()
-        described["state"] = saved_moments(self.head, state.part("optimizer"), _OWNER)
+        described["state"] = saved_moments(self.head, state.part("optimizer"), OWNER)
         self._optimizer.load_state_dict(described)
         self.trained = trained

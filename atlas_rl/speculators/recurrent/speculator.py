@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from atlas_kernels.dispatch import kernels_run_on
-from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
+from atlas_rl.core import Draft, Needs, Prompts, SamplingParams, Sequences, Verified
 from atlas_rl.counts import bounds
 from atlas_rl.policy.upload import uploaded
-from atlas_rl.speculators.base import NO_PROMPTS, Speculator
+from atlas_rl.speculators.base import NO_PROMPTS
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.drawn_rows import newest_indices, newest_places
-from atlas_rl.speculators.learning_budget import SHARE, Distilled, LearningBudget
+from atlas_rl.speculators.learning import LearningSpeculator
+from atlas_rl.speculators.learning_budget import SHARE
 from atlas_rl.speculators.recurrent.distill import Loss
 from atlas_rl.speculators.recurrent.head import FoldedHead
-from atlas_rl.speculators.recurrent.learner import Learner, LearnSettings
+from atlas_rl.speculators.recurrent.learner import OWNER, LearnSettings, RecurrentLearner
 from atlas_rl.speculators.saved_state import SavedState
 from atlas_rl.speculators.warm_up import draw_from_head
 
@@ -35,12 +36,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_STATE_KIND, _STATE_VERSION = "atlas_rl.recurrent", 1
 _MAX_SIZE = 2**31 - 1
 _USUAL = LearnSettings()
 
 
-class RecurrentSpeculator(Speculator):
+class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
     """Drafts with a small recurrent network that follows the policy.
 
     Coupled to the policy's noise, a draft token is the head's own choice under the noise of its position (acceptance
@@ -52,20 +52,15 @@ class RecurrentSpeculator(Speculator):
         max_tokens: Most rollout tokens kept to learn from.
         missed_weight: Weight of places where its drafts were rejected.
         seed: Seed of the initial weights and of the training windows.
-        budget_share: Largest share of the time between two refreshes that the later one may take, divided among all
-            heads that learn.
+        budget_share: See `LearningSpeculator`, here and for the next one.
         clock: Returns seconds.
         argmax: Draft the likeliest token instead of drawing: for comparisons.
-
-    Attributes:
-        policy_version: Policy version of the latest refresh; -1 before.
-        refreshes: Report of every refresh.
-        budget: Time budget for learning.
-        learner: Owns the head and its training data; exists once the speculator is bound.
     """
 
     name = "recurrent"
     needs = Needs(head_inputs=True)
+    _owner, _unlearned = OWNER, "drafts nothing"
+    _state_format = "atlas_rl.recurrent", 1
 
     def __init__(
         self,
@@ -79,31 +74,18 @@ class RecurrentSpeculator(Speculator):
         clock: Callable[[], float] = time.perf_counter,
         argmax: bool = False,
     ) -> None:
-        self.policy_version = -1
-        self.refreshes: list[Distilled] = []
+        super().__init__(budget_share, clock)
         self._settings = LearnSettings(loss, max_vocab, max_tokens, missed_weight, seed)
-        self._clock, self._argmax = clock, argmax
-        self.budget = LearningBudget(budget_share, clock)
-        self._policy: PolicyView | None = None
-        self._follows = True  # whether the form of the policy's logits is known
-        self.learner: Learner
+        self._argmax = argmax
         # Folded head of a learner's revision, made when first needed.
         self._folded: tuple[int, FoldedHead, torch.Tensor] | None = None
         self._newest: torch.Tensor  # [num_requests, hidden], source state of each newest token
         self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
-        self._put_off: Callable[[], None] | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy, on its device; the learned state is kept if the sizes are equal."""
         super().bind(policy, couples_noise)
-        self._follows = policy.form is not None
-        if not self._follows:
-            logger.warning(
-                "atlas_rl: the policy's logits are not a scaled or capped output of its LM head: the recurrent drafter "
-                "cannot learn them and drafts nothing"
-            )
-        known = None if self._policy is None else self.learner.sizes
-        self._policy = policy
+        known = self.learner.sizes if self._is_bound else None
         sizes = (policy.vocab_size, policy.hidden_size)
         if known == sizes:
             self.learner.forget_tables()
@@ -115,7 +97,7 @@ class RecurrentSpeculator(Speculator):
                 "atlas_rl: the policy now has %d tokens and hidden size %d instead of %d and %d: the recurrent drafter "
                 "starts from nothing", *sizes, *known,
             )  # fmt: skip
-        self._reset(policy, Learner(policy, self._settings, self._clock))
+        self._reset(policy, RecurrentLearner(policy, self._settings, self._clock))
 
     def compile_for(self, sampling: SamplingParams) -> None:
         """Compile even before it has learned: it may draft in the next call, with a vocabulary not known yet."""
@@ -143,7 +125,7 @@ class RecurrentSpeculator(Speculator):
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
         """0: it never has to catch up. None before it has learned."""
-        return 0 if self._policy is not None and self._follows and self.learner.trained else None
+        return 0 if self._is_bound and self._follows and self.learner.trained else None
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest wanted draft, shorter ones are cut."""
@@ -198,12 +180,6 @@ class RecurrentSpeculator(Speculator):
         ends, requests = places.unbind()
         self._newest.index_copy_(0, requests, states.detach().index_select(0, ends).float())
 
-    def learn(self) -> None:
-        """Log the latest tokens as training data for the refresh."""
-        put_off, self._put_off = self._put_off, None
-        if put_off is not None:
-            put_off()
-
     def _log(
         self,
         verified: Verified,
@@ -212,52 +188,11 @@ class RecurrentSpeculator(Speculator):
     ) -> None:
         self.learner.observe(verified, begins, _missed_at(verified, proposed), self._bound())
 
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Learn from the newest rollouts, as long as the budget lasts."""
-        with self.budget.refreshing(rollouts, self.name) as in_time:
-            self.learn()
-            self.policy_version = policy_version
-            if self._follows:
-                done = self.learner.refresh(rollouts, policy_version, self._bound(), self.budget, in_time)
-                if done is not None:
-                    self.refreshes.append(done)
-        return np.cumprod(self.refreshes[-1].by_position) if self.refreshes else None
-
-    def shared(self) -> torch.Tensor | None:
-        return self.learner.shared() if self._policy is not None and self._follows else None
-
-    def take_shared(self, total: torch.Tensor) -> None:
-        self.learner.take_shared(total)
-
     def weights(self) -> Iterable[torch.Tensor]:
-        return self.learner.head.parameters() if self._policy is not None else ()
+        return self.learner.head.parameters() if self._is_bound else ()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Learned state, and the sizes of its policy."""
-        self.learn()
-        if self._policy is None:
-            return {}
-        vocab_size, hidden_size = self.learner.sizes
-        return {
-            "kind": _STATE_KIND,
-            "version": _STATE_VERSION,
-            "policy_version": self.policy_version,
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            **self.learner.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`. A state for other sizes gives a warning, and the head starts untrained.
-
-        Raises:
-            ValueError: The state is of another kind of speculator or another format, or damaged; nothing has changed
-                then.
-        """
-        if isinstance(state, Mapping) and not state:
-            return
-        saved = SavedState(state, "recurrent drafter")
-        saved.check_kind(_STATE_KIND, _STATE_VERSION)
+    def _restore(self, saved: SavedState) -> bool:
+        """Take over the state of a learner for a policy of the same sizes."""
         policy = self._bound()
         theirs = saved.integer("vocab_size", 1, _MAX_SIZE), saved.integer("hidden_size", 1, _MAX_SIZE)
         own = self.learner.sizes
@@ -266,21 +201,16 @@ class RecurrentSpeculator(Speculator):
                 "atlas_rl: the saved recurrent drafter belongs to a policy of %d tokens and hidden size %d, this one has "
                 "%d and %d: it starts from nothing", *theirs, *own,
             )  # fmt: skip
-            return
-        version, learner = saved.policy_version(), Learner(policy, self._settings, self._clock)
+            return False
+        learner = RecurrentLearner(policy, self._settings, self._clock)
         learner.load_state_dict(saved)
         self._reset(policy, learner)
-        self.policy_version = version
+        return True
 
-    def _reset(self, policy: PolicyView, learner: Learner) -> None:
+    def _reset(self, policy: PolicyView, learner: RecurrentLearner) -> None:
         self._device, self.learner = policy.device, learner
         self._newest = torch.zeros(0, policy.hidden_size, dtype=torch.float32, device=self._device)
         self._folded, self._proposed, self._put_off = None, None, None
-
-    def _bound(self) -> PolicyView:
-        if self._policy is None:
-            raise RuntimeError("the recurrent drafter has no policy yet: give it to an engine, or call bind(policy)")
-        return self._policy
 
     def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
         """The present head for drafting, and its token ids, int64 `[vocab]` on the device."""

@@ -29,15 +29,15 @@ from atlas_rl.vllm.internals.engine import (
     tensor_parallel,
 )
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler, tolerate_numba
-from atlas_rl.vllm.internals.runner import Batch, Forward, Hooks, install
+from atlas_rl.vllm.internals.runner import Forward, ForwardBatch, Hooks, install
 from atlas_rl.vllm.internals.transfer import follow, register_backends
 from atlas_rl.vllm.internals.version import KNOWN_VERSIONS, check_version, installed_version
 from atlas_rl.vllm.internals.weights import load_all_or_nothing, reload_weights
 
 __all__ = [
     "KNOWN_VERSIONS",
-    "Batch",
     "Forward",
+    "ForwardBatch",
     "Hooks",
     "VllmView",
     "abandon",

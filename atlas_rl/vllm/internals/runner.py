@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from atlas_rl.report.recorder import StepRecorder
-from atlas_rl.vllm.draw import Drawn, draw
+from atlas_rl.vllm.draw import DrawnTokens, draw
 from atlas_rl.vllm.internals.forward_time import ForwardTime
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler
 from atlas_rl.vllm.internals.sampler import draft_metadata, has_thinking_budgets, processed_logits, sampler_output
@@ -21,7 +21,7 @@ from atlas_rl.vllm.internals.version import INSTALLED, KNOWN_RANGE, check_versio
 
 
 @dataclass(slots=True)
-class Batch:
+class ForwardBatch:
     """The rows of one forward, in vLLM's own arrays, so that a step never loops over requests.
 
     Attributes:
@@ -59,14 +59,14 @@ class Forward:
         uniform: Draft tokens that every request must have for vLLM to replay a full graph; 0 if any number will do.
     """
 
-    batch: Batch
+    batch: ForwardBatch
     num_new: np.ndarray
     num_drafted: np.ndarray
     starts: np.ndarray
     head_inputs: torch.Tensor
     layers: dict[int, torch.Tensor]
     spans: np.ndarray
-    drawn: Drawn
+    drawn: DrawnTokens
     uniform: int = 0
 
 
@@ -84,7 +84,7 @@ class Hooks(ABC):
     """See `transfer.Follower`."""
 
     @abstractmethod
-    def keys(self, batch: Batch) -> np.ndarray:
+    def keys(self, batch: ForwardBatch) -> np.ndarray:
         """Noise keys: uint64 `[rows]`. Equal on every rank of a tensor-parallel group."""
 
     @abstractmethod
@@ -272,9 +272,9 @@ def _uniform(runner: Any) -> int:
     return runner.uniform_decode_query_len - 1 if mode.separate_routine() and mode.has_full_cudagraphs() else 0
 
 
-def _batch(runner: Any) -> Batch:
+def _batch(runner: Any) -> ForwardBatch:
     rows, names = runner.input_batch, list(runner.input_batch.req_ids)
-    batch = Batch(
+    batch = ForwardBatch(
         names=names,
         token_ids=rows.token_ids_cpu,
         lengths=np.zeros(0, np.int64),
@@ -286,11 +286,11 @@ def _batch(runner: Any) -> Batch:
     return batch
 
 
-def _lengths(runner: Any, batch: Batch) -> np.ndarray:
+def _lengths(runner: Any, batch: ForwardBatch) -> np.ndarray:
     return runner.input_batch.num_tokens_no_spec[: len(batch.names)].astype(np.int64)
 
 
-def _spans(runner: Any, scheduled: Any, batch: Batch) -> np.ndarray:
+def _spans(runner: Any, scheduled: Any, batch: ForwardBatch) -> np.ndarray:
     counts = np.fromiter(map(scheduled.num_scheduled_tokens.__getitem__, batch.names), np.int64, len(batch.names))
     computed = runner.input_batch.num_computed_tokens_cpu[: len(counts)].astype(np.int64)
     return np.stack([np.cumsum(counts) - counts, counts, computed], axis=1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from atlas_kernels.dispatch import kernels_run_on
-from atlas_rl.vllm.draw import Drawn, scores
+from atlas_rl.vllm.draw import DrawnTokens, scores
 
 
 def draft_metadata(spec: Any, num_rows: int, device: torch.device) -> Any:
@@ -131,7 +131,7 @@ def _untouched(metadata: Any, temperatures: np.ndarray) -> bool:
 
 
 def sampler_output(
-    sampler: Any, logits: torch.Tensor, processed: torch.Tensor, drawn: Drawn, num_logprobs: int | None
+    sampler: Any, logits: torch.Tensor, processed: torch.Tensor, drawn: DrawnTokens, num_logprobs: int | None
 ) -> Any:
     """vLLM's `SamplerOutput` of our tokens, with the requested logprobs (None for none).
 

@@ -7,7 +7,7 @@ import torch
 
 from atlas_rl.speculators.eagle3_adaptive.learner import RefineSettings
 from atlas_rl.speculators.eagle3_adaptive.texts import batch_of, num_positions
-from tests.eagle3_adaptive import LAYERS, adaptive, engine_of, rollout
+from tests.speculators.eagle3_adaptive.engines import LAYERS, adaptive, engine_of, rollout
 
 LONG = [[7 * n % 61 + k for n in range(40)] for k in range(3)]
 

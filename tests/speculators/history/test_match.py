@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.histories import EOS, archive, call, commit, draft, one_hot, speculator
+from tests.speculators.history.calls import EOS, archive, call, commit, draft, one_hot, speculator
 
 
 def test_continues_a_repetition_of_the_request_itself():

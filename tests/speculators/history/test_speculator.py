@@ -10,7 +10,7 @@ import pytest
 
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from tests.histories import EOS, Branching, archive, call, commit, decode, draft, one_hot, run_epochs
+from tests.speculators.history.calls import EOS, Branching, archive, call, commit, decode, draft, one_hot, run_epochs
 
 # -------------------------------------------------------------------------------------------------------- the interface
 

@@ -8,7 +8,7 @@ import pytest
 from atlas_kernels.noise import request_keys
 from atlas_rl.speculators.history.match import RECALLED, SIBLING
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from tests.histories import EOS, Branching, archive, call, commit, one_hot, run_epochs, speculator
+from tests.speculators.history.calls import EOS, Branching, archive, call, commit, one_hot, run_epochs, speculator
 
 
 def test_acceptance_rises_with_repetition():

@@ -17,7 +17,17 @@ from atlas_rl.speculators.eagle3_adaptive.speculator import AdaptiveEagle3Specul
 from atlas_rl.speculators.eagle3_adaptive.texts import batch_of
 from atlas_rl.training.eagle3 import TrainSettings, new_head
 from tests.drafters import ticking
-from tests.eagle3_adaptive import LAYERS, adaptive, engine_of, policy, rollout, same, static_head, trained, weights
+from tests.speculators.eagle3_adaptive.engines import (
+    LAYERS,
+    adaptive,
+    engine_of,
+    policy,
+    rollout,
+    same,
+    static_head,
+    trained,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from atlas_rl.core import Rollouts
 from atlas_rl.speculators.history.match import NEXT
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.history.store import MAX_MATCH, Archive
-from tests.histories import EOS, archive, call, decode, one_hot
+from tests.speculators.history.calls import EOS, archive, call, decode, one_hot
 
 
 def rollout(rng, length=50):

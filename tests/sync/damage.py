@@ -1,6 +1,6 @@
 """Damages drafters' saved states in every way a disk, another version or a stranger's hand might; seeded.
 
-    python -m tests.damage SEED NUM_VARIANTS FILE
+    python -m tests.sync.damage SEED NUM_VARIANTS FILE
 
 loads that many damaged variants of a saved state and drafts with whatever was accepted. A process of its own, because
 compiled code that indexes by a damaged number ends the process that runs it.

@@ -6,7 +6,7 @@ import pytest
 
 from atlas_rl.speculators.eagle3_adaptive.learner import RefineSettings
 from tests.drafters import ticking
-from tests.eagle3_adaptive import adaptive, engine_of, rollout, same, trained, weights
+from tests.speculators.eagle3_adaptive.engines import adaptive, engine_of, rollout, same, trained, weights
 
 
 def test_an_error_in_a_refresh_costs_drafts_only(monkeypatch):
