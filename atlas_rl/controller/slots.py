@@ -85,6 +85,14 @@ def take_better(survival, gains, drafters, own, index, columns):
 
 
 @cached_njit(nogil=True)
+def weigh(confidence, lengths, edges, position_class, a, b, survival, gains, drafters, index, columns):
+    """`survival_of` a new draft, and `take_better` with it: returns the former; the other arguments are as for those."""
+    own = survival_of(confidence, lengths, edges, position_class, a, b)
+    take_better(survival, gains, drafters, own, index, columns)
+    return own
+
+
+@cached_njit(nogil=True)
 def compare(expected, room, survival):
     """Cut expected drafts to the available room, in place, and mark the rows where they beat the best draft so far.
 
