@@ -28,7 +28,7 @@ from atlas_rl.controller.call_end import CallEnd
 from atlas_rl.controller.cost import CostModels
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
-from atlas_rl.controller.slots import admitted, take_better, weigh, within
+from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
 from atlas_rl.core import Verified
 from atlas_rl.counts import bounds
 
@@ -298,7 +298,7 @@ class GoodputController(Controller):
         step, batch = decision.step, decision.step.batch
         if not self._cost.num_observed:
             return np.zeros(batch, np.int64)
-        values = survival[survival > 0]
+        values = positive(survival)
         values.sort()
         # The largest possible size. A size that depended on the slots would depend on ending tokens that were drawn,
         # and larger sizes bring newer measurements into the table.

@@ -121,6 +121,20 @@ def compare(expected, room, survival):
 
 
 @cached_njit(nogil=True)
+def positive(survival):
+    """The positive numbers of `survival` (float64 `[batch, MAX_LOOKAHEAD]`, rows never rise): float64 `[n]`."""
+    batch, lookahead = survival.shape
+    values, count = np.empty(batch * lookahead), 0
+    for row in range(batch):
+        for position in range(lookahead):
+            if survival[row, position] <= 0:
+                break
+            values[count] = survival[row, position]
+            count += 1
+    return values[:count]
+
+
+@cached_njit(nogil=True)
 def admitted(survival, values, table, factor, drafting_s, discount, one_by_one):
     """Draft tokens of each request to verify: the likeliest slots of the batch, as many as pay.
 

@@ -30,7 +30,7 @@ from atlas_rl.controller.arms import Arms, ask_next
 from atlas_rl.controller.base import Step
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.controller.slots import admitted, take_better, weigh, within
+from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences
 from atlas_rl.counts import asked_of, bounds, tokens_of
 from atlas_rl.decode.commit import Settled, commit
@@ -170,7 +170,7 @@ def _run_all() -> None:
     table, room = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4)
     depths, edges, arms = np.array([1, 2]), np.array([8]), Arms(1)
     ask_next(survival, room, arms.backlogs, table, 1.0, 0.0, depths, edges, *arms.arrays)
-    admitted(survival, np.sort(survival[survival > 0]), table, 1.0, 0.0, 1.0, False)
+    admitted(survival, np.sort(positive(survival)), table, 1.0, 0.0, 1.0, False)
     sequences = _toy_sequences()
     draft = Draft(np.zeros((2, 1), np.int64), np.ones(2, np.int64), np.zeros((2, 1), np.float32))
     packed_tokens(requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths)

@@ -16,12 +16,14 @@ class Observing:
     Args:
         speculators: Speculators by name.
         observe: Passes an outcome to one speculator.
+
+    Attributes:
+        waiting: By speculator, the outcome that it has not observed yet.
     """
 
     def __init__(self, speculators: Mapping[str, Speculator], observe: Callable[[Speculator, Verified], None]) -> None:
         self._speculators, self._observe = speculators, observe
         self.waiting: dict[str, Verified] = {}
-        """By speculator, the outcome that it has not observed yet."""
 
     def put_off(self, verified: Verified) -> None:
         """Keep the outcome of a forward for later; the outcome of the previous one has been passed on."""

@@ -7,7 +7,7 @@ import pytest
 
 from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
-from atlas_rl.controller.slots import admitted, compare, lengths_of, num_admitted, take_better, weigh, within
+from atlas_rl.controller.slots import admitted, compare, lengths_of, num_admitted, positive, take_better, weigh, within
 
 
 def _survival(rng: np.random.Generator, batch: int) -> np.ndarray:
@@ -76,6 +76,12 @@ def test_what_is_asked_for_is_cut_to_the_room() -> None:
     assert np.array_equal(asked, np.minimum(wanted, room))
     assert anybody
     assert not within(wanted, 0 * room)[1]
+
+
+def test_values_of_slots_are_the_positive_ones() -> None:
+    survival = _survival(np.random.default_rng(3), 9)
+    survival[4] = 0.0
+    np.testing.assert_array_equal(positive(survival), survival[survival > 0])
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
