@@ -53,10 +53,12 @@ class CostModel:
 
     Attributes:
         num_observed: Forwards observed so far.
+        edges: `padded` as int64 `[n]`, for compiled decisions.
     """
 
     def __init__(self, padded: Sequence[int] = ()) -> None:
         self._step_sizes = StepSizes(padded)
+        self.edges = self._step_sizes.edges
         self._samples: dict[int, deque[float]] = {}  # per bucket: seconds divided by both factors
         self._sizes: list[int] = []  # buckets of the samples, rising
         self._means: dict[int, tuple[float, float]] = {}  # per bucket: running mean of seconds and of context
@@ -71,11 +73,6 @@ class CostModel:
     def padded(self) -> tuple[int, ...]:
         """Sizes that forwards are padded to."""
         return self._step_sizes.padded
-
-    @property
-    def edges(self) -> np.ndarray:
-        """`padded` as int64 `[n]`, for compiled decisions."""
-        return self._step_sizes.edges
 
     def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
         """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
@@ -118,7 +115,8 @@ class CostModel:
 
         Requires evidence.
         """
-        self._predicted(max_tokens)
+        if len(self._table) <= max_tokens:
+            self._tabulate(max_tokens)
         return self._table, self._factor(context_tokens)
 
     def num_samples(self, num_tokens: int) -> int:
@@ -154,8 +152,9 @@ class CostModel:
 
     def _factor(self, context_tokens: int) -> float:
         """Factor on the whole table, for the context and the machine's present speed."""
-        relative = max(0.0, self._covariance / (self._variance + _CONTEXT_DOUBT**2))
-        return self._level * (1 + relative * context_tokens)
+        if self._covariance <= 0:
+            return self._level
+        return self._level * (1 + self._covariance / (self._variance + _CONTEXT_DOUBT**2) * context_tokens)
 
     def _learn_context(self, size: int, seconds: float, context_tokens: int) -> None:
         known, context = self._means.get(size, (seconds, float(context_tokens)))

@@ -121,10 +121,11 @@ class GoodputController(Controller):
             is_left = name in step.ready and name not in step.drafts
             backlogs[index] = step.backlog.get(name, 0) if is_left else NOT_ASKED
             anybody = anybody or is_left
-        decision = self._decision(step)
+        decision, batch = self._decision(step), step.batch
         if not step.drafts:
-            self._draw_as(step.drawn_as)
-            if not anybody or self._plain_due(step) or self._end.holds_back or self._pause.holds(step.batch):
+            if step.drawn_as != self._drawn_as:
+                self._draw_as(step.drawn_as)
+            if not anybody or self._plain_due(batch) or self._end.holds_back or self._pause.holds(batch):
                 return {}
             decision.planned = True
         if not anybody:
@@ -133,7 +134,7 @@ class GoodputController(Controller):
         if decision.is_drawn:
             # With a drawn draft present, asking another for the same request would depend on the drawn tokens.
             return {}
-        return self._ask(best, decision)
+        return self._ask(best, decision, batch)
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
@@ -208,19 +209,18 @@ class GoodputController(Controller):
         return self._at_hand[-1]
 
     def _draw_as(self, distribution: Hashable) -> None:
-        if distribution != self._drawn_as:
-            self._drawn_as = distribution
-            for model in self._models.values():
-                model.acceptance.switch_to(distribution)
+        self._drawn_as = distribution
+        for model in self._models.values():
+            model.acceptance.switch_to(distribution)
 
-    def _plain_due(self, step: Step) -> bool:
-        """Whether to measure a step without drafts.
+    def _plain_due(self, batch: int) -> bool:
+        """Whether to measure a step of this many requests without drafts.
 
         Drafting is compared with plain decoding, so plain decoding must have been measured at this batch size. If its
         cost were only inferred, say from one interrupted step, drafting could look free, and while every step has
         drafts, nothing would correct that.
         """
-        seen = self._cost.num_samples(step.batch)
+        seen = self._cost.num_samples(batch)
         return self._steps_since_plain >= (_PLAIN_EVERY if seen >= _PLAIN_KNOWN else _PLAIN_APART * (seen > 0))
 
     def _best_drafts(self, decision: _Decision) -> _BestDrafts:
@@ -248,9 +248,9 @@ class GoodputController(Controller):
             best.num_drafts += 1
         return best
 
-    def _ask(self, best: _BestDrafts, decision: _Decision) -> dict[str, np.ndarray]:
+    def _ask(self, best: _BestDrafts, decision: _Decision, batch: int) -> dict[str, np.ndarray]:
         """The drafter to ask next and the draft tokens of each request, int64 `[batch]`, given the best drafts so far."""
-        step, batch = decision.step, decision.step.batch
+        step = decision.step
         if self._arms.num_untried and (new := self._untried(batch)) is not None:
             decision.is_trial = self._is_new(batch)
             wanted, anybody = within(np.full(batch, TRIAL_DEPTH), step.room)

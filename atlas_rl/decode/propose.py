@@ -103,7 +103,6 @@ class Proposing:
         if name in self._observing.waiting:
             self._recorder.switch("observe")
             self._observing.hand_over(name)
-            self._recorder.switch("controller")
 
 
 @cached_njit(nogil=True)
