@@ -14,6 +14,7 @@ from atlas_rl.controller.cost import OCTAVES, drafts_s
 from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import DraftForecast
 from atlas_rl.controller.promises import DrafterModel, Kept, discount
+from atlas_rl.controller.slots import within
 
 TRIALS = 3
 """Calls before a drafter's cost estimate is used."""
@@ -37,39 +38,50 @@ class Arms:
         num_drafters: Number of drafters.
 
     Attributes:
-        arrays: The last arguments of `ask_next`.
+        arrays: The last arguments of `ask_next`: most of the following.
+        profiles: float64 `[drafters, situations, profiles, MAX_LOOKAHEAD]`, `DraftForecast.tables()`, like `counts` and
+            `unknown`.
+        counts: int64 `[drafters, situations]`.
+        turns: int64 `[drafters]`, forecasts so far: each shows other profiles. Plans count them.
+        unknown: float64 `[drafters, MAX_LOOKAHEAD]`.
+        num_calls: int64 `[drafters]`, calls that the cost of each is fitted to.
+        shares: float64 `[drafters, 4]`, `DraftCost.tables()`, like `levels`.
+        levels: float64 `[drafters, OCTAVES]`.
+        observed: bool `[drafters, OCTAVES]`, whether calls for so many requests were observed.
+        worth: float64 `[drafters]`, factor on the goodput of steps with drafts of each.
+        purses_s: float64 `[drafters]`, seconds that each may spend on calls that are not expected to pay. Plans take from
+            them.
         backlogs: int64 `[drafters]`, to be filled in for every plan.
-        purses_s: float64 `[drafters]`, seconds that each may spend on calls that are not expected to pay; one of `arrays`.
         num_untried: Drafters that were called less than `TRIALS` times.
     """
 
     def __init__(self, num_drafters: int) -> None:
         profiles, counts, unknown = DraftForecast().tables()
-        self._profiles = np.zeros((num_drafters, *profiles.shape))
-        self._counts = np.zeros((num_drafters, *counts.shape), np.int64)
-        self._unknown = np.zeros((num_drafters, *unknown.shape))
-        self._num_calls = np.zeros(num_drafters, np.int64)
-        self._shares, self._levels = np.zeros((num_drafters, 4)), np.zeros((num_drafters, OCTAVES))
-        self._observed = np.zeros((num_drafters, OCTAVES), np.bool_)
-        self._worth = np.zeros(num_drafters)
-        turns = np.zeros(num_drafters, np.int64)
+        self.profiles = np.zeros((num_drafters, *profiles.shape))
+        self.counts = np.zeros((num_drafters, *counts.shape), np.int64)
+        self.unknown = np.zeros((num_drafters, *unknown.shape))
+        self.num_calls = np.zeros(num_drafters, np.int64)
+        self.shares, self.levels = np.zeros((num_drafters, 4)), np.zeros((num_drafters, OCTAVES))
+        self.observed = np.zeros((num_drafters, OCTAVES), np.bool_)
+        self.worth = np.zeros(num_drafters)
+        self.turns = np.zeros(num_drafters, np.int64)
         self.purses_s = np.zeros(num_drafters)
         self.backlogs = np.full(num_drafters, NOT_ASKED)
         self.num_untried = num_drafters
         self.arrays: tuple[np.ndarray, ...] = (
-            self._profiles, self._counts, turns, self._unknown, self._num_calls, self._shares, self._levels, self._observed,
-            self._worth, self.purses_s,
+            self.profiles, self.counts, self.turns, self.unknown, self.num_calls, self.shares, self.levels, self.observed,
+            self.worth, self.purses_s,
         )  # fmt: skip
 
     def note(self, index: int, model: DrafterModel, plain: Kept) -> None:
         """Copy what is known about the drafter at `index`; `plain` is of steps without drafts."""
-        self._profiles[index], self._counts[index], self._unknown[index] = model.forecast.tables()
-        self._num_calls[index] = len(model.cost)
+        self.profiles[index], self.counts[index], self.unknown[index] = model.forecast.tables()
+        self.num_calls[index] = len(model.cost)
         if len(model.cost):
-            self._shares[index], self._levels[index] = model.cost.tables()
-            self._observed[index, model.cost.octaves] = True
-        self._worth[index] = discount(model.kept, plain)
-        self.num_untried = int((self._num_calls < TRIALS).sum())
+            self.shares[index], self.levels[index] = model.cost.tables()
+            self.observed[index, model.cost.octaves] = True
+        self.worth[index] = discount(model.kept, plain)
+        self.num_untried = int((self.num_calls < TRIALS).sum())
 
 
 @cached_njit(nogil=True)
@@ -89,17 +101,16 @@ def ask_next(
         spent_s: Seconds of the drafts made so far.
         depths: int64 `[num_depths]`, draft tokens that may be asked for, rising.
         edges: int64 `[n]`, sizes that forwards are padded to, rising; empty if they are not padded.
-        profiles: float64 `[drafters, situations, profiles, lookahead]`, `DraftForecast.tables()`, like `counts` and
-            `unknown`.
-        counts: int64 `[drafters, situations]`.
-        turns: int64 `[drafters]`, forecasts so far: each shows other profiles; updated in place.
-        unknown: float64 `[drafters, lookahead]`.
-        num_calls: int64 `[drafters]`, calls that the cost of each is fitted to.
-        shares: float64 `[drafters, 4]`, `DraftCost.tables()`, like `levels`.
-        levels: float64 `[drafters, octaves]`.
-        observed: bool `[drafters, octaves]`, whether calls for so many requests were observed.
-        worth: float64 `[drafters]`, factor on the goodput of steps with drafts of each.
-        purses_s: float64 `[drafters]`, seconds that each may spend on calls that are not expected to pay; updated in place.
+        profiles: See `Arms`, like all that follow.
+        counts: See `Arms`.
+        turns: See `Arms`; updated in place.
+        unknown: See `Arms`.
+        num_calls: See `Arms`.
+        shares: See `Arms`.
+        levels: See `Arms`.
+        observed: See `Arms`.
+        worth: See `Arms`.
+        purses_s: See `Arms`; updated in place.
 
     Returns:
         Index of the drafter, -1 for none. int64 `[batch]`, draft tokens to ask for, within the room. float64 `[batch]`,
@@ -122,27 +133,26 @@ def ask_next(
                 current, room, profiles[own], counts[own], turns[own], unknown[own], table, factor, spent_s, shares[own],
                 levels[own], is_known, backlogs[own], depths, worth[own], edges,
             )  # fmt: skip
+            is_trial = is_trial or (pays and not is_known)
             if pays and is_known:
                 wanted, goodput = answer, expected
-            elif pays:
-                is_trial = True
-            else:
-                cost_s = max(
-                    drafts_s(shares[own], levels[own], batch, TRIAL_DEPTH, backlogs[own]),
-                    LEAST_TRIAL * (table[batch] * factor),
-                )
-                if purses_s[own] >= cost_s:
-                    purses_s[own] -= cost_s
-                else:
-                    wanted[:] = 0
-        anybody = False
-        for row in range(batch):
-            wanted[row] = min(wanted[row], room[row])
-            anybody = anybody or wanted[row] != 0
+            elif not pays and not _affords(own, batch, backlogs, table[batch] * factor, shares, levels, purses_s):
+                wanted[:] = 0
+        wanted, anybody = within(wanted, room)
         if anybody:
             chosen = own
             break
     return chosen, wanted, beside, goodput, is_trial
+
+
+@cached_njit(nogil=True)
+def _affords(own, batch, backlogs, plain_s, shares, levels, purses_s):
+    """Whether drafter `own` has saved up for a call that is not expected to pay; takes its cost from the purse."""
+    cost_s = max(drafts_s(shares[own], levels[own], batch, TRIAL_DEPTH, backlogs[own]), LEAST_TRIAL * plain_s)
+    if purses_s[own] < cost_s:
+        return False
+    purses_s[own] -= cost_s
+    return True
 
 
 @cached_njit(nogil=True)

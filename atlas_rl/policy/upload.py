@@ -43,7 +43,9 @@ def uploaded(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`upload` of a single array."""
     if device.type == "cpu":
         return torch.from_numpy(array)
-    staged = torch.empty(array.shape, dtype=_TYPES[array.dtype], pin_memory=True)  # torch keeps it until the copy is done
+    staged = torch.empty(
+        array.shape, dtype=_TYPES[array.dtype], pin_memory=True
+    )  # torch keeps it until the copy is done
     staged.numpy()[...] = array
     return staged.to(device, non_blocking=True)
 
