@@ -343,12 +343,8 @@ class Verified:
         tokens, counts = self.token_ids, self.num_committed
         if rows is not None:
             tokens, counts = tokens[rows], counts[rows]
-        known, right = outcomes(
-            np.ascontiguousarray(draft.token_ids, np.int64),
-            draft.lengths,
-            np.ascontiguousarray(tokens, np.int64),
-            counts,
-        )
+        drafted = np.ascontiguousarray(draft.token_ids, np.int64)
+        known, right = outcomes(drafted, draft.lengths, np.ascontiguousarray(tokens, np.int64), counts)
         return known, right
 
 
