@@ -61,6 +61,7 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
     needs = Needs(head_inputs=True)
     _owner, _unlearned = OWNER, "drafts nothing"
     _state_format = "atlas_rl.recurrent", 1
+    observes_late = True
 
     def __init__(
         self,
