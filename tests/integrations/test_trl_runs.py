@@ -168,3 +168,23 @@ def test_an_evaluation_between_two_uses_of_a_batch_decides_nothing(tmp_path: Pat
     trainer.train()
     assert [report.mode for report in engine.reports].count("eval") == 2
     assert corrects == [False, False, False, False, True]
+
+
+def test_an_interrupted_step_is_no_part_of_the_next_run(tmp_path: Path) -> None:
+    rows = list[Rows]()
+    reward = noting(rows)
+
+    def interrupting(**kwargs: Any) -> list[float]:
+        scores: list[float] = reward(**kwargs)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        return scores
+
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build("attach", engine, tmp_path, max_steps=2, reward_funcs=interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert [report.step for report in engine.reports] == [0, 0, 1]
+    assert [report.num_requests for report in engine.reports] == [8, 8, 8]
+    assert [report.policy_version for report in engine.reports] == [0, 2, 3]

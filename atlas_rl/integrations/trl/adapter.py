@@ -184,7 +184,9 @@ class TrainerAdapter:
     def _begin_again(self) -> None:
         """Sync before the first generation of another run, whatever its step: its policy is not the one of that step."""
         self._calls_at_step, self._synced_step = {}, None
+        # The steps at which trainers last asked for a sync: GOLD and IW-OPD have the second.
         self.trainer._last_loaded_step = -1
+        self.trainer._last_vllm_sync_step = -int(getattr(self.trainer, "vllm_sync_frequency", 1))
 
     def generate(
         self,
