@@ -254,7 +254,8 @@ def test_suppressed_tokens_are_never_drawn(source: str, tmp_path: Path) -> None:
         trained.extend(token for row in completion_ids for token in row)
         return [0.0] * len(completion_ids)
 
-    options = {"generation_kwargs": {"suppress_tokens": suppressed}} if source == "generation_kwargs" else {}
+    asks = source == "generation_kwargs"
+    options: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": suppressed}} if asks else {}
     if source == "policy":
         model.generation_config.suppress_tokens = suppressed
     trainer = build_trainer("grpo", model, word_tokenizer(), tmp_path, reward_funcs=noted, max_steps=1, **options)

@@ -33,7 +33,7 @@ def noting(rows: list[Rows]) -> Any:
 
 def build(way: str, engine: AtlasRolloutEngine, folder: Path, *, seed: int = 1, **options: Any) -> Any:
     """A GRPO trainer that generates with the engine, attached or by `rollout_func`."""
-    way_in = {"rollout_func": engine} if way == "rollout_func" else {}
+    way_in: dict[str, Any] = {"rollout_func": engine} if way == "rollout_func" else {}
     trainer = build_trainer("grpo", policy(seed), word_tokenizer(), folder, **way_in, **options)
     if way == "attach":
         engine.attach(trainer)

@@ -91,8 +91,8 @@ def test_a_server_that_wants_a_key() -> None:
         refused(address, RuntimeError, "answered /v1/models with 401: .*Unauthorized")
 
 
-UP = {"/health": (200, {}), "/v1/models": (200, {"data": [{"id": "policy"}]})}
-STATUS = {"server": "a", "policy_version": 0, "weights_are_whole": True, "num_trainers": 1}
+UP: dict[str, tuple[int, Any]] = {"/health": (200, {}), "/v1/models": (200, {"data": [{"id": "policy"}]})}
+STATUS: dict[str, Any] = {"server": "a", "policy_version": 0, "weights_are_whole": True, "num_trainers": 1}
 
 
 @pytest.mark.parametrize(
