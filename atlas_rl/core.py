@@ -46,6 +46,7 @@ class SamplingParams:
             (arXiv 1909.05858), in `[1e-10, 1e10]`; 1 is off.
         eos_token_ids: Tokens that end a request, or one such token; the ending token is part of the completion.
         seed: Seed of the counter-based noise; equal seeds give equal tokens.
+        suppress_tokens: Tokens that are never drawn, their logits are `-inf`; in process only.
 
     Raises:
         ValueError: A value is out of its range; the message says which range holds.
@@ -59,6 +60,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         least, most = TEMPERATURES
@@ -82,6 +84,7 @@ class SamplingParams:
             ),
             "eos_token_ids": token_ids("eos_token_ids", self.eos_token_ids),
             "seed": whole("seed", self.seed, 0, 2**63 - 1),
+            "suppress_tokens": token_ids("suppress_tokens", self.suppress_tokens),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -92,9 +95,9 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def distribution(self) -> tuple[float, ...]:
+    def distribution(self) -> tuple[float | tuple[int, ...], ...]:
         """Identity of the processed distribution: equal for parameters that differ only in seed or limits."""
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.suppress_tokens
 
     @property
     def stops(self) -> np.ndarray:
@@ -118,7 +121,7 @@ class SamplingParams:
 
     @property
     def plain(self) -> bool:
-        """Whether the processed distribution is the policy's softmax at `temperature`, unchanged."""
+        """Whether the processed distribution is the policy's softmax at `temperature`, but for suppressed tokens."""
         return not self.greedy and not self.truncates and self.repetition_penalty == 1
 
 

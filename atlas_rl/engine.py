@@ -41,7 +41,10 @@ class AtlasRolloutEngine(RolloutEngine):
                 is then as it was.
         """
         reject_unknown(unknown, ("baseline_every",), "attach()")
-        asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and self._adapter is None
+        from atlas_rl.integrations.trl.adapter import adapter_of
+
+        # A trainer that an engine generates for in process has use_vllm=True as well.
+        asks = self.config.backend == "auto" and getattr(trainer, "use_vllm", False) and adapter_of(trainer) is None
         module: Any
         if not asks and self.config.backend != "vllm":
             from atlas_rl.integrations.trl import in_process as module
@@ -79,6 +82,4 @@ class AtlasRolloutEngine(RolloutEngine):
             raise ValueError("rollout_func=engine generates in process: with vLLM use engine.attach(trainer)")
         from atlas_rl.integrations.trl.adapter import rollout_func
 
-        if self._adapter is None:
-            self._adapter = rollout_func(self, trainer)
-        return self._adapter.rollout_func(prompts)
+        return rollout_func(self, trainer).rollout_func(prompts)

@@ -89,7 +89,7 @@ def arm(folder: Path, drafter: str, way: str) -> NoReturn:
     engine = AtlasRolloutEngine(console=False, audit_share=0, speculators=speculators, controller=controller)
     engine.attach(trainer)
     if way == "apart":
-        engine._policy.exchange = None
+        engine._adapter._exchange = None
     trainer.train()
     if trainer.accelerator.is_main_process:
         (folder / "figures.json").write_text(

@@ -25,6 +25,7 @@ from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, V
 from atlas_rl.decode.checked import check_draft, checked_admission, checked_backlog, checked_plan, checked_survival
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
+from atlas_rl.speculators.saved_state import NOT_SAVED
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
@@ -178,7 +179,13 @@ class GuardedSpeculator(Speculator):
         return self._try("weights", lambda: tuple(self.unguarded.weights()), ())
 
     def state_dict(self) -> dict[str, Any]:
-        return self._try("state_dict", methodcaller("state_dict"), {}, self.unguarded)
+        """State of the speculator, of one that is off as well: an error in drafting must not cost what it has learned."""
+        off_at, self._off_at = self._off_at, None
+        state = self._try("state_dict", methodcaller("state_dict"), NOT_SAVED, self.unguarded)
+        self._off_at = off_at if self._off_at is None else self._off_at
+        if state is NOT_SAVED:
+            logger.warning("atlas_rl: nothing of the drafter '%s' is saved: its state_dict() raised", self.name)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unguarded.load_state_dict(state)

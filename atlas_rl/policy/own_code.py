@@ -11,7 +11,17 @@ from torch import nn
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.unwrap import hooks_of, origin_of
 
-_KNOWN = ("transformers.", "torch.", "peft.", "accelerate.", "bitsandbytes.", "deepspeed.", "torchao.", "atlas_rl.")
+_KNOWN = (
+    "transformers.",
+    "torch.",
+    "peft.",
+    "accelerate.",
+    "bitsandbytes.",
+    "deepspeed.",
+    "torchao.",
+    "trl.",
+    "atlas_rl.",
+)
 
 
 def own_code(model: nn.Module) -> bool:

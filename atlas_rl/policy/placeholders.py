@@ -29,5 +29,6 @@ def refuse_placeholders(config: Any, token_ids: np.ndarray, lengths: np.ndarray)
             raise ValueError(
                 f"request {int(rows.argmax())} has a place for {_KINDS[kind]} in its prompt (token {token}, the policy's "
                 f"{name}): in process a policy is given text alone. Leave it out of the prompt, or generate with the "
-                "trainer's own engine"
+                "trainer's own engine. If the policy drew it in an earlier turn, put it into "
+                "generation_kwargs['suppress_tokens']"
             )

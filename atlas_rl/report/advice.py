@@ -135,6 +135,13 @@ LOGGED: tuple[Explained, ...] = (
         "Nothing, if the change was intended.",
     ),
     Explained(
+        "rollouts are sampled at temperature ..., and scored at ..., with which ... was built",
+        "`trainer.temperature` or `generation_kwargs` changes what is sampled. GRPO and RLOO go on scoring at the "
+        "temperature of their configuration, and this trainer has no importance-sampling correction.",
+        "Set the temperature in the trainer's configuration. For a schedule use an attached `GRPOTrainer` with its "
+        "correction.",
+    ),
+    Explained(
         "... made its first training step without asking the engine for rollouts",
         "The trainer generates in its own code, so the engine does nothing.",
         "Let that code call the trainer's standard generation, or do not attach an engine.",
@@ -169,6 +176,11 @@ LOGGED: tuple[Explained, ...] = (
         "Your own drafter returns a state that cannot be written: only nested mappings of tensors, arrays, numbers and text "
         "are supported.",
         "Change its `state_dict`. The training continues.",
+    ),
+    Explained(
+        "nothing of the drafter '...' is saved",
+        "The drafter's `state_dict` raised while a checkpoint was saved. The log has its traceback.",
+        "Fix your own drafter; please report errors of ours. A run that resumes from this checkpoint says so again.",
     ),
     Explained(
         "a ... was lost (...). Generation goes on",

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+_KEPT_REPORTS = 1000
 
 
 class RolloutEngine:
@@ -73,18 +74,16 @@ class RolloutEngine:
         self.config = EngineConfig.of(options)
         check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
-        self.reports: list[StepReport] = []
+        self.reports: list[StepReport] = []  # the newest
         self.model = model
         self._backend: Backend | None = None
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
         self._restored: dict[str, Any] = {}  # saved state, kept until the first rollout makes the speculators
         self._restores_strictly = True
-        self._policy = PolicyTracker()
-        self._faults = Faults()
+        self._policy, self._faults = PolicyTracker(), Faults()
         self._auditor = Auditor(self.config.audit_share)
-        self._calls = 0
-        self._sync_s = 0.0
+        self._calls, self._sync_s = 0, 0.0
         self._lost = LostWrites()
         self._sink: JsonlSink | None = None
         self._trace_sink: JsonlSink | None = None
@@ -208,13 +207,14 @@ class RolloutEngine:
             self._speculators_for(self._backend_for(model))
 
     @one_at_a_time
-    def policy_updated(self, version: int | None = None) -> None:
+    def policy_updated(self, version: int | None = None, *, step: int | None = None) -> None:
         """Tell the engine that the policy's weights changed: drafters learn from the newest rollouts.
 
-        Trainers call it through the integration; stand-alone users call it after their own optimizer step.
-        `version` is the policy's, a whole number not below the present one (`ValueError`); None adds one.
+        Stand-alone users call it after their own optimizer step. `version` is the policy's, a whole number not below the
+        present one (`ValueError`); None adds one. Trainers give their `step` through the integration: the version becomes
+        the step, or the next one if an earlier run has come further.
         """
-        version = self._policy.checked(version)
+        version = self._policy.checked(version) if step is None else self._policy.at_step(step, used=self._calls > 0)
         speculators = self._speculators or {}
         if self._backend is not None and resized(self._backend):
             self._backend_for(self._backend.view.model)
@@ -263,8 +263,8 @@ class RolloutEngine:
 
     @one_at_a_time
     def publish(self, report: StepReport) -> None:
-        """Keep a report, print its line, and append it to the JSONL file; failed writes count in `lost_writes`."""
-        self.reports.append(report)
+        """Keep a report with the newest 1000, print its line, append it to the JSONL file; see `lost_writes`."""
+        self.reports[:] = [*self.reports[1 - _KEPT_REPORTS :], report]
         if self.config.console:
             with self._lost.tolerate("console line"):  # the console is often a file on the same disk
                 progress.say("\n".join((console_line(report), *console_warnings(report))))
@@ -297,8 +297,7 @@ class RolloutEngine:
         if self._speculators is None:
             self._restored, self._restores_strictly = dict(state), strict
             return
-        parts = {name: part for name, part in state.items() if not (isinstance(part, Mapping) and not part)}
-        restore(self._speculators, parts, strict=strict)
+        restore(self._speculators, state, strict=strict)
 
     @property
     def lost_writes(self) -> dict[str, int]:
@@ -345,8 +344,9 @@ class RolloutEngine:
             given, names = list(controller.speculators), list(speculators)
             if names[: len(given)] != given:  # speculators after these are never asked
                 raise ValueError(f"the controller was made for speculators {given}, the engine has {names}")
+            restore(speculators, self._restored, strict=self._restores_strictly)
             self._speculators, self._controller = dict(speculators), GuardedController(controller, self._faults)
-            self.load_state_dict(self._restored, strict=self._restores_strictly)
+            self._restored = {}
         return self._speculators
 
     def _audit(self, policy: nn.Module, backend: Backend, call: Call, run: CallResult) -> Audit:

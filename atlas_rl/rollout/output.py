@@ -16,7 +16,6 @@ class GenerationOutput:
         completion_ids: Generated tokens, the ending token included.
         logprobs: Log-probability of each generated token under the processed distribution (at temperature 0, under the
             policy's own at temperature 1).
-        report: Counts and costs of the call.
         report: What the call did and what it cost.
     """
 

@@ -106,8 +106,8 @@ def kernel_temperature(sampling: SamplingParams) -> float:
 
 
 def _is_processed(sampling: SamplingParams) -> bool:
-    """Whether torch applies truncation, penalties and the temperature before the kernels run."""
-    return sampling.truncates or sampling.repetition_penalty != 1
+    """Whether torch applies truncation, penalties, suppression and the temperature before the kernels run."""
+    return sampling.truncates or sampling.repetition_penalty != 1 or bool(sampling.suppress_tokens)
 
 
 def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor | None:

@@ -1,11 +1,13 @@
 """Turns the policy's logits into the distribution that is sampled.
 
-The order is that of `transformers.generate`: repetition penalty, temperature, top-k, top-p, min-p.
+The order is that of `transformers.generate`: repetition penalty, suppressed tokens, temperature, top-k, top-p, min-p.
 `atlas_kernels.truncate` does the last three; it keeps the same tokens on every device, and defines which of equal ones
 it keeps.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,12 +39,20 @@ def process(logits: torch.Tensor, sampling: SamplingParams, prefixes: torch.Tens
         seen, penalty = logits.gather(1, prefixes), sampling.repetition_penalty
         # A repeated token is written several times, always with the same value.
         logits.scatter_(1, prefixes, torch.where(seen < 0, seen * penalty, seen / penalty))
+    if sampling.suppress_tokens:
+        logits.index_fill_(1, _existing(sampling.suppress_tokens, logits), -torch.inf)
     if sampling.greedy:
         return logits
     if sampling.truncates:
         temperature, how = sampling.temperature, implementation_on(logits.device)
         return truncate(logits, sampling.truncation, temperature=temperature, out=logits, implementation=how)
     return logits if sampling.temperature == 1 else logits.div_(sampling.temperature)
+
+
+def _existing(token_ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+    """The tokens that `logits` `[rows, vocab]` have: int64 `[n]` on their device. Others are never drawn anyway."""
+    here = [token for token in token_ids if 0 <= token < logits.shape[1]]
+    return uploaded(np.array(here, np.int64), logits.device)
 
 
 def padded_prefixes(texts: np.ndarray, rows: np.ndarray, ends: np.ndarray, device: torch.device) -> torch.Tensor:

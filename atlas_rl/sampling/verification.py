@@ -101,6 +101,7 @@ class Verifier(ABC):
             NonFiniteLogits: The policy's logits are not a distribution at a position that is reached.
         """
         sampling = sequences.sampling
+        excludes = sampling.truncates or bool(sampling.suppress_tokens)
         batch, width = len(requests), int(draft.lengths.max(initial=0)) + 1
         first = np.cumsum(draft.lengths + 1) - (draft.lengths + 1)
         outcome = Outcome(
@@ -131,7 +132,7 @@ class Verifier(ABC):
             chosen = torch.from_numpy(tokens).to(logits.device)
             logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
             outcome.logprobs[going, depth] = logprobs.cpu().numpy()
-            outcome.entropies[going, depth] = entropies(processed, probs, chosen, logprobs, sampling.truncates)
+            outcome.entropies[going, depth] = entropies(processed, probs, chosen, logprobs, excludes)
             outcome.max_probs[going, depth] = max_probs
             outcome.num_accepted[going[accepted]] += 1
             going = going[accepted & ~sampling.ends(tokens)]  # after an ending token nothing is committed

@@ -85,9 +85,9 @@ class Drawing:
         carried: Sequence[np.ndarray] = (),
     ) -> None:
         sampling = sequences.sampling
-        if token_ids is not None and sampling.repetition_penalty != 1:
-            # A penalty would need the whole prefix in the reduced vocabulary: leaving it out costs only acceptance.
-            sampling = replace(sampling, repetition_penalty=1.0)
+        if token_ids is not None and (sampling.repetition_penalty != 1 or sampling.suppress_tokens):
+            # Both would need tokens of the policy in the reduced vocabulary: leaving them out costs only acceptance.
+            sampling = replace(sampling, repetition_penalty=1.0, suppress_tokens=())
         self._drafter, self._sampling, self._sequences = drafter, sampling, sequences
         self._depths, self._token_ids, self._device = depths, token_ids, device
         self._couples_noise, self._likeliest = couples_noise, argmax or sampling.greedy

@@ -13,6 +13,15 @@ import torch
 
 _INTEGERS, _FLOATS = "iu", "f"
 _MAX_VERSION = 2**31 - 1  # policy versions are stored in 32 bits
+NOT_SAVED: dict[str, Any] = {"not_saved": True}
+"""Stands in a saved state for a drafter whose `state_dict` raised."""
+
+
+def saved_part(part: Any) -> Any:
+    """A drafter's part of a saved state; `ValueError` if nothing of it was saved."""
+    if isinstance(part, Mapping) and set(part) == set(NOT_SAVED):
+        raise ValueError("its state_dict() raised when the state was saved, which has nothing of it")
+    return part
 
 
 class SavedState:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from atlas_rl.checks import path as checked_path
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.saved_state import saved_part
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, strict: bool) -> None:
-    """Restore each speculator's part of a state.
+    """Restore each speculator's part of a state; an empty part restores nothing.
 
     Args:
         speculators: By name.
@@ -144,6 +145,7 @@ def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, 
     Raises:
         ValueError: With `strict`: a part is damaged, or its speculator does not exist.
     """
+    state = {name: part for name, part in state.items() if not (isinstance(part, Mapping) and not part)}
     missing = sorted(str(name) for name in state if name not in speculators)
     if missing:
         message = f"the state has speculators {missing} that this engine lacks; it has {sorted(speculators)}"
@@ -154,7 +156,7 @@ def restore(speculators: Mapping[str, Speculator], state: Mapping[str, Any], *, 
         if name not in state:
             continue
         try:
-            speculator.load_state_dict(state[name])
+            speculator.load_state_dict(saved_part(state[name]))
         except Exception as error:  # user-written speculators included: training never stops for a drafter
             if strict:
                 raise

@@ -65,6 +65,18 @@ class PolicyTracker:
             raise ValueError(f"policy versions do not fall: this one is {self.version}, got {number}")
         return number
 
+    def at_step(self, step: int, *, used: bool) -> int:
+        """Version of a trainer's policy at one of its steps: the step, or a later one if that is taken.
+
+        Another run or another trainer counts its steps anew. A version with rollouts belongs to the weights that drew
+        them.
+
+        Args:
+            step: The trainer's step.
+            used: Whether there are rollouts of the present version.
+        """
+        return max(step, self.version + int(used))
+
     def finished(self, rollouts: Rollouts) -> None:
         """A generation call ended; its rollouts are the newest."""
         self._newest = rollouts

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.policy.own_code import own_code
 from benchmarks import tiny_policies
 from tests.models import tiny_llama
 from tests.trainers import DATA, WORDS, arguments, build_trainer, rewards, with_special_tokens, word_tokenizer
@@ -218,7 +219,13 @@ def test_what_is_no_trainer_is_named(built: Any) -> None:
         attach(built)
 
 
-OF_THE_POLICY = {"no_repeat_ngram_size": 1, "suppress_tokens": [2, 3], "typical_p": 0.2, "num_beams": 2, "top_h": 0.1}
+OF_THE_POLICY = {
+    "no_repeat_ngram_size": 1,
+    "begin_suppress_tokens": [2, 3],
+    "typical_p": 0.2,
+    "num_beams": 2,
+    "top_h": 0.1,
+}
 
 
 @pytest.mark.parametrize("name", OF_THE_POLICY)
@@ -228,6 +235,41 @@ def test_what_the_policys_own_config_asks_for_is_not_lost(name: str, tmp_path: P
     setattr(model.generation_config, name, OF_THE_POLICY[name])
     with pytest.raises(ValueError, match=f"the policy's generation_config {{'{name}'.* cannot be honoured in process"):
         attach(build(tmp_path, model=model))
+
+
+def test_what_the_trainers_own_config_asks_for_is_not_lost(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    trainer.generation_config.min_new_tokens = 3
+    with pytest.raises(ValueError, match=r"the trainer's generation_config \{'min_new_tokens': 3\} cannot be honoured"):
+        attach(trainer)
+
+
+@pytest.mark.parametrize("source", ["trainer", "policy", "generation_kwargs"])
+def test_suppressed_tokens_are_never_drawn(source: str, tmp_path: Path) -> None:
+    """A trainer with a processor suppresses the image token in its own generation_config."""
+    suppressed, model = [*range(2, 9)], policy()
+    trained: list[int] = []
+
+    def noted(completion_ids: Any, **kwargs: Any) -> list[float]:
+        trained.extend(token for row in completion_ids for token in row)
+        return [0.0] * len(completion_ids)
+
+    asks = source == "generation_kwargs"
+    options: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": suppressed}} if asks else {}
+    if source == "policy":
+        model.generation_config.suppress_tokens = suppressed
+    trainer = build_trainer("grpo", model, word_tokenizer(), tmp_path, reward_funcs=noted, max_steps=1, **options)
+    if source == "trainer":
+        trainer.generation_config.suppress_tokens = suppressed
+    attach(trainer)
+    trainer.train()
+    assert trained
+    assert not set(trained) & set(suppressed)
+    assert trainer.vllm_importance_sampling_correction, "the trainer scores with them, and they had a probability"
+
+
+def test_the_forward_that_trl_puts_into_a_policy_is_no_custom_code(tmp_path: Path) -> None:
+    assert not own_code(build(tmp_path).model)
 
 
 def test_an_option_that_the_trainer_leaves_open_is_the_policys(tmp_path: Path) -> None:

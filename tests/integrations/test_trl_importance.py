@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.core import SamplingParams
@@ -139,6 +140,59 @@ def test_left_alone(wanted: bool, sampling: SamplingParams, llama: PreTrainedMod
     checked = trainer()
     ImportanceCheck(checked, wanted=wanted).observe(llama, sampling, rollouts)
     assert checked.vllm_importance_sampling_correction
+
+
+def test_a_schedule_changes_what_is_sampled_and_not_what_is_scored(llama: PreTrainedModel, rollouts: Any) -> None:
+    """GRPO scores at the temperature that it was built with, here 1, whatever `trainer.temperature` says later."""
+    checked = trainer()
+    check = ImportanceCheck(checked, wanted=True, built_at=1.0)
+    check.observe(llama, SAMPLING, rollouts)
+    assert checked.vllm_importance_sampling_correction
+
+
+class Cooling(TrainerCallback):
+    """Lowers a trainer's temperature after the first step, and notes whether the correction is on after every step."""
+
+    def __init__(self, of: Any) -> None:
+        self.trainer = of
+        self.corrects: list[bool] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.corrects.append(getattr(self.trainer, "vllm_importance_sampling_correction", False))
+        self.trainer.temperature = 0.6
+
+
+def cooling(kind: str, folder: Path, **options: Any) -> Any:
+    model = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+    made = build_trainer(kind, model, word_tokenizer(), folder, max_steps=2, **options)
+    made.add_callback(Cooling(made))
+    return made
+
+
+def test_a_temperature_schedule_switches_the_correction_on_again(tmp_path: Path) -> None:
+    training = cooling("grpo", tmp_path)
+    AtlasRolloutEngine(console=False).attach(training)
+    training.train()
+    (callback,) = (each for each in training.callback_handler.callbacks if isinstance(each, Cooling))
+    assert callback.corrects == [False, True]
+    (corrected,) = (row for row in training.state.log_history if "sampling/importance_sampling_ratio/mean" in row)
+    assert corrected["sampling/sampling_logp_difference/mean"] > 0.01
+
+
+@pytest.mark.parametrize("way", ["rloo", "rollout_func"])
+def test_a_temperature_schedule_that_nothing_corrects_for_is_said_once(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = AtlasRolloutEngine(console=False)
+    if way == "rloo":
+        training = cooling("rloo", tmp_path)
+        engine.attach(training)
+    else:
+        training = cooling("grpo", tmp_path, rollout_func=engine)
+    with caplog.at_level(logging.WARNING):
+        training.train()
+        training.train()
+    assert caplog.text.count("sampled at temperature 0.6, and scored at 1, with which") == 1
 
 
 @pytest.mark.parametrize("kwargs", [{"temperature": 0.6}, {"temperature": 1.4}, {"top_k": 4}])

@@ -13,7 +13,13 @@ from transformers import GenerationConfig
 
 from atlas_rl.checks import shown
 from atlas_rl.core import SamplingParams
-from atlas_rl.integrations.trl.sampling import OPTIONS, left_to_the_policy, read_sampling
+from atlas_rl.integrations.trl.sampling import (
+    OPTIONS,
+    beyond_its_attributes,
+    left_to_the_policy,
+    read_sampling,
+    with_suppressed,
+)
 
 
 def trainer(generation_kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -227,3 +233,18 @@ def test_every_way_of_saying_off_is_off(off: int | None, in_kwargs: bool) -> Non
 def test_a_value_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\]"):
         read_sampling(trainer({"top_p": 1.5}), seed=0)
+
+
+def test_what_the_trainers_config_has_beyond_its_attributes_precedes_the_policys() -> None:
+    of = trainer({"no_repeat_ngram_size": None})
+    of.model = SimpleNamespace(generation_config=GenerationConfig(suppress_tokens=[3], no_repeat_ngram_size=2))
+    of.generation_config = GenerationConfig(suppress_tokens=[4], temperature=0.3, min_p=0.5, max_new_tokens=3)
+    assert beyond_its_attributes(of) == {"suppress_tokens": [4]}
+    sampling = with_suppressed(read_sampling(of, 0, left_to_the_policy(of) | beyond_its_attributes(of)))
+    assert sampling.params == SamplingParams(max_new_tokens=12, eos_token_ids=(1, 2), suppress_tokens=(4,))
+    assert sampling.extra == {"no_repeat_ngram_size": 2}
+
+
+def test_wrong_tokens_to_suppress_are_named() -> None:
+    with pytest.raises(ValueError, match="suppress_tokens must be"):
+        with_suppressed(read_sampling(trainer({"suppress_tokens": [[3]]}), seed=0))

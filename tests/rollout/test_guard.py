@@ -17,6 +17,7 @@ from atlas_rl.decode.guard import GuardedSpeculator
 from atlas_rl.speculators.base import NO_PROMPTS
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.saved_state import NOT_SAVED
 from tests.drafters import RandomDrafter
 from tests.engines import VOCAB, draft_model, engine_of, generate, policy, reference, state_of
 
@@ -110,8 +111,9 @@ def test_an_error_between_calls_is_in_the_next_report(where):
     if where == "refresh":
         engine.policy_updated()
     elif where == "state_dict":
-        assert engine.state_dict().keys() == {"failing", "history"}
-        assert engine.state_dict()["failing"] == {}
+        state = engine.state_dict()
+        assert state.keys() == {"failing", "history"}
+        assert state["failing"] == NOT_SAVED
     else:
         assert list(engine._speculators["failing"].weights()) == []
     output = generate(engine)
@@ -121,6 +123,31 @@ def test_an_error_between_calls_is_in_the_next_report(where):
     drafter.where = None
     engine.policy_updated()
     assert generate(engine).report.drafted["failing"] > 0
+
+
+def test_a_drafter_that_is_off_is_saved():
+    """The next policy update, which switches it on again, may come after the checkpoint."""
+    drafter = Failing("propose")
+    engine = engine_with(drafter, HistorySpeculator())
+    assert generate(engine).report.drafter_faults == {"failing": 1}
+    assert engine.state_dict()["failing"] == {"one": 1}
+    assert generate(engine).report.drafted["failing"] == 0, "it is off still"
+
+
+def test_what_could_not_be_saved_is_said_at_saving_and_at_loading(tmp_path, caplog):
+    engine = engine_with(Failing("state_dict"), HistorySpeculator())
+    generate(engine)
+    with caplog.at_level(logging.WARNING):
+        engine.save_drafters(tmp_path / "saved")
+    assert "nothing of the drafter 'failing' is saved" in caplog.text
+    caplog.clear()
+    resumed = engine_with(Failing(None), HistorySpeculator())
+    with caplog.at_level(logging.WARNING):
+        resumed.load_drafters(tmp_path / "saved")
+    assert "the drafter 'failing' is ignored: its state_dict() raised" in caplog.text
+    assert resumed._speculators["history"].num_archived_tokens == engine._speculators["history"].num_archived_tokens > 0
+    with pytest.raises(ValueError, match="has nothing of it"):
+        resumed.load_state_dict(engine.state_dict())
 
 
 def test_bind_is_not_guarded():

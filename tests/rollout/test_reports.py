@@ -11,6 +11,7 @@ from atlas_rl import AtlasRolloutEngine, StepReport
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.report.report import PHASES
 from atlas_rl.report.sinks import read_jsonl
+from atlas_rl.rollout import engine as engine_module
 from tests.drafters import Parrot, RandomDrafter
 from tests.engines import ARMS, VOCAB, Mute, engine_of, fixed, generate, parrot, policy, reference
 
@@ -51,6 +52,13 @@ def test_a_report_without_speculation():
     assert report.no_speculation_s is None
     assert report.num_forwards == max(report.completion_lengths) - 1
     assert report.draft_s == 0
+
+
+def test_the_newest_reports_are_kept(monkeypatch):
+    monkeypatch.setattr(engine_module, "_KEPT_REPORTS", 2)
+    engine = engine_of()
+    reports = [generate(engine, [[1]], max_new_tokens=1).report for _ in range(3)]
+    assert engine.reports == reports[1:]
 
 
 def test_reports_are_kept_printed_and_written(tmp_path, capsys):

@@ -70,3 +70,34 @@ def test_the_state_of_another_speculator_is_refused():
     with pytest.raises(ValueError, match=r"\['mute'\].*lacks.*history"):
         engine_of().load_state_dict({"mute": {"depth": 3}})
     engine_of().load_state_dict({"mute": {}})  # it had nothing to restore
+
+
+def test_a_state_that_does_not_fit_is_refused_at_every_rollout():
+    """No rollout may begin with drafters of which some were restored."""
+    engine = AtlasRolloutEngine(console=False)
+    engine.load_state_dict({"mute": {"depth": 3}})
+    engine.model = policy()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\['mute'\].*lacks"):
+            generate(engine, [[1]], max_new_tokens=1)
+    engine.load_state_dict({})
+    generate(engine, [[1]], max_new_tokens=1)
+
+
+def test_a_state_that_was_handed_over_is_kept_no_longer():
+    engine = engine_of()
+    generate(engine)
+    attached = AtlasRolloutEngine(console=False)
+    attached.load_state_dict(engine.state_dict())
+    attached.model = policy()
+    generate(attached, [[1]], max_new_tokens=1)
+    assert attached._restored == {}
+
+
+def test_a_trainers_step_is_the_version_unless_that_is_taken():
+    engine = engine_of()
+    versions = []
+    for step in (0, 0, 1, 5, 0, 1, 5, 20):
+        engine.policy_updated(step=step)
+        versions.append(generate(engine, [[1]], max_new_tokens=1).report.policy_version)
+    assert versions == [0, 1, 2, 5, 6, 7, 8, 20]

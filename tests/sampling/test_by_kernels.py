@@ -40,6 +40,7 @@ SAMPLINGS = {
     "truncated": {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 1.2},
     "penalty": {"repetition_penalty": 1.4, "temperature": 0.8},
     "greedy with a penalty": {"repetition_penalty": 1.4, "temperature": 0.0},
+    "suppressed": {"suppress_tokens": (3, 5, 9), "temperature": 0.8},
 }
 
 
@@ -51,6 +52,7 @@ SAMPLINGS = {
         (RejectionSampling, False, "greedy"),
         (RejectionSampling, True, "plain"),
         (RejectionSampling, True, "truncated"),
+        (RejectionSampling, True, "suppressed"),
     ],
 )
 def test_outcomes_are_those_of_the_eager_form(interpreted, form, with_probs, sampling):

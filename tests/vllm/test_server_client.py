@@ -7,11 +7,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from atlas_rl import AtlasRolloutEngine
 from tests import vllm_engines  # first: it skips this module where there is no vLLM
+from tests.models import tiny_llama
+from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 from tests.vllm_server import free_port
 
 __all__ = ["vllm_engines"]
@@ -27,6 +31,10 @@ def answering(answers: Mapping[str, tuple[int, Any]]) -> Iterator[str]:
             self.send_response(code)
             self.end_headers()
             self.wfile.write(json.dumps(body).encode())
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.do_GET()
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -81,3 +89,51 @@ def test_a_plain_vllm_serve() -> None:
 def test_a_server_that_wants_a_key() -> None:
     with answering({"/health": (200, {}), "/v1/models": (401, {"error": "Unauthorized"})}) as address:
         refused(address, RuntimeError, "answered /v1/models with 401: .*Unauthorized")
+
+
+UP: dict[str, tuple[int, Any]] = {"/health": (200, {}), "/v1/models": (200, {"data": [{"id": "policy"}]})}
+STATUS: dict[str, Any] = {"server": "a", "policy_version": 0, "weights_are_whole": True, "num_trainers": 1}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"results": [STATUS | {"newer": 1}]},
+        {"results": [{"server": "a"}]},
+        {"results": []},
+        {"results": [None]},
+        {},
+        [],
+    ],
+    ids=str,
+)
+def test_a_server_with_another_version_of_the_package(answer: Any) -> None:
+    """A `TypeError` or `KeyError` would say nothing to the user; with several ranks, the others waited for this one."""
+    with answering(UP | {"/collective_rpc": (200, answer)}) as address:
+        refused(
+            address, ValueError, "atlas_status in another form .* the same versions", lambda client: client.status()
+        )
+
+
+@pytest.mark.parametrize("answer", [{}, {"vllm_config": None}, []], ids=str)
+def test_a_server_with_another_version_of_vllm(answer: Any) -> None:
+    with answering(UP | {"/server_info": (200, answer)}) as address:
+        refused(
+            address,
+            ValueError,
+            "/server_info in another form .* the same versions",
+            lambda client: client.check_server_is_ours(),
+        )
+
+
+def test_an_engine_that_serves_a_trainer_takes_another_one_to_its_server(tmp_path: Path) -> None:
+    """It was told to build that one with `use_vllm=False`, as if an engine in process were meant."""
+    model = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+    engine = AtlasRolloutEngine(console=False)
+    engine.attach(build_trainer("grpo", model, word_tokenizer(), tmp_path))
+    trainer = build_trainer("grpo", model, word_tokenizer(), tmp_path)
+    trainer.use_vllm, trainer.args.vllm_mode = True, "server"
+    trainer.args.vllm_server_base_url = f"http://127.0.0.1:{free_port()}"
+    trainer.args.vllm_server_timeout = 0.0
+    with pytest.raises(ConnectionError, match="no vLLM server is up"):
+        engine.attach(trainer)

@@ -22,8 +22,17 @@ from atlas_rl.integrations.trl.checks import check_gathering
 from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
 from atlas_rl.integrations.trl.exchange import ExchangeCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
+from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.reports import ReportCallback
-from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, left_to_the_policy, read_sampling
+from atlas_rl.integrations.trl.runs import RunCallback
+from atlas_rl.integrations.trl.sampling import (
+    OPTIONS,
+    TrainerSampling,
+    beyond_its_attributes,
+    left_to_the_policy,
+    read_sampling,
+    with_suppressed,
+)
 from atlas_rl.integrations.trl.whole_policy import whole_policy
 from atlas_rl.policy.supported import context_of
 from atlas_rl.policy.unwrap import unwrap_policy
@@ -35,10 +44,16 @@ if TYPE_CHECKING:
     from atlas_rl.rollout.output import GenerationOutput
 
 
+def adapter_of(trainer: Any) -> TrainerAdapter | None:
+    """The adapter through which a trainer generates with an engine; None if it does not."""
+    present = getattr(trainer, "atlas_adapter", None) or getattr(trainer, "vllm_generation", None)
+    return present if isinstance(present, TrainerAdapter) else None
+
+
 def check_attached_once(engine: RolloutEngine, trainer: Any) -> None:
     """Raise `ValueError` if an engine is already attached to the trainer."""
-    present = getattr(trainer, "atlas_adapter", None) or getattr(trainer, "vllm_generation", None)
-    if isinstance(present, TrainerAdapter):
+    present = adapter_of(trainer)
+    if present is not None:
         if present.engine is engine:
             raise ValueError("the trainer already generates with this engine: attach once")
         raise ValueError("the trainer already generates with another engine: build a new trainer for this one")
@@ -56,16 +71,20 @@ def check_same_policy(engine: RolloutEngine, trainer: Any) -> None:
 
 
 def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
-    """Make the adapter for `GRPOTrainer(rollout_func=engine)`, which the trainer calls.
+    """The adapter for `GRPOTrainer(rollout_func=engine)`, which the trainer calls; made at its first call.
 
-    The trainer calls it for the first time in the middle of `train`. If the run resumes, the drafters are restored now
-    from the trainer's output folder, because the folder that it resumed from is no longer known.
+    The first call is in the middle of `train`. If the run resumes, the drafters are restored then, from the trainer's
+    output folder, because the folder that it resumed from is no longer known.
 
     Raises:
         ValueError: The trainer asks for an option that the engine does not have.
     """
+    present = adapter_of(trainer)
+    if present is not None and present.engine is engine:
+        return present
     check_gathering(trainer)
     adapter = TrainerAdapter(engine, trainer, baseline_every=0)
+    trainer.atlas_adapter = adapter
     if trainer.state.global_step > 0:
         adapter.drafter_state.restore(trainer.args, trainer.state)
     return adapter
@@ -73,22 +92,20 @@ def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
 
 def sampling_in_process(trainer: Any, seed: int) -> TrainerSampling:
     """The trainer's sampling options. Raises `ValueError` for those that the in-process engine lacks."""
-    of_policy = left_to_the_policy(trainer)
-    sampling = read_sampling(trainer, seed, of_policy)
+    of_policy, of_trainer = left_to_the_policy(trainer), beyond_its_attributes(trainer)
+    sampling = with_suppressed(read_sampling(trainer, seed, of_policy | of_trainer))
     if sampling.extra:
         asked = getattr(trainer.args, "generation_kwargs", None) or {}
-        theirs = {
-            name: value for name, value in sampling.extra.items() if asked.get(name) is None and name in of_policy
-        }
-        extra = {name: value for name, value in sampling.extra.items() if name not in theirs}
-        found = [
-            f"{where} {entries}"
-            for where, entries in (("generation_kwargs", extra), ("the policy's generation_config", theirs))
-            if entries
-        ]
+        found: dict[str, dict[str, Any]] = {}
+        for name, value in sampling.extra.items():
+            where = "generation_kwargs"
+            if asked.get(name) is None and name in of_policy | of_trainer:
+                where = f"the {'trainer' if name in of_trainer else 'policy'}'s generation_config"
+            found.setdefault(where, {})[name] = value
+        listed = " and ".join(f"{where} {entries}" for where, entries in found.items())
         raise ValueError(
-            f"{' and '.join(found)} cannot be honoured in process: {sorted(OPTIONS)} are supported, and others only with "
-            "values that have no effect. Set them to None"
+            f"{listed} cannot be honoured in process: {sorted((*OPTIONS, 'suppress_tokens'))} are supported, and others "
+            "only with values that have no effect. Set them to None"
         )
     return sampling
 
@@ -103,7 +120,8 @@ class TrainerAdapter:
 
     Args:
         engine: Generates.
-        trainer: The trainer. Its sampling options are read at every generation, so that schedules on them work.
+        trainer: The trainer. Its sampling options are read at every generation, so that schedules on them work. GRPO and
+            RLOO go on scoring at the temperature that they were built with; `ImportanceCheck` corrects or warns.
         baseline_every: See `AtlasRolloutEngine.attach`.
 
     Raises:
@@ -126,17 +144,19 @@ class TrainerAdapter:
         self._calls_at_step: dict[tuple[int, str], int] = {}
         self._train_calls = 0
         self._synced_step: int | None = None
+        self._runs = RunCallback(self._begin_again)
         self._sampling(seed=0)  # refuse unsupported options before the trainer is changed
-        self._importance = ImportanceCheck(trainer, self.shares_weights and engine.config.spare_importance_sampling)
+        built_at = float(trainer.args.temperature) if kind_of(trainer).scores_as_built else None
+        spare = self.shares_weights and engine.config.spare_importance_sampling
+        self._importance = ImportanceCheck(trainer, spare, built_at)
         self._reports = ReportCallback(engine, trainer)
         # Some steps may learn from the dataset's own completions.
         self._reports.may_pause = getattr(trainer, "lmbda", 1.0) < 1.0
         self.drafter_state = DrafterStateCallback(engine, trainer)
         exchange = ExchangeCallback(trainer)
-        if trainer.accelerator.num_processes > 1 and self.drafts_here:
-            engine.share_rollouts(exchange)
+        self._exchange = exchange if trainer.accelerator.num_processes > 1 and self.drafts_here else None
         of_drafters = (self.drafter_state, exchange) if self.drafts_here else ()
-        for callback in (self._reports, self._importance, *of_drafters):
+        for callback in (self._runs, self._reports, self._importance, *of_drafters):
             trainer.add_callback(callback)
 
     def install(self) -> None:
@@ -158,9 +178,15 @@ class TrainerAdapter:
         """Refresh the drafters after a policy update. Weights are shared, so nothing is copied."""
         step = int(self.trainer.state.global_step)
         if self._synced_step != step:
+            self.engine.policy_updated(step=step)
             self._synced_step = step
-            self._importance.begin_step(self._sampling(seed=0).params)
-            self.engine.policy_updated(step)
+
+    def _begin_again(self) -> None:
+        """Sync before the first generation of another run, whatever its step: its policy is not the one of that step."""
+        self._calls_at_step, self._synced_step = {}, None
+        # The steps at which trainers last asked for a sync: GOLD and IW-OPD have the second.
+        self.trainer._last_loaded_step = -1
+        self.trainer._last_vllm_sync_step = -int(getattr(self.trainer, "vllm_sync_frequency", 1))
 
     def generate(
         self,
@@ -207,6 +233,11 @@ class TrainerAdapter:
         `asked` are the sampling options of this call, None for the trainer's. The seed is always the adapter's.
         """
         step, mode = int(self.trainer.state.global_step), self._mode()
+        if self._exchange is not None:
+            self.engine.share_rollouts(self._exchange)  # another trainer may have used the engine
+        # An evaluation decides nothing: the trainer may go on with rollouts that were made as it had decided before.
+        if mode == "train" and asked is None and not self._calls_at_step.get((step, mode)):
+            self._importance.begin_step(self._sampling(seed=0).params)
         seed = self._seed(step, mode)
         sampling = self._sampling(seed) if asked is None else TrainerSampling(replace(asked, seed=seed), {})
         began_s = time.perf_counter()
@@ -256,12 +287,16 @@ class TrainerAdapter:
         return None
 
     def _seed(self, step: int, mode: Mode) -> int:
-        """A distinct seed for every generation call; a run resumed at this step gets the same one."""
+        """A distinct seed for every generation call; a run resumed at this step gets the same one.
+
+        The first run of a trainer has those of any other process; a further run that begins anew has others.
+        """
         call = self._calls_at_step.get((step, mode), 0)
         self._calls_at_step = {(step, mode): call + 1}
         seed = int(self.trainer.args.seed)
         group = int(self.trainer.accelerator.process_index) // self.ranks_per_engine
-        for part in (step, call, int(mode == "eval"), group):
+        run = [self._runs.number] if self._runs.number else []
+        for part in (step, call, int(mode == "eval"), group, *run):
             seed = mix64(seed ^ mix64(part + 1))
         return seed >> 1
 

@@ -56,13 +56,6 @@ class GenerateAdapter(TrainerAdapter):
         for name, mode in _ENTRANCES.items():
             setattr(self.trainer, name, self._while_serving(getattr(self.trainer, name), mode))
 
-    def sync_weights(self) -> None:
-        """Refresh the drafters if the trainer has made a step since the last call."""
-        step = int(self.trainer.state.global_step)
-        if self._synced_step != step:
-            self._synced_step = step
-            self.engine.policy_updated(step)
-
     def _sampling(self, seed: int) -> TrainerSampling:
         params = read_sampling(self.trainer.model, self.trainer.generation_config)
         return TrainerSampling(params, {})

@@ -17,7 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from atlas_rl.checks import empty, shown
 from atlas_rl.core import SamplingParams
-from atlas_rl.integrations.trl.sampling import TrainerSampling, read_generation_config
+from atlas_rl.integrations.trl.sampling import TrainerSampling, read_generation_config, with_suppressed
 from atlas_rl.policy.unwrap import unwrap_policy
 
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
@@ -72,7 +72,7 @@ def read_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     wanted = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name, None)]
     if wanted:
         raise ValueError(f"it asks for {', '.join(wanted)}")
-    sampling = _honoured(read_generation_config(config))
+    sampling = _honoured(with_suppressed(read_generation_config(config)))
     times = int(config.num_return_sequences or 1)
     prompts = _prompts(input_ids, mask, config)
     ending = sampling.eos_token_ids[:1] or (0,)
@@ -87,7 +87,7 @@ def read_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 def read_sampling(model: nn.Module, config: GenerationConfig) -> SamplingParams:
     """The sampling options of calls with this configuration. Raises `ValueError` for unsupported ones."""
-    return _honoured(read_generation_config(_config_of(model, config, {})[0]))
+    return _honoured(with_suppressed(read_generation_config(_config_of(model, config, {})[0])))
 
 
 def check_generate(model: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 TRL corrects for an engine whose logprobs differ from the trainer's, at the price of a forward pass over every rollout.
 An engine with the trainer's own weights needs no correction if it samples from the distribution that the trainer scores
-with: the whole softmax at the trainer's temperature, in the trainer's precision and with its dropout. Sampling options
-are compared at every generation. Logprobs are compared once, over enough tokens, before the correction is dropped.
+with: the whole softmax at the temperature it scores at, in its precision and with its dropout. Sampling options are
+compared before every training generation. Logprobs are compared once, over enough tokens, before the correction is
+dropped. Suppressed tokens do not count as a difference: if they have a probability, the comparison of logprobs finds it.
 """
 
 from __future__ import annotations
@@ -75,16 +76,23 @@ class ImportanceCheck(TrainerCallback):
     Args:
         trainer: Trainer whose `vllm_importance_sampling_correction` is switched off if they agree.
         wanted: False leaves the correction as it is.
+        built_at: Temperature at which the trainer scores, whatever `trainer.temperature` is now (`Kind.scores_as_built`);
+            None if it scores at `trainer.temperature`.
     """
 
-    def __init__(self, trainer: Any, wanted: bool) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any, wanted: bool, built_at: float | None = None) -> None:
+        self._trainer, self._built_at = trainer, built_at
+        self._told = False
         self._pending = wanted and bool(getattr(trainer, "vllm_importance_sampling_correction", False))
         self._dropped = False
         self._own = LogprobComparison()
 
     def begin_step(self, sampling: SamplingParams) -> None:
-        """Switch the correction on again if options changed; called before the first rollouts of a policy version."""
+        """Switch the correction on again if options changed.
+
+        Called before the first training rollouts of a policy version. Not before those of an evaluation: the trainer may
+        go on with training rollouts that were made without correction, and lack what its loss then reads.
+        """
         if not self._dropped:
             return
         reason = next(filter(None, self._of_all_ranks(self._difference_in_law(sampling))), "")
@@ -108,6 +116,7 @@ class ImportanceCheck(TrainerCallback):
                     "engine spare_importance_sampling=False"
                 )
             return
+        self.warn_uncorrected(sampling)
         if not self._pending or not self._trainer.use_vllm or self._own.num_tokens >= _ENOUGH_TOKENS:
             return
         self._own.reason = self._own.reason or self._difference_in_law(sampling) or self._difference_in_weights()
@@ -122,16 +131,37 @@ class ImportanceCheck(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide over all ranks together, by the worst of them."""
-        if self._pending and self._trainer.accelerator.num_processes > 1:
+        if self._pending and self._trainer.use_vllm and self._trainer.accelerator.num_processes > 1:
             self._settle(self._of_all_ranks(self._own))
+
+    def warn_uncorrected(self, sampling: SamplingParams) -> None:
+        """Warn once if training rollouts have another temperature than the trainer scores at, and nothing corrects it."""
+        if self._told or self._built_at is None or sampling.temperature == self._built_at:
+            return
+        if self._trainer.use_vllm and getattr(self._trainer, "vllm_importance_sampling_correction", False):
+            return
+        self._told = True
+        if self._trainer.accelerator.is_main_process:
+            logger.warning(
+                "atlas_rl: rollouts are sampled at temperature %g, and scored at %g, with which %s was built; nothing "
+                "corrects for the difference, so its gradient is biased. Build it with the temperature to sample at. Only "
+                "an attached GRPOTrainer with vllm_importance_sampling_correction=True takes another one",
+                sampling.temperature,
+                self._built_at,
+                type(self._trainer).__name__,
+            )
+
+    @property
+    def _scored_at(self) -> float:
+        """Temperature at which the trainer scores."""
+        return float(getattr(self._trainer, "temperature", 1.0)) if self._built_at is None else self._built_at
 
     def _difference_in_law(self, sampling: SamplingParams) -> str:
         """Why the trainer scores another distribution than the sampled one, in words; empty if it is the same."""
         if not sampling.plain:
             return "the sampled distribution is greedy, truncated or penalised, and the trainer scores the whole one"
-        scored_at = getattr(self._trainer, "temperature", 1.0)
-        if sampling.temperature != scored_at:
-            return f"rollouts are sampled at temperature {sampling.temperature:g}, and scored at {scored_at:g}"
+        if sampling.temperature != self._scored_at:
+            return f"rollouts are sampled at temperature {sampling.temperature:g}, and scored at {self._scored_at:g}"
         return ""
 
     def _difference_in_weights(self) -> str:
@@ -150,7 +180,7 @@ class ImportanceCheck(TrainerCallback):
         ):
             for row in rows.tolist():
                 prompt, completion = output.prompt_ids[row], output.completion_ids[row]
-                self._compare_row(model, prompt, completion, output.logprobs[row], sampling.temperature, device)
+                self._compare_row(model, prompt, completion, output.logprobs[row], self._scored_at, device)
 
     def _compare_row(
         self,

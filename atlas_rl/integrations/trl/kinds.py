@@ -5,7 +5,7 @@ A trainer is recognised by the names of its classes, so that subclasses count as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Way = tuple[str, ...]
@@ -23,11 +23,14 @@ class Kind:
         in_process: The trainer's path to the engine in process: to `vllm_generation` or to the policy's `generate`.
         vllm: Its path to a colocated vLLM; None if it does not use TRL's `VLLMGeneration`.
         built_later: Whether the vLLM engine can be added to a trainer that was built with `use_vllm=False`.
+        scores_as_built: Whether it goes on scoring at the temperature that it was built with if `trainer.temperature`
+            changes: TRL's fused head keeps that temperature.
     """
 
     in_process: Way
     vllm: Way | None = None
     built_later: bool = False
+    scores_as_built: bool = False
 
     @property
     def calls_the_policy(self) -> bool:
@@ -36,13 +39,14 @@ class Kind:
 
 
 _ASKS_VLLM = Kind(_TURN, _TURN, built_later=True)
+_SCORES_BY_FUSED_HEAD = replace(_ASKS_VLLM, scores_as_built=True)
 _DISTILLS_ITSELF = Kind(
     (*_SELF_DISTILLATION, "_generate_transformers", "generate"),
     (*_SELF_DISTILLATION, "_generate_vllm", "vllm_generation"),
 )
 _KINDS = {
-    "GRPOTrainer": _ASKS_VLLM,
-    "RLOOTrainer": _ASKS_VLLM,
+    "GRPOTrainer": _SCORES_BY_FUSED_HEAD,
+    "RLOOTrainer": _SCORES_BY_FUSED_HEAD,
     "DistillationTrainer": _ASKS_VLLM,
     "SDFTTrainer": _DISTILLS_ITSELF,
     "SDPOTrainer": _DISTILLS_ITSELF,

@@ -54,8 +54,9 @@ class ReportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of the first step."""
+        """Start the clock of the first step. An earlier run may have been interrupted in a step, which has no report."""
         self._step_began, self._generated = time.perf_counter(), False
+        self._pending["train"] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish the report of this optimizer step, if anything was generated."""

@@ -8,7 +8,7 @@ support. An entry without effect is dropped, whether its name is TRL's, transfor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import GenerationConfig
@@ -21,7 +21,7 @@ OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options that every engine has. The trainer itself sets the number of tokens, the ending tokens and the seed."""
 
 _OFF: Mapping[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""What None means, to TRL and to transformers."""
+"""What None means: off. In `transformers.generate`, an unset `top_k` is 50 instead."""
 
 _NEUTRAL: Mapping[str, Any] = {
     "best_of": 1,
@@ -144,11 +144,30 @@ def left_to_the_policy(trainer: Any) -> dict[str, Any]:
     `transformers.generate`, with which TRL itself generates, reads such options from there. Names that transformers
     does not know have no effect on it.
     """
-    config = getattr(trainer.model, "generation_config", None)
+    return _set_in(getattr(trainer.model, "generation_config", None))
+
+
+def beyond_its_attributes(trainer: Any) -> dict[str, Any]:
+    """Options of the trainer's own `generation_config` that it has no attribute for; they precede those of the policy.
+
+    TRL gives it to `transformers.generate`. Trainers with a processor suppress the image token there.
+    """
+    found = _set_in(getattr(trainer, "generation_config", None))
+    return {name: value for name, value in found.items() if name not in OPTIONS}
+
+
+def _set_in(config: Any) -> dict[str, Any]:
     known = {name for name in vars(GenerationConfig()) if name[0] != "_"} - _SET_BY_THE_TRAINER
     return (
         {name: value for name, value in vars(config).items() if name in known and value is not None} if config else {}
     )
+
+
+def with_suppressed(sampling: TrainerSampling) -> TrainerSampling:
+    """Move `suppress_tokens` to the options that are honoured, as they are in process; `ValueError` for wrong values."""
+    extra = dict(sampling.extra)
+    tokens = extra.pop("suppress_tokens", None)
+    return sampling if tokens is None else TrainerSampling(replace(sampling.params, suppress_tokens=tokens), extra)
 
 
 def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None = None) -> TrainerSampling:
@@ -157,7 +176,7 @@ def read_sampling(trainer: Any, seed: int, of_policy: Mapping[str, Any] | None =
     Args:
         trainer: Provides options by its `generation_kwargs`, else by its attributes.
         seed: Seed of the noise.
-        of_policy: Options by name that apply if the trainer sets none (`left_to_the_policy`).
+        of_policy: Options by name that apply if the trainer sets none (`left_to_the_policy`, `beyond_its_attributes`).
 
     Raises:
         ValueError: A value is out of range.

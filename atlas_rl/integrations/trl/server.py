@@ -200,6 +200,8 @@ class ServerAdapter(TrainerAdapter):
             setattr(self.generation, name, getattr(sampling.params, name))
         self.generation.max_completion_length = sampling.params.max_new_tokens
         call = ServerCall(sampling.params.seed, list(sampling.params.eos_token_ids))
+        if mode == "train":
+            self._importance.warn_uncorrected(sampling.params)
         self._agreed(lambda: self._check_server(self._server.policy_version))
         began_s = time.perf_counter()
         with self._calling(call):

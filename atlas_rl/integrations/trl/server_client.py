@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlparse
 
@@ -109,7 +109,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
             raise ValueError(
                 f"the vLLM server at {self.base_url} was started without {', without '.join(lacks)}: {START_OURS}"
             )
-        mode = config["model_config"]["logprobs_mode"]
+        mode = (config.get("model_config") or {}).get("logprobs_mode")
         if mode != "processed_logprobs":
             raise ValueError(
                 f"the vLLM server at {self.base_url} returns {mode}, not the logprobs of the sampled distribution: "
@@ -125,7 +125,10 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
                 f"the vLLM server at {self.base_url} was started without the development endpoints through which weights "
                 f"and reports go: {START_OURS}"
             )
-        return self._read("/server_info", response)["vllm_config"]
+        answer = self._read("/server_info", response)
+        if not isinstance(answer, dict) or not isinstance(answer.get("vllm_config"), dict):
+            raise self._unexpected("/server_info", answer)
+        return answer["vllm_config"]
 
     def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
         """Wait until the server is up. TRL's method waits for ever if another program answers at this address.
@@ -160,15 +163,22 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
             return None
 
     def status(self) -> ServerStatus:
-        """Identity of the server and its policy version."""
-        return ServerStatus(**self._rpc("atlas_status"))
+        """Identity of the server and its policy version; `ValueError` if another version of the package answers."""
+        told = self._rpc("atlas_status")
+        if set(told) != {field.name for field in fields(ServerStatus)}:
+            raise self._unexpected("atlas_status", told)
+        return ServerStatus(**told)
 
     def report(self) -> StepReport:
         """The server's report since the last request; `ValueError` if another version of the package wrote it."""
         return StepReport.from_dict(self._rpc("atlas_report"))
 
     def _rpc(self, method: str) -> dict[str, Any]:
-        return self.ask("/collective_rpc", {"method": method})["results"][0]
+        answer = self.ask("/collective_rpc", {"method": method})
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if not isinstance(results, list) or not results or not isinstance(results[0], dict):
+            raise self._unexpected(method, answer)
+        return results[0]
 
     def ask(self, path: str, body: dict[str, Any]) -> Any:
         """Send one POST, without retries, and return the answer.
@@ -194,6 +204,13 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
 
     def _refused(self, path: str, code: int, text: str) -> RuntimeError:
         return RuntimeError(f"the vLLM server at {self.base_url} answered {path} with {code}: {text[:_LONGEST]}")
+
+    def _unexpected(self, call: str, answer: Any) -> ValueError:
+        return ValueError(
+            f"the vLLM server at {self.base_url} answers {call} in another form than this version of atlas_rl reads "
+            f"({str(answer)[:_LONGEST]}): install the same versions of vLLM and atlas_rl for server and trainer, and start "
+            "the server again"
+        )
 
     # ------------------------------------------------------------------------------------------------------ generating
 

@@ -157,9 +157,9 @@ class VllmAdapter(TrainerAdapter):
         self._wake_up()
         self.backend.load_weights(self.generation._iter_named_params())
         self.engine.synced(time.perf_counter() - began)
-        self._synced_step = step
         if moved:
-            self.engine.policy_updated(step)
+            self.engine.policy_updated(step=step)
+        self._synced_step = step
 
     def _generate(self, prompts: list[list[int]], asked: SamplingParams | None = None) -> GenerationOutput:
         if self._asleep:

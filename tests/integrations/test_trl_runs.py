@@ -1,0 +1,190 @@
+"""One trainer that trains several times, and one engine that serves several trainers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from atlas_rl import AtlasRolloutEngine
+from atlas_rl.speculators.history.speculator import HistorySpeculator
+from tests.models import tiny_llama
+from tests.other_trainers import build_other
+from tests.trainers import DATA, WORDS, build_trainer, with_special_tokens, word_tokenizer
+
+Rows = list[list[int]]
+
+
+def policy(seed: int = 1) -> Any:
+    return with_special_tokens(tiny_llama(vocab=len(WORDS), seed=seed, context=64))
+
+
+def noting(rows: list[Rows]) -> Any:
+    """A reward function that adds the completions of each of its calls to `rows`."""
+
+    def reward(completion_ids: Rows, **kwargs: Any) -> list[float]:
+        rows.append([list(row) for row in completion_ids])
+        return [float(len(row)) for row in completion_ids]
+
+    return reward
+
+
+def build(way: str, engine: AtlasRolloutEngine, folder: Path, *, seed: int = 1, **options: Any) -> Any:
+    """A GRPO trainer that generates with the engine, attached or by `rollout_func`."""
+    way_in: dict[str, Any] = {"rollout_func": engine} if way == "rollout_func" else {}
+    trainer = build_trainer("grpo", policy(seed), word_tokenizer(), folder, **way_in, **options)
+    if way == "attach":
+        engine.attach(trainer)
+    return trainer
+
+
+GREEDY: Any = {"max_steps": 1, "generation_kwargs": {"temperature": 0.0}}
+
+
+@pytest.mark.parametrize("first_way", ["attach", "rollout_func"])
+def test_every_trainer_of_an_engine_gets_rollouts_of_its_own_policy(first_way: str, tmp_path: Path) -> None:
+    """The second one must neither get tokens of the first one's policy, nor report to its log."""
+    engine = AtlasRolloutEngine(console=False)
+    rows: tuple[list[Rows], list[Rows]] = [], []
+    first = build(first_way, engine, tmp_path, reward_funcs=noting(rows[0]), **GREEDY)
+    first.train()
+    second = build("rollout_func", engine, tmp_path, seed=2, reward_funcs=noting(rows[1]), **GREEDY)
+    second.train()
+    for seed, own in ((1, rows[0]), (2, rows[1])):
+        alone, wanted = AtlasRolloutEngine(console=False), list[Rows]()
+        build("attach", alone, tmp_path, seed=seed, reward_funcs=noting(wanted), **GREEDY).train()
+        assert own == wanted
+    assert rows[0] != rows[1]
+    assert [sum("atlas/tokens_per_s" in entry for entry in each.state.log_history) for each in (first, second)] == [
+        1,
+        1,
+    ]
+    assert [report.policy_version for report in engine.reports] == [0, 1], "versions go on"
+    first.train()
+    assert len(engine.reports) == 3, "the first trainer goes on with its own adapter, whose callbacks it has"
+
+
+def test_an_engine_may_be_attached_to_a_second_trainer(tmp_path: Path) -> None:
+    engine = AtlasRolloutEngine(console=False)
+    for seed in (1, 2):
+        build("attach", engine, tmp_path, seed=seed, max_steps=2).train()
+    assert [report.step for report in engine.reports] == [0, 1, 0, 1]
+    assert [report.policy_version for report in engine.reports] == [0, 1, 2, 3]
+
+
+class Refreshes(HistorySpeculator):
+    """Notes the versions that it is refreshed at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.versions: list[int] = []
+
+    def refresh(self, rollouts: Any, policy_version: int) -> Any:
+        self.versions.append(policy_version)
+        return super().refresh(rollouts, policy_version)
+
+
+@pytest.mark.parametrize("way", ["attach", "rollout_func"])
+@pytest.mark.parametrize("max_steps", [1, 2])
+def test_a_second_run_goes_on_with_versions_and_has_noise_of_its_own(way: str, max_steps: int, tmp_path: Path) -> None:
+    """With a learning rate of 0, only the noise can make the completions differ."""
+    drafter, rows = Refreshes(), list[Rows]()
+    engine = AtlasRolloutEngine(speculators=[drafter], console=False)
+    trainer = build(
+        way, engine, tmp_path, max_steps=max_steps, learning_rate=0.0, reward_funcs=noting(rows), shuffle_dataset=False
+    )
+    trainer.train()
+    trainer.train()
+    assert [report.step for report in engine.reports] == [*range(max_steps)] * 2
+    assert [report.policy_version for report in engine.reports] == [*range(2 * max_steps)]
+    assert drafter.versions == [*range(1, 2 * max_steps)], "at every step, the first of the second run included"
+    assert len({str(each) for each in rows}) == 2 * max_steps
+
+
+def test_a_trainer_that_calls_the_policy_trains_twice(tmp_path: Path) -> None:
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build_other("online_dpo", tmp_path, max_steps=1)
+    engine.attach(trainer)
+    trainer.train()
+    trainer.train()
+    assert [report.policy_version for report in engine.reports] == [0, 1]
+
+
+def test_a_run_that_resumes_in_the_same_process_repeats_the_step(tmp_path: Path) -> None:
+    """Its weights are those of the checkpoint, so its rollouts are those of the interrupted run, under a new version."""
+    engine, rows = AtlasRolloutEngine(console=False), list[Rows]()
+    trainer = build("attach", engine, tmp_path, reward_funcs=noting(rows), max_steps=2)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [report.step for report in engine.reports] == [0, 1, 1]
+    assert [report.policy_version for report in engine.reports] == [0, 1, 2]
+    assert rows[2] == rows[1]
+
+
+def test_a_sync_that_fails_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build("attach", engine, tmp_path)
+    steps: list[int] = []
+
+    def fails_once(*, step: int) -> None:
+        steps.append(step)
+        if len(steps) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(engine, "policy_updated", fails_once)
+    with pytest.raises(MemoryError):
+        trainer.vllm_generation.sync_weights()
+    trainer.vllm_generation.sync_weights()
+    trainer.vllm_generation.sync_weights()
+    assert steps == [0, 0]
+
+
+def test_an_evaluation_between_two_uses_of_a_batch_decides_nothing(tmp_path: Path) -> None:
+    """The batch of step 0 is used for four steps. It was made without correction, so it has no ratios for the loss."""
+    corrects: list[bool] = []
+
+    class Truncating(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            corrects.append(trainer.vllm_importance_sampling_correction)
+            if state.global_step == 1:
+                args.generation_kwargs = {"top_p": 0.9}
+
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build(
+        "attach",
+        engine,
+        tmp_path,
+        steps_per_generation=4,
+        gradient_accumulation_steps=1,
+        max_steps=5,
+        eval_dataset=DATA.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    trainer.add_callback(Truncating)
+    trainer.train()
+    assert [report.mode for report in engine.reports].count("eval") == 2
+    assert corrects == [False, False, False, False, True]
+
+
+def test_an_interrupted_step_is_no_part_of_the_next_run(tmp_path: Path) -> None:
+    rows = list[Rows]()
+    reward = noting(rows)
+
+    def interrupting(**kwargs: Any) -> list[float]:
+        scores: list[float] = reward(**kwargs)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        return scores
+
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build("attach", engine, tmp_path, max_steps=2, reward_funcs=interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert [report.step for report in engine.reports] == [0, 0, 1]
+    assert [report.num_requests for report in engine.reports] == [8, 8, 8]
+    assert [report.policy_version for report in engine.reports] == [0, 2, 3]
