@@ -9,10 +9,11 @@ never loaded.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -24,7 +25,8 @@ from atlas_rl.integrations.trl.exchange import ExchangeCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from atlas_rl.integrations.trl.reports import ReportCallback
 from atlas_rl.integrations.trl.sampling import OPTIONS, TrainerSampling, left_to_the_policy, read_sampling
-from atlas_rl.integrations.trl.whole_policy import whole_policy
+from atlas_rl.integrations.trl.together import on_all_ranks
+from atlas_rl.integrations.trl.whole_policy import shards, whole_policy
 from atlas_rl.policy.supported import context_of
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.report.report import Mode, StepReport, with_sync
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from atlas_rl.core import SamplingParams
     from atlas_rl.rollout.engine import RolloutEngine
     from atlas_rl.rollout.output import GenerationOutput
+
+Value = TypeVar("Value")
 
 
 def check_attached_once(engine: RolloutEngine, trainer: Any) -> None:
@@ -159,7 +163,7 @@ class TrainerAdapter:
         step = int(self.trainer.state.global_step)
         if self._synced_step != step:
             self._synced_step = step
-            self._importance.begin_step(self._sampling(seed=0).params)
+            self._importance.begin_step(lambda: self._sampling(seed=0).params)
             self.engine.policy_updated(step)
 
     def generate(
@@ -208,7 +212,23 @@ class TrainerAdapter:
         """
         step, mode = int(self.trainer.state.global_step), self._mode()
         seed = self._seed(step, mode)
-        sampling = self._sampling(seed) if asked is None else TrainerSampling(replace(asked, seed=seed), {})
+
+        def sampling() -> TrainerSampling:
+            return self._sampling(seed) if asked is None else TrainerSampling(replace(asked, seed=seed), {})
+
+        own = self._together("reading its sampling options", sampling)
+        return self._together("generating", lambda: self._generate_here(prompts, own, step, mode))
+
+    def _together(self, doing: str, call: Callable[[], Value]) -> Value:
+        """Result of `call`; if all ranks gather the policy for it, an error of one rank is raised on all of them."""
+        if self.shares_weights and shards(self.trainer):
+            return on_all_ranks(self.trainer.accelerator, doing, call)
+        return call()
+
+    def _generate_here(
+        self, prompts: list[list[int]], sampling: TrainerSampling, step: int, mode: Mode
+    ) -> GenerationOutput:
+        """This rank's part of a generation call."""
         began_s = time.perf_counter()
         with self._policy() as model:
             gathering_s = time.perf_counter() - began_s
