@@ -88,6 +88,7 @@ class Kind:
 KINDS = {
     "gmpo": Kind("trl.experimental.gmpo", "GMPO", DATA, GROUPS | LENGTH, reward=rewards),
     "distillation": Kind("trl", "Distillation", DATA, LENGTH, teacher=True),
+    "server_distillation": Kind("trl.experimental.server_distillation", "ServerDistillation", DATA, LENGTH),
     "sdft": Kind("trl.experimental.sdft", "SDFT", PRIVILEGED, GROUPS | LENGTH | {"distillation_topk": 8}),
     "sdpo": Kind("trl.experimental.sdpo", "SDPO", PRIVILEGED, GROUPS | LENGTH, reward=_of_chats),
     "gold": Kind(

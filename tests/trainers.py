@@ -89,6 +89,19 @@ def build_trainer(
     )
 
 
+def passes_of(trainer: Any) -> list[int]:
+    """A list that gets the step of every forward pass of a GRPO trainer over its rollouts: the loss, and the correction."""
+    steps: list[int] = []
+    score = trainer._get_per_token_logps_and_entropies
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        steps.append(int(trainer.state.global_step))
+        return score(*args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = counted
+    return steps
+
+
 def script_options(policy: Path, output: Path, **options: Any) -> dict[str, Any]:
     """Options of `atlas-rl grpo` for a saved policy, as a YAML file has them; the dataset is written beside `output`."""
     data = output.parent / "data"

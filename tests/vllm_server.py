@@ -46,8 +46,17 @@ def free_port() -> int:
 
 @contextmanager
 def serving(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
-    """`atlas-rl vllm-serve` of a policy of 128 tokens of context, in float32; its log goes to `folder`."""
-    port = free_port()
+    """A server that is up inside of the context."""
+    server = start(model, folder, *flags, port=free_port())
+    try:
+        wait_for(server)
+        yield server
+    finally:
+        server.kill()
+
+
+def start(model: Path, folder: Path, *flags: str, port: int) -> Server:
+    """`atlas-rl vllm-serve` of a policy of 128 tokens of context, in float32; its log goes to `folder`. Does not wait."""
     command = [sys.executable, "-m", "atlas_rl", "vllm-serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "policy", "--dtype", "float32", "--max-model-len", "128", "--max_num_seqs", "16"]
     command += ["--enforce_eager", "True", "--kv-cache-memory-bytes", str(64 << 20), *flags]
@@ -62,15 +71,11 @@ def serving(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
             env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
-    try:
-        _wait(server)
-        yield server
-    finally:
-        server.kill()
+    return Server(f"http://127.0.0.1:{port}", process, log)
 
 
-def _wait(server: Server) -> None:
+def wait_for(server: Server) -> None:
+    """Return when it is up; fails if it ends, or does not come up."""
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         assert server.process.poll() is None, server.log.read_text()[-4000:]
@@ -83,12 +88,16 @@ def _wait(server: Server) -> None:
 
 
 def post(address: str, path: str, body: dict[str, Any]) -> Any:
+    text = post_for_text(address, path, body)
+    return json.loads(text) if text else None
+
+
+def post_for_text(address: str, path: str, body: dict[str, Any]) -> bytes:
     request = urllib.request.Request(
         address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
     )
     with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
-        text = answer.read()
-    return json.loads(text) if text else None
+        return bytes(answer.read())
 
 
 def streamed(address: str, **options: Any) -> Iterator[Any]:

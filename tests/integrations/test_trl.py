@@ -17,7 +17,7 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.models import tiny_llama
-from tests.trainers import DATA, WORDS, build_trainer, rewards, with_special_tokens, word_tokenizer
+from tests.trainers import DATA, WORDS, build_trainer, passes_of, rewards, with_special_tokens, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -137,19 +137,22 @@ def test_rows_and_rewards_line_up(tokenizer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_importance_sampling_is_spared_in_process(tokenizer: Any, tmp_path: Path) -> None:
-    trainer = build("grpo", tokenizer, tmp_path, max_steps=1)
-    AtlasRolloutEngine(console=False).attach(trainer)
+@pytest.mark.parametrize(
+    ("options", "spare", "passes"),
+    [({}, True, 1), ({}, False, 2), ({"top_p": 0.7}, True, 2)],
+    ids=["spared", "wanted", "truncated"],
+)
+def test_the_forward_pass_of_the_importance_sampling_correction_is_spared(
+    options: dict[str, Any], spare: bool, passes: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    """One pass over the rollouts of a step is the loss's."""
+    trainer = build("grpo", tokenizer, tmp_path, max_steps=2, **options)
+    AtlasRolloutEngine(console=False, spare_importance_sampling=spare).attach(trainer)
     assert trainer.vllm_importance_sampling_correction
+    steps = passes_of(trainer)
     trainer.train()
-    assert not trainer.vllm_importance_sampling_correction
-
-
-def test_importance_sampling_is_kept_for_a_truncated_distribution(tokenizer: Any, tmp_path: Path) -> None:
-    trainer = build("grpo", tokenizer, tmp_path, max_steps=2, top_p=0.7)
-    AtlasRolloutEngine(console=False).attach(trainer)
-    trainer.train()
-    assert trainer.vllm_importance_sampling_correction
+    assert [steps.count(step) for step in range(2)] == [passes, passes]
+    assert trainer.vllm_importance_sampling_correction == (passes == 2)
 
 
 def test_importance_ratios_are_one_where_the_correction_is_wanted(tokenizer: Any, tmp_path: Path) -> None:

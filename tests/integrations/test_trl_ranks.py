@@ -14,7 +14,7 @@ import pytest
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.core import SamplingParams
-from atlas_rl.integrations.trl import importance
+from atlas_rl.integrations.trl import importance, together
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from tests.models import tiny_llama
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
@@ -80,7 +80,7 @@ def check_of_two_ranks(monkeypatch: pytest.MonkeyPatch, other: str) -> tuple[Any
     check = ImportanceCheck(trainer, wanted=True)
     check._settle([importance.LogprobComparison(num_tokens=100, limit_nats=1.0)])
     assert not trainer.vllm_importance_sampling_correction
-    monkeypatch.setattr(importance, "gather_object", lambda own: [*own, other])
+    monkeypatch.setattr(together, "gather_object", lambda own: [*own, (other, "")])
     return trainer, check
 
 
@@ -90,14 +90,14 @@ def test_all_ranks_switch_the_correction_on_again(
 ) -> None:
     trainer, check = check_of_two_ranks(monkeypatch, other)
     with caplog.at_level(logging.WARNING):
-        check.begin_step(sampling)
+        check.begin_step(lambda: sampling)
     assert trainer.vllm_importance_sampling_correction
     assert "switched on again" in caplog.text
 
 
 def test_no_rank_decides_alone_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, check = check_of_two_ranks(monkeypatch, "")
-    check.begin_step(PLAIN)
+    check.begin_step(lambda: PLAIN)
     assert not trainer.vllm_importance_sampling_correction
     with pytest.raises(ValueError, match="ranks cannot decide together"):
         check.observe(trainer, TRUNCATED, trainer)

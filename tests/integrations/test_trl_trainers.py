@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import random
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from trl.distributed import DistributedBackend
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.integrations.trl.kinds import kind_of
 from tests.other_trainers import CHAT, KINDS, Pair, build_other, expected_rows, policy, trained_rows
+from tests.teacher_server import scoring
 from tests.trainers import PAD, word_tokenizer
 
 
@@ -32,9 +35,18 @@ def without_padding(rows: list[Pair]) -> list[Pair]:
     return stripped
 
 
+@pytest.fixture(scope="module")
+def teacher() -> Iterator[str]:
+    """The address of a teacher."""
+    with scoring(policy(2)) as address:
+        yield address
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_what_a_trainer_trains_on_is_a_plain_generation(kind: str, tmp_path: Path) -> None:
-    trainer = build_other(kind, tmp_path)
+def test_what_a_trainer_trains_on_is_a_plain_generation(kind: str, teacher: str, tmp_path: Path) -> None:
+    if kind == "server_distillation" and find_spec("vllm") is None:
+        pytest.skip("TRL's client of a teacher needs vLLM: make setup-vllm")
+    trainer = build_other(kind, tmp_path, **({"teacher_model_server_url": teacher} if "server" in kind else {}))
     trained, own = trained_rows(trainer), trainer.model.generate
     engine = attach(trainer)
     expected = expected_rows(engine)

@@ -1,11 +1,13 @@
 """One rank of a small GRPO run with gloo: `torchrun -m tests.integrations.two_ranks FOLDER SHIFTED_RANK`.
 
 The sampled logprobs of one rank are shifted, so that it finds what the other does not. Each rank writes whether its
-importance-sampling correction is on in the end. Where none is shifted, an OnlineDPO run follows.
+importance-sampling correction is on in the end, and the forward passes of each step over its rollouts. Where none is
+shifted, an OnlineDPO run follows.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -17,7 +19,7 @@ import torch
 from atlas_rl import AtlasRolloutEngine
 from tests.models import tiny_llama
 from tests.other_trainers import build_other, expected_rows, trained_rows
-from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
+from tests.trainers import WORDS, build_trainer, passes_of, with_special_tokens, word_tokenizer
 
 
 def train_another(folder: Path) -> None:
@@ -48,10 +50,12 @@ def main(folder: Path, shifted_rank: int) -> None:
         return replace(output, logprobs=[[value + by for value in row] for row in output.logprobs])
 
     engine.rollout = shifted  # type: ignore[method-assign]
+    passes = passes_of(trainer)
     trainer.train()
     if shifted_rank < 0:
         train_another(folder / f"other{rank}")
-    (folder / f"rank{rank}").write_text(str(trainer.vllm_importance_sampling_correction))
+    written = {"corrected": trainer.vllm_importance_sampling_correction, "passes": [passes.count(s) for s in range(3)]}
+    (folder / f"rank{rank}").write_text(json.dumps(written))
     torch.distributed.barrier()  # no rank leaves while the other still waits for it
     sys.stdout.flush()
     sys.stderr.flush()

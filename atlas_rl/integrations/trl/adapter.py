@@ -9,10 +9,11 @@ never loaded.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -33,7 +34,8 @@ from atlas_rl.integrations.trl.sampling import (
     read_sampling,
     with_suppressed,
 )
-from atlas_rl.integrations.trl.whole_policy import whole_policy
+from atlas_rl.integrations.trl.together import on_all_ranks
+from atlas_rl.integrations.trl.whole_policy import shards, whole_policy
 from atlas_rl.policy.supported import context_of
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.report.report import Mode, StepReport, with_sync
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from atlas_rl.core import SamplingParams
     from atlas_rl.rollout.engine import RolloutEngine
     from atlas_rl.rollout.output import GenerationOutput
+
+Value = TypeVar("Value")
 
 
 def adapter_of(trainer: Any) -> TrainerAdapter | None:
@@ -237,9 +241,25 @@ class TrainerAdapter:
             self.engine.share_rollouts(self._exchange)  # another trainer may have used the engine
         # An evaluation decides nothing: the trainer may go on with rollouts that were made as it had decided before.
         if mode == "train" and asked is None and not self._calls_at_step.get((step, mode)):
-            self._importance.begin_step(self._sampling(seed=0).params)
+            self._importance.begin_step(lambda: self._sampling(seed=0).params)
         seed = self._seed(step, mode)
-        sampling = self._sampling(seed) if asked is None else TrainerSampling(replace(asked, seed=seed), {})
+
+        def sampling() -> TrainerSampling:
+            return self._sampling(seed) if asked is None else TrainerSampling(replace(asked, seed=seed), {})
+
+        own = self._together("reading its sampling options", sampling)
+        return self._together("generating", lambda: self._generate_here(prompts, own, step, mode))
+
+    def _together(self, doing: str, call: Callable[[], Value]) -> Value:
+        """Result of `call`; if all ranks gather the policy for it, an error of one rank is raised on all of them."""
+        if self.shares_weights and shards(self.trainer):
+            return on_all_ranks(self.trainer.accelerator, doing, call)
+        return call()
+
+    def _generate_here(
+        self, prompts: list[list[int]], sampling: TrainerSampling, step: int, mode: Mode
+    ) -> GenerationOutput:
+        """This rank's part of a generation call."""
         began_s = time.perf_counter()
         with self._policy() as model:
             gathering_s = time.perf_counter() - began_s

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from atlas_rl.integrations.trl.together import on_all_ranks
 from atlas_rl.sync.checkpoint import FILE_NAME, drop_ranks, file_of_rank, file_to_resume
 
 if TYPE_CHECKING:
@@ -56,7 +57,15 @@ class DrafterStateCallback(TrainerCallback):
             self.restore(args, state)
 
     def restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Restore the drafters of a resumed run; warns if there is nothing to restore."""
+        """Restore the drafters of a resumed run; warns if there is nothing to restore. All ranks must call this.
+
+        Raises:
+            ValueError: The state is damaged, or of another version.
+            RuntimeError: That of another rank is.
+        """
+        on_all_ranks(self._trainer.accelerator, "restoring its drafters", lambda: self._restore(args, state))
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = self._resumed_folder(args, state)
         saved = file_to_resume(folder, int(self._trainer.accelerator.process_index))
         if saved is not None:
@@ -72,7 +81,8 @@ class DrafterStateCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the drafters' state beside the trainer's checkpoint."""
         folder, accelerator = _checkpoint_folder(args, state), self._trainer.accelerator
-        self._engine.save_drafters(file_of_rank(folder, int(accelerator.process_index)))
+        file = file_of_rank(folder, int(accelerator.process_index))
+        on_all_ranks(accelerator, "saving its drafters", lambda: self._engine.save_drafters(file))
         if accelerator.is_main_process:
             drop_ranks(folder, int(accelerator.num_processes))
 

@@ -10,16 +10,27 @@ A network learns from hidden states, which are too large to send. Instead, ranks
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atlas_rl.core import Sequences
+from atlas_rl.integrations.trl.together import of_all_ranks
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.refresh import RolloutExchange
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a rank tells the others: its rollouts, the sizes of its speculators' parts, and whether one was refreshed."""
+
+    sequences: list[Sequences]
+    sizes: dict[str, int]
+    fresh: bool
 
 
 class ExchangeCallback(TrainerCallback, RolloutExchange):
@@ -59,21 +70,32 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         if self._accelerator.num_processes == 1:
             return
         began = time.perf_counter()
-        rank, own = int(self._accelerator.process_index), [each.trimmed() for each in self._own]
-        parts = {name: part for name, each in self._speculators.items() if (part := each.shared()) is not None}
-        sizes = {name: len(part) for name, part in parts.items()}
-        self._own, everyone = [], gather_object([(rank, own, sizes, self._fresh)])
-        for sender, sequences, _, _ in everyone:
-            if sender != rank:
-                self._others += sequences
-        if any(fresh for *_, fresh in everyone):
-            self._add_up(parts, [told for _, _, told, _ in everyone])
+        own, self._own = self._own, []
+        parts: dict[str, torch.Tensor] = {}
+
+        def tell() -> _Told:
+            for name, speculator in self._speculators.items():
+                part = speculator.shared()
+                if part is not None:
+                    parts[name] = part.to(self._accelerator.device)
+            sizes = {name: len(part) for name, part in parts.items()}
+            return _Told([each.trimmed() for each in own], sizes, self._fresh)
+
+        everyone = of_all_ranks(self._accelerator, "collecting what its drafters share", tell)
+        for rank, told in enumerate(everyone):
+            if rank != int(self._accelerator.process_index):
+                self._others += told.sequences
+        if any(told.fresh for told in everyone):
+            self._add_up(parts, [told.sizes for told in everyone])
         self._fresh = False
         self._seconds += time.perf_counter() - began
 
-    def _add_up(self, parts: Mapping[str, torch.Tensor], sizes: list[dict[str, int]]) -> None:
-        """Sum each speculator's part over ranks in a fixed order, if all ranks have one of the same size."""
-        for name in sorted(parts):
-            if all(told.get(name) == sizes[0].get(name) for told in sizes):
-                part = parts[name].to(self._accelerator.device)
-                self._speculators[name].take_shared(reduce(part, reduction="sum"))
+    def _add_up(self, parts: Mapping[str, torch.Tensor], sizes: Sequence[Mapping[str, int]]) -> None:
+        """Sum each speculator's part over ranks in a fixed order, if all ranks have one of the same size.
+
+        No speculator takes its sum before all sums are there: one that raised would leave the others waiting.
+        """
+        common = [name for name in sorted(parts) if all(told.get(name) == sizes[0].get(name) for told in sizes)]
+        sums = {name: reduce(parts[name], reduction="sum") for name in common}
+        for name, of_all in sums.items():
+            self._speculators[name].take_shared(of_all)

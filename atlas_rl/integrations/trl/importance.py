@@ -10,18 +10,19 @@ dropped. Suppressed tokens do not count as a difference: if they have a probabil
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atlas_rl.audit.plain_forward import plain_logits
 from atlas_rl.audit.scores import FULL_PRECISION, LOW_PRECISION
 from atlas_rl.core import SamplingParams
+from atlas_rl.integrations.trl.together import of_all_ranks
 from atlas_rl.policy.sharded import rounds_in_training
 from atlas_rl.policy.unwrap import unwrap_policy
 
@@ -87,15 +88,18 @@ class ImportanceCheck(TrainerCallback):
         self._dropped = False
         self._own = LogprobComparison()
 
-    def begin_step(self, sampling: SamplingParams) -> None:
-        """Switch the correction on again if options changed.
+    def begin_step(self, read: Callable[[], SamplingParams]) -> None:
+        """Switch the correction on again if options changed; `read` reads the trainer's sampling options, and may raise.
 
         Called before the first training rollouts of a policy version. Not before those of an evaluation: the trainer may
         go on with training rollouts that were made without correction, and lack what its loss then reads.
         """
         if not self._dropped:
             return
-        reason = next(filter(None, self._of_all_ranks(self._difference_in_law(sampling))), "")
+        reasons = of_all_ranks(
+            self._trainer.accelerator, "reading its sampling options", lambda: self._difference_in_law(read())
+        )
+        reason = next(filter(None, reasons), "")
         if reason:
             self._dropped, self._trainer.vllm_importance_sampling_correction = False, True
             logger.warning("atlas_rl: importance-sampling correction switched on again: %s", reason)
@@ -108,7 +112,7 @@ class ImportanceCheck(TrainerCallback):
         """
         if self._dropped:
             if self._trainer.accelerator.num_processes == 1:
-                self.begin_step(sampling)
+                self.begin_step(lambda: sampling)
             elif reason := self._difference_in_law(sampling):
                 raise ValueError(
                     f"{reason}: this changed between two generation calls of one policy version, where ranks cannot decide "
@@ -125,14 +129,10 @@ class ImportanceCheck(TrainerCallback):
         if self._trainer.accelerator.num_processes == 1:
             self._settle([self._own])
 
-    def _of_all_ranks(self, own: Any) -> list[Any]:
-        """Gather a value of every rank; all ranks must call this."""
-        return [own] if self._trainer.accelerator.num_processes == 1 else list(gather_object([own]))
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide over all ranks together, by the worst of them."""
         if self._pending and self._trainer.use_vllm and self._trainer.accelerator.num_processes > 1:
-            self._settle(self._of_all_ranks(self._own))
+            self._settle(of_all_ranks(self._trainer.accelerator, "comparing logprobs", lambda: self._own))
 
     def warn_uncorrected(self, sampling: SamplingParams) -> None:
         """Warn once if training rollouts have another temperature than the trainer scores at, and nothing corrects it."""

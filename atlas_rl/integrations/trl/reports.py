@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from atlas_rl.integrations.trl.together import of_all_ranks
 from atlas_rl.report.report import Mode, StepReport
 from atlas_rl.report.sinks import trainer_metrics
 from atlas_rl.report.sums import concatenate, merge
@@ -106,7 +106,10 @@ class ReportCallback(TrainerCallback):
     def _take(self, mode: Mode, step_s: float | None) -> StepReport | None:
         """Merge all ranks' pending reports into one; None if there are none. Every rank must call this."""
         reports, self._pending[mode] = self._pending[mode], []
-        own = [replace(concatenate(reports), step_s=step_s)] if reports and self.leads else []
-        if self._trainer.accelerator.num_processes > 1:
-            own = gather_object(own)
-        return merge(own) if own else None
+
+        def own() -> list[StepReport]:
+            return [replace(concatenate(reports), step_s=step_s)] if reports and self.leads else []
+
+        everyone = of_all_ranks(self._trainer.accelerator, "reporting its rollouts", own)
+        merged = [report for rank in everyone for report in rank]
+        return merge(merged) if merged else None

@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any
 
 from atlas_rl.config import EngineConfig
 from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once, check_same_policy, refuse_images
@@ -21,6 +19,7 @@ from atlas_rl.integrations.trl.checks import check_trainer
 from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling
 from atlas_rl.integrations.trl.server_client import AtlasClient, ServerCall, ServerStatus, our_clients
+from atlas_rl.integrations.trl.together import Value, of_main_rank, on_all_ranks
 from atlas_rl.integrations.trl.vllm import checked_sampling
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.report.report import Mode, StepReport
@@ -28,8 +27,6 @@ from atlas_rl.report.report import Mode, StepReport
 if TYPE_CHECKING:
     from atlas_rl.core import SamplingParams
     from atlas_rl.rollout.engine import RolloutEngine
-
-Value = TypeVar("Value")
 
 _SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
 _OF_A_SERVER = {
@@ -95,12 +92,18 @@ def _new_generation(trainer: Any, sampling: SamplingParams) -> Any:
 
     args = trainer.args
     address = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    # Checked before all ranks wait for the main process to connect.
-    agreed(
-        trainer.accelerator,
-        lambda: AtlasClient(address, connection_timeout=args.vllm_server_timeout).check_server_is_ours(),
-    )
-    with our_clients():
+    connected: list[AtlasClient] = []
+
+    def connect() -> None:
+        client = AtlasClient(
+            address, group_port=args.vllm_group_port, connection_timeout=float(args.vllm_server_timeout)
+        )
+        client.init_communicator(trainer.accelerator.device)
+        connected.append(client)
+
+    # TRL's object connects in the main process, while the other ranks wait in a barrier whether it succeeds or not.
+    of_main_rank(trainer.accelerator, connect)
+    with our_clients(*connected):
         return VLLMGeneration(
             model=trainer.model,
             accelerator=trainer.accelerator,
@@ -117,21 +120,6 @@ def _new_generation(trainer: Any, sampling: SamplingParams) -> Any:
             max_completion_length=sampling.max_new_tokens,
             **{name: getattr(sampling, name) for name in _SAMPLING},
         )
-
-
-def agreed(accelerator: Any, call: Callable[[], Value]) -> Value:
-    """Result of `call` on the main process, returned on every rank; its exception is raised on every rank."""
-    told: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            told = [(call(), None)]
-        except (OSError, RuntimeError, ValueError) as error:
-            told = [(None, error)]
-    broadcast_object_list(told, from_process=0)
-    value, raised = told[0]
-    if raised is not None:
-        raise raised
-    return value
 
 
 class ServerAdapter(TrainerAdapter):
@@ -173,8 +161,8 @@ class ServerAdapter(TrainerAdapter):
             return
         began_s = time.perf_counter()
         self._agreed(lambda: self._check_server(self._server.policy_version))
-        failure = self._failure(self.generation.sync_weights)
-        self._server = self._agreed(lambda: self._settled(failure))
+        on_all_ranks(self._accelerator, "sending weights", self._send)
+        self._server = self._agreed(lambda: self._check_server(self._server.policy_version + 1))
         self._synced_step = step
         self._sync_s += time.perf_counter() - began_s
 
@@ -192,10 +180,15 @@ class ServerAdapter(TrainerAdapter):
             ConnectionError: The server does not answer.
             RuntimeError: The server returns an error, or serves another policy than the trainer's.
         """
-        refuse_images(images)
         step = int(self.trainer.state.global_step)
         mode: Mode = "train" if self.trainer.model.training else "eval"
-        sampling = self._sampling(self._seed(step, mode))
+        seed = self._seed(step, mode)
+
+        def read() -> TrainerSampling:
+            refuse_images(images)
+            return self._sampling(seed)
+
+        sampling = on_all_ranks(self._accelerator, "reading its prompts and options", read)
         for name in _SAMPLING:
             setattr(self.generation, name, getattr(sampling.params, name))
         self.generation.max_completion_length = sampling.params.max_new_tokens
@@ -226,7 +219,8 @@ class ServerAdapter(TrainerAdapter):
                 self._client.call = None
 
     def _agreed(self, call: Callable[[], Value]) -> Value:
-        return agreed(self._accelerator, call)
+        """Result of `call` on the main process, on every rank; so is its error."""
+        return of_main_rank(self._accelerator, call)
 
     @property
     def _main_client(self) -> AtlasClient:
@@ -266,30 +260,22 @@ class ServerAdapter(TrainerAdapter):
             )
         return now
 
-    def _failure(self, call: Callable[[], Any]) -> Exception | None:
-        """The exception of `call` on the main process, for `_settled`; other ranks have none."""
-        if self._client is None:
-            call()
-            return None
+    def _send(self) -> None:
+        """Send the weights, or take part in gathering them; raises `RuntimeError` if they did not reach the server."""
         try:
-            call()
-        except (OSError, RuntimeError, ValueError) as error:
-            return error
-        return None
-
-    def _settled(self, failure: Exception | None) -> ServerStatus:
-        """The server's status after a sync; raises if the sync failed."""
-        if failure is not None:
+            self.generation.sync_weights()
+        except Exception as error:
+            if self._client is None:
+                raise
             raise RuntimeError(
-                f"the policy's weights did not reach the vLLM server at {self._main_client.base_url}: {failure}"
-            ) from failure
-        return self._check_server(self._server.policy_version + 1)
+                f"the policy's weights did not reach the vLLM server at {self._client.base_url}: {error}"
+            ) from error
 
     def _report(self, call: ServerCall, step: int, mode: Mode, seconds: float) -> StepReport:
         """The server's report of a call, with the trainer's counts and waiting time."""
         client = self._main_client
         if call.failure is not None:
-            kind = RuntimeError if isinstance(call.failure, RuntimeError) else ConnectionError
+            kind = ConnectionError if isinstance(call.failure, OSError) else RuntimeError
             raise kind(f"the vLLM server at {client.base_url} gave no completions: {call.failure}") from call.failure
         report = client.report()
         if report.policy_version != self._server.policy_version:

@@ -234,7 +234,7 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
         try:
             with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(prompts)))) as executor:
                 answers += executor.map(complete, range(len(prompts)))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - the other ranks wait for completions: the adapter raises it on all
             call.failure = error
         # A trainer that asks for no logprobs gets none.
         joined: dict[str, Any] = {
@@ -259,11 +259,13 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
     # --------------------------------------------------------------------------------------------------------- weights
 
     def init_communicator(self, device: torch.device | str | int = 0) -> None:
-        """Connect to the server's workers, over gloo if its backend is gloo, else as TRL does.
+        """Connect to the server's workers, over gloo if its backend is gloo, else as TRL does; once.
 
         Raises:
             ValueError: See `check_server_is_ours`.
         """
+        if self.connection is not None:
+            return
         if self.check_server_is_ours() == GLOO:
             self._join_over_gloo()
         else:
@@ -325,12 +327,12 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
 
 
 @contextmanager
-def our_clients() -> Iterator[None]:
-    """Context in which every server client that TRL builds is ours."""
+def our_clients(connected: AtlasClient | None = None) -> Iterator[None]:
+    """Context in which every server client that TRL builds is ours: `connected`, or a new one."""
     from trl.generation import vllm_generation
 
     own = vllm_generation.VLLMClient
-    vllm_generation.VLLMClient = AtlasClient  # type: ignore[misc]
+    vllm_generation.VLLMClient = AtlasClient if connected is None else lambda **_: connected  # type: ignore[misc]
     try:
         yield
     finally:

@@ -26,12 +26,14 @@ def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]
         ValueError: Weights are missing or not finite, or another rank failed. Errors of the iterator or of vLLM
             propagate.
     """
-    before = _Snapshot(runner.get_model())
+    before: _Snapshot | None = None
     try:
+        before = _Snapshot(runner.get_model())
         _reload(runner, weights)
     except BaseException as error:
-        before.restore()
-        agree(f"{type(error).__name__}: {error}")
+        if before is not None:
+            before.restore()
+        agree(f"{type(error).__name__}: {error}")  # the other ranks wait for this one
         raise
     failed = agree(None)
     if failed is not None:
