@@ -2,7 +2,7 @@
 
 A policy's modules launch some fifty kernels per layer. Launching them one by one from Python takes longer than running
 them: 25 ms per forward of 28 layers, 4 ms of it GPU work (Qwen3 of 0.6 billion weights on an H100, batch 1). A CUDA
-graph (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-graphs) launches all of them at once.
+graph (`policy/captures.py`) launches all of them at once.
 
 **Shapes.** A captured step has a fixed number of packed tokens, one of a few sizes. It is padded by repeating the last
 token, which writes the same values again; logits of the padding are ignored. A new size costs two steps that are
@@ -22,16 +22,15 @@ Without CUDA the same step is called directly (`capture=False`), so everything b
 from __future__ import annotations
 
 import bisect
-import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
 from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.captures import Captures
 from atlas_rl.policy.placement import Placement
 from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.upload import upload_into
@@ -66,33 +65,21 @@ class _Step:
     runs: int = 0
 
 
-class StepGraphs:
+class StepGraphs(Captures):
     """The steps of one cache.
 
     Args:
         forward: Runs the policy over tokens that are placed in the cache.
         capture: Whether to capture steps, or only to use their fixed shapes.
-
-    Attributes:
-        captured: Graphs made so far, dropped ones included.
-        capture_s: Seconds spent on capturing.
-        num_bytes: Bytes of device memory that captures have reserved.
-        refused: Why steps cannot be captured; None as long as they can.
-        short_of_memory: Whether they cannot because memory ran out: another cache's steps may be.
     """
 
     def __init__(self, forward: Callable[[RaggedBatch], Forward], *, capture: bool) -> None:
-        self._forward, self._capture = forward, capture
+        super().__init__(capture=capture)
+        self._forward = forward
         self._steps: dict[Hashable, _Step] = {}
         self._variants: set[Hashable] = set()
         self._rented: Counter[Hashable] = Counter()  # steps of a size that were run at a larger one
         self._generation = -1
-        self._pool: Any = None
-        self.captured = 0
-        self.capture_s = 0.0
-        self.num_bytes = 0
-        self.refused: str | None = None
-        self.short_of_memory = False
 
     def serves(self, segments: Segments, keep: np.ndarray) -> bool:
         """Whether this forward is such a step: rows continue, all logits are wanted, and there is a size for it."""
@@ -152,13 +139,13 @@ class StepGraphs:
         self._steps.clear()
         self._variants.clear()
         self._rented.clear()
-        self._pool = None  # else the graphs' memory would not be freed with them
+        self._free_pool()
 
     def _advance(self, step: _Step, cache: RaggedBatch) -> None:
         """Run the step: plainly at first, which loads what a capture must not load, then captured, then replayed."""
         if step.graph is not None:
             step.graph.replay()
-        elif step.runs == 0 or not self._capture or self.refused is not None:
+        elif step.runs == 0 or not self.can_capture:
             step.logits = self._call(step, cache)
         else:
             self._record(step, cache)
@@ -179,32 +166,17 @@ class StepGraphs:
         return self._forward(cache)(tokens, positions, keep, step.taps)
 
     def _record(self, step: _Step, cache: RaggedBatch) -> None:
-        """Capture the step and run it; if that is impossible, run it plainly and report why."""
-        began_s = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        try:
-            # Other threads may go on meanwhile, for example to pin memory for a data loader.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                before_bytes = torch.cuda.memory_reserved()  # here: entering has freed what torch held unused
-                step.logits = self._call(step, cache)
-        except RuntimeError as error:  # for example, a module waits for the device to see which experts are needed
-            self.refused, self.short_of_memory = str(error).splitlines()[0], _ran_out_of_memory(error)
-            torch.cuda.synchronize()
-            self._forget()  # nothing is replayed any more, and memory may be short
+        """Capture the step and run it; if that is impossible, run it plainly."""
+
+        def work() -> None:
             step.logits = self._call(step, cache)
+
+        step.graph = self._graph_of(work)
+        if step.graph is not None:
+            step.graph.replay()
             return
-        step.graph = graph
-        graph.replay()
-        self.captured += 1
-        self.num_bytes += max(0, torch.cuda.memory_reserved() - before_bytes)
-        self.capture_s += time.perf_counter() - began_s
-
-
-def _ran_out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or the one that it came of, says so: ending a capture that failed may fail as well."""
-    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _ran_out_of_memory(error.__context__))
+        self._forget()  # nothing is replayed any more, and memory may be short
+        work()
 
 
 def _fill(step: _Step, segments: Segments, rows: np.ndarray) -> None:
