@@ -192,7 +192,7 @@ def _add_vllm_serve(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="folder or name of the policy, if it is not the first argument")
-    parser.add_argument("--draft-model", type=Path, help="folder of an EAGLE-3 head, the static speculator")
+    parser.add_argument("--draft-model", type=Path, help="folder of an EAGLE-3 or DFlash head, the static speculator")
     parser.set_defaults(run_command=vllm_serve)
 
 

@@ -19,12 +19,14 @@ from atlas_rl.policy.view import InProcessView
 from atlas_rl.sampling import verification
 from atlas_rl.sampling.verification import Positions, RejectionSampling, choose
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.dflash.speculator import DFlashSpeculator
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from atlas_rl.training.eagle3 import TrainSettings, new_head
+from tests.dflash import head_for
 from tests.drafters import RandomDrafter, TrimByDrawnToken
 from tests.exact import CERTAIN, FALSE_ALARM, p_value, sequence_probabilities
 from tests.models import tiny_llama
@@ -65,6 +67,10 @@ SPECULATORS = {
     "recurrent": lambda: RecurrentSpeculator(max_vocab=3, budget_share=20.0, clock=itertools.count().__next__),
     "eagle3": lambda: Eagle3Speculator(
         new_head(InProcessView(policy()), TrainSettings(layers=(0, 1)), np.array([1, 2, 4]))
+    ),
+    # Its two tokens are drawn independently of each other.
+    "dflash": lambda: DFlashSpeculator(
+        head_for(policy(), block_size=3, dflash_config={"mask_token_id": 4, "target_layer_ids": [0]})
     ),
     "fp4_self": Fp4SelfSpeculator,
     "random": RandomDrafter,
