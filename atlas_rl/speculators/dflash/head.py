@@ -12,6 +12,7 @@ Module and tensor names are those of the published checkpoints (z-lab/dflash, vl
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,7 +77,8 @@ class DFlashHead(nn.Module):
             keep: Receives them, layer by layer.
         """
         cos, sin = self.rotary(features, positions)
-        for number, layer in enumerate(self.layers):
+        layers: Any = self.layers
+        for number, layer in enumerate(layers):
             keep(number, *layer.self_attn.keys_and_values(features, cos, sin))
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -121,7 +123,8 @@ class Projections(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        heads = config.num_attention_heads * self.head_dim
+        kv_heads = (config.num_key_value_heads or config.num_attention_heads) * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)

@@ -60,16 +60,25 @@ class DFlashSpeculator(FeatureHeadSpeculator):
         self.needs = Needs(layers=config.layers)
         self._token_ids = self.head.token_ids
         self._draft_room = max(self._draft_room, config.block_size)
-        numbers = 2 * config.layer.num_key_value_heads * config.layer.head_dim * config.layer.num_hidden_layers
-        self._cell_bytes = numbers * self.head.fc.weight.itemsize
+        self._cell_bytes = (
+            config.layer.num_hidden_layers * 2 * self._kv_heads * config.layer.head_dim * self._dtype.itemsize
+        )
 
     def compile_for(self, sampling: SamplingParams) -> None:
-        layer, dtype = self.head.config.layer, self.head.fc.weight.dtype
-        write_cache(layer.num_key_value_heads or layer.num_attention_heads, layer.head_dim, dtype, self._device)
+        write_cache(self._kv_heads, self.head.config.layer.head_dim, self._dtype, self._device)
         super().compile_for(sampling)
 
     def weights(self) -> Iterable[torch.Tensor]:
         return self.head.parameters()
+
+    @property
+    def _kv_heads(self) -> int:
+        layer = self.head.config.layer
+        return layer.num_key_value_heads or layer.num_attention_heads
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.head.fc.weight.dtype
 
     @property
     def _logits_dtype(self) -> torch.dtype:
@@ -128,7 +137,7 @@ class DFlashSpeculator(FeatureHeadSpeculator):
         sizes = np.full(len(requests), config.block_size)
         segments = Segments(tokens.reshape(-1), 0, lengths - 1, sizes, self._row_of[requests])
         (ids,) = cache.place(segments, self._device, tokens.reshape(-1))
-        embeddings = self._embed(ids).to(self.head.fc.weight.dtype)
+        embeddings = self._embed(ids).to(self._dtype)
         attend = BlockAttention(cache, config.spans)
         return self.head(embeddings[None], cache.placed.token_positions[None], attend)[0]
 
