@@ -116,6 +116,10 @@ class DFlashSpeculator(FeatureHeadSpeculator):
     def _draft(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray, depth: int) -> Draft:
         """Draft all positions at once; each row is as long as wanted, and the block allows."""
         depths = np.minimum(max_draft_tokens, depth)
+        asked = np.flatnonzero(depths)
+        if len(asked) < len(requests):  # a block costs as much for one token as for all
+            draft = self._draft(sequences, requests[asked], max_draft_tokens[asked], depth)
+            return draft.spread(asked, len(requests))
         drawing = self._drawing(sequences, requests, depths)
         self._catch_up(sequences, requests)
         # Position by position, as they are drawn; position 0 of a block is the newest token.
