@@ -79,6 +79,21 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor] | None = Non
     return folder
 
 
+def write_dspark(folder: Path, tensors: dict[str, torch.Tensor], **fields: Any) -> Path:
+    """Write a head in DeepSeek's layout of DSpark."""
+    own = {
+        "architectures": ["Qwen3DSparkModel"],
+        "dflash_config": ...,
+        "num_target_layers": ...,
+        **SHAPE["dflash_config"],
+        "markov_rank": 4,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+    }
+    return write_checkpoint(folder, tensors, **own | fields)
+
+
 def write_nested(folder: Path, tensors: dict[str, torch.Tensor], layer: Any = None, **fields: Any) -> Path:
     """Write a head in the `speculators` layout; `layer` are further fields of its layers, `...` deletes a field."""
     folder.mkdir(exist_ok=True)

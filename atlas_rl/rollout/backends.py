@@ -113,7 +113,7 @@ def static_speculator(
     """
     from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model, shares_tokenizer
     from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
-    from atlas_rl.speculators.identify import CAUSAL_LM, DFLASH, EAGLE3, MTP, kind_of
+    from atlas_rl.speculators.identify import CAUSAL_LM, DFLASH, DSPARK, EAGLE3, MTP, kind_of
     from atlas_rl.speculators.mtp.speculator import MtpSpeculator
     from atlas_rl.speculators.static_heads import head_speculator
 
@@ -138,7 +138,7 @@ def static_speculator(
     except ValueError as error:
         said = str(error).rstrip(".")
         raise ValueError(f"draft_model: {said}. A four-bit copy of the policy itself is draft_model='fp4'") from error
-    if kind in (EAGLE3, DFLASH):
+    if kind in (EAGLE3, DFLASH, DSPARK):
         return head_speculator(model)
     if kind == MTP and "mtp" in backend.static_kinds:
         return MtpSpeculator(model)

@@ -25,8 +25,8 @@ CAUSAL_LM = "a causal LM"
 EAGLE3 = "an EAGLE-3 head"
 _EAGLE1 = "an EAGLE-1 or EAGLE-2 head"
 MTP = "a multi-token prediction (MTP) head"
-DFLASH = "a DFlash head"
-_P_EAGLE, _DFLASH2, _DSPARK, _LILICORR = "a P-EAGLE head", "a DFlash 2 head", "a DSpark head", "a LiLiCorr head"
+DFLASH, DSPARK = "a DFlash head", "a DSpark head"
+_P_EAGLE, _DFLASH2, _LILICORR = "a P-EAGLE head", "a DFlash 2 head", "a LiLiCorr head"
 _MEDUSA, _HYDRA, _MLP = "Medusa heads", "Hydra heads", "an MLP speculator"
 
 _GIVE = " Give a folder that save_pretrained() wrote."
@@ -34,7 +34,7 @@ _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 # Parts of names, without `-` and `_`, in the order of the search: "peagle" contains "eagle", "dflash2" "dflash".
 _NAMES = {
     "peagle": _P_EAGLE,
-    "dspark": _DSPARK,
+    "dspark": DSPARK,
     "lilicorr": _LILICORR,
     "dflash2": _DFLASH2,
     "dflash": DFLASH,
@@ -47,8 +47,8 @@ _NAMES = {
 }
 # Prefixes of configuration fields that only such heads have.
 _FIELDS = {
-    "dspark_": _DSPARK,
-    "markov_": _DSPARK,
+    "dspark_": DSPARK,
+    "markov_": DSPARK,
     "lilicorr_": _LILICORR,
     "medusa_": _MEDUSA,
     "num_medusa_": _MEDUSA,
@@ -57,7 +57,7 @@ _FIELDS = {
 # Names of tensors that only such heads have, `model.` cut off.
 _TENSORS = {
     r"mask_hidden": _P_EAGLE,
-    r"(markov|confidence)_head\.": _DSPARK,
+    r"(markov|confidence)_head\.": DSPARK,
     r"(?:\w+\.)*(predecessor_codebook|successor_codebook|base_kernel)\b": _DFLASH2,
     r"medusa_head\.|blocks\.\d+\.layers\.|\d+\.\d+\.(linear\.)?weight": _MEDUSA,
     r"fusion_fc\.": _EAGLE1,

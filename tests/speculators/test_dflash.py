@@ -10,7 +10,17 @@ import torch
 
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.dflash.speculator import DFlashSpeculator
-from tests.dflash import BLOCK_SIZE, MASK, SHAPE, head_for, plain_states, random_tensors, write_checkpoint, write_nested
+from tests.dflash import (
+    BLOCK_SIZE,
+    MASK,
+    SHAPE,
+    head_for,
+    plain_states,
+    random_tensors,
+    write_checkpoint,
+    write_dspark,
+    write_nested,
+)
 from tests.engines import SETTINGS, engine_of, generate
 from tests.models import tiny_gemma2, tiny_llama
 
@@ -28,7 +38,7 @@ class Checking(DFlashSpeculator):
 
     Args:
         given: See `DFlashSpeculator`.
-        plain: Gives the logits `[block_size - 1, tokens]` of a text, int64 `[n]`.
+        plain: Gives the logits `[depth, tokens]` of a text, int64 `[n]`, and the tokens that were drafted behind it.
         ragged: Whether to draft fewer tokens than are asked for: another number for each request, none included.
     """
 
@@ -39,11 +49,11 @@ class Checking(DFlashSpeculator):
     def propose(self, sequences, requests, max_draft_tokens):
         wanted = np.minimum(max_draft_tokens, requests % BLOCK_SIZE) if self.ragged else max_draft_tokens
         draft = super().propose(sequences, requests, wanted)
-        assert (draft.lengths == np.minimum(wanted, BLOCK_SIZE - 1)).all()
+        assert (draft.lengths == np.minimum(wanted, self.head.config.max_draft_tokens)).all()
         for row, request in enumerate(requests):
             text = torch.from_numpy(sequences.token_ids[request, : sequences.lengths[request]].astype(np.int64))
             with torch.no_grad():
-                probs = self.plain(text).softmax(-1)
+                probs = self.plain(text, torch.from_numpy(draft.token_ids[row])).softmax(-1)
             self.lengths.add(int(draft.lengths[row]))
             for depth in range(int(draft.lengths[row])):
                 sure = float(probs[depth].max().clamp(0.01, 0.99))
@@ -60,7 +70,7 @@ def fixed_for(model, speculator, k=3, **options):
 
 
 def plainly(tensors, model, spans=None, **fields):
-    return lambda text: model.lm_head(plain_states(tensors, model, text, spans, **fields)[1:])
+    return lambda text, drafted: model.lm_head(plain_states(tensors, model, text, spans, **fields)[1:])
 
 
 SPANS = {
@@ -153,7 +163,7 @@ def test_heads_with_tables_of_their_own_draft_with_them(ids, tmp_path):
     model = tiny_llama(layers=4, seed=11)
     embedding = torch.nn.Embedding(64, 32, _weight=own["embed_tokens.weight"])
 
-    def plain(text):
+    def plain(text, drafted):
         spread = torch.full((BLOCK_SIZE - 1, 64), float("-inf"))
         with_theirs = plain_states(tensors, WithEmbedding(model, embedding), text)[1:]
         spread[:, slice(None) if ids is None else ids] = with_theirs @ rows_of_head.T
@@ -202,7 +212,7 @@ def test_policies_that_scale_embeddings_and_cap_logits(tmp_path):
     """Blocks are embedded as the policy's first layer gets them; the policy's own cap applies to the drafts."""
     model, tensors = tiny_gemma2(layers=4), random_tensors()
 
-    def plain(text):
+    def plain(text, drafted):
         cap = model.config.final_logit_softcapping
         return torch.tanh(model.lm_head(plain_states(tensors, model, text)[1:]) / cap) * cap
 
@@ -243,3 +253,55 @@ def test_requests_without_room_in_memory_get_no_drafts(monkeypatch):
     assert output.completion_ids == generate(engine_of(policy(), speculation=False), **FEW).completion_ids
     assert 0 < output.report.drafted["dflash"] < 10 * 3 * 9
     assert not output.report.drafter_faults
+
+
+def markov_tensors(draft_tokens=64):
+    generator = torch.Generator().manual_seed(8)
+    return {
+        "markov_head.markov_w1.weight": torch.randn(64, 4, generator=generator),
+        "markov_head.markov_w2.weight": torch.randn(draft_tokens, 4, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("from_anchor", [True, False])
+@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+def test_dspark_adds_what_the_token_before_says(from_anchor, verification, tmp_path):
+    """To the token that was drafted before; its blocks predict from the newest token's position on, or fill masks in."""
+    markov = markov_tensors()
+    first, second = markov.values()
+
+    def plain(text, drafted):
+        states = plain_states(random_tensors(), policy(), text)
+        logits = policy().lm_head(states if from_anchor else states[1:])
+        before = torch.cat([text[-1:], drafted])[: len(logits)]
+        return logits[: len(before)] + first[before] @ second.T
+
+    confidence = {"confidence_head.proj.weight": torch.ones(1, 36), "confidence_head.proj.bias": torch.ones(1)}
+    folder = write_dspark(tmp_path / "head", random_tensors() | markov | confidence, sample_from_anchor=from_anchor)
+    checking = Checking(folder, plain)
+    output = generate(fixed_for(policy(), checking, k=9, verification=verification), **FEW)
+    assert checking.checked > 100
+    assert max(checking.lengths) == BLOCK_SIZE - (not from_anchor)
+    assert not output.report.drafter_faults
+
+
+def test_dspark_over_a_reduced_vocabulary(tmp_path):
+    markov = markov_tensors(len(IDS))
+    first, second = markov.values()
+    output_rows = torch.randn(len(IDS), 32, generator=torch.Generator().manual_seed(3))
+    offsets = torch.from_numpy(IDS - np.arange(len(IDS)))
+    tables = {"embed_tokens.weight": policy().get_input_embeddings().weight.detach().clone()}
+    tensors = random_tensors() | markov | tables | {"lm_head.weight": output_rows, "d2t": offsets}
+
+    def plain(text, drafted):
+        states = plain_states(random_tensors(), policy(), text)[1:]
+        before = torch.cat([text[-1:], drafted])[: len(states)]
+        spread = torch.full((len(before), 64), float("-inf"))
+        spread[:, IDS] = states[: len(before)] @ output_rows.T + first[before] @ second.T
+        return spread
+
+    fields = {"speculators_model_type": "dspark", "markov_rank": 4, "draft_vocab_size": len(IDS)}
+    checking = Checking(write_nested(tmp_path / "head", tensors, **fields), plain)
+    output = generate(fixed_for(policy(), checking, verification="rejection"), **FEW)
+    assert not output.report.drafter_faults
+    assert checking.checked > 100

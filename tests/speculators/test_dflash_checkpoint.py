@@ -15,7 +15,7 @@ from atlas_rl.speculators.dflash.config import Span
 from atlas_rl.speculators.dflash.speculator import DFlashSpeculator
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from atlas_rl.speculators.static_heads import head_layers, head_speculator
-from tests.dflash import BLOCK_SIZE, MASK, SHAPE, head_for, random_tensors, write_checkpoint, write_nested
+from tests.dflash import BLOCK_SIZE, MASK, SHAPE, head_for, random_tensors, write_checkpoint, write_dspark, write_nested
 from tests.models import tiny_llama
 
 
@@ -138,7 +138,6 @@ REFUSED = {
     "a mask token without embedding": (dflash(mask_token_id=64), "token 64 .*embeddings of 64 tokens"),
     "another vocabulary": ({"vocab_size": 70}, "vocabulary of 70, the policy has one of 64"),
     "another policy's width": ({"target_hidden_size": 48}, "reads a hidden size of 48, the policy has 32"),
-    "the newest token's position": (dflash(sample_from_anchor=True), "sample_from_anchor"),
     "the last state only": (dflash(use_aux_hidden_state=False), "use_aux_hidden_state"),
     "sinks": (dflash(attention_sink_bias=True), "attention has sinks"),
     "scaled values": (dflash(attention_value_scale=0.6), "scales its values"),
@@ -178,7 +177,6 @@ REFUSED_NESTED = {
     "no layers": ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids must list decoder layers"),
     "the last layer": ({"aux_hidden_state_layer_ids": [1, 4]}, "output of the policy's last layer"),
     "windows of unknown kind": ({"layer": WINDOWS, "sliding_window_non_causal": None}, "windows are causal"),
-    "the newest token's position": ({"sample_from_anchor": True}, "sample_from_anchor"),
     "a layer as text": ({"transformer_layer_config": "qwen3"}, "transformer_layer_config must be an object"),
     "d2t that reorders": (
         {"tensors": with_tables(d2t=torch.tensor([1, -1] + [0] * 62))},
@@ -195,6 +193,45 @@ def test_what_cannot_draft_in_the_speculators_layout_is_refused(case, tmp_path):
     changes = {"tensors": with_tables()} | changes
     with pytest.raises(ValueError, match=message):
         load_dflash(write_nested(tmp_path / "head", **changes), view())
+
+
+MARKOV = {"markov_head.markov_w1.weight": torch.ones(64, 4), "markov_head.markov_w2.weight": torch.ones(64, 4)}
+
+
+def test_dspark_heads_of_either_layout_are_read(tmp_path):
+    flat = load_dflash(write_dspark(tmp_path / "flat", random_tensors() | MARKOV), view()).config
+    fields = {"speculators_model_type": "dspark", "markov_rank": 4}
+    nested = load_dflash(write_nested(tmp_path / "nested", with_tables(**MARKOV), **fields), view()).config
+    assert (flat.samples_anchor, flat.max_draft_tokens) == (True, BLOCK_SIZE)
+    assert (nested.samples_anchor, nested.max_draft_tokens) == (False, BLOCK_SIZE - 1)
+    assert (flat.layers, flat.markov_rank) == (nested.layers, nested.markov_rank) == ((1, 3), 4)
+
+
+REFUSED_DSPARK = {
+    "a gated head": ({"markov_head_type": "gated"}, "Markov head is of the type 'gated'"),
+    "no rank": ({"markov_rank": None}, "markov_rank must be a whole number of at least 0, got None"),
+    "another rank": ({"markov_rank": 8}, r"markov_w1.weight is \[64, 4\] instead of \[64, 8\]"),
+    "another family": ({"model_type": "deepseek_v4"}, "layers are of the type 'deepseek_v4'"),
+    "no size": ({"head_dim": None}, "describes no DSpark head: head_dim missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_DSPARK)
+def test_dspark_heads_that_cannot_draft_are_refused(case, tmp_path):
+    changes, message = REFUSED_DSPARK[case]
+    with pytest.raises(ValueError, match=message):
+        load_dflash(write_dspark(tmp_path / "head", random_tensors() | MARKOV, **changes), view())
+
+
+def test_a_dspark_head_says_which_position_predicts(tmp_path):
+    fields = {"speculators_model_type": "dspark", "markov_rank": 4, "sample_from_anchor": None}
+    with pytest.raises(ValueError, match="does not say which position predicts"):
+        load_dflash(write_nested(tmp_path / "head", with_tables(**MARKOV), **fields), view())
+
+
+def test_a_dflash_head_may_predict_from_the_newest_token_on(tmp_path):
+    config = load_dflash(write_checkpoint(tmp_path / "head", **dflash(sample_from_anchor=True)), view()).config
+    assert (config.first_place, config.max_draft_tokens) == (0, BLOCK_SIZE)
 
 
 def test_a_mask_embedding_of_its_own_is_refused(tmp_path):

@@ -1,7 +1,8 @@
-"""Reads DFlash checkpoints in z-lab's layout and the vLLM project's `speculators` layout; writes the first.
+"""Reads DFlash and DSpark checkpoints in their own layouts and the vLLM project's `speculators` layout; writes z-lab's.
 
 z-lab's checkpoints hold no embedding and no LM head: those of the policy are used. Checkpoints of the `speculators` layout
-hold both, over the whole vocabulary or a reduced one (`d2t`). Everything that a rollout relies on is checked here: names,
+hold both, over the whole vocabulary or a reduced one (`d2t`). DSpark's confidence head is left out: the controller measures
+in the run how likely drafts are accepted. Everything that a rollout relies on is checked here: names,
 shapes and finiteness of the tensors, and that the head's tokens are tokens of the policy.
 """
 
@@ -16,9 +17,10 @@ from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.dflash.config import DFlashConfig, parse_config
 from atlas_rl.speculators.dflash.head import DFlashHead
 from atlas_rl.speculators.head_checkpoint import VERIFIER, check_fit, draft_vocabulary, write_head
-from atlas_rl.speculators.identify import DFLASH, check_finite, kind_of, read_config, read_tensors
+from atlas_rl.speculators.identify import DFLASH, DSPARK, check_finite, kind_of, read_config, read_tensors
 
 _EMBEDDING, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
+_CONFIDENCE = "confidence_head."
 _MASK_FILE = "mask_embedding.pt"
 
 
@@ -32,11 +34,8 @@ def load_dflash(folder: str | Path, policy: PolicyView) -> DFlashHead:
     folder = Path(folder)
     what = f"the DFlash head in '{folder}'"
     config = _config(folder, policy.num_layers)
-    tensors = {
-        name.removeprefix("model."): tensor
-        for name, tensor in read_tensors(folder).items()
-        if not name.startswith(VERIFIER)
-    }
+    named = {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder).items()}
+    tensors = {name: tensor for name, tensor in named.items() if not name.startswith((VERIFIER, _CONFIDENCE))}
     _check_belongs(config, tensors, policy, what)
     vocabulary = {name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}
     if vocabulary or config.draft_vocab_size < policy.vocab_size:
@@ -74,6 +73,10 @@ def save_dflash(folder: str | Path, head: DFlashHead, num_layers: int) -> None:
         raise ValueError("only a head that uses the policy's embedding and LM head can be written")
     if any(span.causal or span.window is not None for span in config.spans):
         raise ValueError("only a head whose blocks see all of the context and of themselves can be written")
+    if config.samples_anchor or config.markov_rank:
+        raise ValueError(
+            "only a DFlash head whose mask tokens predict their own positions can be written, no DSpark head"
+        )
     rope: dict[str, Any] = dict(config.layer.rope_parameters or {})
     settings = {
         **config.layer.to_dict(),
@@ -93,11 +96,11 @@ def save_dflash(folder: str | Path, head: DFlashHead, num_layers: int) -> None:
 
 def _config(folder: Path, num_layers: int) -> DFlashConfig:
     kind = kind_of(folder)
-    if kind != DFLASH:
+    if kind not in (DFLASH, DSPARK):
         raise ValueError(f"'{folder}' holds {kind}, no DFlash head: give the folder of one")
     if (folder / _MASK_FILE).exists():
         raise ValueError(f"'{folder}' has an embedding of its own for the mask token ({_MASK_FILE}): not supported")
-    return parse_config(read_config(folder), num_layers, f"'{folder / 'config.json'}'")
+    return parse_config(read_config(folder), num_layers, f"'{folder / 'config.json'}'", dspark=kind == DSPARK)
 
 
 def _check_belongs(config: DFlashConfig, tensors: dict[str, torch.Tensor], policy: PolicyView, what: str) -> None:

@@ -1,14 +1,16 @@
-"""Shape of a DFlash head, and how to read it from either configuration layout.
+"""Shape of a DFlash or DSpark head, and how to read it from its configuration.
 
-    z-lab's own     a flat Qwen3 configuration with `block_size`, `num_target_layers` and `dflash_config`
+    z-lab's DFlash   a flat Qwen3 configuration with `block_size`, `num_target_layers` and `dflash_config`
                     (`mask_token_id`, `target_layer_ids`; newer ones have `block_size` there)
+    DeepSeek's      the same without `dflash_config`: all fields are beside the layers', `markov_rank` among them
+    DSpark
     `speculators`   the Qwen3 configuration in `transformer_layer_config`, beside it `block_size`, `mask_token_id`,
                     `aux_hidden_state_layer_ids`, `draft_vocab_size`, `sliding_window_non_causal`
 
-Both are read as z-lab/dflash (`model.py`), vllm-project/speculators (`models/dflash`) and vLLM's loader
-(`qwen3_dflash.py`) read them. Where these disagree about a field, or a field changes the head in a way that is not
-supported, the checkpoint is refused by name. Layers are counted differently: `target_layer_ids` names layers whose
-outputs are read, `aux_hidden_state_layer_ids` those whose inputs are. A null field counts as absent.
+All are read as z-lab/dflash (`model.py`), vllm-project/speculators (`models/dflash`, `models/dspark`) and vLLM's loaders
+(`qwen3_dflash.py`, `qwen3_dspark.py`) read them. Where these disagree about a field, or a field changes the head in a way
+that is not supported, the checkpoint is refused by name. Layers are counted differently: `target_layer_ids` names
+layers whose outputs are read, `aux_hidden_state_layer_ids` those whose inputs are. A null field counts as absent.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _SIZES = (
 )  # fmt: skip
 _NOT_OF_THE_LAYERS = (
     "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "dflash_config", "block_size",
-    "num_target_layers", "mask_token_id", "is_causal",
+    "num_target_layers", "mask_token_id", "is_causal", "target_layer_ids", "sample_from_anchor",
 )  # fmt: skip
 _KNOWN = frozenset(
     {
@@ -64,6 +66,9 @@ class DFlashConfig:
         spans: Per layer of the head, what a block's queries see.
         draft_vocab_size: Tokens the head can propose.
         target_hidden_size: Hidden size of the policy, if it differs from the head's.
+        samples_anchor: Whether each position predicts the token behind it, from the newest token's on; otherwise each mask
+            token predicts its own.
+        markov_rank: Rank of the bias that the previous token puts on the logits (DSpark); 0 for none.
     """
 
     layer: Qwen3Config
@@ -73,6 +78,8 @@ class DFlashConfig:
     spans: tuple[Span, ...]
     draft_vocab_size: int
     target_hidden_size: int | None = None
+    samples_anchor: bool = False
+    markov_rank: int = 0
 
     @property
     def read_size(self) -> int:
@@ -80,18 +87,24 @@ class DFlashConfig:
         return self.target_hidden_size or self.layer.hidden_size
 
     @property
+    def first_place(self) -> int:
+        """Position in the block that predicts the first token."""
+        return 0 if self.samples_anchor else 1
+
+    @property
     def max_draft_tokens(self) -> int:
-        """Most tokens of a draft: the block's first position holds the newest token."""
-        return self.block_size - 1
+        """Most tokens of a draft."""
+        return self.block_size - self.first_place
 
 
-def parse_config(settings: Mapping[str, Any], num_layers: int, where: str) -> DFlashConfig:
+def parse_config(settings: Mapping[str, Any], num_layers: int, where: str, *, dspark: bool = False) -> DFlashConfig:
     """Read a head's configuration in either layout.
 
     Args:
         settings: Content of `config.json`.
         num_layers: Number of layers of the policy.
         where: Names the file; begins every message.
+        dspark: Whether it is a DSpark head.
 
     Raises:
         ValueError: A field is missing, has another type, or asks for something that this head does not support.
@@ -102,10 +115,10 @@ def parse_config(settings: Mapping[str, Any], num_layers: int, where: str) -> DF
     fields = {**layer, **{name: value for name, value in settings.items() if value is not None}}
     missing = [name for name in _SIZES if name not in layer]
     if missing:
-        raise ValueError(f"{where} describes no DFlash head: {', '.join(missing)} missing")
+        raise ValueError(f"{where} describes no {'DSpark' if dspark else 'DFlash'} head: {', '.join(missing)} missing")
     _refuse_other_heads(fields, layer, dflash, where)
     trained_for = whole("num_target_layers", fields.get("num_target_layers"), where, optional=True)
-    if trained_for not in (None, num_layers):
+    if trained_for not in (None, num_layers) and not dspark:  # some DSpark heads count there what they read
         raise ValueError(
             f"{where}: the head is for a policy of {trained_for} layers, this one has {num_layers}: give a head that was "
             "trained for this policy"
@@ -119,6 +132,8 @@ def parse_config(settings: Mapping[str, Any], num_layers: int, where: str) -> DF
         spans=_trained_spans(qwen3, settings, where) if nested is not None else _spans(qwen3, fields, dflash, where),
         draft_vocab_size=whole("draft_vocab_size", fields.get("draft_vocab_size", qwen3.vocab_size), where),
         target_hidden_size=whole("target_hidden_size", fields.get("target_hidden_size"), where, optional=True),
+        samples_anchor=_samples_anchor(fields, dflash, dspark, nested is not None, where),
+        markov_rank=_markov_rank(fields, where) if dspark else 0,
     )
 
 
@@ -151,10 +166,6 @@ def _refuse_other_heads(
         ),
         (bool(odd), f"it has layers of the type {odd[0]!r}, which is not supported" if odd else ""),
         (bool(unknown), f"dflash_config has {', '.join(unknown)}, which may change the head and is not known"),
-        (
-            both.get("sample_from_anchor", False) is not False,
-            "it predicts from the newest token's own position (sample_from_anchor), which is not supported",
-        ),
         (
             both.get("use_aux_hidden_state", True) is not True,
             "it reads the policy's last hidden state only (use_aux_hidden_state is false), which is not supported",
@@ -209,7 +220,7 @@ def _layers(
 ) -> tuple[int, ...]:
     """The policy's layers whose inputs are read."""
     name = "aux_hidden_state_layer_ids" if is_nested else "dflash_config.target_layer_ids"
-    named = settings.get(name) if is_nested else dflash.get("target_layer_ids")
+    named = settings.get(name) if is_nested else dflash.get("target_layer_ids", settings.get("target_layer_ids"))
     if not isinstance(named, list) or not named or not all(type(layer) is int for layer in named):
         raise ValueError(f"{where}: {name} must list decoder layers by number, got {named!r}")
     if sorted(set(named)) != named:
@@ -250,6 +261,29 @@ def _mask_token(fields: Mapping[str, Any], dflash: Mapping[str, Any], where: str
     if type(token) is not int or token < 0:
         raise ValueError(f"{where}: mask_token_id must be a token's number, got {token!r}")
     return token
+
+
+def _samples_anchor(
+    fields: Mapping[str, Any], dflash: Mapping[str, Any], dspark: bool, is_nested: bool, where: str
+) -> bool:
+    both = {**fields, **dflash}
+    if dspark and is_nested and "sample_from_anchor" not in both:
+        raise ValueError(
+            f"{where} does not say which position predicts a token (sample_from_anchor): add it, readers take different "
+            "values without it"
+        )
+    return flag(both, "sample_from_anchor", dspark, where)
+
+
+def _markov_rank(fields: Mapping[str, Any], where: str) -> int:
+    if fields.get("markov_head_type", "vanilla") != "vanilla":
+        raise ValueError(
+            f"{where}: its Markov head is of the type '{fields['markov_head_type']}', and 'vanilla' is supported"
+        )
+    rank = fields.get("markov_rank")
+    if type(rank) is not int or rank < 0:
+        raise ValueError(f"{where}: markov_rank must be a whole number of at least 0, got {rank!r}")
+    return rank
 
 
 def _spans(config: Qwen3Config, fields: Mapping[str, Any], dflash: Mapping[str, Any], where: str) -> tuple[Span, ...]:

@@ -1,10 +1,14 @@
 """The DFlash head (arXiv 2602.06036): a few decoder layers that draft a whole block of tokens in one forward.
 
 A block is the newest token and mask tokens behind it; the output at each mask position predicts the token of that very
-position. Queries come from the block alone. Keys and values come from the context and from the block: those of the
-context are projections of one feature per position, `hidden_norm(fc(...))` of the policy's hidden states at several
-layers, and they are the same features for every layer of the head. The newest token has no feature yet, so the context
-ends before it. Within the block nothing is causal, unless a layer says so (`Span`).
+position, or in some heads the output at each position the token behind it (`DFlashConfig.first_place`).
+
+Queries come from the block alone. Keys and values come from the context and from the block: those of the context are
+projections of one feature per position, `hidden_norm(fc(...))` of the policy's hidden states at several layers, and they
+are the same features for every layer of the head. The newest token has no feature yet, so the context ends before it.
+Within the block nothing is causal, unless a layer says so (`Span`).
+
+DSpark adds a Markov head, and a confidence head, which is not used here.
 
 Module and tensor names are those of the published checkpoints (z-lab/dflash, vllm-project/speculators).
 """
@@ -52,6 +56,8 @@ class DFlashHead(nn.Module):
         self.norm = _norm(layer, layer.hidden_size)
         self.embed_tokens = nn.Embedding(layer.vocab_size, layer.hidden_size) if own_embeddings else None
         self.lm_head = nn.Linear(layer.hidden_size, config.draft_vocab_size, bias=False) if own_output else None
+        rank = config.markov_rank
+        self.markov_head = MarkovHead(layer.vocab_size, config.draft_vocab_size, rank) if rank else None
         self.reduced = config.draft_vocab_size < layer.vocab_size
         if self.reduced:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
@@ -97,6 +103,25 @@ class DFlashHead(nn.Module):
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, number, attend)
         return self.norm(hidden)
+
+
+class MarkovHead(nn.Module):
+    """DSpark's first addition: what the previous token adds to the logits, as a product of two thin matrices.
+
+    Args:
+        vocab_size: The policy's vocabulary.
+        draft_vocab_size: Tokens the head can propose.
+        rank: Rank of the product.
+    """
+
+    def __init__(self, vocab_size: int, draft_vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, draft_vocab_size, bias=False)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Addends `[n, draft_vocab]` to the logits behind the policy's tokens, int64 `[n]`."""
+        return self.markov_w2(self.markov_w1(token_ids))
 
 
 class DFlashLayer(nn.Module):

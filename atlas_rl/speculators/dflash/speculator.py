@@ -1,4 +1,4 @@
-"""DFlash as a speculator: static, trained before the run and never changed by it."""
+"""DFlash and DSpark as a speculator: static, trained before the run and never changed by it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class DFlashSpeculator(FeatureHeadSpeculator):
     """Drafts a block of tokens in one forward of a DFlash head, under the sampling parameters of the call.
 
     Each position of a draft has a distribution of its own, which does not depend on the tokens drawn at the others: a
-    token is drawn from each. The block always has the length that the head was trained with, whatever draft length is
-    wanted, so that the distributions depend on the text alone; only the wanted positions go through the LM head.
+    token is drawn from each. Only the Markov head of DSpark adds the influence of the token before. The block always has
+    the length that the head was trained with, whatever draft length is wanted, so that the distributions depend on the
+    text alone; only the wanted positions go through the LM head.
 
     The head's cache holds keys and values of the positions that the policy has run. A block's own are written behind
     them, and overwritten by the next ones.
@@ -95,7 +96,7 @@ class DFlashSpeculator(FeatureHeadSpeculator):
 
     def _cells_of(self, depth: int) -> int:
         """The block begins with the text's last token."""
-        return self.head.config.max_draft_tokens
+        return self.head.config.block_size - 1
 
     def _forward(
         self,
@@ -122,17 +123,26 @@ class DFlashSpeculator(FeatureHeadSpeculator):
             return draft.spread(asked, len(requests))
         drawing = self._drawing(sequences, requests, depths)
         self._catch_up(sequences, requests)
-        # Position by position, as they are drawn; position 0 of a block is the newest token.
-        rows = np.concatenate(drawing.rows)
-        columns = np.repeat(np.arange(1, 1 + len(drawing.rows)), [len(own) for own in drawing.rows])
-        block_size = self.head.config.block_size
-        out = self._run_blocks(sequences, requests)[uploaded(rows * block_size + columns, self._device)]
-        for logits in self._logits(out).split([len(own) for own in drawing.rows]):
-            drawing.draw(logits)
+        # Position by position, as they are drawn.
+        config, counts = self.head.config, [len(own) for own in drawing.rows]
+        places = config.first_place + np.repeat(np.arange(len(counts)), counts)
+        index = np.concatenate(drawing.rows) * config.block_size + places
+        ids, out = self._run_blocks(sequences, requests)
+        markov, previous = self.head.markov_head, ids[:: config.block_size]
+        for logits in self._logits(out[uploaded(index, self._device)]).split(counts):
+            if markov is None:
+                drawing.draw(logits)
+                continue
+            drawn = drawing.draw(logits + markov(previous))
+            previous = drawn if self._token_ids is None else self._token_ids[drawn]
         return drawing.finish(max_draft_tokens)
 
-    def _run_blocks(self, sequences: Sequences, requests: np.ndarray) -> torch.Tensor:
-        """Inputs of the LM head at every position of every request's block, `[requests * block_size, hidden]`."""
+    def _run_blocks(self, sequences: Sequences, requests: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens, and inputs of the LM head, at every position of every request's block.
+
+        Returns:
+            int64 `[requests * block_size]`, and `[requests * block_size, hidden]`.
+        """
         cache, config = self._cache, self.head.config
         assert cache is not None, "it was made when start() told of the requests"
         lengths = sequences.lengths[requests]
@@ -143,7 +153,7 @@ class DFlashSpeculator(FeatureHeadSpeculator):
         (ids,) = cache.place(segments, self._device, tokens.reshape(-1))
         embeddings = self._embed(ids).to(self._dtype)
         attend = BlockAttention(cache, config.spans)
-        return self.head(embeddings[None], cache.placed.token_positions[None], attend)[0]
+        return ids, self.head(embeddings[None], cache.placed.token_positions[None], attend)[0]
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
         """By the checkpoint's own LM head or the policy's present one, with its scale and cap if it has these."""
