@@ -110,6 +110,8 @@ def _add_train_speculator(commands: Any) -> None:
     parser.add_argument("--unroll", type=int, help="steps of test-time unrolling, of eagle3 [4]")
     parser.add_argument("--num-layers", type=int, help="layers of a dflash head [5]")
     parser.add_argument("--block-size", type=int, help="positions of a dflash block, one more than it drafts [8]")
+    parser.add_argument("--markov-rank", type=int, help="makes a dflash head one of DSpark, whose draft tokens depend on "
+                        "the one before [0: it does not]")  # fmt: skip
     parser.add_argument("--mask-token-id", type=int, help="token that stands for a position to be drafted, of dflash [the "
                         "tokenizer's mask token, an unused one or the padding token]")  # fmt: skip
     parser.add_argument("--epochs", type=int, default=4)

@@ -23,6 +23,7 @@ class BlockBatch:
         features: Per layer `[batch, tokens, hidden]`, of the policy at every position of the texts.
         anchors: int64 `[batch, blocks]`, positions of the blocks' first tokens, at least 1.
         embeddings: `[batch, blocks, block_size, hidden]`, of the anchors and the mask tokens.
+        before: int64 `[batch, blocks, block_size - 1]`, for each token to predict the one before it.
         drawn_from: `[batch, blocks, block_size - 1, hidden]`: hidden states that the tokens behind each anchor were drawn
             from.
         valid: bool `[batch, blocks, block_size - 1]`, which of these tokens the policy drew.
@@ -31,6 +32,7 @@ class BlockBatch:
     features: dict[int, torch.Tensor]
     anchors: torch.Tensor
     embeddings: torch.Tensor
+    before: torch.Tensor
     drawn_from: torch.Tensor
     valid: torch.Tensor
 

@@ -24,7 +24,7 @@ from atlas_rl.policy.view import InProcessView
 from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.causal_lm import causal_lm_config, load_causal_lm
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from atlas_rl.speculators.identify import DFLASH, EAGLE3, kind_of
+from atlas_rl.speculators.identify import DFLASH, DSPARK, EAGLE3, kind_of
 from atlas_rl.training.head_kinds import KINDS
 from atlas_rl.training.loop import num_held_out
 from atlas_rl.training.prompts import Prompt, check_prompts, read_prompts
@@ -119,7 +119,7 @@ def _longest_prompt(config: Any) -> int | None:
 
 
 def _check_replaces_no_policy(output: Path) -> None:
-    if (output / "config.json").is_file() and (kind := kind_of(output)) not in (EAGLE3, DFLASH):
+    if (output / "config.json").is_file() and (kind := kind_of(output)) not in (EAGLE3, DFLASH, DSPARK):
         raise ValueError(f"'{output}' holds {kind}, which the head would overwrite: give another --output")
 
 

@@ -40,6 +40,7 @@ class DFlashSettings:
         num_layers: Layers of the head.
         block_size: Positions of a block; one less is the longest draft.
         intermediate_size: Size of the head's MLPs; None takes the policy's.
+        markov_rank: Rank of DSpark's Markov head, with which a draft token depends on the one before it; 0 for none.
         blocks_per_text: Most blocks that are learned from in a text and pass over the data, at random places.
         epochs: Passes over the data.
         batch_size: Sequences per optimizer step.
@@ -55,6 +56,7 @@ class DFlashSettings:
     num_layers: int = NUM_LAYERS
     block_size: int = 8
     intermediate_size: int | None = None
+    markov_rank: int = 0
     blocks_per_text: int = 32
     epochs: int = 4
     batch_size: int = 8
@@ -102,6 +104,7 @@ def shape_for(policy: PolicyView, settings: DFlashSettings) -> DFlashConfig:
         block_size=settings.block_size,
         mask_token_id=token,
         intermediate_size=settings.intermediate_size,
+        markov_rank=settings.markov_rank,
     )
 
 
@@ -112,7 +115,7 @@ def new_dflash_head(policy: PolicyView, settings: DFlashSettings) -> DFlashHead:
         torch.manual_seed(settings.seed)
         head = DFlashHead(config)
         for module in head.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
     return head.to(policy.device)
 
@@ -180,7 +183,8 @@ class DFlashLesson(Lesson):
         tokens = torch.full((*anchors.shape, size), self.settings.mask_token_id, device=device)
         tokens[:, :, 0] = texts.token_ids.gather(1, starts)
         embeddings = self._policy.embed(tokens).detach()
-        return BlockBatch(texts.features, starts, embeddings, texts.drawn_from[row, behind], valid)
+        before = texts.token_ids[row, behind - 1]
+        return BlockBatch(texts.features, starts, embeddings, before, texts.drawn_from[row, behind], valid)
 
     def _anchors(self, texts: PaddedTexts, order: np.random.Generator | None) -> np.ndarray:
         """int64 `[batch, blocks]`, ascending: from the prompt's last token to the last but one, none at position 0."""
@@ -201,7 +205,7 @@ class DFlashLesson(Lesson):
             return None
         with torch.no_grad():
             target = self._logits(batch.drawn_from[batch.valid]).softmax(dim=-1)
-        log_q = self._logits(run_blocks(self.head, batch)[batch.valid]).log_softmax(dim=-1)
+        log_q = self._drafted(run_blocks(self.head, batch)[batch.valid], batch.before[batch.valid]).log_softmax(dim=-1)
         depth = torch.arange(self.settings.block_size - 1, device=batch.valid.device)
         weights = (self.settings.step_weight**depth).expand(batch.valid.shape)[batch.valid]
         return -(weights * (target * log_q).sum(dim=-1)).sum() / weights.sum()
@@ -212,11 +216,17 @@ class DFlashLesson(Lesson):
             out = run_blocks(self.head, batch)
             for depth in range(self.settings.block_size - 1):
                 valid = batch.valid[:, :, depth]
-                p, q = (self._logits(states[:, :, depth][valid]).softmax(dim=-1) for states in (batch.drawn_from, out))
+                p = self._logits(batch.drawn_from[:, :, depth][valid]).softmax(dim=-1)
+                q = self._drafted(out[:, :, depth][valid], batch.before[:, :, depth][valid]).softmax(dim=-1)
                 overlap[depth] += float(torch.minimum(p, q).sum())
                 same[depth] += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
                 count[depth] += len(p)
         return means_of(overlap, same, count)
+
+    def _drafted(self, states: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """The head's logits `[n, vocab]` from its outputs `[n, hidden]` and the tokens before, int64 `[n]`."""
+        logits = self._logits(states)
+        return logits if self.head.markov_head is None else logits + self.head.markov_head(before)
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         """The policy's logits `[n, vocab]` of inputs of its LM head, with gradients, which `PolicyView.logits` has not."""

@@ -84,7 +84,7 @@ class _Eagle3(HeadKind):
 
 
 class _DFlash(HeadKind):
-    options = ("num_layers", "block_size", "mask_token_id")
+    options = ("num_layers", "block_size", "mask_token_id", "markov_rank")
 
     def layers(self, args: argparse.Namespace, num_layers: int) -> tuple[int, ...]:
         if num_layers < 2:
@@ -99,6 +99,8 @@ class _DFlash(HeadKind):
     def settings(
         self, args: argparse.Namespace, layers: tuple[int, ...], tokenizer: Any, vocab_size: int
     ) -> DFlashSettings:
+        if args.markov_rank is not None and args.markov_rank < 0:
+            raise ValueError(f"--markov-rank must be at least 0, got {args.markov_rank}")
         if args.block_size == 1:
             raise ValueError("--block-size must be at least 2: a block of one token drafts nothing")
         token = _mask_token(args, tokenizer, vocab_size)

@@ -39,6 +39,7 @@ def dflash_config(
     block_size: int,
     mask_token_id: int,
     intermediate_size: int | None = None,
+    markov_rank: int = 0,
 ) -> DFlashConfig:
     """Shape of a DFlash head for `policy`: layers like the policy's, as far as Qwen3 layers allow.
 
@@ -49,12 +50,14 @@ def dflash_config(
         block_size: Positions of a block.
         mask_token_id: Token that stands for a position to be drafted.
         intermediate_size: As for `head_config`.
+        markov_rank: Rank of the Markov head; 0 for none.
 
     Raises:
         ValueError: As for `head_config`.
     """
     layer = Qwen3Config(**_layer_of(policy, intermediate_size), num_hidden_layers=num_layers)
-    return DFlashConfig(layer, layers, block_size, mask_token_id, (Span(),) * num_layers, policy.vocab_size)
+    spans = (Span(),) * num_layers
+    return DFlashConfig(layer, layers, block_size, mask_token_id, spans, policy.vocab_size, markov_rank=markov_rank)
 
 
 def _layer_of(policy: PolicyView, intermediate_size: int | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,9 +13,11 @@ from atlas_rl.policy.view import InProcessView
 from atlas_rl.rollout.backends import vllm_draft_folder
 from atlas_rl.speculators.dflash.checkpoint import dflash_layers, load_dflash, save_dflash
 from atlas_rl.speculators.dflash.config import Span
+from atlas_rl.speculators.dflash.head import DFlashHead
 from atlas_rl.speculators.dflash.speculator import DFlashSpeculator
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from atlas_rl.speculators.static_heads import head_layers, head_speculator
+from atlas_rl.training.head_shape import dflash_config
 from tests.dflash import BLOCK_SIZE, MASK, SHAPE, head_for, random_tensors, write_checkpoint, write_dspark, write_nested
 from tests.models import tiny_llama
 
@@ -92,14 +95,16 @@ def test_windows_of_the_speculators_layout_are_those_of_its_training(tmp_path):
         assert load_dflash(folder, view()).config.spans == (Span(8, not non_causal), Span())
 
 
-def test_a_head_that_was_written_comes_back(tmp_path):
-    head = head_for(view().model)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_head_that_was_written_comes_back(rank, tmp_path):
+    shape = dflash_config(view(), (1, 3), num_layers=2, block_size=4, mask_token_id=MASK, markov_rank=rank)
+    head = DFlashHead(shape)
     save_dflash(tmp_path, head, 4)
     again = load_dflash(tmp_path, view())
     for name, tensor in head.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor.bfloat16().float()), name
     assert again.config.layer.to_dict() | {"dtype": None} == head.config.layer.to_dict() | {"dtype": None}
-    assert (again.config.layers, again.config.spans) == (head.config.layers, head.config.spans)
+    assert replace(again.config, layer=head.config.layer) == head.config
 
 
 def without(*names):
@@ -262,6 +267,8 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ValueError, match="uses the policy's embedding"):
         save_dflash(tmp_path, load_dflash(write_nested(tmp_path / "nested", with_tables()), view()), 4)
+    with pytest.raises(ValueError, match="predict their own positions"):
+        save_dflash(tmp_path, head_for(view().model, **dflash(sample_from_anchor=True)), 4)
     causal = head_for(view().model, **dflash(causal=True))
     with pytest.raises(ValueError, match="see all of the context"):
         save_dflash(tmp_path, causal, 4)

@@ -171,3 +171,17 @@ def test_what_cannot_be_learned_is_refused(calls, tmp_path):
         train_dflash(view, calls, tmp_path, settings(layers=(1, 2)), say=silent)
     with pytest.raises(ValueError, match="too few to hold one out"):
         train_dflash(view, calls[:1], tmp_path, settings(), say=silent)
+
+
+def test_a_markov_head_helps_where_a_token_depends_on_the_one_before(calls, tmp_path):
+    """The policy's tokens depend on the last one, which is drawn: only the Markov head knows what was drawn."""
+    acceptance = {}
+    for rank in (0, 16):
+        work = tmp_path / f"rank {rank}"
+        head = train_dflash(InProcessView(policy()), calls, work, settings(epochs=4, markov_rank=rank), say=silent)
+        acceptance[rank] = json.loads((work / "training.json").read_text())["epochs"][-1]["acceptance"]
+    assert acceptance[16][1] > acceptance[0][1] + 0.1
+    save_dflash(tmp_path / "head", head, 4)
+    config = load_dflash(tmp_path / "head", InProcessView(policy())).config
+    assert (config.markov_rank, config.max_draft_tokens, config.layers) == (16, 3, LAYERS)
+    assert accepted_length(DFlashSpeculator(tmp_path / "head")) > 1.4

@@ -58,7 +58,7 @@ def dflash_layers(folder: str | Path, num_layers: int) -> tuple[int, ...]:
 
 
 def save_dflash(folder: str | Path, head: DFlashHead, num_layers: int) -> None:
-    """Write `head` in z-lab's layout, which vLLM's method `dflash` reads as well, weights in bfloat16.
+    """Write `head` in z-lab's layout, or in DeepSeek's of DSpark if it has a Markov head, weights in bfloat16.
 
     Args:
         folder: Gets `config.json` and `model.safetensors`.
@@ -66,28 +66,36 @@ def save_dflash(folder: str | Path, head: DFlashHead, num_layers: int) -> None:
         num_layers: Decoder layers of the policy.
 
     Raises:
-        ValueError: The head has tables of its own, or windows.
+        ValueError: The head has tables of its own, or windows, or predicts from the newest token's position on.
     """
     config = head.config
     if head.embed_tokens is not None or head.lm_head is not None or head.reduced or config.target_hidden_size:
         raise ValueError("only a head that uses the policy's embedding and LM head can be written")
     if any(span.causal or span.window is not None for span in config.spans):
         raise ValueError("only a head whose blocks see all of the context and of themselves can be written")
-    if config.samples_anchor or config.markov_rank:
-        raise ValueError(
-            "only a DFlash head whose mask tokens predict their own positions can be written, no DSpark head"
-        )
+    if config.samples_anchor:
+        raise ValueError("only a head whose mask tokens predict their own positions can be written")
     rope: dict[str, Any] = dict(config.layer.rope_parameters or {})
+    own = {"mask_token_id": config.mask_token_id, "target_layer_ids": [layer - 1 for layer in config.layers]}
+    kind: dict[str, Any] = {
+        "architectures": ["DFlashDraftModel"],
+        "num_target_layers": num_layers,
+        "dflash_config": own,
+    }
+    if config.markov_rank:
+        kind = {
+            "architectures": ["Qwen3DSparkModel"],
+            **own,
+            "markov_rank": config.markov_rank,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": False,
+            "sample_from_anchor": False,
+        }
     settings = {
         **config.layer.to_dict(),
-        "architectures": ["DFlashDraftModel"],
+        **kind,
         "model_type": "qwen3",
         "block_size": config.block_size,
-        "num_target_layers": num_layers,
-        "dflash_config": {
-            "mask_token_id": config.mask_token_id,
-            "target_layer_ids": [layer - 1 for layer in config.layers],
-        },
         "rope_theta": rope["rope_theta"],  # where readers before transformers 5 look
         "torch_dtype": "bfloat16",
     }
