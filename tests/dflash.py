@@ -70,6 +70,15 @@ def random_tensors(seed: int = 5, **fields: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def markov_tensors(vocab_size: int = 64, draft_vocab_size: int = 64, rank: int = 4) -> dict[str, torch.Tensor]:
+    """Weights of a Markov head under the published names."""
+    generator = torch.Generator().manual_seed(8)
+    return {
+        "markov_head.markov_w1.weight": torch.randn(vocab_size, rank, generator=generator),
+        "markov_head.markov_w2.weight": torch.randn(draft_vocab_size, rank, generator=generator),
+    }
+
+
 def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **fields: Any) -> Path:
     """Write a head in z-lab's layout; `...` deletes a field."""
     folder.mkdir(exist_ok=True)
@@ -115,12 +124,16 @@ def write_nested(folder: Path, tensors: dict[str, torch.Tensor], layer: Any = No
     return folder
 
 
-def head_for(model: nn.Module, **fields: Any) -> DFlashHead:
-    """A random head for a policy as narrow as the tiny ones."""
+def head_for(model: nn.Module, *, markov_rank: int = 0, **fields: Any) -> DFlashHead:
+    """A random head for a policy as narrow as the tiny ones; with a Markov head it is one of DSpark."""
     config: Any = model.config
     own = {"vocab_size": config.vocab_size, "num_target_layers": config.num_hidden_layers, **fields}
-    head = DFlashHead(parse_config(SHAPE | own, config.num_hidden_layers, "the head"))
-    head.load_state_dict(random_tensors(**own))
+    tensors = random_tensors(**own)
+    if markov_rank:
+        own["markov_rank"] = markov_rank
+        tensors |= markov_tensors(config.vocab_size, config.vocab_size, markov_rank)
+    head = DFlashHead(parse_config(SHAPE | own, config.num_hidden_layers, "the head", dspark=markov_rank > 0))
+    head.load_state_dict(tensors)
     return head.eval()
 
 

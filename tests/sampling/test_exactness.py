@@ -42,6 +42,8 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "everything": {"temperature": 1.2, "top_k": 4, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 0.8},
 }
 
+MASKED = {"mask_token_id": 4, "target_layer_ids": [0]}
+
 
 @cache
 def policy() -> PreTrainedModel:
@@ -68,10 +70,10 @@ SPECULATORS = {
     "eagle3": lambda: Eagle3Speculator(
         new_head(InProcessView(policy()), TrainSettings(layers=(0, 1)), np.array([1, 2, 4]))
     ),
-    # Its two tokens are drawn independently of each other.
     "dflash": lambda: DFlashSpeculator(
-        head_for(policy(), block_size=3, dflash_config={"mask_token_id": 4, "target_layer_ids": [0]})
-    ),
+        head_for(policy(), block_size=3, dflash_config=MASKED)
+    ),  # two independent tokens
+    "dspark": lambda: DFlashSpeculator(head_for(policy(), markov_rank=2, block_size=2, dflash_config=MASKED)),
     "fp4_self": Fp4SelfSpeculator,
     "random": RandomDrafter,
     "random_with_probs": lambda: RandomDrafter(with_probs=True),

@@ -15,6 +15,7 @@ from tests.dflash import (
     MASK,
     SHAPE,
     head_for,
+    markov_tensors,
     plain_states,
     random_tensors,
     write_checkpoint,
@@ -255,14 +256,6 @@ def test_requests_without_room_in_memory_get_no_drafts(monkeypatch):
     assert not output.report.drafter_faults
 
 
-def markov_tensors(draft_tokens=64):
-    generator = torch.Generator().manual_seed(8)
-    return {
-        "markov_head.markov_w1.weight": torch.randn(64, 4, generator=generator),
-        "markov_head.markov_w2.weight": torch.randn(draft_tokens, 4, generator=generator),
-    }
-
-
 @pytest.mark.parametrize("from_anchor", [True, False])
 @pytest.mark.parametrize("verification", ["invariant", "rejection"])
 def test_dspark_adds_what_the_token_before_says(from_anchor, verification, tmp_path):
@@ -286,7 +279,7 @@ def test_dspark_adds_what_the_token_before_says(from_anchor, verification, tmp_p
 
 
 def test_dspark_over_a_reduced_vocabulary(tmp_path):
-    markov = markov_tensors(len(IDS))
+    markov = markov_tensors(draft_vocab_size=len(IDS))
     first, second = markov.values()
     output_rows = torch.randn(len(IDS), 32, generator=torch.Generator().manual_seed(3))
     offsets = torch.from_numpy(IDS - np.arange(len(IDS)))
