@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.policy.view import InProcessView
+from atlas_rl.replay.policy import RecordedPolicy
+from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
+from atlas_rl.replay.replay import replay
 from atlas_rl.speculators.dflash.speculator import DFlashSpeculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.dflash import (
     BLOCK_SIZE,
     MASK,
@@ -298,3 +303,16 @@ def test_dspark_over_a_reduced_vocabulary(tmp_path):
     output = generate(fixed_for(policy(), checking, verification="rejection"), **FEW)
     assert not output.report.drafter_faults
     assert checking.checked > 100
+
+
+def test_it_is_replayed_with_the_policys_tables(tmp_path):
+    recorder = RecordingSpeculator(tmp_path, (1, 3))
+    engine = engine_of(policy(), speculators=[HistorySpeculator(), recorder])
+    generate(engine, **FEW)
+    engine.policy_updated()
+    live = generate(fixed_for(policy(), DFlashSpeculator(head_for(policy()))), **FEW).report
+    recorded, drafter = Recorded.load(recorded_calls(tmp_path)[0]), DFlashSpeculator(head_for(policy()))
+    drafter.bind(RecordedPolicy(recorded, like=InProcessView(policy())), couples_noise=True)
+    report, _ = replay(recorded, {"dflash": drafter}, FixedController(["dflash"], "dflash", 3))
+    assert report.accepted["dflash"] == pytest.approx(live.accepted["dflash"], rel=0.1)  # of states in half precision
+    assert report.drafted["dflash"] == pytest.approx(live.drafted["dflash"], rel=0.1)
