@@ -83,17 +83,19 @@ def _add_grpo(commands: Any) -> None:
 def _add_train_speculator(commands: Any) -> None:
     parser = commands.add_parser(
         "train-speculator",
-        help="train an EAGLE-3 head for a policy",
-        description="Train an EAGLE-3 head (arXiv 2503.01840) on the policy's own continuations of given prompts. Writes a "
-        "checkpoint in the `speculators` layout, which vLLM serves with its method `eagle3` as well. An interrupted "
-        "run goes on where it stopped.",
+        help="train an EAGLE-3 or DFlash head for a policy",
+        description="Train an EAGLE-3 head (arXiv 2503.01840) or a DFlash head (arXiv 2602.06036) on the policy's own "
+        "continuations of given prompts. Writes a checkpoint that vLLM's own methods `eagle3` and `dflash` read as well. An "
+        "interrupted run goes on where it stopped.",
     )
+    parser.add_argument("--kind", choices=("eagle3", "dflash"), default="eagle3", help="kind of head [eagle3]")
     parser.add_argument("--model", required=True, help="folder of the policy's checkpoint")
     parser.add_argument("--data", required=True, type=Path, help="prompts: .jsonl (field `prompt`: text or messages), .txt "
                         "(one per line), or a folder saved by datasets with a column `prompt`")  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, help="folder that gets config.json and model.safetensors")
     parser.add_argument("--work", type=Path, help="folder for continuations and training state [OUTPUT/work]")
-    parser.add_argument("--layers", type=int, nargs="+", help="decoder layers to read [low, middle and high]")
+    parser.add_argument("--layers", type=int, nargs="+", help="decoder layers to read the inputs of [low, "
+                        "middle and high; evenly spaced for dflash]")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens per continuation at most [256]")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the continuations [1.0]")
     parser.add_argument(
@@ -103,9 +105,15 @@ def _add_train_speculator(commands: Any) -> None:
         help="prompts per generation call [32]; one call is held "
         "out of training to measure on, so there must be more prompts than this",
     )
-    parser.add_argument("--draft-vocab-size", type=int, default=4096)
+    parser.add_argument("--draft-vocab-size", type=int, help="most tokens that an eagle3 head proposes [4096]")
     parser.add_argument("--intermediate-size", type=int, help="of the head's MLP [the policy's]")
-    parser.add_argument("--unroll", type=int, default=4, help="steps of test-time unrolling [4]")
+    parser.add_argument("--unroll", type=int, help="steps of test-time unrolling, of eagle3 [4]")
+    parser.add_argument("--num-layers", type=int, help="layers of a dflash head [5]")
+    parser.add_argument("--block-size", type=int, help="positions of a dflash block, one more than it drafts [8]")
+    parser.add_argument("--markov-rank", type=int, help="makes a dflash head one of DSpark, whose draft tokens depend on "
+                        "the one before [0: it does not]")  # fmt: skip
+    parser.add_argument("--mask-token-id", type=int, help="token that stands for a position to be drafted, of dflash [the "
+                        "tokenizer's mask token, an unused one or the padding token]")  # fmt: skip
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -192,7 +200,7 @@ def _add_vllm_serve(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="folder or name of the policy, if it is not the first argument")
-    parser.add_argument("--draft-model", type=Path, help="folder of an EAGLE-3 head, the static speculator")
+    parser.add_argument("--draft-model", type=Path, help="folder of an EAGLE-3 or DFlash head, the static speculator")
     parser.set_defaults(run_command=vllm_serve)
 
 

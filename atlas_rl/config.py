@@ -24,7 +24,7 @@ class EngineConfig:
         verification: `invariant` (drafter-invariant sampling) or `rejection`.
         draft_model: The static speculator: "mtp", the layer for multi-token prediction of the policy's own checkpoint, or
             "mtp:FOLDER", that of another folder; "fp4", a four-bit copy of the policy (a folder of such a name is "./fp4");
-            the folder of an EAGLE-3 head or of a causal LM with the policy's tokenizer; or a loaded causal LM.
+            the folder of an EAGLE-3 or DFlash head, or of a causal LM with the policy's tokenizer; or a loaded causal LM.
         speculators: Speculators to use instead of the defaults (history index, recurrent head, and the static one if
             given).
         controller: Controller to use instead of `GoodputController`.
@@ -108,8 +108,8 @@ def _check_drafting(config: EngineConfig) -> None:
     if config.draft_model is not None:
         raise ValueError(
             "give either draft_model or speculators. Leave out draft_model and add its drafter to the speculators: "
-            "Eagle3Speculator(...) for an EAGLE-3 head, MtpSpeculator(...) for an MTP layer, Fp4SelfSpeculator(...) for the "
-            "four-bit copy, DraftLM(...) for a causal LM"
+            "Eagle3Speculator(...) for an EAGLE-3 head, DFlashSpeculator(...) for a DFlash head, MtpSpeculator(...) for an "
+            "MTP layer, Fp4SelfSpeculator(...) for the four-bit copy, DraftLM(...) for a causal LM"
         )
     speculators = instances("speculators", config.speculators, Speculator)
     names = [speculator.name for speculator in speculators]
@@ -127,7 +127,7 @@ def _check_draft_folder(given: Any) -> None:
     """Raise `ValueError` unless it is "mtp", "fp4" or a local folder: nothing is downloaded."""
     if equals(given, "mtp") or equals(given, "fp4"):
         return
-    wanted = 'a loaded causal LM, "mtp", "fp4", or the folder of an EAGLE-3 head or of a causal LM'
+    wanted = 'a loaded causal LM, "mtp", "fp4", or the folder of an EAGLE-3 or DFlash head or of a causal LM'
     folder = mtp_folder(given)
     if path("draft_model", given, wanted).is_dir() if folder is None else folder and Path(folder).is_dir():
         return

@@ -75,7 +75,7 @@ class Backend(ABC):
         max_context: Longest sequence that the policy can be run over, tokens; None if it has no limit of its own.
         view: The policy as drafters read it.
         couples_noise: Whether drafters draw with the noise that also decides the policy's tokens.
-        static_kinds: Static speculators that can draft here: `fp4`, `eagle3`, `mtp`, `draft_lm`.
+        static_kinds: Static speculators that can draft here: `fp4`, `eagle3`, `dflash`, `mtp`, `draft_lm`.
         leads: Whether this rank drafts; in a tensor-parallel group one rank drafts for all.
         engine_dtype: Precision that it computes in, if that is not the policy's own.
     """
@@ -150,7 +150,7 @@ class InProcessBackend(Backend):
         ValueError: Not a causal LM, or one whose attention cannot be run this way.
     """
 
-    static_kinds = frozenset({"fp4", "eagle3", "mtp", "draft_lm"})
+    static_kinds = frozenset({"fp4", "eagle3", "dflash", "mtp", "draft_lm"})
 
     def __init__(self, model: nn.Module, verifier: Verifier, max_batch_size: int | None = None) -> None:
         self.runner = InProcessRunner(model)

@@ -90,7 +90,7 @@ def vllm_draft_folder(config: EngineConfig) -> str | Path | None:
     """Folder of the static head for vLLM, which needs it before it loads the policy."""
     _refuse_mtp(config.draft_model)
     if isinstance(config.draft_model, nn.Module) or config.draft_model == "fp4":
-        raise ValueError("with vLLM draft_model is the folder of an EAGLE-3 head, nothing else")
+        raise ValueError("with vLLM draft_model is the folder of an EAGLE-3 or DFlash head, nothing else")
     return config.draft_model
 
 
@@ -98,8 +98,8 @@ def _refuse_mtp(draft_model: Any) -> None:
     """Raise `ValueError` if the policy's MTP layer is requested, which drafts in process only."""
     if mtp_folder(draft_model) is not None:
         raise ValueError(
-            f"with vLLM draft_model={draft_model!r} does not draft: give the folder of an EAGLE-3 head. vLLM's own method "
-            "'mtp' drafts without this library"
+            f"with vLLM draft_model={draft_model!r} does not draft: give the folder of an EAGLE-3 or DFlash head. vLLM's "
+            "own method 'mtp' drafts without this library"
         )
 
 
@@ -112,13 +112,15 @@ def static_speculator(
         ValueError: The backend cannot draft with it; the message says what the folder holds, and what to give instead.
     """
     from atlas_rl.speculators.draft_lm import DraftLM, load_draft_model, shares_tokenizer
-    from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
     from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
-    from atlas_rl.speculators.identify import CAUSAL_LM, EAGLE3, MTP, kind_of
+    from atlas_rl.speculators.identify import CAUSAL_LM, DFLASH, DSPARK, EAGLE3, MTP, kind_of
     from atlas_rl.speculators.mtp.speculator import MtpSpeculator
+    from atlas_rl.speculators.static_heads import head_speculator
 
     serves_lms = "draft_lm" in backend.static_kinds
-    wanted = "the folder of an EAGLE-3 head" + (" or of a causal LM with the policy's tokenizer" if serves_lms else "")
+    wanted = "the folder of an EAGLE-3 or DFlash head" + (
+        ", or of a causal LM with the policy's tokenizer" if serves_lms else ""
+    )
     if model == "fp4" and "fp4" in backend.static_kinds:
         return Fp4SelfSpeculator()
     if "mtp" not in backend.static_kinds:
@@ -136,8 +138,8 @@ def static_speculator(
     except ValueError as error:
         said = str(error).rstrip(".")
         raise ValueError(f"draft_model: {said}. A four-bit copy of the policy itself is draft_model='fp4'") from error
-    if kind == EAGLE3:
-        return Eagle3Speculator(model)
+    if kind in (EAGLE3, DFLASH, DSPARK):
+        return head_speculator(model)
     if kind == MTP and "mtp" in backend.static_kinds:
         return MtpSpeculator(model)
     if kind != CAUSAL_LM or not serves_lms:

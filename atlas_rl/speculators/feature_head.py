@@ -1,8 +1,8 @@
-"""Heads of one attention layer that continue the policy's own features: what EAGLE-3 and multi-token prediction share.
+"""Heads on the policy's own features: what EAGLE-3, multi-token prediction and DFlash share.
 
-At position i such a head reads the embedding of token x_{i+1} and a feature of position i, and predicts x_{i+2}. Where
-the policy has run, the feature is computed from its hidden states; elsewhere it is the head's own output of the
-previous step.
+Most draft token by token: at position i such a head reads the embedding of token x_{i+1} and a feature of position i,
+and predicts x_{i+2}. Where the policy has run, the feature is computed from its hidden states; elsewhere it is the
+head's own output of the previous step. DFlash drafts all tokens in one forward (`dflash/`), and shares what follows.
 
 The head keeps its own attention cache, with a row for each request that it drafts for. Committed positions enter it
 with the policy's features; drafted ones with the head's own, overwritten once the policy has run there. If there is no
@@ -31,17 +31,20 @@ if TYPE_CHECKING:
     from atlas_rl.policy.view import PolicyView
 
 _FUSED_TOGETHER = 256  # most observed positions whose states are kept unfused
-_DRAFT_ROOM = 32  # cache cells past the longest text, for drafts beyond a request's end
 
 
 class FeatureHeadSpeculator(Speculator):
     """Drafts with a head on the policy's features, under the sampling parameters of the call.
 
     A subclass loads its head in `bind`, sets in `needs` which layers it reads, sets `_cell_bytes` (bytes per token in
-    the head's cache), and implements `_features_of`, `_step` and `_logits`.
+    the head's cache), and implements `_features_of`, `_logits`, and either `_step` or its own `_forward` and
+    `_draft`.
     """
 
     _cell_bytes: int
+    _draft_room = 32
+    """Cache cells past the longest text, for drafts beyond a request's end."""
+
     _token_ids: torch.Tensor | None = None
     """The policy's ids of the head's vocabulary, int64 `[n]`; None for the whole vocabulary."""
 
@@ -57,7 +60,6 @@ class FeatureHeadSpeculator(Speculator):
     def _features_of(self, states: dict[int, torch.Tensor]) -> torch.Tensor:
         """Features `[tokens, hidden]` of positions that the policy has run, from `[tokens, hidden]` of each layer."""
 
-    @abstractmethod
     def _step(self, embeddings: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run the head over packed tokens; its cache is active (`ragged_attention`).
 
@@ -69,6 +71,7 @@ class FeatureHeadSpeculator(Speculator):
         Returns:
             Features for the next step, `[tokens, hidden]`.
         """
+        raise NotImplementedError(f"{type(self).__name__} has neither a step nor a `_forward` of its own")
 
     @abstractmethod
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
@@ -105,7 +108,7 @@ class FeatureHeadSpeculator(Speculator):
             self._sequences = sequences
             self._cache = RaggedBatch(
                 num_requests,
-                sequences.max_length + _DRAFT_ROOM,
+                sequences.max_length + self._draft_room,
                 honour_softcap=False,
                 free_bytes=lambda: free_bytes(self._device),
             )
@@ -134,37 +137,52 @@ class FeatureHeadSpeculator(Speculator):
         return int(waiting - (sequences.prompt_lengths[copied] - 1).sum())
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        """Draft for every request; all rows run to the longest wanted draft, shorter ones are cut."""
+        """Draft for every request."""
         assert sequences is self._sequences, "propose() before start()"
         known = np.flatnonzero(self._has_prompt[requests])
         if len(known) < len(requests):  # engines with a prefix cache may not run a prompt again
             return self.propose(sequences, requests[known], max_draft_tokens[known]).spread(known, len(requests))
-        lengths, depth = sequences.lengths[requests], int(max_draft_tokens.max(initial=0))
-        depth = min(depth, int(sequences.max_length + _DRAFT_ROOM - lengths.max(initial=0)))
-        if depth > 0 and self._make_room(sequences, requests, depth):
+        depth = self._depth(sequences, requests, int(max_draft_tokens.max(initial=0)))
+        if depth > 0 and self._make_room(sequences, requests, self._cells_of(depth)):
             return self.propose(sequences, requests, max_draft_tokens)  # without the dropped requests
         if depth <= 0:
             return Draft.empty(len(requests))
-        one = np.ones(len(requests), np.int64)
-        drawing = Drawing(
+        with torch.no_grad():
+            self._fuse()
+            self._run_prompts(sequences, requests[self._cached[requests] == 0])
+            return self._draft(sequences, requests, max_draft_tokens, depth)
+
+    def _depth(self, sequences: Sequences, requests: np.ndarray, wanted: int) -> int:
+        """Most tokens to draft for requests (int64 `[n]`), if `wanted` are."""
+        return min(wanted, int(sequences.max_length + self._draft_room - sequences.lengths[requests].max(initial=0)))
+
+    def _cells_of(self, depth: int) -> int:
+        """Cells past a text that a draft of `depth` tokens takes."""
+        return depth
+
+    def _draft(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray, depth: int) -> Draft:
+        """Draft token by token; all rows run to the longest wanted draft, shorter ones are cut."""
+        one, lengths = np.ones(len(requests), np.int64), sequences.lengths[requests]
+        drawing = self._drawing(sequences, requests, depth * one)
+        features = self._catch_up(sequences, requests)
+        indices = drawing.draw(self._logits(features))
+        for position in range(depth - 1):
+            tokens = indices if self._token_ids is None else self._token_ids[indices]
+            features = self._forward(tokens, features, requests, lengths - 1 + position, one)
+            indices = drawing.draw(self._logits(features))
+        return drawing.finish(max_draft_tokens)
+
+    def _drawing(self, sequences: Sequences, requests: np.ndarray, depths: np.ndarray) -> Drawing:
+        """A draft of so many tokens for each request, int64 `[n]`."""
+        return Drawing(
             self.name,
             sequences,
             requests,
-            depth * one,
+            depths,
             self._device,
             couples_noise=self._couples_noise,
             token_ids=self._token_ids,
         )
-        with torch.no_grad():
-            self._fuse()
-            self._run_prompts(sequences, requests[self._cached[requests] == 0])
-            features = self._catch_up(sequences, requests)
-            indices = drawing.draw(self._logits(features))
-            for position in range(depth - 1):
-                tokens = indices if self._token_ids is None else self._token_ids[indices]
-                features = self._forward(tokens, features, requests, lengths - 1 + position, one)
-                indices = drawing.draw(self._logits(features))
-        return drawing.finish(max_draft_tokens)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Keep the features of committed positions until the head next runs."""

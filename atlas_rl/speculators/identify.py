@@ -1,8 +1,9 @@
 """Identifies the content of a checkpoint folder by its configuration and its tensors' names and shapes.
 
 Heads of many kinds come in similar folders. An EAGLE-1 head calls itself a Llama of one layer; DFlash, DSpark and
-P-EAGLE heads of the `speculators` layout have the fields of an EAGLE-3 head. Loaded as the wrong kind, a head drafts
-badly without any error, so each kind is named here, and every loader asks first.
+P-EAGLE heads of the `speculators` layout have the fields of an EAGLE-3 head, and DFlash 2 and DSpark heads those of a
+DFlash head. Loaded as the wrong kind, a head drafts badly without any error, so each kind is named here, and every
+loader asks first.
 
 The layouts are those of SafeAILab/EAGLE (a flat Llama configuration), vllm-project/speculators (`speculators_model_type`),
 FasterDecoding/Medusa, and vLLM's own loaders.
@@ -24,16 +25,19 @@ CAUSAL_LM = "a causal LM"
 EAGLE3 = "an EAGLE-3 head"
 _EAGLE1 = "an EAGLE-1 or EAGLE-2 head"
 MTP = "a multi-token prediction (MTP) head"
-_P_EAGLE, _DFLASH, _DSPARK = "a P-EAGLE head", "a DFlash head", "a DSpark head"
+DFLASH, DSPARK = "a DFlash head", "a DSpark head"
+_P_EAGLE, _DFLASH2, _LILICORR = "a P-EAGLE head", "a DFlash 2 head", "a LiLiCorr head"
 _MEDUSA, _HYDRA, _MLP = "Medusa heads", "Hydra heads", "an MLP speculator"
 
 _GIVE = " Give a folder that save_pretrained() wrote."
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
-# Parts of names, without `-` and `_`, in the order of the search: "peagle" contains "eagle".
+# Parts of names, without `-` and `_`, in the order of the search: "peagle" contains "eagle", "dflash2" "dflash".
 _NAMES = {
     "peagle": _P_EAGLE,
-    "dspark": _DSPARK,
-    "dflash": _DFLASH,
+    "dspark": DSPARK,
+    "lilicorr": _LILICORR,
+    "dflash2": _DFLASH2,
+    "dflash": DFLASH,
     "medusa": _MEDUSA,
     "hydra": _HYDRA,
     "mlpspeculator": _MLP,
@@ -43,9 +47,9 @@ _NAMES = {
 }
 # Prefixes of configuration fields that only such heads have.
 _FIELDS = {
-    "dspark_": _DSPARK,
-    "markov_": _DSPARK,
-    "dflash_": _DFLASH,
+    "dspark_": DSPARK,
+    "markov_": DSPARK,
+    "lilicorr_": _LILICORR,
     "medusa_": _MEDUSA,
     "num_medusa_": _MEDUSA,
     "hydra_": _HYDRA,
@@ -53,7 +57,8 @@ _FIELDS = {
 # Names of tensors that only such heads have, `model.` cut off.
 _TENSORS = {
     r"mask_hidden": _P_EAGLE,
-    r"(markov|confidence)_head\.": _DSPARK,
+    r"(markov|confidence)_head\.": DSPARK,
+    r"(?:\w+\.)*(predecessor_codebook|successor_codebook|base_kernel)\b": _DFLASH2,
     r"medusa_head\.|blocks\.\d+\.layers\.|\d+\.\d+\.(linear\.)?weight": _MEDUSA,
     r"fusion_fc\.": _EAGLE1,
     r"midlayer\.": EAGLE3,
@@ -65,7 +70,7 @@ _FIRST_LAYER = r"(?:(?!mtp\.)\w+\.)*layers\.0\."
 
 
 def kind_of(folder: str | Path) -> str:
-    """The kind of content, as used in a sentence: `CAUSAL_LM`, `EAGLE3`, or the name of another kind of head.
+    """The kind of content, as used in a sentence: one of the names above, or that of another kind of head.
 
     `CAUSAL_LM` is what remains if nothing indicates a head; loading shows whether all its weights are there.
 
@@ -219,7 +224,9 @@ def _by_config(config: dict[str, Any]) -> str | None:
             return kind
     architectures = config.get("architectures")
     names = [*(architectures if isinstance(architectures, list) else []), config.get("model_type")]
-    return next(filter(None, map(_by_name, names)), None)
+    named = next(filter(None, map(_by_name, names)), None)
+    # DFlash 2 and DSpark heads have this field as well.
+    return named or (DFLASH if config.get("dflash_config") is not None else None)
 
 
 def _by_name(name: Any) -> str | None:
@@ -236,7 +243,7 @@ def _by_tensor_shapes(shapes: dict[str, tuple[int, ...]]) -> str | None:
         if query == 2 * hidden:  # attention reads the embedding beside the feature
             return EAGLE3
         if "hidden_norm.weight" in shapes:
-            return _DFLASH
+            return DFLASH
         return _EAGLE1 if read == 2 * hidden else "a head that reads the policy's hidden states"
     if "d2t" in shapes:
         return EAGLE3

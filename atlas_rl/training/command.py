@@ -23,16 +23,15 @@ from atlas_rl.policy.in_process import InProcessRunner, decoder_layers
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.causal_lm import causal_lm_config, load_causal_lm
-from atlas_rl.speculators.eagle3.checkpoint import save_eagle3
-from atlas_rl.speculators.eagle3.config import check_layers, new_layers
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from atlas_rl.speculators.identify import EAGLE3, kind_of
-from atlas_rl.training.eagle3 import TrainSettings, num_held_out, train
-from atlas_rl.training.head_shape import head_config
+from atlas_rl.speculators.identify import DFLASH, DSPARK, EAGLE3, kind_of
+from atlas_rl.training.head_kinds import KINDS
+from atlas_rl.training.loop import num_held_out
 from atlas_rl.training.prompts import Prompt, check_prompts, read_prompts
 
 _AT_LEAST_ONE = (
-    "max_new_tokens", "generate_batch", "draft_vocab_size", "intermediate_size", "unroll", "epochs", "batch_size",
+    "max_new_tokens", "generate_batch", "draft_vocab_size", "intermediate_size", "unroll", "num_layers", "block_size",
+    "epochs", "batch_size",
 )  # fmt: skip
 _WORK_OF = "generated.json"  # what the continuations in a work folder were made from
 
@@ -49,8 +48,10 @@ def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -
     """
     _check_options(args)
     config = causal_lm_config(args.model).get_text_config()
-    layers = _layers(args, config)
-    prompts = read_prompts(args.data, _tokenizer(args.model))
+    kind, tokenizer = KINDS[args.kind], _tokenizer(args.model)
+    layers = kind.layers(args, config.num_hidden_layers)
+    settings = kind.settings(args, layers, tokenizer, config.vocab_size)
+    prompts = read_prompts(args.data, tokenizer)
     check_prompts(prompts, config.vocab_size, _longest_prompt(config))
     if max(len(prompt.token_ids) for prompt in prompts) + args.max_new_tokens < 3:
         raise ValueError("prompts and completions of one token leave nothing to predict: raise --max-new-tokens")
@@ -70,16 +71,15 @@ def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy: Any = load_causal_lm(args.model, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
-    settings = _settings(args, layers)
     view, runner = InProcessView(policy), InProcessRunner(policy)
     check_prompts(prompts, runner.vocab_size, runner.max_context)
     decoder_layers(policy, config.num_hidden_layers)
-    head_config(view, layers, 1, args.intermediate_size)
+    kind.check_policy(view, settings)
 
     (rollouts / _WORK_OF).write_text(json.dumps(made_of, indent=2) + "\n")
     calls = _generate(policy, prompts, rollouts, layers, args, new_engine)
-    head = train(view, calls, work, settings, say=progress.say)
-    save_eagle3(args.output, head, policy)
+    head = kind.train(view, calls, work, settings, progress.say)
+    kind.save(args.output, head, view)
     log = json.loads((work / "training.json").read_text()) | {"max_new_tokens": args.max_new_tokens}
     (args.output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
     progress.say(f"written: {args.output}")
@@ -90,17 +90,16 @@ def _check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name, kind in KINDS.items():
+        strange = [option for option in kind.options if getattr(args, option) is not None and name != args.kind]
+        if strange:
+            raise ValueError(f"--{strange[0].replace('_', '-')} is for --kind {name}, and this is --kind {args.kind}")
     if not math.isfinite(args.temperature) or args.temperature < 0:
         raise ValueError(f"--temperature must be a finite number of at least 0, got {args.temperature}")
     if not math.isfinite(args.learning_rate) or args.learning_rate <= 0:
         raise ValueError(f"--learning-rate must be a finite number above 0, got {args.learning_rate}")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
-
-
-def _layers(args: argparse.Namespace, config: Any) -> tuple[int, ...]:
-    num_layers = config.num_hidden_layers
-    return new_layers(num_layers) if args.layers is None else check_layers(args.layers, num_layers, "--layers")
 
 
 def _tokenizer(folder: str) -> Any:
@@ -120,7 +119,7 @@ def _longest_prompt(config: Any) -> int | None:
 
 
 def _check_replaces_no_policy(output: Path) -> None:
-    if (output / "config.json").is_file() and (kind := kind_of(output)) != EAGLE3:
+    if (output / "config.json").is_file() and (kind := kind_of(output)) not in (EAGLE3, DFLASH, DSPARK):
         raise ValueError(f"'{output}' holds {kind}, which the head would overwrite: give another --output")
 
 
@@ -161,19 +160,6 @@ def _check_same_work(rollouts: Path, made_of: dict[str, Any]) -> None:
             f"'{rollouts}' holds continuations made with another {' and '.join(differing)}: give another --output or "
             "--work, or delete the folder"
         )
-
-
-def _settings(args: argparse.Namespace, layers: tuple[int, ...]) -> TrainSettings:
-    return TrainSettings(
-        layers=layers,
-        draft_vocab_size=args.draft_vocab_size,
-        intermediate_size=args.intermediate_size,
-        unroll=args.unroll,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-    )
 
 
 def _generate(

@@ -39,7 +39,7 @@ def llm_arguments(draft_model: str | Path | None = None, **arguments: Any) -> di
     """Arguments for `vllm.LLM` to draft with our proposer and, on CUDA, to capture graphs of its steps.
 
     Args:
-        draft_model: Folder of an EAGLE-3 head, the static speculator.
+        draft_model: Folder of an EAGLE-3 or DFlash head, the static speculator.
         arguments: Further arguments of `vllm.LLM`. They take precedence: graphs follow `max_num_seqs`, and a given
             `compilation_config` is kept.
     """
@@ -95,7 +95,7 @@ class VllmBackend(Backend):
     """
 
     couples_noise = True
-    static_kinds = frozenset({"eagle3"})
+    static_kinds = frozenset({"eagle3", "dflash"})
 
     def __init__(self, llm: Any) -> None:
         drafter = internals.drafter_of(llm)

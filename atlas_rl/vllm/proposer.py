@@ -18,8 +18,7 @@ from atlas_rl.decode.defaults import bind_all, default_speculators
 from atlas_rl.decode.guard import GuardedController
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import StepReport
-from atlas_rl.speculators.eagle3.checkpoint import eagle3_layers
-from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
+from atlas_rl.speculators.static_heads import head_layers, head_speculator
 from atlas_rl.vllm import internals
 from atlas_rl.vllm.checkpoint import Described, check, describe, served_folder, tensors
 from atlas_rl.vllm.checks import UNDEFINED_LOGITS, check_engine, options_of
@@ -65,7 +64,7 @@ class AtlasProposer(Hooks):
         )
         folder = self.options.get("draft_model")
         if folder is not None:
-            self.layers = eagle3_layers(folder, self._config.num_hidden_layers)
+            self.layers = head_layers(folder, self._config.num_hidden_layers)
 
     @property
     def recorder(self) -> StepRecorder:  # type: ignore[override]
@@ -93,7 +92,7 @@ class AtlasProposer(Hooks):
         if defaults:
             chosen = default_speculators()
             if "draft_model" in self.options:
-                chosen.append(Eagle3Speculator(self.options["draft_model"]))
+                chosen.append(head_speculator(self.options["draft_model"]))
             faults = self.drafting.faults
             speculators = bind_all(chosen, self.policy, faults, couples_noise=True)
             self.drafting.use(speculators, GuardedController(GoodputController(tuple(speculators)), faults))

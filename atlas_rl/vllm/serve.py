@@ -37,7 +37,7 @@ def serve_command(
     Args:
         model: Folder or name of the policy.
         flags: Flags of `vllm serve` or `trl vllm-serve`; they override those added here.
-        draft_model: Folder of an EAGLE-3 head, the static speculator.
+        draft_model: Folder of an EAGLE-3 or DFlash head, the static speculator.
         environment: Environment variables to read; None for those of the process.
 
     Raises:

@@ -19,12 +19,14 @@ from atlas_rl.policy.view import InProcessView
 from atlas_rl.sampling import verification
 from atlas_rl.sampling.verification import Positions, RejectionSampling, choose
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.dflash.speculator import DFlashSpeculator
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from atlas_rl.training.eagle3 import TrainSettings, new_head
+from tests.dflash import head_for
 from tests.drafters import RandomDrafter, TrimByDrawnToken
 from tests.exact import CERTAIN, FALSE_ALARM, p_value, sequence_probabilities
 from tests.models import tiny_llama
@@ -39,6 +41,8 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "penalty": {"repetition_penalty": 1.5},
     "everything": {"temperature": 1.2, "top_k": 4, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 0.8},
 }
+
+MASKED = {"mask_token_id": 4, "target_layer_ids": [0]}
 
 
 @cache
@@ -66,6 +70,10 @@ SPECULATORS = {
     "eagle3": lambda: Eagle3Speculator(
         new_head(InProcessView(policy()), TrainSettings(layers=(0, 1)), np.array([1, 2, 4]))
     ),
+    "dflash": lambda: DFlashSpeculator(
+        head_for(policy(), block_size=3, dflash_config=MASKED)
+    ),  # two independent tokens
+    "dspark": lambda: DFlashSpeculator(head_for(policy(), markov_rank=2, block_size=2, dflash_config=MASKED)),
     "fp4_self": Fp4SelfSpeculator,
     "random": RandomDrafter,
     "random_with_probs": lambda: RandomDrafter(with_probs=True),

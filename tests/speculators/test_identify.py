@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.speculators.causal_lm import load_causal_lm
-from atlas_rl.speculators.identify import CAUSAL_LM, EAGLE3, MTP, kind_of
+from atlas_rl.speculators.identify import CAUSAL_LM, DFLASH, DSPARK, EAGLE3, MTP, kind_of
 from tests.engines import draft_model, generate, policy, reference, tokenizer
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.mtp import FAMILIES, PlainLayer, tiny_policy, write_checkpoint
@@ -41,12 +41,24 @@ KINDS = {
     "EAGLE-3 by its architecture": (LLAMA | {"architectures": ["LlamaForCausalLMEagle3"]}, {}, EAGLE3),
     "P-EAGLE": (layout("peagle", mask_token_id=3), FUSE_THREE | TWICE | REDUCED, "P-EAGLE"),
     "P-EAGLE that calls itself EAGLE-3": (layout("eagle3"), FUSE_THREE | TWICE | {"mask_hidden": (1, 96)}, "P-EAGLE"),
-    "DFlash": (layout("dflash", mask_token_id=3), FUSE_THREE | QUERY | {"hidden_norm.weight": (HIDDEN,)}, "DFlash"),
-    "DFlash 2": (layout("dflash2"), {}, "DFlash"),
-    "DFlash, flat": ({"model_type": "qwen3", "dflash_config": {"mask_token_id": 3}}, {}, "DFlash"),
-    "DFlash by its tensors": (LLAMA, FUSE_THREE | QUERY | {"hidden_norm.weight": (HIDDEN,)}, "DFlash"),
-    "DSpark": (layout("dspark", markov_rank=4), {}, "DSpark"),
-    "DSpark by its tensors": (LLAMA, {"markov_head.markov_w1.weight": (64, 4)}, "DSpark"),
+    "DFlash": (layout("dflash", mask_token_id=3), FUSE_THREE | QUERY | {"hidden_norm.weight": (HIDDEN,)}, DFLASH),
+    "DFlash 2": (layout("dflash2"), {}, "DFlash 2"),
+    "DFlash 2, flat": (
+        {"architectures": ["DFlash2DraftModel"], "model_type": "qwen3", "dflash_config": {"selector_rank": 4}},
+        {},
+        "DFlash 2",
+    ),
+    "DFlash 2 by its tensors": (
+        {"architectures": ["DFlashDraftModel"]},
+        {"selector.predecessor_codebook": (64, 4)},
+        "DFlash 2",
+    ),
+    "LiLiCorr": ({"architectures": ["LiLiCorrDraftModel"], "dflash_config": {"mask_token_id": 3}}, {}, "LiLiCorr"),
+    "DFlash, flat": ({"model_type": "qwen3", "dflash_config": {"mask_token_id": 3}}, {}, DFLASH),
+    "DFlash by its tensors": (LLAMA, FUSE_THREE | QUERY | {"hidden_norm.weight": (HIDDEN,)}, DFLASH),
+    "DSpark that calls itself DFlash": ({"architectures": ["DFlashDraftModel"], "markov_rank": 4}, {}, DSPARK),
+    "DSpark": (layout("dspark", markov_rank=4), {}, DSPARK),
+    "DSpark by its tensors": (LLAMA, {"markov_head.markov_w1.weight": (64, 4)}, DSPARK),
     "Medusa": ({"medusa_num_heads": 3, "medusa_num_layers": 1}, {"0.0.linear.weight": (HIDDEN, HIDDEN)}, "Medusa"),
     "Medusa for vLLM": ({"model_type": "medusa"}, {"blocks.0.layers.0.weight": (HIDDEN, HIDDEN)}, "Medusa"),
     "MTP": ({"architectures": ["DeepSeekMTPModel"], "model_type": "deepseek_mtp"}, {}, "MTP"),
@@ -77,8 +89,8 @@ def test_kinds_are_told_apart(tmp_path, case):
     if kind == "MTP":
         with pytest.raises(ValueError, match="no MTP layer in"):
             generate(AtlasRolloutEngine(model=policy(), draft_model=folder, console=False))
-    elif kind not in (EAGLE3, CAUSAL_LM):
-        with pytest.raises(ValueError, match=rf"holds .*{kind}.*give the folder of an EAGLE-3 head or of a causal LM"):
+    elif kind not in (EAGLE3, DFLASH, DSPARK, CAUSAL_LM):
+        with pytest.raises(ValueError, match=rf"holds .*{kind}.*give the folder of an EAGLE-3 or DFlash head, or of a"):
             AtlasRolloutEngine(model=policy(), draft_model=folder, console=False)
 
 

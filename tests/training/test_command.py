@@ -11,9 +11,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from atlas_rl import progress
+from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.cli import main
 from atlas_rl.policy.view import InProcessView
+from atlas_rl.speculators.dflash.checkpoint import load_dflash
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from tests.models import FACTORIES, tiny_bigram, tiny_llama
 
@@ -257,3 +258,58 @@ def test_lines_are_those_of_the_file_whatever_is_in_a_string(policy, tmp_path, c
     data = tmp_path / "a.jsonl"
     data.write_text('{"prompt": "w1 \u2028 w2"}\r\n\r\n{"prompt": "w1"}\r\nbad\r\n', encoding="utf-8", newline="")
     assert "line 4: not a JSON object" in refused(capsys, command(policy, tmp_path, data=data))
+
+
+DFLASH = [
+    "--kind", "dflash", "--max-new-tokens", "6", "--generate-batch", "2", "--epochs", "1", "--num-layers", "1",
+    "--block-size", "3",
+]  # fmt: skip
+
+
+def dflash_command(policy, tmp_path, *options):
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    given = ["--model", str(policy), "--data", str(data), "--output", str(tmp_path / "head")]
+    return ["train-speculator", *given, *DFLASH, *map(str, options)]
+
+
+def test_a_dflash_head_is_trained_and_drafts(policy, tmp_path, capsys):
+    main(dflash_command(policy, tmp_path, "--mask-token-id", 62))
+    assert "written" in capsys.readouterr().out
+    model = tiny_bigram(layers=4, seed=11)
+    config = load_dflash(tmp_path / "head", InProcessView(model)).config
+    assert (config.block_size, config.mask_token_id, len(config.spans)) == (3, 62, 1)
+    engine = AtlasRolloutEngine(model=model, draft_model=tmp_path / "head", console=False)
+    assert engine.generate([[5, 9], [7]], max_new_tokens=8, eos_token_ids=[]).report.drafter_faults == {}
+    main(dflash_command(policy, tmp_path, "--mask-token-id", 62))  # over its own output, from what it left
+    assert "continuations" not in capsys.readouterr().out
+
+
+DFLASH_OPTIONS = {
+    "no mask token": ([], "name a token that texts hardly contain, --mask-token-id"),
+    "a mask token outside": (
+        ["--mask-token-id", "64"],
+        "--mask-token-id must be one of the policy's 64 tokens, got 64",
+    ),
+    "a block of one": (["--mask-token-id", "62", "--block-size", "1"], "--block-size must be at least 2"),
+    "layer 0": (["--mask-token-id", "62", "--layers", "0", "1"], "--layers names layer 0: a DFlash head reads inputs"),
+    "unrolling": (["--unroll", "2"], "--unroll is for --kind eagle3, and this is --kind dflash"),
+}
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("case", DFLASH_OPTIONS)
+def test_options_of_dflash_are_checked_first(policy, tmp_path, capsys, case):
+    options, message = DFLASH_OPTIONS[case]
+    assert message in refused(capsys, dflash_command(policy, tmp_path, *options))
+    assert "--block-size is for --kind dflash" in refused(capsys, command(policy, tmp_path, "--block-size", 4))
+
+
+def test_a_policy_of_one_layer_has_nothing_between_layers_to_read(tmp_path, capsys):
+    one = save_policy(tmp_path / "one", tiny_llama(layers=1))
+    assert "this policy has one layer" in refused(capsys, dflash_command(one, tmp_path, "--mask-token-id", 62))
+
+
+def test_an_unused_token_or_the_padding_token_marks_positions(tmp_path, capsys):
+    folder = save_policy(tmp_path / "policy", tiny_bigram(layers=4, vocab=70, seed=11))
+    main(dflash_command(folder, tmp_path))
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["dflash_config"]["mask_token_id"] == NUM_WORDS

@@ -18,12 +18,14 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.report.report import StepReport
+from atlas_rl.speculators.dflash.checkpoint import save_dflash
 from atlas_rl.speculators.eagle3.checkpoint import save_eagle3
 from atlas_rl.speculators.eagle3.config import Eagle3Config
 from atlas_rl.speculators.eagle3.head import Eagle3Head
-from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
+from atlas_rl.speculators.static_heads import head_speculator
 from atlas_rl.vllm.backend import llm_arguments
 from atlas_rl.vllm.internals import drafter_of, runner_of
+from tests.dflash import head_for
 from tests.drafters import RandomDrafter, Stateless
 from tests.models import tiny_bigram
 from tests.vllm_engines import completions, engine  # first: it skips this module where there is no vLLM
@@ -113,20 +115,29 @@ def _fixed(name: str) -> FixedController:
     return FixedController([name], name, 3)
 
 
-@pytest.mark.parametrize("chunk", [None, 32], ids=["whole prompts", "chunks and prefix cache"])
-def test_the_static_head_sees_what_it_sees_in_process(
-    chunk: int | None, policy: Any, folder: Path, tmp_path: Path
-) -> None:
+def _write_eagle3(folder: Path, policy: Any) -> None:
     torch.manual_seed(0)
-    config = Eagle3Config(layer=policy.config, draft_vocab_size=VOCAB, layers=(0, 1, 2))
-    head = Eagle3Head(config)
+    head = Eagle3Head(Eagle3Config(layer=policy.config, draft_vocab_size=VOCAB, layers=(0, 1, 2)))
     head.t2d.fill_(True)
     head.d2t.zero_()
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if "norm" not in name:
                 parameter.normal_(std=0.3)
-    save_eagle3(tmp_path, head, policy)
+    save_eagle3(folder, head, policy)
+
+
+def _write_dflash(folder: Path, policy: Any) -> None:
+    shape = {"hidden_size": 64, "dflash_config": {"mask_token_id": 3, "target_layer_ids": [0, 1]}}
+    save_dflash(folder, head_for(policy, **shape), 3)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+@pytest.mark.parametrize("chunk", [None, 32], ids=["whole prompts", "chunks and prefix cache"])
+def test_the_static_head_sees_what_it_sees_in_process(
+    chunk: int | None, kind: str, policy: Any, folder: Path, tmp_path: Path
+) -> None:
+    {"eagle3": _write_eagle3, "dflash": _write_dflash}[kind](tmp_path, policy)
     options: dict[str, Any] = {"enable_prefix_caching": False}
     if chunk:
         options = {"max_num_batched_tokens": chunk, "block_size": 32}
@@ -135,17 +146,17 @@ def test_the_static_head_sees_what_it_sees_in_process(
     reports = []
     for model in (llm, policy):
         made = AtlasRolloutEngine(
-            model=model, speculators=[Eagle3Speculator(tmp_path)], controller=_fixed("eagle3"), console=False
+            model=model, speculators=[head_speculator(tmp_path)], controller=_fixed(kind), console=False
         )
         reports.append(made.generate(PROMPTS, **given).report)
     ours, in_process = reports
     assert ours.completion_lengths == in_process.completion_lengths
-    assert ours.drafted["eagle3"] > 0
+    assert ours.drafted[kind] > 0
     if chunk is None:  # with the same features the same drafts, and the same of them accepted
         assert (ours.drafted, ours.accepted) == (in_process.drafted, in_process.accepted)
     else:
-        share = ours.accepted["eagle3"] / ours.drafted["eagle3"]
-        assert share == pytest.approx(in_process.accepted["eagle3"] / in_process.drafted["eagle3"], rel=0.1)
+        share = ours.accepted[kind] / ours.drafted[kind]
+        assert share == pytest.approx(in_process.accepted[kind] / in_process.drafted[kind], rel=0.1)
 
 
 def test_new_weights_are_generated_with_and_speculators_follow(policy: Any, folder: Path) -> None:

@@ -7,24 +7,21 @@ maps to tokens of the policy.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.eagle3.config import Eagle3Config, parse_config
 from atlas_rl.speculators.eagle3.head import Eagle3Head
+from atlas_rl.speculators.head_checkpoint import VERIFIER, check_fit, draft_vocabulary, public_name, write_head
 from atlas_rl.speculators.identify import EAGLE3, check_finite, kind_of, read_config, read_tensors
 
 _SPECULATORS_VERSION = "0.2.0"  # version of the layout
-_WEIGHTS = "model.safetensors"
 _NUM_USUAL_LAYERS = 3
 _SUGGESTED_DRAFT_TOKENS = 3  # for engines that draft a fixed number
-_VERIFIER = "verifier_"  # prefix of policy tensors that some training versions saved too
 
 
 def load_eagle3(folder: str | Path, policy: PolicyView) -> Eagle3Head:
@@ -37,14 +34,14 @@ def load_eagle3(folder: str | Path, policy: PolicyView) -> Eagle3Head:
     folder = Path(folder)
     what = f"the EAGLE-3 head in '{folder}'"
     settings = _settings(folder)
-    tensors = {_name(name): tensor for name, tensor in read_tensors(folder).items() if not name.startswith(_VERIFIER)}
+    tensors = {_name(name): tensor for name, tensor in read_tensors(folder).items() if not name.startswith(VERIFIER)}
     config = _config_for(policy, settings, tensors, what, f"'{folder / 'config.json'}'")
-    tensors |= _vocabulary(tensors, config.draft_vocab_size, policy.vocab_size, what)
+    tensors |= draft_vocabulary(tensors, config.draft_vocab_size, policy.vocab_size, what)
     # The original code has no biases, whatever a configuration copied from the policy's says.
     config.layer.attention_bias = "layers.0.self_attn.q_proj.bias" in tensors
     config.layer.mlp_bias = "layers.0.mlp.gate_proj.bias" in tensors
     head = Eagle3Head(config, own_embeddings="embed_tokens.weight" in tensors)
-    _check_fit(head, tensors, what)
+    check_fit(head, tensors, what)
     head.load_state_dict(tensors)
     head = head.to(device=policy.device, dtype=policy.dtype).eval()
     check_finite(head.state_dict(), what)
@@ -65,8 +62,6 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module) -> None
         head: The head.
         policy: Named in the config as the verifier.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config, layer = head.config, {**head.config.layer.to_dict(), "torch_dtype": "bfloat16", "num_hidden_layers": 1}
     if len(config.layers) != _NUM_USUAL_LAYERS:
         # vLLM reads the number of layers from here, and assumes three without it.
@@ -90,20 +85,13 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module) -> None
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": _SUGGESTED_DRAFT_TOKENS}],
             "verifier": {
-                "name_or_path": _public_name(policy),
+                "name_or_path": public_name(policy),
                 "architectures": [type(policy).__name__],
             },
         },
         "torch_dtype": "bfloat16",
     }
-    tensors = {
-        name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in head.state_dict().items()
-    }
-    partial = folder / (_WEIGHTS + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / _WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_head(folder, settings, head.state_dict())
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -142,77 +130,6 @@ def _config_for(
             "its own (embed_tokens.weight): add them"
         )
     return config
-
-
-def _public_name(policy: nn.Module) -> str | None:
-    """The policy's name, without local folders."""
-    name = str(getattr(policy.config, "name_or_path", "") or "")
-    return (Path(name).name if Path(name).exists() else name) or None
-
-
-def _vocabulary(
-    tensors: dict[str, torch.Tensor], draft_vocab_size: int, vocab_size: int, what: str
-) -> dict[str, torch.Tensor]:
-    """`d2t` (offsets from draft tokens to the policy's, int64) and `t2d` (bool), from whichever the file has.
-
-    Raises:
-        ValueError: They have another type or length, contradict each other, point outside the vocabulary, or map two
-            draft tokens to one.
-    """
-    d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
-    if t2d is not None and (t2d.shape != (vocab_size,) or t2d.is_floating_point() or bool((t2d != t2d.bool()).any())):
-        raise ValueError(f"{what}: t2d must hold true or false for each of {vocab_size} tokens, got {_described(t2d)}")
-    known = None if t2d is None else t2d.bool().nonzero().flatten()
-    if d2t is None:
-        if known is None and draft_vocab_size == vocab_size:
-            known = torch.arange(vocab_size)
-        if known is None or len(known) != draft_vocab_size:
-            raise ValueError(
-                f"{what} drafts {draft_vocab_size} of {vocab_size} tokens and lacks d2t, which says which ones"
-            )
-        d2t = known - torch.arange(draft_vocab_size)
-    if d2t.shape != (draft_vocab_size,) or d2t.is_floating_point() or d2t.dtype == torch.bool:
-        raise ValueError(f"{what}: d2t must hold {draft_vocab_size} whole numbers, got {_described(d2t)}")
-    d2t = d2t.to(torch.int64)
-    ids = d2t + torch.arange(draft_vocab_size)
-    outside = int(((ids < 0) | (ids >= vocab_size)).sum())
-    twice = draft_vocab_size - len(ids.unique())
-    # Offsets of sorted tokens rise only where tokens are left out; ids always rise.
-    looks_like_ids = known is None and draft_vocab_size > 1 and bool((d2t.diff() > 0).all())
-    differs = known is not None and not torch.equal(ids.sort().values, known)
-    if outside or twice or looks_like_ids or differs:
-        reason = (
-            f"leads out of the policy's {vocab_size} tokens in {outside} places" if outside
-            else f"leads to {twice} tokens more than once" if twice
-            else "and t2d name different tokens" if differs
-            else "has the look of token ids"
-        )  # fmt: skip
-        raise ValueError(
-            f"{what}: d2t {reason}. It must hold offsets, not ids: added to 0, 1, 2, ... they give the policy's token ids"
-        )
-    mask = torch.zeros(vocab_size, dtype=torch.bool)
-    mask[ids] = True
-    return {"d2t": d2t, "t2d": mask}
-
-
-def _check_fit(head: Eagle3Head, tensors: dict[str, torch.Tensor], what: str) -> None:
-    """Raise `ValueError` if the tensors do not match the configuration."""
-    own = head.state_dict()
-    faults = [
-        *(f"{name} is missing" for name in own if name not in tensors),
-        *(f"{name} is unknown" for name in tensors if name not in own),
-        *(
-            f"{name} is {list(tensor.shape)} instead of {list(own[name].shape)}"
-            for name, tensor in tensors.items()
-            if name in own and tensor.shape != own[name].shape
-        ),
-    ]
-    if faults:
-        raise ValueError(f"{what} does not fit its own config.json: {', '.join(faults)}")
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
 
 
 def _name(name: str) -> str:

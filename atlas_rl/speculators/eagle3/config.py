@@ -14,6 +14,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
+from atlas_rl.speculators.head_checkpoint import flag, whole
+
 _LAYERS_FIELD = "eagle_aux_hidden_state_layer_ids"
 _NOT_OF_THE_LAYER = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
 _SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
@@ -129,14 +131,14 @@ def parse_config(
         )
     return Eagle3Config(
         layer=_llama(layer, where),
-        draft_vocab_size=_whole("draft_vocab_size", size, where),
+        draft_vocab_size=whole("draft_vocab_size", size, where),
         layers=check_layers(named or usual, num_layers, f"{where}: {_LAYERS_FIELD}"),
         # As in vLLM: heads in the `speculators` layout norm before the residual unless they say otherwise.
-        norm_before_residual=_flag(settings, "norm_before_residual", nested is not None, where),
-        target_hidden_size=_whole("target_hidden_size", fields.get("target_hidden_size"), where, optional=True),
-        norm_before_fc=_flag(eagle if "norm_before_fc" in eagle else settings, "norm_before_fc", False, where),
-        fc_norm=_flag(settings, "fc_norm", False, where),
-        norm_output=_flag(settings, "norm_output", False, where),
+        norm_before_residual=flag(settings, "norm_before_residual", nested is not None, where),
+        target_hidden_size=whole("target_hidden_size", fields.get("target_hidden_size"), where, optional=True),
+        norm_before_fc=flag(eagle if "norm_before_fc" in eagle else settings, "norm_before_fc", False, where),
+        fc_norm=flag(settings, "fc_norm", False, where),
+        norm_output=flag(settings, "norm_output", False, where),
         qk_norm=layer.get("model_type") == "qwen3",
     )
 
@@ -175,25 +177,8 @@ def _refuse_other_heads(
 
 def _llama(layer: Mapping[str, Any], where: str) -> LlamaConfig:
     for name in (*_SIZES, *_OPTIONAL_SIZES):
-        _whole(name, layer.get(name), where, optional=name in _OPTIONAL_SIZES)
+        whole(name, layer.get(name), where, optional=name in _OPTIONAL_SIZES)
     try:
         return LlamaConfig(**{name: value for name, value in layer.items() if name not in _NOT_OF_THE_LAYER})
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{where} describes no Llama layer: {' '.join(str(error).split())}") from error
-
-
-def _whole(name: str, value: Any, where: str, *, optional: bool = False) -> Any:
-    if optional and value is None:
-        return None
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{where}: {name} must be a whole number of at least 1, got {value!r}")
-    return value
-
-
-def _flag(source: Mapping[str, Any], name: str, default: bool, where: str) -> bool:
-    value = source.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ValueError(f"{where}: {name} must be true or false, got {value!r}")
-    return value

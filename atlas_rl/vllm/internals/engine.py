@@ -80,6 +80,14 @@ class VllmView(PolicyView):
         rows, bias = self._outputs.weight[token_ids], self._outputs.bias
         return rows, rows.new_zeros(len(rows)) if bias is None else bias[token_ids]
 
+    def logits(self, states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        if token_ids is not None:
+            return super().logits(states, token_ids)
+        # For the whole vocabulary the table is read where it is, not copied row by row.
+        assert self.form is not None
+        weight, bias = self._outputs.weight, self._outputs.bias
+        return self.form(nn.functional.linear(states.to(weight.dtype), weight, bias).float())
+
     @torch.inference_mode()
     def _see_form(self) -> None:
         """Check the form against the model's own `compute_logits`; collective under tensor parallelism.

@@ -21,7 +21,8 @@ from atlas_rl.speculators.eagle3.checkpoint import load_eagle3, save_eagle3
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.eagle3.unrolling import unrolled
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from atlas_rl.training.eagle3 import TrainSettings, _batches, new_head, train
+from atlas_rl.training.eagle3 import Eagle3Lesson, TrainSettings, new_head, train
+from atlas_rl.training.loop import batches_of
 from atlas_rl.training.state import lasting
 from tests.models import tiny_bigram, tiny_llama, tiny_qwen3
 
@@ -162,10 +163,10 @@ def test_it_drafts_what_training_unrolled(head, calls):
     """The speculator, its cache and its catching up, against the training's forward over whole sequences."""
     recorded = Recorded.load(calls[0])
     logits = {}
-    one = settings(batch_size=1)
+    lesson = Eagle3Lesson(InProcessView(policy()), head, settings(batch_size=1))
     by_length = np.argsort(recorded.sequences.lengths)
     with torch.no_grad():
-        for request, batch in zip(by_length, _batches(InProcessView(policy()), calls[:1], one, None), strict=True):
+        for request, batch in zip(by_length, batches_of(lesson, calls[:1], None), strict=True):
             for depth, step in enumerate(unrolled(head, batch, 3)):
                 places = step.valid[0].nonzero().flatten().tolist()
                 logits[int(request), depth] = dict(zip(places, head.logits(step.features), strict=True))
