@@ -8,8 +8,9 @@ run. `grpo` is the demo's training; `shift` trains on one task family, then on a
 `LOOKAHEAD` tokens per request and step, so that accepted lengths compare drafters and not decisions; `all` asks every
 drafter and takes the most promising draft of each request. The recurrent head comes in kinds: `recurrent` starts from what
 it had learned by the end of another run, `recurrent_cold` from nothing; the others are cold ones as well: `recurrent_frozen`
-without refreshes after step 5, `recurrent_tv` with the other loss, `recurrent_argmax` without drawn drafts, and
-`recurrent_uniform` without learning more where its drafts were rejected. `eagle3_adaptive` is the static head, refined after
+without refreshes after step 5, `recurrent_tv` with the other loss, `recurrent_argmax` without drawn drafts,
+`recurrent_uniform` without learning more where its drafts were rejected, and `recurrent_x2`, `_x4` and `_x8` with so many
+times the learning for the same budget, as if idle time gave the rest. `eagle3_adaptive` is the static head, refined after
 every update; `recurrent_eagle3_adaptive` has it beside a cold recurrent head, `all_adaptive` beside all others: within one
 budget of seconds.
 """
@@ -63,6 +64,7 @@ NEVER = 1_000_000  # steps between reruns without speculation
 PROMPTS = {"grpo": 4, "grpo_short": 2, "shift": 4}  # questions per step, all of them new
 SHIFT = (("chain_sum", 15), ("leg_counting", 8), ("chain_sum", 7))  # task family and training steps
 EAGLE3 = DEMO / "eagle3"
+MORE_LEARNING = {"recurrent_x2": 2.0, "recurrent_x4": 4.0, "recurrent_x8": 8.0}  # times that of the same budget
 ARMS = (
     "recurrent_cold",
     "history",
@@ -71,6 +73,7 @@ ARMS = (
     "recurrent_tv",
     "recurrent_argmax",
     "recurrent_uniform",
+    *MORE_LEARNING,
     "eagle3",
     "eagle3_adaptive",
     "recurrent_eagle3_adaptive",
@@ -208,14 +211,20 @@ class LiveClock:
     """The live run's time for replayed speculators: steps take their live time, refreshes the time of this thread.
 
     So each arm gets the refresh budgets of the live run, whatever else runs on this machine.
+
+    Args:
+        slower: In refreshes the clock runs so many times slower, so that they learn so many times longer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slower: float = 1.0) -> None:
+        self.slower = slower
         self._told_s = 0.0
         self._began_s: float | None = None  # when the refresh began
 
     def __call__(self) -> float:
-        return self._told_s + (0.0 if self._began_s is None else time.thread_time() - self._began_s)
+        if self._began_s is None:
+            return self._told_s
+        return self._told_s + (time.thread_time() - self._began_s) / self.slower
 
     def pass_(self, seconds: float) -> None:
         """Advance by the time of a step."""
@@ -312,7 +321,7 @@ def replay_arm(
     `refresh_share` is the refreshes' share of the live steps' time and `refresh_s` their seconds. `draft_s` is the
     seconds of this thread for everything else that the speculators did. `num_forwards` counts the target forwards.
     """
-    clock = LiveClock()
+    clock = LiveClock(MORE_LEARNING.get(arm, 1.0))
     speculators = arm_speculators(arm, clock)
     divide_budget(speculators.values())
     spent = ThreadSeconds(speculators.values())
@@ -342,7 +351,7 @@ def replay_arm(
             for name, speculator in speculators.items():
                 if not (arm == "recurrent_frozen" and name == "recurrent" and index >= FREEZE_AFTER):
                     speculator.refresh(rollouts, index + 1)
-        refresh_s += clock() - began_s
+        refresh_s += (clock() - began_s) * clock.slower
         controller.policy_updated({})
     costs = {
         "refresh_share": refresh_s / sum(step.get("step_cpu_s", step["step_s"]) for step in steps),
@@ -380,7 +389,7 @@ def arm_speculators(arm: str, clock: LiveClock) -> dict[str, Speculator]:
         chosen["recurrent_eagle3_adaptive"] = [recurrent, refined]
         chosen["all"].append(static)
         chosen["all_adaptive"] = [*chosen["all"], refined]
-    return {speculator.name: speculator for speculator in chosen[arm]}
+    return {speculator.name: speculator for speculator in chosen["recurrent_cold" if arm in MORE_LEARNING else arm]}
 
 
 if __name__ == "__main__":
