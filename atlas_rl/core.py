@@ -347,8 +347,7 @@ class Verified:
         if rows is not None:
             tokens, counts = tokens[rows], counts[rows]
         drafted = np.ascontiguousarray(draft.token_ids, np.int64)
-        known, right = outcomes(drafted, draft.lengths, np.ascontiguousarray(tokens, np.int64), counts)
-        return known, right
+        return outcomes(drafted, draft.lengths, np.ascontiguousarray(tokens, np.int64), counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ _DRAFTS_SHORT_OF_MEMORY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class FetchedDraft:
     """Tokens of a draft on the host.
 
     Attributes:
@@ -126,7 +126,7 @@ class DraftGraphs(Captures):
         inputs: np.ndarray,
         length: int,
         sampling: HeadSampling,
-    ) -> Drawn:
+    ) -> FetchedDraft:
         """Draft for some requests; the host waits for the device once.
 
         Args:
@@ -153,7 +153,7 @@ class DraftGraphs(Captures):
         (here,) = download([written.packed])
         token_ids, bits = here[:, :batch, :length]
         probs = None if written.probs is None else written.probs[:batch, :length]
-        return Drawn(token_ids.astype(np.int64), bits.copy().view(np.float32), probs)
+        return FetchedDraft(token_ids.astype(np.int64), bits.copy().view(np.float32), probs)
 
     def _follow(self, tensors: Sequence[torch.Tensor]) -> None:
         """Drop all graphs if one of these tensors is not where it was."""
