@@ -272,7 +272,7 @@ def one_raises(wrapper: str, folder: Path) -> dict[str, Any]:
     try:
         with raising(watched.engine) if watched.rank else nothing():
             watched.trainer.train()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"raised.rank{watched.rank}").write_text(str(error))
         if shards(watched.trainer):  # the launcher ends the other rank with this one

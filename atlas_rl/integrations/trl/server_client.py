@@ -332,7 +332,7 @@ def our_clients(connected: AtlasClient | None = None) -> Iterator[None]:
     from trl.generation import vllm_generation
 
     own = vllm_generation.VLLMClient
-    vllm_generation.VLLMClient = AtlasClient if connected is None else lambda **_: connected  # type: ignore[misc]
+    vllm_generation.VLLMClient = AtlasClient if connected is None else lambda **_: connected  # type: ignore[misc, assignment]
     try:
         yield
     finally:
