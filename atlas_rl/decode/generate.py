@@ -17,6 +17,7 @@ from atlas_rl.core import Sequences
 from atlas_rl.decode.compile_kernels import compile_drafting, compile_verification
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.decode.plain_run import PlainForwards
+from atlas_rl.policy.captures import Captured
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.placeholders import refuse_placeholders
 from atlas_rl.policy.unwrap import unwrap_policy
@@ -194,8 +195,9 @@ class InProcessBackend(Backend):
             loop.run()
         num_bytes = runner.linears.most_packed_bytes + runner.halves.most_bytes
         call.recorder.packed(runner.linears.packing_s, num_bytes)
-        if cache.steps is not None:
-            call.recorder.captured(cache.steps.capture_s, cache.steps.num_bytes)
+        owners = [*call.speculators.values(), *([] if cache.steps is None else [cache.steps])]
+        captured = Captured.of(owner.take_captured() for owner in owners)
+        call.recorder.captured(captured.seconds, captured.num_bytes)
         asked = loop.proposing
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
         plain = loop.plain_costs.run(sequences.lengths - sequences.prompt_lengths, num_rows)

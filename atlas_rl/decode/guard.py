@@ -25,6 +25,7 @@ from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.counts import bounds
+from atlas_rl.policy.captures import Captured
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 
@@ -148,6 +149,9 @@ class GuardedSpeculator(Speculator):
 
     def take_shared(self, total: torch.Tensor) -> None:
         self._try("take_shared", lambda: self.unguarded.take_shared(total), None)
+
+    def take_captured(self) -> Captured:
+        return self._try("take_captured", methodcaller("take_captured"), Captured(), self.unguarded)
 
     def weights(self) -> Iterable[torch.Tensor]:
         return self._try("weights", lambda: tuple(self.unguarded.weights()), ())

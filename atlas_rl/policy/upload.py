@@ -59,7 +59,7 @@ def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     if tensors[0].device.type == "cpu":
         return [tensor.numpy() for tensor in tensors]
     bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    here = torch.cat(bytes_of).cpu().numpy()
+    here = (torch.cat(bytes_of) if len(bytes_of) > 1 else bytes_of[0]).cpu().numpy()
     starts = np.cumsum([0, *(len(part) for part in bytes_of)])
     return [
         here[start:end].copy().view(_DTYPES[tensor.dtype]).reshape(tensor.shape)

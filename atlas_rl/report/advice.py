@@ -259,6 +259,18 @@ LOGGED: tuple[Explained, ...] = (
         "Nothing if it comes once. If every run says so, lower `max_batch_size`, or leave more device memory free.",
     ),
     Explained(
+        "drafts of the recurrent head cannot be captured as CUDA graphs",
+        "The GPU or torch refused the graph of a draft; the message has the reason.",
+        "Nothing: its drafts are launched kernel by kernel, which takes a fraction of a millisecond longer. Please report "
+        "the reason.",
+    ),
+    Explained(
+        "no memory was left for the CUDA graph of a draft",
+        "The device's memory ran out while a draft was captured. The call goes on without captured drafts; the next one "
+        "tries again.",
+        "Nothing if it comes once. If every run says so, lower `max_batch_size`, or leave more device memory free.",
+    ),
+    Explained(
         "compiling its ... kernels, once per machine",
         "The first run on a machine, or of a new version, compiles its kernels.",
         "Wait. The kernels are cached in `~/.cache/atlas_rl`, or in `ATLAS_RL_CACHE`.",

@@ -85,8 +85,9 @@ class StepReport:
         audit_s: Seconds of auditing a share of the rollouts.
         packing_s: Seconds, part of `prefill_s` and `forward_s`, of packing weights for faster products on a CPU.
         packed_bytes: Most bytes of weight copies at once: packed ones, and those in the type of a trainer's autocast.
-        capture_s: Seconds, part of `forward_s`, of capturing decode steps as CUDA graphs, which last for one call.
-        graph_bytes: Most bytes of device memory that one call's CUDA graphs reserve, beyond its cache.
+        capture_s: Seconds, part of `forward_s` and `draft_s`, of capturing decode steps and drafts as CUDA graphs. Those of
+            steps last for one call.
+        graph_bytes: Most bytes of device memory that CUDA graphs reserve in one call, beyond its cache.
         other_s: `generate_s` less the named seconds.
         entropy: Mean entropy of the processed distribution in nats per token; None if not measured.
         mean_max_prob: Mean probability of the likeliest token; None if not measured.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
+from atlas_rl.policy.captures import Captured
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -145,6 +146,10 @@ class Speculator(ABC):
     def take_shared(self, total: torch.Tensor) -> None:
         """Take the sum over all ranks, float32 `[n]`, equal on every rank. By default nothing is shared."""
         return
+
+    def take_captured(self) -> Captured:
+        """The cost of its CUDA graphs since this was asked last; by default it has none. Engines ask after every call."""
+        return Captured()
 
     def weights(self) -> Iterable[torch.Tensor]:
         """Tensors of its own networks; none by default. Engines that sleep check that they are not lost."""

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 
 from atlas_kernels import noise
-from atlas_kernels.dispatch import Implementation, implementation_on
-from atlas_kernels.draft_head import draft_head
+from atlas_kernels.dispatch import implementation_on
 from atlas_kernels.draw import draw
-from atlas_kernels.head_call import DraftHeadWeights
 from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.counts import bounds
@@ -139,35 +137,6 @@ class Drawing:
             self._prefixes = torch.cat([self._prefixes, indices[:, None]], dim=1)
         return indices
 
-    @property
-    def by_kernel(self) -> bool:
-        """Whether the draft head kernel can draw for this call: at temperature 0 it only takes the likeliest token."""
-        return self._likeliest == self._sampling.greedy
-
-    def draw_all(
-        self,
-        weights: DraftHeadWeights,
-        state: torch.Tensor,
-        newest: torch.Tensor,
-        implementation: Implementation = "auto",
-    ) -> None:
-        """Draw all tokens by the draft head kernel; arguments as in `atlas_kernels.draft_head.draft_head`."""
-        drawn = draft_head(
-            weights,
-            state,
-            newest,
-            self._positions[0].keys,
-            self._positions[0].at,
-            len(self._positions),
-            temperature=0.0 if self._sampling.greedy else self._sampling.temperature,
-            truncation=self._sampling.truncation if self._sampling.truncates else None,
-            stream=self._stream,
-            with_probs=not self._couples_noise,
-            implementation=implementation,
-        )
-        self.take(drawn.indices, drawn.confidence)
-        self._probs = [] if drawn.probs is None else list(drawn.probs.unbind(dim=1))
-
     def take(self, indices: torch.Tensor, max_probs: torch.Tensor) -> None:
         """Take tokens of all requests that were drawn elsewhere.
 
@@ -188,19 +157,8 @@ class Drawing:
             NonFiniteDraft: The largest probability of a row (its confidence) is NaN.
         """
         drawn, sure = self._fetched()
-        sampling, depths = self._sequences.sampling, self._depths
-        most = np.ascontiguousarray(np.minimum(max_draft_tokens, depths), np.int64)
-        tokens, confidence, lengths, finite = cut(
-            drawn, sure, most, sampling.stops, _RUNS_ALL if unrunnable is None else unrunnable
-        )
-        if not finite:
-            raise NonFiniteDraft(
-                f"the draft logits of '{self._drafter}' are not finite. The policy's tokens are not affected. Likely "
-                "causes: weights of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave "
-                "it out"
-            )
-        # A row's largest probability is NaN if any of them is.
-        return Draft(tokens, lengths, confidence, self._draft_probs(), probs_are_checked=True)
+        most, stops = np.minimum(max_draft_tokens, self._depths), self._sequences.sampling.stops
+        return draft_of(self._drafter, drawn, sure, most, stops, self._draft_probs(), unrunnable)
 
     def _fetched(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 and largest probabilities float32 `[batch, depth]`."""
@@ -224,13 +182,10 @@ class Drawing:
         if not self._probs:
             return None
         batch = len(self._depths)
-        everybody = len(self.rows[-1]) == batch  # all requests have all positions
-        if everybody and self._token_ids is None:
-            return torch.stack(self._probs, dim=1)
+        if len(self.rows[-1]) == batch:  # all requests have all positions
+            probs = torch.stack(self._probs, dim=1)
+            return probs if self._token_ids is None else of_whole(probs, self._token_ids, self._sequences.vocab_size)
         draft_probs = self._probs[0].new_zeros(batch, len(self.rows), self._sequences.vocab_size)
-        if everybody:
-            draft_probs[:, :, self._token_ids] = torch.stack(self._probs, dim=1)
-            return draft_probs
         for column, (position, probs) in enumerate(zip(self._positions, self._probs, strict=True)):
             if self._token_ids is None:
                 draft_probs[position.index, column] = probs
@@ -274,6 +229,52 @@ class Drawing:
             ids = self._token_ids.numpy()
             indices = torch.from_numpy(choose_among(probs.numpy(), ids, keys, at, int(self._stream)))
         return indices, probs.amax(dim=-1), None if self._likeliest else probs
+
+
+def draft_of(
+    drafter: str,
+    drawn: np.ndarray,
+    max_probs: np.ndarray,
+    most: np.ndarray,
+    stops: np.ndarray,
+    draft_probs: torch.Tensor | None,
+    unrunnable: np.ndarray | None = None,
+) -> Draft:
+    """The draft of tokens that are on the host.
+
+    Args:
+        drafter: The speculator's name, for errors.
+        drawn: int64 `[batch, depth]`, tokens.
+        max_probs: float32 `[batch, depth]`, largest probabilities; changed in place.
+        most: int64 `[batch]`, where each row is cut. Rows are also cut after their first ending token.
+        stops: int64 `[n]`, ending tokens.
+        draft_probs: See `Draft`.
+        unrunnable: bool `[vocab]`, tokens that rows are cut after as well; None if there are none.
+
+    Raises:
+        NonFiniteDraft: The largest probability of a row (its confidence) is NaN.
+    """
+    tokens, confidence, lengths, finite = cut(
+        drawn,
+        max_probs,
+        np.ascontiguousarray(most, np.int64),
+        stops,
+        _RUNS_ALL if unrunnable is None else unrunnable,
+    )
+    if not finite:
+        raise NonFiniteDraft(
+            f"the draft logits of '{drafter}' are not finite. The policy's tokens are not affected. Likely causes: weights "
+            "of the drafter that are NaN or infinite, or an overflow. Load or train it anew, or leave it out"
+        )
+    # A row's largest probability is NaN if any of them is.
+    return Draft(tokens, lengths, confidence, draft_probs, probs_are_checked=True)
+
+
+def of_whole(probs: torch.Tensor, token_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Probabilities float32 `[batch, depth, tokens]` of the tokens `token_ids`, over the whole vocabulary."""
+    draft_probs = probs.new_zeros(*probs.shape[:2], vocab_size)
+    draft_probs[:, :, token_ids] = probs
+    return draft_probs
 
 
 def _laid_out(

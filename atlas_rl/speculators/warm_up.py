@@ -16,6 +16,7 @@ from atlas_kernels.noise import request_keys
 from atlas_kernels.nvfp4 import linear, quantize, tensor_scale_for
 from atlas_rl.core import SamplingParams, Sequences
 from atlas_rl.speculators.drawing import Drawing
+from atlas_rl.speculators.head_sampling import HeadSampling
 
 
 def one_drawing(
@@ -33,10 +34,7 @@ def one_drawing(
         vocab_size=vocab_size,
         policy_version=0,
     )
-    return Drawing(
-        "warm-up", sequences, 0 * one, one, device, couples_noise=couples_noise, token_ids=token_ids,
-        carried=(0 * one,),
-    )  # fmt: skip
+    return Drawing("warm-up", sequences, 0 * one, one, device, couples_noise=couples_noise, token_ids=token_ids)
 
 
 def draw_from_logits(
@@ -61,34 +59,25 @@ def write_cache(kv_heads: int, dim: int, dtype: torch.dtype, device: torch.devic
     store(keys, values, keys[0].clone(), values[0].clone(), where, where)
 
 
-def draw_from_head(
-    sampling: SamplingParams,
-    sizes: tuple[int, int, int],
-    device: torch.device,
-    *,
-    couples_noise: bool,
-    dtype: torch.dtype,
-) -> None:
+def draw_from_head(sampling: HeadSampling, sizes: tuple[int, int], device: torch.device, *, dtype: torch.dtype) -> None:
     """Draw a token with the draft head kernel.
 
     Args:
-        sampling: Sampling parameters of the calls.
-        sizes: Size of the policy's vocabulary, most tokens that the head can propose, and size of its state.
+        sampling: How the head's tokens are drawn.
+        sizes: Most tokens that the head can propose, and size of its state.
         device: Device of its weights.
-        couples_noise: See `Drawing`.
         dtype: Type of its weights.
     """
-    vocab_size, most_tokens, size = sizes
+    most_tokens, size = sizes
     # Small weights take one launch. The vocabulary may have any size: if it is truncated, its rows are aligned or not.
     small = [min(tokens, most_tokens) for tokens in (32, 33)]
     for tokens in {*small, most_tokens} if _is_whole(small[0], size, dtype) else set(small):
         empty = {"input_gates": (tokens + 1, 3 * size), "state_gates": (3 * size, size), "state_bias": (3 * size,)}
         empty |= {"outputs": (tokens, size), "bias": (tokens,)}
         made = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in empty.items()}
-        token_ids = torch.arange(tokens, device=device)
-        drawing = one_drawing(sampling, vocab_size, device, couples_noise, token_ids)
-        state = torch.zeros(1, size, device=device)
-        drawing.draw_all(DraftHeadWeights(token_ids=token_ids, **made), state, drawing.carried[0])
+        weights = DraftHeadWeights(token_ids=torch.arange(tokens, device=device), **made)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        sampling.draw(weights, torch.zeros(1, size, device=device), zero, zero, zero, 1)
 
 
 def multiply_in_four_bits(

@@ -150,7 +150,7 @@ class VllmBackend(Backend):
         with call.recorder.generating():
             params = [self._params(call, ticket, i) for i in range(len(prompts))]
             outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        drafting.faults.report_to(call.recorder)
+        drafting.report_to(call.recorder)
         if drafting.num_undefined:
             raise NonFiniteLogits(UNDEFINED_LOGITS)
         logprobs = []

@@ -24,6 +24,7 @@ from atlas_rl.decode.generate import Call
 from atlas_rl.decode.guard import Faults
 from atlas_rl.decode.plain_run import PlainCosts, PlainForwards
 from atlas_rl.decode.propose import merge
+from atlas_rl.policy.captures import Captured
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import StepReport
 from atlas_rl.speculators.base import Speculator
@@ -154,7 +155,7 @@ class Drafting:
         """
         self._count()
         traffic = self._traffic
-        self.faults.report_to(self.recorder)
+        self.report_to(self.recorder)
         report = self.recorder.finish(
             step=self._num_reports,
             policy_version=self.tracker.version,
@@ -168,6 +169,12 @@ class Drafting:
         self._num_reports += 1
         self.record(StepRecorder(speculators=tuple(self.speculators)))
         return report
+
+    def report_to(self, recorder: StepRecorder) -> None:
+        """Hand over the cost of drafters' CUDA graphs, and caught errors, to a recorder, once."""
+        captured = Captured.of(speculator.take_captured() for speculator in self.speculators.values())
+        recorder.captured(captured.seconds, captured.num_bytes)
+        self.faults.report_to(recorder)
 
     def forget(self, names: set[str]) -> None:
         """The engine has ended these requests, perhaps for a reason unknown here (a stop string, a lost client)."""

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROOT, environment, write_result
-from benchmarks.gpu import attention, decode, kernels
+from benchmarks.gpu import attention, decode, drafts, kernels
 from benchmarks.gpu.policy import new_policy, texts
 
-PARTS = ("attention", "graphs", "arms", "asked", "kernels", "large", "autocast")
+PARTS = ("attention", "graphs", "arms", "asked", "kernels", "drafts", "large", "autocast")
 EOS = 2
 _GENERATING = ("torch", "transformers", "triton", "numba", "numpy")
 
@@ -102,6 +102,9 @@ class Shared:
 
     def kernels(self) -> list[dict[str, Any]]:
         return said(kernels.rows())
+
+    def drafts(self) -> list[dict[str, Any]]:
+        return said(drafts.rows())
 
     def large(self) -> list[dict[str, Any]]:
         """Plain steps of larger policies with random weights, which give step times but no acceptance."""

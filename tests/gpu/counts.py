@@ -62,15 +62,21 @@ def sectioned(cuda: PretendCuda) -> ExitStack:
     return stack
 
 
-def counts_of(arm: str, *, model: Any = None, verification: str = "invariant", **sampling: Any) -> Counts:
-    """Counts of a call in which no request ends early. What comes before is left out: admission, calls that only teach."""
+def counts_of(
+    arm: str, *, model: Any = None, verification: str = "invariant", graphs: bool = False, **sampling: Any
+) -> Counts:
+    """Counts of a call in which no request ends early. What comes before is left out: admission, calls that only teach.
+
+    And what happens once per drafter: without `graphs`, the first draft that would be captured is refused.
+    """
     compile_kernels._compiled.clear()  # what was compiled on another pretended device is not on this one
-    with PretendCuda() as cuda, sectioned(cuda):
+    with PretendCuda(graphs=graphs) as cuda, sectioned(cuda):
         moved = cuda.move(policy(torch.bfloat16) if model is None else model)
         engine = engine_of(moved, ARMS[arm](cuda.move), verification=verification)
         options: dict[str, Any] = {"eos_token_ids": ()} | sampling
-        if calls_before_drafts(arm):
-            generate(engine, calls_before_drafts(arm), **options)
+        calls = calls_before_drafts(arm) + (arm == "recurrent")
+        if calls:
+            generate(engine, calls, **options)
         cuda.events.clear()
         cuda.entered.clear()
         outputs = generate(engine, seed=7, **options)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from atlas_kernels.noise import Stream
+from atlas_kernels.truncation import Truncation
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.policy import varlen
 from atlas_rl.policy.base import Segments, Taps
@@ -13,13 +15,17 @@ from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
+from atlas_rl.speculators.head_sampling import HeadSampling
 from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.recurrent.draft_graphs import DraftGraphs
+from atlas_rl.speculators.recurrent.head import FoldedHead
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.tiny_policies import build
 from tests.engines import engine_of
 from tests.families import made
 from tests.gpu.engines import eagle3_head
 from tests.models import FACTORIES, tiny_bigram
+from tests.recurrent import draft_inputs, random_head
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -150,6 +156,29 @@ def test_captured_steps_are_the_steps(name):
         assert cache.steps.captured >= 2
     for a, b in zip(eager, replayed, strict=True):
         assert (a - b).abs().max() < 0.15 * max(1.0, float(a.abs().max()) / 4)
+
+
+@pytest.mark.parametrize("truncation", [None, Truncation(top_k=12, top_p=0.9)])
+@pytest.mark.parametrize(("state", "tokens"), [(16, 40), (1024, 3021)])  # one launch for all tokens, and some for each
+def test_captured_drafts_are_the_drafts(state, tokens, truncation):
+    """With other inputs in every draft, and other weights from the fourth one on."""
+    sampling = HeadSampling(0.8, truncation, Stream.TARGET, with_probs=truncation is not None)
+    ids, states = torch.arange(tokens, device="cuda"), torch.randn(9, 64, device="cuda")
+    drafts = {}
+    for capture in (True, False):
+        graphs, head, drafts[capture] = DraftGraphs(capture=capture), None, []
+        for turn in range(6):
+            head = FoldedHead(random_head(turn // 3, tokens, hidden=64, state=state).to("cuda"), head)
+            inputs = draft_inputs(5, turn, requests=9, tokens=tokens)
+            drawn = graphs.run(head, head.packed(ids, torch.bfloat16), states, inputs, 3, sampling)
+            drafts[capture].append(
+                (drawn.token_ids, drawn.max_probs, None if drawn.probs is None else drawn.probs.cpu())
+            )
+        assert graphs.captured == capture, graphs.refused
+    for (tokens_of, max_probs, probs), (other_tokens, other_max, other) in zip(*drafts.values(), strict=True):
+        assert np.array_equal(tokens_of, other_tokens)
+        assert np.array_equal(max_probs, other_max)
+        assert probs is None or torch.equal(probs, other)
 
 
 def test_weights_that_are_changed_in_place_are_those_that_run():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 
@@ -10,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from atlas_kernels.draft_head import draft_head
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.core import SamplingParams
 from atlas_rl.decode import generate as generate_module
 from atlas_rl.policy.logits import NonFiniteLogits
+from atlas_rl.policy.view import InProcessView
 from atlas_rl.sampling import by_kernels as fused
 from atlas_rl.sampling.by_kernels import FusedVerifier, verifier_on
 from atlas_rl.sampling.verification import DrafterInvariant, RejectionSampling
-from atlas_rl.speculators.drawing import Drawing
+from atlas_rl.speculators import head_sampling
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.recurrent import speculator as recurrent
 from tests.drafters import recurrent_drafter
@@ -184,14 +185,14 @@ def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkey
     model = tiny_bigram()
     options |= {"num_generations": 3, "max_new_tokens": 12}
     eager = generated(model, verification, [recurrent_drafter()], **options)
-    draw_all, calls = Drawing.draw_all, []
+    calls = []
 
-    def counted(self, *arguments):
+    def counted(*arguments, **named):
         calls.append(len(arguments))
-        draw_all(self, *arguments, **interpreted)
+        return draft_head(*arguments, **named, **interpreted)
 
     monkeypatch.setattr(recurrent, "kernels_run_on", lambda device: True)
-    monkeypatch.setattr(Drawing, "draw_all", counted)
+    monkeypatch.setattr(head_sampling, "draft_head", counted)
     by_kernel = generated(model, verification, [recurrent_drafter()], **options)
     assert calls
     assert by_kernel.completion_ids == eager.completion_ids
@@ -200,15 +201,17 @@ def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkey
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"temperature": 0.0}])
-def test_the_head_kernel_draws_unless_only_the_drafter_takes_the_likeliest(options):
+def test_the_head_kernel_draws_unless_only_the_drafter_takes_the_likeliest(options, monkeypatch):
+    monkeypatch.setattr(recurrent, "kernels_run_on", lambda device: True)
     sampling = SamplingParams(max_new_tokens=8, **options)
-    _, _, sequences, requests = case([1, 1], sampling, with_probs=False)
-    ids = torch.arange(9)
-    new = functools.partial(
-        Drawing, "a", sequences, requests, np.full(2, 2), ids.device, couples_noise=True, token_ids=ids
-    )
-    assert new().by_kernel
-    assert new(argmax=True).by_kernel == sampling.greedy
+
+    def by_kernel(**of_the_drafter):
+        speculator = recurrent_drafter(**of_the_drafter)
+        speculator.bind(InProcessView(tiny_bigram()), True)
+        return speculator._draws_by_kernel(sampling)
+
+    assert by_kernel()
+    assert by_kernel(argmax=True) == sampling.greedy
 
 
 @pytest.mark.slow

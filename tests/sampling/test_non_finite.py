@@ -21,12 +21,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from atlas_kernels.draft_head import draft_head
 from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.core import SamplingParams
 from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.sampling.processing import entropies, process
 from atlas_rl.speculators.draft_lm import DraftLM
-from atlas_rl.speculators.drawing import Drawing, NonFiniteDraft
+from atlas_rl.speculators.drawing import Drawing, NonFiniteDraft, draft_of
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.engines import (
     SETTINGS,
@@ -311,7 +312,6 @@ def test_draft_logits_are_the_drafters_fault(couples_noise: bool, options: dict[
 @pytest.mark.parametrize("weight", ["outputs", "bias", "state_gates"])
 def test_a_draft_head_gone_nan_is_told_by_its_kernel_too(implementation: Any, weight: str) -> None:
     pytest.importorskip("triton", reason="the kernels need Triton")
-    _, _, sequences, requests = case([1, 1], SamplingParams(max_new_tokens=8), with_probs=False)
     tensors = {
         "input_gates": torch.zeros(21, 24),
         "state_gates": torch.zeros(24, 8),
@@ -321,11 +321,13 @@ def test_a_draft_head_gone_nan_is_told_by_its_kernel_too(implementation: Any, we
         "token_ids": torch.arange(20),
     }
     tensors[weight][3] = NAN
-    three, ids = np.full(2, 3), torch.arange(20)
-    drawing = Drawing("a_head", sequences, requests, three, ids.device, couples_noise=True, token_ids=ids)
-    drawing.draw_all(DraftHeadWeights(**tensors), torch.ones(2, 8), torch.zeros(2, dtype=torch.int64), implementation)
+    zero = torch.zeros(2, dtype=torch.int64)
+    drawn = draft_head(
+        DraftHeadWeights(**tensors), torch.ones(2, 8), zero, zero, zero, 3, implementation=implementation
+    )
+    tokens, max_probs = drawn.indices.numpy(), drawn.confidence.numpy()
     with pytest.raises(NonFiniteDraft, match="a_head"):
-        drawing.finish(three)
+        draft_of("a_head", tokens, max_probs, np.full(2, 3), np.zeros(0, np.int64), None)
 
 
 def test_a_draft_lm_gone_nan_is_not_called_the_policy(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,8 @@ similar, so it can learn within a few policy updates.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -107,10 +109,18 @@ class FoldedHead:
 
     Args:
         head: Read once; later changes to it are not seen.
+        former: An earlier fold, which is of no use afterwards. What a draft by kernel reads is written into its tensors
+            if all sizes are equal, so that CUDA graphs find it where it was.
+
+    Attributes:
+        read: float32 `[state, hidden]`, maps normalised hidden states to initial states before their tanh.
     """
 
-    def __init__(self, head: RecurrentHead) -> None:
-        with torch.no_grad():
+    read: torch.Tensor
+
+    def __init__(self, head: RecurrentHead, former: FoldedHead | None = None) -> None:
+        # A caller's inference mode would make tensors that later calls may not write into. Leaving it turns gradients on.
+        with torch.inference_mode(False), torch.no_grad():
             cell = head.cell
             self._input_gates = functional.linear(head.embed(head.inputs), cell.weight_ih, cell.bias_ih)
             self._state_gates, self._state_bias = (
@@ -118,30 +128,34 @@ class FoldedHead:
                 cell.bias_hh.detach().clone(),
             )
             self._outputs, self._bias = by_columns(head.outputs @ head.write.weight), head.bias + head.output_biases
-            self._read = by_columns(head.read.weight.detach().clone())
+            self.read = _written(by_columns(head.read.weight.detach().clone()), None if former is None else former.read)
         self._packed: DraftHeadWeights | None = None
+        self._former = None if former is None else former._packed
 
     def packed(self, token_ids: torch.Tensor, dtype: torch.dtype) -> DraftHeadWeights:
         """Input of the draft head kernel in `dtype`, computed once.
 
         Args:
-            token_ids: int64 `[vocab]`, the policy's ids of the reduced vocabulary.
+            token_ids: int64 `[vocab]`, the policy's ids of the reduced vocabulary; made outside of inference mode.
             dtype: float32, bfloat16 or float16.
         """
         if self._packed is None:
-            self._packed = DraftHeadWeights(
-                input_gates=self._input_gates.to(dtype),
-                state_gates=self._state_gates.to(dtype).contiguous(),
-                state_bias=self._state_bias.to(dtype),
-                outputs=self._outputs.to(dtype).contiguous(),
-                bias=self._bias.to(dtype),
-                token_ids=token_ids,
-            )
+            with torch.inference_mode(False), torch.no_grad():
+                made = DraftHeadWeights(
+                    input_gates=self._input_gates.to(dtype),
+                    state_gates=self._state_gates.to(dtype).contiguous(),
+                    state_bias=self._state_bias.to(dtype),
+                    outputs=self._outputs.to(dtype).contiguous(),
+                    bias=self._bias.to(dtype),
+                    token_ids=token_ids,
+                )
+                self._packed = _written_weights(made, self._former)
+            self._former = None
         return self._packed
 
     def begin(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `RecurrentHead.begin`."""
-        return _tanh(functional.linear(_normed(hidden.float()), self._read))
+        return _tanh(functional.linear(_normed(hidden.float()), self.read))
 
     def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See `RecurrentHead.absorb`."""
@@ -150,6 +164,21 @@ class FoldedHead:
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """See `RecurrentHead.logits`."""
         return functional.linear(_normed(state), self._outputs, self._bias)
+
+
+def _written(new: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    """`old` with the numbers of `new`, if it has the same shape and type on the same device; else `new`."""
+    if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return new
+    return old.copy_(new)
+
+
+def _written_weights(new: DraftHeadWeights, old: DraftHeadWeights | None) -> DraftHeadWeights:
+    """`new`, in the tensors of `old` that fit."""
+    if old is None:
+        return new
+    names = [field.name for field in fields(DraftHeadWeights)]
+    return DraftHeadWeights(**{name: _written(getattr(new, name), getattr(old, name)) for name in names})
 
 
 def _gated(input_gates: torch.Tensor, state_gates: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

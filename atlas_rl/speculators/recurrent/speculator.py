@@ -18,12 +18,15 @@ import torch
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.counts import bounds
+from atlas_rl.policy.captures import Captured
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
-from atlas_rl.speculators.drawing import Drawing
+from atlas_rl.speculators.drawing import Drawing, draft_of, of_whole
 from atlas_rl.speculators.drawn_rows import newest_indices, newest_places
+from atlas_rl.speculators.head_sampling import HeadSampling
 from atlas_rl.speculators.learning_budget import SHARE, Distilled, LearningBudget
 from atlas_rl.speculators.recurrent.distill import Loss
+from atlas_rl.speculators.recurrent.draft_graphs import DraftGraphs, cleared
 from atlas_rl.speculators.recurrent.head import FoldedHead
 from atlas_rl.speculators.recurrent.learner import Learner, LearnSettings
 from atlas_rl.speculators.saved_state import SavedState
@@ -87,6 +90,7 @@ class RecurrentSpeculator(Speculator):
         self._policy: PolicyView | None = None
         self._follows = True  # whether the form of the policy's logits is known
         self.learner: Learner
+        self._graphs = DraftGraphs(capture=False)
         # Folded head of a learner's revision, made when first needed.
         self._folded: tuple[int, FoldedHead, torch.Tensor] | None = None
         self._newest: torch.Tensor  # [num_requests, hidden], source state of each newest token
@@ -122,8 +126,8 @@ class RecurrentSpeculator(Speculator):
         if not self._follows or not kernels_run_on(self._device):
             return
         policy = self._bound()
-        sizes = policy.vocab_size, min(self._settings.max_vocab, policy.vocab_size), self.learner.head.cell.hidden_size
-        draw_from_head(sampling, sizes, self._device, couples_noise=self._couples_noise, dtype=policy.dtype)
+        sizes = min(self._settings.max_vocab, policy.vocab_size), self.learner.head.cell.hidden_size
+        draw_from_head(self._sampling_of(sampling), sizes, self._device, dtype=policy.dtype)
 
     def start(
         self,
@@ -138,8 +142,8 @@ class RecurrentSpeculator(Speculator):
         self.learn()
         self.learner.begin_call(sequences, self._bound())
         self._proposed = None
-        shape = len(sequences.lengths), self.learner.head.hidden_size
-        self._newest = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        self._newest = cleared(self._newest, len(sequences.lengths))
+        self._graphs.begin_call()
 
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
         """0: it never has to catch up. None before it has learned."""
@@ -147,11 +151,46 @@ class RecurrentSpeculator(Speculator):
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for every request; all rows run to the longest wanted draft, shorter ones are cut."""
-        depth, learner = bounds(max_draft_tokens)[1], self.learner
-        if depth <= 0 or not learner.trained:
+        learner = self.learner
+        if bounds(max_draft_tokens)[1] <= 0 or not learner.trained:
             return Draft.empty(len(requests))
-        head, token_ids = self._folded_head()
         newest = newest_indices(requests, sequences.lengths, sequences.token_ids, learner.index_of)
+        if self._draws_by_kernel(sequences.sampling):
+            draft = self._draft_at_once(sequences, requests, newest, max_draft_tokens)
+        else:
+            draft = self._draft_by_steps(sequences, requests, newest, max_draft_tokens)
+        self._proposed = requests, draft
+        return draft
+
+    def _draws_by_kernel(self, sampling: SamplingParams) -> bool:
+        """Whether the draft head kernel draws. At temperature 0 it takes the likeliest token, and only then."""
+        return kernels_run_on(self._device) and (sampling.greedy or not self._argmax)
+
+    def _draft_at_once(
+        self, sequences: Sequences, requests: np.ndarray, newest: np.ndarray, max_draft_tokens: np.ndarray
+    ) -> Draft:
+        """Draft by the draft head kernel: one piece of work for the device (`draft_graphs.py`)."""
+        head, token_ids = self._folded_head()
+        sampling = self._sampling_of(sequences.sampling)
+        _, keys = sequences.draft_noise(requests, self._couples_noise)
+        drawn = self._graphs.run(
+            head,
+            head.packed(token_ids, self._bound().dtype),
+            self._newest,
+            np.stack([requests, keys.view(np.int64), sequences.lengths[requests], newest]),
+            bounds(max_draft_tokens)[1],
+            sampling,
+        )
+        probs = None if drawn.probs is None else of_whole(drawn.probs, token_ids, sequences.vocab_size)
+        stops = sequences.sampling.stops
+        return draft_of(self.name, drawn.token_ids, drawn.max_probs, max_draft_tokens, stops, probs)
+
+    def _draft_by_steps(
+        self, sequences: Sequences, requests: np.ndarray, newest: np.ndarray, max_draft_tokens: np.ndarray
+    ) -> Draft:
+        """Draft with torch's operations, token by token."""
+        head, token_ids = self._folded_head()
+        depth = bounds(max_draft_tokens)[1]
         drawing = Drawing(
             self.name,
             sequences,
@@ -164,17 +203,13 @@ class RecurrentSpeculator(Speculator):
             carried=(requests, newest),
         )
         self._draw(head, token_ids, drawing, depth)
-        self._proposed = requests, drawing.finish(max_draft_tokens)
-        return self._proposed[1]
+        return drawing.finish(max_draft_tokens)
 
     def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
-        """Queue all device work of a draft."""
+        """Queue all device work of a draft, token by token."""
         rows, indices = drawing.carried
         with torch.no_grad():
             state = head.begin(self._newest[rows])
-            if kernels_run_on(self._device) and drawing.by_kernel:
-                drawing.draw_all(head.packed(token_ids, self._bound().dtype), state, indices)
-                return
             for _ in range(depth):
                 state = head.absorb(state, indices)
                 indices = drawing.draw(head.logits(state))
@@ -229,6 +264,9 @@ class RecurrentSpeculator(Speculator):
     def take_shared(self, total: torch.Tensor) -> None:
         self.learner.take_shared(total)
 
+    def take_captured(self) -> Captured:
+        return self._graphs.take_captured()
+
     def weights(self) -> Iterable[torch.Tensor]:
         return self.learner.head.parameters() if self._policy is not None else ()
 
@@ -274,6 +312,7 @@ class RecurrentSpeculator(Speculator):
 
     def _reset(self, policy: PolicyView, learner: Learner) -> None:
         self._device, self.learner = policy.device, learner
+        self._graphs = DraftGraphs(capture=policy.device.type == "cuda")
         self._newest = torch.zeros(0, policy.hidden_size, dtype=torch.float32, device=self._device)
         self._folded, self._proposed, self._put_off = None, None, None
 
@@ -282,11 +321,16 @@ class RecurrentSpeculator(Speculator):
             raise RuntimeError("the recurrent drafter has no policy yet: give it to an engine, or call bind(policy)")
         return self._policy
 
+    def _sampling_of(self, sampling: SamplingParams) -> HeadSampling:
+        return HeadSampling.of(sampling, couples_noise=self._couples_noise)
+
+    @torch.inference_mode(False)  # its tensors outlive a call
     def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
         """The present head for drafting, and its token ids, int64 `[vocab]` on the device."""
         if self._folded is None or self._folded[0] != self.learner.revision:
             token_ids = uploaded(self.learner.ids, self._device)
-            self._folded = self.learner.revision, FoldedHead(self.learner.head), token_ids
+            former = None if self._folded is None else self._folded[1]
+            self._folded = self.learner.revision, FoldedHead(self.learner.head, former), token_ids
         return self._folded[1:]
 
 
