@@ -45,7 +45,7 @@ class Run:
     """Calls of an engine with a recurrent head that is refreshed after each."""
 
     def __init__(self, move, events, *, calls=2, drafter=None, dtype=torch.float32, **options):
-        self.speculator = recurrent_drafter(**{"budget_share": 1e-5} | (drafter or {}))  # one step of training
+        self.speculator = recurrent_drafter(**{"budget_share": 4.0} | (drafter or {}))
         self.proposed, self._own, self._events = [], self.speculator.propose, events
         self.speculator.propose = self._propose
         verification = options.pop("verification", "invariant")
@@ -57,6 +57,7 @@ class Run:
             self.graphs.append({key: shape.graph for key, shape in self.speculator._graphs._shapes.items()})
             self.captured.append(self.speculator._graphs.captured)
             self.sizes.append(len(self.speculator.learner.ids))
+        assert len(self.speculator.refreshes) == calls
 
     def _propose(self, sequences, requests, most):
         first = len(self._events)
@@ -144,13 +145,14 @@ def test_graphs_outlast_a_refresh_that_leaves_the_vocabulary_its_size():
 
 
 def test_a_vocabulary_of_another_size_drops_them():
-    found = on_a_gpu(calls=3)
+    options = {"calls": 3, "temperature": 2.0}  # so that every call has new tokens
+    found = on_a_gpu(**options)
     assert found.sizes[0] != found.sizes[1]
     before, after = ({graph for graph in graphs.values() if graph is not None} for graphs in found.graphs[1:])
     assert before
     assert after
     assert not before & after
-    assert found.drafts == on_a_cpu(calls=3).drafts
+    assert found.drafts == on_a_cpu(**options).drafts
 
 
 @contextmanager
@@ -169,7 +171,7 @@ def reserving(num_bytes, *errors):
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.cuda, "graph", graph))
-        stack.enter_context(mock.patch.object(torch.cuda, "memory_reserved", side_effect=lambda: reserved[0]))
+        stack.enter_context(mock.patch.object(torch.cuda, "memory_reserved", side_effect=lambda *_: reserved[0]))
         stack.enter_context(mock.patch.object(torch.cuda, "graph_pool_handle", side_effect=object))
         yield pools
 

@@ -116,6 +116,8 @@ class FoldedHead:
         read: float32 `[state, hidden]`, maps normalised hidden states to initial states before their tanh.
     """
 
+    read: torch.Tensor
+
     def __init__(self, head: RecurrentHead, former: FoldedHead | None = None) -> None:
         # A caller's inference mode would make tensors that later calls may not write into. Leaving it turns gradients on.
         with torch.inference_mode(False), torch.no_grad():
