@@ -115,7 +115,7 @@ def new_dflash_head(policy: PolicyView, settings: DFlashSettings) -> DFlashHead:
         torch.manual_seed(settings.seed)
         head = DFlashHead(config)
         for module in head.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
     return head.to(policy.device)
 

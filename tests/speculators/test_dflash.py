@@ -196,9 +196,9 @@ class WithEmbedding(torch.nn.Module):
 
 
 @pytest.mark.parametrize("verification", ["invariant", "rejection"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["plain", "everything"])
 def test_tokens_do_not_depend_on_it(verification, name, tmp_path):
-    """In every kind of sampling, in waves, beside the drafters that learn, across updates of the policy."""
+    """In waves, beside the drafters that learn, across updates of the policy."""
     engine = engine_of(policy(), draft_model=write_checkpoint(tmp_path / "head"), verification=verification,
                        max_batch_size=4)  # fmt: skip
     generate(engine, **SETTINGS[name])

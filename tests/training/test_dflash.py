@@ -68,7 +68,7 @@ def accepted_length(speculator):
 def test_a_trained_head_is_accepted(calls, tmp_path):
     """On held-out calls, and in a rollout that reads the written checkpoint; the policy is not changed by it."""
     weights = {name: tensor.clone() for name, tensor in policy().state_dict().items()}
-    view, options = InProcessView(policy()), settings(epochs=4)
+    view, options = InProcessView(policy()), settings(epochs=5, learning_rate=1e-2)
     head = train_dflash(view, calls, tmp_path / "work", options, say=silent)
     log = json.loads((tmp_path / "work" / "training.json").read_text())
     first, last = (log["epochs"][epoch]["acceptance"] for epoch in (0, -1))
@@ -177,8 +177,8 @@ def test_a_markov_head_helps_where_a_token_depends_on_the_one_before(calls, tmp_
     """The policy's tokens depend on the last one, which is drawn: only the Markov head knows what was drawn."""
     acceptance = {}
     for rank in (0, 16):
-        work = tmp_path / f"rank {rank}"
-        head = train_dflash(InProcessView(policy()), calls, work, settings(epochs=4, markov_rank=rank), say=silent)
+        work, options = tmp_path / f"rank {rank}", settings(epochs=5, learning_rate=1e-2, markov_rank=rank)
+        head = train_dflash(InProcessView(policy()), calls, work, options, say=silent)
         acceptance[rank] = json.loads((work / "training.json").read_text())["epochs"][-1]["acceptance"]
     assert acceptance[16][1] > acceptance[0][1] + 0.1
     save_dflash(tmp_path / "head", head, 4)

@@ -37,7 +37,7 @@ def load_dflash(folder: str | Path, policy: PolicyView) -> DFlashHead:
     named = {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder).items()}
     tensors = {name: tensor for name, tensor in named.items() if not name.startswith((VERIFIER, _CONFIDENCE))}
     _check_belongs(config, tensors, policy, what)
-    vocabulary = {name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}
+    vocabulary: dict[str, torch.Tensor] = {name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}
     if vocabulary or config.draft_vocab_size < policy.vocab_size:
         vocabulary = draft_vocabulary(vocabulary, config.draft_vocab_size, policy.vocab_size, what)
     head = DFlashHead(config, own_embeddings=_EMBEDDING in tensors, own_output=_OUTPUT in tensors)

@@ -31,6 +31,7 @@ _SIZES = (
 _NOT_OF_THE_LAYERS = (
     "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "dflash_config", "block_size",
     "num_target_layers", "mask_token_id", "is_causal", "target_layer_ids", "sample_from_anchor",
+    "markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov",
 )  # fmt: skip
 _KNOWN = frozenset(
     {
