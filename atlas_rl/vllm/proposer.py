@@ -48,6 +48,7 @@ class AtlasProposer(Hooks):
         internals.register_backends()
         internals.follow_adapters()
         check_engine(vllm_config)
+        internals.check_hybrid(vllm_config)
         self.options = options_of(vllm_config)
         self.identity = secrets.token_hex(8)  # changes when a server is restarted
         self.policy: VllmView | None = None

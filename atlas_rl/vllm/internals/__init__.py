@@ -9,6 +9,7 @@ Modules, and why each exists:
     sampler   vLLM's own processing of logits, without its drawing
     engine    the embeddings of a loaded model, as drafters read them; an engine's proposer, ranks and prefix cache
     weights   new weights, all or nothing
+    hybrids   refuses policies whose recurrent states vLLM does not roll back exactly
     adapters  LoRA adapters that are loaded into a running engine
     transfer  our weight-transfer backends, which notify drafters of a new policy (`transfer_engines`)
 
@@ -28,6 +29,7 @@ from atlas_rl.vllm.internals.engine import (
     runner_of,
     tensor_parallel,
 )
+from atlas_rl.vllm.internals.hybrids import check_hybrid
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler, tolerate_numba
 from atlas_rl.vllm.internals.runner import Forward, ForwardBatch, Hooks, install
 from atlas_rl.vllm.internals.transfer import follow, register_backends
@@ -42,6 +44,7 @@ __all__ = [
     "VllmView",
     "abandon",
     "agree",
+    "check_hybrid",
     "check_version",
     "drafter_of",
     "follow",
