@@ -83,8 +83,9 @@ class Sometimes(FixedController):
 
 
 ORDERS = {
-    (FixedController, False): "start (observe backlog (propose )?learn )+observe learn ",
-    (FixedController, True): "start (backlog observe (propose )?learn )+observe learn ",
+    # The drafter is asked about fewer requests where some have no room, and its backlog is asked for again.
+    (FixedController, False): "start (observe backlog ((backlog )?propose )?learn )+observe learn ",
+    (FixedController, True): "start (backlog observe ((backlog )?propose )?learn )+observe learn ",
     (Never, False): "start (observe backlog learn )+observe learn ",
     (Never, True): "start (backlog observe learn )+observe learn ",
 }
