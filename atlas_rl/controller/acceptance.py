@@ -73,10 +73,12 @@ class AcceptanceModel:
         Returns:
             float64 `[batch, MAX_LOOKAHEAD]`, zero past a row's length.
         """
-        stands: np.ndarray = survival_of(
-            np.ascontiguousarray(confidence, np.float32), lengths, _EDGES, _POSITION_CLASSES, *self._lines_now()
-        )
+        stands: np.ndarray = survival_of(np.ascontiguousarray(confidence, np.float32), lengths, *self.tables())
         return stands
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The last four arguments of `survival_of`; do not write to them."""
+        return _EDGES, _POSITION_CLASSES, *self._lines_now()
 
     def observe(self, confidence: np.ndarray, num_tried: np.ndarray, num_accepted: np.ndarray) -> None:
         """Learn from drafts whose outcome is known.

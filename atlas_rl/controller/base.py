@@ -16,7 +16,7 @@ import numpy as np
 from atlas_rl.core import Draft, Verified
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one per step: a frozen one takes a call per field to make
 class Rest:
     """Tokens that the requests of a step have generated, and tokens left until their limits.
 

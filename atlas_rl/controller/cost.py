@@ -30,8 +30,10 @@ _PRIOR_CALLS = 0.03  # weight of the prior "proportional to the depth", in calls
 _MEASURED = 3  # forwards of a size after which its cost counts as measured: their median ignores one outlier
 _ABOUT = 1.1  # bound on the ratio of two costs that are about the same
 _TICK_S = 1e-9  # least seconds of anything: a coarse clock may measure 0
-_OCTAVES = 32  # octaves of rows
 _SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usual ones
+
+OCTAVES = 32
+"""Octaves of rows."""
 
 
 class CostModel:
@@ -48,35 +50,36 @@ class CostModel:
 
     Args:
         padded: Sizes that forwards are padded to, rising; empty if forwards are not padded.
+
+    Attributes:
+        num_observed: Forwards observed so far.
+        edges: `padded` as int64 `[n]`, for compiled decisions.
     """
 
     def __init__(self, padded: Sequence[int] = ()) -> None:
         self._step_sizes = StepSizes(padded)
+        self.edges = self._step_sizes.edges
         self._samples: dict[int, deque[float]] = {}  # per bucket: seconds divided by both factors
         self._sizes: list[int] = []  # buckets of the samples, rising
         self._means: dict[int, tuple[float, float]] = {}  # per bucket: running mean of seconds and of context
         self._covariance, self._variance = 0.0, 0.0  # of context and relative seconds, within buckets
         self._ratios: deque[float] = deque(maxlen=_LEVEL_FORWARDS)
         self._level = 1.0
-        self._observed = 0
+        self.num_observed = 0
         self._table = np.zeros(0)
+        self._counted: dict[int, int] = {}  # what `num_samples` found since the latest forward
 
     @property
     def padded(self) -> tuple[int, ...]:
         """Sizes that forwards are padded to."""
         return self._step_sizes.padded
 
-    @property
-    def edges(self) -> np.ndarray:
-        """`padded` as int64 `[n]`, for compiled decisions."""
-        return self._step_sizes.edges
-
     def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
         """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
         size, seconds = self._step_sizes.bucket(num_tokens), max(seconds, _TICK_S)
         self._learn_context(size, seconds, context_tokens)
         scaled = seconds / self._factor(context_tokens)
-        expected = float(self._predicted(size)[size]) if self._observed else scaled
+        expected = float(self._predicted(size)[size]) if self.num_observed else scaled
         if size not in self._samples:
             self._samples[size] = deque(maxlen=_SAMPLES)
             insort(self._sizes, size)
@@ -89,8 +92,9 @@ class CostModel:
             self._ratios.append(self._level * scaled / expected)
             self._level = _median(self._ratios)
         samples.append(scaled)
-        self._observed += 1
-        if len(samples) <= _KNOWN or _due(self._observed, 4):
+        self.num_observed += 1
+        self._counted.clear()
+        if len(samples) <= _KNOWN or _due(self.num_observed, 4):
             # Here and not in `predict`: learning runs beside the device, decisions do not.
             self._tabulate(max(len(self._table) - 1, size))
 
@@ -111,11 +115,18 @@ class CostModel:
 
         Requires evidence.
         """
-        self._predicted(max_tokens)
+        if len(self._table) <= max_tokens:
+            self._tabulate(max_tokens)
         return self._table, self._factor(context_tokens)
 
     def num_samples(self, num_tokens: int) -> int:
         """Number of remembered forwards that are padded to the same size, or within a tenth of it."""
+        if num_tokens not in self._counted:
+            self._counted[num_tokens] = self._count(num_tokens)
+        return self._counted[num_tokens]
+
+    def _count(self, num_tokens: int) -> int:
+        """`num_samples`, counted anew."""
         if self.padded and num_tokens <= self.padded[-1]:
             return len(self._samples.get(self._step_sizes.bucket(num_tokens), ()))
         near = slice(bisect_left(self._sizes, 0.9 * num_tokens), bisect_right(self._sizes, 1.1 * num_tokens))
@@ -141,8 +152,9 @@ class CostModel:
 
     def _factor(self, context_tokens: int) -> float:
         """Factor on the whole table, for the context and the machine's present speed."""
-        relative = max(0.0, self._covariance / (self._variance + _CONTEXT_DOUBT**2))
-        return self._level * (1 + relative * context_tokens)
+        if self._covariance <= 0:
+            return self._level
+        return self._level * (1 + self._covariance / (self._variance + _CONTEXT_DOUBT**2) * context_tokens)
 
     def _learn_context(self, size: int, seconds: float, context_tokens: int) -> None:
         known, context = self._means.get(size, (seconds, float(context_tokens)))
@@ -204,6 +216,11 @@ class DraftCost:
     def __len__(self) -> int:
         return self._held
 
+    @property
+    def octaves(self) -> list[int]:
+        """Octaves of rows (their bit lengths) of the observed calls."""
+        return list(self._calls)
+
     def knows(self, rows: int) -> bool:
         """Whether a call for about this many requests was observed: in the same octave or an adjacent one."""
         octave = rows.bit_length()
@@ -260,7 +277,7 @@ class DraftCost:
             octave: _median(part) ** (len(part) / (len(part) + _TRUST))
             for octave, part in zip(self._calls, over, strict=True)
         }
-        self._levels = np.array([levels[min(levels, key=lambda known: abs(known - own))] for own in range(_OCTAVES)])
+        self._levels = np.array([levels[min(levels, key=lambda known: abs(known - own))] for own in range(OCTAVES)])
         self._shares = shares / scale
 
 

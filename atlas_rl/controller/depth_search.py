@@ -2,7 +2,7 @@
 
 A decision forecasts the drafter's drafts, prices them, and compares some twenty answers, each a ranking of all draft
 slots of the batch. Each part is its own function. The numpy forms are `DraftForecast.predict`, `DraftCost.predict`
-and those in `tests/controller/test_depth_search.py`.
+and those in `tests/decisions.py`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ _STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to proces
 
 
 @cached_njit(nogil=True)
-def decide(current, room, forecast, table, factor, spent_s, shares, levels, backlog, depths, discount, edges):
+def decide(
+    current, room, profiles, counts, turn, unknown, table, factor, spent_s, shares, levels, is_priced, backlog, depths,
+    discount, edges,
+):  # fmt: skip
     """Draft tokens to ask of one drafter per request, for the highest expected goodput.
 
     Args:
         current: float64 `[batch, lookahead]`, survival of the draft that each request already has; rows never rise.
         room: int64 `[batch]`, the most draft tokens that each request can still use.
-        forecast: `DraftForecast.tables()`.
+        profiles: As for `remembered`, like the next three.
+        counts: int64 `[situations]`.
+        turn: Number of forecasts.
+        unknown: float64 `[lookahead]`.
         table: float64, seconds of a forward over 0, 1, ... tokens, to at least `batch * (1 + lookahead)`.
         factor: Factor on the whole table.
         spent_s: Seconds of the drafts made so far.
-        shares: float64 `[4]`, `DraftCost.tables()[0]`; empty if no call for as many requests was ever seen: drafts then
-            count as free.
-        levels: float64 `[octaves]`, `DraftCost.tables()[1]`.
+        shares: float64 `[4]`, `DraftCost.tables()`, like `levels`.
+        levels: float64 `[octaves]`.
+        is_priced: Whether a call for about as many requests was ever seen; if not, drafts count as free.
         backlog: Committed tokens that the drafter has to process first. A long backlog after an idle time occurs only
             once, so at most the tokens of the latest steps are counted.
         depths: int64 `[num_depths]`, draft tokens that may be asked for, rising.
@@ -43,10 +49,10 @@ def decide(current, room, forecast, table, factor, spent_s, shares, levels, back
         discount; and whether any request is asked for.
     """
     batch = len(room)
-    expected = remembered(current[:, 0].copy(), *forecast)
+    expected = remembered(current[:, 0].copy(), profiles, counts, turn, unknown)
     better = compare(expected, room, current)
     draft_s = np.full((3, len(depths)), spent_s)
-    if len(shares) > 0:
+    if is_priced:
         # Two candidates: the requests where it is expected to do better, and all requests if that costs no more.
         for whom, rows in ((1, better.sum()), (2, batch)):
             for index in range(len(depths)):

@@ -26,15 +26,14 @@ class DraftForecast:
     def __init__(self) -> None:
         self._profiles = np.zeros((len(_EDGES) + 1, _PROFILES, MAX_LOOKAHEAD))
         self._counts = np.zeros(len(_EDGES) + 1, np.int64)
-        self._turn = 0
+        self._turn = 0  # of `predict`
         self._measured: np.ndarray | None = None
         self._usual = _OPTIMISM  # mean acceptance of a position whose prefix was accepted
         self._stood = 0.0  # weight of that mean: sum of the prefixes' survival
 
-    def tables(self) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-        """Inputs of `remembered` as flat tables, and the offset into the rotation of profiles."""
-        self._turn += 1  # if a situation has fewer requests than profiles, the next call shows other profiles
-        return self._profiles, self._counts, self._turn, _OPTIMISTIC if self._measured is None else self._measured
+    def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs of `remembered` as flat tables; do not write to them."""
+        return self._profiles, self._counts, _OPTIMISTIC if self._measured is None else self._measured
 
     def predict(self, beside: np.ndarray) -> np.ndarray:
         """Survival profiles expected of the next draft; `remembered` is the compiled form.
@@ -45,7 +44,9 @@ class DraftForecast:
         Returns:
             float64 `[draws, batch, MAX_LOOKAHEAD]`, with enough draws to show every kept profile.
         """
-        profiles, counts, turn, unknown = self.tables()
+        profiles, counts, unknown = self.tables()
+        self._turn += 1  # if a situation has fewer requests than profiles, the next call shows other profiles
+        turn = self._turn
         draws = -(-_PROFILES // len(beside))
         if not counts.any():
             return np.tile(unknown, (draws, len(beside), 1))
@@ -113,9 +114,9 @@ def remembered(
 
     Args:
         beside: As for `DraftForecast.predict`, the plain form of this function.
-        profiles: `DraftForecast.tables()[0]`; the next three are the other entries.
+        profiles: `DraftForecast.tables()`, like `counts` and `unknown`.
         counts: int64 `[situations]`.
-        turn: Offset into the rotation of profiles.
+        turn: Offset into the rotation of profiles: the number of forecasts, so that each shows other profiles.
         unknown: float64 `[MAX_LOOKAHEAD]`.
 
     Returns:

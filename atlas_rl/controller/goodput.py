@@ -22,22 +22,18 @@ from typing import Any
 
 import numpy as np
 
+from atlas_rl.controller.arms import LEAST_TRIAL, NOT_ASKED, TRIAL_DEPTH, TRIALS, Arms, ask_next
 from atlas_rl.controller.base import Admission, Controller, Step, step_record
 from atlas_rl.controller.call_end import CallEnd
 from atlas_rl.controller.cost import CostModels
-from atlas_rl.controller.depth_search import decide
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
-from atlas_rl.controller.slots import admitted, take_better, within
+from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
 from atlas_rl.core import Verified
 from atlas_rl.counts import bounds
 
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
-_TRIALS = 3  # calls before a drafter's cost estimate is used
-_TRIAL_DEPTH = 4
 _EXPLORED_SHARE = 0.003  # share of the time for calls that are not expected to pay
-# Minimum cost charged to a trial call, as a share of a plain step: deciding and learning are not free.
-_LEAST_TRIAL = 0.03
 _PLAIN_EVERY = 100  # steps after which a step without drafts measures plain decoding anew
 _PLAIN_KNOWN = 3  # forwards of about a size after which its cost is known: their median ignores one outlier
 _PLAIN_APART = 4  # steps between plain steps while the size is not known yet
@@ -57,6 +53,7 @@ class _Decision:
         beside: float64 `[batch]` per drafter asked: survival of the first token of the best draft at that moment.
         survivals: float64 `[batch, MAX_LOOKAHEAD]` per draft: survival of its slots.
         best: The most promising drafts so far; None until first needed.
+        is_drawn: Whether one of those was drawn from probabilities, and is therefore verified by rejection.
     """
 
     step: Step
@@ -67,6 +64,7 @@ class _Decision:
     beside: dict[str, np.ndarray] = field(default_factory=dict)
     survivals: dict[str, np.ndarray] = field(default_factory=dict)
     best: _BestDrafts | None = None
+    is_drawn: bool = False
 
 
 @dataclass(slots=True)
@@ -114,28 +112,29 @@ class GoodputController(Controller):
         self._drawn_as: Hashable = None
         self._explain = explain
         self._at_hand: deque[_Decision] = deque(maxlen=2)  # learning from a step happens while the next one runs
+        self._arms, self._worth = Arms(len(self.speculators)), 1.0
+        self._tabulate()
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        left = [name for name in self.speculators if name in step.ready and name not in step.drafts]
-        decision = self._decision(step)
+        backlogs, anybody = self._arms.backlogs, False
+        for index, name in enumerate(self.speculators):
+            is_left = name in step.ready and name not in step.drafts
+            backlogs[index] = step.backlog.get(name, 0) if is_left else NOT_ASKED
+            anybody = anybody or is_left
+        decision, batch = self._decision(step), step.batch
         if not step.drafts:
-            self._draw_as(step.drawn_as)
-            if not left or self._plain_due(step) or self._end.holds_back or self._pause.holds(step.batch):
+            if step.drawn_as != self._drawn_as:
+                self._draw_as(step.drawn_as)
+            if not anybody or self._plain_due(batch) or self._end.holds_back or self._pause.holds(batch):
                 return {}
             decision.planned = True
-        if not left or _any_drawn(step):
-            # With a drawn draft present, asking another for the same request would depend on the drawn tokens.
+        if not anybody:
             return {}
         best = self._best_drafts(decision)
-        models = self._models
-        if len(left) > 1:
-            left.sort(key=lambda n: models[n].cost.predict(step.batch, 1.0) if len(models[n].cost) else 0.0)
-        for name in left:
-            wanted, anybody = within(self._wanted(name, best, decision), step.room)
-            if anybody:
-                decision.beside[name] = best.survival[:, 0].copy()  # a copy: the best drafts change with the next one
-                return {name: wanted}
-        return {}
+        if decision.is_drawn:
+            # With a drawn draft present, asking another for the same request would depend on the drawn tokens.
+            return {}
+        return self._ask(best, decision, batch)
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
@@ -150,9 +149,9 @@ class GoodputController(Controller):
         if decision.is_trial:
             best = self._best_drafts(decision)
             return Admission(best.drafters, (best.survival > 0).sum(axis=1))
-        plain_s = self._cost.seconds(step.batch, step.context_tokens)
-        decision.prediction = None if plain_s is None else Prediction(step.batch, plain_s)
         if not step.drafts:  # shortcut: most steps if drafting does not pay, and the device waits
+            plain_s = self._cost.seconds(step.batch, step.context_tokens)
+            decision.prediction = None if plain_s is None else Prediction(step.batch, plain_s)
             nothing = np.zeros(step.batch, np.int64)
             return Admission(nothing, nothing.copy())
         best = self._best_drafts(decision)
@@ -170,11 +169,14 @@ class GoodputController(Controller):
         self._compare(decision, slots > 0, float(verified.num_committed.sum()), undrafted_s, step_s)
         for name in step.drafts:
             self._learn(name, decision, admission, verified)
-        for name, model in self._models.items():
+        purses_s = self._arms.purses_s
+        for index, (name, model) in enumerate(self._models.items()):
             if name in step.ready and name not in step.drafts and len(model.cost):
-                model.purse_s = min(model.purse_s + _EXPLORED_SHARE * step_s, self._trial_s(name, step))
+                purses_s[index] = min(purses_s[index] + _EXPLORED_SHARE * step_s, self._trial_s(name, step))
         self._end.observe(step, admission, verified, self._cost, is_trial=decision.is_trial)
         self._at_hand.remove(decision)
+        self._tabulate()
+        self._cost.num_samples(step.batch)  # the next plan needs it, most likely
         return record
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
@@ -182,6 +184,7 @@ class GoodputController(Controller):
         for name, model in self._models.items():
             model.acceptance.policy_updated()
             model.forecast.policy_updated(expected.get(name))
+        self._tabulate()
 
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:
         self._cost = self._costs.of(sizes)
@@ -206,113 +209,115 @@ class GoodputController(Controller):
         return self._at_hand[-1]
 
     def _draw_as(self, distribution: Hashable) -> None:
-        if distribution != self._drawn_as:
-            self._drawn_as = distribution
-            for model in self._models.values():
-                model.acceptance.switch_to(distribution)
+        self._drawn_as = distribution
+        for model in self._models.values():
+            model.acceptance.switch_to(distribution)
 
-    def _plain_due(self, step: Step) -> bool:
-        """Whether to measure a step without drafts.
+    def _plain_due(self, batch: int) -> bool:
+        """Whether to measure a step of this many requests without drafts.
 
         Drafting is compared with plain decoding, so plain decoding must have been measured at this batch size. If its
         cost were only inferred, say from one interrupted step, drafting could look free, and while every step has
         drafts, nothing would correct that.
         """
-        seen = self._cost.num_samples(step.batch)
+        seen = self._cost.num_samples(batch)
         return self._steps_since_plain >= (_PLAIN_EVERY if seen >= _PLAIN_KNOWN else _PLAIN_APART * (seen > 0))
 
     def _best_drafts(self, decision: _Decision) -> _BestDrafts:
         """The most promising draft of each request so far."""
-        step = decision.step
+        best, drafts = decision.best, decision.step.drafts
+        if best is not None and best.num_drafts == len(drafts):
+            return best
+        for draft in drafts.values():
+            decision.is_drawn = decision.is_drawn or draft.draft_probs is not None
         # Rejection verification: whether a drawn token is verified must not depend on the token. Confidences of later
         # positions depend on it, so drafters are compared by first positions only.
-        columns = 1 if _any_drawn(step) else MAX_LOOKAHEAD
-        best = decision.best
+        columns = 1 if decision.is_drawn else MAX_LOOKAHEAD
         if best is None or best.columns != columns:
-            best = decision.best = _BestDrafts.none(step.batch, columns)
-        for name in list(step.drafts)[best.num_drafts :]:
-            own = self._survival(name, decision)
-            take_better(best.survival, best.gains, best.drafters, own, self.speculators.index(name), columns)
+            best = decision.best = _BestDrafts.none(decision.step.batch, columns)
+        survivals = decision.survivals
+        for name in list(drafts)[best.num_drafts :]:
+            at_hand = best.survival, best.gains, best.drafters, self.speculators.index(name), columns
+            if name in survivals:
+                take_better(*at_hand[:3], survivals[name], *at_hand[3:])
+            else:
+                # Once per step: what is learned from a step must not change its own expectations.
+                confidence = np.ascontiguousarray(drafts[name].confidence, np.float32)
+                tables = self._models[name].acceptance.tables()
+                survivals[name] = weigh(confidence, drafts[name].lengths, *tables, *at_hand)
             best.num_drafts += 1
         return best
 
-    def _survival(self, name: str, decision: _Decision) -> np.ndarray:
-        """Survival probability of every slot of a draft: float64 `[batch, MAX_LOOKAHEAD]`, zero past a row's length.
-
-        Computed once per step: what is learned from a step must not change its own expectations.
-        """
-        if name not in decision.survivals:
-            draft = decision.step.drafts[name]
-            decision.survivals[name] = self._models[name].acceptance.survival(draft.confidence, draft.lengths)
-        return decision.survivals[name]
-
-    def _wanted(self, name: str, best: _BestDrafts, decision: _Decision) -> np.ndarray:
-        """Draft tokens to ask of one drafter per request, given the best drafts so far: int64 `[batch]`."""
-        model, step, batch = self._models[name], decision.step, decision.step.batch
-        if len(model.cost) < _TRIALS:
+    def _ask(self, best: _BestDrafts, decision: _Decision, batch: int) -> dict[str, np.ndarray]:
+        """The drafter to ask next and the draft tokens of each request, int64 `[batch]`, given the best drafts so far."""
+        step = decision.step
+        if self._arms.num_untried and (new := self._untried(batch)) is not None:
             decision.is_trial = self._is_new(batch)
-            return np.full(batch, _TRIAL_DEPTH)
+            wanted, anybody = within(np.full(batch, TRIAL_DEPTH), step.room)
+            if anybody:
+                decision.beside[new] = best.survival[:, 0].copy()  # the best drafts change with the next one
+                return {new: wanted}
         table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
-        shares, levels = model.cost.tables()
-        knows = model.cost.knows(batch)
-        wanted, goodput, anybody = decide(
-            best.survival, step.room, model.forecast.tables(), table, factor, sum(step.draft_s.values(), 0.0),
-            # Draft cost is not extrapolated from large batches to small ones. If a draft would pay at zero cost, it is
-            # tried once and timed.
-            shares if knows else shares[:0], levels, step.backlog.get(name, 0), _DEPTHS,
-            discount(model.kept, self._kept_plain), self._cost.edges,
+        index, wanted, beside, goodput, is_trial = ask_next(
+            best.survival, step.room, self._arms.backlogs, table, factor, sum(step.draft_s.values(), 0.0), _DEPTHS,
+            self._cost.edges, *self._arms.arrays,
         )  # fmt: skip
-        if anybody:
-            if not knows:
-                # Ask for all requests, so that the cost of such a call is known afterwards.
-                decision.is_trial = self._is_new(batch)
-                return np.full(batch, _TRIAL_DEPTH)
+        if is_trial:
+            decision.is_trial = self._is_new(batch)
+        if index < 0:
+            return {}
+        name = self.speculators[index]
+        decision.beside[name] = beside
+        if goodput > 0:
             decision.promise = Promise(name, goodput)
-            return wanted
-        cost_s = self._trial_s(name, step)
-        if model.purse_s >= cost_s:
-            model.purse_s -= cost_s
-            wanted[:] = _TRIAL_DEPTH
-        return wanted
+        return {name: wanted}
+
+    def _untried(self, batch: int) -> str | None:
+        """The cheapest drafter of those that may be asked, if the time of its calls is not known; else None."""
+        left = [name for name, tokens in zip(self.speculators, self._arms.backlogs, strict=True) if tokens != NOT_ASKED]
+        costs = {name: self._models[name].cost for name in left}
+        first = min(left, key=lambda name: costs[name].predict(batch, 1.0) if len(costs[name]) else 0.0)
+        return first if len(costs[first]) < TRIALS else None
 
     def _is_new(self, batch: int) -> bool:
         """Whether a trial's draft is verified whole: its cost cannot be interpolated from smaller forwards.
 
         Decided by the tokens asked for, before anything is drawn: a draft with an ending token is shorter.
         """
-        return self._cost.num_samples(batch * (1 + _TRIAL_DEPTH)) < _TRIALS
+        return self._cost.num_samples(batch * (1 + TRIAL_DEPTH)) < TRIALS
 
     def _trial_s(self, name: str, step: Step) -> float:
         """Seconds charged for a trial call, which is made to learn and is not expected to pay."""
         plain_s = self._cost.seconds(step.batch, step.context_tokens)
-        least_s = 0.0 if plain_s is None else _LEAST_TRIAL * plain_s
-        draft_s = self._models[name].cost.predict(step.batch, float(_TRIAL_DEPTH), step.backlog.get(name, 0))
+        least_s = 0.0 if plain_s is None else LEAST_TRIAL * plain_s
+        draft_s = self._models[name].cost.predict(step.batch, float(TRIAL_DEPTH), step.backlog.get(name, 0))
         return max(draft_s, least_s)
 
     def _best_lengths(self, survival: np.ndarray, decision: _Decision) -> np.ndarray:
         """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch; n maximises G."""
         step, batch = decision.step, decision.step.batch
-        if decision.prediction is None:
+        if not self._cost.num_observed:
             return np.zeros(batch, np.int64)
-        values = survival[survival > 0]
+        values = positive(survival)
         values.sort()
         # The largest possible size. A size that depended on the slots would depend on ending tokens that were drawn,
         # and larger sizes bring newer measurements into the table.
         table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
-        worth = discount(self._kept_drafting, self._kept_plain)
-        lengths, gained, forward_s = admitted(
-            survival, values, table, factor, self._drafting_s(step), worth, _any_drawn(step)
+        decided: tuple[np.ndarray, float, float] = admitted(
+            survival, values, table, factor, self._drafting_s(decision), self._worth, decision.is_drawn
         )
+        lengths, gained, forward_s = decided
         decision.prediction = Prediction(batch + gained, forward_s)
-        return np.asarray(lengths)
+        return lengths
 
-    def _drafting_s(self, step: Step) -> float:
+    def _drafting_s(self, decision: _Decision) -> float:
         """Seconds of a step's drafts: measured, or expected if any of them was drawn.
 
         A drawn draft may have stopped at an ending token. Its measured time would reveal that, and must not influence
         whether the token is verified.
         """
-        if not _any_drawn(step):
+        step = decision.step
+        if not decision.is_drawn:
             return sum(step.draft_s.values(), 0.0)
         expected = (
             self._models[name].cost.predict(
@@ -324,6 +329,12 @@ class GoodputController(Controller):
         return sum(expected, 0.0)
 
     # -------------------------------------------------------------------------------------------------------- learning
+
+    def _tabulate(self) -> None:
+        """Write down what plans and admissions need, after something was learned."""
+        self._worth = discount(self._kept_drafting, self._kept_plain)
+        for index, model in enumerate(self._models.values()):
+            self._arms.note(index, model, self._kept_plain)
 
     def _compare(
         self, decision: _Decision, drafted: bool, num_tokens: float, undrafted_s: float, step_s: float
@@ -352,7 +363,7 @@ class GoodputController(Controller):
         step, model = decision.step, self._models[name]
         draft, asked = step.drafts[name], step.asked[name]
         model.cost.observe(int((asked > 0).sum()), int(asked.max()), step.draft_s[name], step.backlog.get(name, 0))
-        model.forecast.observe(decision.beside[name], self._survival(name, decision), asked, draft.lengths)
+        model.forecast.observe(decision.beside[name], decision.survivals[name], asked, draft.lengths)
         tried, accepted = verified.outcome_of(draft)
         if draft.draft_probs is not None:
             # Rejection accepts a drawn token more often than an independent draw equals it: only verified drafts count.
@@ -377,8 +388,3 @@ class GoodputController(Controller):
             "expected_undrafted_s": seconds,
             "undrafted_s": undrafted_s,
         }
-
-
-def _any_drawn(step: Step) -> bool:
-    """Whether some draft was drawn from probabilities, and is therefore verified by rejection."""
-    return any(draft.draft_probs is not None for draft in step.drafts.values())

@@ -88,14 +88,12 @@ class DrafterModel:
         forecast: Forecasts its drafts before they are made.
         cost: Seconds of its calls.
         kept: Share of the goodput predicted when it was asked that was reached, drafting included.
-        purse_s: Seconds that it may spend on calls that are not expected to pay.
     """
 
     acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
     forecast: DraftForecast = field(default_factory=DraftForecast)
     cost: DraftCost = field(default_factory=DraftCost)
     kept: Kept = field(default_factory=Kept)
-    purse_s: float = 0.0
 
 
 @dataclass(slots=True)

@@ -85,6 +85,14 @@ def take_better(survival, gains, drafters, own, index, columns):
 
 
 @cached_njit(nogil=True)
+def weigh(confidence, lengths, edges, position_class, a, b, survival, gains, drafters, index, columns):
+    """`survival_of` a new draft, and `take_better` with it: returns the former; the other arguments are as for those."""
+    own = survival_of(confidence, lengths, edges, position_class, a, b)
+    take_better(survival, gains, drafters, own, index, columns)
+    return own
+
+
+@cached_njit(nogil=True)
 def compare(expected, room, survival):
     """Cut expected drafts to the available room, in place, and mark the rows where they beat the best draft so far.
 
@@ -110,6 +118,20 @@ def compare(expected, room, survival):
             at_hand += survival[row, position]
         better[row] = hoped / draws > at_hand
     return better
+
+
+@cached_njit(nogil=True)
+def positive(survival):
+    """The positive numbers of `survival` (float64 `[batch, MAX_LOOKAHEAD]`, rows never rise): float64 `[n]`."""
+    batch, lookahead = survival.shape
+    values, count = np.empty(batch * lookahead), 0
+    for row in range(batch):
+        for position in range(lookahead):
+            if survival[row, position] <= 0:
+                break
+            values[count] = survival[row, position]
+            count += 1
+    return values[:count]
 
 
 @cached_njit(nogil=True)

@@ -26,18 +26,18 @@ from atlas_kernels.truncate import truncate
 from atlas_kernels.truncation import Truncation
 from atlas_rl import progress
 from atlas_rl.controller.acceptance import AcceptanceModel
+from atlas_rl.controller.arms import Arms, ask_next
 from atlas_rl.controller.base import Step
-from atlas_rl.controller.cost import DraftCost
-from atlas_rl.controller.depth_search import decide
-from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD, DraftForecast
+from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.controller.slots import admitted, take_better, within
+from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences
 from atlas_rl.counts import asked_of, bounds, tokens_of
 from atlas_rl.decode.commit import Settled, commit
 from atlas_rl.decode.guard import Faults, GuardedController, GuardedSpeculator
 from atlas_rl.decode.propose import merge
 from atlas_rl.decode.room import needed_by, rest_of, room_of
+from atlas_rl.decode.settling import reached
 from atlas_rl.policy.current_device import on_device
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
@@ -164,19 +164,19 @@ def _run_all() -> None:
     survival = acceptance.survival(confidence, np.full(2, 2))
     within(np.full(2, 4), np.full(2, 4))
     bounds(np.full(2, 4))
-    take_better(survival, np.zeros(2), np.zeros(2, np.int64), survival, 0, 1)
-    table, room, costs = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4), DraftCost()
-    costs.observe(2, 4, 1.0)
-    depths, edges = np.array([1, 2]), np.array([8])
-    decide(survival, room, DraftForecast().tables(), table, 1.0, 0.0, *costs.tables(), 0, depths, 1.0, edges)
-    admitted(survival, np.sort(survival[survival > 0]), table, 1.0, 0.0, 1.0, False)
+    best = survival.copy(), np.zeros(2), np.zeros(2, np.int64)
+    take_better(*best, survival, 0, 1)
+    weigh(confidence, np.full(2, 2), *acceptance.tables(), *best, 0, 1)
+    table, room = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4)
+    depths, edges, arms = np.array([1, 2]), np.array([8]), Arms(1)
+    ask_next(survival, room, arms.backlogs, table, 1.0, 0.0, depths, edges, *arms.arrays)
+    admitted(survival, np.sort(positive(survival)), table, 1.0, 0.0, 1.0, False)
     sequences = _toy_sequences()
     draft = Draft(np.zeros((2, 1), np.int64), np.ones(2, np.int64), np.zeros((2, 1), np.float32))
     packed_tokens(requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths)
     packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
     figures = np.ones(len(packed[0]), np.float32)
     unpacked(packed[1], np.ones(2, np.int64), packed[0], figures, figures, figures, sequences.sampling.stops)
-    within(np.full(2, 4), room)
     _run_rows_of_drafts(sequences, requests)
     history = GuardedSpeculator(HistorySpeculator(), Faults())
     for _ in range(2):  # the second call archives the first
@@ -196,6 +196,7 @@ def _run_all() -> None:
 def _run_rows_of_drafts(sequences: Sequences, requests: np.ndarray) -> None:
     lengths, ones = sequences.lengths, np.ones(2, np.int64)
     room_of(requests, lengths, lengths, needed_by(requests, lengths, lengths))
+    reached(requests, ones, lengths, lengths, lengths)
     rest_of(requests, lengths, lengths, lengths)
     positions_alike(sequences.noise_keys, lengths, requests, 1)
     cut(ones[:, None], np.ones((2, 1), np.float32), ones, sequences.sampling.stops, np.zeros(0, np.bool_))

@@ -7,7 +7,7 @@ import pytest
 
 from atlas_rl.controller.acceptance import AcceptanceModel
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
-from atlas_rl.controller.slots import admitted, compare, lengths_of, num_admitted, take_better, within
+from atlas_rl.controller.slots import admitted, compare, lengths_of, num_admitted, positive, take_better, weigh, within
 
 
 def _survival(rng: np.random.Generator, batch: int) -> np.ndarray:
@@ -46,6 +46,20 @@ def test_a_request_takes_the_draft_that_gains_most(columns: int) -> None:
     np.testing.assert_array_equal(survival, np.stack(drafts)[drafters, np.arange(9)])
 
 
+def test_a_new_draft_is_weighed_in_one_call() -> None:
+    rng, model = np.random.default_rng(0), AcceptanceModel()
+    survival, gains, drafters = np.zeros((9, MAX_LOOKAHEAD)), np.zeros(9), np.zeros(9, np.int64)
+    copies = survival.copy(), gains.copy(), drafters.copy()
+    for index in range(3):
+        confidence, lengths = rng.random((9, 5), np.float32), rng.integers(0, 6, 9)
+        own = weigh(confidence, lengths, *model.tables(), survival, gains, drafters, index, MAX_LOOKAHEAD)
+        np.testing.assert_array_equal(own, model.survival(confidence, lengths))
+        take_better(*copies, own, index, MAX_LOOKAHEAD)
+    for array, copy in zip((survival, gains, drafters), copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
+    assert set(drafters.tolist()) == {0, 1, 2}
+
+
 def test_expected_drafts_are_cut_and_compared() -> None:
     rng = np.random.default_rng(1)
     expected, survival = np.stack([_survival(rng, 9) for _ in range(4)]), _survival(rng, 9)
@@ -62,6 +76,12 @@ def test_what_is_asked_for_is_cut_to_the_room() -> None:
     assert np.array_equal(asked, np.minimum(wanted, room))
     assert anybody
     assert not within(wanted, 0 * room)[1]
+
+
+def test_values_of_slots_are_the_positive_ones() -> None:
+    survival = _survival(np.random.default_rng(3), 9)
+    survival[4] = 0.0
+    np.testing.assert_array_equal(positive(survival), survival[survival > 0])
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
