@@ -38,6 +38,10 @@ class Speculator(ABC):
     needs: Needs = Needs()
     """What it needs from the policy's forwards. Valid after `bind`."""
 
+    observes_late: bool = False
+    """Whether `observe` may wait until a draft is asked for, or the device runs the next forward. `start` waits for it.
+    `backlog` comes before it then, and must not depend on it."""
+
     _couples_noise: bool = True
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:

@@ -94,3 +94,29 @@ def test_a_draft_ends_with_the_token_that_ends_the_request():
     spec.start(sequences, np.array([0]))
     commit(spec, sequences, {0: [30, 31]})
     assert draft(spec, sequences, 0, 6) == [EOS]
+
+
+def test_searching_ahead_changes_no_cursor():
+    """`learn` searches where requests without a draft end; without it, the next tokens make the index search there."""
+    rng = np.random.default_rng(4)
+    texts = [[10, 11, 12], [10, 11, 12], [13, 10, 11]]
+    ahead, behind = one_hot(), one_hot()
+    for spec in (ahead, behind):
+        archive(spec, texts[0], [rng.permutation(np.tile([10, 11, 12, 13], 8)).tolist() for _ in range(2)])
+    behind.load_state_dict(ahead.state_dict())  # the same archive
+    calls = [call(texts) for _ in range(2)]
+    for spec, sequences in zip((ahead, behind), calls, strict=True):
+        spec.start(sequences, np.arange(3))
+    for step in range(30):
+        asked = int(rng.integers(3))
+        for spec, sequences in zip((ahead, behind), calls, strict=True):
+            if step % 2:
+                draft(spec, sequences, asked, 3)
+        rows = {int(request): rng.integers(10, 14, rng.integers(1, 4)).tolist() for request in rng.permutation(3)[:2]}
+        for spec, sequences in zip((ahead, behind), calls, strict=True):
+            commit(spec, sequences, rows)
+        ahead.learn()
+        assert ahead._counts.tolist() == behind._counts.tolist()
+        for request, count in enumerate(ahead._counts):
+            assert np.array_equal(ahead._cursors[request, :count], behind._cursors[request, :count])
+    assert ahead._counts.max() > 3

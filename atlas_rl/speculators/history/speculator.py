@@ -15,36 +15,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numba
 import numpy as np
 
-from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
-from atlas_rl.counts import bounds
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
-from atlas_rl.speculators.history.match import advance, new_cursors, refill
-from atlas_rl.speculators.history.mixture import (
-    COUPLED,
-    ONE_HOT,
-    Model,
-    choose,
-    confidence_of,
-    learn,
-    mix,
-    model_from_state,
-    model_state,
-    new_model,
-    new_scratch,
-)
-from atlas_rl.speculators.history.store import (
-    MAX_MATCH,
-    Archive,
-    ArchiveView,
-    LiveIndex,
-    LiveView,
-    index_live,
-    prompt_tags,
-)
+from atlas_rl.speculators.history.match import new_cursors
+from atlas_rl.speculators.history.mixture import COUPLED, ONE_HOT, model_from_state, model_state, new_model
+from atlas_rl.speculators.history.rows import draft_rows, follow_rows, learn_rows, search_rows
+from atlas_rl.speculators.history.store import Archive, LiveIndex, prompt_tags
 from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
@@ -55,147 +33,23 @@ logger = logging.getLogger(__name__)
 
 _STATE_KIND = "atlas_rl.history"
 _STATE_VERSION = 1
-_CONFIDENCE_FLOOR = 0.01
-
-
-@numba.njit
-def _draft_row(request, length, want, cursors, count, live, archive, model, scratch, mode, key, stops, out, confidence):
-    """Draft up to `want` tokens of one request from its `count` cursors, which are consumed; returns how many.
-
-    The cursors are already refilled for the first token.
-    """
-    end = min(length, MAX_MATCH)
-    context = np.empty(MAX_MATCH + want, np.int32)
-    context[:end] = live.tokens[request, length - end : length]
-    for drafted in range(want):
-        position = length + drafted
-        if drafted > 0:
-            count = refill(cursors, count, context, end, request, live, archive)
-        if count == 0:
-            return drafted
-        at = mix(cursors, count, model, scratch)
-        best = choose(cursors, count, at, model, scratch, mode, key, position, False)
-        confidence[drafted] = confidence_of(model.confidence[mode], scratch.features)
-        if confidence[drafted] < _CONFIDENCE_FLOOR:
-            return drafted
-        token = scratch.tokens[best]
-        out[drafted] = token
-        context[end] = token
-        end += 1
-        if token in stops:
-            return drafted + 1
-        count = advance(cursors, count, token, context, end, position + 1, request, live, archive)
-    return want
-
-
-@cached_njit(nogil=True)
-def _draft_rows(
-    requests, lengths, want, cursors, counts, found, found_at,
-    tokens, links, heads, indexed, prompt_lengths, tags, nodes, archive_heads, cursor,
-    log_weights, escapes, exponents, certainty,
-    mode, keys, stops, out, confidence,
-):  # fmt: skip
-    """Draft every row after the `lengths` of all requests; returns the lengths of the drafts.
-
-    A request has `counts[request]` cursors. A search appends more: `found[request]` in all, valid at the position
-    `found_at[request]`. `counts` does not change, so a later search, in a history that has grown, starts from the same
-    cursors as if no draft had been asked for before.
-
-    `LiveView`, `ArchiveView` and `Model` are passed array by array: numba takes microseconds to unpack a named tuple.
-    """
-    live = LiveView(tokens, links, heads, indexed, prompt_lengths, tags)
-    archive = ArchiveView(nodes, archive_heads, cursor)
-    model = Model(log_weights, escapes, exponents, certainty)
-    drafted = np.zeros(len(requests), np.int64)
-    own = np.empty_like(cursors[0])
-    scratch = new_scratch(model)
-    for i in range(len(requests)):
-        request, length = requests[i], lengths[requests[i]]
-        if want[i] <= 0:
-            continue
-        if found_at[request] != length:
-            row = live.tokens[request]
-            found[request] = refill(cursors[request], counts[request], row, length, request, live, archive)
-            found_at[request] = length
-        count = found[request]
-        own[:count] = cursors[request, :count]
-        drafted[i] = _draft_row(
-            request, length, want[i], own, count, live, archive, model, scratch, mode, keys[request], stops,
-            out[i], confidence[i],
-        )  # fmt: skip
-    return drafted
-
-
-@numba.njit
-def _move_rows(requests, starts, ends, cursors, counts, found, found_at, live, archive, met, met_counts):
-    """Move every request's cursors past its tokens `starts[i] .. ends[i] - 1`.
-
-    `met` (int32 `[tokens, MAX_CURSORS, 4]`) and `met_counts` (int64 `[tokens]`) receive the cursors at each token.
-    """
-    token = 0
-    for i in range(len(requests)):
-        request = requests[i]
-        row, own, count = live.tokens[request], cursors[request], counts[request]
-        for position in range(starts[i], ends[i]):
-            if position == starts[i] and found_at[request] == position:  # a draft searched here, in the same history
-                count = found[request]
-            else:
-                count = refill(own, count, row, position, request, live, archive)
-            met[token, :count] = own[:count]
-            met_counts[token] = count
-            token += 1
-            count = advance(own, count, row[position], row, position + 1, position + 1, request, live, archive)
-        counts[request] = count
-
-
-@cached_njit(nogil=True)
-def _follow_rows(
-    requests, lengths, observed, most, starts, ends, cursors, counts, found, found_at,
-    tokens, links, heads, indexed, prompt_lengths, tags, nodes, archive_heads, cursor,
-    met, met_counts,
-):  # fmt: skip
-    """Move cursors past newly committed tokens and index them; nothing if `met` has no room. Returns the token count.
-
-    `starts` and `ends` (int64 `[batch]`) receive each request's tokens observed before and now; `observed` (int64
-    `[num_requests]`) is updated. Positions from `most` on are not indexed. Other arguments: see `_move_rows`.
-    """
-    live = LiveView(tokens, links, heads, indexed, prompt_lengths, tags)
-    archive = ArchiveView(nodes, archive_heads, cursor)
-    total = 0
-    for i in range(len(requests)):
-        starts[i], ends[i] = observed[requests[i]], lengths[requests[i]]
-        total += ends[i] - starts[i]
-    if total <= len(met):
-        _move_rows(requests, starts, ends, cursors, counts, found, found_at, live, archive, met, met_counts)
-        for i in range(len(requests)):
-            observed[requests[i]] = ends[i]
-        index_live(live, requests, np.minimum(ends, most))
-        found_at[:] = -1  # the history has grown, also for requests that this step left out
-    return total
-
-
-@cached_njit(nogil=True)
-def _learn_rows(requests, starts, ends, tokens, met, met_counts, model, mode, keys):
-    """Learn from the tokens that `_move_rows` passed, as if each had been drafted from its cursors."""
-    scratch = new_scratch(model)
-    token = 0
-    for i in range(len(requests)):
-        request = requests[i]
-        for position in range(starts[i], ends[i]):
-            count, cursors = met_counts[token], met[token]
-            token += 1
-            if count > 0:
-                at = mix(cursors, count, model, scratch)
-                best = choose(cursors, count, at, model, scratch, mode, keys[request], position, True)
-                learn(cursors, count, tokens[request, position], best, at, model, scratch, mode)
 
 
 class _PutOff(NamedTuple):
-    """Tokens of one step to learn from later: int64 `[n]` requests, first and last position, and the draft mode."""
+    """Tokens of one step to learn from later.
+
+    Attributes:
+        requests: int64 `[n]`.
+        starts: int64 `[n]`, their first position.
+        ends: int64 `[n]`, one beyond their last position.
+        finished: bool `[n]`, requests that end with them.
+        mode: The draft mode.
+    """
 
     requests: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    finished: np.ndarray
     mode: int
 
 
@@ -212,6 +66,7 @@ class HistorySpeculator(Speculator):
     """
 
     name = "history"
+    observes_late = True
 
     def __init__(self, max_tokens: int = 4_000_000) -> None:
         self.policy_version = -1
@@ -223,9 +78,10 @@ class HistorySpeculator(Speculator):
         self._live: LiveIndex | None = None
         self._finished: list[int] = []
         self._cursors, self._counts, self._observed = new_cursors(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
-        # Cursors including those that a draft has found, and the position that it searched at, -1 for none.
+        # Number of cursors including those that the latest search found, and its position: -1 if the history has grown.
         self._found, self._found_at = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._put_off: _PutOff | None = None
+        self._ends: _PutOff | None = None  # the newest, until its ends have been searched
         self._met, self._met_counts = new_cursors(0), np.zeros(0, np.int64)  # cursors at its tokens
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
@@ -265,44 +121,46 @@ class HistorySpeculator(Speculator):
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for each request: the likeliest continuation, or the one chosen by the coupled noise."""
-        live = self._live_of(sequences)
-        widest = bounds(max_draft_tokens)[1]
-        if widest <= 0:
-            return Draft.empty(len(requests))
-        tokens = np.zeros((len(requests), widest), np.int64)
-        confidence = np.zeros((len(requests), widest), np.float32)
-        lengths = _draft_rows(
+        tokens, confidence, lengths = draft_rows(
             requests, sequences.lengths, max_draft_tokens, self._cursors, self._counts, self._found, self._found_at,
-            *live.view, *self._archive.view, *self._model,
-            self._mode(sequences), sequences.noise_keys, sequences.sampling.stops, tokens, confidence,
+            *self._live_of(sequences).view, *self._archive.view, *self._model,
+            self._mode(sequences), sequences.noise_keys, sequences.sampling.stops,
         )  # fmt: skip
         return Draft(tokens, lengths, confidence)
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Move the cursors past committed tokens and index the tokens; `learn` scores the predictions later."""
-        self.learn()
-        live = self._live_of(sequences)
-        requests = verified.requests
-        starts, ends = np.empty_like(requests), np.empty_like(requests)
+        self._score()
+        live, requests = self._live_of(sequences), verified.requests
         while True:
-            num_tokens = _follow_rows(
-                requests, sequences.lengths, self._observed, live.most, starts, ends, self._cursors, self._counts,
-                self._found, self._found_at, *live.view, *self._archive.view, self._met, self._met_counts,
+            num_tokens, starts, ends = follow_rows(
+                requests, sequences.lengths, self._observed, live.most, self._cursors, self._counts, self._found,
+                self._found_at, *live.view, *self._archive.view, self._met, self._met_counts,
             )  # fmt: skip
             if num_tokens <= len(self._met):
                 break
             self._met, self._met_counts = new_cursors(2 * num_tokens), np.zeros(2 * num_tokens, np.int64)
-        self._put_off = _PutOff(requests, starts, ends, self._mode(sequences))
-        self._finished.extend(requests[verified.finished].tolist())
+        self._put_off = self._ends = _PutOff(requests, starts, ends, verified.finished, self._mode(sequences))
 
     def learn(self) -> None:
-        """Score the cursors' predictions of the latest tokens."""
+        """Score the cursors' predictions of the latest tokens, and search where requests without a draft now end."""
+        self._score()
+        ahead, self._ends = self._ends, None
+        if ahead is not None and self._live is not None:
+            search_rows(
+                ahead.requests, ahead.ends, ahead.finished, self._cursors, self._counts, self._found, self._found_at,
+                *self._live.view, *self._archive.view,
+            )  # fmt: skip
+
+    def _score(self) -> None:
+        """Score the cursors' predictions of the latest tokens, and take note of the requests that ended with them."""
         if self._put_off is not None and self._live is not None and self._sequences is not None:
-            requests, starts, ends, mode = self._put_off
-            _learn_rows(
-                requests, starts, ends, self._live.view.tokens, self._met, self._met_counts, self._model, mode,
+            requests, starts, ends, finished, mode = self._put_off
+            learn_rows(
+                requests, starts, ends, self._live.view.tokens, self._met, self._met_counts, *self._model, mode,
                 self._sequences.noise_keys,
             )  # fmt: skip
+            self._finished.extend(requests[finished].tolist())
         self._put_off = None
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
@@ -318,7 +176,7 @@ class HistorySpeculator(Speculator):
 
     def state_dict(self) -> dict[str, Any]:
         """The archive, including rollouts finished so far, and learned weights; a running call is not disturbed."""
-        self.learn()
+        self._score()
         self._archive_finished()
         return {
             "kind": _STATE_KIND,
@@ -364,7 +222,7 @@ class HistorySpeculator(Speculator):
 
     def _end_call(self) -> None:
         """Archive the finished requests of the present call and drop its index."""
-        self.learn()
+        self._score()
         self._archive_finished()
         if self._sequences is not None:
             self._archived = self._sequences
@@ -392,5 +250,5 @@ class HistorySpeculator(Speculator):
             seen.add(tag)
 
     def _close_call(self) -> None:
-        self._put_off = None
+        self._put_off, self._ends = None, None
         self._sequences, self._live, self._finished = None, None, []
