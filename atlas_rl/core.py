@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,8 @@ class SamplingParams:
 
     @property
     def stops(self) -> np.ndarray:
-        """`eos_token_ids` as int64 `[n]`."""
-        return np.array(self.eos_token_ids, np.int64)
+        """`eos_token_ids` as int64 `[n]`; do not write to it."""
+        return _as_array(self.eos_token_ids)
 
     def ends(self, token_ids: np.ndarray) -> np.ndarray:
         """Whether each token ends a request: bool, shaped like `token_ids` (int64)."""
@@ -267,7 +268,7 @@ class Needs:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one or more per step: a frozen one takes a call per field to make
 class Hidden:
     """The policy's hidden states at the positions of one forward, for speculators that need them.
 
@@ -303,7 +304,7 @@ class Prompts:
     hidden: Hidden = field(default_factory=Hidden.none)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one per step, as `Hidden`
 class Verified:
     """Outcome of one target forward, passed to every speculator whether or not its draft was used.
 
@@ -342,12 +343,8 @@ class Verified:
         tokens, counts = self.token_ids, self.num_committed
         if rows is not None:
             tokens, counts = tokens[rows], counts[rows]
-        known, right = outcomes(
-            np.ascontiguousarray(draft.token_ids, np.int64),
-            draft.lengths,
-            np.ascontiguousarray(tokens, np.int64),
-            counts,
-        )
+        drafted = np.ascontiguousarray(draft.token_ids, np.int64)
+        known, right = outcomes(drafted, draft.lengths, np.ascontiguousarray(tokens, np.int64), counts)
         return known, right
 
 
@@ -373,6 +370,12 @@ class Rollouts:
         """Share of the accepted draft tokens that this speculator drafted; None if none were accepted or counted."""
         total = sum(self.accepted.values())
         return self.accepted.get(speculator, 0) / total if total else None
+
+
+@lru_cache(maxsize=256)
+def _as_array(token_ids: tuple[int, ...]) -> np.ndarray:
+    """Token ids as int64 `[n]`, made once: a step needs them four times."""
+    return np.array(token_ids, np.int64)
 
 
 @cached_njit(nogil=True)

@@ -9,7 +9,7 @@ import numpy as np
 from atlas_rl.controller.base import Controller, Step
 from atlas_rl.core import Hidden, Sequences, Verified
 from atlas_rl.decode.plain_run import PlainCosts
-from atlas_rl.decode.settling import Drawn, Fates, Texts, reached, settle
+from atlas_rl.decode.settling import settle
 from atlas_rl.report.recorder import StepRecorder
 
 NOBODY_WANTS = np.zeros((0, 0), np.float32)
@@ -50,34 +50,29 @@ def commit(
 ) -> Verified:
     """Append tokens to their sequences, up to an ending token, and return which requests end.
 
+    There must be room for the tokens, as `reached` tells: compiled code does not check bounds.
+
     Args:
         settled: Tokens to append.
         sequences: Sequences to append to.
         max_lengths: int64 `[num_requests]`, prompt plus completion tokens at which a request ends.
         recorder: Receives the entropies.
-        logprobs: float32 `[num_requests, n]`, receives the tokens' logprobs by place in the completion; must be large
-            enough.
+        logprobs: float32 `[num_requests, n]`, receives the tokens' logprobs by place in the completion.
     """
     requests, tokens = settled.requests, settled.token_ids
-    num_tokens = np.ascontiguousarray(settled.num_tokens, np.int64)
-    longest, _ = reached(requests, num_tokens, sequences.lengths, max_lengths, sequences.prompt_lengths)
-    sequences.reserve(longest)
-    drawn = Drawn(
-        requests,
-        np.ascontiguousarray(tokens, np.int64),
-        num_tokens,
-        np.ascontiguousarray(settled.num_drafted, np.int64),
-        np.ascontiguousarray(settled.entropies),
-        np.ascontiguousarray(settled.max_probs),
-        settled.logprobs if len(logprobs) else NOBODY_WANTS,
-        _NOBODY_SAYS,
-        sequences.sampling.stops,
-    )
-    texts = Texts(sequences.token_ids, sequences.lengths, max_lengths, sequences.prompt_lengths, logprobs)
-    fates = Fates.of(len(requests))
-    entropy_sum, max_prob_sum, num_committed = settle(drawn, texts, fates)
+    batch = len(requests)
+    committed, accepted, drafted = np.empty((3, batch), np.int64)
+    finished = np.empty(batch, np.bool_)
+    # The arrays of `Drawn`, `Texts` and `Fates`; making those would take longer than all of this.
+    entropy_sum, max_prob_sum, num_committed = settle(
+        requests, np.ascontiguousarray(tokens, np.int64), np.ascontiguousarray(settled.num_tokens, np.int64),
+        np.ascontiguousarray(settled.num_drafted, np.int64), np.ascontiguousarray(settled.entropies),
+        np.ascontiguousarray(settled.max_probs), settled.logprobs if len(logprobs) else NOBODY_WANTS, _NOBODY_SAYS,
+        sequences.sampling.stops, sequences.token_ids, sequences.lengths, max_lengths, sequences.prompt_lengths,
+        logprobs, committed, accepted, drafted, finished,
+    )  # fmt: skip
     recorder.distribution(entropy_sum=entropy_sum, max_prob_sum=max_prob_sum, num_tokens=num_committed)
-    return Verified(requests, tokens, *fates, settled.hidden)
+    return Verified(requests, tokens, committed, accepted, drafted, finished, settled.hidden)
 
 
 def account(

@@ -14,17 +14,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from numbers import Integral
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, Verified
-from atlas_rl.counts import bounds
+from atlas_rl.decode.checked import check_draft, checked_admission, checked_backlog, checked_plan, checked_survival
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 
@@ -62,7 +60,7 @@ class Faults:
         try:
             return call(*arguments), True
         except Exception as error:  # noqa: BLE001 - an error in drafting must not end a generation
-            self._note(name, where, error)
+            self.note(name, where, error)
             return otherwise, False
 
     def report_to(self, recorder: StepRecorder) -> None:
@@ -70,7 +68,8 @@ class Faults:
         recorder.faults(self._counts, self._messages)
         self._counts, self._messages = {}, {}
 
-    def _note(self, name: str, where: str, error: Exception) -> None:
+    def note(self, name: str, where: str, error: Exception) -> None:
+        """Count an error that was caught, and log it once."""
         kind = type(error).__name__
         text = " ".join(str(error).split())[:_LONGEST_TEXT]
         self._counts[name] = self._counts.get(name, 0) + 1
@@ -94,7 +93,7 @@ class GuardedSpeculator(Speculator):
 
     def __init__(self, speculator: Speculator, faults: Faults) -> None:
         self.unguarded = speculator
-        self.name, self.needs = speculator.name, speculator.needs
+        self.name, self.needs, self.observes_late = speculator.name, speculator.needs, speculator.observes_late
         self._faults = faults
         self._policy: PolicyView | None = None
         self._version = -1  # of the policy at the latest call
@@ -124,24 +123,50 @@ class GuardedSpeculator(Speculator):
         self._version = sequences.policy_version
         self._try("start", methodcaller("start", sequences, requests, prompts, cache), None, self.unguarded)
 
+    # The next four run in every step, and the device waits for three of them: they go through no helper.
+
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        return self._try("backlog", self._backlog, None, sequences, requests)
+        if self._off_at is not None:
+            return None
+        try:
+            backlog = self.unguarded.backlog(sequences, requests)
+            return backlog if type(backlog) is int and backlog >= 0 else checked_backlog(backlog)
+        except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
+            self._failed("backlog", error)
+            return None
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        draft = self._try("propose", self._propose, None, sequences, requests, max_draft_tokens)
-        return Draft.empty(len(requests)) if draft is None else draft
+        if self._off_at is None:
+            try:
+                draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
+                check_draft(draft, max_draft_tokens, sequences.vocab_size)
+                if draft.draft_probs is not None and self._policy is not None:
+                    # The drafter may work on another device.
+                    draft.draft_probs = draft.draft_probs.to(self._policy.device)
+                return draft
+            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
+                self._failed("propose", error)
+        return Draft.empty(len(requests))
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        self._try("observe", methodcaller("observe", sequences, verified), None, self.unguarded)
+        if self._off_at is None:
+            try:
+                self.unguarded.observe(sequences, verified)
+            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
+                self._failed("observe", error)
 
     def learn(self) -> None:
-        self._try("learn", methodcaller("learn"), None, self.unguarded)
+        if self._off_at is None:
+            try:
+                self.unguarded.learn()
+            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
+                self._failed("learn", error)
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         if policy_version != self._off_at:
             self._off_at = None
         self._version = policy_version
-        return self._try("refresh", lambda: _checked_survival(self.unguarded.refresh(rollouts, policy_version)), None)
+        return self._try("refresh", lambda: checked_survival(self.unguarded.refresh(rollouts, policy_version)), None)
 
     def shared(self) -> torch.Tensor | None:
         return self._try("shared", methodcaller("shared"), None, self.unguarded)
@@ -158,28 +183,24 @@ class GuardedSpeculator(Speculator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unguarded.load_state_dict(state)
 
-    def _backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        backlog = self.unguarded.backlog(sequences, requests)
-        return backlog if type(backlog) is int and backlog >= 0 else _checked_backlog(backlog)
-
-    def _propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft | None:
-        draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
-        _check_draft(draft, max_draft_tokens, sequences.vocab_size)
-        if draft.draft_probs is not None and self._policy is not None:
-            draft.draft_probs = draft.draft_probs.to(self._policy.device)  # the drafter may work on another device
-        return draft
-
     def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
         """Call a method through `Faults.attempt`; a missing method counts as a failure of the drafter, too."""
         if self._off_at is not None:
             return otherwise
         result, went_well = self._faults.attempt(self.name, where, call, otherwise, *arguments)
         if not went_well:
-            self._off_at = self._version
-            # An empty call ends the present one, whose state may be inconsistent after the error.
-            with suppress(Exception):
-                self.unguarded.start(_empty_call(self._version), np.zeros(0, np.int64))
+            self._turn_off()
         return result
+
+    def _failed(self, where: str, error: Exception) -> None:
+        self._faults.note(self.name, where, error)
+        self._turn_off()
+
+    def _turn_off(self) -> None:
+        self._off_at = self._version
+        # An empty call ends the present one, whose state may be inconsistent after the error.
+        with suppress(Exception):
+            self.unguarded.start(_empty_call(self._version), np.zeros(0, np.int64))
 
 
 class GuardedController(Controller):
@@ -199,21 +220,33 @@ class GuardedController(Controller):
             raise AttributeError(name)
         return getattr(self.unguarded, name)
 
+    # The next three run in every step, and the device waits for two of them: they go through no helper.
+
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        return self._try("plan", self._plan, {}, step)
+        if not self._off:
+            try:
+                return checked_plan(self.unguarded.plan(step), step)
+            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
+                self._failed("plan", error)
+        return {}
 
     def admit(self, step: Step) -> Admission:
-        admission = self._try("admit", self._admit, None, step)
-        if admission is None:
-            return Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64))
-        return admission
+        if not self._off:
+            try:
+                return checked_admission(self.unguarded.admit(step), step, self.speculators)
+            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
+                self._failed("admit", error)
+        return Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64))
 
     def observe(
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
-        return self._try(
-            "observe", methodcaller("observe", step, admission, verified, forward_s, step_s), None, self.unguarded
-        )
+        if not self._off:
+            try:
+                return self.unguarded.observe(step, admission, verified, forward_s, step_s)
+            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
+                self._failed("observe", error)
+        return None
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
         self._off = False
@@ -230,27 +263,6 @@ class GuardedController(Controller):
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return self._try("take_calibration", methodcaller("take_calibration"), {}, self.unguarded)
 
-    def _plan(self, step: Step) -> dict[str, np.ndarray]:
-        return _checked_plan(self.unguarded.plan(step), step)
-
-    def _admit(self, step: Step) -> Admission | None:
-        admission = self.unguarded.admit(step)
-        lengths, drafters = np.asarray(admission.lengths), np.asarray(admission.drafters)
-        if lengths.shape != (step.batch,) or drafters.shape != (step.batch,):
-            raise ValueError(f"an admission needs a drafter and a length for each of {step.batch} requests")
-        if lengths.dtype.kind not in "iu" or drafters.dtype.kind not in "iu":
-            raise ValueError(
-                f"an admission needs whole numbers, got {lengths.dtype} lengths, {drafters.dtype} drafters"
-            )
-        drafters, lengths = np.ascontiguousarray(drafters, np.int64), np.ascontiguousarray(lengths, np.int64)
-        drafted = sum(
-            _num_drafted(lengths, drafters, self.speculators.index(name), draft.lengths)
-            for name, draft in step.drafts.items()
-        )
-        if drafted != np.count_nonzero(lengths):
-            raise ValueError("an admission has more draft tokens than were drafted")
-        return Admission(drafters, lengths)
-
     def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
         if self._off:
             return otherwise
@@ -258,93 +270,9 @@ class GuardedController(Controller):
         self._off = not went_well
         return result
 
-
-def _check_draft(draft: Draft, max_draft_tokens: np.ndarray, vocab_size: int) -> None:
-    """Raise `ValueError` for a draft that cannot be verified."""
-    batch, width = len(max_draft_tokens), draft.token_ids.shape[-1]
-    if draft.token_ids.shape != (batch, width) or draft.confidence.shape != (batch, width):
-        raise ValueError(
-            f"a draft of {batch} requests has token_ids {draft.token_ids.shape}, confidence {draft.confidence.shape}"
-        )
-    if (
-        draft.lengths.shape != (batch,)
-        or draft.lengths.dtype.kind not in "iu"
-        or draft.token_ids.dtype.kind not in "iu"
-    ):
-        raise ValueError(f"a draft of {batch} requests has lengths {draft.lengths.shape} {draft.lengths.dtype}")
-    probs = draft.draft_probs
-    if probs is None and _can_be(
-        np.ascontiguousarray(draft.token_ids, np.int64),
-        np.ascontiguousarray(draft.confidence, np.float32),
-        np.ascontiguousarray(draft.lengths, np.int64),
-        np.ascontiguousarray(max_draft_tokens, np.int64),
-        vocab_size,
-    ):
-        return
-    if (draft.lengths < 0).any() or (draft.lengths > np.minimum(max_draft_tokens, width)).any():
-        raise ValueError(
-            f"a draft has lengths up to {draft.lengths.max()}, of {width} tokens, more than it was asked for"
-        )
-    drafted = np.arange(width)[None] < draft.lengths[:, None]
-    if ((draft.token_ids < 0) | (draft.token_ids >= vocab_size))[drafted].any():
-        raise ValueError(f"a draft has tokens outside the policy's vocabulary of {vocab_size}")
-    if not ((draft.confidence >= 0) & (draft.confidence <= 1))[drafted].all():
-        raise ValueError("a draft has confidences outside [0, 1]")
-    if probs is None:
-        return
-    if probs.shape != (batch, width, vocab_size):
-        raise ValueError(f"a draft of {batch} requests has draft_probs {tuple(probs.shape)}")
-    # On a GPU the host waits for the answer; drafters that fetch their drafts have it already.
-    if not draft.probs_are_checked and not torch.isfinite(probs).all():
-        raise ValueError("a draft has draft_probs that are not finite")
-
-
-@cached_njit(nogil=True)
-def _can_be(tokens: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, most: np.ndarray, vocab_size: int) -> bool:
-    """Whether lengths, tokens and confidences are within bounds, in one pass."""
-    for row in range(len(lengths)):
-        if not 0 <= lengths[row] <= min(most[row], tokens.shape[1]):
-            return False
-        for column in range(lengths[row]):
-            if not (0 <= tokens[row, column] < vocab_size and 0 <= confidence[row, column] <= 1):
-                return False
-    return True
-
-
-@cached_njit(nogil=True)
-def _num_drafted(lengths: np.ndarray, drafters: np.ndarray, index: int, drafted: np.ndarray) -> int:
-    """Number of requests whose admitted tokens exist in the draft of drafter `index`."""
-    count = 0
-    for row in range(len(lengths)):
-        count += drafters[row] == index and 0 < lengths[row] <= drafted[row]
-    return count
-
-
-def _checked_backlog(backlog: object) -> int | None:
-    if backlog is None:
-        return None
-    if not isinstance(backlog, Integral) or backlog < 0:
-        raise ValueError(f"a backlog is a number of tokens, got {backlog!r}")
-    return int(backlog)
-
-
-def _checked_survival(survival: np.ndarray | None) -> np.ndarray | None:
-    if survival is None:
-        return None
-    survival = np.asarray(survival, np.float64)
-    if survival.ndim != 1 or not ((survival >= 0) & (survival <= 1)).all():
-        raise ValueError("a refresh returned probabilities outside [0, 1]")
-    return survival
-
-
-def _checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarray]:
-    for name, wanted in plan.items():
-        if name not in step.ready or name in step.drafts:
-            raise ValueError(f"a plan asks '{name}', which is not ready or has drafted already")
-        asked = np.asarray(wanted)
-        if asked.shape != (step.batch,) or asked.dtype.kind not in "iu" or bounds(asked)[0] < 0:
-            raise ValueError(f"a plan needs a number of tokens for each of {step.batch} requests")
-    return plan
+    def _failed(self, where: str, error: Exception) -> None:
+        self._faults.note("controller", where, error)
+        self._off = True
 
 
 def _empty_call(policy_version: int) -> Sequences:

@@ -17,6 +17,7 @@ import torch
 from atlas_rl.controller.base import Admission, Controller, Rest, Step
 from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
 from atlas_rl.decode.commit import Settled, account, commit
+from atlas_rl.decode.observing import Observing
 from atlas_rl.decode.plain_run import PlainCosts
 from atlas_rl.decode.propose import Proposing, merge
 from atlas_rl.decode.room import CacheRoom, rest_of
@@ -35,7 +36,7 @@ _PAUSED = (
 PREFILL_TOKENS = 4096  # packed prompt tokens per forward: bounds the activations of a wave of long prompts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Run:
     """A step that has run but has not been learned from yet.
 
@@ -92,7 +93,10 @@ class DecodeLoop:
         self.room = CacheRoom(runner, sequences, max_lengths, num_rows)
         self.max_lengths = max_lengths
         self.plain_costs = PlainCosts()
-        self.proposing = Proposing(speculators, controller, recorder)
+        self._at_once = tuple(one for one in speculators.values() if not one.observes_late)
+        late = {name: one for name, one in speculators.items() if one.observes_late}
+        self.observing = Observing(late, lambda speculator, verified: speculator.observe(sequences, verified))
+        self.proposing = Proposing(speculators, controller, recorder, self.observing)
         self.trace: list[dict[str, Any]] = []  # the controller's records, one per step, if it keeps any
         self._names = list(speculators)
         self._needs = Needs.of(speculator.needs for speculator in speculators.values())
@@ -131,29 +135,25 @@ class DecodeLoop:
         The device waits for everything that comes before the forward, so only what the forward needs comes there.
         Learning from a step happens while the device runs the next one.
         """
+        recorder = self.recorder
         self._tell_sizes()
         self.active = requests = self.room.go_on(self.active)
-        step = self.proposing.run(self.sequences, requests, self.room.drafts(requests), self._rest(requests))
-        with self.recorder.time("controller"):
+        with recorder.time("controller"):
+            step = self.proposing.run(self.sequences, requests, self.room.drafts(requests), self._rest(requests))
             admission = self.controller.admit(step)
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
-        asked_s = self.recorder.clock()
-        with self.recorder.time("forward"):
+            asked_s = recorder.switch("forward")
             logits, hidden = self.forward(requests, draft)
-        with self.recorder.time("sample"):
+            recorder.switch("sample")
             verifying = self.verifier.begin(logits, draft, self.sequences, requests)
-        apart_s = self._learn()
-        with self.recorder.time("forward"):
+            apart_s = self._learn()
+            recorder.switch("forward")
             self.runner.synchronize()
-        forward_s = self.recorder.clock() - asked_s - (0.0 if self.runner.works_beside_host else apart_s)
-        with self.recorder.time("sample"):
+            forward_s = recorder.switch("sample") - asked_s - (0.0 if self.runner.works_beside_host else apart_s)
             outcome = verifying()
-        began_s, self._arrived_s = self._arrived_s, self.recorder.clock()
-        with self.recorder.time("commit"):
+            began_s, self._arrived_s = self._arrived_s, recorder.switch("commit")
             verified = self.commit(requests, outcome, draft.lengths, hidden)
-        with self.recorder.time("observe"):
             self._observe(verified)
-        with self.recorder.time("commit"):
             self._retire(verified.finished)
         self._unlearned = _Run(step, admission, verified, forward_s, self._arrived_s - began_s)
 
@@ -172,6 +172,7 @@ class DecodeLoop:
         began_s, run = self.recorder.clock(), self._unlearned
         self._unlearned = None
         with self.recorder.time("observe"):
+            self.observing.hand_over_all()
             for speculator in self.speculators.values():
                 speculator.learn()
             if run is not None:
@@ -194,11 +195,11 @@ class DecodeLoop:
         tokens, first, starts, lengths = packed_tokens(
             requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths
         )
-        drafted = len(tokens) > len(requests)
-        unknown = stand_in(tokens, lengths, self.runner.unrunnable() if drafted else None)
+        unrunnable = self.runner.unrunnable() if len(tokens) > len(requests) else None
+        unknown = None if unrunnable is None else stand_in(tokens, lengths, unrunnable)
         taps = self._taps()
         logits = self.runner.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), taps)
-        if len(unknown):
+        if unknown is not None and len(unknown):
             logits[torch.from_numpy(unknown).to(logits.device)] = float("nan")
         return logits, Hidden(first, taps.head_inputs, taps.layers)
 
@@ -225,14 +226,20 @@ class DecodeLoop:
             hidden,
             outcome.logprobs,
         )
-        _, longest = reached(requests, num_tokens, sequences.lengths, self.max_lengths, sequences.prompt_lengths)
-        if longest > self._logprobs.shape[1]:
-            self._logprobs = np.pad(self._logprobs, ((0, 0), (0, roomy(longest) - self._logprobs.shape[1])))
+        text, completion = reached(requests, num_tokens, sequences.lengths, self.max_lengths, sequences.prompt_lengths)
+        sequences.reserve(text)
+        if completion > self._logprobs.shape[1]:
+            self._logprobs = np.pad(self._logprobs, ((0, 0), (0, roomy(completion) - self._logprobs.shape[1])))
         return commit(settled, sequences, self.max_lengths, self.recorder, logprobs=self._logprobs)
 
     def _observe(self, verified: Verified) -> None:
-        for speculator in self.speculators.values():
-            speculator.observe(self.sequences, verified)
+        """Pass an outcome to the speculators, inside `recorder.time("commit")`; see `Speculator.observes_late`."""
+        if self._at_once:
+            self.recorder.switch("observe")
+            for speculator in self._at_once:
+                speculator.observe(self.sequences, verified)
+            self.recorder.switch("commit")
+        self.observing.put_off(verified)
 
     def _retire(self, finished: np.ndarray) -> None:
         lengths = self.sequences.lengths
@@ -267,6 +274,7 @@ class DecodeLoop:
         if not ended:
             return
         with self.recorder.time("observe"):
+            self.observing.hand_over_all()
             prompts = Prompts([np.array(group) for group in groups.values()], hidden) if hidden.layers else Prompts()
             for speculator in self.speculators.values():
                 speculator.start(self.sequences, requests, prompts, self._cache)
@@ -312,9 +320,7 @@ class DecodeLoop:
             ends = hidden.starts + self.sequences.prompt_lengths[list(groups)] - 1
             drawn_from = Hidden(index, hidden.head_inputs, {n: states[ends] for n, states in hidden.layers.items()})
             verified = self.commit(requests, outcome, draft.lengths, drawn_from)
-        with self.recorder.time("observe"):
             self._observe(verified)
-        with self.recorder.time("commit"):
             veterans = len(self.active)
             self.active = np.concatenate([self.active, requests])
             self._retire(np.concatenate([np.zeros(veterans, bool), verified.finished]))

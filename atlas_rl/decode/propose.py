@@ -11,6 +11,7 @@ from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Controller, Rest, Step
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.counts import asked_of, bounds, tokens_of
+from atlas_rl.decode.observing import Observing
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
@@ -23,19 +24,27 @@ class Proposing:
         speculators: By name, in the controller's order.
         controller: Plans each step.
         recorder: Receives the seconds.
+        observing: Outcomes that speculators have not observed yet; one that is asked observes first.
 
     Attributes:
         num_asked: Draft tokens asked for so far, per speculator that was asked.
         num_proposed: Draft tokens proposed so far, likewise.
     """
 
-    def __init__(self, speculators: Mapping[str, Speculator], controller: Controller, recorder: StepRecorder) -> None:
+    def __init__(
+        self,
+        speculators: Mapping[str, Speculator],
+        controller: Controller,
+        recorder: StepRecorder,
+        observing: Observing,
+    ) -> None:
         self.num_asked: dict[str, int] = {}
         self.num_proposed: dict[str, int] = {}
         self._speculators, self._controller, self._recorder = speculators, controller, recorder
+        self._observing = observing
 
     def run(self, sequences: Sequences, requests: np.ndarray, room: np.ndarray, rest: Rest | None = None) -> Step:
-        """Plan a step and draft for it.
+        """Plan a step and draft for it, inside `recorder.time("controller")`.
 
         Args:
             sequences: All requests of the call.
@@ -46,25 +55,27 @@ class Proposing:
         Returns:
             The step, with its drafts.
         """
-        backlogs = {name: speculator.backlog(sequences, requests) for name, speculator in self._speculators.items()}
-        backlog = {name: tokens for name, tokens in backlogs.items() if tokens is not None}
+        backlog = {}
+        for name, speculator in self._speculators.items():
+            tokens = speculator.backlog(sequences, requests)
+            if tokens is not None:
+                backlog[name] = tokens
         context_tokens = tokens_of(requests, sequences.lengths)
         drawn_as = self.drawn_as(sequences, requests)
         step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=drawn_as, rest=rest)
         while True:
-            with self._recorder.time("controller"):
-                plan = self._controller.plan(step)
+            plan = self._controller.plan(step)
             if not plan:
                 return step
-            with self._recorder.time("draft"):
-                for name, wanted in plan.items():
-                    self.ask(name, sequences, requests, wanted, step)
+            for name, wanted in plan.items():
+                self.ask(name, sequences, requests, wanted, step)
             if len(step.drafts) >= len(step.ready):
                 return step  # no speculator is left to ask
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         """Ask one speculator for drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
-        before = self._recorder.clock()
+        self._hand_over(name)
+        began_s = self._recorder.switch("draft")
         batch, (num_asked, num_wanted) = len(requests), asked_of(wanted)
         if num_asked == batch:
             draft = self.draft(name, sequences, requests, wanted)
@@ -75,9 +86,9 @@ class Proposing:
         else:
             draft = Draft.empty(batch)
         step.asked[name], step.drafts[name] = wanted, draft
-        step.draft_s[name] = self._recorder.clock() - before
         self.num_asked[name] = self.num_asked.get(name, 0) + num_wanted
         self.num_proposed[name] = self.num_proposed.get(name, 0) + asked_of(draft.lengths)[1]
+        step.draft_s[name] = self._recorder.switch("controller") - began_s
 
     def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
         """Ask one speculator for drafts of some requests, at least one token each."""
@@ -86,6 +97,12 @@ class Proposing:
     def drawn_as(self, sequences: Sequences, requests: np.ndarray) -> Hashable:
         """Key of the distribution that the requests' tokens are drawn from."""
         return sequences.sampling.distribution
+
+    def _hand_over(self, name: str) -> None:
+        """Show a speculator the latest tokens; its drafts are not charged for that."""
+        if name in self._observing.waiting:
+            self._recorder.switch("observe")
+            self._observing.hand_over(name)
 
 
 @cached_njit(nogil=True)
@@ -112,12 +129,14 @@ def merge(drafts: Mapping[str, Draft], names: list[str], admission: Admission, v
     if width == 0:
         return Draft.empty(batch)
     merged = Draft(np.zeros((batch, width), np.int64), admission.lengths, np.zeros((batch, width), np.float32))
+    any_drawn = False
     for name, draft in drafts.items():
+        any_drawn = any_drawn or draft.draft_probs is not None
         take_rows(
             merged.token_ids, merged.confidence, admission.drafters, names.index(name), admission.lengths,
             np.ascontiguousarray(draft.token_ids, np.int64), np.ascontiguousarray(draft.confidence, np.float32),
         )  # fmt: skip
-    if any(draft.draft_probs is not None for draft in drafts.values()):
+    if any_drawn:
         rows_of = {
             name: np.flatnonzero((admission.drafters == names.index(name)) & (admission.lengths > 0)) for name in drafts
         }

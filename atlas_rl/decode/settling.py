@@ -83,26 +83,22 @@ def reached(requests, num_tokens, lengths, max_lengths, prompt_lengths):
     return text, completion
 
 
-def settle(drawn: Drawn, texts: Texts, fates: Fates) -> tuple[float, float, int]:
-    """Append every row's tokens up to its first ending one, or to its limit, and fill `fates`.
-
-    There must be room for the tokens. Drafts after an accepted ending token count as neither accepted nor rejected.
-
-    Returns:
-        Sums of entropies and of largest probabilities over the committed tokens, and the number of these.
-    """
-    # Passed one by one: numba takes some microseconds to unpack a named tuple, and a tenth of one for an array.
-    sums: tuple[float, float, int] = _settle(*drawn, *texts, *fates)
-    return sums
-
-
 @cached_njit(nogil=True)
-def _settle(
+def settle(
     requests, token_ids, num_tokens, num_drafted, entropies, max_probs, logprobs, ends, stops,
     rows, lengths, max_lengths, prompt_lengths, own_logprobs,
     num_committed, num_accepted, drafted, finished,
 ):  # fmt: skip
-    """`settle`, its arguments one by one."""
+    """Append every row's tokens up to its first ending one, or to its limit, and fill the fates.
+
+    There must be room for the tokens. Drafts after an accepted ending token count as neither accepted nor rejected.
+
+    The arrays are those of `Drawn`, `Texts` and `Fates`, in their order. They are passed one by one: numba takes some
+    microseconds to unpack a named tuple, and a tenth of one for an array.
+
+    Returns:
+        Sums of entropies and of largest probabilities over the committed tokens, and the number of these.
+    """
     drawn = Drawn(requests, token_ids, num_tokens, num_drafted, entropies, max_probs, logprobs, ends, stops)
     texts = Texts(rows, lengths, max_lengths, prompt_lengths, own_logprobs)
     fates = Fates(num_committed, num_accepted, drafted, finished)
@@ -134,7 +130,3 @@ def _settle(
         fates.num_drafted[i] = accepted if settled > count else drawn.num_drafted[i]
         fates.finished[i] = stopped or length + count >= texts.max_lengths[request]
     return entropy_sum, max_prob_sum, total
-
-
-settle_arrays = _settle
-"""For compiled callers; arrays in the order of `Drawn`, `Texts` and `Fates`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def stand_in(tokens: np.ndarray, lengths: np.ndarray, unrunnable: np.ndarray | None) -> np.ndarray:
+def stand_in(tokens: np.ndarray, lengths: np.ndarray, unrunnable: np.ndarray) -> np.ndarray:
     """Replace drafts that cannot be run by the last committed token of their request, in place.
 
     Args:
@@ -22,8 +22,6 @@ def stand_in(tokens: np.ndarray, lengths: np.ndarray, unrunnable: np.ndarray | N
     Returns:
         int64 `[n]`, the places in `tokens` whose logits are not known.
     """
-    if unrunnable is None:
-        return np.zeros(0, np.int64)
     first = np.repeat(np.cumsum(lengths) - lengths, lengths)
     replaced = unrunnable[tokens] & (np.arange(len(tokens)) > first)
     so_far = np.cumsum(replaced)

@@ -41,7 +41,13 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
 
 def uploaded(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`upload` of a single array."""
-    return upload([array], device)[0]
+    if device.type == "cpu":
+        return torch.from_numpy(array)
+    staged = torch.empty(
+        array.shape, dtype=_TYPES[array.dtype], pin_memory=True
+    )  # torch keeps it until the copy is done
+    staged.numpy()[...] = array
+    return staged.to(device, non_blocking=True)
 
 
 def upload_into(target: torch.Tensor, array: np.ndarray) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from atlas_rl.controller.base import Controller, Step
 from atlas_rl.controller.cost import CostModel, DraftCost
 from atlas_rl.core import Sequences
+from atlas_rl.decode.observing import Observing
 from atlas_rl.decode.propose import Proposing
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
@@ -58,6 +59,7 @@ class PaidProposing(Proposing):
         speculators: See `Proposing`.
         controller: See `Proposing`.
         recorder: See `Proposing`.
+        observing: See `Proposing`.
         costs: Seconds that drafts take.
         clock: Clock that drafts advance.
     """
@@ -67,10 +69,11 @@ class PaidProposing(Proposing):
         speculators: Mapping[str, Speculator],
         controller: Controller,
         recorder: StepRecorder,
+        observing: Observing,
         costs: Costs,
         clock: ToldClock,
     ) -> None:
-        super().__init__(speculators, controller, recorder)
+        super().__init__(speculators, controller, recorder, observing)
         self._costs, self._clock = costs, clock
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
@@ -79,4 +82,5 @@ class PaidProposing(Proposing):
             known = self._costs.drafts[name]
             rows, depth = int((wanted > 0).sum()), float(wanted.max())
             step.draft_s[name] = known.predict(rows, depth, step.backlog[name])
-            self._clock.now_s += step.draft_s[name]
+            with self._recorder.time("draft"):
+                self._clock.now_s += step.draft_s[name]

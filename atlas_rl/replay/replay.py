@@ -113,7 +113,7 @@ class _ReplayLoop(DecodeLoop):
     def pay(self, costs: Costs, clock: ToldClock) -> None:
         """Charge forwards and drafts the seconds of `costs`, on the recorder's clock."""
         self._paid = costs, clock
-        self.proposing = PaidProposing(self.speculators, self.controller, self.recorder, costs, clock)
+        self.proposing = PaidProposing(self.speculators, self.controller, self.recorder, self.observing, costs, clock)
 
     def forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden]:
         lengths, starts = draft.lengths + 1, self.sequences.lengths[requests]

@@ -49,6 +49,8 @@ class FusedVerifier(Verifier):
     def __init__(self, form: Verifier, implementation: Implementation = "auto") -> None:
         self.couples_noise = form.couples_noise
         self._form, self._implementation = form, implementation
+        self._sampling: SamplingParams | None = None  # those that the next two belong to
+        self._temperature, self._processed = 0.0, False
 
     def decide(self, positions: Positions, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         return self._form.decide(positions, sampling)
@@ -62,13 +64,15 @@ class FusedVerifier(Verifier):
         sampling, device = sequences.sampling, logits.device
         packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
         drafts, starts, keys, positions, row, depth = packed
-        temperature = kernel_temperature(sampling)
-        if _is_processed(sampling):
+        if sampling is not self._sampling:
+            self._sampling = sampling
+            self._temperature, self._processed = kernel_temperature(sampling), _is_processed(sampling)
+        if self._processed:
             prefixes = prefixes_of(sequences, requests[row], draft, row, depth, device)
             logits = process(logits, sampling, prefixes)
         rows = [logits, *upload([drafts, starts, keys, positions], device)]
         probs = None if self.couples_noise else _packed_probs(draft, row, depth)
-        verified = self._launch(rows, probs, temperature)
+        verified = self._launch(rows, probs, self._temperature)
         return partial(_outcome, verified, logits, starts, sampling)
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:

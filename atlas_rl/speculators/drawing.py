@@ -307,7 +307,10 @@ def _laid_out_alike(
     batch, depth = len(keys), len(rows)
     own = positions_alike(keys, lengths, requests, depth)
     there = uploaded(np.concatenate([own, *carried]) if carried else own, device)
-    if all(len(part) == batch for part in carried):
+    alike = True
+    for part in carried:
+        alike = alike and len(part) == batch
+    if alike:
         row, key, *parts = there.view(-1, batch).unbind()  # takes a third of the time of `split`
     else:
         row, key, *parts = there.split([batch] * (2 + depth) + [len(part) for part in carried])

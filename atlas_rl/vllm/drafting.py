@@ -34,7 +34,7 @@ from atlas_rl.vllm.internals import Forward
 from atlas_rl.vllm.row_passes import NO_PLAN, PlannedRows
 from atlas_rl.vllm.settling import Committed, commit_rows
 from atlas_rl.vllm.traffic import Traffic
-from atlas_rl.vllm.ways import Observing, ProposingInWays
+from atlas_rl.vllm.ways import ProposingInWays, observing_in_ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Drafting:
         """Draft with these speculators from now on; they are bound to the policy."""
         self._count()
         self.speculators, self.controller = dict(speculators), controller
-        self.observing = Observing(self.speculators, self.requests.table)
+        self.observing = observing_in_ways(self.speculators, self.requests.table)
         self.record(StepRecorder(speculators=tuple(speculators)))
 
     def record(self, recorder: StepRecorder) -> None:
@@ -103,7 +103,7 @@ class Drafting:
         self._epoch_mark_s -= self._busy_s()
         self.recorder = recorder
         self.proposing = ProposingInWays(
-            self.speculators, self.controller, recorder, self.requests.table, self.observing
+            self.speculators, self.controller, recorder, self.observing, self.requests.table
         )
         self._plain_costs = PlainCosts()
         self.num_planned = 0
@@ -119,7 +119,7 @@ class Drafting:
         self.speculates = bool(call.speculators)
         if self.speculates:
             self.speculators, self.controller = dict(call.speculators), call.controller
-            self.observing = Observing(self.speculators, self.requests.table)
+            self.observing = observing_in_ways(self.speculators, self.requests.table)
         self.record(call.recorder)
         self.num_undefined = 0
         return self.requests.table.announce(call.sequences, call.max_lengths)
@@ -207,7 +207,7 @@ class Drafting:
 
     def learn(self) -> None:
         """Learn from the previous forward: while a device runs the next one, or at once."""
-        if self._unlearned is None and not self.observing.waits:
+        if self._unlearned is None and not self.observing.waiting:
             return
         began_s = self.recorder.clock()
         with self.recorder.time("observe"):
@@ -353,8 +353,8 @@ class Drafting:
         if not len(requests):
             return
         if self.speculates:
-            step = self.proposing.run(sequences, requests, room)
             with self.recorder.time("controller"):
+                step = self.proposing.run(sequences, requests, room)
                 admission = self.controller.admit(step)
                 if admission.lengths.any():
                     self._take(

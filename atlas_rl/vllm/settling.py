@@ -15,7 +15,7 @@ import torch
 from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.core import Hidden, Verified
 from atlas_rl.decode.commit import NOBODY_WANTS
-from atlas_rl.decode.settling import Texts, reached, settle_arrays
+from atlas_rl.decode.settling import Texts, reached, settle
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.vllm.internals import Forward
 from atlas_rl.vllm.request_table import RequestTable
@@ -133,7 +133,7 @@ def _settle_rows(
     number = len(rows)
     own_columns, finished = columns[:, :number], np.empty(number, np.bool_)
     ends = _ends(tokens, new, stops, way_of[requests])
-    sums = settle_arrays(
+    sums = settle(
         requests, tokens, new, drafted, entropies, max_probs, logprobs[:0], ends, planned[:0],
         texts, text_lengths, max_lengths, prompt_lengths, logprobs[:0],
         own_columns[_COMMITTED], own_columns[_ACCEPTED], own_columns[_DRAFTED], finished,

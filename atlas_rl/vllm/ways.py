@@ -11,6 +11,7 @@ import torch
 from atlas_rl.controller.base import Controller, Step
 from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences, Verified
 from atlas_rl.decode.compile_kernels import compile_drafting
+from atlas_rl.decode.observing import Observing
 from atlas_rl.decode.propose import Proposing
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
@@ -26,8 +27,8 @@ class ProposingInWays(Proposing):
         speculators: Speculators by name, in the controller's order.
         controller: Plans drafts.
         recorder: Gets the seconds.
-        table: Holds the requests' ways of sampling.
         observing: Holds what speculators have not observed yet.
+        table: Holds the requests' ways of sampling.
     """
 
     def __init__(
@@ -35,11 +36,11 @@ class ProposingInWays(Proposing):
         speculators: Mapping[str, Speculator],
         controller: Controller,
         recorder: StepRecorder,
-        table: RequestTable,
         observing: Observing,
+        table: RequestTable,
     ) -> None:
-        super().__init__(speculators, controller, recorder)
-        self._table, self._observing = table, observing
+        super().__init__(speculators, controller, recorder, observing)
+        self._table = table
 
     def compile_for_ways(self, device: torch.device) -> None:
         """Compile drafters' kernels for requests that sample in these ways."""
@@ -52,9 +53,8 @@ class ProposingInWays(Proposing):
         return _roughly(ways[0][0]) if len(ways) == 1 else MIXED
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
-        """Ask as the base class does, but first show the drafter the latest tokens; its drafts are not charged for that."""
-        with self._recorder.time("observe"):
-            self._observing.hand_over(name)
+        """Ask as the base class does. The backlog is asked for again: it may depend on the latest tokens."""
+        self._hand_over(name)
         step.backlog[name] = self._speculators[name].backlog(sequences, requests) or 0
         super().ask(name, sequences, requests, wanted, step)
 
@@ -69,43 +69,9 @@ class ProposingInWays(Proposing):
         return parts[0][1] if len(parts) == 1 else _together(parts, len(requests))
 
 
-class Observing:
-    """Passes settled tokens to speculators: before they draft next, else while the next forward runs.
-
-    A step in which no speculator is asked does not need the observation, and would keep the device waiting for it.
-
-    Args:
-        speculators: Speculators by name.
-        table: Holds the requests' ways of sampling.
-    """
-
-    def __init__(self, speculators: Mapping[str, Speculator], table: RequestTable) -> None:
-        self._speculators, self._table = speculators, table
-        self._waiting: dict[str, Verified] = {}
-
-    @property
-    def waits(self) -> bool:
-        """Whether some speculator has not observed the latest forward."""
-        return bool(self._waiting)
-
-    def put_off(self, verified: Verified) -> None:
-        """Keep the outcome of a forward for later; the outcome of the previous one has been passed on."""
-        self._waiting = dict.fromkeys(self._speculators, verified)
-
-    def hand_over(self, name: str) -> None:
-        """Pass the outcome to one speculator, which is asked next."""
-        verified = self._waiting.pop(name, None)
-        if verified is not None:
-            observe_in_ways(self._speculators[name], self._table, verified)
-
-    def hand_over_all(self) -> None:
-        """Pass the outcome to all: the device runs the next forward, or requests are about to change."""
-        for name in tuple(self._waiting):
-            self.hand_over(name)
-
-    def drop(self) -> None:
-        """Drop the outcome; it is unreliable."""
-        self._waiting = {}
+def observing_in_ways(speculators: Mapping[str, Speculator], table: RequestTable) -> Observing:
+    """What speculators have not observed yet, of requests whose ways of sampling `table` holds."""
+    return Observing(speculators, lambda speculator, verified: observe_in_ways(speculator, table, verified))
 
 
 def observe_in_ways(speculator: Speculator, table: RequestTable, verified: Verified) -> None:

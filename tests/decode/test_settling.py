@@ -45,7 +45,7 @@ def test_the_compiled_commit_is_the_plain_one(says: bool, wants: bool) -> None:
         ends = np.minimum(texts.lengths[drawn.requests] + drawn.num_tokens, texts.max_lengths[drawn.requests])
         longest = ends.max(initial=0), (ends - texts.prompt_lengths[drawn.requests]).max(initial=0)
         assert longest == reached(drawn.requests, drawn.num_tokens, *texts[1:4])
-        sums = settle(drawn, texts, fates)
+        sums = settle(*drawn, *texts, *fates)
         assert sums == pytest.approx(settle_in_numpy(drawn, copies, expected))
         for name, own in (*texts._asdict().items(), *fates._asdict().items()):
             other = getattr(copies, name, None) if name in Texts._fields else getattr(expected, name)
@@ -61,6 +61,6 @@ def test_a_draft_behind_an_ending_token_counts_neither_way() -> None:
     )
     texts = Texts(np.zeros((1, 9), np.int32), np.array([2]), np.array([9]), np.array([2]), none)
     fates = Fates.of(1)
-    settle(drawn, texts, fates)
+    settle(*drawn, *texts, *fates)
     assert [int(fate[0]) for fate in fates] == [2, 2, 2, 1]
     assert texts.token_ids[0, :5].tolist() == [0, 0, 1, 3, 0]

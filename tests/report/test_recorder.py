@@ -49,6 +49,26 @@ def test_seconds_are_exclusive_and_add_up():
     assert report.generate_s == pytest.approx(sum(expected.values()), abs=1e-12)
 
 
+def test_a_context_that_switches_phases_reads_the_clock_once_for_each():
+    clock = Clock()
+    recorder = StepRecorder(clock=clock)
+    with recorder.generating():
+        with recorder.time("controller"):
+            clock.advance(1.0)
+            assert recorder.switch("draft") == clock()
+            assert recorder.running == "draft"
+            clock.advance(2.0)
+            with recorder.time("observe"):
+                clock.advance(0.5)
+            clock.advance(4.0)
+            recorder.switch("controller")
+            clock.advance(8.0)
+        clock.advance(0.25)
+    report = finish(recorder)
+    seconds = {"controller": 9.0, "draft": 6.0, "observe": 0.5, "other": 0.25}
+    assert seconds_of(report) == dict.fromkeys((*PHASES, "other"), 0.0) | seconds
+
+
 def test_seconds_add_up_after_an_exception():
     clock = Clock()
     recorder = StepRecorder(clock=clock)

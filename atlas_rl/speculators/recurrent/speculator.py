@@ -66,6 +66,7 @@ class RecurrentSpeculator(Speculator):
 
     name = "recurrent"
     needs = Needs(head_inputs=True)
+    observes_late = True
 
     def __init__(
         self,
