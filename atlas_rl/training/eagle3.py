@@ -261,8 +261,11 @@ def _batch(policy: PolicyView, recorded: Recorded, requests: np.ndarray) -> Batc
         drawn[row, prompt:n] = True
         for layer, states in recorded.layers.items():
             features[layer][row, : n - 1] = states[layers_at[request] : layers_at[request] + n - 1].float()
-    embeddings = policy.embed(shifted(token_ids, 1)).detach()
-    return Batch(Stretch(embeddings, features, torch.zeros(size, dtype=torch.int64)), drawn_from, drawn)
+    device = policy.device
+    features = {layer: states.to(device) for layer, states in features.items()}
+    embeddings = policy.embed(shifted(token_ids, 1).to(device)).detach()
+    starts = torch.zeros(size, dtype=torch.int64, device=device)
+    return Batch(Stretch(embeddings, features, starts), drawn_from.to(device), drawn.to(device))
 
 
 def _learning_rate(settings: TrainSettings, epoch: float) -> float:
