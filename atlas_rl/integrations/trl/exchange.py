@@ -72,8 +72,14 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         self._seconds += time.perf_counter() - began
 
     def _add_up(self, parts: Mapping[str, torch.Tensor], sizes: list[dict[str, int]]) -> None:
-        """Sum each speculator's part over ranks in a fixed order, if all ranks have one of the same size."""
-        for name in sorted(parts):
-            if all(told.get(name) == sizes[0].get(name) for told in sizes):
-                part = parts[name].to(self._accelerator.device)
-                self._speculators[name].take_shared(reduce(part, reduction="sum"))
+        """Sum each speculator's part over the ranks that have it, in a fixed order, if their sizes are equal.
+
+        All ranks take part in a sum. One without the part adds zeros: in a group that generates together one rank drafts.
+        """
+        for name in sorted({name for told in sizes for name in told}):
+            known = {told[name] for told in sizes if name in told}
+            if len(known) == 1:
+                part = parts[name] if name in parts else torch.zeros(known.pop(), dtype=torch.float32)
+                total = reduce(part.to(self._accelerator.device), reduction="sum")
+                if name in parts:
+                    self._speculators[name].take_shared(total)
