@@ -131,10 +131,19 @@ def _kernels() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("ok", "Triton kernels", "not used without a GPU")
     elif has_triton:
-        yield Finding("ok", "Triton kernels", metadata.version("triton"))
+        yield _triton()
     else:
         found = "no Triton: verification and drafting run by torch, slower"
         yield Finding("missing", "Triton kernels", found, "pip install triton (the version that torch names)")
+
+
+def _triton() -> Finding:
+    """Check Triton by its module: its package has other names in some builds (`pytorch-triton`, also for AMD)."""
+    try:
+        return Finding("ok", "Triton kernels", importlib.import_module("triton").__version__)
+    except (ImportError, OSError) as error:
+        cure = "pip install --force-reinstall triton (the version that torch names)"
+        return Finding("broken", "Triton kernels", f"Triton cannot be imported ({error})", cure)
 
 
 def _in_process() -> Finding:

@@ -51,6 +51,14 @@ def test_the_vllm_that_is_required_is_the_one_that_is_known(monkeypatch):
     assert known == {version for version in versions if version in Requirement(REQUIREMENT).specifier}
 
 
+def test_triton_may_be_installed_under_another_name(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    pretend(monkeypatch, triton=None)
+    (finding,) = [each for each in doctor._kernels() if each.what == "Triton kernels"]
+    assert (finding.state, finding.found[0].isdigit()) == ("ok", True)
+
+
 def test_this_machine_is_well(capsys):
     main(["doctor"])
     shown = capsys.readouterr().out

@@ -83,6 +83,8 @@ def account(
     drafters: np.ndarray,
     forward_s: float,
     plain: PlainCosts,
+    *,
+    alone: bool = True,
 ) -> None:
     """Count one decoding forward.
 
@@ -95,6 +97,7 @@ def account(
             the others had no plan.
         forward_s: Seconds of the forward.
         plain: Receives the cost of a plain forward in its place.
+        alone: Whether it ran nothing else; a serving engine also runs prompts in it.
     """
     count = len(drafters)
     num_committed, num_drafted = verified.num_committed[:count], verified.num_drafted[:count]
@@ -108,5 +111,7 @@ def account(
     else:
         recorder.forward(num_committed=num_committed)
     if recorder.speculates:
-        drafted = num_drafted.any()
-        plain.note(count, controller.plain_forward_s(count, step.context_tokens) if drafted else forward_s)
+        measured = alone and not num_drafted.any()
+        plain.note(count, forward_s if measured else controller.plain_forward_s(count, step.context_tokens))
+        if not alone:
+            plain.note_mixed(count + int(num_drafted.sum()), step.context_tokens, forward_s)

@@ -59,12 +59,15 @@ class CallResult:
         plain: Forwards that the same tokens take without speculation.
         findings: Problems of the drafters, each with its cause.
         trace: The controller's record of every step, if it keeps one.
+        draws_all: Whether positions after a rejected draft took the host's time for sampling, too. On a device a step's
+            sampling costs its launches, however many positions there are.
     """
 
     logprobs: list[list[float]]
     plain: PlainForwards
     findings: list[str]
     trace: list[dict[str, Any]] = field(default_factory=list)
+    draws_all: bool = False
 
 
 class Backend(ABC):

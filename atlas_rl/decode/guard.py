@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 _KEPT_MESSAGES = 100  # between two reports; further errors are only counted
 _LONGEST_TEXT = 200
+FOLLOWING = "drafting"
+"""Name under which errors in following an engine's requests are counted. New requests are followed again at once."""
 
 
 class Faults:
@@ -76,7 +78,11 @@ class Faults:
         text = " ".join(str(error).split())[:_LONGEST_TEXT]
         self._counts[name] = self._counts.get(name, 0) + 1
         if len(self._messages) < _KEPT_MESSAGES:
-            self._messages[f"{name}: {where}() raised {kind}: {text}; it is off until the next policy update"] = None
+            self._messages[
+                f"drafting: {where}() raised {kind}: {text}; running requests get no more drafts"
+                if name == FOLLOWING
+                else f"{name}: {where}() raised {kind}: {text}; it is off until the next policy update"
+            ] = None
         if (name, where, kind) not in self._logged:
             self._logged.add((name, where, kind))
             logger.error("atlas_rl: %s: %s() raised; generation goes on without it", name, where, exc_info=error)

@@ -5,13 +5,17 @@ tokens takes part in n - 1 forwards. The number of forwards follows from the lon
 with speculation cannot be scaled to it: a request that is lucky with its drafts ends early and leaves the batch, while
 a plain batch stays together.
 
-The cost of a plain forward is noted in every step: measured if the step had no drafts, else estimated by the
-controller. The controller estimates it only for batch sizes that it has measured.
+The cost of a plain forward is noted in every step: measured if the step had no drafts and ran nothing else, else
+estimated by the controller. The controller estimates it only for batch sizes that it has measured.
+
+A serving engine runs prompts in the forwards of requests that decode. Their share of such a mixed forward is its seconds
+less those of the decoding requests alone. Prompts cost the same without speculation, so the shares are added.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,11 +29,21 @@ class PlainForwards:
 
     Attributes:
         num_forwards: Their number; exact.
-        seconds: Their estimated cost; None if the cost of too few of their batch sizes is known.
+        seconds: Their estimated cost, with that of prompts in mixed forwards; None if the cost of too few of their batch
+            sizes is known.
     """
 
     num_forwards: int
     seconds: float | None
+
+
+@dataclass(slots=True)
+class _Mixed:
+    """Mixed forwards: their number, their seconds, and the sum of the decoding requests' context tokens."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    context_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -39,10 +53,12 @@ class PlainCosts:
     Attributes:
         seconds: Total seconds by batch size.
         steps: Number of noted steps by batch size.
+        mixed: Mixed forwards by the tokens that their decoding requests ran, drafts included.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
+    mixed: dict[int, _Mixed] = field(default_factory=dict)
 
     def note(self, batch: int, plain_s: float | None) -> None:
         """Note for a step of `batch` requests that a plain forward would cost `plain_s`; None if unknown."""
@@ -50,12 +66,26 @@ class PlainCosts:
             self.seconds[batch] = self.seconds.get(batch, 0.0) + plain_s
             self.steps[batch] = self.steps.get(batch, 0) + 1
 
-    def run(self, completion_lengths: np.ndarray, num_rows: int) -> PlainForwards:
+    def note_mixed(self, num_tokens: int, context_tokens: int, seconds: float) -> None:
+        """Note a forward that also ran prompts, beside `num_tokens` tokens of requests with these context tokens."""
+        mixed = self.mixed.setdefault(num_tokens, _Mixed())
+        mixed.steps += 1
+        mixed.seconds += seconds
+        mixed.context_tokens += context_tokens
+
+    def run(
+        self,
+        completion_lengths: np.ndarray,
+        num_rows: int,
+        forward_s: Callable[[int, int], float | None] = lambda tokens, context_tokens: None,
+    ) -> PlainForwards:
         """Estimate the call without speculation.
 
         Args:
             completion_lengths: int64 `[num_requests]`, tokens of each request in the order of admission.
             num_rows: Most requests decoded together.
+            forward_s: Seconds of a forward over some tokens, of requests with some context tokens; None if unknown. Used
+                for mixed forwards of more tokens than any noted batch size.
         """
         plain = plain_batches(completion_lengths, num_rows)
         num_forwards = sum(plain.values())
@@ -68,6 +98,13 @@ class PlainCosts:
             return PlainForwards(num_forwards, None)
         means = [self.seconds[size] / self.steps[size] for size in sizes]
         seconds = float(np.interp(list(plain), sizes, means) @ np.array(list(plain.values()), np.float64))
+        for num_tokens, mixed in self.mixed.items():
+            if num_tokens <= sizes[-1]:
+                own_s: float | None = float(np.interp(num_tokens, sizes, means))
+            else:
+                own_s = forward_s(num_tokens, mixed.context_tokens // mixed.steps)
+            if own_s is not None:  # else the prompts' share is unknown, and the estimate is too low
+                seconds += max(0.0, mixed.seconds - mixed.steps * own_s)
         return PlainForwards(num_forwards, seconds)
 
 

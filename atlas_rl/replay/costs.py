@@ -79,7 +79,12 @@ class PaidProposing(Proposing):
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         super().ask(name, sequences, requests, wanted, step)
         if wanted.any():
-            known = self._costs.drafts[name]
+            known = self._costs.drafts.get(name)
+            if known is None:
+                raise ValueError(
+                    f"the trace has no drafts of '{name}', so their seconds are unknown: fit the costs to a run in which it "
+                    f"drafted, or set costs.drafts['{name}']"
+                )
             rows, depth = int((wanted > 0).sum()), float(wanted.max())
             step.draft_s[name] = known.predict(rows, depth, step.backlog[name])
             with self._recorder.time("draft"):

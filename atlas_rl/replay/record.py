@@ -114,6 +114,7 @@ class RecordingSpeculator(Speculator):
         first_call: Number of the first call's file, to continue in a folder.
 
     Attributes:
+        next_call: Number of the next call's file.
         lost: Calls that could not be written; a full disk ends a recording, not a training.
 
     Raises:
@@ -127,7 +128,7 @@ class RecordingSpeculator(Speculator):
         self._folder = Path(folder)
         self.lost = LostWrites()
         check_folder(self._folder, "folder")
-        self._num_calls = first_call
+        self.next_call = first_call
         self._sequences: Sequences | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
@@ -198,10 +199,15 @@ class RecordingSpeculator(Speculator):
         embeddings = rows.inputs.cpu(), rows.outputs.cpu(), rows.biases.cpu()
         recorded = Recorded(sequences, last, layers, rows.token_ids, *embeddings, self._form)
         self._sequences = None
+        file = self.file_of(self.next_call)
+        self.next_call += 1  # a lost call keeps its number, so that it can be told from the others
         with self.lost.tolerate("recorded call"):
-            recorded.save(self._folder / f"call_{self._num_calls:04d}.safetensors")
-            self._num_calls += 1
+            recorded.save(file)
         return None
+
+    def file_of(self, call: int) -> Path:
+        """File of a call, by its number."""
+        return self._folder / f"call_{call:04d}.safetensors"
 
 
 def _half(states: torch.Tensor) -> torch.Tensor:

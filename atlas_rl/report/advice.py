@@ -83,9 +83,14 @@ REPORTED: tuple[Explained, ...] = (
     ),
     Explained(
         "...: ...() raised ...; it is off until the next policy update",
-        "A drafter, the controller, or following vLLM's requests failed; `drafter_faults` counts how often.",
+        "A drafter or the controller failed; `drafter_faults` counts how often.",
         "The log has the traceback. The tokens are correct, and the step was slower. Fix your own drafter; please report "
         "errors of ours.",
+    ),
+    Explained(
+        "drafting: ...() raised ...; running requests get no more drafts",
+        "Following vLLM's requests failed. Requests that begin later are drafted for again.",
+        "The log has the traceback. The tokens are correct, and the step was slower. Please report it.",
     ),
     Explained(
         "...: its tensors changed between two calls, though nobody trained them",

@@ -319,7 +319,9 @@ def with_sync(report: StepReport, seconds: float) -> StepReport:
     )
 
 
-def no_speculation_seconds(report: StepReport, num_forwards: int, forwards_s: float | None) -> float | None:
+def no_speculation_seconds(
+    report: StepReport, num_forwards: int, forwards_s: float | None, *, draws_all: bool = False
+) -> float | None:
     """Estimated seconds of the generation in `report`, had it run without speculation.
 
         seconds = prefill_s + sample_s + (commit_s + other_s) * num_forwards / report.num_forwards + forwards_s
@@ -331,11 +333,18 @@ def no_speculation_seconds(report: StepReport, num_forwards: int, forwards_s: fl
         report: Of a generation with speculation, before refresh and sync are added to it.
         num_forwards: Decoding forwards that plain decoding makes for the same tokens.
         forwards_s: Estimated seconds of these; None where nobody knows, and then there is no estimate.
+        draws_all: Whether positions after a rejected draft took sampling time, too. `sample_s` is then reduced to the
+            share of the tokens that were kept.
     """
     if forwards_s is None:
         return None
     turns_s = (report.commit_s + report.other_s) * num_forwards / max(1, report.num_forwards)
-    return report.prefill_s + report.sample_s + turns_s + forwards_s
+    sample_s = report.sample_s
+    if draws_all:
+        of_prompts = report.num_tokens - report.num_decoded_tokens
+        num_drawn = of_prompts + report.num_request_forwards + sum(report.drafted.values())
+        sample_s *= report.num_tokens / max(1, num_drawn)
+    return report.prefill_s + sample_s + turns_s + forwards_s
 
 
 def _finite(value: Any) -> Any:

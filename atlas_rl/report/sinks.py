@@ -130,8 +130,8 @@ class JsonlSink:
             file.write(text.encode())
 
 
-def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]:
-    """The files for an engine's reports and, if wanted, its controller's trace.
+def sinks_in(folder: str | Path | None, *, trace: bool) -> tuple[JsonlSink | None, JsonlSink | None]:
+    """The files for an engine's reports and, if wanted, its controller's trace; none without a folder.
 
     Every line names the engine and process that wrote it (`ORIGIN`), because engines may share a folder. Traces of
     several ranks (`RANK` and `WORLD_SIZE` of torchrun) have one file each: `controller.rank0.jsonl` and so on.
@@ -139,6 +139,9 @@ def sinks_in(folder: Path, *, trace: bool) -> tuple[JsonlSink, JsonlSink | None]
     Raises:
         ValueError: The folder cannot be written to.
     """
+    if folder is None:
+        return None, None
+    folder = Path(folder)
     rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
     trace_name = f"controller.rank{rank}.jsonl" if several else "controller.jsonl"
     check_folder(folder, "output_dir", REPORTS_FILE, trace_name)

@@ -27,7 +27,7 @@ from atlas_rl.policy.threads import one_at_a_time
 from atlas_rl.report.lost_writes import LostWrites
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds, with_sync
-from atlas_rl.report.sinks import JsonlSink, console_line, console_warnings, sinks_in
+from atlas_rl.report.sinks import console_line, console_warnings, sinks_in
 from atlas_rl.rollout.backends import check_tokenizer, new_backend, resized, static_speculator
 from atlas_rl.rollout.output import GenerationOutput
 from atlas_rl.rollout.requests import build_sequences, check_names
@@ -85,10 +85,7 @@ class RolloutEngine:
         self._auditor = Auditor(self.config.audit_share)
         self._calls, self._sync_s = 0, 0.0
         self._lost = LostWrites()
-        self._sink: JsonlSink | None = None
-        self._trace_sink: JsonlSink | None = None
-        if self.config.output_dir is not None:
-            self._sink, self._trace_sink = sinks_in(Path(self.config.output_dir), trace=self.config.trace)
+        self._sink, self._trace_sink = sinks_in(self.config.output_dir, trace=self.config.trace)
         if model is not None:
             self._speculators_for(self._backend_for(model))
 
@@ -298,6 +295,8 @@ class RolloutEngine:
             self._restored, self._restores_strictly = dict(state), strict
             return
         restore(self._speculators, state, strict=strict)
+        if self._backend is not None:
+            self._backend.remember_drafters(self._speculators)
 
     @property
     def lost_writes(self) -> dict[str, int]:
@@ -387,7 +386,7 @@ class RolloutEngine:
             completion_lengths=sequences.lengths - sequences.prompt_lengths,
         )
         refresh_s, sync_s, self._sync_s = self._policy.take_refresh_s(), self._sync_s, 0.0
-        plain_s = no_speculation_seconds(report, run.plain.num_forwards, run.plain.seconds)
+        plain_s = no_speculation_seconds(report, run.plain.num_forwards, run.plain.seconds, draws_all=run.draws_all)
         calibration = {name: (n, error) for name, (n, error) in call.controller.take_calibration().items() if n}
         report = replace(
             report,

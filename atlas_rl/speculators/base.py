@@ -141,7 +141,7 @@ class Speculator(ABC):
         """
 
     def shared(self) -> torch.Tensor | None:
-        """This rank's summand for learning across ranks: float32 `[n]`, of equal length on all ranks.
+        """This rank's summand for learning across ranks: float32 `[n]`, of equal length on all ranks that have one.
 
         Ranks sum these vectors after an optimizer step. None, the default, if there is nothing to sum.
         """

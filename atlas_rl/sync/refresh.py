@@ -92,6 +92,9 @@ class PolicyTracker:
     ) -> None:
         """The policy's weights changed. `version` None adds one."""
         self.version = self.version + 1 if version is None else version
+        if self.exchange is not None and not speculators:
+            # Another rank of its group drafts for this one: nobody here would ever take them.
+            self._refresh_s += self.exchange.take()[1]
         if self._newest is None:
             return
         began = time.perf_counter()

@@ -170,17 +170,18 @@ def _generate(
     args: argparse.Namespace,
     new_engine: Callable[..., Any],
 ) -> list[Path]:
-    """Continue every prompt once, recording hidden states; finished calls are kept."""
+    """Continue every prompt once, recording hidden states. Calls that the folder has are kept, lost ones are made again."""
     batches = [prompts[i : i + args.generate_batch] for i in range(0, len(prompts), args.generate_batch)]
-    done = len(list(folder.glob("call_*.safetensors")))
-    recorder = RecordingSpeculator(folder, layers, first_call=done)
+    recorder = RecordingSpeculator(folder, layers)
+    missing = [index for index in range(len(batches)) if not recorder.file_of(index).is_file()]
     engine = new_engine(
         model=policy, tokenizer=_tokenizer(args.model), speculators=[HistorySpeculator(), recorder], console=False
     )
-    with progress.bar("continuations", len(batches), "call", done=done) as bar:
-        for index, batch in enumerate(batches[done:], start=done):
+    with progress.bar("continuations", len(batches), "call", done=len(batches) - len(missing)) as bar:
+        for index in missing:
+            recorder.next_call = index
             report = engine.generate(
-                [prompt.token_ids for prompt in batch],
+                [prompt.token_ids for prompt in batches[index]],
                 max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature,
                 seed=args.seed * 1_000_003 + index,

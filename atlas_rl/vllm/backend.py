@@ -163,9 +163,10 @@ class VllmBackend(Backend):
             logprobs.append([entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)])
         findings = [
             *dead_drafters.findings(call.recorder, drafting.proposing.num_asked, drafting.proposing.num_proposed),
-            *self._lost.findings(call.recorder, drafting.num_planned),
+            *self._lost.findings(call.recorder, drafting.num_due, drafting.num_steps),
         ]
-        return CallResult(logprobs, drafting.plain_forwards(call), findings)
+        on_host = self.view.device.type == "cpu"
+        return CallResult(logprobs, drafting.plain_forwards(call), findings, draws_all=on_host)
 
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(self.view.config)

@@ -66,11 +66,17 @@ def check_engine(vllm_config: Any) -> None:
 
 
 _OUR_OWN = ("n", "seed", "logprobs", "max_tokens", "detokenize", "ignore_eos", "stop", "stop_token_ids", "extra_args")
+_LEAST_TEMPERATURE = 0.01
 _LOST = ("min_p", "logit_bias", "logits_processors", "prompt_logprobs", "logprob_token_ids")
 
 
 def check_sampling(sampling: SamplingParams, extra: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for sampling parameters that vLLM ignores under speculation, or that we set ourselves."""
+    """Raise `ValueError` for sampling parameters that vLLM ignores or changes, or that we set ourselves."""
+    if 0 < sampling.temperature < _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"vLLM raises temperatures below {_LEAST_TEMPERATURE} to {_LEAST_TEMPERATURE}, got {sampling.temperature}: "
+            "give 0 (greedy) or a higher one, or use AtlasRolloutEngine(backend='in_process')"
+        )
     if sampling.min_p > 0:
         raise ValueError(
             "vLLM leaves min_p out under speculative decoding: use top_p, or AtlasRolloutEngine(backend='in_process')"

@@ -19,12 +19,14 @@ import numpy as np
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.controller.fixed import NoSpeculation
 from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Verified
+from atlas_rl.counts import asked_of
 from atlas_rl.decode.commit import account
 from atlas_rl.decode.generate import Call
 from atlas_rl.decode.guard import Faults
 from atlas_rl.decode.plain_run import PlainCosts, PlainForwards
 from atlas_rl.decode.propose import merge
 from atlas_rl.policy.captures import Captured
+from atlas_rl.report import dead_drafters
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import StepReport
 from atlas_rl.speculators.base import Speculator
@@ -32,6 +34,7 @@ from atlas_rl.sync.refresh import PolicyTracker
 from atlas_rl.vllm.following import RequestFollower
 from atlas_rl.vllm.graphs import uniform_drafts
 from atlas_rl.vllm.internals import Forward
+from atlas_rl.vllm.lost_drafters import LostDrafters
 from atlas_rl.vllm.row_passes import NO_PLAN, PlannedRows
 from atlas_rl.vllm.settling import Committed, commit_rows
 from atlas_rl.vllm.traffic import Traffic
@@ -85,6 +88,7 @@ class Drafting:
         self._max_draft_tokens, self._max_length, self._max_batch = max_draft_tokens, max_length, max_batch
         self._seen_version, self._num_reports = 0, 0
         self._traffic = Traffic()  # unannounced requests
+        self._lost = LostDrafters()  # in their drafts, not in calls of ours
         self._unlearned: _Unlearned | None = None
         self._beside_s = 0.0  # seconds of learning while a device ran the forward
         self.recorder = StepRecorder()
@@ -107,7 +111,7 @@ class Drafting:
             self.speculators, self.controller, recorder, self.observing, self.requests.table
         )
         self._plain_costs = PlainCosts()
-        self.num_planned = 0
+        self.num_due = self.num_steps = 0  # see `LostDrafters.findings`
         self._planned: _Planned | None = None
         self._forward_mark_s = recorder.seconds("forward")
 
@@ -127,8 +131,8 @@ class Drafting:
 
     def plain_forwards(self, call: Call) -> PlainForwards:
         """Forwards that the tokens of a finished `call` take without speculation; its sequences are complete."""
-        sequences = call.sequences
-        return self._plain_costs.run(sequences.lengths - sequences.prompt_lengths, self._max_batch)
+        lengths = call.sequences.lengths - call.sequences.prompt_lengths
+        return self._plain_costs.run(lengths, self._max_batch, call.controller.plain_forward_s)
 
     def end(self) -> None:
         """End the call."""
@@ -155,6 +159,12 @@ class Drafting:
         """
         self._count()
         traffic = self._traffic
+        asked = self.proposing
+        for message in (
+            *dead_drafters.findings(self.recorder, asked.num_asked, asked.num_proposed),
+            *self._lost.findings(self.recorder, self.num_due, self.num_steps),
+        ):
+            self.recorder.warn(message)
         self.report_to(self.recorder)
         report = self.recorder.finish(
             step=self._num_reports,
@@ -196,6 +206,7 @@ class Drafting:
     def step(self, forward: Forward) -> list[list[int]]:
         """Draft for the next forward after the last one: draft tokens of every row."""
         self.learn()
+        self.num_steps += 1
         drafts: list[list[int]] = [[] for _ in forward.batch.names]
         now_s = self.recorder.clock()
         with self.recorder.time("commit"):
@@ -289,11 +300,14 @@ class Drafting:
             self._traffic.ended(prompt, int(table.current.lengths[request]) - prompt)
 
     def _abandon(self, request: int) -> None:
-        """Count a request that ended unseen as finished, without new tokens."""
+        """Count a request that ended unseen as finished, without new tokens; a static head then frees its cache row.
+
+        Drafters that log what tokens were drawn from have nothing to free, and expect states of every request.
+        """
         one, none = np.array([request]), np.zeros(1, np.int64)
         ended = Verified(one, np.zeros((1, 0), np.int64), none, none, none, np.ones(1, bool))
         for speculator in self.speculators.values() if self.speculates else ():
-            if not speculator.needs.head_inputs and not speculator.needs.layers:
+            if not speculator.needs.head_inputs:
                 speculator.observe(self.requests.table.current, ended)
 
     # ------------------------------------------------------------------------------------------------------- observing
@@ -345,10 +359,12 @@ class Drafting:
             admission = Admission(planned.admission.drafters, verified.num_drafted.copy())
             self.controller.observe(planned.step, admission, verified, unlearned.forward_s, unlearned.step_s)
         if len(committed.planned):
+            self.num_due += asked_of(planned.admission.lengths[committed.planned])[1]
             drafters = planned.admission.drafters[committed.planned]
             account(
-                self.recorder, self.controller, planned.step, verified, drafters, unlearned.forward_s, self._plain_costs
-            )
+                self.recorder, self.controller, planned.step, verified, drafters, unlearned.forward_s, self._plain_costs,
+                alone=committed.as_planned,
+            )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------------- drafting
 
@@ -376,7 +392,6 @@ class Drafting:
         """Copy the draft of each of `rows` (int64 `[n]`) into `drafts`."""
         for row, tokens, length in zip(rows.tolist(), draft.token_ids.tolist(), draft.lengths.tolist(), strict=True):
             drafts[row] = tokens[:length]
-        self.num_planned += int(draft.lengths.sum())
 
     def _uniform(self, forward: Forward, drafts: list[list[int]]) -> list[list[int]]:
         """Drafts padded to equal length if every row decodes and vLLM's full graphs need that; else `drafts`."""

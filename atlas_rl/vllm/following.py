@@ -15,6 +15,18 @@ from atlas_rl.vllm.prompt_states import PromptPieces
 from atlas_rl.vllm.request_fields import announced_as, sampling_of
 from atlas_rl.vllm.request_table import Arrival, RequestTable
 
+_LEAST_ROWS, _LONG_BATCHES, _LONG_ROWS = 64, 8, 2048
+
+
+def rows_of_epoch(max_batch: int, *, long: bool = False) -> int:
+    """Rows of an epoch of unannounced requests on an engine that runs `max_batch` together.
+
+    Two batches: running requests move into the next epoch, where they may take one half of the rows. A `long` one has rows
+    for eight batches, but no more than 2,048 for that, because every row can become as long as the context.
+    """
+    rows = max(_LEAST_ROWS, 2 * max_batch)
+    return max(rows, min(_LONG_BATCHES * max_batch, _LONG_ROWS)) if long else rows
+
 
 class RequestFollower:
     """Finds an engine's requests by name.
@@ -31,10 +43,19 @@ class RequestFollower:
     """
 
     def __init__(self, max_length: int, max_batch: int, vocab_size: int, seed: int) -> None:
-        self.table = RequestTable(max(64, 2 * max_batch), max_length, vocab_size)
+        self.table = RequestTable(rows_of_epoch(max_batch), max_length, vocab_size)
+        self._max_batch = max_batch
         self.prompt_states = PromptPieces()
         self._seed, self._num_unseeded = seed, 0
         self._keys: dict[str, int] = {}
+
+    def lengthen_epochs(self) -> None:
+        """Let epochs of unannounced requests last longer, from the next one on.
+
+        For a static head: it no longer knows the prompts of requests that move into the next epoch. Drafters that learn do
+        so at the end of an epoch, hence less often.
+        """
+        self.table.num_rows = rows_of_epoch(self._max_batch, long=True)
 
     def keys(self, batch: ForwardBatch) -> np.ndarray:
         """Noise keys uint64 `[rows]` from the call, the request's seed, or its order of arrival; equal on every rank."""

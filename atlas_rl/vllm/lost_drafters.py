@@ -9,7 +9,7 @@ import torch
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
 
-_ENOUGH_DRAFTS = 32  # drafts without a hit that raise a warning, if at least every fifth used to hit
+_ENOUGH_DRAFTS = 32  # drafts that raise a warning if none is verified, or none hits though every fifth used to
 _USED_TO_HIT = 0.2
 _FADES = 0.8  # weight of the earlier calls in the running mean
 _SAMPLE = 64  # values of each tensor in its fingerprint
@@ -34,12 +34,13 @@ class LostDrafters:
             if known is not None and (known.shape != now.shape or not torch.equal(known, now)):
                 self._lost[name] = None
 
-    def findings(self, recorder: StepRecorder, num_planned: int) -> Iterator[str]:
-        """Warnings about the call that has just ended.
+    def findings(self, recorder: StepRecorder, num_due: int, num_asked: int) -> Iterator[str]:
+        """Warnings about a call that has just ended, or about a server's traffic since its last report.
 
         Args:
             recorder: Counts of verified drafts.
-            num_planned: Draft tokens that were passed to vLLM.
+            num_due: Draft tokens that were passed to vLLM for requests of forwards that have run since.
+            num_asked: Forwards after which vLLM asked for drafts.
         """
         for name in self._lost:
             yield (
@@ -49,11 +50,9 @@ class LostDrafters:
         self._lost = {}
         counts = recorder.draft_counts()
         verified = sum(drafted for drafted, _ in counts.values())
-        if recorder.speculates and num_planned > 0 and verified == 0:
-            yield (
-                f"speculation is silently disabled: {num_planned} draft tokens were handed to vLLM and none was verified"
-            )
-        if recorder.speculates and not recorder.num_forwards and recorder.seconds("forward") > 0:
+        if recorder.speculates and num_due >= _ENOUGH_DRAFTS and verified == 0:
+            yield f"speculation is silently disabled: {num_due} draft tokens were handed to vLLM and none was verified"
+        if recorder.speculates and not num_asked and recorder.seconds("forward") > 0:
             yield "speculation is silently disabled: vLLM decoded and never asked for drafts"
         yield from self._collapsed(counts)
 

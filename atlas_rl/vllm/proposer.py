@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.decode.defaults import bind_all, default_speculators
-from atlas_rl.decode.guard import GuardedController
+from atlas_rl.decode.guard import FOLLOWING, GuardedController
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.report.report import StepReport
 from atlas_rl.speculators.static_heads import head_layers, head_speculator
@@ -66,6 +67,7 @@ class AtlasProposer(Hooks):
         folder = self.options.get("draft_model")
         if folder is not None:
             self.layers = head_layers(folder, self._config.num_hidden_layers)
+            self.drafting.requests.lengthen_epochs()
 
     @property
     def recorder(self) -> StepRecorder:  # type: ignore[override]
@@ -84,13 +86,16 @@ class AtlasProposer(Hooks):
             self._served = str(error)
 
     def prepare(self, *, defaults: bool = True) -> None:
-        """Build what needs the loaded policy, with the default speculators or none; runs before the first step."""
+        """Build what needs the loaded policy, with the default speculators or none; runs before the first step.
+
+        Only the first rank of a tensor-parallel group drafts, so only it has speculators.
+        """
         if self.policy is not None:
             return
         assert self._model is not None, "vLLM loads the model before it asks for drafts"
         self.policy = VllmView(self._model, self._config)
         compile_settling()
-        if defaults:
+        if defaults and internals.tensor_parallel()[0] == 0:
             chosen = default_speculators()
             if "draft_model" in self.options:
                 chosen.append(head_speculator(self.options["draft_model"]))
@@ -109,7 +114,13 @@ class AtlasProposer(Hooks):
         self._guarded("forget", lambda: self.drafting.forget(names), None)
 
     def policy_updated(self, version: int | None) -> dict[str, Any]:
-        """Handle new weights on a server."""
+        """Handle new weights on a server; called on every rank of a tensor-parallel group.
+
+        Drafters read embeddings when they hear of a policy, so its embeddings are gathered first.
+        """
+        self.weights_changed()
+        with torch.inference_mode(False), torch.no_grad():
+            self._gather_tables()
         self.drafting.policy_updated(version)
         return {"policy_version": self.drafting.tracker.version}
 
@@ -120,7 +131,6 @@ class AtlasProposer(Hooks):
         if refused is not None:
             raise ValueError(f"{refused}. The old weights are served on")
         internals.load_all_or_nothing(runner, tensors(folder))
-        self.weights_changed()
         return self.policy_updated(number)
 
     def _refusal(self, folder: str) -> str | None:
@@ -157,9 +167,7 @@ class AtlasProposer(Hooks):
     def propose_after(self, forward: Forward) -> list[list[int]]:
         rank, size, group = internals.tensor_parallel()
         self.prepare()
-        assert self.policy is not None
-        if self.policy.stale:
-            self.policy.refresh()  # on every rank, in the same step
+        self._gather_tables()
         drafts: list[list[int]] = [[] for _ in forward.batch.names]
         if rank == 0:  # a controller reads its own rank's clock, so one rank decides for all
             drafts = self._guarded("step", lambda: self.drafting.step(forward), drafts)
@@ -168,9 +176,14 @@ class AtlasProposer(Hooks):
     def learn(self) -> None:
         self._guarded("learn", self.drafting.learn, None)
 
+    def _gather_tables(self) -> None:
+        """Read the policy's embeddings again if its weights have changed; on every rank at the same point."""
+        if self.policy is not None and self.policy.stale:
+            self.policy.refresh()
+
     def _guarded(self, where: str, call: Callable[[], Value], otherwise: Value) -> Value:
         """Catch errors while following requests: running requests lose their drafts, but the server never stops."""
-        result, went_well = self.drafting.faults.attempt("drafting", where, call, otherwise)
+        result, went_well = self.drafting.faults.attempt(FOLLOWING, where, call, otherwise)
         if not went_well:
             self.drafting.give_up()
         return result

@@ -55,6 +55,7 @@ class RequestTable:
         vocab_size: The policy's vocabulary.
 
     Attributes:
+        num_rows: See the argument. A change counts from the next epoch on.
         ticket: Ticket of the running call; None if no call was announced.
         request_of: Row of every running request, by the engine's name of it.
     """
@@ -64,7 +65,7 @@ class RequestTable:
         self.max_lengths = np.zeros(0, np.int64)
         self.ticket: int | None = None
         self.request_of: dict[str, int] = {}
-        self._num_rows, self._max_length, self._vocab_size = num_rows, max_length, vocab_size
+        self.num_rows, self._max_length, self._vocab_size = num_rows, max_length, vocab_size
         self._num_used = 0
         self._tickets = itertools.count()
         self._ways: list[SamplingParams] = []
@@ -101,7 +102,7 @@ class RequestTable:
     @property
     def has_room(self) -> bool:
         """Whether another unannounced request can get a row."""
-        return self._num_used < self._num_rows
+        return self._num_used < len(self.max_lengths)
 
     def is_over(self) -> bool:
         """Whether a new request should begin another epoch."""
@@ -110,12 +111,12 @@ class RequestTable:
         if self.sequences is None:
             return True
         if not self.has_room:
-            return len(self.request_of) <= self._num_rows // 2  # running requests need rows in the next epoch
+            return len(self.request_of) <= self.num_rows // 2  # running requests need rows in the next epoch
         return not self.request_of and self._num_used >= _WORTH_AN_EPOCH
 
     def open(self, sampling: SamplingParams, policy_version: int) -> None:
         """Begin an epoch of unannounced requests; running ones move into it."""
-        rows = self._num_rows
+        rows = self.num_rows
         old, running, ways, way_of = self.sequences, dict(self.request_of), self._ways, self._way_of
         self.sequences = Sequences(
             token_ids=np.zeros((rows, roomy(0, self._max_length)), np.int32),

@@ -112,6 +112,30 @@ def test_use_vllm_trainers_are_built_inside_the_engine(folder: Path, tokenizer: 
         AtlasRolloutEngine(console=False).attach(trainer)
 
 
+def test_a_rerun_finds_no_prompt_in_the_prefix_cache_that_its_call_had_to_run(
+    folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, cached = AtlasRolloutEngine(console=False), []
+    with engine.prepare_vllm(block_size=32):
+        trainer = build("grpo", folder, tokenizer, tmp_path, use_vllm=True, vllm_mode="colocate")
+    engine.attach(trainer, baseline_every=2)
+    adapter, llm = trainer.vllm_generation, trainer.vllm_generation.llm
+    generate = llm.generate
+
+    def counted(*args: Any, **options: Any) -> Any:
+        outputs = generate(*args, **options)
+        cached.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(llm, "generate", counted)
+    trainer.model.train()
+    for _ in range(3):
+        adapter.generate([[2, 3, 4] * 12] * 4, None, 4)
+    call, rerun, between, another_call, another_rerun = cached
+    assert call == rerun == another_call == another_rerun
+    assert sum(between) > sum(call), "a call that nobody compares uses the cache"
+
+
 def test_the_command_builds_the_vllm_that_its_file_asks_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,29 @@ def test_a_replay_of_a_drafter_that_reads_hidden_states_is_exact_up_to_their_rou
     assert made[-1].accepted["recurrent"] > 20
 
 
+def test_a_call_that_cannot_be_written_keeps_its_number(tmp_path, monkeypatch):
+    save, calls = Recorded.save, iter(range(3))
+
+    def failing(recorded, path):
+        if next(calls) == 1:
+            raise OSError("no space left on device")
+        save(recorded, path)
+
+    monkeypatch.setattr(Recorded, "save", failing)
+    live(policy(), HistorySpeculator(), tmp_path)
+    assert [path.stem for path in recorded_calls(tmp_path)] == ["call_0000", "call_0002"]
+
+
+def test_a_drafter_without_costs_is_named(tmp_path):
+    live(policy(), HistorySpeculator(), tmp_path, calls=1)
+    recorded, speculator = Recorded.load(recorded_calls(tmp_path)[0]), HistorySpeculator()
+    speculator.bind(RecordedPolicy(recorded), couples_noise=True)
+    controller = FixedController(["history"], "history", 3)
+    plain = [{"batch": 2, "context_tokens": 40, "admitted": {}, "forward_s": 1.0, "asked": {}}] * 20
+    with pytest.raises(ValueError, match="the trace has no drafts of 'history'"):
+        replay(recorded, {"history": speculator}, controller, Costs.of(plain))
+
+
 def test_costs_give_a_replay_the_time_of_the_machine_they_were_fitted_to(tmp_path):
     live(policy(), HistorySpeculator(), tmp_path, calls=1)
     recorded = Recorded.load(recorded_calls(tmp_path)[0])

@@ -29,6 +29,14 @@ def test_no_speculation_pays_for_its_own_turns():
     assert no_speculation_seconds(report, turns, None) is None
 
 
+def test_no_speculation_draws_no_rejected_positions():
+    counts = {"num_tokens": 30, "num_decoded_tokens": 28, "num_request_forwards": 14, "drafted": {"history": 44}}
+    report = make_report(sample_s=2.0, accepted={"history": 14}, **counts)
+    whole = no_speculation_seconds(report, 28, 1.0)
+    # Two first tokens, 14 positions after drafts and 44 drafted ones were drawn for the 30 tokens.
+    assert whole - no_speculation_seconds(report, 28, 1.0, draws_all=True) == pytest.approx(2.0 * (1 - 30 / 60))
+
+
 def test_amdahl_formula():
     assert amdahl_bound(0.0, 5) == 1
     assert amdahl_bound(1.0, 5) == pytest.approx(5)

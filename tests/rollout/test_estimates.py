@@ -68,6 +68,18 @@ def test_sizes_that_nobody_measured_have_no_estimate():
     assert PlainCosts().run(np.array([5]), num_rows=1).seconds is None
 
 
+def test_prompts_that_ran_beside_decoding_requests_are_added():
+    costs = PlainCosts()
+    for batch in (4, 2):
+        costs.note(batch, 0.01 * batch)
+    costs.note_mixed(2, 100, 0.5)
+    costs.note_mixed(12, 100, 0.6)  # with drafts, more tokens than any batch
+    alone = 5 * 0.04
+    assert costs.run(np.array([6] * 4), num_rows=4).seconds == pytest.approx(alone + 0.48)
+    found = costs.run(np.array([6] * 4), num_rows=4, forward_s=lambda tokens, context_tokens: 0.01 * tokens)
+    assert found.seconds == pytest.approx(alone + 0.48 + 0.48)
+
+
 @pytest.mark.parametrize("cost", COSTS)
 def test_the_estimate_is_what_the_rerun_takes(cost):
     """Texts of many lengths and a drafter that is lucky with some, by every cost of a forward."""

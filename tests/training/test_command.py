@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.cli import main
 from atlas_rl.policy.view import InProcessView
+from atlas_rl.replay.record import Recorded
 from atlas_rl.speculators.dflash.checkpoint import load_dflash
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from tests.models import FACTORIES, tiny_bigram, tiny_llama
@@ -107,6 +109,18 @@ def test_options_are_checked_first(policy, tmp_path, capsys, case):
     options, message = OPTIONS[case]
     assert message in refused(capsys, command(policy, tmp_path, *options))
     assert not (tmp_path / "head").exists()
+
+
+def test_a_lost_continuation_is_made_again_under_its_number(policy, tmp_path):
+    main(command(policy, tmp_path))
+    files = sorted((tmp_path / "head" / "work" / "rollouts").glob("call_*.safetensors"))
+    texts = [Recorded.load(file).sequences.token_ids for file in files]
+    assert len(files) == 4
+    files[1].unlink()
+    main(command(policy, tmp_path))
+    assert sorted(files[0].parent.glob("call_*.safetensors")) == files
+    for file, text in zip(files, texts, strict=True):
+        assert np.array_equal(Recorded.load(file).sequences.token_ids, text)
 
 
 GOOD = '{"prompt": "w1 w2"}\n'

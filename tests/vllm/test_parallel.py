@@ -20,7 +20,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_ranks_generate_what_one_does(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Any:
+    """An engine of two ranks, each with one half of the vocabulary."""
+    extension = "atlas_rl.vllm.server.AtlasWorkerExtension"
+    return engine(folder, tensor_parallel_size=2, distributed_executor_backend="mp", worker_extension_cls=extension)
+
+
+def test_two_ranks_generate_what_one_does(folder: Path, two: Any) -> None:
     from vllm import SamplingParams
 
     params = [SamplingParams(max_tokens=60, seed=seed, ignore_eos=True, detokenize=False) for seed in range(12)]
@@ -29,11 +36,50 @@ def test_two_ranks_generate_what_one_does(folder: Path) -> None:
     def run(llm: Any) -> list[list[list[int]]]:
         return [completions(llm.generate(prompts, params, use_tqdm=False)) for _ in range(4)]
 
-    extension = "atlas_rl.vllm.server.AtlasWorkerExtension"
-    two = engine(folder, tensor_parallel_size=2, distributed_executor_backend="mp", worker_extension_cls=extension)
     generated = run(two)
     leading, following = two.collective_rpc("atlas_report")
     assert sum(leading["accepted"].values()) > 0
     assert leading["num_tokens"] == 4 * 12 * 60
-    assert sum(following["drafted"].values()) == 0, "only rank 0 drafts"
+    assert following["drafted"] == {}, "only rank 0 drafts"
+    assert leading["warnings"] == following["warnings"] == []
     assert generated == run(engine(folder))
+
+
+def test_drafters_read_the_embeddings_of_the_new_policy(two: Any) -> None:
+    """Also those of requests that run while the weights are changed by other means."""
+    from vllm import SamplingParams
+
+    def scale(worker: Any, by: float) -> None:
+        worker.model_runner.get_model().model.embed_tokens.weight.data.mul_(by)
+
+    def seen(worker: Any) -> tuple[float, int, bool] | None:
+        """Size of the whole table, and how many rows of it the recurrent drafter has; whether they are equal to it."""
+        proposer = worker.model_runner.drafter
+        if "recurrent" not in proposer.drafting.speculators:
+            return None
+        rows, policy = proposer.drafting.speculators["recurrent"].learner._rows, proposer.policy
+        same = bool((rows.inputs == policy.rows_of(rows.token_ids)[0]).all())
+        return float(policy.input_table.abs().sum()), len(rows.token_ids), same
+
+    def run(max_tokens: int, steps: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True, detokenize=False)
+        for number, prompt in enumerate(PROMPTS):
+            two.llm_engine.add_request(f"{max_tokens} {number}", {"prompt_token_ids": prompt}, params)
+        for _ in range(steps):
+            two.llm_engine.step()
+
+    run(8, 10)  # the drafter reads the rows of finished requests
+    run(60, 5)
+    (before, *_), follower = two.collective_rpc(seen)
+    assert follower is None
+    for by in (2.0, 0.5):  # and back, for other tests
+        two.collective_rpc(scale, args=(by,))
+        two.collective_rpc("atlas_policy_updated")
+        (after, num_rows, same), _ = two.collective_rpc(seen)
+        assert after == pytest.approx(by * before)
+        assert num_rows > 0
+        assert same
+        assert two.llm_engine.has_unfinished_requests()
+        before = after
+    while two.llm_engine.has_unfinished_requests():
+        two.llm_engine.step()

@@ -22,10 +22,10 @@ from atlas_rl.speculators.base import Speculator
 from atlas_rl.vllm.checks import check_sampling
 from atlas_rl.vllm.draw import draw
 from atlas_rl.vllm.following import RequestFollower
-from atlas_rl.vllm.internals import Batch, drafter_of
+from atlas_rl.vllm.internals import Batch, drafter_of, runner_of
 from atlas_rl.vllm.proposer import AtlasProposer
 from atlas_rl.vllm.request_fields import EXTRA_REQUEST, announced_as, sampling_of
-from tests.drafters import RandomDrafter, Recalled
+from tests.drafters import RandomDrafter, Recalled, Stateless
 from tests.models import tiny_bigram
 from tests.vllm_engines import completions, engine  # first: it skips this module where there is no vLLM
 
@@ -176,6 +176,17 @@ def test_a_limit_of_thinking_leaves_a_request_without_drafts() -> None:
         check_sampling(SamplingParams(max_new_tokens=8), {"thinking_token_budget": 5})
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 0.005])
+def test_temperatures_that_vllm_would_raise_are_refused(temperature: float) -> None:
+    given = SamplingParams(max_new_tokens=8, temperature=temperature)
+    with pytest.raises(ValueError, match=r"vLLM raises temperatures below 0\.01"):
+        check_sampling(given, {})
+    assert params(temperature).temperature == 0.01
+    for kept in (0.0, 0.01):
+        check_sampling(SamplingParams(max_new_tokens=8, temperature=kept), {})
+        assert params(kept).temperature == kept
+
+
 def test_only_the_running_call_announces() -> None:
     def request(value: Any) -> Any:
         return SimpleNamespace(extra_args={EXTRA_REQUEST: value})
@@ -242,6 +253,42 @@ def test_a_drafter_that_fails_costs_drafts(where: str, llm: Any) -> None:
         assert own.take_report().drafted["failing"] > 0
 
 
+class Hopeless(Stateless):
+    """Drafts so many tokens that no request may draw."""
+
+    name = "hopeless"
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        shape = len(requests), self.num_tokens
+        lengths = np.minimum(max_draft_tokens, self.num_tokens)
+        return Draft(np.full(shape, 3), lengths, np.full(shape, 0.5, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "arrives", "says"),
+    [
+        (0, True, "hopeless: asked for drafts during the whole step and proposed none"),
+        (3, True, "hopeless: none of "),
+        (3, False, "speculation is silently disabled: "),
+    ],
+)
+def test_a_report_names_a_drafter_that_does_not_work(
+    num_tokens: int, arrives: bool, says: str, llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = drafting(llm)
+    own.take_report()
+    draft_with(llm, Hopeless(num_tokens))
+    if not arrives:
+        monkeypatch.setattr(runner_of(llm), "take_draft_token_ids", lambda: None)
+    ask(llm, [params(1.0, seed, allowed_token_ids=list(range(10, 30))) for seed in range(8)])
+    warnings = own.take_report().warnings
+    assert [warning.startswith(says) for warning in warnings] == [True]
+    assert own.take_report().warnings == ()
+
+
 def test_an_error_of_our_own_costs_drafts(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own, batch = drafting(llm), [params(1.0, seed) for seed in range(4)]
     draft_with(llm, RandomDrafter())
@@ -259,6 +306,9 @@ def test_an_error_of_our_own_costs_drafts(llm: Any, monkeypatch: pytest.MonkeyPa
     assert ask(llm, batch) == expected
     report = own.take_report()
     assert report.drafter_faults == {"drafting": 1}
+    (warning,) = report.warnings
+    assert warning.startswith("drafting: ")
+    assert warning.endswith("; running requests get no more drafts")
     assert sum(report.drafted.values()) > 0, "newcomers are followed again"
 
 

@@ -118,9 +118,9 @@ class TrainerAdapter:
     """Generates for a trainer in place of `trl.generation.vllm_generation.VLLMGeneration`.
 
     Trainers call `sync_weights`, `generate` and `llm`. A subclass for another engine overrides `llm` and
-    `sync_weights`, the two class attributes, and four hooks: `_mode` is the purpose of a call, `_sampling` its
-    supported options, `_policy` the policy that generates, and `_audited` the policy that its samples are compared
-    with. It may also wrap `_generate`, which is one generation call.
+    `sync_weights`, the two class attributes, and five hooks: `_mode` is the purpose of a call, `_sampling` its
+    supported options, `_policy` the policy that generates, `_audited` the policy that its samples are compared with,
+    and `_forget_prompts` empties caches. It may also wrap `_generate`, which is one generation call.
 
     Args:
         engine: Generates.
@@ -263,6 +263,9 @@ class TrainerAdapter:
         began_s = time.perf_counter()
         with self._policy() as model:
             gathering_s = time.perf_counter() - began_s
+            compared = mode == "train" and self.baseline_every and self._train_calls % self.baseline_every == 0
+            if compared:
+                self._forget_prompts()
             output = self.engine.rollout(
                 model,
                 prompts,
@@ -274,7 +277,7 @@ class TrainerAdapter:
             )
             report = output.report
             if mode == "train":
-                if self.baseline_every and self._train_calls % self.baseline_every == 0:
+                if compared:
                     report = self._with_baseline(model, prompts, sampling, output)
                 self._train_calls += 1
                 self._importance.observe(model, sampling.params, output)
@@ -306,6 +309,12 @@ class TrainerAdapter:
         """
         return None
 
+    def _forget_prompts(self) -> None:
+        """Hook: make the next call run all its prompts, so that its time can be compared with another call's.
+
+        In process every call runs them.
+        """
+
     def _seed(self, step: int, mode: Mode) -> int:
         """A distinct seed for every generation call; a run resumed at this step gets the same one.
 
@@ -325,6 +334,7 @@ class TrainerAdapter:
     ) -> StepReport:
         """Report of `output`, with the tokens/s of a rerun without speculation, whose tokens must be equal."""
         began_s = time.perf_counter()
+        self._forget_prompts()
         plain = self.engine.rollout(model, prompts, sampling.params, speculation=False, extra=sampling.extra)
         measuring_s = time.perf_counter() - began_s
         self.engine.measured(measuring_s)

@@ -91,11 +91,17 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         self._seconds += time.perf_counter() - began
 
     def _add_up(self, parts: Mapping[str, torch.Tensor], sizes: Sequence[Mapping[str, int]]) -> None:
-        """Sum each speculator's part over ranks in a fixed order, if all ranks have one of the same size.
+        """Sum each speculator's part over the ranks that have it, in a fixed order, if their sizes are equal.
 
+        All ranks take part in a sum. One without the part adds zeros: in a group that generates together one rank drafts.
         No speculator takes its sum before all sums are there: one that raised would leave the others waiting.
         """
-        common = [name for name in sorted(parts) if all(told.get(name) == sizes[0].get(name) for told in sizes)]
-        sums = {name: reduce(parts[name], reduction="sum") for name in common}
-        for name, of_all in sums.items():
-            self._speculators[name].take_shared(of_all)
+        sums = {}
+        for name in sorted({name for told in sizes for name in told}):
+            known = {told[name] for told in sizes if name in told}
+            if len(known) == 1:
+                part = parts[name] if name in parts else torch.zeros(known.pop(), dtype=torch.float32)
+                sums[name] = reduce(part.to(self._accelerator.device), reduction="sum")
+        for name in parts:
+            if name in sums:
+                self._speculators[name].take_shared(sums[name])

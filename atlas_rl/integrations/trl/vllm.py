@@ -215,6 +215,10 @@ class VllmAdapter(TrainerAdapter):
     def _policy(self) -> Iterator[Any]:
         yield self.backend
 
+    def _forget_prompts(self) -> None:
+        """Empty the prefix cache: a rerun would find its prompts there, and the call before it would not."""
+        self.llm.reset_prefix_cache()
+
     def _audited(self) -> nn.Module | None:
         """The trainer's policy; None if its weights are sharded, because gathering them for an audit is too expensive."""
         accelerator = self.trainer.accelerator

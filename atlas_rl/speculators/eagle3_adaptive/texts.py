@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from atlas_rl.speculators.eagle3.unrolling import Batch, Stretch
+from atlas_rl.speculators.recency import recency
 
 _ROWS = 64  # positions of a text that one example learns from
 _BEFORE = 512  # positions before these that an example attends to
 _PROMPT_ROWS = _BEFORE + 1  # most positions of a prompt that `batch_of` reads: its last one is a row itself
-_HALVED_AFTER_UPDATES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class TextBuffer:
     def sample(self, size: int, version: int, rng: np.random.Generator) -> list[Text]:
         """At most `size` texts from the whole buffer, with more weight on recent policies."""
         texts = [text for call in self._calls for text in call]
-        weights = 0.5 ** (np.array([version - text.version for text in texts]) / _HALVED_AFTER_UPDATES)
+        weights = recency(np.array([version - text.version for text in texts]))
         chosen = rng.choice(len(texts), min(size, len(texts)), replace=False, p=weights / weights.sum())
         return [texts[n] for n in chosen]
 

@@ -104,7 +104,7 @@ class HistorySpeculator(Speculator):
         prompts: Prompts = NO_PROMPTS,
         cache: PolicyCache | None = None,
     ) -> None:
-        """Index the prompts of new requests."""
+        """Index the texts of new requests: their prompts, and what a request that has moved here generated before."""
         if sequences is not self._sequences:
             self._end_call()
             num_requests = len(sequences.lengths)
@@ -117,7 +117,7 @@ class HistorySpeculator(Speculator):
         live = self._live_of(sequences)
         self._found_at[:] = -1  # the history has grown
         live.add(sequences, requests)
-        self._observed[requests] = sequences.prompt_lengths[requests]
+        self._observed[requests] = sequences.lengths[requests]
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for each request: the likeliest continuation, or the one chosen by the coupled noise."""

@@ -221,15 +221,11 @@ class LiveIndex:
         self.view = view._replace(tokens=sequences.token_ids, links=links)
 
     def add(self, sequences: Sequences, requests: np.ndarray) -> None:
-        """Index the prompts of new requests, one copy of each distinct prompt."""
-        owners = []
+        """Index the texts of new requests, one copy of each distinct prompt."""
         for request, key in zip(requests.tolist(), sequences.prompt_keys[requests].tolist(), strict=True):
-            if self.prompt_owner.setdefault(key, request) == request:
-                owners.append(request)
-        rows = np.array(owners, np.int64)
-        skipped = np.setdiff1d(requests, rows)
-        self.view.indexed[skipped] = self.view.prompt_lengths[skipped]
-        index_live(self.view, rows, np.minimum(self.view.prompt_lengths[rows], self.most))
+            if self.prompt_owner.setdefault(key, request) != request:
+                self.view.indexed[request] = self.view.prompt_lengths[request]
+        index_live(self.view, requests, np.minimum(sequences.lengths[requests], self.most))
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_HALVED_AFTER_UPDATES = 4.0
+from atlas_rl.speculators.recency import recency
 
 
 @dataclass(slots=True)
@@ -90,8 +90,7 @@ class RolloutBuffer:
 
         Rejected drafts get more weight as in Draft-OPD: positions that the head predicts well teach it nothing.
         """
-        age = version - self._versions
-        cumulative = np.cumsum(self._weights * 0.5 ** (age / _HALVED_AFTER_UPDATES))
+        cumulative = np.cumsum(self._weights * recency(version - self._versions))
         starts = np.searchsorted(cumulative, rng.random(num_windows) * cumulative[-1], side="right")
         return self._windows(starts, unroll)
 

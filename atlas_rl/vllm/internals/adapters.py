@@ -22,7 +22,6 @@ def follow_adapters() -> None:
         added = original(runner, lora_request)
         follower = follower_of(runner.get_model())
         if added and follower is not None:
-            follower.weights_changed()
             follower.policy_updated(None)
         return added
 

@@ -28,11 +28,8 @@ class Follower(Protocol):
     num_trainers: int
     """How many trainers have connected to send weights, so far. The last one's weights are taken, and no other's."""
 
-    def weights_changed(self) -> None:
-        """The model has new weights."""
-
     def policy_updated(self, version: int | None) -> dict[str, Any]:
-        """Handle a policy update to `version`; None adds one to the version."""
+        """The model has new weights: a policy update to `version`; None adds one to the version."""
 
 
 _FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Follower]] = weakref.WeakKeyDictionary()

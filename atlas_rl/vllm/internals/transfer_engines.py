@@ -48,7 +48,6 @@ class _TellsDrafters(WeightTransferEngine):
     def _tell(self) -> None:
         follower = self._follower()
         if follower is not None:
-            follower.weights_changed()
             follower.policy_updated(None)
 
     def _follower(self) -> Any:

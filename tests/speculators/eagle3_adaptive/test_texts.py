@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from atlas_rl.speculators.eagle3_adaptive.learner import RefineSettings
-from atlas_rl.speculators.eagle3_adaptive.texts import batch_of, num_positions
+from atlas_rl.speculators.eagle3_adaptive.texts import TextBuffer, batch_of, num_positions
 from tests.speculators.eagle3_adaptive.engines import LAYERS, adaptive, engine_of, rollout
 
 LONG = [[7 * n % 61 + k for n in range(40)] for k in range(3)]
@@ -70,3 +72,12 @@ def test_prompts_count_towards_the_buffer_once():
 def test_a_log_that_one_prompt_fills_takes_no_more():
     log = logged(max_tokens=30)[0].learner.log
     assert len({id(states) for states in log._prompts.values()}) <= 1
+
+
+def test_versions_may_jump_by_any_number():
+    texts, buffer, rng = logged()[0].learner.log.texts(), TextBuffer(16_384), np.random.default_rng(0)
+    buffer.add(texts)
+    assert len(buffer.sample(4, 20_000, rng)) == 4, "the newest, however old"
+    buffer.add([replace(texts[0], version=20_000)])
+    drawn = buffer.sample(4, 20_000, rng)
+    assert sorted(text.version for text in drawn) == [0, 0, 0, 20_000]

@@ -107,6 +107,23 @@ def test_sequences_that_were_not_started_are_refused():
         draft(spec, sequences, 0, 1)
 
 
+def test_a_request_that_moves_into_another_call_is_followed_from_where_it_stands():
+    """As on a server whose rows are used up: what it has generated is found at once, and not learned a second time."""
+    spec, prompt, text = one_hot(), [2, 3], [5, 6, 7, 8, 9, 10, 5, 6, 7, 8]
+    sequences = call([prompt])
+    spec.start(sequences, np.array([0]))
+    commit(spec, sequences, {0: text})
+    learned = spec.state_dict()["model"]
+    moved = call([prompt])
+    moved.token_ids[0, : len(prompt + text)] = prompt + text
+    moved.lengths[0] = len(prompt + text)
+    spec.start(moved, np.array([0]))
+    assert spec.propose(moved, np.array([0]), np.array([1])).token_ids.tolist() == [[9]]
+    commit(spec, moved, {0: []})
+    for name, values in spec.state_dict()["model"].items():
+        assert np.array_equal(values, learned[name]), name
+
+
 def test_an_abandoned_call_leaves_no_trace_but_its_finished_requests():
     spec = one_hot()
     sequences = call([[10, 11, 12]] * 3)

@@ -288,6 +288,14 @@ def test_the_buffer_is_bounded_and_prefers_new_policies():
     assert (drawn == 4).mean() == pytest.approx(1 / (1 + 0.5**0.25), abs=0.03)
 
 
+def test_versions_may_jump_by_any_number():
+    buffer, n = RolloutBuffer(max_tokens=100), np.arange(16)
+    for call, version in enumerate((0, 20_000)):
+        buffer.add(0 * n, n, np.full(16, call), torch.zeros(16, 2).half(), n < 0, version)
+        drawn = buffer.sample(100, 1, version=20_000 * (call + 1), rng=np.random.default_rng(0)).token_ids[:, 0]
+        assert set(drawn) == {call}, "the newest, however old"
+
+
 def test_it_learns_more_often_where_its_drafts_were_rejected():
     buffer = RolloutBuffer(max_tokens=40, missed_weight=3.0)
     # Two rollouts of 8 tokens, shuffled; a token is its number, and the sixth of the second rollout was missed.
