@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +38,6 @@ def engine(folder: Path, **arguments: Any) -> Any:
         llm = LLM(model=str(folder), **(defaults | llm_arguments() | arguments))
     _ALIVE.append(llm)
     return llm
-
-
-def seconds_of_loading(backend: Any) -> list[float]:
-    """A list that gets the seconds of every load of weights into an engine."""
-    seconds: list[float] = []
-    load = backend.load_weights
-
-    def timed(weights: Any) -> None:
-        began_s = time.perf_counter()
-        load(weights)
-        seconds.append(time.perf_counter() - began_s)
-
-    backend.load_weights = timed
-    return seconds
 
 
 def completions(outputs: Any) -> list[list[int]]:

@@ -6,9 +6,7 @@ import importlib.util
 import json
 import random
 import re
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -216,27 +214,3 @@ def test_the_static_drafters_prompts_keep_the_demos_families_out(monkeypatch: py
     families = set(broad.broad_families())
     assert len(families) > 50
     assert not families & (set(tasks.FAMILIES) | broad.RELATIVES)
-
-
-@pytest.mark.slow
-def test_the_demo_runs_at_its_smallest(tmp_path: Path) -> None:
-    """Two steps on the real policy, as `make demo` starts it: warm-started, with its static head, compared with TRL."""
-    if find_spec(policy.PACKAGE) is None:
-        pytest.skip(policy.INSTALL_HINT)
-    arguments = ["--questions", "1", "--prompts", "1", "--epochs", "2", "--num-generations", "2"]
-    arguments += ["--max-new-tokens", "12", "--output-dir", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(DEMO / "run.py"), *arguments], capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("train step") == 2
-    reports = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
-    assert [report["policy_version"] for report in reports] == [0, 1]
-    for report in reports:
-        assert report["num_requests"] == 2
-        assert set(report["drafted"]) == {"history", "recurrent", "eagle3"}
-        assert report["speedup_measured"] > 0
-        assert not any("differ from the rerun without speculation" in warning for warning in report["warnings"])
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [row["num_tokens"] for row in summary["trl"]] == [report["num_tokens"] for report in reports]
-    assert (tmp_path / "report.html").stat().st_size > 10_000

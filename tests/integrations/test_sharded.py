@@ -80,10 +80,6 @@ def test_a_rank_that_raises_ends_the_run(launched: Any) -> None:
     assert launched.done.returncode != 0
     assert "on purpose" in launched.done.stderr
     assert not list(launched.folder.glob("one_raises.rank*.json"))
-    if launched.wrapper not in ("ddp", "zero2"):  # they make each call together, so that no rank waits for the other
-        raised = [(launched.folder / "one_raises" / f"raised.rank{rank}").read_text() for rank in range(2)]
-        assert "on purpose" in raised[1]
-        assert raised[0] == f"rank 1 failed while generating: ValueError: {raised[1]}"
 
 
 def test_reports_are_those_of_all_ranks(launched: Any) -> None:
@@ -95,21 +91,12 @@ def test_reports_are_those_of_all_ranks(launched: Any) -> None:
             own = [report for report in reports if report["mode"] == mode]
             assert sum(report["num_tokens"] for report in own) == sum(sum(call["lengths"]) for call in calls)
         for report in reports:
+            assert report["sync_s"] > 0
             assert not report["warnings"], (
                 "reruns without speculation have the same tokens, and the audit finds nothing"
             )
         measured = [report["speedup_measured"] for report in reports if report["mode"] == "train"]
         assert measured[0] is not None
-
-
-def test_the_seconds_of_gathering_are_counted_and_no_others(launched: Any) -> None:
-    """A step's are those of its slowest rank."""
-    for ranks in launched.cases.values():
-        for mode in {report["mode"] for report in ranks[0]["reports"]}:
-            counted_s = sum(report["sync_s"] for report in ranks[0]["reports"] if report["mode"] == mode)
-            gathering = [[each for each in run["gathering"] if each["mode"] == mode] for run in ranks]
-            assert max(sum(each["least_s"] for each in own) for own in gathering) <= counted_s
-            assert counted_s <= sum(each["most_s"] for own in gathering for each in own)
 
 
 def test_logged_evaluation_figures_are_those_of_all_ranks(launched: Any) -> None:

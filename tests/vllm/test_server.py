@@ -16,39 +16,53 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from atlas_rl import AtlasRolloutEngine
 from tests import ROOT, vllm_engines  # first: it skips this module where there is no vLLM
+from tests.models import tiny_bigram
 from tests.other_trainers import build_other, byte_tokenizer, trained_rows
-from tests.trainers import WORDS, build_trainer, word_tokenizer
-from tests.vllm.served import (
-    LIMIT_S,
-    PROMPT,
-    build,
-    check_logprobs,
-    complete,
-    errors_of,
-    loaded,
-    logprobs_by,
-    policy,
-    saved_policies,
-    tokens_of,
-)
+from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 from tests.vllm_server import Server, call, free_port, post, serving, streamed
 
 __all__ = ["vllm_engines"]
+LIMIT_S = 400
+
+
+def policy(seed: int, hidden: int = 64) -> Any:
+    shape = {"vocab": len(WORDS), "hidden": hidden, "heads": 2, "kv_heads": 2, "context": 128}
+    return with_special_tokens(tiny_bigram(**shape, seed=seed, logit_std=3.0))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return saved_policies(tmp_path_factory, 1, 2)
+    """Two versions of one policy, as a trainer would write them."""
+    made = []
+    for seed in (1, 2):
+        path = tmp_path_factory.mktemp(f"policy{seed}")
+        policy(seed).save_pretrained(path)
+        word_tokenizer().save_pretrained(path)
+        made.append(path)
+    return made
 
 
 @pytest.fixture(scope="module")
 def server(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(folders[0], tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+def complete(address: str, seed: int, **options: Any) -> Any:
+    body = {
+        "model": "policy",
+        "prompt": [2, 3, 4],
+        "max_tokens": 60,
+        "seed": seed,
+        "n": 8,
+        "ignore_eos": True,
+        "logprobs": 1,
+    }
+    return post(address, "/v1/completions", body | options)["choices"]
 
 
 def test_it_serves_the_policy_learns_from_traffic_and_follows_new_weights(server: Server, folders: list[Path]) -> None:
@@ -60,18 +74,55 @@ def test_it_serves_the_policy_learns_from_traffic_and_follows_new_weights(server
     assert sum(report["accepted"].values()) > 0
     assert report["accepted_length"] > 1
     assert [[choice["text"] for choice in complete(address, seed)] for seed in range(8)] == first
-    check_logprobs(policy(1), complete(address, 99, n=1)[0])
+    _logprobs_are_those_of(policy(1), complete(address, 99, n=1)[0])
 
     loaded = call(address, "atlas_load_weights", str(folders[1]), "5")
     assert loaded["policy_version"] == 5
     # On a CPU vLLM's worker is a process of its own, which cannot empty the prefix cache; the answer says so.
     post(address, loaded["left_to_do"].removeprefix("POST "), {})
-    check_logprobs(policy(2), complete(address, 99, n=1)[0])
+    _logprobs_are_those_of(policy(2), complete(address, 99, n=1)[0])
     assert call(address, "atlas_policy_updated")["policy_version"] == 6
     assert call(address, "atlas_report")["policy_version"] == 6
 
 
+def _logprobs_are_those_of(model: Any, choice: Any) -> None:
+    prompt, tokens = [2, 3, 4], [WORDS.index(word.strip()) for word in choice["logprobs"]["tokens"]]
+    ids = torch.tensor([[*prompt, *tokens]])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(choice["logprobs"]["token_logprobs"]), expected, atol=1e-3)
+
+
 # --------------------------------------------------------------------------------------------------------- TRL trainers
+
+
+def build(model: Any, address: str, output: Path, **options: Any) -> Any:
+    server = {"vllm_mode": "server", "vllm_server_base_url": address, "vllm_group_port": free_port()}
+    return build_trainer("grpo", model, word_tokenizer(), output, **(server | options))
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def errors_of(trainer: Any) -> list[float]:
+    """Has every generation of a trainer compare its logprobs with the trainer's own policy: largest difference in nats."""
+    adapter, found = trainer.vllm_generation, []
+    generate = adapter.generate
+
+    def compared(*args: Any, **kwargs: Any) -> Any:
+        prompts, completions, logprobs, token_ids = generate(*args, **kwargs)
+        for prompt, completion, own in zip(prompts, completions, logprobs, strict=True):
+            with torch.no_grad():
+                logits = trainer.model(input_ids=torch.tensor([[*prompt, *completion]])).logits
+            each = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            expected = each.gather(1, torch.tensor(completion)[:, None])[:, 0]
+            found.append((expected - torch.tensor(own)[:, 0]).abs().max().item())
+        return prompts, completions, logprobs, token_ids
+
+    adapter.generate = compared
+    return found
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -128,7 +179,7 @@ def test_other_trainers_train_on_what_the_server_generated(
 
     def kept(*args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step % every == 0:
-            check_logprobs(trainer.model, complete(server.address, 7, n=1)[0])
+            _logprobs_are_those_of(trainer.model, complete(server.address, 7, n=1)[0])
         call(server.address, "atlas_report")  # that request is none of the trainer's
         answer = generate(*args, **kwargs)
         generated.append([(tuple(a), tuple(b)) for a, b in zip(*answer[:2], strict=True)])
@@ -185,7 +236,7 @@ def test_weights_that_are_refused_leave_the_old_ones_and_a_server_that_goes_on(
         foreign.train()
     status = call(server.address, "atlas_status")
     assert (status["policy_version"], status["weights_are_whole"]) == (version, True)
-    check_logprobs(policy(2), complete(server.address, 7, n=1)[0])
+    _logprobs_are_those_of(policy(2), complete(server.address, 7, n=1)[0])
 
     trainer = build(loaded(folders[0]), server.address, tmp_path, max_steps=1)
     engine = AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
@@ -276,12 +327,16 @@ def test_a_request_lives_through_an_update_that_pauses_it(server: Server, folder
             client.ask("/pause?mode=keep", {})
             client.update_named_params(metadata, iter([(n, w.detach()) for n, w in moved.named_parameters()]))
             client.ask("/resume", {})
-        tokens += tokens_of(choice)
+        tokens += [WORDS.index(word.strip()) for word in choice["logprobs"]["tokens"]]
         logprobs += choice["logprobs"]["token_logprobs"]
     assert client.status().policy_version == version + 1
     assert len(tokens) == 110
-    returned = torch.tensor(logprobs)
-    wrong = [((logprobs_by(model, PROMPT, tokens) - returned).abs() > 1e-3).tolist() for model in (policy(1), moved)]
+    wrong = []
+    for model in (policy(1), moved):
+        with torch.no_grad():
+            each = model(torch.tensor([[2, 3, 4, *tokens]])).logits[0, 2:-1].float().log_softmax(-1)
+        expected = each.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        wrong.append(((expected - torch.tensor(logprobs)).abs() > 1e-3).tolist())
     changed = wrong[0].index(True)
     assert 5 <= changed < 110, "the first tokens are the old policy's"
     assert not any(wrong[1][changed:]), "and from one token on all are the new one's"
@@ -289,10 +344,9 @@ def test_a_request_lives_through_an_update_that_pauses_it(server: Server, folder
     client.close_communicator()
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_two_ranks_share_a_server(wrapper: str, server: Server, folders: list[Path], tmp_path: Path) -> None:
+def test_two_ranks_share_a_server(server: Server, folders: list[Path], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "tests.vllm.two_ranks", wrapper, str(folders[0]), server.address, str(free_port()), str(tmp_path)]
+    command += ["-m", "tests.vllm.two_ranks", str(folders[0]), server.address, str(free_port()), str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
@@ -303,10 +357,7 @@ def test_two_ranks_share_a_server(wrapper: str, server: Server, folders: list[Pa
         assert rank["num_compared"] == 2 * 4
         assert rank["error_nats"] < 1e-3
         assert rank["logged"] == ranks[0]["logged"], "every rank logs the report of all"
-        assert rank["sharded"] == [wrapper == "fsdp2"] * 2
         assert "another client has changed its weights" in rank["refused"], "on every rank"
-        assert "prompts with images cannot be generated" in rank["images"], "only rank 1 has some"
-    assert ranks[0]["images"].startswith("rank 1 failed while reading its prompts and options: ValueError: ")
     assert ranks[0]["completions"] != ranks[1]["completions"]
     assert ranks[0]["num_requests"] == [8, 8]
 
