@@ -81,9 +81,7 @@ class Drafting:
 
     def __init__(self, max_draft_tokens: int, max_length: int, max_batch: int, vocab_size: int, seed: int = 0) -> None:
         self.requests, self.vocab_size = RequestFollower(max_length, max_batch, vocab_size, seed), vocab_size
-        self.tracker = PolicyTracker()
-        self.speculates = True
-        self.faults = Faults()
+        self.tracker, self.faults, self.speculates = PolicyTracker(), Faults(), True
         self.num_undefined = 0  # positions with logits that are no distribution, in this call or so far
         self._max_draft_tokens, self._max_length, self._max_batch = max_draft_tokens, max_length, max_batch
         self._seen_version, self._num_reports = 0, 0
@@ -159,11 +157,8 @@ class Drafting:
         """
         self._count()
         traffic = self._traffic
-        asked = self.proposing
-        for message in (
-            *dead_drafters.findings(self.recorder, asked.num_asked, asked.num_proposed),
-            *self._lost.findings(self.recorder, self.num_due, self.num_steps),
-        ):
+        dead = dead_drafters.findings(self.recorder, self.proposing.num_asked, self.proposing.num_proposed)
+        for message in (*dead, *self._lost.findings(self.recorder, self.num_due, self.num_steps)):
             self.recorder.warn(message)
         self.report_to(self.recorder)
         report = self.recorder.finish(

@@ -22,7 +22,7 @@ from atlas_rl.speculators.base import Speculator
 from atlas_rl.vllm.checks import check_sampling
 from atlas_rl.vllm.draw import draw
 from atlas_rl.vllm.following import RequestFollower
-from atlas_rl.vllm.internals import Batch, drafter_of, runner_of
+from atlas_rl.vllm.internals import ForwardBatch, drafter_of, runner_of
 from atlas_rl.vllm.proposer import AtlasProposer
 from atlas_rl.vllm.request_fields import EXTRA_REQUEST, announced_as, sampling_of
 from tests.drafters import RandomDrafter, Recalled, Stateless
@@ -156,7 +156,7 @@ def test_replicas_of_a_server_draw_independent_samples_for_requests_without_a_se
     config = llm.llm_engine.vllm_config
     names = [f"request {i}" for i in range(8)]
     empty = np.zeros(8, np.int64)
-    batch = Batch(names, empty[:, None], empty, empty, empty > 0, lambda name: params(1.0, seed=None))
+    batch = ForwardBatch(names, empty[:, None], empty, empty, empty > 0, lambda name: params(1.0, seed=None))
 
     def keys(replica: int) -> set[int]:
         own = copy.copy(config)
