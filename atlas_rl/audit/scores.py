@@ -34,11 +34,13 @@ class Tolerance:
             because a token at the threshold of truncation may be far off.
         margin_nats: Margin by which a token may miss being the one that the noise picks, or the likeliest if greedy.
         drift_nats: Mean signed difference of a token's log-likelihood.
+        logit_share: Share of a logit by which that margin grows: numbers are stored with an error relative to their size.
     """
 
     logprob_nats: float
     margin_nats: float
     drift_nats: float
+    logit_share: float = 0.0
 
     def at(self, temperature: float) -> Tolerance:
         """The tolerance for logits divided by `temperature`, which also scales their rounding."""
@@ -47,11 +49,13 @@ class Tolerance:
             logprob_nats=self.logprob_nats * scale,
             margin_nats=self.margin_nats * scale,
             drift_nats=self.drift_nats * scale,
+            logit_share=self.logit_share * scale,
         )
 
 
 FULL_PRECISION = Tolerance(logprob_nats=1e-3, margin_nats=1e-2, drift_nats=1e-5)
-LOW_PRECISION = Tolerance(logprob_nats=0.05, margin_nats=0.5, drift_nats=2e-3)
+LOW_PRECISION = Tolerance(logprob_nats=0.05, margin_nats=0.5, drift_nats=2e-3, logit_share=4 * 2**-8)
+"""bfloat16 stores a number with an error of at most 2**-8 of it, here two logits in each of two forward passes."""
 
 
 @dataclass(slots=True)
@@ -244,7 +248,8 @@ class _Rows:
                 right -= math.log(noise.exponential(keys[row], places[row], expected[row], int(Stream.TARGET)))
                 drawn -= math.log(noise.exponential(keys[row], places[row], own[row], int(Stream.TARGET)))
             margin = right - drawn
-            if margin > self.tolerance.margin_nats and not self._on_the_edge(int(row), int(expected[row])):
+            stored = self.tolerance.logit_share * float(self.raw[row, [expected[row], own[row]]].abs().max())
+            if margin > self.tolerance.margin_nats + stored and not self._on_the_edge(int(row), int(expected[row])):
                 found.num_changed += 1
                 found.worst_margin_nats = max(found.worst_margin_nats, margin)
 

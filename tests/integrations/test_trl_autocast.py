@@ -9,13 +9,15 @@ import torch
 
 from atlas_rl import AtlasRolloutEngine
 from tests.models import tiny_qwen2
-from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
+from tests.trainers import EOS, WORDS, build_trainer, with_special_tokens, word_tokenizer
 
 
 @pytest.mark.parametrize("speculation", [False, True])
 def test_qwen2_trains_in_bf16_with_the_engine_attached(speculation: bool, tmp_path: Path) -> None:
     """Long enough that requests end one by one: fewer than four rows take another route than the eight before them."""
     model = with_special_tokens(tiny_qwen2(vocab=len(WORDS), seed=1, context=64))
+    with torch.no_grad():  # likelier or less likely by the text: requests end on any processor, whatever it rounds to
+        model.get_output_embeddings().weight[EOS] *= 3
     options = {"bf16": True, "max_steps": 2, "learning_rate": 1e-2, "max_completion_length": 48}
     trainer = build_trainer("grpo", model, word_tokenizer(), tmp_path, **options)
     engine = AtlasRolloutEngine(console=False, speculation=speculation, audit_share=0.0).attach(trainer)
