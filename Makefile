@@ -49,7 +49,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo 'make demo    GRPO on SmolLM2-135M through AtlasRolloutEngine; DEMO_ARGS="--help" lists its options'
-	@echo 'make quick   lint, format and the quick tests of the library: about three minutes on two cores'
+	@echo 'make quick   lint, format and the quick tests of the library: about two minutes on two cores'
 	@echo 'make test    the gate: lint, format, types and every test; PYTEST_ARGS="-k report" narrows either'
 	@echo 'make test-vllm VLLM=0.28.0    the tests of vLLM on another version of it, in .venv-vllm-0.28.0 (docs/vllm.md)'
 	@echo 'make bench   rollout benchmark, written to benchmarks/results/; BENCH_ARGS="--help"'
