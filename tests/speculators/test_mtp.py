@@ -92,7 +92,8 @@ def test_transformers_reads_and_runs_the_layer_alike(checkpoint, family, monkeyp
 def test_a_name_is_all_the_engine_needs(checkpoint, verification):
     """Beside the drafters that learn, in waves, across updates of the policy."""
     _, model, _ = checkpoint("qwen3_5_text")
-    engine = engine_of(model, draft_model="mtp", verification=verification, max_batch_size=4)
+    controller = FixedController(["history", "recurrent", "mtp"], "mtp", 3)  # whatever drafts cost on this machine
+    engine = engine_of(model, draft_model="mtp", verification=verification, max_batch_size=4, controller=controller)
     generate(engine)
     engine.policy_updated()
     output = generate(engine, temperature=0.7)
