@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from atlas_rl import AtlasRolloutEngine
 from tests import vllm_engines  # first: it skips this module where there is no vLLM
+from tests.local_http import serving
 from tests.models import tiny_llama
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 from tests.vllm_server import free_port
@@ -39,14 +39,8 @@ def answering(answers: Mapping[str, tuple[int, Any]]) -> Iterator[str]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as address:
+        yield address
 
 
 def client_of(address: str) -> Any:
