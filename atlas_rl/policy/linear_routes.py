@@ -146,17 +146,15 @@ class Contest:
 
     def note(self, route: str, seconds: float) -> None:
         """Record a timing of a route, if it is wanted."""
-        wanted = self._open()
-        if route not in wanted:
-            return
-        self.seconds[route].append(seconds)
-        if wanted == [route] and not self._open():
-            self.decide()
+        if route in self._open():
+            self.seconds[route].append(seconds)
+            self._end_if_known()
 
     def leave_out_packed(self) -> None:
         """Exclude packed copies in this process, because memory for them is lacking now."""
         del self.seconds[PACKED]
         self.is_whole = False
+        self._end_if_known()
 
     def decide(self) -> None:
         """Choose the winner by the timings so far."""
@@ -170,6 +168,11 @@ class Contest:
     def cost_s(self, route: str) -> float:
         """Estimated seconds of a route: the least timing, because other load only adds to it."""
         return min(self.seconds[route], default=float("inf"))
+
+    def _end_if_known(self) -> None:
+        """One fast timing may rule out several other routes at once, and end the contest."""
+        if not self._open():
+            self.decide()
 
     def _open(self) -> list[str]:
         """Routes that need more timings and may still be the fastest."""

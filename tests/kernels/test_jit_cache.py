@@ -39,7 +39,8 @@ def run(code: str, *path: Path, **environment: str):
     own["PYTHONPATH"] = os.pathsep.join(map(str, path))
     command = [sys.executable, "-c", code]
     # In that folder, because Python looks in the present one first.
-    done = subprocess.run(command, cwd=path[0], env=own | environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=path[0], env=own | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -68,19 +69,23 @@ def known():
 
 compile_kernels()
 before = known()
+from atlas_rl.controller.fixed import FixedController
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.drafters import recurrent_drafter
 from tests.engines import SETTINGS, VOCAB, draft_model, engine_of, generate
 
 for verification in ("invariant", "rejection"):
-    drafters = [HistorySpeculator(), recurrent_drafter(), DraftLM(draft_model(), VOCAB)]
-    engine = engine_of(speculators=drafters, verification=verification)
-    generate(engine)
-    engine.policy_updated()  # now the recurrent head drafts
-    for options in (*SETTINGS.values(), {"temperature": 0.0}):
-        output = generate(engine, **options)
-    assert sum(output.report.drafted.values()) > 0
+    for drafting in (None, "history", "recurrent", "draft_lm"):
+        drafters = [HistorySpeculator(), recurrent_drafter(), DraftLM(draft_model(), VOCAB)]
+        names = [drafter.name for drafter in drafters]
+        controller = FixedController(names, drafting, 3) if drafting else None
+        engine = engine_of(speculators=drafters, controller=controller, verification=verification)
+        generate(engine)
+        engine.policy_updated()  # now the recurrent head drafts
+        for options in (*SETTINGS.values(), {"temperature": 0.0}):
+            output = generate(engine, **options)
+        assert drafting is None or output.report.drafted[drafting] > 0
 print(json.dumps([len(before), sorted(known() - before)]))
 """
 

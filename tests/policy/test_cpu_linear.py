@@ -234,6 +234,22 @@ def test_routes_take_turns_until_one_has_won() -> None:
     assert contest.gain_s == 0
 
 
+def test_a_timing_that_rules_out_several_routes_at_once_ends_the_contest() -> None:
+    contest = Contest({PLAIN: [1.0, 1.0, 1.0], TURNED: [1.1, 1.1, 1.1], WIDENED: [0.9, 0.9, 0.9]})
+    contest.note(PLAIN, 1.0)
+    contest.note(WIDENED, 0.1)
+    assert (contest.winner, contest.runner_up) == (WIDENED, WIDENED)
+
+
+def test_a_contest_that_only_packed_copies_kept_open_ends_without_memory_for_them() -> None:
+    contest = Contest({PLAIN: [1.0, 1.0], TURNED: [0.5] * 4, PACKED: []})
+    contest.leave_out_packed()
+    assert contest.winner == TURNED
+    contest = Contest({PLAIN: [1.0, 1.0], TURNED: [0.5], PACKED: []})
+    contest.leave_out_packed()
+    assert contest.winner is None
+
+
 def test_layers_without_a_copy_leave_that_route_to_others() -> None:
     contest = Contest({PLAIN: [], TURNED: [], PACKED: []})
     for _ in range(20):
