@@ -221,7 +221,7 @@ def test_a_fallback_is_said_once_and_named(why, caplog):
 NO_MEMORY = "no memory left for the CUDA graph"
 
 
-def failing(monkeypatch, *errors):
+def failing(patches, *errors):
     """The first captures fail, each with one of the errors."""
     capture, left = torch.cuda.graph, list(errors)
 
@@ -232,7 +232,7 @@ def failing(monkeypatch, *errors):
             if left:
                 raise left.pop(0)
 
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+    patches.setattr(torch.cuda, "graph", graph)
 
 
 def telling(model, told):
@@ -247,8 +247,8 @@ def telling(model, told):
 
 def test_memory_that_ran_out_in_one_call_is_said_and_the_next_call_captures(monkeypatch, caplog):
     told, replays = [], []
-    with PretendCuda(graphs=True) as cuda:
-        failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    with PretendCuda(graphs=True) as cuda, monkeypatch.context() as patches:
+        failing(patches, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
         engine = telling(cuda.move(policy(torch.bfloat16)), told)
         for _ in range(2):
             cuda.events.clear()
@@ -263,10 +263,10 @@ def test_memory_that_ran_out_in_one_call_is_said_and_the_next_call_captures(monk
 
 def test_memory_that_ran_out_is_the_cause_whatever_came_of_it(monkeypatch, caplog):
     """Ending a capture that has failed may fail as well."""
-    with PretendCuda(graphs=True) as cuda:
+    with PretendCuda(graphs=True) as cuda, monkeypatch.context() as patches:
         second = RuntimeError("operation failed due to a previous error during capture")
         second.__context__ = torch.OutOfMemoryError("CUDA out of memory")
-        failing(monkeypatch, second)
+        failing(patches, second)
         generate(engine_of(cuda.move(policy(torch.bfloat16))), 2, **LONG)
     assert any(event.what == "graph" for event in cuda.events)
     assert not said_of(caplog)
@@ -282,7 +282,7 @@ def test_the_controller_is_told_at_the_next_step_that_steps_are_padded_no_more()
 def test_memory_of_captures_is_counted_from_what_is_left_when_they_begin(monkeypatch):
     """Beginning one frees what torch holds unused: 100 bytes here. Each capture reserves 10."""
     reserved = [130]
-    with PretendCuda(graphs=True) as cuda:
+    with PretendCuda(graphs=True) as cuda, monkeypatch.context() as patches:
         capture = torch.cuda.graph
 
         @contextmanager
@@ -292,8 +292,8 @@ def test_memory_of_captures_is_counted_from_what_is_left_when_they_begin(monkeyp
                 yield
             reserved[0] += 10
 
-        monkeypatch.setattr(torch.cuda, "graph", reserving)
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: reserved[0])
+        patches.setattr(torch.cuda, "graph", reserving)
+        patches.setattr(torch.cuda, "memory_reserved", lambda device=None: reserved[0])
         outputs = generate(engine_of(cuda.move(policy(torch.bfloat16))), **LONG)
     assert outputs[0].report.graph_bytes == 10
 
@@ -301,9 +301,9 @@ def test_memory_of_captures_is_counted_from_what_is_left_when_they_begin(monkeyp
 def test_graphs_that_are_dropped_leave_their_memory(monkeypatch):
     """A pool outlives its graphs: those of a cache that has moved get a new one."""
     pools = []
-    with PretendCuda(graphs=True) as cuda:
+    with PretendCuda(graphs=True) as cuda, monkeypatch.context() as patches:
         own = torch.cuda.graph_pool_handle
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(0) or own())
+        patches.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(0) or own())
         runner = InProcessRunner(cuda.move(policy(torch.bfloat16)))
         cache = runner.new_cache(2, 128)
         one = np.ones(1, np.int64)

@@ -171,7 +171,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.numpy: _numpy,
     torch.Tensor.__array__: _numpy,
     torch.Tensor.tolist: _tolist,
-    torch.Tensor.pin_memory: _pin,
+    torch._C.TensorBase.pin_memory: _pin,
     torch.Tensor.is_pinned: _is_pinned,
     torch.Tensor.new_tensor: _new_tensor,
     torch.as_tensor: _as_tensor,

@@ -69,8 +69,12 @@ class PretendCuda(Record):
 
     def _enter(self, stack: ExitStack, device: Operations) -> None:
         graphs = {"CUDAGraph": device.graphs.make, "graph": device.graphs.capture} if self._graphs else {}
-        for name, value in (self._of_torch_cuda() | graphs).items():
+        pretended = self._of_torch_cuda() | graphs
+        for name, value in pretended.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.callback(_still_there, pretended)
+        # vLLM on a CPU replaces it for the whole process.
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", torch._C.TensorBase.pin_memory))
         stack.enter_context(mock.patch.object(torch.backends.cuda, "is_flash_attention_available", return_value=True))
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", self._synchronize))
         stack.enter_context(_autocast_of_the_cpu())
@@ -192,6 +196,12 @@ class _Stream:
 
     def synchronize(self) -> None:
         self._record.event("sync", "stream.synchronize")
+
+
+def _still_there(pretended: dict[str, Any]) -> None:
+    """What a test puts in place of these must go before, or undoing it later brings these back for good."""
+    replaced = [name for name, value in pretended.items() if getattr(torch.cuda, name) is not value]
+    assert not replaced, f"undo your own torch.cuda.{replaced[0]} inside of PretendCuda: with monkeypatch.context()"
 
 
 class _Dispatch(TorchDispatchMode):

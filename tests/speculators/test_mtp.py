@@ -222,18 +222,21 @@ def test_folders_and_engines_that_cannot_have_it_are_refused():
 
 
 def test_a_sharded_policy_is_refused(checkpoint, tmp_path):
-    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed import destroy_process_group, init_process_group, is_initialized
     from torch.distributed.fsdp import fully_shard
 
     folder, _, _ = checkpoint("qwen3_5_text")
     model = loaded(folder)
-    init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    own_group = not is_initialized()  # a vLLM engine of this process keeps one
+    if own_group:
+        init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         fully_shard(model)
         with pytest.raises(ValueError, match="a policy that FSDP shards"):
             load_mtp(folder, InProcessView(model))
     finally:
-        destroy_process_group()
+        if own_group:
+            destroy_process_group()
 
 
 def test_a_damaged_file_is_named(checkpoint, tmp_path):
