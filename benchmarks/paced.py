@@ -34,7 +34,7 @@ from atlas_rl.sampling.by_kernels import FusedVerifier
 from atlas_rl.sampling.verification import DrafterInvariant, Outcome
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.drawing import Drawing
-from atlas_rl.speculators.recurrent.head import FoldedHead
+from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
 CALL_S = 8e-6
@@ -43,7 +43,11 @@ CALL_S = 8e-6
 VERIFY_S, VERIFY_ROW_S = 30e-6, 2.0e-6
 """Device seconds of verification, fixed and per row of 151,936 logits: docs/gpu.md, measured on an H100."""
 
+FOLD_CALLS = 12
+"""Driver calls of folding the recurrent head, once per refresh: four products, and copies into other layouts."""
+
 _REMEMBERED = 16  # longest draft
+_FLOAT32 = 1 / 16  # float32 products have this share of a GPU's rate for bfloat16: no tensor core has the type
 
 
 class Device:
@@ -163,6 +167,12 @@ class Costs:
             assert step is not None, "a pace setting has a drafter"
             self._drafts[batch] = step.total_s
         return depth * self._drafts[batch]
+
+    def fold_s(self, head: RecurrentHead) -> float:
+        """Seconds of folding a recurrent head: two float32 products over its vocabulary, bound by arithmetic."""
+        gates, outputs = head.cell.weight_ih, head.write.weight
+        flops = 2 * len(head.outputs) * (gates.numel() + head.embed.weight.numel() + outputs.numel())
+        return flops / (_FLOAT32 * self._setting.machine.gpu.flops_per_s["bf16"])
 
 
 class PacedRunner(NoRunner):
@@ -305,6 +315,16 @@ class PacedRecurrent(RecurrentSpeculator):
             self._drafted, self._sure = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
             self._depths = np.zeros(shape[:2], np.int64)
         self._of, self.loop = of, loop
+
+    def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
+        if self.loop is None:
+            return super()._folded_head()
+        device, former = self.loop.device, self._folded
+        with device.outside():
+            folded = super()._folded_head()
+        if self._folded is not former:
+            device.submit(self.loop.costs.fold_s(self.learner.head), calls=FOLD_CALLS)
+        return folded
 
     def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
         loop = self.loop
