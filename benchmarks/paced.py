@@ -22,17 +22,17 @@ import torch
 
 from atlas_kernels.verify import Verification
 from atlas_rl.controller.base import Controller
-from atlas_rl.core import Draft, Hidden, Sequences
+from atlas_rl.core import Draft, Hidden, Prompts, Sequences
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.planner.roofline import forward
 from atlas_rl.planner.speculation import Setting
-from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.base import PolicyCache, Segments, Taps
 from atlas_rl.replay.record import Recorded
 from atlas_rl.replay.replay import NoRunner, head_inputs_at, unfinished
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier
 from atlas_rl.sampling.verification import DrafterInvariant, Outcome
-from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
@@ -43,8 +43,9 @@ CALL_S = 8e-6
 VERIFY_S, VERIFY_ROW_S = 30e-6, 2.0e-6
 """Device seconds of verification, fixed and per row of 151,936 logits: docs/gpu.md, measured on an H100."""
 
-FOLD_CALLS = 12
-"""Driver calls of folding the recurrent head, once per refresh: four products, and copies into other layouts."""
+TABLE_CALLS, FOLD_CALLS = 16, 12
+"""Driver calls of the recurrent head's preparation, assumed: to read the policy's tables when a call begins, and to fold
+the head after each refresh."""
 
 _REMEMBERED = 16  # longest draft
 _FLOAT32 = 1 / 16  # float32 products have this share of a GPU's rate for bfloat16: no tensor core has the type
@@ -173,6 +174,11 @@ class Costs:
         gates, outputs = head.cell.weight_ih, head.write.weight
         flops = 2 * len(head.outputs) * (gates.numel() + head.embed.weight.numel() + outputs.numel())
         return flops / (_FLOAT32 * self._setting.machine.gpu.flops_per_s["bf16"])
+
+    def tables_s(self, head: RecurrentHead) -> float:
+        """Seconds of reading the policy's tables for a recurrent head: gathered, converted, normed and written."""
+        num_bytes = head.inputs.nbytes + head.outputs.nbytes
+        return 6 * num_bytes / self._setting.machine.gpu.bandwidth_bytes_per_s
 
 
 class PacedRunner(NoRunner):
@@ -315,6 +321,21 @@ class PacedRecurrent(RecurrentSpeculator):
             self._drafted, self._sure = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
             self._depths = np.zeros(shape[:2], np.int64)
         self._of, self.loop = of, loop
+
+    def start(
+        self,
+        sequences: Sequences,
+        requests: np.ndarray,
+        prompts: Prompts = NO_PROMPTS,
+        cache: PolicyCache | None = None,
+    ) -> None:
+        if self.loop is None or sequences is self.learner.sequences:
+            super().start(sequences, requests, prompts, cache)
+            return
+        device = self.loop.device
+        with device.outside():
+            super().start(sequences, requests, prompts, cache)
+        device.submit(self.loop.costs.tables_s(self.learner.head), calls=TABLE_CALLS)
 
     def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
         if self.loop is None:
