@@ -21,7 +21,7 @@ from atlas_rl.policy.view import PolicyView
 from atlas_rl.report.lost_writes import LostWrites, check_folder
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.reduced_vocab import TokenRows
-from atlas_rl.sync.checkpoint import save_whole
+from atlas_rl.whole_files import save_whole
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache

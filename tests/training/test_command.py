@@ -262,9 +262,9 @@ def test_work_of_other_prompts_is_not_taken_for_these(policy, tmp_path, capsys):
     main(command(policy, tmp_path))
     capsys.readouterr()
     other = write_prompts(tmp_path / "other.jsonl", num=6)
-    assert "made with another prompts" in refused(capsys, command(policy, tmp_path, data=other))
-    assert "made with another temperature" in refused(capsys, command(policy, tmp_path, "--temperature", 0.5))
-    assert "made with another layers" in refused(capsys, command(policy, tmp_path, "--layers", 1, 2))
+    assert "made with other prompts" in refused(capsys, command(policy, tmp_path, data=other))
+    assert "made with other temperature" in refused(capsys, command(policy, tmp_path, "--temperature", 0.5))
+    assert "made with other layers" in refused(capsys, command(policy, tmp_path, "--layers", 1, 2))
     assert Path(tmp_path / "head" / "model.safetensors").is_file()
 
 
