@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from atlas_rl import progress
 from atlas_rl.policy.in_process import InProcessRunner, decoder_layers
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.replay.record import RecordingSpeculator
-from atlas_rl.speculators.causal_lm import causal_lm_config, load_causal_lm
+from atlas_rl.speculators.causal_lm import causal_lm_config, load_causal_lm, load_tokenizer
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.identify import DFLASH, DSPARK, EAGLE3, fingerprint, kind_of
 from atlas_rl.training.head_kinds import KINDS
@@ -51,7 +50,7 @@ def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -
     """
     _check_options(args)
     config = causal_lm_config(args.model).get_text_config()
-    kind, tokenizer = KINDS[args.kind], _tokenizer(args.model)
+    kind, tokenizer = KINDS[args.kind], load_tokenizer(args.model)
     layers = kind.layers(args, config.num_hidden_layers)
     settings = kind.settings(args, layers, tokenizer, config.vocab_size)
     prompts = read_prompts(args.data, tokenizer)
@@ -104,15 +103,6 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--learning-rate must be a finite number above 0, got {args.learning_rate}")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
-
-
-def _tokenizer(folder: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"no tokenizer can be loaded from '{folder}' ({' '.join(str(error).split())}): save it there"
-        ) from error
 
 
 def _longest_prompt(config: Any) -> int | None:
@@ -193,7 +183,7 @@ def _generate(
     recorder = RecordingSpeculator(folder, layers)
     missing = [index for index in range(len(batches)) if not recorder.file_of(index).is_file()]
     engine = new_engine(
-        model=policy, tokenizer=_tokenizer(args.model), speculators=[HistorySpeculator(), recorder], console=False
+        model=policy, tokenizer=load_tokenizer(args.model), speculators=[HistorySpeculator(), recorder], console=False
     )
     with progress.bar("continuations", len(batches), "call", done=len(batches) - len(missing)) as bar:
         for index in missing:
