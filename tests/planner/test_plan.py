@@ -13,8 +13,8 @@ from atlas_rl.planner.host import NO_HOST, host_of
 from atlas_rl.planner.model import parse_model
 from atlas_rl.planner.plan import make_plan, render
 from atlas_rl.planner.speculation import best_draft_tokens, crossover_batch, paying_batches
-from tests.planner.configs import MIXTRAL
-from tests.planner.test_planner import QWEN3_30B_A3B, setting
+from tests.planner.configs import MIXTRAL, QWEN3_30B_A3B
+from tests.planner.settings import setting
 
 
 def verdict(base, **options):

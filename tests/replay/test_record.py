@@ -12,7 +12,9 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.core import Hidden, Prompts
 from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.base import NO_PROMPTS
-from tests.replay.test_replay import LAYERS, PROMPTS, policy
+from tests.models import tiny_bigram
+
+PROMPTS, LAYERS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 2]], (0, 2)
 
 
 class PromptsFromACache(RecordingSpeculator):
@@ -30,7 +32,9 @@ class PromptsFromACache(RecordingSpeculator):
 
 
 def record(recorder):
-    engine = AtlasRolloutEngine(model=policy(), speculators=[recorder], console=False, max_batch_size=50)
+    engine = AtlasRolloutEngine(
+        model=tiny_bigram(layers=3, seed=11), speculators=[recorder], console=False, max_batch_size=50
+    )
     engine.generate(PROMPTS, num_generations=2, max_new_tokens=8, eos_token_ids=[17, 40], seed=0)
     engine.policy_updated()
 

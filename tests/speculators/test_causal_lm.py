@@ -10,7 +10,7 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.speculators.causal_lm import load_tokenizer
 from tests.engines import generate
 from tests.models import tiny_bigram
-from tests.training.test_command import save_policy
+from tests.train_command import save_policy
 
 DAMAGED = {
     "cut off": lambda whole: whole[:200],

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from atlas_rl.cli import main
 from tests.models import tiny_bigram
-from tests.training.test_command import command, refused, save_policy
+from tests.train_command import command, refused, save_policy
 
 
 @pytest.fixture
