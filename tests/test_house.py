@@ -20,7 +20,7 @@ from tests.quick import LEFT_OUT
 
 FLOORS = {
     0: ("atlas_kernels",),
-    1: ("checks", "counts", "docstrings", "progress", "policy", "report", "planner"),
+    1: ("checks", "counts", "docstrings", "progress", "whole_files", "policy", "report", "planner"),
     2: ("core",),
     3: ("sampling", "controller"),
     4: ("speculators", "audit"),

@@ -84,6 +84,7 @@ class Efficiency:
 
 
 MEASURED = Efficiency()
+MAX_GPUS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,8 @@ class Machine:
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
             raise ValueError(f"--gpus must be at least 1, got {self.num_gpus}")
+        if self.num_gpus > MAX_GPUS:
+            raise ValueError(f"--gpus must be at most {MAX_GPUS:,}")
 
 
 _GPUS = (

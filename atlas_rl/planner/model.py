@@ -12,6 +12,7 @@ from typing import Any
 _DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 _MOE = ("mixtral", "qwen2_moe", "qwen3_moe")
 _DEEPSEEK = ("deepseek_v3",)
+_MAX_COUNT = 10**9
 ARCHITECTURES = _DENSE + _MOE + _DEEPSEEK
 
 
@@ -28,7 +29,7 @@ class ModelShape:
         tied: Whether embedding and output matrix are one.
         owns_embedding: False for a drafter that uses the target's embedding.
         attention_params: Weights of one layer's attention projections.
-        mlp_params: Weights of the MLP of a dense layer.
+        mlp_params: Weights of the MLP of a dense layer, which a head may have even if no layer of the model does.
         shared_params: Weights of an MoE layer that every token uses: router and shared experts.
         expert_params: Weights of one routed expert.
         num_experts: Routed experts per MoE layer.
@@ -174,6 +175,8 @@ class _Fields:
             raise ValueError(
                 f"the config's field '{name}' must be a whole number of at least {least}, got {value!r}: correct config.json"
             )
+        if value > _MAX_COUNT:
+            raise ValueError(f"the config's field '{name}' must be at most {_MAX_COUNT:,}: correct config.json")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -211,7 +214,7 @@ def _grouped_query(fields: _Fields) -> ModelShape:
         vocab_size=count("vocab_size"),
         tied=_tied(fields),
         attention_params=hidden * head_dim * (2 * heads + 2 * kv_heads),
-        mlp_params=3 * hidden * count("intermediate_size") if num_dense else 0.0,
+        mlp_params=3 * hidden * _dense_width(fields, num_dense),
         shared_params=hidden * experts + 3 * hidden * count("shared_expert_intermediate_size", 0, least=0)
         if is_moe
         else 0.0,
@@ -249,7 +252,7 @@ def _deepseek(fields: _Fields) -> ModelShape:
         vocab_size=count("vocab_size"),
         tied=_tied(fields),
         attention_params=query + key_value + heads * value * hidden,
-        mlp_params=3 * hidden * count("intermediate_size") if dense else 0.0,
+        mlp_params=3 * hidden * _dense_width(fields, dense),
         shared_params=hidden * experts + count("n_shared_experts", 0, least=0) * expert,
         expert_params=expert,
         num_experts=experts,
@@ -260,6 +263,11 @@ def _deepseek(fields: _Fields) -> ModelShape:
         kernels_attention=9,
         num_mtp_layers=count("num_nextn_predict_layers", 0, least=0),
     )
+
+
+def _dense_width(fields: _Fields, num_dense: int) -> int:
+    """Width of dense MLPs; of a model without any, the one that a head would get."""
+    return fields.count("intermediate_size", None if num_dense else 4 * fields.count("hidden_size"))
 
 
 def _tied(fields: _Fields) -> bool:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from atlas_rl.planner.hardware import MAX_GPUS
 from atlas_rl.planner.roofline import ForwardCost, Memory
 from atlas_rl.planner.speculation import (
     MAX_BATCH,
     Setting,
     accepted_length,
     best_draft_tokens,
-    crossover_batch,
+    first_loss,
+    paying_batches,
 )
+
+_MAX_RANGES = 4  # most ranges of batches in the verdict
+_MOST = {"--batch": 10**6, "--context": 10**9, "--max-draft-tokens": 256}  # far beyond any use, and soon computed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,7 @@ class Plan:
         chosen: Draft length to show in detail.
         best: Draft length with the most tokens per second; 0 if none pays.
         crossover_batch: Smallest batch at which no draft length pays; None if speculation pays up to `max_batch`.
+        paying_batches: Batches at which some draft length pays: ranges, first and last batch.
     """
 
     batch: int
@@ -70,6 +75,7 @@ class Plan:
     chosen: int
     best: int
     crossover_batch: int | None
+    paying_batches: list[tuple[int, int]]
 
     def as_dict(self) -> dict[str, Any]:
         """All figures as plain values in SI units, as `--json` prints them."""
@@ -98,6 +104,8 @@ def make_plan(
     for option, value in counts:
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
+        if value > _MOST[option]:
+            raise ValueError(f"{option} must be at most {_MOST[option]:,}")
     if not 0 <= accept <= 1:
         hint = f": {accept:g} % is {accept / 100:g}" if 2 <= accept <= 100 else ""
         raise ValueError(f"--accept must be from 0 to 1, got {accept:g}{hint}")
@@ -118,6 +126,7 @@ def make_plan(
     best = best_draft_tokens(setting, batch, accept, max_draft_tokens)
     chosen = best if draft_tokens is None else draft_tokens
     max_batch = _max_batch(setting)
+    paying = paying_batches(setting, accept, max_draft_tokens, max_batch, also=batch)
     return Plan(
         batch=batch,
         context=setting.context,
@@ -133,7 +142,8 @@ def make_plan(
         lengths=lengths,
         chosen=chosen,
         best=best,
-        crossover_batch=crossover_batch(setting, accept, max_draft_tokens, max_batch),
+        crossover_batch=first_loss(paying, max_batch),
+        paying_batches=paying,
     )
 
 
@@ -177,10 +187,25 @@ def _verdict(plan: Plan) -> str:
             f"{plain.tokens_per_s:.0f} tokens/s without speculation, {best.tokens_per_s:.0f} with {plan.best} drafts "
             f"({best.speedup:.2f}x)."
         )
-    if plan.crossover_batch is None:
-        end = "the most that is tried" if plan.max_batch == MAX_BATCH else "the largest that fits"
-        return f"{text} It pays up to batch {plan.max_batch}, {end}."
-    return text + f" From batch {plan.crossover_batch} on it does not pay."
+    return f"{text} {_where_it_pays(plan)}"
+
+
+def _where_it_pays(plan: Plan) -> str:
+    ranges, largest = plan.paying_batches, plan.max_batch
+    end = "the most that is tried" if largest == MAX_BATCH else "the largest that fits"
+    if not ranges:
+        return f"It pays at no batch up to {largest}, {end}."
+    if ranges == [(1, largest)]:
+        return f"It pays up to batch {largest}, {end}."
+    if len(ranges) == 1 and ranges[0][0] == 1:
+        return f"From batch {ranges[0][1] + 1} on it does not pay."
+    named = [
+        f"at batch {first}" if first == last else f"from batch {first} to {last}"
+        for first, last in ranges[:_MAX_RANGES]
+    ]
+    if len(ranges) > _MAX_RANGES:
+        named.append(f"at some beyond, up to batch {ranges[-1][1]}")
+    return f"It pays only {', '.join(named)}{f', {end}' if ranges[-1][1] == largest else ''}."
 
 
 def _forward_line(name: str, one: ForwardCost) -> str:
@@ -194,12 +219,44 @@ def _check_memory(setting: Setting, batch: int) -> None:
     used = setting.memory(batch)
     if used.fits:
         return
-    needed = math.ceil(used.total_bytes / used.usable_bytes * setting.machine.num_gpus)
     raise ValueError(
         f"does not fit: {used.total_bytes / 1e9:.1f} GB per GPU (weights {used.weights_bytes / 1e9:.1f}, cache "
         f"{used.cache_bytes / 1e9:.1f}, drafter {used.drafter_bytes / 1e9:.1f}) of {used.usable_bytes / 1e9:.1f} usable; "
-        f"take about {needed} GPUs, a narrower --precision, a smaller --batch or a shorter --context"
+        f"{_cure(setting, batch)}"
     )
+
+
+def _cure(setting: Setting, batch: int) -> str:
+    """What would fit. GPUs share the weights, but more of them than key-value heads keep copies of the cache."""
+    largest, needed = _max_batch(setting), _fewest_gpus(setting, batch)
+    smaller = f"a --batch of at most {largest}, " if largest >= 1 else ""  # else a single request does not fit either
+    others = "a narrower --precision or a shorter --context"
+    if needed is not None:
+        return f"take {needed} GPUs, {smaller}{others}"
+    if largest >= 1:
+        return f"more GPUs do not help, for each keeps the same cache: take {smaller}{others}"
+    one = _fewest_gpus(setting, 1)
+    if one is None:
+        return f"no number of GPUs holds a single request: take {others}"
+    most = _max_batch(replace(setting, machine=replace(setting.machine, num_gpus=one)))
+    return (
+        f"more GPUs alone do not help, for each keeps the same cache: take {one} GPUs and a --batch of at most {most}"
+    )
+
+
+def _fewest_gpus(setting: Setting, batch: int) -> int | None:
+    """Smallest number of GPUs that holds `batch` requests, or None. Memory per GPU never grows with their number."""
+
+    def fits(num_gpus: int) -> bool:
+        return replace(setting, machine=replace(setting.machine, num_gpus=num_gpus)).memory(batch).fits
+
+    if not fits(MAX_GPUS):
+        return None
+    low, high = 0, MAX_GPUS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def _max_batch(setting: Setting) -> int:

@@ -108,23 +108,59 @@ def best_draft_tokens(setting: Setting, batch: int, accept: float, max_draft_tok
     )
 
 
-def crossover_batch(setting: Setting, accept: float, max_draft_tokens: int, largest: int = MAX_BATCH) -> int | None:
-    """The smallest batch at which no draft length pays.
+def paying_batches(
+    setting: Setting, accept: float, max_draft_tokens: int, largest: int = MAX_BATCH, *, also: int = 1
+) -> list[tuple[int, int]]:
+    """The batches at which some draft length pays: ranges, first and last batch, in order.
 
-    With experts, speculation can lose at a medium batch and win again at a larger one. The first loss counts.
+    With experts, speculation can lose at a small or medium batch and win at a larger one. Every batch up to 16 is tried,
+    and those beyond in steps of an eighth; where the answer changes, the exact batch is searched.
 
-    Returns:
-        The batch; None if speculation still pays at `largest` requests.
+    Args:
+        setting: Model, drafter and machine.
+        accept: Acceptance of a draft.
+        max_draft_tokens: Longest draft length to try.
+        largest: Largest batch to try.
+        also: A batch to try besides.
     """
-    low, high = 0, 1
-    while best_draft_tokens(setting, high, accept, max_draft_tokens):
-        if high == largest:
-            return None
-        low, high = high, min(2 * high, largest)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if best_draft_tokens(setting, middle, accept, max_draft_tokens):
-            low = middle
-        else:
-            high = middle
-    return high
+
+    def pays(batch: int) -> bool:
+        return best_draft_tokens(setting, batch, accept, max_draft_tokens) > 0
+
+    ranges: list[tuple[int, int]] = []
+    before, paid = 0, False
+    for batch in _tried_batches(largest, also):
+        paying = pays(batch)
+        if paying != paid:
+            low, high = before, batch
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if pays(middle) == paid else (low, middle)
+            if paying:
+                ranges.append((high, batch))
+            else:
+                ranges[-1] = (ranges[-1][0], low)
+        if paying:
+            ranges[-1] = (ranges[-1][0], batch)
+        before, paid = batch, paying
+    return ranges
+
+
+def crossover_batch(setting: Setting, accept: float, max_draft_tokens: int, largest: int = MAX_BATCH) -> int | None:
+    """The smallest batch at which no draft length pays; None if speculation pays at every batch up to `largest`."""
+    return first_loss(paying_batches(setting, accept, max_draft_tokens, largest), largest)
+
+
+def first_loss(ranges: list[tuple[int, int]], largest: int) -> int | None:
+    """The smallest batch outside of `paying_batches`, or None."""
+    if not ranges or ranges[0][0] > 1:
+        return 1
+    return None if ranges[0][1] == largest else ranges[0][1] + 1
+
+
+def _tried_batches(largest: int, also: int) -> list[int]:
+    tried, batch = {largest, min(also, largest)}, 1
+    while batch < largest:
+        tried.add(batch)
+        batch += max(1, batch // 8)
+    return sorted(tried)

@@ -6,14 +6,15 @@ Rollouts under drafter-invariant sampling do not depend on the drafts, so one re
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.policy.logit_form import LogitForm
@@ -21,10 +22,12 @@ from atlas_rl.policy.view import PolicyView
 from atlas_rl.report.lost_writes import LostWrites, check_folder
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.reduced_vocab import TokenRows
-from atlas_rl.sync.checkpoint import save_whole
+from atlas_rl.whole_files import save_whole
 
 if TYPE_CHECKING:
     from atlas_rl.policy.base import PolicyCache
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "atlas_rl.rollouts.3"  # 2 had no biases and no maximum length
 _SEQUENCE_ARRAYS = ("token_ids", "lengths", "prompt_lengths", "prompt_keys", "noise_keys")
@@ -73,12 +76,31 @@ class Recorded:
 
     @classmethod
     def load(cls, path: Path) -> Recorded:
-        """Read a file written by `save`; `ValueError` for any other."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"'{path}' holds no recorded rollouts (format {metadata.get('format')!r})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        """Read a file written by `save`.
+
+        Raises:
+            ValueError: It is another file, or damaged.
+            OSError: It cannot be opened.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"'{path}' holds no recorded rollouts (format {metadata.get('format')!r})")
+        try:
+            recorded = cls._of(tensors, metadata)
+            fault = recorded._fault()
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(path, error) from error
+        if fault:
+            raise _damaged(path, fault)
+        return recorded
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Recorded:
         sampling = json.loads(metadata["sampling"])
         sampling["eos_token_ids"] = tuple(sampling["eos_token_ids"])
         sequences = Sequences(
@@ -100,13 +122,35 @@ class Recorded:
             LogitForm(**json.loads(metadata["logit_form"])),
         )
 
+    def _fault(self) -> str | None:
+        """Which part has not the rows that it should have; readers find a request's rows by counting."""
+        lengths, num_tokens = self.sequences.lengths, len(self.token_ids)
+        ran = int((lengths - 1).sum())
+        expected = {
+            "the states that tokens were drawn from": (
+                self.head_inputs,
+                int((lengths - self.sequences.prompt_lengths).sum()),
+            ),
+            **{f"layer {layer}": (states, ran) for layer, states in self.layers.items()},
+            "inputs": (self.inputs, num_tokens),
+            "outputs": (self.outputs, num_tokens),
+            "biases": (self.biases, num_tokens),
+        }
+        faults = (
+            f"{name} has {len(part)} rows instead of {rows}"
+            for name, (part, rows) in expected.items()
+            if len(part) != rows
+        )
+        return next(faults, None)
+
 
 class RecordingSpeculator(Speculator):
     """Drafts nothing and writes every generation call to a folder, for `replay`.
 
         AtlasRolloutEngine(speculators=[HistorySpeculator(), RecurrentSpeculator(), RecordingSpeculator("runs/record")])
 
-    A call is written when the policy moves on (`policy_updated`); calls that no update follows are not.
+    A call is written when the policy moves on (`policy_updated`); calls that no update follows are not. With `layers`,
+    requests are left out whose prompt an engine did not run whole, because it found it in its prefix cache.
 
     Args:
         folder: Gets `call_0000.safetensors` and so on.
@@ -193,17 +237,39 @@ class RecordingSpeculator(Speculator):
         sequences = rollouts.sequences
         if sequences is not self._sequences:
             return None
-        last = torch.cat([torch.cat(parts) for parts in self._last])
-        layers = {layer: torch.cat([torch.cat(parts) for parts in rows]) for layer, rows in self._layers.items()}
-        rows = self._rows
-        embeddings = rows.inputs.cpu(), rows.outputs.cpu(), rows.biases.cpu()
-        recorded = Recorded(sequences, last, layers, rows.token_ids, *embeddings, self._form)
         self._sequences = None
         file = self.file_of(self.next_call)
         self.next_call += 1  # a lost call keeps its number, so that it can be told from the others
+        whole = [request for request in range(len(sequences.lengths)) if self._has_all(sequences, request)]
+        if len(whole) < len(sequences.lengths):
+            logger.warning(
+                "atlas_rl: '%s' is recorded with %d of %d requests: the states of the others are not complete. If vLLM "
+                "found their prompts in its cache, record with enable_prefix_caching=False",
+                file,
+                len(whole),
+                len(sequences.lengths),
+            )
+        if not whole:
+            return None
+        rows = self._rows
+        recorded = Recorded(
+            replace(sequences, **{name: getattr(sequences, name)[whole] for name in _SEQUENCE_ARRAYS}),
+            _joined(self._last, whole),
+            {layer: _joined(per_request, whole) for layer, per_request in self._layers.items()},
+            rows.token_ids,
+            *(rows.inputs.cpu(), rows.outputs.cpu(), rows.biases.cpu()),
+            self._form,
+        )
         with self.lost.tolerate("recorded call"):
             recorded.save(file)
         return None
+
+    def _has_all(self, sequences: Sequences, request: int) -> bool:
+        """Whether the states of all its tokens are there."""
+        length, prompt = int(sequences.lengths[request]), int(sequences.prompt_lengths[request])
+        return sum(map(len, self._last[request])) == length - prompt and all(
+            sum(map(len, per_request[request])) == length - 1 for per_request in self._layers.values()
+        )
 
     def file_of(self, call: int) -> Path:
         """File of a call, by its number."""
@@ -215,9 +281,19 @@ def _half(states: torch.Tensor) -> torch.Tensor:
     return states.detach().float().clamp(-65504, 65504).to("cpu", torch.float16, copy=True)
 
 
+def _joined(per_request: Sequence[Sequence[torch.Tensor]], requests: Sequence[int]) -> torch.Tensor:
+    return torch.cat([part for request in requests for part in per_request[request]])
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    text = " ".join(str(reason).split())
+    return ValueError(f"'{path}' is damaged ({text}): delete it, and record that call anew or do without it")
+
+
 def recorded_calls(folder: str | Path) -> list[Path]:
     """The calls recorded in a folder, in order; `ValueError` if there are none."""
-    found = sorted(Path(folder).glob("call_*.safetensors"))
+    files = {path.stem.removeprefix("call_"): path for path in Path(folder).glob("call_*.safetensors")}
+    found = [files[number] for number in sorted(filter(str.isdecimal, files), key=int)]
     if not found:
         raise ValueError(f"no recorded rollouts in '{folder}': record some with RecordingSpeculator('{folder}')")
     return found

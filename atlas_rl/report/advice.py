@@ -193,6 +193,11 @@ LOGGED: tuple[Explained, ...] = (
         "Free disk space, or reconnect the disk. `engine.lost_writes` counts lost writes.",
     ),
     Explained(
+        "is recorded with ... of ... requests: the states of the others are not complete",
+        "An engine did not run some prompts of the call whole, so a recording with `layers` lacks their states.",
+        "With vLLM, record with `enable_prefix_caching=False`. The requests that are recorded are complete.",
+    ),
+    Explained(
         "writing a ... works again; ... were lost",
         "Writing to the disk works again.",
         "Nothing: the message says how many were lost.",

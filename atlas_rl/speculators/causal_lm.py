@@ -1,4 +1,4 @@
-"""Loads a causal LM from a folder; incomplete checkpoints are refused.
+"""Loads a causal LM, or its tokenizer, from a folder; incomplete checkpoints are refused.
 
 transformers fills whatever a checkpoint lacks with random numbers and drops unknown tensors, with only a warning. A
 drafter loaded like that drafts badly for the rest of the run, so the loading report is read, and anything missing is an
@@ -16,12 +16,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from atlas_rl import progress
 from atlas_rl.speculators.identify import CAUSAL_LM, check_finite, kind_of
 
+_TOKENIZER_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _NAMED = 4  # most tensors that a message names
 
 
@@ -78,6 +79,28 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype) -> nn.Module:
         )
     check_finite(dict(model.named_parameters()), f"the model in '{folder}'")
     return model.eval()
+
+
+def load_tokenizer(folder: str | Path, option: str = "") -> Any:
+    """The tokenizer saved in a folder.
+
+    Args:
+        folder: Folder of the tokenizer; names of the hub are not looked up.
+        option: Option that named the folder, which begins the error.
+
+    Raises:
+        ValueError: There is none, or it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # tokenizers raises a bare Exception if it does not understand a tokenizer.json.
+        if type(error) is not Exception and not isinstance(error, _TOKENIZER_FAULTS):
+            raise
+        named = f"{option}: " if option else ""
+        raise ValueError(
+            f"{named}no tokenizer can be loaded from '{folder}' ({_one_line(error)}): save it there"
+        ) from error
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, V
 from atlas_rl.policy.base import PolicyCache, Segments, retire
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
-from atlas_rl.speculators.causal_lm import load_causal_lm
+from atlas_rl.speculators.causal_lm import load_causal_lm, load_tokenizer
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.identify import check_finite
 from atlas_rl.speculators.warm_up import draw_from_logits
@@ -218,13 +218,11 @@ def shares_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) ->
     Tokens that only one of them has count as added and are ignored.
 
     Raises:
-        ValueError: It is another tokenizer.
+        ValueError: It is another tokenizer, or damaged.
     """
-    from transformers import AutoTokenizer
-
     if tokenizer is None or not (folder / "tokenizer_config.json").is_file():
         return False
-    own = _by_id(AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab())
+    own = _by_id(load_tokenizer(folder, "draft_model").get_vocab())
     policys = _by_id(tokenizer.get_vocab())
     common = own.keys() & policys.keys()
     differing = [token_id for token_id in common if own[token_id] != policys[token_id]]

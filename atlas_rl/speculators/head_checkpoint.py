@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
+
+from atlas_rl.whole_files import save_whole, write_whole
 
 VERIFIER = "verifier_"
 """Prefix of policy tensors that some versions of the `speculators` training saved with a head."""
@@ -42,8 +43,8 @@ def draft_vocabulary(
     """`d2t` (offsets from draft tokens to the policy's, int64) and `t2d` (bool), from whichever the file has.
 
     Raises:
-        ValueError: They have another type or length, contradict each other, point outside the vocabulary, or map two
-            draft tokens to one.
+        ValueError: They have another type or length, contradict each other, point outside the vocabulary, map two draft
+            tokens to one, or `d2t` alone can be read as offsets and as ids.
     """
     d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
     if t2d is not None and (t2d.shape != (vocab_size,) or t2d.is_floating_point() or bool((t2d != t2d.bool()).any())):
@@ -63,15 +64,18 @@ def draft_vocabulary(
     ids = d2t + torch.arange(draft_vocab_size)
     outside = int(((ids < 0) | (ids >= vocab_size)).sum())
     twice = draft_vocab_size - len(ids.unique())
-    # Offsets of sorted tokens rise only where tokens are left out; ids always rise.
-    looks_like_ids = known is None and draft_vocab_size > 1 and bool((d2t.diff() > 0).all())
     differs = known is not None and not torch.equal(ids.sort().values, known)
-    if outside or twice or looks_like_ids or differs:
+    # Ids always rise. Offsets rise everywhere only if no two of the draft tokens are neighbours.
+    if known is None and not outside and draft_vocab_size > 1 and bool((d2t.diff() > 0).all()):
+        raise ValueError(
+            f"{what}: d2t can be read as offsets and as token ids. Add t2d, which says for each of the policy's "
+            f"{vocab_size} tokens whether it is drafted"
+        )
+    if outside or twice or differs:
         reason = (
             f"leads out of the policy's {vocab_size} tokens in {outside} places" if outside
             else f"leads to {twice} tokens more than once" if twice
-            else "and t2d name different tokens" if differs
-            else "has the look of token ids"
+            else "and t2d name different tokens"
         )  # fmt: skip
         raise ValueError(
             f"{what}: d2t {reason}. It must hold offsets, not ids: added to 0, 1, 2, ... they give the policy's token ids"
@@ -98,17 +102,18 @@ def check_fit(head: nn.Module, tensors: Mapping[str, torch.Tensor], what: str) -
 
 
 def write_head(folder: str | Path, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `config.json` and `model.safetensors` of a head, weights in bfloat16; the folder is made if need be."""
+    """Write `config.json` and `model.safetensors` of a head, weights in bfloat16; the folder is made if need be.
+
+    Raises:
+        OSError: A write failed. Each file is then the new one or the previous one.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     written = {
         name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in tensors.items()
     }
-    partial = folder / (_WEIGHTS + ".partial")
-    save_file(written, partial, metadata={"format": "pt"})
-    partial.replace(folder / _WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_whole(folder / _WEIGHTS, written, {"format": "pt"})
+    write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def public_name(policy: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ FasterDecoding/Medusa, and vLLM's own loaders.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -83,8 +84,13 @@ def kind_of(folder: str | Path) -> str:
             return _NAMES[file.partition("_")[0]]
     config = read_config(folder)
     shapes = {name.removeprefix("model."): shape for name, shape in read_shapes(folder).items()}
-    described = config.get("speculators_config")
-    declared = config.get("speculators_model_type") or (described or {}).get("algorithm")
+    described = config.get("speculators_config") or {}
+    if not isinstance(described, dict):
+        raise ValueError(
+            f"'{folder / 'config.json'}': speculators_config must be an object, got {described!r}: download the checkpoint "
+            "again"
+        )
+    declared = config.get("speculators_model_type") or described.get("algorithm")
     return (
         _by_tensor_names(shapes)
         or _by_declared_type(declared)
@@ -141,6 +147,22 @@ def read_tensors(folder: Path, names: Collection[str] | None = None) -> dict[str
             read = _read_pickle(path, "cpu")
             tensors |= {name: tensor for name, tensor in read.items() if names is None or name in names}
     return tensors
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Hash of a checkpoint's content: its configurations and weights, whatever their files' times.
+
+    Raises:
+        ValueError: An index names files that are missing.
+        OSError: A file cannot be read.
+    """
+    folder = Path(folder)
+    described = [folder / name for name in ("config.json", "generation_config.json")]
+    digest = hashlib.sha256()
+    for path in [*filter(Path.is_file, described), *_weight_files(folder)]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -22,6 +22,21 @@ logger = logging.getLogger(__name__)
 
 # Under a caller's inference mode, tensors could not be trained; everything that training touches is made outside of it.
 trainable = torch.inference_mode(False)
+
+
+def every_other(kept: np.ndarray, logged: Iterable[np.ndarray]) -> np.ndarray:
+    """Half of the requests whose tokens are logged, at least one: bool `[n]`.
+
+    Args:
+        kept: bool `[n]`, requests whose tokens were logged so far.
+        logged: Requests with tokens in the log. They come first, so that the log is not left empty.
+    """
+    seen, going = np.zeros(len(kept), bool), np.zeros(len(kept), bool)
+    for requests in logged:
+        seen[requests] = True
+    order = np.concatenate([np.flatnonzero(kept & seen), np.flatnonzero(kept & ~seen)])
+    going[order[::2]] = True
+    return going
 
 
 class Learner(ABC):

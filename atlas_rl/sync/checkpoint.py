@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from atlas_rl.checks import path as checked_path
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.saved_state import saved_part
+from atlas_rl.whole_files import save_whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +44,6 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     _flatten(state, "", tensors, values)
     described = json.dumps(values)
     save_whole(path, tensors, {"format": _FORMAT, "values": described, "checksum": _checksum(tensors, described)})
-
-
-def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; either the whole file or nothing.
-
-    Raises:
-        OSError: The write failed; nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(dict(tensors), partial, metadata=dict(metadata))
-        partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"'{path}' cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def file_to_write(path: Any) -> Path:

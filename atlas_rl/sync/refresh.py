@@ -53,9 +53,12 @@ class PolicyTracker:
         """Convert an external version to a number, or None.
 
         Raises:
-            ValueError: Not a whole number, too large to be kept with every rollout, or below the present version.
+            ValueError: Not a whole number, too large to be kept with every rollout, or below the present version; or None,
+                which adds one, at the largest.
         """
         if version is None:
+            if self.version >= MAX_VERSION:
+                raise ValueError(f"the policy version is {self.version}, and none above {MAX_VERSION} can be kept")
             return None
         text = str(version)
         number = int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else -1

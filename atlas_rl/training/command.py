@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from atlas_rl import progress
 from atlas_rl.policy.in_process import InProcessRunner, decoder_layers
 from atlas_rl.policy.view import InProcessView
-from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
-from atlas_rl.speculators.causal_lm import causal_lm_config, load_causal_lm
+from atlas_rl.replay.record import RecordingSpeculator
+from atlas_rl.speculators.causal_lm import causal_lm_config, load_causal_lm, load_tokenizer
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from atlas_rl.speculators.identify import DFLASH, DSPARK, EAGLE3, kind_of
+from atlas_rl.speculators.identify import DFLASH, DSPARK, EAGLE3, fingerprint, kind_of
 from atlas_rl.training.head_kinds import KINDS
 from atlas_rl.training.loop import num_held_out
 from atlas_rl.training.prompts import Prompt, check_prompts, read_prompts
+from atlas_rl.training.state import check_same_training
+from atlas_rl.whole_files import write_whole
 
 _AT_LEAST_ONE = (
     "max_new_tokens", "generate_batch", "draft_vocab_size", "intermediate_size", "unroll", "num_layers", "block_size",
@@ -45,10 +46,11 @@ def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -
 
     Raises:
         ValueError: The options, the prompts or the checkpoint are invalid.
+        OSError: Continuations or the head cannot be written.
     """
     _check_options(args)
     config = causal_lm_config(args.model).get_text_config()
-    kind, tokenizer = KINDS[args.kind], _tokenizer(args.model)
+    kind, tokenizer = KINDS[args.kind], load_tokenizer(args.model)
     layers = kind.layers(args, config.num_hidden_layers)
     settings = kind.settings(args, layers, tokenizer, config.vocab_size)
     prompts = read_prompts(args.data, tokenizer)
@@ -61,13 +63,14 @@ def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -
             f"too few prompts: {len(prompts)} make one call of --generate-batch {args.generate_batch}, and one call is held "
             "out. Give more prompts or a smaller batch"
         )
-    _check_replaces_no_policy(args.output)
     work = args.work or args.output / "work"
     rollouts = work / "rollouts"
+    _check_replaces_no_policy(args.output, ours=(rollouts / _WORK_OF).is_file())
     for folder in (args.output, work, rollouts):
         _check_writable(folder)
     made_of = _made_of(args, layers, prompts)
     _check_same_work(rollouts, made_of)
+    check_same_training(work, settings)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy: Any = load_causal_lm(args.model, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
@@ -76,12 +79,12 @@ def train_speculator(args: argparse.Namespace, new_engine: Callable[..., Any]) -
     decoder_layers(policy, config.num_hidden_layers)
     kind.check_policy(view, settings)
 
-    (rollouts / _WORK_OF).write_text(json.dumps(made_of, indent=2) + "\n")
+    write_whole(rollouts / _WORK_OF, json.dumps(made_of, indent=2) + "\n")
     calls = _generate(policy, prompts, rollouts, layers, args, new_engine)
     head = kind.train(view, calls, work, settings, progress.say)
     kind.save(args.output, head, view)
     log = json.loads((work / "training.json").read_text()) | {"max_new_tokens": args.max_new_tokens}
-    (args.output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
+    write_whole(args.output / "training.json", json.dumps(log, indent=2) + "\n")
     progress.say(f"written: {args.output}")
 
 
@@ -102,15 +105,6 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
 
 
-def _tokenizer(folder: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"no tokenizer can be loaded from '{folder}' ({' '.join(str(error).split())}): save it there"
-        ) from error
-
-
 def _longest_prompt(config: Any) -> int | None:
     """The policy's context, or more if its positions are scaled; the loaded policy decides exactly."""
     context = getattr(config, "max_position_embeddings", None)
@@ -118,8 +112,17 @@ def _longest_prompt(config: Any) -> int | None:
     return None if context is None or rope.get("rope_type", "default") != "default" else context
 
 
-def _check_replaces_no_policy(output: Path) -> None:
-    if (output / "config.json").is_file() and (kind := kind_of(output)) not in (EAGLE3, DFLASH, DSPARK):
+def _check_replaces_no_policy(output: Path, *, ours: bool) -> None:
+    """Raise `ValueError` if the folder holds anything but a head; one that is damaged may be replaced if it is `ours`."""
+    if not (output / "config.json").is_file():
+        return
+    try:
+        kind = kind_of(output)
+    except ValueError:
+        if ours:
+            return
+        raise
+    if kind not in (EAGLE3, DFLASH, DSPARK):
         raise ValueError(f"'{output}' holds {kind}, which the head would overwrite: give another --output")
 
 
@@ -140,6 +143,7 @@ def _made_of(args: argparse.Namespace, layers: tuple[int, ...], prompts: list[Pr
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "generate_batch", "seed")}
     return {
         "model": str(Path(args.model).resolve()),
+        "weights": fingerprint(args.model),  # a folder such as `latest` gets others
         "prompts": hashlib.sha256(ids).hexdigest(),
         "layers": list(layers),
         **options,
@@ -157,8 +161,8 @@ def _check_same_work(rollouts: Path, made_of: dict[str, Any]) -> None:
     differing = [name for name, value in made_of.items() if not isinstance(known, dict) or known.get(name) != value]
     if differing:
         raise ValueError(
-            f"'{rollouts}' holds continuations made with another {' and '.join(differing)}: give another --output or "
-            "--work, or delete the folder"
+            f"'{rollouts}' holds continuations made with other {', '.join(differing)}: give another --output or --work, "
+            "or delete the folder"
         )
 
 
@@ -170,12 +174,16 @@ def _generate(
     args: argparse.Namespace,
     new_engine: Callable[..., Any],
 ) -> list[Path]:
-    """Continue every prompt once, recording hidden states. Calls that the folder has are kept, lost ones are made again."""
+    """Continue every prompt once, recording hidden states. Calls that the folder has are kept, lost ones are made again.
+
+    Raises:
+        OSError: A call could not be written: a training on the others would be another one.
+    """
     batches = [prompts[i : i + args.generate_batch] for i in range(0, len(prompts), args.generate_batch)]
     recorder = RecordingSpeculator(folder, layers)
     missing = [index for index in range(len(batches)) if not recorder.file_of(index).is_file()]
     engine = new_engine(
-        model=policy, tokenizer=_tokenizer(args.model), speculators=[HistorySpeculator(), recorder], console=False
+        model=policy, tokenizer=load_tokenizer(args.model), speculators=[HistorySpeculator(), recorder], console=False
     )
     with progress.bar("continuations", len(batches), "call", done=len(batches) - len(missing)) as bar:
         for index in missing:
@@ -187,7 +195,12 @@ def _generate(
                 seed=args.seed * 1_000_003 + index,
             ).report
             engine.policy_updated()  # the recorder writes a call only when the policy version changes
+            if not recorder.file_of(index).is_file():
+                raise OSError(
+                    f"'{recorder.file_of(index)}' could not be written: free space, and repeat the command, which keeps "
+                    "the continuations that are there"
+                )
             progress.say(f"continuations {index + 1}/{len(batches)} | {report.num_tokens} tokens | "
                          f"{report.tokens_per_s:.0f} tok/s")  # fmt: skip
             bar.update()
-    return recorded_calls(folder)
+    return [recorder.file_of(index) for index in range(len(batches))]

@@ -11,6 +11,8 @@ from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.dflash.config import DFlashConfig, Span
 from atlas_rl.speculators.eagle3.config import Eagle3Config
 
+_POSITIONS = 1 << 17  # of a head whose policy has no limit (ALiBi); more than any call needs
+
 
 def head_config(
     policy: PolicyView, layers: tuple[int, ...], draft_vocab_size: int, intermediate_size: int | None = None
@@ -84,7 +86,7 @@ def _layer_of(policy: PolicyView, intermediate_size: int | None) -> dict[str, An
         "num_attention_heads": num_heads,
         "num_key_value_heads": field_of(config, "num_key_value_heads") or num_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": field_of(config, "max_position_embeddings") or _POSITIONS,
         "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
         "rope_parameters": _rope(config),
         "tie_word_embeddings": False,

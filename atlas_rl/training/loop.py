@@ -6,6 +6,7 @@ token was drawn from, which gives the policy's exact distribution. What a kind o
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -93,9 +94,7 @@ def run(
         ValueError: Calls without the layers, or a saved state of a training with other settings.
     """
     settings = lesson.settings
-    counts = [[int(sum((s := Recorded.load(p).sequences).lengths - s.prompt_lengths)) for p in paths]
-              for paths in (trained, held_out)]  # fmt: skip
-    log = Progress(asdict(settings), sum(counts[0]), sum(counts[1]))
+    log = Progress(asdict(settings), *_described(trained, held_out))
     trainable = [parameter for parameter in lesson.head.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     state = TrainingState(output, lesson.head, optimizer, log)
@@ -114,6 +113,7 @@ def run(
         say(f"epoch {epoch + 1}/{settings.epochs} | loss {row['loss']:.3f} | held-out acceptance by position "
             + " ".join("-" if value is None else f"{value:.2f}" for value in row["acceptance"]))  # fmt: skip
         state.end_epoch(row)
+    state.write_log()  # an interruption may have come after the last state and before its log
 
 
 def batches_of(lesson: Lesson, calls: Sequence[Path], order: np.random.Generator | None) -> Iterator[Any]:
@@ -203,6 +203,22 @@ def _train_step(lesson: Lesson, batch: Any, optimizer: torch.optim.Optimizer) ->
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
     optimizer.step()
     return float(loss.detach())
+
+
+def _described(trained: Sequence[Path], held_out: Sequence[Path]) -> tuple[int, int, str]:
+    """Drawn tokens of the calls to train on and of those held out, and a hash of both.
+
+    The states that tokens were drawn from are hashed too: other weights may well draw the same tokens.
+    """
+    digest, num_tokens = hashlib.sha256(), [0, 0]
+    for part, paths in enumerate((trained, held_out)):
+        for path in paths:
+            recorded = Recorded.load(path)
+            sequences = recorded.sequences
+            num_tokens[part] += int((sequences.lengths - sequences.prompt_lengths).sum())
+            for array in (sequences.lengths, sequences.completion_tokens(), recorded.head_inputs.numpy()):
+                digest.update(np.ascontiguousarray(array).data)
+    return num_tokens[0], num_tokens[1], digest.hexdigest()
 
 
 def _num_targets(path: Path) -> int:

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from atlas_rl.sync.checkpoint import load_state, save_state
+from atlas_rl.whole_files import write_whole
 
 SAVE_EVERY_S = 300.0
 _STATE = "training.safetensors"
 _LOG = "training.json"
+_DATA = ("num_train_tokens", "num_held_out_tokens", "data")
 _FIRST_STEPS = 5  # batches before the first time estimate
 
 
@@ -26,6 +28,7 @@ class Progress:
     Attributes:
         settings: Settings of the training.
         num_train_tokens, num_held_out_tokens: Drawn tokens of the calls that are trained on, and of those held out.
+        data: Hash of the calls' tokens and of the states that they were drawn from.
         epochs: Per epoch: `loss`, `seconds`, and on held-out calls per unrolled position `acceptance` (`sum_x min(p, q)`,
             within a few points of the acceptance of noise-coupled drafts) and `agreement` (the likeliest tokens are equal).
     """
@@ -33,6 +36,7 @@ class Progress:
     settings: dict[str, Any]
     num_train_tokens: int
     num_held_out_tokens: int
+    data: str
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -80,25 +84,51 @@ class TrainingState:
         self.log.epochs.append(row)
         self.begun = Begun()
         self.save()
-        (self.output / _LOG).write_text(json.dumps(asdict(self.log), indent=2) + "\n")
+        self.write_log()
+
+    def write_log(self) -> None:
+        """Write `training.json`, whose absence after an interruption the saved state makes up for."""
+        write_whole(self.output / _LOG, json.dumps(asdict(self.log), indent=2) + "\n")
 
     def resume(self) -> None:
         """Continue from what `save` wrote, if anything; `ValueError` if it has other settings or data."""
         if not (self.output / _STATE).is_file():
             return
-        state = load_state(self.output / _STATE)
-        saved, log = json.loads(state["log"]), self.log
-        present = json.loads(json.dumps(asdict(log)))
-        if any(saved[name] != present[name] for name in ("settings", "num_train_tokens", "num_held_out_tokens")):
-            raise ValueError(
-                f"'{self.output}' holds a training with other settings or data: give another --output, or delete it"
-            )
+        log, state = self.log, load_state(self.output / _STATE)
+        saved = _log_in(state)
+        _check_same(self.output, saved, asdict(log))
         self.head.load_state_dict(state["head"])
         described = self.optimizer.state_dict()
         described["state"] = {int(index): values for index, values in state["optimizer"].items()}
         self.optimizer.load_state_dict(described)
         log.epochs = saved["epochs"]
         self.begun = Begun(**json.loads(state.get("begun", "{}")))
+
+
+def check_same_training(output: Path, settings: Any) -> None:
+    """Raise `ValueError` if a folder holds a training with other settings, a dataclass.
+
+    `TrainingState.resume` compares the data too, which needs them read.
+    """
+    if (output / _STATE).is_file():
+        _check_same(output, _log_in(load_state(output / _STATE)), {"settings": asdict(settings)})
+
+
+def _log_in(state: dict[str, Any]) -> dict[str, Any]:
+    log: dict[str, Any] = json.loads(state["log"])
+    return log
+
+
+def _check_same(output: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    present = json.loads(json.dumps(present))
+    was, now = saved["settings"], present["settings"]
+    differing = [name for name in {**was, **now} if was.get(name, ...) != now.get(name, ...)]
+    differing += [name for name in _DATA if name in present and saved.get(name) != present[name]]
+    if differing:
+        raise ValueError(
+            f"'{output}' holds a training with other {', '.join(differing)}: give another --output or --work, or delete "
+            f"{_STATE} and {_LOG} in it to train anew on the same continuations"
+        )
 
 
 class Pace:

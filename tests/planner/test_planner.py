@@ -19,27 +19,12 @@ from atlas_rl.planner.model import load_model, parse_model
 from atlas_rl.planner.plan import make_plan
 from atlas_rl.planner.published import chain_length, published_rows
 from atlas_rl.planner.roofline import Precision, forward
-from atlas_rl.planner.speculation import Setting, accepted_length, best_draft_tokens, crossover_batch
+from atlas_rl.planner.speculation import accepted_length, best_draft_tokens, crossover_batch
 from benchmarks.planner import fitted_hosts
 from tests import ROOT
-from tests.planner.configs import MIXTRAL
+from tests.planner.configs import MIXTRAL, QWEN3_30B_A3B
+from tests.planner.settings import setting
 
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-}
 GEMMA_3_1B = {
     "model_type": "gemma3_text",
     "hidden_size": 1152,
@@ -54,12 +39,6 @@ GEMMA_3_1B = {
 }
 EVERY = {name: CONFIGS[name] for name in ("Llama-3.1-8B", "DeepSeek-V3")} | {"Qwen3-30B-A3B": QWEN3_30B_A3B}
 BATCHES = (1, 7, 64, 300)
-
-
-def setting(config, gpu="h100", num_gpus=1, drafter="eagle3", context=1024, efficiency=MEASURED, **options):
-    model = parse_model(config)
-    machine = Machine(gpu=GPUS[gpu] if isinstance(gpu, str) else gpu, num_gpus=num_gpus, efficiency=efficiency)
-    return Setting(model=model, machine=machine, drafter=drafter_model(drafter, model), context=context, **options)
 
 
 @pytest.mark.parametrize(

@@ -101,3 +101,14 @@ def test_a_trainers_step_is_the_version_unless_that_is_taken():
         engine.policy_updated(step=step)
         versions.append(generate(engine, [[1]], max_new_tokens=1).report.policy_version)
     assert versions == [0, 1, 2, 5, 6, 7, 8, 20]
+
+
+def test_a_version_that_cannot_be_kept_is_refused():
+    engine = engine_of()
+    with pytest.raises(ValueError, match="a whole number up to 2147483647"):
+        engine.policy_updated(2**31)
+    engine.policy_updated(2**31 - 1)
+    generate(engine, [[1]], max_new_tokens=1)
+    with pytest.raises(ValueError, match="none above 2147483647 can be kept"):
+        engine.policy_updated()
+    assert engine.policy_version == 2**31 - 1

@@ -99,6 +99,12 @@ def test_medusa_heads_are_known_by_their_file(tmp_path):
     assert "Medusa" in kind_of(tmp_path)
 
 
+@pytest.mark.parametrize("described", ["x", [1], 3])
+def test_a_config_without_the_form_of_its_layout_is_named(tmp_path, described):
+    with pytest.raises(ValueError, match=r"config.json': speculators_config must be an object"):
+        kind_of(write(tmp_path / "head", {"speculators_config": described}, {}))
+
+
 def test_an_adapter_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config.json is missing.*adapter: merge it"):

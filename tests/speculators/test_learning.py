@@ -1,8 +1,10 @@
 """What all drafters that learn do alike, before they have a policy; tests of each drafter have the rest."""
 
+import numpy as np
 import pytest
 
 from atlas_rl.speculators.eagle3_adaptive.speculator import AdaptiveEagle3Speculator
+from atlas_rl.speculators.learning import every_other
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
 
@@ -36,3 +38,18 @@ def test_the_state_of_another_drafter_is_refused(unbound):
     speculator, name = unbound
     with pytest.raises(ValueError, match=f"not a state of the {name}: kind is 'other'"):
         speculator.load_state_dict({"kind": "other", "version": 1, "policy_version": 3})
+
+
+@pytest.mark.parametrize(
+    ("kept", "logged", "going"),
+    [
+        ([0, 1, 2, 3], [[0, 1, 2, 3]], [0, 2]),
+        ([0, 1, 2, 3], [[1], [3, 1]], [0, 1]),  # of those that are logged, and of the others
+        ([1, 3], [[3]], [3]),
+        ([2], [[2]], [2]),
+        ([0, 2], [], [0]),
+    ],
+)
+def test_a_thinned_log_keeps_requests_that_are_logged(kept, logged, going):
+    found = every_other(np.isin(np.arange(4), kept), [np.array(requests) for requests in logged])
+    assert np.flatnonzero(found).tolist() == going

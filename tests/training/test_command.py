@@ -7,10 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from atlas_rl import AtlasRolloutEngine, progress
 from atlas_rl.cli import main
@@ -19,61 +16,12 @@ from atlas_rl.replay.record import Recorded
 from atlas_rl.speculators.dflash.checkpoint import load_dflash
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from tests.models import FACTORIES, tiny_bigram, tiny_llama
-
-NUM_WORDS = 64
-
-
-def save_policy(folder, model, template=None):
-    words = {f"w{n}": n for n in range(NUM_WORDS - 1)} | {"[eos]": NUM_WORDS - 1}
-    plain = Tokenizer(WordLevel(words, unk_token="w0"))
-    plain.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="[eos]")
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
+from tests.train_command import NUM_WORDS, command, refused, save_policy, write_prompts
 
 
 @pytest.fixture
 def policy(tmp_path):
     return save_policy(tmp_path / "policy", tiny_bigram(layers=4, seed=11))
-
-
-def write_prompts(path, num=8):
-    path.write_text("".join(json.dumps({"prompt": f"w{n} w{n + 1} w{n + 2}"}) + "\n" for n in range(num)))
-    return path
-
-
-def command(policy, tmp_path, *options, data=None):
-    data = write_prompts(tmp_path / "prompts.jsonl") if data is None else data
-    small = [
-        "--max-new-tokens",
-        "6",
-        "--generate-batch",
-        "2",
-        "--draft-vocab-size",
-        "40",
-        "--epochs",
-        "1",
-        "--unroll",
-        "2",
-    ]
-    given = ["--model", str(policy), "--data", str(data), "--output", str(tmp_path / "head")]
-    return ["train-speculator", *given, *small, *map(str, options)]
-
-
-def refused(capsys, arguments):
-    """The one line on stderr of a command that ends with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert "continuations" not in captured.out
-    lines = [line for line in captured.err.splitlines() if line.startswith("atlas-rl")]
-    assert len(lines) == 1
-    assert "Traceback" not in captured.err
-    return lines[0]
 
 
 @pytest.fixture
@@ -262,9 +210,9 @@ def test_work_of_other_prompts_is_not_taken_for_these(policy, tmp_path, capsys):
     main(command(policy, tmp_path))
     capsys.readouterr()
     other = write_prompts(tmp_path / "other.jsonl", num=6)
-    assert "made with another prompts" in refused(capsys, command(policy, tmp_path, data=other))
-    assert "made with another temperature" in refused(capsys, command(policy, tmp_path, "--temperature", 0.5))
-    assert "made with another layers" in refused(capsys, command(policy, tmp_path, "--layers", 1, 2))
+    assert "made with other prompts" in refused(capsys, command(policy, tmp_path, data=other))
+    assert "made with other temperature" in refused(capsys, command(policy, tmp_path, "--temperature", 0.5))
+    assert "made with other layers" in refused(capsys, command(policy, tmp_path, "--layers", 1, 2))
     assert Path(tmp_path / "head" / "model.safetensors").is_file()
 
 

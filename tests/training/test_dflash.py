@@ -143,7 +143,7 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch(calls, tmp_path):
     assert "goes on at epoch 1/1, batch 6/9" in lines
     for name, tensor in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name].float(), tensor.float(), atol=1e-5), name
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="other blocks_per_text"):
         train_dflash(view, calls[:4], tmp_path / "parts", settings(blocks_per_text=2), say=silent)
 
 

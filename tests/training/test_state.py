@@ -8,7 +8,7 @@ from torch import nn
 
 from atlas_rl.training.state import Progress, TrainingState
 
-SAVED = {"settings": {"epochs": 2, "layers": (1, 2)}, "num_train_tokens": 100, "num_held_out_tokens": 20}
+SAVED = {"settings": {"epochs": 2, "layers": (1, 2)}, "num_train_tokens": 100, "num_held_out_tokens": 20, "data": "a"}
 
 
 def state(folder, **changes):
@@ -29,8 +29,15 @@ def test_the_same_training_resumes(folder):
 
 
 @pytest.mark.parametrize(
-    "change", [{"settings": {"epochs": 3}}, {"num_train_tokens": 99}, {"num_held_out_tokens": 19}], ids=str
+    ("change", "named"),
+    [
+        ({"settings": SAVED["settings"] | {"epochs": 3}}, "epochs"),
+        ({"settings": {"epochs": 2}}, "layers"),
+        ({"num_train_tokens": 99}, "num_train_tokens"),
+        ({"num_held_out_tokens": 19, "data": "b"}, "num_held_out_tokens, data"),
+    ],
+    ids=str,
 )
-def test_other_settings_or_data_are_refused(folder, change):
-    with pytest.raises(ValueError, match="other settings or data: give another --output, or delete it"):
+def test_other_settings_or_data_are_refused(folder, change, named):
+    with pytest.raises(ValueError, match=f"other {named}: .* or delete training.safetensors and training.json in it"):
         state(folder, **change).resume()

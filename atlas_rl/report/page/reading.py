@@ -173,17 +173,40 @@ def _lines_named(numbers: Iterable[int]) -> str:
 
 
 def _launches(lines: Sequence[_Line]) -> list[_Launch]:
-    """Group the n-th engines of all ranks: a process gives its engine a random name at its start."""
-    place: dict[tuple[int, str], int] = {}
-    of_rank: dict[int, int] = {}
-    launches: dict[int, list[_Line]] = {}
+    """Pair the engines of ranks that ran together: they report the same steps, in turns.
+
+    A process gives its engine a random name at its start, and no launcher gives all of its processes a name that its next
+    launch lacks. An engine that shares no step with any other rank stays by itself.
+    """
+    engines: dict[tuple[int, str], list[_Line]] = {}
     for line in lines:
-        key = (line.rank, line.engine)
-        if key not in place:
-            place[key] = of_rank.get(line.rank, 0)
-            of_rank[line.rank] = place[key] + 1
-        launches.setdefault(place[key], []).append(line)
-    return [_Launch(tuple(of)) for of in launches.values()]
+        engines.setdefault((line.rank, line.engine), []).append(line)
+    launches: list[list[_Line]] = []
+    for (rank, _), own in sorted(engines.items(), key=lambda item: item[0][0]):
+        fits = [
+            (fit, index)
+            for index, launch in enumerate(launches)
+            if all(line.rank != rank for line in launch) and (fit := _fit(own, launch)) is not None
+        ]
+        if fits:  # among equals the first: engines of one process are made in the same order on every rank
+            index = min(fits)[1]
+            launches[index] = sorted(launches[index] + own, key=lambda line: line.number)
+        else:
+            launches.append(own)
+    return sorted((_Launch(tuple(launch)) for launch in launches), key=lambda launch: launch.lines[0].number)
+
+
+def _fit(own: Sequence[_Line], launch: Sequence[_Line]) -> tuple[bool, int, int] | None:
+    """How badly an engine fits a launch: no turns taken, few shared steps, far away in the file; None if none is shared."""
+    shared = {_step_of(line) for line in own} & {_step_of(line) for line in launch}
+    if not shared:
+        return None
+    distance = max(own[0].number - launch[-1].number, launch[0].number - own[-1].number, 0)
+    return distance > 0, -len(shared), distance
+
+
+def _step_of(line: _Line) -> tuple[Mode, int, int]:
+    return line.report.mode, line.report.step, line.report.policy_version
 
 
 def _groups(launches: Sequence[_Launch]) -> list[list[_Launch]]:
@@ -227,7 +250,7 @@ def _merged(launch: _Launch) -> tuple[list[StepReport], list[str]]:
     seen: dict[tuple[Any, ...], int] = {}
     for line in launch.lines:
         report = line.report
-        key = (report.mode, report.step, report.policy_version)
+        key = _step_of(line)
         turn = seen.get((line.rank, *key), 0)  # keeps several generations of one step apart
         seen[(line.rank, *key)] = turn + 1
         found.setdefault((*key, turn), {})[line.rank] = report
@@ -235,8 +258,12 @@ def _merged(launch: _Launch) -> tuple[list[StepReport], list[str]]:
     notes = []
     if len(ranks) > 1:
         notes.append(f"{len(ranks)} ranks are merged: counts add up, seconds are those of the slowest.")
+    elif rank := min(ranks):  # rank 0 alone is an ordinary run
+        notes.append(f"Rank {rank} is shown by itself: its lines share no step with another rank's.")
     if whole and len(whole) < len(found):
         notes.append(f"{were(len(found) - len(whole), 'step')} left out that not every rank has reported.")
+    if not whole:
+        notes.append("No step was reported by every rank: each one sums those that did.")
     steps = whole or [list(of.values()) for of in found.values()]
     return [merge(reports) if len(reports) > 1 else reports[0] for reports in steps], notes
 

@@ -12,6 +12,7 @@ from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.drawn_rows import committed_places
 from atlas_rl.speculators.eagle3_adaptive.texts import PromptStates, Text
+from atlas_rl.speculators.learning import every_other
 
 _LARGEST_HALF = 65504.0  # residual streams of some families exceed it
 
@@ -42,7 +43,7 @@ class CallLog:
         sequences: All requests of the call.
         layers: Decoder layers that the head reads.
         max_tokens: Most positions kept: drawn tokens, and kept positions of each distinct prompt. A longer call is
-            sampled: every n-th request.
+            sampled: every n-th request that comes.
     """
 
     def __init__(self, sequences: Sequences, layers: tuple[int, ...], max_tokens: int) -> None:
@@ -53,13 +54,16 @@ class CallLog:
         self._kept = np.zeros(
             len(sequences.lengths), bool
         )  # requests whose prompt is known and whose tokens are logged
-        self._stride, self._num_logged, self._num_prompt_rows = 1, 0, 0
+        self._stride, self._num_started = 1, 0  # every n-th of the requests that have come is kept
+        self._num_logged, self._num_prompt_rows = 0, 0
         self._full = False  # whether nothing is added any more
 
     def start(self, prompts: Prompts, policy: PolicyView) -> None:
         """Keep the states of prompts. Requests whose prompt the engine did not run are not used for learning."""
         for group, first in zip(prompts.groups, prompts.hidden.starts.tolist(), strict=True):
-            group = group[group % self._stride == 0]
+            order = self._num_started + np.arange(len(group))
+            self._num_started += len(group)
+            group = group[order % self._stride == 0]
             if self._full or not len(group):
                 continue
             tokens = self.sequences.token_ids[group[0], : self.sequences.prompt_lengths[group[0]]].astype(np.int64)
@@ -99,7 +103,7 @@ class CallLog:
 
     def texts(self) -> list[Text]:
         """The logged states of each request."""
-        if not self._entries:
+        if not self._num_logged:
             return []
         requests = np.concatenate([entry.requests for entry in self._entries])
         positions = np.concatenate([entry.positions for entry in self._entries])
@@ -139,10 +143,9 @@ class CallLog:
             self._kept[:], self._full = False, True
             return
         self._stride *= 2
-        going = np.arange(len(self._kept)) % self._stride == 0
-        self._kept &= going
-        self._prompts = {request: states for request, states in self._prompts.items() if going[request]}
-        self._entries = [entry.of(going[entry.requests]) for entry in self._entries]
+        self._kept = every_other(self._kept, [entry.requests for entry in self._entries])
+        self._prompts = {request: states for request, states in self._prompts.items() if self._kept[request]}
+        self._entries = [entry.of(self._kept[entry.requests]) for entry in self._entries]
         self._num_logged = sum(len(entry.requests) for entry in self._entries)
         self._num_prompt_rows = sum({id(states): states.num_kept for states in self._prompts.values()}.values())
 

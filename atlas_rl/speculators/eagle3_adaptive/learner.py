@@ -1,15 +1,14 @@
 """Trains the adaptive EAGLE-3 head on states that verification computes anyway.
 
 The learner trains its own copy of the head in float32. The copy's weights are published to the drafting head when a
-refresh succeeds, so no draft ever uses a half-finished refresh. A refresh that fails or raises is undone from the
-drafting head.
+refresh succeeds, so no draft ever uses a half-finished refresh. A refresh that fails or raises is undone.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,13 +136,16 @@ class Eagle3Learner(Learner):
         if not self._buffer.has_texts or not (in_time or budget.owes_first_step(self.trained)):
             return None
         budget.begin_learning()
+        # A drafting head of a narrower number format has only rounded ones.
+        exact = self._head.fc.weight.dtype == torch.float32
+        before = dict(self._head.named_parameters()) if exact else self._weights()
         good = False
         try:
             done = self._learn(rollouts, policy_version, policy, budget)
             good = self._is_good(done)
         finally:
             if not good:
-                self._restore()
+                self._restore(before)
         if not good:
             logger.warning(
                 "atlas_rl: a refresh of the adaptive EAGLE-3 head is undone: its agreement with the policy went from "
@@ -233,13 +235,15 @@ class Eagle3Learner(Learner):
         finite = all(bool(torch.isfinite(weight.detach().to(dtype)).all()) for weight in weights)
         return finite and done.agreement_after >= done.agreement_before - _WORSE
 
-    def _restore(self) -> None:
-        """Restore the weights of the drafting head, and drop the gradients."""
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: weight.detach().clone() for name, weight in learned_parameters(self.trainee).items()}
+
+    def _restore(self, before: Mapping[str, torch.Tensor]) -> None:
+        """Restore the weights from before a refresh, and drop the gradients."""
         self._optimizer.zero_grad(set_to_none=True)
-        drafting = dict(self._head.named_parameters())
         with torch.no_grad():
             for name, weight in learned_parameters(self.trainee).items():
-                weight.copy_(drafting[name])
+                weight.copy_(before[name])
         moments = [value for values in self._optimizer.state.values() for value in values.values()]
         if not all(bool(torch.isfinite(torch.as_tensor(value)).all()) for value in moments):
             self._optimizer = self._new_optimizer()  # its first step is large, so finite moments are kept
@@ -263,7 +267,7 @@ class Eagle3Learner(Learner):
         return {
             "trained": int(self.trained),
             "token_ids": self.trainee.token_ids.cpu().numpy(),
-            "weights": {name: weight.detach().clone() for name, weight in learned_parameters(self.trainee).items()},
+            "weights": self._weights(),
             "optimizer": {
                 str(index): {name: torch.as_tensor(value).clone() for name, value in values.items()}
                 for index, values in moments.items()

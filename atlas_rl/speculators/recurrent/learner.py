@@ -19,7 +19,7 @@ from atlas_rl.policy.upload import uploaded
 from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.drawn_rows import committed_places
 from atlas_rl.speculators.head_state import MAX_COUNT, saved_moments, saved_weights
-from atlas_rl.speculators.learning import Learner, trainable
+from atlas_rl.speculators.learning import Learner, every_other, trainable
 from atlas_rl.speculators.learning_budget import Distilled, LearningBudget
 from atlas_rl.speculators.recurrent.averaging import summand, take_mean
 from atlas_rl.speculators.recurrent.distill import Loss, Target, distill, new_optimizer
@@ -102,7 +102,7 @@ class RecurrentLearner(Learner):
         self._buffer = RolloutBuffer(settings.max_tokens, settings.missed_weight)
         self._rng = np.random.default_rng(settings.seed)
         self._kept = np.zeros(0, bool)  # requests whose tokens are logged
-        self._stride, self._num_logged = 1, 0
+        self._num_logged = 0
         self._log: list[_Logged] = []
         self._num_read = 0  # log entries whose tokens have rows
         self._unread = np.zeros(0, np.int64)  # tokens of earlier calls without rows: weights are read only in calls
@@ -144,7 +144,7 @@ class RecurrentLearner(Learner):
             self._set_tables(policy)
         self._rows.add(self._unread, policy)
         self._unread = self._unread[:0]
-        self._stride, self._num_logged = 1, 0
+        self._num_logged = 0
         self._kept = np.ones(len(sequences.lengths), bool)
 
     def observe(self, verified: Verified, begins: np.ndarray, missed: np.ndarray, policy: PolicyView) -> None:
@@ -157,7 +157,7 @@ class RecurrentLearner(Learner):
             policy: Provides the embeddings of new tokens.
         """
         row, offset, places = committed_places(verified.hidden.starts, verified.num_committed)
-        if self._stride > 1:
+        if not self._kept.all():
             kept = np.flatnonzero(self._kept[verified.requests[row]])
             row, offset, places = row[kept], offset[kept], places[kept]
         if len(row):
@@ -165,7 +165,7 @@ class RecurrentLearner(Learner):
             tokens, requests = verified.token_ids[row, offset], verified.requests[row]
             self._log.append(_Logged(requests, begins[row] + offset, tokens, states, missed[row] == offset))
             self._num_logged += len(row)
-            while self._num_logged > self._settings.max_tokens and self._stride < len(self._kept):
+            while self._num_logged > self._settings.max_tokens and self._kept.sum() > 1:
                 self._thin()
         fresh = self._log[self._num_read :]
         if verified.finished.any() and fresh:  # not in every step: adding tokens copies all rows
@@ -177,8 +177,7 @@ class RecurrentLearner(Learner):
 
         A call that overflows the buffer is sampled like this. The maximum lengths do not tell beforehand whether it will.
         """
-        self._stride *= 2
-        self._kept = np.arange(len(self._kept)) % self._stride == 0
+        self._kept = every_other(self._kept, [entry.requests for entry in self._log])
         self._log = [entry.of(self._kept[entry.requests]) for entry in self._log]
         self._num_logged = sum(len(entry.requests) for entry in self._log)
 

@@ -43,6 +43,44 @@ def test_a_resumed_run_goes_on(tmp_path):
     assert run.notes == ("The run was resumed at step 4; 2 steps were done again.",)
 
 
+def test_a_run_resumed_with_more_ranks_goes_on(tmp_path):
+    lines = [("a", 0, r) for r in steps(range(1, 6))]
+    lines += [(engine, rank, r) for r in steps(range(6, 11)) for engine, rank in (("b", 0), ("c", 1))]
+    (run,) = read_runs([write(tmp_path, lines)], earlier=True, now_s=1e12)
+    assert [report.num_tokens for report in run.steps] == [30] * 5 + [60] * 5
+    assert "2 ranks are merged" in run.notes[1]
+
+
+def test_a_run_resumed_with_fewer_ranks_goes_on(tmp_path):
+    lines = [(f"e{rank}", rank, r) for r in steps(range(5)) for rank in (2, 0, 1)]
+    lines += [(f"f{rank}", rank, r) for r in steps(range(3, 8)) for rank in (0, 1)]
+    (run,) = read_runs([write(tmp_path, lines)], earlier=True, now_s=1e12)
+    assert [report.num_tokens for report in run.steps] == [90] * 3 + [60] * 5
+
+
+def test_ranks_whose_files_were_joined_are_merged(tmp_path):
+    """One after another, and both resumed: the engines with most steps in common ran together."""
+    of_rank = [steps(range(5)), steps(range(4, 8))]
+    lines = [(f"{name}{rank}", rank, r) for rank in (0, 1) for name, of in zip("ab", of_rank, strict=True) for r in of]
+    runs = read_runs([write(tmp_path, lines)], earlier=True, now_s=1e12)
+    assert [[(report.step, report.num_tokens) for report in run.steps] for run in runs] == [
+        [(report.step, 60) for report in of] for of in of_rank
+    ]
+
+
+def test_two_engines_of_every_rank_are_two_runs(tmp_path):
+    lines = [(f"{name}{rank}", rank, r) for r in steps(range(3)) for rank in (1, 0) for name in "ab"]
+    runs = read_runs([write(tmp_path, lines)], now_s=1e12)
+    assert [[report.num_tokens for report in run.steps] for run in runs] == [[60] * 3] * 2
+
+
+def test_a_rank_without_a_step_in_common_is_said(tmp_path):
+    lines = [("a", 0, r) for r in steps(range(3))] + [("b", 1, r) for r in steps(range(7, 9))]
+    (run,) = read_runs([write(tmp_path, lines)], now_s=1e12)
+    assert [report.num_tokens for report in run.steps] == [30] * 5
+    assert "Rank 1 is shown by itself: its lines share no step with another rank's." in run.notes
+
+
 def test_earlier_runs_are_left_out_unless_asked_for(tmp_path):
     lines = [("a", 0, r) for r in steps(range(3))] + [("b", 0, r) for r in steps(range(2))]
     folder = write(tmp_path / "demo", lines)

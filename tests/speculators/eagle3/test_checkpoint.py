@@ -73,7 +73,7 @@ REFUSED = {
             ),
             "draft_vocab_size": 10,
         },
-        "offsets, not ids",
+        "d2t can be read as offsets and as token ids. Add t2d",
     ),
     "d2t twice": (
         {"tensors": replaced(d2t=torch.cat([torch.ones(1, dtype=torch.int64), OFFSETS[1:]]))},

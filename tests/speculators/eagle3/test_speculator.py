@@ -102,7 +102,7 @@ def test_an_interrupted_training_goes_on(calls, tmp_path):
     for name, tensor in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name].float(), tensor.float(), atol=1e-5), name
         assert torch.equal(again.state_dict()[name], parts.state_dict()[name])
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="other unroll"):
         train(InProcessView(policy()), calls, tmp_path / "parts", settings(epochs=2, unroll=2), say=lines.append)
 
 

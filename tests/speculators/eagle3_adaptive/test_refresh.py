@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 
 from atlas_rl.speculators.eagle3_adaptive.learner import RefineSettings
+from atlas_rl.speculators.eagle3_adaptive.speculator import AdaptiveEagle3Speculator
 from tests.drafters import ticking
-from tests.speculators.eagle3_adaptive.engines import adaptive, engine_of, rollout, same, trained, weights
+from tests.speculators.eagle3_adaptive.engines import (
+    adaptive,
+    engine_of,
+    policy,
+    rollout,
+    same,
+    static_head,
+    trained,
+    weights,
+)
 
 
 def test_an_error_in_a_refresh_costs_drafts_only(monkeypatch):
@@ -53,6 +66,20 @@ def test_an_interrupt_in_a_refresh_undoes_it_and_is_raised_again(monkeypatch, wh
         engine.policy_updated()
     assert same(weights(learner.trainee), before)
     assert same(weights(speculator.head), before)
+
+
+def test_a_head_of_sixteen_bits_gets_its_unrounded_weights_back(monkeypatch):
+    head = copy.deepcopy(static_head()).to(torch.bfloat16)
+    speculator = AdaptiveEagle3Speculator(
+        head, settings=RefineSettings(learning_rate=4e-3), clock=ticking(), budget_share=12.0
+    )
+    engine = trained(speculator, 1, model=copy.deepcopy(policy()).to(torch.bfloat16))
+    before = weights(speculator.learner.trainee)
+    assert not same(before, weights(speculator.head)), "the drafting head is rounded"
+    rollout(engine, 1)
+    monkeypatch.setattr(speculator.learner, "_is_good", lambda done: False)
+    engine.policy_updated()
+    assert same(weights(speculator.learner.trainee), before)
 
 
 def test_a_refresh_that_raises_is_paid_for(monkeypatch):

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
+from atlas_rl.core import Hidden, Prompts, SamplingParams, Sequences, Verified
+from atlas_rl.policy.view import InProcessView
+from atlas_rl.speculators.eagle3_adaptive.call_log import CallLog
 from atlas_rl.speculators.eagle3_adaptive.learner import RefineSettings
 from atlas_rl.speculators.eagle3_adaptive.texts import TextBuffer, batch_of, num_positions
-from tests.speculators.eagle3_adaptive.engines import LAYERS, adaptive, engine_of, rollout
+from tests.speculators.eagle3_adaptive.engines import LAYERS, adaptive, engine_of, policy, rollout
 
 LONG = [[7 * n % 61 + k for n in range(40)] for k in range(3)]
 
@@ -72,6 +76,48 @@ def test_prompts_count_towards_the_buffer_once():
 def test_a_log_that_one_prompt_fills_takes_no_more():
     log = logged(max_tokens=30)[0].learner.log
     assert len({id(states) for states in log._prompts.values()}) <= 1
+
+
+@pytest.mark.parametrize("running", [[1, 3], [2, 3], [0, 1, 2, 3], [3]])
+def test_a_log_that_overflows_keeps_requests_that_are_logged(running):
+    """Some requests of a call may never be logged: their prompt was found in a cache, or other drafters had them."""
+    view, requests = InProcessView(policy()), np.array(running)
+    sequences = Sequences(
+        token_ids=np.ones((4, 64), np.int32),
+        lengths=np.full(4, 4),
+        prompt_lengths=np.full(4, 2),
+        prompt_keys=np.zeros(4, np.int64),
+        noise_keys=np.zeros(4, np.uint64),
+        sampling=SamplingParams(max_new_tokens=60),
+        vocab_size=64,
+        policy_version=0,
+    )
+    log = CallLog(sequences, (0,), max_tokens=6)
+    log.start(Prompts([requests], Hidden(np.zeros(1, np.int64), torch.zeros(0, 32), {0: torch.zeros(2, 32)})), view)
+    rows = len(running)
+    for step in range(3):
+        if not log._kept[requests].any():
+            break
+        states = torch.zeros(2 * rows, 32)
+        verified = Verified(
+            requests=requests,
+            token_ids=np.ones((rows, 2), np.int64),
+            num_committed=np.full(rows, 2),
+            num_accepted=np.ones(rows, np.int64),
+            num_drafted=np.ones(rows, np.int64),
+            finished=np.zeros(rows, bool),
+            hidden=Hidden(2 * np.arange(rows), states, {0: states}),
+        )
+        log.observe(verified, np.full(rows, 4 + 2 * step), view)
+    texts = log.texts()
+    assert texts
+    assert sum(map(len, texts)) >= 2
+
+
+def test_a_call_of_which_nothing_is_logged_has_no_texts():
+    log = logged()[0].learner.log
+    log._entries, log._num_logged = [entry.of(np.zeros(len(entry.requests), bool)) for entry in log._entries], 0
+    assert log.texts() == []
 
 
 def test_versions_may_jump_by_any_number():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.core import Hidden, Verified
 from atlas_rl.policy.view import InProcessView
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
@@ -207,6 +208,27 @@ def test_a_call_larger_than_the_buffer_is_sampled():
     kept = [len(row) for row in output.completion_ids[::4]]  # 32 requests of at most 24 tokens against 200
     assert len(speculator.learner._buffer) == sum(kept) <= 200
     assert can_draft(speculator)
+
+
+def test_a_log_that_overflows_keeps_requests_that_are_logged():
+    """Some requests of a call may never be logged, here those of even numbers."""
+    model, speculator = policy(), recurrent_drafter(max_tokens=20)
+    engine = engine_of(model, speculator)
+    rollout(engine, seed=0)
+    learner, view, requests = speculator.learner, InProcessView(model), np.array([1, 3])
+    sequences = learner.sequences
+    learner.begin_call(sequences, view)
+    verified = Verified(
+        requests=requests,
+        token_ids=np.ones((2, 12), np.int64),
+        num_committed=np.full(2, 12),
+        num_accepted=np.full(2, 11),
+        num_drafted=np.full(2, 11),
+        finished=np.ones(2, bool),
+        hidden=Hidden(12 * np.arange(2), torch.zeros(24, view.hidden_size), {}),
+    )
+    learner.observe(verified, sequences.prompt_lengths[requests], np.full(2, -1), view)
+    assert learner._num_logged == 12
 
 
 @pytest.mark.slow
