@@ -310,7 +310,7 @@ class DecodeLoop:
             with self.recorder.time("prefill"):
                 yield ended
                 self.runner.synchronize()
-            self.room.admitted()
+            self.room.admitted(len(self.active) + len(wave))
             ended.append(True)
         except MemoryError:
             if not self.room.take_back(wave, self.active):
