@@ -155,7 +155,10 @@ class DecodeLoop:
                 outcome = verifying()
             except NonFiniteLogits:  # the drafts' fault, or the policy's own
                 recorder.switch("forward")
-                again = run_one_by_one(self.runner, self.sequences, requests, draft, logits, hidden, self._taps)
+                again = run_one_by_one(
+                    self.runner, self.sequences, requests, draft, logits, hidden, self._taps,
+                    everyone=not self.verifier.keeps_logits(self.sequences.sampling),
+                )  # fmt: skip
                 if again is None:
                     raise
                 recorder.switch("sample")

@@ -49,6 +49,8 @@ def run_one_by_one(
     logits: torch.Tensor,
     hidden: Hidden,
     new_taps: Callable[[], Taps],
+    *,
+    everyone: bool = False,
 ) -> tuple[torch.Tensor, Hidden] | None:
     """Repeat a forward for the requests whose drafts may have made it overflow, and overwrite what it left in their rows.
 
@@ -63,6 +65,7 @@ def run_one_by_one(
         logits: float32 `[sum(draft.lengths + 1), vocab]`, of that forward.
         hidden: States at the same positions.
         new_taps: Makes the taps of another forward.
+        everyone: Whether to repeat it for the other requests as well, because their logits have been changed.
 
     Returns:
         Both anew; None if no request with drafts has logits that are not finite.
@@ -72,6 +75,8 @@ def run_one_by_one(
     rows = np.flatnonzero(np.logical_or.reduceat(lost, first) & (draft.lengths > 0))
     if not len(rows):
         return None
+    if everyone:
+        rows = np.arange(len(requests))
     layers = {layer: states.clone() for layer, states in hidden.layers.items()}
     logits, hidden = logits.clone(), Hidden(hidden.starts, hidden.head_inputs.clone(), layers)
     for row in rows.tolist():

@@ -77,13 +77,19 @@ def test_they_change_no_token(family: str, verification: str) -> None:
 
 @pytest.mark.parametrize("form", VERIFIERS.values())
 @pytest.mark.parametrize("probs", [False, True])
-def test_verification_by_kernels_notices_them_too(form: Any, probs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_verification_by_kernels_notices_them_too(
+    form: Any, probs: bool, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a penalty it changes the logits of the other requests before it notices."""
     model = policy("llama")
-    wanted = generate(engine_of(model, speculation=False), prompts=PROMPTS, temperature=0.0)
+    options: dict[str, Any] = {"prompts": PROMPTS, "temperature": 0.0, "repetition_penalty": penalty}
+    wanted = generate(engine_of(model, speculation=False), **options)
     monkeypatch.setattr(generating, "verifier_on", lambda device, given: FusedVerifier(form(), "reference"))
-    drafter = Loud(wanted.completion_ids, probs=probs)
-    output = generate(drafting(model, drafter, 5), prompts=PROMPTS, temperature=0.0)
+    output = generate(drafting(model, Loud(wanted.completion_ids, probs=probs), 5), **options)
     assert output.completion_ids == wanted.completion_ids
+    for own, plain in zip(output.logprobs, wanted.logprobs, strict=True):
+        assert np.allclose(own, plain, atol=1e-3)
 
 
 def test_a_policy_that_does_sample_one_ends_as_without_drafts() -> None:
