@@ -29,11 +29,12 @@ _DRAFTS = 12  # latest calls of a drafter, per octave of rows, that its cost is 
 _PRIOR_CALLS = 0.03  # weight of the prior "proportional to the depth", in calls
 _MEASURED = 3  # forwards of a size after which its cost counts as measured: their median ignores one outlier
 _ABOUT = 1.1  # bound on the ratio of two costs that are about the same
-_TICK_S = 1e-9  # least seconds of anything: a coarse clock may measure 0
 _SLOW = 4.0  # bound on a call's seconds per draft position, relative to the usual ones
 
 OCTAVES = 32
 """Octaves of rows."""
+TICK_S = 1e-9
+"""Least seconds of anything: a coarse clock may measure 0."""
 
 
 class CostModel:
@@ -76,7 +77,7 @@ class CostModel:
 
     def observe(self, num_tokens: int, seconds: float, context_tokens: int = 0) -> None:
         """One forward of `num_tokens` over a cache of `context_tokens` took `seconds`."""
-        size, seconds = self._step_sizes.bucket(num_tokens), max(seconds, _TICK_S)
+        size, seconds = self._step_sizes.bucket(num_tokens), max(seconds, TICK_S)
         self._learn_context(size, seconds, context_tokens)
         scaled = seconds / self._factor(context_tokens)
         expected = float(self._predicted(size)[size]) if self.num_observed else scaled
@@ -183,7 +184,7 @@ class CostModel:
             seen[where] = table[where]
         # An interpolated size must not cost more than a larger one that was measured.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
-        self._table = np.maximum.accumulate(np.maximum(table, _TICK_S))
+        self._table = np.maximum.accumulate(np.maximum(table, TICK_S))
 
 
 class CostModels:
@@ -230,7 +231,7 @@ class DraftCost:
         """Record a call that took `seconds`."""
         calls = self._calls.setdefault(rows.bit_length(), deque(maxlen=_DRAFTS))
         self._held += len(calls) < _DRAFTS
-        calls.append((rows, max(depth, 1), backlog, max(seconds, _TICK_S)))
+        calls.append((rows, max(depth, 1), backlog, max(seconds, TICK_S)))
         self._observed += 1
         if _due(self._observed, 8):
             self._fit()

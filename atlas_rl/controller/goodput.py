@@ -25,7 +25,7 @@ import numpy as np
 from atlas_rl.controller.arms import LEAST_TRIAL, NOT_ASKED, TRIAL_DEPTH, TRIALS, Arms, ask_next
 from atlas_rl.controller.base import Admission, Controller, Step, step_record
 from atlas_rl.controller.call_end import CallEnd
-from atlas_rl.controller.cost import CostModels
+from atlas_rl.controller.cost import TICK_S, CostModels
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
 from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
@@ -161,7 +161,9 @@ class GoodputController(Controller):
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
         decision, slots = self._decision(step), int(admission.lengths.sum())
-        undrafted_s = step_s - sum(step.draft_s.values())
+        # A clock that is coarse, or stands still, may measure nothing.
+        forward_s, step_s = max(forward_s, TICK_S), max(step_s, TICK_S)
+        undrafted_s = max(step_s - sum(step.draft_s.values()), TICK_S)
         self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         if not slots:
             self._plain_shares.append(forward_s / undrafted_s)

@@ -17,6 +17,7 @@ from atlas_rl.core import Sequences
 from atlas_rl.decode.compile_kernels import compile_drafting, compile_verification
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.decode.plain_run import PlainForwards
+from atlas_rl.decode.room import rows_to_fill
 from atlas_rl.policy.captures import Captured
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.placeholders import refuse_placeholders
@@ -203,7 +204,8 @@ class InProcessBackend(Backend):
         call.recorder.captured(captured.seconds, captured.num_bytes)
         asked = loop.proposing
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
-        plain = loop.plain_costs.run(sequences.lengths - sequences.prompt_lengths, num_rows)
+        num_tokens = sequences.lengths - sequences.prompt_lengths
+        plain = loop.plain_costs.run(num_tokens, loop.room.most_rows, rows_to_fill=rows_to_fill)
         return CallResult(loop.logprobs, plain, list(findings), loop.trace)
 
     def eos_token_ids(self) -> list[int]:

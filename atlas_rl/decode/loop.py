@@ -22,8 +22,9 @@ from atlas_rl.decode.plain_run import PlainCosts
 from atlas_rl.decode.propose import Proposing, merge
 from atlas_rl.decode.room import CacheRoom, rest_of
 from atlas_rl.decode.settling import reached
-from atlas_rl.decode.stand_ins import stand_in
+from atlas_rl.decode.stand_ins import run_one_by_one, stand_in
 from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire, roomy
+from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.packing import packed_tokens
 from atlas_rl.sampling.verification import Outcome, Verifier
@@ -150,7 +151,19 @@ class DecodeLoop:
             recorder.switch("forward")
             self.runner.synchronize()
             forward_s = recorder.switch("sample") - asked_s - (0.0 if self.runner.works_beside_host else apart_s)
-            outcome = verifying()
+            try:
+                outcome = verifying()
+            except NonFiniteLogits:  # the drafts' fault, or the policy's own
+                recorder.switch("forward")
+                again = run_one_by_one(
+                    self.runner, self.sequences, requests, draft, logits, hidden, self._taps,
+                    everyone=not self.verifier.keeps_logits(self.sequences.sampling),
+                )  # fmt: skip
+                if again is None:
+                    raise
+                recorder.switch("sample")
+                logits, hidden = again
+                outcome = self.verifier.verify(logits, draft, self.sequences, requests)
             began_s, self._arrived_s = self._arrived_s, recorder.switch("commit")
             verified = self.commit(requests, outcome, draft.lengths, hidden)
             self._observe(verified)
@@ -300,7 +313,7 @@ class DecodeLoop:
             with self.recorder.time("prefill"):
                 yield ended
                 self.runner.synchronize()
-            self.room.admitted()
+            self.room.admitted(len(self.active) + len(wave))
             ended.append(True)
         except MemoryError:
             if not self.room.take_back(wave, self.active):

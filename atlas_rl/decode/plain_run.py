@@ -23,12 +23,17 @@ import numpy as np
 _NOTED_SHARE = 0.9  # share of plain forwards whose batch size must have been noted, for an estimate
 
 
+def at_once(num_active: int, num_rows: int) -> int:
+    """Rows that waiting requests get now: all that are free."""
+    return num_rows - num_active
+
+
 @dataclass(frozen=True, slots=True)
 class PlainForwards:
     """Plain forwards of a call.
 
     Attributes:
-        num_forwards: Their number; exact.
+        num_forwards: Their number; exact in process, unless memory ran short in the call.
         seconds: Their estimated cost, with that of prompts in mixed forwards; None if the cost of too few of their batch
             sizes is known.
     """
@@ -78,6 +83,7 @@ class PlainCosts:
         completion_lengths: np.ndarray,
         num_rows: int,
         forward_s: Callable[[int, int], float | None] = lambda tokens, context_tokens: None,
+        rows_to_fill: Callable[[int, int], int] = at_once,
     ) -> PlainForwards:
         """Estimate the call without speculation.
 
@@ -86,8 +92,9 @@ class PlainCosts:
             num_rows: Most requests decoded together.
             forward_s: Seconds of a forward over some tokens, of requests with some context tokens; None if unknown. Used
                 for mixed forwards of more tokens than any noted batch size.
+            rows_to_fill: The engine's rule of admission, see `plain_batches`.
         """
-        plain = plain_batches(completion_lengths, num_rows)
+        plain = plain_batches(completion_lengths, num_rows, rows_to_fill)
         num_forwards = sum(plain.values())
         sizes = sorted(self.steps)
         if not num_forwards or not sizes:
@@ -108,25 +115,34 @@ class PlainCosts:
         return PlainForwards(num_forwards, seconds)
 
 
-def plain_batches(completion_lengths: np.ndarray, num_rows: int) -> dict[int, int]:
+def plain_batches(
+    completion_lengths: np.ndarray, num_rows: int, rows_to_fill: Callable[[int, int], int] = at_once
+) -> dict[int, int]:
     """How many forwards of each batch size plain decoding makes.
 
     Args:
         completion_lengths: int64 `[num_requests]`; the first token of each comes from its prompt's forward.
-        num_rows: Most requests decoded together; a waiting one takes the place of one that ends.
+        num_rows: Most requests decoded together.
+        rows_to_fill: Number of waiting requests to admit before a forward, given the active requests and `num_rows`; at
+            least 1 if none is active.
 
     Returns:
         Forwards by batch size.
     """
-    waiting = [int(length) - 1 for length in completion_lengths if length > 1][::-1]
+    waiting = [max(int(length), 1) - 1 for length in completion_lengths][::-1]
     ends: list[int] = []  # of the active requests, in forwards since the beginning
     found: dict[int, int] = {}
     now = 0
     while waiting or ends:
-        while waiting and len(ends) < num_rows:
-            heapq.heappush(ends, now + waiting.pop())
-        found[len(ends)] = found.get(len(ends), 0) + ends[0] - now
-        now = ends[0]
+        for _ in range(min(rows_to_fill(len(ends), num_rows), len(waiting))):
+            if num_forwards := waiting.pop():
+                heapq.heappush(ends, now + num_forwards)
+        if not ends:
+            continue
+        # Requests that end with their first token leave rows to fill before the next forward but one.
+        until = now + 1 if waiting and rows_to_fill(len(ends), num_rows) else ends[0]
+        found[len(ends)] = found.get(len(ends), 0) + until - now
+        now = until
         while ends and ends[0] == now:
             heapq.heappop(ends)
     return found

@@ -163,6 +163,6 @@ def _merged_probs(
             draft_probs[index, : own.shape[1]] = own[index, :width]
         else:
             tokens = uploaded(merged.token_ids[rows], draft_probs.device)
-            one_hot = torch.nn.functional.one_hot(tokens, vocab_size)
-            draft_probs[index] = one_hot.to(draft_probs.dtype)
+            columns = torch.arange(width, device=draft_probs.device)
+            draft_probs[index[:, None], columns, tokens] = 1.0
     return draft_probs

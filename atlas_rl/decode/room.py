@@ -35,11 +35,12 @@ class CacheRoom:
     Attributes:
         waiting: Requests without a row, in order.
         num_paused: Number of times that a request had to give up its row.
+        most_rows: Most requests that had rows at once.
     """
 
     def __init__(self, runner: PolicyRunner, sequences: Sequences, max_lengths: np.ndarray, max_rows: int) -> None:
         self.waiting = deque(range(len(sequences.lengths)))
-        self.num_paused = 0
+        self.num_paused, self.most_rows = 0, 0
         self._runner, self._sequences, self._max_lengths, self._max_rows = runner, sequences, max_lengths, max_rows
         self._fitting = max_rows  # rows that fit into memory, at the latest query
         self._most = max_rows  # rows to try, after a prefill ran out of memory
@@ -47,9 +48,7 @@ class CacheRoom:
 
     def wave(self, active: np.ndarray) -> np.ndarray:
         """Requests to admit now, in order: int64 `[n]`. Makes room for them after the rows of `active`."""
-        free = self._fitting - len(active)
-        # A prefill delays all requests: wait until a quarter of the rows is free, unless nothing else is running.
-        if not self.waiting or (len(active) and free < max(1, self._fitting // 4)):
+        if not self.waiting or not rows_to_fill(len(active), self._fitting):
             return np.zeros(0, np.int64)
         cells, besides = self._runner.cells_that_fit(), self._runner.state_cells
         longest = int(self._wanted(active).max(initial=0))
@@ -73,9 +72,10 @@ class CacheRoom:
                 wave = wave[:kept]
         return np.array(wave, np.int64)
 
-    def admitted(self) -> None:
-        """A prefill succeeded."""
+    def admitted(self, num_rows: int) -> None:
+        """A prefill succeeded, after which so many requests have rows."""
         self._most, self._failed_alone = self._max_rows, False
+        self.most_rows = max(self.most_rows, num_rows)
 
     def take_back(self, wave: np.ndarray, active: np.ndarray) -> bool:
         """Return a wave whose prefill got no memory; half of it is tried next. False if a single request gets none.
@@ -137,6 +137,15 @@ class CacheRoom:
         self.waiting.extendleft(sorted(active[paused].tolist(), reverse=True))
         self.num_paused += number
         return retire(active, paused, lambda request: int(lengths[request]) - 1, self._runner)
+
+
+def rows_to_fill(num_active: int, num_rows: int) -> int:
+    """Free rows that waiting requests get now, of `num_rows`.
+
+    A prefill delays all requests: it waits until a quarter of the rows is free, unless nothing else is running.
+    """
+    free = num_rows - num_active
+    return free if not num_active or free >= max(1, num_rows // 4) else 0
 
 
 @cached_njit(nogil=True)

@@ -72,14 +72,25 @@ class Placement:
         """bool `[batch, 1, group * query_len, context]`: which cells a query sees (causal, within the window)."""
         mask = self._masks.get((group, window))
         if mask is None:
-            query = self.padding().queries[:, :, None]
-            cell = torch.arange(self.context, device=query.device)[None, None]
-            seen = cell <= query
-            if window is not None:
-                seen &= cell > query - window
-            mask = seen.repeat(1, group, 1)[:, None]
+            mask = self.part_of_mask(group, window, slice(0, self.query_len), slice(0, self.context))
             self._masks[group, window] = mask
         return mask
+
+    def part_of_mask(self, group: int, window: int | None, queries: slice, cells: slice) -> torch.Tensor:
+        """`mask` for some queries of each row and some cells, from slices with both ends; it is not kept."""
+        query = self.padding().queries[:, queries, None]
+        cell = torch.arange(cells.start, cells.stop, device=query.device)[None, None]
+        seen = cell <= query
+        if window is not None:
+            seen &= cell > query - window
+        return seen.repeat(1, group, 1)[:, None]
+
+    def cells_seen(self, window: int | None, queries: slice) -> slice:
+        """The cells that these queries of any row see; the cells outside are masked for all of them."""
+        assert self.segments is not None, "tokens of a step of fixed shape are not padded"
+        starts = self.segments.starts
+        first = 0 if window is None else max(0, int(starts.min()) + queries.start - window + 1)
+        return slice(first, min(self.context, int(starts.max()) + queries.stop))
 
 
 def place(

@@ -265,7 +265,9 @@ class RaggedBatch:
             if self.recurrent is not None:
                 self.recurrent.resize(num_rows)
         finally:  # the loop may have ended at any of them
-            self.held_rows = min((store[layer].shape[0] for store, layer in tensors), default=num_rows)
+            held = [store[layer].shape[0] for store, layer in tensors]
+            held += [] if self.recurrent is None else self.recurrent.held_rows
+            self.held_rows = min(held, default=num_rows)
             self.held_cells = min((store[layer].shape[1] for store, layer in tensors), default=cells)
 
     def _resized(self, old: torch.Tensor, num_rows: int, cells: int) -> torch.Tensor:

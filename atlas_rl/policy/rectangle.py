@@ -4,7 +4,8 @@ Query heads that share a key/value head are folded into the query length: `[batc
 `[batch, kv_heads, context, dim]`. The cache is then read once and never expanded to the number of query heads.
 
 torch's attention supports neither softcaps nor attention sinks. Attention with these is computed by its formula, for so
-few queries at a time that their scores take little memory.
+few queries at a time that their scores take little memory. So does a mask: if that of all queries would be large, as for
+a long prompt, they attend part by part.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from atlas_rl.policy.attention_sinks import share_of_cells
 from atlas_rl.policy.placement import Placement
 
 _SCORE_BYTES = 1 << 26
+_MASK_BYTES = 1 << 26
 
 
 def attend_padded(
@@ -48,22 +50,48 @@ def attend_padded(
     group = heads // kv_heads
     if padding.pad is not None:
         packed = packed.index_select(0, padding.pad)
-    folded = packed.reshape(rows, length, kv_heads, group, -1).permute(0, 2, 3, 1, 4)
-    folded = folded.reshape(rows, kv_heads, group * length, -1)
+    queries = packed.reshape(rows, length, kv_heads, group, -1).permute(0, 2, 3, 1, 4)
     window = sliding_window if sliding_window is not None and placed.context > sliding_window else None
-    if softcap is not None or sinks is not None:
+    if placed.fresh and window is None and softcap is None and sinks is None:
+        # Right-padded prompts from position 0: plain causal attention, and no mask of context squared bytes.
+        flat = queries.reshape(rows, heads, length, -1)
+        out = attend(flat, keys, values, scale=scaling, causal=True, grouped=group > 1)
+        out = out.view(rows, kv_heads, group, length, -1)
+    else:
+        step = max(1, _MASK_BYTES // (rows * group * placed.context))
+        if step >= length:
+            out = _masked(queries, keys, values, placed.mask(group, window), scaling, softcap, sinks)
+        else:
+            attended = []
+            for part in (slice(begin, min(begin + step, length)) for begin in range(0, length, step)):
+                cells = placed.cells_seen(window, part)
+                mask = placed.part_of_mask(group, window, part, cells)
+                own = keys[:, :, cells], values[:, :, cells]
+                attended.append(_masked(queries[:, :, :, part], *own, mask, scaling, softcap, sinks))
+            out = torch.cat(attended, dim=3)
+    out = out.permute(0, 3, 1, 2, 4).reshape(rows * length, heads, -1)
+    return out if padding.unpad is None else out.index_select(0, padding.unpad)
+
+
+def _masked(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of `[batch, kv_heads, group, queries, dim]`, in that shape; `sinks` is `[heads]`."""
+    rows, kv_heads, group, length, _ = queries.shape
+    folded = queries.reshape(rows, kv_heads, group * length, -1)
+    if softcap is None and sinks is None:
+        out = attend(folded, keys, values, scale=scaling, mask=mask)
+    else:
         if sinks is not None:
             sinks = sinks.view(kv_heads, group).repeat_interleave(length, dim=1)
-        out = _by_formula(folded, keys, values, placed.mask(group, window), scaling, softcap, sinks)
-    elif placed.fresh and window is None:
-        # Right-padded prompts from position 0: plain causal attention, and no mask of context squared bytes.
-        queries = folded.view(rows, heads, length, -1)
-        out = attend(queries, keys, values, scale=scaling, causal=True, grouped=group > 1)
-        out = out.view(rows, kv_heads, group * length, -1)
-    else:
-        out = attend(folded, keys, values, scale=scaling, mask=placed.mask(group, window))
-    out = out.view(rows, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4).reshape(rows * length, heads, -1)
-    return out if padding.unpad is None else out.index_select(0, padding.unpad)
+        out = _by_formula(folded, keys, values, mask, scaling, softcap, sinks)
+    return out.view(rows, kv_heads, group, length, -1)
 
 
 def _by_formula(

@@ -136,12 +136,21 @@ class RecurrentRows:
         """Bytes of one row in all layers; 0 before the first forward."""
         return sum(tensor[:1].nbytes for kept in self._layers.values() for tensor in kept.tensors)
 
+    @property
+    def held_rows(self) -> list[int]:
+        """Rows of every tensor; they differ if `resize` ended early. Empty before the first forward."""
+        return [len(tensor) for kept in self._layers.values() for tensor in kept.tensors]
+
     def clear(self) -> None:
         """Free everything: no row has a token."""
         self._layers = {}
 
     def resize(self, held_rows: int) -> None:
-        """Allocate `held_rows` rows; the first ones keep their content."""
+        """Allocate `held_rows` rows; the first ones keep their content.
+
+        Raises:
+            MemoryError: No memory is left. Some tensors may have been resized.
+        """
         for kept in self._layers.values():
             if len(kept.records) != held_rows:
                 kept.records = _resized(kept.records, held_rows, *kept.records.shape[1:])

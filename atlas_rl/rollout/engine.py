@@ -73,18 +73,15 @@ class RolloutEngine:
     ) -> None:
         self.config = EngineConfig.of(options)
         check_tokenizer(tokenizer)
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.reports: list[StepReport] = []  # the newest
-        self.model = model
         self._backend: Backend | None = None
         self._speculators: dict[str, Speculator] | None = None
         self._controller: Controller | None = None
         self._restored: dict[str, Any] = {}  # saved state, kept until the first rollout makes the speculators
-        self._restores_strictly = True
-        self._policy, self._faults = PolicyTracker(), Faults()
+        self._restores_strictly, self._policy, self._faults = True, PolicyTracker(), Faults()
         self._auditor = Auditor(self.config.audit_share)
-        self._calls, self._sync_s = 0, 0.0
-        self._lost = LostWrites()
+        self._calls, self._sync_s, self._lost = 0, 0.0, LostWrites()
         self._sink, self._trace_sink = sinks_in(self.config.output_dir, trace=self.config.trace)
         if model is not None:
             self._speculators_for(self._backend_for(model))
@@ -194,6 +191,7 @@ class RolloutEngine:
         prompt_ids, texts = list(map(sequences.prompt, everyone)), list(map(sequences.completion, everyone))
         return GenerationOutput(prompt_ids, texts, run.logprobs, report)
 
+    @one_at_a_time
     def meet(self, model: Any) -> None:
         """Make the speculators for `model` now rather than at the first rollout, so that errors come before any work.
 
@@ -322,15 +320,18 @@ class RolloutEngine:
         else:
             self.load_state_dict(state, strict=False)
 
+    @one_at_a_time
     def _backend_for(self, model: Any) -> Backend:
         backend = self._backend
         if backend is None or resized(backend) or backend.moved() or not backend.runs(model):
             backend = new_backend(model, self.config)
+            self._backend = None  # if a drafter cannot be bound, all are bound again at the next call
             for speculator in (self._speculators or {}).values():
                 speculator.bind(backend.view, backend.couples_noise)
             self._backend = backend
         return backend
 
+    @one_at_a_time
     def _speculators_for(self, backend: Backend) -> dict[str, Speculator]:
         if not backend.leads:
             return {}  # another rank drafts for this one

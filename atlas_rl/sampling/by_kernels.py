@@ -52,6 +52,9 @@ class FusedVerifier(Verifier):
         self._sampling: SamplingParams | None = None  # those that the next two belong to
         self._temperature, self._processed = 0.0, False
 
+    def keeps_logits(self, sampling: SamplingParams) -> bool:
+        return not _is_processed(sampling)
+
     def decide(self, positions: Positions, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         return self._form.decide(positions, sampling)
 

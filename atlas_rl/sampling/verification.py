@@ -72,6 +72,10 @@ class Verifier(ABC):
     couples_noise: bool
     """Whether drafters may draw with the noise that decides (`Stream.TARGET`)."""
 
+    def keeps_logits(self, sampling: SamplingParams) -> bool:
+        """Whether `verify` leaves logits as they are, at least in a batch with drafts."""
+        return True
+
     @abstractmethod
     def decide(self, positions: Positions, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         """Committed token int64 `[rows]` and whether it is the accepted draft, bool `[rows]`."""

@@ -42,6 +42,36 @@ def test_an_admission_of_nothing_has_two_arrays():
     assert not np.shares_memory(run.admissions[0].drafters, run.admissions[0].lengths)
 
 
+@pytest.mark.parametrize("tick_s", [0.0, 0.06])
+def test_a_clock_that_stands_still_or_is_coarse_stops_nothing(tick_s):
+    """Of 0.06 s: some steps seem to take nothing, and some less than their drafts."""
+    run = SimulatedDecoding(Timed(tick_s), affine, {"cheap": sure(0.9)}, noise=0.0)
+    run.run(200, batch=4)
+    assert np.isfinite([record["discount"] for record in run.records]).all()
+    assert sum(admission.lengths.sum() for admission in run.admissions) > 0
+    assert run.controller.plain_forward_s(4, 0) > 0
+
+
+class Timed(GoodputController):
+    """Reads its seconds from a clock that ticks now and then: never, if that is every 0 seconds."""
+
+    def __init__(self, tick_s):
+        super().__init__(("cheap",), explain=True)
+        self._tick_s, self._now_s = tick_s, 0.0
+
+    def observe(self, step, admission, verified, forward_s, step_s):
+        drafted_s = sum(step.draft_s.values())
+        step.draft_s = {name: self._shown(self._now_s, seconds) for name, seconds in step.draft_s.items()}
+        forward_s = self._shown(self._now_s + drafted_s, forward_s)
+        step_s, self._now_s = self._shown(self._now_s, step_s), self._now_s + step_s
+        return super().observe(step, admission, verified, forward_s, step_s)
+
+    def _shown(self, since_s, seconds):
+        if not self._tick_s:
+            return 0.0
+        return ((since_s + seconds) // self._tick_s - since_s // self._tick_s) * self._tick_s
+
+
 def test_no_more_is_asked_or_admitted_than_there_is_room_for():
     run = simulate(flat, cheap=sure(0.97))
     for step in range(150):

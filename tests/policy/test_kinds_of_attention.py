@@ -9,7 +9,9 @@ import torch
 from atlas_rl.policy import rectangle, varlen
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.placement import Placement
 from tests.families import made, policy
+from tests.models import FACTORIES
 from tests.policy.rows import LENGTH, TOLERANCE, Rows, plain_logits, run_in_every_way, texts
 
 SINKS = ["gpt_oss", "granite_swa", "mimo_v2_flash"]
@@ -67,6 +69,31 @@ def test_few_queries_at_a_time_give_the_same(monkeypatch):
     with rows.runner.session(rows.cache):
         rows.forward({0: a[:9], 1: b[:5]})
         rows.forward({0: a[9:10], 1: b[5:9]}, rejected=[2, 0])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mistral", "gemma2", "llama"])
+def test_masks_of_few_queries_at_a_time_give_the_same(family, monkeypatch):
+    monkeypatch.setattr(rectangle, "_MASK_BYTES", 200)
+    run_in_every_way(Rows(FACTORIES[family](seed=2) if family in FACTORIES else policy(family)))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mistral", "gemma2"])
+def test_masks_of_long_prompts_take_little_memory(family, monkeypatch):
+    model = FACTORIES[family](seed=2) if family in FACTORIES else policy(family)
+    monkeypatch.setattr(rectangle, "_MASK_BYTES", 1_000)
+    largest, part_of_mask = [0], Placement.part_of_mask
+
+    def noting(self, *arguments):
+        made = part_of_mask(self, *arguments)
+        largest.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(Placement, "part_of_mask", noting)
+    rows, (text,) = Rows(model), texts(1, 2 * LENGTH)
+    with rows.runner.session(rows.cache):
+        rows.forward({0: text[:40]}, settled=np.array([40]))
+        rows.forward({0: text[40:48]})
+    assert 500 < max(largest) <= 1_000
 
 
 def test_scores_of_long_prompts_take_little_memory(monkeypatch):

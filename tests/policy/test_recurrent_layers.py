@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from atlas_rl.policy import ragged_attention, recurrent_rows
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.memory import allocated
 from atlas_rl.policy.recurrent_layers import GatedDelta, recurrent_layers
 from benchmarks.tiny_policies import build
 from tests.models import HYBRIDS
@@ -120,6 +122,34 @@ def test_memory_counts_the_states():
         held = cache.num_bytes
         runner.reserve(3, LENGTH)
         assert cache.num_bytes == 3 * held
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_rows_are_there_wherever_resizing_ends(family, monkeypatch):
+    """Two layers of each kind: keys, values and records, and states if the family has any."""
+    model, (a, b) = policy(family), texts(2)
+    tensors = 8 if family == "qwen3_5_text" else 6
+    for failing in range(tensors):
+        rows, left = Rows(model), [failing]
+
+        def full(like, *shape, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise MemoryError
+            return allocated(like, *shape)
+
+        with rows.runner.session(rows.cache):
+            rows.forward({0: a[:5], 1: b[:7]}, settled=np.array([5, 7]))
+            with monkeypatch.context() as failing_from:
+                for module in (ragged_attention, recurrent_rows):
+                    failing_from.setattr(module, "allocated", full)
+                with pytest.raises(MemoryError):
+                    rows.cache.reserve(5, 7)
+            assert rows.cache.held_rows == 2
+            rows.runner.reserve(3, 7)
+            rows.copy(1, [2])
+            rows.copy(0, [4])
+            rows.forward({0: a[5:7], 1: b[7:8], 2: a[:2], 4: b[:3]}, rejected=[1, 0, 2, 1])
 
 
 def test_a_layer_whose_formula_is_not_known_is_refused(monkeypatch):

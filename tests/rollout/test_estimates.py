@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from atlas_rl.decode.plain_run import PlainCosts, PlainForwards, plain_batches
+from atlas_rl.decode.room import rows_to_fill
+from atlas_rl.policy.in_process import InProcessRunner
 from tests.drafters import RandomDrafter
-from tests.engines import MAX_NEW, PROMPTS, engine_of, fixed, generate, parrot, policy, reference
+from tests.engines import EOS, MAX_NEW, PROMPTS, VOCAB, engine_of, fixed, generate, parrot, policy, reference
 
 COSTS = {
     "flat": lambda tokens: 0.05,
@@ -40,13 +42,45 @@ class Clock:
             hook.remove()
 
 
-@pytest.mark.parametrize("num_rows", [None, 3])
-def test_the_plain_forwards_are_counted_exactly(num_rows):
-    output = generate(engine_of(speculation=False, max_batch_size=num_rows))
-    lengths = np.array([len(row) for row in output.completion_ids])
-    found = plain_batches(lengths, num_rows or len(lengths))
-    assert sum(found.values()) == output.report.num_forwards
-    assert sum(batch * count for batch, count in found.items()) == output.report.num_request_forwards
+@pytest.fixture
+def counted(monkeypatch):
+    """What calls count of their plain forwards, in order."""
+    found, run = [], PlainCosts.run
+
+    def noting(self, *args, **options):
+        found.append(run(self, *args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(PlainCosts, "run", noting)
+    return found
+
+
+@pytest.mark.parametrize("num_rows", [None, 1, 3, 16])
+@pytest.mark.parametrize("ending", [EOS, list(range(0, VOCAB, 4))])
+def test_the_plain_forwards_are_counted_exactly(num_rows, ending, counted):
+    """With texts of all lengths, and with many that end with their first token."""
+    engine = engine_of(speculation=False, max_batch_size=num_rows)
+    for seed in range(4):
+        output = generate(engine, num_generations=8, eos_token_ids=ending, seed=seed)
+        lengths = np.array([len(row) for row in output.completion_ids])
+        assert counted[-1].num_forwards == output.report.num_forwards
+        found = plain_batches(lengths, num_rows or len(lengths), rows_to_fill)
+        assert sum(found.values()) == output.report.num_forwards
+        assert sum(batch * count for batch, count in found.items()) == output.report.num_request_forwards
+
+
+def test_the_plain_forwards_of_fewer_rows_are_counted_when_memory_allows_no_more(counted, monkeypatch):
+    engine = engine_of(speculation=False)
+    generate(engine)
+    row_bytes = engine._backend.runner.row_bytes(max(map(len, PROMPTS)) + MAX_NEW)
+    monkeypatch.setattr(InProcessRunner, "free_bytes", lambda self: 4 * row_bytes)
+    output = generate(engine)
+    assert max(active for _, active in output.report.active_batch_curve) == 4
+    assert counted[-1].num_forwards == output.report.num_forwards
+
+
+def test_a_server_fills_every_row_at_once():
+    assert plain_batches(np.array([9, 3, 5, 1]), num_rows=2) == {2: 6, 1: 2}
 
 
 def test_a_lucky_request_does_not_make_plain_decoding_dearer():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atlas_rl.controller.base import Admission
 from atlas_rl.core import Draft
@@ -58,6 +61,30 @@ def test_beside_drawn_drafts_certain_ones_are_one_hot() -> None:
         for place in range(length):
             assert merged.draft_probs[row, place].argmax() == b.token_ids[row, place]
             assert merged.draft_probs[row, place].sum() == 1
+
+
+class Made(TorchDispatchMode):
+    """Sums the bytes of what operators return."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and not func.is_view and all(result is not each for each in args):
+            self.num_bytes += result.nbytes
+        return result
+
+
+def test_certain_drafts_take_no_memory_over_the_vocabulary() -> None:
+    vocab, nothing = (
+        1000,
+        Draft(np.zeros((BATCH, 3), np.int64), np.full(BATCH, 3), np.full((BATCH, 3), 0.5, np.float32)),
+    )
+    nothing.draft_probs = torch.zeros(BATCH, 0, vocab)
+    with Made() as made:
+        merged = merge({"a": nothing, "b": certain(3)}, NAMES, admitted([0, 1, 1, 1], [3, 2, 1, 1]), vocab)
+    assert merged.draft_probs is not None
+    assert made.num_bytes < 1.1 * merged.draft_probs.nbytes
 
 
 def test_certain_drafts_alone_have_no_probabilities() -> None:

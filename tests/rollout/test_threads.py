@@ -8,9 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from atlas_rl.core import SamplingParams
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.history.speculator import HistorySpeculator
+from tests.drafters import RandomDrafter
 from tests.engines import PROMPTS, VOCAB, draft_model, engine_of, fixed, generate, state_of
+from tests.families import drafting
 from tests.models import tiny_gpt2, tiny_llama
 
 ROUNDS = 3
@@ -108,3 +111,71 @@ def test_policy_updates_of_another_thread_wait_for_the_call():
         over.set()
         result.result(timeout=60)
     assert outputs == alone(model, 0)
+
+
+class Interrupting(RandomDrafter):
+    """Lets another thread work during its first draft, for a second at most. Keeps the policies that it is bound to."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.work, self.bound, self.seen = threading.Thread(target=work), [], []
+
+    def bind(self, policy, couples_noise):
+        super().bind(policy, couples_noise)
+        self.bound.append(policy.model)
+
+    def propose(self, sequences, requests, max_draft_tokens):
+        if not self.seen:
+            self.work.start()
+            self.work.join(1.0)
+            self.seen = list(self.bound)
+        return super().propose(sequences, requests, max_draft_tokens)
+
+
+@pytest.mark.parametrize("other", ["meets its policy", "generates"])
+def test_a_running_call_keeps_its_policy_whatever_another_thread_does_with_the_engine(other):
+    own, running = tiny_llama(seed=21), tiny_gpt2(seed=22)
+    others = []
+
+    def work():
+        others.append(engine.meet(own) if other == "meets its policy" else engine.generate(**options).completion_ids)
+
+    drafter = Interrupting(work)
+    options = {"prompts": PROMPTS, "max_new_tokens": 8, "eos_token_ids": None, "seed": 2}
+    own.generation_config.eos_token_id = [1, 2]
+    engine = drafting(own, drafter, 3)
+    output = engine.rollout(running, PROMPTS, SamplingParams(max_new_tokens=8, seed=2))
+    drafter.work.join(60)
+    assert drafter.seen == [own, running]
+    assert drafter.bound == [own, running, own]
+    plain = engine_of(running, speculation=False).rollout(running, PROMPTS, SamplingParams(max_new_tokens=8, seed=2))
+    assert output.completion_ids == plain.completion_ids
+    assert others == [
+        None if other == "meets its policy" else engine_of(own, speculation=False).generate(**options).completion_ids
+    ]
+
+
+class Refusing(RandomDrafter):
+    """Cannot be bound to one policy."""
+
+    name = "refusing"
+
+    def __init__(self, refused):
+        super().__init__()
+        self.refused = refused
+
+    def bind(self, policy, couples_noise):
+        if policy.model is self.refused:
+            raise ValueError("not to this one")
+        super().bind(policy, couples_noise)
+
+
+def test_drafters_that_could_not_be_bound_are_bound_again_by_the_next_call():
+    first, second = tiny_llama(seed=21), tiny_gpt2(seed=22)
+    drafter = Interrupting(lambda: None)
+    engine = engine_of(first, speculators=[drafter, Refusing(second)])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not to this one"):
+            engine.rollout(second, PROMPTS, SamplingParams(max_new_tokens=2, seed=2))
+    generate(engine)
+    assert drafter.bound == [first, second, second, first]

@@ -142,12 +142,12 @@ def test_every_way_of_sampling_notices(kind: str, sampling: str) -> None:
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("make", [lambda: engine_of(speculation=False), lambda: fixed(HistorySpeculator(), 4)])
 def test_it_is_noticed_in_the_step_in_which_it_happens(make: Callable[[], Any], after: int) -> None:
-    """One request of the batch is enough, in the prefill or in a later step."""
+    """One request of the batch is enough, in the prefill or in a later step. If it drafted, its own text is tried again."""
     engine = make()
     generate(engine)
     with logits_changed(policy(), lambda logits: logits[0, 0, 3].fill_(NAN), after) as calls:
         assert_refuses(engine)
-    assert calls[0] == after + 1
+    assert after + 1 <= calls[0] <= after + 2
     assert generate(engine).completion_ids == reference().completion_ids
 
 
