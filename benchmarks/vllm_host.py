@@ -99,7 +99,7 @@ class PretendedEngine:
         self.drafting.requests.keys(batch)
         head_inputs = torch.zeros(int((num_drafted + 1).sum()), HIDDEN)
         spans = np.stack([starts, num_drafted + 1, before], axis=1)
-        drawn = DrawnTokens(tokens, 0 * tokens, figures, figures, figures, 0)
+        drawn = DrawnTokens(tokens, 0 * tokens, figures, figures, figures)
         return Forward(batch, num_new, num_drafted, starts, head_inputs, {}, spans, drawn)
 
     def step(self) -> tuple[float, float, int]:

@@ -96,7 +96,8 @@ class StepReport:
             compared with `generate_s`. None if no speculator could draft, or if the run has not measured the cost of
             plain forwards of such batches.
         baseline_tokens_per_s: Tokens per second of a measured rerun without speculation; None without a rerun.
-        step_s: Seconds of the whole training step, with generation and without measuring reruns; None until known.
+        step_s: Seconds of training since the last report, with generation, without evaluation and measuring reruns: of one
+            optimizer step, or of several if not each of them generates. None until known.
         active_batch_curve: Pairs of (index of the decoding forward, active requests), at most 64; shows the long tail.
         completion_lengths: Generated tokens of each request.
         num_audited_tokens: Tokens compared with a plain forward pass of the policy (`audit/auditor.py`).
@@ -219,7 +220,7 @@ class StepReport:
 
     @property
     def generation_share(self) -> float | None:
-        """Measured share of generation in the training step's time; None until that is known."""
+        """Measured share of generation in the training's time, `step_s`; None until that is known."""
         return self.generate_s / self.step_s if self.step_s else None
 
     @property

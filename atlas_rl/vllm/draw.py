@@ -37,7 +37,8 @@ class DrawnTokens:
         logprobs: float32 `[batch, draft_len + 1]`, of the processed distribution; 0 where there is no token.
         entropies: float32 `[batch, draft_len + 1]`, nats, of the processed distribution; 0 where there is no token.
         max_probs: float32 `[batch, draft_len + 1]`, likewise.
-        num_undefined: Positions whose logits were no distribution: NaN, infinite, or all excluded.
+        undefined: bool `[batch, draft_len + 1]`, tokens whose logits were no distribution: NaN, infinite, or all excluded;
+            None if all rows were distributions.
         ranks: int64 `[batch, draft_len + 1]`, tokens that are at least as likely; None where they were not counted.
     """
 
@@ -46,7 +47,7 @@ class DrawnTokens:
     logprobs: np.ndarray
     entropies: np.ndarray
     max_probs: np.ndarray
-    num_undefined: int
+    undefined: np.ndarray | None = None
     ranks: np.ndarray | None = None
 
 
@@ -73,14 +74,17 @@ class _Rows:
 
 @dataclass(slots=True)
 class _Decided:
-    """The draw of every row, including rows after a miss: arrays `[rows]`, and `drafts` int64 `[sum(num_drafts)]`."""
+    """The draw of every row, including rows after a miss: arrays `[rows]`, and `drafts` int64 `[sum(num_drafts)]`.
+
+    `undefined` has the indices of rows that are no distribution.
+    """
 
     tokens: np.ndarray
     drafts: np.ndarray
     logprobs: np.ndarray
     entropies: np.ndarray
     max_probs: np.ndarray
-    num_undefined: int
+    undefined: np.ndarray
     ranks: np.ndarray | None
 
 
@@ -146,6 +150,8 @@ def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> DrawnTokens
     num_accepted = np.cumprod(hits, axis=1).sum(axis=1)
     kept = np.arange(width)[None] <= num_accepted[:, None]
     index = np.where(kept, first[:, None] + np.arange(width)[None], 0)
+    # Without speculation, nothing would have looked at the rows after a miss.
+    undefined = kept & np.isin(index, decided.undefined) if len(decided.undefined) else None
     nothing = np.float32(0)
     return DrawnTokens(
         token_ids=np.where(kept, drawn, NO_TOKEN),
@@ -153,7 +159,7 @@ def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> DrawnTokens
         logprobs=np.where(kept, decided.logprobs[index], nothing),
         entropies=np.where(kept, decided.entropies[index], nothing),
         max_probs=np.where(kept, decided.max_probs[index], nothing),
-        num_undefined=decided.num_undefined,
+        undefined=undefined,
         ranks=None if decided.ranks is None else np.where(kept, decided.ranks[index], 0),
     )
 
@@ -172,7 +178,7 @@ def _decided_by_torch(logits: torch.Tensor, drafts: np.ndarray, rows: _Rows, tru
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log()
     # Computed for every row, also after a miss: leaving rows out would copy the others, which costs more.
     nats = entropies(logits, probs, chosen, logprobs, truncated)
-    return _Decided(tokens, drafts, logprobs.cpu().numpy(), nats, max_probs, len(undefined), None)
+    return _Decided(tokens, drafts, logprobs.cpu().numpy(), nats, max_probs, undefined, None)
 
 
 def _decided_by_kernel(
@@ -208,7 +214,7 @@ def _decided_by_kernel(
         for counted in ranks:
             counted[undefined] = 1
     own_drafts = own_drafts[rows.depth < num_drafts[rows.request]]
-    return _Decided(tokens, own_drafts, logprobs, nats, max_probs, len(undefined), ranks[0] if ranks else None)
+    return _Decided(tokens, own_drafts, logprobs, nats, max_probs, undefined, ranks[0] if ranks else None)
 
 
 def scores(

@@ -1,4 +1,4 @@
-"""What attaching refuses where weights could not be gathered once per generation call, by all ranks together.
+"""What attaching refuses where ranks would have to make every generation call together, and cannot.
 
 The trainers are real and in one process. They are told by name what spreads their policy over ranks.
 """
@@ -34,9 +34,9 @@ def sharded(trainer: Any, wrapper: str) -> Any:
     return trainer
 
 
-def refused(trainer: Any, message: str) -> None:
+def refused(trainer: Any, message: str, backend: Any = "auto") -> None:
     with pytest.raises(ValueError, match=message):
-        AtlasRolloutEngine(console=False).attach(trainer)
+        AtlasRolloutEngine(console=False, backend=backend).attach(trainer)
     assert not trainer.use_vllm
 
 
@@ -52,6 +52,32 @@ def test_tools_with_a_sharded_policy_are_refused(wrapper: str, name: str, tmp_pa
     trainer = sharded(build(tmp_path), wrapper)
     trainer.tools = [print]
     refused(trainer, f"with tools each rank makes as many generation calls.*{name} needs all")
+
+
+@pytest.mark.parametrize(
+    ("options", "wrapper", "message"),
+    [
+        (
+            {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:9"},
+            "none",
+            "with a server 2 ranks have to make every call together: train with one process",
+        ),
+        ({"vllm_tensor_parallel_size": 2}, "none", "2 ranks have to .*: set vllm_tensor_parallel_size=1"),
+        (
+            {"vllm_enable_sleep_mode": True},
+            "zero3",
+            "DeepSpeed ZeRO-3, which gathers .*: set vllm_enable_sleep_mode=False",
+        ),
+    ],
+    ids=str,
+)
+def test_tools_with_a_vllm_that_ranks_call_together_are_refused(
+    options: dict[str, Any], wrapper: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sharded(build(tmp_path, **options), wrapper)
+    trainer.tools = [print]
+    monkeypatch.setattr(trainer.accelerator.state, "num_processes", 2)
+    refused(trainer, f"with tools each rank makes as many .*{message}", "vllm")
 
 
 @pytest.mark.parametrize("kind", ["tp", "cp", "sp"])

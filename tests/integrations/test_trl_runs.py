@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,97 @@ def test_an_interrupted_step_is_no_part_of_the_next_run(tmp_path: Path) -> None:
     assert [report.step for report in engine.reports] == [0, 0, 1]
     assert [report.num_requests for report in engine.reports] == [8, 8, 8]
     assert [report.policy_version for report in engine.reports] == [0, 2, 3]
+
+
+def test_a_run_whose_first_step_was_interrupted_begins_with_the_same_noise(tmp_path: Path) -> None:
+    rows = list[Rows]()
+    reward = noting(rows)
+
+    def interrupting(**kwargs: Any) -> list[float]:
+        scores: list[float] = reward(**kwargs)
+        if len(rows) == 1:
+            raise KeyboardInterrupt
+        return scores
+
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build("attach", engine, tmp_path, max_steps=1, reward_funcs=interrupting, shuffle_dataset=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert rows[1] == rows[0]
+
+
+def test_the_best_checkpoint_that_a_run_ends_with_is_a_policy_of_its_own(tmp_path: Path) -> None:
+    """It is synced before the next generation, although that has the step of the last one."""
+    drafter = Refreshes()
+    engine = AtlasRolloutEngine(speculators=[drafter], console=False)
+    each_step: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    trainer = build("attach", engine, tmp_path, max_steps=2, eval_dataset=DATA.select(range(4)), **each_step)
+    trainer.args.save_strategy, trainer.args.load_best_model_at_end = "steps", True
+    trainer.args.metric_for_best_model, trainer.args.greater_is_better = "loss", False
+    trainer.train()
+    trainer.evaluate()
+    evaluations = [report for report in engine.reports if report.mode == "eval"]
+    assert [report.step for report in evaluations] == [1, 2, 2]
+    assert [report.policy_version for report in evaluations] == [1, 2, 3]
+    assert drafter.versions == [1, 2, 3]
+
+
+@pytest.mark.parametrize("way", ["evaluate", "predict"])
+def test_an_evaluation_that_raised_is_no_part_of_the_next_one(way: str, tmp_path: Path) -> None:
+    rows, data = list[Rows](), DATA.select(range(4))
+    reward = noting(rows)
+
+    def failing(**kwargs: Any) -> list[float]:
+        scores: list[float] = reward(**kwargs)
+        if len(rows) == 2:
+            raise RuntimeError("on purpose")
+        return scores
+
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build("attach", engine, tmp_path, reward_funcs=failing, eval_dataset=data)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        getattr(trainer, way)(data)
+    trainer.evaluate()
+    assert len(rows) == 4, "of two batches each"
+    (report,) = engine.reports
+    assert report.num_requests == 16
+    (logged,) = [row["eval_atlas/num_tokens"] for row in trainer.state.log_history if "eval_atlas/num_tokens" in row]
+    assert logged == report.num_tokens == sum(len(row) for batch in rows[2:] for row in batch)
+
+
+@pytest.mark.parametrize(
+    "shared", [{"steps_per_generation": 4}, {"steps_per_generation": 2, "num_iterations": 2}], ids=str
+)
+def test_the_time_of_a_step_is_that_of_all_steps_that_a_generation_serves(
+    shared: dict[str, int], tmp_path: Path
+) -> None:
+    pause_s = 0.1
+
+    class Pauses(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(pause_s)
+
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(10 * pause_s)
+
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build(
+        "attach",
+        engine,
+        tmp_path,
+        gradient_accumulation_steps=1,
+        max_steps=5,
+        eval_dataset=DATA.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=3,
+        **shared,
+    )
+    trainer.callback_handler.callbacks.insert(0, Pauses())
+    began_s = time.perf_counter()
+    trainer.train()
+    first, second = [report for report in engine.reports if report.mode == "train"]
+    assert (first.step, second.step) == (0, 4)
+    assert first.step_s is first.generation_share is first.amdahl_bound is None, "three more steps use its rollouts"
+    assert 4 * pause_s + second.generate_s < (second.step_s or 0.0)
+    assert (second.step_s or 0.0) < time.perf_counter() - began_s - 11 * pause_s, "without the evaluation and step 0"

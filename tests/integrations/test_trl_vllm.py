@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from atlas_rl.cli import main
 from atlas_rl.report.report import StepReport
 from tests import vllm_engines  # first: it skips this module where there is no vLLM
 from tests.models import tiny_bigram
+from tests.other_trainers import byte_tokenizer
 from tests.trainers import WORDS, build_trainer, script_options, with_special_tokens, word_tokenizer
 
 __all__ = ["vllm_engines"]
@@ -40,7 +42,10 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("policy")
+    return saved_policy(tmp_path_factory.mktemp("policy"), tokenizer)
+
+
+def saved_policy(path: Path, tokenizer: Any) -> Path:
     model = tiny_bigram(vocab=len(WORDS), hidden=64, heads=2, kv_heads=2, context=64, seed=1, logit_std=3.0)
     with_special_tokens(model).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -168,6 +173,9 @@ def test_a_trainer_with_a_vllm_of_its_own_is_told_the_fix(folder: Path, tokenize
         ({"min_p": 0.1}, "min_p"),
         ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),
         ({"generation_kwargs": {"n": 2}}, "n is set by the engine"),
+        ({"generation_kwargs": {"presence_penalty": 9.0}}, "vLLM does not take generation_kwargs .*presence_penalty"),
+        ({"generation_kwargs": {"stopword": "a"}}, "vLLM does not take generation_kwargs .*stopword"),
+        ({"generation_kwargs": {"structured_outputs": {"regexp": "a"}}}, "vLLM does not take .*regexp"),
     ],
     ids=str,
 )
@@ -182,6 +190,44 @@ def test_what_vllm_cannot_honour_is_refused_first(
     with pytest.raises(ValueError, match=message):
         AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
     assert not trainer.use_vllm
+
+
+def test_a_grammar_may_be_a_dict(tmp_path: Path) -> None:
+    """TRL's own calls of vLLM take one, too."""
+    letters, texts = byte_tokenizer(len(WORDS)), list[str]()
+    saved_policy(tmp_path / "policy", letters)
+
+    def noted(completions: list[str], **kwargs: Any) -> list[float]:
+        texts.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    grammar = {"structured_outputs": {"regex": "[ab]{3,6}"}}
+    trainer = build(
+        "grpo", tmp_path / "policy", letters, tmp_path, reward_funcs=noted, max_steps=1, generation_kwargs=grammar
+    )
+    AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    trainer.train()
+    assert len(texts) == 8
+    assert all(re.fullmatch("[ab]{3,6}", text) for text in texts)
+
+
+def test_an_engine_sleeps_after_a_generation_that_raised(
+    folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM cannot sleep on a CPU, so its two methods are replaced."""
+    engine, calls = AtlasRolloutEngine(console=False), list[str]()
+    with engine.prepare_vllm():
+        trainer = build("grpo", folder, tokenizer, tmp_path, use_vllm=True, vllm_mode="colocate")
+    engine.attach(trainer)
+    adapter = trainer.vllm_generation
+    monkeypatch.setattr(adapter.llm, "wake_up", lambda tags: calls.append(f"wake up {tags}"))
+    monkeypatch.setattr(adapter.llm, "sleep", lambda level: calls.append(f"sleep {level}"))
+    adapter.generation.enable_sleep_mode = True
+    with pytest.raises(ValueError, match="prompt"):
+        adapter.generate([[]], None, 1)
+    assert calls == ["wake up ['kv_cache']", "sleep 2"]
+    adapter.generate([[2, 3]], None, 1)
+    assert calls[2:] == ["wake up ['weights']", "wake up ['kv_cache']", "sleep 2"]
 
 
 def test_a_folder_is_enough_stand_alone(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

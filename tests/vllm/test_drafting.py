@@ -88,7 +88,7 @@ class Engine:
         lengths = np.array([self.lengths[name] for name in self.names])
         kept = np.arange(num_drafted.max() + 1)[None] < num_new[:, None]
         tokens, figures = np.where(kept, 0, NO_TOKEN), kept.astype(np.float32)
-        drawn = DrawnTokens(tokens, 0 * tokens, figures, figures, figures, 0)
+        drawn = DrawnTokens(tokens, 0 * tokens, figures, figures, figures)
         batch = ForwardBatch(
             names=list(self.names),
             token_ids=np.zeros((count, CONTEXT), np.int32),

@@ -29,21 +29,27 @@ def drawn_from(logits: torch.Tensor, greedy: bool = False) -> DrawnTokens:
 
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("row", [0, 3, 4])
-def test_rows_that_are_no_distribution_are_counted(row: int, value: float, greedy: bool) -> None:
+@pytest.mark.parametrize(("row", "request_index"), [(0, 0), (3, 1), (4, 2)])
+def test_tokens_of_rows_that_are_no_distribution_are_marked(
+    row: int, request_index: int, value: float, greedy: bool
+) -> None:
     """The engine refuses the call, a server goes on: neither draws from NaN."""
     logits = logits_of_step()
     logits[row] = value
     drawn = drawn_from(logits, greedy=greedy)
-    assert drawn.num_undefined == 1
+    assert drawn.undefined is not None
+    assert np.argwhere(drawn.undefined).tolist() == [[request_index, 0]]
     assert all(np.isfinite(values).all() for values in (drawn.logprobs, drawn.entropies, drawn.max_probs))
-    assert drawn_from(logits_of_step(), greedy=greedy).num_undefined == 0
+    assert drawn_from(logits_of_step(), greedy=greedy).undefined is None
 
 
 def test_rows_behind_a_miss_are_nobodys_business() -> None:
+    """Speculation off never computes them, so they must not end a call."""
     logits = logits_of_step()
     logits[2] = NAN
     drawn, expected = drawn_from(logits), drawn_from(logits_of_step())
+    assert drawn.undefined is not None
+    assert not drawn.undefined.any()
     assert np.array_equal(drawn.token_ids, expected.token_ids)
     np.testing.assert_allclose(drawn.entropies, expected.entropies, atol=1e-5)
 
@@ -112,7 +118,11 @@ def test_the_kernel_goes_on_where_a_row_is_no_distribution(row: int, value: floa
     logits = 3 * torch.randn(10, 300, generator=torch.Generator().manual_seed(1))
     logits[row] = value
     expected, found = both_ways(logits, np.zeros(6, np.int64), FORMS[form], 0)
-    assert found.num_undefined == expected.num_undefined == 1
+    assert found.undefined is not None
+    assert expected.undefined is not None
+    assert np.array_equal(found.undefined, expected.undefined)
+    was_drawn = expected.token_ids != NO_TOKEN
+    assert expected.undefined.sum() == (row in expected.index[was_drawn])
     assert np.array_equal(found.token_ids, expected.token_ids)
     for name in ("logprobs", "entropies", "max_probs"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)

@@ -338,7 +338,8 @@ def test_positions_without_a_distribution_get_some_token() -> None:
     sound = logits[3].clone()
     keys, none = np.arange(4, dtype=np.uint64), np.zeros(4, np.int64)
     drawn = draw(logits, np.zeros(0, np.int64), none, keys, none + 9, np.array([True, False, False, False]), False)
-    assert drawn.num_undefined == 3
+    assert drawn.undefined is not None
+    assert drawn.undefined[:, 0].tolist() == [True, True, True, False]
     assert ((drawn.token_ids >= 0) & (drawn.token_ids < 8)).all()
     assert drawn.token_ids[2, 0] == 5
     assert np.isfinite(drawn.logprobs).all()

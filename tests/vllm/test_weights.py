@@ -258,6 +258,29 @@ def test_weights_that_are_not_finite_are_said_at_the_call(llm: Any) -> None:
     made.generate(PROMPTS, **given)
 
 
+def test_undefined_logits_in_the_middle_of_a_prompt_end_no_call(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM runs a long prompt in parts, draws a token after each, and keeps only the last one."""
+    llm = engine(folders[0], max_num_seqs=8, max_num_batched_tokens=32, enable_prefix_caching=False)
+    made, model = AtlasRolloutEngine(model=llm, console=False), runner_of(llm).get_model()
+    given: dict[str, Any] = {"max_new_tokens": 5, "eos_token_ids": [0], "seed": 5}
+    expected = made.generate([PROMPTS[1]], **given).completion_ids
+    compute, undefined_in = model.compute_logits, [0]
+    calls: list[int] = []
+
+    def spoiled(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(len(hidden))
+        return compute(hidden) * (torch.nan if len(calls) - 1 in undefined_in else 1.0)
+
+    monkeypatch.setattr(model, "compute_logits", spoiled)
+    assert made.generate([PROMPTS[1]], **given).completion_ids == expected
+    calls.clear()
+    undefined_in[:] = [1]  # the last part, whose token is kept
+    with pytest.raises(ValueError, match="the policy's logits are not finite"):
+        made.generate([PROMPTS[1]], **given)
+
+
 def test_precisions_of_trainers_are_taken_for_one_another(folders: list[Path], tmp_path: Path) -> None:
     policy(1).to(torch.bfloat16).save_pretrained(tmp_path)
     check(tmp_path, describe(folders[0]), torch.float32)
@@ -277,3 +300,26 @@ def test_the_end_of_a_weight_transfer_tells_the_drafters_and_empties_the_prefix_
     llm.collective_rpc("finish_weight_update")
     assert llm.collective_rpc("atlas_status")[0] == status | {"policy_version": status["policy_version"] + 1}
     assert text(llm)[1] == greedy_text_of(policy(2)), "no prefix of the old policy is left"
+
+
+def test_a_rank_that_cannot_load_reads_to_the_end_before_it_tells_the_others(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks take part in gathering each weight: those that read on would wait for one that already tells."""
+    from atlas_rl.vllm.internals import weights
+
+    happened, agree = [], weights.agree
+
+    def pairs() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in policy(1).state_dict().items():
+            yield name, tensor * torch.nan
+        happened.append("read")
+
+    def told(failed: str | None) -> str | None:
+        happened.append("told")
+        return agree(failed)
+
+    monkeypatch.setattr(weights, "agree", told)
+    with pytest.raises(ValueError, match="not finite"):
+        weights.load_all_or_nothing(runner_of(llm), pairs())
+    assert happened == ["read", "told"]

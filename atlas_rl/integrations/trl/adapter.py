@@ -148,7 +148,7 @@ class TrainerAdapter:
         self._calls_at_step: dict[tuple[int, str], int] = {}
         self._train_calls = 0
         self._synced_step: int | None = None
-        self._runs = RunCallback(self._begin_again)
+        self._runs = RunCallback(self._begin_run, self._policy_changed)
         self._sampling(seed=0)  # refuse unsupported options before the trainer is changed
         built_at = float(trainer.args.temperature) if kind_of(trainer).scores_as_built else None
         spare = self.shares_weights and engine.config.spare_importance_sampling
@@ -162,6 +162,7 @@ class TrainerAdapter:
         of_drafters = (self.drafter_state, exchange) if self.drafts_here else ()
         for callback in (self._runs, self._reports, self._importance, *of_drafters):
             trainer.add_callback(callback)
+        self._reports.follow()
 
     def install(self) -> None:
         """Replace the trainer's vLLM engine."""
@@ -185,9 +186,13 @@ class TrainerAdapter:
             self.engine.policy_updated(step=step)
             self._synced_step = step
 
-    def _begin_again(self) -> None:
-        """Sync before the first generation of another run, whatever its step: its policy is not the one of that step."""
-        self._calls_at_step, self._synced_step = {}, None
+    def _begin_run(self) -> None:
+        """Give the run's calls the seeds that they have in any process: those of an interrupted step do not count."""
+        self._calls_at_step = {}
+
+    def _policy_changed(self) -> None:
+        """Sync before the next generation, whatever its step: the policy is not the one of that step."""
+        self._synced_step = None
         # The steps at which trainers last asked for a sync: GOLD and IW-OPD have the second.
         self.trainer._last_loaded_step = -1
         self.trainer._last_vllm_sync_step = -int(getattr(self.trainer, "vllm_sync_frequency", 1))

@@ -66,6 +66,25 @@ def check_gathering(trainer: Any) -> None:
         )
 
 
+def check_tools(trainer: Any, num_ranks: int, setting: str, instead: str) -> None:
+    """Raise `ValueError` for tools or environments if ranks have to make every call to vLLM together.
+
+    In TRL's tool loop a rank makes as many calls as its own completions need, with only those prompts that go on. Such
+    ranks would wait for each other, or get completions of each other's prompts.
+
+    Args:
+        trainer: Its `tools` include those of its environments.
+        num_ranks: Number of ranks that make the calls together.
+        setting: Why they do, for the message.
+        instead: What to do, for the message.
+    """
+    if num_ranks > 1 and getattr(trainer, "tools", None):
+        raise ValueError(
+            f"with tools each rank makes as many generation calls as its own completions need, but with {setting} "
+            f"{num_ranks} ranks have to make every call together: {instead}"
+        )
+
+
 def _splits_forwards(trainer: Any) -> str:
     """Names what splits a single forward over ranks; empty if nothing does."""
     model, state = trainer.model, trainer.accelerator.state

@@ -14,26 +14,37 @@ class RunCallback(TrainerCallback):
     A step's number does not tell which policy it has: another run begins at 0 again, or at the step of a checkpoint.
 
     Args:
-        began_again: Called when a run begins after an earlier one that has changed the policy.
+        begin: Called when a run begins.
+        policy_changed: Called when the policy is no longer that of its step: when a run begins after an earlier one that
+            has changed it, and when a run has ended by loading its best checkpoint.
 
     Attributes:
         number: Earlier runs that began at step 0. A run that resumes has the number of the run before it.
     """
 
-    def __init__(self, began_again: Callable[[], None]) -> None:
+    def __init__(self, begin: Callable[[], None], policy_changed: Callable[[], None]) -> None:
         self.number = 0
-        self._began_again = began_again
+        self._begin = begin
+        self._policy_changed = policy_changed
         self._has_stepped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count this run, if an earlier one made a step."""
+        self._begin()
         if self._has_stepped:
             self._has_stepped = False
             self.number += int(state.global_step == 0)
-            self._began_again()
+            self._policy_changed()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note that the policy has changed."""
         self._has_stepped = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that the trainer has loaded its best checkpoint, which it does before this call."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._policy_changed()

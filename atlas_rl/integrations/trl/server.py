@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from atlas_rl.config import EngineConfig
 from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once, check_same_policy, refuse_images
-from atlas_rl.integrations.trl.checks import check_trainer
+from atlas_rl.integrations.trl.checks import check_tools, check_trainer
 from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling
 from atlas_rl.integrations.trl.server_client import AtlasClient, ServerCall, ServerStatus, our_clients
@@ -48,6 +48,12 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAd
     """
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=False)
+    check_tools(
+        trainer,
+        trainer.accelerator.num_processes,
+        "a server",
+        "train with one process (the server may use several GPUs), or generate in process or with a colocated vLLM",
+    )
     check_same_policy(engine, trainer)
     _check_options(engine.config, baseline_every)
     _check_teacher(trainer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from torch import nn
 
 from atlas_rl.config import EngineConfig
 from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_once, check_same_policy
-from atlas_rl.integrations.trl.checks import check_trainer
+from atlas_rl.integrations.trl.checks import check_tools, check_trainer
 from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
+from atlas_rl.integrations.trl.whole_policy import shards
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.rollout.backends import vllm_draft_folder
 from atlas_rl.vllm.backend import NO_DRAFTER, VllmBackend, in_this_process, llm_arguments
@@ -75,9 +76,10 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdap
     """Put the engine around the trainer's vLLM. If it cannot, raises `ValueError` and changes nothing."""
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=False)
+    _check_tools(trainer)
     check_same_policy(engine, trainer)
     # Refuse unsupported options before a vLLM engine is built.
-    checked_sampling(trainer, seed=0)
+    sampling = checked_sampling(trainer, seed=0)
     unwrap_policy(trainer.model)  # vLLM gets merged layers: weights held by a wrapper would be lost
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None and not kind_of(trainer).built_later:
@@ -86,12 +88,30 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdap
             "engine.prepare_vllm(), with use_vllm=True and vllm_mode='colocate'"
         )
     if generation is None:
+        with in_this_process():
+            _in_vllms_types(sampling, trainer.args.vllm_structured_outputs_regex)
         generation = _new_generation(engine.config, trainer)
     elif drafter_of(generation.llm) is None:
         raise ValueError(NO_DRAFTER)
     adapter = VllmAdapter(engine, trainer, baseline_every, generation)
     adapter.install()
     return adapter
+
+
+def _check_tools(trainer: Any) -> None:
+    """Raise `ValueError` for tools if ranks generate together, or gather the policy together in every call."""
+    size = int(getattr(trainer.args, "vllm_tensor_parallel_size", 1))
+    check_tools(
+        trainer, size, f"vllm_tensor_parallel_size={size}", "set vllm_tensor_parallel_size=1, or generate in process"
+    )
+    sharder = shards(trainer)
+    if sharder and getattr(trainer.args, "vllm_enable_sleep_mode", False):
+        check_tools(
+            trainer,
+            trainer.accelerator.num_processes,
+            f"vllm_enable_sleep_mode=True and {sharder}, which gathers the policy whenever vLLM wakes up,",
+            "set vllm_enable_sleep_mode=False, or train with DDP or ZeRO-2",
+        )
 
 
 def _new_generation(config: EngineConfig, trainer: Any) -> Any:
@@ -167,10 +187,13 @@ class VllmAdapter(TrainerAdapter):
         own, everyone = self._of_group(prompts)
         if self.generation.enable_sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
-        output = super()._generate(everyone, asked)
-        if self.generation.enable_sleep_mode:
-            self.llm.sleep(level=2)
-            self.generation._llm_weights_sleeping = True
+        try:
+            output = super()._generate(everyone, asked)
+        finally:
+            # An error may be caught, and the trainer then needs the memory.
+            if self.generation.enable_sleep_mode:
+                self.llm.sleep(level=2)
+                self.generation._llm_weights_sleeping = True
         return replace(
             output,
             prompt_ids=output.prompt_ids[own],
@@ -202,14 +225,7 @@ class VllmAdapter(TrainerAdapter):
             self.generation._llm_weights_sleeping = False
 
     def _sampling(self, seed: int) -> TrainerSampling:
-        sampling = checked_sampling(self.trainer, seed)
-        regex = self.generation.structured_outputs_regex
-        if regex is None:
-            return sampling
-        from vllm.sampling_params import StructuredOutputsParams
-
-        structured_outputs = StructuredOutputsParams(regex=regex)
-        return replace(sampling, extra={**sampling.extra, "structured_outputs": structured_outputs})
+        return _in_vllms_types(checked_sampling(self.trainer, seed), self.generation.structured_outputs_regex)
 
     @contextmanager
     def _policy(self) -> Iterator[Any]:
@@ -233,3 +249,25 @@ def checked_sampling(trainer: Any, seed: int) -> TrainerSampling:
     sampling = read_sampling(trainer, seed)
     check_sampling(sampling.params, sampling.extra)
     return sampling
+
+
+def _in_vllms_types(sampling: TrainerSampling, regex: str | None) -> TrainerSampling:
+    """Options with their grammar in vLLM's type: TRL takes a regular expression, which goes first, or a dict.
+
+    Raises:
+        ValueError: vLLM does not take an option.
+    """
+    from vllm import SamplingParams as Params
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+
+    extra = dict(sampling.extra)
+    if regex is not None:
+        extra["structured_outputs"] = {"regex": regex}
+    try:
+        if isinstance(extra.get("structured_outputs"), Mapping):
+            extra["structured_outputs"] = StructuredOutputsParams(**extra["structured_outputs"])
+        Params(max_tokens=sampling.params.max_new_tokens, **extra)
+    except (TypeError, ValueError, VLLMValidationError) as reason:
+        raise ValueError(f"vLLM does not take generation_kwargs {extra}: {reason}") from reason
+    return replace(sampling, extra=extra)

@@ -134,7 +134,7 @@ def _seconds_by_step(run: Run, runs: Sequence[Run]) -> Figure:
         y = [phase_s(report, phase) / len(group) for report, group in zip(sums, split, strict=True)]
         style = {"line": {"width": 0.5, "color": PHASE_COLORS[phase]}, "fillcolor": PHASE_COLORS[phase]}
         data.append(_area(phase, x, y, PHASE_COLORS[phase], style if len(x) > 1 else {}, shape))
-    if all(report.step_s is not None for report in sums):
+    if any(report.step_s is not None for report in sums):
         rest = [max(0.0, (r.step_s or 0.0) - r.generate_s) / len(g) for r, g in zip(sums, split, strict=True)]
         style = {"line": {"width": 0.5, "color": GREY}, "fillcolor": "rgba(139,146,156,0.18)"}
         data.append(_area(_REST, x, rest, "rgba(139,146,156,0.4)", style if len(x) > 1 else {}, shape))

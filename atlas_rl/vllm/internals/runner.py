@@ -211,13 +211,24 @@ def _sample(original: Callable[..., Any], runner: Any, drafter: Hooks, logits: t
             ranked=metadata.max_num_logprobs is not None and runner.rejection_sampler.is_processed_logprobs_mode,
         )
         _forward_time(runner).settle(drafter.recorder, "sample", began_s)
-        if drawn.num_undefined:
-            # After processing, undefined logits may be the request's own doing: it can exclude every token.
-            own = drawn.num_undefined if not truncated else int((~logits.float().logsumexp(dim=-1).isfinite()).sum())
-            if own:
-                drafter.undefined_logits(own)
+        num_undefined = _num_undefined(runner, logits, drawn, truncated)
+        if num_undefined:
+            drafter.undefined_logits(num_undefined)
         runner._atlas_rl_drawn = batch, num_drafted, drawn
         return sampler_output(runner.rejection_sampler, logits, processed, drawn, metadata.max_num_logprobs)
+
+
+def _num_undefined(runner: Any, logits: torch.Tensor, drawn: DrawnTokens, truncated: bool) -> int:
+    """Number of the step's tokens whose logits the policy left undefined."""
+    if drawn.undefined is None:
+        return 0
+    discarded = runner.discard_request_mask.np[: len(drawn.undefined)]  # their prompts are not complete yet
+    index = drawn.index[drawn.undefined & ~discarded[:, None]]
+    if truncated:
+        # After processing, undefined logits may be the request's own doing: it can exclude every token.
+        rows = logits[torch.from_numpy(index).to(logits.device)]
+        return int((~rows.float().logsumexp(dim=-1).isfinite()).sum())
+    return len(index)
 
 
 def _propose(original: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any) -> list[list[int]]:

@@ -16,7 +16,8 @@ from atlas_rl.vllm.internals.version import since
 def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load a checkpoint layer by layer, as vLLM reloads; on any error the old weights are restored.
 
-    A copy of the old weights is held in host memory during loading.
+    A copy of the old weights is held in host memory during loading. After an error the weights are still read to the end:
+    every rank may take part in each of them, and the ranks share errors only then.
 
     Args:
         runner: A model runner.
@@ -27,13 +28,18 @@ def load_all_or_nothing(runner: Any, weights: Iterable[tuple[str, torch.Tensor]]
             propagate.
     """
     before: _Snapshot | None = None
+    iterator = iter(weights)
     try:
         before = _Snapshot(runner.get_model())
-        _reload(runner, weights)
+        _reload(runner, iterator)
     except BaseException as error:
-        if before is not None:
-            before.restore()
-        agree(f"{type(error).__name__}: {error}")  # the other ranks wait for this one
+        try:
+            if before is not None:
+                before.restore()
+            for _ in iterator:
+                pass
+        finally:
+            agree(f"{type(error).__name__}: {error}")  # the other ranks wait for this one
         raise
     failed = agree(None)
     if failed is not None:

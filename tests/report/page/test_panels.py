@@ -201,6 +201,13 @@ def test_numbers_of_long_runs_are_written_out():
     assert not re.search(r"\de\+\d", text)
 
 
+def test_a_step_whose_time_is_not_known_hides_no_other_steps_time():
+    """As the first one of a run in which one generation serves several optimizer steps."""
+    (_, by_step) = charts(speed.seconds([run_of([make_report(step=0, step_s=None), make_report(step=4)])]))
+    (rest,) = [trace["y"] for trace in by_step.data if trace["name"] == speed._REST]
+    assert rest == [0.0, 3.0]
+
+
 def test_a_legend_of_many_rows_takes_no_room_from_its_chart():
     traces = [{"name": f"a run with a long name {i}"} for i in range(9)]
     figure = Figure(traces, {}, height_px=200)
