@@ -61,7 +61,9 @@ def attend_padded(
         out = attend(queries, keys, values, scale=scaling, causal=True, grouped=group > 1)
         out = out.view(rows, kv_heads, group * length, -1)
     else:
-        out = attend(folded, keys, values, scale=scaling, mask=placed.mask(group, window))
+        # On a GPU torch pads a mask as its kernels need it, and converts it itself.
+        mask = placed.mask(group, window) if folded.is_cuda else placed.bias(group, window, folded.dtype)
+        out = attend(folded, keys, values, scale=scaling, mask=mask)
     out = out.view(rows, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4).reshape(rows * length, heads, -1)
     return out if padding.unpad is None else out.index_select(0, padding.unpad)
 
