@@ -54,7 +54,7 @@ def attend_singly(
     Returns:
         `[1, num_tokens, heads, value_dim]`.
     """
-    new = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
+    query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, positions = placed.token_rows, placed.token_positions
-    return attend_single(*new, keys, values, rows, positions, placed.context, scale, window)[None]
+    return attend_single(query, key, value, keys, values, rows, positions, placed.context, scale, window)[None]
