@@ -7,30 +7,40 @@ The floor of a step is what its bytes and operations take at the rates that the 
 batch size: reading a matrix as large as the policy's LM head once (bytes/s), and multiplying large square matrices
 (operations/s). A step reads every weight once, writes and reads the logits, reads the cache; it multiplies every weight by
 one row per request. The two overlap at best, so the floor is the larger one. Time comes from the engine's own report; the
-forward is split by operator with torch's profiler, over a call of its own.
+forward is split by operator with torch's profiler, over a call of its own, less a call that runs the prompts alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
+from atlas_kernels import layer
 from atlas_rl import AtlasRolloutEngine, progress
+from atlas_rl.policy import single_tokens
 from atlas_rl.report.report import PHASES
 from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
 
 KINDS = {
     "linear": ("aten::mm", "aten::addmm", "aten::mv", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise"),
-    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "attention": ("attend_single", "aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "layout": ("aten::copy_", "aten::contiguous", "aten::clone", "aten::cat", "aten::index", "aten::index_put_"),
 }
+KERNELS = (
+    (single_tokens, "attend_single"),
+    (layer, "rms_norm_cpu"),
+    (layer, "rotate_cpu"),
+)
 
 
 def main() -> None:
@@ -56,11 +66,11 @@ def measure(
     """Steps of one batch size: without ending tokens, every request runs to `max_new_tokens`."""
     prompts = unseen_prompts(tokenizer, max(1, batch // 4), args.repeats + 1, seed=batch)
 
-    def generate(call: int) -> Any:
+    def generate(call: int, max_new_tokens: int = args.max_new_tokens) -> Any:
         return engine.generate(
             prompts[call],
             num_generations=min(4, batch),
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_token_ids=[0],
             seed=call,
         ).report
@@ -87,7 +97,7 @@ def measure(
         "sustained_bytes_per_s": max(bytes_per_s),
         "sustained_flops_per_s": max(flops_per_s),
         "shares": phase_shares(reports),
-        "forward_shares": operator_shares(lambda: generate(0)),
+        "forward_shares": operator_shares(lambda: generate(0), lambda: generate(0, 1)),
     }
 
 
@@ -136,16 +146,39 @@ def phase_shares(reports: list[Any]) -> dict[str, float]:
     return {name: round(s / sum(seconds.values()), 4) for name, s in seconds.items() if s}
 
 
-def operator_shares(call: Callable[[], Any]) -> dict[str, float]:
-    """Shares of the operators' time in one generation call, prefill included, by kind."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    own_us = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+def operator_shares(call: Callable[[], Any], prefill: Callable[[], Any]) -> dict[str, float]:
+    """Shares of the operators' time in the decode steps of a generation call, by kind."""
+    own_us = operator_us(call)
+    own_us.subtract(operator_us(prefill))
     total = sum(own_us.values())
     shares = {
         kind: sum(us for key, us in own_us.items() if key.startswith(keys)) / total for kind, keys in KINDS.items()
     }
     return {kind: round(share, 4) for kind, share in (shares | {"rest": 1 - sum(shares.values())}).items()}
+
+
+def operator_us(call: Callable[[], Any]) -> Counter[str]:
+    """Microseconds of each operator, without those that it calls."""
+    with named_kernels(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return Counter({event.key: event.self_cpu_time_total for event in profile.key_averages()})
+
+
+@contextmanager
+def named_kernels() -> Iterator[None]:
+    """Context in which torch's profiler sees compiled kernels, which are no operators of torch."""
+
+    def recorded(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with torch.profiler.record_function(name):
+                return own(*args)
+
+        return run
+
+    with ExitStack() as stack:
+        for module, name in KERNELS:
+            stack.enter_context(mock.patch.object(module, name, recorded(name, getattr(module, name))))
+        yield
 
 
 if __name__ == "__main__":

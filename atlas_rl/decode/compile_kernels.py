@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numba.core import event
 
+from atlas_kernels.attend_cpu import compile_attention
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.jit_cache import num_kernels
 from atlas_kernels.layer import rms_norm, rotate
@@ -159,6 +160,7 @@ def _run_all() -> None:
     tokens = torch.ones(2, 1, 2)
     rms_norm(tokens, torch.ones(2), 1e-6)
     rotate(tokens, tokens, tokens[:, 0], tokens[:, 0])
+    compile_attention()
     acceptance, confidence = AcceptanceModel(), np.full((2, 2), 0.5, np.float32)
     acceptance.observe(confidence, np.full(2, 2), np.ones(2, np.int64))
     survival = acceptance.survival(confidence, np.full(2, 2))

@@ -60,6 +60,7 @@ class Placement:
     handed_on: HandedOn = field(default_factory=HandedOn)
     _padding: Padding | None = None
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int, int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def padding(self) -> Padding:
         """The padded form, made on first use, once for all layers."""
@@ -91,6 +92,15 @@ class Placement:
         starts = self.segments.starts
         first = 0 if window is None else max(0, int(starts.min()) + queries.start - window + 1)
         return slice(first, min(self.context, int(starts.max()) + queries.stop))
+
+    def bias(self, group: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """`mask` as numbers to add to scores, 0 or -inf. torch's attention would convert the mask anew for every layer."""
+        bias = self._biases.get((group, window, dtype))
+        if bias is None:
+            mask = self.mask(group, window)
+            bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+            self._biases[group, window, dtype] = bias
+        return bias
 
 
 def place(

@@ -34,6 +34,7 @@ from atlas_rl.policy.parts import ListedModules
 from atlas_rl.policy.placement import Placement, place
 from atlas_rl.policy.rectangle import attend_padded
 from atlas_rl.policy.recurrent_rows import Recurrence, RecurrentRows
+from atlas_rl.policy.single_tokens import attend_singly, takes_singly
 
 NAME = "atlas_ragged"
 
@@ -124,22 +125,27 @@ class RaggedBatch:
         """What keeps a step from having a fixed shape; None if nothing does, or if nothing has run."""
         return self.refusal if self.recurrent is None else "it has recurrent layers"
 
+    def source(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> int:
+        """The layer whose tensors hold `[1, kv_heads, num_tokens, dim]`: `layer`, or an earlier one that stored them."""
+        source = self.placed.handed_on.first_layer(layer, key, value)
+        if self.sources.setdefault(layer, source) != source:
+            raise RuntimeError(
+                f"layer {layer} attends to the keys of layer {source}, and attended to those of {self.sources[layer]} before"
+            )
+        if source not in self.keys:
+            self._begin(source, *as_attended(key, value))
+        return source
+
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> int:
         """Write `[1, kv_heads, num_tokens, dim]` into the rows, unless an earlier layer has written them.
 
         Returns:
             The layer whose tensors hold them.
         """
-        source = self.placed.handed_on.first_layer(layer, key, value)
-        if self.sources.setdefault(layer, source) != source:
-            raise RuntimeError(
-                f"layer {layer} attends to the keys of layer {source}, and attended to those of {self.sources[layer]} before"
-            )
+        source = self.source(layer, key, value)
         if source == layer:
             if self.autocast is not None:
                 key, value = as_attended(key, value)
-            if layer not in self.keys:
-                self._begin(layer, key, value)
             rows, cells = self.placed.token_rows, self.placed.token_positions
             new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
             store_tokens(
@@ -328,7 +334,6 @@ def ragged_attention(
         raise ValueError("the policy builds a mask of its own for this batch, which a ragged batch cannot be given")
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch.autocast = autocast_type(query.device)
-    layer = batch.store(layer, key, value)
     if batch.autocast is not None:
         (query,) = as_attended(query)
     packed = query[0].transpose(0, 1)  # [num_tokens, heads, dim]
@@ -340,6 +345,12 @@ def ragged_attention(
     batch.attended.add(refusal is None)
     if refusal is not None:
         batch.refusal = refusal
+        if takes_singly((query, key, value), batch.placed, softcap, s_aux):
+            layer = batch.source(layer, key, value)
+            cache = batch.keys[layer], batch.values[layer]
+            return attend_singly(query, key, value, *cache, batch.placed, scaling, sliding_window), None
+    layer = batch.store(layer, key, value)
+    if refusal is not None:
         keys, values = batch.read(layer)
         return attend_padded(packed, keys, values, batch.placed, scaling, sliding_window, softcap, s_aux)[None], None
     # Some tensors may have more cells than others, after a growth that ran out of memory; the extra cells are not used.

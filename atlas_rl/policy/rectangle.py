@@ -60,7 +60,10 @@ def attend_padded(
     else:
         step = max(1, _MASK_BYTES // (rows * group * placed.context))
         if step >= length:
-            out = _masked(queries, keys, values, placed.mask(group, window), scaling, softcap, sinks)
+            # On a GPU torch pads a mask as its kernels need it, and converts it itself.
+            converts = queries.is_cuda or softcap is not None or sinks is not None
+            mask = placed.mask(group, window) if converts else placed.bias(group, window, queries.dtype)
+            out = _masked(queries, keys, values, mask, scaling, softcap, sinks)
         else:
             attended = []
             for part in (slice(begin, min(begin + step, length)) for begin in range(0, length, step)):

@@ -8,16 +8,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from atlas_kernels.addresses import floats_at, weight_address
 from atlas_kernels.jit_cache import cached_njit
 
 
 def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bool, rounds_first: bool) -> torch.Tensor:
     """See `layer.rms_norm`; in float32 there is no intermediate rounding."""
-    out = torch.empty_like(x)
-    columns = x.shape[-1]
-    # A numpy view would pin the weight's storage, which FSDP has to free, so numpy gets a copy.
-    own = _numbers(weight.detach().clone())
-    _norm_rows(_numbers(x).reshape(-1, columns), own, eps, adds_one, _numbers(out).reshape(-1, columns))
+    out, weight = torch.empty_like(x), weight.contiguous()
+    columns = len(weight)
+    rows = x.numel() // max(1, columns)
+    _norm_rows(x.data_ptr(), weight_address(weight), out.data_ptr(), rows, columns, eps, adds_one)
     return out
 
 
@@ -26,14 +26,9 @@ def rotate_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `layer.rotate`."""
     out = torch.empty_like(query), torch.empty_like(key)
-    angles = _numbers(cos), _numbers(sin)
-    _rotate_tokens(_numbers(query), *angles, _numbers(out[0]))
-    _rotate_tokens(_numbers(key), *angles, _numbers(out[1]))
+    for x, rotated in zip((query, key), out, strict=True):
+        _rotate_tokens(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rotated.data_ptr(), *x.shape)
     return out
-
-
-def _numbers(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().numpy()
 
 
 # `reassoc` lets sums be reordered and vectorised; the order is the same for every row.
@@ -46,10 +41,11 @@ def _squares(row):
 
 
 @cached_njit(nogil=True, error_model="numpy")
-def _norm_rows(x, weight, eps, adds_one, out):
-    columns = x.shape[1]
+def _norm_rows(x_at, weight_at, out_at, rows, columns, eps, adds_one):
+    x, out = floats_at(x_at, (rows, columns)), floats_at(out_at, (rows, columns))
+    weight = floats_at(weight_at, (columns,))
     one = np.float32(1) if adds_one else np.float32(0)
-    for row in range(x.shape[0]):
+    for row in range(rows):
         mean = _squares(x[row]) / np.float32(columns)
         scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
         for column in range(columns):
@@ -57,10 +53,12 @@ def _norm_rows(x, weight, eps, adds_one, out):
 
 
 @cached_njit(nogil=True)
-def _rotate_tokens(x, cos, sin, out):
-    half = x.shape[2] // 2
-    for token in range(x.shape[0]):
-        for head in range(x.shape[1]):
+def _rotate_tokens(x_at, cos_at, sin_at, out_at, tokens, heads, dim):
+    x, out = floats_at(x_at, (tokens, heads, dim)), floats_at(out_at, (tokens, heads, dim))
+    cos, sin = floats_at(cos_at, (tokens, dim)), floats_at(sin_at, (tokens, dim))
+    half = dim // 2
+    for token in range(tokens):
+        for head in range(heads):
             for low in range(half):
                 first, second = x[token, head, low], x[token, head, low + half]
                 out[token, head, low] = first * cos[token, low] - second * sin[token, low]
