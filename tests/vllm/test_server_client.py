@@ -165,6 +165,8 @@ def test_adapters_that_trl_cannot_merge_are_refused(mode: str, tmp_path: Path) -
     model = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
     trainer = build_trainer("grpo", model, word_tokenizer(), tmp_path, peft=True, vllm_mode=mode)
     trainer._dist.fsdp_version = 1
-    with pytest.raises(ValueError, match=r"TRL cannot merge adapters into a policy that FSDP1 shards.*train with FSDP2"):
+    with pytest.raises(
+        ValueError, match=r"TRL cannot merge adapters into a policy that FSDP1 shards.*train with FSDP2"
+    ):
         AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
     assert not trainer.use_vllm
