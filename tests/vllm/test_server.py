@@ -11,58 +11,33 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from atlas_rl import AtlasRolloutEngine
 from tests import ROOT, vllm_engines  # first: it skips this module where there is no vLLM
-from tests.models import tiny_bigram
 from tests.other_trainers import build_other, byte_tokenizer, trained_rows
-from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
+from tests.trainers import WORDS, build_trainer, word_tokenizer
+from tests.vllm.served import LIMIT_S, build, check_logprobs, complete, errors_of, loaded, policy, saved_policies
 from tests.vllm_server import Server, call, free_port, post, serving, streamed
 
 __all__ = ["vllm_engines"]
-LIMIT_S = 400
-
-
-def policy(seed: int, hidden: int = 64) -> Any:
-    shape = {"vocab": len(WORDS), "hidden": hidden, "heads": 2, "kv_heads": 2, "context": 128}
-    return with_special_tokens(tiny_bigram(**shape, seed=seed, logit_std=3.0))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two versions of one policy, as a trainer would write them."""
-    made = []
-    for seed in (1, 2):
-        path = tmp_path_factory.mktemp(f"policy{seed}")
-        policy(seed).save_pretrained(path)
-        word_tokenizer().save_pretrained(path)
-        made.append(path)
-    return made
+    return saved_policies(tmp_path_factory, 1, 2)
 
 
 @pytest.fixture(scope="module")
 def server(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(folders[0], tmp_path_factory.mktemp("server")) as running:
         yield running
-
-
-def complete(address: str, seed: int, **options: Any) -> Any:
-    body = {
-        "model": "policy",
-        "prompt": [2, 3, 4],
-        "max_tokens": 60,
-        "seed": seed,
-        "n": 8,
-        "ignore_eos": True,
-        "logprobs": 1,
-    }
-    return post(address, "/v1/completions", body | options)["choices"]
 
 
 def test_it_serves_the_policy_learns_from_traffic_and_follows_new_weights(server: Server, folders: list[Path]) -> None:
@@ -74,55 +49,18 @@ def test_it_serves_the_policy_learns_from_traffic_and_follows_new_weights(server
     assert sum(report["accepted"].values()) > 0
     assert report["accepted_length"] > 1
     assert [[choice["text"] for choice in complete(address, seed)] for seed in range(8)] == first
-    _logprobs_are_those_of(policy(1), complete(address, 99, n=1)[0])
+    check_logprobs(policy(1), complete(address, 99, n=1)[0])
 
-    loaded = call(address, "atlas_load_weights", str(folders[1]), "5")
-    assert loaded["policy_version"] == 5
+    answer = call(address, "atlas_load_weights", str(folders[1]), "5")
+    assert answer["policy_version"] == 5
     # On a CPU vLLM's worker is a process of its own, which cannot empty the prefix cache; the answer says so.
-    post(address, loaded["left_to_do"].removeprefix("POST "), {})
-    _logprobs_are_those_of(policy(2), complete(address, 99, n=1)[0])
+    post(address, answer["left_to_do"].removeprefix("POST "), {})
+    check_logprobs(policy(2), complete(address, 99, n=1)[0])
     assert call(address, "atlas_policy_updated")["policy_version"] == 6
     assert call(address, "atlas_report")["policy_version"] == 6
 
 
-def _logprobs_are_those_of(model: Any, choice: Any) -> None:
-    prompt, tokens = [2, 3, 4], [WORDS.index(word.strip()) for word in choice["logprobs"]["tokens"]]
-    ids = torch.tensor([[*prompt, *tokens]])
-    with torch.no_grad():
-        logprobs = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    expected = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    assert torch.allclose(torch.tensor(choice["logprobs"]["token_logprobs"]), expected, atol=1e-3)
-
-
 # --------------------------------------------------------------------------------------------------------- TRL trainers
-
-
-def build(model: Any, address: str, output: Path, **options: Any) -> Any:
-    server = {"vllm_mode": "server", "vllm_server_base_url": address, "vllm_group_port": free_port()}
-    return build_trainer("grpo", model, word_tokenizer(), output, **(server | options))
-
-
-def loaded(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def errors_of(trainer: Any) -> list[float]:
-    """Has every generation of a trainer compare its logprobs with the trainer's own policy: largest difference in nats."""
-    adapter, found = trainer.vllm_generation, []
-    generate = adapter.generate
-
-    def compared(*args: Any, **kwargs: Any) -> Any:
-        prompts, completions, logprobs, token_ids = generate(*args, **kwargs)
-        for prompt, completion, own in zip(prompts, completions, logprobs, strict=True):
-            with torch.no_grad():
-                logits = trainer.model(input_ids=torch.tensor([[*prompt, *completion]])).logits
-            each = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-            expected = each.gather(1, torch.tensor(completion)[:, None])[:, 0]
-            found.append((expected - torch.tensor(own)[:, 0]).abs().max().item())
-        return prompts, completions, logprobs, token_ids
-
-    adapter.generate = compared
-    return found
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -179,7 +117,7 @@ def test_other_trainers_train_on_what_the_server_generated(
 
     def kept(*args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step % every == 0:
-            _logprobs_are_those_of(trainer.model, complete(server.address, 7, n=1)[0])
+            check_logprobs(trainer.model, complete(server.address, 7, n=1)[0])
         call(server.address, "atlas_report")  # that request is none of the trainer's
         answer = generate(*args, **kwargs)
         generated.append([(tuple(a), tuple(b)) for a, b in zip(*answer[:2], strict=True)])
@@ -236,7 +174,7 @@ def test_weights_that_are_refused_leave_the_old_ones_and_a_server_that_goes_on(
         foreign.train()
     status = call(server.address, "atlas_status")
     assert (status["policy_version"], status["weights_are_whole"]) == (version, True)
-    _logprobs_are_those_of(policy(2), complete(server.address, 7, n=1)[0])
+    check_logprobs(policy(2), complete(server.address, 7, n=1)[0])
 
     trainer = build(loaded(folders[0]), server.address, tmp_path, max_steps=1)
     engine = AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
@@ -344,11 +282,18 @@ def test_a_request_lives_through_an_update_that_pauses_it(server: Server, folder
     client.close_communicator()
 
 
-def test_two_ranks_share_a_server(server: Server, folders: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrapper", ["ddp", "zero3", "fsdp1", "fsdp2", "fsdp2+lora"])
+def test_two_ranks_share_a_server(wrapper: str, server: Server, folders: list[Path], tmp_path: Path) -> None:
+    """Also where each holds shards of the policy, which TRL gathers to send it."""
+    if wrapper == "zero3" and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install atlas-rl[deepspeed]")
+    call(server.address, "atlas_load_weights", str(folders[1]))  # none of the trainer's weights are there already
+    post(server.address, "/reset_prefix_cache?reset_running_requests=true", {})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "tests.vllm.two_ranks", str(folders[0]), server.address, str(free_port()), str(tmp_path)]
+    command += ["-m", "tests.vllm.two_ranks", wrapper, str(folders[0]), server.address, str(free_port()), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -360,6 +305,9 @@ def test_two_ranks_share_a_server(server: Server, folders: list[Path], tmp_path:
         assert "another client has changed its weights" in rank["refused"], "on every rank"
     assert ranks[0]["completions"] != ranks[1]["completions"]
     assert ranks[0]["num_requests"] == [8, 8]
+    assert ranks[0]["moved"] > 0, "the second call was with other weights"
+    for sent_s, sync_s, waited_s in ranks[0]["seconds"]:
+        assert 0 < sent_s <= sync_s <= waited_s, "gathering and sending count, and nothing beside waiting for it"
 
 
 def test_the_example_runs(server: Server, folders: list[Path], tmp_path: Path) -> None:

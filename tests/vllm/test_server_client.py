@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -12,13 +15,14 @@ from typing import Any
 import pytest
 
 from atlas_rl import AtlasRolloutEngine
-from tests import vllm_engines  # first: it skips this module where there is no vLLM
+from tests import ROOT, vllm_engines  # first: it skips this module where there is no vLLM
 from tests.local_http import serving
 from tests.models import tiny_llama
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 from tests.vllm_server import free_port
 
 __all__ = ["vllm_engines"]
+LIMIT_S = 300  # a rank that waits for the other does so for half an hour
 
 
 @contextmanager
@@ -131,3 +135,38 @@ def test_an_engine_that_serves_a_trainer_takes_another_one_to_its_server(tmp_pat
     trainer.args.vllm_server_timeout = 0.0
     with pytest.raises(ConnectionError, match="no vLLM server is up"):
         engine.attach(trainer)
+
+
+def test_a_server_that_cannot_be_used_is_one_error_on_all_ranks(tmp_path: Path) -> None:
+    """TRL connects in the main process alone. The other rank waited for it until gloo's timeout."""
+    with answering(UP) as plain:
+        nothing = f"http://127.0.0.1:{free_port()}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        command += ["-m", "tests.vllm.refused_ranks", str(tmp_path), nothing, plain]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    built, attached, built_plain, attached_plain = ranks[0]["raised"]
+    assert built == attached
+    assert built.startswith(f"ConnectionError: no vLLM server is up at {nothing} after 0 s (nothing answers)")
+    assert built_plain == attached_plain
+    assert built_plain.startswith(
+        f"ValueError: the vLLM server at {plain} was started without the development endpoints"
+    )
+    assert ranks[1]["raised"] == ranks[0]["raised"]
+    assert [rank["in_step"] for rank in ranks] == [[0, 1]] * 2, "and the ranks go on together"
+
+
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+def test_adapters_that_trl_cannot_merge_are_refused(mode: str, tmp_path: Path) -> None:
+    model = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+    trainer = build_trainer("grpo", model, word_tokenizer(), tmp_path, peft=True, vllm_mode=mode)
+    trainer._dist.fsdp_version = 1
+    with pytest.raises(
+        ValueError, match=r"TRL cannot merge adapters into a policy that FSDP1 shards.*train with FSDP2"
+    ):
+        AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    assert not trainer.use_vllm

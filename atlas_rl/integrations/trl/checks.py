@@ -9,6 +9,8 @@ from itertools import pairwise
 from types import CodeType
 from typing import Any
 
+from accelerate.utils import is_peft_model
+
 from atlas_rl.checks import whole
 from atlas_rl.core import SamplingParams
 from atlas_rl.integrations.trl.kinds import Way, kind_of
@@ -32,6 +34,8 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
         raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")
     if getattr(trainer, "use_transformers_continuous_batching", False):
         raise ValueError("set use_transformers_continuous_batching=False: the engine batches by itself")
+    if not in_process:
+        _check_merging(trainer)
     _check_way_to_the_engine(trainer, way)
     _check_correction(trainer)
 
@@ -166,6 +170,15 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _check_merging(trainer: Any) -> None:
+    """Raise `ValueError` for adapters that TRL cannot merge to send the policy to vLLM."""
+    if shards(trainer) == "FSDP1" and is_peft_model(trainer.model):
+        raise ValueError(
+            "TRL cannot merge adapters into a policy that FSDP1 shards, so vLLM would not get them: train with FSDP2 "
+            "(fsdp_config version 2) or without adapters, or generate in process"
+        )
 
 
 def _check_correction(trainer: Any) -> None:

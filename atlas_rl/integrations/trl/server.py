@@ -21,6 +21,7 @@ from atlas_rl.integrations.trl.sampling import TrainerSampling
 from atlas_rl.integrations.trl.server_client import AtlasClient, ServerCall, ServerStatus, our_clients
 from atlas_rl.integrations.trl.together import Value, of_main_rank, on_all_ranks
 from atlas_rl.integrations.trl.vllm import checked_sampling
+from atlas_rl.integrations.trl.whole_policy import reach_all_weights
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.report.report import Mode, StepReport
 
@@ -91,19 +92,7 @@ def _new_generation(trainer: Any, sampling: SamplingParams) -> Any:
     from trl.generation.vllm_generation import VLLMGeneration
 
     args = trainer.args
-    address = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    connected: list[AtlasClient] = []
-
-    def connect() -> None:
-        client = AtlasClient(
-            address, group_port=args.vllm_group_port, connection_timeout=float(args.vllm_server_timeout)
-        )
-        client.init_communicator(trainer.accelerator.device)
-        connected.append(client)
-
-    # TRL's object connects in the main process, while the other ranks wait in a barrier whether it succeeds or not.
-    of_main_rank(trainer.accelerator, connect)
-    with our_clients(*connected):
+    with our_clients():
         return VLLMGeneration(
             model=trainer.model,
             accelerator=trainer.accelerator,
@@ -263,6 +252,7 @@ class ServerAdapter(TrainerAdapter):
     def _send(self) -> None:
         """Send the weights, or take part in gathering them; raises `RuntimeError` if they did not reach the server."""
         try:
+            reach_all_weights(self.generation, self.trainer)
             self.generation.sync_weights()
         except Exception as error:
             if self._client is None:

@@ -18,6 +18,7 @@ import torch
 from trl.generation.vllm_client import VLLMClient
 
 from atlas_kernels.noise import mix64
+from atlas_rl.integrations.trl.together import of_main_rank
 from atlas_rl.report.report import StepReport
 from atlas_rl.vllm.checks import PROPOSER
 from atlas_rl.vllm.internals.transfer import BACKENDS, GLOO
@@ -327,12 +328,48 @@ class AtlasClient(VLLMClient):  # type: ignore[misc, unused-ignore]
 
 
 @contextmanager
-def our_clients(connected: AtlasClient | None = None) -> Iterator[None]:
-    """Context in which every server client that TRL builds is ours: `connected`, or a new one."""
+def our_clients() -> Iterator[None]:
+    """Context in which TRL connects to servers by our client. If that fails, every rank raises the error.
+
+    TRL connects in the main process, while the other ranks wait in a barrier whether it succeeds or not.
+    """
+    from trl.generation import vllm_generation
+
+    generation_class: Any = vllm_generation.VLLMGeneration
+    own = generation_class._init_vllm
+
+    def init_vllm(generation: Any) -> None:
+        if generation.mode == "server":
+            connected: list[AtlasClient] = []
+            of_main_rank(generation.accelerator, lambda: connected.append(_connected_client(generation)))
+            with _client_of_trl(lambda **_: connected[0]):
+                own(generation)
+        else:
+            own(generation)
+
+    generation_class._init_vllm = init_vllm
+    try:
+        yield
+    finally:
+        generation_class._init_vllm = own
+
+
+def _connected_client(generation: Any) -> AtlasClient:
+    """A client of the server that TRL's `VLLMGeneration` was given; raises like `AtlasClient.init_communicator`."""
+    address = generation.server_base_url or f"http://{generation.server_host}:{generation.server_port}"
+    timeout_s = float(generation.server_timeout)
+    client = AtlasClient(address, group_port=generation.group_port, connection_timeout=timeout_s)
+    client.init_communicator(generation.accelerator.device)
+    return client
+
+
+@contextmanager
+def _client_of_trl(make: Any) -> Iterator[None]:
+    """Context in which TRL's `VLLMGeneration` makes its client by `make`."""
     from trl.generation import vllm_generation
 
     own = vllm_generation.VLLMClient
-    vllm_generation.VLLMClient = AtlasClient if connected is None else lambda **_: connected  # type: ignore[misc, assignment]
+    vllm_generation.VLLMClient = make  # type: ignore[misc]
     try:
         yield
     finally:

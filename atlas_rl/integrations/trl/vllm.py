@@ -22,6 +22,7 @@ from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_onc
 from atlas_rl.integrations.trl.checks import check_trainer
 from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
+from atlas_rl.integrations.trl.whole_policy import reach_all_weights
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.rollout.backends import vllm_draft_folder
 from atlas_rl.vllm.backend import NO_DRAFTER, VllmBackend, in_this_process, llm_arguments
@@ -155,6 +156,7 @@ class VllmAdapter(TrainerAdapter):
         moved = self._synced_step != step
         began = time.perf_counter()
         self._wake_up()
+        reach_all_weights(self.generation, self.trainer)
         self.backend.load_weights(self.generation._iter_named_params())
         self.engine.synced(time.perf_counter() - began)
         if moved:

@@ -3,6 +3,8 @@
 TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient checkpointing off if generation raises,
 and lets FSDP gather layer by layer in every forward. It re-enables checkpointing by a method of transformers that
 registers another hook on the embeddings each time.
+
+Engines with weights of their own get the policy in parts, by TRL's iteration; `reach_all_weights` repairs it for FSDP1.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from trl.distributed import DistributedBackend
 from trl.models.utils import add_hooks, remove_hooks
 
@@ -44,6 +47,21 @@ def whole_policy(trainer: Any) -> Iterator[Any]:
     model = trainer.accelerator.unwrap_model(wrapped)
     with _without_checkpointing(model), _of_zero3(trainer), gathered(wrapped):
         yield model
+
+
+def reach_all_weights(generation: Any, trainer: Any) -> None:
+    """Let TRL's `VLLMGeneration` send all weights of a policy that FSDP1 shards; all ranks call it before each sending.
+
+    The object keeps the model that the trainer was built with, and gathers by the FSDP1 wrappers inside of it. FSDP1's
+    outermost wrapper is made later, around that model. It holds what is outside of layers: embeddings, last norm, head.
+    """
+    wrapped = trainer.model_wrapped
+    if generation.model is wrapped or not isinstance(wrapped, FullyShardedDataParallel):
+        return
+    generation.model = wrapped
+    # The wrapper that gathers first takes itself for the outermost, and training fails. TRL gathers layers first.
+    with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False, writeback=False):
+        pass
 
 
 @contextmanager
