@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,15 +79,45 @@ class Watched:
         self.engine.attach(self.trainer, baseline_every=2)
         self.adapter = self.trainer.vllm_generation
         self.calls: list[dict[str, Any]] = []
-        self._rollout, self._generate = self.engine.rollout, self.adapter._generate
-        self.engine.rollout = self.compared  # type: ignore[method-assign]
-        self.adapter._generate = self.gathered
+        self._rollout, self._generate, self._policy = self.engine.rollout, self.adapter._generate, self.adapter._policy
+        self.engine.rollout = self.rollout  # type: ignore[method-assign]
+        self.adapter._generate, self.adapter._policy = self.gathered, self.timed
         self._weights: dict[str, torch.Tensor] = {}
+        self.seconds: list[dict[str, Any]] = []
+        self._gathering: dict[str, Any] = {}
+        self._rollouts_s = 0.0
 
     def gathered(self, prompts: Any) -> Any:
         """A generation call, with the weights of before it, brought together in another way."""
         self._weights = whole_weights(self.trainer, self.wrapper)
-        return self._generate(prompts)
+        self._rollouts_s = 0.0
+        began_s = time.perf_counter()
+        output = self._generate(prompts)
+        call_s, report = time.perf_counter() - began_s, output.report
+        own = {"step": report.step, "mode": report.mode, "sync_s": report.sync_s, "generate_s": report.generate_s}
+        self.seconds.append(self._gathering | own | {"call_s": call_s, "rollouts_s": self._rollouts_s})
+        return output
+
+    @contextmanager
+    def timed(self) -> Iterator[Any]:
+        """The context in which the policy is whole, with the seconds of making it so."""
+        began_s = time.perf_counter()
+        with self._policy() as model:
+            entered_s = time.perf_counter()
+            # A policy that is gathered later, in its forwards, would be in parts here.
+            sizes = {name.replace("_fsdp_wrapped_module.", ""): p.numel() for name, p in model.named_parameters()}
+            is_whole = sizes == {name: weight.numel() for name, weight in self._weights.items()}
+            yield model
+            left_s = time.perf_counter()
+        gathering_s = time.perf_counter() - left_s + entered_s - began_s
+        self._gathering = {"gathering_s": gathering_s, "is_whole": is_whole}
+
+    def rollout(self, *args: Any, **kwargs: Any) -> Any:
+        """One of the engine, within that context."""
+        began_s = time.perf_counter()
+        output = self.compared(*args, **kwargs)
+        self._rollouts_s += time.perf_counter() - began_s
+        return output
 
     def compared(self, model: Any, prompts: Any, sampling: Any, **kwargs: Any) -> Any:
         output = self._rollout(model, prompts, sampling, **kwargs)
@@ -125,6 +156,7 @@ class Watched:
             "archived": history.num_archived_tokens,
             "head": head if learner.trained else "",
             "calls": self.calls,
+            "seconds": self.seconds,
             "reports": [report.to_dict() for report in self.engine.reports],
             "log": self.trainer.state.log_history,
             "correction": self.trainer.vllm_importance_sampling_correction,

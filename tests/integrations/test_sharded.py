@@ -99,6 +99,23 @@ def test_reports_are_those_of_all_ranks(launched: Any) -> None:
         assert measured[0] is not None
 
 
+def test_seconds_of_gathering_are_measured_and_published(launched: Any) -> None:
+    """Each rank timed its gathering, its rollouts in between and the whole call: the report's figure fits in between."""
+    for ranks in launched.cases.values():
+        for run in ranks:
+            assert len(run["seconds"]) == len(run["calls"])
+            for call in run["seconds"]:
+                assert call["is_whole"]
+                assert 0 < call["gathering_s"] <= call["sync_s"] <= call["call_s"] - call["rollouts_s"]
+                assert call["sync_s"] < call["generate_s"]
+        for report in (report for report in ranks[0]["reports"] if report["mode"] == "train"):
+            trained = [call for run in ranks for call in run["seconds"] if call["mode"] == "train"]
+            own = [call for call in trained if call["step"] == report["step"]]
+            assert len(own) == 2, "one call of each rank"
+            slowest = max(own, key=lambda call: call["generate_s"])
+            assert report["sync_s"] == pytest.approx(slowest["sync_s"])
+
+
 def test_logged_evaluation_figures_are_those_of_all_ranks(launched: Any) -> None:
     run = launched.cases["full"][0]
     reports = [report for report in run["reports"] if report["mode"] == "eval"]
