@@ -38,12 +38,8 @@ def timed(owner: Any, name: str) -> list[float]:
     return seconds
 
 
-def main(wrapper: str, policy: Path, address: str, port: int, folder: Path) -> None:
-    """Train two steps, then ask a server that somebody else has touched."""
-    wrapper, _, peft = wrapper.partition("+")
-    pretend(wrapper)
-    alone = with_lora(loaded(policy)) if peft else loaded(policy)  # before ZeRO-3, which would load it in shards
-    trainer = build_trainer(
+def build(wrapper: str, policy: Path, address: str, port: int, folder: Path, *, peft: bool) -> Any:
+    return build_trainer(
         "grpo",
         loaded(policy),
         word_tokenizer(),
@@ -54,9 +50,17 @@ def main(wrapper: str, policy: Path, address: str, port: int, folder: Path) -> N
         vllm_mode="server",
         vllm_server_base_url=address,
         vllm_group_port=port,
-        peft=bool(peft),
+        peft=peft,
         **options_of(wrapper),
     )
+
+
+def main(wrapper: str, policy: Path, address: str, port: int, folder: Path) -> None:
+    """Train two steps, then ask a server that somebody else has touched."""
+    wrapper, _, peft = wrapper.partition("+")
+    pretend(wrapper)
+    alone = with_lora(loaded(policy)) if peft else loaded(policy)  # before ZeRO-3, which would load it in shards
+    trainer = build(wrapper, policy, address, port, folder, peft=bool(peft))
     engine = AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
     rank, adapter = trainer.accelerator.process_index, trainer.vllm_generation
     completions: list[list[int]] = []
