@@ -58,7 +58,7 @@ def test_tools_with_a_sharded_policy_are_refused(wrapper: str, name: str, tmp_pa
     ("options", "wrapper", "message"),
     [
         (
-            {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:9"},
+            {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:9", "vllm_server_timeout": 1.0},
             "none",
             "with a server 2 ranks have to make every call together: train with one process",
         ),
