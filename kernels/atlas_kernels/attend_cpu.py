@@ -73,7 +73,9 @@ def attend_single(
             "query, key and value must be contiguous float32 [tokens, heads, dim], the cache [rows, cells, heads, dim], got "
             + ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in (*floats, *integers))
         )
-    out = torch.empty(tokens, heads, value_dim)
+    out = torch.empty(
+        tokens, heads, value_dim, dtype=torch.float32
+    )  # the kernel writes float32, whatever the default type
     addresses = (tensor.data_ptr() for tensor in (*floats, *integers, out))
     sizes = tokens, heads, kv_heads, dim, value_dim, *keys.shape[:2], *values.shape[:2], context, window or context
     call = np.array((*addresses, *sizes), np.int64)
@@ -85,10 +87,10 @@ def attend_single(
 def compile_attention() -> None:
     """Compile both forms: on one thread, and on several."""
     new, cache, places, out = (
-        torch.ones(1, 1, 2),
-        torch.ones(1, 1, 1, 2),
+        torch.ones(1, 1, 2, dtype=torch.float32),
+        torch.ones(1, 1, 1, 2, dtype=torch.float32),
         torch.zeros(1, dtype=torch.int64),
-        torch.ones(2),
+        torch.ones(2, dtype=torch.float32),
     )
     tensors = new, new, new, cache, cache, places, places, out
     call = np.array([*(tensor.data_ptr() for tensor in tensors), 1, 1, 1, 2, 2, 1, 1, 1, 1, 1, 1], np.int64)
