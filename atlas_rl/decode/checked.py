@@ -105,22 +105,20 @@ def checked_survival(survival: np.ndarray | None) -> np.ndarray | None:
 
 def checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarray]:
     """The plan; raises `ValueError` if it asks what cannot be asked."""
-    batch = step.batch
     for name, wanted in plan.items():
         if name not in step.ready or name in step.drafts:
             raise ValueError(f"a plan asks '{name}', which is not ready or has drafted already")
         asked = np.asarray(wanted)
-        if asked.shape != (batch,) or asked.dtype.kind not in "iu" or bounds(asked)[0] < 0:
-            raise ValueError(f"a plan needs a number of tokens for each of {batch} requests")
+        if asked.shape != step.room.shape or asked.dtype.kind not in "iu" or bounds(asked)[0] < 0:
+            raise ValueError(f"a plan needs a number of tokens for each of {step.batch} requests")
     return plan
 
 
 def checked_admission(admission: Admission, step: Step, speculators: Sequence[str]) -> Admission:
     """The admission as int64 arrays; raises `ValueError` if it admits tokens that were not drafted."""
-    batch = step.batch
     lengths, drafters = np.asarray(admission.lengths), np.asarray(admission.drafters)
-    if lengths.shape != (batch,) or drafters.shape != (batch,):
-        raise ValueError(f"an admission needs a drafter and a length for each of {batch} requests")
+    if not lengths.shape == drafters.shape == step.room.shape:
+        raise ValueError(f"an admission needs a drafter and a length for each of {step.batch} requests")
     if lengths.dtype.kind not in "iu" or drafters.dtype.kind not in "iu":
         raise ValueError(f"an admission needs whole numbers, got {lengths.dtype} lengths, {drafters.dtype} drafters")
     drafters, lengths = np.ascontiguousarray(drafters, np.int64), np.ascontiguousarray(lengths, np.int64)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from operator import methodcaller
+from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -88,7 +88,58 @@ class Faults:
             logger.error("atlas_rl: %s: %s() raised; generation goes on without it", name, where, exc_info=error)
 
 
-class GuardedSpeculator(Speculator):
+def _guarded(otherwise: Callable[..., Any]) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
+    """Decorates a method of a guard: it is not called while the guard is off, and an error in it turns the guard off.
+
+    The one place that catches errors of methods: some run in every step, and a helper that is told what to call would
+    cost them twice as many calls.
+
+    Args:
+        otherwise: Makes the result instead, of the method's arguments.
+    """
+
+    def decorate(method: Callable[..., Value]) -> Callable[..., Value]:
+        where = method.__name__.removeprefix("_")
+
+        @wraps(method)
+        def guarded(guard: _Guard, *arguments: Any, **named: Any) -> Value:
+            if not guard.is_off:
+                try:
+                    return method(guard, *arguments, **named)
+                except Exception as error:  # noqa: BLE001 - an error in drafting must not end a generation
+                    guard.faults.note(guard.counted_as, where, error)
+                    guard.turn_off()
+            result: Value = otherwise(*arguments, **named)
+            return result
+
+        return guarded
+
+    return decorate
+
+
+def _nothing(*arguments: Any, **named: Any) -> Any:
+    """None, whatever the arguments."""
+
+
+class _Guard:
+    """What a guard has that `_guarded` asks for.
+
+    Attributes:
+        counted_as: Name under which errors are counted.
+        faults: Receives them.
+        is_off: Whether what it guards is called no more.
+    """
+
+    counted_as: str
+    faults: Faults
+    is_off = False
+
+    def turn_off(self) -> None:
+        """Call what it guards no more."""
+        self.is_off = True
+
+
+class GuardedSpeculator(_Guard, Speculator):
     """Wraps a speculator and catches its errors; other attributes are passed through.
 
     Args:
@@ -100,12 +151,12 @@ class GuardedSpeculator(Speculator):
     """
 
     def __init__(self, speculator: Speculator, faults: Faults) -> None:
-        self.unguarded = speculator
+        self.unguarded, self.faults = speculator, faults
         self.name, self.needs, self.observes_late = speculator.name, speculator.needs, speculator.observes_late
-        self._faults = faults
+        self.counted_as = self.name
         self._policy: PolicyView | None = None
         self._version = -1  # of the policy at the latest call
-        self._off_at: int | None = None  # the policy's version when it failed
+        self._failed_at = -1  # likewise, at the latest error
 
     def __getattr__(self, name: str) -> Any:
         if name == "unguarded":  # not there yet: a copy is being made
@@ -116,10 +167,11 @@ class GuardedSpeculator(Speculator):
         """Bind the speculator. Errors are raised, not caught: the caller chose this speculator."""
         self.unguarded.bind(policy, couples_noise)
         self._policy = policy
-        self.needs, self._off_at = self.unguarded.needs, None
+        self.needs, self.is_off = self.unguarded.needs, False
 
+    @_guarded(_nothing)
     def compile_for(self, sampling: SamplingParams) -> None:
-        self._try("compile_for", lambda: self.unguarded.compile_for(sampling), None)
+        self.unguarded.compile_for(sampling)
 
     def start(
         self,
@@ -129,98 +181,82 @@ class GuardedSpeculator(Speculator):
         cache: PolicyCache | None = None,
     ) -> None:
         self._version = sequences.policy_version
-        self._try("start", methodcaller("start", sequences, requests, prompts, cache), None, self.unguarded)
+        self._start(sequences, requests, prompts, cache)
 
-    # The next four run in every step, and the device waits for three of them: they go through no helper.
+    @_guarded(_nothing)
+    def _start(self, sequences: Sequences, requests: np.ndarray, prompts: Prompts, cache: PolicyCache | None) -> None:
+        self.unguarded.start(sequences, requests, prompts, cache)
 
+    @_guarded(_nothing)
     def backlog(self, sequences: Sequences, requests: np.ndarray) -> int | None:
-        if self._off_at is not None:
-            return None
-        try:
-            backlog = self.unguarded.backlog(sequences, requests)
-            return backlog if type(backlog) is int and backlog >= 0 else checked_backlog(backlog)
-        except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
-            self._failed("backlog", error)
-            return None
+        backlog = self.unguarded.backlog(sequences, requests)
+        return backlog if type(backlog) is int and backlog >= 0 else checked_backlog(backlog)
 
+    @_guarded(lambda sequences, requests, max_draft_tokens: Draft.empty(len(requests)))
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        if self._off_at is None:
-            try:
-                draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
-                check_draft(draft, max_draft_tokens, sequences.vocab_size)
-                if draft.draft_probs is not None and self._policy is not None:
-                    # The drafter may work on another device.
-                    draft.draft_probs = draft.draft_probs.to(self._policy.device)
-                return draft
-            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
-                self._failed("propose", error)
-        return Draft.empty(len(requests))
+        draft = self.unguarded.propose(sequences, requests, max_draft_tokens)
+        check_draft(draft, max_draft_tokens, sequences.vocab_size)
+        if draft.draft_probs is not None and self._policy is not None:
+            draft.draft_probs = draft.draft_probs.to(self._policy.device)  # the drafter may work on another device
+        return draft
 
+    @_guarded(_nothing)
     def observe(self, sequences: Sequences, verified: Verified) -> None:
-        if self._off_at is None:
-            try:
-                self.unguarded.observe(sequences, verified)
-            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
-                self._failed("observe", error)
+        self.unguarded.observe(sequences, verified)
 
+    @_guarded(_nothing)
     def learn(self) -> None:
-        if self._off_at is None:
-            try:
-                self.unguarded.learn()
-            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
-                self._failed("learn", error)
+        self.unguarded.learn()
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        if policy_version != self._off_at:
-            self._off_at = None
+        self.is_off = self.is_off and policy_version == self._failed_at
         self._version = policy_version
-        return self._try("refresh", lambda: checked_survival(self.unguarded.refresh(rollouts, policy_version)), None)
+        return self._refresh(rollouts, policy_version)
 
+    @_guarded(_nothing)
+    def _refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        return checked_survival(self.unguarded.refresh(rollouts, policy_version))
+
+    @_guarded(_nothing)
     def shared(self) -> torch.Tensor | None:
-        return self._try("shared", methodcaller("shared"), None, self.unguarded)
+        return self.unguarded.shared()
 
+    @_guarded(_nothing)
     def take_shared(self, total: torch.Tensor) -> None:
-        self._try("take_shared", lambda: self.unguarded.take_shared(total), None)
+        self.unguarded.take_shared(total)
 
+    @_guarded(Captured)
     def take_captured(self) -> Captured:
-        return self._try("take_captured", methodcaller("take_captured"), Captured(), self.unguarded)
+        return self.unguarded.take_captured()
 
+    @_guarded(tuple)
     def weights(self) -> Iterable[torch.Tensor]:
-        return self._try("weights", lambda: tuple(self.unguarded.weights()), ())
+        return tuple(self.unguarded.weights())
 
     def state_dict(self) -> dict[str, Any]:
         """State of the speculator, of one that is off as well: an error in drafting must not cost what it has learned."""
-        off_at, self._off_at = self._off_at, None
-        state = self._try("state_dict", methodcaller("state_dict"), NOT_SAVED, self.unguarded)
-        self._off_at = off_at if self._off_at is None else self._off_at
+        was_off, self.is_off = self.is_off, False
+        state = self._state_dict()
+        self.is_off = self.is_off or was_off
         if state is NOT_SAVED:
             logger.warning("atlas_rl: nothing of the drafter '%s' is saved: its state_dict() raised", self.name)
         return state
 
+    @_guarded(lambda: NOT_SAVED)
+    def _state_dict(self) -> dict[str, Any]:
+        return self.unguarded.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unguarded.load_state_dict(state)
 
-    def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
-        """Call a method through `Faults.attempt`; a missing method counts as a failure of the drafter, too."""
-        if self._off_at is not None:
-            return otherwise
-        result, went_well = self._faults.attempt(self.name, where, call, otherwise, *arguments)
-        if not went_well:
-            self._turn_off()
-        return result
-
-    def _failed(self, where: str, error: Exception) -> None:
-        self._faults.note(self.name, where, error)
-        self._turn_off()
-
-    def _turn_off(self) -> None:
-        self._off_at = self._version
+    def turn_off(self) -> None:
+        self.is_off, self._failed_at = True, self._version
         # An empty call ends the present one, whose state may be inconsistent after the error.
         with suppress(Exception):
             self.unguarded.start(_empty_call(self._version), np.zeros(0, np.int64))
 
 
-class GuardedController(Controller):
+class GuardedController(_Guard, Controller):
     """Wraps a controller and catches its errors; after an error nothing is drafted.
 
     Args:
@@ -228,68 +264,49 @@ class GuardedController(Controller):
         faults: Receives the caught errors.
     """
 
+    counted_as = "controller"
+
     def __init__(self, controller: Controller, faults: Faults) -> None:
-        self.unguarded, self.speculators = controller, controller.speculators
-        self._faults, self._off = faults, False
+        self.unguarded, self.speculators, self.faults = controller, controller.speculators, faults
 
     def __getattr__(self, name: str) -> Any:
         if name == "unguarded":
             raise AttributeError(name)
         return getattr(self.unguarded, name)
 
-    # The next three run in every step, and the device waits for two of them: they go through no helper.
-
+    @_guarded(lambda step: {})
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        if not self._off:
-            try:
-                return checked_plan(self.unguarded.plan(step), step)
-            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
-                self._failed("plan", error)
-        return {}
+        return checked_plan(self.unguarded.plan(step), step)
 
+    @_guarded(lambda step: Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64)))
     def admit(self, step: Step) -> Admission:
-        if not self._off:
-            try:
-                return checked_admission(self.unguarded.admit(step), step, self.speculators)
-            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
-                self._failed("admit", error)
-        return Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64))
+        return checked_admission(self.unguarded.admit(step), step, self.speculators)
 
+    @_guarded(_nothing)
     def observe(
         self, step: Step, admission: Admission, verified: Verified, forward_s: float, step_s: float
     ) -> dict[str, Any] | None:
-        if not self._off:
-            try:
-                return self.unguarded.observe(step, admission, verified, forward_s, step_s)
-            except Exception as error:  # noqa: BLE001 - see `Faults.attempt`
-                self._failed("observe", error)
-        return None
+        return self.unguarded.observe(step, admission, verified, forward_s, step_s)
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        self._off = False
-        self._try("policy_updated", lambda: self.unguarded.policy_updated(expected), None)
+        self.is_off = False
+        self._policy_updated(expected)
 
+    @_guarded(_nothing)
+    def _policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
+        self.unguarded.policy_updated(expected)
+
+    @_guarded(_nothing)
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
-        return self._try(
-            "plain_forward_s", methodcaller("plain_forward_s", batch, context_tokens), None, self.unguarded
-        )
+        return self.unguarded.plain_forward_s(batch, context_tokens)
 
+    @_guarded(_nothing)
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:
-        self._try("forwards_are_padded", methodcaller("forwards_are_padded", sizes), None, self.unguarded)
+        self.unguarded.forwards_are_padded(sizes)
 
+    @_guarded(dict)
     def take_calibration(self) -> dict[str, tuple[int, float]]:
-        return self._try("take_calibration", methodcaller("take_calibration"), {}, self.unguarded)
-
-    def _try(self, where: str, call: Callable[..., Value], otherwise: Value, *arguments: Any) -> Value:
-        if self._off:
-            return otherwise
-        result, went_well = self._faults.attempt("controller", where, call, otherwise, *arguments)
-        self._off = not went_well
-        return result
-
-    def _failed(self, where: str, error: Exception) -> None:
-        self._faults.note("controller", where, error)
-        self._off = True
+        return self.unguarded.take_calibration()
 
 
 def _empty_call(policy_version: int) -> Sequences:

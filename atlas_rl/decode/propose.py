@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping
 
 import numpy as np
@@ -38,8 +39,8 @@ class Proposing:
         recorder: StepRecorder,
         observing: Observing,
     ) -> None:
-        self.num_asked: dict[str, int] = {}
-        self.num_proposed: dict[str, int] = {}
+        self.num_asked: dict[str, int] = defaultdict(int)
+        self.num_proposed: dict[str, int] = defaultdict(int)
         self._speculators, self._controller, self._recorder = speculators, controller, recorder
         self._observing = observing
 
@@ -74,7 +75,8 @@ class Proposing:
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         """Ask one speculator for drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
-        self._hand_over(name)
+        if name in self._observing.waiting:  # its drafts are not charged for observing
+            self._hand_over(name)
         began_s = self._recorder.switch("draft")
         batch, (num_asked, num_wanted) = len(requests), asked_of(wanted)
         if num_asked == batch:
@@ -86,8 +88,8 @@ class Proposing:
         else:
             draft = Draft.empty(batch)
         step.asked[name], step.drafts[name] = wanted, draft
-        self.num_asked[name] = self.num_asked.get(name, 0) + num_wanted
-        self.num_proposed[name] = self.num_proposed.get(name, 0) + asked_of(draft.lengths)[1]
+        self.num_asked[name] += num_wanted
+        self.num_proposed[name] += asked_of(draft.lengths)[1]
         step.draft_s[name] = self._recorder.switch("controller") - began_s
 
     def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
@@ -99,10 +101,9 @@ class Proposing:
         return sequences.sampling.distribution
 
     def _hand_over(self, name: str) -> None:
-        """Show a speculator the latest tokens; its drafts are not charged for that."""
-        if name in self._observing.waiting:
-            self._recorder.switch("observe")
-            self._observing.hand_over(name)
+        """Show a speculator the latest tokens, which it has not seen yet."""
+        self._recorder.switch("observe")
+        self._observing.hand_over(name)
 
 
 @cached_njit(nogil=True)

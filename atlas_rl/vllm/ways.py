@@ -54,7 +54,8 @@ class ProposingInWays(Proposing):
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         """Ask as the base class does. The backlog is asked for again: it may depend on the latest tokens."""
-        self._hand_over(name)
+        if name in self._observing.waiting:
+            self._hand_over(name)
         step.backlog[name] = self._speculators[name].backlog(sequences, requests) or 0
         super().ask(name, sequences, requests, wanted, step)
 
