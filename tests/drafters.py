@@ -81,6 +81,23 @@ class Parrot(Stateless):
         return Draft(tokens, lengths, np.full(tokens.shape, 0.5, np.float32))
 
 
+class Interposing(Parrot):
+    """Knows the completions, but for one token at some places. With `probs` it says that it drew them."""
+
+    def __init__(self, completions: list[list[int]], token: int, *, share: float, probs: bool = False) -> None:
+        super().__init__(completions, error_rate=0.0)
+        self.token, self.share, self.probs = token, share, probs
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        draft = super().propose(sequences, requests, max_draft_tokens)
+        draft.token_ids[self.rng.random(draft.token_ids.shape) < self.share] = self.token
+        if self.probs:
+            draft.draft_probs = torch.nn.functional.one_hot(
+                torch.from_numpy(draft.token_ids), sequences.vocab_size
+            ).float()
+        return draft
+
+
 class Recalled(Stateless):
     """Drafts how a known text of the same prompt continues, for engines that number requests; some drafts end wrong.
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from atlas_rl.core import Draft, Needs, Sequences, Verified
+from atlas_rl.core import Needs, Sequences, Verified
 from atlas_rl.decode import generate as generating
 from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.sampling.by_kernels import FusedVerifier
 from atlas_rl.sampling.verification import VERIFIERS
 from benchmarks.tiny_policies import build
-from tests.drafters import Parrot
+from tests.drafters import Interposing
 from tests.engines import VOCAB, Mute, engine_of, generate
 from tests.families import drafting
 from tests.models import FACTORIES
@@ -45,21 +45,6 @@ def policy(family: str, *, sampled: bool = False) -> Any:
     return model
 
 
-class Loud(Parrot):
-    """Knows the completions, but for the loud token at some places. With `probs` it says that it drew them."""
-
-    def __init__(self, completions: list[list[int]], *, probs: bool = False) -> None:
-        super().__init__(completions, error_rate=0.0)
-        self.probs = probs
-
-    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        draft = super().propose(sequences, requests, max_draft_tokens)
-        draft.token_ids[self.rng.random(draft.token_ids.shape) < 0.2] = LOUD
-        if self.probs:
-            draft.draft_probs = torch.nn.functional.one_hot(torch.from_numpy(draft.token_ids), VOCAB).float()
-        return draft
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("verification", VERIFIERS)
 def test_they_change_no_token(family: str, verification: str) -> None:
@@ -67,7 +52,9 @@ def test_they_change_no_token(family: str, verification: str) -> None:
     model = policy(family)
     options: dict[str, Any] = {"prompts": PROMPTS, "temperature": 1.0 if verification == "invariant" else 0.0}
     wanted = generate(engine_of(model, speculation=False, verification=verification), **options)
-    output = generate(drafting(model, Loud(wanted.completion_ids), 5, verification=verification), **options)
+    output = generate(
+        drafting(model, Interposing(wanted.completion_ids, LOUD, share=0.2), 5, verification=verification), **options
+    )
     assert output.completion_ids == wanted.completion_ids
     for own, plain in zip(output.logprobs, wanted.logprobs, strict=True):
         assert np.allclose(own, plain, atol=1e-3)
@@ -86,7 +73,7 @@ def test_verification_by_kernels_notices_them_too(
     options: dict[str, Any] = {"prompts": PROMPTS, "temperature": 0.0, "repetition_penalty": penalty}
     wanted = generate(engine_of(model, speculation=False), **options)
     monkeypatch.setattr(generating, "verifier_on", lambda device, given: FusedVerifier(form(), "reference"))
-    output = generate(drafting(model, Loud(wanted.completion_ids, probs=probs), 5), **options)
+    output = generate(drafting(model, Interposing(wanted.completion_ids, LOUD, share=0.2, probs=probs), 5), **options)
     assert output.completion_ids == wanted.completion_ids
     for own, plain in zip(output.logprobs, wanted.logprobs, strict=True):
         assert np.allclose(own, plain, atol=1e-3)
@@ -96,7 +83,10 @@ def test_a_policy_that_does_sample_one_ends_as_without_drafts() -> None:
     model = policy("llama", sampled=True)
     with torch.no_grad():
         model.lm_head.weight[LOUD] *= 40
-    for engine in (engine_of(model, speculation=False), drafting(model, Loud([[LOUD] * 30] * 6), 3)):
+    for engine in (
+        engine_of(model, speculation=False),
+        drafting(model, Interposing([[LOUD] * 30] * 6, LOUD, share=0.2), 3),
+    ):
         with pytest.raises(NonFiniteLogits, match="Nothing was returned"):
             generate(engine, prompts=PROMPTS)
 
@@ -115,9 +105,9 @@ class Listening:
                 self.heard[key] = torch.cat([each[first + place] for each in states])
 
 
-class LoudListening(Listening, Loud):
+class LoudListening(Listening, Interposing):
     def __init__(self, completions: list[list[int]]) -> None:
-        super().__init__(completions)
+        super().__init__(completions, LOUD, share=0.2)
         self.heard: dict[tuple[int, int], torch.Tensor] = {}
 
 

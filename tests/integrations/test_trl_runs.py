@@ -32,6 +32,19 @@ def noting(rows: list[Rows]) -> Any:
     return reward
 
 
+def interrupting(rows: list[Rows], call: int) -> Any:
+    """`noting`, interrupted in its call of this number, from 1 on."""
+    reward = noting(rows)
+
+    def interrupted(**kwargs: Any) -> list[float]:
+        scores: list[float] = reward(**kwargs)
+        if len(rows) == call:
+            raise KeyboardInterrupt
+        return scores
+
+    return interrupted
+
+
 def build(way: str, engine: AtlasRolloutEngine, folder: Path, *, seed: int = 1, **options: Any) -> Any:
     """A GRPO trainer that generates with the engine, attached or by `rollout_func`."""
     way_in: dict[str, Any] = {"rollout_func": engine} if way == "rollout_func" else {}
@@ -172,17 +185,8 @@ def test_an_evaluation_between_two_uses_of_a_batch_decides_nothing(tmp_path: Pat
 
 
 def test_an_interrupted_step_is_no_part_of_the_next_run(tmp_path: Path) -> None:
-    rows = list[Rows]()
-    reward = noting(rows)
-
-    def interrupting(**kwargs: Any) -> list[float]:
-        scores: list[float] = reward(**kwargs)
-        if len(rows) == 2:
-            raise KeyboardInterrupt
-        return scores
-
     engine = AtlasRolloutEngine(console=False)
-    trainer = build("attach", engine, tmp_path, max_steps=2, reward_funcs=interrupting)
+    trainer = build("attach", engine, tmp_path, max_steps=2, reward_funcs=interrupting([], 2))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()
@@ -193,16 +197,8 @@ def test_an_interrupted_step_is_no_part_of_the_next_run(tmp_path: Path) -> None:
 
 def test_a_run_whose_first_step_was_interrupted_begins_with_the_same_noise(tmp_path: Path) -> None:
     rows = list[Rows]()
-    reward = noting(rows)
-
-    def interrupting(**kwargs: Any) -> list[float]:
-        scores: list[float] = reward(**kwargs)
-        if len(rows) == 1:
-            raise KeyboardInterrupt
-        return scores
-
     engine = AtlasRolloutEngine(console=False)
-    trainer = build("attach", engine, tmp_path, max_steps=1, reward_funcs=interrupting, shuffle_dataset=False)
+    trainer = build("attach", engine, tmp_path, max_steps=1, reward_funcs=interrupting(rows, 1), shuffle_dataset=False)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.core import Draft, SamplingParams, Sequences
+from atlas_rl.core import Draft, SamplingParams
 from atlas_rl.decode.stand_ins import stand_in
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.logits import NonFiniteLogits, rows_not_finite
@@ -17,7 +17,7 @@ from atlas_rl.sampling.by_kernels import FusedVerifier
 from atlas_rl.sampling.verification import DrafterInvariant, RejectionSampling
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
-from tests.drafters import Parrot
+from tests.drafters import Interposing
 from tests.engines import VOCAB, engine_of, generate
 from tests.models import tiny_llama
 from tests.verification import case
@@ -39,28 +39,13 @@ def padded(value: float, *, sampled: bool = False) -> Any:
     return model
 
 
-class Unused(Parrot):
-    """Knows the completions, but for the unused token at some places. With `probs` it says that it drew them."""
-
-    def __init__(self, completions: list[list[int]], *, probs: bool = False) -> None:
-        super().__init__(completions, error_rate=0.0)
-        self.probs = probs
-
-    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
-        draft = super().propose(sequences, requests, max_draft_tokens)
-        draft.token_ids[self.rng.random(draft.token_ids.shape) < 0.3] = UNUSED
-        if self.probs:
-            draft.draft_probs = torch.nn.functional.one_hot(torch.from_numpy(draft.token_ids), VOCAB).float()
-        return draft
-
-
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("verification", ["invariant", "rejection"])
 def test_drafts_of_an_unused_row_cost_drafts_only(value: float, verification: str) -> None:
     model = padded(value)
     options: dict[str, Any] = {"prompts": PROMPTS, "temperature": 1.0 if verification == "invariant" else 0.0}
     expected = generate(engine_of(model, speculation=False, verification=verification), **options)
-    drafter = Unused(expected.completion_ids)
+    drafter = Interposing(expected.completion_ids, UNUSED, share=0.3)
     engine = fixed_on(model, drafter, 5, verification=verification)
     output = generate(engine, **options)
     assert output.completion_ids == expected.completion_ids
@@ -73,7 +58,10 @@ def test_rejection_sampling_draws_on_with_them(probs: bool) -> None:
     """Tokens depend on the drafts here; that rejection stays exact is seen in `test_the_draft_itself_is_verified`."""
     model = padded(NAN)
     known = generate(engine_of(model, speculation=False), prompts=PROMPTS).completion_ids
-    output = generate(fixed_on(model, Unused(known, probs=probs), 5, verification="rejection"), prompts=PROMPTS)
+    output = generate(
+        fixed_on(model, Interposing(known, UNUSED, share=0.3, probs=probs), 5, verification="rejection"),
+        prompts=PROMPTS,
+    )
     assert not any(UNUSED in row for row in output.completion_ids)
 
 
@@ -89,7 +77,10 @@ def test_a_policy_that_does_sample_it_ends_as_without_drafts() -> None:
     model = padded(NAN, sampled=True)
     with torch.no_grad():
         model.lm_head.weight[UNUSED] *= 40
-    for engine in (engine_of(model, speculation=False), fixed_on(model, Unused([[UNUSED] * 30] * 6), 3)):
+    for engine in (
+        engine_of(model, speculation=False),
+        fixed_on(model, Interposing([[UNUSED] * 30] * 6, UNUSED, share=0.3), 3),
+    ):
         with pytest.raises(NonFiniteLogits, match="Nothing was returned"):
             generate(engine, prompts=PROMPTS)
 
