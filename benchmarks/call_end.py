@@ -1,6 +1,6 @@
 """Simulates when calls end with the controller's drafts: host time is zero, texts and costs are made up.
 
-    python -m benchmarks.call_end            # every cell, a quarter of an hour on one core
+    python -m benchmarks.call_end            # every cell, a few minutes on one core
     python -m benchmarks.call_end --quick    # batch 32 and 128, one cost
 
 A cell is a kind of text, a batch and a cost. In each, one controller decodes calls in a row, with texts of their own. Which

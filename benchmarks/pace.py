@@ -1,7 +1,7 @@
 """Measures without a GPU how much of speculation's gain the host's work leaves when forwards are as fast as a GPU's.
 
-    python -m benchmarks.pace record             # once: rollouts and hidden states of two policies, 20 minutes on two cores
-    python -m benchmarks.pace measure            # every cell, some minutes on one core
+    python -m benchmarks.pace record             # once: rollouts and hidden states of two policies, two minutes on two cores
+    python -m benchmarks.pace measure            # every cell, a quarter of an hour on one core
     python -m benchmarks.pace measure --quick    # one setting, three batches
 
 `benchmarks/paced.py` says how: forwards take what the planner predicts for the setting; the host's code is real and timed.
