@@ -75,6 +75,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["ATLAS_RL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_rank_stays() -> Iterator[None]:
+    """TRL's colocated vLLM makes its process a rank by the environment, which children of later tests would inherit."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def modes_stay() -> Iterator[None]:
     """A test that leaves gradients off, or inference mode on, would break those after it in its process."""
