@@ -7,7 +7,7 @@ import torch
 from atlas_rl.policy.linear_routes import TURNED, Contest, RouteTable
 
 
-def table_where(route: str | None, pack_s: float = 0.0) -> RouteTable:
+def table_where(route: str | None, pack_s: float | None = 0.0) -> RouteTable:
     """A table of nobody's machine, in which one route wins all contests; None leaves them open."""
 
     class Settled(RouteTable):

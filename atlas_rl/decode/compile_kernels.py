@@ -22,6 +22,7 @@ from atlas_kernels.attend_cpu import compile_attention
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.jit_cache import num_kernels
 from atlas_kernels.layer import rms_norm, rotate
+from atlas_kernels.layer_cpu import add_and_norm, rotate_in_place
 from atlas_kernels.noise import BLOCK, Stream, request_keys
 from atlas_kernels.truncate import truncate
 from atlas_kernels.truncation import Truncation
@@ -161,6 +162,9 @@ def _run_all() -> None:
     rms_norm(tokens, torch.ones(2), 1e-6)
     rotate(tokens, tokens, tokens[:, 0], tokens[:, 0])
     compile_attention()
+    row = torch.ones(1, 2, dtype=torch.float32, device="cpu")
+    add_and_norm(row, row.clone(), row[0], 1e-6, False)
+    rotate_in_place(row.clone(), row.clone(), row, row, 2)
     acceptance, confidence = AcceptanceModel(), np.full((2, 2), 0.5, np.float32)
     acceptance.observe(confidence, np.full(2, 2), np.ones(2, np.int64))
     survival = acceptance.survival(confidence, np.full(2, 2))

@@ -44,6 +44,8 @@ from atlas_rl.policy.parts import HasModules
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
+Product = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
+
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PILOTS = 3  # layers of a shape that are packed first, to time the packed route
 _WORTH = 0.25  # share of the packing cost lost without it before a shape is packed: long calls tend to go on
@@ -62,17 +64,21 @@ class _Shape:
     contests: dict[int, Contest]
     copies: dict[nn.Linear, WeightCopy] = field(default_factory=dict)
     lost_s: float = 0.0
+    product: Product = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.product = _product_of(self)
 
     def prepare(self, contest: Contest) -> None:
         """Pack the layers that a forward with this contest should have packed."""
         if PACKED not in contest.seconds:
             return
         missing = [layer for layer in self.layers if layer not in self.copies]
-        if contest.winner is None:
+        if contest.winner is None or (contest.gain_s and contest.pack_s is None):
             pilots = [layer for layer in self.layers[:_PILOTS] if layer in missing]
             if pilots and _fits(pilots):
-                contest.pack_s = self._pack(pilots)
-            elif pilots:
+                self._pack(pilots)
+            elif pilots and contest.winner is None:
                 contest.leave_out_packed()
             return
         self.lost_s += contest.gain_s * len(missing)
@@ -81,12 +87,14 @@ class _Shape:
             if _fits(missing):
                 self._pack(missing)
 
-    def _pack(self, layers: list[nn.Linear]) -> float:
-        """Pack layers; returns the seconds per layer."""
+    def _pack(self, layers: list[nn.Linear]) -> None:
+        """Pack layers, and tell the contests of every number of rows what that takes."""
         began_s = time.perf_counter()
         for layer in layers:
             self.copies[layer] = WeightCopy.of(layer.weight, packed_weight(layer.weight))
-        return (time.perf_counter() - began_s) / len(layers)
+        pack_s = (time.perf_counter() - began_s) / len(layers)
+        for contest in self.contests.values():
+            contest.pack_s = pack_s if contest.pack_s is None else min(contest.pack_s, pack_s)
 
 
 class FastLinears:
@@ -106,6 +114,7 @@ class FastLinears:
         self._given = table
         self._model = model
         self._shapes: list[_Shape] = []
+        self._products: dict[nn.Linear, Product] = {}
 
     @contextmanager
     def installed(self, parts: HasModules | None = None) -> Iterator[None]:
@@ -121,16 +130,26 @@ class FastLinears:
         inner = _by_shape([m for m in (parts or self._model).modules() if m not in known and _takes_part(m)], table)
         forwards: dict[nn.Module, Any] = {layer: _forward_of(shape) for shape in inner for layer in shape.layers}
         try:
-            self._shapes = outer + inner
+            self._take(outer + inner)
             with replaced_forwards(forwards):
                 yield
         finally:
-            self._shapes = outer
+            self._take(outer)
             if inner:
                 table.save()
 
+    def _take(self, shapes: list[_Shape]) -> None:
+        self._shapes = shapes
+        self._products = {layer: shape.product for shape in shapes for layer in shape.layers}
+
+    def product(self, layer: nn.Linear) -> Product:
+        """What multiplies a layer with rows `[rows, in]` of its type, outside of autocast, in the present session."""
+        return self._products.get(layer, _plain)
+
     def prepare(self, num_rows: int) -> None:
-        """Pack the layers for which it pays, before a forward over `num_rows` tokens."""
+        """Pack the layers for which it pays, before a forward over `num_rows` tokens, in the context that it will run in."""
+        if torch.is_autocast_enabled("cpu"):  # layers keep PyTorch's route
+            return
         began_s, num_copies = time.perf_counter(), sum(len(shape.copies) for shape in self._shapes)
         for shape in self._shapes:
             if num_rows in _rows_in_contests(shape.layers[0].weight.dtype):
@@ -174,25 +193,34 @@ def _fits(layers: list[nn.Linear]) -> bool:
 
 def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
     """The replacement forward for layers of a shape."""
-    dtype, inputs = shape.layers[0].weight.dtype, shape.layers[0].in_features
-    contests, copies, rows_in_contests = shape.contests, shape.copies, _rows_in_contests(dtype)
+    dtype, inputs, product = shape.layers[0].weight.dtype, shape.layers[0].in_features, shape.product
 
     def forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some policies pass it by name
-        rows = input.numel() // inputs
-        if rows not in rows_in_contests or input.dtype != dtype or torch.is_autocast_enabled("cpu"):
+        if not input.numel() or input.dtype != dtype or torch.is_autocast_enabled("cpu"):
             return functional.linear(input, layer.weight, layer.bias)
-        contest, copy = contests[bucket_of(rows)], copies.get(layer)
+        return product(layer, input.reshape(-1, inputs)).view(*input.shape[:-1], -1)
+
+    return forward
+
+
+def _product_of(shape: _Shape) -> Product:
+    """Multiplies rows `[rows, in]` of the layers' own type, outside of autocast, by the fastest route."""
+    contests, copies = shape.contests, shape.copies
+    rows_in_contests = _rows_in_contests(shape.layers[0].weight.dtype)
+
+    def product(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+        number = rows.shape[0]
+        if number not in rows_in_contests:
+            return functional.linear(rows, layer.weight, layer.bias)
+        contest, copy = contests[bucket_of(number)], copies.get(layer)
         if copy is not None and not copy.is_of(layer.weight):
             del copies[layer]
             copy = None
-        flat = input.reshape(rows, inputs)
         if contest.winner is None:
-            out = _timed(contest, flat, layer, copy)
-        else:
-            out = _by(contest.winner if copy is not None else contest.runner_up, flat, layer, copy)
-        return out.view(*input.shape[:-1], -1)
+            return _timed(contest, rows, layer, copy, copies)
+        return _by(contest.winner if copy is not None else contest.runner_up, rows, layer, copy)
 
-    return forward
+    return product
 
 
 def _rows_in_contests(dtype: torch.dtype) -> range:
@@ -200,8 +228,20 @@ def _rows_in_contests(dtype: torch.dtype) -> range:
     return range(1, BUCKETS[-1] + 1 if dtype == torch.float32 else sys.maxsize)
 
 
-def _timed(contest: Contest, x: torch.Tensor, layer: nn.Linear, copy: WeightCopy | None) -> torch.Tensor:
-    with timing(contest, route := contest.next(may_pack=copy is not None), len(x)):
+def _plain(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    return functional.linear(rows, layer.weight, layer.bias)
+
+
+def _timed(
+    contest: Contest, x: torch.Tensor, layer: nn.Linear, copy: WeightCopy | None, copies: dict[nn.Linear, WeightCopy]
+) -> torch.Tensor:
+    route = contest.next(may_pack=copy is not None)
+    if route == PACKED:
+        # oneDNN compiles a product when it first sees a number of rows, which takes up to ten times as long as the product.
+        # It does so here for another layer's weight: after that, this one's is still read from memory.
+        another = next((other for of, other in copies.items() if of is not layer), copy)
+        _by(PACKED, x, layer, another)
+    with timing(contest, route, len(x)):
         return _by(route, x, layer, copy)
 
 

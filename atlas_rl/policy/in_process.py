@@ -20,6 +20,7 @@ from atlas_rl.policy.calling import ForwardCall
 from atlas_rl.policy.compiled import uncompiled
 from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.current_device import on_device
+from atlas_rl.policy.flat_layers import flat
 from atlas_rl.policy.fused_layers import fused
 from atlas_rl.policy.logits import rows_not_finite
 from atlas_rl.policy.memory import free_bytes
@@ -292,6 +293,7 @@ class InProcessRunner(PolicyRunner):
                 uncompiled(parts),
                 fused(parts) if self._fuses else nullcontext(),
                 self.linears.installed(parts),
+                flat(parts, self.linears) if self._fuses else nullcontext(),
                 self.halves.installed(self._autocast),
             ):
                 yield

@@ -74,8 +74,8 @@ def activation_form(module: Any) -> Activation | None:
     return "gelu_tanh" if act.func is nn.functional.gelu and act.keywords == {"approximate": "tanh"} else None
 
 
-def same_code(function: object, known: Any) -> bool:
-    """Whether two functions have the same instructions, defaults, and meanings of global names."""
+def same_code(function: object, known: Any, unused: frozenset[str] = frozenset()) -> bool:
+    """Whether two functions have the same instructions, defaults, and meanings of global names, but for `unused` ones."""
     if not isinstance(function, FunctionType):
         return False
     if function.__closure__ or (function.__defaults__, function.__kwdefaults__) != (
@@ -86,7 +86,7 @@ def same_code(function: object, known: Any) -> bool:
     theirs, ours = _instructions(function.__code__), _instructions(known.__code__)
     if theirs != ours or _signature(function.__code__) != _signature(known.__code__):
         return False
-    names = [name for operation, name in ours if operation == "LOAD_GLOBAL"]
+    names = [name for operation, name in ours if operation == "LOAD_GLOBAL" and name not in unused]
     return all(_same_meaning(_global(function, name), _global(known, name)) for name in names)
 
 

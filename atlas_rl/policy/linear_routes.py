@@ -34,6 +34,7 @@ A processor without units for bfloat16 multiplies one number at a time: 32 rows 
 128 take eight times. `WIDENED` converts such weights in every forward; a packed copy of them is in float32.
 """
 
+_FILE = "linear_routes_2.json"  # the first one's timings of packed products included their compilation
 _ENOUGH = 4  # timings of a route: the first one warms caches and compiles
 _WIDENED_BYTES = 1 << 25  # size of a weight's pieces in float32
 _HOPELESS = 1.5  # a route that took this many times the best one twice is not tried again
@@ -221,7 +222,7 @@ class RouteTable:
     @classmethod
     def of_this_machine(cls) -> RouteTable:
         """The table of this machine, from this process and earlier ones; an unreadable file counts as empty."""
-        path, machine = cache_folder() / "linear_routes.json", machine_name(torch.get_num_threads())
+        path, machine = cache_folder() / _FILE, machine_name(torch.get_num_threads())
         if (path, machine) not in _TABLES:
             _TABLES[path, machine] = cls._loaded(path, machine)
         return _TABLES[path, machine]

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
+from atlas_kernels.attend_cpu import attend_single_unchecked
 from atlas_kernels.dispatch import implementation_on
 from atlas_kernels.layer import store as store_tokens
 from atlas_rl.policy import varlen
@@ -311,6 +312,34 @@ def active(batch: RaggedBatch) -> Iterator[None]:
         yield
     finally:
         _this_thread.batch = previous
+
+
+def attend_tokens(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """`ragged_attention` of a layer that has made its own keys and values, by token, in float32 on a CPU.
+
+    Args:
+        module: The attention layer.
+        query: `[num_tokens, heads, dim]`, contiguous.
+        key: `[num_tokens, kv_heads, dim]`, contiguous; `value` likewise.
+        value: See `key`.
+        scaling: Factor on the scores.
+        window: Most cells that a query sees, its own included; None is all up to its own.
+
+    Returns:
+        `[num_tokens, heads, dim]`.
+    """
+    batch, layer = _this_thread.batch, module.layer_idx
+    # The long way looks at the policy's first tokens, and begins the layer's cache.
+    if batch is not None and batch.placed.query_len == 1 and batch.refusal and batch.sources.get(layer) == layer:
+        placed, keys, values = batch.placed, batch.keys[layer], batch.values[layer]
+        rows, positions = placed.token_rows, placed.token_positions
+        return attend_single_unchecked(
+            query, key, value, keys, values, rows, positions, placed.context, scaling, window
+        )
+    query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
+    return ragged_attention(module, query, key, value, None, scaling=scaling, sliding_window=window)[0][0]
 
 
 def ragged_attention(

@@ -73,12 +73,28 @@ def attend_single(
             "query, key and value must be contiguous float32 [tokens, heads, dim], the cache [rows, cells, heads, dim], got "
             + ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in (*floats, *integers))
         )
-    out = torch.empty(
-        tokens, heads, value_dim, dtype=torch.float32
-    )  # the kernel writes float32, whatever the default type
-    addresses = (tensor.data_ptr() for tensor in (*floats, *integers, out))
+    return attend_single_unchecked(query, key, value, keys, values, rows, positions, context, scale, window)
+
+
+def attend_single_unchecked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    context: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """`attend_single` for a caller that has made these tensors itself: memory is written by their addresses."""
+    (tokens, heads, dim), (_, kv_heads, value_dim) = query.shape, value.shape
+    # The kernel writes float32 in the host's memory, whatever torch's default type and device are.
+    out = torch.empty(tokens, heads, value_dim, dtype=torch.float32, device="cpu")
+    at = [each.data_ptr() for each in (query, key, value, keys, values, rows, positions, out)]
     sizes = tokens, heads, kv_heads, dim, value_dim, *keys.shape[:2], *values.shape[:2], context, window or context
-    call = np.array((*addresses, *sizes), np.int64)
+    call = np.array((*at, *sizes), np.int64)
     numbers = tokens * context * kv_heads * (dim + value_dim)
     _attend(call, float(scale), tokens * kv_heads, min(torch.get_num_threads(), 1 + numbers // _GRAIN))
     return out
@@ -87,10 +103,10 @@ def attend_single(
 def compile_attention() -> None:
     """Compile both forms: on one thread, and on several."""
     new, cache, places, out = (
-        torch.ones(1, 1, 2, dtype=torch.float32),
-        torch.ones(1, 1, 1, 2, dtype=torch.float32),
-        torch.zeros(1, dtype=torch.int64),
-        torch.ones(2, dtype=torch.float32),
+        torch.ones(1, 1, 2, dtype=torch.float32, device="cpu"),
+        torch.ones(1, 1, 1, 2, dtype=torch.float32, device="cpu"),
+        torch.zeros(1, dtype=torch.int64, device="cpu"),
+        torch.ones(2, dtype=torch.float32, device="cpu"),
     )
     tensors = new, new, new, cache, cache, places, places, out
     call = np.array([*(tensor.data_ptr() for tensor in tensors), 1, 1, 1, 2, 2, 1, 1, 1, 1, 1, 1], np.int64)

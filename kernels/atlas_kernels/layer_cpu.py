@@ -31,6 +31,28 @@ def rotate_cpu(
     return out
 
 
+def rotate_in_place(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int) -> None:
+    """`layer.rotate` of queries and keys that nobody else reads.
+
+    Nothing is checked: all tensors are contiguous float32 of one number of tokens on a CPU. A head has `dim` numbers, with
+    an angle for each.
+    """
+    tokens = cos.numel() // dim
+    for x in (query, key):
+        _rotate_here(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, x.numel() // (tokens * dim), dim)
+
+
+def add_and_norm(x: torch.Tensor, to: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bool) -> torch.Tensor:
+    """Add `x` to `to`, which nobody else reads, and return the RMS norm of the sum.
+
+    Nothing is checked: `x` and `to` are contiguous float32 `[rows, columns]` on a CPU.
+    """
+    out, weight = torch.empty_like(to), weight.contiguous()
+    at = x.data_ptr(), to.data_ptr(), weight_address(weight), out.data_ptr()
+    _add_and_norm_rows(*at, *to.shape, eps, adds_one)
+    return out
+
+
 # `reassoc` lets sums be reordered and vectorised; the order is the same for every row.
 @cached_njit(nogil=True, fastmath={"reassoc"})
 def _squares(row):
@@ -46,10 +68,26 @@ def _norm_rows(x_at, weight_at, out_at, rows, columns, eps, adds_one):
     weight = floats_at(weight_at, (columns,))
     one = np.float32(1) if adds_one else np.float32(0)
     for row in range(rows):
-        mean = _squares(x[row]) / np.float32(columns)
-        scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
+        _norm_row(x[row], weight, out[row], eps, one)
+
+
+@cached_njit(nogil=True, error_model="numpy")
+def _add_and_norm_rows(x_at, to_at, weight_at, out_at, rows, columns, eps, adds_one):
+    x, to = floats_at(x_at, (rows, columns)), floats_at(to_at, (rows, columns))
+    out, weight = floats_at(out_at, (rows, columns)), floats_at(weight_at, (columns,))
+    one = np.float32(1) if adds_one else np.float32(0)
+    for row in range(rows):
         for column in range(columns):
-            out[row, column] = (x[row, column] * scale) * (one + weight[column])
+            to[row, column] += x[row, column]
+        _norm_row(to[row], weight, out[row], eps, one)
+
+
+@cached_njit(nogil=True, error_model="numpy")
+def _norm_row(x, weight, out, eps, one):
+    mean = _squares(x) / np.float32(len(x))
+    scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
+    for column in range(len(x)):
+        out[column] = (x[column] * scale) * (one + weight[column])
 
 
 @cached_njit(nogil=True)
@@ -63,3 +101,19 @@ def _rotate_tokens(x_at, cos_at, sin_at, out_at, tokens, heads, dim):
                 first, second = x[token, head, low], x[token, head, low + half]
                 out[token, head, low] = first * cos[token, low] - second * sin[token, low]
                 out[token, head, low + half] = second * cos[token, low + half] + first * sin[token, low + half]
+
+
+@cached_njit(nogil=True)
+def _rotate_here(x_at, cos_at, sin_at, tokens, heads, dim):
+    x, cos, sin = (
+        floats_at(x_at, (tokens, heads, dim)),
+        floats_at(cos_at, (tokens, dim)),
+        floats_at(sin_at, (tokens, dim)),
+    )
+    half = dim // 2
+    for token in range(tokens):
+        for head in range(heads):
+            for low in range(half):
+                first, second = x[token, head, low], x[token, head, low + half]
+                x[token, head, low] = first * cos[token, low] - second * sin[token, low]
+                x[token, head, low + half] = second * cos[token, low + half] + first * sin[token, low + half]

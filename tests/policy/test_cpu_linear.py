@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atlas_rl.policy import cpu_linear, linear_routes
+from atlas_rl.policy import cpu_linear
 from atlas_rl.policy.cpu_linear import FastLinears, by_columns
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.linear_routes import (
@@ -24,16 +23,10 @@ from atlas_rl.policy.linear_routes import (
     PLAIN,
     ROUTES,
     TURNED,
-    WIDENED,
-    Contest,
-    RouteTable,
     packed_type,
-    widened,
 )
+from tests.policy.linears import BF16, FP16, INPUTS, OUTPUTS, close, layer_of
 from tests.routes import table_where
-
-INPUTS, OUTPUTS = 200, 700  # large enough in bfloat16 as well
-BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @contextmanager
@@ -63,19 +56,6 @@ SHAPES: dict[str, Callable[[int], torch.Tensor]] = {
 ROWS = (1, 17, 257)
 
 
-def layer_of(bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Linear:
-    torch.manual_seed(seed)
-    return nn.Linear(INPUTS, OUTPUTS, bias=bias, dtype=dtype)
-
-
-def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    assert ours.dtype == expected.dtype
-    assert ours.shape == expected.shape
-    assert ours.is_contiguous() == expected.is_contiguous()
-    tolerance = {torch.float32: 1e-5, BF16: 2e-2, FP16: 2e-3}[ours.dtype]
-    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("setting", AUTOCASTS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
@@ -101,7 +81,8 @@ def test_a_layer_returns_what_it_returns_otherwise(setting: str, bias: bool, dty
                         assert torch.equal(ours, expected)
     assert type(linear) is nn.Linear
     for route, num_bytes in num_packed.items():
-        assert (num_bytes > 0) == (route in (PACKED, None) and packed_type(dtype) is not None)
+        may_pack = route in (PACKED, None) and packed_type(dtype) is not None
+        assert (num_bytes > 0) == (may_pack and not any(enabled for _, enabled in AUTOCASTS[setting][-1:]))
 
 
 @pytest.mark.parametrize("route", [PLAIN, TURNED, DOUBLED, PACKED])
@@ -216,138 +197,6 @@ def test_no_memory_no_copies(route: str | None, num_packed: list[int], monkeypat
             close(linear(x), functional.linear(x, linear.weight, linear.bias))
     assert num_packed == [0]
     assert linears.packing_s == linears.most_packed_bytes == 0
-
-
-# ------------------------------------------------------------------------------------------------------------ contests
-
-
-def test_routes_take_turns_until_one_has_won() -> None:
-    costs = {PLAIN: 3.0, TURNED: 1.0, DOUBLED: 1.2, PACKED: 1.4}
-    contest = Contest({name: [] for name in costs})
-    tries = []
-    while contest.winner is None:
-        route = contest.next(may_pack=True)
-        tries.append(route)
-        contest.note(route, costs[route] * (10 if tries.count(route) == 1 else 1))  # the first time is not typical
-    assert (contest.winner, contest.runner_up) == (TURNED, TURNED)
-    assert {name: tries.count(name) for name in costs} == {PLAIN: 2, TURNED: 4, DOUBLED: 4, PACKED: 4}
-    assert contest.gain_s == 0
-
-
-def test_a_timing_that_rules_out_several_routes_at_once_ends_the_contest() -> None:
-    contest = Contest({PLAIN: [1.0, 1.0, 1.0], TURNED: [1.1, 1.1, 1.1], WIDENED: [0.9, 0.9, 0.9]})
-    contest.note(PLAIN, 1.0)
-    contest.note(WIDENED, 0.1)
-    assert (contest.winner, contest.runner_up) == (WIDENED, WIDENED)
-
-
-def test_a_contest_that_only_packed_copies_kept_open_ends_without_memory_for_them() -> None:
-    for num_timings, winner in ((4, TURNED), (1, None)):
-        contest = Contest({PLAIN: [1.0, 1.0], TURNED: [0.5] * num_timings, PACKED: []})
-        contest.leave_out_packed()
-        assert contest.winner == winner
-
-
-def test_layers_without_a_copy_leave_that_route_to_others() -> None:
-    contest = Contest({PLAIN: [], TURNED: [], PACKED: []})
-    for _ in range(20):
-        route = contest.next(may_pack=False)
-        contest.note(route, {PLAIN: 2.0, TURNED: 1.9}[route])
-    assert contest.winner is None
-    while contest.winner is None:
-        contest.note(contest.next(may_pack=True), 0.5)
-    assert (contest.winner, contest.runner_up) == (PACKED, TURNED)
-    assert contest.gain_s == pytest.approx(1.4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
-def test_half_precision_may_be_computed_in_float32(dtype: torch.dtype) -> None:
-    """For any number of rows; as float32 is, it would only be copied."""
-    linear, seen = layer_of(dtype=dtype), []
-    table = RouteTable(None, "nobody's")
-    linears = FastLinears(linear, table)
-    for rows in (1, 300, 900):
-        with torch.no_grad(), linears.installed():
-            for _ in range(20):
-                linears.prepare(rows)
-                linear(torch.randn(rows, INPUTS, dtype=dtype))
-    for contest in table.contests.values():
-        seen += [name for name, seconds in contest.seconds.items() if seconds]
-    assert (WIDENED in seen) == (dtype != torch.float32)
-    decided = [int(name.rpartition(", ")[2]) for name, contest in table.contests.items() if contest.winner]
-    assert decided == ([1] if dtype == torch.float32 else [1, BUCKETS[-1]])
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_large_weight_is_converted_piece_by_piece(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = layer_of(bias, BF16), torch.randn(5, INPUTS).to(BF16)
-    sizes, linear = [], functional.linear
-
-    def counted(x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(weight))
-        return linear(x, weight, *bias)
-
-    monkeypatch.setattr(functional, "linear", counted)
-    whole = widened(x, layer.weight, layer.bias)
-    monkeypatch.setattr(linear_routes, "_WIDENED_BYTES", 4 * INPUTS * 300)
-    close(widened(x, layer.weight, layer.bias), whole)
-    assert sizes == [OUTPUTS, 300, 300, 100]
-
-
-def test_a_contest_without_a_route_that_there_is_now_is_held_again(tmp_path: Path) -> None:
-    weight, path = torch.empty(9, 5, dtype=BF16), tmp_path / "routes.json"
-    old = RouteTable(path, "mine")
-    contest = old.contest(weight, True, 4)
-    del contest.seconds[WIDENED]
-    for route in contest.seconds:
-        contest.seconds[route] = [0.5]
-    contest.decide()
-    old.save()
-    assert RouteTable._loaded(path, "mine").contest(weight, True, 4).winner is None
-
-
-def test_what_was_found_is_kept_by_machine(tmp_path: Path) -> None:
-    weight, path = torch.empty(9, 5), tmp_path / "deep" / "routes.json"
-    table = RouteTable(path, "mine")
-    contest = table.contest(weight, True, 4)
-    table.contest(weight, True, 8)  # undecided
-    for route in contest.seconds:
-        for _ in range(4):
-            contest.note(route, 0.5 if route == TURNED else 0.7)
-    table.save()
-    other = RouteTable(path, "another")
-    other.contests = dict(table.contests)
-    other.save()
-    again = RouteTable._loaded(path, "mine")
-    assert set(again.contests) == {"9x5 float32 bias, 4"}
-    assert again.contest(weight, True, 4).winner == TURNED
-    assert again.contest(weight, True, 8).winner is None
-    assert RouteTable._loaded(path, "a third").contests == {}
-    assert [file.name for file in path.parent.iterdir()] == ["routes.json"]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"mine": {"a": {"seconds": {"plain": "1"}, "pack_s": null}}}', "\x00"]
-)
-def test_a_damaged_file_is_as_good_as_none(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "routes.json"
-    path.write_text(text)
-    table = RouteTable._loaded(path, "mine")
-    assert table.contests == {}
-    contest = table.contest(torch.empty(9, 5), False, 1)
-    for route in contest.seconds:
-        for _ in range(4):
-            contest.note(route, 1.0)
-    table.save()
-    assert len(RouteTable._loaded(path, "mine").contests) == 1
-
-
-def test_a_disk_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    table = RouteTable(tmp_path / "file" / "routes.json", "mine")
-    contest = table.contest(torch.empty(9, 5), False, 1)
-    contest.decide()
-    table.save()
 
 
 # ------------------------------------------------------------------------------------------------------ who takes part

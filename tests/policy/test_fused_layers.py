@@ -39,6 +39,12 @@ def steps(model, between=lambda: None):
     return torch.cat(out)
 
 
+@pytest.fixture(autouse=True)
+def by_modules(monkeypatch):
+    """Layers run module by module: as one function each (`test_flat_layers.py`), they call the kernels themselves."""
+    monkeypatch.setattr(in_process, "flat", lambda *_: nullcontext())
+
+
 @pytest.fixture
 def unfused(monkeypatch):
     """Logits as the policy's own code gives them."""

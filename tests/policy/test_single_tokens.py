@@ -13,14 +13,20 @@ from tests.policy.rows import Rows, run_in_every_way, texts
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts tokens of the steps that the kernel attends for, per layer."""
-    counts, attend = [], ragged_attention.attend_singly
+    """Counts tokens of the steps that the kernel attends for, per layer: of layers with their own code, and of flat ones."""
+    counts: list[int] = []
 
-    def counted(query: torch.Tensor, *rest: object) -> torch.Tensor:
-        counts.append(query.shape[2])
-        return attend(query, *rest)
+    def counting(name: str, tokens: int) -> None:
+        attend = getattr(ragged_attention, name)
 
-    monkeypatch.setattr(ragged_attention, "attend_singly", counted)
+        def counted(query: torch.Tensor, *rest: object) -> torch.Tensor:
+            counts.append(query.shape[tokens])
+            return attend(query, *rest)
+
+        monkeypatch.setattr(ragged_attention, name, counted)
+
+    counting("attend_singly", 2)
+    counting("attend_single_unchecked", 0)
     return counts
 
 

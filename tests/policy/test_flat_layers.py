@@ -1,0 +1,242 @@
+"""Decoder layers of known code run as one function each: the same logits, hooks and patches kept, nothing stale."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+from atlas_rl.policy import flat_layers, in_process
+from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.decoder_forms import AttentionForm, attention_form, is_decoder_layer
+from atlas_rl.policy.flat_layers import flat
+from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.threads import generating
+from tests.models import FACTORIES, SHAPE, build, tiny_llama
+
+LENGTHS = np.array([3, 1, 6]), np.array([1, 1, 1]), np.array([2, 1, 4]), np.array([1, 1, 1])
+KNOWN = ("llama", "qwen2", "qwen3", "mistral")
+
+
+def experts(seed=0):
+    """Layers of Llama's code around experts, which are called as a module."""
+    config = Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=8)
+    return build(Qwen3MoeForCausalLM, config, seed=seed)
+
+
+MAKERS = {**FACTORIES, "qwen3_moe": experts}
+
+
+def steps(model, between=lambda: None, taps=Taps, context=nullcontext):
+    """Logits of prompts and of three ragged steps, with something done to the policy between them."""
+    runner, rng, out = InProcessRunner(model), np.random.default_rng(3), []
+    starts = np.zeros(3, np.int64)
+    runner.row_bytes(1)  # probes
+    with context(), runner.session(runner.new_cache(3, 64)):
+        for lengths in LENGTHS:
+            tokens = rng.integers(64, size=int(lengths.sum()))
+            tapped = taps()
+            out.append(runner.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), tapped))
+            out += [tapped.layers[layer] for layer in sorted(tapped.layers)]
+            starts = starts + lengths
+            between()
+    return [each.clone() for each in out]
+
+
+def same(ours, expected):
+    return len(ours) == len(expected) and all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.fixture
+def by_modules(monkeypatch):
+    """Logits with layers that run module by module."""
+
+    def run(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(in_process, "flat", lambda *_: nullcontext())
+            return steps(*args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def flat_calls(monkeypatch):
+    """How many layers ran as one function."""
+    seen, own = [0], flat_layers._Parts.forward
+
+    def counted(self, *args):
+        seen[0] += 1
+        return own(self, *args)
+
+    monkeypatch.setattr(flat_layers._Parts, "forward", counted)
+    return seen
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_layers_of_known_code_give_the_same_logits(name, by_modules, flat_calls):
+    """To the bit, for prompts, for one token per row and for several, with windows that have passed the first tokens."""
+    model = MAKERS[name](seed=3)
+    expected = by_modules(model)
+    assert flat_calls == [0]
+    ours = steps(model)
+    assert same(ours, expected)
+    layers = model.config.num_hidden_layers
+    assert (flat_calls[0] >= len(LENGTHS) * layers) == (name in (*KNOWN, "qwen3_moe"))
+    assert flat_calls[0] % layers == 0
+
+
+def test_forms_are_known_by_their_code():
+    assert is_decoder_layer(modeling_llama.LlamaDecoderLayer)
+    assert attention_form(modeling_llama.LlamaAttention) == AttentionForm()
+    assert attention_form(modeling_qwen3.Qwen3Attention) == AttentionForm(norms_heads=True, window="layer")
+    assert not is_decoder_layer(modeling_llama.LlamaMLP)
+    assert attention_form(modeling_llama.LlamaMLP) is None
+
+
+def test_inputs_of_layers_that_drafters_look_at_are_not_overwritten(by_modules):
+    def taps():
+        return Taps(wants_layers=(0, 1, 2))
+
+    model = tiny_llama(seed=3)
+    expected = by_modules(model, taps=taps)
+    assert len(expected) == 4 * len(LENGTHS)
+    assert same(steps(model, taps=taps), expected)
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]])
+def test_adapters_come_along(modules, by_modules, flat_calls):
+    torch.manual_seed(0)
+    tuned = get_peft_model(tiny_llama(seed=3), LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
+    expected = by_modules(tuned)
+    assert same(steps(tuned), expected)
+    assert flat_calls[0] >= 2 * len(LENGTHS)
+    assert not same(expected, by_modules(tiny_llama(seed=3)))
+
+
+@pytest.mark.parametrize("part", ["input_layernorm", "mlp.down_proj", "self_attn.q_proj"])
+@pytest.mark.parametrize("how", ["in place", "another parameter", "by .data"])
+def test_a_weight_that_changes_within_a_call_is_seen(part, how, by_modules):
+    def change(model):
+        module = model.model.layers[1].get_submodule(part)
+        if how == "in place":
+            with torch.no_grad():
+                module.weight.mul_(1.5)
+        elif how == "by .data":
+            module.weight.data.mul_(1.5)
+        else:
+            module.weight = torch.nn.Parameter(1.5 * module.weight.detach())
+
+    one, other = tiny_llama(seed=3), tiny_llama(seed=3)
+    changed, expected = steps(one, lambda: change(one)), by_modules(other, lambda: change(other))
+    assert same(changed, expected)
+    assert not same(changed, steps(tiny_llama(seed=3)))
+
+
+PARTS = ("", "input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp",
+         "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj")  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_hooks_of_every_part_run(part, by_modules):
+    """A hook may replace what a module returns."""
+
+    def hooked():
+        model = tiny_llama(seed=3)
+        seen = []
+
+        def hook(module, args, out):
+            seen.append(module)
+            return (1.25 * out[0], *out[1:]) if isinstance(out, tuple) else 1.25 * out
+
+        model.model.layers[1].get_submodule(part).register_forward_hook(hook)
+        return model, seen
+
+    (one, ours), (other, theirs) = hooked(), hooked()
+    changed = steps(one)
+    assert same(changed, by_modules(other))
+    assert len(ours) == len(theirs) > 0
+    assert not same(changed, steps(tiny_llama(seed=3)))
+
+
+def test_what_a_hook_keeps_is_not_overwritten():
+    model, kept = tiny_llama(seed=3), []
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "o_proj"):
+        attention.get_submodule(name).register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    steps(model)
+    assert kept
+    assert all(torch.equal(out, was) for out, was in kept)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_patched_forward_runs(part, by_modules):
+    def patched():
+        model = tiny_llama(seed=3)
+        module = model.model.layers[1].get_submodule(part)
+        own = module.forward
+
+        def forward(*args, **kwargs):
+            out = own(*args, **kwargs)
+            return (1.25 * out[0], *out[1:]) if isinstance(out, tuple) else 1.25 * out
+
+        module.forward = forward
+        return model
+
+    changed = steps(patched())
+    assert same(changed, by_modules(patched()))
+    assert not same(changed, steps(tiny_llama(seed=3)))
+
+
+def test_hooks_that_transformers_leaves_behind_change_nothing(flat_calls):
+    model = tiny_llama(seed=3)
+    expected = steps(model)
+    with torch.no_grad():
+        model(torch.arange(5)[None], output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    flat_calls[0] = 0
+    assert same(steps(model), expected)
+    assert flat_calls[0] >= 2 * len(LENGTHS)
+
+
+def test_hooks_of_all_modules_run(by_modules, flat_calls):
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 1.01 * out if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        model = tiny_llama(seed=3)
+        assert same(steps(model), by_modules(model))
+    finally:
+        handle.remove()
+    assert flat_calls == [0]
+
+
+def test_other_types_and_arguments_run_the_layers_own_code(by_modules, flat_calls):
+    half = tiny_llama(seed=3).bfloat16()
+    assert same(steps(half), by_modules(half))
+    double = tiny_llama(seed=3).double()
+    assert same(steps(double), by_modules(double))
+    assert flat_calls == [0]
+    model, options = tiny_llama(seed=3), {"context": lambda: torch.autocast("cpu", torch.bfloat16)}
+    expected = by_modules(model, **options)
+    assert same(steps(model, **options), expected)
+    assert not same(expected, by_modules(model))
+
+
+def test_gradients_other_attention_and_other_threads_have_the_policys_own_code(flat_calls):
+    model, tokens = tiny_llama(seed=3), torch.arange(5)[None]
+    expected = model(tokens).logits
+    runner = InProcessRunner(model)
+    with generating(), flat(model, runner.linears):
+        logits = model(tokens).logits  # with gradients
+        assert logits.requires_grad
+        with torch.no_grad():
+            plain = model(tokens).logits  # with its own attention
+    assert flat_calls == [0]
+    assert torch.equal(logits, expected)
+    assert torch.equal(plain, expected)
