@@ -30,6 +30,7 @@ from atlas_rl.policy.linear_routes import (
     BUCKETS,
     MIN_BYTES,
     PACKED,
+    PLAIN,
     ROUTES,
     Contest,
     RouteTable,
@@ -44,7 +45,9 @@ from atlas_rl.policy.parts import HasModules
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
-Product = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
+Group = tuple[nn.Linear, ...]
+"""Layers that multiply the same rows: most often one. A packed copy of several is one matrix, and one product."""
+Products = Callable[[Group, torch.Tensor], tuple[torch.Tensor, ...]]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PILOTS = 3  # layers of a shape that are packed first, to time the packed route
@@ -58,24 +61,24 @@ def by_columns(weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class _Shape:
-    """Layers of one shape and type: their contests by rows, their packed copies, and the cost of not having these."""
+    """Groups of one shape and type: their contests by rows, their packed copies, and the cost of not having these."""
 
-    layers: list[nn.Linear]
+    groups: list[Group]
     contests: dict[int, Contest]
-    copies: dict[nn.Linear, WeightCopy] = field(default_factory=dict)
+    copies: dict[Group, tuple[WeightCopy, ...]] = field(default_factory=dict)
     lost_s: float = 0.0
-    product: Product = field(init=False)
+    products: Products = field(init=False)
 
     def __post_init__(self) -> None:
-        self.product = _product_of(self)
+        self.products = _products_of(self)
 
     def prepare(self, contest: Contest) -> None:
-        """Pack the layers that a forward with this contest should have packed."""
+        """Pack the groups that a forward with this contest should have packed."""
         if PACKED not in contest.seconds:
             return
-        missing = [layer for layer in self.layers if layer not in self.copies]
+        missing = [group for group in self.groups if group not in self.copies]
         if contest.winner is None or (contest.gain_s and contest.pack_s is None):
-            pilots = [layer for layer in self.layers[:_PILOTS] if layer in missing]
+            pilots = [group for group in self.groups[:_PILOTS] if group in missing]
             if pilots and _fits(pilots):
                 self._pack(pilots)
             elif pilots and contest.winner is None:
@@ -87,12 +90,13 @@ class _Shape:
             if _fits(missing):
                 self._pack(missing)
 
-    def _pack(self, layers: list[nn.Linear]) -> None:
-        """Pack layers, and tell the contests of every number of rows what that takes."""
+    def _pack(self, groups: list[Group]) -> None:
+        """Pack groups, and tell the contests of every number of rows what that takes."""
         began_s = time.perf_counter()
-        for layer in layers:
-            self.copies[layer] = WeightCopy.of(layer.weight, packed_weight(layer.weight))
-        pack_s = (time.perf_counter() - began_s) / len(layers)
+        for group in groups:
+            made = packed_weight(torch.cat([layer.weight for layer in group]) if len(group) > 1 else group[0].weight)
+            self.copies[group] = tuple(WeightCopy.of(layer.weight, made) for layer in group)
+        pack_s = (time.perf_counter() - began_s) / len(groups)
         for contest in self.contests.values():
             contest.pack_s = pack_s if contest.pack_s is None else min(contest.pack_s, pack_s)
 
@@ -114,7 +118,7 @@ class FastLinears:
         self._given = table
         self._model = model
         self._shapes: list[_Shape] = []
-        self._products: dict[nn.Linear, Product] = {}
+        self._products: dict[Group, Products] = {}
 
     @contextmanager
     def installed(self, parts: HasModules | None = None) -> Iterator[None]:
@@ -125,10 +129,11 @@ class FastLinears:
         """
         if not self._shapes:
             self.packing_s, self.most_packed_bytes = 0.0, 0
-        outer, table = self._shapes, self._given or RouteTable.of_this_machine()
-        known = {layer for shape in outer for layer in shape.layers}
-        inner = _by_shape([m for m in (parts or self._model).modules() if m not in known and _takes_part(m)], table)
-        forwards: dict[nn.Module, Any] = {layer: _forward_of(shape) for shape in inner for layer in shape.layers}
+        outer, table = self._shapes, self._table
+        known = {layer for shape in outer for group in shape.groups for layer in group}
+        layers: list[Any] = [m for m in (parts or self._model).modules() if m not in known and _takes_part(m)]
+        inner = _by_shape([(layer,) for layer in layers], table)
+        forwards: dict[nn.Module, Any] = {layer: _forward_of(shape) for shape in inner for (layer,) in shape.groups}
         try:
             self._take(outer + inner)
             with replaced_forwards(forwards):
@@ -138,13 +143,42 @@ class FastLinears:
             if inner:
                 table.save()
 
+    @property
+    def _table(self) -> RouteTable:
+        return self._given or RouteTable.of_this_machine()
+
     def _take(self, shapes: list[_Shape]) -> None:
         self._shapes = shapes
-        self._products = {layer: shape.product for shape in shapes for layer in shape.layers}
+        self._products = {group: shape.products for shape in shapes for group in shape.groups}
 
-    def product(self, layer: nn.Linear) -> Product:
-        """What multiplies a layer with rows `[rows, in]` of its type, outside of autocast, in the present session."""
-        return self._products.get(layer, _plain)
+    def together(self, groups: list[Group]) -> None:
+        """Multiply layers together that multiply the same rows, until the session ends.
+
+        A group is left alone if one of its layers has routes of its own that differ, or none. A layer that is called by
+        itself afterwards has no packed copy.
+        """
+        new = [group for group in groups if group not in self._products and self._may_be_together(group)]
+        members = {layer for group in new for layer in group}
+        for shape in self._shapes:
+            shape.groups = [group for group in shape.groups if not members.intersection(group)]
+            shape.copies = {group: copy for group, copy in shape.copies.items() if not members.intersection(group)}
+        self._take(self._shapes + _by_shape(new, self._table))
+
+    def _may_be_together(self, group: Group) -> bool:
+        kinds = {(layer.weight.dtype, layer.weight.shape[1], layer.bias is None) for layer in group}
+        return len(kinds) == 1 and all((layer,) in self._products for layer in group)
+
+    def products(self, group: Group) -> Products:
+        """What multiplies the layers of a group with rows `[rows, in]` of their type, outside of autocast.
+
+        It takes the group and the rows, and is valid in the present session. Results may be views of one tensor.
+        """
+        return self._products.get(group, self._one_by_one)
+
+    def _one_by_one(self, group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if len(group) == 1:
+            return (functional.linear(rows, group[0].weight, group[0].bias),)
+        return tuple(self.products((layer,))((layer,), rows)[0] for layer in group)
 
     def prepare(self, num_rows: int) -> None:
         """Pack the layers for which it pays, before a forward over `num_rows` tokens, in the context that it will run in."""
@@ -152,22 +186,27 @@ class FastLinears:
             return
         began_s, num_copies = time.perf_counter(), sum(len(shape.copies) for shape in self._shapes)
         for shape in self._shapes:
-            if num_rows in _rows_in_contests(shape.layers[0].weight.dtype):
+            if shape.groups and num_rows in _rows_in_contests(shape.groups[0][0].weight.dtype):
                 shape.prepare(shape.contests[bucket_of(num_rows)])
         if sum(len(shape.copies) for shape in self._shapes) != num_copies:
             self.packing_s += time.perf_counter() - began_s
-            packed_bytes = sum(_packed_bytes(layer) for shape in self._shapes for layer in shape.copies)
+            packed_bytes = sum(_packed_bytes(group) for shape in self._shapes for group in shape.copies)
             self.most_packed_bytes = max(self.most_packed_bytes, packed_bytes)
 
 
-def _by_shape(layers: list[Any], table: RouteTable) -> list[_Shape]:
-    groups: dict[object, list[nn.Linear]] = {}
-    for layer in layers:
-        groups.setdefault((layer.weight.shape, layer.weight.dtype, layer.bias is None), []).append(layer)
-    return [
-        _Shape(same, {rows: table.contest(same[0].weight, same[0].bias is not None, rows) for rows in BUCKETS})
-        for same in groups.values()
-    ]
+def _by_shape(groups: list[Group], table: RouteTable) -> list[_Shape]:
+    by_shape: dict[object, list[Group]] = {}
+    for group in groups:
+        first = group[0]
+        shapes = tuple(layer.weight.shape for layer in group)
+        by_shape.setdefault((shapes, first.weight.dtype, first.bias is None), []).append(group)
+    return [_Shape(same, _contests(same[0], table)) for same in by_shape.values()]
+
+
+def _contests(group: Group, table: RouteTable) -> dict[int, Contest]:
+    weight, *others = (layer.weight for layer in group)
+    has_bias = group[0].bias is not None
+    return {rows: table.contest(weight, has_bias, rows, others=others) for rows in BUCKETS}
 
 
 def _takes_part(module: Any) -> bool:
@@ -182,45 +221,47 @@ def _takes_part(module: Any) -> bool:
     )
 
 
-def _packed_bytes(layer: nn.Linear) -> int:
-    kind = packed_type(layer.weight.dtype)
-    return 0 if kind is None else layer.weight.numel() * kind.itemsize
+def _packed_bytes(group: Group) -> int:
+    kind = packed_type(group[0].weight.dtype)
+    return 0 if kind is None else sum(layer.weight.numel() for layer in group) * kind.itemsize
 
 
-def _fits(layers: list[nn.Linear]) -> bool:
-    return sum(map(_packed_bytes, layers)) <= free_bytes(torch.device("cpu"))
+def _fits(groups: list[Group]) -> bool:
+    return sum(map(_packed_bytes, groups)) <= free_bytes(torch.device("cpu"))
 
 
 def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
-    """The replacement forward for layers of a shape."""
-    dtype, inputs, product = shape.layers[0].weight.dtype, shape.layers[0].in_features, shape.product
+    """The replacement forward for single layers of a shape."""
+    ((first,), *_), products = shape.groups, shape.products
+    dtype, inputs = first.weight.dtype, first.in_features
 
     def forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some policies pass it by name
         if not input.numel() or input.dtype != dtype or torch.is_autocast_enabled("cpu"):
             return functional.linear(input, layer.weight, layer.bias)
-        return product(layer, input.reshape(-1, inputs)).view(*input.shape[:-1], -1)
+        (out,) = products((layer,), input.reshape(-1, inputs))
+        return out.view(*input.shape[:-1], -1)
 
     return forward
 
 
-def _product_of(shape: _Shape) -> Product:
-    """Multiplies rows `[rows, in]` of the layers' own type, outside of autocast, by the fastest route."""
-    contests, copies = shape.contests, shape.copies
-    rows_in_contests = _rows_in_contests(shape.layers[0].weight.dtype)
+def _products_of(shape: _Shape) -> Products:
+    """Multiplies rows `[rows, in]` of a group's own type, outside of autocast, by the fastest route."""
+    contests = shape.contests
+    rows_in_contests = _rows_in_contests(shape.groups[0][0].weight.dtype)
 
-    def product(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
-        number = rows.shape[0]
+    def products(group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        number, copies = rows.shape[0], shape.copies
         if number not in rows_in_contests:
-            return functional.linear(rows, layer.weight, layer.bias)
-        contest, copy = contests[bucket_of(number)], copies.get(layer)
-        if copy is not None and not copy.is_of(layer.weight):
-            del copies[layer]
+            return _by(PLAIN, rows, group, None)
+        contest, copy = contests[bucket_of(number)], copies.get(group)
+        if copy is not None and not all(of.is_of(layer.weight) for of, layer in zip(copy, group, strict=True)):
+            del copies[group]
             copy = None
         if contest.winner is None:
-            return _timed(contest, rows, layer, copy, copies)
-        return _by(contest.winner if copy is not None else contest.runner_up, rows, layer, copy)
+            return _timed(contest, rows, group, copy, copies)
+        return _by(contest.winner if copy is not None else contest.runner_up, rows, group, copy)
 
-    return product
+    return products
 
 
 def _rows_in_contests(dtype: torch.dtype) -> range:
@@ -228,25 +269,29 @@ def _rows_in_contests(dtype: torch.dtype) -> range:
     return range(1, BUCKETS[-1] + 1 if dtype == torch.float32 else sys.maxsize)
 
 
-def _plain(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
-    return functional.linear(rows, layer.weight, layer.bias)
-
-
 def _timed(
-    contest: Contest, x: torch.Tensor, layer: nn.Linear, copy: WeightCopy | None, copies: dict[nn.Linear, WeightCopy]
-) -> torch.Tensor:
+    contest: Contest,
+    x: torch.Tensor,
+    group: Group,
+    copy: tuple[WeightCopy, ...] | None,
+    copies: dict[Group, tuple[WeightCopy, ...]],
+) -> tuple[torch.Tensor, ...]:
     route = contest.next(may_pack=copy is not None)
     if route == PACKED:
         # oneDNN compiles a product when it first sees a number of rows, which takes up to ten times as long as the product.
-        # It does so here for another layer's weight: after that, this one's is still read from memory.
-        another = next((other for of, other in copies.items() if of is not layer), copy)
-        _by(PACKED, x, layer, another)
+        # It does so here for another group's weight: after that, this one's is still read from memory.
+        another = next((other for of, other in copies.items() if of is not group), copy)
+        _by(PACKED, x, group, another)
     with timing(contest, route, len(x)):
-        return _by(route, x, layer, copy)
+        return _by(route, x, group, copy)
 
 
-def _by(route: str, x: torch.Tensor, layer: nn.Linear, copy: WeightCopy | None) -> torch.Tensor:
-    if route == PACKED:
-        assert copy is not None, "layers without a copy have another route"
-        return packed(x, copy.made, layer.bias)
-    return ROUTES[route](x, layer.weight, layer.bias)
+def _by(route: str, x: torch.Tensor, group: Group, copy: tuple[WeightCopy, ...] | None) -> tuple[torch.Tensor, ...]:
+    if route != PACKED:
+        product = ROUTES[route]
+        return tuple([product(x, layer.weight, layer.bias) for layer in group])
+    assert copy is not None, "layers without a copy have another route"
+    if len(group) == 1:
+        return (packed(x, copy[0].made, group[0].bias),)
+    bias = None if group[0].bias is None else torch.cat([layer.bias for layer in group])
+    return packed(x, copy[0].made, bias).split([layer.weight.shape[0] for layer in group], dim=-1)

@@ -12,7 +12,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,9 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_modules
 
 from atlas_kernels.layer_cpu import add_and_norm, rms_norm_cpu, rotate_in_place
+from atlas_kernels.layer_reference import Activation
 from atlas_rl.policy import ragged_attention
-from atlas_rl.policy.cpu_linear import FastLinears
+from atlas_rl.policy.cpu_linear import FastLinears, Group
 from atlas_rl.policy.decoder_forms import attention_form, is_decoder_layer
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form
@@ -38,6 +39,10 @@ _READ = ("attention_mask", "past_key_values", "scaling", "dropout", "sliding_win
 _INACTIVE = "transformers.utils.output_capturing"
 """Whoever once asks a model for hidden states or attention weights leaves hooks of this module, which do nothing later."""
 _Rows = Callable[[torch.Tensor], torch.Tensor]
+_ACTS: dict[Activation, _Rows] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 
 
 @contextmanager
@@ -48,15 +53,15 @@ def flat(model: HasModules, linears: FastLinears) -> Iterator[None]:
         model: The policy.
         linears: Multiplies its linear layers; they are installed already.
     """
-    known, forwards = _Known(), {}
+    known, found = _Known(), {}
     if not (torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks):
         for module in model.modules():
-            own = class_of(module)
-            if known.is_layer(own) and "forward" not in vars(module):
-                parts = _parts_of(module, known, linears)
+            if known.is_layer(class_of(module)) and "forward" not in vars(module):
+                parts = _parts_of(module, known)
                 if parts is not None:
-                    forwards[module] = partial(_forward, own.forward, parts)
-    with replaced_forwards(forwards):
+                    found[module] = parts
+    linears.together([group for parts in found.values() for group in parts.groups if all(map(_is_plain, group))])
+    with replaced_forwards({layer: partial(_forward, _Layer(parts, linears)) for layer, parts in found.items()}):
         yield
 
 
@@ -104,23 +109,43 @@ class _Norm:
 
 @dataclass(slots=True)
 class _Parts:
-    """The parts of a decoder layer, and its forward.
+    """The parts of a decoder layer.
 
     Attributes:
+        own: The forward of its class.
         attention: Its attention layer, whose attributes attention reads.
         window: Most cells that a query sees; None is all.
         norms: Of the input and of the first residual sum.
         head_norms: Of each head's query and key; None without.
-        projections: Products for queries, keys, values and the output.
-        mlp: From `[rows, hidden]` to `[rows, hidden]`.
+        to_heads: Projections to queries, keys and values.
+        mlp: A module from `[1, rows, hidden]` to the same.
+        act: The activation of a gated MLP of known code; None for any other MLP.
     """
 
+    own: Callable[..., torch.Tensor]
     attention: Any
     window: int | None
     norms: tuple[_Norm, _Norm]
     head_norms: tuple[_Norm, _Norm] | None
-    projections: tuple[_Rows, ...]
-    mlp: _Rows
+    to_heads: Group
+    mlp: Any
+    act: _Rows | None
+
+    @property
+    def groups(self) -> list[Group]:
+        """Layers that multiply the same rows."""
+        return [self.to_heads, *([] if self.act is None else [(self.mlp.gate_proj, self.mlp.up_proj)])]
+
+
+class _Layer:
+    """A decoder layer and its forward."""
+
+    def __init__(self, parts: _Parts, linears: FastLinears) -> None:
+        self.own, self.attention, self.window = parts.own, parts.attention, parts.window
+        self.norms, self.head_norms = parts.norms, parts.head_norms
+        self.to_heads = _multiplied(parts.to_heads, linears)
+        self.to_out = _multiplied((parts.attention.o_proj,), linears)
+        self.mlp = _mlp(parts, linears)
 
     def takes(self, hidden_states: torch.Tensor, angles: Any, others: dict[str, Any]) -> bool:
         """Whether these arguments are what the forward below takes; `others` are those by name."""
@@ -149,32 +174,30 @@ class _Parts:
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`[1, num_tokens, hidden]` in and out; `cos` and `sin` are `[1, num_tokens, head_dim]`."""
         attention, x = self.attention, hidden_states[0]
-        to_query, to_key, to_value, to_out = self.projections
-        normed = self.norms[0](x)
-        query, key, value = to_query(normed), to_key(normed), to_value(normed)
+        query, key, value = [each.contiguous() for each in self.to_heads(self.norms[0](x))]
         if self.head_norms is not None:
             query, key = self.head_norms[0](query), self.head_norms[1](key)
         num_tokens, dim = x.shape[0], attention.head_dim
         rotate_in_place(query, key, cos, sin, dim)
         query, key, value = (each.view(num_tokens, -1, dim) for each in (query, key, value))
         attended = ragged_attention.attend_tokens(attention, query, key, value, attention.scaling, self.window)
-        out = to_out(attended.reshape(num_tokens, -1))
+        (out,) = self.to_out(attended.reshape(num_tokens, -1))
         normed = self.norms[1].of_sum(x, out)
         return out.add_(self.mlp(normed))[None]
 
 
-def _forward(own: Callable[..., torch.Tensor], parts: _Parts, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward(layer: _Layer, module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The forward of a decoder layer; its own code for arguments that are not taken."""
     others = dict(kwargs)
     hidden_states, angles = args[0] if args else others.pop("hidden_states"), others.pop("position_embeddings", None)
-    if len(args) > 1 or not parts.takes(hidden_states, angles, others):
-        return own(layer, *args, **kwargs)
-    return parts.forward(hidden_states, *angles)
+    if len(args) > 1 or not layer.takes(hidden_states, angles, others):
+        return layer.own(module, *args, **kwargs)
+    return layer.forward(hidden_states, *angles)
 
 
-def _parts_of(layer: Any, known: _Known, linears: FastLinears) -> _Parts | None:
+def _parts_of(layer: Any, known: _Known) -> _Parts | None:
     """The parts of a decoder layer; None if one is not known, or is not on a CPU in float32."""
-    attention = layer.self_attn
+    attention, mlp = layer.self_attn, layer.mlp
     form = known.attention(class_of(attention))
     if form is None or not _is_untouched(attention):
         return None
@@ -182,32 +205,52 @@ def _parts_of(layer: Any, known: _Known, linears: FastLinears) -> _Parts | None:
     heads = (known.norm(attention.q_norm), known.norm(attention.k_norm)) if form.norms_heads else None
     if first is None or second is None or (heads is not None and None in heads):
         return None
-    owner = {None: None, "layer": attention, "config": attention.config}[form.window]
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     return _Parts(
-        attention,
-        getattr(owner, "sliding_window", None),
-        (first, second),
-        heads,  # type: ignore[arg-type]  # no None inside
-        tuple(_rows_of(each, linears) for each in projections),
-        _mlp(layer.mlp, linears),
+        own=class_of(layer).forward,
+        attention=attention,
+        window=getattr(
+            {None: None, "layer": attention, "config": attention.config}[form.window], "sliding_window", None
+        ),
+        norms=(first, second),
+        head_norms=heads,  # type: ignore[arg-type]  # no None inside
+        to_heads=(attention.q_proj, attention.k_proj, attention.v_proj),
+        mlp=mlp,
+        act=_act(mlp) if is_gated(getattr(class_of(mlp), "forward", None)) and _is_untouched(mlp) else None,
     )
 
 
-def _rows_of(layer: Any, linears: FastLinears) -> _Rows:
-    """A projection of rows, `[rows, in]`: a new tensor, contiguous."""
-    if class_of(layer) is nn.Linear and _is_untouched(layer) and layer.weight.dtype == torch.float32:
-        return partial(linears.product(layer), layer)
-    return lambda rows: layer(rows[None])[0].clone(memory_format=torch.contiguous_format)
+def _act(mlp: Any) -> _Rows | None:
+    form = activation_form(mlp.act_fn)
+    return None if form is None else _ACTS[form]
 
 
-def _mlp(mlp: Any, linears: FastLinears) -> _Rows:
-    activation = activation_form(mlp.act_fn) if is_gated(getattr(class_of(mlp), "forward", None)) else None
-    if activation is None or not _is_untouched(mlp):
+def _mlp(parts: _Parts, linears: FastLinears) -> _Rows:
+    mlp, act = parts.mlp, parts.act
+    if act is None:
         return lambda rows: mlp(rows[None])[0]
-    gate, up, down = (_rows_of(each, linears) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    act = functional.silu if activation == "silu" else partial(functional.gelu, approximate="tanh")
-    return lambda rows: down(act(gate(rows)).mul_(up(rows)))
+    gate_and_up, down = _multiplied((mlp.gate_proj, mlp.up_proj), linears), _multiplied((mlp.down_proj,), linears)
+
+    def gated(rows: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_and_up(rows)
+        return down(act(gate).mul_(up))[0]
+
+    return gated
+
+
+def _multiplied(group: tuple[Any, ...], linears: FastLinears) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """What multiplies the layers with rows, `[rows, in]`: new tensors, or views of a new one."""
+    if all(map(_is_plain, group)):
+        return partial(linears.products(group), group)
+    if len(group) == 1:
+        (layer,) = group
+        return lambda rows: (layer(rows[None])[0].clone(memory_format=torch.contiguous_format),)
+    each = [_multiplied((layer,), linears) for layer in group]
+    return lambda rows: [multiplied(rows)[0] for multiplied in each]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether this is a linear layer whose product may be computed without calling it."""
+    return class_of(layer) is nn.Linear and _is_untouched(layer) and layer.weight.dtype == torch.float32
 
 
 def _is_untouched(module: Any) -> bool:

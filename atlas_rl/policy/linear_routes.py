@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -237,9 +237,19 @@ class RouteTable:
         table._num_saved = len(table.contests)
         return table
 
-    def contest(self, weight: torch.Tensor, has_bias: bool, rows: int, may_pack: bool = True) -> Contest:
-        """The contest for a weight's shape and type and a bucket of rows, with or without packed copies."""
-        outputs, inputs = weight.shape
+    def contest(
+        self,
+        weight: torch.Tensor,
+        has_bias: bool,
+        rows: int,
+        may_pack: bool = True,
+        others: Sequence[torch.Tensor] = (),
+    ) -> Contest:
+        """The contest for a weight's shape and type and a bucket of rows, with or without packed copies.
+
+        `others` are weights that multiply the same rows; their packed copy is one with this weight's.
+        """
+        outputs, inputs = "+".join(str(len(each)) for each in (weight, *others)), weight.shape[1]
         name = f"{outputs}x{inputs} {str(weight.dtype).removeprefix('torch.')}{' bias' if has_bias else ''}, {rows}"
         if not may_pack:
             name += ", unpacked"

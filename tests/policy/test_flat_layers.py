@@ -8,17 +8,27 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from atlas_rl.policy import flat_layers, in_process
+from atlas_rl.policy import cpu_linear, flat_layers, in_process
 from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.decoder_forms import AttentionForm, attention_form, is_decoder_layer
 from atlas_rl.policy.flat_layers import flat
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.linear_routes import PACKED, TURNED, packed_type
 from atlas_rl.policy.threads import generating
 from tests.models import FACTORIES, SHAPE, build, tiny_llama
+from tests.routes import table_where
 
 LENGTHS = np.array([3, 1, 6]), np.array([1, 1, 1]), np.array([2, 1, 4]), np.array([1, 1, 1])
 KNOWN = ("llama", "qwen2", "qwen3", "mistral")
@@ -68,13 +78,13 @@ def by_modules(monkeypatch):
 @pytest.fixture
 def flat_calls(monkeypatch):
     """How many layers ran as one function."""
-    seen, own = [0], flat_layers._Parts.forward
+    seen, own = [0], flat_layers._Layer.forward
 
     def counted(self, *args):
         seen[0] += 1
         return own(self, *args)
 
-    monkeypatch.setattr(flat_layers._Parts, "forward", counted)
+    monkeypatch.setattr(flat_layers._Layer, "forward", counted)
     return seen
 
 
@@ -240,3 +250,85 @@ def test_gradients_other_attention_and_other_threads_have_the_policys_own_code(f
     assert flat_calls == [0]
     assert torch.equal(logits, expected)
     assert torch.equal(plain, expected)
+
+
+def large(name, seed=3):
+    """A policy whose projections outgrow a core's cache, so that they have routes."""
+    options = SHAPE | {"hidden_size": 256, "intermediate_size": 300, "num_key_value_heads": 4}
+    if name == "llama":
+        return build(LlamaForCausalLM, LlamaConfig(**options), seed=seed)
+    return build(Qwen2ForCausalLM, Qwen2Config(**options), seed=seed)
+
+
+@pytest.fixture
+def packed_weights(monkeypatch):
+    """Shapes of the weights that are packed."""
+    if packed_type(torch.float32) is None:
+        pytest.skip("this torch has no packed linear layers")
+    shapes, pack = [], cpu_linear.packed_weight
+
+    def seen(weight):
+        shapes.append(tuple(weight.shape))
+        return pack(weight)
+
+    monkeypatch.setattr(cpu_linear, "packed_weight", seen)
+    return shapes
+
+
+def with_route(route, monkeypatch):
+    monkeypatch.setattr(in_process, "FastLinears", lambda model: FastLinears(model, table_where(route)))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with
+@pytest.mark.parametrize("route", [PACKED, TURNED, None])
+def test_layers_that_multiply_the_same_rows_are_packed_together(name, route, by_modules, packed_weights, monkeypatch):
+    with_route(route, monkeypatch)
+    model = large(name)
+    expected = by_modules(model)
+    together = {(3 * 256, 256), (2 * 300, 256)}
+    assert not together.intersection(packed_weights)
+    packed_weights.clear()
+    ours = steps(model)
+    assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
+    if route == TURNED:
+        assert not packed_weights
+    else:
+        assert together < set(packed_weights)
+    if route == PACKED:
+        assert (300, 256) not in packed_weights
+        each = packed_weights.count((3 * 256, 256))
+        assert packed_weights.count((256, 256)) == each  # the output's projection, and no other of this shape
+
+
+@pytest.mark.parametrize("part", ["self_attn.k_proj", "mlp.up_proj"])
+@pytest.mark.parametrize("how", ["in place", "another parameter"])
+def test_a_packed_group_is_of_the_weights_as_they_are(part, how, by_modules, packed_weights, monkeypatch):
+    with_route(PACKED, monkeypatch)
+
+    def change(model):
+        module = model.model.layers[1].get_submodule(part)
+        if how == "in place":
+            with torch.no_grad():
+                module.weight.mul_(1.5)
+        else:
+            module.weight = torch.nn.Parameter(1.5 * module.weight.detach())
+
+    one, other = large("llama"), large("llama")
+    changed, expected = steps(one, lambda: change(one)), by_modules(other, lambda: change(other))
+    assert max((a - b).abs().max() for a, b in zip(changed, expected, strict=True)) < 1e-4
+    assert packed_weights
+    assert max((a - b).abs().max() for a, b in zip(changed, steps(large("llama")), strict=True)) > 1e-2
+
+
+def test_a_group_with_an_adapter_or_a_hook_is_called_layer_by_layer(by_modules, packed_weights, monkeypatch):
+    with_route(PACKED, monkeypatch)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=False)
+    tuned = get_peft_model(large("llama"), config)
+    tuned.base_model.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, out: 1.5 * out)
+    expected = by_modules(tuned)
+    packed_weights.clear()
+    ours = steps(tuned)
+    assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
+    assert (3 * 256, 256) not in packed_weights
+    assert packed_weights.count((2 * 300, 256)) * 2 == packed_weights.count((256, 300))  # one of two layers
