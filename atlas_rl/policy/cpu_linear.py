@@ -67,13 +67,15 @@ class _Shape:
     contests: dict[int, Contest]
     copies: dict[Group, tuple[WeightCopy, ...]] = field(default_factory=dict)
     lost_s: float = 0.0
+    times_copies: bool = False  # not in the forward that they are made for: they are in the processor's cache then
     products: Products = field(init=False)
 
     def __post_init__(self) -> None:
         self.products = _products_of(self)
 
-    def prepare(self, contest: Contest) -> None:
-        """Pack the groups that a forward with this contest should have packed."""
+    def prepare(self, contest: Contest, recurs: bool) -> None:
+        """Pack the groups that a forward with this contest should have packed; for one that will not recur, none."""
+        self.times_copies = True
         if PACKED not in contest.seconds:
             return
         missing = [group for group in self.groups if group not in self.copies]
@@ -83,6 +85,8 @@ class _Shape:
                 self._pack(pilots)
             elif pilots and contest.winner is None:
                 contest.leave_out_packed()
+            return
+        if not recurs:
             return
         self.lost_s += contest.gain_s * len(missing)
         if missing and contest.gain_s and self.lost_s > _WORTH * (contest.pack_s or 0.0) * len(missing):
@@ -96,6 +100,7 @@ class _Shape:
         for group in groups:
             made = packed_weight(torch.cat([layer.weight for layer in group]) if len(group) > 1 else group[0].weight)
             self.copies[group] = tuple(WeightCopy.of(layer.weight, made) for layer in group)
+        self.times_copies = False
         pack_s = (time.perf_counter() - began_s) / len(groups)
         for contest in self.contests.values():
             contest.pack_s = pack_s if contest.pack_s is None else min(contest.pack_s, pack_s)
@@ -180,14 +185,17 @@ class FastLinears:
             return (functional.linear(rows, group[0].weight, group[0].bias),)
         return tuple(self.products((layer,))((layer,), rows)[0] for layer in group)
 
-    def prepare(self, num_rows: int) -> None:
-        """Pack the layers for which it pays, before a forward over `num_rows` tokens, in the context that it will run in."""
+    def prepare(self, num_rows: int, recurs: bool = True) -> None:
+        """Pack the layers for which it pays, before a forward over `num_rows` tokens, in the context that it will run in.
+
+        `recurs` is whether more forwards like this one will follow in the session; those over prompts are few.
+        """
         if torch.is_autocast_enabled("cpu"):  # layers keep PyTorch's route
             return
         began_s, num_copies = time.perf_counter(), sum(len(shape.copies) for shape in self._shapes)
         for shape in self._shapes:
             if shape.groups and num_rows in _rows_in_contests(shape.groups[0][0].weight.dtype):
-                shape.prepare(shape.contests[bucket_of(num_rows)])
+                shape.prepare(shape.contests[bucket_of(num_rows)], recurs)
         if sum(len(shape.copies) for shape in self._shapes) != num_copies:
             self.packing_s += time.perf_counter() - began_s
             packed_bytes = sum(_packed_bytes(group) for shape in self._shapes for group in shape.copies)
@@ -258,7 +266,7 @@ def _products_of(shape: _Shape) -> Products:
             del copies[group]
             copy = None
         if contest.winner is None:
-            return _timed(contest, rows, group, copy, copies)
+            return _timed(contest, rows, group, copy if shape.times_copies else None, len(shape.groups) == 1)
         return _by(contest.winner if copy is not None else contest.runner_up, rows, group, copy)
 
     return products
@@ -270,18 +278,15 @@ def _rows_in_contests(dtype: torch.dtype) -> range:
 
 
 def _timed(
-    contest: Contest,
-    x: torch.Tensor,
-    group: Group,
-    copy: tuple[WeightCopy, ...] | None,
-    copies: dict[Group, tuple[WeightCopy, ...]],
+    contest: Contest, x: torch.Tensor, group: Group, copy: tuple[WeightCopy, ...] | None, is_only_one: bool
 ) -> tuple[torch.Tensor, ...]:
     route = contest.next(may_pack=copy is not None)
-    if route == PACKED:
+    if route == PACKED and len(x) not in contest.compiled:
         # oneDNN compiles a product when it first sees a number of rows, which takes up to ten times as long as the product.
-        # It does so here for another group's weight: after that, this one's is still read from memory.
-        another = next((other for of, other in copies.items() if of is not group), copy)
-        _by(PACKED, x, group, another)
+        contest.compiled.add(len(x))
+        out = _by(route, x, group, copy)
+        if not is_only_one:  # another group is timed, whose weight is read from memory
+            return out
     with timing(contest, route, len(x)):
         return _by(route, x, group, copy)
 

@@ -154,7 +154,7 @@ class InProcessRunner(PolicyRunner):
         """
         batch = self._cache
         assert batch is not None, "forward() outside of session()"
-        self.linears.prepare(len(segments.token_ids))
+        self.linears.prepare(len(segments.token_ids), recurs=bool(segments.starts.any()))
         if isinstance(segments.token_ids, torch.Tensor):
             (wanted,), tokens = batch.place(segments, self.device, keep), segments.token_ids.to(self.device)
         else:

@@ -121,6 +121,7 @@ class Contest:
         winner: The fastest route once it is known.
         runner_up: The fastest one that needs no packed copy.
         is_whole: Whether all routes took part.
+        compiled: Numbers of rows that packed products have been computed for in this process.
     """
 
     seconds: dict[str, list[float]]
@@ -128,6 +129,7 @@ class Contest:
     winner: str | None = None
     runner_up: str = PLAIN
     is_whole: bool = True
+    compiled: set[int] = field(default_factory=set)
 
     @classmethod
     def between(cls, rows: int, dtype: torch.dtype, may_pack: bool = True) -> Contest:

@@ -194,6 +194,34 @@ def test_what_a_product_takes_to_compile_is_not_timed(num_layers: int, monkeypat
 
 
 @needs_packing
+def test_copies_are_not_timed_by_the_forward_that_they_are_made_for() -> None:
+    """They are in the processor's cache then, and later forwards read them from memory."""
+    layers, table = nn.ModuleList([layer_of(seed=each) for each in range(5)]), RouteTable(None, "nobody's")
+    linears = FastLinears(layers, table)
+    with torch.no_grad(), linears.installed():
+        counts = []
+        for _ in range(2):
+            linears.prepare(8)
+            for layer in layers:
+                layer(torch.randn(8, INPUTS))
+            counts.append(sum(len(each.seconds[PACKED]) for each in table.contests.values()))
+    assert counts[0] == 0
+    assert counts[1] > 0
+
+
+@needs_packing
+def test_forwards_that_do_not_recur_pack_nothing() -> None:
+    linear = layer_of()
+    linears = FastLinears(linear, table_where(PACKED))
+    with torch.no_grad(), linears.installed():
+        for _ in range(9):
+            linears.prepare(8, recurs=False)
+        assert linears.most_packed_bytes == 0
+        linears.prepare(8)
+        assert linears.most_packed_bytes == 4 * INPUTS * OUTPUTS
+
+
+@needs_packing
 def test_the_cost_of_packing_is_known_for_every_number_of_rows() -> None:
     layers, table = nn.ModuleList([layer_of(), layer_of(seed=1)]), RouteTable(None, "nobody's")
     linears = FastLinears(layers, table)
