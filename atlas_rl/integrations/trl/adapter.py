@@ -169,6 +169,7 @@ class TrainerAdapter:
         self.trainer.use_vllm = True
         self.trainer.vllm_generation = self
         self.trainer._last_loaded_step = -1  # sync before the first generation
+        self._runs.follow(self.trainer)
         if self.drafts_here:
             self.drafter_state.follow()
 
