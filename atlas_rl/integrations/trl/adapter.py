@@ -120,7 +120,8 @@ class TrainerAdapter:
     Trainers call `sync_weights`, `generate` and `llm`. A subclass for another engine overrides `llm` and
     `sync_weights`, the two class attributes, and six hooks: `_mode` is the purpose of a call, `_sampling` its
     supported options, `_policy` the policy that generates, `_audited` the policy that its samples are compared with,
-    `_calls_are_collective` tells whether ranks generate together, and `_forget_prompts` empties caches. It may also wrap `_generate`, which is one generation call.
+    `_calls_are_collective` tells whether ranks generate together, and `_forget_prompts` empties caches. It may also wrap
+    `_generate`, which is one generation call.
 
     Args:
         engine: Generates.
