@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from atlas_rl.config import EngineConfig
@@ -22,7 +23,7 @@ from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_onc
 from atlas_rl.integrations.trl.checks import check_tools, check_trainer
 from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
-from atlas_rl.integrations.trl.together import on_all_ranks
+from atlas_rl.integrations.trl.together import on_all_ranks, while_attaching
 from atlas_rl.integrations.trl.whole_policy import reach_all_weights, shards
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.rollout.backends import vllm_draft_folder
@@ -63,9 +64,13 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
         from atlas_rl.integrations.trl.server_client import our_clients
 
         own = vllm_generation.LLM
-        vllm_generation.LLM = lambda *args, **options: own(
-            *args, **llm_arguments(draft_folder, **(arguments | options))
-        )
+
+        def build(*args: Any, **options: Any) -> Any:
+            drafting = llm_arguments(draft_folder, **(arguments | options))
+            # TRL's next line is a barrier.
+            return on_all_ranks(PartialState(), "building its vLLM", lambda: own(*args, **drafting))
+
+        vllm_generation.LLM = build
         try:
             with our_clients():
                 yield
@@ -75,28 +80,36 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
     """Put the engine around the trainer's vLLM. If it cannot, raises `ValueError` and changes nothing."""
+    while_attaching(trainer, lambda: _check(engine, trainer, baseline_every))
+    generation = getattr(trainer, "vllm_generation", None) or _new_generation(engine.config, trainer)
+    backend = while_attaching(trainer, lambda: VllmBackend(generation.llm))
+    adapter = VllmAdapter(engine, trainer, baseline_every, generation, backend)
+    adapter.install()
+    return adapter
+
+
+def _check(engine: RolloutEngine, trainer: Any, baseline_every: int) -> None:
+    """Raise `ValueError` if the engine cannot be attached, before a vLLM engine is built."""
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=False)
     _check_tools(trainer)
     check_same_policy(engine, trainer)
-    # Refuse unsupported options before a vLLM engine is built.
     sampling = checked_sampling(trainer, seed=0)
     unwrap_policy(trainer.model)  # vLLM gets merged layers: weights held by a wrapper would be lost
     generation = getattr(trainer, "vllm_generation", None)
-    if generation is None and not kind_of(trainer).built_later:
+    if generation is not None:
+        if drafter_of(generation.llm) is None:
+            raise ValueError(NO_DRAFTER)
+        _in_vllms_types(sampling, generation.structured_outputs_regex)
+        return
+    if not kind_of(trainer).built_later:
         raise ValueError(
             f"{type(trainer).__name__} sets up other parts together with its vLLM: build it inside of "
             "engine.prepare_vllm(), with use_vllm=True and vllm_mode='colocate'"
         )
-    if generation is None:
-        with in_this_process():
-            _in_vllms_types(sampling, trainer.args.vllm_structured_outputs_regex)
-        generation = _new_generation(engine.config, trainer)
-    elif drafter_of(generation.llm) is None:
-        raise ValueError(NO_DRAFTER)
-    adapter = VllmAdapter(engine, trainer, baseline_every, generation)
-    adapter.install()
-    return adapter
+    vllm_draft_folder(engine.config)
+    with in_this_process():
+        _in_vllms_types(sampling, trainer.args.vllm_structured_outputs_regex)
 
 
 def _check_tools(trainer: Any) -> None:
@@ -149,6 +162,7 @@ class VllmAdapter(TrainerAdapter):
         trainer: Its sampling options are read at every generation.
         baseline_every: See `AtlasRolloutEngine.attach`.
         generation: TRL's `VLLMGeneration`, whose engine drafts with our proposer.
+        backend: That engine.
 
     Raises:
         ValueError: Sampling options are not supported.
@@ -156,10 +170,11 @@ class VllmAdapter(TrainerAdapter):
 
     shares_weights = False
 
-    def __init__(self, engine: RolloutEngine, trainer: Any, baseline_every: int, generation: Any) -> None:
-        self.generation = generation
-        self.backend = VllmBackend(generation.llm)
-        self.ranks_per_engine = self.backend.tensor_parallel_size
+    def __init__(
+        self, engine: RolloutEngine, trainer: Any, baseline_every: int, generation: Any, backend: VllmBackend
+    ) -> None:
+        self.generation, self.backend = generation, backend
+        self.ranks_per_engine = backend.tensor_parallel_size
         self._has_failed = False  # whether the last sync did
         super().__init__(engine, trainer, baseline_every)
         self._reports.leads = self.backend.leads
@@ -194,10 +209,12 @@ class VllmAdapter(TrainerAdapter):
         self.engine.synced(time.perf_counter() - began)
         if self._synced_step != step:
             self._sync_part("refreshing its drafters", lambda: self.engine.policy_updated(step=step))
+        if self._synced_step is None:
+            self._sync_part("making its drafters", lambda: self.engine.meet(self.backend))
 
     def _sync_part(self, doing: str, call: Callable[[], None]) -> None:
-        """Call; an error of one rank is raised on all of them if they sync together."""
-        if self.ranks_per_engine > 1 or shards(self.trainer):
+        """Call; an error of one rank is raised on all of them if they sync together, as in a run's first sync."""
+        if self._synced_step is None or self.ranks_per_engine > 1 or shards(self.trainer):
             on_all_ranks(self.trainer.accelerator, doing, call)
         else:
             call()
