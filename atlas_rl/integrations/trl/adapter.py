@@ -125,10 +125,9 @@ class TrainerAdapter:
     """Generates for a trainer in place of `trl.generation.vllm_generation.VLLMGeneration`.
 
     Trainers call `sync_weights`, `generate` and `llm`. A subclass for another engine overrides `llm` and
-    `sync_weights`, the two class attributes, and six hooks: `_mode` is the purpose of a call, `_sampling` its
+    `sync_weights`, the two class attributes, and five hooks: `_mode` is the purpose of a call, `_sampling` its
     supported options, `_policy` the policy that generates, `_audited` the policy that its samples are compared with,
-    `_calls_are_collective` tells whether ranks generate together, and `_forget_prompts` empties caches. It may also wrap
-    `_generate`, which is one generation call.
+    and `_forget_prompts` empties caches. It may also wrap `_generate`, which is one generation call.
 
     Args:
         engine: Generates.
@@ -265,15 +264,10 @@ class TrainerAdapter:
         return self._together("generating", lambda: self._generate_here(prompts, own, step, mode))
 
     def _together(self, doing: str, call: Callable[[], Value]) -> Value:
-        """Result of `call`; if all ranks make it together, an error of one rank is raised on all of them."""
-        if self._calls_are_collective:
+        """Result of `call`; if all ranks gather the policy for it, an error of one rank is raised on all of them."""
+        if self.shares_weights and shards(self.trainer):
             return on_all_ranks(self.trainer.accelerator, doing, call)
         return call()
-
-    @property
-    def _calls_are_collective(self) -> bool:
-        """Hook: whether ranks generate together. In process they do if they gather a sharded policy for it."""
-        return bool(shards(self.trainer))
 
     def _generate_here(
         self, prompts: list[list[int]], sampling: TrainerSampling, step: int, mode: Mode

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from atlas_rl.config import EngineConfig
@@ -64,13 +63,9 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
         from atlas_rl.integrations.trl.server_client import our_clients
 
         own = vllm_generation.LLM
-
-        def build(*args: Any, **options: Any) -> Any:
-            drafting = llm_arguments(draft_folder, **(arguments | options))
-            # TRL's next line is a barrier.
-            return on_all_ranks(PartialState(), "building its vLLM", lambda: own(*args, **drafting))
-
-        vllm_generation.LLM = build
+        vllm_generation.LLM = lambda *args, **options: own(
+            *args, **llm_arguments(draft_folder, **(arguments | options))
+        )
         try:
             with our_clients():
                 yield
@@ -256,10 +251,6 @@ class VllmAdapter(TrainerAdapter):
     def _holds_policy(self) -> bool:
         """Whether vLLM holds all weights of the last sync."""
         return not (self._has_failed or self.generation._llm_weights_sleeping)
-
-    @property
-    def _calls_are_collective(self) -> bool:
-        return self.ranks_per_engine > 1
 
     def _wake_up(self) -> None:
         if self.generation.enable_sleep_mode:
