@@ -182,7 +182,7 @@ class VllmAdapter(TrainerAdapter):
     def sync_weights(self) -> None:
         """Load the policy's weights into vLLM after an update, then refresh the drafters.
 
-        After an error vLLM sleeps again if it has slept before, and the next generation repeats the whole sync first.
+        After an error vLLM sleeps again, in sleep mode, and the next generation begins with a whole sync.
         """
         step = int(self.trainer.state.global_step)
         if self._synced_step == step and self._holds_policy:
