@@ -41,6 +41,17 @@ def rounds_in_training(model: nn.Module) -> bool:
     return any(wrapper.mixed_precision.param_dtype is not None for wrapper in wrappers)
 
 
+def shard_again(model: nn.Module) -> None:
+    """Free whole weights that FSDP2 keeps after a forward; does not communicate.
+
+    A forward without a backward pass leaves the outermost module whole, and every module if it was told to. Then its
+    parameters are plain tensors, which is no state to send weights or to prepare another training from.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Context in which the weights of a model are whole, and its forwards do not communicate.

@@ -23,8 +23,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import TrainerCallback
+from trl.generation.vllm_generation import VLLMGeneration
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.integrations.trl.whole_policy import reach_all_weights
 from examples.cpu_ranks import pretend
 from tests.integrations.cpu_devices import options_of
 from tests.models import tiny_bigram
@@ -82,18 +84,28 @@ class Watched:
         self._rollout, self._generate, self._policy = self.engine.rollout, self.adapter._generate, self.adapter._policy
         self.engine.rollout = self.rollout  # type: ignore[method-assign]
         self.adapter._generate, self.adapter._policy = self.gathered, self.timed
-        self._weights: dict[str, torch.Tensor] = {}
+        self._sizes = {name: weight.numel() for name, weight in self.alone().named_parameters()}
+        self._outputs: list[tuple[Any, ...]] = []
         self.seconds: list[dict[str, Any]] = []
         self._gathering: dict[str, Any] = {}
         self._rollouts_s = 0.0
 
+    def alone(self) -> Any:
+        """The policy in a single process."""
+        return with_lora(policy()) if self.peft else policy()
+
     def gathered(self, prompts: Any) -> Any:
-        """A generation call, with the weights of before it, brought together in another way."""
-        self._weights = whole_weights(self.trainer, self.wrapper)
-        self._rollouts_s = 0.0
+        """A generation call, compared with the weights of after it, which are brought together in another way.
+
+        Not those of before it: reading them would shard what training has left gathered.
+        """
+        self._rollouts_s, self._outputs = 0.0, []
         began_s = time.perf_counter()
         output = self._generate(prompts)
         call_s, report = time.perf_counter() - began_s, output.report
+        weights = whole_weights(self.trainer, self.wrapper)
+        for each in self._outputs:
+            self.compare(weights, *each)
         own = {"step": report.step, "mode": report.mode, "sync_s": report.sync_s, "generate_s": report.generate_s}
         self.seconds.append(self._gathering | own | {"call_s": call_s, "rollouts_s": self._rollouts_s})
         return output
@@ -106,34 +118,34 @@ class Watched:
             entered_s = time.perf_counter()
             # A policy that is gathered later, in its forwards, would be in parts here.
             sizes = {name.replace("_fsdp_wrapped_module.", ""): p.numel() for name, p in model.named_parameters()}
-            is_whole = sizes == {name: weight.numel() for name, weight in self._weights.items()}
+            is_whole = sizes == self._sizes
             yield model
             left_s = time.perf_counter()
         gathering_s = time.perf_counter() - left_s + entered_s - began_s
         self._gathering = {"gathering_s": gathering_s, "is_whole": is_whole}
 
-    def rollout(self, *args: Any, **kwargs: Any) -> Any:
+    def rollout(self, model: Any, prompts: Any, sampling: Any, **kwargs: Any) -> Any:
         """One of the engine, within that context."""
         began_s = time.perf_counter()
-        output = self.compared(*args, **kwargs)
+        output = self._rollout(model, prompts, sampling, **kwargs)
         self._rollouts_s += time.perf_counter() - began_s
+        if kwargs.get("speculation") is not False:
+            self._outputs.append((prompts, sampling, kwargs["mode"], output))
         return output
 
-    def compared(self, model: Any, prompts: Any, sampling: Any, **kwargs: Any) -> Any:
-        output = self._rollout(model, prompts, sampling, **kwargs)
-        if kwargs.get("speculation") is False:
-            return output
-        alone = with_lora(policy()) if self.peft else policy()
-        alone.load_state_dict(self._weights)
+    def compare(self, weights: dict[str, torch.Tensor], prompts: Any, sampling: Any, mode: str, output: Any) -> None:
+        """Note how many of a rollout's completions are a single process's."""
+        alone = self.alone()
+        alone.load_state_dict(weights)
         single = AtlasRolloutEngine(console=False, speculation=False, audit_share=0.0)
         expected = single.rollout(alone, prompts, sampling)
         same = [a == b for a, b in zip(output.completion_ids, expected.completion_ids, strict=True)]
         pairs = zip(output.logprobs, expected.logprobs, strict=True)
         worst = max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True))
-        total = float(sum(weight.double().abs().sum() for weight in self._weights.values()))
+        total = float(sum(weight.double().abs().sum() for weight in weights.values()))
         self.calls.append(
             {
-                "mode": kwargs["mode"],
+                "mode": mode,
                 "same": sum(same),
                 "completions": len(same),
                 "logprob_error_nats": worst,
@@ -143,7 +155,6 @@ class Watched:
                 "seed": sampling.seed,
             }
         )
-        return output
 
     def summary(self) -> dict[str, Any]:
         """What the test reads."""
@@ -184,6 +195,17 @@ def whole_weights(trainer: Any, wrapper: str) -> dict[str, torch.Tensor]:
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             return copies()
     return copies()
+
+
+def sent_wrong(trainer: Any, wrapper: str) -> list[str]:
+    """Names of weights that TRL would not send to a vLLM engine as they are. TRL's own iteration runs, without vLLM."""
+    sending = object.__new__(VLLMGeneration)
+    sending.model = trainer.accelerator.unwrap_model(trainer.model_wrapped)  # the one that the trainer was built with
+    sending.accelerator, sending._dist = trainer.accelerator, trainer._dist
+    reach_all_weights(sending, trainer)
+    sent = {name: weight.detach().clone() for name, weight in sending._iter_named_params()}
+    weights = whole_weights(trainer, wrapper)
+    return [name for name, weight in weights.items() if name not in sent or not torch.equal(sent[name], weight)]
 
 
 def at_rest(trainer: Any) -> list[Any]:
@@ -266,10 +288,14 @@ def lora(wrapper: str, folder: Path) -> dict[str, Any]:
 
 
 def kept(wrapper: str, folder: Path) -> dict[str, Any]:
-    """Weights that training keeps gathered after a forward; with FSDP2, loaded on rank 0 alone."""
-    watched = Watched(wrapper, folder, kept=True, max_steps=2)
+    """Weights that training and evaluation keep gathered after a forward; with FSDP2, loaded on rank 0 alone."""
+    watched = Watched(wrapper, folder, kept=True, max_steps=2, eval_dataset=DATA.select(range(8)))
     watched.trainer.train()
-    return watched.summary()
+    watched.trainer.evaluate()
+    unsent = sent_wrong(watched.trainer, wrapper)
+    watched.trainer.evaluate()
+    watched.trainer.train()
+    return watched.summary() | {"sent_wrong": unsent}
 
 
 def one_raises(wrapper: str, folder: Path) -> dict[str, Any]:

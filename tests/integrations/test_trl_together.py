@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -67,6 +68,23 @@ def test_a_drafter_that_fails_in_the_exchange_leaves_nobody_waiting(ranks: list[
     assert cases[0]["take_shared"] == {"raised": "nothing", "taken": [3.0, 3.0]}
     assert cases[1]["take_shared"] == {"raised": "RuntimeError: take_shared on purpose", "taken": [0.0, 0.0]}
     assert [rank["in_step"] for rank in ranks] == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("case", "own"),
+    [
+        ("no draft model", "ValueError: draft_model: .*draft"),
+        ("damaged state", "ValueError: .*history"),
+        ("other option", "ValueError: max_completion_length"),
+        ("first rollout", "ValueError: .*history"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_raised_on_all_before_they_train(
+    case: str, own: str, ranks: list[dict[str, Any]]
+) -> None:
+    first, second = (rank["unattached"][case] for rank in ranks)
+    assert re.match(own, second)
+    assert first == f"RuntimeError: rank 1 failed while attaching the engine: {second}"
 
 
 def test_a_single_process_raises_its_own_errors() -> None:

@@ -211,23 +211,74 @@ def test_a_grammar_may_be_a_dict(tmp_path: Path) -> None:
     assert all(re.fullmatch("[ab]{3,6}", text) for text in texts)
 
 
-def test_an_engine_sleeps_after_a_generation_that_raised(
-    folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM cannot sleep on a CPU, so its two methods are replaced."""
-    engine, calls = AtlasRolloutEngine(console=False), list[str]()
-    with engine.prepare_vllm():
+@pytest.fixture
+def sleeping(folder: Path, tokenizer: Any, tmp_path: Path) -> Any:
+    """A trainer whose vLLM sleeps between its calls.
+
+    vLLM's executor and scheduler sleep and wake up on a CPU too. Its worker then keeps the weights, with a warning.
+    """
+    engine = AtlasRolloutEngine(console=False)
+    with engine.prepare_vllm(dtype="float32"):
         trainer = build("grpo", folder, tokenizer, tmp_path, use_vllm=True, vllm_mode="colocate")
     engine.attach(trainer)
+    trainer.vllm_generation.generation.enable_sleep_mode = True
+    return trainer
+
+
+def asleep(trainer: Any) -> set[str]:
+    """What sleeps in the trainer's vLLM."""
     adapter = trainer.vllm_generation
-    monkeypatch.setattr(adapter.llm, "wake_up", lambda tags: calls.append(f"wake up {tags}"))
-    monkeypatch.setattr(adapter.llm, "sleep", lambda level: calls.append(f"sleep {level}"))
-    adapter.generation.enable_sleep_mode = True
+    tags: set[str] = adapter.llm.llm_engine.model_executor.sleeping_tags
+    assert adapter.generation._llm_weights_sleeping == ("weights" in tags)
+    return set(tags)
+
+
+def test_an_engine_sleeps_after_a_generation_that_raised(sleeping: Any) -> None:
+    adapter = sleeping.vllm_generation
     with pytest.raises(ValueError, match="prompt"):
         adapter.generate([[]], None, 1)
-    assert calls == ["wake up ['kv_cache']", "sleep 2"]
+    assert asleep(sleeping) >= {"weights", "kv_cache"}
     adapter.generate([[2, 3]], None, 1)
-    assert calls[2:] == ["wake up ['weights']", "wake up ['kv_cache']", "sleep 2"]
+    assert asleep(sleeping) >= {"weights", "kv_cache"}
+
+
+def test_a_sync_that_failed_after_waking_up_is_repeated_whole(sleeping: Any) -> None:
+    """Its step is the one of the sync before it, so that the trainer asks for none."""
+    adapter, engine = sleeping.vllm_generation, sleeping.vllm_generation.engine
+    adapter.sync_weights()
+    assert difference_to_policy(sleeping, engine) < 1e-3
+    weight = sleeping.model.get_output_embeddings().weight
+    before, version = weight.detach().clone(), engine.policy_version
+    with torch.no_grad():
+        weight[3, 0] = float("nan")
+    for _ in range(2):  # a second failure is no success either
+        with pytest.raises(ValueError, match="not finite"):
+            adapter.generate([[2, 3]], None, 1)
+        assert asleep(sleeping) >= {"weights", "kv_cache"}
+    with torch.no_grad():
+        weight.copy_(before * 0.5)
+    assert difference_to_policy(sleeping, engine) < 1e-3, "the policy of now, not that of the last sync"
+    assert asleep(sleeping) >= {"weights", "kv_cache"}
+    assert engine.policy_version == version, "one step has one version"
+
+
+def test_a_sync_that_failed_is_repeated_before_a_generation(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Without sleep, too: the old weights are restored, and nothing is generated with them."""
+    trainer = build("grpo", folder, tokenizer, tmp_path)
+    engine = AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    adapter, weight = trainer.vllm_generation, trainer.model.get_output_embeddings().weight
+    adapter.sync_weights()
+    before = weight.detach().clone()
+    trainer.state.global_step = 1
+    with torch.no_grad():
+        weight[3, 0] = float("nan")
+    for call in (adapter.sync_weights, lambda: adapter.generate([[2, 3]], None, 1)):
+        with pytest.raises(ValueError, match="not finite"):
+            call()
+    with torch.no_grad():
+        weight.copy_(before * 0.5)
+    assert difference_to_policy(trainer, engine) < 1e-3
+    assert engine.policy_version == 1
 
 
 def test_a_folder_is_enough_stand_alone(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

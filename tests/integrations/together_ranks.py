@@ -6,6 +6,8 @@ Each rank writes what it got and what was raised in it. A rank that waited for t
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,11 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
+from atlas_rl import AtlasRolloutEngine
 from atlas_rl.integrations.trl.exchange import ExchangeCallback
 from atlas_rl.integrations.trl.together import of_all_ranks, of_main_rank, on_all_ranks
+from tests.models import tiny_llama
+from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 
 FAILING = 1
 
@@ -70,6 +75,40 @@ def exchanged(accelerator: Accelerator, fails_in: str) -> dict[str, Any]:
     return {"raised": error, "taken": [drafter.taken for drafter in drafters.values()]}
 
 
+def unattached(accelerator: Accelerator, folder: Path) -> dict[str, str]:
+    """What attaching raises if something is wrong on one rank alone, and then a run of the same trainer."""
+    fails = accelerator.process_index == FAILING
+    own = folder / f"rank{accelerator.process_index}"
+    policy = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+    policy.save_pretrained(own / "draft")
+    trainer = built(own)
+    seen = {}
+    without_draft = AtlasRolloutEngine(console=False, draft_model=own / "draft")
+    if fails:
+        shutil.rmtree(own / "draft")
+    seen["no draft model"] = raised(lambda: without_draft.attach(trainer))
+    damaged = AtlasRolloutEngine(console=False)
+    damaged.load_state_dict({"history": {"damaged": 1}} if fails else {})
+    seen["damaged state"] = raised(lambda: damaged.attach(trainer))
+    assert not trainer.use_vllm
+    trainer.max_completion_length = trainer.args.max_completion_length = 0 if fails else 12
+    seen["other option"] = raised(lambda: AtlasRolloutEngine(console=False).attach(trainer))
+    trainer.max_completion_length = trainer.args.max_completion_length = 12
+    engine = AtlasRolloutEngine(console=False).attach(trainer)
+    trainer.train()
+    assert len(engine.reports) == (1 if accelerator.is_main_process else 0)
+    by_function = AtlasRolloutEngine(console=False)
+    by_function.load_state_dict({"history": {"damaged": 1}} if fails else {})
+    seen["first rollout"] = raised(built(own, rollout_func=by_function).train)
+    return seen
+
+
+def built(folder: Path, **options: Any) -> Any:
+    """A GRPO trainer of one step."""
+    policy = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
+    return build_trainer("grpo", policy, word_tokenizer(), folder, max_steps=1, ddp_backend="gloo", **options)
+
+
 def main(folder: Path) -> None:
     """Call everything in the same order on both ranks."""
     accelerator = Accelerator(cpu=True)
@@ -85,11 +124,14 @@ def main(folder: Path) -> None:
             for kind in (ConnectionRefusedError, ValueError, KeyError)
         ],
         "exchange": {fails_in: exchanged(accelerator, fails_in) for fails_in in ("", "shared", "take_shared")},
+        "unattached": unattached(accelerator, folder),
         "in_step": of_all_ranks(accelerator, "counting", lambda: rank),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     torch.distributed.barrier()  # no rank leaves while the other still waits for it
-    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # DDP's reducer keeps gloo's threads; one that runs while the interpreter ends aborts the rank
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import nn
 
 from atlas_kernels.noise import mix64
 from atlas_rl.checks import shown
-from atlas_rl.integrations.trl.checks import check_gathering
+from atlas_rl.integrations.trl.checks import check_gathering, is_whole
 from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
 from atlas_rl.integrations.trl.exchange import ExchangeCallback
 from atlas_rl.integrations.trl.importance import ImportanceCheck
@@ -34,7 +34,7 @@ from atlas_rl.integrations.trl.sampling import (
     read_sampling,
     with_suppressed,
 )
-from atlas_rl.integrations.trl.together import on_all_ranks
+from atlas_rl.integrations.trl.together import on_all_ranks, while_attaching
 from atlas_rl.integrations.trl.whole_policy import shards, whole_policy
 from atlas_rl.policy.supported import context_of
 from atlas_rl.policy.unwrap import unwrap_policy
@@ -86,7 +86,14 @@ def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
     present = adapter_of(trainer)
     if present is not None and present.engine is engine:
         return present
-    check_gathering(trainer)
+
+    def check() -> None:
+        check_gathering(trainer)
+        sampling_in_process(trainer, seed=0)
+        if is_whole(trainer):
+            engine.meet(trainer.model)
+
+    while_attaching(trainer, check)
     adapter = TrainerAdapter(engine, trainer, baseline_every=0)
     trainer.atlas_adapter = adapter
     if trainer.state.global_step > 0:
@@ -169,6 +176,7 @@ class TrainerAdapter:
         self.trainer.use_vllm = True
         self.trainer.vllm_generation = self
         self.trainer._last_loaded_step = -1  # sync before the first generation
+        self._runs.follow(self.trainer)
         if self.drafts_here:
             self.drafter_state.follow()
 

@@ -14,6 +14,7 @@ from atlas_rl.integrations.trl.checks import check_gathering, check_policy_in_pr
 from atlas_rl.integrations.trl.generate import GenerateAdapter
 from atlas_rl.integrations.trl.generate_call import check_generate, read_sampling
 from atlas_rl.integrations.trl.kinds import kind_of
+from atlas_rl.integrations.trl.together import while_attaching
 
 if TYPE_CHECKING:
     from atlas_rl.core import SamplingParams
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerAdapter:
     """Put the engine where the trainer generates. If it cannot, raises `ValueError` and changes nothing."""
+    while_attaching(trainer, lambda: _check(engine, trainer, baseline_every))
+    adapter_class = GenerateAdapter if kind_of(trainer).calls_the_policy else TrainerAdapter
+    adapter = adapter_class(engine, trainer, baseline_every)
+    adapter.install()
+    return adapter
+
+
+def _check(engine: RolloutEngine, trainer: Any, baseline_every: int) -> None:
+    """Raise `ValueError` if the engine cannot be attached; make its drafters if this rank has the whole policy."""
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=True)
     if getattr(trainer, "use_vllm", False):
@@ -33,9 +43,6 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerA
     check_policy_in_process(trainer, sampling)
     if is_whole(trainer):
         engine.meet(trainer.model)
-    adapter = (GenerateAdapter if calls_the_policy else TrainerAdapter)(engine, trainer, baseline_every)
-    adapter.install()
-    return adapter
 
 
 def _checked_config(trainer: Any) -> SamplingParams:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from atlas_rl.policy.sharded import shard_again
 
 
 class RunCallback(TrainerCallback):
@@ -27,6 +30,20 @@ class RunCallback(TrainerCallback):
         self._begin = begin
         self._policy_changed = policy_changed
         self._has_stepped = False
+
+    def follow(self, trainer: Any) -> None:
+        """From now on, let `trainer.train` begin with a policy whose weights FSDP2 has sharded again.
+
+        An evaluation leaves some whole, and accelerate cannot prepare those for another training.
+        """
+        train = trainer.train
+
+        @functools.wraps(train)
+        def sharded(*args: Any, **kwargs: Any) -> Any:
+            shard_again(trainer.model_wrapped)
+            return train(*args, **kwargs)
+
+        trainer.train = sharded
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

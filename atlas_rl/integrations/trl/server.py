@@ -19,7 +19,7 @@ from atlas_rl.integrations.trl.checks import check_tools, check_trainer
 from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling
 from atlas_rl.integrations.trl.server_client import AtlasClient, ServerCall, ServerStatus, our_clients
-from atlas_rl.integrations.trl.together import Value, of_main_rank, on_all_ranks
+from atlas_rl.integrations.trl.together import Value, of_main_rank, on_all_ranks, while_attaching
 from atlas_rl.integrations.trl.vllm import checked_sampling
 from atlas_rl.integrations.trl.whole_policy import reach_all_weights
 from atlas_rl.policy.unwrap import unwrap_policy
@@ -47,6 +47,15 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAd
         ValueError: Unsupported options of engine or trainer, or a server without our drafters.
         ConnectionError: No server answers.
     """
+    sampling = while_attaching(trainer, lambda: _checked(engine, trainer, baseline_every))
+    generation = getattr(trainer, "vllm_generation", None) or _new_generation(trainer, sampling.params)
+    adapter = ServerAdapter(engine, trainer, generation)
+    adapter.install()
+    return adapter
+
+
+def _checked(engine: RolloutEngine, trainer: Any, baseline_every: int) -> TrainerSampling:
+    """The trainer's sampling options; `ValueError` if the engine cannot be attached."""
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=False)
     check_tools(
@@ -60,16 +69,12 @@ def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> ServerAd
     _check_teacher(trainer)
     sampling = checked_sampling(trainer, seed=0)
     unwrap_policy(trainer.model)  # the server gets merged layers: weights held by a wrapper would be lost
-    generation = getattr(trainer, "vllm_generation", None)
-    if generation is None and not kind_of(trainer).built_later:
+    if getattr(trainer, "vllm_generation", None) is None and not kind_of(trainer).built_later:
         raise ValueError(
             f"{type(trainer).__name__} sets up other parts together with its vLLM client: build it inside of "
             "engine.prepare_vllm(), with use_vllm=True and vllm_mode='server'"
         )
-    generation = generation or _new_generation(trainer, sampling.params)
-    adapter = ServerAdapter(engine, trainer, generation)
-    adapter.install()
-    return adapter
+    return sampling
 
 
 def _check_options(config: EngineConfig, baseline_every: int) -> None:

@@ -54,6 +54,15 @@ def on_all_ranks(accelerator: Any, doing: str, call: Callable[[], Value]) -> Val
     return own[0]
 
 
+def while_attaching(trainer: Any, call: Callable[[], Value]) -> Value:
+    """Result of `call`, which checks a trainer or builds an engine's part; raises like `of_all_ranks`.
+
+    A rank that raised alone would leave the others in their first collective of `trainer.train()`.
+    """
+    accelerator = getattr(trainer, "accelerator", None)
+    return call() if accelerator is None else on_all_ranks(accelerator, "attaching the engine", call)
+
+
 def of_main_rank(accelerator: Any, call: Callable[[], Value]) -> Value:
     """Result of `call` on the main process, returned on every rank.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from atlas_rl.integrations.trl.adapter import TrainerAdapter, check_attached_onc
 from atlas_rl.integrations.trl.checks import check_tools, check_trainer
 from atlas_rl.integrations.trl.kinds import kind_of
 from atlas_rl.integrations.trl.sampling import TrainerSampling, read_sampling
+from atlas_rl.integrations.trl.together import on_all_ranks, while_attaching
 from atlas_rl.integrations.trl.whole_policy import reach_all_weights, shards
 from atlas_rl.policy.unwrap import unwrap_policy
 from atlas_rl.rollout.backends import vllm_draft_folder
@@ -74,28 +75,36 @@ def drafting_engines(config: EngineConfig, **arguments: Any) -> Iterator[None]:
 
 def attach(engine: RolloutEngine, trainer: Any, baseline_every: int) -> VllmAdapter:
     """Put the engine around the trainer's vLLM. If it cannot, raises `ValueError` and changes nothing."""
+    while_attaching(trainer, lambda: _check(engine, trainer, baseline_every))
+    generation = getattr(trainer, "vllm_generation", None) or _new_generation(engine.config, trainer)
+    backend = while_attaching(trainer, lambda: VllmBackend(generation.llm))
+    adapter = VllmAdapter(engine, trainer, baseline_every, generation, backend)
+    adapter.install()
+    return adapter
+
+
+def _check(engine: RolloutEngine, trainer: Any, baseline_every: int) -> None:
+    """Raise `ValueError` if the engine cannot be attached, before a vLLM engine is built."""
     check_attached_once(engine, trainer)
     check_trainer(trainer, baseline_every, in_process=False)
     _check_tools(trainer)
     check_same_policy(engine, trainer)
-    # Refuse unsupported options before a vLLM engine is built.
     sampling = checked_sampling(trainer, seed=0)
     unwrap_policy(trainer.model)  # vLLM gets merged layers: weights held by a wrapper would be lost
     generation = getattr(trainer, "vllm_generation", None)
-    if generation is None and not kind_of(trainer).built_later:
+    if generation is not None:
+        if drafter_of(generation.llm) is None:
+            raise ValueError(NO_DRAFTER)
+        _in_vllms_types(sampling, generation.structured_outputs_regex)
+        return
+    if not kind_of(trainer).built_later:
         raise ValueError(
             f"{type(trainer).__name__} sets up other parts together with its vLLM: build it inside of "
             "engine.prepare_vllm(), with use_vllm=True and vllm_mode='colocate'"
         )
-    if generation is None:
-        with in_this_process():
-            _in_vllms_types(sampling, trainer.args.vllm_structured_outputs_regex)
-        generation = _new_generation(engine.config, trainer)
-    elif drafter_of(generation.llm) is None:
-        raise ValueError(NO_DRAFTER)
-    adapter = VllmAdapter(engine, trainer, baseline_every, generation)
-    adapter.install()
-    return adapter
+    vllm_draft_folder(engine.config)
+    with in_this_process():
+        _in_vllms_types(sampling, trainer.args.vllm_structured_outputs_regex)
 
 
 def _check_tools(trainer: Any) -> None:
@@ -148,6 +157,7 @@ class VllmAdapter(TrainerAdapter):
         trainer: Its sampling options are read at every generation.
         baseline_every: See `AtlasRolloutEngine.attach`.
         generation: TRL's `VLLMGeneration`, whose engine drafts with our proposer.
+        backend: That engine.
 
     Raises:
         ValueError: Sampling options are not supported.
@@ -155,10 +165,12 @@ class VllmAdapter(TrainerAdapter):
 
     shares_weights = False
 
-    def __init__(self, engine: RolloutEngine, trainer: Any, baseline_every: int, generation: Any) -> None:
-        self.generation = generation
-        self.backend = VllmBackend(generation.llm)
-        self.ranks_per_engine = self.backend.tensor_parallel_size
+    def __init__(
+        self, engine: RolloutEngine, trainer: Any, baseline_every: int, generation: Any, backend: VllmBackend
+    ) -> None:
+        self.generation, self.backend = generation, backend
+        self.ranks_per_engine = backend.tensor_parallel_size
+        self._has_failed = False  # whether the last sync did
         super().__init__(engine, trainer, baseline_every)
         self._reports.leads = self.backend.leads
 
@@ -168,33 +180,55 @@ class VllmAdapter(TrainerAdapter):
         return self.generation.llm
 
     def sync_weights(self) -> None:
-        """Load the policy's weights into vLLM after an update, then refresh the drafters."""
+        """Load the policy's weights into vLLM after an update, then refresh the drafters.
+
+        After an error vLLM sleeps again, in sleep mode, and the next generation begins with a whole sync.
+        """
         step = int(self.trainer.state.global_step)
-        if self._synced_step == step and not self._asleep:
+        if self._synced_step == step and self._holds_policy:
             return
-        moved = self._synced_step != step
-        began = time.perf_counter()
-        self._wake_up()
-        reach_all_weights(self.generation, self.trainer)
-        self.backend.load_weights(self.generation._iter_named_params())
-        self.engine.synced(time.perf_counter() - began)
-        if moved:
-            self.engine.policy_updated(step=step)
+        self._has_failed = True  # until its end
+        try:
+            self._sync(step)
+            self._has_failed = False
+        finally:
+            if self._has_failed:
+                self._sleep()
         self._synced_step = step
 
+    def _sync(self, step: int) -> None:
+        began = time.perf_counter()
+        # One by one: a rank that cannot wake up gathers no weights, and the others would wait for it there.
+        self._sync_part("waking up vLLM", self._wake_up)
+        self._sync_part("loading weights into vLLM", self._load)
+        self.engine.synced(time.perf_counter() - began)
+        if self._synced_step != step:
+            self._sync_part("refreshing its drafters", lambda: self.engine.policy_updated(step=step))
+        if self._synced_step is None:
+            self._sync_part("making its drafters", lambda: self.engine.meet(self.backend))
+
+    def _sync_part(self, doing: str, call: Callable[[], None]) -> None:
+        """Call; an error of one rank is raised on all of them if they sync together, as in a run's first sync."""
+        if self._synced_step is None or self.ranks_per_engine > 1 or shards(self.trainer):
+            on_all_ranks(self.trainer.accelerator, doing, call)
+        else:
+            call()
+
+    def _load(self) -> None:
+        reach_all_weights(self.generation, self.trainer)
+        self.backend.load_weights(self.generation._iter_named_params())
+
     def _generate(self, prompts: list[list[int]], asked: SamplingParams | None = None) -> GenerationOutput:
-        if self._asleep:
+        if not self._holds_policy:
             self.sync_weights()
         own, everyone = self._of_group(prompts)
-        if self.generation.enable_sleep_mode:
-            self.llm.wake_up(tags=["kv_cache"])
         try:
+            if self.generation.enable_sleep_mode:
+                self.llm.wake_up(tags=["kv_cache"])
             output = super()._generate(everyone, asked)
         finally:
             # An error may be caught, and the trainer then needs the memory.
-            if self.generation.enable_sleep_mode:
-                self.llm.sleep(level=2)
-                self.generation._llm_weights_sleeping = True
+            self._sleep()
         return replace(
             output,
             prompt_ids=output.prompt_ids[own],
@@ -214,8 +248,9 @@ class VllmAdapter(TrainerAdapter):
         return slice(begin, begin + len(prompts)), [prompt for part in gathered for prompt in part]
 
     @property
-    def _asleep(self) -> bool:
-        return bool(self.generation._llm_weights_sleeping)
+    def _holds_policy(self) -> bool:
+        """Whether vLLM holds all weights of the last sync."""
+        return not (self._has_failed or self.generation._llm_weights_sleeping)
 
     def _wake_up(self) -> None:
         if self.generation.enable_sleep_mode:
@@ -224,6 +259,11 @@ class VllmAdapter(TrainerAdapter):
             empty_cache()
             self.llm.wake_up(tags=["weights"])
             self.generation._llm_weights_sleeping = False
+
+    def _sleep(self) -> None:
+        if self.generation.enable_sleep_mode:
+            self.generation._llm_weights_sleeping = True  # even if it fails: some weights may be lost
+            self.llm.sleep(level=2)
 
     def _sampling(self, seed: int) -> TrainerSampling:
         return _in_vllms_types(checked_sampling(self.trainer, seed), self.generation.structured_outputs_regex)

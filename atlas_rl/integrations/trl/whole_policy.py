@@ -4,7 +4,7 @@ TRL's own `unwrap_model_for_generation` leaves DeepSpeed's hooks and gradient ch
 and lets FSDP gather layer by layer in every forward. It re-enables checkpointing by a method of transformers that
 registers another hook on the embeddings each time.
 
-Engines with weights of their own get the policy in parts, by TRL's iteration; `reach_all_weights` repairs it for FSDP1.
+Engines with weights of their own get the policy in parts, by TRL's iteration; `reach_all_weights` repairs it for FSDP.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from trl.distributed import DistributedBackend
 from trl.models.utils import add_hooks, remove_hooks
 
-from atlas_rl.policy.sharded import gathered, is_sharded
+from atlas_rl.policy.sharded import gathered, is_sharded, shard_again
 
 
 def shards(trainer: Any) -> str:
@@ -50,12 +50,15 @@ def whole_policy(trainer: Any) -> Iterator[Any]:
 
 
 def reach_all_weights(generation: Any, trainer: Any) -> None:
-    """Let TRL's `VLLMGeneration` send all weights of a policy that FSDP1 shards; all ranks call it before each sending.
+    """Let TRL's `VLLMGeneration` send all weights of a policy that FSDP shards; all ranks call it before each sending.
 
     The object keeps the model that the trainer was built with, and gathers by the FSDP1 wrappers inside of it. FSDP1's
     outermost wrapper is made later, around that model. It holds what is outside of layers: embeddings, last norm, head.
+
+    Of FSDP2 it reads shards, and fails on weights that an evaluation has left whole.
     """
     wrapped = trainer.model_wrapped
+    shard_again(wrapped)
     if generation.model is wrapped or not isinstance(wrapped, FullyShardedDataParallel):
         return
     generation.model = wrapped
