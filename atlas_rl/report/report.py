@@ -95,7 +95,8 @@ class StepReport:
         no_speculation_s: Estimated seconds of the same tokens without speculation (`no_speculation_seconds`), to be
             compared with `generate_s`. None if no speculator could draft, or if the run has not measured the cost of
             plain forwards of such batches.
-        baseline_tokens_per_s: Tokens per second of a measured rerun without speculation; None without a rerun.
+        baseline_tokens_per_s: Tokens per second of a measured rerun without speculation, with the step's own `sync_s` and
+            `audit_s` added to its seconds; None without a rerun.
         step_s: Seconds of training since the last report, with generation, without evaluation and measuring reruns: of one
             optimizer step, or of several if not each of them generates. None until known.
         active_batch_curve: Pairs of (index of the decoding forward, active requests), at most 64; shows the long tail.
@@ -320,15 +321,25 @@ def with_sync(report: StepReport, seconds: float) -> StepReport:
     )
 
 
+def rerun_tokens_per_s(report: StepReport, rerun: StepReport) -> float:
+    """Tokens per second of a measuring rerun of the step in `report`, had it loaded weights and been audited as well.
+
+    The step does both whether it speculates or not; the rerun does neither.
+    """
+    return with_sync(rerun, report.sync_s + report.audit_s).tokens_per_s
+
+
 def no_speculation_seconds(
     report: StepReport, num_forwards: int, forwards_s: float | None, *, draws_all: bool = False
 ) -> float | None:
     """Estimated seconds of the generation in `report`, had it run without speculation.
 
-        seconds = prefill_s + sample_s + (commit_s + other_s) * num_forwards / report.num_forwards + forwards_s
+        turns_s = (commit_s + other_s) * num_forwards / report.num_forwards
+        seconds = prefill_s + sample_s + turns_s + forwards_s + audit_s
 
-    Prompts cost the same, and as many tokens are drawn (`sample_s`). Commits and the rest of a turn (`other_s`) are paid
-    once per turn. Drafting, planning and learning fall away, and plain forwards stand in for the verifying ones.
+    Prompts cost the same, as many tokens are drawn (`sample_s`), and as many are audited. Commits and the rest of a turn
+    (`other_s`) are paid once per turn. Drafting, planning and learning fall away, and plain forwards stand in for the
+    verifying ones.
 
     Args:
         report: Of a generation with speculation, before refresh and sync are added to it.
@@ -345,7 +356,7 @@ def no_speculation_seconds(
         of_prompts = report.num_tokens - report.num_decoded_tokens
         num_drawn = of_prompts + report.num_request_forwards + sum(report.drafted.values())
         sample_s *= report.num_tokens / max(1, num_drawn)
-    return report.prefill_s + sample_s + turns_s + forwards_s
+    return report.prefill_s + sample_s + turns_s + forwards_s + report.audit_s
 
 
 def _finite(value: Any) -> Any:

@@ -1,9 +1,13 @@
 """Figures that are derived from a report, and the formulas behind them."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from atlas_rl.report.report import amdahl_bound, no_speculation_seconds, with_sync
-from tests.reports import make_report
+from atlas_rl.report.recorder import StepRecorder
+from atlas_rl.report.report import amdahl_bound, no_speculation_seconds, rerun_tokens_per_s, with_sync
+from tests.reports import Clock, make_report
 
 
 def test_derived_figures():
@@ -55,3 +59,28 @@ def test_weights_come_in_with_speculation_and_without():
     unknown = with_sync(make_report(no_speculation_s=None), 1.0)
     assert unknown.no_speculation_s is None
     assert unknown.baseline_tokens_per_s is None
+
+
+def recorded(**seconds):
+    """The report of a step that took these seconds: two forwards, of two tokens each."""
+    clock = Clock()
+    recorder = StepRecorder(speculators=("history",), clock=clock)
+    with recorder.generating():
+        for phase, took in seconds.items():
+            with recorder.time(phase):
+                clock.advance(took)
+        for _ in range(2):
+            recorder.forward(num_committed=np.array([2]))
+    return recorder.finish(step=0, policy_version=0, mode="train", num_prompt_tokens=1, completion_lengths=[4])
+
+
+def test_an_audit_is_paid_with_speculation_and_without():
+    phases = {"prefill": 1.0, "forward": 4.0, "sample": 2.0, "commit": 1.0}
+    report = recorded(**phases, audit=1.0)
+    assert (report.audit_s, report.generate_s) == (1.0, 9.0)
+    estimated = replace(report, no_speculation_s=no_speculation_seconds(report, report.num_forwards, report.forward_s))
+    assert estimated.speedup_estimate == 1
+    measured = replace(report, baseline_tokens_per_s=rerun_tokens_per_s(report, recorded(**phases)))
+    assert measured.speedup_measured == pytest.approx(1)
+    synced = with_sync(report, 3.0)
+    assert replace(synced, baseline_tokens_per_s=rerun_tokens_per_s(synced, recorded(**phases))).speedup_measured == 1

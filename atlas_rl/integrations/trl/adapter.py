@@ -38,7 +38,7 @@ from atlas_rl.integrations.trl.together import on_all_ranks, while_attaching
 from atlas_rl.integrations.trl.whole_policy import shards, whole_policy
 from atlas_rl.policy.supported import context_of
 from atlas_rl.policy.unwrap import unwrap_policy
-from atlas_rl.report.report import Mode, StepReport, with_sync
+from atlas_rl.report.report import Mode, StepReport, rerun_tokens_per_s, with_sync
 
 if TYPE_CHECKING:
     from atlas_rl.core import SamplingParams
@@ -352,10 +352,7 @@ class TrainerAdapter:
         measuring_s = time.perf_counter() - began_s
         self.engine.measured(measuring_s)
         self._reports.measured(measuring_s)
-        # Weights are sent to the engine whether it speculates or not.
-        report = replace(
-            output.report, baseline_tokens_per_s=with_sync(plain.report, output.report.sync_s).tokens_per_s
-        )
+        report = replace(output.report, baseline_tokens_per_s=rerun_tokens_per_s(output.report, plain.report))
         if plain.completion_ids != output.completion_ids and self.engine.config.verification == "invariant":
             pairs = zip(plain.completion_ids, output.completion_ids, strict=True)
             changed = sum(a != b for a, b in pairs)
