@@ -125,13 +125,14 @@ def reject_unknown(
         options: Options by name.
         known: Names that exist.
         where: What takes the options, for the message.
-        elsewhere: Known names by the names that other libraries use for them.
+        elsewhere: Known names by the names that other libraries use for them, or sentences about them without a stop.
         listed: Where the known names are listed, if they are too many for a message.
     """
     for name in options:
         if name not in known:
             near = [(elsewhere or {}).get(name), *difflib.get_close_matches(name, known, n=1)]
-            hint = next((f"did you mean '{each}'? " for each in near if each), "")
+            found = next((each for each in near if each), "")
+            hint = f"did you mean '{found}'? " if found in known else f"{found}. " if found else ""
             names = listed or f"it takes {', '.join(known)}"
             raise ValueError(f"{where} has no option '{name}': {hint}{names}")
 

@@ -146,7 +146,7 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--draft-tokens", type=int, help="draft length to show in detail [the best]")
     parser.add_argument("--max-draft-tokens", type=int, default=16, help="longest draft that is tried [16]")
     parser.add_argument("--engine", default="typical", help="whose host is added to rounds that draft: typical, sglang, "
-                        "vllm, or none for a device alone [typical]")  # fmt: skip
+                        "vllm, tensorrt-llm, together, or none for a device alone [typical]")  # fmt: skip
     parser.add_argument("--round-overhead-ms", type=float, help="what the host adds to every round that drafts, if measured "
                         "[the engine's]")  # fmt: skip
     parser.add_argument("--request-overhead-ms", type=float, help="the same, for every request in it [the engine's]")

@@ -93,7 +93,7 @@ class EngineConfig:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:
         """The config of keyword options; the `ValueError` for an unknown option names the nearest one."""
-        reject_unknown(options, [field.name for field in fields(cls)], "AtlasRolloutEngine")
+        reject_unknown(options, ["model", "tokenizer", *(field.name for field in fields(cls))], "AtlasRolloutEngine")
         return cls(**options)
 
 

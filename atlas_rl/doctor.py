@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
-from atlas_rl.vllm.internals.version import REQUIREMENT, check_version, installed_version
+from atlas_rl.vllm.internals.version import INSTALL, REQUIREMENT, check_version, installed_version
 
 CORE = {"torch": "torch>=2.9,<3", "transformers": "transformers>=5.17,<6", "numpy": "numpy>=2,<3", "numba": "numba>=0.61",
         "safetensors": "safetensors>=0.5", "tqdm": "tqdm>=4.66"}  # fmt: skip
@@ -155,8 +155,7 @@ def _in_process() -> Finding:
 
 def _vllm() -> Finding:
     if installed_version() is None:
-        cure = "make setup-vllm (in a checkout), or pip install 'atlas-rl[vllm]' on a GPU machine"
-        return Finding("missing", "engine in vLLM", "vLLM is not installed", cure)
+        return Finding("missing", "engine in vLLM", "vLLM is not installed", INSTALL)
     try:
         return Finding("ok", "engine in vLLM", f"vLLM {check_version()}, AtlasRolloutEngine(backend='vllm')")
     except ValueError as error:
@@ -166,7 +165,7 @@ def _vllm() -> Finding:
 def _extra(name: str) -> Finding:
     what, requirements = EXTRAS[name]
     found = {requirement: _version(requirement) for requirement in requirements}
-    cure = f"pip install 'atlas-rl[{name}]', or in a checkout pip install -e '.[{name}]'"
+    cure = f"in the checkout: pip install -e '.[{name}]'"
     if absent := [requirement for requirement, (version, _) in found.items() if version is None]:
         return Finding("missing", what, f"not installed: {', '.join(absent)}", cure)
     if unfit := [f"{requirement} (here {version})" for requirement, (version, fits) in found.items() if not fits]:

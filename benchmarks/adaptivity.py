@@ -270,8 +270,11 @@ def replay_all(args: argparse.Namespace) -> None:
     runs: list[dict[str, Any]] = []
     if args.keep and args.output.is_file():
         anew = {(folder.name, arm) for folder in folders for arm in args.arms or ARMS}
-        runs = json.loads(args.output.read_text())["runs"]
-        runs = [run for run in runs if (f"{run['scenario']}-{run['seed']}", run["arm"]) not in anew]
+        before = json.loads(args.output.read_text())
+        # The top of the file will name this machine. Runs that are kept keep the names of theirs.
+        origin = {name: before[name] for name in ("machine", "versions", "commit") if name in before}
+        kept = [run for run in before["runs"] if (f"{run['scenario']}-{run['seed']}", run["arm"]) not in anew]
+        runs = [{**origin, **run} for run in kept]
     learned = {}
     for folder in folders if "recurrent_cold" in (args.arms or ARMS) else []:
         learned[folder] = measure(runs, "recurrent_cold", folder, args.output, state=None)["recurrent"].state_dict()

@@ -89,7 +89,9 @@ def test_optional_parts_that_are_missing_are_no_fault(monkeypatch, capsys):
     main(["doctor"])
     shown = capsys.readouterr().out
     assert "not installed: plotly>=7.1,<8" in shown
-    assert "-> pip install 'atlas-rl[trl]'" in shown
+    assert "-> in the checkout: pip install -e '.[trl]'" in shown
+    assert '-> make setup-vllm in the checkout (CPU), or pip install "vllm>=0.25,<0.33" and then' in shown
+    assert "atlas-rl[" not in shown, "no package index has the project"
 
 
 def test_a_vllm_that_is_not_known_is_a_fault(monkeypatch):

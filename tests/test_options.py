@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from atlas_rl import AtlasRolloutEngine, SamplingParams
 from atlas_rl.config import EngineConfig
@@ -177,6 +178,14 @@ HINTS: dict[str, tuple[Callable[[], Any], str]] = {
                                        r"config.json is missing\. Give .* wrote\. A four-bit"),
     "classes": (lambda: engine_of(speculators=[HistorySpeculator]), r"HistorySpeculator\(\.\.\.\)"),
     "a controller's class": (lambda: engine_of(controller=GoodputController), r"make one, GoodputController\(\.\.\.\)"),
+    "a name of the policy": (lambda: AtlasRolloutEngine(modle=policy()), "did you mean 'model'.* it takes model, tokenizer"),
+    "a name of the tokenizer": (lambda: AtlasRolloutEngine(tokeniser=None), "did you mean 'tokenizer'"),
+    "stop": (lambda: argument("stop")(["a"]), r"no option 'stop': stop strings are not supported.* completion\. it takes"),
+    "do_sample": (lambda: argument("do_sample")(False), "temperature=0 is greedy"),
+    "a loaded policy for vLLM": (
+        lambda: AtlasRolloutEngine(model=policy(), backend="vllm"),
+        "backend='vllm' takes a checkpoint's folder or name, or a vllm.LLM, got LlamaForCausalLM: a loaded model runs",
+    ),
     "no drafters' file": (lambda: engine_of().load_drafters("x.st"), "path='x.st' does not exist: give a file"),
     "a folder for the drafters": (lambda: engine_of().save_drafters("."), r"is a folder: name the file in it"),
     "a folder of drafters": (lambda: engine_of().load_drafters("."), "is a folder: give a file"),
@@ -190,6 +199,35 @@ def test_the_cure_is_named(case: str) -> None:
         call()
     assert ".." not in str(refused.value).replace("...", "")
     assert ".;" not in str(refused.value)
+
+
+def test_a_policy_without_its_name_is_told_the_name() -> None:
+    with pytest.raises(TypeError, match=r"by name: AtlasRolloutEngine\(model=policy, tokenizer=\.\.\.\)"):
+        AtlasRolloutEngine(policy())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [LocalEntryNotFoundError("offline"), RepositoryNotFoundError.__new__(RepositoryNotFoundError)],
+)
+def test_a_name_that_no_hub_has_is_told_what_names_are_for(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_llm(*_: Any) -> Any:
+        raise OSError("transformers could not load it") from error
+
+    monkeypatch.setattr("atlas_rl.vllm.backend.build_llm", build_llm)
+    with pytest.raises(ValueError, match="'org/name' is neither a folder nor in the hub's cache") as refused:
+        AtlasRolloutEngine(model="org/name")
+    assert "AutoModelForCausalLM.from_pretrained('org/name')" in str(refused.value)
+    assert refused.value.__cause__.__cause__ is error  # type: ignore[union-attr]
+
+
+def test_another_error_of_loading_a_name_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_llm(*_: Any) -> Any:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("atlas_rl.vllm.backend.build_llm", build_llm)
+    with pytest.raises(OSError, match="the disk is full"):
+        AtlasRolloutEngine(model="org/name")
 
 
 @pytest.mark.parametrize("kind", [str, Path])

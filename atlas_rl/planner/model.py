@@ -138,7 +138,11 @@ def _config_file(path: Path) -> Path:
     for file in (path, path / "config.json", *cached):
         if file.is_file():
             return file
-    raise ValueError(f"no config at '{path}': give a config.json, a folder with one, or a model in the hub cache")
+    name = str(path) if len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".json" else "OWNER/NAME"
+    raise ValueError(
+        f"no config at '{path}': give a config.json, a folder with one, or a model in the hub cache "
+        f"(`hf download {name} config.json` puts it there)"
+    )
 
 
 def parse_model(config: Mapping[str, Any]) -> ModelShape:

@@ -27,6 +27,11 @@ def new_backend(model: Any, config: EngineConfig) -> Backend:
     if isinstance(model, Backend):
         return model
     if isinstance(model, nn.Module):
+        if config.backend == "vllm":
+            raise ValueError(
+                "backend='vllm' takes a checkpoint's folder or name, or a vllm.LLM, got "
+                f"{type(model).__name__}: a loaded model runs in process, with backend='in_process' or 'auto'"
+            )
         return InProcessBackend(model, VERIFIERS[config.verification](), config.max_batch_size)
     if isinstance(model, str | Path):
         _check_checkpoint(model, config)
@@ -35,13 +40,30 @@ def new_backend(model: Any, config: EngineConfig) -> Backend:
     from atlas_rl.vllm.backend import VllmBackend, build_llm
 
     if isinstance(model, str | Path):
-        model = build_llm(model, vllm_draft_folder(config))
+        try:
+            model = build_llm(model, vllm_draft_folder(config))
+        except OSError as error:
+            if not _not_found(error) or Path(model).exists():
+                raise
+            raise ValueError(
+                f"model={str(model)!r} is neither a folder nor in the hub's cache, and the hub does not give it. A name is "
+                f"for vLLM, which loads it; to generate in process give AutoModelForCausalLM.from_pretrained({str(model)!r})"
+            ) from error
     if not hasattr(model, "llm_engine"):
         raise ValueError(
             "model must be a loaded causal LM, a vllm.LLM, or the folder or name of a checkpoint that vLLM is to load, got "
             f"{type(model).__name__}"
         )
     return VllmBackend(model)
+
+
+def _not_found(error: BaseException | None) -> bool:
+    """Whether a checkpoint was not found: transformers raises an `OSError` because of the hub's own error."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    while error is not None and not isinstance(error, LocalEntryNotFoundError | RepositoryNotFoundError):
+        error = error.__cause__
+    return error is not None
 
 
 def _check_checkpoint(model: str | Path, config: EngineConfig) -> None:

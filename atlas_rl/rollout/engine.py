@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import nn
@@ -66,11 +66,13 @@ class RolloutEngine:
 
     def __init__(
         self,
-        *,
+        *positional: Never,
         model: nn.Module | str | Path | Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **options: Any,
     ) -> None:
+        if positional:
+            raise TypeError("the engine takes its arguments by name: AtlasRolloutEngine(model=policy, tokenizer=...)")
         self.config = EngineConfig.of(options)
         check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
@@ -311,14 +313,12 @@ class RolloutEngine:
                 logger.warning("atlas_rl: the drafters' state is not saved: %s", error)
 
     def load_drafters(self, path: str | Path) -> None:
-        """Read a file from `save_drafters`; `ValueError` if there is none. Damaged or unsuitable parts give a warning."""
-        file = file_to_read(path)
-        try:
-            state = load_state(file)
-        except ValueError as error:
-            logger.warning("atlas_rl: %s. All drafters start afresh", error)
-        else:
-            self.load_state_dict(state, strict=False)
+        """Read a file from `save_drafters`. A part that does not fit gives a warning, and its drafter starts afresh.
+
+        Raises:
+            ValueError: There is no such file, it is damaged, or `save_drafters` of this version did not write it.
+        """
+        self.load_state_dict(load_state(file_to_read(path)), strict=False)
 
     @one_at_a_time
     def _backend_for(self, model: Any) -> Backend:

@@ -20,14 +20,17 @@ OPTIONS = (
 )  # fmt: skip
 """Keywords of `generate`."""
 
+_NO_STOP_STRINGS = "stop strings are not supported, eos_token_ids=[...] ends a completion"
 _ELSEWHERE = {
-    "do_sample": "temperature",
+    "do_sample": "temperature=0 is greedy, and any other temperature samples",
     "max_tokens": "max_new_tokens",
     "n": "num_generations",
     "num_return_sequences": "num_generations",
+    "stop": _NO_STOP_STRINGS,
+    "stop_strings": _NO_STOP_STRINGS,
     "stop_token_ids": "eos_token_ids",
 }
-"""What transformers and vLLM call them, where the name is not near."""
+"""What transformers and vLLM call them, where the name is not near: our name, or what to do."""
 
 _TOKENIZE = ": tokenize it, tokenizer([text])['input_ids']"
 

@@ -29,7 +29,6 @@ FILE_NAME = "atlas_rl.safetensors"
 _OF_RANKS = "atlas_rl.rank*.safetensors"
 _FORMAT = "atlas_rl.speculators.2"  # 1 had no checksum
 _SEPARATOR = "/"
-_AFRESH = "delete it to let the drafters start afresh"
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -105,14 +104,14 @@ def load_state(path: Path) -> dict[str, Any]:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(
                     f"'{path}' holds no drafter state of this version (format {metadata.get('format')!r}, expected "
-                    f"{_FORMAT!r}): {_AFRESH}"
+                    f"{_FORMAT!r})"
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"'{path}' is damaged or cannot be read ({error}): {_AFRESH}") from error
+        raise ValueError(f"'{path}' is no file that save_drafters() wrote, or is damaged ({error})") from error
     described = metadata.get("values", "")
     if metadata.get("checksum") != _checksum(tensors, described):
-        raise ValueError(f"'{path}' is damaged (its checksum does not fit its content): {_AFRESH}")
+        raise ValueError(f"'{path}' is damaged (its checksum does not fit its content)")
     return _nested(path, tensors, described)
 
 
@@ -187,7 +186,7 @@ def _nested(path: Path, tensors: Mapping[str, torch.Tensor], described: str) -> 
         for key, tensor in tensors.items():
             _put(state, key, tensor if values.get(key) is None else _array(tensor, values[key]))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' is damaged ({error}): {_AFRESH}") from error
+        raise ValueError(f"'{path}' is damaged ({error})") from error
     return state
 
 

@@ -94,7 +94,7 @@ class TrainingState:
         """Continue from what `save` wrote, if anything; `ValueError` if it has other settings or data."""
         if not (self.output / _STATE).is_file():
             return
-        log, state = self.log, load_state(self.output / _STATE)
+        log, state = self.log, _state_in(self.output)
         saved = _log_in(state)
         _check_same(self.output, saved, asdict(log))
         self.head.load_state_dict(state["head"])
@@ -111,7 +111,15 @@ def check_same_training(output: Path, settings: Any) -> None:
     `TrainingState.resume` compares the data too, which needs them read.
     """
     if (output / _STATE).is_file():
-        _check_same(output, _log_in(load_state(output / _STATE)), {"settings": asdict(settings)})
+        _check_same(output, _log_in(_state_in(output)), {"settings": asdict(settings)})
+
+
+def _state_in(output: Path) -> dict[str, Any]:
+    """The state that `save` wrote; `ValueError` for a damaged file."""
+    try:
+        return load_state(output / _STATE)
+    except ValueError as error:
+        raise ValueError(f"the training in '{output}' cannot go on: {error}. Give another --output") from error
 
 
 def _log_in(state: dict[str, Any]) -> dict[str, Any]:

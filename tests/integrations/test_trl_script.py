@@ -62,12 +62,12 @@ def test_trl_generates_on_demand(run_folder: Path, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "a typo in a key": ({"draft_modl": "fp4"}, [], "no option 'draft_modl': did you mean 'draft_model'"),
+    "a typo in a key": ({"draft_modl": "fp4"}, [], "run.yaml: no option 'draft_modl'; did you mean 'draft_model'?"),
     "a typo of TRL's": ({"lerning_rate": 1}, [], "did you mean 'learning_rate'"),
-    "a typo in a flag": ({}, ["--baselin-every", "1"], "no option 'baselin-every': did you mean 'baseline_every'"),
+    "a typo in a flag": ({}, ["--baselin-every", "1"], "the command line: no option 'baselin-every'; did you mean"),
     "a typo in a negation": ({}, ["--no_speculaton"], "did you mean 'no_speculation'"),
     "a shortened flag": ({}, ["--draft_mod=fp4"], "did you mean 'draft_model'"),
-    "a typo of --config": ({}, ["--confg", "run.yaml"], "no option 'confg': did you mean 'config'"),
+    "a typo of --config": ({}, ["--confg", "run.yaml"], "no option 'confg'; did you mean 'config'"),
     "a loose word": ({}, ["fp4"], "'fp4' belongs to no option"),
     "accelerate's": ({"num_processes": 2}, [], "accelerate launch --num_processes ... -m atlas_rl grpo"),
     "a value of ours": ({"backend": "cuda"}, [], "backend must be 'auto', 'in_process' or 'vllm', got 'cuda'"),
@@ -85,9 +85,10 @@ REFUSED = {
     "a bare no": ({"save_strategy": False}, [], "put it in quotes"),
     "two files": ({}, ["--config", "other.yaml"], "--config is given twice"),
     "a lone dash": ({}, ["--", "x"], "belongs to no option"),
-    "help in the file": ({"help": True}, [], "has no option 'help'"),
+    "help in the file": ({"help": True}, [], "run.yaml: no option 'help'"),
     "a policy that is not there": ({"model_name_or_path": "/nowhere/policy"}, [], "there is no '/nowhere/policy'"),
     "a policy that is a number": ({"model_name_or_path": 5}, [], "must be a folder or a name on the hub, got 5"),
+    "a dataset that the hub does not give": ({"dataset_name": "nods"}, [], "dataset_name: 'nods' is no folder of this"),
     "data that are not there": ({"dataset_name": "./no/data"}, [], "dataset_name: there is no './no/data'"),
 }  # fmt: skip
 
@@ -103,7 +104,9 @@ def test_bfloat16_without_a_gpu_is_told_whose_choice_it_was(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = {"bf16": None, "use_cpu": None}
-    check_refused(run_folder, tmp_path, capsys, asked, [], "`bf16: false` (or --bf16 false) trains in float32")
+    check_refused(
+        run_folder, tmp_path, capsys, asked, [], "grpo: add `bf16: false` (or --bf16 false) to train in float32"
+    )
 
 
 def check_refused(
@@ -129,10 +132,37 @@ def check_refused(
 
 
 def test_an_error_of_the_training_keeps_its_traceback(run_folder: Path, tmp_path: Path) -> None:
-    options = {"output_dir": str(tmp_path / "out"), "generation_kwargs": {"num_beams": 2}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load((run_folder / "run.yaml").read_text()) | options))
-    with pytest.raises(ValueError, match="num_beams"):
-        main(["grpo", "--config", str(tmp_path / "run.yaml")])
+    config = str(run_folder / "run.yaml")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        main(["grpo", "--config", config, "--output_dir", str(tmp_path), "--reward_funcs", "no_such_module.reward"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--generation_kwargs", '{"num_beams": 2}'], "num_beams"),
+    ],
+)
+def test_options_that_the_engine_refuses_end_in_one_line(
+    arguments: list[str], message: str, run_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["grpo", "--config", str(run_folder / "run.yaml"), "--output_dir", str(tmp_path / "out"), *arguments])
+    assert ended.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("atlas-rl grpo: ")
+    assert message in last
+
+
+def test_a_negation_has_a_help_of_its_own() -> None:
+    actions = make_parser(trl_script(), AtlasRolloutEngine)._actions
+    ours = set(EngineConfig.__dataclass_fields__)
+    helps = {flag: each.help for each in actions if each.dest in ours for flag in each.option_strings}
+    negated = {flag for flag in helps if flag.startswith("--no_")}
+    assert {"--no_console", "--no_speculation", "--no_spare_importance_sampling"} == negated
+    assert helps["--no_console"] == "Do not print one line per report."
+    assert all(helps[flag] != helps[flag.replace("--no_", "--")] for flag in negated)
 
 
 FILES = {

@@ -88,7 +88,7 @@ def test_the_commands_work_and_say_which_extras_are_absent(installed):
     for what, extra in {"engine in vLLM": "vllm", "ZeRO-2 and ZeRO-3": "deepspeed"}.items():
         assert extra in ABSENT
         assert f"missing  {what}" in shown
-        assert f"pip install 'atlas-rl[{extra}]'" in shown
+        assert f"pip install -e '.[{extra}]'" in shown
 
 
 def test_a_strict_type_checker_knows_what_the_public_names_return(installed):

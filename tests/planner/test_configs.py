@@ -8,6 +8,7 @@ import pytest
 
 from atlas_rl.cli import main
 from atlas_rl.planner.configs import CONFIGS
+from atlas_rl.planner.host import ENGINES
 from atlas_rl.planner.model import parse_model
 from tests.planner.configs import MIXTRAL
 
@@ -67,3 +68,21 @@ def test_no_field_of_any_value_ends_in_a_traceback(config, value):
             parse_model({**config, field: value})
         except ValueError as error:
             assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"), ("/nowhere", "OWNER/NAME"), ("a/config.json", "OWNER/NAME")]
+)
+def test_a_model_that_is_not_here_comes_with_the_command_that_brings_it(model, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", model, "--gpu", "h100", "--accept", "0.8"])
+    assert f"(`hf download {name} config.json` puts it there)" in capsys.readouterr().err
+
+
+def test_the_help_names_every_engine(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = "".join(capsys.readouterr().out.split())
+    assert "".join(f"{', '.join(list(ENGINES)[:-1])}, or {list(ENGINES)[-1]}".split()) in shown

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from atlas_rl.integrations.trl.drafter_state import DrafterStateCallback
 from atlas_rl.sync.checkpoint import FILE_NAME, drop_ranks, file_of_rank, file_to_resume, load_state, save_state
 from tests import ROOT
 from tests.engines import engine_of, generate
@@ -65,7 +66,7 @@ def test_one_flipped_bit_is_seen(tmp_path, at):
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"state\.safetensors' (is damaged|holds no drafter state)"):
+    with pytest.raises(ValueError, match=r"state\.safetensors' (is damaged|is no file|holds no drafter state)"):
         load_state(path)
 
 
@@ -73,14 +74,14 @@ def test_files_that_are_none_are_named(tmp_path):
     path = tmp_path / "state.safetensors"
     for content in (b"", b"\xff" * 4096, b"{}"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged or cannot be read"):
+        with pytest.raises(ValueError, match=r"is no file that save_drafters\(\) wrote, or is damaged"):
             load_state(path)
     save_file({"a": torch.zeros(1)}, path, metadata={"format": "atlas_rl.speculators.1", "values": "{}"})
     with pytest.raises(ValueError, match=r"no drafter state of this version.*speculators\.1"):
         load_state(path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="or is damaged"):
         load_state(tmp_path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="or is damaged"):
         load_state(tmp_path / "missing")
 
 
@@ -156,9 +157,17 @@ def test_a_bad_state_that_waits_for_the_first_rollout_does_not_stop_it(tmp_path,
     assert "the state has no log_weights" in caplog.text
     assert "['mute'] that this engine lacks" in caplog.text
     assert engine.state_dict()["recurrent"]["trained"]
-    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("content", [b"print('a script')\n", b""])
+def test_a_file_that_is_none_is_refused_where_it_is_asked_for_and_does_not_stop_a_training(tmp_path, content, caplog):
+    path = tmp_path / FILE_NAME
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is no file that save_drafters\(\) wrote, or is damaged") as refused:
+        engine_of().load_drafters(path)
+    assert "delete" not in str(refused.value)
     with caplog.at_level(logging.WARNING):
-        engine.load_drafters(path)
+        DrafterStateCallback(engine_of(), None)._load(path)
     assert "All drafters start afresh" in caplog.text
 
 

@@ -57,19 +57,14 @@ class DrafterStateCallback(TrainerCallback):
             self.restore(args, state)
 
     def restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Restore the drafters of a resumed run; warns if there is nothing to restore. All ranks must call this.
-
-        Raises:
-            ValueError: The state is damaged, or of another version.
-            RuntimeError: That of another rank is.
-        """
+        """Restore the drafters of a resumed run; warns if their state is missing or damaged. All ranks must call this."""
         on_all_ranks(self._trainer.accelerator, "restoring its drafters", lambda: self._restore(args, state))
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = self._resumed_folder(args, state)
         saved = file_to_resume(folder, int(self._trainer.accelerator.process_index))
         if saved is not None:
-            self._engine.load_drafters(saved)
+            self._load(saved)
         else:
             logger.warning(
                 "atlas_rl: the run resumes at step %d, and '%s' holds no drafter state (%s): drafters start afresh",
@@ -77,6 +72,13 @@ class DrafterStateCallback(TrainerCallback):
                 folder,
                 FILE_NAME,
             )
+
+    def _load(self, saved: Path) -> None:
+        """Load the drafters; a file that cannot be read gives a warning, because a training never stops for a drafter."""
+        try:
+            self._engine.load_drafters(saved)
+        except ValueError as error:
+            logger.warning("atlas_rl: %s. All drafters start afresh", error)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the drafters' state beside the trainer's checkpoint."""

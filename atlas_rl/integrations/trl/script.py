@@ -9,7 +9,9 @@ imported.
 
 from __future__ import annotations
 
+import difflib
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, field, fields, make_dataclass
@@ -18,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
-from atlas_rl.checks import reject_unknown, whole
+from atlas_rl.checks import whole
 from atlas_rl.docstrings import entries
 
 COMMAND = "atlas-rl grpo"
@@ -32,6 +34,12 @@ _ENGINE_HELP = (
     "What generates: `atlas`, or `trl` for TRL's own generation, to compare with. `trl` takes no notice of the other "
     "options of this group."
 )
+_NEGATED = {
+    "speculation": "Decode without drafts: the baseline, with the same tokens.",
+    "console": "Do not print one line per report.",
+    "spare_importance_sampling": "Leave the trainer's importance-sampling correction on.",
+}
+"""Help of `--no_NAME`, for each option of ours that is on by default."""
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -95,7 +103,7 @@ def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Cal
     script = trl_script()
     parser = make_parser(script, new_engine)
     names = {action.dest for action in parser._actions} - {"help"}
-    _check_names(config, names, "the YAML file")
+    _check_names(config, names, arguments[arguments.index("--config") + 1] if config else "")
     _check_choices(config, parser._actions)
     # TRL's classes check themselves when they are built. A typo or a missing name must be reported before.
     file_at = arguments.index("--config") if "--config" in arguments else len(arguments)
@@ -104,6 +112,7 @@ def prepare(arguments: Sequence[str], config: Mapping[str, Any], new_engine: Cal
     _check_rest(rest, names | {flag for flag in flags if "-" not in flag} - {"h"} | {"config"})
     _check_given({**config, **{name: value for name, value in vars(given).items() if value}})
     *theirs, ours = _made(parser, arguments)
+    _check_dataset(theirs)
     options = asdict(ours)
     kind, baseline_every = options.pop("engine"), options.pop("baseline_every")
     whole("baseline_every", baseline_every, 0, hint="(0 never)")
@@ -127,7 +136,7 @@ def trl_script() -> Any:
     try:
         from trl.scripts import grpo
     except ImportError as error:
-        raise ValueError(f"TRL is not installed: pip install 'atlas-rl[trl]' ({error})") from error
+        raise ValueError(f"TRL is not installed ({error}). In the checkout: pip install -e '.[trl]'") from error
     return grpo
 
 
@@ -146,7 +155,11 @@ def make_parser(script: Any, new_engine: Any) -> Any:
 
     types = (*script.make_parser().dataclass_types, engine_arguments(new_engine))
     # Without `allow_abbrev`, a flag is either an option or a typo, like a key of the YAML file.
-    return Parser(types, prog=COMMAND, description=_DESCRIPTION, allow_abbrev=False)
+    parser = Parser(types, prog=COMMAND, description=_DESCRIPTION, allow_abbrev=False)
+    for action in parser._actions:  # `HfArgumentParser` gives a negation the help of what it negates
+        if action.dest in _NEGATED and any(flag.startswith("--no_") for flag in action.option_strings):
+            action.help = _NEGATED[action.dest]
+    return parser
 
 
 def engine_arguments(new_engine: Any) -> type:
@@ -188,7 +201,9 @@ def _check_names(given: Mapping[str, Any], known: Collection[str], where: str) -
                 f"{where} has '{name}', which is for accelerate: accelerate launch --"
                 f"{'config_file' if name == 'accelerate_config' else name} ... -m atlas_rl grpo --config run.yaml"
             )
-    reject_unknown(given, sorted(known), COMMAND, listed=f"{COMMAND} --help lists its options ({where} is wrong)")
+    near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else f". {COMMAND} --help lists the options"
+    raise ValueError(f"{where}: no option '{unknown[0]}'{hint}")
 
 
 def _check_choices(config: Mapping[str, Any], actions: Iterable[Any]) -> None:
@@ -223,8 +238,8 @@ def _made(parser: Any, arguments: Sequence[str]) -> Sequence[Any]:
     except ValueError as error:
         if "bf16" not in str(error):
             raise
-        hint = "TRL trains in bfloat16 unless told: `bf16: false` (or --bf16 false) trains in float32"
-        raise ValueError(f"{error} {hint}") from error
+        hint = "add `bf16: false` (or --bf16 false) to train in float32; unless told, TRL trains in bfloat16"
+        raise ValueError(f"{hint}. {error}") from error
     return made
 
 
@@ -253,6 +268,22 @@ def _check_path(name: str, value: Any) -> None:
         raise ValueError(f"{name}: there is no '{value}' on this machine, and it is no name of the hub")
 
 
+def _check_dataset(groups: Iterable[Any]) -> None:
+    """Raise `ValueError` for a dataset that is neither on this machine nor on the hub, before the policy is loaded."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetNotFoundError
+
+    script = next(group for group in groups if hasattr(group, "dataset_name"))
+    if not script.dataset_name or any(getattr(group, "datasets", None) for group in groups):
+        return
+    try:
+        load_dataset_builder(script.dataset_name, name=script.dataset_config)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise ValueError(
+            f"dataset_name: '{script.dataset_name}' is no folder of this machine, and the hub does not give it ({error})"
+        ) from error
+
+
 @contextmanager
 def _attached(engine: Any, baseline_every: int) -> Iterator[None]:
     """Context in which the trainer that TRL's script builds gets the engine attached."""
@@ -263,7 +294,11 @@ def _attached(engine: Any, baseline_every: int) -> Iterator[None]:
         colocated = options["args"].use_vllm and options["args"].vllm_mode == "colocate"
         with engine.prepare_vllm() if colocated else nullcontext():
             own.__init__(trainer, *args, **options)
-        engine.attach(trainer, baseline_every=baseline_every)
+        try:
+            engine.attach(trainer, baseline_every=baseline_every)
+        except ValueError as error:  # of an option's value: a traceback would say no more
+            print(f"{COMMAND}: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from error
 
     trl.GRPOTrainer = type(own.__name__, (own,), {"__init__": build, "__doc__": own.__doc__})
     try:

@@ -46,9 +46,7 @@ def plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ValueError(
-            "the page's charts need plotly: pip install 'atlas-rl[report]', or in a checkout pip install -e '.[report]'"
-        ) from error
+        raise ValueError("the page's charts need plotly. In the checkout: pip install -e '.[report]'") from error
     return get_plotlyjs()
 
 

