@@ -1,6 +1,12 @@
 """Compiled passes of the history index over the requests of a step: draft, follow committed tokens, search ahead, learn.
 
 `LiveView`, `ArchiveView` and `Model` are passed array by array: numba takes microseconds to unpack a named tuple.
+
+All passes run on one thread. Drafts, moves of cursors and searches of different rows are independent of each other, and
+`benchmarks/history_threads.py` drafts them in parallel threads, with equal results: on two cores that is slower
+(docs/negative-results.md). Two passes could not be parallel in this way. Indexing files the tokens of all rows in one hash
+table, where every entry links to the one before it. Learning is a sequence: every token is scored by the weights that the
+token before it has left.
 """
 
 from __future__ import annotations
