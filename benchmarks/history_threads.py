@@ -3,11 +3,12 @@
     python -m benchmarks.history_threads                    # on every core that the process may use
     taskset -c 0-3 python -m benchmarks.history_threads     # on four of them
 
-The library drafts on one thread. Here `draft_rows` also runs over parts of the rows in parallel, in threads of numba: in
-OpenMP threads that spin while they wait (`omp`, the default), in such that sleep (`passive`), and by numba's `workqueue`.
-Both forms draft from the same state in turns, and their drafts must be equal. Before every draft the host works on one
-thread for some milliseconds, as in a decode step: meanwhile the other threads go to sleep. The smallest figures are near
-those of a quiet machine; medians contain the cost of other processes, whose load is recorded.
+Threads are numba's: OpenMP threads that spin while they wait (`omp`, the default), such that sleep (`passive`), and those
+of `workqueue`, which the library does not use for drafts. Both forms, and the library's choice between them
+(`atlas_rl/speculators/history/threads.py`), draft from the same state in turns, and their drafts must be equal. Before
+every draft the host works on one thread for some milliseconds, as in a decode step: meanwhile the other threads go to
+sleep. The smallest figures are near those of a quiet machine; medians contain the cost of other processes, whose load is
+recorded.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numba
 import numpy as np
 
-from atlas_kernels.jit_cache import cached_njit
 from atlas_rl import progress
 from atlas_rl.core import Sequences, Verified
-from atlas_rl.speculators.history.rows import draft_rows
+from atlas_rl.speculators.history.rows import draft_parts, draft_rows
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from benchmarks.history_index import DRAFT, GROUP, BranchingSource, as_call, fill
 
@@ -41,33 +40,10 @@ LAYERS = {
 }
 BATCHES, GAPS_MS = (8, 32, 64, 128, 256), (0.0, 3.0)
 NUM_PROMPTS, ARCHIVED_TOKENS = 256, 512 * 1024
+FORMS = ("one", "parallel", "chosen")
 COMPILING = 4  # drafts that are not counted, because the first ones compile
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-@numba.njit
-def _room_for(want):
-    """Tokens, confidences and lengths of drafts. In the parallel function itself, filling them would be another region."""
-    widest = 0
-    for i in range(len(want)):
-        widest = max(widest, want[i])
-    shape = len(want), widest
-    return np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(len(want), np.int64)
-
-
-@cached_njit(nogil=True, parallel=True)
-def draft_parts(parts, requests, lengths, want, *rest):
-    """`draft_rows` over `parts` parts of the rows in parallel; rows are independent, so the drafts are the same."""
-    tokens, confidence, drafted = _room_for(want)
-    for part in numba.prange(parts):
-        index = np.int64(part)
-        begin, end = index * len(requests) // parts, (index + 1) * len(requests) // parts
-        own = draft_rows(requests[begin:end], lengths, want[begin:end], *rest)
-        tokens[begin:end, : own[0].shape[1]] = own[0]
-        confidence[begin:end, : own[1].shape[1]] = own[1]
-        drafted[begin:end] = own[2]
-    return tokens, confidence, drafted
 
 
 def work_for(milliseconds: float, numbers: np.ndarray) -> None:
@@ -78,7 +54,7 @@ def work_for(milliseconds: float, numbers: np.ndarray) -> None:
 
 
 class Drafting:
-    """A history index that drafts every step of a call in both forms, and continues by known rollouts."""
+    """A history index that drafts every step of a call in all forms, and continues by known rollouts."""
 
     def __init__(self, batch: int, gap_ms: float, threads: int) -> None:
         self.batch, self.gap_ms, self.threads = batch, gap_ms, threads
@@ -87,7 +63,7 @@ class Drafting:
         self.speculator.bind(SimpleNamespace(vocab_size=2**20), couples_noise=True)  # type: ignore[arg-type]
         fill(self.speculator, self.source, ARCHIVED_TOKENS)
         self.numbers = np.ones(1 << 19)
-        self.seconds: tuple[list[float], list[float]] = [], []  # on one thread, in parallel
+        self.seconds: dict[str, list[float]] = {form: [] for form in FORMS}
         self.drafted = 0
 
     def call(self, seed: int) -> None:
@@ -108,28 +84,38 @@ class Drafting:
             self.speculator.learn()
 
     def draft(self, call: Sequences, requests: np.ndarray) -> Arrays:
-        """One draft of every request, in both forms; the one that goes first alternates."""
-        spec, forms = self.speculator, (draft_rows, lambda *arguments: draft_parts(self.threads, *arguments))
+        """One draft of every request in each form; they take turns in going first."""
+        spec, want = self.speculator, np.full(self.batch, DRAFT)
         arguments = (
-            requests, call.lengths, np.full(self.batch, DRAFT), spec._cursors, spec._counts, spec._found, spec._found_at,
+            requests, call.lengths, want, spec._cursors, spec._counts, spec._found, spec._found_at,
             *spec._live_of(call).view, *spec._archive.view, *spec._model, spec._mode(call), call.noise_keys,
             call.sampling.stops,
         )  # fmt: skip
-        results: dict[int, Arrays] = {}
-        first = len(self.seconds[0]) % 2
-        for form in (first, 1 - first):
-            spec._found_at[:] = -1  # both search
-            seconds, results[form] = self.timed(forms[form], arguments)
-            self.seconds[form].append(seconds)
-        assert all(np.array_equal(one, parallel) for one, parallel in zip(results[0], results[1], strict=True))
-        self.drafted += int(results[0][2].sum())
-        return results[0]
 
-    def timed(self, form: Callable[..., Arrays], arguments: tuple[Any, ...]) -> tuple[float, Arrays]:
+        def chosen() -> Arrays:
+            draft = spec.propose(call, requests, want)
+            return draft.token_ids, draft.confidence, draft.lengths
+
+        forms: dict[str, Callable[[], Arrays]] = {
+            "one": lambda: draft_rows(*arguments),
+            "parallel": lambda: draft_parts(self.threads, *arguments),
+            "chosen": chosen,
+        }
+        first, results = len(self.seconds["one"]) % len(FORMS), {}
+        for form in (*FORMS[first:], *FORMS[:first]):
+            spec._found_at[:] = -1  # all search
+            seconds, results[form] = self.timed(forms[form])
+            self.seconds[form].append(seconds)
+        for form in FORMS[1:]:
+            assert all(np.array_equal(one, other) for one, other in zip(results["one"], results[form], strict=True))
+        self.drafted += int(results["one"][2].sum())
+        return results["one"]
+
+    def timed(self, form: Callable[[], Arrays]) -> tuple[float, Arrays]:
         """Seconds of one draft, after the host's work."""
         work_for(self.gap_ms, self.numbers)
         begin = time.perf_counter()
-        result = form(*arguments)
+        result = form()
         return time.perf_counter() - begin, result
 
 
@@ -139,13 +125,13 @@ def measure(batch: int, gap_ms: float, steps: int) -> dict[str, Any]:
 
     threads = len(os.sched_getaffinity(0))
     drafting, calls = Drafting(batch, gap_ms, threads), 0
-    while len(drafting.seconds[0]) < steps + COMPILING:
+    while len(drafting.seconds["one"]) < steps + COMPILING:
         drafting.call(calls := calls + 1)
     row: dict[str, Any] = {"threads": threads, "batch": batch, "gap_ms": gap_ms}
-    for name, seconds in zip(("one", "parallel"), drafting.seconds, strict=True):
+    for name, seconds in drafting.seconds.items():
         taken_us = 1e6 * np.array(seconds[COMPILING:])
         row[f"{name}_us"] = {"least": float(taken_us.min()), **quantiles(taken_us.tolist())}
-    drafts = len(drafting.seconds[0])
+    drafts = len(drafting.seconds["one"])
     row |= {"drafts": drafts - COMPILING, "tokens_per_row": drafting.drafted / drafts / batch}
     return row | {"load": os.getloadavg()[0]}
 
