@@ -9,7 +9,7 @@ twentieth of the time of drafting.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections import deque
 
 import numba
 
@@ -23,7 +23,7 @@ ONE, PARALLEL = 0, 1
 _MOST_THREADS = 8
 _TRY_EVERY = 8  # drafts of an amount of work, at least, between two trials of the slower form
 _TRIAL_SHARE = 0.05  # of the time of drafting
-_LEAST_WEIGHT = 1 / 8  # of the newest draft in a mean
+_RECENT = 9  # drafts of an amount of work that a form is judged by
 
 # numba's OpenMP layer ends a process that was forked from one with threads.
 _IMPORTED_BY = os.getpid()
@@ -49,18 +49,28 @@ def _number(variable: str, default: int) -> int:
     return int(text) if text.isdecimal() and int(text) > 0 else default
 
 
-@dataclass(slots=True)
 class _Times:
-    """Recent seconds of both forms per row and token, for one amount of work."""
+    """Recent seconds of both forms per row and token, for one amount of work.
 
-    means: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    drafts: list[int] = field(default_factory=lambda: [0, 0])
-    since_trial: int = 0
+    Other processes interrupt both forms, and a parallel one waits for its last thread as well. So one thread is judged by its
+    median, and the parallel form by its mean.
+    """
+
+    def __init__(self) -> None:
+        self.recent: tuple[deque[float], deque[float]] = deque(maxlen=_RECENT), deque(maxlen=_RECENT)
+        self.expected = [0.0, 0.0]
+        self.since_trial = 0
 
     @property
     def faster(self) -> int:
         """The form to use; one thread until both were timed."""
-        return PARALLEL if all(self.drafts) and self.means[PARALLEL] < self.means[ONE] else ONE
+        return PARALLEL if all(self.recent) and self.expected[PARALLEL] < self.expected[ONE] else ONE
+
+    def add(self, form: int, seconds: float) -> None:
+        """Add the newest time of a form."""
+        recent = self.recent[form]
+        recent.append(seconds)
+        self.expected[form] = sorted(recent)[len(recent) // 2] if form == ONE else sum(recent) / len(recent)
 
 
 class Forms:
@@ -79,9 +89,9 @@ class Forms:
         """Form of the next draft of `work` tokens at most, over all rows."""
         times = self._times.setdefault(work.bit_length(), _Times())
         faster = times.faster
-        if not times.drafts[ONE]:
+        if not times.recent[ONE]:
             return ONE
-        due = not times.drafts[PARALLEL] or times.since_trial >= _TRY_EVERY
+        due = not times.recent[PARALLEL] or times.since_trial >= _TRY_EVERY
         return 1 - faster if due and self._lost_s <= _TRIAL_SHARE * self._drafting_s else faster
 
     def took(self, work: int, form: int, seconds: float) -> None:
@@ -92,8 +102,6 @@ class Forms:
             times.since_trial += 1
         else:
             times.since_trial = 0
-            self._lost_s += max(0.0, seconds - times.means[faster] * work)
-        times.drafts[form] += 1
-        weight = max(_LEAST_WEIGHT, 1 / times.drafts[form])
-        times.means[form] += weight * (seconds / work - times.means[form])
+            self._lost_s += max(0.0, seconds - times.expected[faster] * work)
+        times.add(form, seconds / work)
         self._drafting_s += seconds
