@@ -52,8 +52,8 @@ def _number(variable: str, default: int) -> int:
 class _Times:
     """Recent seconds of both forms per row and token, for one amount of work.
 
-    Other processes interrupt both forms, and a parallel one waits for its last thread as well. So one thread is judged by its
-    median, and the parallel form by its mean.
+    Other processes interrupt both forms, and a parallel one waits for its last thread as well. So one thread is judged by
+    its median, and the parallel form by its mean.
     """
 
     def __init__(self) -> None:
