@@ -184,8 +184,8 @@ def _run_all() -> None:
     figures = np.ones(len(packed[0]), np.float32)
     unpacked(packed[1], np.ones(2, np.int64), packed[0], figures, figures, figures, sequences.sampling.stops)
     _run_rows_of_drafts(sequences, requests)
-    history = GuardedSpeculator(HistorySpeculator(), Faults())
-    for _ in range(2):  # the second call archives the first
+    history = GuardedSpeculator(HistorySpeculator(threads=2), Faults())
+    for _ in range(2):  # the second call archives the first, and drafts in parallel
         sequences = _toy_sequences()
         history.start(sequences, requests)
         drafted = history.propose(sequences, requests, np.full(2, 4))

@@ -64,11 +64,19 @@ def mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def _mix64_of(x: np.ndarray) -> np.ndarray:
+    """`mix64` of every number: uint64 `[n]`, whose arithmetic is modulo 2**64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def request_keys(seed: int, num_requests: int) -> np.ndarray:
     """Philox keys of requests `0 .. num_requests - 1` under `seed`: uint64 `[num_requests]`."""
     base = mix64(seed)
     # `mix64(seed) ^ mix64(request)` would be symmetric: exchanging seed and request would give the same key.
-    return np.array([mix64(base ^ request) for request in range(num_requests)], dtype=np.uint64)
+    return _mix64_of(np.uint64(base) ^ np.arange(num_requests, dtype=np.uint64))
 
 
 def draft_keys(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -84,7 +92,7 @@ def draft_keys(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     Returns:
         uint64 `[n]`.
     """
-    return keys ^ np.array([mix64(length) for length in lengths.tolist()], dtype=np.uint64)
+    return keys ^ _mix64_of(lengths.astype(np.uint64))
 
 
 # ------------------------------------------------------------------------------------------------- numba, on the CPU

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from atlas_kernels import noise
-from atlas_kernels.noise import BLOCK, Stream, mix64, request_keys
+from atlas_kernels.noise import BLOCK, Stream, draft_keys, mix64, request_keys
 from atlas_rl.sampling.processing import block_maxima
 from atlas_rl.speculators.drawing import choose_among
 from tests.exact import CERTAIN, FALSE_ALARM
@@ -85,6 +85,16 @@ def test_keys_of_different_seeds_and_requests_are_distinct():
 
 def test_a_request_keeps_its_key_however_many_others_there_are():
     assert np.array_equal(request_keys(7, 3), request_keys(7, 50)[:3])
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])
+def test_keys_mix_rows_as_single_numbers_are_mixed(seed):
+    keys, lengths = request_keys(seed, 50), np.random.default_rng(seed).integers(0, 2**40, 50)
+    assert keys.tolist() == [mix64(mix64(seed) ^ request) for request in range(50)]
+    drafts = draft_keys(keys, lengths)
+    assert drafts.dtype == np.uint64
+    assert drafts.tolist() == [key ^ mix64(length) for key, length in zip(keys.tolist(), lengths.tolist(), strict=True)]
+    assert len(request_keys(seed, 0)) == len(draft_keys(keys[:0], lengths[:0])) == 0
 
 
 def test_mixing_spreads_every_input_bit():

@@ -1,6 +1,11 @@
 """Compiled passes of the history index over the requests of a step: draft, follow committed tokens, search ahead, learn.
 
 `LiveView`, `ArchiveView` and `Model` are passed array by array: numba takes microseconds to unpack a named tuple.
+
+Rows are drafted on one thread or in parallel threads (`draft_parts`), with equal results: a row's draft reads and writes
+only what is its own, besides a history that does not change meanwhile. Two passes could not be parallel in this way.
+Indexing files the tokens of all rows in one hash table, where every entry links to the one before it. Learning is a
+sequence: every token is scored by the weights that the token before it has left.
 """
 
 from __future__ import annotations
@@ -47,6 +52,16 @@ def _draft_row(request, length, want, cursors, count, live, archive, model, scra
     return want
 
 
+@numba.njit
+def _room_for(want):
+    """Tokens, confidences and lengths of drafts. `draft_parts` itself would fill each of them in another parallel region."""
+    widest = 0
+    for i in range(len(want)):
+        widest = max(widest, want[i])
+    shape = len(want), widest
+    return np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(len(want), np.int64)
+
+
 @cached_njit(nogil=True)
 def draft_rows(
     requests, lengths, want, cursors, counts, found, found_at,
@@ -66,11 +81,7 @@ def draft_rows(
     live = LiveView(tokens, links, heads, indexed, prompt_lengths, tags)
     archive = ArchiveView(nodes, archive_heads, cursor)
     model = Model(log_weights, escapes, exponents, certainty)
-    batch, widest = len(requests), 0
-    for i in range(batch):
-        widest = max(widest, want[i])
-    out, confidence = np.zeros((batch, widest), np.int64), np.zeros((batch, widest), np.float32)
-    drafted = np.zeros(batch, np.int64)
+    out, confidence, drafted = _room_for(want)
     own = np.empty_like(cursors[0])
     scratch = new_scratch(model)
     for i in range(len(requests)):
@@ -88,6 +99,20 @@ def draft_rows(
             out[i], confidence[i],
         )  # fmt: skip
     return out, confidence, drafted
+
+
+@cached_njit(nogil=True, parallel=True)
+def draft_parts(parts, requests, lengths, want, *rest):
+    """`draft_rows` over `parts` parts of the rows in parallel; `requests` must be distinct."""
+    tokens, confidence, drafted = _room_for(want)
+    for part in numba.prange(parts):
+        index = np.int64(part)  # unsigned otherwise, and its product with a signed number a float
+        begin, end = index * len(requests) // parts, (index + 1) * len(requests) // parts
+        own = draft_rows(requests[begin:end], lengths, want[begin:end], *rest)
+        tokens[begin:end, : own[0].shape[1]] = own[0]
+        confidence[begin:end, : own[1].shape[1]] = own[1]
+        drafted[begin:end] = own[2]
+    return tokens, confidence, drafted
 
 
 @numba.njit

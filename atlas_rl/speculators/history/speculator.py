@@ -13,16 +13,19 @@ right with probability max p.
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numba
 import numpy as np
 
 from atlas_rl.core import Draft, Prompts, Rollouts, Sequences, Verified
 from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.history.match import new_cursors
 from atlas_rl.speculators.history.mixture import COUPLED, ONE_HOT, model_from_state, model_state, new_model
-from atlas_rl.speculators.history.rows import draft_rows, follow_rows, learn_rows, search_rows
+from atlas_rl.speculators.history.rows import draft_parts, draft_rows, follow_rows, learn_rows, search_rows
 from atlas_rl.speculators.history.store import Archive, LiveIndex, prompt_tags
+from atlas_rl.speculators.history.threads import ONE, Forms, usable_threads
 from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
@@ -63,12 +66,17 @@ class HistorySpeculator(Speculator):
 
     Args:
         max_tokens: Capacity of the archive in tokens; the oldest rollouts are dropped first.
+        threads: Parts that a draft is divided into, for as many threads if the process may use them; None is the number of
+            threads that it may use.
     """
 
     name = "history"
     observes_late = True
 
-    def __init__(self, max_tokens: int = 4_000_000) -> None:
+    def __init__(self, max_tokens: int = 4_000_000, threads: int | None = None) -> None:
+        usable = usable_threads()
+        self._forms = Forms(threads or usable)
+        self._num_threads = min(self._forms.threads, usable)
         self.policy_version = -1
         self._vocab_size: int | None = None  # of the bound policy
         self._archive = Archive(max_tokens)
@@ -121,12 +129,32 @@ class HistorySpeculator(Speculator):
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         """Draft for each request: the likeliest continuation, or the one chosen by the coupled noise."""
-        tokens, confidence, lengths = draft_rows(
+        arguments = (
             requests, sequences.lengths, max_draft_tokens, self._cursors, self._counts, self._found, self._found_at,
             *self._live_of(sequences).view, *self._archive.view, *self._model,
             self._mode(sequences), sequences.noise_keys, sequences.sampling.stops,
         )  # fmt: skip
+        if self._forms.threads == 1 or len(requests) == 1 or not max_draft_tokens.any():
+            tokens, confidence, lengths = draft_rows(*arguments)
+        else:
+            work = len(requests) * int(max_draft_tokens.max())
+            tokens, confidence, lengths = self._draft_in_form(self._forms.choose(work), work, arguments)
         return Draft(tokens, lengths, confidence)
+
+    def _draft_in_form(self, form: int, work: int, arguments: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
+        """Results of `draft_rows`, on one thread or in parallel; the drafts do not depend on it."""
+        began = time.perf_counter()
+        if form == ONE:
+            drafts = draft_rows(*arguments)
+        else:
+            before = numba.get_num_threads()  # of this Python thread
+            numba.set_num_threads(self._num_threads)
+            try:
+                drafts = draft_parts(self._forms.threads, *arguments)
+            finally:
+                numba.set_num_threads(before)
+        self._forms.took(work, form, time.perf_counter() - began)
+        return drafts
 
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Move the cursors past committed tokens and index the tokens; `learn` scores the predictions later."""
