@@ -26,7 +26,7 @@ import torch
 
 from atlas_kernels import layer
 from atlas_rl import AtlasRolloutEngine, progress
-from atlas_rl.policy import single_tokens
+from atlas_rl.policy import flat_layers, ragged_attention, single_tokens
 from atlas_rl.report.report import PHASES
 from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
@@ -38,6 +38,10 @@ KINDS = {
 }
 KERNELS = (
     (single_tokens, "attend_single"),
+    (ragged_attention, "attend_single_unchecked"),
+    (flat_layers, "rms_norm_cpu"),
+    (flat_layers, "add_and_norm"),
+    (flat_layers, "rotate_in_place"),
     (layer, "rms_norm_cpu"),
     (layer, "rotate_cpu"),
 )

@@ -25,11 +25,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from atlas_rl import progress
 from atlas_rl.core import Sequences, Verified
 from atlas_rl.speculators.history.rows import draft_parts, draft_rows
 from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.history.threads import usable_threads
 from benchmarks.history_index import DRAFT, GROUP, BranchingSource, as_call, fill
 
 RESULT = Path(__file__).parent / "results" / "history_threads.json"
@@ -59,8 +61,8 @@ class Drafting:
     def __init__(self, batch: int, gap_ms: float, threads: int) -> None:
         self.batch, self.gap_ms, self.threads = batch, gap_ms, threads
         self.source = BranchingSource(NUM_PROMPTS, seed=1)
-        self.speculator = HistorySpeculator(max_tokens=2 * ARCHIVED_TOKENS)
-        self.speculator.bind(SimpleNamespace(vocab_size=2**20), couples_noise=True)  # type: ignore[arg-type]
+        self.speculator = HistorySpeculator(max_tokens=2 * ARCHIVED_TOKENS, threads=usable_threads())
+        self.speculator.bind(SimpleNamespace(vocab_size=2**20, device=torch.device("cpu")), couples_noise=True)  # type: ignore[arg-type]
         fill(self.speculator, self.source, ARCHIVED_TOKENS)
         self.numbers = np.ones(1 << 19)
         self.seconds: dict[str, list[float]] = {form: [] for form in FORMS}

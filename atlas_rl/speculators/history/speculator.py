@@ -67,16 +67,15 @@ class HistorySpeculator(Speculator):
     Args:
         max_tokens: Capacity of the archive in tokens; the oldest rollouts are dropped first.
         threads: Parts that a draft is divided into, for as many threads if the process may use them; None is the number of
-            threads that it may use.
+            threads that it may use, and one for a policy on a CPU, which needs the cores itself.
     """
 
     name = "history"
     observes_late = True
 
     def __init__(self, max_tokens: int = 4_000_000, threads: int | None = None) -> None:
-        usable = usable_threads()
-        self._forms = Forms(threads or usable)
-        self._num_threads = min(self._forms.threads, usable)
+        self._given_threads = threads
+        self._take_threads(threads or usable_threads())
         self.policy_version = -1
         self._vocab_size: int | None = None  # of the bound policy
         self._archive = Archive(max_tokens)
@@ -92,9 +91,14 @@ class HistorySpeculator(Speculator):
         self._ends: _PutOff | None = None  # the newest, until its ends have been searched
         self._met, self._met_counts = new_cursors(0), np.zeros(0, np.int64)  # cursors at its tokens
 
+    def _take_threads(self, threads: int) -> None:
+        self._forms, self._num_threads = Forms(threads), min(threads, usable_threads())
+
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy. An archive with tokens beyond its vocabulary is dropped: drafts index its logits."""
         super().bind(policy, couples_noise)
+        if self._given_threads is None:
+            self._take_threads(1 if policy.device.type == "cpu" else usable_threads())
         self._vocab_size = policy.vocab_size
         if self._archive.largest_token >= policy.vocab_size:
             logger.warning(

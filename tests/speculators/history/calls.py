@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from atlas_kernels.noise import exponential, request_keys
 from atlas_rl.core import Rollouts, SamplingParams, Sequences, Verified
@@ -20,7 +21,9 @@ EOS = 1
 def speculator(*, coupled, **options):
     """A speculator that draws with the policy's noise, or one that drafts the likeliest token."""
     spec = HistorySpeculator(**options)
-    spec.bind(SimpleNamespace(vocab_size=2**20), couples_noise=coupled)  # all that it reads of a policy
+    spec.bind(
+        SimpleNamespace(vocab_size=2**20, device=torch.device("cpu")), couples_noise=coupled
+    )  # all that it reads of a policy
     return spec
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.history.speculator import HistorySpeculator
@@ -221,10 +222,10 @@ def test_a_policy_with_fewer_tokens_is_never_offered_one_that_it_lacks(caplog):
     spec.start(sequences, np.array([0]))
     commit(spec, sequences, {0: [20, 21, 300, EOS]}, finished=True)
     state = spec.state_dict()
-    spec.bind(SimpleNamespace(vocab_size=301), couples_noise=False)
+    spec.bind(SimpleNamespace(vocab_size=301, device=torch.device("cpu")), couples_noise=False)
     assert spec.num_archived_tokens > 0
     with caplog.at_level(logging.WARNING):
-        spec.bind(SimpleNamespace(vocab_size=300), couples_noise=False)
+        spec.bind(SimpleNamespace(vocab_size=300, device=torch.device("cpu")), couples_noise=False)
     assert "starts from nothing" in caplog.text
     assert spec.num_archived_tokens == 0
     with pytest.raises(ValueError, match="tokens has values"):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numba
 import numpy as np
 import pytest
+import torch
 
+from atlas_rl.speculators.history import speculator as speculator_module
 from atlas_rl.speculators.history import threads
 from atlas_rl.speculators.history.rows import draft_parts, draft_rows
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.history.threads import ONE, PARALLEL, Forms, usable_threads
 from tests.speculators.history.calls import archive, call, commit, speculator
 
@@ -148,3 +152,12 @@ def test_threads_are_those_that_the_process_may_use(monkeypatch, variables, core
     monkeypatch.setattr(numba, "threading_layer", lambda: "omp")
     monkeypatch.setattr(threads, "_IMPORTED_BY", -1)  # in a forked process
     assert usable_threads() == 1
+
+
+def test_a_policy_on_a_cpu_keeps_the_cores(monkeypatch):
+    """Whose own threads wait for their next product on them."""
+    monkeypatch.setattr(speculator_module, "usable_threads", lambda: 4)
+    for given, device, used in ((None, "cpu", 1), (None, "meta", 4), (3, "cpu", 3)):
+        spec = HistorySpeculator(threads=given)
+        spec.bind(SimpleNamespace(vocab_size=9, device=torch.device(device)), couples_noise=False)
+        assert spec._forms.threads == used
