@@ -34,12 +34,11 @@ def rotate_cpu(
 def rotate_in_place(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int) -> None:
     """`layer.rotate` of queries and keys that nobody else reads.
 
-    Nothing is checked: all tensors are contiguous float32 of one number of tokens on a CPU. A head has `dim` numbers, with
-    an angle for each.
+    Nothing is checked: all tensors are contiguous float32 of one number of tokens on a CPU, `[tokens, heads * dim]` and
+    `[..., dim]`.
     """
-    tokens = cos.numel() // dim
     for x in (query, key):
-        _rotate_here(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, x.numel() // (tokens * dim), dim)
+        _rotate_here(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.shape[0], x.shape[1] // dim, dim)
 
 
 def add_and_norm(x: torch.Tensor, to: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bool) -> torch.Tensor:
