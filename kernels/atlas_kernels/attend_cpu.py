@@ -1,8 +1,8 @@
 """Attention of one new token per cache row in float32 on a CPU, compiled: the tokens are stored in the same pass.
 
 torch attends over a rectangle: rows are padded to the longest, a mask says which cells count, and writing the cache, folding
-heads and unfolding them are operations of their own. Here a task is one token and one of its key-value heads. It reads that
-row as far as it is filled, once for scores and once for values.
+heads and unfolding them are operations of their own. Here a task is one token and one of its key-value heads. Tasks of one
+token read its row block by block, as far as it is filled, once for scores and once for values.
 
 Exponentials are computed by a polynomial (Cephes' `expf`, within 2e-7), because that is vectorised and a call of the C
 library is not.
@@ -22,6 +22,7 @@ share_threads()  # before a parallel kernel is compiled
 
 # Sums may be reordered, so that they are vectorised. Their order depends on sizes alone.
 _FAST = {"reassoc", "contract"}
+_BLOCK = 1 << 13  # numbers of a row's cache that are read at once: 32 KB, which any core's cache holds
 _GRAIN = 1 << 16  # numbers of the cache that are worth another thread, as torch has a least size for its own
 
 
@@ -137,37 +138,89 @@ def _some_tasks(call, scale, begin, end):
     values = floats_at(call[4], (call[15], call[16], kv_heads, value_dim))
     rows, positions = integers_at(call[5], (tokens,)), integers_at(call[6], (tokens,))
     out = floats_at(call[7], (tokens, heads, value_dim))
-    group, window = heads // kv_heads, call[18]
-    shares = np.empty(call[17], np.float32)
-    for task in range(begin, end):
-        token, kv_head = task // kv_heads, task % kv_heads
+    shares, largest = np.empty((heads, call[17]), np.float32), np.empty(heads, np.float32)
+    seen = np.empty(1, np.float32)
+    task = begin
+    while task < end:
+        token, first_head = task // kv_heads, task % kv_heads
+        end_head = min(kv_heads, first_head + end - task)
         row, position = rows[token], positions[token]
-        for i in range(dim):
-            keys[row, position, kv_head, i] = key[token, kv_head, i]
-        for i in range(value_dim):
-            values[row, position, kv_head, i] = value[token, kv_head, i]
-        first = max(0, position + 1 - window)
+        for kv_head in range(first_head, end_head):
+            keys[row, position, kv_head] = key[token, kv_head]
+            values[row, position, kv_head] = value[token, kv_head]
+        first = max(0, position + 1 - call[18])
         count = position + 1 - first
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            largest = _score(query, token, head, keys, row, kv_head, first, count, np.float32(scale), shares)
-            total = _exponentials(shares, count, largest)
-            _mix(values, row, kv_head, first, count, shares, np.float32(1) / total, out, token, head)
+        _score_all(
+            query[token], keys[row], first_head, end_head, first, count, np.float32(scale), shares, largest, seen
+        )
+        for head in range(first_head * (heads // kv_heads), end_head * (heads // kv_heads)):
+            total = _exponentials(shares[head], count, largest[head])
+            _divide(shares[head], count, total)
+        _mix_all(values[row], first_head, end_head, first, count, shares, out[token], seen)
+        task += end_head - first_head
+
+
+@cached_njit(nogil=True, error_model="numpy")
+def _score_all(query, keys, first_head, end_head, first, count, scale, shares, largest, seen):
+    """Scores of the queries `[heads, dim]` of some key-value heads for `count` cells of a row; the largest of each."""
+    group, block = len(query) // keys.shape[1], _cells_of_block(keys)
+    largest[:] = -np.inf
+    for begin in range(0, count, block):
+        size = min(block, count - begin)
+        seen[0] = _read(keys, first + begin, size)
+        for kv_head in range(first_head, end_head):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                scores = shares[head, begin : begin + size]
+                most = _score(query[head], keys, kv_head, first + begin, size, scale, scores)
+                largest[head] = max(largest[head], most)
+
+
+@cached_njit(nogil=True, error_model="numpy")
+def _mix_all(values, first_head, end_head, first, count, shares, out, seen):
+    """Sums of the values of some key-value heads by their shares, `[heads, value_dim]`."""
+    group, block = len(out) // values.shape[1], _cells_of_block(values)
+    out[first_head * group : end_head * group] = 0
+    for begin in range(0, count, block):
+        size = min(block, count - begin)
+        seen[0] = _read(values, first + begin, size)
+        for kv_head in range(first_head, end_head):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                _mix(values, kv_head, first + begin, size, shares[head, begin : begin + size], out[head])
+
+
+@cached_njit(nogil=True)
+def _cells_of_block(cache):
+    """Cells of a block that a core's cache holds; a multiple of four, as cells are summed in fours."""
+    return max(4, _BLOCK // (cache.shape[1] * cache.shape[2]) // 4 * 4)
 
 
 @cached_njit(nogil=True, fastmath=_FAST)
-def _score(query, token, head, keys, row, kv_head, first, count, scale, scores):
+def _read(cache, first, size):
+    """Read cells of a row, of all key-value heads, from one end to the other; returns their sum, so that it is not left out.
+
+    A head's cells are apart, and a core that computes with them waits for each. This reads them at the rate of memory.
+    """
+    total = np.float32(0)
+    cells = cache[first : first + size].reshape(-1)
+    for number in range(len(cells)):
+        total += cells[number]
+    return total
+
+
+@cached_njit(nogil=True, fastmath=_FAST)
+def _score(query, keys, kv_head, first, count, scale, scores):
     """Scores of a query for `count` cells; returns the largest. The sums of four cells do not wait for each other."""
     largest = np.float32(-np.inf)
     for cell in range(0, count, 4):
         # At the end the last cell takes the place of those that are missing, and is computed again.
         second, third, fourth = min(cell + 1, count - 1), min(cell + 2, count - 1), min(cell + 3, count - 1)
         a = b = c = d = np.float32(0)
-        for i in range(query.shape[2]):
-            number = query[token, head, i]
-            a += number * keys[row, first + cell, kv_head, i]
-            b += number * keys[row, first + second, kv_head, i]
-            c += number * keys[row, first + third, kv_head, i]
-            d += number * keys[row, first + fourth, kv_head, i]
+        for i in range(len(query)):
+            number = query[i]
+            a += number * keys[first + cell, kv_head, i]
+            b += number * keys[first + second, kv_head, i]
+            c += number * keys[first + third, kv_head, i]
+            d += number * keys[first + fourth, kv_head, i]
         a, b, c, d = a * scale, b * scale, c * scale, d * scale
         scores[cell], scores[second], scores[third], scores[fourth] = a, b, c, d
         largest = max(largest, max(max(a, b), max(c, d)))
@@ -204,24 +257,27 @@ def _exp(x):
     return series * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
+@cached_njit(nogil=True)
+def _divide(shares, count, total):
+    factor = np.float32(1) / total
+    for cell in range(count):
+        shares[cell] *= factor
+
+
 @cached_njit(nogil=True, fastmath=_FAST)
-def _mix(values, row, kv_head, first, count, shares, factor, out, token, head):
-    """Sum of values by their shares. Four cells at a time: the sum is loaded and stored once for them."""
-    size = values.shape[3]
-    for i in range(size):
-        out[token, head, i] = 0
+def _mix(values, kv_head, first, count, shares, out):
+    """Add values by their shares. Four cells at a time: the sum is loaded and stored once for them."""
     fours = count // 4 * 4
     for cell in range(0, fours, 4):
-        a, b = shares[cell] * factor, shares[cell + 1] * factor
-        c, d = shares[cell + 2] * factor, shares[cell + 3] * factor
-        for i in range(size):
-            out[token, head, i] += (
-                a * values[row, first + cell, kv_head, i]
-                + b * values[row, first + cell + 1, kv_head, i]
-                + c * values[row, first + cell + 2, kv_head, i]
-                + d * values[row, first + cell + 3, kv_head, i]
+        a, b, c, d = shares[cell], shares[cell + 1], shares[cell + 2], shares[cell + 3]
+        for i in range(len(out)):
+            out[i] += (
+                a * values[first + cell, kv_head, i]
+                + b * values[first + cell + 1, kv_head, i]
+                + c * values[first + cell + 2, kv_head, i]
+                + d * values[first + cell + 3, kv_head, i]
             )
     for cell in range(fours, count):
-        share = shares[cell] * factor
-        for i in range(size):
-            out[token, head, i] += share * values[row, first + cell, kv_head, i]
+        share = shares[cell]
+        for i in range(len(out)):
+            out[i] += share * values[first + cell, kv_head, i]
