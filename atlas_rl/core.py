@@ -291,7 +291,7 @@ class Hidden:
     @staticmethod
     def none() -> Hidden:
         """Empty: no hidden states are needed."""
-        return Hidden(np.zeros(0, np.int64), torch.zeros(0, 0), {})
+        return Hidden(np.zeros(0, np.int64), torch.zeros(0, 0, dtype=torch.float32, device="cpu"), {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,14 @@ NEVER = (
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
+# Arguments that calls which make a tensor have to name. Those of the second row make whole numbers of whole numbers.
+NAMED_BY = {
+    **{
+        f"torch.{name}": {"dtype", "device"} for name in ("empty", "full", "linspace", "ones", "rand", "randn", "zeros")
+    },
+    **{f"torch.{name}": {"device"} for name in ("arange", "eye", "randint", "randperm", "tensor")},
+}
+
 
 @cache
 def parsed(path: Path) -> ast.Module:
@@ -163,6 +171,26 @@ def test_no_function_is_long():
         and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
     ]
     assert not long, "\n".join(long)
+
+
+def test_new_tensors_name_their_type_and_device():
+    """Else a process's default type and device decide. A module's buffers may be on its default device, as its weights."""
+    unnamed = []
+    for path in files_of("atlas_rl", "kernels"):
+        calls = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
+        of_modules = {
+            id(argument)
+            for call in calls
+            if ast.unparse(call.func) in ("self.register_buffer", "nn.Parameter")
+            for argument in call.args
+        }
+        for call in calls:
+            needed = NAMED_BY.get(ast.unparse(call.func), set()) - {keyword.arg for keyword in call.keywords}
+            if id(call) in of_modules:
+                needed -= {"device"}
+            if needed:
+                unnamed.append(f"{path.relative_to(ROOT)}:{call.lineno} {', '.join(sorted(needed))}")
+    assert not unnamed, "\n".join(unnamed)
 
 
 def test_no_two_classes_share_a_name():

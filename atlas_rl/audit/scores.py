@@ -152,7 +152,9 @@ def score(
         return total
     device = unwrap_policy(model).get_input_embeddings().weight.device
     tokens = torch.tensor([*prompt, *completion], device=device)
-    returned = None if logprobs is None else torch.tensor(logprobs, dtype=torch.float64)[torch.from_numpy(kept)]
+    returned = (
+        None if logprobs is None else torch.tensor(logprobs, dtype=torch.float64, device="cpu")[torch.from_numpy(kept)]
+    )
     places = torch.from_numpy(kept + len(prompt) - 1).to(device)
     with on_device(device), torch.no_grad(), evaluation_mode(model):
         plain = plain_logits(model, tokens[:-1], places)
@@ -187,7 +189,7 @@ class _Rows:
         self.raw, self.sampling, self.tolerance = raw, sampling, tolerance
         self.places, self.own = places, tokens[places]
         order = torch.arange(len(tokens), device=tokens.device)
-        first = torch.full((raw.shape[-1],), len(tokens), device=tokens.device)
+        first = torch.full((raw.shape[-1],), len(tokens), device=tokens.device, dtype=torch.int64)
         self.seen = first.scatter_reduce(0, tokens, order, "amin")[None] < places[:, None]
         self.prefixes = None
         if sampling.repetition_penalty != 1:
@@ -223,7 +225,9 @@ class _Rows:
     def _excluded(self, rows: torch.Tensor, token_ids: torch.Tensor, shift_nats: float) -> torch.Tensor:
         """Whether each of `token_ids` int64 `[n]` is excluded at `rows` if its logit is shifted: bool `[n]`."""
         shifted = self.raw[rows]
-        shift = torch.full((len(rows), 1), shift_nats * (self.sampling.temperature or 1), device=shifted.device)
+        shift = torch.full(
+            (len(rows), 1), shift_nats * (self.sampling.temperature or 1), device=shifted.device, dtype=shifted.dtype
+        )
         shifted.scatter_add_(1, token_ids[:, None], shift)
         prefixes = None if self.prefixes is None else self.prefixes[rows]
         return ~torch.isfinite(process(shifted, self.sampling, prefixes).gather(1, token_ids[:, None])[:, 0])

@@ -154,12 +154,12 @@ class _MovesABar(event.Listener):
 
 def _run_all() -> None:
     requests = np.arange(2)
-    probs = torch.full((2, BLOCK), 1 / BLOCK)
+    probs = torch.full((2, BLOCK), 1 / BLOCK, dtype=torch.float32, device="cpu")
     choose(probs, request_keys(0, 2), requests, Stream.TARGET, greedy=False)
     choose_among(probs.numpy(), np.arange(BLOCK), request_keys(0, 2), requests, int(Stream.TARGET))
-    truncate(torch.zeros(1, BLOCK), Truncation(top_p=0.5))
-    tokens = torch.ones(2, 1, 2)
-    rms_norm(tokens, torch.ones(2), 1e-6)
+    truncate(torch.zeros(1, BLOCK, dtype=torch.float32, device="cpu"), Truncation(top_p=0.5))
+    tokens = torch.ones(2, 1, 2, dtype=torch.float32, device="cpu")
+    rms_norm(tokens, torch.ones(2, dtype=torch.float32, device="cpu"), 1e-6)
     rotate(tokens, tokens, tokens[:, 0], tokens[:, 0])
     compile_attention()
     row = torch.ones(1, 2, dtype=torch.float32, device="cpu")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 _MARGIN = 32  # tokens
-_NO_STATES = torch.zeros(0, 0)
+_NO_STATES = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
 
 
 @dataclass(slots=True)

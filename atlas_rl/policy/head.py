@@ -24,7 +24,7 @@ def linear_of(head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | Non
         return None
     # A wrapper. It may compute with its `weight` (a trained copy), or add an adapter to it.
     generator = torch.Generator().manual_seed(0)
-    state = torch.randn(1, weight.shape[1], generator=generator).to(weight)
+    state = torch.randn(1, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(weight)
     with torch.no_grad():
         same = torch.equal(head(state), functional.linear(state, weight, bias))
     return (weight, bias) if same else None

@@ -53,8 +53,8 @@ class LogitForm:
 def probe_products(vocab_size: int) -> torch.Tensor:
     """Head outputs from tiny to huge, of either sign, as test inputs: float32 `[n, vocab]`, always the same."""
     generator = torch.Generator().manual_seed(0)
-    magnitudes = torch.tensor(_MAGNITUDES, dtype=torch.float32)[:, None]
-    uniforms = torch.rand(len(_MAGNITUDES), vocab_size, generator=generator, dtype=torch.float32)
+    magnitudes = torch.tensor(_MAGNITUDES, dtype=torch.float32, device="cpu")[:, None]
+    uniforms = torch.rand(len(_MAGNITUDES), vocab_size, generator=generator, dtype=torch.float32, device="cpu")
     return magnitudes * (2 * uniforms - 1)
 
 

@@ -152,7 +152,7 @@ class _Probe:
         rows = self._plain(tokens).float()
         call.keeps = True
         with self._runner.attention(self._runner.own_attention):
-            kept = call.rows(torch.from_numpy(tokens).to(self._runner.device), torch.tensor([1]))
+            kept = call.rows(torch.from_numpy(tokens).to(self._runner.device), torch.tensor([1], device="cpu"))
         call.keeps = kept.shape[:-1] == (1, 1) and not self._off(kept[0].float(), rows[1:2]).any()
 
     def _traced(self) -> traced.Trace:

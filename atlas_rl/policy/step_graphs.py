@@ -61,7 +61,7 @@ class _Step:
     inputs: torch.Tensor
     taps: Taps
     graph: torch.cuda.CUDAGraph | None = None
-    logits: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    logits: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
     runs: int = 0
 
 

@@ -100,7 +100,8 @@ def refuse_structure(trace: Trace, attending: Set[int], name: str) -> None:
     if missing := sorted(attending - set(calls)):
         _refuse(name, f"has layers that do not call transformers' attention interface: {_listed(missing)}")
     rules = {of_layer[0].rule for of_layer in calls.values()} - {None}
-    if any(bool(rule(0, 0, torch.tensor(0), torch.tensor(1))) for rule in rules if rule is not None):
+    query, cell = torch.arange(2, device="cpu")
+    if any(bool(rule(0, 0, query, cell)) for rule in rules if rule is not None):
         _refuse(name, "is not causal: a token sees those that come later (BERT and kin need is_decoder=True)")
     if own := [layer for layer, of_layer in sorted(calls.items()) if of_layer[0].rule is None]:
         _refuse(name, f"builds masks of its own, which a ragged batch cannot be given: layers {_listed(own)}")
@@ -139,12 +140,12 @@ def _pair_reach(rule: Rule, window: int | None, config: Any, max_context: int | 
 
 def _same(rule: Rule, window: int | None, query: int) -> bool:
     """Whether mask and attention function agree for a query position, on every cell up to some after it."""
-    cells = torch.arange(query + 4)
+    cells = torch.arange(query + 4, device="cpu")
     ours = cells <= query
     if window is not None:
         ours &= cells > query - window
     try:
-        theirs = rule(0, 0, torch.tensor(query), cells)
+        theirs = rule(0, 0, torch.tensor(query, device="cpu"), cells)
     except IndexError:  # the rule looks something up that exists for the traced tokens only
         return query < 3
     return bool((theirs.expand_as(ours) == ours).all())

@@ -28,7 +28,7 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
         return [torch.from_numpy(array) for array in arrays]
     ends = np.cumsum([-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays])
     starts = [0, *ends[:-1].tolist()]
-    staged = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=True)  # torch keeps it until the copy is done
+    staged = _staging((int(ends[-1]),), torch.uint8)
     bytes_of = staged.numpy()
     for array, start in zip(arrays, starts, strict=True):
         bytes_of[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -43,9 +43,7 @@ def uploaded(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`upload` of a single array."""
     if device.type == "cpu":
         return torch.from_numpy(array)
-    staged = torch.empty(
-        array.shape, dtype=_TYPES[array.dtype], pin_memory=True
-    )  # torch keeps it until the copy is done
+    staged = _staging(array.shape, _TYPES[array.dtype])
     staged.numpy()[...] = array
     return staged.to(device, non_blocking=True)
 
@@ -55,9 +53,14 @@ def upload_into(target: torch.Tensor, array: np.ndarray) -> None:
     if target.device.type == "cpu":
         target.copy_(torch.from_numpy(array))
         return
-    staged = torch.empty(array.shape, dtype=target.dtype, pin_memory=True)  # torch keeps it until the copy is done
+    staged = _staging(array.shape, target.dtype)
     staged.numpy()[...] = array
     target.copy_(staged, non_blocking=True)
+
+
+def _staging(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Pinned memory to copy from; torch keeps it until the copy is done."""
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

@@ -24,11 +24,13 @@ class RecordedPolicy(PolicyView):
     def __init__(self, recorded: Recorded, like: PolicyView | None = None) -> None:
         shape = recorded.sequences.vocab_size, recorded.inputs.shape[1]
         self._inputs = (
-            torch.zeros(shape, dtype=torch.float32) if like is None else like.input_table.detach().float().clone()
+            torch.zeros(shape, dtype=torch.float32, device="cpu")
+            if like is None
+            else like.input_table.detach().float().clone()
         )
         self._outputs, self._biases = (
-            torch.zeros(shape, dtype=torch.float32),
-            torch.zeros(shape[0], dtype=torch.float32),
+            torch.zeros(shape, dtype=torch.float32, device="cpu"),
+            torch.zeros(shape[0], dtype=torch.float32, device="cpu"),
         )
         if like is not None:
             _, self._outputs, self._biases = like.rows_of(np.arange(shape[0]))

@@ -129,14 +129,16 @@ class _ReplayLoop(DecodeLoop):
         drawn = starts[row] + np.arange(len(row)) - first[row]
         drawn = np.minimum(drawn, self._recorded.sequences.lengths[requests][row] - 1)
         index = torch.from_numpy(self._layers_at[requests[row]] + drawn - 1)
-        return torch.empty(0), Hidden(first, self._head_inputs(requests[row], drawn), self._layers(index))
+        logits = torch.empty(0, dtype=torch.float32, device="cpu")
+        return logits, Hidden(first, self._head_inputs(requests[row], drawn), self._layers(index))
 
     def prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden]:
         lengths = self.sequences.prompt_lengths[leaders]
         first = np.cumsum(lengths) - lengths
         row = np.repeat(np.arange(len(leaders)), lengths)
         index = torch.from_numpy(self._layers_at[leaders][row] + np.arange(len(row)) - first[row])
-        return torch.empty(len(leaders), 0), Hidden(first, self._head_inputs(leaders, lengths), self._layers(index))
+        logits = torch.empty(len(leaders), 0, dtype=torch.float32, device="cpu")
+        return logits, Hidden(first, self._head_inputs(leaders, lengths), self._layers(index))
 
     def _head_inputs(self, requests: np.ndarray, drawn: np.ndarray) -> torch.Tensor:
         """Hidden states from which the tokens at positions `drawn` of `requests` (int64 `[n]` each) were drawn."""

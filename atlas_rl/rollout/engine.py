@@ -132,7 +132,7 @@ class RolloutEngine:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             eos_token_ids=token_ids("eos_token_ids", self._default_eos() if eos_token_ids is None else eos_token_ids),
-            seed=int(torch.randint(2**62, ()).item()) if seed is None else seed,
+            seed=int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed,
         )
         output = self.rollout(self.model, prompts, sampling, num_generations=num_generations)
         self.publish(output.report)

@@ -88,8 +88,8 @@ class FusedVerifier(Verifier):
 
     def compile_for(self, sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
         """Run the kernels of `verify` on one row without a draft; see `decode/compile_kernels.py`."""
-        none, zero = (torch.full((1,), number, device=device) for number in (-1, 0))
-        logits = torch.zeros(1, vocab_size, device=device)
+        none, zero = (torch.full((1,), number, device=device, dtype=torch.int64) for number in (-1, 0))
+        logits = torch.zeros(1, vocab_size, device=device, dtype=torch.float32)
         if sampling.truncates:
             logits = process(logits, replace(sampling, repetition_penalty=1.0), None)
         rows = logits, none, torch.tensor([0, 1], device=device), zero, zero
@@ -97,7 +97,7 @@ class FusedVerifier(Verifier):
         if self.couples_noise:
             verify(*rows, temperature=temperature, implementation=self._implementation)
             return
-        for probs in (None, torch.zeros(1, vocab_size, device=device)):
+        for probs in (None, torch.zeros(1, vocab_size, device=device, dtype=torch.float32)):
             verify_by_rejection(*rows, temperature=temperature, draft_probs=probs, implementation=self._implementation)
 
 

@@ -52,16 +52,16 @@ def draft_vocabulary(
     known = None if t2d is None else t2d.bool().nonzero().flatten()
     if d2t is None:
         if known is None and draft_vocab_size == vocab_size:
-            known = torch.arange(vocab_size)
+            known = torch.arange(vocab_size, device="cpu")
         if known is None or len(known) != draft_vocab_size:
             raise ValueError(
                 f"{what} drafts {draft_vocab_size} of {vocab_size} tokens and lacks d2t, which says which ones"
             )
-        d2t = known - torch.arange(draft_vocab_size)
+        d2t = known - torch.arange(draft_vocab_size, device="cpu")
     if d2t.shape != (draft_vocab_size,) or d2t.is_floating_point() or d2t.dtype == torch.bool:
         raise ValueError(f"{what}: d2t must hold {draft_vocab_size} whole numbers, got {_described(d2t)}")
     d2t = d2t.to(torch.int64)
-    ids = d2t + torch.arange(draft_vocab_size)
+    ids = d2t + torch.arange(draft_vocab_size, device="cpu")
     outside = int(((ids < 0) | (ids >= vocab_size)).sum())
     twice = draft_vocab_size - len(ids.unique())
     differs = known is not None and not torch.equal(ids.sort().values, known)
@@ -80,7 +80,7 @@ def draft_vocabulary(
         raise ValueError(
             f"{what}: d2t {reason}. It must hold offsets, not ids: added to 0, 1, 2, ... they give the policy's token ids"
         )
-    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
     mask[ids] = True
     return {"d2t": d2t, "t2d": mask}
 

@@ -7,7 +7,9 @@ bias.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from atlas_rl.policy.view import PolicyView
 
 _COVERAGE = 0.999  # share of the rollouts' tokens: the rarest are left out
 _HALVED_AFTER_UPDATES = 8
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 
 class TokenCounts:
@@ -45,6 +50,11 @@ class TokenCounts:
         return np.sort(order[: min(enough, max_size)])
 
 
+def _lasting(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Make the tensors of `method` ordinary ones. Later calls write into them, which inference tensors do not allow."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
+
+
 @dataclass(slots=True)
 class TokenRows:
     """The policy's input embeddings, LM head rows and biases, of the tokens seen so far.
@@ -66,11 +76,13 @@ class TokenRows:
     biases: torch.Tensor
 
     @classmethod
+    @_lasting
     def empty(cls, vocab_size: int, hidden_size: int, device: torch.device) -> TokenRows:
         """No rows yet."""
         rows = torch.zeros(0, hidden_size, dtype=torch.float32, device=device)
         return cls(np.full(vocab_size, -1, np.int64), np.zeros(0, np.int64), rows, rows, rows[:, 0])
 
+    @_lasting
     def add(self, token_ids: np.ndarray, policy: PolicyView) -> None:
         """Add rows for tokens that have none: int `[n]`."""
         new = np.unique(token_ids)
@@ -82,10 +94,12 @@ class TokenRows:
             self.inputs, self.outputs = _appended(self.inputs, inputs), _appended(self.outputs, outputs)
             self.biases = torch.cat([self.biases, biases])
 
+    @_lasting
     def move_to(self, device: torch.device) -> None:
         """Move the rows to the policy's new device."""
         self.inputs, self.outputs, self.biases = (rows.to(device) for rows in (self.inputs, self.outputs, self.biases))
 
+    @_lasting
     def reread(self, policy: PolicyView) -> None:
         """Read all rows again, because the policy's weights may have changed."""
         self.inputs, self.outputs, self.biases = policy.rows_of(self.token_ids)

@@ -77,7 +77,7 @@ def draw_from_head(sampling: HeadSampling, sizes: tuple[int, int], device: torch
         made = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in empty.items()}
         weights = DraftHeadWeights(token_ids=torch.arange(tokens, device=device), **made)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        sampling.draw(weights, torch.zeros(1, size, device=device), zero, zero, zero, 1)
+        sampling.draw(weights, torch.zeros(1, size, device=device, dtype=torch.float32), zero, zero, zero, 1)
 
 
 def multiply_in_four_bits(

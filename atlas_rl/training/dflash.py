@@ -180,7 +180,7 @@ class DFlashLesson(Lesson):
         behind = behind.clamp(max=texts.token_ids.shape[1] - 1)
         row = torch.arange(len(requests), device=device)[:, None, None]
         valid = texts.drawn[row, behind] & within & ~uploaded(repeated, device)[:, :, None]
-        tokens = torch.full((*anchors.shape, size), self.settings.mask_token_id, device=device)
+        tokens = torch.full((*anchors.shape, size), self.settings.mask_token_id, device=device, dtype=torch.int64)
         tokens[:, :, 0] = texts.token_ids.gather(1, starts)
         embeddings = self._policy.embed(tokens).detach()
         before = texts.token_ids[row, behind - 1]

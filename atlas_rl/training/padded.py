@@ -38,10 +38,12 @@ class PaddedTexts:
         lengths, prompts = sequences.lengths, sequences.prompt_lengths
         layers_at, last_at = np.cumsum(lengths - 1) - (lengths - 1), np.cumsum(lengths - prompts) - (lengths - prompts)
         size, width, hidden = len(requests), int(lengths[requests].max()), recorded.head_inputs.shape[1]
-        token_ids = torch.zeros(size, width, dtype=torch.int64)
-        drawn_from = torch.zeros(size, width, hidden)
-        drawn = torch.zeros(size, width, dtype=torch.bool)
-        features = {layer: torch.zeros(size, width, hidden) for layer in recorded.layers}
+        token_ids = torch.zeros(size, width, dtype=torch.int64, device="cpu")
+        drawn_from = torch.zeros(size, width, hidden, dtype=torch.float32, device="cpu")
+        drawn = torch.zeros(size, width, dtype=torch.bool, device="cpu")
+        features = {
+            layer: torch.zeros(size, width, hidden, dtype=torch.float32, device="cpu") for layer in recorded.layers
+        }
         for row, request in enumerate(requests):
             n, prompt = int(lengths[request]), int(prompts[request])
             token_ids[row, :n] = torch.from_numpy(sequences.token_ids[request, :n].astype(np.int64))

@@ -123,7 +123,7 @@ def draw(
     depth = np.arange(len(request)) - (ends - counts)[request]
     rows = _Rows(request, depth, np.append(0, ends), keys[request], starts[request] + depth, greedy[request])
     if implementation == "triton" or (implementation == "auto" and kernels_run_on(logits.device)):
-        decided = _decided_by_kernel(logits, torch.as_tensor(drafts), num_drafts, rows, ranked, implementation)
+        decided = _decided_by_kernel(logits, drafts, num_drafts, rows, ranked, implementation)
     else:
         decided = _decided_by_torch(logits, np.asarray(drafts, np.int64), rows, truncated)
     return _kept(decided, num_drafts, rows)
@@ -134,7 +134,8 @@ def compile_draw(vocab_size: int, device: torch.device) -> None:
     if kernels_run_on(device):
         none, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
         with announced("GPU", "some seconds"):
-            draw(torch.zeros(1, vocab_size, device=device), none, one, one.view(np.uint64), one, one > 0, False)
+            logits = torch.zeros(1, vocab_size, dtype=torch.float32, device=device)
+            draw(logits, none, one, one.view(np.uint64), one, one > 0, False)
 
 
 def _kept(decided: _Decided, num_drafts: np.ndarray, rows: _Rows) -> DrawnTokens:
@@ -183,7 +184,7 @@ def _decided_by_torch(logits: torch.Tensor, drafts: np.ndarray, rows: _Rows, tru
 
 def _decided_by_kernel(
     logits: torch.Tensor,
-    drafts: torch.Tensor,
+    drafts: np.ndarray | torch.Tensor,
     num_drafts: np.ndarray,
     rows: _Rows,
     ranked: bool,
@@ -196,7 +197,9 @@ def _decided_by_kernel(
     keys, positions, at, greedy, starts = upload(
         [rows.keys.view(np.int64), rows.positions, source, rows.greedy, rows.starts], device
     )
-    drafts = torch.nn.functional.pad(drafts.to(device, torch.int64), (0, 1), value=NO_TOKEN)[at]
+    drafts = torch.nn.functional.pad(torch.as_tensor(drafts, dtype=torch.int64, device=device), (0, 1), value=NO_TOKEN)[
+        at
+    ]
     found = verify(logits, drafts, starts, keys, positions, greedy=greedy, implementation=implementation)
     integers = [found.token_ids, drafts]
     if ranked:

@@ -122,7 +122,7 @@ class RequestFollower:
             return Prompts()
         lengths = np.array([len(next(iter(states.values()))) for states in found], np.int64)
         layers = {n: torch.cat([states[n] for states in found]) for n in found[0]}
-        return Prompts(groups, Hidden(np.cumsum(lengths) - lengths, torch.zeros(0, 0), layers))
+        return Prompts(groups, Hidden(np.cumsum(lengths) - lengths, Hidden.none().head_inputs, layers))
 
     def _key_of(self, params: Any) -> int:
         index, seed = self._announced(params), params.seed

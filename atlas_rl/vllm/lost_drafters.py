@@ -76,4 +76,4 @@ def fingerprint(speculator: Speculator) -> torch.Tensor:
         tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLE)].float().cpu()
         for tensor in speculator.weights()
     ]
-    return torch.cat(parts) if parts else torch.zeros(0)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device="cpu")

@@ -42,7 +42,7 @@ class WeightGroup:
 
     def receive(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         """Receive the next tensor from rank 0; RuntimeError if that rank is gone."""
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
         self._broadcast(tensor)
         return tensor
 

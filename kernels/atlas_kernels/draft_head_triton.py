@@ -296,7 +296,7 @@ def draft_head_triton(
     tile, compute = tile_on(device, weights)
     whole = weights.num_bytes <= whole_bytes
     splits, tiles_per_split = split_tokens(batch, tokens, tile, device, whole=whole)
-    states = torch.empty(num_steps + 1, batch, size, device=device)
+    states = torch.empty(num_steps + 1, batch, size, device=device, dtype=torch.float32)
     states[0] = state
     arguments: dict[str, Any] = tile | {
         **{field.name: getattr(weights, field.name).contiguous() for field in fields(weights)},
@@ -306,10 +306,10 @@ def draft_head_triton(
         "positions": call.positions.contiguous(),
         "scores": torch.empty(num_steps, batch, splits, dtype=torch.float64, device=device),
         "tokens": torch.empty(num_steps, batch, splits, dtype=torch.int32, device=device),
-        "sums": torch.empty(num_steps, batch, splits, 2, device=device),
-        "probs": torch.empty(batch, num_steps, tokens, device=device) if call.with_probs else None,
+        "sums": torch.empty(num_steps, batch, splits, 2, device=device, dtype=torch.float32),
+        "probs": torch.empty(batch, num_steps, tokens, device=device, dtype=torch.float32) if call.with_probs else None,
         "indices": torch.empty(batch, num_steps, dtype=torch.int64, device=device),
-        "confidence": torch.empty(batch, num_steps, device=device),
+        "confidence": torch.empty(batch, num_steps, device=device, dtype=torch.float32),
         "temperature": float(call.temperature),
         "batch": batch,
         "size": size,

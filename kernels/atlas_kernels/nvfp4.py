@@ -76,7 +76,7 @@ def tensor_scale_for(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tenso
     """
     if not (math.isfinite(headroom) and headroom >= 1):
         raise ValueError(f"headroom must be a finite number >= 1, got {headroom}")
-    amax = weight.abs().amax().float() if weight.numel() else torch.zeros((), device=weight.device)
+    amax = weight.abs().amax().float() if weight.numel() else torch.zeros((), device=weight.device, dtype=torch.float32)
     scale = amax * (headroom / (E2M1_MAX * E4M3_MAX))
     # A weight of zeros, or of float32's smallest numbers, has no scale of its own: any normal number will do.
     return scale.clamp(min=torch.finfo(torch.float32).tiny)

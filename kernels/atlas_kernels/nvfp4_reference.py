@@ -33,7 +33,9 @@ def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
 
 def unscaled(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """E2M1 times E4M3, exactly: float32 `[out_features, groups * 16]`."""
-    table = torch.tensor([*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)], device=packed.device)
+    table = torch.tensor(
+        [*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)], device=packed.device, dtype=torch.float32
+    )
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).view(len(packed), -1)
     return table[codes.int()] * scales.float().repeat_interleave(_GROUP, dim=1)
 

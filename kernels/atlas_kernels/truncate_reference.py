@@ -30,7 +30,11 @@ def truncate_reference(
         scaled = scaled / torch.tensor(temperature, dtype=torch.float32, device=logits.device)
     peak = scaled.amax(dim=-1, keepdim=True)
     dropped = torch.zeros_like(scaled, dtype=torch.bool)
-    weight = weights(scaled, peak) if truncation.top_p < 1 or truncation.min_p > 0 else torch.empty(0)
+    weight = (
+        weights(scaled, peak)
+        if truncation.top_p < 1 or truncation.min_p > 0
+        else torch.empty(0, dtype=torch.float32, device="cpu")
+    )
     if 0 < truncation.top_k < scaled.shape[1]:
         dropped = scaled < scaled.topk(truncation.top_k, dim=-1).values[:, -1:]
         weight = weight.masked_fill(dropped, 0) if len(weight) else weight

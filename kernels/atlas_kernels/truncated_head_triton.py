@@ -26,12 +26,14 @@ def draft_head_triton(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, torch
     assert call.truncation is not None
     (batch, size), tokens, num_steps = call.state.shape, len(call.weights.token_ids), call.num_tokens
     device = call.state.device
-    states = torch.empty(num_steps + 1, batch, size, device=device)
+    states = torch.empty(num_steps + 1, batch, size, device=device, dtype=torch.float32)
     states[0] = call.state
-    stored = torch.empty(num_steps, triton.cdiv(batch * tokens, _ALIGNED) * _ALIGNED, device=device)
+    stored = torch.empty(
+        num_steps, triton.cdiv(batch * tokens, _ALIGNED) * _ALIGNED, device=device, dtype=torch.float32
+    )
     logits = stored[:, : batch * tokens].unflatten(1, (batch, tokens))
     indices = torch.empty(num_steps, batch, dtype=torch.int64, device=device)
-    confidence = torch.empty(num_steps, batch, device=device)
+    confidence = torch.empty(num_steps, batch, device=device, dtype=torch.float32)
     token_ids, newest = call.weights.token_ids.contiguous(), call.newest.contiguous()
     arguments = _arguments(call, states)
     for step in range(num_steps if batch else 0):
@@ -55,7 +57,7 @@ def _arguments(call: HeadCall, states: torch.Tensor) -> dict[str, Any]:
         "positions": call.positions.contiguous(),
         "scores": torch.empty(1, batch, splits, dtype=torch.float64, device=device),
         "tokens": torch.empty(1, batch, splits, dtype=torch.int32, device=device),
-        "sums": torch.empty(1, batch, splits, 2, device=device),
+        "sums": torch.empty(1, batch, splits, 2, device=device, dtype=torch.float32),
         "temperature": 1.0,
         "batch": batch,
         "size": size,

@@ -100,7 +100,7 @@ class ExchangeCallback(TrainerCallback, RolloutExchange):
         for name in sorted({name for told in sizes for name in told}):
             known = {told[name] for told in sizes if name in told}
             if len(known) == 1:
-                part = parts[name] if name in parts else torch.zeros(known.pop(), dtype=torch.float32)
+                part = parts[name] if name in parts else torch.zeros(known.pop(), dtype=torch.float32, device="cpu")
                 sums[name] = reduce(part.to(self._accelerator.device), reduction="sum")
         for name in parts:
             if name in sums:

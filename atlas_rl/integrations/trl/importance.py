@@ -191,7 +191,7 @@ class ImportanceCheck(TrainerCallback):
         temperature: float,
         device: torch.device,
     ) -> None:
-        kept = torch.arange(0, len(completion), max(1, len(completion) // _POSITIONS))
+        kept = torch.arange(0, len(completion), max(1, len(completion) // _POSITIONS), device="cpu")
         if not len(kept):
             return
         tokens = torch.tensor([*prompt, *completion], device=device)
@@ -199,7 +199,7 @@ class ImportanceCheck(TrainerCallback):
         limit = (FULL_PRECISION if plain.full_precision else LOW_PRECISION).at(temperature).logprob_nats
         own = self._own
         own.limit_nats = max(own.limit_nats, limit)
-        returned = torch.tensor(logprobs, dtype=torch.float64)[kept]
+        returned = torch.tensor(logprobs, dtype=torch.float64, device="cpu")[kept]
         for begin in range(0, len(kept), _CHUNK):
             part = slice(begin, begin + _CHUNK)
             scored = (plain.logits[part].float() / temperature).log_softmax(dim=-1)
@@ -207,7 +207,7 @@ class ImportanceCheck(TrainerCallback):
             error = (scored.gather(1, drawn[:, None])[:, 0].double().cpu() - returned[part]).abs()
             own.num_tokens += len(error)
             own.sum_nats += float(error.sum())
-            own.max_nats = float(torch.tensor([own.max_nats, float(error.max())]).max())  # keeps NaN
+            own.max_nats = float(np.maximum(own.max_nats, float(error.max())))  # keeps NaN
 
     def _settle(self, ranks: list[LogprobComparison]) -> None:
         """Decide if the ranks together have seen enough; called with the same argument on every rank."""

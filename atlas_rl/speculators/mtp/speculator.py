@@ -70,7 +70,7 @@ class MtpSpeculator(FeatureHeadSpeculator):
 
     def _run_on_device(self) -> int:
         cache = RaggedBatch(1, 1, honour_softcap=False)
-        zero = torch.zeros(1, dtype=torch.int64)
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
         cache.place(Segments(zero.numpy(), 0, zero.numpy(), zero.numpy() + 1, zero.numpy()), self._device)
         states = self.head.eh_proj.weight.new_zeros(1, self.head.eh_proj.out_features)
         with active(cache):

@@ -134,6 +134,7 @@ class RecurrentLearner(Learner):
 
     # -------------------------------------------------------------------------------------------------------- a call
 
+    @trainable
     def begin_call(self, sequences: Sequences, policy: PolicyView) -> None:
         """Log the tokens of this call. Embeddings are re-read if the policy version changed."""
         self.end_call()
@@ -147,6 +148,7 @@ class RecurrentLearner(Learner):
         self._num_logged = 0
         self._kept = np.ones(len(sequences.lengths), bool)
 
+    @trainable
     def observe(self, verified: Verified, begins: np.ndarray, missed: np.ndarray, policy: PolicyView) -> None:
         """Log committed tokens.
 

@@ -36,7 +36,7 @@ class RolloutBuffer:
     def __init__(self, max_tokens: int, missed_weight: float = 1.0) -> None:
         self._max_tokens, self._missed_weight = max_tokens, missed_weight
         self._sizes: list[int] = []  # tokens of each call, oldest first
-        self._hidden = torch.zeros(0, 0, dtype=torch.float16)  # [tokens, hidden]
+        self._hidden = torch.zeros(0, 0, dtype=torch.float16, device="cpu")  # [tokens, hidden]
         self._tokens = np.zeros(0, np.int64)
         self._left = np.zeros(0, np.int64)  # following tokens in the same rollout
         self._versions = np.zeros(0, np.int64)

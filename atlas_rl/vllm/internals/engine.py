@@ -101,7 +101,7 @@ class VllmView(PolicyView):
             return
         weight, bias = self._outputs.weight, self._outputs.bias
         generator = torch.Generator().manual_seed(0)
-        directions = torch.randn(4, weight.shape[1], generator=generator)
+        directions = torch.randn(4, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         states = torch.cat([magnitude * directions for magnitude in (0.01, 1.0, 30.0, 1000.0)]).to(weight)
         logits: Any = self._model.compute_logits(states)  # type: ignore[operator]
         if logits is None:  # only the first rank of a group has logits, and it drafts for all
