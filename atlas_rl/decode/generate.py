@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,17 @@ class Call:
     controller: Controller
     recorder: StepRecorder
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def run_on(self, backend: Backend) -> CallResult:
+        """Generate; however that ends, drafters then free the memory that they hold for this call.
+
+        Raises:
+            ValueError: As `Backend.generate`.
+        """
+        with ExitStack() as at_end:
+            for speculator in self.speculators.values():
+                at_end.callback(speculator.release)
+            return backend.generate(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +110,7 @@ class Backend(ABC):
 
     @abstractmethod
     def generate(self, call: Call) -> CallResult:
-        """Generate every request of a call.
+        """Generate every request of a call. Engines use `Call.run_on`, which also ends the call of its drafters.
 
         Raises:
             ValueError: The call needs something that this backend cannot do; nothing has been generated then.

@@ -208,6 +208,10 @@ class GuardedSpeculator(_Guard, Speculator):
     def learn(self) -> None:
         self.unguarded.learn()
 
+    @_guarded(_nothing)
+    def release(self) -> None:
+        self.unguarded.release()
+
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         self.is_off = self.is_off and policy_version == self._failed_at
         self._version = policy_version
@@ -251,9 +255,12 @@ class GuardedSpeculator(_Guard, Speculator):
 
     def turn_off(self) -> None:
         self.is_off, self._failed_at = True, self._version
-        # An empty call ends the present one, whose state may be inconsistent after the error.
+        # An empty call ends the present one, whose state may be inconsistent after the error. It may raise as well.
         with suppress(Exception):
-            self.unguarded.start(_empty_call(self._version), np.zeros(0, np.int64))
+            try:
+                self.unguarded.start(_empty_call(self._version), np.zeros(0, np.int64))
+            finally:
+                self.unguarded.release()
 
 
 class GuardedController(_Guard, Controller):

@@ -173,7 +173,7 @@ class RolloutEngine:
         controller = (self._controller if use else None) or NoSpeculation(explain=self.config.trace)
         recorder = StepRecorder(speculators=tuple(speculators), clock=self.config.clock)
         call = Call(sequences, max_lengths, speculators, controller, recorder, extra or {})
-        run = backend.generate(call)
+        run = call.run_on(backend)
         if self._trace_sink is not None:
             with self._lost.tolerate("controller trace"):
                 own = {"call": self._calls, "speculation": use}

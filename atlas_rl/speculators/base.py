@@ -29,8 +29,8 @@ class Speculator(ABC):
     weights, training mode or random state. Implementations raise on internal failure; the loop never hides it.
 
     Order of the calls: `bind`; then in every generation call `compile_for` (if that kind of call is new), `start` for each
-    group of requests that enters the batch, and per decode step `backlog`, `propose` (if the controller asks), `observe`,
-    and `learn`, which may come late; between calls `refresh`.
+    group of requests that enters the batch, per decode step `backlog`, `propose` (if the controller asks), `observe`,
+    and `learn`, which may come late, and at the end `release`; between calls `refresh`.
     """
 
     name: str
@@ -123,6 +123,14 @@ class Speculator(ABC):
         Engines call this while the device runs the next forward, so that it adds no time to a step. It may come late or
         not at all: deferred work is done when it is needed at the latest, or when the next `observe` defers more. By
         default nothing is deferred.
+        """
+        return
+
+    def release(self) -> None:
+        """Free the memory that grows with the rows and lengths of a call, such as a cache: the call has ended.
+
+        Engines ask for this however a call ends, in the middle of a step as well, so that training has the memory. What
+        was learned, indexes, and data to learn from stay. The next call begins with `start`. By default nothing is held.
         """
         return
 

@@ -1,7 +1,7 @@
 """Draft LM: any causal LM with the policy's tokenizer drafts token by token (arXiv 2211.17192).
 
-A static speculator: large, trained before the run, never changed by it. It keeps its own attention cache and catches up
-with all tokens committed since it last drafted, whoever drafted them.
+A static speculator: large, trained before the run, never changed by it. It keeps its own attention cache during a call,
+and catches up with all tokens committed since it last drafted, whoever drafted them.
 """
 
 from __future__ import annotations
@@ -158,10 +158,13 @@ class DraftLM(Speculator):
             with self._runner.session(self._cache):
                 self._active = retire(self._active, ended, lambda request: int(self._cached[request]), self._runner)
 
+    def release(self) -> None:
+        """Free the cache, and with it the CUDA graphs that were captured over it."""
+        self._sequences, self._cache, self._drafted = None, None, {}
+
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Release the cache of the previous call. A static drafter does not follow the policy."""
-        self._sequences = None
-        self._cache = None
+        """Free the cache of requests that still run. A static drafter does not follow the policy."""
+        self.release()
         return None
 
     def _make_room(self, sequences: Sequences, depth: int) -> None:

@@ -4,9 +4,9 @@ Most draft token by token: at position i such a head reads the embedding of toke
 and predicts x_{i+2}. Where the policy has run, the feature is computed from its hidden states; elsewhere it is the
 head's own output of the previous step. DFlash drafts all tokens in one forward (`dflash/`), and shares what follows.
 
-The head keeps its own attention cache, with a row for each request that it drafts for. Committed positions enter it
-with the policy's features; drafted ones with the head's own, overwritten once the policy has run there. If there is no
-memory for another row, requests get no drafts of this head.
+During a call the head keeps its own attention cache, with a row for each request that it drafts for. Committed
+positions enter it with the policy's features; drafted ones with the head's own, overwritten once the policy has run
+there. If there is no memory for another row, requests get no drafts of this head.
 """
 
 from __future__ import annotations
@@ -203,9 +203,13 @@ class FeatureHeadSpeculator(Speculator):
         if sum(int(counts.sum()) for _, counts, _ in self._unfused) >= _FUSED_TOGETHER:
             self._fuse()
 
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Release the cache of the previous call. A static drafter does not follow the policy."""
+    def release(self) -> None:
+        """Free the cache, and the features and states that are not in it yet."""
         self._sequences, self._cache, self._features, self._unfused = None, None, [], []
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        """Free the cache of requests that still run. A static drafter does not follow the policy."""
+        self.release()
         return None
 
     def _forget(self, sequences: Sequences, requests: np.ndarray) -> None:

@@ -81,7 +81,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
     These rules hold for every drafter that learns:
 
     - During a call, tokens are only logged. The part of `observe` that no draft waits for is kept in `_put_off`, and done
-      in `learn`, or before the next call, refresh or saved state.
+      in `learn`, or before the next call, refresh or saved state. A call that is broken off drops it (`release`).
     - A refresh trains as long as the budget lasts. Survival on the newest rollouts tells the controller how good the
       head has become.
     - Ranks share their heads' mean.
@@ -132,6 +132,11 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         put_off, self._put_off = self._put_off, None
         if put_off is not None:
             put_off()
+
+    def release(self) -> None:
+        """Drop the latest states of a call that was broken off; otherwise `learn` has logged them. The log stays."""
+        super().release()
+        self._put_off = None
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
         """Learn from the newest rollouts, as long as the budget lasts."""

@@ -98,8 +98,8 @@ class AdaptiveEagle3Speculator(LearningSpeculator[Eagle3Learner], Eagle3Speculat
             self._put_off = partial(log.observe, verified, sequences.lengths[verified.requests], self._policy)
 
     def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Learn from the newest rollouts. First release the static head's cache: training needs the memory."""
-        Eagle3Speculator.refresh(self, rollouts, policy_version)
+        """Learn from the newest rollouts. First free the cache of requests that still run: training needs the memory."""
+        Eagle3Speculator.release(self)  # the static head's part: `learn` has yet to log the latest states
         return super().refresh(rollouts, policy_version)
 
     def weights(self) -> Iterable[torch.Tensor]:

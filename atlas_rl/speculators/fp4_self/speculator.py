@@ -114,9 +114,12 @@ class Fp4SelfSpeculator(Speculator):
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Do nothing: the policy itself runs the committed tokens."""
 
-    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
-        """Release the call's cache. Weights are read at the next draft, when they are whole on every rank."""
+    def release(self) -> None:
+        """Forget the policy's cache. The copy stays: its size does not depend on the call."""
         self._cache = None
+
+    def refresh(self, rollouts: Rollouts, policy_version: int) -> np.ndarray | None:
+        """Do nothing: weights are read at the next draft, when they are whole on every rank."""
         return None
 
     def _current(self, policy_version: int) -> FourBitCopy:

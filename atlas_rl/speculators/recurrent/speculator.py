@@ -224,6 +224,11 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
     ) -> None:
         self.learner.observe(verified, begins, _missed_at(verified, proposed), self._bound())
 
+    def release(self) -> None:
+        """Drop the drafts of a call that was broken off. Graphs stay, and the states at whose addresses they read."""
+        super().release()
+        self._proposed = None
+
     def take_captured(self) -> Captured:
         return self._graphs.take_captured()
 
