@@ -156,6 +156,11 @@ class FastLinears:
         self._shapes = shapes
         self._products = {group: shape.products for shape in shapes for group in shape.groups}
 
+    @property
+    def has_routes(self) -> bool:
+        """Whether any layer has routes in the present session; without, `products` are valid in others as well."""
+        return bool(self._products)
+
     def together(self, groups: list[Group]) -> None:
         """Multiply layers together that multiply the same rows, until the session ends.
 

@@ -30,7 +30,7 @@ from atlas_rl.policy.cpu_linear import FastLinears, Group
 from atlas_rl.policy.decoder_forms import attention_form, is_decoder_layer
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form
-from atlas_rl.policy.parts import HasModules
+from atlas_rl.policy.parts import HasModules, kept
 from atlas_rl.policy.threads import replaced_forwards
 
 _MOST_NUMBERS = 1 << 20  # of hidden states: above, torch's threads gain more than fewer passes
@@ -53,16 +53,36 @@ def flat(model: HasModules, linears: FastLinears) -> Iterator[None]:
         model: The policy.
         linears: Multiplies its linear layers; they are installed already.
     """
-    known, found = _Known(), {}
-    if not (torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks):
-        for module in model.modules():
-            if known.is_layer(class_of(module)) and "forward" not in vars(module):
-                parts = _parts_of(module, known)
-                if parts is not None:
-                    found[module] = parts
-    linears.together([group for parts in found.values() for group in parts.groups if all(map(_is_plain, group))])
-    with replaced_forwards({layer: partial(_forward, _Layer(parts, linears)) for layer, parts in found.items()}):
+    found = kept(model, _Found)
+    linears.together([group for parts in found.parts.values() for group in parts.groups if all(map(_is_plain, group))])
+    with replaced_forwards(found.forwards(linears)):
         yield
+
+
+class _Found:
+    """The decoder layers of known code, and their replacements."""
+
+    def __init__(self, model: HasModules) -> None:
+        self.parts: dict[Any, _Parts] = {}
+        self._without_routes: dict[Any, Callable[..., Any]] | None = None
+        known = _Known()
+        if not (torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks):
+            for module in model.modules():
+                if known.is_layer(class_of(module)) and "forward" not in vars(module):
+                    parts = _parts_of(module, known)
+                    if parts is not None:
+                        self.parts[module] = parts
+
+    def forwards(self, linears: FastLinears) -> dict[Any, Callable[..., Any]]:
+        """The replacements in the present session; the same in every session without routes of linear layers."""
+        if linears.has_routes:  # they end with the session, and so must what holds them
+            return self._made(linears)
+        if self._without_routes is None:
+            self._without_routes = self._made(linears)
+        return self._without_routes
+
+    def _made(self, linears: FastLinears) -> dict[Any, Callable[..., Any]]:
+        return {layer: partial(_forward, _Layer(parts, linears)) for layer, parts in self.parts.items()}
 
 
 class _Known:

@@ -2,7 +2,8 @@
 
 As modules, a norm takes six torch operations, a rotary embedding ten and a gate two. Each is a launch on a GPU, and a
 call and an allocation on a CPU. If a module's code is known (`layer_forms.py`), `atlas_kernels.layer` computes the same
-in one pass. Weights are read from the module at every call, so nothing can be stale, and nothing is kept between calls.
+in one pass. Weights are read from the module at every call, so nothing can be stale. Replacements are
+kept for the sessions of one cache (`parts.py`), and not between calls.
 
 A gated layer calls its projections as modules, and a GPU computes the gate between them in one pass. A CPU keeps torch's two
 vectorised passes.
@@ -26,7 +27,7 @@ from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.layer import TYPES, gated, rms_norm, rotate
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form, rotates_halves
-from atlas_rl.policy.parts import HasModules
+from atlas_rl.policy.parts import HasModules, kept
 from atlas_rl.policy.threads import replaced_forwards
 
 _Maker = Callable[[Any], Callable[..., Any] | None]
@@ -38,6 +39,12 @@ _MOST_NUMBERS = 1 << 20  # on a CPU: above, torch's threads gain more than fewer
 @contextmanager
 def fused(model: HasModules) -> Iterator[None]:
     """Context in which this thread computes norms, rotary embeddings and gates of known code in one pass each."""
+    with replaced_forwards(kept(model, _forwards_of)):
+        yield
+
+
+def _forwards_of(model: HasModules) -> dict[Any, Callable[..., Any]]:
+    """The replacements of all modules of known code."""
     makers: dict[type, _Maker] = {}  # by class; not kept between calls, as classes may be patched
     forwards = {}
     for module in model.modules():
@@ -47,8 +54,7 @@ def fused(model: HasModules) -> Iterator[None]:
         made = None if "forward" in vars(module) else makers[own](module)
         if made is not None:
             forwards[module] = made
-    with replaced_forwards(forwards):
-        yield
+    return forwards
 
 
 def _maker(own: Any) -> _Maker:

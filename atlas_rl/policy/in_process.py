@@ -126,6 +126,8 @@ class InProcessRunner(PolicyRunner):
     @contextmanager
     def session(self, cache: RaggedBatch) -> Iterator[None]:
         with generating(), torch.no_grad():
+            if cache.parts is not None and not cache.parts.are_unchanged():
+                cache.parts = None
             if cache.parts is None:
                 refuse_modules(self.model)  # may have been offloaded since
             with on_device(self.device), evaluation_mode(self._parts_of(cache)):
@@ -189,7 +191,7 @@ class InProcessRunner(PolicyRunner):
         return cache.steps
 
     def _step(self, steps: StepGraphs, cache: RaggedBatch, segments: Segments, taps: Taps) -> torch.Tensor:
-        logits = steps.run(cache, segments, taps, stand_ins())
+        logits = steps.run(cache, segments, taps, (cache.parts, *stand_ins()))
         if steps.short_of_memory:  # that passes: the next call tries again
             if self._is_new(_SHORT_OF_MEMORY):
                 logger.warning(_SHORT_OF_MEMORY, type(self.model).__name__)
@@ -301,7 +303,10 @@ class InProcessRunner(PolicyRunner):
             self._cache = outer
 
     def _parts_of(self, cache: RaggedBatch) -> ListedModules:
-        """The policy's modules, listed when this cache is first run over: a draft LM enters a session for every draft."""
+        """The policy's modules, listed when this cache is first run over, and again when a session finds them changed.
+
+        A draft LM enters a session for every draft. What is kept with the list serves all of them.
+        """
         if cache.parts is None:
             cache.parts = ListedModules(self.model)
         return cache.parts

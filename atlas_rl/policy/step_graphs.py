@@ -14,7 +14,10 @@ nor their lengths are part of the shape.
 
 **What a graph holds.** Addresses of the weights, of the cache, and of the replacements of linear layers. So a graph
 belongs to one cache, which lives for one generation call, and weights stay in place meanwhile; if the cache's tensors
-move, the graphs are dropped. Nothing captured can be stale in the next call.
+move, the graphs are dropped. Nothing captured can be stale in the next call. A draft LM enters a session for every draft
+of a call, and its graphs serve all of them. If a session finds the modules changed (`policy/parts.py`), steps are
+captured anew. Under autocast they are captured anew in every session, because each makes its own copies of weights
+(`policy/autocast.py`).
 
 Without CUDA the same step is called directly (`capture=False`), so everything but the capture is tested on a CPU.
 """
@@ -100,7 +103,7 @@ class StepGraphs(Captures):
             cache: Always the same one; its keys and values are allocated, in their final type.
             segments: Tokens for which `serves` is true.
             taps: Filled.
-            variant: Key of the present replacements of the policy's modules; each variant has its own graphs.
+            variant: Key of the policy's modules and their present replacements; each variant has its own graphs.
         """
         rows = np.arange(len(segments.lengths)) + segments.first_row if segments.rows is None else segments.rows
         cache.grow(int(rows.max()) + 1, int((segments.starts + segments.lengths).max()))
