@@ -51,6 +51,7 @@ Products = Callable[[Group, torch.Tensor], tuple[torch.Tensor, ...]]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PILOTS = 3  # layers of a shape that are packed first, to time the packed route
+_TRIES = 9  # times that pilots are packed for one contest: sessions of a single forward never time them
 _WORTH = 0.25  # share of the packing cost lost without it before a shape is packed: long calls tend to go on
 
 
@@ -81,7 +82,8 @@ class _Shape:
         missing = [group for group in self.groups if group not in self.copies]
         if contest.winner is None or (contest.gain_s and contest.pack_s is None):
             pilots = [group for group in self.groups[:_PILOTS] if group in missing]
-            if pilots and _fits(pilots):
+            if pilots and _fits(pilots) and contest.tries < _TRIES:
+                contest.tries += 1
                 self._pack(pilots)
             elif pilots and contest.winner is None:
                 contest.leave_out_packed()

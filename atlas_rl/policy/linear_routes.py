@@ -122,6 +122,7 @@ class Contest:
         runner_up: The fastest one that needs no packed copy.
         is_whole: Whether all routes took part.
         compiled: Numbers of rows that packed products have been computed for in this process.
+        tries: How often layers were packed for it in this process.
     """
 
     seconds: dict[str, list[float]]
@@ -130,6 +131,7 @@ class Contest:
     runner_up: str = PLAIN
     is_whole: bool = True
     compiled: set[int] = field(default_factory=set)
+    tries: int = 0
 
     @classmethod
     def between(cls, rows: int, dtype: torch.dtype, may_pack: bool = True) -> Contest:
@@ -154,7 +156,7 @@ class Contest:
             self._end_if_known()
 
     def leave_out_packed(self) -> None:
-        """Exclude packed copies in this process, because memory for them is lacking now."""
+        """Exclude packed copies in this process, because memory for them is lacking now, or sessions are too short."""
         del self.seconds[PACKED]
         self.is_whole = False
         self._end_if_known()

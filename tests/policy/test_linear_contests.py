@@ -210,6 +210,24 @@ def test_copies_are_not_timed_by_the_forward_that_they_are_made_for() -> None:
 
 
 @needs_packing
+def test_sessions_of_one_forward_end_a_contest_without_packed_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a draft LM for a single token. Otherwise every one of them would pack layers that it never times."""
+    packed, pack = [], cpu_linear.packed_weight
+    monkeypatch.setattr(cpu_linear, "packed_weight", lambda weight: packed.append(1) or pack(weight))
+    layers = nn.ModuleList([layer_of(seed=each) for each in range(5)])
+    linears = FastLinears(layers, RouteTable(None, "nobody's"))
+    counts = []
+    with torch.no_grad():
+        for _ in range(15):
+            with linears.installed():
+                linears.prepare(8)
+                for layer in layers:
+                    layer(torch.randn(8, INPUTS))
+            counts.append(len(packed))
+    assert counts[-1] == counts[-5] == 27  # nine times three
+
+
+@needs_packing
 def test_forwards_that_do_not_recur_pack_nothing() -> None:
     linear = layer_of()
     linears = FastLinears(linear, table_where(PACKED))
