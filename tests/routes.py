@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,14 +13,7 @@ def table_where(route: str | None, pack_s: float | None = 0.0) -> RouteTable:
     """A table of nobody's machine, in which one route wins all contests; None leaves them open."""
 
     class Settled(RouteTable):
-        def contest(
-            self,
-            weight: torch.Tensor,
-            has_bias: bool,
-            rows: int,
-            may_pack: bool = True,
-            others: Sequence[torch.Tensor] = (),
-        ) -> Contest:
+        def contest(self, weight: torch.Tensor, has_bias: bool, rows: int, *_: Any, **others: Any) -> Contest:
             contest = Contest.between(rows, weight.dtype)
             if route is not None:
                 best = route if route in contest.seconds else TURNED  # doubled is for one row

@@ -54,13 +54,13 @@ def flat(model: HasModules, linears: FastLinears) -> Iterator[None]:
         linears: Multiplies its linear layers; they are installed already.
     """
     found = kept(model, _Found)
-    linears.together([group for parts in found.parts.values() for group in parts.groups if all(map(_is_plain, group))])
+    linears.together(found.groups)
     with replaced_forwards(found.forwards(linears)):
         yield
 
 
 class _Found:
-    """The decoder layers of known code, and their replacements."""
+    """The decoder layers of known code, their linear layers that multiply the same rows, and their replacements."""
 
     def __init__(self, model: HasModules) -> None:
         self.parts: dict[Any, _Parts] = {}
@@ -72,6 +72,8 @@ class _Found:
                     parts = _parts_of(module, known)
                     if parts is not None:
                         self.parts[module] = parts
+        every = [group for parts in self.parts.values() for group in parts.groups]
+        self.groups = [group for group in every if all(map(_is_plain, group))]
 
     def forwards(self, linears: FastLinears) -> dict[Any, Callable[..., Any]]:
         """The replacements in the present session; the same in every session without routes of linear layers."""

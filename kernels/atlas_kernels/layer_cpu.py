@@ -25,10 +25,9 @@ def rotate_cpu(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `layer.rotate`."""
-    out = torch.empty_like(query), torch.empty_like(key)
-    for x, rotated in zip((query, key), out, strict=True):
-        _rotate_tokens(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rotated.data_ptr(), *x.shape)
-    return out
+    query, key = query.clone(), key.clone()
+    rotate_in_place(query.flatten(1), key.flatten(1), cos, sin, query.shape[-1])
+    return query, key
 
 
 def rotate_in_place(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int) -> None:
@@ -38,7 +37,7 @@ def rotate_in_place(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, s
     `[..., dim]`.
     """
     for x in (query, key):
-        _rotate_here(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.shape[0], x.shape[1] // dim, dim)
+        _rotate_tokens(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.shape[0], x.shape[1] // dim, dim)
 
 
 def add_and_norm(x: torch.Tensor, to: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bool) -> torch.Tensor:
@@ -90,20 +89,7 @@ def _norm_row(x, weight, out, eps, one):
 
 
 @cached_njit(nogil=True)
-def _rotate_tokens(x_at, cos_at, sin_at, out_at, tokens, heads, dim):
-    x, out = floats_at(x_at, (tokens, heads, dim)), floats_at(out_at, (tokens, heads, dim))
-    cos, sin = floats_at(cos_at, (tokens, dim)), floats_at(sin_at, (tokens, dim))
-    half = dim // 2
-    for token in range(tokens):
-        for head in range(heads):
-            for low in range(half):
-                first, second = x[token, head, low], x[token, head, low + half]
-                out[token, head, low] = first * cos[token, low] - second * sin[token, low]
-                out[token, head, low + half] = second * cos[token, low + half] + first * sin[token, low + half]
-
-
-@cached_njit(nogil=True)
-def _rotate_here(x_at, cos_at, sin_at, tokens, heads, dim):
+def _rotate_tokens(x_at, cos_at, sin_at, tokens, heads, dim):
     x, cos, sin = (
         floats_at(x_at, (tokens, heads, dim)),
         floats_at(cos_at, (tokens, dim)),

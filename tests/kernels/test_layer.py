@@ -122,26 +122,24 @@ def test_rotation_on_a_cpu_is_the_reference_to_the_bit():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
-@pytest.mark.skipif(DEVICE != "cpu", reason="compiled loops are for CPUs")
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "tokens"), [(9, 3, 64, 5), (4, 4, 20, 1), (2, 1, 6, 0)])
 def test_a_rotation_in_place_is_the_reference_to_the_bit(heads, kv_heads, dim, tokens):
-    query, key = numbers(tokens, heads, dim), numbers(tokens, kv_heads, dim, seed=1)
-    cos, sin = (numbers(tokens, dim, seed=seed).clamp(-1, 1) for seed in (2, 3))
+    query, key = numbers(tokens, heads, dim).cpu(), numbers(tokens, kv_heads, dim, seed=1).cpu()
+    cos, sin = (numbers(tokens, dim, seed=seed).cpu().clamp(-1, 1) for seed in (2, 3))
     expected = rotate(query, key, cos, sin, implementation="reference")
     rotate_in_place(query.view(tokens, heads * dim), key.view(tokens, kv_heads * dim), cos, sin, dim)
     assert torch.equal(query, expected[0])
     assert torch.equal(key, expected[1])
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="compiled loops are for CPUs")
 @pytest.mark.parametrize("adds_one", [False, True])
 def test_a_norm_of_a_sum_adds_and_is_the_norm_of_the_result(adds_one):
-    x, to, weight = numbers(7, 33), numbers(7, 33, seed=1), numbers(33, seed=2)
+    x, to, weight = numbers(7, 33).cpu(), numbers(7, 33, seed=1).cpu(), numbers(33, seed=2).cpu()
     total = x + to
     out = add_and_norm(x, to, weight, 1e-5, adds_one)
     assert torch.equal(to, total)
     assert torch.equal(out, rms_norm(total, weight, 1e-5, adds_one=adds_one))
-    assert torch.equal(x, numbers(7, 33))
+    assert torch.equal(x, numbers(7, 33).cpu())
 
 
 def test_a_row_does_not_depend_on_the_others():

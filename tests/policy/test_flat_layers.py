@@ -28,6 +28,7 @@ from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.linear_routes import PACKED, TURNED, packed_type
 from atlas_rl.policy.threads import generating
 from tests.models import FACTORIES, SHAPE, build, tiny_llama
+from tests.policy.changes import ANOTHER, HOW, IN_PLACE, scale_weight
 from tests.routes import table_where
 
 LENGTHS = np.array([3, 1, 6]), np.array([1, 1, 1]), np.array([2, 1, 4]), np.array([1, 1, 1])
@@ -130,17 +131,11 @@ def test_adapters_come_along(modules, by_modules, flat_calls):
 
 
 @pytest.mark.parametrize("part", ["input_layernorm", "mlp.down_proj", "self_attn.q_proj"])
-@pytest.mark.parametrize("how", ["in place", "another parameter", "by .data"])
+@pytest.mark.parametrize("how", HOW)
 def test_a_weight_that_changes_within_a_call_is_seen(part, how, by_modules):
     def change(model):
         module = model.model.layers[1].get_submodule(part)
-        if how == "in place":
-            with torch.no_grad():
-                module.weight.mul_(1.5)
-        elif how == "by .data":
-            module.weight.data.mul_(1.5)
-        else:
-            module.weight = torch.nn.Parameter(1.5 * module.weight.detach())
+        scale_weight(module, how)
 
     one, other = tiny_llama(seed=3), tiny_llama(seed=3)
     changed, expected = steps(one, lambda: change(one)), by_modules(other, lambda: change(other))
@@ -301,17 +296,13 @@ def test_layers_that_multiply_the_same_rows_are_packed_together(name, route, by_
 
 
 @pytest.mark.parametrize("part", ["self_attn.k_proj", "mlp.up_proj"])
-@pytest.mark.parametrize("how", ["in place", "another parameter"])
+@pytest.mark.parametrize("how", [IN_PLACE, ANOTHER])
 def test_a_packed_group_is_of_the_weights_as_they_are(part, how, by_modules, packed_weights, monkeypatch):
     with_route(PACKED, monkeypatch)
 
     def change(model):
         module = model.model.layers[1].get_submodule(part)
-        if how == "in place":
-            with torch.no_grad():
-                module.weight.mul_(1.5)
-        else:
-            module.weight = torch.nn.Parameter(1.5 * module.weight.detach())
+        scale_weight(module, how)
 
     one, other = large("llama"), large("llama")
     changed, expected = steps(one, lambda: change(one)), by_modules(other, lambda: change(other))

@@ -21,6 +21,7 @@ from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form, rotates_halves
 from atlas_rl.policy.threads import generating
 from tests.models import FACTORIES, tiny_llama
+from tests.policy.changes import HOW, scale_weight
 
 ROWS = np.array([3, 1, 6])
 FAMILIES = sorted(set(FACTORIES) - {"gpt2"})
@@ -98,17 +99,11 @@ def test_lora_and_bfloat16_come_along(unfused):
     assert torch.equal(steps(half), unfused(half))  # on a CPU it runs its own way
 
 
-@pytest.mark.parametrize("how", ["in place", "another parameter", "by .data"])
+@pytest.mark.parametrize("how", HOW)
 def test_a_weight_that_changes_within_a_call_is_seen(how, unfused):
     def change(model):
         norm = model.model.layers[1].input_layernorm
-        if how == "in place":
-            with torch.no_grad():
-                norm.weight.mul_(1.5)
-        elif how == "by .data":
-            norm.weight.data.mul_(1.5)
-        else:
-            norm.weight = torch.nn.Parameter(1.5 * norm.weight.detach())
+        scale_weight(norm, how)
 
     one, other = tiny_llama(seed=3), tiny_llama(seed=3)
     changed, expected = steps(one, lambda: change(one)), unfused(other, lambda: change(other))
