@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from atlas_rl.integrations.trl.together import of_all_ranks, of_main_rank, on_all_ranks
-from tests import ROOT
-
-LIMIT_S = 300  # ten times what it takes on two idle cores
+from tests.integrations.launch import reports_of
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "tests.integrations.together_ranks", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return reports_of("tests.integrations.together_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 def test_results_are_those_of_all_ranks_in_order(ranks: list[dict[str, Any]]) -> None:

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import (
-    ROOT,
-    vllm_engines,  # it skips this module where there is no vLLM
-)
+from tests import vllm_engines  # it skips this module where there is no vLLM
+from tests.integrations.launch import reports_of
 
 __all__ = ["vllm_engines"]
 
-LIMIT_S = 300  # ten times what it takes on two idle cores
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "tests.integrations.vllm_ranks", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return reports_of("tests.integrations.vllm_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(
