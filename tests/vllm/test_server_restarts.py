@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.vllm_server import Server, call, free_port, post_for_text, start, wai
 
 __all__ = ["vllm_engines"]
 WITH_ADAPTERS = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
+STOPPING_S = 60
 SENDING_S = 0.5  # in which a request is sent; a later one finds no server, which is one more thing that happens
 
 
@@ -49,17 +51,37 @@ class Port:
         return self.address
 
     def start(self, *flags: str) -> None:
-        """Start a server, and do not wait for it."""
+        """Start a server, and do not wait for it. vLLM lets a second one listen on the same port: there must be none."""
+        assert self._server is None or self._server.process.poll() is not None, "the last one still runs"
         self._server = start(self.model, self.folder, *flags, port=self.number)
 
     def stop(self) -> None:
-        """Let it and all its workers do nothing, but keep its connections."""
+        """Let it and all its workers do nothing, but keep its connections. Returns when they do nothing.
+
+        A process goes on after the signal until one of its threads is scheduled and takes it.
+        """
         assert self._server is not None
         os.killpg(self._server.process.pid, signal.SIGSTOP)
+        until_s = time.monotonic() + STOPPING_S
+        while running := threads_of_group(self._server.process.pid) - {"T", "Z"}:
+            assert time.monotonic() < until_s, f"threads of the stopped server are still in the states {running}"
+            time.sleep(0.01)
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(f"{self.address}/health", timeout=SENDING_S)
 
     def kill(self) -> None:
         if self._server is not None:
             self._server.kill()
+
+
+def threads_of_group(group: int) -> set[str]:
+    """The states in which the threads of a group of processes are, as /proc names them: T is stopped, Z has ended."""
+    states = set()
+    for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+            states |= {state} if int(of_group) == group else set()
+    return states
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +175,11 @@ def test_killed_and_started_again_inside_a_generate(port: Port, folders: list[Pa
     adapter = trainer.vllm_generation
     client, killers = adapter.generation.vllm_client, []
     with_retries(client, 10_000)
-    send = client._post
+    send, once = client._post, threading.Lock()
 
     def killed_in_the_second_step(url: str, **options: Any) -> Any:
-        if trainer.state.global_step == 1 and not killers and url.endswith("/v1/completions"):
+        at_completions = trainer.state.global_step == 1 and url.endswith("/v1/completions")
+        if at_completions and once.acquire(blocking=False):  # several threads send requests
             killers.append(kill_in_a_request(port, start_with=WITH_ADAPTERS))
         return send(url, **options)
 
