@@ -26,19 +26,19 @@ import torch
 
 from atlas_kernels import layer
 from atlas_rl import AtlasRolloutEngine, progress
-from atlas_rl.policy import flat_layers, ragged_attention, single_tokens
+from atlas_rl.policy import flat_layers, ragged_attention, short_rows
 from atlas_rl.report.report import PHASES
 from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
 
 KINDS = {
     "linear": ("aten::mm", "aten::addmm", "aten::mv", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise"),
-    "attention": ("attend_single", "aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "attention": ("attend_rows", "aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "layout": ("aten::copy_", "aten::contiguous", "aten::clone", "aten::cat", "aten::index", "aten::index_put_"),
 }
 KERNELS = (
-    (single_tokens, "attend_single"),
-    (ragged_attention, "attend_single_unchecked"),
+    (short_rows, "attend_rows"),
+    (ragged_attention, "attend_rows"),
     (flat_layers, "rms_norm_cpu"),
     (flat_layers, "add_and_norm"),
     (flat_layers, "rotate_in_place"),
@@ -173,9 +173,9 @@ def named_kernels() -> Iterator[None]:
     """Context in which torch's profiler sees compiled kernels, which are no operators of torch."""
 
     def recorded(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             with torch.profiler.record_function(name):
-                return own(*args)
+                return own(*args, **options)
 
         return run
 

@@ -20,6 +20,7 @@ def main() -> None:
     tables = {
         "runs": adaptivity,
         "steps": floor,
+        "operations": cpu_kernels,
         "cells": controller if "kind" in result.get("cells", [{}])[0] else vllm if "vllm" in result else rollout,
     }
     for line in next(make(result[key]) for key, make in tables.items() if key in result):
@@ -43,6 +44,18 @@ def rollout(cells: list[dict[str, Any]]) -> list[str]:
                 f"| {arm['atlas_off']['ratio_to_trl']['median']:.2f} | {arm['atlas_on']['ratio_to_off']['median']:.2f} "
                 f"| {arm['atlas_on']['accepted_length']:.2f} |"
             )
+    return lines
+
+
+def cpu_kernels(operations: list[dict[str, Any]]) -> list[str]:
+    """A row per operation and number of rows: median milliseconds of 30 layers."""
+    lines = ["| operation | rows | tokens | median ms of each form |", "|---|---|---|---|"]
+    for each in operations:
+        tokens = each.get("tokens", [])
+        ragged = "ragged, " if len(set(tokens)) > 1 else ""
+        forms = ", ".join(f"{name} {took['median']:.1f}" for name, took in each["ms"].items())
+        name = each.get("layers", each["operation"])
+        lines.append(f"| {name} | {each['batch']} | {ragged}{sum(tokens) or each['batch']} | {forms} |")
     return lines
 
 

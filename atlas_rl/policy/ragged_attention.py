@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from atlas_kernels.attend_cpu import attend_single_unchecked
+from atlas_kernels.attend_cpu import attend_rows
 from atlas_kernels.dispatch import implementation_on
 from atlas_kernels.layer import store as store_tokens
-from atlas_rl.policy import varlen
+from atlas_rl.policy import short_rows, varlen
 from atlas_rl.policy.autocast import as_attended, autocast_type
 from atlas_rl.policy.base import Segments, roomy
 from atlas_rl.policy.memory import allocated
@@ -35,7 +35,7 @@ from atlas_rl.policy.parts import ListedModules
 from atlas_rl.policy.placement import Placement, place
 from atlas_rl.policy.rectangle import attend_padded
 from atlas_rl.policy.recurrent_rows import Recurrence, RecurrentRows
-from atlas_rl.policy.single_tokens import attend_singly, takes_singly
+from atlas_rl.policy.short_rows import attend_short, takes_short
 
 NAME = "atlas_ragged"
 
@@ -332,12 +332,15 @@ def attend_tokens(
     """
     batch, layer = _this_thread.batch, module.layer_idx
     # The long way looks at the policy's first tokens, and begins the layer's cache.
-    if batch is not None and batch.placed.query_len == 1 and batch.refusal and batch.sources.get(layer) == layer:
-        placed, keys, values = batch.placed, batch.keys[layer], batch.values[layer]
-        rows, positions = placed.token_rows, placed.token_positions
-        return attend_single_unchecked(
-            query, key, value, keys, values, rows, positions, placed.context, scaling, window
-        )
+    if (
+        batch is not None
+        and batch.refusal
+        and batch.sources.get(layer) == layer
+        and batch.placed.query_len <= short_rows.MOST_TOKENS
+    ):
+        placed, cache = batch.placed, (batch.keys[layer], batch.values[layer])
+        places = placed.token_rows, placed.token_positions, placed.packing.query_starts
+        return attend_rows(query, key, value, *cache, *places, placed.context, scaling, window, checked=False)
     query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
     return ragged_attention(module, query, key, value, None, scaling=scaling, sliding_window=window)[0][0]
 
@@ -374,10 +377,10 @@ def ragged_attention(
     batch.attended.add(refusal is None)
     if refusal is not None:
         batch.refusal = refusal
-        if takes_singly((query, key, value), batch.placed, softcap, s_aux):
+        if takes_short((query, key, value), batch.placed, softcap, s_aux):
             layer = batch.source(layer, key, value)
             cache = batch.keys[layer], batch.values[layer]
-            return attend_singly(query, key, value, *cache, batch.placed, scaling, sliding_window), None
+            return attend_short(query, key, value, *cache, batch.placed, scaling, sliding_window), None
     layer = batch.store(layer, key, value)
     if refusal is not None:
         keys, values = batch.read(layer)

@@ -42,6 +42,12 @@ def integers_at(address, shape):
     return numba.carray(_pointer(address), shape, np.int64)
 
 
+@numba.njit
+def short_integers_at(address, shape):
+    """The contiguous int32 array of a shape at an address."""
+    return numba.carray(_pointer(address), shape, np.int32)
+
+
 def weight_address(weight: torch.Tensor) -> int:
     """Address of a contiguous weight; `RuntimeError` if its memory was given back, as FSDP does with gathered weights."""
     if weight.untyped_storage().nbytes() < weight.nbytes:

@@ -54,6 +54,13 @@ def test_rows_without_masked_tokens_are_compared_as_they_are() -> None:
     assert rows_that_differ(ours, theirs, middle).tolist() == (error > middle).tolist()
 
 
+def test_the_rounding_of_a_large_logit_is_no_difference() -> None:
+    """All others are so unlikely that they count as masked: there is no spread to compare with."""
+    expected = [146.85676, -2.2595, 1.5317]
+    for off, differs in ((1.6e-5, False), (0.1, True)):
+        assert rows_that_differ(rows([expected[0] + off, *expected[1:]]), rows(expected), 2e-3).tolist() == [differs]
+
+
 def test_rows_that_are_no_distribution_say_nothing() -> None:
     broken = rows([math.nan, 0.0], [INF, 0.0], [-INF, -INF])
     assert not rows_that_differ(broken, broken, 0.1).any()

@@ -1,4 +1,4 @@
-"""Plain decode steps on a CPU take the compiled attention wherever they may, and get a plain forward's logits."""
+"""Decode steps on a CPU take the compiled attention wherever they may, drafts as well, and get a plain forward's logits."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def counting(name: str, tokens: int) -> None:
         attend = getattr(ragged_attention, name)
 
-        def counted(query: torch.Tensor, *rest: object) -> torch.Tensor:
+        def counted(query: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
             counts.append(query.shape[tokens])
-            return attend(query, *rest)
+            return attend(query, *rest, **options)
 
         monkeypatch.setattr(ragged_attention, name, counted)
 
-    counting("attend_singly", 2)
-    counting("attend_single_unchecked", 0)
+    counting("attend_short", 2)
+    counting("attend_rows", 0)
     return counts
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3n_text", "gemma4_text, shared keys and values"])
 def test_rows_run_in_every_way_are_as_plain_forwards(family: str, taken: list[int]) -> None:
     run_in_every_way(Rows(policy(family)))
-    assert 3 in taken
+    assert 3 in taken, "a plain step of three rows"
+    assert 18 in taken, "drafts in five rows"
 
 
 def test_sinks_stay_with_the_formula(taken: list[int]) -> None:
@@ -45,7 +46,7 @@ def test_sinks_stay_with_the_formula(taken: list[int]) -> None:
 
 
 def test_a_mask_is_converted_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts keep the rectangle."""
+    """Many tokens of a row keep the rectangle."""
     masks, attend = [], rectangle.attend
 
     def watched(*args: torch.Tensor, **options: object) -> torch.Tensor:
@@ -57,7 +58,7 @@ def test_a_mask_is_converted_once_for_all_layers(monkeypatch: pytest.MonkeyPatch
     with rows.runner.session(rows.cache):
         rows.forward({row: text[:5] for row, text in enumerate(texts(2))})
         masks.clear()
-        rows.forward({row: text[5:6] for row, text in enumerate(texts(2))}, rejected=[2, 1])
+        rows.forward({row: text[5:] for row, text in enumerate(texts(2))}, rejected=[2, 1])
     assert len(masks) > 1
     assert all(mask is masks[0] and mask.dtype == torch.float32 for mask in masks)
 
