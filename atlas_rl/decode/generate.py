@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -218,6 +218,8 @@ class InProcessBackend(Backend):
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
         num_tokens = sequences.lengths - sequences.prompt_lengths
         plain = loop.plain_costs.run(num_tokens, loop.room.most_rows, rows_to_fill=rows_to_fill)
+        if plain.seconds is not None:  # it would pack its weights, too
+            plain = replace(plain, seconds=plain.seconds + runner.linears.packing_s)
         return CallResult(loop.logprobs, plain, list(findings), loop.trace)
 
     def eos_token_ids(self) -> list[int]:

@@ -45,7 +45,7 @@ class _Run:
         step: The planned step, with its drafts.
         admission: Which drafts were verified.
         verified: Outcome of the step.
-        forward_s: Seconds of the forward.
+        forward_s: Seconds of the forward, without work that is done once (`PolicyRunner.once_s`), as are those of the step.
         step_s: Seconds from the previous outcome to this one: the time of a step, without host work hidden by the
             device.
     """
@@ -143,7 +143,7 @@ class DecodeLoop:
             step = self.proposing.run(self.sequences, requests, self.room.drafts(requests), self._rest(requests))
             admission = self.controller.admit(step)
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
-            asked_s = recorder.switch("forward")
+            asked_s, once_s = recorder.switch("forward"), self.runner.once_s
             logits, hidden = self.forward(requests, draft)
             recorder.switch("sample")
             verifying = self.verifier.begin(logits, draft, self.sequences, requests)
@@ -164,11 +164,13 @@ class DecodeLoop:
                 recorder.switch("sample")
                 logits, hidden = again
                 outcome = self.verifier.verify(logits, draft, self.sequences, requests)
+            once_s = self.runner.once_s - once_s
             began_s, self._arrived_s = self._arrived_s, recorder.switch("commit")
             verified = self.commit(requests, outcome, draft.lengths, hidden)
             self._observe(verified)
             self._retire(verified.finished)
-        self._unlearned = _Run(step, admission, verified, forward_s, self._arrived_s - began_s)
+        step_s = self._arrived_s - began_s - once_s
+        self._unlearned = _Run(step, admission, verified, max(0.0, forward_s - once_s), max(0.0, step_s))
 
     def _tell_sizes(self) -> None:
         """Tell the controller what forwards are padded to, whenever that has changed.

@@ -111,6 +111,14 @@ class PolicyRunner(ABC):
         return False
 
     @property
+    def once_s(self) -> float:
+        """Seconds so far that forwards took for work that is done once: packing weights, comparing routes, capturing.
+
+        The next forward over as many tokens takes that much less, so this is no part of what a forward costs.
+        """
+        return 0.0
+
+    @property
     def step_sizes(self) -> tuple[int, ...]:
         """Token counts that the session's decode forwards are padded to, ascending; empty if they are not padded."""
         return ()

@@ -61,11 +61,19 @@ def by_columns(weight: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(slots=True)
+class _Once:
+    """Seconds of work that is done once: packing, and timing routes that are not the fastest."""
+
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class _Shape:
     """Groups of one shape and type: their contests by rows, their packed copies, and the cost of not having these."""
 
     groups: list[Group]
     contests: dict[int, Contest]
+    once: _Once
     copies: dict[Group, tuple[WeightCopy, ...]] = field(default_factory=dict)
     lost_s: float = 0.0
     times_copies: bool = False  # not in the forward that they are made for: they are in the processor's cache then
@@ -103,7 +111,9 @@ class _Shape:
             made = packed_weight(torch.cat([layer.weight for layer in group]) if len(group) > 1 else group[0].weight)
             self.copies[group] = tuple(WeightCopy.of(layer.weight, made) for layer in group)
         self.times_copies = False
-        pack_s = (time.perf_counter() - began_s) / len(groups)
+        all_s = time.perf_counter() - began_s
+        self.once.seconds += all_s
+        pack_s = all_s / len(groups)
         for contest in self.contests.values():
             contest.pack_s = pack_s if contest.pack_s is None else min(contest.pack_s, pack_s)
 
@@ -126,6 +136,12 @@ class FastLinears:
         self._model = model
         self._shapes: list[_Shape] = []
         self._products: dict[Group, Products] = {}
+        self._once = _Once()
+
+    @property
+    def once_s(self) -> float:
+        """Seconds since the first session of packing, and of timing routes that are not the fastest."""
+        return self._once.seconds
 
     @contextmanager
     def installed(self, parts: HasModules | None = None) -> Iterator[None]:
@@ -139,7 +155,7 @@ class FastLinears:
         outer, table = self._shapes, self._table
         known = {layer for shape in outer for group in shape.groups for layer in group}
         layers: list[Any] = [m for m in (parts or self._model).modules() if m not in known and _takes_part(m)]
-        inner = _by_shape([(layer,) for layer in layers], table)
+        inner = _by_shape([(layer,) for layer in layers], table, self._once)
         forwards: dict[nn.Module, Any] = {layer: _forward_of(shape) for shape in inner for (layer,) in shape.groups}
         try:
             self._take(outer + inner)
@@ -174,7 +190,7 @@ class FastLinears:
         for shape in self._shapes:
             shape.groups = [group for group in shape.groups if not members.intersection(group)]
             shape.copies = {group: copy for group, copy in shape.copies.items() if not members.intersection(group)}
-        self._take(self._shapes + _by_shape(new, self._table))
+        self._take(self._shapes + _by_shape(new, self._table, self._once))
 
     def _may_be_together(self, group: Group) -> bool:
         kinds = {(layer.weight.dtype, layer.weight.shape[1], layer.bias is None) for layer in group}
@@ -209,13 +225,13 @@ class FastLinears:
             self.most_packed_bytes = max(self.most_packed_bytes, packed_bytes)
 
 
-def _by_shape(groups: list[Group], table: RouteTable) -> list[_Shape]:
+def _by_shape(groups: list[Group], table: RouteTable, once: _Once) -> list[_Shape]:
     by_shape: dict[object, list[Group]] = {}
     for group in groups:
         first = group[0]
         shapes = tuple(layer.weight.shape for layer in group)
         by_shape.setdefault((shapes, first.weight.dtype, first.bias is None), []).append(group)
-    return [_Shape(same, _contests(same[0], table)) for same in by_shape.values()]
+    return [_Shape(same, _contests(same[0], table), once) for same in by_shape.values()]
 
 
 def _contests(group: Group, table: RouteTable) -> dict[int, Contest]:
@@ -273,7 +289,10 @@ def _products_of(shape: _Shape) -> Products:
             del copies[group]
             copy = None
         if contest.winner is None:
-            return _timed(contest, rows, group, copy if shape.times_copies else None, len(shape.groups) == 1)
+            began_s = time.perf_counter()
+            out = _timed(contest, rows, group, copy if shape.times_copies else None, len(shape.groups) == 1)
+            shape.once.seconds += max(0.0, time.perf_counter() - began_s - contest.least_s)
+            return out
         return _by(contest.winner if copy is not None else contest.runner_up, rows, group, copy)
 
     return products

@@ -216,6 +216,11 @@ class InProcessRunner(PolicyRunner):
         return self.device.type != "cpu"
 
     @property
+    def once_s(self) -> float:
+        steps = None if self._cache is None else self._cache.steps
+        return self.linears.once_s + (0.0 if steps is None else steps.capture_s)
+
+    @property
     def step_sizes(self) -> tuple[int, ...]:
         cache = self._cache
         if cache is None or not cache.takes_steps or self._uncaptured is not None:

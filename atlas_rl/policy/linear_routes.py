@@ -174,6 +174,11 @@ class Contest:
         """Estimated seconds of a route: the least timing, because other load only adds to it."""
         return min(self.seconds[route], default=float("inf"))
 
+    @property
+    def least_s(self) -> float:
+        """Seconds of the fastest route so far; 0 before any timing."""
+        return min((min(timed) for timed in self.seconds.values() if timed), default=0.0)
+
     def _end_if_known(self) -> None:
         """One fast timing may rule out several other routes at once, and end the contest."""
         if not self._open():

@@ -194,6 +194,31 @@ def test_what_a_product_takes_to_compile_is_not_timed(num_layers: int, monkeypat
 
 
 @needs_packing
+def test_what_is_done_once_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing, and the time that slower routes take while they are compared."""
+    plain = functional.linear
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        return plain(*arguments)
+
+    monkeypatch.setitem(ROUTES, TURNED, slow)
+    layer, table = layer_of(), RouteTable(None, "nobody's")
+    linears, counts = FastLinears(nn.ModuleList([layer]), table), []
+    with torch.no_grad(), linears.installed():
+        for _ in range(20):
+            linears.prepare(8)
+            layer(torch.randn(8, INPUTS))
+            counts.append(linears.once_s)
+    (contest,) = [each for each in table.contests.values() if each.seconds[PLAIN]]
+    slower_s = len(contest.seconds[TURNED]) * 0.02
+    assert contest.winner in (PLAIN, PACKED)
+    assert counts[-1] == counts[-5], "the contest has ended, and everything is packed"
+    assert 0 < linears.packing_s < counts[-1]
+    assert counts[-1] - linears.packing_s > slower_s / 2
+
+
+@needs_packing
 def test_copies_are_not_timed_by_the_forward_that_they_are_made_for() -> None:
     """They are in the processor's cache then, and later forwards read them from memory."""
     layers, table = nn.ModuleList([layer_of(seed=each) for each in range(5)]), RouteTable(None, "nobody's")
