@@ -310,8 +310,12 @@ def lora(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
 
 
 def kept(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
-    """Weights that training and evaluation keep gathered after a forward; with FSDP2, loaded on rank 0 alone."""
-    watched = Watched(wrapper, folder, way, kept=True, max_steps=2, eval_dataset=DATA.select(range(8)))
+    """Weights that training and evaluation keep gathered after a forward; with FSDP2, loaded on rank 0 alone.
+
+    Each run begins with an evaluation. With `rollout_func` that makes the adapter.
+    """
+    evaluated = {"eval_on_start": True, "eval_dataset": DATA.select(range(8))}
+    watched = Watched(wrapper, folder, way, kept=True, max_steps=2, **evaluated)
     watched.trainer.train()
     watched.trainer.evaluate()
     unsent = sent_wrong(watched.trainer, wrapper)

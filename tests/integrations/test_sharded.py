@@ -70,8 +70,8 @@ def test_an_evaluation_leaves_a_policy_that_is_sent_whole_and_trained_again(laun
     assert len(kept) == (2 * len(WAYS) if launched.wrapper.startswith("fsdp") else 0)
     for run in kept:
         modes = [(call["step"], call["mode"]) for call in run["seconds"]]
-        evaluations = [(2, "eval")] * 2 * 2
-        assert modes == [(0, "train"), (1, "train"), *evaluations, (0, "train"), (1, "train")]
+        training = [(0, "eval"), (0, "eval"), (0, "train"), (1, "train")]  # two batches per evaluation
+        assert modes == [*training, *[(2, "eval")] * 4, *training]
         assert run["sent_wrong"] == []
         weights = [call["weights"] for call in run["calls"]]
         assert len(set(weights)) == 4, "three steps are seen; the evaluations and what follows them have one policy"
