@@ -1,4 +1,4 @@
-"""One rank of several small GRPO runs: `torchrun -m tests.integrations.sharded_ranks WRAPPER FOLDER`.
+"""One rank of several small runs, most of GRPO: `torchrun -m tests.integrations.sharded_ranks WRAPPER FOLDER`.
 
 Every completion is compared, in the rank that made it, with what a single process without speculation draws from the whole
 weights. Each rank writes what it saw. In the last run one rank raises while it generates.
@@ -31,7 +31,8 @@ from atlas_rl.integrations.trl.whole_policy import reach_all_weights
 from examples.cpu_ranks import pretend
 from tests.integrations.cpu_devices import options_of
 from tests.models import tiny_bigram
-from tests.trainers import DATA, WORDS, build_trainer, with_special_tokens, word_tokenizer
+from tests.other_trainers import build_other
+from tests.trainers import DATA, TRAINERS, WORDS, build_trainer, with_special_tokens, word_tokenizer
 
 LONG, SHORT = 14, 3  # most tokens of a completion on rank 1 and on rank 0
 WAYS = ("rollout_func", "attach")  # the first one finds no process group yet, in which ranks could see each other
@@ -70,10 +71,14 @@ class Watched:
         wrapper: What spreads it over ranks.
         folder: Of its files.
         way: How it gets its engine, "attach" or "rollout_func".
-        options: Of `build_trainer`.
+        kind: Of `build_trainer` or `build_other`.
+        kept: As for `options_of`.
+        options: Of the trainer.
     """
 
-    def __init__(self, wrapper: str, folder: Path, way: str, *, kept: bool = False, **options: Any) -> None:
+    def __init__(
+        self, wrapper: str, folder: Path, way: str, *, kind: str = "grpo", kept: bool = False, **options: Any
+    ) -> None:
         for state in (AcceleratorState, GradientState):
             state._shared_state.clear()
         self.wrapper, self.way, self.peft = wrapper, way, bool(options.get("peft"))
@@ -83,9 +88,14 @@ class Watched:
         self._rollout = self.engine.rollout
         self.engine.rollout = self.rollout  # type: ignore[method-assign]
         model = saved_policy(folder) if kept and wrapper == "fsdp2" else policy()
-        self.trainer = build_trainer(
-            "grpo", model, word_tokenizer(), folder / "trainer", reward_funcs=distinct_words, **options
-        )
+        output = folder / "trainer"
+        if kind in TRAINERS:
+            options["reward_funcs"] = distinct_words
+            self.trainer = build_trainer(kind, model, word_tokenizer(), output, **options)
+        else:
+            # Ranks save what the trainer loads again, each for itself.
+            output /= f"rank{os.environ['RANK']}"
+            self.trainer = build_other(kind, output, model=model, **options)
         self.rank = int(self.trainer.accelerator.process_index)
         assert self.trainer.accelerator.num_processes == 2
         self.trainer.max_completion_length = LONG if self.rank else SHORT
@@ -192,7 +202,7 @@ class Watched:
             "seconds": self.seconds,
             "reports": [report.to_dict() for report in self.engine.reports],
             "log": self.trainer.state.log_history,
-            "correction": self.trainer.vllm_importance_sampling_correction,
+            "correction": getattr(self.trainer, "vllm_importance_sampling_correction", None),
         }
 
 
@@ -324,6 +334,20 @@ def kept(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
     return watched.summary() | {"sent_wrong": unsent}
 
 
+def rloo(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
+    """A trainer without importance-sampling correction."""
+    watched = Watched(wrapper, folder, way, kind="rloo", max_steps=2)
+    watched.trainer.train()
+    return watched.summary()
+
+
+def distillation(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
+    """A trainer with a second model, its teacher."""
+    watched = Watched(wrapper, folder, way, kind="distillation", max_steps=2)
+    watched.trainer.train()
+    return watched.summary()
+
+
 def one_raises(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
     """Rank 1 raises while it generates: this run ends, on both ranks."""
     watched = Watched(wrapper, folder, way, max_steps=3)
@@ -341,7 +365,7 @@ def main(wrapper: str, folder: Path) -> None:
     pretend(wrapper)
     cases = [full, lora, *([kept] if wrapper.startswith("fsdp") else [])]
     runs = [(case, way) for way in WAYS for case in cases]
-    for case, way in [*runs, (one_raises, "attach")]:
+    for case, way in [*runs, *((case, "attach") for case in (rloo, distillation, one_raises))]:
         name = name_of(case.__name__, way)
         summary = case(wrapper, folder / name, way)
         rank = PartialState().process_index
