@@ -1,4 +1,4 @@
-"""One rank of several small GRPO runs: `torchrun -m tests.integrations.sharded_ranks WRAPPER FOLDER`.
+"""One rank of several small runs, most of GRPO: `torchrun -m tests.integrations.sharded_ranks WRAPPER FOLDER`.
 
 Every completion is compared, in the rank that made it, with what a single process without speculation draws from the whole
 weights. Each rank writes what it saw. In the last run one rank raises while it generates.
@@ -26,13 +26,21 @@ from transformers import TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.integrations.trl.adapter import rollout_func
 from atlas_rl.integrations.trl.whole_policy import reach_all_weights
 from examples.cpu_ranks import pretend
 from tests.integrations.cpu_devices import options_of
 from tests.models import tiny_bigram
-from tests.trainers import DATA, WORDS, build_trainer, with_special_tokens, word_tokenizer
+from tests.other_trainers import build_other
+from tests.trainers import DATA, TRAINERS, WORDS, build_trainer, with_special_tokens, word_tokenizer
 
 LONG, SHORT = 14, 3  # most tokens of a completion on rank 1 and on rank 0
+WAYS = ("rollout_func", "attach")  # the first one finds no process group yet, in which ranks could see each other
+
+
+def name_of(case: str, way: str) -> str:
+    """Of a run's folder and of the files in which its ranks tell what they saw."""
+    return case if way == "attach" else f"{case}_by_function"
 
 
 def policy() -> Any:
@@ -62,33 +70,56 @@ class Watched:
     Args:
         wrapper: What spreads it over ranks.
         folder: Of its files.
-        options: Of `build_trainer`.
+        way: How it gets its engine, "attach" or "rollout_func".
+        kind: Of `build_trainer` or `build_other`.
+        kept: As for `options_of`.
+        options: Of the trainer.
     """
 
-    def __init__(self, wrapper: str, folder: Path, *, kept: bool = False, **options: Any) -> None:
+    def __init__(
+        self, wrapper: str, folder: Path, way: str, *, kind: str = "grpo", kept: bool = False, **options: Any
+    ) -> None:
         for state in (AcceleratorState, GradientState):
             state._shared_state.clear()
-        self.wrapper, self.peft = wrapper, bool(options.get("peft"))
+        self.wrapper, self.way, self.peft = wrapper, way, bool(options.get("peft"))
         options = {"lr_scheduler_type": "constant"} | options_of(wrapper, kept=kept) | options
+        options |= {"rollout_func": self.by_function} if way == "rollout_func" else {}
+        self.engine = AtlasRolloutEngine(console=False, audit_share=0.2, output_dir=folder / "atlas", trace=True)
+        self._rollout = self.engine.rollout
+        self.engine.rollout = self.rollout  # type: ignore[method-assign]
         model = saved_policy(folder) if kept and wrapper == "fsdp2" else policy()
-        self.trainer = build_trainer(
-            "grpo", model, word_tokenizer(), folder / "trainer", reward_funcs=distinct_words, **options
-        )
+        output = folder / "trainer"
+        if kind in TRAINERS:
+            options["reward_funcs"] = distinct_words
+            self.trainer = build_trainer(kind, model, word_tokenizer(), output, **options)
+        else:
+            # Ranks save what the trainer loads again, each for itself.
+            output /= f"rank{os.environ['RANK']}"
+            self.trainer = build_other(kind, output, model=model, **options)
         self.rank = int(self.trainer.accelerator.process_index)
         assert self.trainer.accelerator.num_processes == 2
         self.trainer.max_completion_length = LONG if self.rank else SHORT
-        self.engine = AtlasRolloutEngine(console=False, audit_share=0.2, output_dir=folder / "atlas", trace=True)
-        self.engine.attach(self.trainer, baseline_every=2)
-        self.adapter = self.trainer.vllm_generation
+        self.adapter: Any = None
+        if way == "attach":
+            self.engine.attach(self.trainer, baseline_every=2)
+            self.watch(self.trainer.vllm_generation)
         self.calls: list[dict[str, Any]] = []
-        self._rollout, self._generate, self._policy = self.engine.rollout, self.adapter._generate, self.adapter._policy
-        self.engine.rollout = self.rollout  # type: ignore[method-assign]
-        self.adapter._generate, self.adapter._policy = self.gathered, self.timed
         self._sizes = {name: weight.numel() for name, weight in self.alone().named_parameters()}
         self._outputs: list[tuple[Any, ...]] = []
         self.seconds: list[dict[str, Any]] = []
         self._gathering: dict[str, Any] = {}
         self._rollouts_s = 0.0
+
+    def by_function(self, prompts: Any, trainer: Any) -> Any:
+        """The engine as `rollout_func`, whose adapter is made by the trainer's first call."""
+        if self.adapter is None:
+            self.watch(rollout_func(self.engine, trainer))
+        return self.engine(prompts, trainer)
+
+    def watch(self, adapter: Any) -> None:
+        """Compare every call of this adapter."""
+        self.adapter, self._generate, self._policy = adapter, adapter._generate, adapter._policy
+        adapter._generate, adapter._policy = self.gathered, self.timed
 
     def alone(self) -> Any:
         """The policy in a single process."""
@@ -164,13 +195,14 @@ class Watched:
         self.engine.policy_updated()  # the last step's rollouts are learned from as well
         history: Any = (self.engine._speculators or {})["history"]
         return {
+            "way": self.way,
             "archived": history.num_archived_tokens,
             "head": head if learner.trained else "",
             "calls": self.calls,
             "seconds": self.seconds,
             "reports": [report.to_dict() for report in self.engine.reports],
             "log": self.trainer.state.log_history,
-            "correction": self.trainer.vllm_importance_sampling_correction,
+            "correction": getattr(self.trainer, "vllm_importance_sampling_correction", None),
         }
 
 
@@ -264,32 +296,36 @@ def raising(engine: Any) -> Iterator[None]:
         engine.rollout = own
 
 
-def full(wrapper: str, folder: Path) -> dict[str, Any]:
+def full(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
     """Evaluation, a call that raises, and a checkpoint from which another trainer goes on."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": DATA.select(range(8))}
-    watched = Watched(wrapper, folder, **saving, **evaluated)
+    watched = Watched(wrapper, folder, way, **saving, **evaluated)
     interrupted = Interrupted(watched)
     watched.trainer.add_callback(interrupted)
     watched.trainer.train()
-    resumed = Watched(wrapper, folder, **saving)
+    resumed = Watched(wrapper, folder, way, **saving)
     resumed.trainer.train(resume_from_checkpoint=str(folder / "trainer" / "checkpoint-2"))
     return watched.summary() | {"changed": interrupted.changed, "resumed": resumed.summary()}
 
 
-def lora(wrapper: str, folder: Path) -> dict[str, Any]:
+def lora(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
     """Adapters, with activations checkpointed."""
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    watched = Watched(wrapper, folder, peft=True, max_steps=2, **checkpointing)
+    watched = Watched(wrapper, folder, way, peft=True, max_steps=2, **checkpointing)
     interrupted = Interrupted(watched)
     watched.trainer.add_callback(interrupted)
     watched.trainer.train()
     return watched.summary() | {"changed": interrupted.changed}
 
 
-def kept(wrapper: str, folder: Path) -> dict[str, Any]:
-    """Weights that training and evaluation keep gathered after a forward; with FSDP2, loaded on rank 0 alone."""
-    watched = Watched(wrapper, folder, kept=True, max_steps=2, eval_dataset=DATA.select(range(8)))
+def kept(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
+    """Weights that training and evaluation keep gathered after a forward; with FSDP2, loaded on rank 0 alone.
+
+    Each run begins with an evaluation. With `rollout_func` that makes the adapter.
+    """
+    evaluated = {"eval_on_start": True, "eval_dataset": DATA.select(range(8))}
+    watched = Watched(wrapper, folder, way, kept=True, max_steps=2, **evaluated)
     watched.trainer.train()
     watched.trainer.evaluate()
     unsent = sent_wrong(watched.trainer, wrapper)
@@ -298,9 +334,23 @@ def kept(wrapper: str, folder: Path) -> dict[str, Any]:
     return watched.summary() | {"sent_wrong": unsent}
 
 
-def one_raises(wrapper: str, folder: Path) -> dict[str, Any]:
+def rloo(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
+    """A trainer without importance-sampling correction."""
+    watched = Watched(wrapper, folder, way, kind="rloo", max_steps=2)
+    watched.trainer.train()
+    return watched.summary()
+
+
+def distillation(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
+    """A trainer with a second model, its teacher."""
+    watched = Watched(wrapper, folder, way, kind="distillation", max_steps=2)
+    watched.trainer.train()
+    return watched.summary()
+
+
+def one_raises(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
     """Rank 1 raises while it generates: this run ends, on both ranks."""
-    watched = Watched(wrapper, folder, max_steps=3)
+    watched = Watched(wrapper, folder, way, max_steps=3)
     with raising(watched.engine) if watched.rank else nothing():
         watched.trainer.train()
     return {}
@@ -313,11 +363,13 @@ def nothing() -> Iterator[None]:
 
 def main(wrapper: str, folder: Path) -> None:
     pretend(wrapper)
-    cases = [full, lora, *([kept] if wrapper.startswith("fsdp") else []), one_raises]
-    for case in cases:
-        summary = case(wrapper, folder / case.__name__)
+    cases = [full, lora, *([kept] if wrapper.startswith("fsdp") else [])]
+    runs = [(case, way) for way in WAYS for case in cases]
+    for case, way in [*runs, *((case, "attach") for case in (rloo, distillation, one_raises))]:
+        name = name_of(case.__name__, way)
+        summary = case(wrapper, folder / name, way)
         rank = PartialState().process_index
-        (folder / f"{case.__name__}.rank{rank}.json").write_text(json.dumps(summary))
+        (folder / f"{name}.rank{rank}.json").write_text(json.dumps(summary))
         torch.distributed.barrier()
 
 

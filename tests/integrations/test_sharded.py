@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.integrations.sharded_ranks import LONG, SHORT
+from tests.integrations.sharded_ranks import LONG, SHORT, WAYS, name_of
 
 WRAPPERS = ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
+OTHERS = ("rloo", "distillation")
 LIMIT_S = 400
 
 
@@ -35,7 +36,8 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
-    cases = ["full", "lora", *(["kept"] if wrapper.startswith("fsdp") else [])]
+    own = ["full", "lora", *(["kept"] if wrapper.startswith("fsdp") else [])]
+    cases = [*(name_of(case, way) for way in WAYS for case in own), *OTHERS]
     written = [folder / f"{case}.rank{rank}.json" for case in cases for rank in range(2)]
     assert all(file.is_file() for file in written), done.stderr[-4000:]
     seen = {case: [json.loads((folder / f"{case}.rank{rank}.json").read_text()) for rank in range(2)] for case in cases}
@@ -47,7 +49,7 @@ pytestmark = pytest.mark.slow
 
 def test_every_completion_is_the_single_process_s(launched: Any) -> None:
     runs = [run for ranks in launched.cases.values() for run in ranks]
-    runs += [run["resumed"] for run in launched.cases["full"]]
+    runs += [run["resumed"] for ranks in launched.cases.values() for run in ranks if "resumed" in run]
     for run in runs:
         assert run["calls"]
         for call in run["calls"]:
@@ -65,10 +67,12 @@ def test_the_policy_moved_between_calls_and_is_one_on_all_ranks(launched: Any) -
 
 def test_an_evaluation_leaves_a_policy_that_is_sent_whole_and_trained_again(launched: Any) -> None:
     """FSDP keeps weights gathered after it. Bare accelerate refuses to prepare such a policy of FSDP2 again."""
-    for run in launched.cases.get("kept", []):
+    kept = [run for name, ranks in launched.cases.items() if name.startswith("kept") for run in ranks]
+    assert len(kept) == (2 * len(WAYS) if launched.wrapper.startswith("fsdp") else 0)
+    for run in kept:
         modes = [(call["step"], call["mode"]) for call in run["seconds"]]
-        evaluations = [(2, "eval")] * 2 * 2
-        assert modes == [(0, "train"), (1, "train"), *evaluations, (0, "train"), (1, "train")]
+        training = [(0, "eval"), (0, "eval"), (0, "train"), (1, "train")]  # two batches per evaluation
+        assert modes == [*training, *[(2, "eval")] * 4, *training]
         assert run["sent_wrong"] == []
         weights = [call["weights"] for call in run["calls"]]
         assert len(set(weights)) == 4, "three steps are seen; the evaluations and what follows them have one policy"
@@ -83,8 +87,9 @@ def test_ranks_had_lengths_and_seeds_of_their_own(launched: Any) -> None:
 
 
 def test_a_call_that_raises_leaves_the_policy_as_it_was(launched: Any) -> None:
-    for case in ("full", "lora"):
-        assert [run["changed"] for run in launched.cases[case]] == [[], []]
+    for name, ranks in launched.cases.items():
+        if name.startswith(("full", "lora")):
+            assert [run["changed"] for run in ranks] == [[], []]
 
 
 def test_a_rank_that_raises_ends_the_run(launched: Any) -> None:
@@ -107,7 +112,7 @@ def test_reports_are_those_of_all_ranks(launched: Any) -> None:
                 "reruns without speculation have the same tokens, and the audit finds nothing"
             )
         measured = [report["speedup_measured"] for report in reports if report["mode"] == "train"]
-        assert measured[0] is not None
+        assert (measured[0] is not None) == (ranks[0]["way"] == "attach"), "the other way has no `baseline_every`"
 
 
 def test_seconds_of_gathering_are_measured_and_published(launched: Any) -> None:
@@ -127,8 +132,9 @@ def test_seconds_of_gathering_are_measured_and_published(launched: Any) -> None:
             assert report["sync_s"] == pytest.approx(slowest["sync_s"])
 
 
-def test_logged_evaluation_figures_are_those_of_all_ranks(launched: Any) -> None:
-    run = launched.cases["full"][0]
+@pytest.mark.parametrize("way", WAYS)
+def test_logged_evaluation_figures_are_those_of_all_ranks(launched: Any, way: str) -> None:
+    run = launched.cases[name_of("full", way)][0]
     reports = [report for report in run["reports"] if report["mode"] == "eval"]
     logged = [row for row in run["log"] if "eval_atlas/num_tokens" in row]
     assert [report["num_requests"] for report in reports] == [32, 32], "two batches on each of two ranks"
@@ -138,34 +144,41 @@ def test_logged_evaluation_figures_are_those_of_all_ranks(launched: Any) -> None
 
 
 def test_ranks_take_one_decision_on_importance_sampling(launched: Any) -> None:
-    for ranks in launched.cases.values():
-        assert [run["correction"] for run in ranks] == [False, False]
+    """With `rollout_func` the setting stays as it is: TRL makes no correction there."""
+    for name, ranks in launched.cases.items():
+        expected = None if name in OTHERS else ranks[0]["way"] == "rollout_func"
+        assert [run["correction"] for run in ranks] == [expected, expected]
 
 
-def test_what_one_rank_rolls_out_is_known_to_all(launched: Any) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_what_one_rank_rolls_out_is_known_to_all(launched: Any, way: str) -> None:
     """Both histories hold the rollouts of both ranks."""
-    first, second = (run["archived"] for run in launched.cases["lora"])
+    ranks = launched.cases[name_of("lora", way)]
+    first, second = (run["archived"] for run in ranks)
     assert first == second
-    assert first > sum(sum(call["lengths"]) for run in launched.cases["lora"] for call in run["calls"])
+    assert first > sum(sum(call["lengths"]) for run in ranks for call in run["calls"])
 
 
-def test_what_the_recurrent_heads_learned_is_averaged_into_one(launched: Any) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_what_the_recurrent_heads_learned_is_averaged_into_one(launched: Any, way: str) -> None:
     """Each rank trained its head on its own rollouts, for as long as its own clock let it."""
-    first, second = (run["head"] for run in launched.cases["lora"])
+    first, second = (run["head"] for run in launched.cases[name_of("lora", way)])
     assert first
     assert first == second
 
 
-def test_each_rank_has_files_of_its_own(launched: Any) -> None:
-    saved = launched.folder / "full" / "trainer" / "checkpoint-2"
+@pytest.mark.parametrize("way", WAYS)
+def test_each_rank_has_files_of_its_own(launched: Any, way: str) -> None:
+    name = name_of("full", way)
+    saved = launched.folder / name / "trainer" / "checkpoint-2"
     assert sorted(file.name for file in saved.glob("atlas_rl*")) == [
         "atlas_rl.rank1.safetensors",
         "atlas_rl.safetensors",
     ]
     for rank in range(2):
-        lines = (launched.folder / "full" / "atlas" / f"controller.rank{rank}.jsonl").read_text().splitlines()
+        lines = (launched.folder / name / "atlas" / f"controller.rank{rank}.jsonl").read_text().splitlines()
         assert {json.loads(line)["rank"] for line in lines} == {rank}
-    for run in launched.cases["full"]:
+    for run in launched.cases[name]:
         first, second = ([call for call in each["calls"] if call["mode"] == "train"] for each in (run, run["resumed"]))
         assert second[0]["seed"] == first[2]["seed"]
         assert second[0]["weights"] == pytest.approx(first[2]["weights"]), "the resumed run begins with step 2's policy"

@@ -1,4 +1,4 @@
-"""What attaching refuses where ranks would have to make every generation call together, and cannot.
+"""What an engine refuses where ranks would have to make every generation call together, and cannot.
 
 The trainers are real and in one process. They are told by name what spreads their policy over ranks.
 """
@@ -15,6 +15,7 @@ import pytest
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.core import SamplingParams
 from atlas_rl.integrations.trl import importance, together
+from atlas_rl.integrations.trl.adapter import adapter_of
 from atlas_rl.integrations.trl.importance import ImportanceCheck
 from tests.models import tiny_llama
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
@@ -35,9 +36,15 @@ def sharded(trainer: Any, wrapper: str) -> Any:
 
 
 def refused(trainer: Any, message: str, backend: Any = "auto") -> None:
+    """Attaching is refused; in process the first call of `rollout_func` is as well."""
+    engine = AtlasRolloutEngine(console=False, backend=backend)
     with pytest.raises(ValueError, match=message):
-        AtlasRolloutEngine(console=False, backend=backend).attach(trainer)
+        engine.attach(trainer)
+    if backend == "auto":
+        with pytest.raises(ValueError, match=message):
+            engine(["a b c"], trainer)
     assert not trainer.use_vllm
+    assert adapter_of(trainer) is None
 
 
 def test_gathering_per_forward_is_refused(tmp_path: Path) -> None:

@@ -126,16 +126,34 @@ def test_a_trainer_that_calls_the_policy_trains_twice(tmp_path: Path) -> None:
     assert [report.policy_version for report in engine.reports] == [0, 1]
 
 
-def test_a_run_that_resumes_in_the_same_process_repeats_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["attach", "rollout_func"])
+def test_a_run_that_resumes_in_the_same_process_repeats_the_step(way: str, tmp_path: Path) -> None:
     """Its weights are those of the checkpoint, so its rollouts are those of the interrupted run, under a new version."""
     engine, rows = AtlasRolloutEngine(console=False), list[Rows]()
-    trainer = build("attach", engine, tmp_path, reward_funcs=noting(rows), max_steps=2)
+    trainer = build(way, engine, tmp_path, reward_funcs=noting(rows), max_steps=2)
     trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
     trainer.train()
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert [report.step for report in engine.reports] == [0, 1, 1]
     assert [report.policy_version for report in engine.reports] == [0, 1, 2]
     assert rows[2] == rows[1]
+
+
+@pytest.mark.parametrize("way", ["attach", "rollout_func"])
+def test_a_later_run_restores_its_drafters_from_the_folder_that_it_resumes_from(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = build("attach", AtlasRolloutEngine(console=False), tmp_path / "other", max_steps=1)
+    saving.args.save_strategy, saving.args.save_steps = "steps", 1
+    saving.train()
+    saved, restored = tmp_path / "other" / "checkpoint-1", list[Path]()
+    engine = AtlasRolloutEngine(console=False)
+    trainer = build(way, engine, tmp_path / "own", max_steps=2)
+    trainer.train()
+    monkeypatch.setattr(engine, "load_drafters", restored.append)
+    trainer.train(resume_from_checkpoint=str(saved))
+    assert restored == [saved / "atlas_rl.safetensors"]
+    assert [report.step for report in engine.reports] == [0, 1, 1]
 
 
 def test_a_sync_that_fails_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,8 +77,8 @@ def check_same_policy(engine: RolloutEngine, trainer: Any) -> None:
 def rollout_func(engine: RolloutEngine, trainer: Any) -> TrainerAdapter:
     """The adapter for `GRPOTrainer(rollout_func=engine)`, which the trainer calls; made at its first call.
 
-    The first call is in the middle of `train`. If the run resumes, the drafters are restored then, from the trainer's
-    output folder, because the folder that it resumed from is no longer known.
+    The first call is in the middle of `train`. If that run resumes, the drafters are restored then, from the trainer's
+    output folder, because the folder that it resumed from is no longer known. Later runs restore them when they begin.
 
     Raises:
         ValueError: The trainer asks for an option that the engine does not have.
@@ -169,16 +169,17 @@ class TrainerAdapter:
         of_drafters = (self.drafter_state, exchange) if self.drafts_here else ()
         for callback in (self._runs, self._reports, self._importance, *of_drafters):
             trainer.add_callback(callback)
+        # Here and not in `install`, which `rollout_func` does without.
         self._reports.follow()
+        self._runs.follow(trainer)
+        if self.drafts_here:
+            self.drafter_state.follow()
 
     def install(self) -> None:
         """Replace the trainer's vLLM engine."""
         self.trainer.use_vllm = True
         self.trainer.vllm_generation = self
         self.trainer._last_loaded_step = -1  # sync before the first generation
-        self._runs.follow(self.trainer)
-        if self.drafts_here:
-            self.drafter_state.follow()
 
     @property
     def llm(self) -> Any:

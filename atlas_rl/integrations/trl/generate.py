@@ -52,7 +52,6 @@ class GenerateAdapter(TrainerAdapter):
     def install(self) -> None:
         """Replace the policy's `generate` while the trainer runs."""
         self.trainer.atlas_adapter = self
-        self.drafter_state.follow()
         for name, mode in _ENTRANCES.items():
             setattr(self.trainer, name, self._while_serving(getattr(self.trainer, name), mode))
 
