@@ -348,6 +348,14 @@ def distillation(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
     return watched.summary()
 
 
+def evaluated_before_training(folder: Path, way: str) -> None:
+    """By DDP: transformers would then train every rank apart from the others."""
+    watched = Watched("ddp", folder, way, eval_dataset=DATA, per_device_eval_batch_size=4)
+    watched.trainer.evaluate()
+    with pytest.raises(RuntimeError, match="2 ranks would train without exchanging gradients"):
+        watched.trainer.train()
+
+
 def one_raises(wrapper: str, folder: Path, way: str) -> dict[str, Any]:
     """Rank 1 raises while it generates: this run ends, on both ranks."""
     watched = Watched(wrapper, folder, way, max_steps=3)
@@ -363,6 +371,9 @@ def nothing() -> Iterator[None]:
 
 def main(wrapper: str, folder: Path) -> None:
     pretend(wrapper)
+    if wrapper == "ddp":
+        for way in WAYS:
+            evaluated_before_training(folder / name_of("evaluated", way), way)
     cases = [full, lora, *([kept] if wrapper.startswith("fsdp") else [])]
     runs = [(case, way) for way in WAYS for case in cases]
     for case, way in [*runs, *((case, "attach") for case in (rloo, distillation, one_raises))]:

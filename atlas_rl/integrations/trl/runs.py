@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atlas_rl.policy.sharded import shard_again
@@ -30,13 +31,15 @@ class RunCallback(TrainerCallback):
         self._begin = begin
         self._policy_changed = policy_changed
         self._has_stepped = False
+        self._trainer: Any = None
 
     def follow(self, trainer: Any) -> None:
         """From now on, let `trainer.train` begin with a policy whose weights FSDP2 has sharded again.
 
-        An evaluation leaves some whole, and accelerate cannot prepare those for another training.
+        An evaluation leaves some whole, and accelerate cannot prepare those for another training. Each run is then checked
+        by `refuse_ranks_apart`.
         """
-        train = trainer.train
+        self._trainer, train = trainer, trainer.train
 
         @functools.wraps(train)
         def sharded(*args: Any, **kwargs: Any) -> Any:
@@ -49,6 +52,8 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count this run, if an earlier one made a step."""
+        if self._trainer is not None:
+            refuse_ranks_apart(self._trainer)
         self._begin()
         if self._has_stepped:
             self._has_stepped = False
@@ -65,3 +70,20 @@ class RunCallback(TrainerCallback):
         """Note that the trainer has loaded its best checkpoint, which it does before this call."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._policy_changed()
+
+
+def refuse_ranks_apart(trainer: Any) -> None:
+    """Raise `RuntimeError` if ranks would train without exchanging gradients.
+
+    `trainer.evaluate()` before the first `trainer.train()` prepares the policy for evaluation alone. transformers 5.19 then
+    trains it without DistributedDataParallel: every rank gets a policy of its own, and nothing says so.
+    """
+    accelerator = trainer.accelerator
+    by_ddp = accelerator.num_processes > 1 and accelerator.distributed_type.startswith("MULTI_")
+    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)  # torch.compile is around it
+    if by_ddp and not isinstance(wrapped, DistributedDataParallel):
+        raise RuntimeError(
+            f"{accelerator.num_processes} ranks would train without exchanging gradients, each with its own policy: the "
+            "trainer has prepared its model for an evaluation before. Use eval_on_start=True instead of trainer.evaluate() "
+            "before the first trainer.train(), or evaluate with another trainer"
+        )
