@@ -9,9 +9,8 @@ of the call is forecast:
 where request i is active for `remaining_i / rate_i` steps. In plain decoding every rate is one token per step, and there are
 no slots. With drafts, a request takes rate and slots from a similar request in a batch of about this size. Similarity
 shows only after some steps; before that, a request may be like any other, and the slowest decides. The remaining length
-is unknown, too. A scenario draws both. No drafts are asked for while they would make T longer, unless earlier calls show
-that gains rise along the texts (`courses.py`): T is then shorter in every scenario in which requests go on as others did
-from the same place.
+is unknown, too. A scenario draws both. No drafts are asked for while they would make T longer. If gains
+change along the texts as in earlier calls (`courses.py`), T may still be shorter: drafts go on if it is in every scenario.
 
 While requests wait for a row, they take the places of those that end, and every token counts alike.
 """
@@ -101,8 +100,11 @@ class CallEnd:
         if self._seconds(remaining, drawn, context_tokens, cost).mean() <= plain_s.mean():
             return False
         # Drafts may still get better along the texts. Near a tie that is doubtful, hence every scenario has to agree.
-        courses = self._courses.scenarios(rest, remaining, self._gains.variance, self._rng)
-        return courses is None or not (self._seconds(remaining, courses, context_tokens, cost) < plain_s).all()
+        changes = self._courses.changes(rest, remaining, self._gains.variance, self._rng)
+        if changes is None:
+            return True
+        changed = np.maximum(drawn[0] + changes[0], 0.0), changes[1]
+        return not (self._seconds(remaining, changed, context_tokens, cost) < plain_s).all()
 
     def _seconds(
         self,

@@ -1,9 +1,9 @@
 """Remembers how the gains of requests change along their texts.
 
 The forecast of a call's end (`call_end.py`) takes a request's latest gain for its gain to the end. That is too pessimistic
-where drafts get better along a text: the history index, for instance, is of little use before a text repeats itself. Here,
-a request goes on as a request of an earlier call did from the same place of its text. Only calls that were mostly drafted
-are remembered: one that was held back shows nothing of the rest of its texts.
+where drafts get better along a text: the history index, for instance, is of little use before a text repeats itself. So a
+request's gain is taken to change as that of a request of an earlier call did from the same place of its text. Only calls
+that were mostly drafted are remembered: one that was held back shows nothing of the rest of its texts.
 """
 
 from __future__ import annotations
@@ -43,16 +43,22 @@ class Courses:
         self._own[:], self._octave = 0.0, 0
 
     def observe(self, rest: Rest, slots: np.ndarray, gained: np.ndarray) -> None:
-        """Learn from a step with drafts: verified and accepted tokens, int64 `[batch]` each."""
-        self._octave = max(self._octave, octave_of(len(rest.requests)))
+        """Learn from a step with drafts: verified and accepted tokens, int64 `[batch]` each.
+
+        Ignored once the batch has shrunk by an octave: drafts are longer then, whether or not there were any before.
+        """
+        if not self._is_full(len(rest.requests)):
+            return
         if (more := int(rest.requests.max()) + 1 - len(self._own)) > 0:
             self._own = np.pad(self._own, ((0, more), (0, 0), (0, 0)))
         self._own[rest.requests, _place(rest.generated)] += np.stack([np.ones(len(slots)), gained, slots], axis=1)
 
-    def scenarios(
+    def changes(
         self, rest: Rest, remaining: np.ndarray, variance: float, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Tokens gained and slots used per step until the end: float64 `[scenarios, batch]` each; None without evidence.
+        """By how much requests will gain more per step than now, and their slots per step: float64 `[scenarios, batch]` each.
+
+        None without evidence. There is none for a batch that has shrunk by an octave.
 
         Args:
             rest: Where the requests are in their texts.
@@ -60,9 +66,8 @@ class Courses:
             variance: Of a request's gain per step around its mean.
             rng: Draws the scenarios.
         """
-        self._octave = max(self._octave, octave_of(len(rest.requests)))
-        remembered = self._told.get(self._octave, ())
-        if len(remembered) < _ENOUGH:
+        full, remembered = self._is_full(len(rest.requests)), self._told.get(self._octave, ())
+        if not full or len(remembered) < _ENOUGH:
             return None
         told, left, places = np.array(remembered), remaining.mean(axis=0), _place(rest.generated)
         if len(told) > _WEIGHED:
@@ -71,17 +76,23 @@ class Courses:
         crossed = slice(int(places.min()), int(_place(upto).max()) + 1)
         edges = _EDGES[crossed.start : crossed.stop + 1]
         tokens = np.diff(np.clip(edges, rest.generated[:, None], upto), axis=1)  # per request, at each place to come
-        steps, rates, slots = told[:, crossed].transpose(2, 0, 1)
+        rates, slots = told[:, crossed, 1], told[:, crossed, 2]
         to_come = tokens @ (1 / (1 + rates)).T  # steps of each request if it goes on like each remembered one
-        gains, slots = left[:, None] / to_come - 1, tokens @ (slots / (1 + rates)).T / to_come
-        seen = np.maximum(steps[:, ::-1].cumsum(axis=1)[:, ::-1][:, places - crossed.start].T, _TELLING)
+        here, slots = told[:, places, 1].T, tokens @ (slots / (1 + rates)).T / to_come
+        rises = left[:, None] / to_come - 1 - here
+        seen = np.maximum(told[:, places, 0].T, _TELLING)
         own = np.zeros((len(places), 3))
         inside = rest.requests < len(self._own)
         own[inside] = self._own[rest.requests[inside], places[inside]]
-        chosen = alike(own[:, 0], own[:, 1], told[:, places, 1].T, variance, rng.random(remaining.shape))
-        kept = lasting(gains, seen, to_come.mean(axis=1), variance)
-        usual, each = gains.mean(axis=1), np.arange(len(places))
-        return usual + kept * (gains[each, chosen] - usual), slots[each, chosen]
+        chosen = alike(own[:, 0], own[:, 1], here, variance, rng.random(remaining.shape))
+        kept = lasting(rises, seen, to_come.mean(axis=1), variance)
+        usual, each = rises.mean(axis=1), np.arange(len(places))
+        return usual + kept * (rises[each, chosen] - usual), slots[each, chosen]
+
+    def _is_full(self, batch: int) -> bool:
+        """Whether a batch is in the octave of this call's largest one."""
+        self._octave = max(self._octave, octave_of(batch))
+        return octave_of(batch) == self._octave
 
 
 def octave_of(batch: int) -> int:
