@@ -56,7 +56,7 @@ class Courses:
     def changes(
         self, rest: Rest, remaining: np.ndarray, variance: float, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """By how much requests will gain more per step than now, and their slots per step: float64 `[scenarios, batch]` each.
+        """Tokens per step that requests will gain more than now, and their slots: float64 `[scenarios, batch]` each.
 
         None without evidence. There is none for a batch that has shrunk by an octave.
 
@@ -69,9 +69,9 @@ class Courses:
         full, remembered = self._is_full(len(rest.requests)), self._told.get(self._octave, ())
         if not full or len(remembered) < _ENOUGH:
             return None
-        told, left, places = np.array(remembered), remaining.mean(axis=0), _place(rest.generated)
-        if len(told) > _WEIGHED:
-            told = told[rng.choice(len(told), _WEIGHED, replace=False)]
+        left, places = remaining.mean(axis=0), _place(rest.generated)
+        weighed = rng.choice(len(remembered), _WEIGHED, replace=False) if len(remembered) > _WEIGHED else None
+        told = np.array(remembered if weighed is None else [remembered[one] for one in weighed])
         upto = (rest.generated + left)[:, None]
         crossed = slice(int(places.min()), int(_place(upto).max()) + 1)
         edges = _EDGES[crossed.start : crossed.stop + 1]
