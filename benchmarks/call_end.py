@@ -81,7 +81,8 @@ COSTS = {
 }
 KINDS = (
     "alike", "30% repeat", "60% repeat", "90% repeat", "spread", "hardly guessed", "geometric", "long tail",
-    "long ones repeat", "long ones are hard", "rising", "falling",
+    "long ones repeat", "long ones are hard", "rising", "falling", "late", "half late",
+    "late somewhere",
 )  # fmt: skip
 
 
@@ -105,6 +106,12 @@ def texts_of(kind: str, batch: int, rng: np.random.Generator) -> Texts:
     if kind in ("rising", "falling"):
         slope = place if kind == "rising" else 1 - place
         means = np.tile(np.clip(0.1 + 0.8 * slope, 0.1, 0.9), (batch, 1))
+    if kind in ("late", "half late", "late somewhere"):
+        onset = {  # the share of a text after which it repeats itself
+            "late": np.full(batch, 0.5), "half late": np.where(ranks < 0.5, 0.5, 2.0),
+            "late somewhere": rng.uniform(0.2, 0.8, batch),
+        }[kind]  # fmt: skip
+        means = np.where(place < onset[:, None], 0.1, 0.93)
     chances = 1 / (1 + (1 - means) / means * np.exp(-rng.normal(0, 1, means.shape)))
     longest = LENGTH if (lengths == LENGTH).all() else LONGEST
     return Texts(lengths, chances, rng.random(means.shape) < chances, longest)

@@ -9,20 +9,21 @@ of the call is forecast:
 where request i is active for `remaining_i / rate_i` steps. In plain decoding every rate is one token per step, and there are
 no slots. With drafts, a request takes rate and slots from a similar request in a batch of about this size. Similarity
 shows only after some steps; before that, a request may be like any other, and the slowest decides. The remaining length
-is unknown, too. A scenario draws both. No drafts are asked for while they would make T longer.
+is unknown, too. A scenario draws both. No drafts are asked for while they would make T longer. If gains
+change along the texts as in earlier calls (`courses.py`), T may still be shorter: drafts go on if it is in every scenario.
 
 While requests wait for a row, they take the places of those that end, and every token counts alike.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 
 import numpy as np
 
 from atlas_rl.controller.base import Admission, Rest, Step
 from atlas_rl.controller.cost import CostModel
+from atlas_rl.controller.courses import Courses, alike, lasting, octave_of
 from atlas_rl.core import Verified
 
 _SCENARIOS = 16
@@ -36,7 +37,6 @@ _REMEMBERED = 512  # latest requests whose evidence is kept, per octave of the b
 _WEIGHED = 48  # most of those that scenarios are drawn from
 _MEMORY = 24.0  # steps that a request's mean covers
 _VARIANCE_MEMORY = 0.05
-_LEAST_VARIANCE = 0.05  # least variance of the tokens that a request gains per step
 _FIRST_RETRY, _LAST_RETRY = 8, 64  # calls, mostly held back, after which drafts are tried again
 
 
@@ -49,7 +49,7 @@ class CallEnd:
 
     def __init__(self) -> None:
         self.holds_back = False
-        self._gains = _Gains()
+        self._gains, self._courses = _Gains(), Courses()
         self._lengths: deque[int] = deque(maxlen=_REMEMBERED)  # completion lengths
         self._rng = np.random.default_rng(0)
         self._steps, self._batch = 0, 0  # steps since the latest forecast; its batch
@@ -66,10 +66,13 @@ class CallEnd:
         if rest is None:
             return
         if begins := bool((rest.generated <= 1).all()):
-            self._gains.call_begins(anew=self._retry.call_begins())
+            whole, anew = self._retry.mostly_drafted, self._retry.call_begins()
+            self._gains.call_begins(anew=anew)
+            self._courses.call_begins(whole=whole, anew=anew)
         drafted = bool(admission.lengths.any()) and not is_trial
         self._retry.observe(drafted=drafted, held_back=self.holds_back)
         if drafted:
+            self._courses.observe(rest, admission.lengths, verified.num_accepted)
             self._gains.observe(
                 rest.requests, admission.lengths, verified.num_accepted, sum(step.draft_s.values(), 0.0)
             )
@@ -87,24 +90,41 @@ class CallEnd:
             self.holds_back = self._drafts_end_later(after, step.context_tokens * batch // step.batch, cost)
 
     def _drafts_end_later(self, rest: Rest, context_tokens: int, cost: CostModel) -> bool:
-        batch = len(rest.requests)
         if rest.num_waiting:
             return False
         remaining = self._remaining(rest)
         drawn = self._gains.scenarios(rest.requests, float(remaining.mean()), self._rng)
         if drawn is None:
             return False
-        gained, slots = drawn
-        none = np.zeros_like(gained)
+        plain_s = self._seconds(remaining, None, context_tokens, cost)
+        if self._seconds(remaining, drawn, context_tokens, cost).mean() <= plain_s.mean():
+            return False
+        # Drafts may still get better along the texts. Near a tie that is doubtful, hence every scenario has to agree.
+        changes = self._courses.changes(rest, remaining, self._gains.variance, self._rng)
+        if changes is None:
+            return True
+        changed = np.maximum(drawn[0] + changes[0], 0.0), changes[1]
+        return not (self._seconds(remaining, changed, context_tokens, cost) < plain_s).all()
+
+    def _seconds(
+        self,
+        remaining: np.ndarray,
+        drawn: tuple[np.ndarray, np.ndarray] | None,
+        context_tokens: int,
+        cost: CostModel,
+    ) -> np.ndarray:
+        """Seconds to the end in each scenario: float64 `[_SCENARIOS]`. `drawn`: gains and slots; None without drafts."""
+        none = np.zeros_like(remaining)
+        gained, slots = drawn or (none, none)
+        batch = remaining.shape[1]
         most = batch + int(slots.sum(axis=1).max()) + 1
         table, bare = cost.predict(most, context_tokens), cost.predict(batch, 0)
         assert table is not None, "a step was observed"
         assert bare is not None
         # The cost of reading the context is a factor on the forward that shrinks as requests end.
         share = np.linspace(bare[batch] / table[batch], 1.0, batch + 1)
-        draft_s = self._gains.drafting_s(batch)
-        drafted_s = seconds_to_end(remaining, 1 + gained, slots, table, share, draft_s)
-        return seconds_to_end(remaining, 1 + none, none, table, share, 0 * draft_s) < drafted_s
+        draft_s = self._gains.drafting_s(batch) if drawn else np.zeros(batch + 1)
+        return seconds_to_end(remaining, 1 + gained, slots, table, share, draft_s)
 
     def _remaining(self, rest: Rest) -> np.ndarray:
         """Tokens left for each request, drawn from completions at least that long: float64 `[_SCENARIOS, batch]`."""
@@ -124,7 +144,7 @@ class _Gains:
         self._octave = np.zeros(0, np.int64)  # per request: octave that its counts come from
         self._told: dict[int, deque[tuple[float, float, float]]] = {}  # per request: steps, tokens and slots per step
         self._draft_s: dict[int, float] = {}
-        self._variance = 1.0  # variance of a request's gain per step around its own mean
+        self.variance = 1.0  # variance of a request's gain per step around its own mean
 
     def call_begins(self, *, anew: bool) -> None:
         """A new call begins and reuses request numbers. `anew` also forgets earlier calls."""
@@ -134,7 +154,7 @@ class _Gains:
 
     def observe(self, requests: np.ndarray, slots: np.ndarray, gained: np.ndarray, draft_s: float) -> None:
         """Learn from a step with drafts: verified and accepted tokens, int64 `[batch]` each."""
-        octave = _octave(len(requests))
+        octave = octave_of(len(requests))
         if (more := int(requests.max()) + 1 - len(self._own)) > 0:
             self._own, self._octave = np.pad(self._own, ((0, more), (0, 0))), np.pad(self._octave, (0, more))
         self.archive(requests[self._octave[requests] != octave])
@@ -146,7 +166,7 @@ class _Gains:
         telling = own[own[:, 0] >= _TELLING]
         if len(telling):
             within = (telling[:, 2] - telling[:, 1] ** 2 / telling[:, 0]) / (telling[:, 0] - 1)
-            self._variance += _VARIANCE_MEMORY * (float(within.mean()) - self._variance)
+            self.variance += _VARIANCE_MEMORY * (float(within.mean()) - self.variance)
 
     def archive(self, requests: np.ndarray) -> None:
         """Store the gains of requests that end or change octave, and reset their counts."""
@@ -164,7 +184,7 @@ class _Gains:
         Each request is paired with a request that has evidence, more likely with one of a similar mean gain.
         `remaining` is the mean number of tokens left per request.
         """
-        octave, inside = _octave(len(requests)), requests < len(self._own)
+        octave, inside = octave_of(len(requests)), requests < len(self._own)
         known = requests[inside]
         own = np.zeros((len(requests), 4))
         own[inside] = self._own[known] * (self._octave[known] == octave)[:, None]
@@ -176,22 +196,14 @@ class _Gains:
         if len(told) > _WEIGHED:
             told = told[rng.choice(len(told), _WEIGHED, replace=False)]
         steps, gains, slots = told.T
-        mean = own[:, 1] / np.maximum(own[:, 0], 1.0)
-        distance = (mean[:, None] - gains) ** 2 * own[:, :1]
-        distance -= distance.min(axis=1, keepdims=True)
-        shares = np.cumsum(np.exp(-0.5 * distance / max(self._variance, _LEAST_VARIANCE)), axis=1)
-        drawn = rng.random((_SCENARIOS, len(requests))) * shares[:, -1]
-        chosen = (drawn[..., None] > shares).sum(axis=2)
-        # A mean over fewer steps than remain also differs by luck, which will even out: that part is removed.
-        spread, to_come = gains.var(), remaining / (1 + gains.mean())
-        lasting = spread - self._variance * (1 / steps).mean() + self._variance / to_come
-        kept = math.sqrt(min(max(lasting / max(spread, 1e-9), 0.0), 1.0))
+        chosen = alike(own[:, 0], own[:, 1], gains, self.variance, rng.random((_SCENARIOS, len(requests))))
+        kept = lasting(gains, steps, remaining / (1 + gains.mean()), self.variance)
         return gains.mean() + kept * (gains - gains.mean())[chosen], slots[chosen]
 
     def drafting_s(self, batch: int) -> np.ndarray:
         """Seconds of a step's drafts for 0, 1, ... `batch` requests, from the nearest octave: float64 `[batch + 1]`."""
-        near = [min(self._draft_s, key=lambda known: abs(known - own)) for own in range(_octave(batch) + 1)]
-        return np.array([self._draft_s[near[_octave(active)]] for active in range(batch + 1)])
+        near = [min(self._draft_s, key=lambda known: abs(known - own)) for own in range(octave_of(batch) + 1)]
+        return np.array([self._draft_s[near[octave_of(active)]] for active in range(batch + 1)])
 
 
 class _Retry:
@@ -206,9 +218,14 @@ class _Retry:
         self._drafted += drafted
         self._held_back += held_back
 
+    @property
+    def mostly_drafted(self) -> bool:
+        """Whether this call was held back in no more steps than it had with drafts."""
+        return self._held_back <= self._drafted
+
     def call_begins(self) -> bool:
         """Count the call that ended; returns whether to start from nothing."""
-        if self._held_back <= self._drafted:
+        if self.mostly_drafted:
             self._vain, self._after = 0, _FIRST_RETRY
         else:
             self._vain += 1
@@ -217,11 +234,6 @@ class _Retry:
             return False
         self._vain, self._after = 0, min(2 * self._after, _LAST_RETRY)
         return True
-
-
-def _octave(batch: int) -> int:
-    """The octave of a batch size. 17 to 32 is one octave, so that a call that starts at a power of two stays in it."""
-    return max(batch - 1, 0).bit_length()
 
 
 def _told(own: np.ndarray) -> np.ndarray:
@@ -236,8 +248,8 @@ def seconds_to_end(
     table: np.ndarray,
     share: np.ndarray,
     draft_s: np.ndarray,
-) -> float:
-    """Mean seconds until all requests have ended.
+) -> np.ndarray:
+    """Seconds until all requests have ended: float64 `[scenarios]`.
 
     Args:
         remaining: float64 `[scenarios, batch]`, tokens.
@@ -254,4 +266,5 @@ def seconds_to_end(
     active = np.arange(steps.shape[1], 0, -1)  # before each request ends
     verified = np.rint(tokens[:, ::-1].cumsum(axis=1)[:, ::-1]).astype(np.int64)
     step_s = table[verified] * share[active] + draft_s[active]
-    return float((np.diff(until, axis=1, prepend=0.0) * step_s).sum() / len(steps))
+    seconds: np.ndarray = (np.diff(until, axis=1, prepend=0.0) * step_s).sum(axis=1)
+    return seconds

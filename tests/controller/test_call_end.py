@@ -99,6 +99,20 @@ def test_calls_that_drafts_bring_forward_are_not_held_back(kind):
     assert seconds["goodput"].sum() > 0.98 * seconds["call_end"].sum()
 
 
+def test_calls_whose_drafts_get_better_along_the_texts_are_not_held_back():
+    """The latest gains would say so: they are small at the beginning of every text."""
+    seconds = ratios("rising", 8, COSTS["ridge"], calls=4)
+    assert seconds["off"][1:].sum() > 1.3 * seconds["call_end"][1:].sum()
+    assert seconds["goodput"].sum() > 0.98 * seconds["call_end"].sum()
+
+
+def test_drafts_that_get_better_for_half_of_the_requests_are_held_back():
+    """The others decide when the call ends."""
+    seconds = ratios("half late", 32, COSTS["flat"], calls=4)
+    assert seconds["off"][1:].sum() > 0.98 * seconds["call_end"][1:].sum()
+    assert seconds["goodput"][2:].sum() > seconds["call_end"][2:].sum()
+
+
 def test_after_calls_that_were_held_back_one_begins_anew():
     """Drafters and policy have changed meanwhile. The next such call comes later."""
     retry, anew = _Retry(), []
