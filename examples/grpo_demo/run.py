@@ -1,6 +1,6 @@
 """The demo: GRPO on a real language model, with rollouts by AtlasRolloutEngine.
 
-    python examples/grpo_demo/run.py                    # warm-started policy, 5 epochs over 6 questions
+    python examples/grpo_demo/run.py                    # warm-started policy, 8 epochs over 6 questions
     python examples/grpo_demo/run.py --raw-policy       # the raw instruct policy: high entropy, few drafts accepted
     python examples/grpo_demo/run.py --epochs 20 --plot # long enough to see the reward rise
 
@@ -71,9 +71,9 @@ def main() -> None:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=6, help="questions of an epoch")
-    parser.add_argument("--epochs", type=int, default=5, help="times that every question is met")
+    parser.add_argument("--epochs", type=int, default=8, help="times that every question is met")
     parser.add_argument("--steps", type=int, help="optimizer steps, each on fresh completions; default: all epochs")
-    parser.add_argument("--prompts", type=int, default=2, help="questions per step")
+    parser.add_argument("--prompts", type=int, default=1, help="questions per step")
     parser.add_argument("--num-generations", type=int, default=4, help="completions per prompt (the group)")
     parser.add_argument("--max-new-tokens", type=int, default=160, help="completion tokens at most")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
