@@ -134,7 +134,7 @@ test-vllm: $(VLLM_STAMP)
 	@$(PYTEST) tests/vllm tests/integrations/test_trl_vllm.py tests/integrations/test_trl_trainers_vllm.py tests/examples/test_grpo_vllm.py $(PYTEST_ARGS)
 
 demo: $(STAMP)
-	@$(PY) -u examples/grpo_demo/run.py $(DEMO_ARGS)
+	@THP_MEM_ALLOC_ENABLE=1 $(PY) -u examples/grpo_demo/run.py $(DEMO_ARGS)
 
 bench: $(STAMP)
 	@$(PY) -u -m benchmarks.rollout $(BENCH_ARGS)

@@ -5,7 +5,8 @@
     python -m benchmarks.table benchmarks/results/cpu_kernels.json
 
 Shapes are those of SmolLM2-135M. Every pass goes through the weights and caches of 30 layers in turn, so that they come from
-memory, as in a step. Forms take turns within a pass. `ms` is that of all 30 layers.
+memory, as in a step; caches of a few rows, some megabytes, may stay in the processor's. Forms take turns within a pass. `ms`
+is that of all 30 layers, with the placement of the tokens.
 
 - `attention`: the rectangle of torch's attention, and the compiled kernel (`atlas_rl/policy/short_rows.py`), for plain
   steps, for drafts of equal length, and for ragged ones.
@@ -69,11 +70,16 @@ def main() -> None:
 
 
 def tokens_of(batch: int, context: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """New tokens of each row and where they begin: plain steps, drafts alike, ragged drafts."""
+    """New tokens of each row and where they begin: plain steps, drafts alike, longest ones, ragged drafts."""
     rng = np.random.default_rng(batch)
     alike = np.full(batch, context)
     ragged = rng.integers(1, 8, batch), rng.integers(context // 2, context * 3 // 2, batch)
-    return [(np.full(batch, 1), alike), (np.full(batch, 4), alike), ragged]
+    return [
+        (np.full(batch, 1), alike),
+        (np.full(batch, 4), alike),
+        (np.full(batch, short_rows.MOST_TOKENS), alike),
+        ragged,
+    ]
 
 
 def attention(lengths: np.ndarray, starts: np.ndarray) -> Arms:

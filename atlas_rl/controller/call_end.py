@@ -23,18 +23,14 @@ import numpy as np
 
 from atlas_rl.controller.base import Admission, Rest, Step
 from atlas_rl.controller.cost import CostModel
-from atlas_rl.controller.courses import Courses, alike, lasting, octave_of
+from atlas_rl.controller.courses import ENOUGH, REMEMBERED, TELLING, WEIGHED, Courses, alike, lasting, octave_of
 from atlas_rl.core import Verified
 
 _SCENARIOS = 16
 _EVERY = 8  # steps between forecasts
 _SAME_BATCH = 7 / 8  # a batch below this share of the latest forecast's batch triggers a new forecast
-# Steps with drafts after which a request that ended, or changed octave, is evidence about other requests.
-_TELLING = 4
+# After `TELLING` steps with drafts a request that ended, or changed octave, is evidence about other requests.
 _TELLING_NOW = 8  # the same for a running request: a larger part of its gain so far is luck
-_ENOUGH = 8  # least number of requests with evidence
-_REMEMBERED = 512  # latest requests whose evidence is kept, per octave of the batch; also latest completion lengths
-_WEIGHED = 48  # most of those that scenarios are drawn from
 _MEMORY = 24.0  # steps that a request's mean covers
 _VARIANCE_MEMORY = 0.05
 _FIRST_RETRY, _LAST_RETRY = 8, 64  # calls, mostly held back, after which drafts are tried again
@@ -50,7 +46,7 @@ class CallEnd:
     def __init__(self) -> None:
         self.holds_back = False
         self._gains, self._courses = _Gains(), Courses()
-        self._lengths: deque[int] = deque(maxlen=_REMEMBERED)  # completion lengths
+        self._lengths: deque[int] = deque(maxlen=REMEMBERED)  # completion lengths
         self._rng = np.random.default_rng(0)
         self._steps, self._batch = 0, 0  # steps since the latest forecast; its batch
         self._retry = _Retry()
@@ -68,7 +64,7 @@ class CallEnd:
         if begins := bool((rest.generated <= 1).all()):
             whole, anew = self._retry.mostly_drafted, self._retry.call_begins()
             self._gains.call_begins(anew=anew)
-            self._courses.call_begins(whole=whole, anew=anew)
+            self._courses.call_begins(len(rest.requests), whole=whole, anew=anew)
         drafted = bool(admission.lengths.any()) and not is_trial
         self._retry.observe(drafted=drafted, held_back=self.holds_back)
         if drafted:
@@ -163,7 +159,7 @@ class _Gains:
         own += np.stack([np.ones(len(requests)), gained, gained**2, slots], axis=1)
         self._own[requests], self._octave[requests] = own, octave
         self._draft_s[octave] = self._draft_s.get(octave, draft_s) * 0.8 + 0.2 * draft_s
-        telling = own[own[:, 0] >= _TELLING]
+        telling = own[own[:, 0] >= TELLING]
         if len(telling):
             within = (telling[:, 2] - telling[:, 1] ** 2 / telling[:, 0]) / (telling[:, 0] - 1)
             self.variance += _VARIANCE_MEMORY * (float(within.mean()) - self.variance)
@@ -171,9 +167,9 @@ class _Gains:
     def archive(self, requests: np.ndarray) -> None:
         """Store the gains of requests that end or change octave, and reset their counts."""
         requests = requests[requests < len(self._own)]
-        telling = requests[self._own[requests, 0] >= _TELLING]
+        telling = requests[self._own[requests, 0] >= TELLING]
         for octave, one in zip(self._octave[telling].tolist(), _told(self._own[telling]).tolist(), strict=True):
-            self._told.setdefault(octave, deque(maxlen=_REMEMBERED)).append(tuple(one))
+            self._told.setdefault(octave, deque(maxlen=REMEMBERED)).append(tuple(one))
         self._own[requests] = 0.0
 
     def scenarios(
@@ -191,10 +187,10 @@ class _Gains:
         told = np.concatenate([
             np.array(self._told.get(octave, ())).reshape(-1, 3), _told(own[own[:, 0] >= _TELLING_NOW]),
         ])  # fmt: skip
-        if len(told) < _ENOUGH:
+        if len(told) < ENOUGH:
             return None
-        if len(told) > _WEIGHED:
-            told = told[rng.choice(len(told), _WEIGHED, replace=False)]
+        if len(told) > WEIGHED:
+            told = told[rng.choice(len(told), WEIGHED, replace=False)]
         steps, gains, slots = told.T
         chosen = alike(own[:, 0], own[:, 1], gains, self.variance, rng.random((_SCENARIOS, len(requests))))
         kept = lasting(gains, steps, remaining / (1 + gains.mean()), self.variance)

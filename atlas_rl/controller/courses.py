@@ -16,10 +16,10 @@ from atlas_rl.controller.base import Rest
 
 _PLACES = 20
 _EDGES = np.append(0, 16 << np.arange(_PLACES)).astype(np.float64)  # tokens: the first place is longer than an octave
-_TELLING = 4  # steps over which a gain is averaged: a place of fewer steps is pooled with those before it
-_ENOUGH = 8  # least number of remembered requests
-_REMEMBERED = 512  # latest requests, per octave of the largest batch of their call
-_WEIGHED = 48  # most of those that scenarios are drawn from
+TELLING = 4  # steps over which a gain is averaged: a place of fewer steps is pooled with those before it
+ENOUGH = 8  # least number of remembered requests
+REMEMBERED = 512  # latest requests, per octave of the largest batch of their call
+WEIGHED = 48  # most of those that scenarios are drawn from
 _LEAST_VARIANCE = 0.05  # least variance of the tokens that a request gains per step
 
 
@@ -33,14 +33,17 @@ class Courses:
         # Per octave, earlier requests: at each place steps, and tokens and slots per step.
         self._told: dict[int, deque[np.ndarray]] = {}
 
-    def call_begins(self, *, whole: bool, anew: bool) -> None:
-        """A new call reuses request numbers. `whole`: the last one was mostly drafted. `anew` forgets all calls."""
+    def call_begins(self, batch: int, *, whole: bool, anew: bool) -> None:
+        """A new call, of `batch` requests, reuses their numbers.
+
+        `whole`: the last one was mostly drafted. `anew` forgets all calls.
+        """
         if anew:
             self._told.clear()
         elif whole:
-            telling = self._own[self._own[:, :, 0].sum(axis=1) >= _TELLING]
-            self._told.setdefault(self._octave, deque(maxlen=_REMEMBERED)).extend(_course(telling))
-        self._own[:], self._octave = 0.0, 0
+            telling = self._own[self._own[:, :, 0].sum(axis=1) >= TELLING]
+            self._told.setdefault(self._octave, deque(maxlen=REMEMBERED)).extend(_course(telling))
+        self._own[:], self._octave = 0.0, octave_of(batch)
 
     def observe(self, rest: Rest, slots: np.ndarray, gained: np.ndarray) -> None:
         """Learn from a step with drafts: verified and accepted tokens, int64 `[batch]` each.
@@ -67,10 +70,10 @@ class Courses:
             rng: Draws the scenarios.
         """
         full, remembered = self._is_full(len(rest.requests)), self._told.get(self._octave, ())
-        if not full or len(remembered) < _ENOUGH:
+        if not full or len(remembered) < ENOUGH:
             return None
         left, places = remaining.mean(axis=0), _place(rest.generated)
-        weighed = rng.choice(len(remembered), _WEIGHED, replace=False) if len(remembered) > _WEIGHED else None
+        weighed = rng.choice(len(remembered), WEIGHED, replace=False) if len(remembered) > WEIGHED else None
         told = np.array(remembered if weighed is None else [remembered[one] for one in weighed])
         upto = (rest.generated + left)[:, None]
         crossed = slice(int(places.min()), int(_place(upto).max()) + 1)
@@ -80,7 +83,7 @@ class Courses:
         to_come = tokens @ (1 / (1 + rates)).T  # steps of each request if it goes on like each remembered one
         here, slots = told[:, places, 1].T, tokens @ (slots / (1 + rates)).T / to_come
         rises = left[:, None] / to_come - 1 - here
-        seen = np.maximum(told[:, places, 0].T, _TELLING)
+        seen = np.maximum(told[:, places, 0].T, TELLING)
         own = np.zeros((len(places), 3))
         inside = rest.requests < len(self._own)
         own[inside] = self._own[rest.requests[inside], places[inside]]
@@ -143,7 +146,7 @@ def _course(own: np.ndarray) -> np.ndarray:
     rates = np.full((len(own), 2), np.nan)
     for place in range(_PLACES):
         pooled += own[:, place]
-        full = pooled[:, 0] >= _TELLING
+        full = pooled[:, 0] >= TELLING
         rates[full] = pooled[full, 1:] / pooled[full, :1]
         pooled[full] = 0.0
         course[:, place, 1:] = rates

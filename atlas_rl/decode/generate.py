@@ -209,6 +209,7 @@ class InProcessBackend(Backend):
                 call.recorder,
             )
             loop.run()
+            packs = runner.linears.packs(loop.room.most_rows)
         num_bytes = runner.linears.most_packed_bytes + runner.halves.most_bytes
         call.recorder.packed(runner.linears.packing_s, num_bytes)
         owners = [*call.speculators.values(), *([] if cache.steps is None else [cache.steps])]
@@ -218,8 +219,8 @@ class InProcessBackend(Backend):
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
         num_tokens = sequences.lengths - sequences.prompt_lengths
         plain = loop.plain_costs.run(num_tokens, loop.room.most_rows, rows_to_fill=rows_to_fill)
-        if plain.seconds is not None:  # it would pack its weights, too
-            plain = replace(plain, seconds=plain.seconds + runner.linears.packing_s)
+        if packs and plain.seconds:  # it would pack its weights, too
+            plain = replace(plain, seconds=plain.seconds + runner.linears.recurring_packing_s)
         return CallResult(loop.logprobs, plain, list(findings), loop.trace)
 
     def eos_token_ids(self) -> list[int]:

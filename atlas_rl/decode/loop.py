@@ -45,7 +45,7 @@ class _Run:
         step: The planned step, with its drafts.
         admission: Which drafts were verified.
         verified: Outcome of the step.
-        forward_s: Seconds of the forward, without work that is done once (`PolicyRunner.once_s`), as are those of the step.
+        forward_s: Seconds of the forward. Work that is done once (`PolicyRunner.once_s`) is left out of both.
         step_s: Seconds from the previous outcome to this one: the time of a step, without host work hidden by the
             device.
     """
@@ -104,7 +104,7 @@ class DecodeLoop:
         self._cache = PolicyCache(runner, self.rows_of)
         self._unlearned: _Run | None = None
         self._told_sizes: tuple[int, ...] | None = None  # what the controller was told in this call
-        self._arrived_s = 0.0  # time of the newest outcome
+        self._arrived_s = 0.0  # time of the newest outcome, less `once_s` until then
 
     @property
     def logprobs(self) -> list[list[float]]:
@@ -151,6 +151,7 @@ class DecodeLoop:
             recorder.switch("forward")
             self.runner.synchronize()
             forward_s = recorder.switch("sample") - asked_s - (0.0 if self.runner.works_beside_host else apart_s)
+            forward_s = max(0.0, forward_s - (self.runner.once_s - once_s))
             try:
                 outcome = verifying()
             except NonFiniteLogits:  # the drafts' fault, or the policy's own
@@ -164,13 +165,11 @@ class DecodeLoop:
                 recorder.switch("sample")
                 logits, hidden = again
                 outcome = self.verifier.verify(logits, draft, self.sequences, requests)
-            once_s = self.runner.once_s - once_s
-            began_s, self._arrived_s = self._arrived_s, recorder.switch("commit")
+            began_s, self._arrived_s = self._arrived_s, recorder.switch("commit") - self.runner.once_s
             verified = self.commit(requests, outcome, draft.lengths, hidden)
             self._observe(verified)
             self._retire(verified.finished)
-        step_s = self._arrived_s - began_s - once_s
-        self._unlearned = _Run(step, admission, verified, max(0.0, forward_s - once_s), max(0.0, step_s))
+        self._unlearned = _Run(step, admission, verified, forward_s, max(0.0, self._arrived_s - began_s))
 
     def _tell_sizes(self) -> None:
         """Tell the controller what forwards are padded to, whenever that has changed.
@@ -302,7 +301,7 @@ class DecodeLoop:
                 self.runner.forward(segments, np.cumsum(segments.lengths) - 1)
         if ended:
             self.active = np.concatenate([self.active, wave])
-            self._arrived_s = self.recorder.clock()
+            self._arrived_s = self.recorder.clock() - self.runner.once_s
 
     @contextmanager
     def _prefilling(self, wave: np.ndarray) -> Iterator[list[bool]]:
@@ -339,7 +338,7 @@ class DecodeLoop:
             veterans = len(self.active)
             self.active = np.concatenate([self.active, requests])
             self._retire(np.concatenate([np.zeros(veterans, bool), verified.finished]))
-        self._arrived_s = self.recorder.clock()
+        self._arrived_s = self.recorder.clock() - self.runner.once_s
 
     def prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden]:
         """Fill the cache with one prompt per row.

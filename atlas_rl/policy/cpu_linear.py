@@ -126,12 +126,12 @@ class FastLinears:
         table: Timings of routes; None for those of this machine.
 
     Attributes:
-        packing_s: Seconds spent on packing in the latest session.
+        packing_s: Seconds spent on packing in the latest session; `recurring_packing_s`: for decode steps, not for prompts.
         most_packed_bytes: Peak bytes of packed copies in the latest session.
     """
 
     def __init__(self, model: nn.Module, table: RouteTable | None = None) -> None:
-        self.packing_s, self.most_packed_bytes = 0.0, 0
+        self.packing_s, self.recurring_packing_s, self.most_packed_bytes = 0.0, 0.0, 0
         self._given = table
         self._model = model
         self._shapes: list[_Shape] = []
@@ -140,7 +140,7 @@ class FastLinears:
 
     @property
     def once_s(self) -> float:
-        """Seconds since the first session of packing, and of timing routes that are not the fastest."""
+        """Seconds that packing, and timing routes that are not the fastest, have taken in all sessions."""
         return self._once.seconds
 
     @contextmanager
@@ -151,7 +151,7 @@ class FastLinears:
         listed.
         """
         if not self._shapes:
-            self.packing_s, self.most_packed_bytes = 0.0, 0
+            self.packing_s, self.recurring_packing_s, self.most_packed_bytes = 0.0, 0.0, 0
         outer, table = self._shapes, self._table
         known = {layer for shape in outer for group in shape.groups for layer in group}
         layers: list[Any] = [m for m in (parts or self._model).modules() if m not in known and _takes_part(m)]
@@ -162,6 +162,8 @@ class FastLinears:
             with replaced_forwards(forwards):
                 yield
         finally:
+            for shape in self._shapes[len(outer) :]:
+                shape.copies.clear()  # now: a shape and its products refer to each other, and wait for the garbage collector
             self._take(outer)
             if inner:
                 table.save()
@@ -220,9 +222,19 @@ class FastLinears:
             if shape.groups and num_rows in _rows_in_contests(shape.groups[0][0].weight.dtype):
                 shape.prepare(shape.contests[bucket_of(num_rows)], recurs)
         if sum(len(shape.copies) for shape in self._shapes) != num_copies:
-            self.packing_s += time.perf_counter() - began_s
+            taken_s = time.perf_counter() - began_s
+            self.packing_s += taken_s
+            self.recurring_packing_s += taken_s if recurs else 0.0
             packed_bytes = sum(_packed_bytes(group) for shape in self._shapes for group in shape.copies)
             self.most_packed_bytes = max(self.most_packed_bytes, packed_bytes)
+
+    def packs(self, num_rows: int) -> bool:
+        """Whether forwards over `num_rows` tokens are known to gain by packed copies, in the present session."""
+        return any(
+            shape.contests[bucket_of(num_rows)].winner == PACKED
+            for shape in self._shapes
+            if shape.groups and num_rows in _rows_in_contests(shape.groups[0][0].weight.dtype)
+        )
 
 
 def _by_shape(groups: list[Group], table: RouteTable, once: _Once) -> list[_Shape]:
@@ -291,7 +303,8 @@ def _products_of(shape: _Shape) -> Products:
         if contest.winner is None:
             began_s = time.perf_counter()
             out = _timed(contest, rows, group, copy if shape.times_copies else None, len(shape.groups) == 1)
-            shape.once.seconds += max(0.0, time.perf_counter() - began_s - contest.least_s)
+            taken_s = time.perf_counter() - began_s
+            shape.once.seconds += max(0.0, taken_s - contest.least_s(number, may_pack=copy is not None))
             return out
         return _by(contest.winner if copy is not None else contest.runner_up, rows, group, copy)
 

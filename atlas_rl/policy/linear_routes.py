@@ -174,10 +174,10 @@ class Contest:
         """Estimated seconds of a route: the least timing, because other load only adds to it."""
         return min(self.seconds[route], default=float("inf"))
 
-    @property
-    def least_s(self) -> float:
-        """Seconds of the fastest route so far; 0 before any timing."""
-        return min((min(timed) for timed in self.seconds.values() if timed), default=0.0)
+    def least_s(self, rows: int, may_pack: bool) -> float:
+        """Seconds of the fastest route so far for `rows` rows, packed or only without a copy; 0 before any timing."""
+        routes = (timed for name, timed in self.seconds.items() if timed and (may_pack or name != PACKED))
+        return min(map(min, routes), default=0.0) * max(1.0, rows / BUCKETS[-1])
 
     def _end_if_known(self) -> None:
         """One fast timing may rule out several other routes at once, and end the contest."""

@@ -4,8 +4,9 @@ transformers looks up attention functions by name, and builds no mask for those 
 one registered function is enough to run unchanged model code on a packed batch `[1, num_tokens]`: linear layers see no
 padding at all, and the function below writes the new keys and values into the cache rows and attends row by row.
 
-Rows are padded to a rectangle (`rectangle.py`). On a GPU, in half precision, this is not needed: variable-length flash
-attention reads every row as far as it is filled, without padding and without a mask (`varlen.py`).
+Rows are padded to a rectangle (`rectangle.py`). Two ways read every row as far as it is filled, without padding and
+without a mask: variable-length flash attention on a GPU, in half precision (`varlen.py`), and a compiled kernel for
+decode steps on a CPU, in float32 (`short_rows.py`).
 
 The cache is one tensor per layer, read in place, and grows with use: it has as many rows as run, each with the cells
 that the longest of them needs and a margin. Possible future lengths take no memory. A layer that attends to the keys
@@ -62,8 +63,8 @@ class RaggedBatch:
         copied_bytes: Bytes copied so far in order to grow.
         generation: How often the tensors have changed their addresses.
         placement: Placement of the present or latest forward.
-        attended: Which forms of attention were used: a padded rectangle (False), variable-length (True).
-        refusal: Why the rectangle was used, if it was.
+        attended: Which forms of attention were used: variable-length (True), another one (False).
+        refusal: Why another one was used, if it was.
         steps: Decode steps of fixed shapes over this cache, freed with it.
         recurrent: Recurrent layers' states of the rows; None if the policy has no such layers.
         parts: Modules of the policy, listed when it first runs over this cache.

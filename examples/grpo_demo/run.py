@@ -35,6 +35,7 @@ from tasks import FAMILIES, build_dataset, reward_func
 REPORTS, TRACE = "rollouts.jsonl", "controller.jsonl"
 EAGLE3 = Path(__file__).resolve().parent / "eagle3"  # the static drafter, trained for the warm-started policy
 CPU_ROOM = 8  # most requests at a time at which a plain step of this policy leaves two cores room for drafts
+QUESTIONS = 6  # of an epoch
 RECORDED_LAYERS = (2, 15, 27)  # low, middle and high of the policy's 30 layers: those that its EAGLE-3 head reads
 
 # transformers renames this option while TRL still defines it by the old name.
@@ -70,7 +71,7 @@ def main() -> None:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=6, help="questions of an epoch")
+    parser.add_argument("--questions", type=int, help="questions of an epoch; default: 6, or more if steps do not fit")
     parser.add_argument("--epochs", type=int, default=8, help="times that every question is met")
     parser.add_argument("--steps", type=int, help="optimizer steps, each on fresh completions; default: all epochs")
     parser.add_argument("--prompts", type=int, default=1, help="questions per step")
@@ -89,6 +90,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
     args = parser.parse_args(arguments)
+    if args.questions is None and args.prompts > 0:
+        args.questions = -(-QUESTIONS // args.prompts) * args.prompts
     for name in ("questions", "epochs", "steps", "prompts", "max_new_tokens", "baseline_every", "trl_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -201,7 +204,7 @@ def announce(args: argparse.Namespace) -> None:
     """Print the coming run's settings, and how they compare with the runs that speculation is made for."""
     policy, requests = "raw" if args.raw_policy else "warm-started", args.prompts * args.num_generations
     print(
-        f"GRPO, {policy} SmolLM2-135M on {', '.join(args.families)}: {args.steps} steps of {args.prompts} prompts x "
+        f"GRPO, {policy} SmolLM2-135M on {', '.join(args.families)}: {args.steps} steps of {args.prompts} x "
         f"{args.num_generations} completions, {args.questions} questions, rollouts by {args.engine}, "
         f"{torch.get_num_threads()} threads"
     )

@@ -21,7 +21,7 @@ from atlas_kernels.openmp import share_threads
 share_threads()  # before a parallel kernel is compiled
 
 _GRAIN = 1 << 16  # numbers of the cache that are worth another thread, as torch has a least size for its own
-_AT_ONCE = 16  # tokens of a row whose scores are held at a time
+_AT_ONCE = 32  # tokens of a row whose scores are held at a time
 
 
 def attend_rows(
@@ -49,8 +49,9 @@ def attend_rows(
         values: float32 `[rows, cells, kv_heads, value_dim]`, with its own numbers of rows and cells; written to.
         rows: int64 `[tokens]`, row of each token; must be inside the cache, which is not checked.
         positions: int64 `[tokens]`, cell of each token; likewise. Those of a row follow one another.
-        offsets: int32 `[batch + 1]`, where each row's tokens begin, and where the last one's end; no row occurs twice.
-        context: The largest position and one.
+        offsets: int32 `[batch + 1]`, where each row's tokens begin, and where the last one's end; the first is 0. Every row
+            has tokens, and no row occurs twice, which is not checked.
+        context: The largest position and one; not checked either.
         scale: Factor on the scores.
         window: Most cells that a query sees, its own included; None is all up to its own.
         checked: False for a caller that has made these tensors itself. Memory is written by their addresses.

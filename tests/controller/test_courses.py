@@ -10,16 +10,20 @@ from atlas_rl.controller.courses import Courses, _course
 BATCH, LENGTH = 16, 128
 
 
-def after_call(gains: np.ndarray, *, whole: bool = True, anew: bool = False) -> Courses:
-    """After a call of `BATCH` requests of `LENGTH` tokens. `gains`: int64 `[BATCH, LENGTH]`, tokens gained at each token."""
+def after_call(gains: np.ndarray, *, whole: bool = True, anew: bool = False, batch: int = 0) -> Courses:
+    """After a call of `batch` requests, or `BATCH`, of which `BATCH` requests of `LENGTH` tokens had drafts.
+
+    `gains`: int64 `[BATCH, LENGTH]`, tokens gained at each token.
+    """
     courses, generated, everyone = Courses(), np.ones(BATCH, np.int64), np.arange(BATCH)
+    courses.call_begins(batch or BATCH, whole=False, anew=False)
     while (generated < LENGTH).any():
         left = generated < LENGTH
         rest = Rest(everyone[left], generated[left], LENGTH - generated[left])
         gained = gains[everyone[left], generated[left]]
         courses.observe(rest, np.full(len(gained), 4), gained)
         generated[left] += 1 + gained
-    courses.call_begins(whole=whole, anew=anew)
+    courses.call_begins(BATCH, whole=whole, anew=anew)
     return courses
 
 
@@ -44,6 +48,13 @@ def test_a_gain_that_comes_late_is_foreseen():
     after = changes(after_call(late(np.full(BATCH, True))), 64)
     assert after is not None
     np.testing.assert_allclose(after[0], 0, atol=1e-9)
+
+
+def test_a_batch_that_had_no_drafts_before_it_shrank_tells_nothing():
+    """Drafts are longer in it than in a whole call of that size."""
+    gains = late(np.full(BATCH, True))
+    assert changes(after_call(gains), 1) is not None
+    assert changes(after_call(gains, batch=2 * BATCH), 1) is None
 
 
 def test_a_request_that_never_gains_stays_one():

@@ -114,7 +114,7 @@ def test_the_whole_summary_is_json_and_prints(table: Any, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("requests", "expected"), [([], "So this run has 4 requests at a time"), (["--prompts", "6"], "NOTHING TO WIN")]
+    ("requests", "expected"), [([], "So this run has 4 requests at a time"), (["--prompts", "4"], "NOTHING TO WIN")]
 )
 def test_the_first_lines_say_whether_there_is_anything_to_win(
     requests: list[str], expected: str, demo: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

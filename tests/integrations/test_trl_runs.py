@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from atlas_rl import AtlasRolloutEngine
+from atlas_rl.integrations.trl.runs import refuse_ranks_apart
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.models import tiny_llama
 from tests.other_trainers import build_other
@@ -297,3 +303,28 @@ def test_the_time_of_a_step_is_that_of_all_steps_that_a_generation_serves(
     assert first.step_s is first.generation_share is first.amdahl_bound is None, "three more steps use its rollouts"
     assert 4 * pause_s + second.generate_s < (second.step_s or 0.0)
     assert (second.step_s or 0.0) < time.perf_counter() - began_s - 11 * pause_s, "without the evaluation and step 0"
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({}, True),
+        ({"model_wrapped": SimpleNamespace(_orig_mod=nn.Linear(1, 1))}, True),  # as torch.compile wraps it
+        ({"model_wrapped": SimpleNamespace(_orig_mod=DistributedDataParallel.__new__(DistributedDataParallel))}, False),
+        ({"num_processes": 1}, False),
+        ({"distributed_type": DistributedType.DEEPSPEED}, False),
+        ({"distributed_type": DistributedType.FSDP}, False),
+        ({"parallelism_config": SimpleNamespace(tp_enabled=True)}, False),
+        ({"is_distributed_loading_by_transformers": True}, False),
+    ],
+)
+def test_only_ranks_that_nothing_brings_together_are_refused(given: dict[str, Any], refused: bool) -> None:
+    """`tests/integrations/sharded_ranks.py` has real ones."""
+    state = {"num_processes": 2, "distributed_type": DistributedType.MULTI_GPU, "parallelism_config": None} | given
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(**state),
+        model_wrapped=state.get("model_wrapped", nn.Linear(1, 1)),
+        is_distributed_loading_by_transformers=state.get("is_distributed_loading_by_transformers", False),
+    )
+    with pytest.raises(RuntimeError, match="2 ranks would train") if refused else nullcontext():
+        refuse_ranks_apart(trainer)

@@ -107,7 +107,7 @@ def test_threads_share_all_tasks(parts):
     assert (firsts[0], firsts[-1]) == (0, 12)
     assert firsts == sorted(firsts)
     if parts == 2:
-        assert firsts[1] == 5, "the second row is read 3 times over 402 cells, half of all: 1 + 3 + 1.3 tasks"
+        assert firsts[1] == 5, "the three tasks of the first row and two of the second, which takes two thirds of all"
 
 
 def test_scores_far_apart_and_numbers_that_are_none():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -184,6 +186,27 @@ def test_layers_are_packed_when_a_part_of_the_price_was_lost(num_packed: list[in
         assert counts == [0, 0, 3, 3, 3]
         assert linears.most_packed_bytes == 3 * 4 * INPUTS * OUTPUTS
     assert linears.packing_s > 0
+
+
+def test_copies_go_with_their_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is wanted back at once, not when Python looks for circles."""
+    made, pack = [], cpu_linear.packed_weight
+    monkeypatch.setattr(
+        cpu_linear, "packed_weight", lambda weight: made.append(weakref.ref(copy := pack(weight))) or copy
+    )
+    model = nn.Sequential(layer_of(), nn.Linear(OUTPUTS, INPUTS))
+    linears = FastLinears(model, table_where(PACKED, pack_s=0.0))
+    gc.disable()
+    try:
+        with torch.no_grad(), linears.installed():
+            for _ in range(2):
+                linears.prepare(8)
+                model(torch.randn(8, INPUTS))
+            assert len(made) == 2
+            assert all(each() is not None for each in made)
+        assert all(each() is None for each in made)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("route", [PACKED, None])

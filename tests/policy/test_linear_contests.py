@@ -214,8 +214,24 @@ def test_what_is_done_once_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     slower_s = len(contest.seconds[TURNED]) * 0.02
     assert contest.winner in (PLAIN, PACKED)
     assert counts[-1] == counts[-5], "the contest has ended, and everything is packed"
-    assert 0 < linears.packing_s < counts[-1]
+    assert 0 < linears.packing_s == linears.recurring_packing_s < counts[-1]
     assert counts[-1] - linears.packing_s > slower_s / 2
+
+
+def test_more_rows_than_the_last_bucket_has_are_no_work_done_once() -> None:
+    """Timings are those of the bucket's rows."""
+    contest = Contest({PLAIN: [1.0], PACKED: [0.5]})
+    assert contest.least_s(BUCKETS[-1] * 4, may_pack=False) == 4.0
+    assert contest.least_s(8, may_pack=True) == 0.5
+
+
+@needs_packing
+@pytest.mark.parametrize("route", [PACKED, TURNED])
+def test_whether_forwards_gain_by_packed_copies_is_known(route: str) -> None:
+    linears = FastLinears(nn.ModuleList([layer_of()]), table_where(route))
+    with linears.installed():
+        assert linears.packs(8) == (route == PACKED)
+    assert not linears.packs(8), "outside of a session nothing is packed"
 
 
 @needs_packing

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from atlas_rl.decode.plain_run import PlainCosts, PlainForwards
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.linear_routes import MIN_BYTES, PACKED, TURNED, RouteTable, packed_type
+from atlas_rl.rollout import engine as engine_module
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 from tests.engines import engine_of, generate
 from tests.models import tiny_llama
 from tests.routes import table_where
@@ -28,3 +31,16 @@ def test_the_report_of_a_call_has_the_seconds_and_bytes_of_packing(monkeypatch: 
         assert (report.packing_s > 0) == (route == PACKED)
         assert report.packing_s < report.prefill_s + report.forward_s
     assert found[PACKED] == found[TURNED]
+
+
+@pytest.mark.skipif(packed_type(torch.float32) is None, reason="this torch has no packed linear layers")
+def test_an_estimate_packs_where_plain_forwards_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = tiny_llama(hidden=256, heads=4, kv_heads=4), []
+    monkeypatch.setattr(PlainCosts, "run", lambda *arguments, **options: PlainForwards(5, 100.0))
+    monkeypatch.setattr(engine_module, "no_speculation_seconds", lambda report, count, s, **options: told.append(s))
+    for route in (PACKED, TURNED):
+        table = table_where(route)
+        monkeypatch.setattr(RouteTable, "of_this_machine", lambda table=table: table)
+        report = generate(engine_of(model, speculators=[HistorySpeculator()], audit_share=0.0)).report
+        assert told[-1] == pytest.approx(100.0 + report.packing_s, abs=1e-9)
+    assert told[0] > told[1] == 100.0

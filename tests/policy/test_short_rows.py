@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.policy import ragged_attention, rectangle
 from atlas_rl.policy.placement import Placement
 from tests.families import policy
@@ -35,6 +36,15 @@ def test_rows_run_in_every_way_are_as_plain_forwards(family: str, taken: list[in
     run_in_every_way(Rows(policy(family)))
     assert 3 in taken, "a plain step of three rows"
     assert 18 in taken, "drafts in five rows"
+
+
+def test_steps_with_the_longest_drafts_are_taken(taken: list[int]) -> None:
+    rows = Rows(policy("llama"))
+    with rows.runner.session(rows.cache):
+        rows.forward({row: text[:3] for row, text in enumerate(texts(2))})
+        taken.clear()
+        rows.forward({row: text[3:4] for row, text in enumerate(texts(2))}, rejected=[MAX_LOOKAHEAD, 0])
+    assert set(taken) == {MAX_LOOKAHEAD + 2}
 
 
 def test_sinks_stay_with_the_formula(taken: list[int]) -> None:

@@ -80,6 +80,9 @@ def refuse_ranks_apart(trainer: Any) -> None:
     """
     accelerator = trainer.accelerator
     by_ddp = accelerator.num_processes > 1 and accelerator.distributed_type.startswith("MULTI_")
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) or getattr(parallelism, "tp_enabled", False):
+        return  # spread over ranks in another way
     wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)  # torch.compile is around it
     if by_ddp and not isinstance(wrapped, DistributedDataParallel):
         raise RuntimeError(
