@@ -336,7 +336,7 @@ def attend_tokens(
     if (
         batch is not None
         and batch.refusal
-        and batch.sources.get(layer) == layer
+        and layer in batch.keys  # has begun, and is not handed those of another
         and batch.placed.query_len <= short_rows.MOST_TOKENS
     ):
         placed, cache = batch.placed, (batch.keys[layer], batch.values[layer])

@@ -11,7 +11,7 @@ from atlas_rl import AtlasRolloutEngine, SamplingParams
 from atlas_rl.audit.auditor import Auditor
 from atlas_rl.audit.scores import score
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.policy.placement import Placement
+from atlas_rl.policy import ragged_attention, short_rows
 from atlas_rl.report.sinks import console_line, console_warnings, trainer_metrics
 from atlas_rl.sampling import verification
 from atlas_rl.sampling.verification import RejectionSampling, choose
@@ -162,14 +162,14 @@ def test_a_biased_verification_is_warned_of_in_the_step(monkeypatch, capsys):
 
 def test_an_attention_that_forgets_is_warned_of_in_the_step(monkeypatch):
     """A fault of long contexts only, which the five tokens of the backend's own probe cannot see."""
-    honest = Placement.mask
+    honest = ragged_attention.attend_rows
 
-    def forgetful(self, group, window):
-        mask = honest(self, group, window)
-        mask[..., : max(0, self.context - 12)] = False
-        return mask
+    def forgetful(*arguments, **options):
+        *others, _ = arguments  # all but the window
+        return honest(*others, 12, **options)
 
-    monkeypatch.setattr(Placement, "mask", forgetful)
+    for module in (ragged_attention, short_rows):
+        monkeypatch.setattr(module, "attend_rows", forgetful)
     report = sample(engine=AtlasRolloutEngine(model=policy(), console=False, audit_share=0.2), num_generations=5).report
     assert any("not the policy's choice" in warning for warning in report.warnings)
     assert any("returned logprobs differ" in warning for warning in report.warnings)
