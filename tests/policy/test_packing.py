@@ -15,8 +15,9 @@ from tests.engines import engine_of, generate
 from tests.models import tiny_llama
 from tests.routes import table_where
 
+pytestmark = pytest.mark.skipif(packed_type(torch.float32) is None, reason="this torch has no packed linear layers")
 
-@pytest.mark.skipif(packed_type(torch.float32) is None, reason="this torch has no packed linear layers")
+
 def test_the_report_of_a_call_has_the_seconds_and_bytes_of_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(hidden=256, heads=4, kv_heads=4)
     large = [m.weight for m in model.modules() if class_of(m) is nn.Linear and 4 * m.weight.numel() >= MIN_BYTES]
@@ -33,7 +34,6 @@ def test_the_report_of_a_call_has_the_seconds_and_bytes_of_packing(monkeypatch: 
     assert found[PACKED] == found[TURNED]
 
 
-@pytest.mark.skipif(packed_type(torch.float32) is None, reason="this torch has no packed linear layers")
 def test_an_estimate_packs_where_plain_forwards_do(monkeypatch: pytest.MonkeyPatch) -> None:
     model, told = tiny_llama(hidden=256, heads=4, kv_heads=4), []
     monkeypatch.setattr(PlainCosts, "run", lambda *arguments, **options: PlainForwards(5, 100.0))
