@@ -32,6 +32,9 @@ VLLM_STAMP := $(VENV)/.stamp-vllm-$(shell { cat pyproject.toml; echo '$(TORCH_SP
 TEST_SETUP := $(if $(HAS_GPU),$(STAMP),$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),$(VLLM_STAMP),$(STAMP)))
 
 DEMO_ARGS ?=
+# On a CPU: glibc keeps freed memory for the next call, and torch asks for huge pages. Otherwise the kernel clears every page
+# of packed weights anew in each call, which takes several times as long as packing (docs/troubleshooting.md).
+MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 THP_MEM_ALLOC_ENABLE=1
 PYTEST_ARGS ?=
 # A process of one thread per core, eight at most (each takes some 2 GB): two cores' threads in one process waste more than half
 # on policies of this size. A file's tests share fixtures and stay together; fast files go first, vLLM's last (tests/conftest.py).
@@ -134,10 +137,10 @@ test-vllm: $(VLLM_STAMP)
 	@$(PYTEST) tests/vllm tests/integrations/test_trl_vllm.py tests/integrations/test_trl_trainers_vllm.py tests/examples/test_grpo_vllm.py $(PYTEST_ARGS)
 
 demo: $(STAMP)
-	@THP_MEM_ALLOC_ENABLE=1 $(PY) -u examples/grpo_demo/run.py $(DEMO_ARGS)
+	@$(MEMORY) $(PY) -u examples/grpo_demo/run.py $(DEMO_ARGS)
 
 bench: $(STAMP)
-	@$(PY) -u -m benchmarks.rollout $(BENCH_ARGS)
+	@$(MEMORY) $(PY) -u -m benchmarks.rollout $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-vllm-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+_MEMORY_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
 _PACKAGES = ("atlas-rl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numba", "numpy")
 
 
@@ -38,7 +39,7 @@ def environment(packages: Sequence[str] = _PACKAGES, commit: str | None = None) 
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, torch threads, memory and GPU."""
+    """CPU model, cores this process may use, torch threads, memory, settings of its allocators, and GPU."""
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -56,6 +57,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory_bytes / 2**30, 1),
         "gpu": gpu,
         "system": platform.platform(terse=True),
+        "memory_settings": {name: os.environ[name] for name in _MEMORY_SETTINGS if name in os.environ},
     }
 
 

@@ -25,6 +25,7 @@ _OUTLIER = 0.2  # bound on a forward's relative distance from its size's mean, w
 _INTERRUPTED = 2.0  # bound on measured over expected seconds of a forward, either way
 _KNOWN = 8  # samples of a size from which on it is used to measure the machine's level
 _LEVEL_FORWARDS = 9  # latest forwards, of any size, whose median of measured over expected is the machine's level
+_MEAN_FADES = 0.98  # share kept at each forward of the sums that `mean_over_median` is the ratio of
 _DRAFTS = 12  # latest calls of a drafter, per octave of rows, that its cost is fitted to
 _PRIOR_CALLS = 0.03  # weight of the prior "proportional to the depth", in calls
 _MEASURED = 3  # forwards of a size after which its cost counts as measured: their median ignores one outlier
@@ -66,6 +67,7 @@ class CostModel:
         self._covariance, self._variance = 0.0, 0.0  # of context and relative seconds, within buckets
         self._ratios: deque[float] = deque(maxlen=_LEVEL_FORWARDS)
         self._level = 1.0
+        self._measured_s, self._expected_s = 0.0, 0.0  # of the latest forwards of known sizes, older ones fading
         self.num_observed = 0
         self._table = np.zeros(0)
         self._counted: dict[int, int] = {}  # what `num_samples` found since the latest forward
@@ -90,6 +92,8 @@ class CostModel:
         scaled = min(scaled, expected * _INTERRUPTED)
         if len(samples) >= _KNOWN:
             scaled = max(scaled, expected / _INTERRUPTED)
+            self._measured_s = _MEAN_FADES * self._measured_s + scaled
+            self._expected_s = _MEAN_FADES * self._expected_s + expected
             self._ratios.append(self._level * scaled / expected)
             self._level = _median(self._ratios)
         samples.append(scaled)
@@ -132,6 +136,14 @@ class CostModel:
             return len(self._samples.get(self._step_sizes.bucket(num_tokens), ()))
         near = slice(bisect_left(self._sizes, 0.9 * num_tokens), bisect_right(self._sizes, 1.1 * num_tokens))
         return sum([len(self._samples[size]) for size in self._sizes[near]])
+
+    @property
+    def mean_over_median(self) -> float:
+        """Mean seconds of the latest forwards over what was predicted for them; 1 before any was.
+
+        Predictions are medians. They rank sizes well, but a sum of many forwards also contains the interrupted ones.
+        """
+        return self._measured_s / self._expected_s if self._expected_s else 1.0
 
     def knows(self, num_tokens: int) -> bool:
         """Whether the prediction for this size was measured: at it, or at sizes around it with about equal cost.

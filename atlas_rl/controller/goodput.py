@@ -195,7 +195,7 @@ class GoodputController(Controller):
         plain_s = self._cost.seconds(batch, context_tokens)
         if plain_s is None or not self._plain_shares or not self._cost.knows(batch):
             return None
-        return plain_s * sum(self._plain_shares) / len(self._plain_shares)
+        return plain_s * self._cost.mean_over_median * sum(self._plain_shares) / len(self._plain_shares)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return {name: model.acceptance.take_calibration() for name, model in self._models.items()}

@@ -17,7 +17,7 @@ from atlas_rl.controller.base import Controller
 from atlas_rl.core import Sequences
 from atlas_rl.decode.compile_kernels import compile_drafting, compile_verification
 from atlas_rl.decode.loop import DecodeLoop
-from atlas_rl.decode.plain_run import PlainForwards
+from atlas_rl.decode.plain_run import PlainForwards, plain_batches
 from atlas_rl.decode.room import rows_to_fill
 from atlas_rl.policy.captures import Captured
 from atlas_rl.policy.in_process import InProcessRunner
@@ -209,7 +209,7 @@ class InProcessBackend(Backend):
                 call.recorder,
             )
             loop.run()
-            packs = runner.linears.packs(loop.room.most_rows)
+            plain = self._plain(loop)
         num_bytes = runner.linears.most_packed_bytes + runner.halves.most_bytes
         call.recorder.packed(runner.linears.packing_s, num_bytes)
         owners = [*call.speculators.values(), *([] if cache.steps is None else [cache.steps])]
@@ -217,11 +217,16 @@ class InProcessBackend(Backend):
         call.recorder.captured(captured.seconds, captured.num_bytes)
         asked = loop.proposing
         findings = dead_drafters.findings(call.recorder, asked.num_asked, asked.num_proposed)
-        num_tokens = sequences.lengths - sequences.prompt_lengths
-        plain = loop.plain_costs.run(num_tokens, loop.room.most_rows, rows_to_fill=rows_to_fill)
-        if packs and plain.seconds:  # it would pack its weights, too
-            plain = replace(plain, seconds=plain.seconds + runner.linears.recurring_packing_s)
         return CallResult(loop.logprobs, plain, list(findings), loop.trace)
+
+    def _plain(self, loop: DecodeLoop) -> PlainForwards:
+        """Forwards that the loop's tokens take without speculation, and the packing of weights for them."""
+        num_tokens = loop.sequences.lengths - loop.sequences.prompt_lengths
+        batches = plain_batches(num_tokens, loop.room.most_rows, rows_to_fill)
+        plain = loop.plain_costs.run(num_tokens, loop.room.most_rows, rows_to_fill=rows_to_fill)
+        if plain.seconds is None:
+            return plain
+        return replace(plain, seconds=plain.seconds + self.runner.linears.beside_s(batches))
 
     def eos_token_ids(self) -> list[int]:
         return ending_tokens_of(getattr(self.runner.model, "generation_config", None))

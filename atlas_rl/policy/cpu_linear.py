@@ -1,8 +1,9 @@
 """Runs a policy's linear layers on a CPU by the fastest route for each (`linear_routes.py`), during a call.
 
 A packed copy of a weight costs its bytes once more and the time of some forwards, and is valid only for the weight that
-it was made from. Layers of a shape are packed once a call has lasted so long that packing would have paid a good part
-of its cost. A copy is used while the weight keeps its address and version counter, and is freed at the end of the call,
+it was made from. Calls of a run resemble each other. So layers of a shape are packed at once if packing would have paid
+in the call before, and else when this call has lost the price without copies (the ski rental rule: at most twice the
+least cost). A copy is used while the weight keeps its address and version counter, and is freed at the end of the call,
 before training. Copies take only memory that is available to caches (`memory.py`).
 
 Under autocast a layer computes in another type than its weights', and adds its bias before rounding. So every layer
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,6 @@ Products = Callable[[Group, torch.Tensor], tuple[torch.Tensor, ...]]
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PILOTS = 3  # layers of a shape that are packed first, to time the packed route
 _TRIES = 9  # times that pilots are packed for one contest: sessions of a single forward never time them
-_WORTH = 0.25  # share of the packing cost lost without it before a shape is packed: long calls tend to go on
 
 
 def by_columns(weight: torch.Tensor) -> torch.Tensor:
@@ -69,13 +69,24 @@ class _Once:
 
 @dataclass(slots=True)
 class _Shape:
-    """Groups of one shape and type: their contests by rows, their packed copies, and the cost of not having these."""
+    """Groups of one shape and type: their contests by rows, their packed copies, and the cost of not having these.
+
+    Attributes:
+        before_s: Seconds that packed copies would have saved in the session before.
+        gained_s: Seconds that they save in this one, or would save. `lost_s`: of these, what was lost without copies.
+        price_s: Seconds that packing took in this session for forwards that recur.
+        recurs: Whether a forward of this session recurred.
+    """
 
     groups: list[Group]
     contests: dict[int, Contest]
     once: _Once
+    before_s: float = 0.0
     copies: dict[Group, tuple[WeightCopy, ...]] = field(default_factory=dict)
+    gained_s: float = 0.0
     lost_s: float = 0.0
+    price_s: float = 0.0
+    recurs: bool = False
     times_copies: bool = False  # not in the forward that they are made for: they are in the processor's cache then
     products: Products = field(init=False)
 
@@ -85,6 +96,7 @@ class _Shape:
     def prepare(self, contest: Contest, recurs: bool) -> None:
         """Pack the groups that a forward with this contest should have packed; for one that will not recur, none."""
         self.times_copies = True
+        self.recurs = self.recurs or recurs
         if PACKED not in contest.seconds:
             return
         missing = [group for group in self.groups if group not in self.copies]
@@ -96,26 +108,37 @@ class _Shape:
             elif pilots and contest.winner is None:
                 contest.leave_out_packed()
             return
-        if not recurs:
+        if not recurs or not contest.gain_s:
             return
+        to_come_s = max(0.0, self.before_s - self.gained_s) * len(missing) / len(self.groups)
+        self.gained_s += contest.gain_s * len(self.groups)
         self.lost_s += contest.gain_s * len(missing)
-        if missing and contest.gain_s and self.lost_s > _WORTH * (contest.pack_s or 0.0) * len(missing):
-            self.lost_s = float("-inf")  # once per call: without memory for it, packing is not retried in every step
+        if missing and max(self.lost_s, to_come_s) > (contest.pack_s or 0.0) * len(missing):
+            self.before_s = self.lost_s = float("-inf")  # once per call: without memory for it, it is not retried
             if _fits(missing):
-                self._pack(missing)
+                self.price_s += self._pack(missing)
 
-    def _pack(self, groups: list[Group]) -> None:
-        """Pack groups, and tell the contests of every number of rows what that takes."""
+    def beside_s(self, forwards: Mapping[int, int]) -> float:
+        """`FastLinears.beside_s` for this shape."""
+        contests = {rows: self.contests[bucket_of(rows)] for rows in forwards}
+        gains_s = sum(number * contests[rows].gain_s for rows, number in forwards.items()) * len(self.groups)
+        each_s = max((contest.pack_s or 0.0 for contest in contests.values()), default=0.0)
+        packed = len(self.copies) / len(self.groups)
+        return min((self.price_s or each_s * len(self.groups)) - gains_s * (1 - packed), gains_s * packed)
+
+    def _pack(self, groups: list[Group]) -> float:
+        """Pack groups, and tell the contests of every number of rows what that takes; returns the seconds."""
         began_s = time.perf_counter()
+        joined = _joined(groups)
         for group in groups:
-            made = packed_weight(torch.cat([layer.weight for layer in group]) if len(group) > 1 else group[0].weight)
+            made = packed_weight(joined(group))
             self.copies[group] = tuple(WeightCopy.of(layer.weight, made) for layer in group)
         self.times_copies = False
         all_s = time.perf_counter() - began_s
         self.once.seconds += all_s
-        pack_s = all_s / len(groups)
         for contest in self.contests.values():
-            contest.pack_s = pack_s if contest.pack_s is None else min(contest.pack_s, pack_s)
+            contest.price(all_s / len(groups))
+        return all_s
 
 
 class FastLinears:
@@ -126,14 +149,15 @@ class FastLinears:
         table: Timings of routes; None for those of this machine.
 
     Attributes:
-        packing_s: Seconds spent on packing in the latest session; `recurring_packing_s`: for decode steps, not for prompts.
+        packing_s: Seconds spent on packing in the latest session.
         most_packed_bytes: Peak bytes of packed copies in the latest session.
     """
 
     def __init__(self, model: nn.Module, table: RouteTable | None = None) -> None:
-        self.packing_s, self.recurring_packing_s, self.most_packed_bytes = 0.0, 0.0, 0
+        self.packing_s, self.most_packed_bytes = 0.0, 0
         self._given = table
         self._model = model
+        self._gained_s: dict[Hashable, float] = {}  # by shape: what packed copies saved, or would have, in a session
         self._shapes: list[_Shape] = []
         self._products: dict[Group, Products] = {}
         self._once = _Once()
@@ -151,11 +175,11 @@ class FastLinears:
         listed.
         """
         if not self._shapes:
-            self.packing_s, self.recurring_packing_s, self.most_packed_bytes = 0.0, 0.0, 0
+            self.packing_s, self.most_packed_bytes = 0.0, 0
         outer, table = self._shapes, self._table
         known = {layer for shape in outer for group in shape.groups for layer in group}
         layers: list[Any] = [m for m in (parts or self._model).modules() if m not in known and _takes_part(m)]
-        inner = _by_shape([(layer,) for layer in layers], table, self._once)
+        inner = self._by_shape([(layer,) for layer in layers])
         forwards: dict[nn.Module, Any] = {layer: _forward_of(shape) for shape in inner for (layer,) in shape.groups}
         try:
             self._take(outer + inner)
@@ -163,6 +187,8 @@ class FastLinears:
                 yield
         finally:
             for shape in self._shapes[len(outer) :]:
+                if shape.recurs and shape.groups:
+                    self._gained_s[_key(shape.groups[0])] = shape.gained_s
                 shape.copies.clear()  # now: a shape and its products refer to each other, and wait for the garbage collector
             self._take(outer)
             if inner:
@@ -192,7 +218,7 @@ class FastLinears:
         for shape in self._shapes:
             shape.groups = [group for group in shape.groups if not members.intersection(group)]
             shape.copies = {group: copy for group, copy in shape.copies.items() if not members.intersection(group)}
-        self._take(self._shapes + _by_shape(new, self._table, self._once))
+        self._take(self._shapes + self._by_shape(new))
 
     def _may_be_together(self, group: Group) -> bool:
         kinds = {(layer.weight.dtype, layer.weight.shape[1], layer.bias is None) for layer in group}
@@ -219,31 +245,58 @@ class FastLinears:
             return
         began_s, num_copies = time.perf_counter(), sum(len(shape.copies) for shape in self._shapes)
         for shape in self._shapes:
-            if shape.groups and num_rows in _rows_in_contests(shape.groups[0][0].weight.dtype):
+            if shape.groups and num_rows in _rows_in_contests(_type(shape)):
                 shape.prepare(shape.contests[bucket_of(num_rows)], recurs)
         if sum(len(shape.copies) for shape in self._shapes) != num_copies:
-            taken_s = time.perf_counter() - began_s
-            self.packing_s += taken_s
-            self.recurring_packing_s += taken_s if recurs else 0.0
+            self.packing_s += time.perf_counter() - began_s
             packed_bytes = sum(_packed_bytes(group) for shape in self._shapes for group in shape.copies)
             self.most_packed_bytes = max(self.most_packed_bytes, packed_bytes)
 
-    def packs(self, num_rows: int) -> bool:
-        """Whether forwards over `num_rows` tokens are known to gain by packed copies, in the present session."""
-        return any(
-            shape.contests[bucket_of(num_rows)].winner == PACKED
+    def beside_s(self, forwards: Mapping[int, int]) -> float:
+        """Seconds that packing adds to a session of other forwards, beside what they cost in the present one as it is now.
+
+        That session packs layers, too, or does without copies that the present one has, or has copies that are missing
+        here, whichever is least.
+
+        Args:
+            forwards: How many forwards it makes, by their number of tokens.
+        """
+        return sum(
+            shape.beside_s({rows: n for rows, n in forwards.items() if rows in _rows_in_contests(_type(shape))})
             for shape in self._shapes
-            if shape.groups and num_rows in _rows_in_contests(shape.groups[0][0].weight.dtype)
+            if shape.groups
         )
 
+    def _by_shape(self, groups: list[Group]) -> list[_Shape]:
+        by_shape: dict[Hashable, list[Group]] = {}
+        for group in groups:
+            by_shape.setdefault(_key(group), []).append(group)
+        return [
+            _Shape(same, _contests(same[0], self._table), self._once, self._gained_s.get(key, 0.0))
+            for key, same in by_shape.items()
+        ]
 
-def _by_shape(groups: list[Group], table: RouteTable, once: _Once) -> list[_Shape]:
-    by_shape: dict[object, list[Group]] = {}
-    for group in groups:
-        first = group[0]
-        shapes = tuple(layer.weight.shape for layer in group)
-        by_shape.setdefault((shapes, first.weight.dtype, first.bias is None), []).append(group)
-    return [_Shape(same, _contests(same[0], table), once) for same in by_shape.values()]
+
+def _key(group: Group) -> Hashable:
+    """What groups of one `_Shape` share."""
+    return tuple(layer.weight.shape for layer in group), group[0].weight.dtype, group[0].bias is None
+
+
+def _type(shape: _Shape) -> torch.dtype:
+    return shape.groups[0][0].weight.dtype
+
+
+def _joined(groups: list[Group]) -> Callable[[Group], torch.Tensor]:
+    """The weight of a group as one matrix, valid until the next is asked for.
+
+    All are joined in one place: the kernel would clear the pages of a new one for every group, which takes longer than
+    packing where pages are huge.
+    """
+    first = groups[0]
+    if len(first) == 1:
+        return lambda group: group[0].weight
+    place = torch.cat([layer.weight.detach() for layer in first])
+    return lambda group: torch.cat([layer.weight.detach() for layer in group], out=place)
 
 
 def _contests(group: Group, table: RouteTable) -> dict[int, Contest]:
@@ -290,7 +343,7 @@ def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tens
 def _products_of(shape: _Shape) -> Products:
     """Multiplies rows `[rows, in]` of a group's own type, outside of autocast, by the fastest route."""
     contests = shape.contests
-    rows_in_contests = _rows_in_contests(shape.groups[0][0].weight.dtype)
+    rows_in_contests = _rows_in_contests(_type(shape))
 
     def products(group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         number, copies = rows.shape[0], shape.copies

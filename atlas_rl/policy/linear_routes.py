@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -117,7 +118,7 @@ class Contest:
 
     Attributes:
         seconds: Timings of each route, newest last.
-        pack_s: Seconds that packing one layer takes; None if it was not tried.
+        pack_s: Seconds that packing one layer takes, see `price`; None if it was not tried.
         winner: The fastest route once it is known.
         runner_up: The fastest one that needs no packed copy.
         is_whole: Whether all routes took part.
@@ -160,6 +161,14 @@ class Contest:
         del self.seconds[PACKED]
         self.is_whole = False
         self._end_if_known()
+
+    def price(self, seconds: float) -> None:
+        """Record what packing took, per layer.
+
+        The first layers that are ever packed may go to memory that the process has in use, which takes a tenth of the
+        time; other load may make a packing take many times as long. So half of the way to the newest, as a ratio.
+        """
+        self.pack_s = seconds if not self.pack_s else math.sqrt(self.pack_s * seconds)
 
     def decide(self) -> None:
         """Choose the winner by the timings so far."""

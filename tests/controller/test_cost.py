@@ -95,6 +95,18 @@ def test_a_context_that_grows_while_the_machine_slows_down_leaves_the_sizes_as_t
     assert table[32] / table[8] == pytest.approx(4, rel=0.2)
 
 
+def test_what_interrupts_some_forwards_is_in_their_mean():
+    """Predictions are medians: one forward in five takes half as long again, a rare one a hundred times as long."""
+    cost = CostModel()
+    assert cost.mean_over_median == 1.0
+    for index in range(400):
+        cost.observe((4, 8)[index % 2], (1.5 if index % 5 == 0 else 1.0) * affine((4, 8)[index % 2]))
+    assert cost.seconds(4) == pytest.approx(affine(4), rel=0.02)
+    assert cost.mean_over_median == pytest.approx(1.1, abs=0.03)
+    cost.observe(4, 100 * affine(4))
+    assert cost.mean_over_median < 1.13, "a single one counts as twice as long at most"
+
+
 def test_every_size_is_predicted_as_it_was_seen():
     for size in range(1, 301):
         model = CostModel()

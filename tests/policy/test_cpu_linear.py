@@ -173,19 +173,55 @@ def test_a_copy_is_of_the_weight_as_it_is(change: str, num_packed: list[int]) ->
         close(linear(x), functional.linear(x, linear.weight, linear.bias))
 
 
-def test_layers_are_packed_when_a_part_of_the_price_was_lost(num_packed: list[int]) -> None:
-    """Without a copy a forward loses 1 s per layer; a copy costs 10: after three forwards all layers have one."""
+def test_layers_are_packed_when_their_price_was_lost(num_packed: list[int]) -> None:
+    """Without a copy a forward loses 1 s per layer; a copy costs 3.5: in the fourth forward all layers get one."""
     model = nn.Sequential(layer_of(), nn.Linear(OUTPUTS, INPUTS), layer_of(seed=1))
-    linears = FastLinears(model, table_where(PACKED, pack_s=10.0))
+    linears = FastLinears(model, table_where(PACKED, pack_s=3.5))
     with torch.no_grad(), linears.installed():
         counts = []
         for _ in range(5):
             linears.prepare(8)
             model(torch.randn(8, INPUTS))
             counts.append(num_packed[0])
-        assert counts == [0, 0, 3, 3, 3]
+        assert counts == [0, 0, 0, 3, 3]
         assert linears.most_packed_bytes == 3 * 4 * INPUTS * OUTPUTS
     assert linears.packing_s > 0
+
+
+@pytest.mark.parametrize(("num_forwards", "expected"), [(3, 0), (4, 3)])
+def test_layers_are_packed_at_once_if_that_would_have_paid_in_the_call_before(
+    num_forwards: int, expected: int, num_packed: list[int]
+) -> None:
+    """Prompts and audits between the calls make no difference, nor does memory that was too short for copies."""
+    model = nn.Sequential(layer_of(), nn.Linear(OUTPUTS, INPUTS), layer_of(seed=1))
+    linears = FastLinears(model, table_where(PACKED, pack_s=3.5))
+    with torch.no_grad():
+        with linears.installed(), pytest.MonkeyPatch.context() as short:
+            short.setattr(cpu_linear, "free_bytes", lambda device: 0)
+            for _ in range(num_forwards):
+                linears.prepare(8)
+        with linears.installed():
+            linears.prepare(8, recurs=False)
+        assert num_packed == [0]
+        with linears.installed():
+            linears.prepare(8)
+            assert num_packed == [expected]
+
+
+def test_a_call_of_the_expected_length_is_not_packed_near_its_end(num_packed: list[int]) -> None:
+    """Forwards of one row gain nothing; what is still to come when there are more does not pay the price."""
+    table = table_where(PACKED, pack_s=3.5)
+    linears = FastLinears(nn.Sequential(layer_of(), layer_of(seed=1)), table)
+    with torch.no_grad():
+        with linears.installed():
+            for _ in range(5):
+                linears.prepare(8)
+        assert num_packed == [2]
+        with linears.installed():
+            for shape in linears._shapes:
+                shape.gained_s = 2.0 * 2  # as if two forwards had been made while memory was short
+            linears.prepare(8)
+            assert num_packed == [2]
 
 
 def test_copies_go_with_their_session(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ def test_what_is_done_once_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     slower_s = len(contest.seconds[TURNED]) * 0.02
     assert contest.winner in (PLAIN, PACKED)
     assert counts[-1] == counts[-5], "the contest has ended, and everything is packed"
-    assert 0 < linears.packing_s == linears.recurring_packing_s < counts[-1]
+    assert 0 < linears.packing_s < counts[-1]
     assert counts[-1] - linears.packing_s > slower_s / 2
 
 
@@ -226,12 +226,44 @@ def test_more_rows_than_the_last_bucket_has_are_no_work_done_once() -> None:
 
 
 @needs_packing
-@pytest.mark.parametrize("route", [PACKED, TURNED])
-def test_whether_forwards_gain_by_packed_copies_is_known(route: str) -> None:
-    linears = FastLinears(nn.ModuleList([layer_of()]), table_where(route))
-    with linears.installed():
-        assert linears.packs(8) == (route == PACKED)
-    assert not linears.packs(8), "outside of a session nothing is packed"
+@pytest.mark.parametrize(
+    ("route", "packs", "num_forwards", "expected_s"),
+    [
+        (PACKED, True, 10, 3.0),  # it packs as well
+        (PACKED, True, 2, 2.0),  # two forwards without copies cost less than these
+        (PACKED, False, 10, -7.0),  # it saves ten seconds for the price of three
+        (PACKED, False, 2, 0.0),
+        (TURNED, False, 10, 0.0),
+    ],
+)
+def test_what_packing_adds_to_other_forwards(
+    route: str, packs: bool, num_forwards: int, expected_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy saves 1 s in each forward."""
+    linears = FastLinears(nn.ModuleList([layer_of()]), table_where(route, pack_s=3.0))
+    with torch.no_grad(), linears.installed():
+        if packs:
+            for _ in range(4):
+                linears.prepare(8)
+            (shape,) = linears._shapes
+            assert shape.copies
+            shape.price_s = 3.0
+        else:
+            linears.prepare(8)
+        assert linears.beside_s({8: num_forwards}) == expected_s
+        assert linears.beside_s({}) == linears.beside_s({10**6: 5}) == 0.0, "there is no contest for so many rows"
+    assert linears.beside_s({8: num_forwards}) == 0.0, "outside of a session nothing is packed"
+
+
+def test_the_price_follows_the_newest_packings_and_forgives_one() -> None:
+    """The first packing is often too cheap, and one may be interrupted."""
+    contest = Contest.between(8, torch.float32)
+    contest.price(0.001)
+    for _ in range(8):
+        contest.price(0.01)
+    assert contest.pack_s == pytest.approx(0.01, rel=0.02)
+    contest.price(1.0)
+    assert contest.pack_s == pytest.approx(0.1, rel=0.02)
 
 
 @needs_packing

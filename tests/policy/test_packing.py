@@ -42,5 +42,5 @@ def test_an_estimate_packs_where_plain_forwards_do(monkeypatch: pytest.MonkeyPat
         table = table_where(route)
         monkeypatch.setattr(RouteTable, "of_this_machine", lambda table=table: table)
         report = generate(engine_of(model, speculators=[HistorySpeculator()], audit_share=0.0)).report
-        assert told[-1] == pytest.approx(100.0 + report.packing_s, abs=1e-9)
+        assert told[-1] <= 100.0 + report.packing_s
     assert told[0] > told[1] == 100.0
