@@ -313,7 +313,7 @@ class InProcessRunner(PolicyRunner):
                 fused(parts) if self._fuses else nullcontext(),
                 self.linears.installed(parts),
                 flat(parts, self.linears) if self._fuses else nullcontext(),
-                self.halves.installed(self._autocast),
+                self.halves.installed(self._autocast, parts),
             ):
                 yield
         finally:

@@ -19,9 +19,8 @@ step cannot be captured with its tail, forwards are captured alone.
 **What a graph holds.** Addresses of the weights, of the cache, and of the replacements of linear layers. So a graph
 belongs to one cache, which lives for one generation call, and weights stay in place meanwhile; if the cache's tensors
 move, the graphs are dropped. Nothing captured can be stale in the next call. A draft LM enters a session for every draft
-of a call, and its graphs serve all of them. If a session finds the modules changed (`policy/parts.py`), steps are
-captured anew. Under autocast they are captured anew in every session, because each makes its own copies of weights
-(`policy/autocast.py`).
+of a call, and its graphs serve all of them, under autocast as well. If a session finds the modules changed
+(`policy/parts.py`), or under autocast a weight (`policy/autocast.py`), steps are captured anew.
 
 Without CUDA the same step is called directly (`capture=False`), so everything but the capture is tested on a CPU.
 """

@@ -1,4 +1,4 @@
-"""Verification in the graph of a step, on a pretended GPU: what a step costs, its tokens, and what happens if it cannot be."""
+"""Verification in the graph of a step, on a pretended GPU: what a step costs, its tokens, and what if it cannot be there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("probed_once")
 
 APART = "verification cannot be part of them"
 LONG = {"max_new_tokens": 14, "eos_token_ids": ()}
-ONE_STEP = Counter(h2d_async=1, launch=1, d2h_async=1, sync=2)  # the waits are for the forward's end and for the results
+ONE_STEP = Counter(h2d_async=1, launch=1, d2h_async=1, sync=2)  # waits: for the forward's end, and for the results
 
 
 def events_of_steps(monkeypatch, arm, verification, calls=1, model=None, **options):
