@@ -35,11 +35,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.captures import Captures
 from atlas_rl.policy.placement import Placement
 from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.step_inputs import padded_tokens
 from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.policy.upload import upload_into
 from atlas_rl.policy.varlen import Packing
@@ -221,38 +221,10 @@ def _fill(step: _Step, segments: Segments, rows: np.ndarray, behind: np.ndarray)
     """Copy the tokens and the tail's inputs to where the step reads them, in one copy if the host knows the tokens."""
     tokens, size = segments.token_ids, step.size
     if isinstance(tokens, np.ndarray):
-        upload_into(step.inputs, padded(size, tokens, segments.starts, segments.lengths, rows, behind))
+        upload_into(step.inputs, padded_tokens(size, tokens, segments.starts, segments.lengths, rows, behind))
         return
     # Drafted on the device, and never fetched.
-    numbers = padded(size, np.zeros(len(tokens), np.int64), segments.starts, segments.lengths, rows, behind)
+    numbers = padded_tokens(size, np.zeros(len(tokens), np.int64), segments.starts, segments.lengths, rows, behind)
     upload_into(step.inputs[size:], numbers[size:])
     step.inputs[: len(tokens)].copy_(tokens)
     step.inputs[len(tokens) : size].copy_(tokens[-1:].expand(size - len(tokens)))
-
-
-@cached_njit(nogil=True)
-def padded(size, tokens, starts, lengths, rows, behind):
-    """The inputs of a step: its tokens, padded by repeating the last one, and what lies behind them.
-
-    Args:
-        size: Tokens of the shape, at least `len(tokens)`.
-        tokens: int64 `[num_tokens]`.
-        starts: int64 `[rows]`, position of each row's first token.
-        lengths: int64 `[rows]`.
-        rows: int64 `[rows]`, cache rows.
-        behind: int64 `[n]`.
-
-    Returns:
-        int64 `[3 * size + n]`: token ids, positions, cache rows, `behind`.
-    """
-    numbers = np.empty(3 * size + len(behind), np.int64)
-    at = 0
-    for row in range(len(rows)):
-        for place in range(lengths[row]):
-            numbers[at] = tokens[at]
-            numbers[size + at], numbers[2 * size + at] = starts[row] + place, rows[row]
-            at += 1
-    for row in range(3):
-        numbers[row * size + at : (row + 1) * size] = numbers[row * size + at - 1]
-    numbers[3 * size :] = behind
-    return numbers

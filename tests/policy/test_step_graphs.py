@@ -15,6 +15,7 @@ from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy import ragged_attention, step_graphs, varlen
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.step_inputs import padded_tokens
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
@@ -102,7 +103,7 @@ def test_inputs_are_padded_with_the_last_token(seed):
     depths = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     expected = np.stack([tokens, np.repeat(starts, lengths) + depths, np.repeat(rows, lengths)])
     expected = np.pad(expected, ((0, 0), (0, missing)), mode="edge")
-    found = step_graphs.padded(total + missing, tokens, starts, lengths, rows, behind)
+    found = padded_tokens(total + missing, tokens, starts, lengths, rows, behind)
     assert found.tolist() == [*expected.ravel(), *behind]
 
 
