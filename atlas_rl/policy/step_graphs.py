@@ -64,7 +64,7 @@ class _Step:
     Attributes:
         size: Its tokens, padding included.
         inputs: int64 `[3 * size + n]` on the device: token ids, positions, cache rows, and the n inputs of its tail.
-        tail: The tail of the step that runs; None for shapes without one.
+        tail: The tail of a step that is running; None otherwise, and for shapes without one.
         graph: The captured graph; None before the capture.
         logits, taps, result: Outputs of the graph; `result` is the tail's.
         runs: How often it has run.
@@ -157,6 +157,7 @@ class StepGraphs(Captures):
         step.tail = tail
         _fill(step, segments, rows, behind)
         self._advance(step, cache)
+        step.tail = None  # it may hold large tensors
         if tail is not None:
             tail.result = step.result
         taps.head_inputs = step.taps.head_inputs[:num_tokens].clone()
