@@ -1,10 +1,4 @@
-"""A simulated device in virtual time: real host code beside forwards that take the planner's predicted time.
-
-Time is virtual. It is the processor time of the loop's thread, minus the simulation's own time (`outside`), plus the
-waits for the device. Submitting a forward returns at once. Reading its results advances the clock to the moment at
-which the device would have finished. So host code is real and counted, a wait takes no time to simulate, and other
-processes on the machine disturb little. Work that torch gives to other threads would not be counted, so give it one
-thread.
+"""A decode loop over a simulated device (`virtual_device.py`): real host code, forwards in the planner's predicted time.
 
 Tokens and hidden states come from a recorded call. A recurrent head's drafts come from its own network, run outside of
 time and remembered. Both depend on the prefix alone, so acceptance is real.
@@ -12,8 +6,6 @@ time and remembered. Both depend on the prefix alone, so acceptance is real.
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +19,8 @@ from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.planner.roofline import forward
 from atlas_rl.planner.speculation import Setting
 from atlas_rl.policy.base import PolicyCache, Segments, Taps
+from atlas_rl.policy.step_graphs import SIZES
+from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.replay.record import Recorded
 from atlas_rl.replay.replay import NoRunner, head_inputs_at, unfinished
 from atlas_rl.report.recorder import StepRecorder
@@ -36,9 +30,7 @@ from atlas_rl.speculators.base import NO_PROMPTS, Speculator
 from atlas_rl.speculators.drawing import Drawing
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
-
-CALL_S = 8e-6
-"""Host seconds of one call into the driver (a copy, a launch, a replay of a graph): assumed, not measured."""
+from benchmarks.virtual_device import Device
 
 VERIFY_S, VERIFY_ROW_S = 30e-6, 2.0e-6
 """Device seconds of verification, fixed and per row of 151,936 logits: docs/gpu.md, measured on an H100."""
@@ -47,80 +39,14 @@ TABLE_CALLS, FOLD_CALLS = 16, 12
 """Driver calls of the recurrent head's preparation, assumed: to read the policy's tables when a call begins, and to fold
 the head after each refresh."""
 
+_SIZE_OF = [next(size for size in SIZES if size >= count) for count in range(SIZES[-1] + 1)]
 _REMEMBERED = 16  # longest draft
 _FLOAT32 = 1 / 16  # float32 products have this share of a GPU's rate for bfloat16: no tensor core has the type
 
 
-class Device:
-    """Runs submitted work in order, in virtual time.
-
-    Attributes:
-        busy_s: Seconds of submitted work: the total time if the host took none.
-        gaps_s: Per forward of the policy, the seconds that the device waited for the host since the previous forward.
-        waited_s: Seconds that the host waited, by phase of the recorder.
-        shift_s: Virtual time minus the processor time of the thread.
-        num_outside: Number of open contexts of `outside`.
-        began_s: Processor time at which the first of them was entered.
-    """
-
-    def __init__(self) -> None:
-        self.shift_s, self._ready_s = 0.0, 0.0
-        self.num_outside, self.began_s = 0, 0.0
-        self._gap_s = 0.0
-        self.busy_s = 0.0
-        self.gaps_s: list[float] = []
-        self.waited_s: dict[str, float] = defaultdict(float)
-        self.phase: Callable[[], str] = lambda: ""
-
-    def clock(self) -> float:
-        """Seconds of virtual time."""
-        return time.thread_time() + self.shift_s
-
-    def submit(self, seconds: float, *, calls: int = 1) -> None:
-        """Submit work of `seconds`; submitting costs the host `calls` driver calls."""
-        self.shift_s += calls * CALL_S
-        now = self.clock()
-        self._gap_s += max(0.0, now - self._ready_s)
-        self._ready_s = max(now, self._ready_s) + seconds
-        self.busy_s += seconds
-
-    def forward(self, seconds: float) -> None:
-        """Submit a forward of the policy: an upload and a graph."""
-        self.submit(seconds, calls=2)
-        self.gaps_s.append(self._gap_s)
-        self._gap_s = 0.0
-
-    def wait(self) -> None:
-        """Read results on the host, after waiting for them."""
-        waiting = self._ready_s - self.clock()
-        if waiting > 0:
-            self.shift_s += waiting
-            self.waited_s[self.phase()] += waiting
-
-    def outside(self) -> _Outside:
-        """Context for the simulation's own work, which takes no virtual time."""
-        return _Outside(self)
-
-
-class _Outside:
-    """See `Device.outside`; contexts nest."""
-
-    __slots__ = ("_device",)
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    def __enter__(self) -> None:
-        device = self._device
-        if not device.num_outside:
-            device.began_s = time.thread_time()
-        device.num_outside += 1
-
-    def __exit__(self, *error: object) -> None:
-        device = self._device
-        device.num_outside -= 1
-        if not device.num_outside:
-            device.shift_s -= time.thread_time() - device.began_s
+def verify_s(num_rows: int) -> float:
+    """Device seconds of verification."""
+    return VERIFY_S + VERIFY_ROW_S * num_rows
 
 
 class Costs:
@@ -182,22 +108,31 @@ class Costs:
 
 
 class PacedRunner(NoRunner):
-    """Answers forwards from a record, in the device's time."""
+    """Answers forwards from a record, in the device's time, and verification that belongs to them."""
 
-    def __init__(self, recorded: Recorded, device: Device, costs: Costs) -> None:
+    def __init__(self, recorded: Recorded, device: Device, costs: Costs, verifier: PacedVerifier) -> None:
         super().__init__(recorded.sequences.vocab_size)
+        self.verifier = verifier
         self.loop: PacedLoop
         self.recorded, self._device, self._costs = recorded, device, costs
 
-    def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
+    def forward(
+        self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, tail: StepTail | None = None
+    ) -> torch.Tensor:
         device = self._device
+        tail = tail if keep.size <= SIZES[-1] else None
+        inputs = None if tail is None else tail.inputs(_SIZE_OF[keep.size])
         with device.outside():
             requests, lengths = self.loop.active, segments.lengths
             if taps is not None and taps.wants_head_inputs:
                 row = np.repeat(np.arange(len(requests)), lengths)
                 offset = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
                 taps.head_inputs = self.loop.drawn_from(requests[row], segments.starts[row] + 1 + offset)
-            seconds = self._costs.step_s(len(lengths), int(lengths.sum()), int(segments.starts.sum()))
+            seconds = self._costs.step_s(len(lengths), len(keep), int(segments.starts.sum()))
+            if tail is not None:
+                self.verifier.requests = requests
+                tail.result = tail.run(torch.empty(0), torch.from_numpy(inputs))
+                seconds += verify_s(len(keep))
         device.forward(seconds)
         return torch.empty(0)
 
@@ -217,18 +152,28 @@ class PacedRunner(NoRunner):
 
 
 class PacedVerifier(FusedVerifier):
-    """Verification as on a GPU, with the kernel's results taken from the record."""
+    """Verification as on a GPU, with the kernel's results taken from the record.
+
+    Attributes:
+        requests: int64 `[batch]`, the requests that are verified.
+    """
 
     def __init__(self, recorded: Recorded, device: Device) -> None:
         super().__init__(DrafterInvariant(), "reference")
         self._true, self._device = recorded.sequences, device
-        self._requests = np.zeros(0, np.int64)
+        self.requests = np.zeros(0, np.int64)
 
     def begin(
-        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
+        self,
+        logits: torch.Tensor,
+        draft: Draft,
+        sequences: Sequences,
+        requests: np.ndarray,
+        tail: StepTail | None = None,
     ) -> Callable[[], Outcome]:
-        self._requests = requests
-        finish = super().begin(logits, draft, sequences, requests)
+        self.requests = requests
+        finish = super().begin(logits, draft, sequences, requests, tail)
+        self._device.submit(0.0)  # the download
 
         def outcome() -> Outcome:
             self._device.wait()
@@ -237,20 +182,27 @@ class PacedVerifier(FusedVerifier):
         return outcome
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
+        """The record's results; charged here, unless a forward has taken verification along."""
         device, true = self._device, self._true
+        apart = not device.num_outside
         with device.outside():
             _, drafts, starts, _, positions = (tensor.numpy() for tensor in rows)
-            counts = np.diff(starts)
-            request = np.repeat(self._requests, counts)
+            size, num_requests, starts = len(drafts), len(starts) - 1, starts[: len(self.requests) + 1]
+            total = int(starts[-1])  # less than the size if padded
+            drafts, positions, counts = drafts[:total], positions[:total], np.diff(starts)
+            request = np.repeat(self.requests, counts)
             inside = np.minimum(positions, true.lengths[request] - 1)
             tokens = true.token_ids[request, inside].astype(np.int64)
             stands = (tokens == drafts) & (positions < true.lengths[request])
             wrong = np.cumsum(~stands)
             before = wrong - ~stands - np.repeat(np.append(0, wrong)[starts[:-1]], counts)
             accepted = np.add.reduceat((stands & (before == 0)).astype(np.int64), starts[:-1])
-            figures = torch.full((len(tokens),), 0.5)
+            tokens = np.pad(tokens, (0, size - total))
+            accepted = np.pad(accepted, (0, num_requests - len(accepted)))
+            figures = torch.full((size,), 0.5)
             verified = Verification(torch.from_numpy(tokens), torch.from_numpy(accepted), figures, figures, figures)
-        device.submit(VERIFY_S + VERIFY_ROW_S * len(tokens), calls=3)  # an upload, a launch, and the download's
+        if apart:
+            device.submit(verify_s(total), calls=4)  # an upload, two kernels, and packing the results
         return verified
 
 
@@ -271,8 +223,8 @@ class PacedLoop(DecodeLoop):
         self.device = Device()
         sequences, max_lengths = unfinished(recorded)
         recorder = StepRecorder(speculators=tuple(speculators), clock=self.device.clock)
-        runner = PacedRunner(recorded, self.device, costs)
         verifier = PacedVerifier(recorded, self.device)
+        runner = PacedRunner(recorded, self.device, costs, verifier)
         num_rows = len(max_lengths)
         super().__init__(runner, verifier, speculators, controller, sequences, num_rows, max_lengths, recorder)
         runner.loop, self.costs, self._told = self, costs, head_inputs_at(recorded)

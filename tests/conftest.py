@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any import of triton: its kernels then run on the CPU
 
+from atlas_rl.policy.ragged_attention import RaggedBatch
 from tests import ROOT
 from tests.models import FACTORIES
 from tests.quick import is_left_out, quick_of
@@ -67,6 +68,21 @@ def llama() -> PreTrainedModel:
 def tiny_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """One tiny model of each family in turn, shared like `llama`."""
     return FACTORIES[request.param]()
+
+
+@pytest.fixture
+def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> list[RaggedBatch]:
+    """Every cache has steps of fixed shapes, as on a GPU; the caches that were made."""
+    made: list[RaggedBatch] = []
+
+    class Fixed(RaggedBatch):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.varlen = True
+            made.append(self)
+
+    monkeypatch.setattr("atlas_rl.policy.in_process.RaggedBatch", Fixed)
+    return made
 
 
 @pytest.fixture(autouse=True, scope="session")

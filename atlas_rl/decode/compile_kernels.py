@@ -41,9 +41,10 @@ from atlas_rl.decode.propose import merge
 from atlas_rl.decode.room import needed_by, rest_of, room_of
 from atlas_rl.decode.settling import reached
 from atlas_rl.policy.current_device import on_device
+from atlas_rl.policy.step_inputs import padded_tokens
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier, kernel_temperature
-from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
+from atlas_rl.sampling.packing import packed_positions, packed_tokens, padded_positions, unpacked
 from atlas_rl.sampling.verification import Verifier, choose
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.drawing import choose_among
@@ -180,7 +181,9 @@ def _run_all() -> None:
     sequences = _toy_sequences()
     draft = Draft(np.zeros((2, 1), np.int64), np.ones(2, np.int64), np.zeros((2, 1), np.float32))
     packed_tokens(requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths)
-    packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
+    rows = requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths
+    packed = packed_positions(*rows)
+    padded_tokens(4, packed[0], requests, draft.lengths + 1, requests, padded_positions(4, *rows))
     figures = np.ones(len(packed[0]), np.float32)
     unpacked(packed[1], np.ones(2, np.int64), packed[0], figures, figures, figures, sequences.sampling.stops)
     _run_rows_of_drafts(sequences, requests)

@@ -25,6 +25,7 @@ from atlas_rl.decode.settling import reached
 from atlas_rl.decode.stand_ins import run_one_by_one, stand_in
 from atlas_rl.policy.base import PolicyCache, PolicyRunner, Segments, Taps, retire, roomy
 from atlas_rl.policy.logits import NonFiniteLogits
+from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.packing import packed_tokens
 from atlas_rl.sampling.verification import Outcome, Verifier
@@ -34,6 +35,7 @@ _PAUSED = (
     "memory for the attention cache ran short: {} times a request gave its row up and was run again later. Lower "
     "max_batch_size, or leave more memory free"
 )
+_NONE = np.zeros(0, np.int64)
 PREFILL_TOKENS = 4096  # packed prompt tokens per forward: bounds the activations of a wave of long prompts
 
 
@@ -144,9 +146,10 @@ class DecodeLoop:
             admission = self.controller.admit(step)
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
             asked_s, once_s = recorder.switch("forward"), self.runner.once_s
-            logits, hidden = self.forward(requests, draft)
+            tail = self.verifier.tail(draft, self.sequences, requests)
+            logits, hidden = self.forward(requests, draft, tail)
             recorder.switch("sample")
-            verifying = self.verifier.begin(logits, draft, self.sequences, requests)
+            verifying = self.verifier.begin(logits, draft, self.sequences, requests, tail)
             apart_s = self._learn()
             recorder.switch("forward")
             self.runner.synchronize()
@@ -199,8 +202,10 @@ class DecodeLoop:
                 )  # fmt: skip
         return self.recorder.clock() - began_s
 
-    def forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden]:
+    def forward(self, requests: np.ndarray, draft: Draft, tail: StepTail | None = None) -> tuple[torch.Tensor, Hidden]:
         """Run the policy over the last committed token and every draft token of each request, packed.
+
+        `tail` may run with it, unless some of the logits are not the policy's.
 
         Returns:
             float32 logits `[sum(draft.lengths + 1), vocab]`, and hidden states at the same positions.
@@ -209,11 +214,12 @@ class DecodeLoop:
         tokens, first, starts, lengths = packed_tokens(
             requests, sequences.token_ids, sequences.lengths, draft.token_ids, draft.lengths
         )
-        unrunnable = self.runner.unrunnable() if len(tokens) > len(requests) else None
-        unknown = None if unrunnable is None else stand_in(tokens, lengths, unrunnable)
+        unrunnable = self.runner.unrunnable() if tokens.size > requests.size else None
+        unknown = _NONE if unrunnable is None else stand_in(tokens, lengths, unrunnable)
         taps = self._taps()
-        logits = self.runner.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), taps)
-        if unknown is not None and len(unknown):
+        tail = None if unknown.size else tail
+        logits = self.runner.forward(Segments(tokens, 0, starts, lengths), np.arange(tokens.size), taps, tail)
+        if unknown.size:
             logits[torch.from_numpy(unknown).to(logits.device)] = float("nan")
         return logits, Hidden(first, taps.head_inputs, taps.layers)
 

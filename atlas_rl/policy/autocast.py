@@ -8,7 +8,9 @@ cache in every layer of every step.
 
 Here the attention cache holds the type that attention computes in (`as_attended`), and during a call linear layers have
 copies of their weights of half the size (`HalfWeights`). Both are what autocast would have made, so results are
-bit-equal. MoE experts, whose weights are one tensor, and their routers have copies as well (`half_twins.py`).
+bit-equal. MoE experts, whose weights are one tensor, and their routers have copies as well (`half_twins.py`). A draft LM
+has a session for every draft of a call: sessions over one cache share their copies, unless a session finds a weight with
+another address or version.
 
 A processor without units for the type multiplies one number at a time: 64 rows took six times as long as in float32. On
 a CPU, large products therefore take the fastest route (`linear_routes.py`), with equal results up to the order of
@@ -19,7 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -29,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.half_twins import HalfTwins
 from atlas_rl.policy.linear_routes import BUCKETS, MIN_BYTES, Contest, RouteTable, bucket_of, by_route
+from atlas_rl.policy.parts import HasModules, kept
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
@@ -76,12 +81,87 @@ class _Lowered:
         self._of: WeightCopy | None = None
         self._input: torch.Tensor | None = None  # kept alive, so that its address is not reused
 
+    def forget(self) -> None:
+        """Let go of the latest input."""
+        self._of = self._input = None
+
     def of(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == self.dtype or x.is_inference():  # without a version counter
             return x
         if self._of is None or x is not self._input or not self._of.is_of(x):
             self._input, self._of = x, WeightCopy.of(x, x.to(self.dtype))
         return self._of.made
+
+
+class _Reserved:
+    """Bytes that copies take: an object of its own, so that they can count them without referring to themselves.
+
+    Attributes:
+        num_bytes: The bytes.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+
+class _Copies:
+    """Copies of a model's layers in one type, and the forwards that multiply by them.
+
+    Attributes:
+        fit: Whether there was memory for them.
+        layers: Layers that have a copy.
+    """
+
+    def __init__(
+        self, modules: HasModules, dtype: torch.dtype, reserve: Callable[[_Reserved, int], bool], table: RouteTable
+    ) -> None:
+        self._reserved, self._dtype = _Reserved(), dtype
+        self.layers = [m for m in modules.modules() if _takes_part(m)]
+        self._twins = HalfTwins(modules, dtype, partial(reserve, self._reserved))
+        self._lowered, self._halves = _Lowered(dtype), dict[Any, _Half]()
+        self._owns: list[Any] = []
+        self._forwards: dict[Any, Any] = {}
+        self.fit = reserve(self._reserved, sum(2 * _size_of(layer) for layer in self.layers))
+        if self.fit:
+            self._halves |= {layer: _Half(layer, dtype) for layer in self.layers}
+            _choose_routes(self._halves.values(), table)
+
+    def are_of(self, dtype: torch.dtype) -> bool:
+        """Whether they have this type, and no weight has changed since they were made."""
+        return (
+            self.fit
+            and dtype == self._dtype
+            and len(self._halves) == len(self.layers)
+            and all(half.is_of(layer) for layer, half in self._halves.items())
+            and self._twins.are_current()
+        )
+
+    def forwards(self) -> dict[Any, Any]:
+        """Replacements for `threads.replaced_forwards`: the same as before if what they replace is the same."""
+        owns = [layer.forward for layer in (*self.layers, *self._twins.layers)]
+        if owns != self._owns:
+            self._owns = owns
+            halves = {
+                layer: _forward_of(own, self._lowered, self._halves)
+                for layer, own in zip(self.layers, owns, strict=False)
+            }
+            self._forwards = halves | self._twins.forwards()
+        return self._forwards
+
+    def rest(self) -> None:
+        """Let go of activations, until the next session."""
+        self._lowered.forget()
+
+
+class _Kept:
+    """What a list of modules keeps between sessions.
+
+    Attributes:
+        copies: The copies of the latest session; None if there are none.
+    """
+
+    def __init__(self, modules: HasModules) -> None:
+        self.copies: _Copies | None = None
 
 
 class HalfWeights:
@@ -93,46 +173,60 @@ class HalfWeights:
         table: Timings of routes; None for those of this machine.
 
     Attributes:
-        num_bytes: Bytes of the present copies.
         most_bytes: Peak of `num_bytes` in the latest call.
     """
 
     def __init__(self, model: nn.Module, free_bytes: Callable[[], int], table: RouteTable | None = None) -> None:
-        self.num_bytes = self.most_bytes = 0
+        self.most_bytes = 0
+        self._present: WeakSet[_Reserved] = WeakSet()
         self._model, self._free_bytes, self._given = model, free_bytes, table
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the present copies."""
+        return sum(reserved.num_bytes for reserved in self._present)
+
     @contextmanager
-    def installed(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Context in which this thread's layers under autocast multiply by copies that last as long as the context.
+    def installed(self, dtype: torch.dtype | None, parts: HasModules | None = None) -> Iterator[None]:
+        """Context in which this thread's layers under autocast multiply by copies.
 
         Args:
             dtype: Expected autocast type; None makes no copies. They are not used if autocast turns out to use another
                 type.
+            parts: The model's modules, if already listed: copies then last as long as the list. Else they go with the
+                context.
         """
         if not self.num_bytes:
             self.most_bytes = 0
-        layers = [] if dtype is None else [m for m in self._model.modules() if _takes_part(m)]
-        twins = None if dtype is None else HalfTwins(self._model, dtype, self._reserve)
-        before, table = self.num_bytes, self._given or RouteTable.of_this_machine()
-        if dtype is None or twins is None or not self._reserve(sum(2 * _size_of(layer) for layer in layers)):
+        if dtype is None:
+            yield
+            return
+        modules, table = parts or self._model, self._given or RouteTable.of_this_machine()
+        copies = self._copies_of(modules, dtype, table)
+        if not copies.fit:
             yield
             return
         try:
-            halves = {layer: _Half(layer, dtype) for layer in layers}
-            _choose_routes(halves.values(), table)
-            lowered = _Lowered(dtype)
-            forwards = {layer: _forward_of(layer.forward, lowered, halves) for layer in layers}
-            with replaced_forwards(forwards | twins.forwards()):
+            with replaced_forwards(copies.forwards()):
                 yield
         finally:
-            self.num_bytes = before
+            copies.rest()
             table.save()
 
-    def _reserve(self, num_bytes: int) -> bool:
-        """Reserve bytes for copies, if they are free."""
+    def _copies_of(self, modules: HasModules, dtype: torch.dtype, table: RouteTable) -> _Copies:
+        """The copies that the list keeps, if they are up to date, or new ones."""
+        keep = kept(modules, _Kept)
+        if keep.copies is None or not keep.copies.are_of(dtype):
+            keep.copies = None  # before others take their place
+            keep.copies = _Copies(modules, dtype, self._reserve, table)
+        return keep.copies
+
+    def _reserve(self, reserved: _Reserved, num_bytes: int) -> bool:
+        """Reserve bytes for copies, if they are free; negative numbers give back."""
         if num_bytes > _SHARE * self._free_bytes():
             return False
-        self.num_bytes += num_bytes
+        self._present.add(reserved)
+        reserved.num_bytes += num_bytes
         self.most_bytes = max(self.most_bytes, self.num_bytes)
         return True
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from atlas_rl.policy.step_tail import StepTail
+
 _MARGIN = 32  # tokens
 _NO_STATES = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
 
@@ -93,7 +95,9 @@ class PolicyRunner(ABC):
         """
 
     @abstractmethod
-    def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
+    def forward(
+        self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, tail: StepTail | None = None
+    ) -> torch.Tensor:
         """Append the segments to the cache and return float32 logits `[len(keep), vocab]`, contiguous.
 
         The logits may be changed in place, and the next forward may overwrite them. States in `taps` are not
@@ -103,6 +107,7 @@ class PolicyRunner(ABC):
             segments: Tokens to run.
             keep: int64 indices into the packed tokens whose logits are wanted.
             taps: Hidden states to catch, filled in place.
+            tail: Work on the logits that may join the forward; its `result` says whether it did.
         """
 
     @property

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atlas_rl.policy.guise import class_of
+from atlas_rl.policy.parts import HasModules
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
 
@@ -27,7 +28,7 @@ class HalfTwins:
     """Twins of a model's layers, for one call.
 
     Args:
-        model: Model; its layers that are not torch's and have no weights in sublayers take part.
+        model: Model, or its modules; its layers that are not torch's and have no weights in sublayers take part.
         dtype: Type that autocast computes in.
         reserve: Takes the bytes that a twin needs (negative: gives back) and returns whether they are available.
 
@@ -35,11 +36,15 @@ class HalfTwins:
         layers: Layers that may get a twin.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, reserve: Callable[[int], bool]) -> None:
+    def __init__(self, model: HasModules, dtype: torch.dtype, reserve: Callable[[int], bool]) -> None:
         self.layers = [module for module in model.modules() if _takes_part(module)]
         self._dtype, self._reserve = dtype, reserve
         self._twins: dict[nn.Module, _Twin | None] = {}  # of layers that were tried; None if they got none
         self._unequal: set[type] = set()  # classes whose twins gave other results
+
+    def are_current(self) -> bool:
+        """Whether no weight has changed since its twin was made."""
+        return all(twin is None or twin.is_of(layer) for layer, twin in self._twins.items())
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """Replacements for `threads.replaced_forwards`."""

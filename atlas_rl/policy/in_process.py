@@ -30,6 +30,7 @@ from atlas_rl.policy.ragged_attention import RaggedBatch
 from atlas_rl.policy.recurrent_layers import RecurrentLayer, recurrent_layers
 from atlas_rl.policy.recurrent_rows import RecurrentRows
 from atlas_rl.policy.step_graphs import SIZES, StepGraphs
+from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.policy.supported import context_of, refuse_layers, refuse_modules
 from atlas_rl.policy.threads import (
     attending,
@@ -50,6 +51,10 @@ _UNCAPTURED = (
 _SHORT_OF_MEMORY = (
     "atlas_rl: %s had no memory left for the CUDA graph of a decode step: this call launches its steps kernel by kernel, "
     "and the next call tries again. Leave more memory free, or lower max_batch_size"
+)
+_TAILS_APART = (
+    "atlas_rl: %s's decode steps are captured as CUDA graphs, but verification cannot be part of them (%s): it is launched "
+    "behind each, which takes some launches and copies more"
 )
 
 
@@ -136,12 +141,14 @@ class InProcessRunner(PolicyRunner):
                 with self.ragged(cache):
                     yield
 
-    def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
+    def forward(
+        self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, tail: StepTail | None = None
+    ) -> torch.Tensor:
         assert self._cache is not None, "forward() outside of session()"
         steps = self._steps_of(self._cache)
         if steps is not None and steps.serves(segments, keep):
             self.linears.prepare(len(segments.token_ids))
-            logits = self._step(steps, self._cache, segments, taps or Taps())
+            logits = self._step(steps, self._cache, segments, taps or Taps(), tail)
         else:
             logits = self.run(segments, keep, taps)
         self._mark()
@@ -190,14 +197,19 @@ class InProcessRunner(PolicyRunner):
                 self._say_uncaptured(cache.why_no_steps)
         return cache.steps
 
-    def _step(self, steps: StepGraphs, cache: RaggedBatch, segments: Segments, taps: Taps) -> torch.Tensor:
-        logits = steps.run(cache, segments, taps, (cache.parts, *stand_ins()))
+    def _step(
+        self, steps: StepGraphs, cache: RaggedBatch, segments: Segments, taps: Taps, tail: StepTail | None
+    ) -> torch.Tensor:
+        tail = None if _TAILS_APART in self._said else tail
+        logits = steps.run(cache, segments, taps, (cache.parts, *stand_ins()), tail)
         if steps.short_of_memory:  # that passes: the next call tries again
             if self._is_new(_SHORT_OF_MEMORY):
                 logger.warning(_SHORT_OF_MEMORY, type(self.model).__name__)
         elif steps.refused is not None and self._uncaptured is None:
             self._uncaptured = steps.refused
             self._say_uncaptured(steps.refused)
+        elif steps.tails_refused is not None and steps.captured and self._is_new(_TAILS_APART):
+            logger.warning(_TAILS_APART, type(self.model).__name__, steps.tails_refused)
         return logits
 
     def _say_uncaptured(self, why: str) -> None:
@@ -301,7 +313,7 @@ class InProcessRunner(PolicyRunner):
                 fused(parts) if self._fuses else nullcontext(),
                 self.linears.installed(parts),
                 flat(parts, self.linears) if self._fuses else nullcontext(),
-                self.halves.installed(self._autocast),
+                self.halves.installed(self._autocast, parts),
             ):
                 yield
         finally:

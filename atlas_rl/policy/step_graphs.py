@@ -12,12 +12,15 @@ size has been needed often enough (`_PATIENCE`) to get its own graph, as in the 
 For attention, every token is its own sequence: one query over the cells up to its own. So neither the number of rows
 nor their lengths are part of the shape.
 
+**Tails.** Work that follows every forward can join its step (`policy/step_tail.py`): verification, and packing its
+results for the host. Its inputs lie behind the tokens, so that one copy brings both; its key is part of the shape. If a
+step cannot be captured with its tail, forwards are captured alone.
+
 **What a graph holds.** Addresses of the weights, of the cache, and of the replacements of linear layers. So a graph
 belongs to one cache, which lives for one generation call, and weights stay in place meanwhile; if the cache's tensors
 move, the graphs are dropped. Nothing captured can be stale in the next call. A draft LM enters a session for every draft
-of a call, and its graphs serve all of them. If a session finds the modules changed (`policy/parts.py`), steps are
-captured anew. Under autocast they are captured anew in every session, because each makes its own copies of weights
-(`policy/autocast.py`).
+of a call, and its graphs serve all of them, under autocast as well. If a session finds the modules changed
+(`policy/parts.py`), or under autocast a weight (`policy/autocast.py`), steps are captured anew.
 
 Without CUDA the same step is called directly (`capture=False`), so everything but the capture is tested on a CPU.
 """
@@ -36,6 +39,8 @@ from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.captures import Captures
 from atlas_rl.policy.placement import Placement
 from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.step_inputs import padded_tokens
+from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.policy.upload import upload_into
 from atlas_rl.policy.varlen import Packing
 
@@ -46,6 +51,8 @@ _VARIANTS = 2
 _FEW = 16  # tokens: up to here a forward is bound by reading weights, and costs about the same
 _PATIENCE = 64  # steps at a larger size; they waste about what a capture costs, if each wastes a fifth of its time
 
+_NOTHING = np.zeros(0, np.int64)
+
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Taps], torch.Tensor]
 """Maps token ids, positions and wanted logits, int64 `[num_tokens]`, of placed tokens to logits, and fills the taps."""
 
@@ -55,17 +62,27 @@ class _Step:
     """A step of one shape.
 
     Attributes:
-        inputs: int64 `[3, num_tokens]` on the device: token ids, positions, cache rows.
+        size: Its tokens, padding included.
+        inputs: int64 `[3 * size + n]` on the device: token ids, positions, cache rows, and the n inputs of its tail.
+        tail: The tail of a step that is running; None otherwise, and for shapes without one.
         graph: The captured graph; None before the capture.
-        logits, taps: Outputs of the graph.
+        logits, taps, result: Outputs of the graph; `result` is the tail's.
         runs: How often it has run.
     """
 
+    size: int
     inputs: torch.Tensor
     taps: Taps
+    tail: StepTail | None = None
     graph: torch.cuda.CUDAGraph | None = None
     logits: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
+    result: torch.Tensor | None = None
     runs: int = 0
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 `[3, size]`: token ids, positions, cache rows."""
+        return self.inputs[: 3 * self.size].view(3, self.size)
 
 
 class StepGraphs(Captures):
@@ -74,6 +91,9 @@ class StepGraphs(Captures):
     Args:
         forward: Runs the policy over tokens that are placed in the cache.
         capture: Whether to capture steps, or only to use their fixed shapes.
+
+    Attributes:
+        tails_refused: Why steps cannot be captured with their tails; None as long as they can.
     """
 
     def __init__(self, forward: Callable[[RaggedBatch], Forward], *, capture: bool) -> None:
@@ -83,6 +103,7 @@ class StepGraphs(Captures):
         self._variants: set[Hashable] = set()
         self._rented: Counter[Hashable] = Counter()  # steps of a size that were run at a larger one
         self._generation = -1
+        self.tails_refused: str | None = None
 
     def serves(self, segments: Segments, keep: np.ndarray) -> bool:
         """Whether this forward is such a step: rows continue, all logits are wanted, and there is a size for it."""
@@ -94,26 +115,36 @@ class StepGraphs(Captures):
             and int(segments.starts.min()) > 0
         )
 
-    def run(self, cache: RaggedBatch, segments: Segments, taps: Taps, variant: Hashable = None) -> torch.Tensor:
+    def run(
+        self,
+        cache: RaggedBatch,
+        segments: Segments,
+        taps: Taps,
+        variant: Hashable = None,
+        tail: StepTail | None = None,
+    ) -> torch.Tensor:
         """The logits of every packed token, float32 `[num_tokens, vocab]`.
 
-        The next step overwrites them, but not the states in `taps`.
+        The next step overwrites them and the tail's result, but not the states in `taps`.
 
         Args:
             cache: Always the same one; its keys and values are allocated, in their final type.
             segments: Tokens for which `serves` is true.
             taps: Filled.
             variant: Key of the policy's modules and their present replacements; each variant has its own graphs.
+            tail: Work that joins the step. Its `result` stays None if it cannot.
         """
+        tail = tail if self.tails_refused is None else None
         rows = np.arange(len(segments.lengths)) + segments.first_row if segments.rows is None else segments.rows
         cache.grow(int(rows.max()) + 1, int((segments.starts + segments.lengths).max()))
         if self._generation != cache.generation:
             self._forget()
             self._generation = cache.generation
         num_tokens = len(segments.token_ids)
-        rest = taps.wants_head_inputs, taps.wants_layers, variant
+        rest = taps.wants_head_inputs, taps.wants_layers, variant, None if tail is None else tail.key
         size = self._size_for(num_tokens, rest)
         key = size, *rest
+        behind = _NOTHING if tail is None else tail.inputs(size)
         step = self._steps.get(key)
         if step is None:
             # Two variants: the policy, and a copy of it that drafts. When another one appears, all graphs are dropped.
@@ -121,10 +152,14 @@ class StepGraphs(Captures):
                 self._forget()
             self._variants.add(variant)
             device = next(iter(cache.keys.values())).device
-            inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
-            step = self._steps[key] = _Step(inputs, Taps(taps.wants_head_inputs, taps.wants_layers))
-        _fill(step, segments, rows)
+            inputs = torch.zeros(3 * size + len(behind), dtype=torch.int64, device=device)
+            step = self._steps[key] = _Step(size, inputs, Taps(taps.wants_head_inputs, taps.wants_layers))
+        step.tail = tail
+        _fill(step, segments, rows, behind)
         self._advance(step, cache)
+        step.tail = None  # it may hold large tensors
+        if tail is not None:
+            tail.result = step.result
         taps.head_inputs = step.taps.head_inputs[:num_tokens].clone()
         taps.layers = {layer: states[:num_tokens].clone() for layer, states in step.taps.layers.items()}
         return step.logits[:num_tokens]
@@ -149,13 +184,14 @@ class StepGraphs(Captures):
         if step.graph is not None:
             step.graph.replay()
         elif step.runs == 0 or not self.can_capture:
-            step.logits = self._call(step, cache)
+            self._call(step, cache)
         else:
             self._record(step, cache)
         step.runs += 1
 
-    def _call(self, step: _Step, cache: RaggedBatch) -> torch.Tensor:
-        tokens, positions, rows = step.inputs
+    def _call(self, step: _Step, cache: RaggedBatch) -> None:
+        """Run the forward and the tail; fills the outputs of the step."""
+        tokens, positions, rows = step.tokens
         cells = cache.held_cells
         packing = Packing(
             query_starts=torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device),
@@ -166,30 +202,30 @@ class StepGraphs(Captures):
         )
         cache.placement = Placement(rows, positions, packing)
         keep = torch.arange(len(tokens), device=tokens.device)
-        return self._forward(cache)(tokens, positions, keep, step.taps)
+        step.logits = self._forward(cache)(tokens, positions, keep, step.taps)
+        if step.tail is not None:
+            step.result = step.tail.run(step.logits, step.inputs[3 * step.size :])
 
     def _record(self, step: _Step, cache: RaggedBatch) -> None:
         """Capture the step and run it; if that is impossible, run it plainly."""
-
-        def work() -> None:
-            step.logits = self._call(step, cache)
-
-        step.graph = self._graph_of(work)
+        step.graph = self._graph_of(lambda: self._call(step, cache))
         if step.graph is not None:
             step.graph.replay()
             return
-        self._forget()  # nothing is replayed any more, and memory may be short
-        work()
+        if step.tail is not None and not self.short_of_memory:  # perhaps it is the tail's fault
+            self.tails_refused, self.refused = self.refused, None
+        self._forget()  # no such step is replayed any more, and memory may be short
+        self._call(step, cache)
 
 
-def _fill(step: _Step, segments: Segments, rows: np.ndarray) -> None:
-    """Copy the tokens to where the step reads them, padded with the last one."""
-    row = np.repeat(np.arange(len(rows)), segments.lengths)
-    first = np.cumsum(segments.lengths) - segments.lengths
-    places = [segments.starts[row] + np.arange(len(row)) - first[row], rows[row]]
-    tokens, missing = segments.token_ids, step.inputs.shape[1] - len(row)
-    known = [tokens, *places] if isinstance(tokens, np.ndarray) else places
-    upload_into(step.inputs[3 - len(known) :], np.pad(np.stack(known), ((0, 0), (0, missing)), mode="edge"))
-    if isinstance(tokens, torch.Tensor):  # drafted on the device, and never fetched
-        step.inputs[0, : len(row)].copy_(tokens)
-        step.inputs[0, len(row) :].copy_(tokens[-1:].expand(missing))
+def _fill(step: _Step, segments: Segments, rows: np.ndarray, behind: np.ndarray) -> None:
+    """Copy the tokens and the tail's inputs to where the step reads them, in one copy if the host knows the tokens."""
+    tokens, size = segments.token_ids, step.size
+    if isinstance(tokens, np.ndarray):
+        upload_into(step.inputs, padded_tokens(size, tokens, segments.starts, segments.lengths, rows, behind))
+        return
+    # Drafted on the device, and never fetched.
+    numbers = padded_tokens(size, np.zeros(len(tokens), np.int64), segments.starts, segments.lengths, rows, behind)
+    upload_into(step.inputs[size:], numbers[size:])
+    step.inputs[: len(tokens)].copy_(tokens)
+    step.inputs[len(tokens) : size].copy_(tokens[-1:].expand(size - len(tokens)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,19 +58,45 @@ def upload_into(target: torch.Tensor, array: np.ndarray) -> None:
     target.copy_(staged, non_blocking=True)
 
 
-def _staging(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Pinned memory to copy from; torch keeps it until the copy is done."""
-    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
-
-
 def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """Copies on the host of `tensors`, which are on one device; the host waits once."""
     if tensors[0].device.type == "cpu":
         return [tensor.numpy() for tensor in tensors]
+    return _split(_bytes_of(tensors).cpu().numpy(), tensors)
+
+
+def begin_download(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
+    """`download` in two parts: the copy is queued at once, behind what the device has to do; the result waits for it."""
+    if tensors[0].device.type == "cpu":
+        return lambda: download(tensors)
+    there = _bytes_of(tensors)
+    here = _staging(there.shape, there.dtype)
+    here.copy_(there, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def fetched() -> list[np.ndarray]:
+        arrived.synchronize()
+        return _split(here.numpy(), tensors)
+
+    return fetched
+
+
+def _bytes_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """uint8 `[n]`: the bytes of all tensors, one after the other."""
     bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    here = (torch.cat(bytes_of) if len(bytes_of) > 1 else bytes_of[0]).cpu().numpy()
-    starts = np.cumsum([0, *(len(part) for part in bytes_of)])
-    return [
-        here[start:end].copy().view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
-        for tensor, start, end in zip(tensors, starts[:-1].tolist(), starts[1:].tolist(), strict=True)
-    ]
+    return torch.cat(bytes_of) if len(bytes_of) > 1 else bytes_of[0]
+
+
+def _split(bytes_of: np.ndarray, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """The arrays whose bytes are uint8 `[n]`, in shapes and types of `tensors`."""
+    arrays, end = [], 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        arrays.append(bytes_of[begin:end].copy().view(_DTYPES[tensor.dtype]).reshape(tensor.shape))
+    return arrays
+
+
+def _staging(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Pinned memory to copy from or to; torch keeps it until the copy is done."""
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)

@@ -20,6 +20,7 @@ from atlas_rl.controller.base import Controller
 from atlas_rl.core import Draft, Hidden, Rollouts, SamplingParams, Sequences
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy.base import PolicyRunner, Segments, Taps
+from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.replay.costs import Costs, PaidProposing, ToldClock
 from atlas_rl.replay.record import Recorded
 from atlas_rl.report.recorder import StepRecorder
@@ -115,7 +116,7 @@ class _ReplayLoop(DecodeLoop):
         self._paid = costs, clock
         self.proposing = PaidProposing(self.speculators, self.controller, self.recorder, self.observing, costs, clock)
 
-    def forward(self, requests: np.ndarray, draft: Draft) -> tuple[torch.Tensor, Hidden]:
+    def forward(self, requests: np.ndarray, draft: Draft, tail: StepTail | None = None) -> tuple[torch.Tensor, Hidden]:
         lengths, starts = draft.lengths + 1, self.sequences.lengths[requests]
         if self._paid is not None:
             costs, clock = self._paid
@@ -185,7 +186,9 @@ class NoRunner(PolicyRunner):
     def session(self, cache: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
+    def forward(
+        self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, tail: StepTail | None = None
+    ) -> torch.Tensor:
         raise NotImplementedError("a replay runs no policy")
 
     def copy_rows(self, source: int, targets: Sequence[int], length: int) -> None:

@@ -74,7 +74,7 @@ class StepReport:
         generate_s: Wall-clock seconds that the trainer waits for the step: generation, sync and refresh.
         prefill_s: Seconds of target forwards over prompts.
         draft_s: Seconds of proposing drafts.
-        forward_s: Seconds of decoding target forwards.
+        forward_s: Seconds of decoding target forwards, and of verification that is captured with them.
         sample_s: Seconds of processing logits, drawing tokens, and accepting drafts.
         commit_s: Seconds of appending tokens, advancing the cache and retiring requests.
         controller_s: Seconds of planning.

@@ -1,7 +1,8 @@
 """Verification by kernels: all positions of all requests at once; the eager forms go position by position.
 
 Positions after a first rejection are computed in vain, in exchange for one launch instead of a host round trip per
-position. The decisions equal those of `verification.py` (`docs/kernels.md` gives the tolerance).
+position. If nothing but the temperature is to be applied to the logits, the policy's step takes the kernels along
+(`queued.py`). The decisions equal those of `verification.py` (`docs/kernels.md` gives the tolerance).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from atlas_kernels.rejection import verify_by_rejection
 from atlas_kernels.verify import Verification, verify
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.policy.logits import require_distributions
-from atlas_rl.policy.upload import download, upload
+from atlas_rl.policy.step_tail import StepTail
+from atlas_rl.policy.upload import begin_download, upload
 from atlas_rl.sampling.packing import packed_positions, unpacked
 from atlas_rl.sampling.processing import process
+from atlas_rl.sampling.queued import QueuedVerification
 from atlas_rl.sampling.verification import (
     DrafterInvariant,
     Outcome,
@@ -51,6 +54,7 @@ class FusedVerifier(Verifier):
         self._form, self._implementation = form, implementation
         self._sampling: SamplingParams | None = None  # those that the next two belong to
         self._temperature, self._processed = 0.0, False
+        self._joins = True  # whether steps may take verification along
 
     def keeps_logits(self, sampling: SamplingParams) -> bool:
         return not _is_processed(sampling)
@@ -61,22 +65,49 @@ class FusedVerifier(Verifier):
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
         return self.begin(logits, draft, sequences, requests)()
 
+    def tail(self, draft: Draft, sequences: Sequences, requests: np.ndarray) -> StepTail | None:
+        """Verification as part of the forward; None if draft probabilities or processed logits keep it outside.
+
+        After the first draft with probabilities no step of the call has a tail: each size would be captured twice.
+        """
+        if sequences.sampling is not self._sampling:
+            self._follow(sequences.sampling)
+        self._joins = self._joins and (self.couples_noise or not self._temperature or not _has_probs(draft))
+        if not self._joins:
+            return None
+        launch = partial(self._launch, probs=None, temperature=self._temperature)
+        key = self.couples_noise, self._temperature, self._implementation
+        return QueuedVerification(draft, sequences, requests, launch, key)
+
     def begin(
-        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
+        self,
+        logits: torch.Tensor,
+        draft: Draft,
+        sequences: Sequences,
+        requests: np.ndarray,
+        tail: StepTail | None = None,
     ) -> Callable[[], Outcome]:
         sampling, device = sequences.sampling, logits.device
+        if isinstance(tail, QueuedVerification) and tail.result is not None:
+            return partial(_outcome, tail.begin_download(), logits, tail.starts, sampling)
         packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
         drafts, starts, keys, positions, row, depth = packed
         if sampling is not self._sampling:
-            self._sampling = sampling
-            self._temperature, self._processed = kernel_temperature(sampling), _is_processed(sampling)
+            self._follow(sampling)
         if self._processed:
             prefixes = prefixes_of(sequences, requests[row], draft, row, depth, device)
             logits = process(logits, sampling, prefixes)
         rows = [logits, *upload([drafts, starts, keys, positions], device)]
-        probs = None if self.couples_noise else _packed_probs(draft, row, depth)
+        probs = None if self.couples_noise or not _has_probs(draft) else _packed_probs(draft, row, depth)
         verified = self._launch(rows, probs, self._temperature)
-        return partial(_outcome, verified, logits, starts, sampling)
+        results = verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs
+        return partial(_outcome, begin_download(results), logits, starts, sampling)
+
+    def _follow(self, sampling: SamplingParams) -> None:
+        """Read the sampling parameters of a call."""
+        self._sampling = sampling
+        self._temperature, self._processed = kernel_temperature(sampling), _is_processed(sampling)
+        self._joins = not self._processed
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
         """Launch the kernel over packed rows; `probs` are those of drawn drafts, for rejection sampling."""
@@ -113,24 +144,27 @@ def _is_processed(sampling: SamplingParams) -> bool:
     return sampling.truncates or sampling.repetition_penalty != 1 or bool(sampling.suppress_tokens)
 
 
-def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor | None:
+def _has_probs(draft: Draft) -> bool:
+    return draft.draft_probs is not None and bool(draft.draft_probs.shape[1])
+
+
+def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Tensor:
     """Draft probabilities of every row, float32 `[rows, vocab]`; rows without a draft are undefined."""
-    if draft.draft_probs is None or not draft.draft_probs.shape[1]:
-        return None
+    assert draft.draft_probs is not None
     device = draft.draft_probs.device
     column = np.minimum(depth, draft.draft_probs.shape[1] - 1)
     there = upload([row, column], device)
     return draft.draft_probs[there[0], there[1]]
 
 
-def _outcome(verified: Verification, logits: torch.Tensor, starts: np.ndarray, sampling: SamplingParams) -> Outcome:
-    """Packed results from the device as one row per request, with zeros after the committed tokens.
+def _outcome(
+    fetched: Callable[[], list[np.ndarray]], logits: torch.Tensor, starts: np.ndarray, sampling: SamplingParams
+) -> Outcome:
+    """Packed results as one row per request, with zeros after the committed tokens.
 
-    The downloaded values also show whether the logits were distributions.
+    They also show whether the logits were distributions.
     """
-    num_accepted, *results = download(
-        [verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs]
-    )
+    num_accepted, *results = fetched()
     tokens, logprobs, entropies, max_probs, counts, numbers = unpacked(starts, num_accepted, *results, sampling.stops)
     if not numbers:
         require_distributions(results[3][counts], logits, np.flatnonzero(counts))

@@ -74,6 +74,36 @@ def packed_positions(requests, lengths, noise_keys, drafts, draft_lengths):
 
 
 @cached_njit(nogil=True)
+def padded_positions(size, requests, lengths, noise_keys, drafts, draft_lengths):
+    """`packed_positions` in one array, padded to `size` positions of `size` requests.
+
+    There are at most as many requests as positions, so one number bounds both. A padding position is that of a request
+    without a draft, at position -1, which kernels do not read. Requests beyond those have no positions.
+
+    Args:
+        size: At least the number of positions.
+        requests: As for `packed_positions`.
+        lengths: Likewise.
+        noise_keys: Likewise.
+        drafts: Likewise.
+        draft_lengths: Likewise.
+
+    Returns:
+        int64 `[4 * size + 1]`: drafts, keys, positions, and the `size + 1` starts of requests.
+    """
+    decided, begins, keys, positions, _, _ = packed_positions(requests, lengths, noise_keys, drafts, draft_lengths)
+    numbers = np.empty(4 * size + 1, np.int64)
+    total, batch = len(decided), len(requests)
+    numbers[:total], numbers[total:size] = decided, -1
+    numbers[size : size + total], numbers[size + total : 2 * size] = keys, 0
+    numbers[2 * size : 2 * size + total], numbers[2 * size + total : 3 * size] = positions, -1
+    numbers[3 * size : 3 * size + batch] = begins[:batch]
+    for padding in range(size + 1 - batch):
+        numbers[3 * size + batch + padding] = min(total + padding, size)
+    return numbers
+
+
+@cached_njit(nogil=True)
 def unpacked(begins, accepted, tokens, logprobs, entropies, max_probs, stops):
     """Packed results as one row per request, with zeros after the committed tokens.
 

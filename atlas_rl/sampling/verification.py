@@ -21,6 +21,7 @@ from atlas_kernels.draw import draw
 from atlas_kernels.noise import Stream
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.policy.logits import require_distributions
+from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.sampling.processing import block_maxima, entropies, padded_prefixes, process
 
@@ -80,12 +81,21 @@ class Verifier(ABC):
     def decide(self, positions: Positions, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         """Committed token int64 `[rows]` and whether it is the accepted draft, bool `[rows]`."""
 
+    def tail(self, draft: Draft, sequences: Sequences, requests: np.ndarray) -> StepTail | None:
+        """`begin` as work that the forward may queue itself, asked for before it; None if it has to come afterwards."""
+        return None
+
     def begin(
-        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
+        self,
+        logits: torch.Tensor,
+        draft: Draft,
+        sequences: Sequences,
+        requests: np.ndarray,
+        tail: StepTail | None = None,
     ) -> Callable[[], Outcome]:
         """First part of `verify`, which does not wait for the device; the returned function gives the outcome.
 
-        The arguments must not be changed until then.
+        The arguments must not be changed until then. `tail` is what was passed to the forward, whether it ran or not.
         """
         return partial(self.verify, logits, draft, sequences, requests)
 

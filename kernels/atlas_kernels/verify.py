@@ -65,9 +65,10 @@ def verify(
             top-p or min-p exclude `-inf` or not `allowed`. Left unchanged. Above 1e8 in magnitude, float64 scores begin
             to lose the noise.
         draft_token_ids: int64 `[rows]`: the draft at the position that the row decides, -1 in a request's last row.
-        row_starts: int64 `[batch + 1]`: request i has the rows `row_starts[i] .. row_starts[i + 1] - 1`.
+        row_starts: int64 `[batch + 1]`: request i has the rows `row_starts[i] .. row_starts[i + 1] - 1`, maybe none.
         keys: int64 `[rows]`, the bits of the noise keys (`request_keys(seed, ...)`).
-        positions: int64 `[rows]`, index in the whole sequence of the drawn token.
+        positions: int64 `[rows]`, index in the whole sequence of the drawn token. A row at a negative one is padding: the
+            kernel does not read its logits, and its results mean nothing.
         temperature: `> 0`; 0 takes the likeliest token (the first of equals) and gives logprobs at temperature 1.
         allowed: bool `[rows, vocab]`; tokens that are False have probability zero. None allows all.
         greedy: bool `[rows]`, rows that take the likeliest token, as at temperature 0, but have figures at

@@ -148,6 +148,7 @@ def choose_splits(
     moment = tl.zeros([BLOCKS, BLOCK], tl.float32)
     begin = split * tiles_per_split * BLOCKS * BLOCK
     end = tl.minimum(begin + tiles_per_split * BLOCKS * BLOCK, vocab)
+    end = tl.where(position < 0, begin, end)  # padding: nothing is read
     for start in range(begin, end, BLOCKS * BLOCK):
         ids = blocks[:, None] * BLOCK + lanes[None, :] + start
         x = processed_logits(logits, allowed, ids, vocab, temperature, SCALED, HAS_ALLOWED)

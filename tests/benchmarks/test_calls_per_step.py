@@ -31,7 +31,7 @@ from tests.models import tiny_bigram
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 4]]
 BATCHES = (8, 64)
 DRAFTERS = ("history", "recurrent")
-LIMITS = {"controller": 100, "draft": 131, "forward": 45, "sample": 60, "commit": 34, "observe": 49, "other": 30}
+LIMITS = {"controller": 100, "draft": 131, "forward": 45, "sample": 42, "commit": 34, "observe": 49, "other": 30}
 DEPTH = 3  # draft tokens
 DECIDING = 116  # plans and the admission
 

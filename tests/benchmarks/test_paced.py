@@ -14,7 +14,8 @@ from atlas_rl.replay.policy import RecordedPolicy
 from atlas_rl.replay.record import Recorded, RecordingSpeculator, recorded_calls
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from benchmarks.pace import LEARNED_CALLS, Learned, joined, part_of, setting_of
-from benchmarks.paced import Costs, Device, PacedLoop
+from benchmarks.paced import Costs, PacedLoop
+from benchmarks.virtual_device import Device
 from tests.models import tiny_bigram
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 4], [5, 9, 2]]

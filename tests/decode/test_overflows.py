@@ -65,10 +65,18 @@ def test_they_change_no_token(family: str, verification: str) -> None:
 @pytest.mark.parametrize("form", VERIFIERS.values())
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
+@pytest.mark.parametrize("queued", [False, True])
 def test_verification_by_kernels_notices_them_too(
-    form: Any, probs: bool, penalty: float, monkeypatch: pytest.MonkeyPatch
+    form: Any,
+    probs: bool,
+    penalty: float,
+    queued: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """With a penalty it changes the logits of the other requests before it notices."""
+    """With a penalty it changes the logits of the other requests before it notices; it may be part of the step."""
+    if queued:
+        request.getfixturevalue("fixed_shapes")
     model = policy("llama")
     options: dict[str, Any] = {"prompts": PROMPTS, "temperature": 0.0, "repetition_penalty": penalty}
     wanted = generate(engine_of(model, speculation=False), **options)

@@ -60,7 +60,7 @@ def test_launches_of_a_layer_under_autocast():
 
 
 # Launches per step beside the target's forward.
-LAUNCHES_CAPTURED = 16  # of them one for the draft; the others draw the step's tokens, and keep states for the head
+LAUNCHES_CAPTURED = {"sampled": 11, "truncated": 15}  # of them one for the draft; the others keep states for the head
 LAUNCHES_OF = {"plain": 40, "history": 40, "recurrent": 40, "eagle3": 150, "draft_lm": 400, "fp4_self": 400}
 CASES = [
     ("plain", "sampled"),
@@ -89,10 +89,13 @@ def test_waits_and_launches_of_a_step(arm, sampling):
 
 @pytest.mark.parametrize("sampling", ["sampled", "truncated"])
 def test_launches_of_a_step_whose_draft_is_captured(sampling):
-    """Of one shape the first two drafts of the call are not, nor are those near the end, which are shorter."""
+    """Of one shape the first two drafts of the call are not, nor are those near the end, which are shorter.
+
+    Verification is part of the captured step unless logits are truncated first: tests/gpu/test_captured_verification.py.
+    """
     options = {"max_new_tokens": 24, "verification": "invariant", **SAMPLINGS[sampling]}
     plain, captured = counts_of("recurrent", **options), counts_of("recurrent", graphs=True, **options)
-    assert captured.beside <= LAUNCHES_CAPTURED
+    assert captured.beside <= LAUNCHES_CAPTURED[sampling]
     assert captured.beside < plain.beside - 5
     assert captured.waits <= plain.waits
 

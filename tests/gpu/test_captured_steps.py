@@ -23,7 +23,7 @@ from atlas_rl.policy.view import InProcessView
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.mtp.speculator import MtpSpeculator
 from benchmarks import tiny_policies
-from tests.gpu.counts import sectioned
+from tests.gpu.counts import STEP, sectioned
 from tests.gpu.engines import ARMS, autocast, calls_before_drafts, engine_of, generate, policy, tokens_of
 from tests.models import FACTORIES, tiny_llama
 from tests.mtp import PlainLayer, tiny_policy, write_checkpoint
@@ -145,7 +145,7 @@ def test_kernels_are_launched_while_the_policys_device_is_the_current_one(arm, m
         assert torch.cuda.current_device() == 1
     assert not cuda.astray()
     assert cuda.count("triton", section="probe")
-    assert cuda.count("triton", section="step")
+    assert cuda.count("triton", section=STEP)
     assert any(event.what == "graph" for event in cuda.events)
 
 

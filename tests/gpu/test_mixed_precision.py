@@ -9,9 +9,14 @@ import torch
 
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy import autocast, ragged_attention
+from atlas_rl.policy.captures import Captures
+from atlas_rl.speculators.draft_lm import DraftLM
 from benchmarks import tiny_policies
 from tests.casts import Casts
 from tests.engines import engine_of
+from tests.gpu.engines import VOCAB, draft_lm, generate, policy
+from tests.gpu.engines import autocast as under_autocast
+from tests.gpu.engines import engine_of as engine_with
 from tests.models import FACTORIES
 from tests.pretend_cuda import PretendCuda
 
@@ -89,3 +94,25 @@ def test_what_autocast_does_with_experts(experts: str, monkeypatch: pytest.Monke
         weights, _, largest = casts_of_steps(device.move(moe("mixtral", experts)), device, monkeypatch)
     assert min(weights) >= 2  # of routers alone
     assert min(largest) >= EXPERT / 2  # of an expert's weights the smaller one
+
+
+def test_a_draft_lm_converts_its_weights_once_per_call_and_is_captured_once_per_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has a session for every draft: without what these share, each would make eight copies, and capture anew."""
+    captures: list[Any] = []
+    halves: list[Any] = []
+    capture, convert = Captures._graph_of, autocast._Half.__init__
+    monkeypatch.setattr(Captures, "_graph_of", lambda owner, work: captures.append(owner) or capture(owner, work))
+    monkeypatch.setattr(autocast._Half, "__init__", lambda half, *of: halves.append(half) or convert(half, *of))
+    with PretendCuda(graphs=True) as device:
+        drafter = DraftLM(under_autocast(device.move(draft_lm())), VOCAB)
+        engine = engine_with(device.move(policy(torch.bfloat16)), drafter)
+        generate(engine, 1, max_new_tokens=4, eos_token_ids=())  # tells what autocast computes in
+        captures.clear()
+        halves.clear()
+        (output,) = generate(engine, 1, max_new_tokens=24, eos_token_ids=())
+    assert output.report.num_forwards > 20
+    assert sum(output.report.drafted.values()) > 100
+    assert 2 <= len(captures) <= 6  # of the policy and the drafter
+    assert len(halves) == 8  # seven of its layer, and the head's

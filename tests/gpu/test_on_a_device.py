@@ -12,6 +12,8 @@ from atlas_rl.controller.fixed import FixedController
 from atlas_rl.policy import varlen
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.sampling.by_kernels import FusedVerifier
+from atlas_rl.sampling.queued import QueuedVerification
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
@@ -156,6 +158,36 @@ def test_captured_steps_are_the_steps(name):
         assert cache.steps.captured >= 2
     for a, b in zip(eager, replayed, strict=True):
         assert (a - b).abs().max() < 0.15 * max(1.0, float(a.abs().max()) / 4)
+
+
+@pytest.mark.parametrize("sampling", ["sampled", "greedy"])
+@pytest.mark.parametrize("verification", ["invariant", "rejection"])
+def test_verification_in_the_graph_of_a_step_decides_as_behind_it(verification, sampling, monkeypatch):
+    """The same logits; sums over the vocabulary are split otherwise."""
+
+    def outputs():
+        model = tiny_bigram(vocab=VOCAB, context=128, seed=2).to("cuda", torch.bfloat16)
+        speculator = HistorySpeculator()
+        controller = FixedController([speculator.name], speculator.name, 3)
+        engine = engine_of(model, speculators=[speculator], controller=controller, verification=verification)
+        options = {"num_generations": 4, "max_new_tokens": 24, "eos_token_ids": [17], **SAMPLING[sampling]}
+        found = []
+        for seed in range(3):
+            found.append(engine.generate(PROMPTS, seed=seed, **options))
+            engine.policy_updated()
+        return found
+
+    ran, own = [], QueuedVerification.begin_download
+    monkeypatch.setattr(QueuedVerification, "begin_download", lambda tail: ran.append(tail) or own(tail))
+    together = outputs()
+    assert len(ran) > 20
+    assert all(output.report.capture_s > 0 for output in together)
+    monkeypatch.setattr(FusedVerifier, "tail", lambda *arguments: None)
+    for one, other in zip(together, outputs(), strict=True):
+        assert one.completion_ids == other.completion_ids
+        assert one.report.accepted == other.report.accepted
+        for logprobs, behind in zip(one.logprobs, other.logprobs, strict=True):
+            assert logprobs == pytest.approx(behind, abs=1e-4)
 
 
 @pytest.mark.parametrize("truncation", [None, Truncation(top_k=12, top_p=0.9)])

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from atlas_kernels.noise import Stream, request_keys
+from atlas_kernels.rejection import verify_by_rejection
 from atlas_kernels.verify import Verification, verify
 from atlas_kernels.verify_reference import noisy_scores, processed_logits
 from atlas_rl.sampling.verification import choose
@@ -75,6 +76,36 @@ def test_whole_vocabularies(vocab, dtype):
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_types_and_temperatures(dtype, temperature):
     assert_same(peaked(3, 700, seed=1).to(dtype), temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("form", [verify, verify_by_rejection])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_padding_changes_nothing(implementation, form, temperature):
+    """Requests of 2, 1 and 3 rows; padded to eight rows of eight requests, three of which have none."""
+    logits, starts = peaked(8, 700, seed=4), torch.tensor([0, 2, 3, 6, 7, 8, 8, 8, 8])
+    keys, positions = rows_of(8)
+    noise = torch.full((6,), -1), torch.arange(7), keys[:6], positions[:6]
+    drafts = form(logits[:6], *noise, temperature=temperature).token_ids
+    drafts = torch.cat([drafts, drafts[:2]])
+    drafts[[1, 2, 5, 6, 7]] = -1
+    drafts[4] += 1
+
+    def decided(rows, requests):
+        own = [each[:rows].to(DEVICE) for each in (logits, drafts)]
+        noise = keys[:rows].to(DEVICE), torch.where(torch.arange(rows) < 6, positions[:rows], -1).to(DEVICE)
+        each = form(
+            *own, starts[: requests + 1].to(DEVICE), *noise, temperature=temperature, implementation=implementation
+        )
+        return [
+            field.cpu() for field in (each.num_accepted, each.token_ids, each.logprobs, each.entropies, each.max_probs)
+        ]
+
+    (accepted, *rows), (padded_accepted, *padded) = decided(6, 3), decided(8, 8)
+    assert accepted.tolist() == padded_accepted[:3].tolist()
+    assert all(torch.equal(one, other[:6]) for one, other in zip(rows, padded, strict=True))
+    if implementation == "triton":
+        assert padded[-1][6:].isnan().all()  # nothing was read
 
 
 def test_flat_rows():

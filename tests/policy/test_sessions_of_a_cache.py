@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import MethodType
 
 import numpy as np
@@ -11,12 +12,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from atlas_rl.policy import in_process
+from atlas_rl.policy import autocast, in_process
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.step_graphs import StepGraphs
 from atlas_rl.policy.threads import stand_ins
 from atlas_rl.speculators.draft_lm import DraftLM
+from tests.casts import Casts
 from tests.engines import VOCAB, draft_model, fixed, generate, reference
 from tests.models import FACTORIES, tiny_llama
 
@@ -233,6 +235,68 @@ def test_what_happens_to_adapters_between_sessions_is_seen(change, captures, gra
     assert len(graphs[cache.steps]) == captures
     expected, _ = logits_of(adapted(), changed, plain=True)
     assert max((a - b).abs().max() for a, b in zip(out, expected, strict=True)) < 1e-3
+
+
+def under_autocast(model):
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+def biased(model):
+    """Other values at the same address, in the bias of a layer that has a copy."""
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.bias.add_(3)
+
+
+def qwen2():
+    model = FACTORIES["qwen2"](seed=3)
+    assert model.model.layers[0].self_attn.q_proj.bias is not None
+    return model
+
+
+def test_weights_are_converted_once_per_cache(graphs):
+    runner = InProcessRunner(under_autocast(tiny_llama(seed=3)))
+    runner.row_bytes(1)
+    with_noted_caches(runner, [])
+    cache, converted = runner.new_cache(2, 64), []
+    with runner.session(cache):
+        runner.reserve(2, 64)
+    for step in range(STEPS):
+        with Casts(runner.model) as casts:
+            logits_over(runner, np.arange(2 if step else 6), step + 2 if step else 0, cache)
+        converted.append(casts.weights)
+    assert converted == [0] * STEPS  # in the first session above
+    assert len(graphs[cache.steps]) == 1
+
+
+def test_converted_weights_go_with_the_cache():
+    """At once, not when Python looks for circles."""
+    runner = InProcessRunner(under_autocast(tiny_llama(seed=3)))
+    runner.row_bytes(1)
+    cache = runner.new_cache(2, 64)
+    cache.varlen = True
+    for step in range(3):
+        logits_over(runner, np.arange(2 if step else 6), step + 2 if step else 0, cache)
+    assert cache.steps._steps
+    assert runner.halves.num_bytes > 0
+    gc.disable()
+    try:
+        del cache
+        assert runner.halves.num_bytes == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("change", [nothing, written_in_place, biased, another_weight, another_address, patched])
+def test_no_copy_of_a_weight_is_stale(change, graphs, monkeypatch):
+    """Under autocast, where steps multiply by copies of half the size: as if every session made its own."""
+    make = qwen2 if change is biased else lambda: tiny_llama(seed=3)
+    out, cache = logits_of(under_autocast(make()), change)
+    assert len(graphs[cache.steps]) == (1 if change is nothing else 2)
+    monkeypatch.setattr(autocast._Copies, "are_of", lambda copies, dtype: False)
+    expected, unchanged = (logits_of(under_autocast(make()), each)[0] for each in (change, nothing))
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    assert (expected[CHANGED] - unchanged[CHANGED]).abs().max() > 0.1 or change is nothing
 
 
 def test_values_written_in_place_need_no_new_graph(graphs):

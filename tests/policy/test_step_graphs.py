@@ -15,7 +15,7 @@ from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy import ragged_attention, step_graphs, varlen
 from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.in_process import InProcessRunner
-from atlas_rl.policy.ragged_attention import RaggedBatch
+from atlas_rl.policy.step_inputs import padded_tokens
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.fp4_self.speculator import Fp4SelfSpeculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
@@ -89,6 +89,24 @@ def test_sizes_cover_every_step_and_waste_little():
     assert (taken[15:] <= 1.5 * np.arange(16, sizes[-1] + 1)).all()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_inputs_are_padded_with_the_last_token(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 5, rng.integers(1, 5))
+    total = int(lengths.sum())
+    starts, rows, tokens = (
+        rng.integers(1, 50, lengths.shape),
+        rng.permutation(9)[: len(lengths)],
+        rng.integers(64, size=total),
+    )
+    missing, behind = int(rng.integers(0, 4)), rng.integers(99, size=3)
+    depths = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    expected = np.stack([tokens, np.repeat(starts, lengths) + depths, np.repeat(rows, lengths)])
+    expected = np.pad(expected, ((0, 0), (0, missing)), mode="edge")
+    found = padded_tokens(total + missing, tokens, starts, lengths, rows, behind)
+    assert found.tolist() == [*expected.ravel(), *behind]
+
+
 def sizes_of_steps(counts):
     """The sizes that steps of so many tokens are run by, of one row each time."""
     runner, seen = InProcessRunner(tiny_llama(layers=1, seed=3, context=2048)), []
@@ -134,21 +152,6 @@ def test_a_cache_goes_with_its_last_user():
         assert keys() is None
     finally:
         gc.enable()
-
-
-@pytest.fixture
-def fixed_shapes(monkeypatch):
-    """Every cache has steps of fixed shapes, as on a GPU."""
-    made = []
-
-    class Fixed(RaggedBatch):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            self.varlen = True
-            made.append(self)
-
-    monkeypatch.setattr("atlas_rl.policy.in_process.RaggedBatch", Fixed)
-    return made
 
 
 @pytest.mark.parametrize(

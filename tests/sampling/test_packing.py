@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atlas_rl.core import Draft, Verified
-from atlas_rl.sampling.packing import packed_positions, packed_tokens, unpacked
+from atlas_rl.sampling.packing import packed_positions, packed_tokens, padded_positions, unpacked
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -37,6 +37,13 @@ def test_packed_is_what_rows_say(seed: int) -> None:
         strict=True,
     ):
         np.testing.assert_array_equal(own, expected)
+    size, keys_of = len(rows) + seed % 4, keys[requests[rows]].view(np.int64)
+    fill = size - len(rows)
+    starts = np.minimum(np.append(begins, len(rows) + 1 + np.arange(size - batch)), size)
+    np.testing.assert_array_equal(
+        padded_positions(size, requests, lengths, keys, drafts, counts),
+        [*decided, *[-1] * fill, *keys_of, *[0] * fill, *positions, *[-1] * fill, *starts],
+    )
 
 
 def test_results_end_at_the_last_accepted_or_ending_token() -> None:
