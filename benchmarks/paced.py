@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 
 from atlas_kernels.verify import Verification
 from atlas_rl.controller.base import Controller
-from atlas_rl.core import Draft, Hidden, Prompts, Sequences
+from atlas_rl.core import Draft, Hidden, Prompts, SamplingParams, Sequences
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.planner.roofline import forward
 from atlas_rl.planner.speculation import Setting
@@ -31,9 +32,10 @@ from atlas_rl.replay.record import Recorded
 from atlas_rl.replay.replay import NoRunner, head_inputs_at, unfinished
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier
-from atlas_rl.sampling.verification import DrafterInvariant, Outcome
-from atlas_rl.speculators.base import NO_PROMPTS, Speculator
+from atlas_rl.sampling.verification import Begun, DrafterInvariant, Outcome
+from atlas_rl.speculators.base import NO_PROMPTS, Coming, Speculator
 from atlas_rl.speculators.drawing import Drawing
+from atlas_rl.speculators.recurrent.draft_graphs import FetchedDraft
 from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 
@@ -47,6 +49,9 @@ TABLE_CALLS, FOLD_CALLS = 16, 12
 """Driver calls of the recurrent head's preparation, assumed: to read the policy's tables when a call begins, and to fold
 the head after each refresh."""
 
+AHEAD_S, AHEAD_CALLS = 20e-6, 14
+"""Device seconds and driver calls of finding the inputs of a draft on the device, assumed: ten kernels of 2 microseconds."""
+
 _REMEMBERED = 16  # longest draft
 _FLOAT32 = 1 / 16  # float32 products have this share of a GPU's rate for bfloat16: no tensor core has the type
 
@@ -58,13 +63,14 @@ class Device:
         busy_s: Seconds of submitted work: the total time if the host took none.
         gaps_s: Per forward of the policy, the seconds that the device waited for the host since the previous forward.
         waited_s: Seconds that the host waited, by phase of the recorder.
+        ready_s: Virtual time at which all submitted work has ended.
         shift_s: Virtual time minus the processor time of the thread.
         num_outside: Number of open contexts of `outside`.
         began_s: Processor time at which the first of them was entered.
     """
 
     def __init__(self) -> None:
-        self.shift_s, self._ready_s = 0.0, 0.0
+        self.shift_s, self.ready_s = 0.0, 0.0
         self.num_outside, self.began_s = 0, 0.0
         self._gap_s = 0.0
         self.busy_s = 0.0
@@ -80,8 +86,8 @@ class Device:
         """Submit work of `seconds`; submitting costs the host `calls` driver calls."""
         self.shift_s += calls * CALL_S
         now = self.clock()
-        self._gap_s += max(0.0, now - self._ready_s)
-        self._ready_s = max(now, self._ready_s) + seconds
+        self._gap_s += max(0.0, now - self.ready_s)
+        self.ready_s = max(now, self.ready_s) + seconds
         self.busy_s += seconds
 
     def forward(self, seconds: float) -> None:
@@ -90,9 +96,9 @@ class Device:
         self.gaps_s.append(self._gap_s)
         self._gap_s = 0.0
 
-    def wait(self) -> None:
-        """Read results on the host, after waiting for them."""
-        waiting = self._ready_s - self.clock()
+    def wait(self, ready_s: float | None = None) -> None:
+        """Read results on the host, after waiting for them: for all submitted work, or for what ends at `ready_s`."""
+        waiting = (self.ready_s if ready_s is None else ready_s) - self.clock()
         if waiting > 0:
             self.shift_s += waiting
             self.waited_s[self.phase()] += waiting
@@ -188,6 +194,7 @@ class PacedRunner(NoRunner):
         super().__init__(recorded.sequences.vocab_size)
         self.loop: PacedLoop
         self.recorded, self._device, self._costs = recorded, device, costs
+        self._ready_s = 0.0
 
     def forward(self, segments: Segments, keep: np.ndarray, taps: Taps | None = None) -> torch.Tensor:
         device = self._device
@@ -199,6 +206,7 @@ class PacedRunner(NoRunner):
                 taps.head_inputs = self.loop.drawn_from(requests[row], segments.starts[row] + 1 + offset)
             seconds = self._costs.step_s(len(lengths), int(lengths.sum()), int(segments.starts.sum()))
         device.forward(seconds)
+        self._ready_s = device.ready_s
         return torch.empty(0)
 
     @property
@@ -213,7 +221,7 @@ class PacedRunner(NoRunner):
         self._device.submit(0.0)
 
     def synchronize(self) -> None:
-        self._device.wait()
+        self._device.wait(self._ready_s)
 
 
 class PacedVerifier(FusedVerifier):
@@ -224,17 +232,17 @@ class PacedVerifier(FusedVerifier):
         self._true, self._device = recorded.sequences, device
         self._requests = np.zeros(0, np.int64)
 
-    def begin(
-        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
-    ) -> Callable[[], Outcome]:
+    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Begun:
         self._requests = requests
-        finish = super().begin(logits, draft, sequences, requests)
+        begun = super().begin(logits, draft, sequences, requests)
+        finish, ready_s = begun.finish, self._device.ready_s
 
         def outcome() -> Outcome:
-            self._device.wait()
+            self._device.wait(ready_s)
             return finish()
 
-        return outcome
+        begun.finish = outcome
+        return begun
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
         device, true = self._device, self._true
@@ -352,17 +360,59 @@ class PacedRecurrent(RecurrentSpeculator):
         assert loop is not None, "it drafts in paced loops only"
         with loop.device.outside():
             requests, newest = (carried.numpy() for carried in drawing.carried)
-            positions = loop.sequences.lengths[requests]
-            own = self._of[requests]
-            missing = np.flatnonzero(self._depths[own, positions] < depth)
-            if len(missing):
-                self._remember(head, token_ids, loop.sequences, requests[missing], newest[missing], depth)
-            tokens, sure = self._drafted[own, positions, :depth], self._sure[own, positions, :depth]
-            drawing.take(torch.from_numpy(tokens), torch.from_numpy(sure))
+            drawn = self._looked_up(head, token_ids, loop.sequences, requests, newest, depth)
+            indices = self.learner.index_of[drawn.token_ids]
+            drawing.take(torch.from_numpy(indices), torch.from_numpy(drawn.max_probs))
         loop.device.submit(
             loop.costs.draft_s(len(requests), depth), calls=3
         )  # an upload, the kernel, and the download's
         loop.device.wait()
+
+    def drafts_ahead(self, sampling: SamplingParams) -> bool:
+        return self.loop is not None and self.learner.trained
+
+    def _queue_ahead(
+        self, sequences: Sequences, coming: Coming, known: np.ndarray, num_tokens: int
+    ) -> Callable[[], FetchedDraft]:
+        loop, (head, token_ids) = self.loop, self._folded_head()
+        assert loop is not None, "it drafts in paced loops only"
+        with loop.device.outside():
+            requests, _, positions, starts = known
+            accepted = coming.num_accepted.numpy()
+            self._newest[torch.from_numpy(requests)] = coming.hidden.head_inputs[torch.from_numpy(starts + accepted)]
+            # Requests that end have no next position.
+            after = np.minimum(positions + accepted, sequences.token_ids.shape[1] - 1)
+            lengths = sequences.lengths.copy()
+            lengths[requests] = after
+            chosen = coming.token_ids.numpy()[starts + accepted]
+            drawn = self._looked_up(
+                head, token_ids, replace(sequences, lengths=lengths), requests, self.learner.index_of[chosen], num_tokens
+            )
+        loop.device.submit(loop.costs.draft_s(len(requests), num_tokens) + AHEAD_S, calls=AHEAD_CALLS)
+        ready_s = loop.device.ready_s
+
+        def fetch() -> FetchedDraft:
+            loop.device.wait(ready_s)
+            return drawn
+
+        return fetch
+
+    def _looked_up(
+        self,
+        head: FoldedHead,
+        token_ids: torch.Tensor,
+        sequences: Sequences,
+        requests: np.ndarray,
+        newest: np.ndarray,
+        depth: int,
+    ) -> FetchedDraft:
+        """Drafts after the present texts."""
+        own, positions = self._of[requests], sequences.lengths[requests]
+        missing = np.flatnonzero(self._depths[own, positions] < depth)
+        if len(missing):
+            self._remember(head, token_ids, sequences, requests[missing], newest[missing], depth)
+        ids = token_ids.numpy()[self._drafted[own, positions, :depth]]
+        return FetchedDraft(ids, self._sure[own, positions, :depth].copy(), None)
 
     def _keep(self, states: torch.Tensor, places: torch.Tensor) -> None:
         if self.loop is None:

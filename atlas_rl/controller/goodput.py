@@ -7,7 +7,8 @@ The expected goodput of a step is its expected committed tokens over its seconds
 A slot's survival probability is the product of the calibrated acceptance probabilities up to it. Slots are ranked over
 the whole batch, and the likeliest n are admitted, with n where G peaks; n may be 0.
 
-Drafters are asked one after the other, the cheapest first. Each is asked for the requests where it is expected to beat
+Drafters are asked one after the other, the cheapest first; those that draft ahead are chosen first of all, while the
+device still runs the previous step, against what the others drafted in that. Each is asked for the requests where it is expected to beat
 the drafts made so far, and as far as that raises G. Everything is learned in the run: acceptance (`acceptance.py`),
 cost (`cost.py`), expected drafts (`draft_forecast.py`), and how far predictions come true (`promises.py`). Every draft
 is scored on the committed tokens, whether or not it was verified (full information).
@@ -54,6 +55,7 @@ class _Decision:
         survivals: float64 `[batch, MAX_LOOKAHEAD]` per draft: survival of its slots.
         best: The most promising drafts so far; None until first needed.
         is_drawn: Whether one of those was drawn from probabilities, and is therefore verified by rejection.
+        began_ahead: Whether it was opened by `plan_ahead`, with `planned` decided for the step.
     """
 
     step: Step
@@ -65,6 +67,17 @@ class _Decision:
     survivals: dict[str, np.ndarray] = field(default_factory=dict)
     best: _BestDrafts | None = None
     is_drawn: bool = False
+    began_ahead: bool = False
+
+    def go_on(self, step: Step) -> None:
+        """Take the decision, opened while the step before ran, to `step` itself, whose requests may be others."""
+        former, now = self.step.rest, step.rest
+        if former is not None and now is not None and self.beside:
+            row_of = np.full(max(former.requests.max(), now.requests.max()) + 1, len(former.requests))
+            row_of[former.requests] = np.arange(len(former.requests))
+            rows = row_of[now.requests]
+            self.beside = {name: np.append(survival, 0.0)[rows] for name, survival in self.beside.items()}
+        self.step, self.best = step, None
 
 
 @dataclass(slots=True)
@@ -99,6 +112,8 @@ class GoodputController(Controller):
         explain: Return a record of every step's expectations and outcome from `observe`.
     """
 
+    plans_ahead = True
+
     def __init__(self, speculators: Sequence[str], *, explain: bool = False) -> None:
         self.speculators = tuple(speculators)
         self._models = {name: DrafterModel() for name in self.speculators}
@@ -112,29 +127,50 @@ class GoodputController(Controller):
         self._drawn_as: Hashable = None
         self._explain = explain
         self._at_hand: deque[_Decision] = deque(maxlen=2)  # learning from a step happens while the next one runs
+        self._ahead: _Decision | None = None  # about the next step
         self._arms, self._worth = Arms(len(self.speculators)), 1.0
         self._tabulate()
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        backlogs, anybody = self._arms.backlogs, False
-        for index, name in enumerate(self.speculators):
-            is_left = name in step.ready and name not in step.drafts
-            backlogs[index] = step.backlog.get(name, 0) if is_left else NOT_ASKED
-            anybody = anybody or is_left
-        decision, batch = self._decision(step), step.batch
-        if not step.drafts:
-            if step.drawn_as != self._drawn_as:
-                self._draw_as(step.drawn_as)
-            if not anybody or self._plain_due(batch) or self._end.holds_back or self._pause.holds(batch):
-                return {}
-            decision.planned = True
-        if not anybody:
+        left, decision, batch = self._may_ask(step, step.left), self._decision(step), step.batch
+        if not step.drafts and not decision.began_ahead:
+            decision.planned = left and self._considers(step)
+        if not left or not (decision.planned or step.drafts):
             return {}
         best = self._best_drafts(decision)
         if decision.is_drawn:
             # With a drawn draft present, asking another for the same request would depend on the drawn tokens.
             return {}
         return self._ask(best, decision, batch)
+
+    def plan_ahead(self, step: Step, names: Sequence[str]) -> dict[str, int]:
+        running = self._decision(step)
+        others = [name for name in step.drafts if name not in names]
+        coming = Step(step.room, step.context_tokens, names, drawn_as=step.drawn_as, rest=step.rest)
+        coming.draft_s = {name: step.draft_s[name] for name in others}
+        decision = self._ahead = _Decision(coming, began_ahead=True)
+        decision.planned = self._may_ask(coming, names) and self._considers(coming)
+        if not decision.planned:
+            return {}
+        # The others are not asked yet. Drafts of a step resemble those of the step before.
+        best = _BestDrafts.none(step.batch, MAX_LOOKAHEAD)
+        for name in others:
+            take_better(
+                best.survival, best.gains, best.drafters, running.survivals[name], self.speculators.index(name), MAX_LOOKAHEAD
+            )
+        return {name: int(wanted.max()) for name, wanted in self._ask(best, decision, step.batch).items()}
+
+    def _may_ask(self, step: Step, names: Sequence[str]) -> bool:
+        """Note which drafters may be asked now, `names`; whether there are any."""
+        for index, name in enumerate(self.speculators):
+            self._arms.backlogs[index] = step.backlog.get(name, 0) if name in names else NOT_ASKED
+        return len(names) > 0
+
+    def _considers(self, step: Step) -> bool:
+        """Whether to consider drafts of a step. Once per step: it counts."""
+        if step.drawn_as != self._drawn_as:
+            self._draw_as(step.drawn_as)
+        return not (self._plain_due(step.batch) or self._end.holds_back or self._pause.holds(step.batch))
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
@@ -207,8 +243,13 @@ class GoodputController(Controller):
         for decision in self._at_hand:
             if decision.step is step:
                 return decision
-        self._at_hand.append(_Decision(step))
-        return self._at_hand[-1]
+        decision, self._ahead = self._ahead, None
+        if decision is None:
+            decision = _Decision(step)
+        else:
+            decision.go_on(step)
+        self._at_hand.append(decision)
+        return decision
 
     def _draw_as(self, distribution: Hashable) -> None:
         self._drawn_as = distribution

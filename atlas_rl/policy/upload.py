@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,39 @@ def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """Copies on the host of `tensors`, which are on one device; the host waits once."""
     if tensors[0].device.type == "cpu":
         return [tensor.numpy() for tensor in tensors]
+    return _split(_packed(tensors).cpu(), tensors)
+
+
+def begin_download(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
+    """`download` in two parts: the copy is queued now, and the returned function waits for it.
+
+    It does not wait for work that is queued after the copy.
+    """
+    if tensors[0].device.type == "cpu":
+        return partial(download, tensors)
+    packed = _packed(tensors)
+    here = _staging(packed.shape, packed.dtype)
+    here.copy_(packed, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[np.ndarray]:
+        arrived.synchronize()
+        return _split(here, tensors)
+
+    return wait
+
+
+def _packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of tensors, one after the other."""
     bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    here = (torch.cat(bytes_of) if len(bytes_of) > 1 else bytes_of[0]).cpu().numpy()
-    starts = np.cumsum([0, *(len(part) for part in bytes_of)])
+    return torch.cat(bytes_of) if len(bytes_of) > 1 else bytes_of[0]
+
+
+def _split(here: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """`_packed(tensors)`, which is on the host now, as arrays."""
+    ends = np.cumsum([tensor.nbytes for tensor in tensors]).tolist()
     return [
-        here[start:end].copy().view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
-        for tensor, start, end in zip(tensors, starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+        here.numpy()[start:end].copy().view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        for tensor, start, end in zip(tensors, [0, *ends[:-1]], ends, strict=True)
     ]

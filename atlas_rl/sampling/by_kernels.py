@@ -18,10 +18,11 @@ from atlas_kernels.rejection import verify_by_rejection
 from atlas_kernels.verify import Verification, verify
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.policy.logits import require_distributions
-from atlas_rl.policy.upload import download, upload
+from atlas_rl.policy.upload import begin_download, upload
 from atlas_rl.sampling.packing import packed_positions, unpacked
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import (
+    Begun,
     DrafterInvariant,
     Outcome,
     Positions,
@@ -59,11 +60,9 @@ class FusedVerifier(Verifier):
         return self._form.decide(positions, sampling)
 
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
-        return self.begin(logits, draft, sequences, requests)()
+        return self.begin(logits, draft, sequences, requests).finish()
 
-    def begin(
-        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
-    ) -> Callable[[], Outcome]:
+    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Begun:
         sampling, device = sequences.sampling, logits.device
         packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
         drafts, starts, keys, positions, row, depth = packed
@@ -76,7 +75,10 @@ class FusedVerifier(Verifier):
         rows = [logits, *upload([drafts, starts, keys, positions], device)]
         probs = None if self.couples_noise else _packed_probs(draft, row, depth)
         verified = self._launch(rows, probs, self._temperature)
-        return partial(_outcome, verified, logits, starts, sampling)
+        results = verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs
+        # Before anything else is queued: the host waits for no later work.
+        finish = partial(_outcome, begin_download(results), logits, starts, sampling)
+        return Begun(finish, verified.token_ids, verified.num_accepted)
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
         """Launch the kernel over packed rows; `probs` are those of drawn drafts, for rejection sampling."""
@@ -123,14 +125,14 @@ def _packed_probs(draft: Draft, row: np.ndarray, depth: np.ndarray) -> torch.Ten
     return draft.draft_probs[there[0], there[1]]
 
 
-def _outcome(verified: Verification, logits: torch.Tensor, starts: np.ndarray, sampling: SamplingParams) -> Outcome:
+def _outcome(
+    arrived: Callable[[], list[np.ndarray]], logits: torch.Tensor, starts: np.ndarray, sampling: SamplingParams
+) -> Outcome:
     """Packed results from the device as one row per request, with zeros after the committed tokens.
 
     The downloaded values also show whether the logits were distributions.
     """
-    num_accepted, *results = download(
-        [verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs]
-    )
+    num_accepted, *results = arrived()
     tokens, logprobs, entropies, max_probs, counts, numbers = unpacked(starts, num_accepted, *results, sampling.stops)
     if not numbers:
         require_distributions(results[3][counts], logits, np.flatnonzero(counts))

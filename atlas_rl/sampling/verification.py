@@ -45,6 +45,21 @@ class Outcome:
 
 
 @dataclass(slots=True)
+class Begun:
+    """A verification that has begun.
+
+    Attributes:
+        finish: Waits for the outcome.
+        token_ids: int64 `[rows]` on the device, the choice of every packed row; None if the host decides.
+        num_accepted: int64 `[batch]` on the device, accepted drafts; None likewise.
+    """
+
+    finish: Callable[[], Outcome]
+    token_ids: torch.Tensor | None = None
+    num_accepted: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
 class Positions:
     """The positions of one round: one per request that is still being verified.
 
@@ -80,14 +95,12 @@ class Verifier(ABC):
     def decide(self, positions: Positions, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         """Committed token int64 `[rows]` and whether it is the accepted draft, bool `[rows]`."""
 
-    def begin(
-        self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray
-    ) -> Callable[[], Outcome]:
-        """First part of `verify`, which does not wait for the device; the returned function gives the outcome.
+    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Begun:
+        """First part of `verify`, which does not wait for the device.
 
-        The arguments must not be changed until then.
+        The arguments must not be changed until the second part, `Begun.finish`.
         """
-        return partial(self.verify, logits, draft, sequences, requests)
+        return Begun(partial(self.verify, logits, draft, sequences, requests))
 
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
         """Verify packed drafts.
