@@ -217,7 +217,7 @@ def controller_of(arm: str) -> tuple[tuple[str, ...], Controller]:
     if arm == "controller":
         names = ("history", "recurrent")
         return names, GuardedController(GoodputController(names), Faults())
-    return (arm,), GuardedController(FixedController((arm,), arm, FIXED), Faults())
+    return (arm,), GuardedController(FixedController((arm,), arm, FIXED, ahead=True), Faults())
 
 
 # --------------------------------------------------------------------------------------------------------------- measure

@@ -386,7 +386,12 @@ class PacedRecurrent(RecurrentSpeculator):
             lengths[requests] = after
             chosen = coming.token_ids.numpy()[starts + accepted]
             drawn = self._looked_up(
-                head, token_ids, replace(sequences, lengths=lengths), requests, self.learner.index_of[chosen], num_tokens
+                head,
+                token_ids,
+                replace(sequences, lengths=lengths),
+                requests,
+                self.learner.index_of[chosen],
+                num_tokens,
             )
         loop.device.submit(loop.costs.draft_s(len(requests), num_tokens) + AHEAD_S, calls=AHEAD_CALLS)
         ready_s = loop.device.ready_s

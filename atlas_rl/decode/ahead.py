@@ -35,7 +35,9 @@ class DraftsAhead:
     def __init__(self, speculators: Mapping[str, Speculator], controller: Controller, recorder: StepRecorder) -> None:
         self.names = tuple(speculators)
         self._speculators, self._controller, self._recorder = speculators, controller, recorder
-        self._queued: dict[str, tuple[np.ndarray, int, Callable[[], Draft]]] = {}  # requests, tokens of each, and the rest
+        self._queued: dict[
+            str, tuple[np.ndarray, int, Callable[[], Draft]]
+        ] = {}  # requests, tokens of each, and the rest
 
     @classmethod
     def of(
@@ -91,7 +93,16 @@ class DraftsAhead:
 
 
 @cached_njit(nogil=True)
-def of_active(drafted_for, row_of, requests, room, num_tokens, token_ids, confidence, lengths):
+def of_active(
+    drafted_for: np.ndarray,
+    row_of: np.ndarray,
+    requests: np.ndarray,
+    room: np.ndarray,
+    num_tokens: int,
+    token_ids: np.ndarray,
+    confidence: np.ndarray,
+    lengths: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]:
     """The drafts of the requests of a step, of drafts for those of the step before.
 
     Args:

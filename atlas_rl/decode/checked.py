@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ def checked_survival(survival: np.ndarray | None) -> np.ndarray | None:
 def checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarray]:
     """The plan; raises `ValueError` if it asks what cannot be asked."""
     for name, wanted in plan.items():
-        if name not in step.left:
+        if name not in step.ready or name in step.drafts or name in step.ahead:
             raise ValueError(f"a plan asks '{name}', which is not ready, has drafted already, or drafts ahead")
         asked = np.asarray(wanted)
         if asked.shape != step.room.shape or asked.dtype.kind not in "iu" or bounds(asked)[0] < 0:
@@ -114,7 +115,7 @@ def checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarra
     return plan
 
 
-def checked_plan_ahead(plan: dict[str, int], names: Sequence[str]) -> dict[str, int]:
+def checked_plan_ahead(plan: dict[str, Any], names: Sequence[str]) -> dict[str, int]:
     """The plan; raises `ValueError` if it asks what cannot be asked."""
     for name, num_tokens in plan.items():
         if name not in names:

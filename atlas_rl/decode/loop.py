@@ -150,8 +150,8 @@ class DecodeLoop:
             recorder.switch("sample")
             begun = self.verifier.begin(logits, draft, self.sequences, requests)
             apart_s = self._learn()
-            if self.ahead.names and begun.token_ids is not None:
-                self.ahead.queue(step, self.sequences, Coming(requests, begun.token_ids, begun.num_accepted, hidden))
+            if self.ahead.names and (told := begun.decided) is not None:
+                self.ahead.queue(step, self.sequences, Coming(requests, told.token_ids, told.num_accepted, hidden))
             recorder.switch("forward")
             self.runner.synchronize()
             forward_s = recorder.switch("sample") - asked_s - (0.0 if self.runner.works_beside_host else apart_s)

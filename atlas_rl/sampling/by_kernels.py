@@ -77,8 +77,7 @@ class FusedVerifier(Verifier):
         verified = self._launch(rows, probs, self._temperature)
         results = verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs
         # Before anything else is queued: the host waits for no later work.
-        finish = partial(_outcome, begin_download(results), logits, starts, sampling)
-        return Begun(finish, verified.token_ids, verified.num_accepted)
+        return Begun(partial(_outcome, begin_download(results), logits, starts, sampling), verified)
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
         """Launch the kernel over packed rows; `probs` are those of drawn drafts, for rejection sampling."""

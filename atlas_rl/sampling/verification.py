@@ -19,6 +19,7 @@ from atlas_kernels import noise
 from atlas_kernels.dispatch import implementation_on
 from atlas_kernels.draw import draw
 from atlas_kernels.noise import Stream
+from atlas_kernels.verify import Verification
 from atlas_rl.core import Draft, SamplingParams, Sequences
 from atlas_rl.policy.logits import require_distributions
 from atlas_rl.policy.upload import uploaded
@@ -50,13 +51,11 @@ class Begun:
 
     Attributes:
         finish: Waits for the outcome.
-        token_ids: int64 `[rows]` on the device, the choice of every packed row; None if the host decides.
-        num_accepted: int64 `[batch]` on the device, accepted drafts; None likewise.
+        decided: The decisions, on the device; None if the host decides.
     """
 
     finish: Callable[[], Outcome]
-    token_ids: torch.Tensor | None = None
-    num_accepted: torch.Tensor | None = None
+    decided: Verification | None = None
 
 
 @dataclass(slots=True)
