@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,21 +22,18 @@ import torch
 
 from atlas_kernels.verify import Verification
 from atlas_rl.controller.base import Controller
-from atlas_rl.core import Draft, Hidden, Prompts, SamplingParams, Sequences
+from atlas_rl.core import Draft, Hidden, Sequences
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.planner.roofline import forward
 from atlas_rl.planner.speculation import Setting
-from atlas_rl.policy.base import PolicyCache, Segments, Taps
+from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.replay.record import Recorded
 from atlas_rl.replay.replay import NoRunner, head_inputs_at, unfinished
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier
-from atlas_rl.sampling.verification import Begun, DrafterInvariant, Outcome
-from atlas_rl.speculators.base import NO_PROMPTS, Coming, Speculator
-from atlas_rl.speculators.drawing import Drawing
-from atlas_rl.speculators.recurrent.draft_graphs import FetchedDraft
-from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
-from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
+from atlas_rl.sampling.verification import DrafterInvariant, Outcome, Verifying
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.recurrent.head import RecurrentHead
 
 CALL_S = 8e-6
 """Host seconds of one call into the driver (a copy, a launch, a replay of a graph): assumed, not measured."""
@@ -45,14 +41,6 @@ CALL_S = 8e-6
 VERIFY_S, VERIFY_ROW_S = 30e-6, 2.0e-6
 """Device seconds of verification, fixed and per row of 151,936 logits: docs/gpu.md, measured on an H100."""
 
-TABLE_CALLS, FOLD_CALLS = 16, 12
-"""Driver calls of the recurrent head's preparation, assumed: to read the policy's tables when a call begins, and to fold
-the head after each refresh."""
-
-AHEAD_S, AHEAD_CALLS = 20e-6, 14
-"""Device seconds and driver calls of finding the inputs of a draft on the device, assumed: ten kernels of 2 microseconds."""
-
-_REMEMBERED = 16  # longest draft
 _FLOAT32 = 1 / 16  # float32 products have this share of a GPU's rate for bfloat16: no tensor core has the type
 
 
@@ -232,7 +220,7 @@ class PacedVerifier(FusedVerifier):
         self._true, self._device = recorded.sequences, device
         self._requests = np.zeros(0, np.int64)
 
-    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Begun:
+    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Verifying:
         self._requests = requests
         begun = super().begin(logits, draft, sequences, requests)
         finish, ready_s = begun.finish, self._device.ready_s
@@ -311,138 +299,3 @@ class PacedLoop(DecodeLoop):
     def _host_s(self) -> dict[str, float]:
         phases = ("controller", "draft", "forward", "sample", "commit", "observe")
         return {phase: self.recorder.seconds(phase) - self.device.waited_s[phase] for phase in phases}
-
-
-class PacedRecurrent(RecurrentSpeculator):
-    """The recurrent head, with its network run off the clock, cached, and charged to the device.
-
-    A draft is a function of prefix, noise and weights. The recorded texts are fixed, so each (request, position) is
-    drafted once, at least as deep as requested.
-    """
-
-    loop: PacedLoop | None = None  # None while it learns, which is not timed
-
-    def follow(self, recorded: Recorded, of: np.ndarray, loop: PacedLoop) -> None:
-        """Draft in `loop`, whose requests are `of` (int64 `[n]`) of `recorded`."""
-        if not hasattr(self, "_drafted"):
-            shape = *recorded.sequences.token_ids.shape, _REMEMBERED
-            self._drafted, self._sure = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-            self._depths = np.zeros(shape[:2], np.int64)
-        self._of, self.loop = of, loop
-
-    def start(
-        self,
-        sequences: Sequences,
-        requests: np.ndarray,
-        prompts: Prompts = NO_PROMPTS,
-        cache: PolicyCache | None = None,
-    ) -> None:
-        if self.loop is None or sequences is self.learner.sequences:
-            super().start(sequences, requests, prompts, cache)
-            return
-        device = self.loop.device
-        with device.outside():
-            super().start(sequences, requests, prompts, cache)
-        device.submit(self.loop.costs.tables_s(self.learner.head), calls=TABLE_CALLS)
-
-    def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
-        if self.loop is None:
-            return super()._folded_head()
-        device, former = self.loop.device, self._folded
-        with device.outside():
-            folded = super()._folded_head()
-        if self._folded is not former:
-            device.submit(self.loop.costs.fold_s(self.learner.head), calls=FOLD_CALLS)
-        return folded
-
-    def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
-        loop = self.loop
-        assert loop is not None, "it drafts in paced loops only"
-        with loop.device.outside():
-            requests, newest = (carried.numpy() for carried in drawing.carried)
-            drawn = self._looked_up(head, token_ids, loop.sequences, requests, newest, depth)
-            indices = self.learner.index_of[drawn.token_ids]
-            drawing.take(torch.from_numpy(indices), torch.from_numpy(drawn.max_probs))
-        loop.device.submit(
-            loop.costs.draft_s(len(requests), depth), calls=3
-        )  # an upload, the kernel, and the download's
-        loop.device.wait()
-
-    def drafts_ahead(self, sampling: SamplingParams) -> bool:
-        return self.loop is not None and self.learner.trained
-
-    def _queue_ahead(
-        self, sequences: Sequences, coming: Coming, known: np.ndarray, num_tokens: int
-    ) -> Callable[[], FetchedDraft]:
-        loop, (head, token_ids) = self.loop, self._folded_head()
-        assert loop is not None, "it drafts in paced loops only"
-        with loop.device.outside():
-            requests, _, positions, starts = known
-            accepted = coming.num_accepted.numpy()
-            self._newest[torch.from_numpy(requests)] = coming.hidden.head_inputs[torch.from_numpy(starts + accepted)]
-            # Requests that end have no next position.
-            after = np.minimum(positions + accepted, sequences.token_ids.shape[1] - 1)
-            lengths = sequences.lengths.copy()
-            lengths[requests] = after
-            chosen = coming.token_ids.numpy()[starts + accepted]
-            drawn = self._looked_up(
-                head,
-                token_ids,
-                replace(sequences, lengths=lengths),
-                requests,
-                self.learner.index_of[chosen],
-                num_tokens,
-            )
-        loop.device.submit(loop.costs.draft_s(len(requests), num_tokens) + AHEAD_S, calls=AHEAD_CALLS)
-        ready_s = loop.device.ready_s
-
-        def fetch() -> FetchedDraft:
-            loop.device.wait(ready_s)
-            return drawn
-
-        return fetch
-
-    def _looked_up(
-        self,
-        head: FoldedHead,
-        token_ids: torch.Tensor,
-        sequences: Sequences,
-        requests: np.ndarray,
-        newest: np.ndarray,
-        depth: int,
-    ) -> FetchedDraft:
-        """Drafts after the present texts."""
-        own, positions = self._of[requests], sequences.lengths[requests]
-        missing = np.flatnonzero(self._depths[own, positions] < depth)
-        if len(missing):
-            self._remember(head, token_ids, sequences, requests[missing], newest[missing], depth)
-        ids = token_ids.numpy()[self._drafted[own, positions, :depth]]
-        return FetchedDraft(ids, self._sure[own, positions, :depth].copy(), None)
-
-    def _keep(self, states: torch.Tensor, places: torch.Tensor) -> None:
-        if self.loop is None:
-            super()._keep(states, places)
-            return
-        with self.loop.device.outside():
-            super()._keep(states, places)
-        self.loop.device.submit(0.0, calls=4)  # an upload, a read and a write of rows, and a change of type
-
-    def _remember(
-        self,
-        head: FoldedHead,
-        token_ids: torch.Tensor,
-        sequences: Sequences,
-        requests: np.ndarray,
-        newest: np.ndarray,
-        depth: int,
-    ) -> None:
-        depth = next(d for d in (4, 8, 12, _REMEMBERED) if d >= depth)
-        drawing = Drawing(
-            self.name, sequences, requests, np.full(len(requests), depth), self._device,
-            couples_noise=self._couples_noise, token_ids=token_ids, carried=(requests, newest),
-        )  # fmt: skip
-        super()._draw(head, token_ids, drawing, depth)
-        own, positions = self._of[requests], sequences.lengths[requests]
-        self._drafted[own, positions, :depth] = torch.stack(drawing._indices, dim=1).numpy()
-        self._sure[own, positions, :depth] = torch.stack(drawing._max_probs, dim=1).numpy()
-        self._depths[own, positions] = depth

@@ -165,3 +165,13 @@ def flat(tokens: int) -> float:
 def saturating(tokens: int) -> float:
     """Free up to 16 tokens, then every token costs."""
     return 0.050 + 0.004 * max(0, tokens - 16)
+
+
+ADVERSE = {
+    "hopeless": (affine, sure(0.6, truth=0.02)),
+    "proportional": (proportional, sure(0.9)),
+    "hopeless and costly": (affine, sure(0.6, truth=0.02, draft_s=lambda depth: 0.02 * depth)),
+    "costly": (affine, sure(0.5, draft_s=lambda depth: 0.06 * depth)),
+    "large batch": (saturating, sure(0.3)),
+}
+"""Costs and drafters of which drafts do not pay."""

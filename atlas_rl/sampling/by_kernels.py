@@ -22,12 +22,12 @@ from atlas_rl.policy.upload import begin_download, upload
 from atlas_rl.sampling.packing import packed_positions, unpacked
 from atlas_rl.sampling.processing import process
 from atlas_rl.sampling.verification import (
-    Begun,
     DrafterInvariant,
     Outcome,
     Positions,
     RejectionSampling,
     Verifier,
+    Verifying,
     prefixes_of,
 )
 
@@ -62,7 +62,7 @@ class FusedVerifier(Verifier):
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
         return self.begin(logits, draft, sequences, requests).finish()
 
-    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Begun:
+    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Verifying:
         sampling, device = sequences.sampling, logits.device
         packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
         drafts, starts, keys, positions, row, depth = packed
@@ -77,7 +77,7 @@ class FusedVerifier(Verifier):
         verified = self._launch(rows, probs, self._temperature)
         results = verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs
         # Before anything else is queued: the host waits for no later work.
-        return Begun(partial(_outcome, begin_download(results), logits, starts, sampling), verified)
+        return Verifying(partial(_outcome, begin_download(results), logits, starts, sampling), verified)
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
         """Launch the kernel over packed rows; `probs` are those of drawn drafts, for rejection sampling."""

@@ -46,7 +46,7 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class Begun:
+class Verifying:
     """A verification that has begun.
 
     Attributes:
@@ -94,12 +94,12 @@ class Verifier(ABC):
     def decide(self, positions: Positions, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         """Committed token int64 `[rows]` and whether it is the accepted draft, bool `[rows]`."""
 
-    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Begun:
+    def begin(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Verifying:
         """First part of `verify`, which does not wait for the device.
 
-        The arguments must not be changed until the second part, `Begun.finish`.
+        The arguments must not be changed until the second part, `Verifying.finish`.
         """
-        return Begun(partial(self.verify, logits, draft, sequences, requests))
+        return Verifying(partial(self.verify, logits, draft, sequences, requests))
 
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
         """Verify packed drafts.

@@ -9,8 +9,8 @@ from atlas_rl.controller.base import Rest, Step
 from atlas_rl.controller.decision import Decision
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
-from tests.controller.test_goodput import ADVERSE
 from tests.controller_simulator import (
+    ADVERSE,
     SimulatedDecoding,
     affine,
     as_sure_as,

@@ -16,7 +16,7 @@ from atlas_rl.decode.ahead import DraftsAhead
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.sampling.by_kernels import FusedVerifier
-from atlas_rl.sampling.verification import Begun
+from atlas_rl.sampling.verification import Verifying
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from tests.drafters import recurrent_drafter
@@ -171,7 +171,7 @@ def test_an_outcome_that_did_not_hold_takes_its_draft_along(monkeypatch):
         def finish():
             raise NonFiniteLogits("of a test")
 
-        return Begun(finish, one.decided)
+        return Verifying(finish, one.decided)
 
     def drop(ahead, own=DraftsAhead.drop):
         dropped.append(len(ahead._queued))
