@@ -88,6 +88,7 @@ class SimulatedDecoding:
 
     def step(self, batch: int, room: int = ROOM) -> None:
         step = Step(np.full(batch, room), batch * CONTEXT, list(self.drafters), ahead=self.ahead)
+        step.planned_ahead = self._learn is not None
         right = {name: self._draft(step, name, np.full(batch, depth)) for name, depth in self._queued.items()}
         while plan := self.controller.plan(step):
             right |= {name: self._draft(step, name, most) for name, most in plan.items()}

@@ -50,6 +50,7 @@ class Step:
             traffic. Every token then counts alike.
         ahead: Speculators of which drafts are only queued ahead (`Controller.plan_ahead`): those without a draft now
             cannot be asked.
+        planned_ahead: Whether `Controller.plan_ahead` has decided about this step.
     """
 
     room: np.ndarray
@@ -62,6 +63,7 @@ class Step:
     drawn_as: Hashable = None
     rest: Rest | None = None
     ahead: Sequence[str] = ()
+    planned_ahead: bool = False
 
     @property
     def left(self) -> list[str]:

@@ -99,14 +99,8 @@ class GoodputController(Controller):
         # The others are not asked yet. Drafts of a step resemble those of the step before.
         best = BestDrafts.none(step.batch, MAX_LOOKAHEAD)
         for name in others:
-            take_better(
-                best.survival,
-                best.gains,
-                best.drafters,
-                running.survivals[name],
-                self.speculators.index(name),
-                MAX_LOOKAHEAD,
-            )
+            at_hand = best.survival, best.gains, best.drafters
+            take_better(*at_hand, running.survivals[name], self.speculators.index(name), MAX_LOOKAHEAD)
         return {name: int(wanted.max()) for name, wanted in self._ask(best, decision, step.batch).items()}
 
     def _considers(self, step: Step, batch: int) -> bool:
@@ -186,12 +180,12 @@ class GoodputController(Controller):
         for decision in self._at_hand:
             if decision.step is step:
                 return decision
-        if self._ahead is None:
-            self._at_hand.append(Decision(step))
+        opened, self._ahead = self._ahead, None
+        if opened is not None and step.planned_ahead:  # else it was about a step after the end of its call
+            opened.go_on(step)
+            self._at_hand.append(opened)
         else:
-            self._ahead.go_on(step)
-            self._at_hand.append(self._ahead)
-            self._ahead = None
+            self._at_hand.append(Decision(step))
         return self._at_hand[-1]
 
     def _draw_as(self, distribution: Hashable) -> None:

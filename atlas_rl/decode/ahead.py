@@ -8,6 +8,7 @@ for the host: the host commits meanwhile, and finds the draft when it plans the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,14 @@ from atlas_rl.policy.base import PolicyRunner
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.verification import Verifier
 from atlas_rl.speculators.base import Coming, Speculator
+
+
+class _Queued(NamedTuple):
+    """A draft of `num_tokens` tokens for each of some requests, int64 `[n]`; `fetch` waits for it."""
+
+    requests: np.ndarray
+    num_tokens: int
+    fetch: Callable[[], Draft]
 
 
 class DraftsAhead:
@@ -35,9 +44,8 @@ class DraftsAhead:
     def __init__(self, speculators: Mapping[str, Speculator], controller: Controller, recorder: StepRecorder) -> None:
         self.names = tuple(speculators)
         self._speculators, self._controller, self._recorder = speculators, controller, recorder
-        self._queued: dict[
-            str, tuple[np.ndarray, int, Callable[[], Draft]]
-        ] = {}  # requests, tokens of each, and the rest
+        self._queued: dict[str, _Queued] = {}
+        self._has_planned = False  # the next step
 
     @classmethod
     def of(
@@ -63,10 +71,11 @@ class DraftsAhead:
         self._recorder.switch("controller")
         ready = [name for name in self.names if name in step.ready]
         plan = self._controller.plan_ahead(step, ready) if ready else {}
+        self._has_planned = bool(ready)
         self._recorder.switch("draft")
         for name, num_tokens in plan.items():
             fetch = self._speculators[name].propose_ahead(sequences, coming, num_tokens)
-            self._queued[name] = coming.requests, num_tokens, fetch
+            self._queued[name] = _Queued(coming.requests, num_tokens, fetch)
 
     def drop(self) -> None:
         """The outcome did not hold: nothing that was queued behind it is of use."""
@@ -77,6 +86,7 @@ class DraftsAhead:
 
         The step is charged for the wait. What the device draws beside the host's work costs nothing.
         """
+        step.planned_ahead, self._has_planned = self._has_planned, False
         while self._queued:
             name, (drafted_for, num_tokens, fetch) = self._queued.popitem()
             began_s = self._recorder.switch("draft")

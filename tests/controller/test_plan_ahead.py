@@ -110,9 +110,17 @@ def test_a_decision_opened_ahead_is_that_of_the_next_step():
     controller.plan(step)
     controller.admit(step)
     assert controller.plan_ahead(step, HEAD)["head"] >= 1
-    following = Step(np.full(4, 9), 400, HEAD, ahead=HEAD)
+    following = Step(np.full(4, 9), 400, HEAD, ahead=HEAD, planned_ahead=True)
     decision = controller._decision(following)
     assert decision.began_ahead
     assert decision.planned
     assert controller._decision(following) is decision
     assert run.asked[-1]
+
+
+def test_a_decision_about_a_step_after_the_end_of_its_call_is_dropped():
+    run = simulate(affine, HEAD, head=sure(0.9)).run(50, batch=4)
+    assert run.controller._ahead is not None
+    first = run.controller._decision(Step(np.full(4, 9), 400, HEAD, ahead=HEAD))
+    assert not first.began_ahead
+    assert run.controller._ahead is None
