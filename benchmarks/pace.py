@@ -51,7 +51,8 @@ from atlas_rl.replay.replay import replay
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.speculators.history.speculator import HistorySpeculator
 from benchmarks.common import ROOT, environment, write_result
-from benchmarks.paced import Costs, PacedLoop, PacedRecurrent
+from benchmarks.paced import Costs, PacedLoop
+from benchmarks.paced_recurrent import PacedRecurrent
 
 RECORDS, RESULT = ROOT / "runs" / "pace", ROOT / "benchmarks" / "results" / "pace.json"
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -217,7 +218,7 @@ def controller_of(arm: str) -> tuple[tuple[str, ...], Controller]:
     if arm == "controller":
         names = ("history", "recurrent")
         return names, GuardedController(GoodputController(names), Faults())
-    return (arm,), GuardedController(FixedController((arm,), arm, FIXED), Faults())
+    return (arm,), GuardedController(FixedController((arm,), arm, FIXED, ahead=True), Faults())
 
 
 # --------------------------------------------------------------------------------------------------------------- measure

@@ -6,7 +6,7 @@ time and remembered. Both depend on the prefix alone, so acceptance is real.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,33 +14,26 @@ import torch
 
 from atlas_kernels.verify import Verification
 from atlas_rl.controller.base import Controller
-from atlas_rl.core import Draft, Hidden, Prompts, Sequences
+from atlas_rl.core import Draft, Hidden, Sequences
 from atlas_rl.decode.loop import DecodeLoop
 from atlas_rl.planner.roofline import forward
 from atlas_rl.planner.speculation import Setting
-from atlas_rl.policy.base import PolicyCache, Segments, Taps
+from atlas_rl.policy.base import Segments, Taps
 from atlas_rl.policy.step_graphs import SIZES
 from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.replay.record import Recorded
 from atlas_rl.replay.replay import NoRunner, head_inputs_at, unfinished
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.by_kernels import FusedVerifier
-from atlas_rl.sampling.verification import DrafterInvariant, Outcome
-from atlas_rl.speculators.base import NO_PROMPTS, Speculator
-from atlas_rl.speculators.drawing import Drawing
-from atlas_rl.speculators.recurrent.head import FoldedHead, RecurrentHead
-from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
+from atlas_rl.sampling.verification import DrafterInvariant, Outcome, Verifying
+from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.recurrent.head import RecurrentHead
 from benchmarks.virtual_device import Device
 
 VERIFY_S, VERIFY_ROW_S = 30e-6, 2.0e-6
 """Device seconds of verification, fixed and per row of 151,936 logits: docs/gpu.md, measured on an H100."""
 
-TABLE_CALLS, FOLD_CALLS = 16, 12
-"""Driver calls of the recurrent head's preparation, assumed: to read the policy's tables when a call begins, and to fold
-the head after each refresh."""
-
 _SIZE_OF = [next(size for size in SIZES if size >= count) for count in range(SIZES[-1] + 1)]
-_REMEMBERED = 16  # longest draft
 _FLOAT32 = 1 / 16  # float32 products have this share of a GPU's rate for bfloat16: no tensor core has the type
 
 
@@ -115,6 +108,7 @@ class PacedRunner(NoRunner):
         self.verifier = verifier
         self.loop: PacedLoop
         self.recorded, self._device, self._costs = recorded, device, costs
+        self._ready_s = 0.0
 
     def forward(
         self, segments: Segments, keep: np.ndarray, taps: Taps | None = None, tail: StepTail | None = None
@@ -134,6 +128,7 @@ class PacedRunner(NoRunner):
                 tail.result = tail.run(torch.empty(0), torch.from_numpy(inputs))
                 seconds += verify_s(len(keep))
         device.forward(seconds)
+        self._ready_s = device.ready_s
         return torch.empty(0)
 
     @property
@@ -148,7 +143,7 @@ class PacedRunner(NoRunner):
         self._device.submit(0.0)
 
     def synchronize(self) -> None:
-        self._device.wait()
+        self._device.wait(self._ready_s)
 
 
 class PacedVerifier(FusedVerifier):
@@ -170,16 +165,18 @@ class PacedVerifier(FusedVerifier):
         sequences: Sequences,
         requests: np.ndarray,
         tail: StepTail | None = None,
-    ) -> Callable[[], Outcome]:
+    ) -> Verifying:
         self.requests = requests
-        finish = super().begin(logits, draft, sequences, requests, tail)
+        begun = super().begin(logits, draft, sequences, requests, tail)
         self._device.submit(0.0)  # the download
+        finish, ready_s = begun.finish, self._device.ready_s
 
         def outcome() -> Outcome:
-            self._device.wait()
+            self._device.wait(ready_s)
             return finish()
 
-        return outcome
+        begun.finish = outcome
+        return begun
 
     def _launch(self, rows: list[torch.Tensor], probs: torch.Tensor | None, temperature: float) -> Verification:
         """The record's results; charged here, unless a forward has taken verification along."""
@@ -255,91 +252,3 @@ class PacedLoop(DecodeLoop):
     def _host_s(self) -> dict[str, float]:
         phases = ("controller", "draft", "forward", "sample", "commit", "observe")
         return {phase: self.recorder.seconds(phase) - self.device.waited_s[phase] for phase in phases}
-
-
-class PacedRecurrent(RecurrentSpeculator):
-    """The recurrent head, with its network run off the clock, cached, and charged to the device.
-
-    A draft is a function of prefix, noise and weights. The recorded texts are fixed, so each (request, position) is
-    drafted once, at least as deep as requested.
-    """
-
-    loop: PacedLoop | None = None  # None while it learns, which is not timed
-
-    def follow(self, recorded: Recorded, of: np.ndarray, loop: PacedLoop) -> None:
-        """Draft in `loop`, whose requests are `of` (int64 `[n]`) of `recorded`."""
-        if not hasattr(self, "_drafted"):
-            shape = *recorded.sequences.token_ids.shape, _REMEMBERED
-            self._drafted, self._sure = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-            self._depths = np.zeros(shape[:2], np.int64)
-        self._of, self.loop = of, loop
-
-    def start(
-        self,
-        sequences: Sequences,
-        requests: np.ndarray,
-        prompts: Prompts = NO_PROMPTS,
-        cache: PolicyCache | None = None,
-    ) -> None:
-        if self.loop is None or sequences is self.learner.sequences:
-            super().start(sequences, requests, prompts, cache)
-            return
-        device = self.loop.device
-        with device.outside():
-            super().start(sequences, requests, prompts, cache)
-        device.submit(self.loop.costs.tables_s(self.learner.head), calls=TABLE_CALLS)
-
-    def _folded_head(self) -> tuple[FoldedHead, torch.Tensor]:
-        if self.loop is None:
-            return super()._folded_head()
-        device, former = self.loop.device, self._folded
-        with device.outside():
-            folded = super()._folded_head()
-        if self._folded is not former:
-            device.submit(self.loop.costs.fold_s(self.learner.head), calls=FOLD_CALLS)
-        return folded
-
-    def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
-        loop = self.loop
-        assert loop is not None, "it drafts in paced loops only"
-        with loop.device.outside():
-            requests, newest = (carried.numpy() for carried in drawing.carried)
-            positions = loop.sequences.lengths[requests]
-            own = self._of[requests]
-            missing = np.flatnonzero(self._depths[own, positions] < depth)
-            if len(missing):
-                self._remember(head, token_ids, loop.sequences, requests[missing], newest[missing], depth)
-            tokens, sure = self._drafted[own, positions, :depth], self._sure[own, positions, :depth]
-            drawing.take(torch.from_numpy(tokens), torch.from_numpy(sure))
-        loop.device.submit(
-            loop.costs.draft_s(len(requests), depth), calls=3
-        )  # an upload, the kernel, and the download's
-        loop.device.wait()
-
-    def _keep(self, states: torch.Tensor, places: torch.Tensor) -> None:
-        if self.loop is None:
-            super()._keep(states, places)
-            return
-        with self.loop.device.outside():
-            super()._keep(states, places)
-        self.loop.device.submit(0.0, calls=4)  # an upload, a read and a write of rows, and a change of type
-
-    def _remember(
-        self,
-        head: FoldedHead,
-        token_ids: torch.Tensor,
-        sequences: Sequences,
-        requests: np.ndarray,
-        newest: np.ndarray,
-        depth: int,
-    ) -> None:
-        depth = next(d for d in (4, 8, 12, _REMEMBERED) if d >= depth)
-        drawing = Drawing(
-            self.name, sequences, requests, np.full(len(requests), depth), self._device,
-            couples_noise=self._couples_noise, token_ids=token_ids, carried=(requests, newest),
-        )  # fmt: skip
-        super()._draw(head, token_ids, drawing, depth)
-        own, positions = self._of[requests], sequences.lengths[requests]
-        self._drafted[own, positions, :depth] = torch.stack(drawing._indices, dim=1).numpy()
-        self._sure[own, positions, :depth] = torch.stack(drawing._max_probs, dim=1).numpy()
-        self._depths[own, positions] = depth

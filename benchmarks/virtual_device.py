@@ -24,13 +24,14 @@ class Device:
         busy_s: Seconds of submitted work: the total time if the host took none.
         gaps_s: Per forward of the policy, the seconds that the device waited for the host since the previous forward.
         waited_s: Seconds that the host waited, by phase of the recorder.
+        ready_s: Virtual time at which all submitted work has ended.
         shift_s: Virtual time minus the processor time of the thread.
         num_outside: Number of open contexts of `outside`.
         began_s: Processor time at which the first of them was entered.
     """
 
     def __init__(self) -> None:
-        self.shift_s, self._ready_s = 0.0, 0.0
+        self.shift_s, self.ready_s = 0.0, 0.0
         self.num_outside, self.began_s = 0, 0.0
         self._gap_s = 0.0
         self.busy_s = 0.0
@@ -46,8 +47,8 @@ class Device:
         """Submit work of `seconds`; submitting costs the host `calls` driver calls."""
         self.shift_s += calls * CALL_S
         now = self.clock()
-        self._gap_s += max(0.0, now - self._ready_s)
-        self._ready_s = max(now, self._ready_s) + seconds
+        self._gap_s += max(0.0, now - self.ready_s)
+        self.ready_s = max(now, self.ready_s) + seconds
         self.busy_s += seconds
 
     def forward(self, seconds: float) -> None:
@@ -56,9 +57,9 @@ class Device:
         self.gaps_s.append(self._gap_s)
         self._gap_s = 0.0
 
-    def wait(self) -> None:
-        """Read results on the host, after waiting for them."""
-        waiting = self._ready_s - self.clock()
+    def wait(self, ready_s: float | None = None) -> None:
+        """Read results on the host, after waiting for them: for all submitted work, or for what ends at `ready_s`."""
+        waiting = (self.ready_s if ready_s is None else ready_s) - self.clock()
         if waiting > 0:
             self.shift_s += waiting
             self.waited_s[self.phase()] += waiting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class SimulatedDecoding:
         drafters: By name, in the controller's order.
         noise: Relative noise of forwards; it only ever slows them down.
         draft_probs: Probabilities that every draft carries, so that it counts as drawn and verified by rejection.
+        ahead: Drafters whose drafts are only queued ahead; learning from a step then happens while the next one runs.
         drafting_costs_s: Seconds of a step with drafts that neither its forward nor its drafters show.
         rng: Source of all randomness.
         asked: Draft tokens asked for, per step.
@@ -74,26 +76,22 @@ class SimulatedDecoding:
     noise: float = 0.02
     draft_probs: torch.Tensor | None = None
     drafting_costs_s: float = 0.0
+    ahead: tuple[str, ...] = ()
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     asked: list[dict[str, np.ndarray]] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     records: list[dict | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    _queued: dict[str, int] = field(default_factory=dict)
+    _learn: Callable[[], dict | None] | None = None  # from the previous step
 
     def step(self, batch: int, room: int = ROOM) -> None:
-        step = Step(np.full(batch, room), batch * CONTEXT, list(self.drafters))
-        right = {}
+        step = Step(np.full(batch, room), batch * CONTEXT, list(self.drafters), ahead=self.ahead)
+        step.planned_ahead = self._learn is not None
+        right = {name: self._draft(step, name, np.full(batch, depth)) for name, depth in self._queued.items()}
         while plan := self.controller.plan(step):
-            for name, most in plan.items():
-                depth, drafter = int(most.max(initial=0)), self.drafters[name]
-                confidence = drafter.confidence(batch, depth).astype(np.float32)
-                right[name] = self.rng.random((batch, depth)) < drafter.truth(confidence)
-                step.asked[name] = most
-                step.drafts[name] = Draft(
-                    np.where(right[name], RIGHT, WRONG), most.copy(), confidence, self.draft_probs
-                )
-                step.draft_s[name] = drafter.draft_s(depth) + drafter.per_request_s * depth * int((most > 0).sum())
+            right |= {name: self._draft(step, name, most) for name, most in plan.items()}
         admission = self.controller.admit(step)
         accepted = np.zeros(batch, np.int64)
         for row, (drafter, length) in enumerate(zip(admission.drafters, admission.lengths, strict=True)):
@@ -107,11 +105,27 @@ class SimulatedDecoding:
         )
         draft_s = sum(step.draft_s.values())
         step_s = forward_s + draft_s + (self.drafting_costs_s if admission.lengths.any() else 0.0)
-        self.records.append(self.controller.observe(step, admission, verified, forward_s, step_s))
+        learn = partial(self.controller.observe, step, admission, verified, forward_s, step_s)
+        if self.ahead:
+            learn, self._learn = self._learn, learn
+        if learn is not None:
+            self.records.append(learn())
+        if self.ahead:
+            self._queued = self.controller.plan_ahead(step, self.ahead)
         self.asked.append(step.asked)
         self.admissions.append(admission)
         self.seconds.append(forward_s + draft_s)
         self.tokens.append(int(accepted.sum()) + batch)
+
+    def _draft(self, step: Step, name: str, most: np.ndarray) -> np.ndarray:
+        """Ask a drafter; returns which of its tokens are right."""
+        depth, drafter = int(most.max(initial=0)), self.drafters[name]
+        confidence = drafter.confidence(step.batch, depth).astype(np.float32)
+        right = self.rng.random((step.batch, depth)) < drafter.truth(confidence)
+        step.asked[name] = most
+        step.drafts[name] = Draft(np.where(right, RIGHT, WRONG), most.copy(), confidence, self.draft_probs)
+        step.draft_s[name] = drafter.draft_s(depth) + drafter.per_request_s * depth * int((most > 0).sum())
+        return right
 
     def run(self, steps: int, batch: int) -> SimulatedDecoding:
         for _ in range(steps):
@@ -127,8 +141,10 @@ class SimulatedDecoding:
         return float(np.mean([admission.lengths.mean() for admission in self.admissions[-last:]]))
 
 
-def simulate(cost: Callable[[int], float], **drafters: SimulatedDrafter) -> SimulatedDecoding:
-    return SimulatedDecoding(GoodputController(tuple(drafters)), cost, drafters)
+def simulate(
+    cost: Callable[[int], float], ahead: tuple[str, ...] = (), **drafters: SimulatedDrafter
+) -> SimulatedDecoding:
+    return SimulatedDecoding(GoodputController(tuple(drafters)), cost, drafters, ahead=ahead)
 
 
 def affine(tokens: int) -> float:
@@ -150,3 +166,13 @@ def flat(tokens: int) -> float:
 def saturating(tokens: int) -> float:
     """Free up to 16 tokens, then every token costs."""
     return 0.050 + 0.004 * max(0, tokens - 16)
+
+
+ADVERSE = {
+    "hopeless": (affine, sure(0.6, truth=0.02)),
+    "proportional": (proportional, sure(0.9)),
+    "hopeless and costly": (affine, sure(0.6, truth=0.02, draft_s=lambda depth: 0.02 * depth)),
+    "costly": (affine, sure(0.5, draft_s=lambda depth: 0.06 * depth)),
+    "large batch": (saturating, sure(0.3)),
+}
+"""Costs and drafters of which drafts do not pay."""

@@ -48,6 +48,9 @@ class Step:
         drawn_as: Key of the sampling distribution: acceptance at one temperature says little about another.
         rest: Remaining work of the requests; None if the call does not end with its last request, as in a server's
             traffic. Every token then counts alike.
+        ahead: Speculators of which drafts are only queued ahead (`Controller.plan_ahead`): those without a draft now
+            cannot be asked.
+        planned_ahead: Whether `Controller.plan_ahead` has decided about this step.
     """
 
     room: np.ndarray
@@ -59,6 +62,13 @@ class Step:
     backlog: dict[str, int] = field(default_factory=dict)
     drawn_as: Hashable = None
     rest: Rest | None = None
+    ahead: Sequence[str] = ()
+    planned_ahead: bool = False
+
+    @property
+    def left(self) -> list[str]:
+        """Speculators that can still be asked."""
+        return [name for name in self.ready if name not in self.drafts and name not in self.ahead]
 
     @property
     def batch(self) -> int:
@@ -85,14 +95,32 @@ class Controller(ABC):
     speculators: tuple[str, ...]
     """Names of the engine's speculators, in the order that `Admission.drafters` refers to."""
 
+    plans_ahead = False
+    """Whether `plan_ahead` is implemented. If not, all drafts are asked for by `plan`."""
+
     @abstractmethod
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         """Choose which speculators to ask next. Called again with their drafts until it asks none, or none is left.
 
         Returns:
-            By speculator, each from `step.ready` and without a draft yet: int64 `[batch]`, the most draft tokens
-            wanted. A request with 0 gets no draft.
+            By speculator, each from `step.left`: int64 `[batch]`, the most draft tokens wanted. A request with 0 gets
+            no draft.
         """
+
+    def plan_ahead(self, step: Step, names: Sequence[str]) -> dict[str, int]:
+        """Choose which drafts of the next step are queued now, while the forward of `step` runs.
+
+        They are there when the next step is planned, if any of its requests has one. What is not queued now cannot be
+        asked for then. Called after the previous step was learned from. By default nothing is queued.
+
+        Args:
+            step: The step whose forward runs, with its drafts.
+            names: Speculators that can draft ahead, each ready.
+
+        Returns:
+            By speculator, draft tokens for every request, at least 1.
+        """
+        return {}
 
     @abstractmethod
     def admit(self, step: Step) -> Admission:

@@ -49,12 +49,13 @@ class FixedController(Controller):
         speculators: Names, in the order that `Admission.drafters` refers to.
         drafter: Name of the one that drafts.
         num_draft_tokens: Draft tokens per request and step, at least 1; fewer if the drafter gives fewer.
+        ahead: Whether its drafts are queued ahead where that is possible. They are the same, and the device waits less.
 
     Raises:
         ValueError: If `drafter` is not among `speculators`, or `num_draft_tokens` is below 1.
     """
 
-    def __init__(self, speculators: Sequence[str], drafter: str, num_draft_tokens: int) -> None:
+    def __init__(self, speculators: Sequence[str], drafter: str, num_draft_tokens: int, *, ahead: bool = False) -> None:
         if drafter not in speculators:
             raise ValueError(f"no speculator '{drafter}' among {list(speculators)}")
         if num_draft_tokens < 1:
@@ -62,14 +63,17 @@ class FixedController(Controller):
         self.speculators = tuple(speculators)
         self._drafter = drafter
         self._index = list(speculators).index(drafter)
-        self._num_draft_tokens = num_draft_tokens
+        self._num_draft_tokens, self.plans_ahead = num_draft_tokens, ahead
         self._costs = CostModels()
         self._cost = self._costs.of()
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
-        if self._drafter in step.drafts or self._drafter not in step.ready:
+        if self._drafter not in step.left:
             return {}
         return {self._drafter: np.minimum(step.room, self._num_draft_tokens)}
+
+    def plan_ahead(self, step: Step, names: Sequence[str]) -> dict[str, int]:
+        return {self._drafter: self._num_draft_tokens} if self._drafter in names else {}
 
     def admit(self, step: Step) -> Admission:
         # A drafter that is not ready was not asked and has no draft.

@@ -8,16 +8,16 @@ A slot's survival probability is the product of the calibrated acceptance probab
 the whole batch, and the likeliest n are admitted, with n where G peaks; n may be 0.
 
 Drafters are asked one after the other, the cheapest first. Each is asked for the requests where it is expected to beat
-the drafts made so far, and as far as that raises G. Everything is learned in the run: acceptance (`acceptance.py`),
-cost (`cost.py`), expected drafts (`draft_forecast.py`), and how far predictions come true (`promises.py`). Every draft
-is scored on the committed tokens, whether or not it was verified (full information).
+the drafts made so far, and as far as that raises G. Drafts that are queued ahead, for all requests, are decided while the
+device runs the step before; the others' drafts in that step stand for those they will make. Everything is learned in the
+run: acceptance (`acceptance.py`), cost (`cost.py`), expected drafts (`draft_forecast.py`), and how far predictions come
+true (`promises.py`). Every draft is scored on the committed tokens, whether or not it was verified (full information).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from atlas_rl.controller.arms import LEAST_TRIAL, NOT_ASKED, TRIAL_DEPTH, TRIALS
 from atlas_rl.controller.base import Admission, Controller, Step, step_record
 from atlas_rl.controller.call_end import CallEnd
 from atlas_rl.controller.cost import TICK_S, CostModels
+from atlas_rl.controller.decision import BestDrafts, Decision
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
 from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
@@ -40,57 +41,6 @@ _PLAIN_APART = 4  # steps between plain steps while the size is not known yet
 _PLAIN_SHARES = 16  # latest steps without drafts that give the forward's share of such a step
 
 
-@dataclass(slots=True, eq=False)
-class _Decision:
-    """State of one step's decision: `plan` opens it, and `observe` closes it, perhaps after the next plan.
-
-    Attributes:
-        step: The step.
-        planned: Whether drafters were considered: the step is neither plain on purpose nor skipped by a pause.
-        is_trial: Whether its drafts are verified whole, to measure the cost of such a forward.
-        promise: Goodput expected when the latest drafter was asked; None if none was expected to pay.
-        prediction: What `admit` expected of the step; None in a trial, and before any forward was seen.
-        beside: float64 `[batch]` per drafter asked: survival of the first token of the best draft at that moment.
-        survivals: float64 `[batch, MAX_LOOKAHEAD]` per draft: survival of its slots.
-        best: The most promising drafts so far; None until first needed.
-        is_drawn: Whether one of those was drawn from probabilities, and is therefore verified by rejection.
-    """
-
-    step: Step
-    planned: bool = False
-    is_trial: bool = False
-    promise: Promise | None = None
-    prediction: Prediction | None = None
-    beside: dict[str, np.ndarray] = field(default_factory=dict)
-    survivals: dict[str, np.ndarray] = field(default_factory=dict)
-    best: _BestDrafts | None = None
-    is_drawn: bool = False
-
-
-@dataclass(slots=True)
-class _BestDrafts:
-    """The most promising draft of each request.
-
-    Attributes:
-        survival: float64 `[batch, MAX_LOOKAHEAD]`, survival of its slots; zero for a request without a draft.
-        gains: float64 `[batch]`, sum of that over the first `columns` positions.
-        drafters: int64 `[batch]`, index of its drafter.
-        columns: Number of positions that drafters are compared by.
-        num_drafts: Number of the step's drafts compared so far, in the order of arrival.
-    """
-
-    survival: np.ndarray
-    gains: np.ndarray
-    drafters: np.ndarray
-    columns: int
-    num_drafts: int = 0
-
-    @classmethod
-    def none(cls, batch: int, columns: int) -> _BestDrafts:
-        """No drafts yet."""
-        return cls(np.zeros((batch, MAX_LOOKAHEAD)), np.zeros(batch), np.zeros(batch, np.int64), columns)
-
-
 class GoodputController(Controller):
     """Maximises the expected goodput of every step, with any number of speculators (formula in the module docstring).
 
@@ -98,6 +48,8 @@ class GoodputController(Controller):
         speculators: Names, in the order that `Admission.drafters` refers to.
         explain: Return a record of every step's expectations and outcome from `observe`.
     """
+
+    plans_ahead = True
 
     def __init__(self, speculators: Sequence[str], *, explain: bool = False) -> None:
         self.speculators = tuple(speculators)
@@ -111,30 +63,51 @@ class GoodputController(Controller):
         self._end = CallEnd()
         self._drawn_as: Hashable = None
         self._explain = explain
-        self._at_hand: deque[_Decision] = deque(maxlen=2)  # learning from a step happens while the next one runs
+        self._at_hand: deque[Decision] = deque(maxlen=2)  # learning from a step happens while the next one runs
+        self._ahead: Decision | None = None  # about the next step
         self._arms, self._worth = Arms(len(self.speculators)), 1.0
         self._tabulate()
 
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         backlogs, anybody = self._arms.backlogs, False
         for index, name in enumerate(self.speculators):
-            is_left = name in step.ready and name not in step.drafts
+            is_left = name in step.ready and name not in step.drafts and name not in step.ahead
             backlogs[index] = step.backlog.get(name, 0) if is_left else NOT_ASKED
             anybody = anybody or is_left
         decision, batch = self._decision(step), step.batch
-        if not step.drafts:
-            if step.drawn_as != self._drawn_as:
-                self._draw_as(step.drawn_as)
-            if not anybody or self._plain_due(batch) or self._end.holds_back or self._pause.holds(batch):
-                return {}
-            decision.planned = True
-        if not anybody:
+        if not step.drafts and not decision.began_ahead:
+            decision.planned = self._considers(step, batch) if anybody else False
+        if not anybody or not (decision.planned or step.drafts):
             return {}
         best = self._best_drafts(decision)
         if decision.is_drawn:
             # With a drawn draft present, asking another for the same request would depend on the drawn tokens.
             return {}
         return self._ask(best, decision, batch)
+
+    def plan_ahead(self, step: Step, names: Sequence[str]) -> dict[str, int]:
+        running = self._decision(step)
+        others = [name for name in step.drafts if name not in names]
+        coming = Step(step.room, step.context_tokens, names, drawn_as=step.drawn_as, rest=step.rest)
+        coming.draft_s = {name: step.draft_s[name] for name in others}
+        decision = self._ahead = Decision(coming, began_ahead=True)
+        decision.planned = self._considers(coming, step.batch)
+        if not decision.planned:
+            return {}
+        for index, name in enumerate(self.speculators):
+            self._arms.backlogs[index] = 0 if name in names else NOT_ASKED
+        # The others are not asked yet. Drafts of a step resemble those of the step before.
+        best = BestDrafts.none(step.batch, MAX_LOOKAHEAD)
+        for name in others:
+            at_hand = best.survival, best.gains, best.drafters
+            take_better(*at_hand, running.survivals[name], self.speculators.index(name), MAX_LOOKAHEAD)
+        return {name: int(wanted.max()) for name, wanted in self._ask(best, decision, step.batch).items()}
+
+    def _considers(self, step: Step, batch: int) -> bool:
+        """Whether to consider drafts of a step of `batch` requests. To be called once per step: pauses count steps."""
+        if step.drawn_as != self._drawn_as:
+            self._draw_as(step.drawn_as)
+        return not (self._plain_due(batch) or self._end.holds_back or self._pause.holds(batch))
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
@@ -145,7 +118,7 @@ class GoodputController(Controller):
             self._pause.observe(step.batch, decision.promise is not None)
         return admission
 
-    def _admission(self, step: Step, decision: _Decision) -> Admission:
+    def _admission(self, step: Step, decision: Decision) -> Admission:
         if decision.is_trial:
             best = self._best_drafts(decision)
             return Admission(best.drafters, (best.survival > 0).sum(axis=1))
@@ -202,12 +175,17 @@ class GoodputController(Controller):
 
     # ------------------------------------------------------------------------------------------------------- decisions
 
-    def _decision(self, step: Step) -> _Decision:
+    def _decision(self, step: Step) -> Decision:
         """The decision about `step`; a step that was not planned gets one without drafts."""
         for decision in self._at_hand:
             if decision.step is step:
                 return decision
-        self._at_hand.append(_Decision(step))
+        opened, self._ahead = self._ahead, None
+        if opened is not None and step.planned_ahead:  # else it was about a step after the end of its call
+            opened.go_on(step)
+            self._at_hand.append(opened)
+        else:
+            self._at_hand.append(Decision(step))
         return self._at_hand[-1]
 
     def _draw_as(self, distribution: Hashable) -> None:
@@ -225,7 +203,7 @@ class GoodputController(Controller):
         seen = self._cost.num_samples(batch)
         return self._steps_since_plain >= (_PLAIN_EVERY if seen >= _PLAIN_KNOWN else _PLAIN_APART * (seen > 0))
 
-    def _best_drafts(self, decision: _Decision) -> _BestDrafts:
+    def _best_drafts(self, decision: Decision) -> BestDrafts:
         """The most promising draft of each request so far."""
         best, drafts = decision.best, decision.step.drafts
         if best is not None and best.num_drafts == len(drafts):
@@ -236,7 +214,7 @@ class GoodputController(Controller):
         # positions depend on it, so drafters are compared by first positions only.
         columns = 1 if decision.is_drawn else MAX_LOOKAHEAD
         if best is None or best.columns != columns:
-            best = decision.best = _BestDrafts.none(decision.step.batch, columns)
+            best = decision.best = BestDrafts.none(decision.step.batch, columns)
         survivals = decision.survivals
         for name in list(drafts)[best.num_drafts :]:
             at_hand = best.survival, best.gains, best.drafters, self.speculators.index(name), columns
@@ -250,7 +228,7 @@ class GoodputController(Controller):
             best.num_drafts += 1
         return best
 
-    def _ask(self, best: _BestDrafts, decision: _Decision, batch: int) -> dict[str, np.ndarray]:
+    def _ask(self, best: BestDrafts, decision: Decision, batch: int) -> dict[str, np.ndarray]:
         """The drafter to ask next and the draft tokens of each request, int64 `[batch]`, given the best drafts so far."""
         step = decision.step
         if self._arms.num_untried and (new := self._untried(batch)) is not None:
@@ -295,7 +273,7 @@ class GoodputController(Controller):
         draft_s = self._models[name].cost.predict(step.batch, float(TRIAL_DEPTH), step.backlog.get(name, 0))
         return max(draft_s, least_s)
 
-    def _best_lengths(self, survival: np.ndarray, decision: _Decision) -> np.ndarray:
+    def _best_lengths(self, survival: np.ndarray, decision: Decision) -> np.ndarray:
         """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch; n maximises G."""
         step, batch = decision.step, decision.step.batch
         if not self._cost.num_observed:
@@ -312,7 +290,7 @@ class GoodputController(Controller):
         decision.prediction = Prediction(batch + gained, forward_s)
         return lengths
 
-    def _drafting_s(self, decision: _Decision) -> float:
+    def _drafting_s(self, decision: Decision) -> float:
         """Seconds of a step's drafts: measured, or expected if any of them was drawn.
 
         A drawn draft may have stopped at an ending token. Its measured time would reveal that, and must not influence
@@ -338,9 +316,7 @@ class GoodputController(Controller):
         for index, model in enumerate(self._models.values()):
             self._arms.note(index, model, self._kept_plain)
 
-    def _compare(
-        self, decision: _Decision, drafted: bool, num_tokens: float, undrafted_s: float, step_s: float
-    ) -> None:
+    def _compare(self, decision: Decision, drafted: bool, num_tokens: float, undrafted_s: float, step_s: float) -> None:
         """Compare the goodput of a step with its predictions.
 
         `admit` predicted it with the drafts known. `plan` promised it when the last drafter was asked; drafts that turn
@@ -361,7 +337,7 @@ class GoodputController(Controller):
                 if name not in step.drafts:
                     self._models[name].kept.fade(plain.mean)
 
-    def _learn(self, name: str, decision: _Decision, admission: Admission, verified: Verified) -> None:
+    def _learn(self, name: str, decision: Decision, admission: Admission, verified: Verified) -> None:
         step, model = decision.step, self._models[name]
         draft, asked = step.drafts[name], step.asked[name]
         model.cost.observe(int((asked > 0).sum()), int(asked.max()), step.draft_s[name], step.backlog.get(name, 0))
@@ -374,7 +350,7 @@ class GoodputController(Controller):
         model.acceptance.observe(draft.confidence, tried, accepted)
 
     def _record(
-        self, decision: _Decision, admission: Admission, verified: Verified, forward_s: float, undrafted_s: float
+        self, decision: Decision, admission: Admission, verified: Verified, forward_s: float, undrafted_s: float
     ) -> dict[str, Any]:
         """Expectations and outcome of the step, as JSON values."""
         step, plain = decision.step, self._kept_plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,11 +107,21 @@ def checked_survival(survival: np.ndarray | None) -> np.ndarray | None:
 def checked_plan(plan: dict[str, np.ndarray], step: Step) -> dict[str, np.ndarray]:
     """The plan; raises `ValueError` if it asks what cannot be asked."""
     for name, wanted in plan.items():
-        if name not in step.ready or name in step.drafts:
-            raise ValueError(f"a plan asks '{name}', which is not ready or has drafted already")
+        if name not in step.ready or name in step.drafts or name in step.ahead:
+            raise ValueError(f"a plan asks '{name}', which is not ready, has drafted already, or drafts ahead")
         asked = np.asarray(wanted)
         if asked.shape != step.room.shape or asked.dtype.kind not in "iu" or bounds(asked)[0] < 0:
             raise ValueError(f"a plan needs a number of tokens for each of {step.batch} requests")
+    return plan
+
+
+def checked_plan_ahead(plan: dict[str, Any], names: Sequence[str]) -> dict[str, int]:
+    """The plan; raises `ValueError` if it asks what cannot be asked."""
+    for name, num_tokens in plan.items():
+        if name not in names:
+            raise ValueError(f"a plan asks '{name}', which does not draft ahead now")
+        if not isinstance(num_tokens, Integral) or num_tokens < 1:
+            raise ValueError(f"a plan ahead needs a number of tokens from 1 on, got {num_tokens!r}")
     return plan
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -22,10 +22,17 @@ import torch
 
 from atlas_rl.controller.base import Admission, Controller, Step
 from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, Verified
-from atlas_rl.decode.checked import check_draft, checked_admission, checked_backlog, checked_plan, checked_survival
+from atlas_rl.decode.checked import (
+    check_draft,
+    checked_admission,
+    checked_backlog,
+    checked_plan,
+    checked_plan_ahead,
+    checked_survival,
+)
 from atlas_rl.policy.captures import Captured
 from atlas_rl.report.recorder import StepRecorder
-from atlas_rl.speculators.base import NO_PROMPTS, Speculator
+from atlas_rl.speculators.base import NO_PROMPTS, Coming, Speculator
 from atlas_rl.speculators.saved_state import NOT_SAVED
 
 if TYPE_CHECKING:
@@ -200,6 +207,21 @@ class GuardedSpeculator(_Guard, Speculator):
             draft.draft_probs = draft.draft_probs.to(self._policy.device)  # the drafter may work on another device
         return draft
 
+    @_guarded(lambda sampling: False)
+    def drafts_ahead(self, sampling: SamplingParams) -> bool:
+        return self.unguarded.drafts_ahead(sampling)
+
+    @_guarded(lambda sequences, coming, num_tokens: partial(Draft.empty, len(coming.requests)))
+    def propose_ahead(self, sequences: Sequences, coming: Coming, num_tokens: int) -> Callable[[], Draft]:
+        most = np.full(len(coming.requests), num_tokens)
+        return partial(self._fetch_ahead, self.unguarded.propose_ahead(sequences, coming, num_tokens), most, sequences)
+
+    @_guarded(lambda fetch, most, sequences: Draft.empty(len(most)))
+    def _fetch_ahead(self, fetch: Callable[[], Draft], most: np.ndarray, sequences: Sequences) -> Draft:
+        draft = fetch()
+        check_draft(draft, most, sequences.vocab_size)
+        return draft
+
     @_guarded(_nothing)
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         self.unguarded.observe(sequences, verified)
@@ -275,6 +297,7 @@ class GuardedController(_Guard, Controller):
 
     def __init__(self, controller: Controller, faults: Faults) -> None:
         self.unguarded, self.speculators, self.faults = controller, controller.speculators, faults
+        self.plans_ahead = controller.plans_ahead
 
     def __getattr__(self, name: str) -> Any:
         if name == "unguarded":
@@ -284,6 +307,10 @@ class GuardedController(_Guard, Controller):
     @_guarded(lambda step: {})
     def plan(self, step: Step) -> dict[str, np.ndarray]:
         return checked_plan(self.unguarded.plan(step), step)
+
+    @_guarded(lambda step, names: {})
+    def plan_ahead(self, step: Step, names: Sequence[str]) -> dict[str, int]:
+        return checked_plan_ahead(self.unguarded.plan_ahead(step, names), names)
 
     @_guarded(lambda step: Admission(np.zeros(step.batch, np.int64), np.zeros(step.batch, np.int64)))
     def admit(self, step: Step) -> Admission:

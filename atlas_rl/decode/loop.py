@@ -16,6 +16,7 @@ import torch
 
 from atlas_rl.controller.base import Admission, Controller, Rest, Step
 from atlas_rl.core import Draft, Hidden, Needs, Prompts, Sequences, Verified
+from atlas_rl.decode.ahead import DraftsAhead
 from atlas_rl.decode.commit import Settled, account, commit
 from atlas_rl.decode.observing import Observing
 from atlas_rl.decode.plain_run import PlainCosts
@@ -29,7 +30,7 @@ from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.packing import packed_tokens
 from atlas_rl.sampling.verification import Outcome, Verifier
-from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.base import Coming, Speculator
 
 _PAUSED = (
     "memory for the attention cache ran short: {} times a request gave its row up and was run again later. Lower "
@@ -99,7 +100,8 @@ class DecodeLoop:
         self._at_once = tuple(one for one in speculators.values() if not one.observes_late)
         late = {name: one for name, one in speculators.items() if one.observes_late}
         self.observing = Observing(late, lambda speculator, verified: speculator.observe(sequences, verified))
-        self.proposing = Proposing(speculators, controller, recorder, self.observing)
+        self.ahead = DraftsAhead.of(speculators, controller, recorder, runner, verifier, sequences.sampling)
+        self.proposing = Proposing(speculators, controller, recorder, self.observing, self.ahead)
         self.trace: list[dict[str, Any]] = []  # the controller's records, one per step, if it keeps any
         self._names = list(speculators)
         self._needs = Needs.of(speculator.needs for speculator in speculators.values())
@@ -149,16 +151,19 @@ class DecodeLoop:
             tail = self.verifier.tail(draft, self.sequences, requests)
             logits, hidden = self.forward(requests, draft, tail)
             recorder.switch("sample")
-            verifying = self.verifier.begin(logits, draft, self.sequences, requests, tail)
+            begun = self.verifier.begin(logits, draft, self.sequences, requests, tail)
             apart_s = self._learn()
+            if self.ahead.names and begun.decided is not None:
+                self.ahead.queue(step, self.sequences, Coming(requests, *begun.decided(), hidden))
             recorder.switch("forward")
             self.runner.synchronize()
             forward_s = recorder.switch("sample") - asked_s - (0.0 if self.runner.works_beside_host else apart_s)
             forward_s = max(0.0, forward_s - (self.runner.once_s - once_s))
             try:
-                outcome = verifying()
+                outcome = begun.finish()
             except NonFiniteLogits:  # the drafts' fault, or the policy's own
                 recorder.switch("forward")
+                self.ahead.drop()
                 again = run_one_by_one(
                     self.runner, self.sequences, requests, draft, logits, hidden, self._taps,
                     everyone=not self.verifier.keeps_logits(self.sequences.sampling),

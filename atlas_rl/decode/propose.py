@@ -12,6 +12,7 @@ from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Admission, Controller, Rest, Step
 from atlas_rl.core import Draft, Sequences
 from atlas_rl.counts import asked_of, bounds, tokens_of
+from atlas_rl.decode.ahead import DraftsAhead
 from atlas_rl.decode.observing import Observing
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.report.recorder import StepRecorder
@@ -26,6 +27,7 @@ class Proposing:
         controller: Plans each step.
         recorder: Receives the seconds.
         observing: Outcomes that speculators have not observed yet; one that is asked observes first.
+        ahead: Drafts that were queued while the previous forward ran; None for none.
 
     Attributes:
         num_asked: Draft tokens asked for so far, per speculator that was asked.
@@ -38,11 +40,12 @@ class Proposing:
         controller: Controller,
         recorder: StepRecorder,
         observing: Observing,
+        ahead: DraftsAhead | None = None,
     ) -> None:
         self.num_asked: dict[str, int] = defaultdict(int)
         self.num_proposed: dict[str, int] = defaultdict(int)
         self._speculators, self._controller, self._recorder = speculators, controller, recorder
-        self._observing = observing
+        self._observing, self._ahead = observing, ahead
 
     def run(self, sequences: Sequences, requests: np.ndarray, room: np.ndarray, rest: Rest | None = None) -> Step:
         """Plan a step and draft for it, inside `recorder.time("controller")`.
@@ -64,14 +67,19 @@ class Proposing:
         context_tokens = tokens_of(requests, sequences.lengths)
         drawn_as = self.drawn_as(sequences, requests)
         step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=drawn_as, rest=rest)
+        if self._ahead is not None and self._ahead.names:
+            step.ahead = self._ahead.names
+            self._ahead.fetch(sequences, requests, step)
+            for name, draft in step.drafts.items():
+                self._count(name, asked_of(step.asked[name])[1], draft)
         while True:
             plan = self._controller.plan(step)
             if not plan:
                 return step
             for name, wanted in plan.items():
                 self.ask(name, sequences, requests, wanted, step)
-            if len(step.drafts) >= len(step.ready):
-                return step  # no speculator is left to ask
+            if not step.left:
+                return step
 
     def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
         """Ask one speculator for drafts of a step, at most `wanted` (int64 `[batch]`) tokens each."""
@@ -88,9 +96,13 @@ class Proposing:
         else:
             draft = Draft.empty(batch)
         step.asked[name], step.drafts[name] = wanted, draft
+        self._count(name, num_wanted, draft)
+        step.draft_s[name] = self._recorder.switch("controller") - began_s
+
+    def _count(self, name: str, num_wanted: int, draft: Draft) -> None:
+        """Count a draft of which `num_wanted` tokens were asked for."""
         self.num_asked[name] += num_wanted
         self.num_proposed[name] += asked_of(draft.lengths)[1]
-        step.draft_s[name] = self._recorder.switch("controller") - began_s
 
     def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
         """Ask one speculator for drafts of some requests, at least one token each."""

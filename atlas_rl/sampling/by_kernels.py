@@ -30,6 +30,7 @@ from atlas_rl.sampling.verification import (
     Positions,
     RejectionSampling,
     Verifier,
+    Verifying,
     prefixes_of,
 )
 
@@ -63,7 +64,7 @@ class FusedVerifier(Verifier):
         return self._form.decide(positions, sampling)
 
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
-        return self.begin(logits, draft, sequences, requests)()
+        return self.begin(logits, draft, sequences, requests).finish()
 
     def tail(self, draft: Draft, sequences: Sequences, requests: np.ndarray) -> StepTail | None:
         """Verification as part of the forward; None if draft probabilities or processed logits keep it outside.
@@ -86,10 +87,11 @@ class FusedVerifier(Verifier):
         sequences: Sequences,
         requests: np.ndarray,
         tail: StepTail | None = None,
-    ) -> Callable[[], Outcome]:
+    ) -> Verifying:
         sampling, device = sequences.sampling, logits.device
         if isinstance(tail, QueuedVerification) and tail.result is not None:
-            return partial(_outcome, tail.begin_download(), logits, tail.starts, sampling)
+            outcome = partial(_outcome, tail.begin_download(), logits, tail.starts, sampling)
+            return Verifying(outcome, tail.decided)
         packed = packed_positions(requests, sequences.lengths, sequences.noise_keys, draft.token_ids, draft.lengths)
         drafts, starts, keys, positions, row, depth = packed
         if sampling is not self._sampling:
@@ -101,7 +103,9 @@ class FusedVerifier(Verifier):
         probs = None if self.couples_noise or not _has_probs(draft) else _packed_probs(draft, row, depth)
         verified = self._launch(rows, probs, self._temperature)
         results = verified.num_accepted, verified.token_ids, verified.logprobs, verified.entropies, verified.max_probs
-        return partial(_outcome, begin_download(results), logits, starts, sampling)
+        # Before anything else is queued: the host waits for no later work.
+        outcome = partial(_outcome, begin_download(results), logits, starts, sampling)
+        return Verifying(outcome, lambda: (verified.token_ids, verified.num_accepted))
 
     def _follow(self, sampling: SamplingParams) -> None:
         """Read the sampling parameters of a call."""

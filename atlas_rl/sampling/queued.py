@@ -58,6 +58,13 @@ class QueuedVerification(StepTail):
         figures = verified.logprobs, verified.entropies, verified.max_probs
         return torch.cat([each.view(torch.int32) for each in (*numbers, *figures)])
 
+    def decided(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the results on the device, once the step has run: int64 `[n]` tokens and `[batch]` accepted counts."""
+        assert self.result is not None, "the step has not run it"
+        size = len(self.result) // 7
+        num_accepted, token_ids = self.result[: 4 * size].view(torch.int64).view(2, size)
+        return token_ids[: int(self.starts[-1])], num_accepted[: self._requests.size]
+
     def begin_download(self) -> Callable[[], list[np.ndarray]]:
         """Queue the copy of the results, once the step has run; the returned function waits for it and cuts the padding.
 

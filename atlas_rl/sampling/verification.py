@@ -46,6 +46,20 @@ class Outcome:
 
 
 @dataclass(slots=True)
+class Verifying:
+    """A verification that has begun.
+
+    Attributes:
+        finish: Waits for the outcome.
+        decided: Gives the decisions on the device: int64 `[num_positions]`, the policy's choice at every position, and
+            int64 `[batch]`, accepted draft tokens. None if the host decides.
+    """
+
+    finish: Callable[[], Outcome]
+    decided: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+@dataclass(slots=True)
 class Positions:
     """The positions of one round: one per request that is still being verified.
 
@@ -92,12 +106,13 @@ class Verifier(ABC):
         sequences: Sequences,
         requests: np.ndarray,
         tail: StepTail | None = None,
-    ) -> Callable[[], Outcome]:
-        """First part of `verify`, which does not wait for the device; the returned function gives the outcome.
+    ) -> Verifying:
+        """First part of `verify`, which does not wait for the device.
 
-        The arguments must not be changed until then. `tail` is what was passed to the forward, whether it ran or not.
+        The arguments must not be changed until the second part, `Verifying.finish`. `tail` is what was passed to the
+        forward, whether it ran or not.
         """
-        return partial(self.verify, logits, draft, sequences, requests)
+        return Verifying(partial(self.verify, logits, draft, sequences, requests))
 
     def verify(self, logits: torch.Tensor, draft: Draft, sequences: Sequences, requests: np.ndarray) -> Outcome:
         """Verify packed drafts.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas_rl.core import Draft, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
+from atlas_rl.core import Draft, Hidden, Needs, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.policy.captures import Captured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
 
@@ -19,6 +20,28 @@ if TYPE_CHECKING:
     from atlas_rl.policy.view import PolicyView
 
 NO_PROMPTS = Prompts()
+
+
+@dataclass(slots=True)  # one per step: a frozen one takes a call per field to make
+class Coming:
+    """Outcome of a forward that the device knows before the host: what a draft ahead is made from.
+
+    Work that is queued on the device now reads it there. The choices after a request's ending token are not cut off:
+    such a request ends, and its draft is dropped.
+
+    Attributes:
+        requests: int64 `[batch]`; `Sequences` has none of the forward's tokens yet.
+        token_ids: int64 `[num_positions]` on the device, the policy's choice at every position of the forward. It is
+            meaningless where the logits are no distribution.
+        num_accepted: int64 `[batch]` on the device, accepted draft tokens. A request's newest token is its choice at
+            position `hidden.starts + num_accepted`.
+        hidden: States that the choices are drawn from; `Verified` has the same object.
+    """
+
+    requests: np.ndarray
+    token_ids: torch.Tensor
+    num_accepted: torch.Tensor
+    hidden: Hidden
 
 
 class Speculator(ABC):
@@ -112,6 +135,31 @@ class Speculator(ABC):
         Returns:
             A `Draft` with its rows in the same order, each at most `max_draft_tokens` long.
         """
+
+    def drafts_ahead(self, sampling: SamplingParams) -> bool:
+        """Whether `propose_ahead` is available in a call with these parameters; by default it is not.
+
+        Constant during a call.
+        """
+        return False
+
+    def propose_ahead(self, sequences: Sequences, coming: Coming, num_tokens: int) -> Callable[[], Draft]:
+        """Queue the next draft on the device, behind a verification whose outcome the host does not know yet.
+
+        Its tokens and confidences are those that `propose` would give after the outcome. The host must not wait here.
+        Asked only if drafts are drawn with the policy's noise, whatever is drafted then changes no token.
+
+        Args:
+            sequences: All requests, without the tokens to come.
+            coming: The outcome.
+            num_tokens: Draft tokens for each request, at least 1.
+
+        Returns:
+            Function that waits for the draft of `coming.requests`. It is called before the next draft is queued, or never
+            if the outcome did not hold or no request goes on. `observe` of the outcome may come before or after. Rows of
+            requests that have ended are undefined.
+        """
+        raise NotImplementedError(f"the speculator '{self.name}' does not draft ahead")
 
     @abstractmethod
     def observe(self, sequences: Sequences, verified: Verified) -> None:

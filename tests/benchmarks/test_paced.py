@@ -54,6 +54,17 @@ def test_the_device_is_idle_while_the_host_works() -> None:
     assert device.gaps_s[2] == 0.0
 
 
+def test_results_that_came_before_other_work_are_not_waited_for_longer() -> None:
+    device = Device()
+    device.forward(50.0)
+    ready_s = device.ready_s
+    device.submit(30.0)
+    device.wait(ready_s)
+    assert device.clock() == pytest.approx(ready_s, abs=0.015)
+    device.wait()
+    assert device.clock() == pytest.approx(ready_s + 30.0, abs=0.015)
+
+
 def test_drafters_learn_of_the_first_calls_and_the_others_are_measured(tmp_path) -> None:
     engine = AtlasRolloutEngine(
         model=tiny_bigram(layers=3, seed=11), speculators=[RecordingSpeculator(tmp_path)], console=False

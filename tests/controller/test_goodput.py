@@ -10,6 +10,7 @@ import pytest
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
 from tests.controller_simulator import (
+    ADVERSE,
     CONTEXT,
     SimulatedDecoding,
     SimulatedDrafter,
@@ -166,15 +167,6 @@ def test_a_costly_drafter_has_to_beat_the_cheap_one():
     assert np.mean(["costly" in plan for plan in both.asked[200:]]) < 0.1
     assert np.mean(["costly" in plan for plan in alone.asked[200:]]) > 0.8
     assert np.mean(["cheap" in plan for plan in both.asked[200:]]) > 0.9
-
-
-ADVERSE = {
-    "hopeless": (affine, sure(0.6, truth=0.02)),
-    "proportional": (proportional, sure(0.9)),
-    "hopeless and costly": (affine, sure(0.6, truth=0.02, draft_s=lambda depth: 0.02 * depth)),
-    "costly": (affine, sure(0.5, draft_s=lambda depth: 0.06 * depth)),
-    "large batch": (saturating, sure(0.3)),
-}
 
 
 @pytest.mark.parametrize("name", ADVERSE)

@@ -55,6 +55,9 @@ def assert_drawn(graphs, head, weights, states, inputs, length, sampling):
     assert (found.probs is None) == (drawn.probs is None)
     if found.probs is not None:
         torch.testing.assert_close(found.probs, drawn.probs, rtol=1e-5, atol=1e-7)
+    queued = graphs.queue(head, weights, states, torch.from_numpy(inputs), length, sampling)()
+    assert np.array_equal(queued.token_ids, found.token_ids)
+    assert np.array_equal(queued.max_probs, found.max_probs)
     return found
 
 

@@ -30,7 +30,7 @@ import torch
 
 from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.policy.captures import Captures
-from atlas_rl.policy.upload import download, upload_into, uploaded
+from atlas_rl.policy.upload import begin_download, download, upload_into, uploaded
 from atlas_rl.speculators.head_sampling import HeadSampling
 from atlas_rl.speculators.recurrent.head import FoldedHead
 
@@ -127,17 +127,43 @@ class DraftGraphs(Captures):
         length: int,
         sampling: HeadSampling,
     ) -> FetchedDraft:
-        """Draft for some requests; the host waits for the device once.
+        """`queue`, and wait for the draft: the host waits for the device once."""
+        written = self._launched(head, weights, states, inputs, length, sampling)
+        return _fetched(written, inputs.shape[1], length, partial(download, [written.packed]))
+
+    def queue(
+        self,
+        head: FoldedHead,
+        weights: DraftHeadWeights,
+        states: torch.Tensor,
+        inputs: torch.Tensor,
+        length: int,
+        sampling: HeadSampling,
+    ) -> Callable[[], FetchedDraft]:
+        """Draft for some requests; the returned function waits for the draft, and for nothing that is queued later.
 
         Args:
             head: Computes the initial states.
             weights: The same head, packed for its kernel.
             states: float32 `[num_requests, hidden]`, the policy's state that each newest token was drawn from.
-            inputs: int64 `[4, batch]`, per row: request, bits of the noise key, index of the first drafted token in the
-                whole sequence, index of the newest token in the reduced vocabulary.
+            inputs: int64 `[4, batch]` on the device, per row: request, bits of the noise key, index of the first drafted
+                token in the whole sequence, index of the newest token in the reduced vocabulary.
             length: Draft tokens of each row, at least 1.
             sampling: How they are drawn.
         """
+        written = self._launched(head, weights, states, inputs, length, sampling)
+        return partial(_fetched, written, inputs.shape[1], length, begin_download([written.packed]))
+
+    def _launched(
+        self,
+        head: FoldedHead,
+        weights: DraftHeadWeights,
+        states: torch.Tensor,
+        inputs: np.ndarray | torch.Tensor,
+        length: int,
+        sampling: HeadSampling,
+    ) -> _Written:
+        """Queue all device work of a draft; arguments as in `queue`, `inputs` also on the host."""
         self._follow([states, head.read, *(getattr(weights, each.name) for each in fields(weights))])
         batch, device = inputs.shape[1], states.device
         draft = partial(_drafted, head, weights, states, sampling)
@@ -145,15 +171,12 @@ class DraftGraphs(Captures):
         with torch.inference_mode(False), torch.no_grad():
             shape = self._shape_for(batch, length, sampling, device)
             if shape is None:
-                written = draft(uploaded(inputs, device), length)
+                written = draft(inputs if isinstance(inputs, torch.Tensor) else uploaded(inputs, device), length)
             else:
                 _fill(shape.inputs, inputs)
                 written = self._advance(shape, partial(draft, shape.inputs, shape.length))
         self._say()
-        (here,) = download([written.packed])
-        token_ids, bits = here[:, :batch, :length]
-        probs = None if written.probs is None else written.probs[:batch, :length]
-        return FetchedDraft(token_ids.astype(np.int64), bits.copy().view(np.float32), probs)
+        return written
 
     def _follow(self, tensors: Sequence[torch.Tensor]) -> None:
         """Drop all graphs if one of these tensors is not where it was."""
@@ -235,9 +258,21 @@ def _drafted(
     return _Written(torch.stack([token_ids.int(), drawn.confidence.view(torch.int32)]), drawn.probs)
 
 
-def _fill(target: torch.Tensor, inputs: np.ndarray) -> None:
+def _fetched(written: _Written, batch: int, length: int, arrived: Callable[[], list[np.ndarray]]) -> FetchedDraft:
+    """The draft of the first rows and tokens, once `arrived` has given `written.packed` on the host."""
+    (here,) = arrived()
+    token_ids, bits = here[:, :batch, :length]
+    probs = None if written.probs is None else written.probs[:batch, :length]
+    return FetchedDraft(token_ids.astype(np.int64), bits.copy().view(np.float32), probs)
+
+
+def _fill(target: torch.Tensor, inputs: np.ndarray | torch.Tensor) -> None:
     """Copy `inputs`, int64 `[4, batch]`, to where the draft reads them, padded with the last row."""
     batch = inputs.shape[1]
+    if isinstance(inputs, torch.Tensor):
+        target[:, :batch].copy_(inputs)
+        target[:, batch:] = inputs[:, -1:]
+        return
     padded = np.empty(target.shape, np.int64)
     padded[:, :batch], padded[:, batch:] = inputs, inputs[:, -1:]
     upload_into(target, padded)

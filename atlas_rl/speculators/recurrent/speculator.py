@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,18 +17,18 @@ import numpy as np
 import torch
 
 from atlas_kernels.dispatch import kernels_run_on
-from atlas_rl.core import Draft, Needs, Prompts, SamplingParams, Sequences, Verified
+from atlas_rl.core import Draft, Hidden, Needs, Prompts, SamplingParams, Sequences, Verified
 from atlas_rl.counts import bounds
 from atlas_rl.policy.captures import Captured
 from atlas_rl.policy.upload import uploaded
-from atlas_rl.speculators.base import NO_PROMPTS
+from atlas_rl.speculators.base import NO_PROMPTS, Coming
 from atlas_rl.speculators.drawing import Drawing, draft_of, of_whole
 from atlas_rl.speculators.drawn_rows import newest_indices, newest_places
 from atlas_rl.speculators.head_sampling import HeadSampling
 from atlas_rl.speculators.learning import LearningSpeculator
 from atlas_rl.speculators.learning_budget import SHARE
 from atlas_rl.speculators.recurrent.distill import Loss
-from atlas_rl.speculators.recurrent.draft_graphs import DraftGraphs, cleared
+from atlas_rl.speculators.recurrent.draft_graphs import DraftGraphs, FetchedDraft, cleared
 from atlas_rl.speculators.recurrent.head import FoldedHead
 from atlas_rl.speculators.recurrent.learner import OWNER, LearnSettings, RecurrentLearner
 from atlas_rl.speculators.saved_state import SavedState
@@ -84,8 +85,11 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
         self._graphs = DraftGraphs(capture=False)
         # Folded head of a learner's revision, made when first needed.
         self._folded: tuple[int, FoldedHead, torch.Tensor] | None = None
+        self._index_of: tuple[int, torch.Tensor] | None = None  # `learner.index_of` on the device, likewise
         self._newest: torch.Tensor  # [num_requests, hidden], source state of each newest token
-        self._proposed: tuple[np.ndarray, Draft] | None = None  # requests and drafts since the last verification
+        self._proposed: _Proposed | None = None  # since the last verification
+        self._ahead: _Proposed | None = None  # for the step after the outcome that is observed next
+        self._kept: Hidden | None = None  # states of which the device keeps the newest already
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy, on its device; the learned state is kept if the sizes are equal."""
@@ -124,7 +128,7 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
             return
         self.learn()
         self.learner.begin_call(sequences, self._bound())
-        self._proposed = None
+        self._proposed, self._ahead, self._kept = None, None, None
         self._newest = cleared(self._newest, len(sequences.lengths))
         self._graphs.begin_call()
 
@@ -142,8 +146,51 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
             draft = self._draft_at_once(sequences, requests, newest, max_draft_tokens)
         else:
             draft = self._draft_by_steps(sequences, requests, newest, max_draft_tokens)
-        self._proposed = requests, draft
+        self._proposed = _Proposed(requests, draft)
         return draft
+
+    def drafts_ahead(self, sampling: SamplingParams) -> bool:
+        return self._couples_noise and self._follows and self.learner.trained and self._draws_by_kernel(sampling)
+
+    def propose_ahead(self, sequences: Sequences, coming: Coming, num_tokens: int) -> Callable[[], Draft]:
+        """Queue a draft for every request. Its inputs, the states that `observe` would keep included, stay on the device."""
+        requests = coming.requests
+        _, keys = sequences.draft_noise(requests, self._couples_noise)
+        known = np.stack([requests, keys.view(np.int64), sequences.lengths[requests] + 1, coming.hidden.starts])
+        fetch = self._queue_ahead(sequences, coming, known, num_tokens)
+        self._kept, self._ahead = coming.hidden, _Proposed(requests)
+        return partial(self._take_ahead, fetch, self._ahead, num_tokens, sequences.sampling.stops)
+
+    def _take_ahead(
+        self, fetch: Callable[[], FetchedDraft], proposed: _Proposed, num_tokens: int, stops: np.ndarray
+    ) -> Draft:
+        """Wait for a draft that was queued ahead."""
+        drawn, most = fetch(), np.full(len(proposed.requests), num_tokens)
+        proposed.draft = draft_of(self.name, drawn.token_ids, drawn.max_probs, most, stops, None)
+        return proposed.draft
+
+    @torch.no_grad()
+    def _queue_ahead(
+        self, sequences: Sequences, coming: Coming, known: np.ndarray, num_tokens: int
+    ) -> Callable[[], FetchedDraft]:
+        """Queue the device work of `propose_ahead`.
+
+        Args:
+            sequences: All requests.
+            coming: The outcome, on the device.
+            known: int64 `[4, batch]`: request, bits of the noise key, index in the whole sequence of the first drafted token
+                if no draft is accepted, and first position in the forward.
+            num_tokens: Draft tokens of each request.
+        """
+        head, token_ids = self._folded_head()
+        requests, keys, positions, starts = uploaded(known, self._device).unbind()
+        places = starts + coming.num_accepted
+        self._keep(coming.hidden.head_inputs, torch.stack([places, requests]))
+        # Where the logits are no distribution, the choice may be no token; the loop drops the draft then.
+        newest = coming.token_ids.index_select(0, places).clamp(0, sequences.vocab_size - 1)
+        inputs = torch.stack([requests, keys, positions + coming.num_accepted, self._indices().index_select(0, newest)])
+        weights, sampling = head.packed(token_ids, self._bound().dtype), self._sampling_of(sequences.sampling)
+        return self._graphs.queue(head, weights, self._newest, inputs, num_tokens, sampling)
 
     def _draws_by_kernel(self, sampling: SamplingParams) -> bool:
         """Whether the draft head kernel draws. At temperature 0 it takes the likeliest token, and only then."""
@@ -207,8 +254,10 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
         places, begins = newest_places(
             verified.hidden.starts, verified.num_committed, verified.requests, sequences.lengths
         )
-        self._keep(verified.hidden.head_inputs, uploaded(places, self._device))
-        proposed, self._proposed = self._proposed, None
+        if verified.hidden is not self._kept:
+            self._keep(verified.hidden.head_inputs, uploaded(places, self._device))
+        self._kept = None
+        proposed, self._proposed, self._ahead = self._proposed, self._ahead, None
         self._put_off = partial(self._log, verified, begins, proposed)
 
     def _keep(self, states: torch.Tensor, places: torch.Tensor) -> None:
@@ -220,14 +269,14 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
         self,
         verified: Verified,
         begins: np.ndarray,
-        proposed: tuple[np.ndarray, Draft] | None,
+        proposed: _Proposed | None,
     ) -> None:
         self.learner.observe(verified, begins, _missed_at(verified, proposed), self._bound())
 
     def release(self) -> None:
         """Drop the drafts of a call that was broken off. Graphs stay, and the states at whose addresses they read."""
         super().release()
-        self._proposed = None
+        self._proposed, self._ahead, self._kept = None, None, None
 
     def take_captured(self) -> Captured:
         return self._graphs.take_captured()
@@ -255,7 +304,8 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
         self._device, self.learner = policy.device, learner
         self._graphs = DraftGraphs(capture=policy.device.type == "cuda")
         self._newest = torch.zeros(0, policy.hidden_size, dtype=torch.float32, device=self._device)
-        self._folded, self._proposed, self._put_off = None, None, None
+        self._folded, self._index_of, self._put_off = None, None, None
+        self._proposed, self._ahead, self._kept = None, None, None
 
     def _sampling_of(self, sampling: SamplingParams) -> HeadSampling:
         return HeadSampling.of(sampling, couples_noise=self._couples_noise)
@@ -269,18 +319,33 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
             self._folded = self.learner.revision, FoldedHead(self.learner.head, former), token_ids
         return self._folded[1:]
 
+    @torch.inference_mode(False)
+    def _indices(self) -> torch.Tensor:
+        """`learner.index_of` on the device."""
+        if self._index_of is None or self._index_of[0] != self.learner.revision:
+            self._index_of = self.learner.revision, uploaded(self.learner.index_of, self._device)
+        return self._index_of[1]
 
-def _missed_at(verified: Verified, proposed: tuple[np.ndarray, Draft] | None) -> np.ndarray:
+
+@dataclass(slots=True)
+class _Proposed:
+    """Requests, int64 `[n]`, and their drafts; None for drafts that were queued ahead and have not been fetched."""
+
+    requests: np.ndarray
+    draft: Draft | None = None
+
+
+def _missed_at(verified: Verified, proposed: _Proposed | None) -> np.ndarray:
     """Offset of the first committed token that differs from the head's draft: int64 `[batch]`, -1 for none.
 
     Args:
         verified: Committed tokens.
-        proposed: Requests that the head drafted for since the previous verification, and its drafts.
+        proposed: What the head drafted since the previous verification.
     """
     missed = np.full(len(verified.requests), -1)
-    if proposed is None:
+    if proposed is None or proposed.draft is None:
         return missed
-    requests, draft = proposed
+    requests, draft = proposed.requests, proposed.draft
     if np.array_equal(requests, verified.requests):  # the usual case
         tried, accepted = verified.outcome_of(draft)
         return np.where(tried > accepted, accepted, -1)

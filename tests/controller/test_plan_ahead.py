@@ -1,0 +1,126 @@
+"""Drafts that the adaptive controller plans while the step before runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from atlas_rl.controller.base import Rest, Step
+from atlas_rl.controller.decision import Decision
+from atlas_rl.controller.fixed import FixedController, NoSpeculation
+from atlas_rl.controller.goodput import GoodputController
+from tests.controller_simulator import (
+    ADVERSE,
+    SimulatedDecoding,
+    affine,
+    as_sure_as,
+    proportional,
+    saturating,
+    shallow,
+    simulate,
+    sure,
+)
+
+HEAD = ("head",)
+
+
+def asked_share(run, name, last=200):
+    return np.mean([name in asked for asked in run.asked[-last:]])
+
+
+def test_a_head_that_pays_drafts_ahead_in_nearly_every_step():
+    run = simulate(affine, HEAD, head=sure(0.8)).run(300, batch=8)
+    plain = SimulatedDecoding(NoSpeculation(), affine, {}).run(300, 8)
+    assert asked_share(run, "head") > 0.9
+    assert run.goodput(last=200) > 1.3 * plain.goodput()
+
+
+@pytest.mark.parametrize("name", ADVERSE)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_run_is_not_slower_than_without_speculation(name, batch):
+    """Drafts queued in vain are in it. Learning lags one step behind, so that a drafter is tried once more at first."""
+    cost, drafter = ADVERSE[name]
+    run = simulate(cost, HEAD, head=drafter).run(600, batch)
+    plain = SimulatedDecoding(NoSpeculation(), cost, {}).run(600, batch)
+    assert run.goodput() > 0.96 * plain.goodput()
+
+
+def test_it_is_about_as_good_as_the_same_drafters_asked_in_the_usual_way():
+    """Although the other's drafts are not known when it is planned, and these heads do not tell what the other knows."""
+    drafters = {
+        "cheap": as_sure_as(np.where(np.arange(8) % 2 == 0, 0.9, 0.02)),
+        "head": sure(0.8, draft_s=lambda depth: 0.0003 * depth),
+    }
+    usual, ahead = (simulate(shallow, names, **drafters).run(400, 8) for names in ((), HEAD))
+    assert asked_share(ahead, "head") > 0.9
+    assert ahead.goodput(last=200) > 0.95 * usual.goodput(last=200)
+
+
+def test_a_head_beside_one_that_knows_everything_is_left_alone():
+    """What the other drafted in the step before stands for what it will draft."""
+    drafters = {"cheap": sure(0.97), "head": sure(0.5, draft_s=lambda depth: 0.003 * depth)}
+    run = simulate(affine, HEAD, **drafters).run(400, batch=4)
+    alone = simulate(affine, HEAD, head=drafters["head"]).run(400, batch=4)
+    assert asked_share(run, "head") < 0.1 < 0.8 < asked_share(alone, "head")
+    assert asked_share(run, "cheap") > 0.9
+
+
+def test_plain_steps_stay_plain():
+    """They measure plain decoding: nothing is queued for them, and nobody else is asked."""
+    run = simulate(affine, HEAD, cheap=sure(0.9), head=sure(0.9)).run(400, batch=8)
+    plain = [index for index, asked in enumerate(run.asked) if not asked]
+    assert 2 <= len([index for index in plain if index > 50]) <= 8
+
+
+@pytest.mark.parametrize("cost", [affine, saturating, proportional])
+def test_where_nothing_pays_planning_ahead_is_rare_too(cost):
+    run = simulate(cost, HEAD, head=sure(0.02, draft_s=lambda depth: 0.02 * depth)).run(300, batch=8)
+    assert asked_share(run, "head") < 0.05
+    paused = run.controller._pause
+    assert paused.num_vain > 3
+
+
+def test_what_drafts_ahead_is_not_asked_later():
+    run = simulate(affine, HEAD, cheap=sure(0.5), head=sure(0.95)).run(100, batch=8)
+    step = Step(np.full(8, 9), 800, ["cheap", "head"], ahead=HEAD)
+    for _ in range(3):
+        assert "head" not in run.controller.plan(step)
+    fixed = FixedController(["head"], "head", 3, ahead=True)
+    assert fixed.plan(Step(np.full(8, 9), 800, HEAD, ahead=HEAD)) == {}
+    assert fixed.plan_ahead(step, HEAD) == {"head": 3}
+    assert fixed.plan_ahead(step, ()) == {}
+
+
+def test_what_stood_beside_a_draft_moves_with_its_request():
+    def rest(*requests):
+        return Rest(np.array(requests), np.ones(len(requests), np.int64), np.ones(len(requests), np.int64))
+
+    before, after = (Step(np.full(len(one.requests), 9), 100, HEAD, rest=one) for one in (rest(4, 0, 7), rest(7, 4, 9)))
+    decision = Decision(before, began_ahead=True)
+    decision.beside["head"] = np.array([0.4, 0.1, 0.7])
+    decision.go_on(after)
+    assert decision.step is after
+    assert decision.beside["head"].tolist() == [0.7, 0.4, 0.0]
+
+
+def test_a_decision_opened_ahead_is_that_of_the_next_step():
+    controller = GoodputController(HEAD)
+    run = SimulatedDecoding(controller, affine, {"head": sure(0.9)}, ahead=HEAD).run(50, batch=4)
+    step = Step(np.full(4, 9), 400, HEAD, ahead=HEAD)
+    controller.plan(step)
+    controller.admit(step)
+    assert controller.plan_ahead(step, HEAD)["head"] >= 1
+    following = Step(np.full(4, 9), 400, HEAD, ahead=HEAD, planned_ahead=True)
+    decision = controller._decision(following)
+    assert decision.began_ahead
+    assert decision.planned
+    assert controller._decision(following) is decision
+    assert run.asked[-1]
+
+
+def test_a_decision_about_a_step_after_the_end_of_its_call_is_dropped():
+    run = simulate(affine, HEAD, head=sure(0.9)).run(50, batch=4)
+    assert run.controller._ahead is not None
+    first = run.controller._decision(Step(np.full(4, 9), 400, HEAD, ahead=HEAD))
+    assert not first.began_ahead
+    assert run.controller._ahead is None
