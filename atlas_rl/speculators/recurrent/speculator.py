@@ -124,7 +124,7 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
             return
         self.learn()
         self.learner.begin_call(sequences, self._bound())
-        self._proposed = None
+        self._proposed = self._lesson = None
         self._newest = cleared(self._newest, len(sequences.lengths))
         self._graphs.begin_call()
 
@@ -255,7 +255,7 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
         self._device, self.learner = policy.device, learner
         self._graphs = DraftGraphs(capture=policy.device.type == "cuda")
         self._newest = torch.zeros(0, policy.hidden_size, dtype=torch.float32, device=self._device)
-        self._folded, self._proposed, self._put_off = None, None, None
+        self._folded, self._proposed, self._put_off, self._lesson = None, None, None, None
 
     def _sampling_of(self, sampling: SamplingParams) -> HeadSampling:
         return HeadSampling.of(sampling, couples_noise=self._couples_noise)

@@ -107,6 +107,18 @@ class Hooks(ABC):
     def learn(self) -> None:
         """Do work that drafts do not wait for; called while a device runs a forward."""
 
+    @abstractmethod
+    def has_spare_time(self) -> bool:
+        """Whether to call `study` while the worker waits and none of its requests runs."""
+
+    @abstractmethod
+    def study(self) -> None:
+        """Learn for as long as a request may wait for it."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """Something has arrived: learn no more from what was there."""
+
 
 def install() -> None:
     """Install the hooks on the model runner of this process. Runners with another drafter are not affected."""
