@@ -194,7 +194,8 @@ def _add_vllm_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "vllm-serve",
         help="vLLM's server with drafters that follow a trainer's policy",
-        usage="atlas-rl vllm-serve MODEL [--draft-model FOLDER] [--idle-learning on|off] [flags of `vllm serve` or `trl vllm-serve`]",
+        usage="atlas-rl vllm-serve MODEL [--draft-model FOLDER] [--idle-learning on|off] "
+        "[flags of `vllm serve` or `trl vllm-serve`]",
         description="Run `vllm serve` with this package's proposer, worker extension and weight transfer. What it adds is "
         "printed. A TRL trainer in server mode is attached as any other (docs/scaling.md).",
         allow_abbrev=False,

@@ -12,7 +12,7 @@ import torch
 
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.base import Speculator
-from atlas_rl.speculators.learning_budget import Distilled, LearningBudget, Lesson
+from atlas_rl.speculators.learning_budget import Distilled, LearningBudget, SpareLesson
 from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Learner(ABC):
             Report of the refresh; None if there was no time, or nothing to learn from.
         """
 
-    def lesson(self, policy: PolicyView) -> Lesson | None:
+    def lesson(self, policy: PolicyView) -> SpareLesson | None:
         """Learning from the present call, which has no running requests, in time that nobody needs.
 
         Args:
@@ -70,7 +70,7 @@ class Learner(ABC):
         """
         return None
 
-    def study(self, lesson: Lesson) -> bool:
+    def study(self, lesson: SpareLesson) -> bool:
         """Do one piece of a lesson; returns whether another one is worth its time."""
         return lesson.advance()
 
@@ -131,7 +131,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         self._clock = clock
         self._follows = True
         self._put_off: Callable[[], None] | None = None
-        self._lesson: Lesson | None = None
+        self._lesson: SpareLesson | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy, and follow it if the form of its logits is known."""

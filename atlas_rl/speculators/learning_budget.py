@@ -5,7 +5,7 @@ budget, the next ones get less: a head whose single step costs more than its sha
 the time is halved while learning gains less than it costs, and doubled, up to the whole, while it pays. It is whole
 again at once if the loss of agreement since the last refresh is worth it: the policy jumped, or has a new task.
 
-A `Lesson` has no budget: it is learning in time that nobody else needs, in pieces.
+A `SpareLesson` has no budget: it is learning in time that nobody else needs, in pieces.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class LearningBudget:
         self._earns_credit = True
 
 
-class Progress:
+class LearningProgress:
     """Says when learning is over: the agreement stopped rising, or there were enough steps.
 
     Args:
@@ -186,7 +186,7 @@ class Progress:
         self._stale, self._best = (0, agreement) if better else (self._stale + 1, self._best)
 
 
-class Lesson:
+class SpareLesson:
     """Learning in pieces, each so short that a request can wait for it: an optimizer step, or a check.
 
     It ends as `learn_in_time` does without a limit; `check` should measure on texts that `step` does not learn from, since
@@ -199,7 +199,7 @@ class Lesson:
 
     def __init__(self, step: Callable[[], None], check: Callable[[], Agreement]) -> None:
         self._step, self._check = step, check
-        self._progress: Progress | None = None
+        self._progress: LearningProgress | None = None
         self._check_is_due = True
 
     @property
@@ -212,7 +212,7 @@ class Lesson:
         if self._check_is_due:
             self._check_is_due, agreement = False, self._check().mean
             if self._progress is None:
-                self._progress = Progress(agreement)
+                self._progress = LearningProgress(agreement)
             else:
                 self._progress.reached(agreement)
         elif self._progress is not None and not self._progress.over:
@@ -238,7 +238,7 @@ def learn_in_time(
         began_s: Start of the budget, on the clock.
     """
     before = check().mean
-    progress = Progress(before)
+    progress = LearningProgress(before)
     limit_s, now = budget_s(before), clock()
     check_s = now - began_s
     while not progress.over:

@@ -2,8 +2,8 @@
 
 A span of learning begins when no request runs and enough new tokens were generated. It goes on from the newest rollouts,
 whose hidden states and LM head rows are those of the policy that is served: the policy that drew them. It ends when
-learning no longer pays (`learning_budget.Lesson`), or when anything arrives: a request, or new weights, which would make
-these rollouts an older policy's.
+learning no longer pays (`learning_budget.SpareLesson`), or when anything arrives: a request, or new weights, which would
+make these rollouts an older policy's.
 """
 
 from __future__ import annotations

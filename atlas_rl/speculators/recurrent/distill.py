@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from atlas_rl.policy.logit_form import LogitForm
-from atlas_rl.speculators.learning_budget import Agreement, Distilled, Lesson, learn_in_time
+from atlas_rl.speculators.learning_budget import Agreement, Distilled, SpareLesson, learn_in_time
 from atlas_rl.speculators.recurrent.head import RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer, Windows
 
@@ -96,7 +96,7 @@ def lesson(
     version: int,
     loss: Loss,
     rng: np.random.Generator,
-) -> Lesson | None:
+) -> SpareLesson | None:
     """The same training in pieces, until the agreement on held-out rollouts stops rising. Arguments as for `distill`.
 
     Each step has ended on the device when its piece returns, so that work does not queue up before a request.
@@ -113,7 +113,7 @@ def lesson(
         if head.bias.is_cuda:
             torch.cuda.current_stream(head.bias.device).synchronize()
 
-    return Lesson(step, lambda: agreement(head, held, target))
+    return SpareLesson(step, lambda: agreement(head, held, target))
 
 
 def agreement(head: RecurrentHead, windows: Windows, target: Target) -> Agreement:

@@ -20,7 +20,7 @@ from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.drawn_rows import committed_places
 from atlas_rl.speculators.head_state import MAX_COUNT, saved_moments, saved_weights
 from atlas_rl.speculators.learning import Learner, every_other, trainable
-from atlas_rl.speculators.learning_budget import Distilled, LearningBudget, Lesson
+from atlas_rl.speculators.learning_budget import Distilled, LearningBudget, SpareLesson
 from atlas_rl.speculators.recurrent.averaging import summand, take_mean
 from atlas_rl.speculators.recurrent.distill import Loss, Target, distill, lesson, new_optimizer
 from atlas_rl.speculators.recurrent.head import RecurrentHead
@@ -229,7 +229,7 @@ class RecurrentLearner(Learner):
         return done
 
     @trainable
-    def lesson(self, policy: PolicyView) -> Lesson | None:
+    def lesson(self, policy: PolicyView) -> SpareLesson | None:
         """As `Learner.lesson`. The call's hidden states and the rows of the LM head are of one policy, which is served."""
         sequences = self.sequences
         self.end_call()
@@ -244,7 +244,7 @@ class RecurrentLearner(Learner):
         )  # fmt: skip
 
     @trainable
-    def study(self, lesson: Lesson) -> bool:
+    def study(self, lesson: SpareLesson) -> bool:
         more = lesson.advance()
         if lesson.num_steps:
             self.trained = self._learned_alone = True
