@@ -50,7 +50,6 @@ class AtlasProposer(Hooks):
         internals.reset_prefix_cache_with_new_weights(_NEW_WEIGHTS)
         internals.register_backends()
         internals.follow_adapters()
-        internals.study_while_waiting()
         check_engine(vllm_config)
         internals.check_hybrid(vllm_config)
         self.options = options_of(vllm_config)
@@ -69,7 +68,9 @@ class AtlasProposer(Hooks):
         )
         # With data parallelism, replicas that wait run along with the others' forwards.
         alone = vllm_config.parallel_config.data_parallel_size == 1
-        self._spare_time = SpareTime(self.drafting, used=alone and bool(self.options.get("idle_learning")))
+        self._spare_time = SpareTime(self.drafting)
+        if alone and self.options.get("idle_learning"):
+            internals.study_while_waiting()
         folder = self.options.get("draft_model")
         if folder is not None:
             self.layers = head_layers(folder, self._config.num_hidden_layers)
@@ -188,8 +189,8 @@ class AtlasProposer(Hooks):
     def study(self) -> None:
         self._guarded("study", self._spare_time.study, None)
 
-    def rest(self) -> None:
-        self._spare_time.rest()
+    def rest(self, *, expects_tokens: bool) -> None:
+        self._spare_time.rest(expects_tokens=expects_tokens)
 
     def _gather_tables(self) -> None:
         """Read the policy's embeddings again if its weights have changed; on every rank at the same point."""

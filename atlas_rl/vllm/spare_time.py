@@ -21,18 +21,17 @@ class SpareTime:
 
     Args:
         drafting: The drafters, and the requests that they follow.
-        used: Whether idle time is used at all.
     """
 
-    def __init__(self, drafting: Drafting, *, used: bool) -> None:
-        self._drafting, self._used = drafting, used
-        self._num_known = 0  # tokens that were generated before the last span of learning ended
+    def __init__(self, drafting: Drafting) -> None:
+        self._drafting = drafting
+        self._num_known = 0  # tokens that were generated before the last span of learning, or the latest weights
         self._studies = False
 
     def is_there(self) -> bool:
         """Whether drafters would learn now, if no request runs."""
         table = self._drafting.requests.table
-        if not self._used or table.request_of or table.announced or table.sequences is None:
+        if table.request_of or table.announced or table.sequences is None:
             return False
         return self._studies or self._drafting.traffic.num_tokens_ever - self._num_known >= WORTH_LEARNING_TOKENS
 
@@ -45,10 +44,14 @@ class SpareTime:
             drafting.learn()
             table.sample_as(table.commonest_way)
         if not any(speculator.study() for speculator in drafting.speculators.values()):
-            self.rest()
+            self.rest(expects_tokens=True)
         drafting.recorder.studied(drafting.recorder.clock() - began_s)
 
-    def rest(self) -> None:
-        """End a span of learning; the next one waits for new tokens."""
-        if self._studies:
+    def rest(self, *, expects_tokens: bool) -> None:
+        """End a span of learning; the next one waits for new tokens.
+
+        Args:
+            expects_tokens: Whether tokens that no span has begun with yet may still be learned from.
+        """
+        if self._studies or not expects_tokens:
             self._studies, self._num_known = False, self._drafting.traffic.num_tokens_ever

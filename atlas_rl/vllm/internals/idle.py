@@ -17,11 +17,13 @@ from atlas_rl.vllm.internals.runner import Hooks
 from atlas_rl.vllm.internals.version import INSTALLED, since
 
 _BESIDE_LEARNING = ("atlas_report", "atlas_status")
-"""Calls that a trainer makes after its rollouts; any other call ends the learning."""
+"""Calls that a trainer makes after its rollouts; learning goes on after them."""
+_OF_STEPS = ("execute_model", "sample_tokens", "take_draft_token_ids")
+"""Calls with new tokens to learn from. All others may bring new weights, or take the device away."""
 
 
 def study_while_waiting() -> None:
-    """Install the hooks in this process. They act on workers whose drafter has spare time; vLLM before 0.32 has none."""
+    """Install the hooks in this process; vLLM before 0.32 gets none."""
     if not since("0.32"):
         return
     from vllm.v1.engine.core import EngineCoreProc
@@ -65,8 +67,7 @@ def _next_call(read: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any
             _study(drafter)
     if call is None:
         call = read(*args, **kwargs)
-    if call[0] not in _BESIDE_LEARNING:
-        drafter.rest()
+    _tell(drafter, call[0])
     return call
 
 
@@ -88,15 +89,19 @@ def _next_request(
 
 
 def _collective_rpc(original: Callable[..., Any], executor: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-    if method not in _BESIDE_LEARNING:
-        drafter = _drafter_of(_runner_in_this_process(executor))
-        if drafter is not None:
-            drafter.rest()
+    drafter = _drafter_of(_runner_in_this_process(executor))
+    if drafter is not None:
+        _tell(drafter, method)
     return original(method, *args, **kwargs)
 
 
 def _has_spare_time(runner: Any, drafter: Hooks) -> bool:
     return not runner.requests and drafter.has_spare_time()
+
+
+def _tell(drafter: Hooks, method: Any) -> None:
+    if method not in _BESIDE_LEARNING:
+        drafter.rest(expects_tokens=method in _OF_STEPS)
 
 
 def _study(drafter: Hooks) -> None:

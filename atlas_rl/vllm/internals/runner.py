@@ -116,8 +116,12 @@ class Hooks(ABC):
         """Learn for as long as a request may wait for it."""
 
     @abstractmethod
-    def rest(self) -> None:
-        """Something has arrived: learn no more from what was there."""
+    def rest(self, *, expects_tokens: bool) -> None:
+        """Something has arrived: end learning.
+
+        Args:
+            expects_tokens: It is a step, whose tokens may be learned from. If not, nothing of what is there will be.
+        """
 
 
 def install() -> None:
