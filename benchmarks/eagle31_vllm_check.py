@@ -94,7 +94,7 @@ def write_head(head: Path, folder: Path, policy: Any, options: tuple[str, ...], 
         layer = config.pop("transformer_layer_config")
         flat = {**layer, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": len(ids)}
         flat |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": list(LAYERS), "use_aux_hidden_state": True}}
-        flat |= {name: config[name] for name in ("fc_norm", "norm_output", "target_hidden_size", "torch_dtype")}
+        flat |= {name: config[name] for name in ("fc_norm", "norm_output", "torch_dtype")}
         flat["eagle_config"]["norm_before_fc"] = config["norm_before_fc"]
         settings_file.write_text(json.dumps(flat))
 
