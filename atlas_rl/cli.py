@@ -194,13 +194,16 @@ def _add_vllm_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "vllm-serve",
         help="vLLM's server with drafters that follow a trainer's policy",
-        usage="atlas-rl vllm-serve MODEL [--draft-model FOLDER] [flags of `vllm serve` or `trl vllm-serve`]",
+        usage="atlas-rl vllm-serve MODEL [--draft-model FOLDER] [--idle-learning on|off] "
+        "[flags of `vllm serve` or `trl vllm-serve`]",
         description="Run `vllm serve` with this package's proposer, worker extension and weight transfer. What it adds is "
         "printed. A TRL trainer in server mode is attached as any other (docs/scaling.md).",
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="folder or name of the policy, if it is not the first argument")
     parser.add_argument("--draft-model", type=Path, help="folder of an EAGLE-3 or DFlash head, the static speculator")
+    parser.add_argument("--idle-learning", choices=("on", "off"), help="whether drafters learn while the server has nothing "
+                        "to do [on for GPUs, off for CPUs, whose cores the trainer may be using]")  # fmt: skip
     parser.set_defaults(run_command=vllm_serve)
 
 
@@ -286,4 +289,5 @@ def vllm_serve(args: argparse.Namespace) -> None:
         raise ValueError("which model? It comes first: atlas-rl vllm-serve MODEL, then vLLM's flags")
     from atlas_rl.vllm.serve import serve
 
-    serve(model, flags, args.draft_model)
+    learning = None if args.idle_learning is None else args.idle_learning == "on"
+    serve(model, flags, args.draft_model, idle_learning=learning)

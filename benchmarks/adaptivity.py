@@ -10,7 +10,9 @@ drafter and takes the most promising draft of each request. The recurrent head c
 it had learned by the end of another run, `recurrent_cold` from nothing; the others are cold ones as well: `recurrent_frozen`
 without refreshes after step 5, `recurrent_tv` with the other loss, `recurrent_argmax` without drawn drafts,
 `recurrent_uniform` without learning more where its drafts were rejected, and `recurrent_x2`, `_x4` and `_x8` with so many
-times the learning for the same budget, as if idle time gave the rest. `eagle3_adaptive` is the static head, refined after
+times the learning for the same budget. `recurrent_idle` and `all_idle` also learn while the trainer computes, as drafters of
+a server do: for two thirds of the live step, the trainer's share of the demo, or until that no longer pays.
+`eagle3_adaptive` is the static head, refined after
 every update; `recurrent_eagle3_adaptive` has it beside a cold recurrent head, `all_adaptive` beside all others: within one
 budget of seconds.
 """
@@ -21,8 +23,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from atlas_rl.speculators.learning_budget import divide_budget
 from atlas_rl.speculators.recurrent.distill import Loss
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.common import environment, write_result
+from benchmarks.replay_seconds import LiveClock, ThreadSeconds, study
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "grpo_demo"
@@ -65,6 +67,8 @@ PROMPTS = {"grpo": 4, "grpo_short": 2, "shift": 4}  # questions per step, all of
 SHIFT = (("chain_sum", 15), ("leg_counting", 8), ("chain_sum", 7))  # task family and training steps
 EAGLE3 = DEMO / "eagle3"
 MORE_LEARNING = {"recurrent_x2": 2.0, "recurrent_x4": 4.0, "recurrent_x8": 8.0}  # times that of the same budget
+TRAINERS_SHARE = 2 / 3  # of a step (docs/demo.md): the time in which a server has nothing to do
+IDLE = {"recurrent_idle": "recurrent_cold", "all_idle": "all"}  # arms that learn in idle time, and who drafts in them
 ARMS = (
     "recurrent_cold",
     "history",
@@ -74,6 +78,7 @@ ARMS = (
     "recurrent_argmax",
     "recurrent_uniform",
     *MORE_LEARNING,
+    *IDLE,
     "eagle3",
     "eagle3_adaptive",
     "recurrent_eagle3_adaptive",
@@ -207,61 +212,6 @@ class MostPromising(FixedController):
             model.policy_updated()
 
 
-class LiveClock:
-    """The live run's time for replayed speculators: steps take their live time, refreshes the time of this thread.
-
-    So each arm gets the refresh budgets of the live run, whatever else runs on this machine.
-
-    Args:
-        slower: In refreshes the clock runs so many times slower, so that they learn so many times longer.
-    """
-
-    def __init__(self, slower: float = 1.0) -> None:
-        self.slower = slower
-        self._told_s = 0.0
-        self._began_s: float | None = None  # when the refresh began
-
-    def __call__(self) -> float:
-        if self._began_s is None:
-            return self._told_s
-        return self._told_s + (time.thread_time() - self._began_s) / self.slower
-
-    def pass_(self, seconds: float) -> None:
-        """Advance by the time of a step."""
-        self._told_s += seconds
-
-    @contextmanager
-    def refreshing(self) -> Iterator[None]:
-        """Context in which time passes by itself."""
-        self._began_s = time.thread_time()
-        yield
-        self._told_s, self._began_s = self(), None
-
-
-class ThreadSeconds:
-    """Counts the seconds of this thread that speculators spend following the texts and drafting."""
-
-    def __init__(self, speculators: Iterable[Speculator]) -> None:
-        self.total_s = 0.0
-        for speculator in speculators:
-            for name in ("start", "backlog", "propose", "observe", "learn"):
-                setattr(speculator, name, self._counted(getattr(speculator, name)))
-        self._depth = 0  # a speculator may call itself
-
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **options: Any) -> Any:
-            self._depth += 1
-            began_s = time.thread_time()
-            try:
-                return call(*args, **options)
-            finally:
-                self._depth -= 1
-                if not self._depth:
-                    self.total_s += time.thread_time() - began_s
-
-        return counted
-
-
 def replay_all(args: argparse.Namespace) -> None:
     """Replay every arm over every recorded run; `recurrent` starts from the final state of another run's cold head."""
     folders = sorted(path.parent for path in args.runs.glob("*/steps.json"))
@@ -321,8 +271,9 @@ def replay_arm(
 ) -> tuple[dict[str, Speculator], list[float], dict[str, float]]:
     """Speculators of the arm, the accepted length per step, and the arm's costs.
 
-    `refresh_share` is the refreshes' share of the live steps' time and `refresh_s` their seconds. `draft_s` is the
-    seconds of this thread for everything else that the speculators did. `num_forwards` counts the target forwards.
+    `refresh_share` is the refreshes' share of the live steps' time and `refresh_s` their seconds. `idle_learning_s` is the
+    seconds of this thread for learning beside the trainer. `draft_s` is its seconds for everything else that the
+    speculators did. `num_forwards` counts the target forwards.
     """
     clock = LiveClock(MORE_LEARNING.get(arm, 1.0))
     speculators = arm_speculators(arm, clock)
@@ -330,7 +281,7 @@ def replay_arm(
     spent = ThreadSeconds(speculators.values())
     names = list(speculators)
     controller = MostPromising(names, LOOKAHEAD) if len(names) > 1 else FixedController(names, names[0], LOOKAHEAD)
-    lengths, policy, refresh_s, num_forwards, num_tokens = [], None, 0.0, 0, 0
+    lengths, policy, refresh_s, idle_learning_s, num_forwards, num_tokens = [], None, 0.0, 0.0, 0, 0
     for index, (path, step) in enumerate(zip(recorded_calls(folder), steps, strict=True)):
         recorded = Recorded.load(path)
         if policy is None:
@@ -344,6 +295,8 @@ def replay_arm(
         policy.follow(recorded)
         report, rollouts = replay(recorded, speculators, controller)
         step_s = step.get("step_cpu_s", step["step_s"])  # older runs had the machine to themselves
+        if arm in IDLE:
+            idle_learning_s += study(speculators.values(), TRAINERS_SHARE * step_s)
         clock.pass_(step_s)
         generate_s = (step["generate_s"] - step["refresh_s"]) * step_s / step["step_s"]
         rollouts = replace(rollouts, generate_s=generate_s, accepted=report.accepted)
@@ -359,6 +312,7 @@ def replay_arm(
     costs = {
         "refresh_share": refresh_s / sum(step.get("step_cpu_s", step["step_s"]) for step in steps),
         "refresh_s": refresh_s,
+        "idle_learning_s": idle_learning_s,
         "draft_s": spent.total_s,
         "num_forwards": num_forwards,
         "num_decoded_tokens": num_tokens,
@@ -392,7 +346,10 @@ def arm_speculators(arm: str, clock: LiveClock) -> dict[str, Speculator]:
         chosen["recurrent_eagle3_adaptive"] = [recurrent, refined]
         chosen["all"].append(static)
         chosen["all_adaptive"] = [*chosen["all"], refined]
-    return {speculator.name: speculator for speculator in chosen["recurrent_cold" if arm in MORE_LEARNING else arm]}
+    return {
+        speculator.name: speculator
+        for speculator in chosen["recurrent_cold" if arm in MORE_LEARNING else IDLE.get(arm, arm)]
+    }
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
+def serving(model: Path, folder: Path, *flags: str, workers_apart: bool = True) -> Iterator[Server]:
     """A server that is up inside of the context."""
-    server = start(model, folder, *flags, port=free_port())
+    server = start(model, folder, *flags, port=free_port(), workers_apart=workers_apart)
     try:
         wait_for(server)
         yield server
@@ -55,11 +55,15 @@ def serving(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
         server.kill()
 
 
-def start(model: Path, folder: Path, *flags: str, port: int) -> Server:
-    """`atlas-rl vllm-serve` of a policy of 128 tokens of context, in float32; its log goes to `folder`. Does not wait."""
+def start(model: Path, folder: Path, *flags: str, port: int, workers_apart: bool = True) -> Server:
+    """`atlas-rl vllm-serve` of a policy of 128 tokens of context, in float32; its log goes to `folder`. Does not wait.
+
+    Its worker is a process of its own, or one with the engine, as vLLM chooses for one GPU.
+    """
     command = [sys.executable, "-m", "atlas_rl", "vllm-serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "policy", "--dtype", "float32", "--max-model-len", "128", "--max_num_seqs", "16"]
     command += ["--enforce_eager", "True", "--kv-cache-memory-bytes", str(64 << 20), *flags]
+    command += [] if workers_apart else ["--distributed-executor-backend", "uni"]
     log = folder / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -67,8 +71,9 @@ def start(model: Path, folder: Path, *flags: str, port: int) -> Server:
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # As a user starts it, whatever tests of engines in this process have set: the scheduler in a process of its own.
-            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            # As a user starts it, whatever tests of engines in this process have set: the scheduler in a process of its
+            # own. On CPUs this variable also keeps vLLM from the executor that it uses for one GPU.
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if workers_apart else "0"},
             start_new_session=True,
         )
     return Server(f"http://127.0.0.1:{port}", process, log)

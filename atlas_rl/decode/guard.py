@@ -230,6 +230,10 @@ class GuardedSpeculator(_Guard, Speculator):
     def learn(self) -> None:
         self.unguarded.learn()
 
+    @_guarded(lambda: False)
+    def study(self) -> bool:
+        return self.unguarded.study()
+
     @_guarded(_nothing)
     def release(self) -> None:
         self.unguarded.release()

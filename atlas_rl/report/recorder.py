@@ -64,6 +64,7 @@ class StepRecorder:
         self._faults: dict[str, int] = {}
         self._packing_s, self._packed_bytes = 0.0, 0
         self._capture_s, self._graph_bytes = 0.0, 0
+        self._idle_learning_s = 0.0
 
     def generating(self) -> _Timer:
         """Context of the whole generation; seconds that no phase claims are charged to `other`."""
@@ -167,6 +168,10 @@ class StepRecorder:
         self._capture_s += seconds
         self._graph_bytes = max(self._graph_bytes, num_bytes)
 
+    def studied(self, seconds: float) -> None:
+        """Record seconds that drafters learned while nobody waited; no phase counts them."""
+        self._idle_learning_s += seconds
+
     def warn(self, message: str) -> None:
         """Add a warning to the report; equal messages are added once."""
         self._warnings[message] = None
@@ -226,6 +231,7 @@ class StepRecorder:
             packed_bytes=self._packed_bytes,
             capture_s=self._capture_s,
             graph_bytes=self._graph_bytes,
+            idle_learning_s=self._idle_learning_s,
             entropy=self._entropy_sum / scored if scored else None,
             mean_max_prob=self._max_prob_sum / scored if scored else None,
             num_scored_tokens=scored,

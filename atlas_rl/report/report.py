@@ -88,6 +88,8 @@ class StepReport:
         capture_s: Seconds, part of `forward_s` and `draft_s`, of capturing decode steps and drafts as CUDA graphs. Those of
             steps last for one call.
         graph_bytes: Most bytes of device memory that CUDA graphs reserve in one call, beyond its cache.
+        idle_learning_s: Seconds that a server's drafters learned while it had nothing to do, since the last report. Nobody
+            waits for them, and no other figure counts them.
         other_s: `generate_s` less the named seconds.
         entropy: Mean entropy of the processed distribution in nats per token; None if not measured.
         mean_max_prob: Mean probability of the likeliest token; None if not measured.
@@ -144,6 +146,7 @@ class StepReport:
     packed_bytes: int = field(default=0, metadata=adds(largest))
     capture_s: float = field(default=0.0, metadata=_SECONDS)
     graph_bytes: int = field(default=0, metadata=adds(largest))
+    idle_learning_s: float = field(default=0.0, metadata=_SECONDS)
     other_s: float = field(default=0.0, metadata=_SECONDS)
     entropy: float | None = field(default=None, metadata=_TOKEN_MEAN)
     mean_max_prob: float | None = field(default=None, metadata=_TOKEN_MEAN)

@@ -174,6 +174,16 @@ class Speculator(ABC):
         """
         return
 
+    def study(self) -> bool:
+        """Learn a little more from the latest call: an engine has nothing to do, and no request of it runs.
+
+        A piece of work takes at most as long as an optimizer step, because a request may wait for it.
+
+        Returns:
+            Whether there is more that is worth learning; False by default.
+        """
+        return False
+
     def release(self) -> None:
         """Free the memory that grows with the rows and lengths of a call, such as a cache: the call has ended.
 

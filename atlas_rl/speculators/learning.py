@@ -12,7 +12,7 @@ import torch
 
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.base import Speculator
-from atlas_rl.speculators.learning_budget import Distilled, LearningBudget
+from atlas_rl.speculators.learning_budget import Distilled, LearningBudget, SpareLesson
 from atlas_rl.speculators.saved_state import SavedState
 
 if TYPE_CHECKING:
@@ -59,6 +59,21 @@ class Learner(ABC):
             Report of the refresh; None if there was no time, or nothing to learn from.
         """
 
+    def lesson(self, policy: PolicyView) -> SpareLesson | None:
+        """Learning from the present call, which has no running requests, in time that nobody needs.
+
+        Args:
+            policy: Provides the form of its logits.
+
+        Returns:
+            The lesson, for `study`; None, the default, if there is nothing to learn from.
+        """
+        return None
+
+    def study(self, lesson: SpareLesson) -> bool:
+        """Do one piece of a lesson; returns whether another one is worth its time."""
+        return lesson.advance()
+
     @abstractmethod
     def shared(self) -> torch.Tensor | None:
         """See `Speculator.shared`. A rank that has not learned since the last mean adds zeros."""
@@ -84,6 +99,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
       in `learn`, or before the next call, refresh or saved state. A call that is broken off drops it (`release`).
     - A refresh trains as long as the budget lasts. Survival on the newest rollouts tells the controller how good the
       head has become.
+    - Between two calls it may learn on from the latest one (`study`), until a call or a refresh begins.
     - Ranks share their heads' mean.
     - If the form of the policy's logits is unknown (`_follows` is False), nothing is logged or learned.
 
@@ -115,6 +131,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         self._clock = clock
         self._follows = True
         self._put_off: Callable[[], None] | None = None
+        self._lesson: SpareLesson | None = None
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy, and follow it if the form of its logits is known."""
@@ -142,12 +159,21 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         """Learn from the newest rollouts, as long as the budget lasts."""
         with self.budget.refreshing(rollouts, self.name) as in_time:
             self.learn()
+            self._lesson = None
             self.policy_version = policy_version
             if self._follows:
                 done = self.learner.refresh(rollouts, policy_version, self._bound(), self.budget, in_time)
                 if done is not None:
                     self.refreshes.append(done)
         return np.cumprod(self.refreshes[-1].by_position) if self.refreshes else None
+
+    def study(self) -> bool:
+        if not (self._is_bound and self._follows):
+            return False
+        if self._lesson is None:
+            self.learn()
+            self._lesson = self.learner.lesson(self._bound())
+        return self._lesson is not None and self.learner.study(self._lesson)
 
     def shared(self) -> torch.Tensor | None:
         return self.learner.shared() if self._is_bound and self._follows else None

@@ -4,6 +4,8 @@ The share holds over the whole run. All time between `open` and `close` counts, 
 budget, the next ones get less: a head whose single step costs more than its share skips refreshes. Within the share,
 the time is halved while learning gains less than it costs, and doubled, up to the whole, while it pays. It is whole
 again at once if the loss of agreement since the last refresh is worth it: the policy jumped, or has a new task.
+
+A `SpareLesson` has no budget: it is learning in time that nobody else needs, in pieces.
 """
 
 from __future__ import annotations
@@ -157,6 +159,68 @@ class LearningBudget:
         self._earns_credit = True
 
 
+class LearningProgress:
+    """Says when learning is over: the agreement stopped rising, or there were enough steps.
+
+    Args:
+        agreement: The agreement before the first step.
+    """
+
+    def __init__(self, agreement: float) -> None:
+        self.taken = 0
+        self._best, self._stale = agreement, 0
+
+    @property
+    def over(self) -> bool:
+        """Whether to take no more steps."""
+        return self.taken >= _MAX_STEPS or self._stale >= _PATIENCE
+
+    def stepped(self) -> bool:
+        """Count a step; returns whether the agreement is to be measured now."""
+        self.taken += 1
+        return self.taken % _CHECK_EVERY == 0
+
+    def reached(self, agreement: float) -> None:
+        """Record the agreement after the steps so far."""
+        better = agreement > self._best + _WORTH
+        self._stale, self._best = (0, agreement) if better else (self._stale + 1, self._best)
+
+
+class SpareLesson:
+    """Learning in pieces, each so short that a request can wait for it: an optimizer step, or a check.
+
+    It ends as `learn_in_time` does without a limit; `check` should measure on texts that `step` does not learn from, since
+    there may be time for many steps.
+
+    Args:
+        step: Takes one optimizer step.
+        check: Measures the agreement.
+    """
+
+    def __init__(self, step: Callable[[], None], check: Callable[[], Agreement]) -> None:
+        self._step, self._check = step, check
+        self._progress: LearningProgress | None = None
+        self._check_is_due = True
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps so far."""
+        return 0 if self._progress is None else self._progress.taken
+
+    def advance(self) -> bool:
+        """Do one piece; returns whether another one is worth its time."""
+        if self._check_is_due:
+            self._check_is_due, agreement = False, self._check().mean
+            if self._progress is None:
+                self._progress = LearningProgress(agreement)
+            else:
+                self._progress.reached(agreement)
+        elif self._progress is not None and not self._progress.over:
+            self._step()
+            self._check_is_due = self._progress.stepped()
+        return self._progress is not None and not self._progress.over
+
+
 def learn_in_time(
     step: Callable[[], None],
     check: Callable[[], Agreement],
@@ -173,20 +237,20 @@ def learn_in_time(
         clock: Returns seconds.
         began_s: Start of the budget, on the clock.
     """
-    before = best = check().mean
+    before = check().mean
+    progress = LearningProgress(before)
     limit_s, now = budget_s(before), clock()
-    check_s, stale, taken = now - began_s, 0, 0
-    while taken < _MAX_STEPS and stale < _PATIENCE:
+    check_s = now - began_s
+    while not progress.over:
         step()
-        taken += 1
+        check_is_due = progress.stepped()
         last, now = now, clock()
         if now - began_s + (now - last) + check_s > limit_s:  # another step and the closing check would not fit
             break
-        if taken % _CHECK_EVERY == 0:
-            reached = check().mean
-            stale, best = (0, reached) if reached > best + _WORTH else (stale + 1, best)
+        if check_is_due:
+            progress.reached(check().mean)
     after = check()
-    return Distilled(taken, before, after.mean, after.by_position, clock() - began_s)
+    return Distilled(progress.taken, before, after.mean, after.by_position, clock() - began_s)
 
 
 def divide_budget(speculators: Iterable[Any]) -> None:

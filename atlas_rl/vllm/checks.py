@@ -18,7 +18,7 @@ UNDEFINED_LOGITS = (
     "check its weights"
 )
 
-_KNOWN_OPTIONS = ("draft_model",)
+_KNOWN_OPTIONS = ("draft_model", "idle_learning")
 
 
 def speculative_config() -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Drafting:
         self.num_undefined = 0  # positions with logits that are no distribution, in this call or so far
         self._max_draft_tokens, self._max_length, self._max_batch = max_draft_tokens, max_length, max_batch
         self._seen_version, self._num_reports = 0, 0
-        self._traffic = Traffic()  # unannounced requests
+        self.traffic = Traffic()  # unannounced requests
         self._lost = LostDrafters()  # in their drafts, not in calls of ours
         self._unlearned: _Unlearned | None = None
         self._beside_s = 0.0  # seconds of learning while a device ran the forward
@@ -156,7 +156,7 @@ class Drafting:
         server: nobody knows which requests would have run together then.
         """
         self._count()
-        traffic = self._traffic
+        traffic = self.traffic
         dead = dead_drafters.findings(self.recorder, self.proposing.num_asked, self.proposing.num_proposed)
         for message in (*dead, *self._lost.findings(self.recorder, self.num_due, self.num_steps)):
             self.recorder.warn(message)
@@ -246,7 +246,7 @@ class Drafting:
             arrival, prompt = requests.arrival(forward, row)
             if arrival.request is None and arrival.sampling is not None and requests.table.is_over():
                 self._end_epoch()
-                if self._traffic.worth_learning(self.recorder.clock()):
+                if self.traffic.worth_learning(self.recorder.clock()):
                     self._refresh(self.tracker.version)
                 self._begin_epoch(arrival.sampling)
             requests.table.enter(arrival, prompt)  # without a row, the request is served without drafts
@@ -276,7 +276,7 @@ class Drafting:
         began_s = self.recorder.clock()
         self.tracker.advance(self.speculators, self.controller, version)
         now_s = self.recorder.clock()
-        self._traffic.learned(now_s, now_s - began_s)
+        self.traffic.learned(now_s, now_s - began_s)
 
     def _begin_epoch(self, sampling: SamplingParams) -> None:
         """Begin an epoch of unannounced requests; running requests move into it."""
@@ -292,7 +292,7 @@ class Drafting:
         table = self.requests.table
         if not table.announced:
             prompt = int(table.current.prompt_lengths[request])
-            self._traffic.ended(prompt, int(table.current.lengths[request]) - prompt)
+            self.traffic.ended(prompt, int(table.current.lengths[request]) - prompt)
 
     def _abandon(self, request: int) -> None:
         """Count a request that ended unseen as finished, without new tokens; a static head then frees its cache row.

@@ -1,7 +1,8 @@
 """The proposer that vLLM loads by name: `speculative_config={"method": "custom_class", "model": <path of AtlasProposer>}`.
 
-vLLM builds it in every worker, before it loads the policy. The only option is the static speculator, given in vLLM's
-own `additional_config={"atlas_rl": {"draft_model": FOLDER}}`; everything else has defaults.
+vLLM builds it in every worker, before it loads the policy. It has two options, given in vLLM's own
+`additional_config={"atlas_rl": {...}}`: `draft_model`, the folder of the static speculator, and `idle_learning`, whether
+drafters learn while the engine has nothing to do. Everything else has defaults.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from atlas_rl.vllm.drafting import Drafting
 from atlas_rl.vllm.draw import compile_draw
 from atlas_rl.vllm.internals import Forward, ForwardBatch, Hooks, VllmView
 from atlas_rl.vllm.settling import compile_settling
+from atlas_rl.vllm.spare_time import SpareTime
 
 Value = TypeVar("Value")
 _NEW_WEIGHTS = ("atlas_load_weights", "atlas_policy_updated", "finish_weight_update")
@@ -64,6 +66,11 @@ class AtlasProposer(Hooks):
             vocab_size=model_config.get_vocab_size(),
             seed=internals.replica_seed(vllm_config),
         )
+        # With data parallelism, replicas that wait run along with the others' forwards.
+        alone = vllm_config.parallel_config.data_parallel_size == 1
+        self._spare_time = SpareTime(self.drafting)
+        if alone and self.options.get("idle_learning"):
+            internals.study_while_waiting()
         folder = self.options.get("draft_model")
         if folder is not None:
             self.layers = head_layers(folder, self._config.num_hidden_layers)
@@ -175,6 +182,15 @@ class AtlasProposer(Hooks):
 
     def learn(self) -> None:
         self._guarded("learn", self.drafting.learn, None)
+
+    def has_spare_time(self) -> bool:
+        return self._spare_time.is_there()
+
+    def study(self) -> None:
+        self._guarded("study", self._spare_time.study, None)
+
+    def rest(self, *, expects_tokens: bool) -> None:
+        self._spare_time.rest(expects_tokens=expects_tokens)
 
     def _gather_tables(self) -> None:
         """Read the policy's embeddings again if its weights have changed; on every rank at the same point."""

@@ -30,7 +30,12 @@ _SWITCHES_OF_TRL = ("--enforce-eager", "--enable-prefix-caching", "--trust-remot
 
 
 def serve_command(
-    model: str, flags: Sequence[str], draft_model: Path | None = None, environment: Mapping[str, str] | None = None
+    model: str,
+    flags: Sequence[str],
+    draft_model: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    *,
+    idle_learning: bool | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The command that serves a policy, and the environment variables that it needs.
 
@@ -39,6 +44,8 @@ def serve_command(
         flags: Flags of `vllm serve` or `trl vllm-serve`; they override those added here.
         draft_model: Folder of an EAGLE-3 or DFlash head, the static speculator.
         environment: Environment variables to read; None for those of the process.
+        idle_learning: Whether drafters learn while the server has nothing to do. None for yes on GPUs and no on CPUs, whose
+            cores the trainer may be using.
 
     Raises:
         ValueError: vLLM is missing or of an unknown version, or a flag does not work with the drafters or a trainer.
@@ -58,20 +65,19 @@ def serve_command(
     added += [] if "--logprobs-mode" in names else ["--logprobs-mode", "processed_logprobs"]
     added += [] if "--max-logprobs" in names else ["--max-logprobs", "-1"]
     added += _memory_and_graphs(given, names, environment)
-    if draft_model is not None:
-        if not draft_model.is_dir():
-            raise ValueError(f"--draft-model {draft_model}: there is no such folder")
-        given, options = _without_additional_config(given)
-        added += ["--additional-config", json.dumps({**options, "atlas_rl": {"draft_model": str(draft_model)}})]
+    given, options = _with_own_options(given, draft_model, idle_learning)
+    added += ["--additional-config", json.dumps(options)] if options else []
     variables = {"VLLM_SERVER_DEV_MODE": "1"}  # weights and reports go through vLLM's development endpoints
     if "--enable-lora" in names:
         variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     return [*_entry(model), *added, *given], variables
 
 
-def serve(model: str, flags: Sequence[str], draft_model: Path | None = None) -> None:
-    """Replace this process with vLLM's server command. Raises like `serve_command`."""
-    command, variables = serve_command(model, flags, draft_model)
+def serve(
+    model: str, flags: Sequence[str], draft_model: Path | None = None, *, idle_learning: bool | None = None
+) -> None:
+    """Replace this process with vLLM's server command. Arguments and errors as for `serve_command`."""
+    command, variables = serve_command(model, flags, draft_model, idle_learning=idle_learning)
     line = shlex.join(command)
     print("atlas-rl vllm-serve:", *(f"{name}={value}" for name, value in variables.items()), line, file=sys.stderr)
     sys.stderr.flush()
@@ -154,8 +160,27 @@ def _memory_and_graphs(given: Sequence[str], names: set[str], environment: Mappi
     return ["--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
 
 
+def _with_own_options(
+    given: Sequence[str], draft_model: Path | None, idle_learning: bool | None
+) -> tuple[list[str], dict[str, Any]]:
+    """Flags without `--additional-config`, and its content with our options; ValueError if a static head is given twice."""
+    kept, options = _without_additional_config(given)
+    own = dict(options.pop("atlas_rl", {}))
+    if draft_model is not None:
+        if not draft_model.is_dir():
+            raise ValueError(f"--draft-model {draft_model}: there is no such folder")
+        if "draft_model" in own:
+            raise ValueError("give the static head once: --draft-model, or atlas_rl in --additional-config")
+        own["draft_model"] = str(draft_model)
+    if idle_learning is not None:
+        own["idle_learning"] = idle_learning
+    elif torch.cuda.is_available():
+        own.setdefault("idle_learning", True)
+    return kept, {**options, "atlas_rl": own} if own else options
+
+
 def _without_additional_config(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Flags without `--additional-config`, and its content; `ValueError` if it also has options of ours."""
+    """Flags without `--additional-config`, and its content."""
     name = "--additional-config"
     value = _value(given, name)
     if value is None:
@@ -164,8 +189,6 @@ def _without_additional_config(given: Sequence[str]) -> tuple[list[str], dict[st
         options = dict(json.loads(value))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} takes a JSON object, got {value!r}") from error
-    if "atlas_rl" in options:
-        raise ValueError(f"give the static head once: --draft-model, or atlas_rl in {name}")
     kept: list[str] = []
     rest = list(given)
     while rest:

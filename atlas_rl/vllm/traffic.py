@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 _KEPT_LENGTHS = 4096  # completion lengths of the newest requests, if nobody asks for a report
-_WORTH_LEARNING_TOKENS = 2048
+WORTH_LEARNING_TOKENS = 2048
 _LEARNING_SHARE = 0.05  # largest share of a server's time that drafters spend on learning
 
 
@@ -17,10 +17,11 @@ class Traffic:
         num_prompt_tokens: Their prompt tokens.
         num_tokens: Their generated tokens.
         completion_lengths: Completion lengths of the newest of them.
+        num_tokens_ever: Generated tokens of all requests that have ended.
     """
 
     def __init__(self) -> None:
-        self._new_tokens = 0
+        self._new_tokens = self.num_tokens_ever = 0
         self._learn_again_s = 0.0
         self.reset()
 
@@ -35,11 +36,12 @@ class Traffic:
         self.num_prompt_tokens += num_prompt_tokens
         self.num_tokens += num_tokens
         self._new_tokens += num_tokens
+        self.num_tokens_ever += num_tokens
         self.completion_lengths.append(num_tokens)
 
     def worth_learning(self, now_s: float) -> bool:
         """Whether there is enough new traffic to learn from, and enough time since drafters last learned."""
-        return self._new_tokens >= _WORTH_LEARNING_TOKENS and now_s >= self._learn_again_s
+        return self._new_tokens >= WORTH_LEARNING_TOKENS and now_s >= self._learn_again_s
 
     def learned(self, now_s: float, seconds: float) -> None:
         """Record that drafters have learned, which took `seconds`."""

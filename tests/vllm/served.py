@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import tiny_bigram
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
-from tests.vllm_server import free_port, post
+from tests.vllm_server import call, free_port, post
 
 PROMPT = [2, 3, 4]
 LIMIT_S = 400
@@ -59,6 +60,38 @@ def check_logprobs(model: Any, choice: Any) -> None:
     """A completion of `PROMPT` has the logprobs that this policy gives it."""
     returned = torch.tensor(choice["logprobs"]["token_logprobs"])
     assert torch.allclose(returned, logprobs_by(model, PROMPT, tokens_of(choice)), atol=1e-3)
+
+
+def learned_s(address: str, begun: bool = True) -> float:
+    """Seconds that a server's drafters learned in idle time since the last report.
+
+    Args:
+        address: The server.
+        begun: Wait until they have begun.
+    """
+    until, found = time.monotonic() + LIMIT_S, 0.0
+    while True:
+        found += float(call(address, "atlas_report")["idle_learning_s"])
+        if found or not begun:
+            return found
+        assert time.monotonic() < until, "they do not learn"
+        time.sleep(0.01)
+
+
+def check_idle_learning(address: str) -> None:
+    """They learn while the server waits, after enough tokens, until something arrives, which does not wait for the end."""
+    wanted = tokens_of(complete(address, 99, n=1)[0])
+    texts = [[tokens_of(choice) for choice in complete(address, seed)] for seed in range(5)]  # 2,400 tokens
+    assert learned_s(address) > 0
+    assert tokens_of(complete(address, 99, n=1)[0]) == wanted
+    learned_s(address, begun=False)  # what they had learned before it arrived
+    assert learned_s(address, begun=False) == 0
+    assert [[tokens_of(choice) for choice in complete(address, seed)] for seed in range(5)] == texts
+    assert learned_s(address) > 0
+    call(address, "atlas_policy_updated")
+    report = call(address, "atlas_report")
+    assert 0 < report["refresh_s"] < report["generate_s"]
+    assert learned_s(address, begun=False) == 0, "the rollouts are an older policy's now"
 
 
 def build(model: Any, address: str, output: Path, **options: Any) -> Any:

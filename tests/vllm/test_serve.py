@@ -77,6 +77,25 @@ def test_the_static_head_goes_beside_other_configuration(tmp_path: Path) -> None
     assert given[-2:] == ["--port", "1"]
 
 
+def test_drafters_learn_in_idle_time_where_the_device_is_the_servers_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer computes on other GPUs, but perhaps on the same cores."""
+    head = str(tmp_path)
+    for on_cuda in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda on_cuda=on_cuda: on_cuda)
+        assert ("--additional-config" in command()) == on_cuda
+        given = command("--additional-config", json.dumps({"atlas_rl": {"draft_model": head}}))
+        own = {"draft_model": head, **({"idle_learning": True} if on_cuda else {})}
+        assert json.loads(value(given, "--additional-config")) == {"atlas_rl": own}
+        for asked in (False, True):
+            given = command(draft_model=tmp_path, idle_learning=asked)
+            own = {"draft_model": head, "idle_learning": asked}
+            assert json.loads(value(given, "--additional-config")) == {"atlas_rl": own}
+    with pytest.raises(ValueError, match="give the static head once"):
+        command("--additional-config", json.dumps({"atlas_rl": own}), draft_model=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -103,8 +122,9 @@ def test_what_is_wrong_is_said_before_vllm_starts(
 def test_it_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
-    main(["vllm-serve", "POLICY", "--enable-lora", "--max-lora-rank", "8"])
+    main(["vllm-serve", "POLICY", "--idle-learning", "on", "--enable-lora", "--max-lora-rank", "8"])
     path, line, environment = started[0]
+    assert json.loads(value(line, "--additional-config")) == {"atlas_rl": {"idle_learning": True}}
     assert path == line[0]
     assert "POLICY" in line
     assert line[-3:] == ["--enable-lora", "--max-lora-rank", "8"]

@@ -23,7 +23,17 @@ from atlas_rl import AtlasRolloutEngine
 from tests import ROOT, vllm_engines  # first: it skips this module where there is no vLLM
 from tests.other_trainers import build_other, byte_tokenizer, trained_rows
 from tests.trainers import WORDS, build_trainer, word_tokenizer
-from tests.vllm.served import LIMIT_S, build, check_logprobs, complete, errors_of, loaded, policy, saved_policies
+from tests.vllm.served import (
+    LIMIT_S,
+    build,
+    check_idle_learning,
+    check_logprobs,
+    complete,
+    errors_of,
+    loaded,
+    policy,
+    saved_policies,
+)
 from tests.vllm_server import Server, call, free_port, post, serving, streamed
 
 __all__ = ["vllm_engines"]
@@ -36,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def server(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(folders[0], tmp_path_factory.mktemp("server")) as running:
+    with serving(folders[0], tmp_path_factory.mktemp("server"), "--idle-learning", "on") as running:
         yield running
 
 
@@ -58,6 +68,18 @@ def test_it_serves_the_policy_learns_from_traffic_and_follows_new_weights(server
     check_logprobs(policy(2), complete(address, 99, n=1)[0])
     assert call(address, "atlas_policy_updated")["policy_version"] == 6
     assert call(address, "atlas_report")["policy_version"] == 6
+
+
+def test_drafters_learn_while_the_server_waits(server: Server) -> None:
+    check_idle_learning(server.address)
+
+
+def test_so_do_those_of_a_worker_in_the_engines_process(
+    folders: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("one process")
+    with serving(folders[0], folder, "--idle-learning", "on", workers_apart=False) as running:
+        check_idle_learning(running.address)
 
 
 # --------------------------------------------------------------------------------------------------------- TRL trainers

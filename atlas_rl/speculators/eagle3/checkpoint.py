@@ -91,7 +91,11 @@ def save_eagle3(folder: str | Path, head: Eagle3Head, policy: nn.Module) -> None
         },
         "torch_dtype": "bfloat16",
     }
-    write_head(folder, settings, head.state_dict())
+    tensors = head.state_dict()
+    if config.draft_vocab_size == config.layer.vocab_size and not tensors["d2t"].any():
+        # vLLM has no place for a mapping of all tokens to themselves, and would refuse the file.
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+    write_head(folder, settings, tensors)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

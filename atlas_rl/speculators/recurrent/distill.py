@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from atlas_rl.policy.logit_form import LogitForm
-from atlas_rl.speculators.learning_budget import Agreement, Distilled, learn_in_time
+from atlas_rl.speculators.learning_budget import Agreement, Distilled, SpareLesson, learn_in_time
 from atlas_rl.speculators.recurrent.head import RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer, Windows
 
@@ -85,6 +85,35 @@ def distill(
         clock,
         began_s,
     )
+
+
+def lesson(
+    head: RecurrentHead,
+    optimizer: torch.optim.Optimizer,
+    buffer: RolloutBuffer,
+    target: Target,
+    *,
+    version: int,
+    loss: Loss,
+    rng: np.random.Generator,
+) -> SpareLesson | None:
+    """The same training in pieces, until the agreement on held-out rollouts stops rising. Arguments as for `distill`.
+
+    Each step has ended on the device when its piece returns, so that work does not queue up before a request.
+
+    Returns:
+        None if no rollout can be held out.
+    """
+    held = buffer.hold_out(_CHECK_WINDOWS, UNROLL, rng)
+    if held is None:
+        return None
+
+    def step() -> None:
+        _step(head, optimizer, buffer.sample(_WINDOWS_PER_STEP, UNROLL, version, rng), target, loss)
+        if head.bias.is_cuda:
+            torch.cuda.current_stream(head.bias.device).synchronize()
+
+    return SpareLesson(step, lambda: agreement(head, held, target))
 
 
 def agreement(head: RecurrentHead, windows: Windows, target: Target) -> Agreement:

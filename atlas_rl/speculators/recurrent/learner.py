@@ -20,9 +20,9 @@ from atlas_rl.policy.view import PolicyView
 from atlas_rl.speculators.drawn_rows import committed_places
 from atlas_rl.speculators.head_state import MAX_COUNT, saved_moments, saved_weights
 from atlas_rl.speculators.learning import Learner, every_other, trainable
-from atlas_rl.speculators.learning_budget import Distilled, LearningBudget
+from atlas_rl.speculators.learning_budget import Distilled, LearningBudget, SpareLesson
 from atlas_rl.speculators.recurrent.averaging import summand, take_mean
-from atlas_rl.speculators.recurrent.distill import Loss, Target, distill, new_optimizer
+from atlas_rl.speculators.recurrent.distill import Loss, Target, distill, lesson, new_optimizer
 from atlas_rl.speculators.recurrent.head import RecurrentHead
 from atlas_rl.speculators.recurrent.rollout_buffer import RolloutBuffer
 from atlas_rl.speculators.reduced_vocab import TokenCounts, TokenRows
@@ -208,6 +208,7 @@ class RecurrentLearner(Learner):
         So it is in a server that is told of new weights before any request has ended.
         """
         self.end_call()
+        self._buffer.release()
         for elsewhere in rollouts.elsewhere:
             self._counts.add(elsewhere.completion_tokens())
             self._unread = np.union1d(self._unread, elsewhere.completion_tokens())
@@ -226,6 +227,29 @@ class RecurrentLearner(Learner):
         self.trained = self._learned_alone = True
         self.revision += 1
         return done
+
+    @trainable
+    def lesson(self, policy: PolicyView) -> SpareLesson | None:
+        """As `Learner.lesson`. The call's hidden states and the rows of the LM head are of one policy, which is served."""
+        sequences = self.sequences
+        self.end_call()
+        if sequences is None or not self._buffer.has_windows:
+            return None
+        self._revise_vocabulary(policy)
+        if not len(self.ids):
+            return None
+        return lesson(
+            self.head, self._optimizer, self._buffer, self._target(sequences, policy), version=sequences.policy_version,
+            loss=self._settings.loss, rng=self._rng,
+        )  # fmt: skip
+
+    @trainable
+    def study(self, lesson: SpareLesson) -> bool:
+        more = lesson.advance()
+        if lesson.num_steps:
+            self.trained = self._learned_alone = True
+            self.revision += 1
+        return more
 
     def shared(self) -> torch.Tensor:
         return summand(self.head, self.ids, len(self._counts.counts), learned=self._learned_alone)

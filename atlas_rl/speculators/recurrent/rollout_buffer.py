@@ -9,6 +9,8 @@ import torch
 
 from atlas_rl.speculators.recency import recency
 
+_HELD_OUT = 8  # one in so many rollouts of the newest call
+
 
 @dataclass(slots=True)
 class Windows:
@@ -41,6 +43,7 @@ class RolloutBuffer:
         self._left = np.zeros(0, np.int64)  # following tokens in the same rollout
         self._versions = np.zeros(0, np.int64)
         self._weights = np.zeros(0)
+        self._held = slice(0, 0)  # tokens of rollouts that are not sampled
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -80,6 +83,32 @@ class RolloutBuffer:
         self._left = np.concatenate([self._left[dropped:], left])
         self._versions = np.concatenate([self._versions[dropped:], np.full(len(tokens), version)])
         self._weights = np.concatenate([self._weights[dropped:], weights])
+        self.release()
+
+    def hold_out(self, num_windows: int, unroll: int, rng: np.random.Generator) -> Windows | None:
+        """Windows of rollouts of the newest call that `sample` leaves out from now on, until `release` or the next call.
+
+        They are an eighth of its rollouts, the last ones: neighbours, which mostly share prompts of their own.
+
+        Returns:
+            The windows; None if there would be none, or none to learn from.
+        """
+        self.release()
+        ends = np.flatnonzero(self._left == 0)
+        rollouts = ends[ends >= len(self) - self._sizes[-1]]
+        held = -(-len(rollouts) // _HELD_OUT)
+        if len(rollouts) <= held:
+            return None
+        first = int(rollouts[-held - 1]) + 1
+        starts = np.flatnonzero(self._left[first:] > 0) + first
+        if not len(starts) or not self._weights[:first].any():
+            return None
+        self._held = slice(first, len(self))
+        return self._windows(rng.choice(starts, size=min(num_windows, len(starts)), replace=False), unroll)
+
+    def release(self) -> None:
+        """Sample from all rollouts again."""
+        self._held = slice(0, 0)
 
     def move_to(self, device: torch.device) -> None:
         """Move to the policy's new device, where its next states will be."""
@@ -90,7 +119,9 @@ class RolloutBuffer:
 
         Rejected drafts get more weight as in Draft-OPD: positions that the head predicts well teach it nothing.
         """
-        cumulative = np.cumsum(self._weights * recency(version - self._versions))
+        weights = self._weights * recency(version - self._versions)
+        weights[self._held] = 0.0
+        cumulative = np.cumsum(weights)
         starts = np.searchsorted(cumulative, rng.random(num_windows) * cumulative[-1], side="right")
         return self._windows(starts, unroll)
 

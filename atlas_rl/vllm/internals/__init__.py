@@ -10,6 +10,7 @@ Modules, and why each exists:
     engine    the embeddings of a loaded model, as drafters read them; an engine's proposer, ranks and prefix cache
     weights   new weights, all or nothing
     hybrids   refuses policies whose recurrent states vLLM does not roll back exactly
+    idle      where a worker waits for work, and the drafter may learn
     adapters  LoRA adapters that are loaded into a running engine
     transfer  our weight-transfer backends, which notify drafters of a new policy (`transfer_engines`)
 
@@ -30,6 +31,7 @@ from atlas_rl.vllm.internals.engine import (
     tensor_parallel,
 )
 from atlas_rl.vllm.internals.hybrids import check_hybrid
+from atlas_rl.vllm.internals.idle import study_while_waiting
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler, tolerate_numba
 from atlas_rl.vllm.internals.runner import Forward, ForwardBatch, Hooks, install
 from atlas_rl.vllm.internals.transfer import follow, register_backends
@@ -59,6 +61,7 @@ __all__ = [
     "replica_seed",
     "reset_prefix_cache_with_new_weights",
     "runner_of",
+    "study_while_waiting",
     "tensor_parallel",
     "tolerate_numba",
 ]

@@ -107,6 +107,22 @@ class Hooks(ABC):
     def learn(self) -> None:
         """Do work that drafts do not wait for; called while a device runs a forward."""
 
+    @abstractmethod
+    def has_spare_time(self) -> bool:
+        """Whether to call `study` while the worker waits and none of its requests runs."""
+
+    @abstractmethod
+    def study(self) -> None:
+        """Learn for as long as a request may wait for it."""
+
+    @abstractmethod
+    def rest(self, *, expects_tokens: bool) -> None:
+        """Something has arrived: end learning.
+
+        Args:
+            expects_tokens: It is a step, whose tokens may be learned from. If not, nothing of what is there will be.
+        """
+
 
 def install() -> None:
     """Install the hooks on the model runner of this process. Runners with another drafter are not affected."""

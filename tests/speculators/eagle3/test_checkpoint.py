@@ -263,6 +263,15 @@ def test_heads_of_each_variant_come_back_and_run_as_written_out(view, tmp_path, 
         assert torch.allclose(own, written_out, atol=2e-4), (own - written_out).abs().max()
 
 
+def test_a_head_over_all_tokens_is_written_without_a_mapping(view, tmp_path):
+    """vLLM loads it only so."""
+    given = new_head(view, TrainSettings(layers=LAYERS), np.arange(view.vocab_size)).bfloat16().float()
+    save_eagle3(tmp_path, given, view.model)
+    assert not {"d2t", "t2d"} & set(load_file(tmp_path / "model.safetensors"))
+    head = load_eagle3(tmp_path, view)
+    assert all(torch.equal(head.state_dict()[name], tensor) for name, tensor in given.state_dict().items())
+
+
 def test_qwen3_layers_norm_queries_and_keys(view, tmp_path):
     given = full_head(view, qk_norm=True)
     save_eagle3(tmp_path, given, view.model)
