@@ -274,11 +274,11 @@ def test_room_for_drafts_is_settled_before_they_are_drawn(num_cells, monkeypatch
         asked.append(((sequences.lengths[requests] + most).max(), engine._backend.runner.held_cells))
         return propose(sequences, requests, most)
 
-    def checked(self, requests, draft):
+    def checked(self, requests, draft, tail):
         if draft.lengths.any():
             needed, held = asked[-1]
             assert needed <= held == self.runner.held_cells
-        return forward(self, requests, draft)
+        return forward(self, requests, draft, tail)
 
     monkeypatch.setattr(drafter, "propose", noted)
     monkeypatch.setattr(DecodeLoop, "forward", checked)
