@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from atlas_rl.policy import in_process
+from atlas_rl.policy import in_process, varlen
 from atlas_rl.policy.probe import Probed, probe
 from tests.gpu.counts import sectioned
 from tests.pretend_cuda import PretendCuda
@@ -33,3 +34,9 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return _PROBED[key]
 
     monkeypatch.setattr(in_process, "probe", found)
+
+
+@pytest.fixture
+def flash_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that steps are captured whose tokens can be compared to the bit: the operator is emulated, in any type."""
+    monkeypatch.setattr(varlen, "_TYPES", (torch.float32, torch.bfloat16, torch.float16))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from atlas_rl.decode.loop import DecodeLoop
-from atlas_rl.policy import varlen
 from atlas_rl.sampling.queued import QueuedVerification
 from atlas_rl.sampling.verification import VERIFIERS
 from tests.gpu.engines import ARMS, SAMPLINGS, autocast, engine_of, generate, policy, tokens_of
@@ -73,12 +72,6 @@ def test_so_is_one_that_verifies_drafts(verification, monkeypatch):
 def test_what_is_processed_first_is_launched_behind_the_step(sampling, monkeypatch):
     steps, _ = events_of_steps(monkeypatch, "plain", "invariant", **SAMPLINGS[sampling])
     assert all(kinds_of(events)["triton"] >= 2 for events in steps)
-
-
-@pytest.fixture
-def flash_in_float32(monkeypatch):
-    """So that tokens can be compared to the bit: the operator is emulated, in any type."""
-    monkeypatch.setattr(varlen, "_TYPES", (torch.float32, torch.bfloat16, torch.float16))
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])

@@ -83,7 +83,7 @@ class Fetched:
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_a_draft_ahead_is_the_one_that_would_be_made_after_the_outcome(sampling, graphs):
+def test_a_draft_ahead_is_the_one_that_would_be_made_after_the_outcome(sampling, graphs, flash_in_float32):
     """With its noise, positions and states, while requests end, rows move and others come in."""
     with PretendCuda(graphs=graphs) as cuda, ExitStack() as stack:
         fetched = Fetched(cuda)
@@ -96,10 +96,12 @@ def test_a_draft_ahead_is_the_one_that_would_be_made_after_the_outcome(sampling,
     assert sum(len(tokens) for step in fetched.ahead for tokens in step) >= 20
     assert tokens_of(outputs) == tokens_of(run(**SAMPLINGS[sampling]))
     assert outputs[1].report.drafted[NAME] > 0
+    steps = sum(event.what == "graph" and "step_graphs" in event.where for event in cuda.events)
+    assert (steps > 0) == graphs, "the policy's steps, too, with verification inside where nothing truncates"
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_fetching_it_launches_and_copies_nothing(graphs):
+def test_fetching_it_launches_and_copies_nothing(graphs, flash_in_float32):
     """One wait for a copy that was queued with the draft."""
     with PretendCuda(graphs=graphs) as cuda, ExitStack() as stack:
         fetched = Fetched(cuda)
@@ -161,8 +163,8 @@ def test_an_outcome_that_did_not_hold_takes_its_draft_along(monkeypatch):
     """Logits that are no distribution: requests run one by one, and the device's decisions are not those of the host."""
     begun, dropped, own = [], [], FusedVerifier.begin
 
-    def begin(verifier, logits, draft, sequences, requests):
-        one = own(verifier, logits, draft, sequences, requests)
+    def begin(verifier, logits, draft, sequences, requests, tail=None):
+        one = own(verifier, logits, draft, sequences, requests, tail)
         begun.append(draft.lengths.any())
         if not begun[-1] or begun.count(True) % 3:
             return one

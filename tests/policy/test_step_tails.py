@@ -34,14 +34,16 @@ class Noting(FusedVerifier):
         return super().tail(*arguments) if self._may_join else None
 
     def begin(self, logits: Any, draft: Any, sequences: Any, requests: Any, tail: Any = None) -> Any:
-        finish = super().begin(logits, draft, sequences, requests, tail)
+        begun = super().begin(logits, draft, sequences, requests, tail)
+        finish = begun.finish
 
         def noted() -> Any:
             outcome = finish()
             self._notes.append((outcome, tail is not None, tail is not None and tail.result is not None))
             return outcome
 
-        return noted
+        begun.finish = noted
+        return begun
 
 
 def run(form: str, make: Any, monkeypatch: pytest.MonkeyPatch, *, joins: bool, **options: Any) -> tuple[Any, list[Any]]:
