@@ -271,6 +271,12 @@ LOGGED: tuple[Explained, ...] = (
         "Its decode steps are launched kernel by kernel.",
     ),
     Explained(
+        "decode steps are captured as CUDA graphs, but verification cannot be part of them",
+        "The GPU or torch refused the graph of a decode step with the verification of its drafts; the message has the reason.",
+        "Nothing: verification is launched behind each step, which takes a fraction of a millisecond longer. Please report "
+        "the reason.",
+    ),
+    Explained(
         "had no memory left for the CUDA graph of a decode step",
         "The device's memory ran out while a decode step was captured. The call goes on without captured steps; the next "
         "one tries again.",

@@ -320,7 +320,7 @@ def test_counters_of_a_server_that_nobody_asks_are_bounded(llm: Any, monkeypatch
     monkeypatch.setattr(traffic, "_KEPT_LENGTHS", 5)
     own = drafting(llm)
     own.take_report()
-    own._traffic.reset()
+    own.traffic.reset()
     draft_with(llm, RandomDrafter())
     for seed in range(3):
         ask(llm, [params(1.0, seed, max_tokens=20) for _ in range(6)])
