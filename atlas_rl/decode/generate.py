@@ -193,6 +193,7 @@ class InProcessBackend(Backend):
         refuse_placeholders(runner.model.config, sequences.token_ids, sequences.prompt_lengths)
         num_rows = min(num_requests, self._max_batch_size or num_requests)
         cache = runner.new_cache(num_rows, sequences.max_length)
+        runner.linears.purpose = call.recorder.speculates
         with runner.session(cache):
             verifier = verifier_on(runner.device, self._verifier)
             compile_verification(verifier, sequences.sampling, runner.vocab_size, runner.device)

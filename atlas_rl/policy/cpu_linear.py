@@ -2,9 +2,9 @@
 
 A packed copy of a weight costs its bytes once more and the time of some forwards, and is valid only for the weight that
 it was made from. Calls of a run resemble each other. So layers of a shape are packed at once if packing would have paid
-in the call before, and else when this call has lost the price without copies (the ski rental rule: at most twice the
-least cost). A copy is used while the weight keeps its address and version counter, and is freed at the end of the call,
-before training. Copies take only memory that is available to caches (`memory.py`).
+in the call before that had the same purpose, and else when this call has lost the price without copies (the ski rental
+rule: at most twice the least cost). A copy is used while the weight keeps its address and version counter, and is freed
+at the end of the call, before training. Copies take only memory that is available to caches (`memory.py`).
 
 Under autocast a layer computes in another type than its weights', and adds its bias before rounding. So every layer
 keeps PyTorch's route there, and `autocast.py` saves the conversions.
@@ -149,6 +149,7 @@ class FastLinears:
         table: Timings of routes; None for those of this machine.
 
     Attributes:
+        purpose: What the next sessions are for, equal for those that resemble each other: with or without speculation.
         packing_s: Seconds spent on packing in the latest session.
         most_packed_bytes: Peak bytes of packed copies in the latest session.
     """
@@ -157,7 +158,10 @@ class FastLinears:
         self.packing_s, self.most_packed_bytes = 0.0, 0
         self._given = table
         self._model = model
-        self._gained_s: dict[Hashable, float] = {}  # by shape: what packed copies saved, or would have, in a session
+        self.purpose: Hashable = None
+        self._gained_s: dict[
+            Hashable, float
+        ] = {}  # by purpose and shape: what copies saved in a session, or would have
         self._shapes: list[_Shape] = []
         self._products: dict[Group, Products] = {}
         self._once = _Once()
@@ -188,7 +192,7 @@ class FastLinears:
         finally:
             for shape in self._shapes[len(outer) :]:
                 if shape.recurs and shape.groups:
-                    self._gained_s[_key(shape.groups[0])] = shape.gained_s
+                    self._gained_s[self.purpose, _key(shape.groups[0])] = shape.gained_s
                 shape.copies.clear()  # now: a shape and its products refer to each other, and wait for the garbage collector
             self._take(outer)
             if inner:
@@ -272,7 +276,7 @@ class FastLinears:
         for group in groups:
             by_shape.setdefault(_key(group), []).append(group)
         return [
-            _Shape(same, _contests(same[0], self._table), self._once, self._gained_s.get(key, 0.0))
+            _Shape(same, _contests(same[0], self._table), self._once, self._gained_s.get((self.purpose, key), 0.0))
             for key, same in by_shape.items()
         ]
 

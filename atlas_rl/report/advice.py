@@ -272,7 +272,8 @@ LOGGED: tuple[Explained, ...] = (
     ),
     Explained(
         "decode steps are captured as CUDA graphs, but verification cannot be part of them",
-        "The GPU or torch refused the graph of a decode step with the verification of its drafts; the message has the reason.",
+        "The GPU or torch refused the graph of a decode step with the verification of its drafts; the message has the "
+        "reason.",
         "Nothing: verification is launched behind each step, which takes a fraction of a millisecond longer. Please report "
         "the reason.",
     ),

@@ -208,6 +208,20 @@ def test_layers_are_packed_at_once_if_that_would_have_paid_in_the_call_before(
             assert num_packed == [expected]
 
 
+def test_calls_of_another_purpose_say_nothing_of_this_one(num_packed: list[int]) -> None:
+    """A rerun without speculation comes between two generations."""
+    linears = FastLinears(layer_of(), table_where(PACKED, pack_s=3.5))
+    counts = []
+    with torch.no_grad():
+        for purpose, num_forwards in [(True, 5), (False, 1), (True, 1), (False, 1)]:
+            linears.purpose = purpose
+            with linears.installed():
+                for _ in range(num_forwards):
+                    linears.prepare(8)
+            counts.append(num_packed[0])
+    assert counts == [1, 1, 2, 2]
+
+
 def test_a_call_of_the_expected_length_is_not_packed_near_its_end(num_packed: list[int]) -> None:
     """Forwards of one row gain nothing; what is still to come when there are more does not pay the price."""
     table = table_where(PACKED, pack_s=3.5)
