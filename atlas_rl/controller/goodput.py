@@ -342,9 +342,9 @@ class GoodputController(Controller):
         if step.drafts and not drafted:
             self._kept_drafting.fade(plain.mean)
         if decision.planned:
-            for name in step.ready:
-                if name not in step.drafts:
-                    self._models[name].kept.fade(plain.mean)
+            for name, model in self._models.items():
+                if name in step.ready and name not in step.drafts:
+                    model.kept.fade(plain.mean)
 
     def _learn(self, name: str, decision: Decision, admission: Admission, verified: Verified) -> None:
         step, model = decision.step, self._models[name]
