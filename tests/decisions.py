@@ -35,11 +35,11 @@ def search_by_levels(current, expected, better, table, draft_s, depths, discount
     return *best, answers[best][0] / answers[best][2]
 
 
-def decide_in_numpy(current, room, forecast, table, cost, spent_s, backlog, depths, discount):
+def decide_in_numpy(current, room, forecast, table, cost, spent_s, backlog, depths, discount, *, for_all=False):
     """`decide`; without a `cost` drafts are free."""
     expected = forecast.predict(current[:, 0])
     expected = np.where(np.arange(MAX_LOOKAHEAD)[None] < room[:, None], expected, 0.0)
-    better = expected.mean(axis=0).sum(axis=1) > current.sum(axis=1)
+    better = for_all | (expected.mean(axis=0).sum(axis=1) > current.sum(axis=1))
     draft_s = np.full((3, len(depths)), spent_s)
     if cost is not None:
         for whom, rows in ((1, int(better.sum())), (2, len(room))):
@@ -59,6 +59,7 @@ def ask_in_numpy(
     table: np.ndarray,
     spent_s: float,
     depths: np.ndarray,
+    for_all: bool,
 ) -> tuple[int, np.ndarray, float, bool]:
     """`ask_next`, drafter by drafter: its answer without the survival of first tokens. Takes from `purses_s`."""
     batch, is_trial = len(room), False
@@ -72,7 +73,7 @@ def ask_in_numpy(
             is_known, worth = model.cost.knows(batch), discount(model.kept, plain)
             answer, expected = decide_in_numpy(
                 current, room, model.forecast, table, model.cost if is_known else None, spent_s, int(backlogs[own]), depths,
-                worth,
+                worth, for_all=for_all,
             )  # fmt: skip
             if answer.any() and is_known:
                 wanted, goodput = answer, expected

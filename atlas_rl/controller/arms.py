@@ -86,7 +86,7 @@ class Arms:
 
 @cached_njit(nogil=True)
 def ask_next(
-    current, room, backlogs, table, factor, spent_s, depths, edges,
+    current, room, backlogs, table, factor, spent_s, depths, edges, for_all,
     profiles, counts, turns, unknown, num_calls, shares, levels, observed, worth, purses_s,
 ):  # fmt: skip
     """Choose the drafter to ask next, and how many draft tokens of each request.
@@ -101,6 +101,7 @@ def ask_next(
         spent_s: Seconds of the drafts made so far.
         depths: int64 `[num_depths]`, draft tokens that may be asked for, rising.
         edges: int64 `[n]`, sizes that forwards are padded to, rising; empty if they are not padded.
+        for_all: Whether all requests are drafted for, if any is.
         profiles: See `Arms`, like all that follow.
         counts: See `Arms`.
         turns: See `Arms`; updated in place.
@@ -131,7 +132,7 @@ def ask_next(
             # tried once and timed, for all requests, so that the cost of such a call is known afterwards.
             answer, expected, pays = decide(
                 current, room, profiles[own], counts[own], turns[own], unknown[own], table, factor, spent_s, shares[own],
-                levels[own], is_known, backlogs[own], depths, worth[own], edges,
+                levels[own], is_known, backlogs[own], depths, worth[own], edges, for_all,
             )  # fmt: skip
             is_trial = is_trial or (pays and not is_known)
             if pays and is_known:

@@ -48,9 +48,10 @@ class Step:
         drawn_as: Key of the sampling distribution: acceptance at one temperature says little about another.
         rest: Remaining work of the requests; None if the call does not end with its last request, as in a server's
             traffic. Every token then counts alike.
-        ahead: Speculators of which drafts are only queued ahead (`Controller.plan_ahead`): those without a draft now
+        ahead: Speculators that drafts of this step could be queued of (`Controller.plan_ahead`): those without a draft now
             cannot be asked.
         planned_ahead: Whether `Controller.plan_ahead` has decided about this step.
+        wasted_s: Seconds of waiting for queued drafts that no request can use. They are part of no cost.
     """
 
     room: np.ndarray
@@ -64,6 +65,7 @@ class Step:
     rest: Rest | None = None
     ahead: Sequence[str] = ()
     planned_ahead: bool = False
+    wasted_s: float = 0.0
 
     @property
     def left(self) -> list[str]:

@@ -40,7 +40,14 @@ class Decision:
     began_ahead: bool = False
 
     def go_on(self, step: Step) -> None:
-        """Take the decision, opened while the step before ran, to `step` itself, whose requests may be others."""
+        """Take the decision, opened while the step before ran, to `step` itself, whose requests may be others.
+
+        What was promised goes with the number of requests, and is void if none of those with drafts is left.
+        """
+        if self.promise is not None:
+            drafter, goodput = self.promise
+            scaled = Promise(drafter, goodput * step.batch / self.step.batch)
+            self.promise = scaled if drafter in step.drafts else None
         former, now = self.step.rest, step.rest
         if former is not None and now is not None and self.beside:
             row_of = np.full(max(former.requests.max(), now.requests.max()) + 1, len(former.requests))

@@ -21,7 +21,7 @@ _STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to proces
 @cached_njit(nogil=True)
 def decide(
     current, room, profiles, counts, turn, unknown, table, factor, spent_s, shares, levels, is_priced, backlog, depths,
-    discount, edges,
+    discount, edges, for_all,
 ):  # fmt: skip
     """Draft tokens to ask of one drafter per request, for the highest expected goodput.
 
@@ -43,6 +43,8 @@ def decide(
         depths: int64 `[num_depths]`, draft tokens that may be asked for, rising.
         discount: Factor on the goodput of steps with drafts.
         edges: int64 `[n]`, sizes that forwards are padded to, rising; empty if they are not padded.
+        for_all: Whether all requests are drafted for, if any is. If not, it may be asked only for those where it is expected
+            to do better.
 
     Returns:
         Draft tokens to ask for, int64 `[batch]`, not cut to the room; the expected goodput of that without the
@@ -51,6 +53,8 @@ def decide(
     batch = len(room)
     expected = remembered(current[:, 0].copy(), profiles, counts, turn, unknown)
     better = compare(expected, room, current)
+    if for_all:
+        better[:] = True
     draft_s = np.full((3, len(depths)), spent_s)
     if is_priced:
         # Two candidates: the requests where it is expected to do better, and all requests if that costs no more.

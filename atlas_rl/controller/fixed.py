@@ -94,4 +94,6 @@ class FixedController(Controller):
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)
-        return plain_s if plain_s is not None and self._cost.knows(batch) else None
+        if plain_s is None or not self._cost.knows(batch):
+            return None
+        return plain_s * self._cost.mean_over_median

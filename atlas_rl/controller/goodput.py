@@ -86,6 +86,9 @@ class GoodputController(Controller):
         return self._ask(best, decision, batch)
 
     def plan_ahead(self, step: Step, names: Sequence[str]) -> dict[str, int]:
+        names = [name for name in names if name in self._models]
+        if not names:
+            return {}
         running = self._decision(step)
         others = [name for name in step.drafts if name not in names]
         coming = Step(step.room, step.context_tokens, names, drawn_as=step.drawn_as, rest=step.rest)
@@ -101,7 +104,8 @@ class GoodputController(Controller):
         for name in others:
             at_hand = best.survival, best.gains, best.drafters
             take_better(*at_hand, running.survivals[name], self.speculators.index(name), MAX_LOOKAHEAD)
-        return {name: int(wanted.max()) for name, wanted in self._ask(best, decision, step.batch).items()}
+        plan = self._ask(best, decision, step.batch, for_all=True)
+        return {name: int(wanted.max()) for name, wanted in plan.items()}
 
     def _considers(self, step: Step, batch: int) -> bool:
         """Whether to consider drafts of a step of `batch` requests. To be called once per step: pauses count steps."""
@@ -135,7 +139,7 @@ class GoodputController(Controller):
     ) -> dict[str, Any] | None:
         decision, slots = self._decision(step), int(admission.lengths.sum())
         # A clock that is coarse, or stands still, may measure nothing.
-        forward_s, step_s = max(forward_s, TICK_S), max(step_s, TICK_S)
+        forward_s, step_s = max(forward_s, TICK_S), max(step_s - step.wasted_s, TICK_S)
         undrafted_s = max(step_s - sum(step.draft_s.values()), TICK_S)
         self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         if not slots:
@@ -228,8 +232,11 @@ class GoodputController(Controller):
             best.num_drafts += 1
         return best
 
-    def _ask(self, best: BestDrafts, decision: Decision, batch: int) -> dict[str, np.ndarray]:
-        """The drafter to ask next and the draft tokens of each request, int64 `[batch]`, given the best drafts so far."""
+    def _ask(self, best: BestDrafts, decision: Decision, batch: int, *, for_all: bool = False) -> dict[str, np.ndarray]:
+        """The drafter to ask next and the draft tokens of each request, int64 `[batch]`, given the best drafts so far.
+
+        With `for_all` it is asked for all requests, or for none.
+        """
         step = decision.step
         if self._arms.num_untried and (new := self._untried(batch)) is not None:
             decision.is_trial = self._is_new(batch)
@@ -240,7 +247,7 @@ class GoodputController(Controller):
         table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
         index, wanted, beside, goodput, is_trial = ask_next(
             best.survival, step.room, self._arms.backlogs, table, factor, sum(step.draft_s.values(), 0.0), _DEPTHS,
-            self._cost.edges, *self._arms.arrays,
+            self._cost.edges, for_all, *self._arms.arrays,
         )  # fmt: skip
         if is_trial:
             decision.is_trial = self._is_new(batch)
@@ -255,6 +262,8 @@ class GoodputController(Controller):
     def _untried(self, batch: int) -> str | None:
         """The cheapest drafter of those that may be asked, if the time of its calls is not known; else None."""
         left = [name for name, tokens in zip(self.speculators, self._arms.backlogs, strict=True) if tokens != NOT_ASKED]
+        if not left:
+            return None
         costs = {name: self._models[name].cost for name in left}
         first = min(left, key=lambda name: costs[name].predict(batch, 1.0) if len(costs[name]) else 0.0)
         return first if len(costs[first]) < TRIALS else None
@@ -333,9 +342,9 @@ class GoodputController(Controller):
         if step.drafts and not drafted:
             self._kept_drafting.fade(plain.mean)
         if decision.planned:
-            for name in step.ready:
-                if name not in step.drafts:
-                    self._models[name].kept.fade(plain.mean)
+            for name, model in self._models.items():
+                if name in step.ready and name not in step.drafts:
+                    model.kept.fade(plain.mean)
 
     def _learn(self, name: str, decision: Decision, admission: Admission, verified: Verified) -> None:
         step, model = decision.step, self._models[name]

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from atlas_kernels.jit_cache import cached_njit
 from atlas_rl.controller.base import Controller, Step
-from atlas_rl.core import Draft, SamplingParams, Sequences
+from atlas_rl.core import Draft, Hidden, SamplingParams, Sequences
+from atlas_rl.counts import bounds
 from atlas_rl.policy.base import PolicyRunner
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.verification import Verifier
@@ -33,16 +35,20 @@ class DraftsAhead:
     """The drafts that are queued, and those who make them.
 
     Args:
-        speculators: By name, those that draft ahead; drafts are asked of them in no other way.
+        speculators: By name, those that draft ahead.
         controller: Plans.
         recorder: Receives the seconds.
 
     Attributes:
         names: Names of the speculators.
+        offered: Those that the controller could queue drafts of for the next step, which are asked in no other way then.
+            Before the first forward all of them: they begin behind it.
+        once_s: Seconds so far that queuing took for work that is done once, such as capturing.
     """
 
     def __init__(self, speculators: Mapping[str, Speculator], controller: Controller, recorder: StepRecorder) -> None:
-        self.names = tuple(speculators)
+        self.names = self.offered = tuple(speculators)
+        self.once_s = 0.0
         self._speculators, self._controller, self._recorder = speculators, controller, recorder
         self._queued: dict[str, _Queued] = {}
         self._has_planned = False  # the next step
@@ -60,22 +66,50 @@ class DraftsAhead:
         """For one call.
 
         Under rejection verification, what is drafted must depend on the prefix alone, but a plan made ahead also reads the
-        drafts of the step before. So nothing is queued there.
+        drafts of the step before. So nothing is queued there. Nor is a draft of a speculator that the controller does
+        not know: it may have been made for the first of them only.
         """
         possible = runner.works_beside_host and verifier.couples_noise and controller.plans_ahead
-        able = {name: one for name, one in speculators.items() if possible and one.drafts_ahead(sampling)}
+        known = controller.speculators if possible else ()
+        able = {name: one for name, one in speculators.items() if name in known and one.drafts_ahead(sampling)}
         return cls(able, controller, recorder)
 
-    def queue(self, step: Step, sequences: Sequences, coming: Coming) -> None:
-        """Plan and queue the drafts of the step after `step`, whose forward runs, inside a context of the recorder."""
+    def queue(
+        self,
+        step: Step,
+        sequences: Sequences,
+        requests: np.ndarray,
+        decided: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
+        hidden: Hidden,
+    ) -> None:
+        """Plan and queue the drafts of the step after `step`, whose forward runs, inside a context of the recorder.
+
+        Args:
+            step: The step.
+            sequences: All requests of the call.
+            requests: int64 `[batch]`, those of the step.
+            decided: See `Verifying`. If the host decides, nothing can be queued.
+            hidden: States of the forward.
+        """
+        self.offered, self._has_planned = (), False
+        if decided is None or bounds(step.room)[1] <= 1:  # the step takes a token of everybody's room at least
+            return
+        self.offered = tuple([name for name in self.names if name in step.ready])
+        self._has_planned = bool(self.offered)
+        if not self.offered:
+            return
         self._recorder.switch("controller")
-        ready = [name for name in self.names if name in step.ready]
-        plan = self._controller.plan_ahead(step, ready) if ready else {}
-        self._has_planned = bool(ready)
+        plan = self._controller.plan_ahead(step, self.offered)
+        if not plan:
+            return
         self._recorder.switch("draft")
+        coming = Coming(requests, *decided(), hidden)
         for name, num_tokens in plan.items():
-            fetch = self._speculators[name].propose_ahead(sequences, coming, num_tokens)
-            self._queued[name] = _Queued(coming.requests, num_tokens, fetch)
+            speculator = self._speculators[name]
+            once_s = speculator.once_s
+            fetch = speculator.propose_ahead(sequences, coming, num_tokens)
+            self.once_s += max(0.0, speculator.once_s - once_s)  # less if it has failed
+            self._queued[name] = _Queued(requests, num_tokens, fetch)
 
     def drop(self) -> None:
         """The outcome did not hold: nothing that was queued behind it is of use."""
@@ -86,6 +120,7 @@ class DraftsAhead:
 
         The step is charged for the wait. What the device draws beside the host's work costs nothing.
         """
+        step.ahead = self.offered
         step.planned_ahead, self._has_planned = self._has_planned, False
         while self._queued:
             name, (drafted_for, num_tokens, fetch) = self._queued.popitem()
@@ -100,6 +135,8 @@ class DraftsAhead:
             if anybody:
                 step.asked[name], step.drafts[name] = asked, Draft(tokens, lengths, confidence)
                 step.draft_s[name] = waited_s
+            else:  # all of its requests have ended, or have no room left
+                step.wasted_s += waited_s
 
 
 @cached_njit(nogil=True)

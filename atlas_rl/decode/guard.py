@@ -216,6 +216,11 @@ class GuardedSpeculator(_Guard, Speculator):
         most = np.full(len(coming.requests), num_tokens)
         return partial(self._fetch_ahead, self.unguarded.propose_ahead(sequences, coming, num_tokens), most, sequences)
 
+    @property
+    @_guarded(lambda: 0.0)
+    def once_s(self) -> float:
+        return self.unguarded.once_s
+
     @_guarded(lambda fetch, most, sequences: Draft.empty(len(most)))
     def _fetch_ahead(self, fetch: Callable[[], Draft], most: np.ndarray, sequences: Sequences) -> Draft:
         draft = fetch()

@@ -30,7 +30,7 @@ from atlas_rl.policy.step_tail import StepTail
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.sampling.packing import packed_tokens
 from atlas_rl.sampling.verification import Outcome, Verifier
-from atlas_rl.speculators.base import Coming, Speculator
+from atlas_rl.speculators.base import Speculator
 
 _PAUSED = (
     "memory for the attention cache ran short: {} times a request gave its row up and was run again later. Lower "
@@ -48,7 +48,7 @@ class _Run:
         step: The planned step, with its drafts.
         admission: Which drafts were verified.
         verified: Outcome of the step.
-        forward_s: Seconds of the forward. Work that is done once (`PolicyRunner.once_s`) is left out of both.
+        forward_s: Seconds of the forward. Work that is done once (`DecodeLoop.once_s`) is left out of both.
         step_s: Seconds from the previous outcome to this one: the time of a step, without host work hidden by the
             device.
     """
@@ -116,6 +116,11 @@ class DecodeLoop:
         counts = self.sequences.lengths - self.sequences.prompt_lengths
         return [row[:count].tolist() for row, count in zip(self._logprobs, counts, strict=True)]
 
+    @property
+    def once_s(self) -> float:
+        """Seconds so far of work that is done once, by forwards and by drafts that are queued behind them."""
+        return self.runner.once_s + self.ahead.once_s
+
     def rows_of(self, requests: np.ndarray) -> np.ndarray:
         """Cache rows of active requests: int64 `[n]` in, int64 `[n]` out."""
         row_of = np.empty(len(self.sequences.lengths), np.int64)
@@ -147,18 +152,18 @@ class DecodeLoop:
             step = self.proposing.run(self.sequences, requests, self.room.drafts(requests), self._rest(requests))
             admission = self.controller.admit(step)
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
-            asked_s, once_s = recorder.switch("forward"), self.runner.once_s
+            asked_s, once_s = recorder.switch("forward"), self.once_s
             tail = self.verifier.tail(draft, self.sequences, requests)
             logits, hidden = self.forward(requests, draft, tail)
             recorder.switch("sample")
             begun = self.verifier.begin(logits, draft, self.sequences, requests, tail)
             apart_s = self._learn()
-            if self.ahead.names and begun.decided is not None:
-                self.ahead.queue(step, self.sequences, Coming(requests, *begun.decided(), hidden))
+            if self.ahead.names:
+                self.ahead.queue(step, self.sequences, requests, begun.decided, hidden)
             recorder.switch("forward")
             self.runner.synchronize()
             forward_s = recorder.switch("sample") - asked_s - (0.0 if self.runner.works_beside_host else apart_s)
-            forward_s = max(0.0, forward_s - (self.runner.once_s - once_s))
+            forward_s = max(0.0, forward_s - (self.once_s - once_s))
             try:
                 outcome = begun.finish()
             except NonFiniteLogits:  # the drafts' fault, or the policy's own
@@ -173,7 +178,7 @@ class DecodeLoop:
                 recorder.switch("sample")
                 logits, hidden = again
                 outcome = self.verifier.verify(logits, draft, self.sequences, requests)
-            began_s, self._arrived_s = self._arrived_s, recorder.switch("commit") - self.runner.once_s
+            began_s, self._arrived_s = self._arrived_s, recorder.switch("commit") - self.once_s
             verified = self.commit(requests, outcome, draft.lengths, hidden)
             self._observe(verified)
             self._retire(verified.finished)
@@ -242,15 +247,9 @@ class DecodeLoop:
         """Append the tokens that verification settled, with their logprobs."""
         sequences, num_tokens = self.sequences, outcome.num_accepted + 1
         settled = Settled(
-            requests,
-            outcome.token_ids,
-            num_tokens,
-            num_drafted,
-            outcome.entropies,
-            outcome.max_probs,
-            hidden,
+            requests, outcome.token_ids, num_tokens, num_drafted, outcome.entropies, outcome.max_probs, hidden,
             outcome.logprobs,
-        )
+        )  # fmt: skip
         text, completion = reached(requests, num_tokens, sequences.lengths, self.max_lengths, sequences.prompt_lengths)
         sequences.reserve(text)
         if completion > self._logprobs.shape[1]:
@@ -312,7 +311,7 @@ class DecodeLoop:
                 self.runner.forward(segments, np.cumsum(segments.lengths) - 1)
         if ended:
             self.active = np.concatenate([self.active, wave])
-            self._arrived_s = self.recorder.clock() - self.runner.once_s
+            self._arrived_s = self.recorder.clock() - self.once_s
 
     @contextmanager
     def _prefilling(self, wave: np.ndarray) -> Iterator[list[bool]]:
@@ -349,7 +348,7 @@ class DecodeLoop:
             veterans = len(self.active)
             self.active = np.concatenate([self.active, requests])
             self._retire(np.concatenate([np.zeros(veterans, bool), verified.finished]))
-        self._arrived_s = self.recorder.clock() - self.runner.once_s
+        self._arrived_s = self.recorder.clock() - self.once_s
 
     def prefill(self, leaders: np.ndarray, first_row: int) -> tuple[torch.Tensor, Hidden]:
         """Fill the cache with one prompt per row.

@@ -68,7 +68,6 @@ class Proposing:
         drawn_as = self.drawn_as(sequences, requests)
         step = Step(room, context_tokens, list(backlog), backlog=backlog, drawn_as=drawn_as, rest=rest)
         if self._ahead is not None and self._ahead.names:
-            step.ahead = self._ahead.names
             self._ahead.fetch(sequences, requests, step)
             for name, draft in step.drafts.items():
                 self._count(name, asked_of(step.asked[name])[1], draft)

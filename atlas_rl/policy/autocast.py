@@ -152,6 +152,12 @@ class _Copies:
         """Let go of activations, until the next session."""
         self._lowered.forget()
 
+    def drop(self) -> None:
+        """Free the copies, whoever still holds the forwards: these are the layers' own from now on."""
+        self._halves.clear()
+        self._twins.drop()
+        self._reserved.num_bytes = 0
+
 
 class _Kept:
     """What a list of modules keeps between sessions.
@@ -187,8 +193,10 @@ class HalfWeights:
         return sum(reserved.num_bytes for reserved in self._present)
 
     @contextmanager
-    def installed(self, dtype: torch.dtype | None, parts: HasModules | None = None) -> Iterator[None]:
+    def installed(self, dtype: torch.dtype | None, parts: HasModules | None = None) -> Iterator[bool]:
         """Context in which this thread's layers under autocast multiply by copies.
+
+        It tells whether copies were dropped for newer ones: what was captured with those must not be replayed.
 
         Args:
             dtype: Expected autocast type; None makes no copies. They are not used if autocast turns out to use another
@@ -199,27 +207,30 @@ class HalfWeights:
         if not self.num_bytes:
             self.most_bytes = 0
         if dtype is None:
-            yield
+            yield False
             return
         modules, table = parts or self._model, self._given or RouteTable.of_this_machine()
-        copies = self._copies_of(modules, dtype, table)
+        copies, dropped = self._copies_of(modules, dtype, table)
         if not copies.fit:
-            yield
+            yield dropped
             return
         try:
             with replaced_forwards(copies.forwards()):
-                yield
+                yield dropped
         finally:
             copies.rest()
             table.save()
 
-    def _copies_of(self, modules: HasModules, dtype: torch.dtype, table: RouteTable) -> _Copies:
-        """The copies that the list keeps, if they are up to date, or new ones."""
+    def _copies_of(self, modules: HasModules, dtype: torch.dtype, table: RouteTable) -> tuple[_Copies, bool]:
+        """The copies that the list keeps, if they are up to date, or new ones; and whether others were dropped for them."""
         keep = kept(modules, _Kept)
-        if keep.copies is None or not keep.copies.are_of(dtype):
-            keep.copies = None  # before others take their place
-            keep.copies = _Copies(modules, dtype, self._reserve, table)
-        return keep.copies
+        former = keep.copies
+        if former is not None and former.are_of(dtype):
+            return former, False
+        if former is not None:
+            former.drop()  # before others take their place
+        keep.copies = _Copies(modules, dtype, self._reserve, table)
+        return keep.copies, former is not None and former.fit
 
     def _reserve(self, reserved: _Reserved, num_bytes: int) -> bool:
         """Reserve bytes for copies, if they are free; negative numbers give back."""

@@ -41,7 +41,7 @@ class Captures:
 
     Attributes:
         captured: Graphs made so far, dropped ones included.
-        capture_s: Seconds spent on capturing.
+        capture_s: Seconds spent on capturing, without waits for what was queued before.
         num_bytes: Bytes of device memory that the present graphs have reserved.
         refused: Why nothing can be captured; None as long as it can.
         short_of_memory: Whether it cannot because memory ran out, which may pass.
@@ -74,6 +74,7 @@ class Captures:
         Args:
             work: Queues kernels. It has run before, which has loaded what a capture must not load.
         """
+        torch.cuda.synchronize()  # entering a capture does, too: what runs already is no part of the price
         began_s = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:

@@ -46,6 +46,10 @@ class HalfTwins:
         """Whether no weight has changed since its twin was made."""
         return all(twin is None or twin.is_of(layer) for layer, twin in self._twins.items())
 
+    def drop(self) -> None:
+        """Free the twins, and make no others: layers run their own forwards from now on."""
+        self._twins = dict.fromkeys(self.layers)
+
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """Replacements for `threads.replaced_forwards`."""
         return {layer: self._forward_of(layer, layer.forward) for layer in self.layers}

@@ -313,8 +313,10 @@ class InProcessRunner(PolicyRunner):
                 fused(parts) if self._fuses else nullcontext(),
                 self.linears.installed(parts),
                 flat(parts, self.linears) if self._fuses else nullcontext(),
-                self.halves.installed(self._autocast, parts),
+                self.halves.installed(self._autocast, parts) as outdated,
             ):
+                if outdated and cache.steps is not None:
+                    cache.steps.forget()
                 yield
         finally:
             self._cache = outer
@@ -326,6 +328,8 @@ class InProcessRunner(PolicyRunner):
         """
         if cache.parts is None:
             cache.parts = ListedModules(self.model)
+            if cache.steps is not None:
+                cache.steps.forget()  # they would keep the former list, and what is kept with it
         return cache.parts
 
     @contextmanager

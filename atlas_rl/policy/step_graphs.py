@@ -138,7 +138,7 @@ class StepGraphs(Captures):
         rows = np.arange(len(segments.lengths)) + segments.first_row if segments.rows is None else segments.rows
         cache.grow(int(rows.max()) + 1, int((segments.starts + segments.lengths).max()))
         if self._generation != cache.generation:
-            self._forget()
+            self.forget()
             self._generation = cache.generation
         num_tokens = len(segments.token_ids)
         rest = taps.wants_head_inputs, taps.wants_layers, variant, None if tail is None else tail.key
@@ -149,7 +149,7 @@ class StepGraphs(Captures):
         if step is None:
             # Two variants: the policy, and a copy of it that drafts. When another one appears, all graphs are dropped.
             if variant not in self._variants and len(self._variants) == _VARIANTS:
-                self._forget()
+                self.forget()
             self._variants.add(variant)
             device = next(iter(cache.keys.values())).device
             inputs = torch.zeros(3 * size + len(behind), dtype=torch.int64, device=device)
@@ -173,7 +173,8 @@ class StepGraphs(Captures):
         self._rented[own, *rest] += 1
         return near[0]
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop all steps, and with them the replacements of modules that they ran with."""
         self._steps.clear()
         self._variants.clear()
         self._rented.clear()
@@ -214,7 +215,7 @@ class StepGraphs(Captures):
             return
         if step.tail is not None and not self.short_of_memory:  # perhaps it is the tail's fault
             self.tails_refused, self.refused = self.refused, None
-        self._forget()  # no such step is replayed any more, and memory may be short
+        self.forget()  # no such step is replayed any more, and memory may be short
         self._call(step, cache)
 
 

@@ -161,6 +161,14 @@ class Speculator(ABC):
         """
         raise NotImplementedError(f"the speculator '{self.name}' does not draft ahead")
 
+    @property
+    def once_s(self) -> float:
+        """Seconds so far that drafts took for work that is done once, such as capturing; by default there is none.
+
+        What `propose_ahead` adds is no part of what the forward costs that it is queued behind.
+        """
+        return 0.0
+
     @abstractmethod
     def observe(self, sequences: Sequences, verified: Verified) -> None:
         """Follow verified tokens as far as the next draft needs it, and release the state of finished requests."""

@@ -41,7 +41,7 @@ def drafter(seed: int) -> DrafterModel:
 def test_a_plan_in_one_call_is_the_plain_one() -> None:
     answers: list[tuple[bool, bool, bool]] = []
     for seed in range(80):
-        rng = np.random.default_rng(seed)
+        rng, for_all = np.random.default_rng(seed), seed % 4 == 0
         models, twins = ([drafter(3 * seed + own) for own in range(3)] for _ in range(2))
         plain, arms, batch = kept(rng), Arms(3), int(rng.integers(1, 40))
         for own, model in enumerate(models):
@@ -56,9 +56,11 @@ def test_a_plan_in_one_call_is_the_plain_one() -> None:
             arms.backlogs[:] = np.where(rng.random(3) < 0.3, NOT_ASKED, rng.integers(0, 60, 3))
             spent_s = float(rng.uniform(0, 1e-3))
             chosen, wanted, beside, goodput, is_trial = ask_next(
-                current, room, arms.backlogs, table / 1.25, 1.25, spent_s, DEPTHS, UNPADDED, *arms.arrays
+                current, room, arms.backlogs, table / 1.25, 1.25, spent_s, DEPTHS, UNPADDED, for_all, *arms.arrays
             )
-            expected = ask_in_numpy(twins, purses_s, plain, current, room, arms.backlogs, table, spent_s, DEPTHS)
+            expected = ask_in_numpy(
+                twins, purses_s, plain, current, room, arms.backlogs, table, spent_s, DEPTHS, for_all
+            )
             assert (chosen, is_trial) == (expected[0], expected[3])
             assert np.array_equal(wanted, expected[1])
             assert np.array_equal(beside, current[:, 0])

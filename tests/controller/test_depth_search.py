@@ -66,9 +66,10 @@ def test_the_compiled_search_finds_what_sorting_finds(seed):
     assert goodput == pytest.approx(undiscounted, rel=0.02)
 
 
+@pytest.mark.parametrize("for_all", [False, True])
 @pytest.mark.parametrize("is_known", [True, False])
 @pytest.mark.parametrize("seed", range(25))
-def test_a_decision_in_one_call_is_the_plain_one(seed, is_known):
+def test_a_decision_in_one_call_is_the_plain_one(seed, is_known, for_all):
     rng = np.random.default_rng(seed)
     batch, depths = int(rng.integers(1, 40)), np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
     forecast, twin, cost = DraftForecast(), DraftForecast(), DraftCost()
@@ -92,11 +93,13 @@ def test_a_decision_in_one_call_is_the_plain_one(seed, is_known):
     for turn in range(1, 4):
         found = decide(
             current, room, profiles, counts, turn, unknown, table / 1.25, 1.25, spent_s, shares, levels, is_known, backlog,
-            depths, 0.97, UNPADDED,
+            depths, 0.97, UNPADDED, for_all,
         )  # fmt: skip
         expected = decide_in_numpy(
-            current, room, twin, table, cost if is_known else None, spent_s, backlog, depths, 0.97
+            current, room, twin, table, cost if is_known else None, spent_s, backlog, depths, 0.97, for_all=for_all
         )
         assert np.array_equal(found[0], expected[0])
         assert found[1] == pytest.approx(expected[1])
         assert found[2] == expected[0].any()
+        if for_all:
+            assert len(set(found[0].tolist())) == 1

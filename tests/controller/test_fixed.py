@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from atlas_rl.controller.base import Step
+from atlas_rl.controller.base import Admission, Step
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
+from atlas_rl.core import Verified
 from tests.controller_simulator import SimulatedDecoding, affine, sure
 
 
@@ -18,6 +20,17 @@ def test_the_fixed_controller_is_fixed():
     assert (run.admissions[-1].lengths == 2).all()
     run.controller.policy_updated({})
     assert run.controller.plain_forward_s(4, 0) is None, "it never made one"
+
+
+def test_interrupted_forwards_count_in_the_estimate_of_a_plain_run():
+    """A sum of forwards has them; a median has not."""
+    controller, step = FixedController(["a"], "a", 3), Step(np.full(4, 9), 0, ready=[])
+    ones, nothing = np.ones(4, np.int64), np.zeros(4, np.int64)
+    verified = Verified(np.arange(4), np.ones((4, 1), np.int64), ones, nothing, nothing, np.zeros(4, bool))
+    for forward in range(200):
+        forward_s = 0.009 if forward % 5 == 4 else 0.005
+        controller.observe(step, Admission(nothing, nothing), verified, forward_s, forward_s)
+    assert controller.plain_forward_s(4, 0) == pytest.approx(0.0058, rel=0.03)
 
 
 def test_a_drafter_that_is_not_ready_is_not_asked():

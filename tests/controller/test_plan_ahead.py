@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from atlas_rl.controller.base import Rest, Step
+from atlas_rl.controller import goodput
+from atlas_rl.controller.arms import NOT_ASKED, ask_next
+from atlas_rl.controller.base import Admission, Rest, Step
 from atlas_rl.controller.decision import Decision
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
+from atlas_rl.controller.promises import Promise
+from atlas_rl.core import Draft, Verified
 from tests.controller_simulator import (
     ADVERSE,
     SimulatedDecoding,
@@ -89,6 +93,60 @@ def test_what_drafts_ahead_is_not_asked_later():
     assert fixed.plan(Step(np.full(8, 9), 800, HEAD, ahead=HEAD)) == {}
     assert fixed.plan_ahead(step, HEAD) == {"head": 3}
     assert fixed.plan_ahead(step, ()) == {}
+
+
+def test_a_drafter_that_the_controller_does_not_know_is_not_asked():
+    """It may have been made for the first of the engine's drafters only."""
+    run = simulate(affine, cheap=sure(0.5)).run(1, batch=8)  # so that nobody has been asked yet
+    step = Step(np.full(8, 9), 800, ["cheap", "head"])
+    run.controller.plan(step)
+    assert run.controller.plan_ahead(step, HEAD) == {}
+    run.controller.admit(step)
+
+
+def test_a_plan_ahead_is_for_all_requests_and_no_other_plan_is(monkeypatch):
+    """The draft is made for all of them, so it must pay at that price."""
+    asked = []
+
+    def noting(*arguments):
+        asked.append((bool(arguments[2][1] != NOT_ASKED), arguments[8]))
+        return ask_next(*arguments)
+
+    monkeypatch.setattr(goodput, "ask_next", noting)
+    simulate(affine, HEAD, cheap=sure(0.5), head=sure(0.8)).run(50, batch=8)
+    assert set(asked) == {(False, False), (True, True)}
+
+
+def observed(controller, step, admission, step_s):
+    verified = Verified(
+        np.arange(step.batch), np.ones((step.batch, 1), np.int64), np.zeros(step.batch, np.int64) + 1,
+        np.zeros(step.batch, np.int64), admission.lengths.copy(), np.zeros(step.batch, bool),
+    )  # fmt: skip
+    controller.observe(step, admission, verified, 0.05, step_s)
+
+
+def test_waiting_for_drafts_that_nobody_can_use_is_part_of_no_cost():
+    found = []
+    for wasted_s in (0.0, 0.04):
+        controller = GoodputController(HEAD)
+        for _ in range(30):
+            step = Step(np.full(4, 9), 400, HEAD, wasted_s=wasted_s)
+            controller.plan(step)
+            observed(controller, step, Admission(np.zeros(4, np.int64), np.zeros(4, np.int64)), 0.06 + wasted_s)
+        found.append(controller._cost.seconds(4, 400))
+    assert found == pytest.approx([0.06, 0.06], rel=1e-6)
+
+
+def test_a_promise_goes_with_its_requests():
+    def decision_of(batch, drafts, promise):
+        former = Decision(Step(np.full(4, 9), 400, HEAD), began_ahead=True, promise=promise)
+        former.go_on(Step(np.full(batch, 9), 400, HEAD, drafts=drafts))
+        return former
+
+    drafts = {"head": Draft.empty(3)}
+    assert decision_of(3, drafts, Promise("head", 400.0)).promise == ("head", pytest.approx(300.0))
+    assert decision_of(3, {}, Promise("head", 400.0)).promise is None, "nobody is left who has a draft"
+    assert decision_of(3, drafts, None).promise is None
 
 
 def test_what_stood_beside_a_draft_moves_with_its_request():

@@ -67,7 +67,8 @@ def counts_of(
 ) -> Counts:
     """Counts of a call in which no request ends early. What comes before is left out: admission, calls that only teach.
 
-    And what happens once per drafter: without `graphs`, the first draft that would be captured is refused.
+    And what happens once per drafter: without `graphs`, the first draft that would be captured is refused. The waits of
+    captures are left out, too.
     """
     compile_kernels._compiled.clear()  # what was compiled on another pretended device is not on this one
     with PretendCuda(graphs=graphs) as cuda, sectioned(cuda):
@@ -92,7 +93,8 @@ def _counted(cuda: PretendCuda) -> Counts:
         return cuda.count(*kinds, section=section) / steps
 
     plans = [event for event in cuda.of("build", section=STEP) if "attention" in event.what]
+    waits = [event for event in cuda.of(*_WAITS, section=STEP) if "policy/captures.py" not in event.where]
     return Counts(
-        per_step(*_WAITS), per_step(*_UPLOADS), per_step(*_LAUNCHES), per_step(*_LAUNCHES, section="step"),
+        len(waits) / steps, per_step(*_UPLOADS), per_step(*_LAUNCHES), per_step(*_LAUNCHES, section="step"),
         per_step("build"), len(plans), cuda.table(*_WAITS, section=STEP, per=steps),
     )  # fmt: skip

@@ -94,7 +94,8 @@ def test_a_captured_draft_is_one_launch(verification, launches, sampling):
     for each in run.replayed:
         assert each.count("launch", "triton") == launches
         assert each.count("h2d_async") == 1
-        assert [event.kind for event in each.events if event.kind in WAITS] == ["d2h"]
+        waits = [event for event in each.events if event.kind in WAITS and "policy/captures.py" not in event.where]
+        assert [event.kind for event in waits] == ["d2h"]
     plain = [each for each in run.proposed if not each.is_replayed and any(each.rows)]
     assert plain  # the first of its shape
     assert all(each.count("launch", "triton") > 10 for each in plain)

@@ -28,7 +28,7 @@ def events_of_steps(monkeypatch, arm, verification, calls=1, model=None, **optio
         def step(loop):
             seen = len(cuda.events)
             own(loop)
-            events = cuda.events[seen:]
+            events = [event for event in cuda.events[seen:] if "policy/captures.py" not in event.where]  # that waits
             if any(event.what == "graph" for event in events):
                 steps.append(events)
 

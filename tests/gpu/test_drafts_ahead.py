@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.controller.goodput import GoodputController
 from atlas_rl.decode.ahead import DraftsAhead
 from atlas_rl.decode.loop import DecodeLoop
+from atlas_rl.policy.captures import Captures
 from atlas_rl.policy.logits import NonFiniteLogits
 from atlas_rl.sampling.by_kernels import FusedVerifier
 from atlas_rl.sampling.verification import Verifying
 from atlas_rl.speculators.history.speculator import HistorySpeculator
+from atlas_rl.speculators.recurrent.draft_graphs import DraftGraphs
 from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from tests.drafters import recurrent_drafter
 from tests.gpu.engines import DEPTH, PROMPTS, SAMPLINGS, generate, policy, tokens_of
@@ -36,6 +40,7 @@ def run(move=lambda module: module, *, controller=None, speculators=None, calls=
         model=move(policy()), speculators=[speculator] if speculators is None else [*speculators, speculator],
         controller=controller or FixedController([NAME], NAME, DEPTH, ahead=True), console=False, audit_share=0.0,
         max_batch_size=4, verification=options.pop("verification", "invariant"),
+        clock=options.pop("clock", time.perf_counter),
     )  # fmt: skip
     if not faults:
         return generate(engine, calls, **CALL | options)
@@ -157,6 +162,75 @@ def test_nothing_is_queued_under_rejection_verification():
         found = run(cuda.move, verification="rejection")
     assert found[1].report.drafted[NAME] > 0
     assert tokens_of(found) == tokens_of(run(verification="rejection"))
+
+
+def test_a_controller_that_knows_fewer_drafters_is_not_asked_about_the_others():
+    with PretendCuda() as cuda, mock.patch.object(DraftsAhead, "queue", side_effect=AssertionError):
+        found = run(cuda.move, controller=GoodputController(["history"]), speculators=[HistorySpeculator()])
+    assert NAME not in found[1].report.drafted or not found[1].report.drafted[NAME]
+
+
+def test_where_the_host_decides_a_draft_is_asked_for_in_the_usual_way(monkeypatch):
+    own = FusedVerifier.begin
+    monkeypatch.setattr(FusedVerifier, "begin", lambda *arguments: Verifying(own(*arguments).finish))
+    with PretendCuda() as cuda, mock.patch.object(RecurrentSpeculator, "propose_ahead", side_effect=AssertionError):
+        found = run(cuda.move)
+    monkeypatch.undo()
+    assert found[1].report.drafted[NAME] > 0
+    assert tokens_of(found) == tokens_of(run())
+
+
+class Noting(FixedController):
+    """Notes the seconds of every step."""
+
+    def __init__(self):
+        super().__init__([NAME], NAME, DEPTH, ahead=True)
+        self.seconds = []
+
+    def observe(self, step, admission, verified, forward_s, step_s):
+        self.seconds.append((forward_s, step_s))
+        return super().observe(step, admission, verified, forward_s, step_s)
+
+
+def test_captures_of_drafts_are_no_cost_of_forwards(monkeypatch):
+    captures, late_s, own = [], [0.0], DraftGraphs._graph_of
+
+    def captured(graphs, work):
+        graph = own(graphs, work)
+        captures.append(graph)
+        late_s[0] += 100.0
+        graphs.capture_s += 100.0
+        return graph
+
+    monkeypatch.setattr(DraftGraphs, "_graph_of", captured)
+    controller = Noting()
+    with PretendCuda(graphs=True) as cuda:
+        run(cuda.move, controller=controller, clock=lambda: time.perf_counter() + late_s[0])
+    assert captures
+    assert all(max(pair) < 50 for pair in controller.seconds)
+
+
+def test_what_runs_when_a_capture_begins_is_no_part_of_its_price(monkeypatch):
+    """Entering a capture waits for it."""
+    with PretendCuda(graphs=True):
+        captures, now, running = Captures(capture=True), [0.0], [3.0]
+
+        def synchronize(device=None):
+            now[0] += running[0]
+            running[0] = 0.0
+
+        @contextmanager
+        def graph(graph, **options):
+            torch.cuda.synchronize()
+            now[0] += 1.0
+            yield
+
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+        assert captures._graph_of(lambda: None) is not None
+        monkeypatch.undo()
+    assert captures.capture_s == pytest.approx(1.0)
 
 
 def test_an_outcome_that_did_not_hold_takes_its_draft_along(monkeypatch):

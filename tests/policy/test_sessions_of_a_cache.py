@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from types import MethodType
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from atlas_rl.policy import autocast, in_process
 from atlas_rl.policy.base import Segments
 from atlas_rl.policy.in_process import InProcessRunner
+from atlas_rl.policy.parts import kept
 from atlas_rl.policy.step_graphs import StepGraphs
 from atlas_rl.policy.threads import stand_ins
 from atlas_rl.speculators.draft_lm import DraftLM
@@ -297,6 +299,29 @@ def test_no_copy_of_a_weight_is_stale(change, graphs, monkeypatch):
     expected, unchanged = (logits_of(under_autocast(make()), each)[0] for each in (change, nothing))
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
     assert (expected[CHANGED] - unchanged[CHANGED]).abs().max() > 0.1 or change is nothing
+
+
+@pytest.mark.parametrize("change", [written_in_place, another_address])
+def test_converted_weights_are_freed_when_others_take_their_place(change, graphs):
+    """Captured steps hold the layers' replacements, which multiply by them."""
+    runner = InProcessRunner(under_autocast(tiny_llama(seed=3)))
+    runner.row_bytes(1)
+    with_noted_caches(runner, [])
+    cache, seen = runner.new_cache(2, 64), []
+    with runner.session(cache):
+        runner.reserve(2, 64)
+    for step in range(STEPS):
+        if step == CHANGED:
+            copies = kept(cache.parts, autocast._Kept).copies
+            seen = [weakref.ref(half.weight) for half in copies._halves.values()]
+            num_bytes, copies = runner.halves.num_bytes, None
+            change(runner.model)
+        logits_over(runner, np.arange(2 if step else 6), step + 2 if step else 0, cache)
+    assert seen
+    assert [each() for each in seen if each() is not None] == []
+    assert runner.halves.num_bytes == runner.halves.most_bytes == num_bytes
+    assert len(cache.steps._variants) == 1
+    assert len(graphs[cache.steps]) == 2
 
 
 def test_values_written_in_place_need_no_new_graph(graphs):

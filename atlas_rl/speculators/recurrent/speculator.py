@@ -161,6 +161,10 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
         self._kept, self._ahead = coming.hidden, _Proposed(requests)
         return partial(self._take_ahead, fetch, self._ahead, num_tokens, sequences.sampling.stops)
 
+    @property
+    def once_s(self) -> float:
+        return self._graphs.capture_s
+
     def _take_ahead(
         self, fetch: Callable[[], FetchedDraft], proposed: _Proposed, num_tokens: int, stops: np.ndarray
     ) -> Draft:
