@@ -46,6 +46,8 @@ _KEPT_MESSAGES = 100  # between two reports; further errors are only counted
 _LONGEST_TEXT = 200
 FOLLOWING = "drafting"
 """Name under which errors in following an engine's requests are counted. New requests are followed again at once."""
+_IN_IDLE_TIME = ("study", "end_study")
+"""Methods that nobody waits for. Errors there leave a drafter on: engines without policy updates would lose it for good."""
 
 
 class Faults:
@@ -88,6 +90,8 @@ class Faults:
             self._messages[
                 f"drafting: {where}() raised {kind}: {text}; running requests get no more drafts"
                 if name == FOLLOWING
+                else f"{name}: {where}() raised {kind}: {text}; it drafts on, and its learning in idle time has ended"
+                if where in _IN_IDLE_TIME
                 else f"{name}: {where}() raised {kind}: {text}; it is off until the next policy update"
             ] = None
         if (name, where, kind) not in self._logged:
@@ -164,6 +168,7 @@ class GuardedSpeculator(_Guard, Speculator):
         self._policy: PolicyView | None = None
         self._version = -1  # of the policy at the latest call
         self._failed_at = -1  # likewise, at the latest error
+        self._ends_study = False  # after an error in `study`, until `end_study`
 
     def __getattr__(self, name: str) -> Any:
         if name == "unguarded":  # not there yet: a copy is being made
@@ -235,9 +240,30 @@ class GuardedSpeculator(_Guard, Speculator):
     def learn(self) -> None:
         self.unguarded.learn()
 
-    @_guarded(lambda: False)
     def study(self) -> bool:
-        return self.unguarded.study()
+        """An error ends learning until `end_study`; it turns the drafter off only if a weight is not finite any more."""
+        if self.is_off or self._ends_study:
+            return False
+        more, went_well = self.faults.attempt(self.counted_as, "study", self.unguarded.study, False)
+        if not went_well:
+            self._ends_study = True
+            self._end_lesson()
+            self._check_weights()
+        return more
+
+    def end_study(self) -> None:
+        self._ends_study = False
+        if not (self.is_off or self._end_lesson()):
+            self._check_weights()
+
+    def _end_lesson(self) -> bool:
+        """Whether a lesson could be ended."""
+        return self.faults.attempt(self.counted_as, "end_study", self.unguarded.end_study, None)[1]
+
+    @_guarded(_nothing)
+    def _check_weights(self) -> None:
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.unguarded.weights()):
+            raise ArithmeticError("a weight is not finite")
 
     @_guarded(_nothing)
     def release(self) -> None:

@@ -88,6 +88,12 @@ REPORTED: tuple[Explained, ...] = (
         "errors of ours.",
     ),
     Explained(
+        "...: ...() raised ...; it drafts on, and its learning in idle time has ended",
+        "A drafter failed while it learned in a server's idle time, for example because the device's memory ran out.",
+        "The log has the traceback. If memory ran out, lower `--gpu-memory-utilization`, or start the server with "
+        "`--idle-learning off`. Please report other errors of ours.",
+    ),
+    Explained(
         "drafting: ...() raised ...; running requests get no more drafts",
         "Following vLLM's requests failed. Requests that begin later are drafted for again.",
         "The log has the traceback. The tokens are correct, and the step was slower. Please report it.",
@@ -206,6 +212,11 @@ LOGGED: tuple[Explained, ...] = (
         "...: ...() raised; generation goes on without it",
         "The same fault as in the report, with its traceback.",
         "Fix your own drafter; please report errors of ours.",
+    ),
+    Explained(
+        "idle_learning is on, but drafters cannot learn in idle time",
+        "The server has several data-parallel replicas, or its vLLM is older than 0.32.",
+        "Leave `--idle-learning on` out. Drafters learn as without it.",
     ),
     Explained(
         "the history index holds tokens up to ..., the policy now has ...: it starts from nothing",

@@ -185,12 +185,16 @@ class Speculator(ABC):
     def study(self) -> bool:
         """Learn a little more from the latest call: an engine has nothing to do, and no request of it runs.
 
-        A piece of work takes at most as long as an optimizer step, because a request may wait for it.
+        A request may wait for a piece of work, so it is one optimizer step, or another part of learning of its own.
 
         Returns:
             Whether there is more that is worth learning; False by default.
         """
         return False
+
+    def end_study(self) -> None:
+        """Free what `study` holds: there is no more time, or nothing more to learn. By default nothing is held."""
+        return
 
     def release(self) -> None:
         """Free the memory that grows with the rows and lengths of a call, such as a cache: the call has ended.

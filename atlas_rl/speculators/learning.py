@@ -74,6 +74,10 @@ class Learner(ABC):
         """Do one piece of a lesson; returns whether another one is worth its time."""
         return lesson.advance()
 
+    def end_lesson(self, lesson: SpareLesson) -> None:
+        """End a lesson, perhaps in its middle; it is used no more."""
+        lesson.end()
+
     @abstractmethod
     def shared(self) -> torch.Tensor | None:
         """See `Speculator.shared`. A rank that has not learned since the last mean adds zeros."""
@@ -99,7 +103,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
       in `learn`, or before the next call, refresh or saved state. A call that is broken off drops it (`release`).
     - A refresh trains as long as the budget lasts. Survival on the newest rollouts tells the controller how good the
       head has become.
-    - Between two calls it may learn on from the latest one (`study`), until a call or a refresh begins.
+    - Between two calls it may learn on from the latest one (`study`), until `end_study`, a call or a refresh.
     - Ranks share their heads' mean.
     - If the form of the policy's logits is unknown (`_follows` is False), nothing is logged or learned.
 
@@ -159,7 +163,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         """Learn from the newest rollouts, as long as the budget lasts."""
         with self.budget.refreshing(rollouts, self.name) as in_time:
             self.learn()
-            self._lesson = None
+            self.end_study()
             self.policy_version = policy_version
             if self._follows:
                 done = self.learner.refresh(rollouts, policy_version, self._bound(), self.budget, in_time)
@@ -172,8 +176,14 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
             return False
         if self._lesson is None:
             self.learn()
-            self._lesson = self.learner.lesson(self._bound())
-        return self._lesson is not None and self.learner.study(self._lesson)
+            self._lesson = self.learner.lesson(self._bound())  # a piece of its own: it moves the call's tokens
+            return self._lesson is not None
+        return self.learner.study(self._lesson)
+
+    def end_study(self) -> None:
+        lesson, self._lesson = self._lesson, None
+        if lesson is not None:
+            self.learner.end_lesson(lesson)
 
     def shared(self) -> torch.Tensor | None:
         return self.learner.shared() if self._is_bound and self._follows else None

@@ -190,17 +190,24 @@ class SpareLesson:
     """Learning in pieces, each so short that a request can wait for it: an optimizer step, or a check.
 
     It ends as `learn_in_time` does without a limit; `check` should measure on texts that `step` does not learn from, since
-    there may be time for many steps.
+    there may be time for many steps. If the agreement has fallen since the best check, the steps after that are undone.
+    Steps after the latest check are kept where that was the best one: many a lesson is broken off before its next check.
 
     Args:
         step: Takes one optimizer step.
         check: Measures the agreement.
+        keep: Copies what is learned; returns a function that puts the copy back.
     """
 
-    def __init__(self, step: Callable[[], None], check: Callable[[], Agreement]) -> None:
-        self._step, self._check = step, check
+    def __init__(
+        self, step: Callable[[], None], check: Callable[[], Agreement], keep: Callable[[], Callable[[], None]]
+    ) -> None:
+        self._step, self._check, self._keep = step, check, keep
         self._progress: LearningProgress | None = None
-        self._check_is_due = True
+        self._check_is_due = False
+        self._best = 0.0
+        self._put_back: Callable[[], None] | None = None  # what was learned at the best check
+        self._is_worse = False  # than at the best check, or unknown because a step raised
 
     @property
     def num_steps(self) -> int:
@@ -209,16 +216,40 @@ class SpareLesson:
 
     def advance(self) -> bool:
         """Do one piece; returns whether another one is worth its time."""
-        if self._check_is_due:
-            self._check_is_due, agreement = False, self._check().mean
-            if self._progress is None:
-                self._progress = LearningProgress(agreement)
-            else:
-                self._progress.reached(agreement)
-        elif self._progress is not None and not self._progress.over:
+        progress = self._progress
+        if progress is not None and progress.over:
+            return False
+        if progress is None or self._check_is_due:
+            progress = self._checked()
+        else:
+            was_worse, self._is_worse = self._is_worse, True
             self._step()
-            self._check_is_due = self._progress.stepped()
-        return self._progress is not None and not self._progress.over
+            self._is_worse = was_worse
+            self._check_is_due = progress.stepped()
+        if progress.over:
+            self.end()
+        return not progress.over
+
+    def _checked(self) -> LearningProgress:
+        """Measure the agreement, and keep what is learned if it is the best."""
+        self._check_is_due, agreement = False, self._check().mean
+        if self._progress is None:
+            self._progress = LearningProgress(agreement)
+        else:
+            self._progress.reached(agreement)
+        self._is_worse = self._put_back is not None and not agreement >= self._best  # NaN is worse
+        if not self._is_worse:
+            self._put_back, self._best = self._keep(), agreement
+        return self._progress
+
+    def end(self) -> bool:
+        """Go back to the best check if the head is worse now; returns whether it did."""
+        put_back, is_worse = self._put_back, self._is_worse
+        self._put_back, self._is_worse = None, False
+        if put_back is None or not is_worse:
+            return False
+        put_back()
+        return True
 
 
 def learn_in_time(

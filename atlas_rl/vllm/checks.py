@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from atlas_rl.checks import reject_unknown
+from atlas_rl.checks import flag, reject_unknown
 from atlas_rl.core import SamplingParams
 
 PROPOSER = "atlas_rl.vllm.proposer.AtlasProposer"
@@ -27,10 +27,12 @@ def speculative_config() -> dict[str, Any]:
 
 
 def options_of(vllm_config: Any) -> dict[str, Any]:
-    """Our options in vLLM's `additional_config`; `ValueError` for an unknown one."""
+    """Our options in vLLM's `additional_config`; `ValueError` for an unknown one, or one that is no flag and should be."""
     given = vllm_config.additional_config
     options = dict(given.get("atlas_rl", {})) if isinstance(given, dict) else {}
     reject_unknown(options, _KNOWN_OPTIONS, "additional_config['atlas_rl']")
+    if "idle_learning" in options:  # "off" would count as on
+        flag("additional_config['atlas_rl']['idle_learning']", options["idle_learning"])
     return options
 
 

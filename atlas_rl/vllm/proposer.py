@@ -66,11 +66,9 @@ class AtlasProposer(Hooks):
             vocab_size=model_config.get_vocab_size(),
             seed=internals.replica_seed(vllm_config),
         )
-        # With data parallelism, replicas that wait run along with the others' forwards.
-        alone = vllm_config.parallel_config.data_parallel_size == 1
         self._spare_time = SpareTime(self.drafting)
-        if alone and self.options.get("idle_learning"):
-            internals.study_while_waiting()
+        if self.options.get("idle_learning"):
+            internals.study_while_waiting(vllm_config.parallel_config)
         folder = self.options.get("draft_model")
         if folder is not None:
             self.layers = head_layers(folder, self._config.num_hidden_layers)

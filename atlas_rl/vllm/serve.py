@@ -174,9 +174,16 @@ def _with_own_options(
         own["draft_model"] = str(draft_model)
     if idle_learning is not None:
         own["idle_learning"] = idle_learning
-    elif torch.cuda.is_available():
+    elif torch.cuda.is_available() and internals.no_spare_time(_num_replicas(given)) is None:
         own.setdefault("idle_learning", True)
     return kept, {**options, "atlas_rl": own} if own else options
+
+
+def _num_replicas(given: Sequence[str]) -> int:
+    """Data-parallel replicas that the flags ask for."""
+    name = "--data-parallel-size"
+    size = _value([name + flag[3:] if flag.partition("=")[0] == "-dp" else flag for flag in given], name)
+    return int(size) if size and size.isdecimal() else 1
 
 
 def _without_additional_config(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

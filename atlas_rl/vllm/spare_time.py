@@ -36,7 +36,7 @@ class SpareTime:
         return self._studies or self._drafting.traffic.num_tokens_ever - self._num_known >= WORTH_LEARNING_TOKENS
 
     def study(self) -> None:
-        """Do one piece of learning: an optimizer step of one drafter at most."""
+        """Do one piece of learning of one drafter; see `Speculator.study`."""
         drafting, table = self._drafting, self._drafting.requests.table
         began_s = drafting.recorder.clock()
         if not self._studies:
@@ -53,5 +53,8 @@ class SpareTime:
         Args:
             expects_tokens: Whether tokens that no span has begun with yet may still be learned from.
         """
+        if self._studies:  # what drafters hold to learn from is not for sleep, or for the time of a weight load
+            for speculator in self._drafting.speculators.values():
+                speculator.end_study()
         if self._studies or not expects_tokens:
             self._studies, self._num_known = False, self._drafting.traffic.num_tokens_ever

@@ -307,6 +307,58 @@ def test_a_controller_that_fails_means_no_speculation(where, result):
     assert generate(engine).report.drafter_faults == {}
 
 
+class Student(RandomDrafter):
+    """Learns in idle time, which fails, and may leave a weight behind that is no number."""
+
+    name = "student"
+
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.weight, self.calls = number, torch.zeros(3), []
+
+    def study(self):
+        self.calls.append("study")
+        self.weight[1] = self.number
+        raise torch.OutOfMemoryError("the memory is full")
+
+    def end_study(self):
+        self.calls.append("end_study")
+
+    def weights(self):
+        yield self.weight
+
+
+def test_an_error_in_idle_time_ends_only_that():
+    """Servers whose weights stay have no policy update that would turn a drafter on again."""
+    student = Student(0.5)
+    engine = engine_with(student)
+    generate(engine)
+    guarded = engine._speculators["student"]
+    for _ in range(2):
+        assert not guarded.study()
+    assert student.calls == ["study", "end_study"], "another drafter learns on meanwhile"
+    guarded.end_study()
+    report = generate(engine).report
+    assert report.drafter_faults == {"student": 1}
+    (warning,) = report.warnings
+    assert "study() raised OutOfMemoryError: the memory is full; it drafts on" in warning
+    assert report.drafted["student"] > 0
+    assert not guarded.study()
+    assert student.calls == ["study", "end_study", "end_study", "study", "end_study"], "in the next idle time, again"
+
+
+def test_a_drafter_that_learned_nonsense_is_off():
+    student = Student(torch.nan)
+    engine = engine_with(student)
+    generate(engine)
+    assert not engine._speculators["student"].study()
+    report = generate(engine).report
+    assert report.drafter_faults == {"student": 2}
+    assert report.drafted.get("student", 0) == 0
+    assert any("a weight is not finite; it is off until" in warning for warning in report.warnings)
+    assert engine._speculators["student"].is_off
+
+
 def test_a_guarded_drafter_is_still_itself():
     drafter = HistorySpeculator()
     engine = engine_of(speculators=[drafter])

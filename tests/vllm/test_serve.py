@@ -92,6 +92,17 @@ def test_drafters_learn_in_idle_time_where_the_device_is_the_servers_own(
             given = command(draft_model=tmp_path, idle_learning=asked)
             own = {"draft_model": head, "idle_learning": asked}
             assert json.loads(value(given, "--additional-config")) == {"atlas_rl": own}
+    for flags, is_one in (
+        (["--data-parallel-size", "2"], False),
+        (["-dp", "2"], False),
+        (["--data_parallel_size=1"], True),
+        (["-dp=1"], True),
+    ):
+        assert ("--additional-config" in command(*flags)) == is_one, "replicas that wait run along with the others"
+        given = command(*flags, idle_learning=True)
+        assert json.loads(value(given, "--additional-config")) == {"atlas_rl": {"idle_learning": True}}, (
+            "it will be said"
+        )
     with pytest.raises(ValueError, match="give the static head once"):
         command("--additional-config", json.dumps({"atlas_rl": own}), draft_model=tmp_path)
 

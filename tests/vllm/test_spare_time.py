@@ -18,7 +18,7 @@ class Student(Stateless):
     name = "student"
 
     def __init__(self, pieces: int) -> None:
-        self.left = pieces
+        self.left, self.num_ends = pieces, 0
 
     def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
         return Draft.empty(len(requests))
@@ -26,6 +26,9 @@ class Student(Stateless):
     def study(self) -> bool:
         self.left -= 1
         return self.left > 0
+
+    def end_study(self) -> None:
+        self.num_ends += 1
 
 
 class Server:
@@ -49,6 +52,7 @@ def test_enough_new_tokens_begin_it_and_it_ends_by_itself() -> None:
     while server.spare.is_there():
         server.spare.study()
     assert server.student.left == 0
+    assert server.student.num_ends == 1, "it need not hold anything"
     report = server.drafting.take_report()
     assert report.idle_learning_s > 0
     assert (report.generate_s, report.refresh_s) == (0, 0), "nobody waited"
@@ -64,8 +68,10 @@ def test_a_step_ends_it_and_small_calls_add_up() -> None:
     server.spare.rest(expects_tokens=True)  # the step that tells a worker which requests have ended
     assert server.spare.is_there()
     server.spare.study()
+    assert server.student.num_ends == 0
     server.spare.rest(expects_tokens=True)
     assert not server.spare.is_there()
+    assert server.student.num_ends == 1
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -77,6 +83,7 @@ def test_nothing_is_learned_after_other_calls(begun: bool) -> None:
         server.spare.study()
     server.spare.rest(expects_tokens=False)
     assert not server.spare.is_there()
+    assert server.student.num_ends == begun
 
 
 def test_not_while_requests_run_or_in_a_call_of_an_engine() -> None:

@@ -113,7 +113,25 @@ def lesson(
         if head.bias.is_cuda:
             torch.cuda.current_stream(head.bias.device).synchronize()
 
-    return SpareLesson(step, lambda: agreement(head, held, target))
+    return SpareLesson(step, lambda: agreement(head, held, target), lambda: _kept(head, optimizer))
+
+
+def _kept(head: RecurrentHead, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Copy a head's weights; the returned function puts them back.
+
+    The optimizer's moments stay, because its first step without them is large. They are dropped if they are not finite.
+    """
+    weights = [weight.detach().clone() for weight in head.parameters()]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for weight, kept in zip(head.parameters(), weights, strict=True):
+                weight.copy_(kept)
+        moments = [torch.as_tensor(value) for values in optimizer.state.values() for value in values.values()]
+        if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+            optimizer.state.clear()
+
+    return put_back
 
 
 def agreement(head: RecurrentHead, windows: Windows, target: Target) -> Agreement:

@@ -142,7 +142,7 @@ class RecurrentLearner(Learner):
         if sequences.policy_version != self._rows_version:
             self._rows.reread(policy)
             self._rows_version = sequences.policy_version
-            self._set_tables(policy)
+            self._set_tables(self.ids, policy)
         self._rows.add(self._unread, policy)
         self._unread = self._unread[:0]
         self._num_logged = 0
@@ -230,10 +230,14 @@ class RecurrentLearner(Learner):
 
     @trainable
     def lesson(self, policy: PolicyView) -> SpareLesson | None:
-        """As `Learner.lesson`. The call's hidden states and the rows of the LM head are of one policy, which is served."""
-        sequences = self.sequences
+        """As `Learner.lesson`. The call's hidden states and the rows of the LM head are of one policy, which is served.
+
+        A call with no token yet has nothing to learn from: the newest states are then an older policy's, perhaps of requests
+        that ran while its weights were replaced.
+        """
+        sequences, is_fresh = self.sequences, bool(self._log)
         self.end_call()
-        if sequences is None or not self._buffer.has_windows:
+        if sequences is None or not is_fresh or not self._buffer.has_windows:
             return None
         self._revise_vocabulary(policy)
         if not len(self.ids):
@@ -250,6 +254,11 @@ class RecurrentLearner(Learner):
             self.trained = self._learned_alone = True
             self.revision += 1
         return more
+
+    @trainable
+    def end_lesson(self, lesson: SpareLesson) -> None:
+        if lesson.end():
+            self.revision += 1
 
     def shared(self) -> torch.Tensor:
         return summand(self.head, self.ids, len(self._counts.counts), learned=self._learned_alone)
@@ -273,7 +282,10 @@ class RecurrentLearner(Learner):
     # ----------------------------------------------------------------------------------------------------- vocabulary
 
     def _revise_vocabulary(self, policy: PolicyView) -> None:
-        """Adopt the tokens that rollouts use now; what was learned about remaining tokens is kept."""
+        """Adopt the tokens that rollouts use now; what was learned about remaining tokens is kept.
+
+        All memory is allocated before anything changes: if it runs out, the head still drafts.
+        """
         ids = self._counts.most_used(self._settings.max_vocab)
         ids = ids[self._rows.slots[ids] >= 0]
         if not len(ids):
@@ -288,12 +300,15 @@ class RecurrentLearner(Learner):
         taken = torch.from_numpy(slots).to(self._device)
         with torch.no_grad():
             bias[kept] = self.head.bias[taken]
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in moments:
-                    moments[name] = moments[name].new_zeros(len(ids)).index_copy(0, kept, moments[name][taken])
-            self.head.bias.data = bias
+            revised = {
+                name: moments[name].new_zeros(len(ids)).index_copy(0, kept, moments[name][taken])
+                for name in ("exp_avg", "exp_avg_sq")
+                if name in moments
+            }
+        self._set_tables(ids, policy)
+        moments.update(revised)
+        self.head.bias.data = bias
         self._set_ids(ids)
-        self._set_tables(policy)
 
     def _set_ids(self, ids: np.ndarray) -> None:
         self.ids = ids
@@ -303,12 +318,12 @@ class RecurrentLearner(Learner):
             self.head.bias.data = self.head.bias.new_zeros(len(ids))
 
     @trainable
-    def _set_tables(self, policy: PolicyView) -> None:
-        """Give the head the policy's embedding and output rows of its vocabulary."""
-        if not len(self.ids):
+    def _set_tables(self, ids: np.ndarray, policy: PolicyView) -> None:
+        """Give the head the policy's embedding and output rows of a vocabulary: int64 `[vocab]`, sorted."""
+        if not len(ids):
             return
-        self._rows.add(self.ids, policy)
-        slots = torch.from_numpy(self._rows.slots[self.ids]).to(self._device)
+        self._rows.add(ids, policy)
+        slots = torch.from_numpy(self._rows.slots[ids]).to(self._device)
         self.revision += 1
         rows = self._rows
         assert policy.form is not None

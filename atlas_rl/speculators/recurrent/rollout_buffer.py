@@ -73,12 +73,12 @@ class RolloutBuffer:
         left = last[np.searchsorted(last, np.arange(len(requests)))] - np.arange(len(requests))
         # A window starts one token before the first one that it predicts.
         weights = np.where(np.append(missed[order][1:], False), self._missed_weight, 1.0) * (left > 0)
-        self._sizes.append(len(tokens))
-        dropped = 0
-        while sum(self._sizes) > self._max_tokens and len(self._sizes) > 1:
-            dropped += self._sizes.pop(0)
+        sizes, dropped = [*self._sizes, len(tokens)], 0
+        while sum(sizes) > self._max_tokens and len(sizes) > 1:
+            dropped += sizes.pop(0)
         fresh = hidden[torch.from_numpy(order).to(hidden.device)]
         self._hidden = torch.cat([self._hidden[dropped:], fresh]) if len(self) > dropped else fresh
+        self._sizes = sizes  # not before: the device's memory may have run out
         self._tokens = np.concatenate([self._tokens[dropped:], tokens])
         self._left = np.concatenate([self._left[dropped:], left])
         self._versions = np.concatenate([self._versions[dropped:], np.full(len(tokens), version)])

@@ -127,8 +127,9 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
         if not self._follows or sequences is self.learner.sequences:
             return
         self.learn()
+        self.end_study()
         self.learner.begin_call(sequences, self._bound())
-        self._proposed, self._ahead, self._kept, self._lesson = None, None, None, None
+        self._proposed, self._ahead, self._kept = None, None, None
         self._newest = cleared(self._newest, len(sequences.lengths))
         self._graphs.begin_call()
 

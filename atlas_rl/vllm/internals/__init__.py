@@ -31,7 +31,7 @@ from atlas_rl.vllm.internals.engine import (
     tensor_parallel,
 )
 from atlas_rl.vllm.internals.hybrids import check_hybrid
-from atlas_rl.vllm.internals.idle import study_while_waiting
+from atlas_rl.vllm.internals.idle import no_spare_time, study_while_waiting
 from atlas_rl.vllm.internals.repairs import repair_cpu_sampler, tolerate_numba
 from atlas_rl.vllm.internals.runner import Forward, ForwardBatch, Hooks, install
 from atlas_rl.vllm.internals.transfer import follow, register_backends
@@ -55,6 +55,7 @@ __all__ = [
     "install",
     "installed_version",
     "load_all_or_nothing",
+    "no_spare_time",
     "register_backends",
     "reload_weights",
     "repair_cpu_sampler",

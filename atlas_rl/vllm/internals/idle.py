@@ -8,6 +8,7 @@ stream, so it needs no lock. Work that arrives waits for the end of a piece at m
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +17,31 @@ import torch
 from atlas_rl.vllm.internals.runner import Hooks
 from atlas_rl.vllm.internals.version import INSTALLED, since
 
+logger = logging.getLogger(__name__)
+
 _BESIDE_LEARNING = ("atlas_report", "atlas_status")
 """Calls that a trainer makes after its rollouts; learning goes on after them."""
 _OF_STEPS = ("execute_model", "sample_tokens", "take_draft_token_ids")
 """Calls with new tokens to learn from. All others may bring new weights, or take the device away."""
 
 
-def study_while_waiting() -> None:
-    """Install the hooks in this process; vLLM before 0.32 gets none."""
-    if not since("0.32"):
+def no_spare_time(num_replicas: int) -> str | None:
+    """Why drafters cannot learn while their engine waits; None if they can.
+
+    Args:
+        num_replicas: Data-parallel replicas of the engine.
+    """
+    if num_replicas > 1:
+        return "with data parallelism, replicas that wait run along with the others' forwards"
+    return None if since("0.32") else "it takes vLLM 0.32"
+
+
+def study_while_waiting(parallel_config: Any) -> None:
+    """Install the hooks in this process. If the engine has no spare time there are none, and one of its workers says so."""
+    why_not = no_spare_time(parallel_config.data_parallel_size)
+    if why_not is not None:
+        if parallel_config.rank == 0 and parallel_config.data_parallel_index == 0:
+            logger.warning("atlas_rl: idle_learning is on, but drafters cannot learn in idle time: %s", why_not)
         return
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor.multiproc_executor import WorkerProc
@@ -53,22 +70,34 @@ def _worker_busy_loop(original: Callable[..., Any], process: Any) -> Any:
     queue, runner = process.rpc_broadcast_mq, process.worker.model_runner
     drafter = _drafter_of(runner)
     if drafter is not None:
-        queue.dequeue = functools.partial(_next_call, queue.dequeue, runner, drafter)
+        queue.dequeue = functools.partial(_next_call, queue.dequeue, queue, runner, drafter)
     return original()
 
 
-def _next_call(read: Callable[..., Any], runner: Any, drafter: Hooks, *args: Any, **kwargs: Any) -> Any:
-    """The executor's next call, for which the worker waits."""
+def _next_call(read: Callable[..., Any], queue: Any, runner: Any, drafter: Hooks, *args: Any, **kwargs: Any) -> Any:
+    """The executor's next call, for which the worker waits. If the engine has died, `read` raises as without us."""
     call = None
-    while call is None and _has_spare_time(runner, drafter):
-        try:
-            call = read(timeout=0)
-        except TimeoutError:
+    while call is None and not queue.shutting_down and _has_spare_time(runner, drafter):
+        call = _poll(read, queue)
+        if call is None:
             _study(drafter)
     if call is None:
         call = read(*args, **kwargs)
     _tell(drafter, call[0])
     return call
+
+
+def _poll(read: Callable[..., Any], queue: Any) -> Any:
+    """The next call, or None if there is none yet.
+
+    A message that is too large for a slot of the queue's ring is sent after its slot is marked as written. A poll between
+    the two takes the slot and finds no message, so the message has to be waited for: no other read would take it.
+    """
+    slot = queue.current_idx
+    try:
+        return read(timeout=0)
+    except TimeoutError:
+        return None if queue.current_idx == slot else queue.recv(queue.local_socket, None)
 
 
 def _process_input_queue(original: Callable[..., Any], core: Any) -> Any:
