@@ -15,21 +15,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from atlas_rl import AtlasRolloutEngine
 from atlas_rl.policy.view import InProcessView
-from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
+from atlas_rl.replay.record import recorded_calls
 from atlas_rl.speculators.dflash.checkpoint import save_dflash
 from atlas_rl.speculators.dflash.speculator import DFlashSpeculator
-from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.training.dflash import DFlashSettings, train_dflash
 from benchmarks.common import ROOT
-from benchmarks.tiny_policies import build
-from benchmarks.vllm_check import compared, random_prompts, write_check
+from benchmarks.vllm_check import compared, random_prompts, recorded_policy, write_check
 
 BLOCK_SIZE, LAYERS, MASK = 5, (1, 3), 62
-MAX_NEW_TOKENS, NUM_PROMPTS, CALLS, EPOCHS = 100, 24, 8, 6
+MAX_NEW_TOKENS, NUM_PROMPTS, EPOCHS = 100, 24, 6
 
 
 def main() -> None:
@@ -50,16 +45,7 @@ def main() -> None:
 
 def write_trained(folder: Path, prompts: list[list[int]]) -> Any:
     """Write a policy and a head that was trained on it; returns the policy."""
-    model = build("qwen3", seed=2, head_dim=32, hidden_size=64, logit_std=3.0)
-    with torch.no_grad():
-        for each in model.model.layers:
-            each.self_attn.o_proj.weight.mul_(0.02)
-    model.save_pretrained(folder / "policy")
-    recorder = RecordingSpeculator(folder / "record", LAYERS)
-    engine = AtlasRolloutEngine(model=model, speculators=[HistorySpeculator(), recorder], console=False)
-    for seed in range(CALLS):
-        engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0.5, eos_token_ids=[], seed=seed)
-        engine.policy_updated()
+    model = recorded_policy(folder, LAYERS, prompts, MAX_NEW_TOKENS)
     settings = DFlashSettings(
         LAYERS, MASK, num_layers=2, block_size=BLOCK_SIZE, epochs=EPOCHS, learning_rate=4e-3, batch_size=4
     )

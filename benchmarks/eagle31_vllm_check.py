@@ -18,22 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from atlas_rl import AtlasRolloutEngine
 from atlas_rl.policy.view import InProcessView
-from atlas_rl.replay.record import RecordingSpeculator, recorded_calls
+from atlas_rl.replay.record import recorded_calls
 from atlas_rl.speculators.eagle3.checkpoint import save_eagle3
 from atlas_rl.speculators.eagle3.head import Eagle3Head
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
-from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.training.eagle3 import Eagle3Lesson, TrainSettings, most_used_tokens
 from atlas_rl.training.head_shape import head_config
 from atlas_rl.training.loop import run, split_calls
 from benchmarks.common import ROOT
-from benchmarks.tiny_policies import build
-from benchmarks.vllm_check import compared, random_prompts, write_check
+from benchmarks.vllm_check import compared, random_prompts, recorded_policy, write_check
 
 LAYERS, LOOKAHEAD = (1, 2, 3), 3
-MAX_NEW_TOKENS, NUM_PROMPTS, CALLS = 100, 24, 8
+MAX_NEW_TOKENS, NUM_PROMPTS = 100, 24
 VARIANTS = {"fc_norm, norm_output": ("fc_norm", "norm_output"), "norm_before_fc": ("norm_before_fc",)}
 
 
@@ -44,7 +41,7 @@ def main() -> None:
     prompts, rows = random_prompts(NUM_PROMPTS, 64), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        policy = write_policy(folder, prompts)
+        policy = recorded_policy(folder, LAYERS, prompts, MAX_NEW_TOKENS)
         for variant, options in VARIANTS.items():
             for layout in ("speculators", "original"):
                 head = folder / f"{variant} {layout}"
@@ -55,21 +52,6 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "prompts": NUM_PROMPTS, "temperature": 0.0, "lookahead": LOOKAHEAD}
     write_check(args.output, settings, {"rows": rows})
-
-
-def write_policy(folder: Path, prompts: list[list[int]]) -> Any:
-    """Write a policy, and record some of its calls to train on; returns the policy."""
-    model = build("qwen3", seed=2, head_dim=32, hidden_size=64, logit_std=3.0)
-    with torch.no_grad():
-        for each in model.model.layers:
-            each.self_attn.o_proj.weight.mul_(0.02)
-    model.save_pretrained(folder / "policy")
-    recorder = RecordingSpeculator(folder / "record", LAYERS)
-    engine = AtlasRolloutEngine(model=model, speculators=[HistorySpeculator(), recorder], console=False)
-    for seed in range(CALLS):
-        engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0.5, eos_token_ids=[], seed=seed)
-        engine.policy_updated()
-    return model
 
 
 def write_head(head: Path, folder: Path, policy: Any, options: tuple[str, ...], *, original: bool) -> None:

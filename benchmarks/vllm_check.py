@@ -7,6 +7,7 @@ accepted lengths of equal drafts differ a little, and less in long texts.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,9 +17,14 @@ import torch
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.replay.record import RecordingSpeculator
 from atlas_rl.speculators.base import Speculator
+from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.vllm.backend import in_this_process
 from benchmarks.common import environment, write_result
+from benchmarks.tiny_policies import build
+
+_CALLS = 8  # that are recorded to train a head on
 
 
 def random_prompts(count: int, vocab_size: int) -> list[list[int]]:
@@ -26,6 +32,33 @@ def random_prompts(count: int, vocab_size: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(4, 20, (count,), generator=generator).tolist()
     return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def recorded_policy(folder: Path, layers: Sequence[int], prompts: list[list[int]], max_new_tokens: int) -> Any:
+    """Write a policy to `folder / "policy"`, and some of its calls to `folder / "record"`, to train a head on.
+
+    It is a tiny random one whose next token depends mostly on the last one.
+
+    Args:
+        folder: A new folder.
+        layers: Layers whose hidden states are recorded.
+        prompts: Token ids.
+        max_new_tokens: Tokens of each completion.
+
+    Returns:
+        The policy.
+    """
+    model = build("qwen3", seed=2, head_dim=32, hidden_size=64, logit_std=3.0)
+    with torch.no_grad():
+        for each in model.model.layers:
+            each.self_attn.o_proj.weight.mul_(0.02)
+    model.save_pretrained(folder / "policy")
+    recorder = RecordingSpeculator(folder / "record", tuple(layers))
+    engine = AtlasRolloutEngine(model=model, speculators=[HistorySpeculator(), recorder], console=False)
+    for seed in range(_CALLS):
+        engine.generate(prompts, max_new_tokens=max_new_tokens, temperature=0.5, eos_token_ids=[], seed=seed)
+        engine.policy_updated()
+    return model
 
 
 def compared(
