@@ -4,7 +4,7 @@
     python -m benchmarks.table benchmarks/results/floor_cpu.json
 
 The floor of a step is what its bytes and operations take at the rates that the machine sustains, both measured beside every
-batch size: reading a matrix as large as the policy's LM head once (bytes/s), and multiplying large square matrices
+batch size: reading all weights of the policy's linear layers once (bytes/s), and multiplying large square matrices
 (operations/s). A step reads every weight once, writes and reads the logits, reads the cache; it multiplies every weight by
 one row per request. The two overlap at best, so the floor is the larger one. Time comes from the engine's own report; the
 forward is split by operator with torch's profiler, over a call of its own, less a call that runs the prompts alone.
@@ -26,19 +26,21 @@ import torch
 
 from atlas_kernels import layer
 from atlas_rl import AtlasRolloutEngine, progress
-from atlas_rl.policy import flat_layers, ragged_attention, short_rows
+from atlas_rl.policy import cpu_linear, flat_layers, linear_routes, ragged_attention, short_rows
 from atlas_rl.report.report import PHASES
 from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
 
 KINDS = {
-    "linear": ("aten::mm", "aten::addmm", "aten::mv", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise"),
+    "linear": ("aten::mm", "aten::addmm", "aten::mv", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise", "few_rows_linear"),
     "attention": ("attend_rows", "aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "layout": ("aten::copy_", "aten::contiguous", "aten::clone", "aten::cat", "aten::index", "aten::index_put_"),
 }
 KERNELS = (
     (short_rows, "attend_rows"),
     (ragged_attention, "attend_rows"),
+    (linear_routes, "few_rows_linear"),
+    (cpu_linear, "few_rows_linear"),
     (flat_layers, "rms_norm_cpu"),
     (flat_layers, "add_and_norm"),
     (flat_layers, "rotate_in_place"),
@@ -120,11 +122,9 @@ def step_bytes(model: Any, num_tokens: float, context_tokens: float) -> float:
 
 
 def stream_rate(model: Any) -> float:
-    """Bytes/s of reading the LM head once: the best of several tries in several ways, since BLAS can be slow for one row."""
-    weight = model.get_output_embeddings().weight.detach()
-    row, rows = torch.randn(weight.shape[1]), torch.randn(weight.shape[1], 2)
-    ways: list[Callable[[], Any]] = [weight.sum, lambda: weight @ row, lambda: weight @ rows]
-    return weight.numel() * weight.element_size() / min(best_s(way, 8) for way in ways)
+    """Bytes/s of reading the weights of a step once, in its order: the best of several tries."""
+    weights = [weight.detach() for weight in linear_weights(model)]
+    return sum(weight.nbytes for weight in weights) / best_s(lambda: [weight.sum() for weight in weights], 8)
 
 
 def multiply_rate() -> float:

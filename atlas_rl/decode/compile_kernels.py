@@ -20,6 +20,7 @@ from numba.core import event
 
 from atlas_kernels.attend_cpu import compile_attention
 from atlas_kernels.dispatch import kernels_run_on
+from atlas_kernels.few_rows_cpu import compile_products
 from atlas_kernels.jit_cache import num_kernels
 from atlas_kernels.layer import rms_norm, rotate
 from atlas_kernels.layer_cpu import add_and_norm, rotate_in_place
@@ -163,6 +164,7 @@ def _run_all() -> None:
     rms_norm(tokens, torch.ones(2, dtype=torch.float32, device="cpu"), 1e-6)
     rotate(tokens, tokens, tokens[:, 0], tokens[:, 0])
     compile_attention()
+    compile_products()
     row = torch.ones(1, 2, dtype=torch.float32, device="cpu")
     add_and_norm(row, row.clone(), row[0], 1e-6, False)
     rotate_in_place(row.clone(), row.clone(), row, row, 2)

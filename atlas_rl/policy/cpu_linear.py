@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from atlas_kernels.few_rows_cpu import few_rows_linear
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.linear_routes import (
     BUCKETS,
@@ -33,6 +34,7 @@ from atlas_rl.policy.linear_routes import (
     PACKED,
     PLAIN,
     ROUTES,
+    STREAMED,
     Contest,
     RouteTable,
     bucket_of,
@@ -336,7 +338,7 @@ def _forward_of(shape: _Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tens
     dtype, inputs = first.weight.dtype, first.in_features
 
     def forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # some policies pass it by name
-        if not input.numel() or input.dtype != dtype or torch.is_autocast_enabled("cpu"):
+        if not input.numel() or input.dtype != dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return functional.linear(input, layer.weight, layer.bias)
         (out,) = products((layer,), input.reshape(-1, inputs))
         return out.view(*input.shape[:-1], -1)
@@ -388,6 +390,9 @@ def _timed(
 
 
 def _by(route: str, x: torch.Tensor, group: Group, copy: tuple[WeightCopy, ...] | None) -> tuple[torch.Tensor, ...]:
+    if route == STREAMED and len(group) > 1:  # one pass over all weights
+        outs = few_rows_linear(x, [layer.weight for layer in group])
+        return outs if group[0].bias is None else tuple(map(torch.Tensor.add_, outs, [layer.bias for layer in group]))
     if route != PACKED:
         product = ROUTES[route]
         return tuple([product(x, layer.weight, layer.bias) for layer in group])

@@ -26,16 +26,18 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from atlas_kernels.few_rows_cpu import few_rows_linear
+
 logger = logging.getLogger(__name__)
 
-PLAIN, TURNED, DOUBLED, WIDENED, PACKED = "plain", "turned", "doubled", "widened", "packed"
-"""`F.linear`; the weight as the tall operand; that with a single row given twice; in float32; in oneDNN's layout.
+PLAIN, TURNED, DOUBLED, STREAMED, WIDENED, PACKED = "plain", "turned", "doubled", "streamed", "widened", "packed"
+"""`F.linear`; the weight as the tall operand; that with a single row given twice; our kernel; in float32; in oneDNN's layout.
 
 A processor without units for bfloat16 multiplies one number at a time: 32 rows take six times as long as in float32,
 128 take eight times. `WIDENED` converts such weights in every forward; a packed copy of them is in float32.
 """
 
-_FILE = "linear_routes_2.json"  # the first one's timings of packed products included their compilation
+_FILE = "linear_routes_3.json"  # a release that does not know a route cannot read the file
 _ENOUGH = 4  # timings of a route: the first one warms caches and compiles
 _WIDENED_BYTES = 1 << 25  # size of a weight's pieces in float32
 _HOPELESS = 1.5  # a route that took this many times the best one twice is not tried again
@@ -46,6 +48,8 @@ MIN_BYTES = 1 << 18
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Row counts that have a contest; other counts use the contest of the next larger one, or of the last."""
 _BUCKET_OF = tuple(next(bucket for bucket in BUCKETS if rows <= bucket) for rows in range(1, BUCKETS[-1] + 1))
+
+_STREAMED_ROWS = 64  # most that the streamed route is timed for; libraries multiply more rows at a processor's full rate
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -64,6 +68,12 @@ def doubled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return out if bias is None else out.add_(bias)
 
 
+def streamed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` of a few rows `[rows, in]` in float32, which reads the weight once (`atlas_kernels/few_rows_cpu.py`)."""
+    (out,) = few_rows_linear(x, (weight,))
+    return out if bias is None else out.add_(bias)
+
+
 def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` of half precision, computed in float32 and rounded once, even if the processor has the type.
 
@@ -75,7 +85,7 @@ def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return (out if bias is None else out.add_(bias.float())).to(x.dtype)
 
 
-ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, DOUBLED: doubled, WIDENED: widened}
+ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, DOUBLED: doubled, STREAMED: streamed, WIDENED: widened}
 
 
 def bucket_of(rows: int) -> int:
@@ -139,6 +149,7 @@ class Contest:
         """A new contest for a number of rows of a type."""
         takes_part = {
             DOUBLED: rows == 1,
+            STREAMED: dtype == torch.float32 and rows <= _STREAMED_ROWS,
             WIDENED: dtype != torch.float32,
             PACKED: may_pack and packed_type(dtype) is not None,
         }

@@ -24,6 +24,7 @@ from atlas_rl.policy.linear_routes import (
     PACKED,
     PLAIN,
     ROUTES,
+    STREAMED,
     TURNED,
     packed_type,
 )
@@ -87,7 +88,7 @@ def test_a_layer_returns_what_it_returns_otherwise(setting: str, bias: bool, dty
         assert (num_bytes > 0) == (may_pack and not any(enabled for _, enabled in AUTOCASTS[setting][-1:]))
 
 
-@pytest.mark.parametrize("route", [PLAIN, TURNED, DOUBLED, PACKED])
+@pytest.mark.parametrize("route", [PLAIN, TURNED, DOUBLED, STREAMED, PACKED])
 def test_every_number_of_rows(route: str) -> None:
     linear = layer_of()
     with torch.no_grad():
@@ -97,6 +98,15 @@ def test_every_number_of_rows(route: str) -> None:
             with linears.installed():
                 linears.prepare(rows)
                 close(linear(x), expected)
+
+
+@pytest.mark.parametrize("route", [*ROUTES, PACKED])
+def test_a_forward_with_gradients_is_pytorchs(route: str) -> None:
+    linear, x = layer_of(), torch.randn(3, INPUTS)
+    with FastLinears(linear, table_where(route)).installed():
+        out = linear(x)
+    out.sum().backward()
+    assert torch.equal(linear.weight.grad, x.sum(0).expand(OUTPUTS, INPUTS))
 
 
 class Products(TorchDispatchMode):

@@ -25,7 +25,7 @@ from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.decoder_forms import AttentionForm, attention_form, is_decoder_layer
 from atlas_rl.policy.flat_layers import flat
 from atlas_rl.policy.in_process import InProcessRunner
-from atlas_rl.policy.linear_routes import PACKED, TURNED, packed_type
+from atlas_rl.policy.linear_routes import PACKED, STREAMED, TURNED, packed_type
 from atlas_rl.policy.threads import generating
 from tests.models import FACTORIES, SHAPE, build, tiny_llama
 from tests.policy.changes import ANOTHER, HOW, IN_PLACE, scale_weight
@@ -275,8 +275,8 @@ def with_route(route, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with
-@pytest.mark.parametrize("route", [PACKED, TURNED, None])
-def test_layers_that_multiply_the_same_rows_are_packed_together(name, route, by_modules, packed_weights, monkeypatch):
+@pytest.mark.parametrize("route", [PACKED, TURNED, STREAMED, None])
+def test_layers_that_multiply_the_same_rows_are_multiplied_together(name, route, by_modules, packed_weights, monkeypatch):
     with_route(route, monkeypatch)
     model = large(name)
     expected = by_modules(model)
@@ -285,7 +285,7 @@ def test_layers_that_multiply_the_same_rows_are_packed_together(name, route, by_
     packed_weights.clear()
     ours = steps(model)
     assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
-    if route == TURNED:
+    if route in (TURNED, STREAMED):
         assert not packed_weights
     else:
         assert together < set(packed_weights)

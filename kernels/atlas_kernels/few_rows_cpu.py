@@ -1,0 +1,200 @@
+"""Products of a few float32 rows with weights on a CPU, compiled: weights are read once, as they are stored.
+
+Libraries are made for many rows: for one, MKL took three times as long on one AMD EPYC as reading the weights takes. oneDNN is
+faster, but with a copy of the weights in a layout of its own.
+
+Up to three rows, outputs are computed one by one, so that a weight is read from one end to the other, at the rate of memory.
+With more rows, the sums of four outputs and four rows are computed side by side: what is loaded serves four of them. A core
+would wait for each of four weights that are read in turns, so a block of them is first read into its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+import torch
+
+from atlas_kernels.addresses import floats_at, weight_address
+from atlas_kernels.attend_sums import read_numbers
+from atlas_kernels.jit_cache import cached_njit
+from atlas_kernels.openmp import share_threads
+
+share_threads()  # before a parallel kernel is compiled
+
+# Sums may be reordered, so that they are vectorised.
+_FAST = {"reassoc", "contract"}
+_BLOCK = 1 << 14  # numbers of a weight that are read at once: 64 KB, which the second cache of any core holds
+_GRAIN = 1 << 16  # numbers of the weights that are worth another thread
+
+
+def few_rows_linear(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Products of rows with each of some weights, as by `torch.nn.functional.linear`, up to rounding; without gradients.
+
+    Args:
+        x: float32 `[rows, in]` on a CPU. Any number of rows is allowed; many take longer than by other routes.
+        weights: float32 `[out, in]` on a CPU. One that is not contiguous is copied.
+
+    Returns:
+        float32 `[rows, out]` for each weight.
+
+    Raises:
+        ValueError: A shape or type does not fit.
+        RuntimeError: The memory of a weight was given back.
+    """
+    rows, inputs = x.shape
+    x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
+    for weight in weights:
+        if weight.shape[1] != inputs or not _is_float(weight) or not _is_float(x):
+            raise ValueError(
+                f"rows and weights must be float32 [rows, in] and [out, in] on a CPU, got {_shown(x)} and {_shown(weight)}"
+            )
+    outs = tuple([torch.empty(rows, len(weight), dtype=torch.float32, device="cpu") for weight in weights])
+    call, numbers = [x.data_ptr(), rows, inputs], 0
+    for weight, out in zip(weights, outs, strict=True):
+        call += weight_address(weight), out.data_ptr(), len(weight)
+        numbers += weight.numel()
+    _multiply(np.array(call, np.int64), min(torch.get_num_threads(), 1 + numbers // _GRAIN))
+    return outs
+
+
+def compile_products() -> None:
+    """Compile both forms: on one thread, and on several."""
+    number, out = (torch.ones(1, dtype=torch.float32, device="cpu") for _ in range(2))
+    call = np.array([number.data_ptr(), 1, 1, number.data_ptr(), out.data_ptr(), 1], np.int64)
+    for threads in (1, 2):
+        _multiply(call, threads)
+
+
+def _is_float(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def _multiply(call: np.ndarray, threads: int) -> None:
+    if threads == 1:
+        _some_outputs(call, 0, 1)
+    else:
+        _all_outputs(call, threads)
+
+
+@cached_njit(nogil=True, parallel=True)
+def _all_outputs(call, parts):
+    for part in numba.prange(parts):
+        _some_outputs(call, np.int64(part), parts)
+
+
+@cached_njit(nogil=True, error_model="numpy")
+def _some_outputs(call, part, parts):
+    """A part of every weight's outputs. Parts begin at multiples of four, so none but the last has a rest."""
+    rows, inputs = call[1], call[2]
+    x, seen = floats_at(call[0], (rows, inputs)), np.empty(1, np.float32)
+    for at in range(3, len(call), 3):
+        outputs = call[at + 2]
+        weight, out = floats_at(call[at], (outputs, inputs)), floats_at(call[at + 1], (rows, outputs))
+        fours = outputs // 4
+        begin, end = fours * part // parts * 4, fours * (part + 1) // parts * 4
+        if part == parts - 1:
+            end = outputs
+        if rows < 4 or outputs < 4:
+            _one_by_one(x, weight, out, begin, end)
+        else:
+            _by_blocks(x, weight, out, begin, end, seen)
+
+
+@cached_njit(nogil=True, error_model="numpy")
+def _one_by_one(x, weight, out, begin, end):
+    for row in range(0, len(x), 3):
+        rows = min(3, len(x) - row)
+        for output in range(begin, end):
+            if rows == 3:
+                _three_rows(x[row], x[row + 1], x[row + 2], weight[output], out[row:, output])
+            elif rows == 2:
+                _two_rows(x[row], x[row + 1], weight[output], out[row:, output])
+            else:
+                out[row, output] = _one_row(x[row], weight[output])
+
+
+@cached_njit(nogil=True, error_model="numpy")
+def _by_blocks(x, weight, out, begin, end, seen):
+    """At least four rows and outputs. Where fewer are left, the last four rows or outputs are computed, some of them again."""
+    rows, block = len(x), max(4, _BLOCK // weight.shape[1] // 4 * 4)
+    while begin < end:
+        until = min(end, begin + block)
+        seen[0] = read_numbers(weight[begin:until].reshape(-1))
+        for first in range(begin, until, 4):
+            output = min(first, len(weight) - 4)
+            four = weight[output : output + 4]
+            for row in range(0, rows - 2, 4):
+                row = min(row, rows - 4)
+                _four_by_four(x[row : row + 4], four, out[row : row + 4, output : output + 4])
+            if 0 < rows % 4 <= 2:
+                _four_by_two(x[rows - 2 :], four, out[rows - 2 :, output : output + 4])
+        begin = until
+
+
+@cached_njit(nogil=True, fastmath=_FAST)
+def _one_row(x, weight):
+    total = np.float32(0)
+    for i in range(len(weight)):
+        total += x[i] * weight[i]
+    return total
+
+
+@cached_njit(nogil=True, fastmath=_FAST)
+def _two_rows(x, y, weight, out):
+    a = b = np.float32(0)
+    for i in range(len(weight)):
+        number = weight[i]
+        a += x[i] * number
+        b += y[i] * number
+    out[0], out[1] = a, b
+
+
+@cached_njit(nogil=True, fastmath=_FAST)
+def _three_rows(x, y, z, weight, out):
+    a = b = c = np.float32(0)
+    for i in range(len(weight)):
+        number = weight[i]
+        a += x[i] * number
+        b += y[i] * number
+        c += z[i] * number
+    out[0], out[1], out[2] = a, b, c
+
+
+@cached_njit(nogil=True, fastmath=_FAST)
+def _four_by_two(x, weight, out):
+    p, q, r, s = weight[0], weight[1], weight[2], weight[3]
+    x, y = x[0], x[1]
+    a = b = c = d = e = f = g = h = np.float32(0)
+    for i in range(len(p)):
+        number, other = x[i], y[i]
+        a, b, c, d = a + number * p[i], b + number * q[i], c + number * r[i], d + number * s[i]
+        e, f, g, h = e + other * p[i], f + other * q[i], g + other * r[i], h + other * s[i]
+    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = a, b, c, d
+    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = e, f, g, h
+
+
+@cached_njit(nogil=True, fastmath=_FAST)
+def _four_by_four(x, weight, out):
+    p, q, r, s = weight[0], weight[1], weight[2], weight[3]
+    first, second, third, fourth = x[0], x[1], x[2], x[3]
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
+    for i in range(len(p)):
+        a, b, c, d = p[i], q[i], r[i], s[i]
+        number = first[i]
+        a0, b0, c0, d0 = a0 + number * a, b0 + number * b, c0 + number * c, d0 + number * d
+        number = second[i]
+        a1, b1, c1, d1 = a1 + number * a, b1 + number * b, c1 + number * c, d1 + number * d
+        number = third[i]
+        a2, b2, c2, d2 = a2 + number * a, b2 + number * b, c2 + number * c, d2 + number * d
+        number = fourth[i]
+        a3, b3, c3, d3 = a3 + number * a, b3 + number * b, c3 + number * c, d3 + number * d
+    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = a0, b0, c0, d0
+    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = a1, b1, c1, d1
+    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = a2, b2, c2, d2
+    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = a3, b3, c3, d3
