@@ -161,9 +161,7 @@ class FastLinears:
         self._given = table
         self._model = model
         self.purpose: Hashable = None
-        self._gained_s: dict[
-            Hashable, float
-        ] = {}  # by purpose and shape: what copies saved in a session, or would have
+        self._gained_s: dict[Hashable, float] = {}  # by purpose and shape: what copies saved in a session, or would have
         self._shapes: list[_Shape] = []
         self._products: dict[Group, Products] = {}
         self._once = _Once()

@@ -30,15 +30,10 @@ def read(cache, first, size):
 
     A head's cells are apart, and a core that computes with them waits for each. This reads them at the rate of memory.
     """
-    return read_numbers(cache[first : first + size].reshape(-1))
-
-
-@cached_njit(nogil=True, fastmath=_FAST)
-def read_numbers(numbers):
-    """Read numbers into the cache of a core; returns their sum, so that it is not left out."""
     total = np.float32(0)
-    for number in range(len(numbers)):
-        total += numbers[number]
+    cells = cache[first : first + size].reshape(-1)
+    for number in range(len(cells)):
+        total += cells[number]
     return total
 
 

@@ -4,8 +4,8 @@ Libraries are made for many rows: for one, MKL took three times as long on one A
 faster, but with a copy of the weights in a layout of its own.
 
 Up to three rows, outputs are computed one by one, so that a weight is read from one end to the other, at the rate of memory.
-With more rows, the sums of four outputs and four rows are computed side by side: what is loaded serves four of them. A core
-would wait for each of four weights that are read in turns, so a block of them is first read into its cache.
+With more rows, the sums of four outputs and four or six rows are computed side by side: what is loaded serves all of them. The
+four outputs are a quarter of the weight apart, so that each quarter is read from one end to the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from atlas_kernels.addresses import floats_at, weight_address
-from atlas_kernels.attend_sums import read_numbers
 from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.openmp import share_threads
 
@@ -25,7 +24,6 @@ share_threads()  # before a parallel kernel is compiled
 
 # Sums may be reordered, so that they are vectorised.
 _FAST = {"reassoc", "contract"}
-_BLOCK = 1 << 14  # numbers of a weight that are read at once: 64 KB, which the second cache of any core holds
 _GRAIN = 1 << 16  # numbers of the weights that are worth another thread
 
 
@@ -88,25 +86,23 @@ def _all_outputs(call, parts):
         _some_outputs(call, np.int64(part), parts)
 
 
-@cached_njit(nogil=True, error_model="numpy")
+@cached_njit(nogil=True)
 def _some_outputs(call, part, parts):
-    """A part of every weight's outputs. Parts begin at multiples of four, so none but the last has a rest."""
+    """A part of every weight's outputs."""
     rows, inputs = call[1], call[2]
-    x, seen = floats_at(call[0], (rows, inputs)), np.empty(1, np.float32)
+    x = floats_at(call[0], (rows, inputs))
     for at in range(3, len(call), 3):
         outputs = call[at + 2]
         weight, out = floats_at(call[at], (outputs, inputs)), floats_at(call[at + 1], (rows, outputs))
-        fours = outputs // 4
-        begin, end = fours * part // parts * 4, fours * (part + 1) // parts * 4
-        if part == parts - 1:
-            end = outputs
-        if rows < 4 or outputs < 4:
-            _one_by_one(x, weight, out, begin, end)
-        else:
-            _by_blocks(x, weight, out, begin, end, seen)
+        begin, end = outputs * part // parts, outputs * (part + 1) // parts
+        if rows >= 4:
+            quarter = (end - begin) // 4
+            _by_quarters(x, weight[begin:], out[:, begin:], quarter)
+            begin += 4 * quarter
+        _one_by_one(x, weight, out, begin, end)
 
 
-@cached_njit(nogil=True, error_model="numpy")
+@cached_njit(nogil=True)
 def _one_by_one(x, weight, out, begin, end):
     for row in range(0, len(x), 3):
         rows = min(3, len(x) - row)
@@ -119,22 +115,23 @@ def _one_by_one(x, weight, out, begin, end):
                 out[row, output] = _one_row(x[row], weight[output])
 
 
-@cached_njit(nogil=True, error_model="numpy")
-def _by_blocks(x, weight, out, begin, end, seen):
-    """At least four rows and outputs. Where fewer are left, the last four rows or outputs are computed, some of them again."""
-    rows, block = len(x), max(4, _BLOCK // weight.shape[1] // 4 * 4)
-    while begin < end:
-        until = min(end, begin + block)
-        seen[0] = read_numbers(weight[begin:until].reshape(-1))
-        for first in range(begin, until, 4):
-            output = min(first, len(weight) - 4)
-            four = weight[output : output + 4]
-            for row in range(0, rows - 2, 4):
-                row = min(row, rows - 4)
-                _four_by_four(x[row : row + 4], four, out[row : row + 4, output : output + 4])
-            if 0 < rows % 4 <= 2:
-                _four_by_two(x[rows - 2 :], four, out[rows - 2 :, output : output + 4])
-        begin = until
+@cached_njit(nogil=True)
+def _by_quarters(x, weight, out, quarter):
+    """The first outputs, four times a quarter, of at least four rows. Odd rows: one of them is computed twice."""
+    rows = len(x)
+    for output in range(quarter):
+        second, third = output + quarter, output + 2 * quarter
+        four = weight[output], weight[second], weight[third], weight[third + quarter]
+        outs = out[:, output], out[:, second], out[:, third], out[:, third + quarter]
+        row = 0
+        while row < rows:
+            left = (rows - row + 1) // 2 * 2
+            if rows >= 6 and (left >= 12 or left % 4 == 2):
+                _four_by_six(x, min(row, rows - 6), four, outs)
+                row += 6
+            else:
+                _four_by_four(x, min(row, rows - 4), four, outs)
+                row += 4
 
 
 @cached_njit(nogil=True, fastmath=_FAST)
@@ -167,34 +164,52 @@ def _three_rows(x, y, z, weight, out):
 
 
 @cached_njit(nogil=True, fastmath=_FAST)
-def _four_by_two(x, weight, out):
-    p, q, r, s = weight[0], weight[1], weight[2], weight[3]
-    x, y = x[0], x[1]
-    a = b = c = d = e = f = g = h = np.float32(0)
-    for i in range(len(p)):
-        number, other = x[i], y[i]
-        a, b, c, d = a + number * p[i], b + number * q[i], c + number * r[i], d + number * s[i]
-        e, f, g, h = e + other * p[i], f + other * q[i], g + other * r[i], h + other * s[i]
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = a, b, c, d
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = e, f, g, h
-
-
-@cached_njit(nogil=True, fastmath=_FAST)
-def _four_by_four(x, weight, out):
-    p, q, r, s = weight[0], weight[1], weight[2], weight[3]
-    first, second, third, fourth = x[0], x[1], x[2], x[3]
+def _four_by_four(x, row, weights, outs):
+    p, q, r, s = weights
+    x0, x1, x2, x3 = x[row], x[row + 1], x[row + 2], x[row + 3]
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
     for i in range(len(p)):
         a, b, c, d = p[i], q[i], r[i], s[i]
-        number = first[i]
+        number = x0[i]
         a0, b0, c0, d0 = a0 + number * a, b0 + number * b, c0 + number * c, d0 + number * d
-        number = second[i]
+        number = x1[i]
         a1, b1, c1, d1 = a1 + number * a, b1 + number * b, c1 + number * c, d1 + number * d
-        number = third[i]
+        number = x2[i]
         a2, b2, c2, d2 = a2 + number * a, b2 + number * b, c2 + number * c, d2 + number * d
-        number = fourth[i]
+        number = x3[i]
         a3, b3, c3, d3 = a3 + number * a, b3 + number * b, c3 + number * c, d3 + number * d
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = a0, b0, c0, d0
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = a1, b1, c1, d1
-    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = a2, b2, c2, d2
-    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = a3, b3, c3, d3
+    sums = (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3)
+    for output in range(4):
+        for at in range(4):
+            outs[output][row + at] = sums[output][at]
+
+
+@cached_njit(nogil=True, fastmath=_FAST)
+def _four_by_six(x, row, weights, outs):
+    p, q, r, s = weights
+    x0, x1, x2, x3, x4, x5 = x[row], x[row + 1], x[row + 2], x[row + 3], x[row + 4], x[row + 5]
+    a0 = a1 = a2 = a3 = a4 = a5 = b0 = b1 = b2 = b3 = b4 = b5 = np.float32(0)
+    c0 = c1 = c2 = c3 = c4 = c5 = d0 = d1 = d2 = d3 = d4 = d5 = np.float32(0)
+    for i in range(len(p)):
+        a, b, c, d = p[i], q[i], r[i], s[i]
+        number = x0[i]
+        a0, b0, c0, d0 = a0 + number * a, b0 + number * b, c0 + number * c, d0 + number * d
+        number = x1[i]
+        a1, b1, c1, d1 = a1 + number * a, b1 + number * b, c1 + number * c, d1 + number * d
+        number = x2[i]
+        a2, b2, c2, d2 = a2 + number * a, b2 + number * b, c2 + number * c, d2 + number * d
+        number = x3[i]
+        a3, b3, c3, d3 = a3 + number * a, b3 + number * b, c3 + number * c, d3 + number * d
+        number = x4[i]
+        a4, b4, c4, d4 = a4 + number * a, b4 + number * b, c4 + number * c, d4 + number * d
+        number = x5[i]
+        a5, b5, c5, d5 = a5 + number * a, b5 + number * b, c5 + number * c, d5 + number * d
+    sums = (
+        (a0, a1, a2, a3, a4, a5),
+        (b0, b1, b2, b3, b4, b5),
+        (c0, c1, c2, c3, c4, c5),
+        (d0, d1, d2, d3, d4, d5),
+    )
+    for output in range(4):
+        for at in range(6):
+            outs[output][row + at] = sums[output][at]
