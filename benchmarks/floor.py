@@ -26,13 +26,13 @@ import torch
 
 from atlas_kernels import layer
 from atlas_rl import AtlasRolloutEngine, progress
-from atlas_rl.policy import cpu_linear, flat_layers, linear_routes, ragged_attention, short_rows
+from atlas_rl.policy import flat_layers, group_products, linear_routes, ragged_attention, short_rows
 from atlas_rl.report.report import PHASES
 from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
 
 KINDS = {
-    "linear": ("aten::mm", "aten::addmm", "aten::mv", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise", "few_rows_linear"),
+    "linear": ("aten::mm", "aten::addmm", "aten::mv", "aten::bmm", "aten::linear", "mkldnn::_linear", "few_rows"),
     "attention": ("attend_rows", "aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "layout": ("aten::copy_", "aten::contiguous", "aten::clone", "aten::cat", "aten::index", "aten::index_put_"),
 }
@@ -40,7 +40,7 @@ KERNELS = (
     (short_rows, "attend_rows"),
     (ragged_attention, "attend_rows"),
     (linear_routes, "few_rows_linear"),
-    (cpu_linear, "few_rows_linear"),
+    (group_products, "few_rows_linear"),
     (flat_layers, "rms_norm_cpu"),
     (flat_layers, "add_and_norm"),
     (flat_layers, "rotate_in_place"),

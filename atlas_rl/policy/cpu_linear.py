@@ -26,30 +26,24 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from atlas_kernels.few_rows_cpu import few_rows_linear
+from atlas_rl.policy.group_products import Copies, Group, by_one_route, timed
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.linear_routes import (
     BUCKETS,
     MIN_BYTES,
     PACKED,
     PLAIN,
-    ROUTES,
-    STREAMED,
     Contest,
     RouteTable,
     bucket_of,
-    packed,
     packed_type,
     packed_weight,
-    timing,
 )
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.parts import HasModules
 from atlas_rl.policy.threads import replaced_forwards
 from atlas_rl.policy.weight_copy import WeightCopy, can_be_copied
 
-Group = tuple[nn.Linear, ...]
-"""Layers that multiply the same rows: most often one. A packed copy of several is one matrix, and one product."""
 Products = Callable[[Group, torch.Tensor], tuple[torch.Tensor, ...]]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +78,7 @@ class _Shape:
     contests: dict[int, Contest]
     once: _Once
     before_s: float = 0.0
-    copies: dict[Group, tuple[WeightCopy, ...]] = field(default_factory=dict)
+    copies: dict[Group, Copies] = field(default_factory=dict)
     gained_s: float = 0.0
     lost_s: float = 0.0
     price_s: float = 0.0
@@ -161,7 +155,7 @@ class FastLinears:
         self._given = table
         self._model = model
         self.purpose: Hashable = None
-        self._gained_s: dict[Hashable, float] = {}  # by purpose and shape: what copies saved in a session, or would have
+        self._gained_s: dict[Hashable, float] = {}  # `_Shape.gained_s` of the latest session, by purpose and shape
         self._shapes: list[_Shape] = []
         self._products: dict[Group, Products] = {}
         self._once = _Once()
@@ -352,18 +346,18 @@ def _products_of(shape: _Shape) -> Products:
     def products(group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         number, copies = rows.shape[0], shape.copies
         if number not in rows_in_contests:
-            return _by(PLAIN, rows, group, None)
+            return by_one_route(PLAIN, rows, group, None)
         contest, copy = contests[bucket_of(number)], copies.get(group)
         if copy is not None and not all(of.is_of(layer.weight) for of, layer in zip(copy, group, strict=True)):
             del copies[group]
             copy = None
         if contest.winner is None:
             began_s = time.perf_counter()
-            out = _timed(contest, rows, group, copy if shape.times_copies else None, len(shape.groups) == 1)
+            out = timed(contest, rows, group, copy if shape.times_copies else None, len(shape.groups) == 1)
             taken_s = time.perf_counter() - began_s
             shape.once.seconds += max(0.0, taken_s - contest.least_s(number, may_pack=copy is not None))
             return out
-        return _by(contest.winner if copy is not None else contest.runner_up, rows, group, copy)
+        return by_one_route(contest.winner if copy is not None else contest.runner_up, rows, group, copy)
 
     return products
 
@@ -371,31 +365,3 @@ def _products_of(shape: _Shape) -> Products:
 def _rows_in_contests(dtype: torch.dtype) -> range:
     """Row counts with contests for a type; with many float32 rows BLAS is fastest anyway."""
     return range(1, BUCKETS[-1] + 1 if dtype == torch.float32 else sys.maxsize)
-
-
-def _timed(
-    contest: Contest, x: torch.Tensor, group: Group, copy: tuple[WeightCopy, ...] | None, is_only_one: bool
-) -> tuple[torch.Tensor, ...]:
-    route = contest.next(may_pack=copy is not None)
-    if route == PACKED and len(x) not in contest.compiled:
-        # oneDNN compiles a product when it first sees a number of rows, which takes up to ten times as long as the product.
-        contest.compiled.add(len(x))
-        out = _by(route, x, group, copy)
-        if not is_only_one:  # another group is timed, whose weight is read from memory
-            return out
-    with timing(contest, route, len(x)):
-        return _by(route, x, group, copy)
-
-
-def _by(route: str, x: torch.Tensor, group: Group, copy: tuple[WeightCopy, ...] | None) -> tuple[torch.Tensor, ...]:
-    if route == STREAMED and len(group) > 1:  # one pass over all weights
-        outs = few_rows_linear(x, [layer.weight for layer in group])
-        return outs if group[0].bias is None else tuple(map(torch.Tensor.add_, outs, [layer.bias for layer in group]))
-    if route != PACKED:
-        product = ROUTES[route]
-        return tuple([product(x, layer.weight, layer.bias) for layer in group])
-    assert copy is not None, "layers without a copy have another route"
-    if len(group) == 1:
-        return (packed(x, copy[0].made, group[0].bias),)
-    bias = None if group[0].bias is None else torch.cat([layer.bias for layer in group])
-    return packed(x, copy[0].made, bias).split([layer.weight.shape[0] for layer in group], dim=-1)

@@ -31,7 +31,7 @@ from atlas_kernels.few_rows_cpu import few_rows_linear
 logger = logging.getLogger(__name__)
 
 PLAIN, TURNED, DOUBLED, STREAMED, WIDENED, PACKED = "plain", "turned", "doubled", "streamed", "widened", "packed"
-"""`F.linear`; the weight as the tall operand; that with a single row given twice; our kernel; in float32; in oneDNN's layout.
+"""`F.linear`; the weight as the tall operand; that with a row given twice; our kernel; in float32; in oneDNN's layout.
 
 A processor without units for bfloat16 multiplies one number at a time: 32 rows take six times as long as in float32,
 128 take eight times. `WIDENED` converts such weights in every forward; a packed copy of them is in float32.
@@ -49,7 +49,7 @@ BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Row counts that have a contest; other counts use the contest of the next larger one, or of the last."""
 _BUCKET_OF = tuple(next(bucket for bucket in BUCKETS if rows <= bucket) for rows in range(1, BUCKETS[-1] + 1))
 
-_STREAMED_ROWS = 64  # most that the streamed route is timed for; libraries multiply more rows at a processor's full rate
+_STREAMED_ROWS = 64  # most that our kernel is timed for; libraries multiply more at a processor's full rate
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -85,7 +85,13 @@ def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return (out if bias is None else out.add_(bias.float())).to(x.dtype)
 
 
-ROUTES: dict[str, Product] = {PLAIN: functional.linear, TURNED: turned, DOUBLED: doubled, STREAMED: streamed, WIDENED: widened}
+ROUTES: dict[str, Product] = {
+    PLAIN: functional.linear,
+    TURNED: turned,
+    DOUBLED: doubled,
+    STREAMED: streamed,
+    WIDENED: widened,
+}
 
 
 def bucket_of(rows: int) -> int:

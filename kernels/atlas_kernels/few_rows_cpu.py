@@ -1,11 +1,11 @@
 """Products of a few float32 rows with weights on a CPU, compiled: weights are read once, as they are stored.
 
-Libraries are made for many rows: for one, MKL took three times as long on one AMD EPYC as reading the weights takes. oneDNN is
+Libraries are made for many rows: on an AMD EPYC, MKL took three times as long for one row as reading the weights. oneDNN is
 faster, but with a copy of the weights in a layout of its own.
 
 Up to three rows, outputs are computed one by one, so that a weight is read from one end to the other, at the rate of memory.
-With more rows, the sums of four outputs and four or six rows are computed side by side: what is loaded serves all of them. The
-four outputs are a quarter of the weight apart, so that each quarter is read from one end to the other.
+With more rows, the sums of four outputs and four or six rows are computed side by side: what is loaded serves all of them.
+These outputs are a quarter of the weight apart, so that each quarter is read from one end to the other.
 """
 
 from __future__ import annotations

@@ -276,7 +276,9 @@ def with_route(route, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with
 @pytest.mark.parametrize("route", [PACKED, TURNED, STREAMED, None])
-def test_layers_that_multiply_the_same_rows_are_multiplied_together(name, route, by_modules, packed_weights, monkeypatch):
+def test_layers_that_multiply_the_same_rows_are_multiplied_together(
+    name, route, by_modules, packed_weights, monkeypatch
+):
     with_route(route, monkeypatch)
     model = large(name)
     expected = by_modules(model)

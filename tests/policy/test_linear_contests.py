@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from atlas_rl.policy import cpu_linear, linear_routes
+from atlas_rl.policy import cpu_linear, group_products, linear_routes
 from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.linear_routes import (
     BUCKETS,
@@ -165,7 +165,7 @@ def test_a_disk_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_layers", [1, 5])
 def test_what_a_product_takes_to_compile_is_not_timed(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN compiles a product for every new number of rows, and a step with drafts has another number every time."""
-    compiled, product, plain = set(), cpu_linear.packed, functional.linear
+    compiled, product, plain = set(), group_products.packed, functional.linear
 
     def slow_at_first(x: torch.Tensor, *others: Any) -> torch.Tensor:
         if len(x) not in compiled:
@@ -177,7 +177,7 @@ def test_what_a_product_takes_to_compile_is_not_timed(num_layers: int, monkeypat
         time.sleep(0.01)
         return plain(*arguments)
 
-    monkeypatch.setattr(cpu_linear, "packed", slow_at_first)
+    monkeypatch.setattr(group_products, "packed", slow_at_first)
     for route in ROUTES:
         monkeypatch.setitem(ROUTES, route, slow)
     layers, table = nn.ModuleList([layer_of(seed=each) for each in range(num_layers)]), RouteTable(None, "nobody's")
