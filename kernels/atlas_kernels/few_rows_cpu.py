@@ -41,20 +41,23 @@ def few_rows_linear(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[t
         ValueError: A shape or type does not fit.
         RuntimeError: The memory of a weight was given back.
     """
-    rows, inputs = x.shape
-    x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
+    (rows, inputs), x = x.shape, x.contiguous()
+    call, numbers, outs, kept = [x.data_ptr(), rows, inputs], 0, [], []
     for weight in weights:
-        if weight.shape[1] != inputs or not _is_float(weight) or not _is_float(x):
+        outputs, width = weight.shape
+        if width != inputs or not _is_float(weight) or not _is_float(x):
             raise ValueError(
                 f"rows and weights must be float32 [rows, in] and [out, in] on a CPU, got {_shown(x)} and {_shown(weight)}"
             )
-    outs = tuple([torch.empty(rows, len(weight), dtype=torch.float32, device="cpu") for weight in weights])
-    call, numbers = [x.data_ptr(), rows, inputs], 0
-    for weight, out in zip(weights, outs, strict=True):
-        call += weight_address(weight), out.data_ptr(), len(weight)
-        numbers += weight.numel()
+        if not weight.is_contiguous():
+            weight = weight.contiguous()
+            kept.append(weight)
+        out = x.new_empty((rows, outputs))
+        call += weight_address(weight), out.data_ptr(), outputs
+        numbers += outputs * inputs
+        outs.append(out)
     _multiply(np.array(call, np.int64), min(torch.get_num_threads(), 1 + numbers // _GRAIN))
-    return outs
+    return tuple(outs)
 
 
 def compile_products() -> None:
@@ -66,7 +69,7 @@ def compile_products() -> None:
 
 
 def _is_float(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return tensor.dtype is torch.float32 and tensor.is_cpu
 
 
 def _shown(tensor: torch.Tensor) -> str:
