@@ -10,8 +10,9 @@ is that of all 30 layers, with the placement of the tokens.
 
 - `attention`: the rectangle of torch's attention, and the compiled kernel (`atlas_rl/policy/short_rows.py`), for plain
   steps, for drafts of equal length, and for ragged ones.
-- `linear`: queries, keys and values of the same rows, and gate and up: torch's `linear` one by one, packed one by one, and
-  packed together (`atlas_rl/policy/cpu_linear.py`).
+- `linear`: queries, keys and values of the same rows, and gate and up: torch's `linear` one by one, the weight as the left
+  operand, the kernel for a few rows (`atlas_kernels/few_rows_cpu.py`), packed one by one, and packed together
+  (`atlas_rl/policy/cpu_linear.py`). `read_ms` is reading the weights once, by adding them up: the floor.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from atlas_kernels.few_rows_cpu import few_rows_linear
 from atlas_rl import progress
 from atlas_rl.policy import short_rows
 from atlas_rl.policy.base import Segments
-from atlas_rl.policy.linear_routes import packed, packed_weight
+from atlas_rl.policy.linear_routes import packed, packed_weight, turned
 from atlas_rl.policy.ragged_attention import RaggedBatch, active, attend_tokens
 from benchmarks.common import ROOT, environment, quantiles, write_result
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM = 30, 576, 9, 3, 64
 GROUPS = {"query, key, value": (576, 192, 192), "gate, up": (1536, 1536)}
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 FORMS = {"rectangle": 0, "compiled": short_rows.MOST_TOKENS}
 
 Arms = dict[str, Callable[[], torch.Tensor]]
@@ -64,7 +66,9 @@ def main() -> None:
         for name, widths in GROUPS.items():
             for rows in progress.each(ROWS, f"rows through {name}", "cell"):
                 about = {"operation": "linear", "layers": name, "batch": rows}
-                operations.append(about | timed(linear(rows, widths), args.passes))
+                arms, read = linear(rows, widths)
+                reading = timed({"read": read}, args.passes)["ms"]["read"]
+                operations.append(about | timed(arms, args.passes) | {"read_ms": reading})
     write_result(args.output, {**environment(), "context": args.context, "operations": operations})
     print(f"written: {args.output}")
 
@@ -99,8 +103,8 @@ def attention(lengths: np.ndarray, starts: np.ndarray) -> Arms:
     return {name: lambda most=most: step(most) for name, most in FORMS.items()}  # type: ignore[misc]
 
 
-def linear(rows: int, widths: tuple[int, ...]) -> Arms:
-    """Layers that multiply the same rows, in three forms."""
+def linear(rows: int, widths: tuple[int, ...]) -> tuple[Arms, Callable[[], torch.Tensor]]:
+    """Layers that multiply the same rows, in five forms, and what reads their weights."""
     x = torch.randn(rows, HIDDEN)
     weights = [[torch.randn(width, HIDDEN) / 24 for width in widths] for _ in range(LAYERS)]
     apart = [[packed_weight(weight) for weight in layer] for layer in weights]
@@ -113,11 +117,24 @@ def linear(rows: int, widths: tuple[int, ...]) -> Arms:
     def by_packed(rows: torch.Tensor, weight: Any) -> torch.Tensor:
         return packed(rows, weight, None)
 
-    return {
+    def by_turned(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return turned(rows, weight, None)
+
+    def streamed() -> torch.Tensor:
+        products = [few_rows_linear(x, layer) for layer in weights]
+        return torch.cat(products[-1], dim=1)
+
+    def read() -> torch.Tensor:
+        return torch.stack([weight.sum() for layer in weights for weight in layer])
+
+    arms = {
         "linear": lambda: through(weights, functional.linear),
+        "turned": lambda: through(weights, by_turned),
+        "streamed": streamed,
         "packed": lambda: through(apart, by_packed),
         "packed together": lambda: through([[layer] for layer in joined], by_packed),
     }
+    return arms, read
 
 
 def timed(arms: Arms, passes: int) -> dict[str, Any]:
