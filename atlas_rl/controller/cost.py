@@ -158,6 +158,20 @@ class CostModel:
         table = self._predicted(above[0])
         return bool(table[above[0]] <= _ABOUT * table[below[-1]])
 
+    def most_goodput(self, batch: int, context_tokens: int) -> float:
+        """Bound on the tokens per second of plain decoding of `batch` requests; infinite without evidence.
+
+        More tokens never cost less in all, nor more per token. So the goodput is below that of a larger batch that was
+        measured, and below `batch` tokens in the time of a smaller one.
+        """
+        measured = [size for size in self._sizes if len(self._samples[size]) >= _MEASURED]
+        place = bisect_left(measured, batch)
+        near = {measured[i]: max(measured[i], batch) for i in (place - 1, place) if 0 <= i < len(measured)}
+        if not near:
+            return math.inf
+        table = self._predicted(max(near))
+        return min([tokens / float(table[size]) for size, tokens in near.items()]) / self._factor(context_tokens)
+
     def _predicted(self, max_tokens: int) -> np.ndarray:
         if len(self._table) <= max_tokens:
             self._tabulate(max_tokens)
