@@ -138,7 +138,9 @@ def ask_next(
             is_trial = is_trial or (pays and not is_known)
             if pays and is_known:
                 wanted, goodput = answer, expected
-            elif not pays and not _affords(own, batch, backlogs, table[batch] * factor, first_s, shares, levels, purses_s):
+            elif not pays and not _affords(
+                own, batch, backlogs, table[batch] * factor, first_s, shares, levels, purses_s
+            ):
                 wanted[:] = 0
         wanted, anybody = within(wanted, room)
         if anybody:

@@ -43,8 +43,8 @@ class Step:
         ready: Speculators that can draft now.
         asked: int64 `[batch]` per speculator asked so far in this step: most tokens wanted from it.
         drafts: Drafts of those speculators; every draft has a row for every request.
-        draft_s: Seconds that asking for each of those drafts took. Where the device runs a forward while speculators observe,
-            one that is asked observes before it, and that is part of asking.
+        draft_s: Seconds that asking for each of those drafts took. Where the device runs a forward while speculators
+            observe, one that is asked observes before it, and that is part of asking.
         backlog: `Speculator.backlog` over all requests; after a speculator drafted, over the requests it drafted for.
         drawn_as: Key of the sampling distribution: acceptance at one temperature says little about another.
         rest: Remaining work of the requests; None if the call does not end with its last request, as in a server's

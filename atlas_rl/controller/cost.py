@@ -192,25 +192,37 @@ class CostModel:
         self._means[size] = known * (1 + 0.1 * off), context + 0.1 * deviation
 
     def _tabulate(self, max_tokens: int) -> None:
-        sizes = self._sizes
-        max_tokens = max(max_tokens, sizes[-1])
-        run = self._step_sizes.run(max_tokens)
-        size = run[sizes].astype(np.float64)
-        weight = np.array([len(self._samples[bucket]) for bucket in sizes], dtype=np.float64)
-        # More tokens are never cheaper. If they seem so, a forward was interrupted: weigh by samples.
-        median = _rising([_median(self._samples[bucket]) for bucket in sizes], weight.tolist())
-        intercept, slope = _line(size, median, weight)
-        table = intercept + slope * run
-        seen = np.full(max_tokens + 1, np.inf)
-        trust = weight / (weight + _TRUST)
-        factor = 1 + trust * (median / (intercept + slope * size) - 1)
-        for bucket, times in zip(sizes, factor, strict=True):
-            where = slice(bucket, self._step_sizes.end(bucket))
-            table[where] *= times
-            seen[where] = table[where]
+        max_tokens = max(max_tokens, self._sizes[-1])
+        run, beyond = self._step_sizes.run(max_tokens), self._step_sizes.last + 1
+        self._table = np.empty(max_tokens + 1)
+        for begin, end in ((0, min(beyond, max_tokens + 1)), (beyond, max_tokens + 1)):
+            if begin < end:
+                self._table[begin:end] = self._tabulated(begin, end, run)
+
+    def _tabulated(self, begin: int, end: int, run: np.ndarray) -> np.ndarray:
+        """Seconds of forwards over `begin`, ... `end - 1` tokens, all of them padded or none: float64 `[end - begin]`.
+
+        More tokens of one kind are never cheaper. If they seem so, a forward was interrupted: weigh by samples. But the
+        first sizes that are not padded may be cheaper than the last ones that are, because they run in another way.
+        """
+        sizes = [size for size in self._sizes if begin <= size < end]
+        known = sizes if len(sizes) > 1 else self._sizes  # one size makes no line
+        weight = np.array([len(self._samples[size]) for size in known], np.float64)
+        median = _rising([_median(self._samples[size]) for size in known], weight.tolist())
+        intercept, slope = _line(run[known].astype(np.float64), median, weight)
+        line = intercept + slope * run
+        off = _off_the_line(run[known].astype(np.float64), median / line[known] - 1, weight / (weight + _TRUST))
+        table = (line * (1 + np.interp(run, run[known], off)))[begin:end]
+        seen = np.full(end - begin, np.inf)
+        for size, own in zip(known, off, strict=True):
+            if begin <= size < end:
+                where = slice(size, self._step_sizes.end(size))
+                inside = slice(size - begin, self._step_sizes.end(size) - begin)
+                seen[inside] = table[inside] = (line * (1 + own))[where][: end - size]
         # An interpolated size must not cost more than a larger one that was measured.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
-        self._table = np.maximum.accumulate(np.maximum(table, TICK_S))
+        rising: np.ndarray = np.maximum.accumulate(np.maximum(table, TICK_S))
+        return rising
 
 
 class CostModels:
@@ -363,6 +375,18 @@ def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[flo
     slope = float((weight @ (centred * (median - mean)) + ridge * prior_slope) / (weight @ centred**2 + ridge))
     slope = min(max(slope, 0.0), mean / max(mean_size, 1.0))
     return mean - slope * mean_size, slope
+
+
+def _off_the_line(size: np.ndarray, off: np.ndarray, trust: np.ndarray) -> np.ndarray:
+    """Relative distances of sizes from their line, float64 `[n]`, smoothed: costs are a curve, not a line.
+
+    The fewer forwards of a size were seen, the more it follows the sizes around it, and these the line.
+    """
+    own, around = trust * off, np.zeros(len(off))
+    if len(off) > 2:
+        share = (size[1:-1] - size[:-2]) / (size[2:] - size[:-2])
+        around[1:-1] = (1 - share) * own[:-2] + share * own[2:]
+    return own + (1 - trust) * around
 
 
 def _due(num_observed: int, every: int) -> bool:

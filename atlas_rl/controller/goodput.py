@@ -208,8 +208,8 @@ class GoodputController(Controller):
 
         Drafting is compared with plain decoding, so plain decoding must have been measured at this batch size. If its
         cost were only inferred, say from one interrupted step, drafting could look free, and while every step has
-        drafts, nothing would correct that. But as requests end, the batch passes through many sizes, and if drafts promise more
-        than plain decoding can reach at this size by what is known of others, a measurement would change nothing.
+        drafts, nothing would correct that. But as requests end, the batch passes through many sizes. If drafts promise
+        more than plain decoding can reach by what is known of other sizes, a measurement would change nothing.
         """
         seen = self._cost.num_samples(batch)
         if seen >= _PLAIN_KNOWN or self._steps_since_plain >= _PLAIN_EVERY:

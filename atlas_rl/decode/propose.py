@@ -112,8 +112,8 @@ class Proposing:
     def _update(self, name: str, sequences: Sequences, requests: np.ndarray, step: Step) -> float:
         """Show a speculator the latest tokens, begin to draft, and return the time from which asking it is charged.
 
-        If it observed later, the device would run a forward meanwhile: then asking is what exposes it. If nothing runs beside
-        the host, it takes as long either way.
+        If it observed later, the device would run a forward meanwhile: then asking is what exposes it. If nothing runs
+        beside the host, it takes as long either way.
         """
         recorder, observing = self._recorder, self._observing
         if name not in observing.waiting:

@@ -57,7 +57,7 @@ def test_a_plan_in_one_call_is_the_plain_one() -> None:
             spent_s, first_s = float(rng.uniform(0, 1e-3)), float(rng.choice([0.0, 5e-4]))
             chosen, wanted, beside, goodput, is_trial = ask_next(
                 current, room, arms.backlogs, table / 1.25, 1.25, spent_s, first_s, DEPTHS, UNPADDED, for_all, *arms.arrays
-            )
+            )  # fmt: skip
             expected = ask_in_numpy(
                 twins, purses_s, plain, current, room, arms.backlogs, table, spent_s, first_s, DEPTHS, for_all
             )

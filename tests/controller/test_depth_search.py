@@ -99,7 +99,7 @@ def test_a_decision_in_one_call_is_the_plain_one(seed, is_known, for_all):
         expected = decide_in_numpy(
             current, room, twin, table, cost if is_known else None, spent_s, first_s, backlog, depths, 0.97,
             for_all=for_all,
-        )
+        )  # fmt: skip
         assert np.array_equal(found[0], expected[0])
         assert found[1] == pytest.approx(expected[1])
         assert found[2] == expected[0].any()
