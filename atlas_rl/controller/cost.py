@@ -161,12 +161,13 @@ class CostModel:
     def most_goodput(self, batch: int, context_tokens: int) -> float:
         """Bound on the tokens per second of plain decoding of `batch` requests; infinite without evidence.
 
-        More tokens never cost less in all, nor more per token. So the goodput is below that of a larger batch that was
-        measured, and below `batch` tokens in the time of a smaller one.
+        More tokens never cost less in all, nor more per token up to where padding ends. So the goodput is at most that of
+        a larger size that was measured, and at most `batch` tokens in the time of a smaller one.
         """
         measured = [size for size in self._sizes if len(self._samples[size]) >= _MEASURED]
         place = bisect_left(measured, batch)
-        near = {measured[i]: max(measured[i], batch) for i in (place - 1, place) if 0 <= i < len(measured)}
+        near = dict.fromkeys(measured[max(place - 1, 0) : place], batch)
+        near |= {size: self._step_sizes.end(size) - 1 for size in measured[place : place + 1]}
         if not near:
             return math.inf
         table = self._predicted(max(near))
