@@ -10,17 +10,23 @@ from __future__ import annotations
 from collections import deque
 
 from atlas_rl.controller.base import Step
+from atlas_rl.controller.cost import OCTAVES
 
 _STEPS = 15  # latest steps of a kind whose median counts
 
 
 class Exposed:
-    """Host seconds of steps with and without drafts, drafts left out, by octave of the batch."""
+    """Host seconds of steps with and without drafts, drafts left out, by octave of the batch (its bit length).
+
+    Attributes:
+        extra_s: By octave, the seconds that drafting at all adds to a step: of the nearest octave in which both kinds of
+            step were seen, 0 before any. Written while learning, read by plans.
+    """
 
     def __init__(self) -> None:
+        self.extra_s = [0.0] * OCTAVES
         self._seconds: dict[tuple[int, bool], deque[float]] = {}
         self._medians: dict[tuple[int, bool], float] = {}
-        self._extra_s: dict[int, float] = {}  # by octaves of which both kinds were seen
 
     def observe(self, step: Step) -> float:
         """Learn from a step, and return the seconds by which it exceeded a usual one without drafts.
@@ -32,16 +38,16 @@ class Exposed:
         plain_s = self._medians.get((octave, False))
         kept = self._seconds.setdefault((octave, drafts), deque(maxlen=_STEPS))
         kept.append(own_s)
-        self._medians[octave, drafts] = sorted(kept)[len(kept) // 2]
-        if (octave, not drafts) in self._medians:
-            self._extra_s[octave] = max(0.0, self._medians[octave, True] - self._medians[octave, False])
+        median = sorted(kept)[len(kept) // 2]
+        if median != self._medians.get((octave, drafts)):
+            self._medians[octave, drafts] = median
+            self._tabulate()
         return max(0.0, own_s - plain_s) if drafts and plain_s is not None else 0.0
 
-    def extra_s(self, batch: int) -> float:
-        """Seconds that drafting at all adds to a step of `batch` requests: of the nearest octave known, 0 before any."""
-        octave = batch.bit_length()
-        if octave not in self._extra_s:
-            if not self._extra_s:
-                return 0.0
-            octave = min(self._extra_s, key=lambda known: abs(known - octave))
-        return self._extra_s[octave]
+    def _tabulate(self) -> None:
+        """Write down `extra_s`."""
+        medians = self._medians
+        known = [octave for octave, drafts in medians if drafts and (octave, False) in medians]
+        own_s = {octave: max(0.0, medians[octave, True] - medians[octave, False]) for octave in known}
+        for octave in range(OCTAVES) if known else ():
+            self.extra_s[octave] = own_s[min(known, key=lambda near: abs(near - octave))]

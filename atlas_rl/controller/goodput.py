@@ -96,7 +96,7 @@ class GoodputController(Controller):
         others = [name for name in step.drafts if name not in names]
         coming = Step(step.room, step.context_tokens, names, drawn_as=step.drawn_as, rest=step.rest)
         coming.draft_s = {name: step.draft_s[name] for name in others}
-        decision = self._ahead = Decision(coming, began_ahead=True)
+        decision = self._ahead = Decision(coming, began_ahead=True, extra_s=running.extra_s)
         decision.planned = self._considers(coming, step.batch)
         if not decision.planned:
             return {}
@@ -196,7 +196,9 @@ class GoodputController(Controller):
             self._at_hand.append(opened)
         else:
             self._at_hand.append(Decision(step))
-        return self._at_hand[-1]
+        decision = self._at_hand[-1]
+        decision.extra_s = self._exposed.extra_s[len(step.room).bit_length()]
+        return decision
 
     def _draw_as(self, distribution: Hashable) -> None:
         self._drawn_as = distribution
@@ -256,8 +258,10 @@ class GoodputController(Controller):
                 decision.beside[new] = best.survival[:, 0].copy()  # the best drafts change with the next one
                 return {new: wanted}
         table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
+        extra_s = decision.extra_s
+        first_s, spent_s = (0.0, sum(step.draft_s.values(), extra_s)) if step.draft_s else (extra_s, 0.0)
         index, wanted, beside, goodput, is_trial = ask_next(
-            best.survival, step.room, self._arms.backlogs, table, factor, *self._spent_s(step), _DEPTHS, self._cost.edges,
+            best.survival, step.room, self._arms.backlogs, table, factor, spent_s, first_s, _DEPTHS, self._cost.edges,
             for_all, *self._arms.arrays,
         )  # fmt: skip
         if is_trial:
@@ -269,11 +273,6 @@ class GoodputController(Controller):
         if goodput > 0:
             decision.promise = Promise(name, goodput)
         return {name: wanted}
-
-    def _spent_s(self, step: Step) -> tuple[float, float]:
-        """Seconds spent on the drafts so far, and what the next drafter has to pay if it is the first of the step."""
-        extra_s = self._exposed.extra_s(step.batch)
-        return (sum(step.draft_s.values()) + extra_s, 0.0) if step.draft_s else (0.0, extra_s)
 
     def _untried(self, batch: int) -> str | None:
         """The cheapest drafter of those that may be asked, if the time of its calls is not known; else None."""
@@ -296,7 +295,7 @@ class GoodputController(Controller):
         plain_s = self._cost.seconds(step.batch, step.context_tokens)
         least_s = 0.0 if plain_s is None else LEAST_TRIAL * plain_s
         draft_s = self._models[name].cost.predict(step.batch, float(TRIAL_DEPTH), step.backlog.get(name, 0))
-        return max(draft_s + self._exposed.extra_s(step.batch), least_s)
+        return max(draft_s + self._exposed.extra_s[step.batch.bit_length()], least_s)
 
     def _best_lengths(self, survival: np.ndarray, decision: Decision) -> np.ndarray:
         """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch; n maximises G."""
@@ -321,7 +320,7 @@ class GoodputController(Controller):
         A drawn draft may have stopped at an ending token. Its measured time would reveal that, and must not influence
         whether the token is verified.
         """
-        step, extra_s = decision.step, self._exposed.extra_s(decision.step.batch)
+        step, extra_s = decision.step, decision.extra_s
         if not decision.is_drawn:
             return sum(step.draft_s.values(), extra_s)
         expected = (

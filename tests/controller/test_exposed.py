@@ -25,9 +25,9 @@ def step(batch: int, exposed_s: float, draft_s: float | None = None, wasted_s: f
 def test_nothing_is_known_before_both_kinds_of_step_were_seen() -> None:
     exposed = Exposed()
     assert exposed.observe(step(BATCH, DRAFTED_S + 2e-4, 2e-4)) == 0.0
-    assert exposed.extra_s(BATCH) == 0.0
+    assert exposed.extra_s[BATCH.bit_length()] == 0.0
     exposed.observe(step(BATCH, PLAIN_S))
-    assert exposed.extra_s(BATCH) == pytest.approx(DRAFTED_S - PLAIN_S)
+    assert exposed.extra_s[BATCH.bit_length()] == pytest.approx(DRAFTED_S - PLAIN_S)
 
 
 def test_drafts_and_waits_in_vain_are_no_part_of_it() -> None:
@@ -45,8 +45,8 @@ def test_one_interrupted_step_does_not_count_and_other_batches_follow_the_neares
         exposed.observe(step(64, 2 * PLAIN_S))
         exposed.observe(step(64, 4 * DRAFTED_S, 0.0))
     exposed.observe(step(BATCH, 1.0, 0.0))
-    assert exposed.extra_s(BATCH) == exposed.extra_s(BATCH // 2) == pytest.approx(DRAFTED_S - PLAIN_S)
-    assert exposed.extra_s(256) == pytest.approx(4 * DRAFTED_S - 2 * PLAIN_S)
+    assert exposed.extra_s[BATCH.bit_length()] == exposed.extra_s[1] == pytest.approx(DRAFTED_S - PLAIN_S)
+    assert exposed.extra_s[20] == pytest.approx(4 * DRAFTED_S - 2 * PLAIN_S)
 
 
 def run_with(exposed_s: float, *, told: bool) -> SimulatedDecoding:
