@@ -119,7 +119,7 @@ def ask_next(
         survival of the first token that each request has. The expected goodput without the discount; 0 if the call is not
         expected to pay. Whether some drafter is worth a trial, because the time of such a call is not known.
     """
-    batch = len(room)
+    batch, plain_s = len(room), table[len(room)] * factor
     beside, is_trial = current[:, 0].copy(), False
     chosen, wanted, goodput = -1, np.zeros(batch, np.int64), 0.0
     for own in _by_price(backlogs, batch, num_calls, shares, levels):
@@ -138,9 +138,7 @@ def ask_next(
             is_trial = is_trial or (pays and not is_known)
             if pays and is_known:
                 wanted, goodput = answer, expected
-            elif not pays and not _affords(
-                own, batch, backlogs, table[batch] * factor, first_s, shares, levels, purses_s
-            ):
+            elif not pays and not _affords(own, batch, backlogs, plain_s, first_s, shares, levels, purses_s):
                 wanted[:] = 0
         wanted, anybody = within(wanted, room)
         if anybody:

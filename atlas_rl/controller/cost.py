@@ -11,14 +11,13 @@ from typing import TypeVar
 import numpy as np
 
 from atlas_kernels.jit_cache import cached_njit
+from atlas_rl.controller.curve import line_through, off_the_line, rising
 from atlas_rl.controller.step_sizes import StepSizes
 
 _Depth = TypeVar("_Depth", float, np.ndarray)
 
 _SAMPLES = 15  # latest samples per size: their median ignores outliers and follows a machine that slows down
 _TRUST = 3.0  # samples at which the median of a size, or octave, weighs as much as the fit through all of them
-_PRIOR_DOUBLING_TOKENS = 64.0  # before any evidence: this many more tokens double a forward's time
-_PRIOR_WEIGHT = 0.05  # weight of that slope in the fit
 _CONTEXT_DOUBT = 2000.0  # context tokens: evidence spread this wide weighs as much as the prior "context is free"
 _CONTEXT_FADES = 0.995  # share of that evidence kept at each forward
 _OUTLIER = 0.2  # bound on a forward's relative distance from its size's mean, when learning the context's cost
@@ -209,10 +208,10 @@ class CostModel:
         sizes = [size for size in self._sizes if begin <= size < end]
         known = sizes if len(sizes) > 1 else self._sizes  # one size makes no line
         weight = np.array([len(self._samples[size]) for size in known], np.float64)
-        median = _rising([_median(self._samples[size]) for size in known], weight.tolist())
-        intercept, slope = _line(run[known].astype(np.float64), median, weight)
+        median = rising([_median(self._samples[size]) for size in known], weight.tolist())
+        intercept, slope = line_through(run[known].astype(np.float64), median, weight)
         line = intercept + slope * run
-        off = _off_the_line(run[known].astype(np.float64), median / line[known] - 1, weight / (weight + _TRUST))
+        off = off_the_line(run[known].astype(np.float64), median / line[known] - 1, weight / (weight + _TRUST))
         table = (line * (1 + np.interp(run, run[known], off)))[begin:end]
         seen = np.full(end - begin, np.inf)
         for size, own in zip(known, off, strict=True):
@@ -222,8 +221,8 @@ class CostModel:
                 seen[inside] = table[inside] = (line * (1 + own))[where][: end - size]
         # An interpolated size must not cost more than a larger one that was measured.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
-        rising: np.ndarray = np.maximum.accumulate(np.maximum(table, TICK_S))
-        return rising
+        never_cheaper: np.ndarray = np.maximum.accumulate(np.maximum(table, TICK_S))
+        return never_cheaper
 
 
 class CostModels:
@@ -350,44 +349,6 @@ def _not_negative(gram: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np
             break
         kept = np.delete(kept, found.argmin())
     return shares
-
-
-def _rising(values: list[float], weights: list[float]) -> np.ndarray:
-    """The nearest non-decreasing sequence, by weighted least squares of the logarithms (pool adjacent violators)."""
-    pools: list[tuple[float, float, int]] = []  # mean, weight, members
-    for value, weight in zip(values, weights, strict=True):
-        mean, count = math.log(max(value, 1e-9)), 1
-        while pools and pools[-1][0] > mean:
-            other, other_weight, members = pools.pop()
-            mean = (mean * weight + other * other_weight) / (weight + other_weight)
-            weight, count = weight + other_weight, count + members
-        pools.append((mean, weight, count))
-    return np.exp(np.repeat([mean for mean, _, _ in pools], [count for _, _, count in pools]))
-
-
-def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope of seconds as a linear function of tokens."""
-    total = weight.sum()
-    mean_size, mean = float(weight @ size / total), float(weight @ median / total)
-    prior_slope = mean / (mean_size + _PRIOR_DOUBLING_TOKENS)
-    centred = size - mean_size
-    # A ridge towards the prior slope: it decides until a second size is seen, and fades as sizes spread.
-    ridge = _PRIOR_WEIGHT * (mean_size + 1) ** 2
-    slope = float((weight @ (centred * (median - mean)) + ridge * prior_slope) / (weight @ centred**2 + ridge))
-    slope = min(max(slope, 0.0), mean / max(mean_size, 1.0))
-    return mean - slope * mean_size, slope
-
-
-def _off_the_line(size: np.ndarray, off: np.ndarray, trust: np.ndarray) -> np.ndarray:
-    """Relative distances of sizes from their line, float64 `[n]`, smoothed: costs are a curve, not a line.
-
-    The fewer forwards of a size were seen, the more it follows the sizes around it, and these the line.
-    """
-    own, around = trust * off, np.zeros(len(off))
-    if len(off) > 2:
-        share = (size[1:-1] - size[:-2]) / (size[2:] - size[:-2])
-        around[1:-1] = (1 - share) * own[:-2] + share * own[2:]
-    return own + (1 - trust) * around
 
 
 def _due(num_observed: int, every: int) -> bool:
