@@ -62,6 +62,8 @@ class SimulatedDecoding:
         draft_probs: Probabilities that every draft carries, so that it counts as drawn and verified by rejection.
         ahead: Drafters whose drafts are only queued ahead; learning from a step then happens while the next one runs.
         drafting_costs_s: Seconds of a step with drafts that neither its forward nor its drafters show.
+        exposed_s: Seconds of the host that a step with drafts exposes beside its drafts.
+        tells_exposed: Whether the controller is told.
         rng: Source of all randomness.
         asked: Draft tokens asked for, per step.
         admissions: Per step.
@@ -77,6 +79,8 @@ class SimulatedDecoding:
     draft_probs: torch.Tensor | None = None
     drafting_costs_s: float = 0.0
     ahead: tuple[str, ...] = ()
+    exposed_s: float = 0.0
+    tells_exposed: bool = True
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     asked: list[dict[str, np.ndarray]] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
@@ -104,7 +108,9 @@ class SimulatedDecoding:
             np.arange(batch), tokens, accepted + 1, accepted, admission.lengths.copy(), np.zeros(batch, bool)
         )
         draft_s = sum(step.draft_s.values())
-        step_s = forward_s + draft_s + (self.drafting_costs_s if admission.lengths.any() else 0.0)
+        exposed_s = draft_s + (self.exposed_s if step.drafts else 0.0)
+        step.exposed_s = exposed_s if self.tells_exposed else 0.0
+        step_s = forward_s + exposed_s + (self.drafting_costs_s if admission.lengths.any() else 0.0)
         learn = partial(self.controller.observe, step, admission, verified, forward_s, step_s)
         if self.ahead:
             learn, self._learn = self._learn, learn
@@ -114,7 +120,7 @@ class SimulatedDecoding:
             self._queued = self.controller.plan_ahead(step, self.ahead)
         self.asked.append(step.asked)
         self.admissions.append(admission)
-        self.seconds.append(forward_s + draft_s)
+        self.seconds.append(forward_s + exposed_s)
         self.tokens.append(int(accepted.sum()) + batch)
 
     def _draft(self, step: Step, name: str, most: np.ndarray) -> np.ndarray:

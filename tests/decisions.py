@@ -35,7 +35,9 @@ def search_by_levels(current, expected, better, table, draft_s, depths, discount
     return *best, answers[best][0] / answers[best][2]
 
 
-def decide_in_numpy(current, room, forecast, table, cost, spent_s, backlog, depths, discount, *, for_all=False):
+def decide_in_numpy(
+    current, room, forecast, table, cost, spent_s, first_s, backlog, depths, discount, *, for_all=False
+):  # fmt: skip
     """`decide`; without a `cost` drafts are free."""
     expected = forecast.predict(current[:, 0])
     expected = np.where(np.arange(MAX_LOOKAHEAD)[None] < room[:, None], expected, 0.0)
@@ -43,7 +45,7 @@ def decide_in_numpy(current, room, forecast, table, cost, spent_s, backlog, dept
     draft_s = np.full((3, len(depths)), spent_s)
     if cost is not None:
         for whom, rows in ((1, int(better.sum())), (2, len(room))):
-            draft_s[whom] += cost.predict(rows, depths, min(backlog, 2 * rows))
+            draft_s[whom] += first_s + cost.predict(rows, depths, min(backlog, 2 * rows))
     whom, index, goodput = search_by_levels(current, expected, better, table, draft_s, depths, discount)
     asked = (np.zeros(len(room), bool), better, np.ones(len(room), bool))[whom]
     return np.where(asked, depths[index], 0), goodput
@@ -58,6 +60,7 @@ def ask_in_numpy(
     backlogs: np.ndarray,
     table: np.ndarray,
     spent_s: float,
+    first_s: float,
     depths: np.ndarray,
     for_all: bool,
 ) -> tuple[int, np.ndarray, float, bool]:
@@ -72,8 +75,8 @@ def ask_in_numpy(
         else:
             is_known, worth = model.cost.knows(batch), discount(model.kept, plain)
             answer, expected = decide_in_numpy(
-                current, room, model.forecast, table, model.cost if is_known else None, spent_s, int(backlogs[own]), depths,
-                worth, for_all=for_all,
+                current, room, model.forecast, table, model.cost if is_known else None, spent_s, first_s,
+                int(backlogs[own]), depths, worth, for_all=for_all,
             )  # fmt: skip
             if answer.any() and is_known:
                 wanted, goodput = answer, expected
@@ -81,7 +84,7 @@ def ask_in_numpy(
                 is_trial = True
             else:
                 draft_s = model.cost.predict(batch, float(TRIAL_DEPTH), int(backlogs[own]))
-                cost_s = max(draft_s, LEAST_TRIAL * table[batch])
+                cost_s = max(draft_s + first_s, LEAST_TRIAL * table[batch])
                 if purses_s[own] >= cost_s:
                     purses_s[own] -= cost_s
                 else:

@@ -86,7 +86,7 @@ class Arms:
 
 @cached_njit(nogil=True)
 def ask_next(
-    current, room, backlogs, table, factor, spent_s, depths, edges, for_all,
+    current, room, backlogs, table, factor, spent_s, first_s, depths, edges, for_all,
     profiles, counts, turns, unknown, num_calls, shares, levels, observed, worth, purses_s,
 ):  # fmt: skip
     """Choose the drafter to ask next, and how many draft tokens of each request.
@@ -99,6 +99,7 @@ def ask_next(
         table: float64, seconds of a forward over 0, 1, ... tokens, to at least `batch * (1 + lookahead)`.
         factor: Factor on the whole table.
         spent_s: Seconds of the drafts made so far.
+        first_s: Seconds that asking costs beside the draft, paid by the first drafter of a step.
         depths: int64 `[num_depths]`, draft tokens that may be asked for, rising.
         edges: int64 `[n]`, sizes that forwards are padded to, rising; empty if they are not padded.
         for_all: Whether all requests are drafted for, if any is.
@@ -118,7 +119,7 @@ def ask_next(
         survival of the first token that each request has. The expected goodput without the discount; 0 if the call is not
         expected to pay. Whether some drafter is worth a trial, because the time of such a call is not known.
     """
-    batch = len(room)
+    batch, plain_s = len(room), table[len(room)] * factor
     beside, is_trial = current[:, 0].copy(), False
     chosen, wanted, goodput = -1, np.zeros(batch, np.int64), 0.0
     for own in _by_price(backlogs, batch, num_calls, shares, levels):
@@ -131,13 +132,13 @@ def ask_next(
             # Draft cost is not extrapolated from large batches to small ones. If a draft would pay at zero cost, it is
             # tried once and timed, for all requests, so that the cost of such a call is known afterwards.
             answer, expected, pays = decide(
-                current, room, profiles[own], counts[own], turns[own], unknown[own], table, factor, spent_s, shares[own],
-                levels[own], is_known, backlogs[own], depths, worth[own], edges, for_all,
+                current, room, profiles[own], counts[own], turns[own], unknown[own], table, factor, spent_s, first_s,
+                shares[own], levels[own], is_known, backlogs[own], depths, worth[own], edges, for_all,
             )  # fmt: skip
             is_trial = is_trial or (pays and not is_known)
             if pays and is_known:
                 wanted, goodput = answer, expected
-            elif not pays and not _affords(own, batch, backlogs, table[batch] * factor, shares, levels, purses_s):
+            elif not pays and not _affords(own, batch, backlogs, plain_s, first_s, shares, levels, purses_s):
                 wanted[:] = 0
         wanted, anybody = within(wanted, room)
         if anybody:
@@ -147,9 +148,10 @@ def ask_next(
 
 
 @cached_njit(nogil=True)
-def _affords(own, batch, backlogs, plain_s, shares, levels, purses_s):
+def _affords(own, batch, backlogs, plain_s, first_s, shares, levels, purses_s):
     """Whether drafter `own` has saved up for a call that is not expected to pay; takes its cost from the purse."""
-    cost_s = max(drafts_s(shares[own], levels[own], batch, TRIAL_DEPTH, backlogs[own]), LEAST_TRIAL * plain_s)
+    draft_s = drafts_s(shares[own], levels[own], batch, TRIAL_DEPTH, backlogs[own])
+    cost_s = max(draft_s + first_s, LEAST_TRIAL * plain_s)
     if purses_s[own] < cost_s:
         return False
     purses_s[own] -= cost_s

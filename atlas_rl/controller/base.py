@@ -43,7 +43,8 @@ class Step:
         ready: Speculators that can draft now.
         asked: int64 `[batch]` per speculator asked so far in this step: most tokens wanted from it.
         drafts: Drafts of those speculators; every draft has a row for every request.
-        draft_s: Seconds that each of those drafts took.
+        draft_s: Seconds that asking for each of those drafts took. Where the device runs a forward while speculators
+            observe, one that is asked observes before it, and that is part of asking.
         backlog: `Speculator.backlog` over all requests; after a speculator drafted, over the requests it drafted for.
         drawn_as: Key of the sampling distribution: acceptance at one temperature says little about another.
         rest: Remaining work of the requests; None if the call does not end with its last request, as in a server's
@@ -52,6 +53,8 @@ class Step:
             cannot be asked.
         planned_ahead: Whether `Controller.plan_ahead` has decided about this step.
         wasted_s: Seconds of waiting for queued drafts that no request can use. They are part of no cost.
+        exposed_s: Seconds from the previous outcome to this step's forward, drafts included; observing only as far as it is
+            in `draft_s`. 0 where nobody measures it.
     """
 
     room: np.ndarray
@@ -66,6 +69,7 @@ class Step:
     ahead: Sequence[str] = ()
     planned_ahead: bool = False
     wasted_s: float = 0.0
+    exposed_s: float = 0.0
 
     @property
     def left(self) -> list[str]:

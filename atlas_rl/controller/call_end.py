@@ -52,11 +52,18 @@ class CallEnd:
         self._retry = _Retry()
 
     def observe(
-        self, step: Step, admission: Admission, verified: Verified, cost: CostModel, *, is_trial: bool = False
+        self,
+        step: Step,
+        admission: Admission,
+        verified: Verified,
+        cost: CostModel,
+        drafting_s: float,
+        *,
+        is_trial: bool = False,
     ) -> None:
-        """Learn from a step, and renew the forecast at intervals. Steps without `rest` are ignored.
+        """Learn from a step of which drafting took `drafting_s`, and renew the forecast at intervals.
 
-        Drafts of a trial do not count as drafts: they are not chosen to pay.
+        Steps without `rest` are ignored. Drafts of a trial do not count as drafts: they are not chosen to pay.
         """
         rest, ended = step.rest, verified.finished
         if rest is None:
@@ -69,9 +76,7 @@ class CallEnd:
         self._retry.observe(drafted=drafted, held_back=self.holds_back)
         if drafted:
             self._courses.observe(rest, admission.lengths, verified.num_accepted)
-            self._gains.observe(
-                rest.requests, admission.lengths, verified.num_accepted, sum(step.draft_s.values(), 0.0)
-            )
+            self._gains.observe(rest.requests, admission.lengths, verified.num_accepted, drafting_s)
         self._lengths.extend((rest.generated + verified.num_committed)[ended].tolist())
         self._gains.archive(rest.requests[ended])
         self._steps += 1

@@ -11,14 +11,13 @@ from typing import TypeVar
 import numpy as np
 
 from atlas_kernels.jit_cache import cached_njit
+from atlas_rl.controller.curve import line_through, off_the_line, rising
 from atlas_rl.controller.step_sizes import StepSizes
 
 _Depth = TypeVar("_Depth", float, np.ndarray)
 
 _SAMPLES = 15  # latest samples per size: their median ignores outliers and follows a machine that slows down
 _TRUST = 3.0  # samples at which the median of a size, or octave, weighs as much as the fit through all of them
-_PRIOR_DOUBLING_TOKENS = 64.0  # before any evidence: this many more tokens double a forward's time
-_PRIOR_WEIGHT = 0.05  # weight of that slope in the fit
 _CONTEXT_DOUBT = 2000.0  # context tokens: evidence spread this wide weighs as much as the prior "context is free"
 _CONTEXT_FADES = 0.995  # share of that evidence kept at each forward
 _OUTLIER = 0.2  # bound on a forward's relative distance from its size's mean, when learning the context's cost
@@ -158,6 +157,21 @@ class CostModel:
         table = self._predicted(above[0])
         return bool(table[above[0]] <= _ABOUT * table[below[-1]])
 
+    def most_goodput(self, batch: int, context_tokens: int) -> float:
+        """Bound on the tokens per second of plain decoding of `batch` requests; infinite without evidence.
+
+        More tokens never cost less in all, nor more per token up to where padding ends. So the goodput is at most that of
+        a larger size that was measured, and at most `batch` tokens in the time of a smaller one.
+        """
+        measured = [size for size in self._sizes if len(self._samples[size]) >= _MEASURED]
+        place = bisect_left(measured, batch)
+        near = dict.fromkeys(measured[max(place - 1, 0) : place], batch)
+        near |= {size: self._step_sizes.end(size) - 1 for size in measured[place : place + 1]}
+        if not near:
+            return math.inf
+        table = self._predicted(max(near))
+        return min([tokens / float(table[size]) for size, tokens in near.items()]) / self._factor(context_tokens)
+
     def _predicted(self, max_tokens: int) -> np.ndarray:
         if len(self._table) <= max_tokens:
             self._tabulate(max_tokens)
@@ -178,25 +192,37 @@ class CostModel:
         self._means[size] = known * (1 + 0.1 * off), context + 0.1 * deviation
 
     def _tabulate(self, max_tokens: int) -> None:
-        sizes = self._sizes
-        max_tokens = max(max_tokens, sizes[-1])
-        run = self._step_sizes.run(max_tokens)
-        size = run[sizes].astype(np.float64)
-        weight = np.array([len(self._samples[bucket]) for bucket in sizes], dtype=np.float64)
-        # More tokens are never cheaper. If they seem so, a forward was interrupted: weigh by samples.
-        median = _rising([_median(self._samples[bucket]) for bucket in sizes], weight.tolist())
-        intercept, slope = _line(size, median, weight)
-        table = intercept + slope * run
-        seen = np.full(max_tokens + 1, np.inf)
-        trust = weight / (weight + _TRUST)
-        factor = 1 + trust * (median / (intercept + slope * size) - 1)
-        for bucket, times in zip(sizes, factor, strict=True):
-            where = slice(bucket, self._step_sizes.end(bucket))
-            table[where] *= times
-            seen[where] = table[where]
+        max_tokens = max(max_tokens, self._sizes[-1])
+        run, beyond = self._step_sizes.run(max_tokens), self._step_sizes.last + 1
+        self._table = np.empty(max_tokens + 1)
+        for begin, end in ((0, min(beyond, max_tokens + 1)), (beyond, max_tokens + 1)):
+            if begin < end:
+                self._table[begin:end] = self._tabulated(begin, end, run)
+
+    def _tabulated(self, begin: int, end: int, run: np.ndarray) -> np.ndarray:
+        """Seconds of forwards over `begin`, ... `end - 1` tokens, all of them padded or none: float64 `[end - begin]`.
+
+        More tokens of one kind are never cheaper. If they seem so, a forward was interrupted: weigh by samples. But the
+        first sizes that are not padded may be cheaper than the last ones that are, because they run in another way.
+        """
+        sizes = [size for size in self._sizes if begin <= size < end]
+        known = sizes if len(sizes) > 1 else self._sizes  # one size makes no line
+        weight = np.array([len(self._samples[size]) for size in known], np.float64)
+        median = rising([_median(self._samples[size]) for size in known], weight.tolist())
+        intercept, slope = line_through(run[known].astype(np.float64), median, weight)
+        line = intercept + slope * run
+        off = off_the_line(run[known].astype(np.float64), median / line[known] - 1, weight / (weight + _TRUST))
+        table = (line * (1 + np.interp(run, run[known], off)))[begin:end]
+        seen = np.full(end - begin, np.inf)
+        for size, own in zip(known, off, strict=True):
+            if begin <= size < end:
+                where = slice(size, self._step_sizes.end(size))
+                inside = slice(size - begin, self._step_sizes.end(size) - begin)
+                seen[inside] = table[inside] = (line * (1 + own))[where][: end - size]
         # An interpolated size must not cost more than a larger one that was measured.
         table = np.minimum(table, np.where(np.isinf(seen), np.minimum.accumulate(seen[::-1])[::-1], np.inf))
-        self._table = np.maximum.accumulate(np.maximum(table, TICK_S))
+        never_cheaper: np.ndarray = np.maximum.accumulate(np.maximum(table, TICK_S))
+        return never_cheaper
 
 
 class CostModels:
@@ -323,32 +349,6 @@ def _not_negative(gram: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np
             break
         kept = np.delete(kept, found.argmin())
     return shares
-
-
-def _rising(values: list[float], weights: list[float]) -> np.ndarray:
-    """The nearest non-decreasing sequence, by weighted least squares of the logarithms (pool adjacent violators)."""
-    pools: list[tuple[float, float, int]] = []  # mean, weight, members
-    for value, weight in zip(values, weights, strict=True):
-        mean, count = math.log(max(value, 1e-9)), 1
-        while pools and pools[-1][0] > mean:
-            other, other_weight, members = pools.pop()
-            mean = (mean * weight + other * other_weight) / (weight + other_weight)
-            weight, count = weight + other_weight, count + members
-        pools.append((mean, weight, count))
-    return np.exp(np.repeat([mean for mean, _, _ in pools], [count for _, _, count in pools]))
-
-
-def _line(size: np.ndarray, median: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope of seconds as a linear function of tokens."""
-    total = weight.sum()
-    mean_size, mean = float(weight @ size / total), float(weight @ median / total)
-    prior_slope = mean / (mean_size + _PRIOR_DOUBLING_TOKENS)
-    centred = size - mean_size
-    # A ridge towards the prior slope: it decides until a second size is seen, and fades as sizes spread.
-    ridge = _PRIOR_WEIGHT * (mean_size + 1) ** 2
-    slope = float((weight @ (centred * (median - mean)) + ridge * prior_slope) / (weight @ centred**2 + ridge))
-    slope = min(max(slope, 0.0), mean / max(mean_size, 1.0))
-    return mean - slope * mean_size, slope
 
 
 def _due(num_observed: int, every: int) -> bool:

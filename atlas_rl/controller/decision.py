@@ -26,6 +26,7 @@ class Decision:
         best: The most promising drafts so far; None until first needed.
         is_drawn: Whether one of those was drawn from probabilities, and is therefore verified by rejection.
         began_ahead: Whether it was opened by `plan_ahead`, with `planned` decided for the step.
+        extra_s: Seconds that drafting at all is expected to add to the step (`Exposed`).
     """
 
     step: Step
@@ -38,6 +39,7 @@ class Decision:
     best: BestDrafts | None = None
     is_drawn: bool = False
     began_ahead: bool = False
+    extra_s: float = 0.0
 
     def go_on(self, step: Step) -> None:
         """Take the decision, opened while the step before ran, to `step` itself, whose requests may be others.

@@ -20,8 +20,8 @@ _STEADY_BACKLOG = 2  # committed tokens per request that a drafter has to proces
 
 @cached_njit(nogil=True)
 def decide(
-    current, room, profiles, counts, turn, unknown, table, factor, spent_s, shares, levels, is_priced, backlog, depths,
-    discount, edges, for_all,
+    current, room, profiles, counts, turn, unknown, table, factor, spent_s, first_s, shares, levels, is_priced, backlog,
+    depths, discount, edges, for_all,
 ):  # fmt: skip
     """Draft tokens to ask of one drafter per request, for the highest expected goodput.
 
@@ -35,6 +35,7 @@ def decide(
         table: float64, seconds of a forward over 0, 1, ... tokens, to at least `batch * (1 + lookahead)`.
         factor: Factor on the whole table.
         spent_s: Seconds of the drafts made so far.
+        first_s: Seconds that asking costs beside the draft, if the drafter is the first of the step.
         shares: float64 `[4]`, `DraftCost.tables()`, like `levels`.
         levels: float64 `[octaves]`.
         is_priced: Whether a call for about as many requests was ever seen; if not, drafts count as free.
@@ -60,7 +61,7 @@ def decide(
         # Two candidates: the requests where it is expected to do better, and all requests if that costs no more.
         for whom, rows in ((1, better.sum()), (2, batch)):
             for index in range(len(depths)):
-                draft_s[whom, index] += drafts_s(
+                draft_s[whom, index] += first_s + drafts_s(
                     shares, levels, rows, depths[index], min(backlog, _STEADY_BACKLOG * rows)
                 )
     whom, index, goodput = search(current, expected, better, table, factor, draft_s, depths, discount, edges)

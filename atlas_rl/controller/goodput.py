@@ -28,6 +28,7 @@ from atlas_rl.controller.call_end import CallEnd
 from atlas_rl.controller.cost import TICK_S, CostModels
 from atlas_rl.controller.decision import BestDrafts, Decision
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
+from atlas_rl.controller.exposed import Exposed
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
 from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
 from atlas_rl.core import Verified
@@ -59,8 +60,10 @@ class GoodputController(Controller):
         self._plain_shares: deque[float] = deque(maxlen=_PLAIN_SHARES)  # the forward's share of steps without drafts
         self._kept_drafting, self._kept_plain = Kept(), Kept()  # steps with verified drafts, and without
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
+        self._promised = 0.0  # goodput per request that the latest plan promised, discounted; 0 if it was for none
         self._pause = Pause()
         self._end = CallEnd()
+        self._exposed = Exposed()
         self._drawn_as: Hashable = None
         self._explain = explain
         self._at_hand: deque[Decision] = deque(maxlen=2)  # learning from a step happens while the next one runs
@@ -93,7 +96,7 @@ class GoodputController(Controller):
         others = [name for name in step.drafts if name not in names]
         coming = Step(step.room, step.context_tokens, names, drawn_as=step.drawn_as, rest=step.rest)
         coming.draft_s = {name: step.draft_s[name] for name in others}
-        decision = self._ahead = Decision(coming, began_ahead=True)
+        decision = self._ahead = Decision(coming, began_ahead=True, extra_s=running.extra_s)
         decision.planned = self._considers(coming, step.batch)
         if not decision.planned:
             return {}
@@ -111,7 +114,7 @@ class GoodputController(Controller):
         """Whether to consider drafts of a step of `batch` requests. To be called once per step: pauses count steps."""
         if step.drawn_as != self._drawn_as:
             self._draw_as(step.drawn_as)
-        return not (self._plain_due(batch) or self._end.holds_back or self._pause.holds(batch))
+        return not (self._plain_due(batch, step.context_tokens) or self._end.holds_back or self._pause.holds(batch))
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
@@ -120,6 +123,8 @@ class GoodputController(Controller):
         self._steps_since_plain = self._steps_since_plain + 1 if bounds(admission.lengths)[1] else 0
         if decision.planned:
             self._pause.observe(step.batch, decision.promise is not None)
+            promise = decision.promise
+            self._promised = 0.0 if promise is None else self._worth * promise.goodput / step.batch
         return admission
 
     def _admission(self, step: Step, decision: Decision) -> Admission:
@@ -140,7 +145,8 @@ class GoodputController(Controller):
         decision, slots = self._decision(step), int(admission.lengths.sum())
         # A clock that is coarse, or stands still, may measure nothing.
         forward_s, step_s = max(forward_s, TICK_S), max(step_s - step.wasted_s, TICK_S)
-        undrafted_s = max(step_s - sum(step.draft_s.values()), TICK_S)
+        drafting_s = sum(step.draft_s.values(), self._exposed.observe(step))
+        undrafted_s = max(step_s - drafting_s, TICK_S)
         self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         if not slots:
             self._plain_shares.append(forward_s / undrafted_s)
@@ -152,7 +158,7 @@ class GoodputController(Controller):
         for index, (name, model) in enumerate(self._models.items()):
             if name in step.ready and name not in step.drafts and len(model.cost):
                 purses_s[index] = min(purses_s[index] + _EXPLORED_SHARE * step_s, self._trial_s(name, step))
-        self._end.observe(step, admission, verified, self._cost, is_trial=decision.is_trial)
+        self._end.observe(step, admission, verified, self._cost, drafting_s, is_trial=decision.is_trial)
         self._at_hand.remove(decision)
         self._tabulate()
         self._cost.num_samples(step.batch)  # the next plan needs it, most likely
@@ -190,22 +196,29 @@ class GoodputController(Controller):
             self._at_hand.append(opened)
         else:
             self._at_hand.append(Decision(step))
-        return self._at_hand[-1]
+        decision = self._at_hand[-1]
+        decision.extra_s = self._exposed.extra_s[len(step.room).bit_length()]
+        return decision
 
     def _draw_as(self, distribution: Hashable) -> None:
         self._drawn_as = distribution
         for model in self._models.values():
             model.acceptance.switch_to(distribution)
 
-    def _plain_due(self, batch: int) -> bool:
+    def _plain_due(self, batch: int, context_tokens: int) -> bool:
         """Whether to measure a step of this many requests without drafts.
 
         Drafting is compared with plain decoding, so plain decoding must have been measured at this batch size. If its
         cost were only inferred, say from one interrupted step, drafting could look free, and while every step has
-        drafts, nothing would correct that.
+        drafts, nothing would correct that. But as requests end, the batch passes through many sizes. If drafts promise
+        more than plain decoding can reach by what is known of other sizes, a measurement would change nothing.
         """
         seen = self._cost.num_samples(batch)
-        return self._steps_since_plain >= (_PLAIN_EVERY if seen >= _PLAIN_KNOWN else _PLAIN_APART * (seen > 0))
+        if seen >= _PLAIN_KNOWN or self._steps_since_plain >= _PLAIN_EVERY:
+            return self._steps_since_plain >= _PLAIN_EVERY
+        if self._steps_since_plain < _PLAIN_APART * (seen > 0):
+            return False
+        return self._promised * batch <= self._cost.most_goodput(batch, context_tokens)
 
     def _best_drafts(self, decision: Decision) -> BestDrafts:
         """The most promising draft of each request so far."""
@@ -245,9 +258,11 @@ class GoodputController(Controller):
                 decision.beside[new] = best.survival[:, 0].copy()  # the best drafts change with the next one
                 return {new: wanted}
         table, factor = self._cost.tables(batch * (MAX_LOOKAHEAD + 1), step.context_tokens)
+        extra_s = decision.extra_s
+        first_s, spent_s = (0.0, sum(step.draft_s.values(), extra_s)) if step.draft_s else (extra_s, 0.0)
         index, wanted, beside, goodput, is_trial = ask_next(
-            best.survival, step.room, self._arms.backlogs, table, factor, sum(step.draft_s.values(), 0.0), _DEPTHS,
-            self._cost.edges, for_all, *self._arms.arrays,
+            best.survival, step.room, self._arms.backlogs, table, factor, spent_s, first_s, _DEPTHS, self._cost.edges,
+            for_all, *self._arms.arrays,
         )  # fmt: skip
         if is_trial:
             decision.is_trial = self._is_new(batch)
@@ -280,7 +295,7 @@ class GoodputController(Controller):
         plain_s = self._cost.seconds(step.batch, step.context_tokens)
         least_s = 0.0 if plain_s is None else LEAST_TRIAL * plain_s
         draft_s = self._models[name].cost.predict(step.batch, float(TRIAL_DEPTH), step.backlog.get(name, 0))
-        return max(draft_s, least_s)
+        return max(draft_s + self._exposed.extra_s[step.batch.bit_length()], least_s)
 
     def _best_lengths(self, survival: np.ndarray, decision: Decision) -> np.ndarray:
         """Draft tokens to verify per request, int64 `[batch]`: the likeliest n slots of the batch; n maximises G."""
@@ -305,9 +320,9 @@ class GoodputController(Controller):
         A drawn draft may have stopped at an ending token. Its measured time would reveal that, and must not influence
         whether the token is verified.
         """
-        step = decision.step
+        step, extra_s = decision.step, decision.extra_s
         if not decision.is_drawn:
-            return sum(step.draft_s.values(), 0.0)
+            return sum(step.draft_s.values(), extra_s)
         expected = (
             self._models[name].cost.predict(
                 int((asked > 0).sum()), float(asked.max(initial=0)), step.backlog.get(name, 0)
@@ -315,7 +330,7 @@ class GoodputController(Controller):
             for name, asked in step.asked.items()
             if len(self._models[name].cost)
         )
-        return sum(expected, 0.0)
+        return sum(expected, extra_s)
 
     # -------------------------------------------------------------------------------------------------------- learning
 
@@ -324,6 +339,8 @@ class GoodputController(Controller):
         self._worth = discount(self._kept_drafting, self._kept_plain)
         for index, model in enumerate(self._models.values()):
             self._arms.note(index, model, self._kept_plain)
+        # A draft that would not be verified is not worth asking for.
+        np.minimum(self._arms.worth, self._worth, out=self._arms.worth)
 
     def _compare(self, decision: Decision, drafted: bool, num_tokens: float, undrafted_s: float, step_s: float) -> None:
         """Compare the goodput of a step with its predictions.
@@ -339,7 +356,7 @@ class GoodputController(Controller):
             name, goodput = decision.promise
             self._models[name].kept.observe(num_tokens / step_s, goodput)
         # A choice that is not made yields no evidence about itself, so doubt about it fades until it is tried again.
-        if step.drafts and not drafted:
+        if (step.drafts or decision.planned) and not drafted:
             self._kept_drafting.fade(plain.mean)
         if decision.planned:
             for name, model in self._models.items():

@@ -19,24 +19,25 @@ class StepSizes:
     Attributes:
         padded: See above.
         edges: The same, int64 `[n]`.
+        last: The last of them; -1 if there is none.
     """
 
     def __init__(self, padded: Sequence[int] = ()) -> None:
         self.padded = tuple(padded)
-        self._last = self.padded[-1] if self.padded else -1
+        self.last = self.padded[-1] if self.padded else -1
         self.edges = np.array(self.padded, np.int64)
 
     def bucket(self, num_tokens: int) -> int:
         """Smallest size in the bucket of `num_tokens`."""
-        if num_tokens <= self._last:
+        if num_tokens <= self.last:
             place = bisect_left(self.padded, num_tokens)
             return self.padded[place - 1] + 1 if place else 0
         width = _width(num_tokens)
-        return max(num_tokens // width * width, self._last + 1)
+        return max(num_tokens // width * width, self.last + 1)
 
     def end(self, bucket: int) -> int:
         """One beyond the largest size in a bucket, which is given by its smallest."""
-        if bucket <= self._last:
+        if bucket <= self.last:
             return self.padded[bisect_left(self.padded, bucket)] + 1
         width = _width(bucket)
         return bucket // width * width + width
@@ -44,7 +45,7 @@ class StepSizes:
     def run(self, max_tokens: int) -> np.ndarray:
         """Tokens that forwards over 0, 1, ... `max_tokens` tokens run: int64 `[max_tokens + 1]`."""
         sizes = np.arange(max_tokens + 1)
-        padded = min(self._last, max_tokens) + 1
+        padded = min(self.last, max_tokens) + 1
         sizes[:padded] = self.edges[np.searchsorted(self.edges, sizes[:padded])]
         return sizes
 

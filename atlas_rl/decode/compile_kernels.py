@@ -178,7 +178,7 @@ def _run_all() -> None:
     weigh(confidence, np.full(2, 2), *acceptance.tables(), *best, 0, 1)
     table, room = np.ones(2 * MAX_LOOKAHEAD + 3), np.full(2, 4)
     depths, edges, arms = np.array([1, 2]), np.array([8]), Arms(1)
-    ask_next(survival, room, arms.backlogs, table, 1.0, 0.0, depths, edges, False, *arms.arrays)
+    ask_next(survival, room, arms.backlogs, table, 1.0, 0.0, 0.0, depths, edges, False, *arms.arrays)
     admitted(survival, np.sort(positive(survival)), table, 1.0, 0.0, 1.0, False)
     sequences = _toy_sequences()
     draft = Draft(np.zeros((2, 1), np.int64), np.ones(2, np.int64), np.zeros((2, 1), np.float32))

@@ -99,7 +99,7 @@ class DecodeLoop:
         self.plain_costs = PlainCosts()
         self._at_once = tuple(one for one in speculators.values() if not one.observes_late)
         late = {name: one for name, one in speculators.items() if one.observes_late}
-        self.observing = Observing(late, lambda speculator, verified: speculator.observe(sequences, verified))
+        self.observing = Observing(late, lambda one, seen: one.observe(sequences, seen), runner.works_beside_host)
         self.ahead = DraftsAhead.of(speculators, controller, recorder, runner, verifier, sequences.sampling)
         self.proposing = Proposing(speculators, controller, recorder, self.observing, self.ahead)
         self.trace: list[dict[str, Any]] = []  # the controller's records, one per step, if it keeps any
@@ -153,6 +153,7 @@ class DecodeLoop:
             admission = self.controller.admit(step)
             draft = merge(step.drafts, self._names, admission, self.runner.vocab_size)
             asked_s, once_s = recorder.switch("forward"), self.once_s
+            step.exposed_s += asked_s - once_s - self._arrived_s
             tail = self.verifier.tail(draft, self.sequences, requests)
             logits, hidden = self.forward(requests, draft, tail)
             recorder.switch("sample")

@@ -16,13 +16,20 @@ class Observing:
     Args:
         speculators: Speculators by name.
         observe: Passes an outcome to one speculator.
+        is_hidden: Whether the device runs a forward while outcomes are passed to speculators that are not asked.
 
     Attributes:
+        is_hidden: As in the arguments.
         waiting: By speculator, the outcome that it has not observed yet.
     """
 
-    def __init__(self, speculators: Mapping[str, Speculator], observe: Callable[[Speculator, Verified], None]) -> None:
-        self._speculators, self._observe = speculators, observe
+    def __init__(
+        self,
+        speculators: Mapping[str, Speculator],
+        observe: Callable[[Speculator, Verified], None],
+        is_hidden: bool = False,
+    ) -> None:
+        self._speculators, self._observe, self.is_hidden = speculators, observe, is_hidden
         self.waiting: dict[str, Verified] = {}
 
     def put_off(self, verified: Verified) -> None:

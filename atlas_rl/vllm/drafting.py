@@ -339,7 +339,7 @@ class Drafting:
         """Seconds of the forward."""
         mark_s, self._forward_mark_s = self._forward_mark_s, self.recorder.seconds("forward")
         beside_s, self._beside_s = self._beside_s, 0.0
-        works_beside_host = forward.head_inputs.device.type != "cpu"
+        self.observing.is_hidden = works_beside_host = forward.head_inputs.device.type != "cpu"
         return self._forward_mark_s - mark_s + (beside_s if works_beside_host else 0.0)
 
     def _count(self) -> None:

@@ -52,12 +52,11 @@ class ProposingInWays(Proposing):
         ways = self._table.ways(requests) if self._table.only_way is None else [(self._table.only_way, requests)]
         return _roughly(ways[0][0]) if len(ways) == 1 else MIXED
 
-    def ask(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray, step: Step) -> None:
-        """Ask as the base class does. The backlog is asked for again: it may depend on the latest tokens."""
-        if name in self._observing.waiting:
-            self._hand_over(name)
+    def _update(self, name: str, sequences: Sequences, requests: np.ndarray, step: Step) -> float:
+        """As the base class does. The backlog is asked for again: it may depend on the latest tokens."""
+        began_s = super()._update(name, sequences, requests, step)
         step.backlog[name] = self._speculators[name].backlog(sequences, requests) or 0
-        super().ask(name, sequences, requests, wanted, step)
+        return began_s
 
     def draft(self, name: str, sequences: Sequences, requests: np.ndarray, wanted: np.ndarray) -> Draft:
         if self._table.only_way is not None:

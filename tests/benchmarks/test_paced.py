@@ -108,3 +108,31 @@ def test_a_recorded_call_comes_out_as_it_was(tmp_path, drafts: bool) -> None:
     assert (report.accepted_length > 1) == drafts
     assert 0 < loop.device.busy_s <= report.generate_s
     assert len(loop.steps) == len(loop.device.gaps_s) == report.num_forwards
+
+
+def test_a_step_is_charged_for_all_that_the_device_waits_for(tmp_path) -> None:
+    """Between an outcome and the next forward; the drafts' part of it contains what a late observer observes then."""
+    engine = AtlasRolloutEngine(
+        model=tiny_bigram(layers=3, seed=11), speculators=[RecordingSpeculator(tmp_path)], console=False
+    )
+    engine.generate(PROMPTS, num_generations=3, max_new_tokens=20, eos_token_ids=[17, 40], seed=0)
+    engine.policy_updated()
+    recorded = Recorded.load(recorded_calls(tmp_path)[0])
+    history, seen = HistorySpeculator(), []
+    history.bind(RecordedPolicy(recorded), couples_noise=True)
+
+    class Noting(FixedController):
+        def observe(self, step, *rest):
+            seen.append(step)
+            return super().observe(step, *rest)
+
+    controller = Noting(("history",), "history", 3)
+    loop = PacedLoop(recorded, {"history": history}, controller, Costs(setting_of("Qwen3-8B, B200"), SIZES))
+    loop.run()
+    assert loop.observing.is_hidden
+    assert len(seen) == len(loop.device.gaps_s)
+    for step, gap_s in list(zip(seen, loop.device.gaps_s, strict=True))[1:]:  # a call's first wait is for its prompts
+        assert 0 < step.draft_s["history"] < step.exposed_s
+        assert step.exposed_s < gap_s + 2e-3  # the gap also has the forward's own launch
+    exposed_s = np.array([step.exposed_s for step in seen[1:]])
+    assert np.median(exposed_s) > 0.5 * np.median(loop.device.gaps_s[1:])

@@ -54,12 +54,12 @@ def test_a_plan_in_one_call_is_the_plain_one() -> None:
             current[rng.random(batch) < 0.5] = 0
             room = rng.integers(0, MAX_LOOKAHEAD + 4, batch)
             arms.backlogs[:] = np.where(rng.random(3) < 0.3, NOT_ASKED, rng.integers(0, 60, 3))
-            spent_s = float(rng.uniform(0, 1e-3))
+            spent_s, first_s = float(rng.uniform(0, 1e-3)), float(rng.choice([0.0, 5e-4]))
             chosen, wanted, beside, goodput, is_trial = ask_next(
-                current, room, arms.backlogs, table / 1.25, 1.25, spent_s, DEPTHS, UNPADDED, for_all, *arms.arrays
-            )
+                current, room, arms.backlogs, table / 1.25, 1.25, spent_s, first_s, DEPTHS, UNPADDED, for_all, *arms.arrays
+            )  # fmt: skip
             expected = ask_in_numpy(
-                twins, purses_s, plain, current, room, arms.backlogs, table, spent_s, DEPTHS, for_all
+                twins, purses_s, plain, current, room, arms.backlogs, table, spent_s, first_s, DEPTHS, for_all
             )
             assert (chosen, is_trial) == (expected[0], expected[3])
             assert np.array_equal(wanted, expected[1])

@@ -34,7 +34,7 @@ def observed(end: CallEnd, gained: np.ndarray, generated: int, draft_s: float, *
     verified = Verified(
         requests, np.ones((batch, 5), np.int64), gained + 1, gained, slots, np.zeros(batch, bool)
     )  # fmt: skip
-    end.observe(step, Admission(np.zeros(batch, np.int64), slots), verified, plain_costs())
+    end.observe(step, Admission(np.zeros(batch, np.int64), slots), verified, plain_costs(), sum(step.draft_s.values()))
 
 
 def after_steps(gained: np.ndarray, draft_s: float, **options: int) -> bool:
@@ -63,7 +63,7 @@ def test_nothing_is_forecast_of_a_step_that_does_not_say_what_its_requests_have_
     nothing = np.zeros(4, np.int64)
     step = Step(np.full(4, 50), 0, ["a"])
     verified = Verified(np.arange(4), np.ones((4, 1), np.int64), nothing + 1, nothing, nothing, np.ones(4, bool))
-    end.observe(step, Admission(nothing, nothing), verified, plain_costs())
+    end.observe(step, Admission(nothing, nothing), verified, plain_costs(), sum(step.draft_s.values()))
     assert not end.holds_back
 
 

@@ -208,3 +208,49 @@ def test_one_interrupted_call_does_not_make_its_octave_dear():
     model = drafted(lambda rows, depth: 0.001 * depth, [(16, depth) for depth in (1, 2, 4, 8) * 3], outliers=0)
     model.observe(2, 4, 0.4)
     assert model.predict(2, 4) < 0.008
+
+
+@pytest.mark.parametrize("edges", [(), (8, 16, 24, 32, 48, 64)])
+def test_no_plain_step_has_a_higher_goodput_than_the_bound_from_other_sizes(edges: tuple[int, ...]) -> None:
+    """Of every size that was not measured. It is close: no more than the gap to the sizes around it."""
+
+    def seconds(tokens: int) -> float:
+        return 4e-3 + 5e-5 * next((edge for edge in edges if edge >= tokens), tokens)
+
+    cost = CostModel(edges)
+    assert cost.most_goodput(20, 2000) == np.inf
+    for tokens in (12, 40):
+        for _ in range(8):
+            cost.observe(tokens, seconds(tokens), 100 * tokens)
+    bounds = {batch: cost.most_goodput(batch, 100 * batch) for batch in range(13, 40)}
+    for batch, bound in bounds.items():
+        assert batch / seconds(batch) < 1.01 * bound, batch
+    assert bounds[14] < 1.25 * 14 / seconds(14)
+
+
+def test_sizes_beyond_padding_may_be_cheaper_than_padded_ones() -> None:
+    """They run in another way: neither kind is told from the other."""
+
+    def seconds(tokens: int) -> float:
+        return (5e-3 + 4e-5 * (32 if tokens <= 32 else 64)) if tokens <= 64 else 4e-3 + 1e-5 * tokens
+
+    cost = CostModel((32, 64))
+    for tokens in (20, 60, 80, 120) * 12:
+        cost.observe(tokens, seconds(tokens))
+    for tokens in (10, 50, 64, 80, 100, 120):
+        assert cost.seconds(tokens) == pytest.approx(seconds(tokens), rel=0.03), tokens
+    assert cost.seconds(80) < cost.seconds(64)
+
+
+def test_a_size_seen_once_follows_the_sizes_around_it() -> None:
+    """A forward's cost is a curve. Far from its line, one sample does not outweigh it, but the neighbours agree."""
+
+    def seconds(tokens: int) -> float:
+        return 4e-3 + 2e-3 * (1 - np.exp(-tokens / 40))
+
+    cost = CostModel()
+    for tokens in (32, 128, 512) * 12:
+        cost.observe(tokens, seconds(tokens))
+    before = abs(cost.seconds(80) / seconds(80) - 1)
+    cost.observe(80, seconds(80))
+    assert abs(cost.seconds(80) / seconds(80) - 1) < before < 0.06

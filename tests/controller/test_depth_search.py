@@ -88,16 +88,18 @@ def test_a_decision_in_one_call_is_the_plain_one(seed, is_known, for_all):
     room = rng.integers(0, MAX_LOOKAHEAD + 4, batch)
     table = 4e-3 + np.array([1e-4, 1e-5])[seed % 2] * np.arange(batch * (MAX_LOOKAHEAD + 1) + 1)
     spent_s, backlog = float(rng.uniform(0, 1e-3)), int(rng.integers(0, 100))
+    first_s = float(rng.choice([0.0, 5e-4]))
     shares, levels = cost.tables()
     profiles, counts, unknown = forecast.tables()
     for turn in range(1, 4):
         found = decide(
-            current, room, profiles, counts, turn, unknown, table / 1.25, 1.25, spent_s, shares, levels, is_known, backlog,
-            depths, 0.97, UNPADDED, for_all,
+            current, room, profiles, counts, turn, unknown, table / 1.25, 1.25, spent_s, first_s, shares, levels, is_known,
+            backlog, depths, 0.97, UNPADDED, for_all,
         )  # fmt: skip
         expected = decide_in_numpy(
-            current, room, twin, table, cost if is_known else None, spent_s, backlog, depths, 0.97, for_all=for_all
-        )
+            current, room, twin, table, cost if is_known else None, spent_s, first_s, backlog, depths, 0.97,
+            for_all=for_all,
+        )  # fmt: skip
         assert np.array_equal(found[0], expected[0])
         assert found[1] == pytest.approx(expected[1])
         assert found[2] == expected[0].any()

@@ -109,7 +109,7 @@ def test_a_plan_ahead_is_for_all_requests_and_no_other_plan_is(monkeypatch):
     asked = []
 
     def noting(*arguments):
-        asked.append((bool(arguments[2][1] != NOT_ASKED), arguments[8]))
+        asked.append((bool(arguments[2][1] != NOT_ASKED), arguments[9]))
         return ask_next(*arguments)
 
     monkeypatch.setattr(goodput, "ask_next", noting)

@@ -9,8 +9,12 @@ import pytest
 
 from atlas_rl.controller.base import Step
 from atlas_rl.controller.fixed import FixedController
-from atlas_rl.core import Draft, Prompts, Sequences, Verified
+from atlas_rl.core import Draft, Prompts, SamplingParams, Sequences, Verified
+from atlas_rl.decode.observing import Observing
+from atlas_rl.decode.propose import Proposing
 from atlas_rl.policy.base import PolicyCache
+from atlas_rl.replay.costs import ToldClock
+from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import NO_PROMPTS
 from tests.drafters import Stateless
 from tests.engines import engine_of, generate, reference
@@ -110,3 +114,41 @@ def test_a_drafter_knows_every_token_when_it_drafts_and_when_requests_enter(late
     assert 0 < drafter.calls.count("propose") < drafter.calls.count("backlog")
     assert drafter.was_up_to_date
     assert not drafter.told
+
+
+OBSERVE_S, DRAFT_S = 2.0, 1.0
+
+
+class Slow(Noting):
+    """Takes a while to observe and to draft."""
+
+    def __init__(self, clock: ToldClock) -> None:
+        super().__init__(late=True)
+        self.clock = clock
+
+    def observe(self, sequences: Sequences, verified: Verified) -> None:
+        self.clock.now_s += OBSERVE_S
+
+    def propose(self, sequences: Sequences, requests: np.ndarray, max_draft_tokens: np.ndarray) -> Draft:
+        self.clock.now_s += DRAFT_S
+        return Draft.empty(len(requests))
+
+
+@pytest.mark.parametrize(
+    ("is_hidden", "charged_s", "apart_s"), [(True, OBSERVE_S + DRAFT_S, 0.0), (False, DRAFT_S, -OBSERVE_S)]
+)
+def test_who_is_asked_pays_for_observing_where_it_would_have_been_hidden(
+    is_hidden: bool, charged_s: float, apart_s: float
+) -> None:
+    two, clock = np.ones(2, np.int64), ToldClock()
+    sampling = SamplingParams(max_new_tokens=9)
+    sequences = Sequences(np.ones((2, 9), np.int32), two, two, two, two.astype(np.uint64), sampling, 64, 0)
+    drafter, recorder = Slow(clock), StepRecorder(speculators=("noting",), clock=clock)
+    observing = Observing({"noting": drafter}, lambda one, seen: one.observe(sequences, seen), is_hidden)
+    observing.put_off(Verified(*[np.zeros(2, np.int64)] * 6))
+    proposing = Proposing({"noting": drafter}, FixedController(["noting"], "noting", 2), recorder, observing)
+    with recorder.time("controller"):
+        step = proposing.run(sequences, np.arange(2), np.full(2, 9))
+    assert step.draft_s == {"noting": charged_s}
+    assert step.exposed_s == apart_s  # the loop adds the whole way from the outcome to the forward
+    assert (recorder.seconds("observe"), recorder.seconds("draft")) == (OBSERVE_S, DRAFT_S)
