@@ -30,6 +30,11 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
             f"{type(trainer).__name__} has no vLLM engine that can be replaced: build it with use_vllm=False and "
             "attach AtlasRolloutEngine(), which generates in process"
         )
+    if getattr(trainer, "is_in_train", False):
+        raise ValueError(
+            "the trainer is training: attach before train(), where the engine restores its drafters and takes the place "
+            "of the trainer's own generation, or after it"
+        )
     if getattr(trainer, "rollout_func", None) is not None:
         raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")
     if getattr(trainer, "use_transformers_continuous_batching", False):
@@ -38,6 +43,11 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
         _check_merging(trainer)
     _check_way_to_the_engine(trainer, way)
     _check_correction(trainer)
+    if kind.scores_as_built and trainer.args.temperature == 0:
+        raise ValueError(
+            f"temperature is 0, and {type(trainer).__name__} divides by it when it scores completions: set it above 0"
+        )
+    _check_prompt_column(trainer)
 
 
 def check_gathering(trainer: Any) -> None:
@@ -216,6 +226,23 @@ def _check_correction(trainer: Any) -> None:
             f"vllm_importance_sampling_mode is {mode!r}; a trainer that generates with an engine needs one of "
             f"{list(known)}{of_loss}, or vllm_importance_sampling_correction=False"
         )
+
+
+def _check_prompt_column(trainer: Any) -> None:
+    """Raise `ValueError` for a dataset without prompts, which TRL would find when it generates.
+
+    A subclass may read its rows in another way, and an environment may bring the prompts.
+    """
+    reads = getattr(type(trainer), "_generate_and_score_completions", None)
+    if not getattr(reads, "__module__", "").startswith("trl.") or getattr(trainer, "environment_factories", None):
+        return
+    for dataset in (trainer.train_dataset, getattr(trainer, "eval_dataset", None)):
+        columns = getattr(dataset, "column_names", None)
+        if isinstance(columns, list) and hasattr(dataset, "__len__") and len(dataset) and "prompt" not in dataset[0]:
+            raise ValueError(
+                f"{type(trainer).__name__} reads the column 'prompt', and the dataset has {columns}: rename one, such as "
+                f"dataset.rename_column({columns[0]!r}, 'prompt')"
+            )
 
 
 def _check_prompts(dataset: Any) -> None:
