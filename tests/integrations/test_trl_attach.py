@@ -117,7 +117,15 @@ def test_a_dataset_without_prompts_is_found(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=renamed):
             attach(trainer)
         assert not trainer.use_vllm
-    trainer = build(tmp_path, kind=OwnColumn, data=questions, remove_unused_columns=False)
+
+
+@pytest.mark.parametrize("reader", ["method", "collator"])
+def test_a_trainer_that_reads_another_column_is_served(reader: str, tmp_path: Path) -> None:
+    questions = DATA.rename_column("prompt", "question")
+    kind = OwnColumn if reader == "method" else GRPOTrainer
+    trainer = build(tmp_path, kind=kind, data=questions, remove_unused_columns=False)
+    if reader == "collator":
+        trainer.data_collator = lambda rows: [{"prompt": row["question"]} for row in rows]
     engine = attach(trainer)
     trainer.train()
     assert len(engine.reports) == 1

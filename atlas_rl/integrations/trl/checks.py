@@ -231,12 +231,15 @@ def _check_correction(trainer: Any) -> None:
 def _check_prompt_column(trainer: Any) -> None:
     """Raise `ValueError` for a dataset without prompts, which TRL would find when it generates.
 
-    A subclass may read its rows in another way, and an environment may bring the prompts.
+    A subclass or a collator may read the rows in another way, and an environment may bring the prompts.
     """
-    reads = getattr(type(trainer), "_generate_and_score_completions", None)
-    if not getattr(reads, "__module__", "").startswith("trl.") or getattr(trainer, "environment_factories", None):
+    methods = (getattr(type(trainer), name, None) for name in ("_prepare_inputs", "_generate_and_score_completions"))
+    readers = (*methods, getattr(trainer, "data_collator", None))
+    are_trls = all(str(getattr(each, "__module__", "")).startswith("trl.") for each in readers)
+    if not are_trls or getattr(trainer, "environment_factories", None):
         return
-    for dataset in (trainer.train_dataset, getattr(trainer, "eval_dataset", None)):
+    datasets: list[Any] = [trainer.train_dataset, getattr(trainer, "eval_dataset", None)]
+    for dataset in datasets:
         columns = getattr(dataset, "column_names", None)
         if isinstance(columns, list) and hasattr(dataset, "__len__") and len(dataset) and "prompt" not in dataset[0]:
             raise ValueError(
