@@ -30,10 +30,10 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
             f"{type(trainer).__name__} has no vLLM engine that can be replaced: build it with use_vllm=False and "
             "attach AtlasRolloutEngine(), which generates in process"
         )
-    if getattr(trainer, "is_in_train", False):
+    if _is_training(trainer):
         raise ValueError(
-            "the trainer is training: attach before train(), where the engine restores its drafters and takes the place "
-            "of the trainer's own generation, or after it"
+            "the trainer is training: attach before train() or after it, because drafters are restored, and a trainer that "
+            "calls model.generate is served, from the beginning of a run"
         )
     if getattr(trainer, "rollout_func", None) is not None:
         raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")
@@ -48,6 +48,16 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
             f"temperature is 0, and {type(trainer).__name__} divides by it when it scores completions: set it above 0"
         )
     _check_prompt_column(trainer)
+
+
+def _is_training(trainer: Any) -> bool:
+    """Whether the trainer's own `train` calls this. Its flag `is_in_train` stays set after a run that raised."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def check_gathering(trainer: Any) -> None:
