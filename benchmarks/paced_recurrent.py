@@ -156,7 +156,7 @@ class PacedRecurrent(RecurrentSpeculator):
             self.name, sequences, requests, np.full(len(requests), depth), self._device,
             couples_noise=self._couples_noise, token_ids=token_ids, carried=(requests, newest),
         )  # fmt: skip
-        super()._draw(head, token_ids, drawing, depth)
+        super()._draw(head, drawing, depth)
         own, positions = self._of[requests], sequences.lengths[requests]
         self._drafted[own, positions, :depth] = torch.stack(drawing._indices, dim=1).numpy()
         self._sure[own, positions, :depth] = torch.stack(drawing._max_probs, dim=1).numpy()

@@ -122,7 +122,8 @@ def main() -> None:
             kind: measure(engines, TRAFFIC[kind], args)
             for kind in progress.each(args.traffic, "kinds of traffic", "kind")
         }
-    write_result(args.output, {**environment(), "settings": vars(args) | {"output": str(args.output)}, "cells": cells})
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    write_result(args.output, {**environment(), "settings": settings, "cells": cells})
 
 
 def measure(engines: dict[str, Any], temperatures: tuple[float, ...], args: argparse.Namespace) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def parse_model(config: Mapping[str, Any]) -> ModelShape:
     if text is not None and not isinstance(text, Mapping):
         raise ValueError(f"the config's field 'text_config' must be an object, got {text!r}")
     fields = _Fields(config if text is None else text)
+    if fields.kind is None:
+        raise ValueError("the config has no field 'model_type': give the config.json of a model on the hub")
     if fields.kind not in ARCHITECTURES:
         raise ValueError(f"unknown architecture '{fields.kind}': the planner knows {', '.join(ARCHITECTURES)}")
     return _deepseek(fields) if fields.kind in _DEEPSEEK else _grouped_query(fields)

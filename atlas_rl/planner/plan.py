@@ -234,14 +234,18 @@ def _cure(setting: Setting, batch: int) -> str:
     if needed is not None:
         return f"take {needed} GPUs, {smaller}{others}"
     if largest >= 1:
-        return f"more GPUs do not help, for each keeps the same cache: take {smaller}{others}"
+        return f"more GPUs do not help, since {_sharing(setting)}: take {smaller}{others}"
     one = _fewest_gpus(setting, 1)
     if one is None:
         return f"no number of GPUs holds a single request: take {others}"
     most = _max_batch(replace(setting, machine=replace(setting.machine, num_gpus=one)))
-    return (
-        f"more GPUs alone do not help, for each keeps the same cache: take {one} GPUs and a --batch of at most {most}"
-    )
+    return f"more GPUs alone do not help, since {_sharing(setting)}: take {one} GPUs and a --batch of at most {most}"
+
+
+def _sharing(setting: Setting) -> str:
+    """How many GPUs share the cache of a request, for a message."""
+    parts = setting.model.kv_splits
+    return "each keeps the same cache" if parts == 1 else f"at most {parts} of them share a cache"
 
 
 def _fewest_gpus(setting: Setting, batch: int) -> int | None:

@@ -30,7 +30,7 @@ from atlas_rl.report.report import Mode, StepReport, no_speculation_seconds, wit
 from atlas_rl.report.sinks import console_line, console_warnings, sinks_in
 from atlas_rl.rollout.backends import check_tokenizer, new_backend, resized, static_speculator
 from atlas_rl.rollout.output import GenerationOutput
-from atlas_rl.rollout.requests import build_sequences, check_names
+from atlas_rl.rollout.requests import REQUIRED, build_sequences, check_names
 from atlas_rl.speculators.base import Speculator
 from atlas_rl.sync.checkpoint import file_to_read, file_to_write, load_state, restore, save_state
 from atlas_rl.sync.refresh import PolicyTracker, RolloutExchange
@@ -93,7 +93,7 @@ class RolloutEngine:
         prompts: Sequence[Sequence[int]],
         *,
         num_generations: int = 1,
-        max_new_tokens: int,
+        max_new_tokens: int = REQUIRED,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -121,7 +121,7 @@ class RolloutEngine:
         Raises:
             ValueError: An argument is invalid; nothing has been generated then.
         """
-        check_names(unknown)
+        check_names(unknown, max_new_tokens)
         if self.model is None:
             raise ValueError(self._without_policy)
         sampling = SamplingParams(

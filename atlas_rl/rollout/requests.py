@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING
 from numbers import Integral
 from typing import Any
 
@@ -19,6 +20,8 @@ OPTIONS = (
     "seed",
 )  # fmt: skip
 """Keywords of `generate`."""
+REQUIRED: Any = MISSING
+"""Default of a keyword that must be given: Python's own error for a missing one says nothing of a misspelled one."""
 
 _NO_STOP_STRINGS = "stop strings are not supported, eos_token_ids=[...] ends a completion"
 _ELSEWHERE = {
@@ -91,9 +94,11 @@ def build_sequences(
     return sequences, max_lengths
 
 
-def check_names(unknown: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for keywords of `generate` that are not among `OPTIONS`."""
+def check_names(unknown: Mapping[str, Any], max_new_tokens: Any) -> None:
+    """Raise `ValueError` for keywords of `generate` that are not among `OPTIONS`, or if the required one is missing."""
     reject_unknown(unknown, OPTIONS, "generate()", elsewhere=_ELSEWHERE)
+    if max_new_tokens is REQUIRED:
+        raise ValueError("generate() needs max_new_tokens, the most tokens of a completion")
 
 
 def _several(prompts: Any) -> list[Any]:

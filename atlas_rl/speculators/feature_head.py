@@ -12,13 +12,16 @@ there. If there is no memory for another row, requests get no drafts of this hea
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from atlas_rl.core import Draft, Prompts, Rollouts, SamplingParams, Sequences, Verified
 from atlas_rl.policy.base import Segments
+from atlas_rl.policy.cpu_linear import by_columns
 from atlas_rl.policy.memory import free_bytes
 from atlas_rl.policy.ragged_attention import RaggedBatch, active
 from atlas_rl.policy.upload import uploaded
@@ -36,11 +39,12 @@ _FUSED_TOGETHER = 256  # most observed positions whose states are kept unfused
 class FeatureHeadSpeculator(Speculator):
     """Drafts with a head on the policy's features, under the sampling parameters of the call.
 
-    A subclass loads its head in `bind`, sets in `needs` which layers it reads, sets `_cell_bytes` (bytes per token in
-    the head's cache), and implements `_features_of`, `_logits`, and either `_step` or its own `_forward` and
-    `_draft`.
+    A subclass loads its head in `bind` and hands it to `_keep`, sets in `needs` which layers it reads, sets `_cell_bytes`
+    (bytes per token in the head's cache), and implements `_features_of`, `_logits`, and either `_step` or its own `_forward`
+    and `_draft`.
     """
 
+    head: Any
     _cell_bytes: int
     _draft_room = 32
     """Cache cells past the longest text, for drafts beyond a request's end."""
@@ -55,6 +59,17 @@ class FeatureHeadSpeculator(Speculator):
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         super().bind(policy, couples_noise)
         self._policy, self._device = policy, policy.device
+
+    def _keep(self, head: nn.Module) -> None:
+        """Draft with this head, whose linear layers' weights are stored by columns from now on."""
+        self.head = head
+        for module in head.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = by_columns(module.weight.data)
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        weights: Iterable[torch.Tensor] = self.head.parameters()
+        return weights
 
     @abstractmethod
     def _features_of(self, states: dict[int, torch.Tensor]) -> torch.Tensor:

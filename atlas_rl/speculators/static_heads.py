@@ -9,7 +9,14 @@ from atlas_rl.speculators.dflash.checkpoint import dflash_layers
 from atlas_rl.speculators.dflash.speculator import DFlashSpeculator
 from atlas_rl.speculators.eagle3.checkpoint import eagle3_layers
 from atlas_rl.speculators.eagle3.speculator import Eagle3Speculator
-from atlas_rl.speculators.identify import DFLASH, DSPARK, kind_of
+from atlas_rl.speculators.identify import DFLASH, DSPARK, EAGLE3, kind_of
+
+
+def check_head(folder: str | Path) -> None:
+    """Raise `ValueError` for a folder that holds no EAGLE-3, DFlash or DSpark head, or a damaged checkpoint."""
+    kind = kind_of(folder)
+    if kind not in (EAGLE3, DFLASH, DSPARK):
+        raise ValueError(f"'{folder}' holds {kind}, no EAGLE-3 or DFlash head: give the folder of one")
 
 
 def head_layers(folder: str | Path, num_layers: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from atlas_rl.checks import shown
+from atlas_rl.speculators.static_heads import check_head
 from atlas_rl.vllm import internals
 from atlas_rl.vllm.backend import CPU_CACHE_BYTES
 from atlas_rl.vllm.checks import check_environment, speculative_config
@@ -76,8 +77,13 @@ def serve_command(
 def serve(
     model: str, flags: Sequence[str], draft_model: Path | None = None, *, idle_learning: bool | None = None
 ) -> None:
-    """Replace this process with vLLM's server command. Arguments and errors as for `serve_command`."""
+    """Replace this process with vLLM's server command. Arguments and errors as for `serve_command`.
+
+    A folder without a head is refused here, with a `ValueError`: the server would say so in the middle of its log.
+    """
     command, variables = serve_command(model, flags, draft_model, idle_learning=idle_learning)
+    if draft_model is not None:
+        check_head(draft_model)
     line = shlex.join(command)
     print("atlas-rl vllm-serve:", *(f"{name}={value}" for name, value in variables.items()), line, file=sys.stderr)
     sys.stderr.flush()

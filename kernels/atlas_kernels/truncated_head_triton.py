@@ -35,7 +35,7 @@ def draft_head_triton(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, torch
     indices = torch.empty(num_steps, batch, dtype=torch.int64, device=device)
     confidence = torch.empty(num_steps, batch, device=device, dtype=torch.float32)
     token_ids, newest = call.weights.token_ids.contiguous(), call.newest.contiguous()
-    arguments = _arguments(call, states)
+    arguments = _arguments(call)
     for step in range(num_steps if batch else 0):
         _launch_logits(arguments, states[step:], newest, logits[step])
         truncate_triton(logits[step], call.truncation, call.temperature, logits[step])
@@ -46,7 +46,7 @@ def draft_head_triton(call: HeadCall) -> tuple[torch.Tensor, torch.Tensor, torch
     return indices.T, confidence.T, probs
 
 
-def _arguments(call: HeadCall, states: torch.Tensor) -> dict[str, Any]:
+def _arguments(call: HeadCall) -> dict[str, Any]:
     """Arguments of `advance` and `score` at every step, by name."""
     weights, (batch, size), device = call.weights, call.state.shape, call.state.device
     tile, compute = head.tile_on(device, weights)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from atlas_rl import AtlasRolloutEngine
@@ -22,14 +23,24 @@ def policy() -> Any:
     return with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
 
 
-def build(folder: Path, *, kind: type = GRPOTrainer, model: Any = None, tokenizer: Any = None, **options: Any) -> Any:
+def build(
+    folder: Path,
+    *,
+    kind: type = GRPOTrainer,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Any = DATA,
+    eval_data: Any = None,
+    **options: Any,
+) -> Any:
     from trl import GRPOConfig
 
     return kind(
         model=model or policy(),
         reward_funcs=rewards,
         args=arguments(GRPOConfig, folder, **({"max_steps": 1} | options)),
-        train_dataset=DATA,
+        train_dataset=data,
+        eval_dataset=eval_data,
         processing_class=tokenizer or word_tokenizer(),
     )
 
@@ -89,6 +100,67 @@ def test_a_method_put_on_the_trainer_is_looked_into(tmp_path: Path) -> None:
     trainer._generate_single_turn = lambda prompt_ids, *args: ([[2, 1] for _ in prompt_ids], None)
     with pytest.raises(ValueError, match="of its own"):
         attach(trainer)
+
+
+class OwnColumn(GRPOTrainer):
+    """Reads its prompts from another column."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        return super()._generate_and_score_completions([{"prompt": each["question"]} for each in inputs])
+
+
+def test_a_dataset_without_prompts_is_found(tmp_path: Path) -> None:
+    questions = DATA.rename_column("prompt", "question")
+    renamed = r"reads the column 'prompt', and the dataset has \['question'\].*rename_column\('question', 'prompt'\)"
+    for data in ({"data": questions}, {"eval_data": questions}):
+        trainer = build(tmp_path, **data)
+        with pytest.raises(ValueError, match=renamed):
+            attach(trainer)
+        assert not trainer.use_vllm
+
+
+@pytest.mark.parametrize("reader", ["method", "collator"])
+def test_a_trainer_that_reads_another_column_is_served(reader: str, tmp_path: Path) -> None:
+    questions = DATA.rename_column("prompt", "question")
+    kind = OwnColumn if reader == "method" else GRPOTrainer
+    trainer = build(tmp_path, kind=kind, data=questions, remove_unused_columns=False)
+    if reader == "collator":
+        trainer.data_collator = lambda rows: [{"prompt": row["question"]} for row in rows]
+    engine = attach(trainer)
+    trainer.train()
+    assert len(engine.reports) == 1
+
+
+class AttachesLate(TrainerCallback):
+    """Attaches an engine after the first step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        attach(self.trainer)
+
+
+def test_a_trainer_that_trains_is_refused_until_it_ends(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    late = AttachesLate(trainer)
+    trainer.add_callback(late)
+    with pytest.raises(ValueError, match=r"is training: attach before train\(\) or after it"):
+        trainer.train()
+    assert not trainer.use_vllm
+    trainer.remove_callback(late)
+    assert trainer.is_in_train, "transformers leaves it set, because the run raised"
+    engine = attach(trainer)
+    trainer.train()
+    assert len(engine.reports) == 1
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_temperature_that_the_loss_divides_by_is_refused(kind: str, tmp_path: Path) -> None:
+    trainer = build_trainer(kind, policy(), word_tokenizer(), tmp_path, temperature=0.0)
+    with pytest.raises(ValueError, match=r"temperature is 0, and (GRPO|RLOO)Trainer divides by it"):
+        attach(trainer)
+    assert not trainer.use_vllm
 
 
 def test_a_trainer_that_delegates_is_served(tmp_path: Path) -> None:

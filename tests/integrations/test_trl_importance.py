@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +17,7 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.core import SamplingParams
 from atlas_rl.integrations.trl import importance
 from atlas_rl.integrations.trl.importance import ImportanceCheck
-from tests import ROOT
+from tests.integrations.launch import reports_of
 from tests.models import tiny_llama
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 
@@ -209,16 +205,15 @@ def test_kept_in_training_where_the_trainer_scores_another_distribution(kwargs: 
     assert all(row["sampling/sampling_logp_difference/mean"] > 0.01 for row in ratios)
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two gloo ranks found, by the rank whose logprobs are shifted."""
+    return reports_of("tests.integrations.two_ranks", tmp_path_factory.mktemp("ranks"))
+
+
 @pytest.mark.parametrize("worst", [0, 1, None])
-def test_ranks_decide_together_by_the_worst(worst: int | None, tmp_path: Path) -> None:
-    """Two gloo ranks train; the logprobs of one are shifted, or of none. Ranks that disagreed would hang."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"),
-        *("-m", "tests.integrations.two_ranks", str(tmp_path), str(-1 if worst is None else worst)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_ranks_decide_together_by_the_worst(worst: int | None, two_ranks: list[dict[str, Any]]) -> None:
+    """Ranks that disagreed would hang."""
     # The ranks compare at the end of the first step; from then on a pass is spared, or none.
     expected = {"corrected": worst is not None, "passes": [2, 2, 2] if worst is not None else [2, 1, 1]}
-    assert [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)] == [expected] * 2
+    assert [rank[str(worst)] for rank in two_ranks] == [expected] * 2

@@ -159,6 +159,24 @@ def test_the_command_builds_the_vllm_that_its_file_asks_for(
     assert all(set(row["drafted"]) == {"history", "recurrent"} for row in rows)
 
 
+def test_the_command_names_the_server_that_is_not_up(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": "http://127.0.0.1:9",
+        "vllm_server_timeout": 0,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(script_options(folder, tmp_path / "out", **options)))
+    with pytest.raises(SystemExit) as ended:
+        main(["grpo", "--config", str(tmp_path / "run.yaml")])
+    assert ended.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("atlas-rl grpo: no vLLM server is up at http://127.0.0.1:9")
+    assert "atlas-rl vllm-serve MODEL" in last
+
+
 def test_a_trainer_with_a_vllm_of_its_own_is_told_the_fix(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     trainer = build("grpo", folder, tokenizer, tmp_path, use_vllm=True, vllm_mode="colocate")
     before = trainer.vllm_generation
@@ -188,6 +206,14 @@ def test_what_vllm_cannot_honour_is_refused_first(
 ) -> None:
     trainer = build("grpo", folder, tokenizer, tmp_path, **options)
     with pytest.raises(ValueError, match=message):
+        AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
+    assert not trainer.use_vllm
+
+
+def test_a_policy_that_was_never_saved_is_refused(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    trainer = build("grpo", folder, tokenizer, tmp_path)
+    trainer.model.name_or_path = ""  # as of a policy that was made from a configuration
+    with pytest.raises(ValueError, match=r"does not say where it is: save it with save_pretrained"):
         AtlasRolloutEngine(backend="vllm", console=False).attach(trainer)
     assert not trainer.use_vllm
 

@@ -6,7 +6,6 @@ Each rank writes what it got and what was raised in it. A rank that waited for t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from atlas_rl import AtlasRolloutEngine
 from atlas_rl.integrations.trl.exchange import ExchangeCallback
 from atlas_rl.integrations.trl.together import of_all_ranks, of_main_rank, on_all_ranks
 from tests.models import tiny_llama
+from tests.ranks import leave_together
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 
 FAILING = 1
@@ -128,10 +128,7 @@ def main(folder: Path) -> None:
         "in_step": of_all_ranks(accelerator, "counting", lambda: rank),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
-    torch.distributed.barrier()  # no rank leaves while the other still waits for it
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # DDP's reducer keeps gloo's threads; one that runs while the interpreter ends aborts the rank
+    leave_together()
 
 
 if __name__ == "__main__":

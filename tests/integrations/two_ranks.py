@@ -1,24 +1,22 @@
-"""One rank of a small GRPO run with gloo: `torchrun -m tests.integrations.two_ranks FOLDER SHIFTED_RANK`.
+"""One rank of small GRPO runs with gloo: `torchrun -m tests.integrations.two_ranks FOLDER`.
 
-The sampled logprobs of one rank are shifted, so that it finds what the other does not. Each rank writes whether its
-importance-sampling correction is on in the end, and the forward passes of each step over its rollouts. Where none is
-shifted, an OnlineDPO run follows.
+In each run the sampled logprobs of one rank are shifted, so that it finds what the other does not, or those of none. Each
+rank writes by the shifted rank whether its importance-sampling correction is on in the end, and the forward passes of each
+step over its rollouts. An OnlineDPO run follows. They share a launch, because that takes longer than all of them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from atlas_rl import AtlasRolloutEngine
 from tests.models import tiny_llama
 from tests.other_trainers import build_other, expected_rows, trained_rows
+from tests.ranks import leave_together
 from tests.trainers import WORDS, build_trainer, passes_of, with_special_tokens, word_tokenizer
 
 
@@ -35,8 +33,8 @@ def train_another(folder: Path) -> None:
     assert requests == ([16, 16] if trainer.accelerator.is_main_process else []), "those of both ranks in one report"
 
 
-def main(folder: Path, shifted_rank: int) -> None:
-    """Train three steps with an engine on every rank."""
+def train(folder: Path, shifted_rank: int | None) -> tuple[int, dict[str, Any]]:
+    """Train three steps with an engine on every rank; returns the rank, and what it found."""
     model = with_special_tokens(tiny_llama(vocab=len(WORDS), seed=1, context=64))
     trainer = build_trainer("grpo", model, word_tokenizer(), folder, ddp_backend="gloo")
     engine = AtlasRolloutEngine(console=False).attach(trainer)
@@ -52,15 +50,18 @@ def main(folder: Path, shifted_rank: int) -> None:
     engine.rollout = shifted  # type: ignore[method-assign]
     passes = passes_of(trainer)
     trainer.train()
-    if shifted_rank < 0:
-        train_another(folder / f"other{rank}")
-    written = {"corrected": trainer.vllm_importance_sampling_correction, "passes": [passes.count(s) for s in range(3)]}
-    (folder / f"rank{rank}").write_text(json.dumps(written))
-    torch.distributed.barrier()  # no rank leaves while the other still waits for it
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # DDP's reducer keeps gloo's threads; one that runs while the interpreter ends aborts the rank
+    found = {"corrected": trainer.vllm_importance_sampling_correction, "passes": [passes.count(s) for s in range(3)]}
+    return rank, found
+
+
+def main(folder: Path) -> None:
+    found = {}
+    for shifted_rank in (0, 1, None):
+        rank, found[str(shifted_rank)] = train(folder / f"shifted{shifted_rank}", shifted_rank)
+    train_another(folder / f"other{rank}")
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    leave_together()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

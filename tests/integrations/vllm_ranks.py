@@ -20,6 +20,7 @@ from atlas_rl import AtlasRolloutEngine
 from tests import vllm_engines
 from tests.integrations.together_ranks import FAILING, raised
 from tests.models import tiny_bigram
+from tests.ranks import leave_together
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 
 __all__ = ["vllm_engines"]
@@ -61,10 +62,7 @@ def main(folder: Path) -> None:
     trainer.train()
     reports = [report.to_dict() for report in engine.reports]
     (folder / f"rank{rank}.json").write_text(json.dumps(seen | {"reports": reports}))
-    torch.distributed.barrier()  # no rank leaves while the other still waits for it
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # DDP's reducer keeps gloo's threads; one that runs while the interpreter ends aborts the rank
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ ALL_KERNELS = COUNTING.format(
     work="from atlas_rl.decode.compile_kernels import compile_kernels; compile_kernels(); import atlas_rl",
     result="atlas_rl.__file__",
 )
+USERS = {"ATLAS_RL_CACHE": str(Path.home() / ".cache" / "atlas_rl")}
+"""Names the user's cache, whose kernels need not be compiled again."""
 
 
 def run(code: str, *path: Path, **environment: str):
@@ -46,14 +48,13 @@ def run(code: str, *path: Path, **environment: str):
 
 def test_a_new_checkout_compiles_nothing(tmp_path: Path):
     """The first process may find the user's kernels, or has to compile; the copy must find them."""
-    user = {"ATLAS_RL_CACHE": str(Path.home() / ".cache" / "atlas_rl")}
-    run(ALL_KERNELS, ROOT, ROOT / "kernels", **user)
+    run(ALL_KERNELS, ROOT, ROOT / "kernels", **USERS)
     copied = tmp_path / "checkout"
     for name in ("atlas_rl", "kernels"):
         shutil.copytree(
             ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"), copy_function=shutil.copy
         )
-    names, file = run(ALL_KERNELS, copied, copied / "kernels", **user)
+    names, file = run(ALL_KERNELS, copied, copied / "kernels", **USERS)
     assert file == str(copied / "atlas_rl" / "__init__.py")
     assert names == []
 
@@ -91,8 +92,11 @@ print(json.dumps([len(before), sorted(known() - before)]))
 
 
 def test_set_up_compiles_what_runs_need():
-    """A kernel that meets other types or layouts of arrays in a run is compiled there, in the midst of it: for seconds."""
-    num_known, found_later = run(RUNS, ROOT, ROOT / "kernels", OMP_NUM_THREADS="1")
+    """A kernel that meets other types or layouts of arrays in a run is compiled there, in the midst of it: for seconds.
+
+    Kernels that the user's cache holds are read from there, and count like compiled ones: before the runs, or after.
+    """
+    num_known, found_later = run(RUNS, ROOT, ROOT / "kernels", OMP_NUM_THREADS="1", **USERS)
     assert num_known > 20
     assert found_later == []
 

@@ -57,8 +57,8 @@ def test_the_verdict_names_the_batches_at_which_experts_pay():
     ("num_gpus", "batch", "context", "said"),
     [
         (1, 1, 1024, "take 11 GPUs, a narrower"),
-        (8, 128, 32768, "more GPUs alone do not help, for each keeps the same cache: take 11 GPUs and a --batch of"),
-        (32, 128, 32768, "more GPUs do not help, for each keeps the same cache: take a --batch of at most"),
+        (8, 128, 32768, "more GPUs alone do not help, since each keeps the same cache: take 11 GPUs and a --batch of"),
+        (32, 128, 32768, "more GPUs do not help, since each keeps the same cache: take a --batch of at most"),
         (32, 1, 10**8, "no number of GPUs holds a single request: take a narrower --precision or a shorter --context"),
     ],
 )
@@ -76,6 +76,11 @@ def test_advice_on_memory_can_be_followed(num_gpus, batch, context, said):
         assert not followed.memory(int(most[1]) + 1).fits
     elif gpus:
         assert followed.memory(batch).fits
+
+
+def test_advice_says_how_many_gpus_share_a_cache():
+    with pytest.raises(ValueError, match="more GPUs do not help, since at most 8 of them share a cache"):
+        make_plan(setting(CONFIGS["Llama-3.1-8B"], "h100", context=2048), batch=100_000, accept=0.8)
 
 
 @pytest.mark.parametrize(

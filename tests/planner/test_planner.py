@@ -330,6 +330,7 @@ def test_command_says_what_is_wrong(llama, capsys, wrong, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("{}", "no field 'model_type'"),
         ('{"model_type": "mamba"}', "unknown architecture 'mamba'.*knows llama"),
         ('{"model_type": "llama", "hidden_size": 8}', "no field 'num_attention_heads'"),
         ("[]", "not a JSON object"),

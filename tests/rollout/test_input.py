@@ -74,6 +74,13 @@ def test_a_bad_call_says_what_to_do_and_does_nothing(case):
     assert generate(engine).completion_ids == reference().completion_ids
 
 
+def test_a_misspelled_length_is_named_rather_than_called_missing():
+    with pytest.raises(ValueError, match=r"no option 'max_tokens': did you mean 'max_new_tokens'"):
+        engine_of().generate([[1]], max_tokens=2)
+    with pytest.raises(ValueError, match="needs max_new_tokens"):
+        engine_of().generate([[1]])
+
+
 BAD_OPTIONS = {
     "unknown option": ({"draft_modle": None}, "did you mean 'draft_model'"),
     "verification typo": ({"verification": "invarient"}, "'invariant' or 'rejection'.*'invarient'"),

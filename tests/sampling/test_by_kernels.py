@@ -185,7 +185,7 @@ def test_a_whole_generation_by_kernels_has_the_same_tokens(interpreted, monkeypa
 )
 def test_the_recurrent_drafter_drafts_the_same_by_its_kernel(interpreted, monkeypatch, verification, options):
     model = tiny_bigram()
-    options |= {"num_generations": 3, "max_new_tokens": 12}
+    options |= {"num_generations": 3}
     eager = generated(model, verification, [recurrent_drafter()], **options)
     calls = []
 

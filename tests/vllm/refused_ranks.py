@@ -7,18 +7,17 @@ raise. A rank that waited for the other would never write.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from trl.generation import vllm_generation
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.integrations.trl.together import of_all_ranks
 from tests.models import tiny_llama
+from tests.ranks import leave_together
 from tests.trainers import WORDS, build_trainer, with_special_tokens, word_tokenizer
 
 
@@ -62,10 +61,7 @@ def main(folder: Path, addresses: list[str]) -> None:
     rank = trainer.accelerator.process_index
     in_step = of_all_ranks(trainer.accelerator, "counting", lambda: rank)
     (folder / f"rank{rank}.json").write_text(json.dumps({"raised": told, "in_step": in_step}))
-    torch.distributed.barrier()  # no rank leaves while the other still waits for it
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads may still run while the interpreter ends
+    leave_together()
 
 
 if __name__ == "__main__":

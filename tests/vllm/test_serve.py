@@ -12,6 +12,7 @@ import pytest
 
 from atlas_rl.cli import main
 from tests import vllm_engines  # first: it skips this module where there is no vLLM
+from tests.models import tiny_llama
 from tests.pages import blocks_of_pages, commands_of
 
 __all__ = ["vllm_engines"]
@@ -128,6 +129,20 @@ def test_what_is_wrong_is_said_before_vllm_starts(
         main(line.split())
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_head_is_said_before_vllm_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.execve", lambda *arguments: pytest.fail(f"started {arguments}"))
+    for make, message in (
+        (lambda: None, "config.json is missing"),
+        (lambda: tiny_llama().save_pretrained(tmp_path), "holds a causal LM, no EAGLE-3 or DFlash head"),
+    ):
+        make()
+        with pytest.raises(SystemExit):
+            main(["vllm-serve", "POLICY", "--draft-model", str(tmp_path)])
+        assert message in capsys.readouterr().err
 
 
 def test_it_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ and what it was told when somebody else had changed the server's weights.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from atlas_rl import AtlasRolloutEngine
 from examples.cpu_ranks import pretend
 from tests.integrations.cpu_devices import options_of
 from tests.integrations.sharded_ranks import whole_weights, with_lora
+from tests.ranks import leave_together
 from tests.trainers import build_trainer, word_tokenizer
 from tests.vllm.served import loaded, logprobs_by
 from tests.vllm_server import call
@@ -106,10 +106,7 @@ def main(wrapper: str, policy: Path, address: str, port: int, folder: Path) -> N
         "refused": refused,
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(written))
-    torch.distributed.barrier()  # no rank leaves while the other still waits for it
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # DDP's reducer keeps gloo's threads; one that runs while the interpreter ends aborts the rank
+    leave_together()
 
 
 if __name__ == "__main__":

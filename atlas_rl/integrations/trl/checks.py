@@ -30,6 +30,11 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
             f"{type(trainer).__name__} has no vLLM engine that can be replaced: build it with use_vllm=False and "
             "attach AtlasRolloutEngine(), which generates in process"
         )
+    if _is_training(trainer):
+        raise ValueError(
+            "the trainer is training: attach before train() or after it, because drafters are restored, and a trainer that "
+            "calls model.generate is served, from the beginning of a run"
+        )
     if getattr(trainer, "rollout_func", None) is not None:
         raise ValueError("the trainer has a rollout_func, which would bypass the engine: leave it out and attach")
     if getattr(trainer, "use_transformers_continuous_batching", False):
@@ -38,6 +43,21 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
         _check_merging(trainer)
     _check_way_to_the_engine(trainer, way)
     _check_correction(trainer)
+    if kind.scores_as_built and trainer.args.temperature == 0:
+        raise ValueError(
+            f"temperature is 0, and {type(trainer).__name__} divides by it when it scores completions: set it above 0"
+        )
+    _check_prompt_column(trainer)
+
+
+def _is_training(trainer: Any) -> bool:
+    """Whether the trainer's own `train` calls this. Its flag `is_in_train` stays set after a run that raised."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def check_gathering(trainer: Any) -> None:
@@ -216,6 +236,26 @@ def _check_correction(trainer: Any) -> None:
             f"vllm_importance_sampling_mode is {mode!r}; a trainer that generates with an engine needs one of "
             f"{list(known)}{of_loss}, or vllm_importance_sampling_correction=False"
         )
+
+
+def _check_prompt_column(trainer: Any) -> None:
+    """Raise `ValueError` for a dataset without prompts, which TRL would find when it generates.
+
+    A subclass or a collator may read the rows in another way, and an environment may bring the prompts.
+    """
+    methods = (getattr(type(trainer), name, None) for name in ("_prepare_inputs", "_generate_and_score_completions"))
+    readers = (*methods, getattr(trainer, "data_collator", None))
+    are_trls = all(str(getattr(each, "__module__", "")).startswith("trl.") for each in readers)
+    if not are_trls or getattr(trainer, "environment_factories", None):
+        return
+    datasets: list[Any] = [trainer.train_dataset, getattr(trainer, "eval_dataset", None)]
+    for dataset in datasets:
+        columns = getattr(dataset, "column_names", None)
+        if isinstance(columns, list) and hasattr(dataset, "__len__") and len(dataset) and "prompt" not in dataset[0]:
+            raise ValueError(
+                f"{type(trainer).__name__} reads the column 'prompt', and the dataset has {columns}: rename one, such as "
+                f"dataset.rename_column({columns[0]!r}, 'prompt')"
+            )
 
 
 def _check_prompts(dataset: Any) -> None:

@@ -284,6 +284,12 @@ def _check_dataset(groups: Iterable[Any]) -> None:
         ) from error
 
 
+def _give_up(error: Exception) -> NoReturn:
+    """Exit with the error in one line, as for other options."""
+    print(f"{COMMAND}: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
 @contextmanager
 def _attached(engine: Any, baseline_every: int) -> Iterator[None]:
     """Context in which the trainer that TRL's script builds gets the engine attached."""
@@ -291,14 +297,15 @@ def _attached(engine: Any, baseline_every: int) -> Iterator[None]:
     own = trl.GRPOTrainer
 
     def build(trainer: Any, *args: Any, **options: Any) -> None:
-        colocated = options["args"].use_vllm and options["args"].vllm_mode == "colocate"
-        with engine.prepare_vllm() if colocated else nullcontext():
-            own.__init__(trainer, *args, **options)
+        try:
+            with engine.prepare_vllm() if options["args"].use_vllm else nullcontext():
+                own.__init__(trainer, *args, **options)
+        except ConnectionError as error:  # of our client: the server is not up, or is another program
+            _give_up(error)
         try:
             engine.attach(trainer, baseline_every=baseline_every)
-        except ValueError as error:  # of an option's value: a traceback would say no more
-            print(f"{COMMAND}: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from error
+        except (ValueError, ConnectionError) as error:  # of an option's value: a traceback would say no more
+            _give_up(error)
 
     trl.GRPOTrainer = type(own.__name__, (own,), {"__init__": build, "__doc__": own.__doc__})
     try:

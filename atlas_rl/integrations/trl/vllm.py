@@ -103,6 +103,11 @@ def _check(engine: RolloutEngine, trainer: Any, baseline_every: int) -> None:
             "engine.prepare_vllm(), with use_vllm=True and vllm_mode='colocate'"
         )
     vllm_draft_folder(engine.config)
+    if not trainer.model.name_or_path:
+        raise ValueError(
+            "vLLM loads the policy's checkpoint, and this policy does not say where it is: save it with "
+            "save_pretrained(FOLDER), and build the trainer with model=FOLDER"
+        )
     with in_this_process():
         _in_vllms_types(sampling, trainer.args.vllm_structured_outputs_regex)
 

@@ -126,8 +126,8 @@ def _read(file: Path, name: str, earlier: bool, now_s: float) -> list[Run]:
     rows, skipped = parse_jsonl(file.read_bytes())
     lines, refused = _lines(rows)
     if not lines:
-        reason = f": {next(iter(refused.values()))}" if refused else ""
-        raise ValueError(f"'{file}' holds no step report{reason}")
+        unread = "its lines are half-written or damaged" if skipped else "no step has ended yet"
+        raise ValueError(f"'{file}' holds {next(iter(refused.values()), f'no step report: {unread}')}")
     notes = _notes_on_lines(rows, skipped, refused)
     groups = _groups(_launches(lines))
     began = groups[-1][0].lines[0].number

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from atlas_rl.core import Draft, Needs, SamplingParams, Sequences
 from atlas_rl.policy.base import Segments
-from atlas_rl.policy.cpu_linear import by_columns
 from atlas_rl.policy.upload import uploaded
 from atlas_rl.speculators.dflash.attention import BlockAttention
 from atlas_rl.speculators.dflash.checkpoint import load_dflash
@@ -44,6 +41,7 @@ class DFlashSpeculator(FeatureHeadSpeculator):
     """
 
     name = "dflash"
+    head: DFlashHead
 
     def __init__(self, head: DFlashHead | str | Path) -> None:
         super().__init__()
@@ -53,10 +51,7 @@ class DFlashSpeculator(FeatureHeadSpeculator):
         """Load the head for this policy."""
         super().bind(policy, couples_noise)
         given = self._given
-        self.head = given.to(policy.device) if isinstance(given, DFlashHead) else load_dflash(given, policy)
-        for module in self.head.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = by_columns(module.weight.data)
+        self._keep(given.to(policy.device) if isinstance(given, DFlashHead) else load_dflash(given, policy))
         config = self.head.config
         self.needs = Needs(layers=config.layers)
         self._token_ids = self.head.token_ids
@@ -68,9 +63,6 @@ class DFlashSpeculator(FeatureHeadSpeculator):
     def compile_for(self, sampling: SamplingParams) -> None:
         write_cache(self._kv_heads, self.head.config.layer.head_dim, self._dtype, self._device)
         super().compile_for(sampling)
-
-    def weights(self) -> Iterable[torch.Tensor]:
-        return self.head.parameters()
 
     @property
     def _kv_heads(self) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from atlas_rl.core import Needs, SamplingParams
-from atlas_rl.policy.cpu_linear import by_columns
 from atlas_rl.policy.ragged_attention import ragged_attention
 from atlas_rl.speculators.eagle3.checkpoint import load_eagle3
 from atlas_rl.speculators.eagle3.head import Eagle3Head, cached_sizes
@@ -33,6 +30,7 @@ class Eagle3Speculator(FeatureHeadSpeculator):
     """
 
     name = "eagle3"
+    head: Eagle3Head
 
     def __init__(self, head: Eagle3Head | str | Path) -> None:
         super().__init__()
@@ -42,10 +40,7 @@ class Eagle3Speculator(FeatureHeadSpeculator):
         """Load the head for this policy."""
         super().bind(policy, couples_noise)
         given = self._given
-        self.head = given.to(policy.device) if isinstance(given, Eagle3Head) else load_eagle3(given, policy)
-        for module in self.head.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = by_columns(module.weight.data)
+        self._keep(given.to(policy.device) if isinstance(given, Eagle3Head) else load_eagle3(given, policy))
         self.needs = Needs(layers=self.head.config.layers)
         self._token_ids = self.head.token_ids
         attention: Any = self.head.layers[0].self_attn
@@ -56,9 +51,6 @@ class Eagle3Speculator(FeatureHeadSpeculator):
     def compile_for(self, sampling: SamplingParams) -> None:
         write_cache(*cached_sizes(self.head.config.layer), self._logits_dtype, self._device)
         super().compile_for(sampling)
-
-    def weights(self) -> Iterable[torch.Tensor]:
-        return self.head.parameters()
 
     @property
     def _logits_dtype(self) -> torch.dtype:

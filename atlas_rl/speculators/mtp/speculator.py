@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from atlas_rl.core import Needs, SamplingParams
 from atlas_rl.policy.base import Segments
-from atlas_rl.policy.cpu_linear import by_columns
 from atlas_rl.policy.current_device import on_device
 from atlas_rl.policy.ragged_attention import RaggedBatch, active
 from atlas_rl.speculators.feature_head import FeatureHeadSpeculator
@@ -47,10 +44,7 @@ class MtpSpeculator(FeatureHeadSpeculator):
         super().bind(policy, couples_noise)
         if policy.model is None:
             raise ValueError("draft_model='mtp' needs a policy that runs in this process: leave it out here")
-        self.head = load_mtp(self._folder or folder_of(policy), policy)
-        for module in self.head.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = by_columns(module.weight.data)
+        self._keep(load_mtp(self._folder or folder_of(policy), policy))
         self._norm = Parts.of(policy.model, policy.num_layers).norm
         self.needs = Needs(layers=(policy.num_layers,))
         self._cell_bytes = self._run_once()
@@ -58,9 +52,6 @@ class MtpSpeculator(FeatureHeadSpeculator):
     def compile_for(self, sampling: SamplingParams) -> None:
         self._run_once()
         super().compile_for(sampling)
-
-    def weights(self) -> Iterable[torch.Tensor]:
-        return self.head.parameters()
 
     @torch.no_grad()
     def _run_once(self) -> int:

@@ -237,10 +237,10 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
             argmax=self._argmax,
             carried=(requests, newest),
         )
-        self._draw(head, token_ids, drawing, depth)
+        self._draw(head, drawing, depth)
         return drawing.finish(max_draft_tokens)
 
-    def _draw(self, head: FoldedHead, token_ids: torch.Tensor, drawing: Drawing, depth: int) -> None:
+    def _draw(self, head: FoldedHead, drawing: Drawing, depth: int) -> None:
         """Queue all device work of a draft, token by token."""
         rows, indices = drawing.carried
         with torch.no_grad():

@@ -166,8 +166,12 @@ def test_what_is_no_run_is_refused_with_a_hint(tmp_path):
     with pytest.raises(ValueError, match="given twice"):
         read_runs([folder, folder / "rollouts.jsonl"])
     (tmp_path / "rollouts.jsonl").write_text('{"call": 1}\n')
-    with pytest.raises(ValueError, match="holds no step report: no step report: it lacks step"):
+    with pytest.raises(ValueError, match="holds no step report: it lacks step"):
         read_runs([tmp_path])
+    for text, message in (("", "no step has ended yet"), ('{"step": 1, "po', "its lines are half-written or damaged")):
+        (tmp_path / "rollouts.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=f"holds no step report: {message}"):
+            read_runs([tmp_path])
 
 
 def test_every_field_is_checked():
