@@ -103,7 +103,8 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
       in `learn`, or before the next call, refresh or saved state. A call that is broken off drops it (`release`).
     - A refresh trains as long as the budget lasts. Survival on the newest rollouts tells the controller how good the
       head has become.
-    - Between two calls it may learn on from the latest one (`study`), until `end_study`, a call or a refresh.
+    - Between two calls it may learn on from the latest one (`study`), until `end_study`, a call or a refresh. Whatever
+      reads or replaces the head ends that first: the head is then what it was at its best check.
     - Ranks share their heads' mean.
     - If the form of the policy's logits is unknown (`_follows` is False), nothing is logged or learned.
 
@@ -139,6 +140,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy, and follow it if the form of its logits is known."""
+        self.end_study()
         super().bind(policy, couples_noise)
         self._policy = policy
         self._follows, self._put_off = policy.form is not None, None
@@ -186,9 +188,11 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
             self.learner.end_lesson(lesson)
 
     def shared(self) -> torch.Tensor | None:
+        self.end_study()
         return self.learner.shared() if self._is_bound and self._follows else None
 
     def take_shared(self, total: torch.Tensor) -> None:
+        self.end_study()
         self.learner.take_shared(total)
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,6 +200,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         if not self._is_bound:
             return {}
         self.learn()
+        self.end_study()
         kind, version = self._state_format
         return {"kind": kind, "version": version, "policy_version": self.policy_version, **self.learner.state_dict()}
 
@@ -211,6 +216,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         saved = SavedState(state, self._owner)
         saved.check_kind(*self._state_format)
         version = saved.policy_version()
+        self.end_study()
         if self._restore(saved):
             self.policy_version = version
 
