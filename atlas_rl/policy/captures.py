@@ -11,8 +11,9 @@ Three things that torch leaves to its caller are kept here:
   pool's graphs are captured on is nobody else's meanwhile.
 - **A capture goes to the device that is current.** torch's own stream for captures belongs to the device that was
   current at the first capture of the process. On another device it would capture nothing, silently.
-- **A capture that fails leaves nothing behind** (`_capturing`). torch would leave its own stream current, and up to 2.11
-  its allocator would take the capture to be running for ever, and would not free memory for others (pytorch#180395).
+- **A capture that fails leaves nothing behind** (`_capturing`). torch would leave its own stream current. Up to 2.11 its
+  allocator would take the capture to be running for ever, and would not free memory for others (pytorch#180395); and its
+  random generator would as well, and raise at the next dropout.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,17 +149,34 @@ class Captures:
 @contextmanager
 def _capturing(graph: torch.cuda.CUDAGraph, pool: _Pool) -> Iterator[None]:
     """`torch.cuda.graph` that leaves nothing behind."""
-    # Other threads may go on meanwhile, for example to pin memory for a data loader.
-    capture = torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local")
     has_ended = False
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()), capture:
+        with torch.cuda.stream(torch.cuda.current_stream()), _capture(graph, pool):
             yield
         has_ended = True
     finally:
         if not has_ended:
-            with suppress(RuntimeError):  # most failures have ended it
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool.handle)
+            _undo(pool)
+
+
+def _undo(pool: _Pool) -> None:
+    """End what a failed capture has begun in torch's allocator and random generator."""
+    device = pool.stream.device
+    with suppress(RuntimeError):  # later torch, and most failures, have ended it
+        torch._C._cuda_endAllocateToPool(device.index, pool.handle)
+    # The generator learns from the end of a capture, and only then. An empty graph would be warned of.
+    another = _Pool(torch.cuda.graph_pool_handle(), pool.stream)
+    with (
+        suppress(RuntimeError),
+        torch.cuda.stream(torch.cuda.current_stream()),
+        _capture(torch.cuda.CUDAGraph(), another),
+    ):
+        torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _capture(graph: torch.cuda.CUDAGraph, pool: _Pool) -> AbstractContextManager[object]:
+    """`torch.cuda.graph`. Other threads may go on meanwhile, for example to pin memory for a data loader."""
+    return torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local")
 
 
 def _causes(error: BaseException, handled: BaseException | None) -> list[BaseException]:

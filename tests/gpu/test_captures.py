@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atlas_rl.policy.captures import Captures
-from tests.gpu.engines import ARMS, engine_of, generate, policy, tokens_of
+from tests.gpu.engines import ARMS, engine_of, generate, policy, tokens_of, waits
 from tests.pretend_cuda import PretendCuda
 
 pytestmark = pytest.mark.usefixtures("probed_once")
@@ -16,19 +16,6 @@ pytestmark = pytest.mark.usefixtures("probed_once")
 LONG = {"max_new_tokens": 12, "eos_token_ids": ()}
 NO_MEMORY = "no memory left for the CUDA graph"
 SAID = "cannot run as a CUDA graph"
-
-
-class Waiting(torch.nn.Module):
-    """An activation that looks at its input."""
-
-    def forward(self, x):
-        return x * 2 if float(x.sum()) == 12345.0 else torch.nn.functional.silu(x)
-
-
-def waiting():
-    model = policy(torch.bfloat16)
-    model.model.layers[1].mlp.act_fn = Waiting()
-    return model
 
 
 def said_of(caplog, words):
@@ -39,13 +26,14 @@ def replays(cuda):
     return sum(event.what == "graph" for event in cuda.events)
 
 
-def test_a_capture_that_failed_leaves_the_stream_and_the_allocator_as_they_were(caplog):
-    """Else a trainer would go on beside its own stream, with an allocator that frees nothing for others."""
+def test_a_capture_that_failed_leaves_nothing_behind(caplog):
+    """Else a trainer would go on beside its own stream, its allocator would free nothing for others, and dropout fail."""
     with PretendCuda(graphs=True) as cuda:
         before = torch.cuda.current_stream()
-        generate(engine_of(cuda.move(waiting())), 2, **LONG)
+        generate(engine_of(cuda.move(waits(policy(torch.bfloat16)))), 2, **LONG)
         assert torch.cuda.current_stream() is before
         assert not cuda.graphs.underway
+        assert cuda.graphs.draws
     (said,) = said_of(caplog, SAID)
     assert "operation not permitted when stream is capturing" in said  # not what came of it
 
@@ -57,6 +45,7 @@ def test_the_pretended_device_does_what_torch_does_if_a_capture_fails():
             torch.ones(1, device="cuda").item()
         assert torch.cuda.current_stream() is not before
         assert cuda.graphs.underway
+        assert not cuda.graphs.draws
 
 
 def another_captures(cuda, index):
@@ -172,7 +161,7 @@ def test_memory_may_run_out_anywhere(who, at_replay, monkeypatch, caplog):
 
 def test_an_error_that_the_caller_handles_is_no_cause(caplog):
     with PretendCuda(graphs=True) as cuda:
-        engine = engine_of(cuda.move(waiting()))
+        engine = engine_of(cuda.move(waits(policy(torch.bfloat16))))
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
         except torch.OutOfMemoryError:

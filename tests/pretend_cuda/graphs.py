@@ -7,7 +7,7 @@ give on a GPU. What makes the host wait fails while something is captured, as th
 What torch does around a capture is done as well, faults included (torch 2.11 to 2.14):
 
 - A capture that was invalidated raises when it ends. The stream that it was made on stays the current one, and the
-  allocator goes on as if it were captured to (`underway`).
+  allocator goes on as if it were captured to (`underway`), and so does the random generator (`draws`).
 - torch's own stream for captures belongs to the device that was current at the first one. What is captured on a stream
   of another device than the tensors' is launched at once, and the graph is empty.
 - Products write to a workspace of their stream. A graph that goes takes those of its stream along, and a graph of another
@@ -114,6 +114,7 @@ class Graphs:
 
     Attributes:
         underway: Pools that allocations go to as if a capture ran.
+        draws: Whether the random generator draws outside of captures.
     """
 
     def __init__(self, record: Record) -> None:
@@ -126,6 +127,7 @@ class Graphs:
         self._num_of_pool: Counter[Any] = Counter()
         self._num_pools = 0
         self.underway: list[Any] = []
+        self.draws = True
 
     def make(self) -> Graph:
         return Graph(self, self._record)
@@ -172,6 +174,7 @@ class Graphs:
             raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
         self._num_of_pool[graph.pool] += 1
         self.underway.append(graph.pool)
+        self.draws = False
         if stream.index == 0:  # where the tensors are
             self._open, self._record.captured = graph, []
         self._record.is_invalidated = False
@@ -181,7 +184,7 @@ class Graphs:
             self._open, self._record.captured = None, None
             if self._record.is_invalidated:
                 raise RuntimeError(INVALIDATED)
-            graph.stream = stream
+            graph.stream, self.draws = stream, True
             self.underway.remove(graph.pool)
             self.set_stream(there)
             self.set_stream(before)
