@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from contextlib import ExitStack
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +22,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Under a caller's inference mode, tensors could not be trained; everything that training touches is made outside of it.
-trainable = torch.inference_mode(False)
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def trainable(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Leave a caller's inference mode, whose tensors could not be trained, and its autocast, which is meant for the policy.
+
+    For everything that training touches.
+    """
+
+    @wraps(method)
+    def outside(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        with ExitStack() as left:
+            left.enter_context(torch.inference_mode(False))
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                left.enter_context(torch.autocast(kind, enabled=False))
+            return method(*args, **kwargs)
+
+    return outside
 
 
 def every_other(kept: np.ndarray, logged: Iterable[np.ndarray]) -> np.ndarray:
