@@ -224,7 +224,7 @@ class InProcessBackend(Backend):
         """Forwards that the loop's tokens take without speculation, and the packing of weights for them."""
         num_tokens = loop.sequences.lengths - loop.sequences.prompt_lengths
         batches = plain_batches(num_tokens, loop.room.most_rows, rows_to_fill)
-        plain = loop.plain_costs.run(num_tokens, loop.room.most_rows, rows_to_fill=rows_to_fill)
+        plain = loop.plain_costs.run(batches)
         if plain.seconds is None:
             return plain
         return replace(plain, seconds=plain.seconds + self.runner.linears.beside_s(batches))

@@ -15,7 +15,7 @@ less those of the decoding requests alone. Prompts cost the same without specula
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,21 +80,16 @@ class PlainCosts:
 
     def run(
         self,
-        completion_lengths: np.ndarray,
-        num_rows: int,
+        plain: Mapping[int, int],
         forward_s: Callable[[int, int], float | None] = lambda tokens, context_tokens: None,
-        rows_to_fill: Callable[[int, int], int] = at_once,
     ) -> PlainForwards:
         """Estimate the call without speculation.
 
         Args:
-            completion_lengths: int64 `[num_requests]`, tokens of each request in the order of admission.
-            num_rows: Most requests decoded together.
+            plain: Its forwards by batch size (`plain_batches`).
             forward_s: Seconds of a forward over some tokens, of requests with some context tokens; None if unknown. Used
                 for mixed forwards of more tokens than any noted batch size.
-            rows_to_fill: The engine's rule of admission, see `plain_batches`.
         """
-        plain = plain_batches(completion_lengths, num_rows, rows_to_fill)
         num_forwards = sum(plain.values())
         sizes = sorted(self.steps)
         if not num_forwards or not sizes:
@@ -121,7 +116,8 @@ def plain_batches(
     """How many forwards of each batch size plain decoding makes.
 
     Args:
-        completion_lengths: int64 `[num_requests]`; the first token of each comes from its prompt's forward.
+        completion_lengths: int64 `[num_requests]`, tokens of each request in the order of admission; the first comes from
+            its prompt's forward.
         num_rows: Most requests decoded together.
         rows_to_fill: Number of waiting requests to admit before a forward, given the active requests and `num_rows`; at
             least 1 if none is active.

@@ -5,7 +5,8 @@ rows spends a third of its time there. If the code of a layer and of its attenti
 function below does the same: the same products, norms, rotations and attention, in the same order. Weights are read from
 the modules at every call, so nothing can be stale.
 
-A layer keeps its own code if one of its parts has hooks or was patched, and for arguments that the kernels do not take. A
+A layer keeps its own code if one of its parts has hooks or was patched, for arguments that the kernels do not take, and
+while one of its parts runs as something else than when the session began, such as a copy in four bits that drafts. A
 projection that is no plain `nn.Linear` (LoRA), or has hooks, is called as a module. So is an MLP that is not a known gated
 one.
 """
@@ -31,7 +32,7 @@ from atlas_rl.policy.decoder_forms import attention_form, is_decoder_layer
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form
 from atlas_rl.policy.parts import HasModules, kept
-from atlas_rl.policy.threads import replaced_forwards
+from atlas_rl.policy.threads import replaced_forwards, stand_ins_of
 
 _MOST_NUMBERS = 1 << 20  # of hidden states: above, torch's threads gain more than fewer passes
 _READ = ("attention_mask", "past_key_values", "scaling", "dropout", "sliding_window", "softcap", "s_aux")
@@ -64,7 +65,7 @@ class _Found:
 
     def __init__(self, model: HasModules) -> None:
         self.parts: dict[Any, _Parts] = {}
-        self._without_routes: dict[Any, Callable[..., Any]] | None = None
+        self._without_routes: dict[Any, partial[torch.Tensor]] | None = None
         known = _Known()
         if not (torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks):
             for module in model.modules():
@@ -75,16 +76,18 @@ class _Found:
         every = [group for parts in self.parts.values() for group in parts.groups]
         self.groups = [group for group in every if all(map(_is_plain, group))]
 
-    def forwards(self, linears: FastLinears) -> dict[Any, Callable[..., Any]]:
+    def forwards(self, linears: FastLinears) -> dict[Any, partial[torch.Tensor]]:
         """The replacements in the present session; the same in every session without routes of linear layers."""
         if linears.has_routes:  # they end with the session, and so must what holds them
             return self._made(linears)
         if self._without_routes is None:
             self._without_routes = self._made(linears)
+        for forward in self._without_routes.values():
+            forward.args[0].look()
         return self._without_routes
 
-    def _made(self, linears: FastLinears) -> dict[Any, Callable[..., Any]]:
-        return {layer: partial(_forward, _Layer(parts, linears)) for layer, parts in self.parts.items()}
+    def _made(self, linears: FastLinears) -> dict[Any, partial[torch.Tensor]]:
+        return {layer: partial(_forward, _Layer(layer, parts, linears)) for layer, parts in self.parts.items()}
 
 
 class _Known:
@@ -162,12 +165,18 @@ class _Parts:
 class _Layer:
     """A decoder layer and its forward."""
 
-    def __init__(self, parts: _Parts, linears: FastLinears) -> None:
+    def __init__(self, layer: nn.Module, parts: _Parts, linears: FastLinears) -> None:
         self.own, self.attention, self.window = parts.own, parts.attention, parts.window
         self.norms, self.head_norms = parts.norms, parts.head_norms
         self.to_heads = _multiplied(parts.to_heads, linears)
         self.to_out = _multiplied((parts.attention.o_proj,), linears)
         self.mlp = _mlp(parts, linears)
+        self._modules = [part for part in layer.modules() if part is not layer]
+        self.look()
+
+    def look(self) -> None:
+        """Remember as what the parts run now."""
+        self._run_as = stand_ins_of(self._modules)
 
     def takes(self, hidden_states: torch.Tensor, angles: Any, others: dict[str, Any]) -> bool:
         """Whether these arguments are what the forward below takes; `others` are those by name."""
@@ -191,6 +200,7 @@ class _Layer:
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and attention.config._attn_implementation == ragged_attention.NAME
+            and stand_ins_of(self._modules) == self._run_as
         )
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,6 @@ class StepGraphs(Captures):
         """Capture the step and run it; if that is impossible, run it plainly."""
         step.graph = self._graph_of(lambda: self._call(step, cache))
         if step.graph is not None:
-            step.graph.replay()
             return
         if step.tail is not None and not self.short_of_memory:  # perhaps it is the tail's fault
             self.tails_refused, self.refused = self.refused, None

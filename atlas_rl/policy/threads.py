@@ -37,6 +37,7 @@ GENERATING = threading.RLock()
 
 _EVALUATED, _ATTENDING, _FORWARD, _WATCHED = "evaluated", "attending", "forward", "watched"
 _NONE: Mapping[str, list[Any]] = {}
+_OWN = [None]
 _owned = threading.Condition(GENERATING)  # the one public way to ask a lock whether this thread has it
 
 _Args = ParamSpec("_Args")
@@ -171,6 +172,12 @@ def stand_ins() -> tuple[Callable[..., Any], ...]:
         return ()
     firsts = (next(iter(change.things.values()), None) for change in _changes.open if change.kind == _FORWARD)
     return tuple(first[1] for first in firsts if first is not None)
+
+
+def stand_ins_of(modules: Iterable[nn.Module]) -> list[Callable[..., Any] | None]:
+    """The latest present replacement of each module's forward in this thread; None for its own."""
+    values = _changes.values if _changes.owner == threading.get_ident() else {}
+    return [values.get(id(module), _NONE).get(_FORWARD, _OWN)[-1] for module in modules]
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from contextlib import ExitStack
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +22,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Under a caller's inference mode, tensors could not be trained; everything that training touches is made outside of it.
-trainable = torch.inference_mode(False)
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def trainable(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Leave a caller's inference mode, whose tensors could not be trained, and its autocast, which is meant for the policy.
+
+    For everything that training touches.
+    """
+
+    @wraps(method)
+    def outside(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        with ExitStack() as left:
+            left.enter_context(torch.inference_mode(False))
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                left.enter_context(torch.autocast(kind, enabled=False))
+            return method(*args, **kwargs)
+
+    return outside
 
 
 def every_other(kept: np.ndarray, logged: Iterable[np.ndarray]) -> np.ndarray:
@@ -103,7 +122,8 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
       in `learn`, or before the next call, refresh or saved state. A call that is broken off drops it (`release`).
     - A refresh trains as long as the budget lasts. Survival on the newest rollouts tells the controller how good the
       head has become.
-    - Between two calls it may learn on from the latest one (`study`), until `end_study`, a call or a refresh.
+    - Between two calls it may learn on from the latest one (`study`), until `end_study`, a call or a refresh. Whatever
+      reads or replaces the head ends that first: the head is then what it was at its best check.
     - Ranks share their heads' mean.
     - If the form of the policy's logits is unknown (`_follows` is False), nothing is logged or learned.
 
@@ -139,6 +159,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
 
     def bind(self, policy: PolicyView, couples_noise: bool) -> None:
         """Draft for this policy, and follow it if the form of its logits is known."""
+        self.end_study()
         super().bind(policy, couples_noise)
         self._policy = policy
         self._follows, self._put_off = policy.form is not None, None
@@ -186,9 +207,11 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
             self.learner.end_lesson(lesson)
 
     def shared(self) -> torch.Tensor | None:
+        self.end_study()
         return self.learner.shared() if self._is_bound and self._follows else None
 
     def take_shared(self, total: torch.Tensor) -> None:
+        self.end_study()
         self.learner.take_shared(total)
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,6 +219,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         if not self._is_bound:
             return {}
         self.learn()
+        self.end_study()
         kind, version = self._state_format
         return {"kind": kind, "version": version, "policy_version": self.policy_version, **self.learner.state_dict()}
 
@@ -211,6 +235,7 @@ class LearningSpeculator(Speculator, Generic[OwnLearner]):
         saved = SavedState(state, self._owner)
         saved.check_kind(*self._state_format)
         version = saved.policy_version()
+        self.end_study()
         if self._restore(saved):
             self.policy_version = version
 

@@ -23,7 +23,7 @@ from atlas_rl.counts import asked_of
 from atlas_rl.decode.commit import account
 from atlas_rl.decode.generate import Call
 from atlas_rl.decode.guard import Faults
-from atlas_rl.decode.plain_run import PlainCosts, PlainForwards
+from atlas_rl.decode.plain_run import PlainCosts, PlainForwards, plain_batches
 from atlas_rl.decode.propose import merge
 from atlas_rl.policy.captures import Captured
 from atlas_rl.report import dead_drafters
@@ -130,7 +130,7 @@ class Drafting:
     def plain_forwards(self, call: Call) -> PlainForwards:
         """Forwards that the tokens of a finished `call` take without speculation; its sequences are complete."""
         lengths = call.sequences.lengths - call.sequences.prompt_lengths
-        return self._plain_costs.run(lengths, self._max_batch, call.controller.plain_forward_s)
+        return self._plain_costs.run(plain_batches(lengths, self._max_batch), call.controller.plain_forward_s)
 
     def end(self) -> None:
         """End the call."""

@@ -10,6 +10,8 @@ import torch
 from atlas_kernels import noise, nvfp4
 from atlas_kernels.noise import Stream
 from atlas_kernels.rejection import verify_by_rejection
+from atlas_kernels.truncate import truncate
+from atlas_kernels.truncation import Truncation
 from atlas_kernels.verify import verify
 from benchmarks.gpu.timing import device_ms
 
@@ -28,6 +30,7 @@ def rows() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"kernel": "copy", "bytes_per_s": rate}]
     for count in (1, 8, 32, 128, 512):
         found += _verify_rows(count, rate)
+        found += _truncate_rows(count, rate)
     for outputs, inputs in ((3072, 1024), (12288, 4096), (VOCAB, 1024)):
         for count in (1, 8, 32):
             found += _linear_rows(outputs, inputs, count, rate)
@@ -78,6 +81,18 @@ def _verify_rows(count: int, rate: float) -> list[dict[str, Any]]:
         found.append(
             {"kernel": "torch operations", "rows": count, "dtype": "float32", "ms": device_ms(eager, repeats=5)}
         )
+    return found
+
+
+TRUNCATIONS = {"top-p": Truncation(top_p=0.95), "top-k and top-p": Truncation(top_k=50, top_p=0.95)}
+
+
+def _truncate_rows(count: int, rate: float) -> list[dict[str, Any]]:
+    logits = 4 * torch.randn(count, VOCAB, device="cuda")
+    found, out = [], torch.empty_like(logits)
+    for name, truncation in TRUNCATIONS.items():
+        ms = device_ms(lambda truncation=truncation: truncate(logits, truncation, temperature=0.9, out=out))
+        found.append({"kernel": f"truncate, {name}", "rows": count, "ms": ms, "floor_ms": 2e3 * logits.nbytes / rate})
     return found
 
 

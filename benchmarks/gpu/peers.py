@@ -45,10 +45,11 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vocab", type=int, default=VOCAB)
+    parser.add_argument("--commit", help="of the checkout, where there is no git")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    payload: dict[str, Any] = environment(("torch", "transformers", "triton", "numba", "numpy")) | {
+    payload: dict[str, Any] = environment(("torch", "transformers", "triton", "numba", "numpy"), args.commit) | {
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "settings": {"prompt_tokens": PROMPT_TOKENS, "max_new_tokens": args.max_new_tokens, "weights": "random"},
         "rows": [],

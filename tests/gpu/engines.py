@@ -37,6 +37,20 @@ def policy(dtype: torch.dtype = torch.float32) -> Any:
     return tiny_bigram(vocab=VOCAB, context=128, seed=2).to(dtype)
 
 
+class _Waiting(torch.nn.Module):
+    """An activation that looks at its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if float(x.sum()) == 12345.0 else torch.nn.functional.silu(x)
+
+
+def waits(model: Any) -> Any:
+    """The policy with layers that wait for the device, which cannot be captured."""
+    for layer in model.model.layers:
+        layer.mlp.act_fn = _Waiting()
+    return model
+
+
 def autocast(model: Any) -> Any:
     """The policy as TRL trains it: float32 weights, computed with in bfloat16."""
     model.forward = torch.autocast("cuda" if torch.cuda.device_count() else "cpu", torch.bfloat16)(model.forward)

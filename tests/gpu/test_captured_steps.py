@@ -24,7 +24,7 @@ from atlas_rl.speculators.history.speculator import HistorySpeculator
 from atlas_rl.speculators.mtp.speculator import MtpSpeculator
 from benchmarks import tiny_policies
 from tests.gpu.counts import STEP, sectioned
-from tests.gpu.engines import ARMS, autocast, calls_before_drafts, engine_of, generate, policy, tokens_of
+from tests.gpu.engines import ARMS, autocast, calls_before_drafts, engine_of, generate, policy, tokens_of, waits
 from tests.models import FACTORIES, tiny_llama
 from tests.mtp import PlainLayer, tiny_policy, write_checkpoint
 from tests.pretend_cuda import WAITS, PretendCuda
@@ -174,22 +174,12 @@ def said_of(caplog):
     return [record.getMessage() for record in caplog.records if SAID in record.getMessage()]
 
 
-class Waiting(torch.nn.Module):
-    """An activation that looks at its input."""
-
-    def forward(self, x):
-        return x * 2 if float(x.sum()) == 12345.0 else torch.nn.functional.silu(x)
-
-
-def waiting():
-    model = policy(torch.bfloat16)
-    for layer in model.model.layers:
-        layer.mlp.act_fn = Waiting()
-    return model
-
-
 FALLBACKS = {
-    "a layer that waits": (waiting, {}, "operation not permitted when stream is capturing"),
+    "a layer that waits": (
+        lambda: waits(policy(torch.bfloat16)),
+        {},
+        "operation not permitted when stream is capturing",
+    ),
     "an old GPU": (
         lambda: policy(torch.bfloat16),
         {"capability": (7, 5)},
@@ -275,7 +265,7 @@ def test_memory_that_ran_out_is_the_cause_whatever_came_of_it(monkeypatch, caplo
 def test_the_controller_is_told_at_the_next_step_that_steps_are_padded_no_more():
     told = []
     with PretendCuda(graphs=True) as cuda:
-        generate(telling(cuda.move(waiting()), told), 2, **LONG)
+        generate(telling(cuda.move(waits(policy(torch.bfloat16))), told), 2, **LONG)
     assert told == [SIZES, (), ()]  # in the first call, and once in the second
 
 

@@ -14,7 +14,7 @@ from atlas_rl.speculators.draft_lm import DraftLM
 from benchmarks import tiny_policies
 from tests.casts import Casts
 from tests.engines import engine_of
-from tests.gpu.engines import VOCAB, draft_lm, generate, policy
+from tests.gpu.engines import ARMS, VOCAB, calls_before_drafts, draft_lm, generate, num_drafted, policy, tokens_of
 from tests.gpu.engines import autocast as under_autocast
 from tests.gpu.engines import engine_of as engine_with
 from tests.models import FACTORIES
@@ -40,6 +40,23 @@ def casts_of_steps(
     engine = engine_of(model, speculation=False, audit_share=0)
     engine.generate([[5, 9, 2, 7, 7, 1], [3, 8, 1]], max_new_tokens=4, eos_token_ids=[17], temperature=0)
     return weights, caches, largest
+
+
+@pytest.mark.usefixtures("probed_once")
+@pytest.mark.parametrize("arm", ARMS)
+def test_drafters_draft_within_a_callers_autocast(arm: str) -> None:
+    """Around the whole call, where networks of drafters run under it as well."""
+
+    def run(graphs: bool) -> list[Any]:
+        with PretendCuda(graphs=graphs) as device:
+            engine = engine_with(device.move(policy()), ARMS[arm](device.move))
+            with torch.autocast("cuda", torch.bfloat16):
+                outputs = generate(engine, 1 + calls_before_drafts(arm), max_new_tokens=6)
+        assert any(event.what == "graph" for event in device.events) == graphs
+        assert arm == "plain" or num_drafted(outputs) > 0
+        return tokens_of(outputs)
+
+    assert run(True) == run(False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

@@ -11,6 +11,7 @@ from atlas_kernels.truncation import Truncation
 from atlas_rl.controller.fixed import FixedController
 from atlas_rl.policy import varlen
 from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.captures import Captures
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.sampling.by_kernels import FusedVerifier
 from atlas_rl.sampling.queued import QueuedVerification
@@ -25,7 +26,7 @@ from atlas_rl.speculators.recurrent.speculator import RecurrentSpeculator
 from benchmarks.tiny_policies import build
 from tests.engines import engine_of
 from tests.families import made
-from tests.gpu.engines import eagle3_head
+from tests.gpu.engines import eagle3_head, waits
 from tests.models import FACTORIES, tiny_bigram
 from tests.recurrent import draft_inputs, random_head
 
@@ -211,6 +212,48 @@ def test_captured_drafts_are_the_drafts(state, tokens, truncation):
         assert np.array_equal(tokens_of, other_tokens)
         assert np.array_equal(max_probs, other_max)
         assert probs is None or torch.equal(probs, other)
+
+
+def test_a_capture_that_fails_leaves_nothing_behind(caplog):
+    """torch leaves its stream, up to 2.11 also its allocator and its random generator."""
+    before, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
+    engine = engine_of(
+        waits(tiny_bigram(vocab=VOCAB, context=128, seed=2)).to("cuda", torch.bfloat16), speculation=False
+    )
+    engine.generate(PROMPTS, max_new_tokens=8, seed=0, eos_token_ids=())
+    said = [record.getMessage() for record in caplog.records if "cannot run as a CUDA graph" in record.getMessage()]
+    assert len(said) == 1
+    assert "in forward of engines.py" in said[0]
+    assert torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()
+    assert torch.nn.functional.dropout(x).isfinite().all()
+    assert torch.randn(4, device="cuda").isfinite().all()
+    owner = Captures(capture=True)
+    assert owner._graph_of(lambda: x.mul_(2)) is not None, owner.refused
+    assert x.tolist() == [2.0] * 4
+
+
+def test_graphs_of_drafts_outlast_those_of_the_policy(monkeypatch):
+    """Which go with every call, and take the workspaces of their stream along."""
+
+    def outputs():
+        model = tiny_bigram(vocab=VOCAB, context=128, seed=2).to("cuda", torch.bfloat16)
+        speculator = RecurrentSpeculator(max_vocab=12)  # so that the vocabulary keeps its size, and the graphs stay
+        controller, found = FixedController([speculator.name], speculator.name, 3), []
+        engine = engine_of(model, speculators=[speculator], controller=controller)
+        for seed in range(5):
+            found.append(engine.generate(PROMPTS, num_generations=4, max_new_tokens=24, seed=seed, eos_token_ids=()))
+            engine.policy_updated()
+            torch.cuda.empty_cache()
+        assert not any(output.report.drafter_faults for output in found), found[-1].report.warnings
+        return found, speculator._graphs.captured
+
+    captured, number = outputs()
+    assert number > 0
+    monkeypatch.setattr(DraftGraphs, "can_capture", property(lambda self: False))
+    plain, none = outputs()
+    assert none == 0
+    assert [output.completion_ids for output in captured] == [output.completion_ids for output in plain]
 
 
 def test_weights_that_are_changed_in_place_are_those_that_run():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from atlas_rl.policy.decoder_forms import AttentionForm, attention_form, is_deco
 from atlas_rl.policy.flat_layers import flat
 from atlas_rl.policy.in_process import InProcessRunner
 from atlas_rl.policy.linear_routes import PACKED, STREAMED, TURNED, packed_type
-from atlas_rl.policy.threads import generating
+from atlas_rl.policy.threads import generating, replaced_forwards
 from tests.models import FACTORIES, SHAPE, build, tiny_llama
 from tests.policy.changes import ANOTHER, HOW, IN_PLACE, scale_weight
 from tests.routes import table_where
@@ -196,6 +196,35 @@ def test_a_patched_forward_runs(part, by_modules):
     changed = steps(patched())
     assert same(changed, by_modules(patched()))
     assert not same(changed, steps(tiny_llama(seed=3)))
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part])
+def test_a_part_that_runs_as_something_else_does(part, by_modules, flat_calls):
+    """As a copy in four bits does while it drafts, within a session."""
+
+    def replaced():
+        model = tiny_llama(seed=3)
+        module = model.model.layers[1].get_submodule(part)
+
+        def forward(module, *args, **kwargs):
+            out = type(module).forward(module, *args, **kwargs)
+            return (1.25 * out[0], *out[1:]) if isinstance(out, tuple) else 1.25 * out
+
+        within, stack = [replaced_forwards({module: forward})], ExitStack()
+
+        def between():  # in one forward, not in the next one
+            if within:
+                stack.enter_context(within.pop())
+            else:
+                stack.close()
+
+        return model, between
+
+    own, usual = steps(tiny_llama(seed=3)), flat_calls[0]
+    changed = steps(*replaced())
+    assert flat_calls[0] == 2 * usual - 1
+    assert same(changed, by_modules(*replaced()))
+    assert not same(changed, own)
 
 
 def test_hooks_that_transformers_leaves_behind_change_nothing(flat_calls):

@@ -49,8 +49,10 @@ def graphs(monkeypatch):
             made[self] = []
 
         def _graph_of(self, work):
-            made[self].append(Graph(work))
-            return made[self][-1]
+            graph = Graph(work)
+            made[self].append(graph)
+            graph.replay()
+            return graph
 
     monkeypatch.setattr(in_process, "StepGraphs", Captured)
     return made

@@ -13,8 +13,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atlas_rl.policy import captures
 from tests import ROOT
 from tests.pretend_cuda.calls import IN_PYTHON, call
+from tests.pretend_cuda.graphs import Graphs
 from tests.pretend_cuda.kernels import Launches
 from tests.pretend_cuda.operations import Operations
 from tests.pretend_cuda.record import Record
@@ -36,7 +38,12 @@ class PretendCuda(Record):
         kernels: How Triton kernels get their results (`kernels.py`): of their references, of the interpreter, or not at all.
         forbid: Kinds of events that raise where they happen (see also `forbidding`).
         current: Index of the device that is current at first; all tensors are on device 0 (see also `astray`).
+
+    Attributes:
+        graphs: Streams and captures.
     """
+
+    graphs: Graphs
 
     def __init__(
         self,
@@ -68,11 +75,15 @@ class PretendCuda(Record):
         self._stack.close()
 
     def _enter(self, stack: ExitStack, device: Operations) -> None:
+        self.graphs = device.graphs
         graphs = {"CUDAGraph": device.graphs.make, "graph": device.graphs.capture} if self._graphs else {}
-        pretended = self._of_torch_cuda() | graphs
+        pretended = self._of_torch_cuda(device.graphs) | graphs
         for name, value in pretended.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.callback(_still_there, pretended)
+        end = mock.patch.object(torch._C, "_cuda_endAllocateToPool", device.graphs.end_allocation, create=True)
+        stack.enter_context(end)
+        stack.enter_context(mock.patch.dict(captures._streams, clear=True))
         # vLLM on a CPU replaces it for the whole process.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", torch._C.TensorBase.pin_memory))
         stack.enter_context(mock.patch.object(torch.backends.cuda, "is_flash_attention_available", return_value=True))
@@ -86,7 +97,7 @@ class PretendCuda(Record):
         stack.enter_context(_Functions(device))
         stack.enter_context(activated(device))
 
-    def _of_torch_cuda(self) -> dict[str, Any]:
+    def _of_torch_cuda(self, graphs: Graphs) -> dict[str, Any]:
         properties = SimpleNamespace(
             name="pretended H100",
             major=self._capability[0],
@@ -112,9 +123,12 @@ class PretendCuda(Record):
             "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
             "Event": lambda **options: _Event(self),
             "CUDAGraph": lambda: None,
-            "graph_pool_handle": lambda: (0, 0),
+            "graph_pool_handle": graphs.pool_handle,
             "graph": _no_graph,
-            "current_stream": lambda device=None: _Stream(self),
+            "Stream": graphs.stream,
+            "current_stream": graphs.current_stream,
+            "set_stream": graphs.set_stream,
+            "stream": graphs.on,
         }
 
     def move(self, module: torch.nn.Module) -> Any:
@@ -174,28 +188,6 @@ class _Event:
 
     def elapsed_time(self, end: _Event) -> float:
         return 0.0
-
-
-class _Stream:
-    """`torch.cuda.Stream`, the current one."""
-
-    def __init__(self, record: Record) -> None:
-        self._record = record
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event(self._record)
-
-    def wait_event(self, event: _Event) -> None:
-        """A stream waits, not the host."""
-
-    def wait_stream(self, stream: _Stream) -> None:
-        """A stream waits, not the host."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        self._record.event("sync", "stream.synchronize")
 
 
 def _still_there(pretended: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ class Operations:
         if not on_device and (tensors or not self._tags[-1]):
             return func(*args, **kwargs)
         self._check(packet, args, tensors)
-        out = self.graphs.run(partial(_OF_CUDA_ALONE.get(packet, func), *plain(args), **plain(kwargs)))
+        out = self.graphs.run(partial(_OF_CUDA_ALONE.get(packet, func), *plain(args), **plain(kwargs)), packet)
         if packet is _aten.copy_:
             return self._copied(args)
         if packet is _aten._to_copy and asked is not None and asked.type == "cpu" and not self._tags[-1]:

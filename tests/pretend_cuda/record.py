@@ -56,6 +56,7 @@ class Record:
         self.roots = tuple(str(root).rstrip("/") + "/" for root in roots)
         self.events: list[Event] = []
         self.captured: list[Event] | None = None  # of the graph that is being captured; None where there is none
+        self.is_invalidated = False  # the latest capture, by what must not be captured
         self.entered: Counter[str] = Counter()  # how often each section was
         self._sections = [""]
         self._forbidden = tuple(forbid)
@@ -122,6 +123,7 @@ class Record:
         event = Event(kind, what, where, self._sections[-1], count, num_bytes, library, self.current)
         if self.captured is not None and kind != "build":
             if kind in WAITS:
+                self.is_invalidated = True
                 raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
             self.captured.append(event)  # nothing is launched
             return

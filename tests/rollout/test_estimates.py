@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from atlas_rl.decode import generate as generate_module
+from atlas_rl.decode import plain_run
 from atlas_rl.decode.plain_run import PlainCosts, PlainForwards, plain_batches
 from atlas_rl.decode.room import rows_to_fill
 from atlas_rl.policy.in_process import InProcessRunner
@@ -82,6 +84,15 @@ def test_the_plain_forwards_of_fewer_rows_are_counted_when_memory_allows_no_more
     assert counted[-1].num_forwards == output.report.num_forwards
 
 
+def test_plain_forwards_are_counted_once_per_call(monkeypatch):
+    """Packing beside them is estimated from the same count."""
+    counts = []
+    for module in (plain_run, generate_module):
+        monkeypatch.setattr(module, "plain_batches", lambda *arguments: counts.append(1) or plain_batches(*arguments))
+    generate(engine_of(speculation=False))
+    assert counts == [1]
+
+
 def test_a_server_fills_every_row_at_once():
     assert plain_batches(np.array([9, 3, 5, 1]), num_rows=2) == {2: 6, 1: 2}
 
@@ -91,18 +102,20 @@ def test_a_lucky_request_does_not_make_plain_decoding_dearer():
     costs = PlainCosts()
     for batch in [2] * 20 + [1] * 30:
         costs.note(batch, 0.05)
-    assert costs.run(np.array([100, 100]), num_rows=2) == PlainForwards(99, pytest.approx(99 * 0.05))
+    assert costs.run(plain_batches(np.array([100, 100]), num_rows=2)) == PlainForwards(99, pytest.approx(99 * 0.05))
 
 
 def test_sizes_that_nobody_measured_have_no_estimate():
     costs = PlainCosts()
     for batch, seconds in ((8, 0.08), (4, None), (2, 0.02)):
         costs.note(batch, seconds)
-    assert costs.run(np.array([11] * 4), num_rows=4).seconds == pytest.approx(10 * 0.04), "between two that were"
-    assert costs.run(np.array([11] * 9), num_rows=9).seconds is None
-    assert costs.run(np.array([11]), num_rows=1).seconds is None
-    assert costs.run(np.array([1, 1]), num_rows=2) == PlainForwards(0, 0.0)
-    assert PlainCosts().run(np.array([5]), num_rows=1).seconds is None
+    assert costs.run(plain_batches(np.array([11] * 4), num_rows=4)).seconds == pytest.approx(10 * 0.04), (
+        "between two that were"
+    )
+    assert costs.run(plain_batches(np.array([11] * 9), num_rows=9)).seconds is None
+    assert costs.run(plain_batches(np.array([11]), num_rows=1)).seconds is None
+    assert costs.run(plain_batches(np.array([1, 1]), num_rows=2)) == PlainForwards(0, 0.0)
+    assert PlainCosts().run(plain_batches(np.array([5]), num_rows=1)).seconds is None
 
 
 def test_prompts_that_ran_beside_decoding_requests_are_added():
@@ -112,8 +125,8 @@ def test_prompts_that_ran_beside_decoding_requests_are_added():
     costs.note_mixed(2, 100, 0.5)
     costs.note_mixed(12, 100, 0.6)  # with drafts, more tokens than any batch
     alone = 5 * 0.04
-    assert costs.run(np.array([6] * 4), num_rows=4).seconds == pytest.approx(alone + 0.48)
-    found = costs.run(np.array([6] * 4), num_rows=4, forward_s=lambda tokens, context_tokens: 0.01 * tokens)
+    assert costs.run(plain_batches(np.array([6] * 4), num_rows=4)).seconds == pytest.approx(alone + 0.48)
+    found = costs.run(plain_batches(np.array([6] * 4), num_rows=4), lambda tokens, context_tokens: 0.01 * tokens)
     assert found.seconds == pytest.approx(alone + 0.48 + 0.48)
 
 

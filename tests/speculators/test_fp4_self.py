@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from atlas_kernels.nvfp4 import dequantize, quantize, tensor_scale_for
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.policy import in_process
 from atlas_rl.speculators.draft_lm import DraftLM
 from atlas_rl.speculators.fp4_self import copy as fp4_copy
 from atlas_rl.speculators.fp4_self.copy import HEADROOM, FourBitCopy
@@ -131,6 +133,19 @@ def test_a_policy_of_four_bit_weights_accepts_everything():
     model = quantized_by_hand(policy())
     report = rollout(engine_of(model), eos_token_ids=[]).report
     assert report.acceptance_rate == 1.0
+
+
+def test_the_copy_drafts_wherever_layers_run_as_one_function(monkeypatch):
+    """On a CPU: it drafts what it drafts module by module, and the policy's own layers would be accepted more."""
+
+    def counts():
+        report = rollout(engine_of(tiny_llama(seed=5)), temperature=1.5).report
+        return report.drafted, report.accepted
+
+    found = counts()
+    monkeypatch.setattr(in_process, "flat", lambda *_: nullcontext())
+    assert found == counts()
+    assert 0 < found[1]["fp4_self"] < found[0]["fp4_self"]
 
 
 def test_sampled_drafts_come_with_their_probabilities_under_rejection():

@@ -200,16 +200,15 @@ class DraftGraphs(Captures):
 
     def _advance(self, shape: _Shape, draft: Callable[[], _Written]) -> _Written:
         """Draft: plainly at first, which loads what a capture must not load, then captured, then replayed."""
-        if shape.graph is None and shape.has_run and self.can_capture and self.num_bytes < _MOST_BYTES:
+        if shape.graph is not None:
+            shape.graph.replay()
+        elif shape.has_run and self.can_capture and self.num_bytes < _MOST_BYTES:
             self._record(shape, draft)
         shape.has_run = True
-        if shape.graph is None or shape.written is None:
-            return draft()
-        shape.graph.replay()
-        return shape.written
+        return draft() if shape.graph is None or shape.written is None else shape.written
 
     def _record(self, shape: _Shape, draft: Callable[[], _Written]) -> None:
-        """Capture the draft, if that is possible."""
+        """Capture the draft and run it, if that is possible."""
 
         def work() -> None:
             shape.written = draft()

@@ -15,7 +15,10 @@ similar, so it can learn within a few policy updates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +28,20 @@ from atlas_kernels.head_call import DraftHeadWeights
 from atlas_rl.policy.cpu_linear import by_columns
 
 _TYPE = torch.float32  # independent of torch's default dtype
+
+
+def _in_own_type(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Compute in the type of the tensors, whatever autocast a caller has around a generation or an update."""
+
+    @wraps(compute)
+    def computed(head: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        device = tensors[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return compute(head, *tensors)
+        with torch.autocast(device, enabled=False):
+            return compute(head, *tensors)
+
+    return computed
 
 
 class RecurrentHead(nn.Module):
@@ -120,7 +137,7 @@ class FoldedHead:
 
     def __init__(self, head: RecurrentHead, former: FoldedHead | None = None) -> None:
         # A caller's inference mode would make tensors that later calls may not write into. Leaving it turns gradients on.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(head.bias.device.type, enabled=False):
             cell = head.cell
             self._input_gates = functional.linear(head.embed(head.inputs), cell.weight_ih, cell.bias_ih)
             self._state_gates, self._state_bias = (
@@ -153,14 +170,17 @@ class FoldedHead:
             self._former = None
         return self._packed
 
+    @_in_own_type
     def begin(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `RecurrentHead.begin`."""
         return _tanh(functional.linear(_normed(hidden.float()), self.read))
 
+    @_in_own_type
     def absorb(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See `RecurrentHead.absorb`."""
         return _gated(self._input_gates[tokens], functional.linear(state, self._state_gates, self._state_bias), state)
 
+    @_in_own_type
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """See `RecurrentHead.logits`."""
         return functional.linear(_normed(state), self._outputs, self._bias)

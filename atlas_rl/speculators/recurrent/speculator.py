@@ -310,7 +310,7 @@ class RecurrentSpeculator(LearningSpeculator[RecurrentLearner]):
         self._graphs = DraftGraphs(capture=policy.device.type == "cuda")
         self._newest = torch.zeros(0, policy.hidden_size, dtype=torch.float32, device=self._device)
         self._folded, self._index_of, self._put_off = None, None, None
-        self._proposed, self._ahead, self._kept, self._lesson = None, None, None, None
+        self._proposed, self._ahead, self._kept = None, None, None
 
     def _sampling_of(self, sampling: SamplingParams) -> HeadSampling:
         return HeadSampling.of(sampling, couples_noise=self._couples_noise)

@@ -11,8 +11,10 @@ from torch import nn
 
 from atlas_rl import AtlasRolloutEngine
 from atlas_rl.controller.fixed import FixedController
+from atlas_rl.speculators.recurrent.head import FoldedHead
 from tests.drafters import recurrent_drafter
 from tests.models import tiny_bigram
+from tests.recurrent import random_head
 
 
 class Offset(type(tiny_bigram())):
@@ -84,3 +86,18 @@ def test_where_the_logits_cannot_be_learned_it_says_so_and_drafts_nothing(caplog
         engine.policy_updated()
     off = AtlasRolloutEngine(model=model, speculation=False, console=False)
     assert rollout(off, 1).completion_ids == rollout(engine, 1).completion_ids
+
+
+def test_drafts_are_computed_in_the_heads_own_type_within_a_callers_autocast():
+    """A trainer may generate in a region of its own."""
+
+    def computed():
+        head = FoldedHead(random_head(0, 40))
+        begun = head.begin(torch.randn(3, 24, generator=torch.Generator().manual_seed(1)))
+        absorbed = head.absorb(begun, torch.tensor([0, 40, 7]))
+        return begun, absorbed, head.logits(absorbed)
+
+    expected = computed()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = computed()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -196,6 +196,35 @@ def test_a_head_goes_back_to_its_best_check(monkeypatch, spoiled):
     assert rollout(engine, 1).report.drafter_faults == {}
 
 
+USES = {
+    "bind": lambda speculator, _: speculator.bind(speculator._policy, True),
+    "saved": lambda speculator, _: speculator.state_dict(),
+    "shared": lambda speculator, _: speculator.shared(),
+    "another call": lambda speculator, before: speculator.start(replace(before), np.zeros(0, np.int64)),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_who_uses_the_head_in_the_middle_of_a_lesson_gets_the_best_one(monkeypatch, use):
+    speculator = recurrent_drafter()
+    rollout(engine_of(policy(), speculator), 0)
+    head, left, seen, sequences = speculator.learner.head, [0.5, 0.6, 0.4, 0.7], [], speculator.learner.sequences
+
+    def agreement(*_):
+        seen.append([weight.detach().clone() for weight in head.parameters()])
+        return Agreement(np.array([left.pop(0)]), np.array([1]))
+
+    monkeypatch.setattr(distill, "agreement", agreement)
+    while len(left) > 1:
+        assert speculator.study()
+    assert not torch.equal(head.bias, seen[1][-1])
+    revision = speculator.learner.revision
+    USES[use](speculator, sequences)
+    assert speculator._lesson is None
+    assert all(torch.equal(*pair) for pair in zip(head.parameters(), seen[1], strict=True))
+    assert speculator.learner.revision > revision, "a fold of the head that was worse is not used any more"
+
+
 def test_held_out_rollouts_are_whole_ones_that_nothing_is_learned_from():
     buffer, rng, tokens = RolloutBuffer(max_tokens=200), np.random.default_rng(0), np.arange(60)
     for call in range(2):
