@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atlas_rl.controller.base import Step
+from atlas_rl.controller.cost import CostModel
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.promises import Prediction, Promise
 
@@ -17,6 +18,7 @@ class Decision:
 
     Attributes:
         step: The step.
+        cost: Of its forward. The next forwards may have another one before this step is learned from.
         planned: Whether drafters were considered: the step is neither plain on purpose nor skipped by a pause.
         is_trial: Whether its drafts are verified whole, to measure the cost of such a forward.
         promise: Goodput expected when the latest drafter was asked; None if none was expected to pay.
@@ -30,6 +32,7 @@ class Decision:
     """
 
     step: Step
+    cost: CostModel
     planned: bool = False
     is_trial: bool = False
     promise: Promise | None = None

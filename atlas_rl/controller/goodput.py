@@ -80,6 +80,8 @@ class GoodputController(Controller):
         decision, batch = self._decision(step), step.batch
         if not step.drafts and not decision.began_ahead:
             decision.planned = self._considers(step, batch) if anybody else False
+        if not decision.cost.num_observed:  # either the first step, or forwards have changed since it was planned ahead
+            decision.planned, decision.promise = False, None
         if not anybody or not (decision.planned or step.drafts):
             return {}
         best = self._best_drafts(decision)
@@ -96,7 +98,7 @@ class GoodputController(Controller):
         others = [name for name in step.drafts if name not in names]
         coming = Step(step.room, step.context_tokens, names, drawn_as=step.drawn_as, rest=step.rest)
         coming.draft_s = {name: step.draft_s[name] for name in others}
-        decision = self._ahead = Decision(coming, began_ahead=True, extra_s=running.extra_s)
+        decision = self._ahead = Decision(coming, self._cost, began_ahead=True, extra_s=running.extra_s)
         decision.planned = self._considers(coming, step.batch)
         if not decision.planned:
             return {}
@@ -147,7 +149,7 @@ class GoodputController(Controller):
         forward_s, step_s = max(forward_s, TICK_S), max(step_s - step.wasted_s, TICK_S)
         drafting_s = sum(step.draft_s.values(), self._exposed.observe(step))
         undrafted_s = max(step_s - drafting_s, TICK_S)
-        self._cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
+        decision.cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         if not slots:
             self._plain_shares.append(forward_s / undrafted_s)
         record = self._record(decision, admission, verified, forward_s, undrafted_s) if self._explain else None
@@ -158,7 +160,7 @@ class GoodputController(Controller):
         for index, (name, model) in enumerate(self._models.items()):
             if name in step.ready and name not in step.drafts and len(model.cost):
                 purses_s[index] = min(purses_s[index] + _EXPLORED_SHARE * step_s, self._trial_s(name, step))
-        self._end.observe(step, admission, verified, self._cost, drafting_s, is_trial=decision.is_trial)
+        self._end.observe(step, admission, verified, decision.cost, drafting_s, is_trial=decision.is_trial)
         self._at_hand.remove(decision)
         self._tabulate()
         self._cost.num_samples(step.batch)  # the next plan needs it, most likely
@@ -195,9 +197,9 @@ class GoodputController(Controller):
             opened.go_on(step)
             self._at_hand.append(opened)
         else:
-            self._at_hand.append(Decision(step))
+            self._at_hand.append(Decision(step, self._cost))
         decision = self._at_hand[-1]
-        decision.extra_s = self._exposed.extra_s[len(step.room).bit_length()]
+        decision.cost, decision.extra_s = self._cost, self._exposed.extra_s[len(step.room).bit_length()]
         return decision
 
     def _draw_as(self, distribution: Hashable) -> None:

@@ -8,6 +8,7 @@ import pytest
 from atlas_rl.controller import goodput
 from atlas_rl.controller.arms import NOT_ASKED, ask_next
 from atlas_rl.controller.base import Admission, Rest, Step
+from atlas_rl.controller.cost import CostModel
 from atlas_rl.controller.decision import Decision
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
@@ -139,7 +140,7 @@ def test_waiting_for_drafts_that_nobody_can_use_is_part_of_no_cost():
 
 def test_a_promise_goes_with_its_requests():
     def decision_of(batch, drafts, promise):
-        former = Decision(Step(np.full(4, 9), 400, HEAD), began_ahead=True, promise=promise)
+        former = Decision(Step(np.full(4, 9), 400, HEAD), CostModel(), began_ahead=True, promise=promise)
         former.go_on(Step(np.full(batch, 9), 400, HEAD, drafts=drafts))
         return former
 
@@ -154,7 +155,7 @@ def test_what_stood_beside_a_draft_moves_with_its_request():
         return Rest(np.array(requests), np.ones(len(requests), np.int64), np.ones(len(requests), np.int64))
 
     before, after = (Step(np.full(len(one.requests), 9), 100, HEAD, rest=one) for one in (rest(4, 0, 7), rest(7, 4, 9)))
-    decision = Decision(before, began_ahead=True)
+    decision = Decision(before, CostModel(), began_ahead=True)
     decision.beside["head"] = np.array([0.4, 0.1, 0.7])
     decision.go_on(after)
     assert decision.step is after
@@ -182,3 +183,25 @@ def test_a_decision_about_a_step_after_the_end_of_its_call_is_dropped():
     first = run.controller._decision(Step(np.full(4, 9), 400, HEAD, ahead=HEAD))
     assert not first.began_ahead
     assert run.controller._ahead is None
+
+
+def test_forwards_that_change_their_form_after_a_plan_ahead_stop_nothing() -> None:
+    """A capture that is refused is told before the next step, and learned from after that one was planned."""
+    run = SimulatedDecoding(GoodputController(HEAD), affine, {"head": sure(0.9)}, ahead=HEAD)
+    run.controller.forwards_are_padded((8, 16, 32, 64))
+    run.run(50, batch=4)
+    controller = run.controller
+    assert controller._ahead.planned
+    padded = controller._cost
+    known = padded.num_observed
+    controller.forwards_are_padded(())
+    run.run(1, batch=4)
+    assert run.asked[-1].keys() <= {"head"}, "what was queued is there"
+    assert run.admissions[-1].lengths.sum() == 0, "but nothing is known of a forward"
+    assert (padded.num_observed, controller._cost.num_observed) == (known + 1, 0)
+    kept = controller._models["head"].kept.mean
+    run.run(1, batch=4)
+    assert controller._models["head"].kept.mean == kept, "nobody broke the promise of what was queued"
+    run.run(100, batch=4)
+    assert controller._cost.num_observed == 101
+    assert asked_share(run, "head", last=50) > 0.9
