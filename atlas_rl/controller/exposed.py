@@ -13,6 +13,7 @@ from atlas_rl.controller.base import Step
 from atlas_rl.controller.cost import OCTAVES
 
 _STEPS = 15  # latest steps of a kind whose median counts
+_KNOWN = 3  # steps of a kind from which on its median ignores one interrupted step
 
 
 class Exposed:
@@ -20,7 +21,7 @@ class Exposed:
 
     Attributes:
         extra_s: By octave, the seconds that drafting at all adds to a step: of the nearest octave in which both kinds of
-            step were seen, 0 before any. Written while learning, read by plans.
+            step are known, 0 before any. Written while learning, read by plans.
     """
 
     def __init__(self) -> None:
@@ -38,16 +39,16 @@ class Exposed:
         plain_s = self._medians.get((octave, False))
         kept = self._seconds.setdefault((octave, drafts), deque(maxlen=_STEPS))
         kept.append(own_s)
-        median = sorted(kept)[len(kept) // 2]
-        if median != self._medians.get((octave, drafts)):
+        median = sorted(kept)[(len(kept) - 1) // 2]
+        if median != self._medians.get((octave, drafts)) or len(kept) == _KNOWN:
             self._medians[octave, drafts] = median
             self._tabulate()
         return max(0.0, own_s - plain_s) if drafts and plain_s is not None else 0.0
 
     def _tabulate(self) -> None:
         """Write down `extra_s`."""
-        medians = self._medians
-        known = [octave for octave, drafts in medians if drafts and (octave, False) in medians]
+        medians, often = self._medians, {kind for kind, kept in self._seconds.items() if len(kept) >= _KNOWN}
+        known = [octave for octave, drafts in often if drafts and (octave, False) in often]
         own_s = {octave: max(0.0, medians[octave, True] - medians[octave, False]) for octave in known}
         for octave in range(OCTAVES) if known else ():
             self.extra_s[octave] = own_s[min(known, key=lambda near: abs(near - octave))]

@@ -24,9 +24,12 @@ def step(batch: int, exposed_s: float, draft_s: float | None = None, wasted_s: f
 
 def test_nothing_is_known_before_both_kinds_of_step_were_seen() -> None:
     exposed = Exposed()
-    assert exposed.observe(step(BATCH, DRAFTED_S + 2e-4, 2e-4)) == 0.0
-    assert exposed.extra_s[BATCH.bit_length()] == 0.0
-    exposed.observe(step(BATCH, PLAIN_S))
+    for _ in range(3):
+        assert exposed.observe(step(BATCH, DRAFTED_S + 2e-4, 2e-4)) == 0.0
+        assert exposed.extra_s[BATCH.bit_length()] == 0.0
+    for _ in range(3):
+        assert exposed.extra_s[BATCH.bit_length()] == 0.0
+        exposed.observe(step(BATCH, PLAIN_S))
     assert exposed.extra_s[BATCH.bit_length()] == pytest.approx(DRAFTED_S - PLAIN_S)
 
 
@@ -47,6 +50,26 @@ def test_one_interrupted_step_does_not_count_and_other_batches_follow_the_neares
     exposed.observe(step(BATCH, 1.0, 0.0))
     assert exposed.extra_s[BATCH.bit_length()] == exposed.extra_s[1] == pytest.approx(DRAFTED_S - PLAIN_S)
     assert exposed.extra_s[20] == pytest.approx(4 * DRAFTED_S - 2 * PLAIN_S)
+
+
+def test_an_octave_is_known_from_three_steps_of_both_kinds() -> None:
+    """A single step with drafts, interrupted for 50 ms, would stop drafting in its octave and in all lower ones."""
+    exposed = Exposed()
+    for _ in range(3):
+        exposed.observe(step(64, PLAIN_S))
+        exposed.observe(step(64, DRAFTED_S, 0.0))
+        exposed.observe(step(BATCH, PLAIN_S))
+    usual = [pytest.approx(DRAFTED_S - PLAIN_S)] * len(exposed.extra_s)
+    for exposed_s in (50e-3, DRAFTED_S, DRAFTED_S):
+        exposed.observe(step(BATCH, exposed_s, 0.0))
+        assert exposed.extra_s == usual
+
+
+def test_of_two_steps_the_usual_one_is_not_the_interrupted_one() -> None:
+    exposed = Exposed()
+    exposed.observe(step(BATCH, 50e-3))
+    exposed.observe(step(BATCH, PLAIN_S))
+    assert exposed.observe(step(BATCH, DRAFTED_S, 0.0)) == pytest.approx(DRAFTED_S - PLAIN_S)
 
 
 def run_with(exposed_s: float, *, told: bool) -> SimulatedDecoding:
