@@ -32,7 +32,8 @@ class Exposed:
     def observe(self, step: Step) -> float:
         """Learn from a step, and return the seconds by which it exceeded a usual one without drafts.
 
-        0 for a step without drafts, and while no such step of about this batch was seen.
+        Where no such step of about this batch was seen, what plans expect (`extra_s`), for else it would be paid twice:
+        there, and as part of the forward. 0 for a step without drafts.
         """
         own_s = max(0.0, step.exposed_s - step.wasted_s - sum(step.draft_s.values()))
         octave, drafts = step.batch.bit_length(), bool(step.drafts)
@@ -43,7 +44,9 @@ class Exposed:
         if median != self._medians.get((octave, drafts)) or len(kept) == _KNOWN:
             self._medians[octave, drafts] = median
             self._tabulate()
-        return max(0.0, own_s - plain_s) if drafts and plain_s is not None else 0.0
+        if not drafts:
+            return 0.0
+        return min(own_s, self.extra_s[octave]) if plain_s is None else max(0.0, own_s - plain_s)
 
     def _tabulate(self) -> None:
         """Write down `extra_s`."""

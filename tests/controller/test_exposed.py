@@ -72,6 +72,17 @@ def test_of_two_steps_the_usual_one_is_not_the_interrupted_one() -> None:
     assert exposed.observe(step(BATCH, DRAFTED_S, 0.0)) == pytest.approx(DRAFTED_S - PLAIN_S)
 
 
+def test_what_plans_are_charged_from_the_nearest_octave_is_not_left_to_the_forward() -> None:
+    """No step without drafts was seen at this batch: its plans pay what others expose, so its forwards must not."""
+    exposed = Exposed()
+    for _ in range(3):
+        exposed.observe(step(64, PLAIN_S))
+        exposed.observe(step(64, DRAFTED_S, 0.0))
+    assert exposed.observe(step(BATCH, DRAFTED_S, 0.0)) == pytest.approx(exposed.extra_s[BATCH.bit_length()])
+    assert exposed.observe(step(BATCH, PLAIN_S, 0.0)) == pytest.approx(PLAIN_S), "no more than it exposed"
+    assert exposed.observe(step(16, PLAIN_S)) == 0.0
+
+
 def run_with(exposed_s: float, *, told: bool) -> SimulatedDecoding:
     """Decode with one drafter that gains a little, if every step with drafts exposes `exposed_s`."""
     run = SimulatedDecoding(
