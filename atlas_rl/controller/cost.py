@@ -147,9 +147,9 @@ class CostModel:
     def knows(self, num_tokens: int) -> bool:
         """Whether the prediction for this size was measured: at it, or at sizes around it with about equal cost.
 
-        More tokens never cost less, so the cost of a size lies between those of its neighbours.
+        More tokens of one kind never cost less, so the cost of a size lies between those of its neighbours.
         """
-        measured = [size for size in self._sizes if len(self._samples[size]) >= _MEASURED]
+        measured = self._measured_like(num_tokens)
         below = [size for size in measured if size <= num_tokens]
         above = [size for size in measured if self._step_sizes.end(size) > num_tokens]
         if not below or not above:
@@ -160,10 +160,10 @@ class CostModel:
     def most_goodput(self, batch: int, context_tokens: int) -> float:
         """Bound on the tokens per second of plain decoding of `batch` requests; infinite without evidence.
 
-        More tokens never cost less in all, nor more per token up to where padding ends. So the goodput is at most that of
-        a larger size that was measured, and at most `batch` tokens in the time of a smaller one.
+        More tokens of one kind never cost less in all, nor more per token up to where padding ends. So the goodput is at
+        most that of a larger size that was measured, and at most `batch` tokens in the time of a smaller one.
         """
-        measured = [size for size in self._sizes if len(self._samples[size]) >= _MEASURED]
+        measured = self._measured_like(batch)
         place = bisect_left(measured, batch)
         near = dict.fromkeys(measured[max(place - 1, 0) : place], batch)
         near |= {size: self._step_sizes.end(size) - 1 for size in measured[place : place + 1]}
@@ -171,6 +171,15 @@ class CostModel:
             return math.inf
         table = self._predicted(max(near))
         return min([tokens / float(table[size]) for size, tokens in near.items()]) / self._factor(context_tokens)
+
+    def _measured_like(self, num_tokens: int) -> list[int]:
+        """Buckets whose cost counts as measured, rising: padded ones if `num_tokens` are padded, else the others.
+
+        Padded forwards and unpadded ones run in different ways, so neither kind bounds the other.
+        """
+        beyond = bisect_right(self._sizes, self._step_sizes.last)
+        sizes = self._sizes[:beyond] if num_tokens <= self._step_sizes.last else self._sizes[beyond:]
+        return [size for size in sizes if len(self._samples[size]) >= _MEASURED]
 
     def _predicted(self, max_tokens: int) -> np.ndarray:
         if len(self._table) <= max_tokens:

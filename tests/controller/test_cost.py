@@ -242,6 +242,22 @@ def test_sizes_beyond_padding_may_be_cheaper_than_padded_ones() -> None:
     assert cost.seconds(80) < cost.seconds(64)
 
 
+def test_sizes_on_the_other_side_of_the_end_of_padding_bound_nothing() -> None:
+    """64 padded tokens cost more than 80 that are not: drafts for 80 are not compared with what 64 take."""
+    dear, cheap = 9e-3, 4e-3
+    cost = CostModel((32, 64))
+    for _ in range(12):
+        cost.observe(64, dear)
+    assert cost.most_goodput(80, 0) == np.inf
+    assert not cost.knows(80)
+    for _ in range(12):
+        cost.observe(120, cheap)
+    assert cost.most_goodput(80, 0) == pytest.approx(127 / cost.seconds(120))
+    assert not cost.knows(80), "nothing smaller of its kind was measured"
+    assert cost.most_goodput(64, 0) == pytest.approx(64 / cost.seconds(64))
+    assert cost.most_goodput(20, 0) == pytest.approx(64 / cost.seconds(64))
+
+
 def test_a_size_seen_once_follows_the_sizes_around_it() -> None:
     """A forward's cost is a curve. Far from its line, one sample does not outweigh it, but the neighbours agree."""
 
