@@ -29,7 +29,7 @@ from atlas_rl.controller.cost import TICK_S, CostModels
 from atlas_rl.controller.decision import BestDrafts, Decision
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.exposed import Exposed
-from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
+from atlas_rl.controller.promises import DrafterModel, Kept, LatestPromise, Pause, Prediction, Promise, discount
 from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
 from atlas_rl.core import Verified
 from atlas_rl.counts import bounds
@@ -60,7 +60,7 @@ class GoodputController(Controller):
         self._plain_shares: deque[float] = deque(maxlen=_PLAIN_SHARES)  # the forward's share of steps without drafts
         self._kept_drafting, self._kept_plain = Kept(), Kept()  # steps with verified drafts, and without
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
-        self._promised = 0.0  # goodput per request that the latest plan promised, discounted; 0 if it was for none
+        self._promised = LatestPromise()
         self._pause = Pause()
         self._end = CallEnd()
         self._exposed = Exposed()
@@ -126,7 +126,7 @@ class GoodputController(Controller):
         if decision.planned:
             self._pause.observe(step.batch, decision.promise is not None)
             promise = decision.promise
-            self._promised = 0.0 if promise is None else self._worth * promise.goodput / step.batch
+            self._promised = LatestPromise(0.0 if promise is None else self._worth * promise.goodput, step.batch)
         return admission
 
     def _admission(self, step: Step, decision: Decision) -> Admission:
@@ -167,14 +167,14 @@ class GoodputController(Controller):
         return record
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        self._pause = Pause()
+        self._pause, self._promised = Pause(), LatestPromise()
         for name, model in self._models.items():
             model.acceptance.policy_updated()
             model.forecast.policy_updated(expected.get(name))
         self._tabulate()
 
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:
-        self._cost = self._costs.of(sizes)
+        self._cost, self._promised = self._costs.of(sizes), LatestPromise()
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)
@@ -193,17 +193,19 @@ class GoodputController(Controller):
             if decision.step is step:
                 return decision
         opened, self._ahead = self._ahead, None
-        if opened is not None and step.planned_ahead:  # else it was about a step after the end of its call
+        if opened is not None and step.planned_ahead:
             opened.go_on(step)
             self._at_hand.append(opened)
         else:
+            if opened is not None:  # it was about a step after the end of its call
+                self._promised = LatestPromise()
             self._at_hand.append(Decision(step, self._cost))
         decision = self._at_hand[-1]
         decision.cost, decision.extra_s = self._cost, self._exposed.extra_s[len(step.room).bit_length()]
         return decision
 
     def _draw_as(self, distribution: Hashable) -> None:
-        self._drawn_as = distribution
+        self._drawn_as, self._promised = distribution, LatestPromise()
         for model in self._models.values():
             model.acceptance.switch_to(distribution)
 
@@ -220,7 +222,7 @@ class GoodputController(Controller):
             return self._steps_since_plain >= _PLAIN_EVERY
         if self._steps_since_plain < _PLAIN_APART * (seen > 0):
             return False
-        return self._promised * batch <= self._cost.most_goodput(batch, context_tokens)
+        return self._promised.goodput_of(batch) <= self._cost.most_goodput(batch, context_tokens)
 
     def _best_drafts(self, decision: Decision) -> BestDrafts:
         """The most promising draft of each request so far."""

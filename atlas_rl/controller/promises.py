@@ -20,7 +20,8 @@ _OUTLIER = 0.25  # bound on one step's log ratio: a larger miss means an interru
 _DOUBT_FADES = 0.01  # per step without drafts: a hundred of them forget most of the evidence against drafting
 _PATIENCE = 3  # plans in a row without asking a drafter; planning pauses after the next one
 _LONGEST_PAUSE = 8  # steps
-# A pause ends when the batch falls below this share of its size at the start: drafting may pay for a smaller batch.
+# Batches of which the smaller has at least this share of the larger's requests are about the same. A pause ends when the
+# batch falls below it: drafting may pay for a smaller batch.
 _SAME_BATCH = 7 / 8
 
 
@@ -36,6 +37,20 @@ class Promise(NamedTuple):
 
     drafter: str
     goodput: float
+
+
+class LatestPromise(NamedTuple):
+    """Goodput that the latest plan promised for its `batch` requests, discounted; 0 if it was for none.
+
+    It is of one call, one policy and one sampling distribution.
+    """
+
+    goodput: float = 0.0
+    batch: int = 0
+
+    def goodput_of(self, batch: int) -> float:
+        """What that is for another number of requests: 0 for many more, because drafts gain less per request then."""
+        return self.goodput * batch / self.batch if _SAME_BATCH * batch <= self.batch else 0.0
 
 
 @dataclass(slots=True)
