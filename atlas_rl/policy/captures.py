@@ -119,7 +119,9 @@ class Captures:
             work: Queues kernels. It has run before, which has loaded what a capture must not load.
         """
         torch.cuda.synchronize()  # entering a capture does, too: what runs already is no part of the price
-        began_s, handled = time.perf_counter(), sys.exception()
+        began_s = time.perf_counter()
+        # By its id: a frame that holds an error of its own traceback, and all memory of its callers, is never freed.
+        handled = id(sys.exception())
         graph = torch.cuda.CUDAGraph()
         # A pool is remembered with its first graph: torch does not take one whose graphs are all gone.
         pool = self._pool or _new_pool()
@@ -129,8 +131,7 @@ class Captures:
                 work()
             graph.replay()  # the first launch takes memory, too
         except RuntimeError as error:  # for example, a module waits for the device to see which experts are needed
-            causes = _causes(error, handled)
-            self.refused, self.short_of_memory = _told(causes[-1]), any(map(_is_lack_of_memory, causes))
+            self.refused, self.short_of_memory = _reason(error, handled)
             torch.cuda.synchronize()
             return None
         self._pool = pool
@@ -179,14 +180,14 @@ def _capture(graph: torch.cuda.CUDAGraph, pool: _Pool) -> AbstractContextManager
     return torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local")
 
 
-def _causes(error: BaseException, handled: BaseException | None) -> list[BaseException]:
-    """An error and those that it came of, the first one last; `handled` was being handled when the work began."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause is not handled:
+def _reason(error: BaseException, handled: int) -> tuple[str, bool]:
+    """Why a capture failed, and whether memory ran out. `handled` is the id of what was being handled when it began."""
+    causes = [error]  # the first one last
+    while True:
+        cause = causes[-1].__cause__ or causes[-1].__context__
+        if cause is None or id(cause) == handled:
+            return _told(causes[-1]), any(map(_is_lack_of_memory, causes))
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return causes
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -190,3 +193,36 @@ def test_after_an_interrupt_in_its_first_capture_an_owner_captures_again(monkeyp
         assert owner._graph_of(lambda: x.mul_(2)) is not None
         assert owner.refused is None
         assert owner.captured == 1
+
+
+@pytest.mark.parametrize("raised", ["new", "handled"])
+def test_what_a_failed_capture_held_is_free_at_once(raised):
+    """Not when Python next looks for cycles: the memory may be what was lacking."""
+
+    def failed(owner):
+        held = torch.ones(1)
+        alive.append(weakref.ref(held))
+
+        def work():
+            mine = torch.ones(1)
+            alive.append(weakref.ref(mine))
+            raise sys.exception() or RuntimeError("CUDA error: out of memory")
+
+        assert owner._graph_of(work) is None
+
+    alive: list[weakref.ref] = []
+    with PretendCuda(graphs=True):
+        owner = Captures(capture=True)
+        gc.disable()
+        try:
+            if raised == "new":
+                failed(owner)
+            else:
+                try:
+                    raise RuntimeError("of the caller")
+                except RuntimeError:
+                    failed(owner)
+            assert [each() for each in alive] == [None, None]
+        finally:
+            gc.enable()
+    assert owner.refused.startswith("CUDA error: out of memory" if raised == "new" else "of the caller")
