@@ -8,7 +8,7 @@ Three things that torch leaves to its caller are kept here:
 - **Graphs share memory only within a pool** (`_Pool`). Products write to a workspace that torch keeps per stream, in the
   pool of the capture that used one there first. It goes with that pool, and from torch 2.12 on with any graph of the
   stream. Graphs of another pool would then write to memory that is somebody else's (pytorch#193402). So the stream that a
-  pool's graphs are captured on is nobody else's meanwhile.
+  pool's graphs are captured on is no other pool's meanwhile. An owner that finds none is refused.
 - **A capture goes to the device that is current.** torch's own stream for captures belongs to the device that was
   current at the first capture of the process. On another device it would capture nothing, silently.
 - **A capture that fails leaves nothing behind** (`_capturing`). torch would leave its own stream current. Up to 2.11 its
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -30,6 +31,7 @@ from weakref import WeakSet
 import torch
 
 _LACKS = ("out of memory", "ALLOC_FAILED")  # in messages of errors that are no `OutOfMemoryError`
+_NUM_STREAMS = 32  # that torch has per device and priority
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -41,18 +43,22 @@ class _Pool:
     stream: torch.cuda.Stream
 
 
-_streams: dict[int, list[torch.cuda.Stream]] = {}  # by device; used again, because torch has 32 of each
+_streams: dict[int, list[torch.cuda.Stream]] = {}  # by device; used again, because torch has `_NUM_STREAMS` of each
 _pools: WeakSet[_Pool] = WeakSet()
 
 
 def _new_pool() -> _Pool:
-    """A pool on the current device, with a stream that no other pool has."""
-    streams = _streams.setdefault(torch.cuda.current_device(), [])
-    taken = [pool.stream for pool in _pools]
-    free = next((stream for stream in streams if not any(stream is other for other in taken)), None)
+    """A pool on the current device, with a stream that no other pool has; `RuntimeError` if they have all of torch's.
+
+    torch hands out its streams in turn, so two of its objects may be one stream. They are equal then.
+    """
+    known, taken = _streams.setdefault(torch.cuda.current_device(), []), [pool.stream for pool in _pools]
+    candidates = chain(known, (torch.cuda.Stream() for _ in range(_NUM_STREAMS)))
+    free = next((stream for stream in candidates if stream not in taken), None)
     if free is None:
-        free = torch.cuda.Stream()
-        streams.append(free)
+        raise RuntimeError("all of torch's streams on this device are taken by the graphs of others")
+    if free not in known:
+        known.append(free)
     pool = _Pool(torch.cuda.graph_pool_handle(), free)
     _pools.add(pool)
     return pool
@@ -119,18 +125,19 @@ class Captures:
             work: Queues kernels. It has run before, which has loaded what a capture must not load.
         """
         torch.cuda.synchronize()  # entering a capture does, too: what runs already is no part of the price
-        began_s, handled = time.perf_counter(), sys.exception()
+        began_s = time.perf_counter()
+        # By its id: a frame that holds an error of its own traceback, and all memory of its callers, is never freed.
+        handled = id(sys.exception())
         graph = torch.cuda.CUDAGraph()
-        # A pool is remembered with its first graph: torch does not take one whose graphs are all gone.
-        pool = self._pool or _new_pool()
         try:
+            # A pool is remembered with its first graph: torch does not take one whose graphs are all gone.
+            pool = self._pool or _new_pool()
             with _capturing(graph, pool):
                 before_bytes = torch.cuda.memory_reserved()  # here: entering has freed what torch held unused
                 work()
             graph.replay()  # the first launch takes memory, too
         except RuntimeError as error:  # for example, a module waits for the device to see which experts are needed
-            causes = _causes(error, handled)
-            self.refused, self.short_of_memory = _told(causes[-1]), any(map(_is_lack_of_memory, causes))
+            self.refused, self.short_of_memory = _reason(error, handled)
             torch.cuda.synchronize()
             return None
         self._pool = pool
@@ -179,14 +186,14 @@ def _capture(graph: torch.cuda.CUDAGraph, pool: _Pool) -> AbstractContextManager
     return torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local")
 
 
-def _causes(error: BaseException, handled: BaseException | None) -> list[BaseException]:
-    """An error and those that it came of, the first one last; `handled` was being handled when the work began."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause is not handled:
+def _reason(error: BaseException, handled: int) -> tuple[str, bool]:
+    """Why a capture failed, and whether memory ran out. `handled` is the id of what was being handled when it began."""
+    causes = [error]  # the first one last
+    while True:
+        cause = causes[-1].__cause__ or causes[-1].__context__
+        if cause is None or id(cause) == handled:
+            return _told(causes[-1]), any(map(_is_lack_of_memory, causes))
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return causes
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

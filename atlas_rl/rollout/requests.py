@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING
 from numbers import Integral
 from typing import Any
 
@@ -20,7 +19,14 @@ OPTIONS = (
     "seed",
 )  # fmt: skip
 """Keywords of `generate`."""
-REQUIRED: Any = MISSING
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"  # as help() shows it
+
+
+REQUIRED: Any = _Required()
 """Default of a keyword that must be given: Python's own error for a missing one says nothing of a misspelled one."""
 
 _NO_STOP_STRINGS = "stop strings are not supported, eos_token_ids=[...] ends a completion"

@@ -120,7 +120,10 @@ def _one_by_one(x, weight, out, begin, end):
 
 @cached_njit(nogil=True)
 def _by_quarters(x, weight, out, quarter):
-    """The first outputs, four times a quarter, of at least four rows. Odd rows: one of them is computed twice."""
+    """The first outputs, four times a quarter, of at least four rows.
+
+    Of an odd number of rows one is computed twice; of five, three are.
+    """
     rows = len(x)
     for output in range(quarter):
         second, third = output + quarter, output + 2 * quarter

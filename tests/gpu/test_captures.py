@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from atlas_rl.policy.captures import Captures
 from tests.gpu.engines import ARMS, engine_of, generate, policy, tokens_of, waits
 from tests.pretend_cuda import PretendCuda
+from tests.pretend_cuda.graphs import NUM_STREAMS
 
 pytestmark = pytest.mark.usefixtures("probed_once")
 
@@ -90,13 +94,31 @@ def test_an_owner_that_drops_its_graphs_takes_no_memory_from_another():
         x, owners = torch.ones(2, 2, device="cuda"), [Captures(capture=True) for _ in "ab"]
         first, second = (owner._graph_of(lambda: x @ x) for owner in owners)
         streams = [owner._pool.stream for owner in owners]
-        assert streams[0] is not streams[1]
+        assert streams[0] != streams[1]
         del first
         owners[0]._free_pool()
         second.replay()
         again = owners[0]._graph_of(lambda: x @ x)
         again.replay()
         assert owners[0]._pool.stream is streams[0]  # torch has not many
+
+
+def test_a_pool_has_no_stream_of_another_whoever_took_streams_meanwhile():
+    """torch hands out the same ones again. An owner that finds all of them taken is told."""
+    with PretendCuda(graphs=True):
+        x, owners, graphs = torch.ones(2, 2, device="cuda"), [], []
+        for _ in range(NUM_STREAMS):
+            owners.append(Captures(capture=True))
+            graphs.append(owners[-1]._graph_of(lambda: x @ x))
+            for _ in range(NUM_STREAMS - 1):
+                torch.cuda.Stream()
+        assert len({owner._pool.stream for owner in owners}) == NUM_STREAMS
+        late = Captures(capture=True)
+        assert late._graph_of(lambda: x @ x) is None
+        assert late.refused.startswith("all of torch's streams on this device are taken")
+        graphs.pop()
+        owners.pop()._free_pool()
+        assert Captures(capture=True)._graph_of(lambda: x @ x) is not None
 
 
 def test_the_pretended_device_tells_who_writes_to_memory_that_is_gone():
@@ -190,3 +212,36 @@ def test_after_an_interrupt_in_its_first_capture_an_owner_captures_again(monkeyp
         assert owner._graph_of(lambda: x.mul_(2)) is not None
         assert owner.refused is None
         assert owner.captured == 1
+
+
+@pytest.mark.parametrize("raised", ["new", "handled"])
+def test_what_a_failed_capture_held_is_free_at_once(raised):
+    """Not when Python next looks for cycles: the memory may be what was lacking."""
+
+    def failed(owner):
+        held = torch.ones(1)
+        alive.append(weakref.ref(held))
+
+        def work():
+            mine = torch.ones(1)
+            alive.append(weakref.ref(mine))
+            raise sys.exception() or RuntimeError("CUDA error: out of memory")
+
+        assert owner._graph_of(work) is None
+
+    alive: list[weakref.ref] = []
+    with PretendCuda(graphs=True):
+        owner = Captures(capture=True)
+        gc.disable()
+        try:
+            if raised == "new":
+                failed(owner)
+            else:
+                try:
+                    raise RuntimeError("of the caller")
+                except RuntimeError:
+                    failed(owner)
+            assert [each() for each in alive] == [None, None]
+        finally:
+            gc.enable()
+    assert owner.refused.startswith("CUDA error: out of memory" if raised == "new" else "of the caller")

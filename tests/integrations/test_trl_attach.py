@@ -30,7 +30,6 @@ def build(
     model: Any = None,
     tokenizer: Any = None,
     data: Any = DATA,
-    eval_data: Any = None,
     **options: Any,
 ) -> Any:
     from trl import GRPOConfig
@@ -40,7 +39,6 @@ def build(
         reward_funcs=rewards,
         args=arguments(GRPOConfig, folder, **({"max_steps": 1} | options)),
         train_dataset=data,
-        eval_dataset=eval_data,
         processing_class=tokenizer or word_tokenizer(),
     )
 
@@ -102,35 +100,6 @@ def test_a_method_put_on_the_trainer_is_looked_into(tmp_path: Path) -> None:
         attach(trainer)
 
 
-class OwnColumn(GRPOTrainer):
-    """Reads its prompts from another column."""
-
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
-        return super()._generate_and_score_completions([{"prompt": each["question"]} for each in inputs])
-
-
-def test_a_dataset_without_prompts_is_found(tmp_path: Path) -> None:
-    questions = DATA.rename_column("prompt", "question")
-    renamed = r"reads the column 'prompt', and the dataset has \['question'\].*rename_column\('question', 'prompt'\)"
-    for data in ({"data": questions}, {"eval_data": questions}):
-        trainer = build(tmp_path, **data)
-        with pytest.raises(ValueError, match=renamed):
-            attach(trainer)
-        assert not trainer.use_vllm
-
-
-@pytest.mark.parametrize("reader", ["method", "collator"])
-def test_a_trainer_that_reads_another_column_is_served(reader: str, tmp_path: Path) -> None:
-    questions = DATA.rename_column("prompt", "question")
-    kind = OwnColumn if reader == "method" else GRPOTrainer
-    trainer = build(tmp_path, kind=kind, data=questions, remove_unused_columns=False)
-    if reader == "collator":
-        trainer.data_collator = lambda rows: [{"prompt": row["question"]} for row in rows]
-    engine = attach(trainer)
-    trainer.train()
-    assert len(engine.reports) == 1
-
-
 class AttachesLate(TrainerCallback):
     """Attaches an engine after the first step."""
 
@@ -153,6 +122,20 @@ def test_a_trainer_that_trains_is_refused_until_it_ends(tmp_path: Path) -> None:
     engine = attach(trainer)
     trainer.train()
     assert len(engine.reports) == 1
+
+
+class AttachesFirst(GRPOTrainer):
+    """Attaches an engine when its training is about to begin."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.engine = attach(self)
+        return super().train(*args, **kwargs)
+
+
+def test_a_trainer_may_attach_in_a_train_of_its_own(tmp_path: Path) -> None:
+    trainer = build(tmp_path, kind=AttachesFirst)
+    trainer.train()
+    assert len(trainer.engine.reports) == 1
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])

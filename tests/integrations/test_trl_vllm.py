@@ -160,8 +160,10 @@ def test_the_command_builds_the_vllm_that_its_file_asks_for(
 
 
 def test_the_command_names_the_server_that_is_not_up(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The server may be another machine's: no vLLM of this one has to suit."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     options = {
         "use_vllm": True,
         "vllm_mode": "server",
@@ -175,6 +177,20 @@ def test_the_command_names_the_server_that_is_not_up(
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("atlas-rl grpo: no vLLM server is up at http://127.0.0.1:9")
     assert "atlas-rl vllm-serve MODEL" in last
+
+
+def test_the_command_ends_in_one_line_if_vllm_cannot_be_prepared(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    options = {"use_vllm": True, "vllm_mode": "colocate"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(script_options(folder, tmp_path / "out", **options)))
+    with pytest.raises(SystemExit) as ended:
+        main(["grpo", "--config", str(tmp_path / "run.yaml")])
+    assert ended.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("atlas-rl grpo: ")
+    assert "VLLM_USE_V2_MODEL_RUNNER" in last
 
 
 def test_a_trainer_with_a_vllm_of_its_own_is_told_the_fix(folder: Path, tokenizer: Any, tmp_path: Path) -> None:

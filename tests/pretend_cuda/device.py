@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
+from weakref import WeakSet
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -84,6 +85,7 @@ class PretendCuda(Record):
         end = mock.patch.object(torch._C, "_cuda_endAllocateToPool", device.graphs.end_allocation, create=True)
         stack.enter_context(end)
         stack.enter_context(mock.patch.dict(captures._streams, clear=True))
+        stack.enter_context(mock.patch.object(captures, "_pools", WeakSet()))
         # vLLM on a CPU replaces it for the whole process.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", torch._C.TensorBase.pin_memory))
         stack.enter_context(mock.patch.object(torch.backends.cuda, "is_flash_attention_available", return_value=True))

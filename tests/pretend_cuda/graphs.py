@@ -30,6 +30,7 @@ import torch
 from tests.pretend_cuda.record import Record
 from tests.pretend_cuda.tensors import tensors_in, unpretended
 
+NUM_STREAMS = 32  # per device
 INVALIDATED = "CUDA error: operation failed due to a previous error during capture"
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 _PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")}
@@ -40,10 +41,17 @@ class Stream:
 
     Attributes:
         index: Of its device.
+        number: Equal ones of a device are one stream; 0 is the device's default.
     """
 
-    def __init__(self, record: Record, index: int) -> None:
-        self._record, self.index = record, index
+    def __init__(self, record: Record, index: int, number: int = 0) -> None:
+        self._record, self.index, self.number = record, index, number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and (self.index, self.number) == (other.index, other.number)
+
+    def __hash__(self) -> int:
+        return hash((self.index, self.number))
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +129,7 @@ class Graphs:
         self._record = record
         self._open: Graph | None = None
         self._defaults: dict[int, Stream] = {}
+        self._turns: dict[int, int] = {}  # of streams, by device
         self._current: dict[int, Stream] = {}
         self._of_captures: Stream | None = None  # torch's own
         self._workspaces: dict[Stream, _Workspace] = {}
@@ -137,8 +146,10 @@ class Graphs:
         return 0, self._num_pools
 
     def stream(self, device: Any = None) -> Stream:
-        """`torch.cuda.Stream`."""
-        return Stream(self._record, self._record.current if device is None else torch.device(device).index or 0)
+        """`torch.cuda.Stream`: the streams of a device are handed out in turn."""
+        index = self._record.current if device is None else torch.device(device).index or 0
+        turn = self._turns[index] = self._turns.get(index, 0) % NUM_STREAMS + 1
+        return Stream(self._record, index, turn)
 
     def current_stream(self, device: Any = None) -> Stream:
         index = self._record.current if device is None else torch.device(device).index or 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 
@@ -79,6 +80,8 @@ def test_a_misspelled_length_is_named_rather_than_called_missing():
         engine_of().generate([[1]], max_tokens=2)
     with pytest.raises(ValueError, match="needs max_new_tokens"):
         engine_of().generate([[1]])
+    shown = inspect.signature(AtlasRolloutEngine.generate).parameters["max_new_tokens"]
+    assert str(shown).endswith("= required"), "help() shows it"
 
 
 BAD_OPTIONS = {

@@ -17,6 +17,14 @@ from atlas_rl.integrations.trl.kinds import Way, kind_of
 from atlas_rl.integrations.trl.whole_policy import shards
 from atlas_rl.policy.in_process import InProcessRunner
 
+_THEIRS = ("transformers.", "trl.")
+_READERS = ("_prepare_inputs", "_generate_and_score_completions")
+"""Methods of trainers that read the column 'prompt'."""
+_ON_THE_WAY = (
+    "get_train_dataloader", "get_eval_dataloader", "_get_dataloader", "_get_train_sampler", "_get_eval_sampler",
+    "get_batch_samples", "training_step", "prediction_step", "_generate",
+)  # fmt: skip
+"""Other methods that may bring or change the rows."""
 _CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -51,10 +59,14 @@ def check_trainer(trainer: Any, baseline_every: int, *, in_process: bool) -> Non
 
 
 def _is_training(trainer: Any) -> bool:
-    """Whether the trainer's own `train` calls this. Its flag `is_in_train` stays set after a run that raised."""
+    """Whether the libraries' `train` calls this. A subclass may attach in its own, before it calls theirs.
+
+    The flag `is_in_train` stays set after a run that raised.
+    """
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
+        is_theirs = str(frame.f_globals.get("__name__", "")).startswith(_THEIRS)
+        if is_theirs and frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
             return True
         frame = frame.f_back
     return False
@@ -141,7 +153,7 @@ def check_policy_in_process(trainer: Any, sampling: SamplingParams) -> None:
                 f"the ending token {token} lies outside the policy's vocabulary of {runner.vocab_size} tokens: correct "
                 "eos_token_id of the policy's generation_config, or the tokenizer's"
             )
-    for dataset in (trainer.train_dataset, getattr(trainer, "eval_dataset", None)):
+    for dataset in _datasets(trainer):
         _check_prompts(dataset)
     if is_whole(trainer):
         with runner.session(runner.new_cache(1, 1)):
@@ -243,19 +255,26 @@ def _check_prompt_column(trainer: Any) -> None:
 
     A subclass or a collator may read the rows in another way, and an environment may bring the prompts.
     """
-    methods = (getattr(type(trainer), name, None) for name in ("_prepare_inputs", "_generate_and_score_completions"))
-    readers = (*methods, getattr(trainer, "data_collator", None))
+    readers = [getattr(trainer, name, None) for name in (*_READERS, "data_collator")]
+    others = [getattr(trainer, name) for name in _ON_THE_WAY if hasattr(trainer, name)]
     are_trls = all(str(getattr(each, "__module__", "")).startswith("trl.") for each in readers)
-    if not are_trls or getattr(trainer, "environment_factories", None):
+    are_theirs = all(str(getattr(each, "__module__", "")).startswith(_THEIRS) for each in others)
+    if not (are_trls and are_theirs) or getattr(trainer, "environment_factories", None):
         return
-    datasets: list[Any] = [trainer.train_dataset, getattr(trainer, "eval_dataset", None)]
-    for dataset in datasets:
+    for dataset in _datasets(trainer):
         columns = getattr(dataset, "column_names", None)
         if isinstance(columns, list) and hasattr(dataset, "__len__") and len(dataset) and "prompt" not in dataset[0]:
             raise ValueError(
                 f"{type(trainer).__name__} reads the column 'prompt', and the dataset has {columns}: rename one, such as "
                 f"dataset.rename_column({columns[0]!r}, 'prompt')"
             )
+
+
+def _datasets(trainer: Any) -> list[Any]:
+    """The datasets that `train` reads. It evaluates only if it is told to."""
+    args = trainer.args
+    evaluates = args.eval_strategy != "no" or getattr(args, "eval_on_start", False)
+    return [trainer.train_dataset, *([getattr(trainer, "eval_dataset", None)] if evaluates else [])]
 
 
 def _check_prompts(dataset: Any) -> None:

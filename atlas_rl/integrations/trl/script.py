@@ -13,7 +13,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, field, fields, make_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -290,6 +290,21 @@ def _give_up(error: Exception) -> NoReturn:
     raise SystemExit(2) from error
 
 
+def _prepare_vllm(stack: ExitStack, engine: Any, args: Any) -> None:
+    """Enter the context in which the trainer is built. A vLLM that runs elsewhere, as a server, is not looked at here."""
+    if not args.use_vllm:
+        return
+    if args.vllm_mode == "server":
+        from atlas_rl.integrations.trl.server_client import our_clients
+
+        stack.enter_context(our_clients())
+        return
+    try:
+        stack.enter_context(engine.prepare_vllm())
+    except ValueError as error:  # such as a vLLM that is not known
+        _give_up(error)
+
+
 @contextmanager
 def _attached(engine: Any, baseline_every: int) -> Iterator[None]:
     """Context in which the trainer that TRL's script builds gets the engine attached."""
@@ -298,7 +313,8 @@ def _attached(engine: Any, baseline_every: int) -> Iterator[None]:
 
     def build(trainer: Any, *args: Any, **options: Any) -> None:
         try:
-            with engine.prepare_vllm() if options["args"].use_vllm else nullcontext():
+            with ExitStack() as stack:
+                _prepare_vllm(stack, engine, options["args"])
                 own.__init__(trainer, *args, **options)
         except ConnectionError as error:  # of our client: the server is not up, or is another program
             _give_up(error)
