@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -156,21 +155,6 @@ class CostModel:
             return False
         table = self._predicted(above[0])
         return bool(table[above[0]] <= _ABOUT * table[below[-1]])
-
-    def most_goodput(self, batch: int, context_tokens: int) -> float:
-        """Bound on the tokens per second of plain decoding of `batch` requests; infinite without evidence.
-
-        More tokens of one kind never cost less in all, nor more per token up to where padding ends. So the goodput is at
-        most that of a larger size that was measured, and at most `batch` tokens in the time of a smaller one.
-        """
-        measured = self._measured_like(batch)
-        place = bisect_left(measured, batch)
-        near = dict.fromkeys(measured[max(place - 1, 0) : place], batch)
-        near |= {size: self._step_sizes.end(size) - 1 for size in measured[place : place + 1]}
-        if not near:
-            return math.inf
-        table = self._predicted(max(near))
-        return min([tokens / float(table[size]) for size, tokens in near.items()]) / self._factor(context_tokens)
 
     def _measured_like(self, num_tokens: int) -> list[int]:
         """Buckets whose cost counts as measured, rising: padded ones if `num_tokens` are padded, else the others.

@@ -29,7 +29,7 @@ from atlas_rl.controller.cost import TICK_S, CostModels
 from atlas_rl.controller.decision import BestDrafts, Decision
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.exposed import Exposed
-from atlas_rl.controller.promises import DrafterModel, Kept, LatestPromise, Pause, Prediction, Promise, discount
+from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
 from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
 from atlas_rl.core import Verified
 from atlas_rl.counts import bounds
@@ -60,7 +60,6 @@ class GoodputController(Controller):
         self._plain_shares: deque[float] = deque(maxlen=_PLAIN_SHARES)  # the forward's share of steps without drafts
         self._kept_drafting, self._kept_plain = Kept(), Kept()  # steps with verified drafts, and without
         self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
-        self._promised = LatestPromise()
         self._pause = Pause()
         self._end = CallEnd()
         self._exposed = Exposed()
@@ -116,7 +115,7 @@ class GoodputController(Controller):
         """Whether to consider drafts of a step of `batch` requests. To be called once per step: pauses count steps."""
         if step.drawn_as != self._drawn_as:
             self._draw_as(step.drawn_as)
-        return not (self._plain_due(batch, step.context_tokens) or self._end.holds_back or self._pause.holds(batch))
+        return not (self._plain_due(batch) or self._end.holds_back or self._pause.holds(batch))
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
@@ -125,8 +124,6 @@ class GoodputController(Controller):
         self._steps_since_plain = self._steps_since_plain + 1 if bounds(admission.lengths)[1] else 0
         if decision.planned:
             self._pause.observe(step.batch, decision.promise is not None)
-            promise = decision.promise
-            self._promised = LatestPromise(0.0 if promise is None else self._worth * promise.goodput, step.batch)
         return admission
 
     def _admission(self, step: Step, decision: Decision) -> Admission:
@@ -167,14 +164,14 @@ class GoodputController(Controller):
         return record
 
     def policy_updated(self, expected: Mapping[str, np.ndarray]) -> None:
-        self._pause, self._promised = Pause(), LatestPromise()
+        self._pause = Pause()
         for name, model in self._models.items():
             model.acceptance.policy_updated()
             model.forecast.policy_updated(expected.get(name))
         self._tabulate()
 
     def forwards_are_padded(self, sizes: Sequence[int]) -> None:
-        self._cost, self._promised = self._costs.of(sizes), LatestPromise()
+        self._cost = self._costs.of(sizes)
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)
@@ -197,32 +194,25 @@ class GoodputController(Controller):
             opened.go_on(step)
             self._at_hand.append(opened)
         else:
-            if opened is not None:  # it was about a step after the end of its call
-                self._promised = LatestPromise()
             self._at_hand.append(Decision(step, self._cost))
         decision = self._at_hand[-1]
         decision.cost, decision.extra_s = self._cost, self._exposed.extra_s[len(step.room).bit_length()]
         return decision
 
     def _draw_as(self, distribution: Hashable) -> None:
-        self._drawn_as, self._promised = distribution, LatestPromise()
+        self._drawn_as = distribution
         for model in self._models.values():
             model.acceptance.switch_to(distribution)
 
-    def _plain_due(self, batch: int, context_tokens: int) -> bool:
+    def _plain_due(self, batch: int) -> bool:
         """Whether to measure a step of this many requests without drafts.
 
         Drafting is compared with plain decoding, so plain decoding must have been measured at this batch size. If its
         cost were only inferred, say from one interrupted step, drafting could look free, and while every step has
-        drafts, nothing would correct that. But as requests end, the batch passes through many sizes. If drafts promise
-        more than plain decoding can reach by what is known of other sizes, a measurement would change nothing.
+        drafts, nothing would correct that. The report's estimate of a run without speculation needs it as well.
         """
         seen = self._cost.num_samples(batch)
-        if seen >= _PLAIN_KNOWN or self._steps_since_plain >= _PLAIN_EVERY:
-            return self._steps_since_plain >= _PLAIN_EVERY
-        if self._steps_since_plain < _PLAIN_APART * (seen > 0):
-            return False
-        return self._promised.goodput_of(batch) <= self._cost.most_goodput(batch, context_tokens)
+        return self._steps_since_plain >= (_PLAIN_EVERY if seen >= _PLAIN_KNOWN else _PLAIN_APART * (seen > 0))
 
     def _best_drafts(self, decision: Decision) -> BestDrafts:
         """The most promising draft of each request so far."""

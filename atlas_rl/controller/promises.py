@@ -39,20 +39,6 @@ class Promise(NamedTuple):
     goodput: float
 
 
-class LatestPromise(NamedTuple):
-    """Goodput that the latest plan promised for its `batch` requests, discounted; 0 if it was for none.
-
-    It is of one call, one policy and one sampling distribution.
-    """
-
-    goodput: float = 0.0
-    batch: int = 0
-
-    def goodput_of(self, batch: int) -> float:
-        """What that is for another number of requests: 0 for many more, because drafts gain less per request then."""
-        return self.goodput * batch / self.batch if _SAME_BATCH * batch <= self.batch else 0.0
-
-
 @dataclass(slots=True)
 class Kept:
     """Mean share of its predicted goodput that one kind of step reaches.

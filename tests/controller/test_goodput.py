@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from atlas_rl.controller.base import Step
 from atlas_rl.controller.fixed import FixedController, NoSpeculation
 from atlas_rl.controller.goodput import GoodputController
 from tests.controller_simulator import (
@@ -245,30 +244,6 @@ def test_a_machine_that_slows_down_while_it_drafts_does_not_make_plain_decoding_
     run.drafters["cheap"].draft_s = lambda depth: 3e-5 * depth
     run.run(100, batch=4)
     assert run.mean_length(last=50) == pytest.approx(before, rel=0.25)
-
-
-def another_temperature(run: SimulatedDecoding) -> None:
-    run.controller.plan(Step(np.full(6, 9), 6 * CONTEXT, list(run.drafters), drawn_as="another temperature"))
-
-
-PROMISES_END = {
-    "the next policy": lambda run: run.controller.policy_updated({}),
-    "the next call": lambda run: run.controller.forwards_are_padded(()),
-    "another temperature": another_temperature,
-    "a larger batch": lambda run: None,
-}
-
-
-@pytest.mark.parametrize("why", PROMISES_END)
-def test_a_promise_does_not_outlive_what_it_was_made_for(why: str) -> None:
-    """While it stands, plain decoding is not measured at sizes where it could not reach it by what is known of others."""
-    run = simulate(affine, cheap=sure(0.95)).run(60, batch=8)
-    controller = run.controller
-    batch = 12 if why == "a larger batch" else 6
-    assert controller._promised.goodput > 2 * controller._cost.most_goodput(8, 8 * CONTEXT)
-    assert not controller._plain_due(6, 6 * CONTEXT)
-    PROMISES_END[why](run)
-    assert controller._plain_due(batch, batch * CONTEXT)
 
 
 def test_a_policy_update_gives_a_failed_drafter_another_chance():

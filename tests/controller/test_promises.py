@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from atlas_rl.controller.promises import Kept, LatestPromise, Pause, discount
+from atlas_rl.controller.promises import Kept, Pause, discount
 
 
 def kept(ratio: float, steps: int = 200) -> Kept:
@@ -79,10 +79,3 @@ def test_a_plan_that_asks_somebody_ends_the_pauses():
         pass
     pause.observe(8, asked=True)
     assert all(plans(4, 8, pause))
-
-
-def test_a_promise_is_for_about_as_many_requests_or_fewer() -> None:
-    promise = LatestPromise(goodput=700.0, batch=7)
-    assert [promise.goodput_of(batch) for batch in (1, 7, 8)] == pytest.approx([100.0, 700.0, 800.0])
-    assert promise.goodput_of(9) == 0.0
-    assert LatestPromise().goodput_of(1) == 0.0
