@@ -159,6 +159,17 @@ def test_the_command_builds_the_vllm_that_its_file_asks_for(
     assert all(set(row["drafted"]) == {"history", "recurrent"} for row in rows)
 
 
+def last_line_of_refused_command(
+    folder: Path, tmp_path: Path, options: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> str:
+    """What `atlas-rl grpo` says last, with a file of these options, before it ends as a command with wrong ones does."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(script_options(folder, tmp_path / "out", **options)))
+    with pytest.raises(SystemExit) as ended:
+        main(["grpo", "--config", str(tmp_path / "run.yaml")])
+    assert ended.value.code == 2
+    return capfd.readouterr().err.splitlines()[-1]
+
+
 def test_the_command_names_the_server_that_is_not_up(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,11 +181,7 @@ def test_the_command_names_the_server_that_is_not_up(
         "vllm_server_base_url": "http://127.0.0.1:9",
         "vllm_server_timeout": 0,
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(script_options(folder, tmp_path / "out", **options)))
-    with pytest.raises(SystemExit) as ended:
-        main(["grpo", "--config", str(tmp_path / "run.yaml")])
-    assert ended.value.code == 2
-    last = capfd.readouterr().err.splitlines()[-1]
+    last = last_line_of_refused_command(folder, tmp_path, options, capfd)
     assert last.startswith("atlas-rl grpo: no vLLM server is up at http://127.0.0.1:9")
     assert "atlas-rl vllm-serve MODEL" in last
 
@@ -184,11 +191,7 @@ def test_the_command_ends_in_one_line_if_vllm_cannot_be_prepared(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     options = {"use_vllm": True, "vllm_mode": "colocate"}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(script_options(folder, tmp_path / "out", **options)))
-    with pytest.raises(SystemExit) as ended:
-        main(["grpo", "--config", str(tmp_path / "run.yaml")])
-    assert ended.value.code == 2
-    last = capfd.readouterr().err.splitlines()[-1]
+    last = last_line_of_refused_command(folder, tmp_path, options, capfd)
     assert last.startswith("atlas-rl grpo: ")
     assert "VLLM_USE_V2_MODEL_RUNNER" in last
 

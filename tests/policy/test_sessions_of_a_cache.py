@@ -258,13 +258,19 @@ def qwen2():
     return model
 
 
-def test_weights_are_converted_once_per_cache(graphs):
+def reserved_under_autocast():
+    """A runner of a policy under autocast, and a cache with room for two rows."""
     runner = InProcessRunner(under_autocast(tiny_llama(seed=3)))
     runner.row_bytes(1)
     with_noted_caches(runner, [])
-    cache, converted = runner.new_cache(2, 64), []
+    cache = runner.new_cache(2, 64)
     with runner.session(cache):
         runner.reserve(2, 64)
+    return runner, cache
+
+
+def test_weights_are_converted_once_per_cache(graphs):
+    (runner, cache), converted = reserved_under_autocast(), []
     for step in range(STEPS):
         with Casts(runner.model) as casts:
             logits_over(runner, np.arange(2 if step else 6), step + 2 if step else 0, cache)
@@ -306,12 +312,7 @@ def test_no_copy_of_a_weight_is_stale(change, graphs, monkeypatch):
 @pytest.mark.parametrize("change", [written_in_place, another_address])
 def test_converted_weights_are_freed_when_others_take_their_place(change, graphs):
     """Captured steps hold the layers' replacements, which multiply by them."""
-    runner = InProcessRunner(under_autocast(tiny_llama(seed=3)))
-    runner.row_bytes(1)
-    with_noted_caches(runner, [])
-    cache, seen = runner.new_cache(2, 64), []
-    with runner.session(cache):
-        runner.reserve(2, 64)
+    (runner, cache), seen = reserved_under_autocast(), []
     for step in range(STEPS):
         if step == CHANGED:
             copies = kept(cache.parts, autocast._Kept).copies
