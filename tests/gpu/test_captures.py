@@ -117,8 +117,12 @@ def test_a_pool_has_no_stream_of_another_whoever_took_streams_meanwhile():
         assert late._graph_of(lambda: x @ x) is None
         assert late.refused.startswith("all of torch's streams on this device are taken")
         graphs.pop()
+        freed = owners[-1]._pool.stream
         owners.pop()._free_pool()
-        assert Captures(capture=True)._graph_of(lambda: x @ x) is not None
+        again = Captures(capture=True)
+        again._graph_of(lambda: x @ x)
+        assert (again.captured, again.refused) == (1, None)
+        assert again._pool.stream == freed
 
 
 def test_the_pretended_device_tells_who_writes_to_memory_that_is_gone():
@@ -209,7 +213,9 @@ def test_after_an_interrupt_in_its_first_capture_an_owner_captures_again(monkeyp
         x, owner = torch.ones(2, 2, device="cuda"), Captures(capture=True)
         with failing(monkeypatch, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
             owner._graph_of(lambda: x.mul_(2))
-        assert owner._graph_of(lambda: x.mul_(2)) is not None
+        graph, before = owner._graph_of(lambda: x.mul_(2)), x.cpu()
+        graph.replay()
+        assert torch.equal(x.cpu(), 2 * before)
         assert owner.refused is None
         assert owner.captured == 1
 
