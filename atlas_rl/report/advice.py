@@ -109,7 +109,7 @@ REPORTED: tuple[Explained, ...] = (
         "Compare vLLM's options with docs/vllm.md: some option keeps vLLM from verifying drafts.",
     ),
     Explained(
-        "accepted length collapsed to 1.00: none of ... drafts was accepted",
+        "accepted length collapsed to 1.00: none of its last ... drafts was accepted",
         "Its drafts used to be accepted and no longer are: it does not follow the policy any more.",
         "Call `policy_updated()` (or `load_weights`) after every optimizer step, so that the drafters follow the policy.",
     ),

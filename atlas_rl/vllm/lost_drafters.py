@@ -9,8 +9,9 @@ import torch
 from atlas_rl.report.recorder import StepRecorder
 from atlas_rl.speculators.base import Speculator
 
-_ENOUGH_DRAFTS = 32  # drafts that raise a warning if none is verified, or none hits though every fifth used to
-_USED_TO_HIT = 0.2
+_ENOUGH_DRAFTS = 32  # draft tokens that raise a warning if none of them is verified
+_ENOUGH_MISSES = 256  # draft tokens that are rejected in a row: one update may move a tiny policy far
+_USED_TO_HIT = 0.2  # below this share of accepted drafts, a row of misses proves nothing
 _FADES = 0.8  # weight of the earlier calls in the running mean
 _SAMPLE = 64  # values of each tensor in its fingerprint
 
@@ -22,6 +23,7 @@ class LostDrafters:
         self._fingerprints: dict[str, torch.Tensor] = {}
         self._lost: dict[str, None] = {}
         self._hit_rate: dict[str, float] = {}
+        self._misses: dict[str, int] = {}  # draft tokens rejected since the drafter's last accepted one
 
     def remember(self, speculators: Mapping[str, Speculator]) -> None:
         """Remember the drafters' tensors as correct."""
@@ -59,15 +61,15 @@ class LostDrafters:
     def _collapsed(self, counts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
         for name, (drafted, accepted) in counts.items():
             used_to = self._hit_rate.get(name, 0.0)
-            if drafted >= _ENOUGH_DRAFTS and accepted == 0 and used_to >= _USED_TO_HIT:
+            self._misses[name] = 0 if accepted else self._misses.get(name, 0) + drafted
+            if drafted and self._misses[name] >= _ENOUGH_MISSES and used_to >= _USED_TO_HIT:
                 yield (
-                    f"{name}: accepted length collapsed to 1.00: none of {drafted} drafts was accepted, {used_to:.0%} were "
-                    "before; it does not follow the policy any more"
+                    f"{name}: accepted length collapsed to 1.00: none of its last {self._misses[name]} drafts was accepted, "
+                    f"{used_to:.0%} were before; it does not follow the policy any more"
                 )
-            if drafted:
-                self._hit_rate[name] = (
-                    _FADES * used_to + (1 - _FADES) * accepted / drafted if used_to else accepted / drafted
-                )
+            if accepted:
+                rate = accepted / drafted
+                self._hit_rate[name] = _FADES * used_to + (1 - _FADES) * rate if used_to else rate
 
 
 def fingerprint(speculator: Speculator) -> torch.Tensor:

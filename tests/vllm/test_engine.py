@@ -224,6 +224,9 @@ class TestWarnings:
         drafter.truth = made.generate(PROMPTS, **self.given).completion_ids  # type: ignore[arg-type]
         assert not made.generate(PROMPTS, **self.given).report.warnings  # type: ignore[arg-type]
         drafter.lost = True
+        few = made.generate(PROMPTS[:1], **{**self.given, "max_new_tokens": 12}).report  # type: ignore[arg-type]
+        assert few.accepted_length == 1
+        assert not few.warnings, "a few misses after an update are no collapse"
         report = made.generate(PROMPTS, **self.given).report  # type: ignore[arg-type]
         assert report.accepted_length == 1
         assert any("wrong: accepted length collapsed to 1.00" in warning for warning in report.warnings)
