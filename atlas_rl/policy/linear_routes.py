@@ -4,8 +4,8 @@ A decode step multiplies a few rows by every weight, and is bound by reading the
 that bound varies by an order of magnitude, and by processor: for one row of SmolLM2's layers `F.linear` took 7 ms on a
 Xeon and 49 ms on an EPYC, where two rows took 18 ms with the operands swapped. So routes are timed. If several layers
 have one shape, the first forwards run some by one route and some by another, so that each timing reads weights from
-memory, as later forwards do. Results are kept on disk (`RouteTable`), by machine, number of threads and version of
-torch.
+memory, as later forwards do. Results are kept on disk (`RouteTable`), by machine, number of threads, and versions of torch
+and of our kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from atlas_kernels.few_rows_cpu import few_rows_linear
+from atlas_kernels.few_rows_cpu import few_rows_linear, kernel_version
 
 logger = logging.getLogger(__name__)
 
@@ -349,7 +349,7 @@ def cache_folder() -> Path:
 
 @cache
 def machine_name(num_threads: int) -> str:
-    """Processor, threads and torch version, for which timings are valid."""
+    """Processor, threads, torch version and version of our kernel, for which timings are valid."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -358,4 +358,4 @@ def machine_name(num_threads: int) -> str:
         processor = " ".join(said[name] for name in fields if name in said) or processor
     except OSError:
         pass
-    return f"{processor}, {num_threads} threads, torch {torch.__version__}"
+    return f"{processor}, {num_threads} threads, torch {torch.__version__}, kernel {kernel_version()[:8]}"

@@ -19,7 +19,10 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 if config.DISABLE_JIT:
-    _pointer: Any = ctypes.c_void_p
+
+    def _pointer(address: Any) -> Any:
+        return ctypes.c_void_p(int(address))
+
 else:
 
     @intrinsic

@@ -69,7 +69,7 @@ def content_key(function: Any) -> str:
         seen.add(called)
         parts.add(f"{called.__module__} {_digest_of(inspect.getfile(called))}")
         for name, value in _globals_of(called) if isinstance(called, FunctionType) else ():
-            value = getattr(value, "py_func", value)
+            value = getattr(value, "py_func", None) or getattr(value, "_defn", value)  # of a kernel, of an intrinsic
             if isinstance(value, (FunctionType, type)) and _is_ours(value.__module__):
                 waiting.append(value)
             elif isinstance(value, _CONSTANTS):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
 
 from atlas_kernels import few_rows_cpu
 from atlas_kernels.few_rows_cpu import few_rows_linear
+from tests import ROOT
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 64, 67)
 OUTPUTS = (1, 3, 4, 5, 7, 8, 1030)
@@ -92,3 +97,35 @@ def test_a_weight_without_memory_is_not_read() -> None:
     weight.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has no memory"):
         few_rows_linear(torch.ones(1, 3), (weight,))
+
+
+PRODUCTS = """
+import torch
+from atlas_kernels import tiles_cpu
+from atlas_kernels.few_rows_cpu import few_rows_linear
+
+torch.manual_seed(0)
+for rows in range(1, 15):
+    x, weight = torch.randn(rows, 45), torch.randn(30, 45)
+    torch.testing.assert_close(few_rows_linear(x, (weight,))[0], x @ weight.t())
+print(tiles_cpu.OUTPUTS, tiles_cpu.ROWS)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "tile"),
+    [
+        (
+            {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"},
+            "3 4",
+        ),  # half as many registers, of half the size
+        ({"NUMBA_DISABLE_JIT": "1"}, None),
+    ],
+    ids=["small processor", "not compiled"],
+)
+def test_other_processors_and_uncompiled_code(settings: dict[str, str], tile: str | None) -> None:
+    environment = os.environ | settings | {"PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert tile in (None, done.stdout.strip())

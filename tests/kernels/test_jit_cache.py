@@ -157,6 +157,38 @@ def test_what_changed_is_compiled_anew_wherever_it_stands(package: Path, tmp_pat
     assert run(KERNEL, package.parent, kernels, **where) == [[], 111], "the first one's is still there"
 
 
+def test_instructions_that_are_written_by_hand_are_part_of_a_kernel(package: Path, tmp_path: Path):
+    """numba's intrinsics are no functions that it compiles: their own writes what becomes machine code."""
+    written = package / "written.py"
+    written.write_text(
+        textwrap.dedent("""
+        from llvmlite import ir
+        from numba import types
+        from numba.extending import intrinsic
+
+        def adding(number):
+            @intrinsic
+            def add(context, x):
+                return types.int64(x), lambda context, builder, signature, given: builder.add(given[0], Constants.of(number))
+            return add
+
+        class Constants:
+            @staticmethod
+            def of(number):
+                return ir.IntType(64)(1 * number)
+        """)
+    )
+    outer = package / "outer.py"
+    outer.write_text(outer.read_text() + "\nfrom atlas_rl.written import adding\n\nlate = adding(200)\n")
+    where = {"ATLAS_RL_CACHE": str(tmp_path / "cache")}
+    for old, new, expected in (("", "", 211), ("1 *", "2 *", 411)):
+        written.write_text(written.read_text().replace(old, new))
+        names, result = run(KERNEL, package.parent, ROOT / "kernels", **where)
+        assert "kernel" in names
+        assert result == expected
+        assert run(KERNEL, package.parent, ROOT / "kernels", **where) == [[], expected]
+
+
 def test_environments_with_other_versions_of_numba_share_the_folder(package: Path, tmp_path: Path):
     """As one with vLLM, which pins numba, beside one without."""
     where = {"ATLAS_RL_CACHE": str(tmp_path / "cache")}
