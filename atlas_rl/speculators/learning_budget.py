@@ -1,9 +1,12 @@
 """Limits how long a head may learn after a policy update: to a share of the run's time, and to what learning is worth.
 
 The share holds over the whole run. All time between `open` and `close` counts, and if a refresh takes longer than its
-budget, the next ones get less: a head whose single step costs more than its share skips refreshes. Within the share,
-the time is halved while learning gains less than it costs, and doubled, up to the whole, while it pays. It is whole
-again at once if the loss of agreement since the last refresh is worth it: the policy jumped, or has a new task.
+budget, the next ones get less. Within the share, the time is halved while learning gains less than it costs, and doubled,
+up to the whole, while it pays. It rises with what learning is worth, and is whole again at once if the loss of agreement
+since the last refresh is worth it: the policy jumped, or has a new task.
+
+A refresh takes at least two checks and an optimizer step. While its time is less than that, it is skipped, and the time is
+saved for a later one.
 
 A `SpareLesson` has no budget: it is learning in time that nobody else needs, in pieces.
 """
@@ -85,10 +88,14 @@ class LearningBudget:
         self._closed_s = self.opened_s = clock()
         self._owed_s = self._whole_s = self._worth_s = 0.0
         self._cut = 1.0  # share of the budget that is spent
+        self._learned_cut, self._learned_worth_s = 1.0, 0.0  # after the latest refresh that learned
+        self._least_s = 0.0  # what the latest refresh took that could not have been shorter
+        self._saved_s = 0.0  # the present refresh's time, and that of skipped ones before it
         self._use = 1.0  # the head's share of what speculation saves
         self._agreement: float | None = None  # after the previous refresh
         self._measures = False  # whether the generation was timed
         self._has_tried = False  # whether the head has ever begun to learn, with or without success
+        self._is_skipped = False  # whether the present refresh is skipped, because its time does not suffice
         self._earns_credit = True  # whether the time that the present refresh leaves is kept for the next one
 
     def divide(self, heads: int) -> None:
@@ -118,7 +125,7 @@ class LearningBudget:
             speculator: The head's name in their counts.
 
         Returns:
-            Whether there is time to learn; False if earlier refreshes have spent it.
+            Whether there is time to learn; False if earlier refreshes have spent it, or if it does not suffice yet.
         """
         self.opened_s = self._clock()
         elapsed_s = max(0.0, self.opened_s - self._closed_s - rollouts.measuring_s)
@@ -128,13 +135,19 @@ class LearningBudget:
             self._use = max(use, self._use / 2)
         self._measures = rollouts.generate_s is not None
         self._worth_s = (rollouts.generate_s or 0.0) * _LASTS_UPDATES * self._use
-        return self._whole_s > 0
+        if self._worth_s > self._learned_worth_s:
+            rise = self._worth_s / self._learned_worth_s if self._learned_worth_s else float("inf")
+            self._cut = min(1.0, self._learned_cut * rise)
+        self._saved_s += max(0.0, self._whole_s * self._cut)
+        suffices = self._saved_s >= self._least_s
+        self._is_skipped = not suffices
+        return self._whole_s > 0 and suffices
 
     def limit_s(self, agreement: float) -> float:
         """Most seconds since `open`, given the agreement before learning."""
         if self._agreement is not None and (self._agreement - agreement) * self._worth_s > self._whole_s:
-            self._cut = 1.0
-        return self._whole_s * self._cut
+            self._cut, self._saved_s = 1.0, max(self._saved_s, self._whole_s)
+        return self._saved_s
 
     def owes_first_step(self, trained: bool) -> bool:
         """Whether the head takes a step even if there is no time: it has neither learned nor tried to."""
@@ -147,15 +160,23 @@ class LearningBudget:
     def learned(self, done: Distilled) -> None:
         """Record the result of learning."""
         self._agreement = done.agreement_after
+        if done.num_steps == 1:
+            self._least_s = done.seconds
         if self._measures:
             pays = (done.agreement_after - done.agreement_before) * self._worth_s >= done.seconds
             self._cut = min(1.0, 2 * self._cut) if pays else max(_LEAST_CUT, self._cut / 2)
+        self._learned_cut, self._learned_worth_s = self._cut, self._worth_s
 
     def close(self) -> None:
-        """End a refresh. If there was nothing to learn from, unspent time is a credit for the next one."""
+        """End a refresh. If there was nothing to learn from, unspent time is a credit for the next one.
+
+        Of a skipped refresh, only what was saved is left.
+        """
         self._closed_s = self._clock()
         owed_s = self._closed_s - self.opened_s - self._whole_s
-        self._owed_s = owed_s if self._earns_credit else max(0.0, owed_s)
+        self._owed_s = owed_s if self._earns_credit and not self._is_skipped else max(0.0, owed_s)
+        if not self._is_skipped:
+            self._saved_s = 0.0
         self._earns_credit = True
 
 

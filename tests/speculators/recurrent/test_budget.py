@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 from atlas_rl.core import Rollouts
 from atlas_rl.speculators.history.speculator import HistorySpeculator
-from atlas_rl.speculators.learning_budget import LearningBudget, divide_budget
+from atlas_rl.speculators.learning_budget import Distilled, LearningBudget, divide_budget
 from tests.drafters import recurrent_drafter, ticking
 from tests.recurrent import engine_of, policy, rollout, trained
 
@@ -26,7 +27,7 @@ def test_the_share_holds_over_the_run():
     clock = ticking(1.0)
     speculator = recurrent_drafter(clock=clock, budget_share=0.05)
     engine, began = engine_of(policy(), speculator), clock()
-    for seed in range(8):
+    for seed in range(16):
         rollout(engine, seed, num_generations=2, max_new_tokens=6)
         for _ in range(30):  # what else a training step takes
             clock()
@@ -59,6 +60,50 @@ def test_time_without_anything_to_learn_from_is_kept():
     budget.close()
     assert budget.open(rollouts, "a")
     assert budget.limit_s(0.0) > first - 2
+
+
+class Head:
+    """A head whose shortest refresh takes 0.15 s, in a run with 6 s between updates and 2 s of generation in each."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.budget = LearningBudget(0.05, lambda: self.now)
+        self.learned: list[bool] = []
+
+    def update(self, share: float, gain: float = 0.0) -> None:
+        """A policy update, after a call in which the head drafted this share of what was accepted."""
+        self.now += 6.0
+        with self.budget.refreshing(
+            Rollouts(None, 2.0, {"a": round(100 * share), "b": 100 - round(100 * share)}), "a"
+        ) as in_time:
+            self.learned.append(in_time)
+            if in_time:
+                self.budget.begin_learning()
+                limit_s = self.budget.limit_s(0.5)
+                steps = max(1, int((limit_s - 0.1) / 0.05))
+                self.now += 0.1 + 0.05 * steps
+                self.budget.learned(Distilled(steps, 0.5, 0.5 + gain, np.full(1, 0.5), 0.1 + 0.05 * steps))
+
+
+def test_a_head_that_is_hardly_used_is_refreshed_seldom_and_at_once_where_it_is_used_again():
+    head = Head()
+    for _ in range(48):
+        head.update(share=0.05)
+    assert all(head.learned[:2])
+    rare = head.learned[-32:]
+    assert sum(rare) * 0.15 == pytest.approx(32 * 0.05 * 6.0 / 16, rel=0.3), (
+        "a sixteenth of its time, in whole refreshes"
+    )
+    for _ in range(5):
+        head.update(share=1.0, gain=0.1)
+    assert all(head.learned[-5:])
+
+
+def test_a_head_that_drafts_everything_and_learns_is_refreshed_at_every_update():
+    head = Head()
+    for _ in range(16):
+        head.update(share=1.0, gain=0.05)
+    assert all(head.learned)
 
 
 def test_an_error_closes_the_budget_and_earns_no_credit():
