@@ -49,7 +49,7 @@ BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Row counts that have a contest; other counts use the contest of the next larger one, or of the last."""
 _BUCKET_OF = tuple(next(bucket for bucket in BUCKETS if rows <= bucket) for rows in range(1, BUCKETS[-1] + 1))
 
-_STREAMED_ROWS = 64  # most that our kernel is timed for; libraries multiply more at a processor's full rate
+_STREAMED_ROWS = 128  # most that our kernel is timed for
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
