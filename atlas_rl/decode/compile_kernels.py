@@ -21,6 +21,7 @@ from numba.core import event
 from atlas_kernels.attend_cpu import compile_attention
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.few_rows_cpu import compile_products
+from atlas_kernels.gate_cpu import compile_gate
 from atlas_kernels.jit_cache import num_kernels
 from atlas_kernels.layer import rms_norm, rotate
 from atlas_kernels.layer_cpu import add_and_norm, rotate_in_place
@@ -165,6 +166,7 @@ def _run_all() -> None:
     rotate(tokens, tokens, tokens[:, 0], tokens[:, 0])
     compile_attention()
     compile_products()
+    compile_gate()
     row = torch.ones(1, 2, dtype=torch.float32, device="cpu")
     add_and_norm(row, row.clone(), row[0], 1e-6, False)
     rotate_in_place(row.clone(), row.clone(), row, row, 2)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as torch_modules
 
+from atlas_kernels.gate_cpu import silu_times
 from atlas_kernels.layer_cpu import add_and_norm, rms_norm_cpu, rotate_in_place
 from atlas_kernels.layer_reference import Activation
 from atlas_rl.policy import ragged_attention
@@ -262,8 +263,12 @@ def _mlp(parts: _Parts, linears: FastLinears) -> _Rows:
         return lambda rows: mlp(rows[None])[0]
     gate_and_up, down = _multiplied((mlp.gate_proj, mlp.up_proj), linears), _multiplied((mlp.down_proj,), linears)
 
+    is_silu = act is functional.silu
+
     def gated(rows: torch.Tensor) -> torch.Tensor:
         gate, up = gate_and_up(rows)
+        if is_silu and gate.is_contiguous() and up.is_contiguous():
+            return down(silu_times(gate, up))[0]
         return down(act(gate).mul_(up))[0]
 
     return gated
