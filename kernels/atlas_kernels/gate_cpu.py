@@ -87,7 +87,7 @@ else:
 def _exp(x):
     """Exponential as torch computes it, to the bit where the processor multiplies and adds in one operation.
 
-    That is SLEEF's `expf` (Shibata and Petrogalli, arXiv 2001.09258): the nearest power of two, and a polynomial for the rest.
+    That is SLEEF's `expf` (Shibata and Petrogalli, arXiv 2001.09258): the nearest power of two times a polynomial.
     The system's function is called number by number, which takes ten times as long.
     """
     power = np.rint(x * np.float32(1.442695040888963407359924681001892137))
