@@ -29,6 +29,7 @@ from atlas_rl.controller.cost import TICK_S, CostModels
 from atlas_rl.controller.decision import BestDrafts, Decision
 from atlas_rl.controller.draft_forecast import MAX_LOOKAHEAD
 from atlas_rl.controller.exposed import Exposed
+from atlas_rl.controller.plain_steps import PlainSteps
 from atlas_rl.controller.promises import DrafterModel, Kept, Pause, Prediction, Promise, discount
 from atlas_rl.controller.slots import admitted, positive, take_better, weigh, within
 from atlas_rl.core import Verified
@@ -36,10 +37,6 @@ from atlas_rl.counts import bounds
 
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, MAX_LOOKAHEAD])
 _EXPLORED_SHARE = 0.003  # share of the time for calls that are not expected to pay
-_PLAIN_EVERY = 100  # steps after which a step without drafts measures plain decoding anew
-_PLAIN_KNOWN = 3  # forwards of about a size after which its cost is known: their median ignores one outlier
-_PLAIN_APART = 4  # steps between plain steps while the size is not known yet
-_PLAIN_SHARES = 16  # latest steps without drafts that give the forward's share of such a step
 
 
 class GoodputController(Controller):
@@ -57,9 +54,8 @@ class GoodputController(Controller):
         self._models = {name: DrafterModel() for name in self.speculators}
         self._costs = CostModels()
         self._cost = self._costs.of()  # of a step without its drafting: forward, sampling, bookkeeping
-        self._plain_shares: deque[float] = deque(maxlen=_PLAIN_SHARES)  # the forward's share of steps without drafts
         self._kept_drafting, self._kept_plain = Kept(), Kept()  # steps with verified drafts, and without
-        self._steps_since_plain = _PLAIN_EVERY  # the first step of a run is plain
+        self._plain_steps = PlainSteps()
         self._pause = Pause()
         self._end = CallEnd()
         self._exposed = Exposed()
@@ -115,13 +111,15 @@ class GoodputController(Controller):
         """Whether to consider drafts of a step of `batch` requests. To be called once per step: pauses count steps."""
         if step.drawn_as != self._drawn_as:
             self._draw_as(step.drawn_as)
-        return not (self._plain_due(batch) or self._end.holds_back or self._pause.holds(batch))
+        return not (
+            self._plain_steps.are_due(self._cost.num_samples(batch)) or self._end.holds_back or self._pause.holds(batch)
+        )
 
     def admit(self, step: Step) -> Admission:
         decision = self._decision(step)
         admission = self._admission(step, decision)
         # Counted here, because the next step is planned before this one is observed.
-        self._steps_since_plain = self._steps_since_plain + 1 if bounds(admission.lengths)[1] else 0
+        self._plain_steps.passed(drafted=bounds(admission.lengths)[1] > 0)
         if decision.planned:
             self._pause.observe(step.batch, decision.promise is not None)
         return admission
@@ -146,9 +144,11 @@ class GoodputController(Controller):
         forward_s, step_s = max(forward_s, TICK_S), max(step_s - step.wasted_s, TICK_S)
         drafting_s = sum(step.draft_s.values(), self._exposed.observe(step))
         undrafted_s = max(step_s - drafting_s, TICK_S)
-        decision.cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         if not slots:
-            self._plain_shares.append(forward_s / undrafted_s)
+            known = decision.cost.num_samples(step.batch)
+            expected_s = decision.cost.seconds(step.batch, step.context_tokens)
+            self._plain_steps.observe(forward_s, undrafted_s, expected_s, known)
+        decision.cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         record = self._record(decision, admission, verified, forward_s, undrafted_s) if self._explain else None
         self._compare(decision, slots > 0, float(verified.num_committed.sum()), undrafted_s, step_s)
         for name in step.drafts:
@@ -175,9 +175,9 @@ class GoodputController(Controller):
 
     def plain_forward_s(self, batch: int, context_tokens: int) -> float | None:
         plain_s = self._cost.seconds(batch, context_tokens)
-        if plain_s is None or not self._plain_shares or not self._cost.knows(batch):
+        if plain_s is None or not self._cost.knows(batch):
             return None
-        return plain_s * self._cost.mean_over_median * sum(self._plain_shares) / len(self._plain_shares)
+        return self._plain_steps.forward_s(plain_s * self._cost.mean_over_median)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return {name: model.acceptance.take_calibration() for name, model in self._models.items()}
@@ -203,16 +203,6 @@ class GoodputController(Controller):
         self._drawn_as = distribution
         for model in self._models.values():
             model.acceptance.switch_to(distribution)
-
-    def _plain_due(self, batch: int) -> bool:
-        """Whether to measure a step of this many requests without drafts.
-
-        Drafting is compared with plain decoding, so plain decoding must have been measured at this batch size. If its
-        cost were only inferred, say from one interrupted step, drafting could look free, and while every step has
-        drafts, nothing would correct that. The report's estimate of a run without speculation needs it as well.
-        """
-        seen = self._cost.num_samples(batch)
-        return self._steps_since_plain >= (_PLAIN_EVERY if seen >= _PLAIN_KNOWN else _PLAIN_APART * (seen > 0))
 
     def _best_drafts(self, decision: Decision) -> BestDrafts:
         """The most promising draft of each request so far."""
