@@ -62,11 +62,10 @@ def compared(reports: Sequence[Any]) -> dict[str, Any]:
 
 def by_batch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Speeds of decode steps on and off, from the controller's trace, by the number of requests that were active."""
-    found = []
+    found, most = [], max((row["batch"] for row in rows), default=0)
     for low, high in BATCHES:
-        row: dict[str, Any] = {
-            "batch": f"{low}" if low == high else f"{low} to {high}" if high < 1 << 30 else f"{low}+"
-        }
+        last = min(high, most)
+        row: dict[str, Any] = {"batch": f"{low}" if low == last else f"{low} to {last}"}
         for name, speculation in (("on", True), ("off", False)):
             steps = [r for r in rows if r["speculation"] is speculation and low <= r["batch"] <= high]
             row[f"{name}_steps"] = len(steps)
