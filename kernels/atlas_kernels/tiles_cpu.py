@@ -27,7 +27,7 @@ _SECOND_CACHE = 2  # LLVM's locality of a prefetch: 3 is the first cache, 0 none
 
 def _sizes() -> tuple[int, int, int]:
     """Numbers in a vector, and outputs and rows of the largest tile whose sums stay in this processor's registers."""
-    if platform.machine() == "aarch64":
+    if platform.machine() in ("aarch64", "arm64"):
         return 4, 4, 6
     features = config.CPU_FEATURES or ",".join(
         f"+{name}" for name, has in llvmlite.binding.get_host_cpu_features().items() if has
