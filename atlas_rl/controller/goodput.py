@@ -147,7 +147,7 @@ class GoodputController(Controller):
         if not slots:
             known = decision.cost.num_samples(step.batch)
             expected_s = decision.cost.seconds(step.batch, step.context_tokens)
-            self._plain_steps.observe(forward_s, undrafted_s, expected_s, known)
+            self._plain_steps.observe(step, forward_s, undrafted_s, expected_s, known)
         decision.cost.observe(step.batch + slots, undrafted_s, step.context_tokens)
         record = self._record(decision, admission, verified, forward_s, undrafted_s) if self._explain else None
         self._compare(decision, slots > 0, float(verified.num_committed.sum()), undrafted_s, step_s)
@@ -177,7 +177,7 @@ class GoodputController(Controller):
         plain_s = self._cost.seconds(batch, context_tokens)
         if plain_s is None or not self._cost.knows(batch):
             return None
-        return self._plain_steps.forward_s(plain_s * self._cost.mean_over_median)
+        return self._plain_steps.forward_s(plain_s * self._cost.mean_over_median, self._cost.seconds)
 
     def take_calibration(self) -> dict[str, tuple[int, float]]:
         return {name: model.acceptance.take_calibration() for name, model in self._models.items()}

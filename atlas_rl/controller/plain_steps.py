@@ -8,7 +8,10 @@ tell what plain ones have come to take, and these are measured themselves, the m
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from statistics import median
+
+from atlas_rl.controller.base import Step
 
 _KNOWN = 3  # forwards of about a size after which its cost is known: their median ignores one outlier
 _APART = 4  # steps between plain steps while the size is not known yet
@@ -28,7 +31,7 @@ class PlainSteps:
         self._every = _SELDOM
         self._since = _SELDOM  # the first step of a run is plain
         self._shares: deque[float] = deque(maxlen=_SHARES)
-        self._off: deque[float] = deque(maxlen=_LATEST)
+        self._latest: deque[tuple[int, int, float]] = deque(maxlen=_LATEST)  # requests, cached tokens, seconds
 
     def passed(self, *, drafted: bool) -> None:
         """A step was decided on, with drafts to verify or without."""
@@ -43,10 +46,11 @@ class PlainSteps:
         """
         return self._since >= (self._every if num_samples >= _KNOWN else _APART * (num_samples > 0))
 
-    def observe(self, forward_s: float, step_s: float, expected_s: float | None, num_samples: int) -> None:
+    def observe(self, step: Step, forward_s: float, step_s: float, expected_s: float | None, num_samples: int) -> None:
         """Learn from a step without drafts.
 
         Args:
+            step: The step.
             forward_s: Seconds of its forward.
             step_s: Seconds of the step.
             expected_s: What was predicted for the step; None without evidence.
@@ -55,13 +59,22 @@ class PlainSteps:
         self._shares.append(forward_s / step_s)
         if expected_s is None or num_samples < _KNOWN:
             return
-        off = step_s / expected_s
-        self._off.append(off)
-        as_expected = abs(off - 1) <= _AS_EXPECTED
+        self._latest.append((step.batch, step.context_tokens, step_s))
+        as_expected = abs(step_s / expected_s - 1) <= _AS_EXPECTED
         self._every = min(2 * self._every, _SELDOM) if as_expected else max(self._every // 2, _OFTEN)
 
-    def forward_s(self, predicted_s: float) -> float | None:
-        """Seconds of the forward of a plain step that is predicted to take so long; None before any was seen."""
+    def forward_s(self, predicted_s: float, predict: Callable[[int, int], float | None]) -> float | None:
+        """Seconds of the forward of a plain step.
+
+        Args:
+            predicted_s: What is predicted for the step.
+            predict: Returns what is predicted now, given requests and their cached tokens. What is known of the latest plain
+                steps may have come into it since.
+
+        Returns:
+            None before any plain step was seen.
+        """
         if not self._shares:
             return None
-        return predicted_s * (median(self._off) if self._off else 1.0) * sum(self._shares) / len(self._shares)
+        off = [step_s / now_s for *size, step_s in self._latest if (now_s := predict(*size))]
+        return predicted_s * (median(off) if off else 1.0) * sum(self._shares) / len(self._shares)

@@ -267,11 +267,16 @@ def _mlp(parts: _Parts, linears: FastLinears) -> _Rows:
 
     def gated(rows: torch.Tensor) -> torch.Tensor:
         gate, up = gate_and_up(rows)
-        if is_silu and gate.is_contiguous() and up.is_contiguous():
+        if is_silu and all(map(_is_flat, (gate, up))) and gate.shape == up.shape:
             return down(silu_times(gate, up))[0]
         return down(act(gate).mul_(up))[0]
 
     return gated
+
+
+def _is_flat(rows: torch.Tensor) -> bool:
+    """Whether these are rows that a compiled loop may read: a projection that is called may return others."""
+    return rows.dtype is torch.float32 and rows.is_contiguous()
 
 
 def _multiplied(group: tuple[Any, ...], linears: FastLinears) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:

@@ -5,8 +5,8 @@ budget, the next ones get less. Within the share, the time is halved while learn
 up to the whole, while it pays. It rises with what learning is worth, and is whole again at once if the loss of agreement
 since the last refresh is worth it: the policy jumped, or has a new task.
 
-A refresh takes at least two checks and an optimizer step. While its time is less than that, it is skipped, and the time is
-saved for a later one.
+A refresh takes at least two checks and an optimizer step. While its time is cut to less than that, it is skipped, and the
+time is saved for a later one. After four skipped ones the head is looked at in any case, so that a jump is found.
 
 A `SpareLesson` has no budget: it is learning in time that nobody else needs, in pieces.
 """
@@ -96,6 +96,7 @@ class LearningBudget:
         self._measures = False  # whether the generation was timed
         self._has_tried = False  # whether the head has ever begun to learn, with or without success
         self._is_skipped = False  # whether the present refresh is skipped, because its time does not suffice
+        self._skipped = 0  # refreshes in a row
         self._earns_credit = True  # whether the time that the present refresh leaves is kept for the next one
 
     def divide(self, heads: int) -> None:
@@ -135,13 +136,16 @@ class LearningBudget:
             self._use = max(use, self._use / 2)
         self._measures = rollouts.generate_s is not None
         self._worth_s = (rollouts.generate_s or 0.0) * _LASTS_UPDATES * self._use
-        if self._worth_s > self._learned_worth_s:
-            rise = self._worth_s / self._learned_worth_s if self._learned_worth_s else float("inf")
-            self._cut = min(1.0, self._learned_cut * rise)
+        known, rise = self._learned_worth_s, 1.0
+        if self._worth_s > known:
+            rise = self._worth_s / known if known else float("inf")
+        self._cut = min(1.0, self._learned_cut * rise)
         self._saved_s += max(0.0, self._whole_s * self._cut)
-        suffices = self._saved_s >= self._least_s
-        self._is_skipped = not suffices
-        return self._whole_s > 0 and suffices
+        # Never more than the whole: a refresh that takes longer is paid by the next ones.
+        suffices = self._saved_s >= min(self._least_s, self._whole_s)
+        self._is_skipped = not suffices and self._skipped < _LASTS_UPDATES
+        self._skipped = self._skipped + 1 if self._is_skipped else 0
+        return self._whole_s > 0 and not self._is_skipped
 
     def limit_s(self, agreement: float) -> float:
         """Most seconds since `open`, given the agreement before learning."""
@@ -165,7 +169,8 @@ class LearningBudget:
         if self._measures:
             pays = (done.agreement_after - done.agreement_before) * self._worth_s >= done.seconds
             self._cut = min(1.0, 2 * self._cut) if pays else max(_LEAST_CUT, self._cut / 2)
-        self._learned_cut, self._learned_worth_s = self._cut, self._worth_s
+            self._learned_worth_s = self._worth_s
+        self._learned_cut = self._cut
 
     def close(self) -> None:
         """End a refresh. If there was nothing to learn from, unspent time is a credit for the next one.

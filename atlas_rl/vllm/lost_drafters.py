@@ -67,6 +67,7 @@ class LostDrafters:
                     f"{name}: accepted length collapsed to 1.00: none of its last {self._misses[name]} drafts was accepted, "
                     f"{used_to:.0%} were before; it does not follow the policy any more"
                 )
+                self._misses[name] = 0
             if accepted:
                 rate = accepted / drafted
                 self._hit_rate[name] = _FADES * used_to + (1 - _FADES) * rate if used_to else rate

@@ -25,7 +25,7 @@ _LEAST_POWER, _MOST_POWER = np.float32(-152), np.float32(146)  # of two, of the 
 
 
 def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Multiply `up` into `silu(gate)` (Shazeer, arXiv 2002.05202), rounded as by torch; without gradients.
+    """Multiply `up` into `silu(gate)` (Shazeer, arXiv 2002.05202), up to rounding; without gradients.
 
     Nothing is checked.
 
@@ -83,9 +83,9 @@ else:
         return types.float32(types.int32), generate
 
 
-@cached_njit(nogil=True, inline="always")
+@numba.njit(inline="always")
 def _exp(x):
-    """Exponential as torch computes it, to the bit where the processor multiplies and adds in one operation.
+    """Exponential as torch computes it for whole vectors, to the bit where a processor multiplies and adds in one operation.
 
     That is SLEEF's `expf` (Shibata and Petrogalli, arXiv 2001.09258): the nearest power of two times a polynomial.
     The system's function is called number by number, which takes ten times as long.
@@ -106,6 +106,6 @@ def _exp(x):
     return np.float32(0) if x < np.float32(-104) else (np.float32(np.inf) if x > np.float32(100) else total)
 
 
-@cached_njit(nogil=True, inline="always")
+@numba.njit(inline="always")
 def _power_of_two(exponent):
     return _float_of((exponent + np.int32(127)) << np.int32(23))

@@ -23,6 +23,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba.core import caching, config
+from numba.core.extending import _Intrinsic
 
 _OURS = ("atlas_kernels", "atlas_rl")
 _kernels: list[Any] = []
@@ -69,7 +70,10 @@ def content_key(function: Any) -> str:
         seen.add(called)
         parts.add(f"{called.__module__} {_digest_of(inspect.getfile(called))}")
         for name, value in _globals_of(called) if isinstance(called, FunctionType) else ():
-            value = getattr(value, "py_func", None) or getattr(value, "_defn", value)  # of a kernel, of an intrinsic
+            value = getattr(value, "py_func", value)
+            if isinstance(value, _Intrinsic):
+                value = value._defn
+                parts.update(_seen_by(value))
             if isinstance(value, (FunctionType, type)) and _is_ours(value.__module__):
                 waiting.append(value)
             elif isinstance(value, _CONSTANTS):
@@ -153,6 +157,15 @@ def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{attribute}", vars(value)[attribute]) for attribute in inner)
         else:
             yield name, value
+
+
+def _seen_by(intrinsic: FunctionType) -> Iterator[str]:
+    """Constants that an intrinsic may write instructions with: of its module, and those that it was made with."""
+    named = {name: value for name, value in intrinsic.__globals__.items() if not name.startswith("__")}
+    named |= inspect.getclosurevars(intrinsic).nonlocals
+    for name, value in named.items():
+        if isinstance(value, _CONSTANTS):
+            yield f"{intrinsic.__module__}.{name} = {_shown(value)}"
 
 
 def _names_in(code: CodeType) -> Iterator[str]:

@@ -29,9 +29,9 @@ def _sizes() -> tuple[int, int, int]:
     """Numbers in a vector, and outputs and rows of the largest tile whose sums stay in this processor's registers."""
     if platform.machine() in ("aarch64", "arm64"):
         return 4, 4, 6
-    features = config.CPU_FEATURES or ",".join(
-        f"+{name}" for name, has in llvmlite.binding.get_host_cpu_features().items() if has
-    )
+    features = config.CPU_FEATURES  # none for processors that share compiled kernels
+    if features is None:
+        features = ",".join(f"+{name}" for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
     has_32_registers = "+avx512vl" in features.split(",")
     return (8, 4, 6) if has_32_registers else (8, 3, 4)
 

@@ -172,10 +172,13 @@ def test_instructions_that_are_written_by_hand_are_part_of_a_kernel(package: Pat
                 return types.int64(x), lambda context, builder, signature, given: builder.add(given[0], Constants.of(number))
             return add
 
+        import os
+        MORE = int(os.environ.get("MORE", "0"))
+
         class Constants:
             @staticmethod
             def of(number):
-                return ir.IntType(64)(1 * number)
+                return ir.IntType(64)(1 * number + MORE)
         """)
     )
     outer = package / "outer.py"
@@ -187,6 +190,8 @@ def test_instructions_that_are_written_by_hand_are_part_of_a_kernel(package: Pat
         assert "kernel" in names
         assert result == expected
         assert run(KERNEL, package.parent, ROOT / "kernels", **where) == [[], expected]
+    names, result = run(KERNEL, package.parent, ROOT / "kernels", MORE="5", **where)
+    assert ("kernel" in names, result) == (True, 416), "a constant that only the class names"
 
 
 def test_environments_with_other_versions_of_numba_share_the_folder(package: Path, tmp_path: Path):

@@ -169,6 +169,19 @@ def test_hooks_of_every_part_run(part, by_modules):
     assert not same(changed, steps(tiny_llama(seed=3)))
 
 
+@pytest.mark.parametrize("part", ["mlp.gate_proj", "mlp.up_proj"])
+def test_a_hook_may_return_another_type(part, by_modules):
+    """The compiled gate reads float32."""
+
+    def hooked():
+        model = tiny_llama(seed=3)
+        model.model.layers[1].get_submodule(part).register_forward_hook(lambda module, args, out: out.double())
+        model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        return model
+
+    assert same(steps(hooked()), by_modules(hooked()))
+
+
 def test_what_a_hook_keeps_is_not_overwritten():
     model, kept = tiny_llama(seed=3), []
     attention = model.model.layers[0].self_attn
