@@ -15,10 +15,8 @@ from atlas_rl.controller.base import Step
 
 _KNOWN = 3  # forwards of about a size after which its cost is known: their median ignores one outlier
 _APART = 4  # steps between plain steps while the size is not known yet
-_SELDOM, _OFTEN = (
-    100,
-    25,
-)  # steps after which plain decoding is measured anew: while it is as expected, and while it is not
+_SELDOM = 100  # steps after which plain decoding is measured anew while it is as expected
+_OFTEN = 25  # the same while it is not
 _AS_EXPECTED = 0.05  # bound on the relative distance of a step from what was expected
 _SHARES = 16  # latest plain steps that give the forward's share of such a step
 _LATEST = 3  # latest plain steps whose median is how far they are off

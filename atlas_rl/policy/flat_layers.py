@@ -262,7 +262,6 @@ def _mlp(parts: _Parts, linears: FastLinears) -> _Rows:
     if act is None:
         return lambda rows: mlp(rows[None])[0]
     gate_and_up, down = _multiplied((mlp.gate_proj, mlp.up_proj), linears), _multiplied((mlp.down_proj,), linears)
-
     is_silu = act is functional.silu
 
     def gated(rows: torch.Tensor) -> torch.Tensor:

@@ -95,8 +95,7 @@ class LearningBudget:
         self._agreement: float | None = None  # after the previous refresh
         self._measures = False  # whether the generation was timed
         self._has_tried = False  # whether the head has ever begun to learn, with or without success
-        self._is_skipped = False  # whether the present refresh is skipped, because its time does not suffice
-        self._skipped = 0  # refreshes in a row
+        self._skipped = 0  # refreshes in a row, up to the present one, whose time did not suffice
         self._earns_credit = True  # whether the time that the present refresh leaves is kept for the next one
 
     def divide(self, heads: int) -> None:
@@ -143,9 +142,8 @@ class LearningBudget:
         self._saved_s += max(0.0, self._whole_s * self._cut)
         # Never more than the whole: a refresh that takes longer is paid by the next ones.
         suffices = self._saved_s >= min(self._least_s, self._whole_s)
-        self._is_skipped = not suffices and self._skipped < _LASTS_UPDATES
-        self._skipped = self._skipped + 1 if self._is_skipped else 0
-        return self._whole_s > 0 and not self._is_skipped
+        self._skipped = self._skipped + 1 if not suffices and self._skipped < _LASTS_UPDATES else 0
+        return self._whole_s > 0 and not self._skipped
 
     def limit_s(self, agreement: float) -> float:
         """Most seconds since `open`, given the agreement before learning."""
@@ -179,8 +177,8 @@ class LearningBudget:
         """
         self._closed_s = self._clock()
         owed_s = self._closed_s - self.opened_s - self._whole_s
-        self._owed_s = owed_s if self._earns_credit and not self._is_skipped else max(0.0, owed_s)
-        if not self._is_skipped:
+        self._owed_s = owed_s if self._earns_credit and not self._skipped else max(0.0, owed_s)
+        if not self._skipped:
             self._saved_s = 0.0
         self._earns_credit = True
 

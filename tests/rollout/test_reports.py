@@ -145,7 +145,8 @@ def test_a_trace_says_what_was_expected_and_what_came(tmp_path):
         own = [step for step in steps if step["call"] == call]
         assert [step["step"] for step in own] == list(range(report.num_forwards))
         assert sum(step["tokens"] for step in own) == report.num_decoded_tokens
-        assert sum(step["forward_s"] for step in own) == pytest.approx(report.forward_s, rel=0.1)
+        forwards_s = sum(step["forward_s"] for step in own)  # with what verification puts in the device's queue
+        assert report.forward_s <= forwards_s + 1e-9 <= report.forward_s + report.sample_s
         assert all(step["step_s"] >= step["forward_s"] for step in own)
     assert any(step["admitted"] for step in steps)
     assert sum(reports[-1].scored.values()) > 0
