@@ -19,6 +19,7 @@ import torch
 from numba.core import event
 
 from atlas_kernels.attend_cpu import compile_attention
+from atlas_kernels.decoder_layer_cpu import compile_layer
 from atlas_kernels.dispatch import kernels_run_on
 from atlas_kernels.few_rows_cpu import compile_products
 from atlas_kernels.gate_cpu import compile_gate
@@ -167,6 +168,7 @@ def _run_all() -> None:
     compile_attention()
     compile_products()
     compile_gate()
+    compile_layer()
     row = torch.ones(1, 2, dtype=torch.float32, device="cpu")
     add_and_norm(row, row.clone(), row[0], 1e-6, False)
     rotate_in_place(row.clone(), row.clone(), row, row, 2)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ from atlas_rl.policy.linear_routes import (
     MIN_BYTES,
     PACKED,
     PLAIN,
+    STREAMED,
     Contest,
     RouteTable,
     bucket_of,
@@ -114,6 +115,14 @@ class _Shape:
             if _fits(missing):
                 self.price_s += self._pack(missing)
 
+    def streamed_form(self, num_rows: int) -> int | None:
+        """See `FastLinears.streamed`."""
+        contest = self.contests[bucket_of(num_rows)]
+        if contest.winner is None or num_rows not in _rows_in_contests(_type(self)):
+            return None
+        timed = {contest.cost_s(route): form for route, form in STREAMED.items() if contest.seconds.get(route)}
+        return timed[min(timed)] if timed else None
+
     def beside_s(self, forwards: Mapping[int, int]) -> float:
         """`FastLinears.beside_s` for this shape."""
         contests = {rows: self.contests[bucket_of(rows)] for rows in forwards}
@@ -157,7 +166,8 @@ class FastLinears:
         self.purpose: Hashable = None
         self._gained_s: dict[Hashable, float] = {}  # `_Shape.gained_s` of the latest session, by purpose and shape
         self._shapes: list[_Shape] = []
-        self._products: dict[Group, Products] = {}
+        self._shape_of: dict[Group, _Shape] = {}
+        self._contests: dict[Hashable, Contest] = {}
         self._once = _Once()
 
     @property
@@ -198,12 +208,12 @@ class FastLinears:
 
     def _take(self, shapes: list[_Shape]) -> None:
         self._shapes = shapes
-        self._products = {group: shape.products for shape in shapes for group in shape.groups}
+        self._shape_of = {group: shape for shape in shapes for group in shape.groups}
 
     @property
     def has_routes(self) -> bool:
         """Whether any layer has routes in the present session; without, `products` are valid in others as well."""
-        return bool(self._products)
+        return bool(self._shape_of)
 
     def together(self, groups: list[Group]) -> None:
         """Multiply layers together that multiply the same rows, until the session ends.
@@ -211,7 +221,7 @@ class FastLinears:
         A group is left alone if one of its layers has routes of its own that differ, or none. A layer that is called by
         itself afterwards has no packed copy.
         """
-        new = [group for group in groups if group not in self._products and self._may_be_together(group)]
+        new = [group for group in groups if group not in self._shape_of and self._may_be_together(group)]
         members = {layer for group in new for layer in group}
         for shape in self._shapes:
             shape.groups = [group for group in shape.groups if not members.intersection(group)]
@@ -220,14 +230,30 @@ class FastLinears:
 
     def _may_be_together(self, group: Group) -> bool:
         kinds = {(layer.weight.dtype, layer.weight.shape[1], layer.bias is None) for layer in group}
-        return len(kinds) == 1 and all((layer,) in self._products for layer in group)
+        return len(kinds) == 1 and all((layer,) in self._shape_of for layer in group)
 
     def products(self, group: Group) -> Products:
         """What multiplies the layers of a group with rows `[rows, in]` of their type, outside of autocast.
 
         It takes the group and the rows, and is valid in the present session. Results may be views of one tensor.
         """
-        return self._products.get(group, self._one_by_one)
+        shape = self._shape_of.get(group)
+        return self._one_by_one if shape is None else shape.products
+
+    def streamed(self, group: Group) -> Callable[[int], int | None]:
+        """What tells the fastest form of our kernel's tiles for a group and a number of rows, in the present session.
+
+        It returns None while routes are timed, and for rows and types that the kernel has no part in.
+        """
+        shape = self._shape_of.get(group)
+        return (lambda num_rows: None) if shape is None else shape.streamed_form
+
+    def contest(self, key: Hashable, num_rows: int, routes: Sequence[str]) -> Contest:
+        """The contest of a layer's own routes for a number of rows; it lasts as long as this object, and is not stored."""
+        name = key, bucket_of(num_rows)
+        if name not in self._contests:
+            self._contests[name] = Contest({route: [] for route in routes})
+        return self._contests[name]
 
     def _one_by_one(self, group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if len(group) == 1:

@@ -2,8 +2,8 @@
 
 A decoder layer takes thirteen module calls, and some sixty calls of Python around its products. A decode step with a few
 rows spends a third of its time there. If the code of a layer and of its attention is known (`decoder_forms.py`), the
-function below does the same: the same products, norms, rotations and attention, in the same order. Weights are read from
-the modules at every call, so nothing can be stale.
+function below does the same: the same products, norms, rotations and attention, in the same order, or all in one kernel
+where that is possible (`whole_layers.py`). Weights are read from the modules at every call, so nothing can be stale.
 
 A layer keeps its own code if one of its parts has hooks or was patched, for arguments that the kernels do not take, and
 while one of its parts runs as something else than when the session began, such as a copy in four bits that drafts. A
@@ -34,6 +34,7 @@ from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form
 from atlas_rl.policy.parts import HasModules, kept
 from atlas_rl.policy.threads import replaced_forwards, stand_ins_of
+from atlas_rl.policy.whole_layers import WholeLayer, WorkingMemory
 
 _MOST_NUMBERS = 1 << 20  # of hidden states: above, torch's threads gain more than fewer passes
 _READ = ("attention_mask", "past_key_values", "scaling", "dropout", "sliding_window", "softcap", "s_aux")
@@ -88,7 +89,8 @@ class _Found:
         return self._without_routes
 
     def _made(self, linears: FastLinears) -> dict[Any, partial[torch.Tensor]]:
-        return {layer: partial(_forward, _Layer(layer, parts, linears)) for layer, parts in self.parts.items()}
+        memory = WorkingMemory()
+        return {layer: partial(_forward, _Layer(layer, parts, linears, memory)) for layer, parts in self.parts.items()}
 
 
 class _Known:
@@ -166,12 +168,13 @@ class _Parts:
 class _Layer:
     """A decoder layer and its forward."""
 
-    def __init__(self, layer: nn.Module, parts: _Parts, linears: FastLinears) -> None:
+    def __init__(self, layer: nn.Module, parts: _Parts, linears: FastLinears, memory: WorkingMemory) -> None:
         self.own, self.attention, self.window = parts.own, parts.attention, parts.window
         self.norms, self.head_norms = parts.norms, parts.head_norms
         self.to_heads = _multiplied(parts.to_heads, linears)
         self.to_out = _multiplied((parts.attention.o_proj,), linears)
         self.mlp = _mlp(parts, linears)
+        self.whole = _whole(parts, linears, memory)
         self._modules = [part for part in layer.modules() if part is not layer]
         self.look()
 
@@ -206,7 +209,12 @@ class _Layer:
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`[1, num_tokens, hidden]` in and out; `cos` and `sin` are `[1, num_tokens, head_dim]`."""
-        attention, x = self.attention, hidden_states[0]
+        x = hidden_states[0]
+        by_parts = partial(self._by_parts, x, cos, sin)
+        return (by_parts() if self.whole is None else self.whole.run(x, cos, sin, by_parts))[None]
+
+    def _by_parts(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        attention = self.attention
         query, key, value = [each.contiguous() for each in self.to_heads(self.norms[0](x))]
         if self.head_norms is not None:
             query, key = self.head_norms[0](query), self.head_norms[1](key)
@@ -216,7 +224,7 @@ class _Layer:
         attended = ragged_attention.attend_tokens(attention, query, key, value, attention.scaling, self.window)
         (out,) = self.to_out(attended.reshape(num_tokens, -1))
         normed = self.norms[1].of_sum(x, out)
-        return out.add_(self.mlp(normed))[None]
+        return out.add_(self.mlp(normed))
 
 
 def _forward(layer: _Layer, module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -271,6 +279,17 @@ def _mlp(parts: _Parts, linears: FastLinears) -> _Rows:
         return down(act(gate).mul_(up))[0]
 
     return gated
+
+
+def _whole(parts: _Parts, linears: FastLinears, memory: WorkingMemory) -> WholeLayer | None:
+    """The layer as one compiled function; None if one of its parts is called, or has no kernel."""
+    attention, mlp = parts.attention, parts.mlp
+    if parts.act is not functional.silu:
+        return None
+    if not all(map(_is_plain, (*parts.to_heads, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))):
+        return None
+    norms = [(norm.module, norm.eps, norm.adds_one) for norm in (*parts.norms, *(parts.head_norms or ()))]
+    return WholeLayer(attention, mlp, norms, parts.window, linears, memory)
 
 
 def _is_flat(rows: torch.Tensor) -> bool:

@@ -32,8 +32,8 @@ def timed(
 
 def by_one_route(route: str, x: torch.Tensor, group: Group, copy: Copies | None) -> tuple[torch.Tensor, ...]:
     """Multiply rows `[rows, in]`, of the layers' own type; `copy` is needed by the packed route only."""
-    if route == STREAMED and len(group) > 1:  # one pass over all weights
-        outs = few_rows_linear(x, [layer.weight for layer in group])
+    if route in STREAMED and len(group) > 1:  # one pass over all weights
+        outs = few_rows_linear(x, [layer.weight for layer in group], STREAMED[route])
         return tuple(
             [out if layer.bias is None else out.add_(layer.bias) for out, layer in zip(outs, group, strict=True)]
         )

@@ -19,25 +19,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from atlas_kernels.few_rows_cpu import few_rows_linear, kernel_version
+from atlas_kernels.few_rows_cpu import FORMS, few_rows_linear, kernel_version
 
 logger = logging.getLogger(__name__)
 
-PLAIN, TURNED, DOUBLED, STREAMED, WIDENED, PACKED = "plain", "turned", "doubled", "streamed", "widened", "packed"
-"""`F.linear`; the weight as the tall operand; that with a row given twice; our kernel; in float32; in oneDNN's layout.
+PLAIN, TURNED, DOUBLED, WIDENED, PACKED = "plain", "turned", "doubled", "widened", "packed"
+"""`F.linear`; the weight as the tall operand; that with a row given twice; in float32; in oneDNN's layout.
 
 A processor without units for bfloat16 multiplies one number at a time: 32 rows take six times as long as in float32,
 128 take eight times. `WIDENED` converts such weights in every forward; a packed copy of them is in float32.
 """
 
-_FILE = "linear_routes_3.json"  # a release that does not know a route cannot read the file
+STREAMED = dict(zip(("streamed", "streamed wide"), range(len(FORMS)), strict=False))
+"""Routes by our kernel, with the form of its tiles; a processor without long vectors has one."""
+
+_FILE = "linear_routes_4.json"  # a release that does not know a route cannot read the file
 _ENOUGH = 4  # timings of a route: the first one warms caches and compiles
 _WIDENED_BYTES = 1 << 25  # size of a weight's pieces in float32
 _HOPELESS = 1.5  # a route that took this many times the best one twice is not tried again
@@ -68,9 +71,9 @@ def doubled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return out if bias is None else out.add_(bias)
 
 
-def streamed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def streamed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, form: int) -> torch.Tensor:
     """`F.linear` of a few rows `[rows, in]` in float32, which reads the weight once (`atlas_kernels/few_rows_cpu.py`)."""
-    (out,) = few_rows_linear(x, (weight,))
+    (out,) = few_rows_linear(x, (weight,), form)
     return out if bias is None else out.add_(bias)
 
 
@@ -89,7 +92,7 @@ ROUTES: dict[str, Product] = {
     PLAIN: functional.linear,
     TURNED: turned,
     DOUBLED: doubled,
-    STREAMED: streamed,
+    **{route: partial(streamed, form=form) for route, form in STREAMED.items()},
     WIDENED: widened,
 }
 
@@ -155,7 +158,7 @@ class Contest:
         """A new contest for a number of rows of a type."""
         takes_part = {
             DOUBLED: rows == 1,
-            STREAMED: dtype == torch.float32 and rows <= _STREAMED_ROWS,
+            **dict.fromkeys(STREAMED, dtype == torch.float32 and rows <= _STREAMED_ROWS),
             WIDENED: dtype != torch.float32,
             PACKED: may_pack and packed_type(dtype) is not None,
         }

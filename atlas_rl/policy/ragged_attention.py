@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from atlas_kernels.attend_cpu import attend_rows
+from atlas_kernels.attend_cpu import Cache, attend_rows
 from atlas_kernels.dispatch import implementation_on
 from atlas_kernels.layer import store as store_tokens
 from atlas_rl.policy import short_rows, varlen
@@ -315,6 +315,17 @@ def active(batch: RaggedBatch) -> Iterator[None]:
         _this_thread.batch = previous
 
 
+def short_cache(module: Any) -> Cache | None:
+    """Cache and places of a layer's new tokens, for the compiled kernel; None if it is not for them."""
+    batch, layer = _this_thread.batch, module.layer_idx
+    # The long way looks at the policy's first tokens, and begins the layer's cache, unless it is handed those of another.
+    if batch is None or not batch.refusal or layer not in batch.keys or batch.placed.query_len > short_rows.MOST_TOKENS:
+        return None
+    placed = batch.placed
+    places = placed.token_rows, placed.token_positions, placed.packing.query_starts
+    return Cache(batch.keys[layer], batch.values[layer], *places, placed.context)
+
+
 def attend_tokens(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
 ) -> torch.Tensor:
@@ -331,17 +342,9 @@ def attend_tokens(
     Returns:
         `[num_tokens, heads, dim]`.
     """
-    batch, layer = _this_thread.batch, module.layer_idx
-    # The long way looks at the policy's first tokens, and begins the layer's cache.
-    if (
-        batch is not None
-        and batch.refusal
-        and layer in batch.keys  # has begun, and is not handed those of another
-        and batch.placed.query_len <= short_rows.MOST_TOKENS
-    ):
-        placed, cache = batch.placed, (batch.keys[layer], batch.values[layer])
-        places = placed.token_rows, placed.token_positions, placed.packing.query_starts
-        return attend_rows(query, key, value, *cache, *places, placed.context, scaling, window, checked=False)
+    cache = short_cache(module)
+    if cache is not None:
+        return attend_rows(query, key, value, *cache, scaling, window, checked=False)
     query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
     return ragged_attention(module, query, key, value, None, scaling=scaling, sliding_window=window)[0][0]
 

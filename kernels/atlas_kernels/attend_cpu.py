@@ -9,6 +9,8 @@ A token's numbers do not depend on the other tokens: it has the same in a plain 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 import torch
@@ -22,6 +24,17 @@ share_threads()  # before a parallel kernel is compiled
 
 _GRAIN = 1 << 16  # numbers of the cache that are worth another thread, as torch has a least size for its own
 _AT_ONCE = 32  # tokens of a row whose scores are held at a time
+
+
+class Cache(NamedTuple):
+    """Keys and values of all rows, and where the new tokens go: see `attend_rows`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    offsets: torch.Tensor
+    context: int
 
 
 def attend_rows(
@@ -64,26 +77,36 @@ def attend_rows(
     """
     if checked:
         _check((query, key, value, keys, values), (rows, positions), offsets)
-    (tokens, heads, dim), (_, kv_heads, value_dim), batch = query.shape, value.shape, len(offsets) - 1
+    (tokens, heads, dim), (_, kv_heads, value_dim) = query.shape, value.shape
     # The kernel writes float32 in the host's memory, whatever torch's default type and device are.
     out = torch.empty(tokens, heads, value_dim, dtype=torch.float32, device="cpu")
-    at = [each.data_ptr() for each in (query, key, value, keys, values, rows, positions, offsets, out)]
-    sizes = (
-        tokens,
-        heads,
-        kv_heads,
-        dim,
-        value_dim,
-        *keys.shape[:2],
-        *values.shape[:2],
-        context,
-        window or context,
-        batch,
-    )
-    call = np.array((*at, *sizes), np.int64)
-    numbers = tokens * context * kv_heads * (dim + value_dim)
-    _attend(call, float(scale), batch * kv_heads, min(torch.get_num_threads(), 1 + numbers // _GRAIN))
+    at = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
+    cache = Cache(keys, values, rows, positions, offsets, context)
+    call = attention_call(at, (heads, dim, value_dim), cache, window)
+    attend(np.array(call, np.int64), float(scale), num_parts(tokens * context * kv_heads * (dim + value_dim)))
     return out
+
+
+def attention_call(
+    at: tuple[int, int, int, int], sizes: tuple[int, int, int], cache: Cache, window: int | None
+) -> tuple[int, ...]:
+    """The numbers that `attend` is called with.
+
+    `at` are addresses of queries, keys, values and results, `sizes` the numbers of heads and of a head's key and value.
+    """
+    keys, values, rows, positions, offsets, context = cache
+    (query, key, value, out), (heads, dim, value_dim) = at, sizes
+    return (
+        *(query, key, value),
+        *(keys.data_ptr(), values.data_ptr(), rows.data_ptr(), positions.data_ptr(), offsets.data_ptr(), out),
+        *(rows.shape[0], heads, keys.shape[2], dim, value_dim),
+        *(*keys.shape[:2], *values.shape[:2], context, window or context, offsets.shape[0] - 1),
+    )
+
+
+def num_parts(numbers: int) -> int:
+    """Threads that reading so many numbers of the cache is divided among."""
+    return min(torch.get_num_threads(), 1 + numbers // _GRAIN)
 
 
 def _check(
@@ -109,7 +132,7 @@ def _check(
 
 
 def compile_attention() -> None:
-    """Compile both forms: on one thread, and on several."""
+    """Compile the kernel."""
     new, cache, places, offsets, out = (
         torch.ones(1, 1, 2, dtype=torch.float32, device="cpu"),
         torch.ones(1, 1, 1, 2, dtype=torch.float32, device="cpu"),
@@ -119,15 +142,7 @@ def compile_attention() -> None:
     )
     tensors = new, new, new, cache, cache, places, places, offsets, out
     call = np.array([*(tensor.data_ptr() for tensor in tensors), 1, 1, 1, 2, 2, 1, 1, 1, 1, 1, 1, 1], np.int64)
-    for threads in (1, 2):
-        _attend(call, 1.0, 1, threads)
-
-
-def _attend(call: np.ndarray, scale: float, tasks: int, threads: int) -> None:
-    if threads == 1:
-        _some_tasks(call, scale, 0, tasks)
-    else:
-        _all_tasks(call, scale, threads)
+    attend(call, 1.0, 1)
 
 
 @cached_njit(nogil=True, parallel=True)
@@ -185,6 +200,15 @@ def _some_tasks(call, scale, begin, end):
             _softmax(firsts, ends, own, heads // kv_heads, shares, largest)
             _mix_all(values[row], firsts, ends, own, shares, out[token:until], seen)
         task += end_head - first_head
+
+
+@cached_njit(nogil=True)
+def attend(call, scale, parts):
+    """Attend by several threads, or one; `call` is an int64 array of `attention_call`."""
+    if parts == 1:
+        _some_tasks(call, scale, 0, call[11] * call[20])
+    else:
+        _all_tasks(call, scale, parts)
 
 
 @cached_njit(nogil=True, error_model="numpy")

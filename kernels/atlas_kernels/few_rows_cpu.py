@@ -20,7 +20,7 @@ import torch
 from atlas_kernels.addresses import floats_at, weight_address
 from atlas_kernels.jit_cache import cached_njit, content_key
 from atlas_kernels.openmp import share_threads
-from atlas_kernels.tiles_cpu import LANES, OUTPUTS, ROWS, tile_of
+from atlas_kernels.tiles_cpu import FORMS, OUTPUTS, ROWS, tile_of
 
 share_threads()  # before a parallel kernel is compiled
 
@@ -28,22 +28,26 @@ _BYTES = 4  # of a float32
 _GRAIN = 1 << 16  # numbers of the weights that are worth another thread
 
 
-def few_rows_linear(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def few_rows_linear(x: torch.Tensor, weights: Sequence[torch.Tensor], form: int = 0) -> tuple[torch.Tensor, ...]:
     """Products of rows with each of some weights, as by `torch.nn.functional.linear`, up to rounding; without gradients.
 
     Args:
         x: float32 `[rows, in]` on a CPU. Any number of rows is allowed; many take longer than by other routes.
         weights: float32 `[out, in]` on a CPU. One that is not contiguous is copied.
+        form: Index of the form of tiles in `FORMS`.
 
     Returns:
         float32 `[rows, out]` for each weight.
 
     Raises:
-        ValueError: A shape or type does not fit.
+        ValueError: A shape or type does not fit, or this processor has no such form.
         RuntimeError: The memory of a weight was given back.
     """
+    if not 0 <= form < len(FORMS):
+        raise ValueError(f"form must be at least 0 and less than {len(FORMS)} on this processor, got {form}")
     (rows, inputs), x = x.shape, x.contiguous()
-    call, numbers, outs, kept = [x.data_ptr(), rows, inputs], 0, [], []
+    products: list[int] = []
+    numbers, outs, kept = 0, [], []
     for weight in weights:
         outputs, width = weight.shape
         if width != inputs or not _is_float(weight) or not _is_float(x):
@@ -54,25 +58,28 @@ def few_rows_linear(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[t
             weight = weight.contiguous()
             kept.append(weight)
         out = x.new_empty((rows, outputs))
-        call += weight_address(weight), out.data_ptr(), outputs
+        products += weight_address(weight), out.data_ptr(), outputs
         numbers += outputs * inputs
         outs.append(out)
-    _multiply(np.array(call, np.int64), min(torch.get_num_threads(), 1 + numbers // _GRAIN))
+    multiply(np.array([x.data_ptr(), rows, inputs, form, *products], np.int64), num_parts(numbers))
     return tuple(outs)
 
 
+def num_parts(numbers: int) -> int:
+    """Threads that weights of so many numbers are divided among."""
+    return min(torch.get_num_threads(), 1 + numbers // _GRAIN)
+
+
 def compile_products() -> None:
-    """Compile both forms: on one thread, and on several."""
+    """Compile the kernel."""
     number, out = (torch.ones(1, dtype=torch.float32, device="cpu") for _ in range(2))
-    call = np.array([number.data_ptr(), 1, 1, number.data_ptr(), out.data_ptr(), 1], np.int64)
-    for threads in (1, 2):
-        _multiply(call, threads)
+    multiply(np.array([number.data_ptr(), 1, 1, 0, number.data_ptr(), out.data_ptr(), 1], np.int64), 1)
 
 
 @cache
 def kernel_version() -> str:
     """Changes with the kernel's code, so that stored timings of it can be told from those of another version."""
-    return content_key(getattr(_all_outputs, "py_func", _all_outputs))
+    return content_key(getattr(multiply, "py_func", multiply))
 
 
 def _is_float(tensor: torch.Tensor) -> bool:
@@ -81,13 +88,6 @@ def _is_float(tensor: torch.Tensor) -> bool:
 
 def _shown(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-
-
-def _multiply(call: np.ndarray, threads: int) -> None:
-    if threads == 1:
-        _some_outputs(call, 0, 1)
-    else:
-        _all_outputs(call, threads)
 
 
 @cached_njit(nogil=True, parallel=True)
@@ -99,24 +99,24 @@ def _all_outputs(call, parts):
 @cached_njit(nogil=True)
 def _some_outputs(call, part, parts):
     """A part of every weight's outputs."""
-    x, rows, inputs = call[0], call[1], call[2]
-    whole = inputs // LANES * LANES
-    for at in range(3, len(call), 3):
+    x, rows, inputs, form = call[0], call[1], call[2], call[3]
+    whole = inputs // _LANES[form] * _LANES[form]
+    for at in range(4, len(call), 3):
         weight, out, outputs = call[at], call[at + 1], call[at + 2]
         begin, end = outputs * part // parts, outputs * (part + 1) // parts
         stream = (end - begin) // OUTPUTS
         last = begin + stream * OUTPUTS
         for output in range(begin, begin + stream):
-            _some_rows(x, rows, inputs, whole, weight, out, outputs, output, stream)
+            _some_rows(x, rows, inputs, form, whole, weight, out, outputs, output, stream)
         for output in range(last, end):  # the same output in all places of a tile
-            _some_rows(x, rows, inputs, whole, weight, out, outputs, output, 0)
+            _some_rows(x, rows, inputs, form, whole, weight, out, outputs, output, 0)
         if whole < inputs:
             numbers, weights = floats_at(x, (rows, inputs)), floats_at(weight, (outputs, inputs))
             _add_rest(numbers, weights, floats_at(out, (rows, outputs)), whole, begin, end)
 
 
 @cached_njit(nogil=True)
-def _some_rows(x, rows, inputs, whole, weight, out, outputs, output, stream):
+def _some_rows(x, rows, inputs, form, whole, weight, out, outputs, output, stream):
     """One output of each stream for all rows, tile by tile. All tiles together prefetch the streams' next outputs once."""
     width, tiles = inputs * _BYTES, (rows + ROWS - 1) // ROWS
     begin, row = weight + output * width, 0
@@ -126,16 +126,21 @@ def _some_rows(x, rows, inputs, whole, weight, out, outputs, output, stream):
         place = out + (row * outputs + output) * _BYTES
         ahead = begin + width + width * tile // tiles
         call = begin, stream * width, x + row * width, width, place, stream * _BYTES, outputs * _BYTES
-        _one_tile(height, (*call, whole * _BYTES, ahead, LANES * _BYTES // tiles))
+        _one_tile(form, height, (*call, whole * _BYTES, ahead, _LANES[form] * _BYTES // tiles))
         row += height
 
 
-_one, _two, _three, _four, _five, _six = (tile_of(min(rows, ROWS)) for rows in range(1, 7))
+_LANES = tuple([form.lanes for form in FORMS])
+_HEIGHTS = [min(rows, ROWS) for rows in range(1, 7)]
+_one, _two, _three, _four, _five, _six = (tile_of(rows, FORMS[0]) for rows in _HEIGHTS)
+_last_one, _last_two, _last_three, _last_four, _last_five, _last_six = (tile_of(rows, FORMS[-1]) for rows in _HEIGHTS)
 
 
 @cached_njit(nogil=True)
-def _one_tile(rows, call):
-    if rows == 1:
+def _one_tile(form, rows, call):
+    if form > 0:
+        _tile_of_last_form(rows, call)
+    elif rows == 1:
         _one(*call)
     elif rows == 2:
         _two(*call)
@@ -147,6 +152,35 @@ def _one_tile(rows, call):
         _five(*call)
     else:
         _six(*call)
+
+
+@cached_njit(nogil=True)
+def _tile_of_last_form(rows, call):
+    if rows == 1:
+        _last_one(*call)
+    elif rows == 2:
+        _last_two(*call)
+    elif rows == 3:
+        _last_three(*call)
+    elif rows == 4:
+        _last_four(*call)
+    elif rows == 5:
+        _last_five(*call)
+    else:
+        _last_six(*call)
+
+
+@cached_njit(nogil=True)
+def multiply(call, parts):
+    """Compute products by several threads, or one.
+
+    `call` is int64: the rows' address, their number, their inputs, the form of tiles, then of each product the addresses of
+    weights and results and the number of outputs.
+    """
+    if parts == 1:
+        _some_outputs(call, 0, 1)
+    else:
+        _all_outputs(call, parts)
 
 
 @cached_njit(nogil=True)

@@ -36,25 +36,34 @@ def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Returns:
         `gate`.
     """
-    parts = min(torch.get_num_threads(), 1 + gate.numel() // _GRAIN)
-    if parts == 1:
-        _some_columns(gate.data_ptr(), up.data_ptr(), *gate.shape, 0, 1)
-    else:
-        _all_columns(gate.data_ptr(), up.data_ptr(), *gate.shape, parts)
+    multiply_gates(gate.data_ptr(), up.data_ptr(), *gate.shape, num_parts(gate.numel()))
     return gate
 
 
+def num_parts(numbers: int) -> int:
+    """Threads that gates of so many numbers are divided among."""
+    return min(torch.get_num_threads(), 1 + numbers // _GRAIN)
+
+
 def compile_gate() -> None:
-    """Compile both forms: on one thread, and on several."""
+    """Compile the kernel."""
     gate, up = torch.ones(2, 1, 2, dtype=torch.float32, device="cpu")
-    _some_columns(gate.data_ptr(), up.data_ptr(), 1, 2, 0, 1)
-    _all_columns(gate.data_ptr(), up.data_ptr(), 1, 2, 2)
+    multiply_gates(gate.data_ptr(), up.data_ptr(), 1, 2, 1)
 
 
 @cached_njit(nogil=True, parallel=True)
 def _all_columns(gate_at, up_at, rows, columns, parts):
     for part in numba.prange(parts):
         _some_columns(gate_at, up_at, rows, columns, np.int64(part), parts)
+
+
+@cached_njit(nogil=True)
+def multiply_gates(gate_at, up_at, rows, columns, parts):
+    """`silu_times` of arrays at addresses, by several threads or one."""
+    if parts == 1:
+        _some_columns(gate_at, up_at, rows, columns, 0, 1)
+    else:
+        _all_columns(gate_at, up_at, rows, columns, parts)
 
 
 @cached_njit(nogil=True, error_model="numpy", fastmath={"contract"})

@@ -31,12 +31,19 @@ _CONSTANTS = (bool, int, float, complex, str, bytes, tuple, np.generic, np.ndarr
 
 
 def cached_njit(**options: Any) -> Callable[[Callable], Any]:
-    """`numba.njit` with a cache by content; `options` are numba's, without `cache`.
+    """`numba.njit` with a cache by content, for functions of a module; `options` are numba's, without `cache`.
 
     `NUMBA_DISABLE_JIT`, `NUMBA_CACHE_DIR` and `NUMBA_CACHE_LOCATOR_CLASSES` apply as to any kernel.
+
+    Raises:
+        TypeError: The function takes variables from a function around it. These are not part of the key.
     """
 
     def decorate(function: Callable) -> Any:
+        if function.__closure__:
+            raise TypeError(
+                f"{function.__qualname__} must not take variables of a function around it: its cache has no key for them"
+            )
         kernel = numba.njit(**options)(function)
         if kernel is not function:  # with NUMBA_DISABLE_JIT the function stays as it is
             kernel._cache = _ContentCache(function)

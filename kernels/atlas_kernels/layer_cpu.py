@@ -17,7 +17,7 @@ def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bo
     out, weight = torch.empty_like(x), weight.contiguous()
     columns = len(weight)
     rows = x.numel() // max(1, columns)
-    _norm_rows(x.data_ptr(), weight_address(weight), out.data_ptr(), rows, columns, eps, adds_one)
+    norm_rows(x.data_ptr(), weight_address(weight), out.data_ptr(), rows, columns, eps, adds_one)
     return out
 
 
@@ -37,7 +37,7 @@ def rotate_in_place(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, s
     `[..., dim]`.
     """
     for x in (query, key):
-        _rotate_tokens(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.shape[0], x.shape[1] // dim, dim)
+        rotate_tokens(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.shape[0], x.shape[1] // dim, dim)
 
 
 def add_and_norm(x: torch.Tensor, to: torch.Tensor, weight: torch.Tensor, eps: float, adds_one: bool) -> torch.Tensor:
@@ -47,7 +47,7 @@ def add_and_norm(x: torch.Tensor, to: torch.Tensor, weight: torch.Tensor, eps: f
     """
     out, weight = torch.empty_like(to), weight.contiguous()
     at = x.data_ptr(), to.data_ptr(), weight_address(weight), out.data_ptr()
-    _add_and_norm_rows(*at, *to.shape, eps, adds_one)
+    add_and_norm_rows(*at, *to.shape, eps, adds_one)
     return out
 
 
@@ -61,7 +61,8 @@ def _squares(row):
 
 
 @cached_njit(nogil=True, error_model="numpy")
-def _norm_rows(x_at, weight_at, out_at, rows, columns, eps, adds_one):
+def norm_rows(x_at, weight_at, out_at, rows, columns, eps, adds_one):
+    """`rms_norm_cpu` of rows at an address; `out_at` may be that address, too."""
     x, out = floats_at(x_at, (rows, columns)), floats_at(out_at, (rows, columns))
     weight = floats_at(weight_at, (columns,))
     one = np.float32(1) if adds_one else np.float32(0)
@@ -70,7 +71,8 @@ def _norm_rows(x_at, weight_at, out_at, rows, columns, eps, adds_one):
 
 
 @cached_njit(nogil=True, error_model="numpy")
-def _add_and_norm_rows(x_at, to_at, weight_at, out_at, rows, columns, eps, adds_one):
+def add_and_norm_rows(x_at, to_at, weight_at, out_at, rows, columns, eps, adds_one):
+    """`add_and_norm` of rows at addresses."""
     x, to = floats_at(x_at, (rows, columns)), floats_at(to_at, (rows, columns))
     out, weight = floats_at(out_at, (rows, columns)), floats_at(weight_at, (columns,))
     one = np.float32(1) if adds_one else np.float32(0)
@@ -89,7 +91,8 @@ def _norm_row(x, weight, out, eps, one):
 
 
 @cached_njit(nogil=True)
-def _rotate_tokens(x_at, cos_at, sin_at, tokens, heads, dim):
+def rotate_tokens(x_at, cos_at, sin_at, tokens, heads, dim):
+    """Rotate the heads of tokens at an address, in place."""
     x, cos, sin = (
         floats_at(x_at, (tokens, heads, dim)),
         floats_at(cos_at, (tokens, dim)),

@@ -1,15 +1,15 @@
 """A tile of a matrix product on a CPU: the products of some rows of a weight with some rows of numbers, summed in registers.
 
 Memory and arithmetic units work at the same time only if weights are requested long before they are multiplied. While a tile
-is computed, each of its steps therefore prefetches a little of the weights that follow, into the second cache: the first one
-is full of what is multiplied now. A loop that numba vectorises cannot do this, because a prefetch keeps it from being
-vectorised. So a tile is written in LLVM's vector instructions.
+is computed, each of its steps therefore prefetches a little of the weights that follow. A loop that numba vectorises cannot
+do this, because a prefetch keeps it from being vectorised. So a tile is written in LLVM's vector instructions.
 """
 
 from __future__ import annotations
 
 import platform
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -22,25 +22,36 @@ from atlas_kernels.addresses import floats_at
 
 _FLOAT, _INT, _SHORT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _ITEM_BYTES = 4
-_SECOND_CACHE = 2  # LLVM's locality of a prefetch: 3 is the first cache, 0 none
 
 
-def _sizes() -> tuple[int, int, int]:
-    """Numbers in a vector, and outputs and rows of the largest tile whose sums stay in this processor's registers."""
+class Form(NamedTuple):
+    """How a tile is written: numbers that are multiplied at once, and the cache that the weights are fetched into."""
+
+    lanes: int
+    cache: int
+
+
+def _sizes() -> tuple[tuple[Form, ...], int, int]:
+    """Forms of a tile for this processor, and outputs and rows of the largest tile whose sums stay in its registers."""
     if platform.machine() in ("aarch64", "arm64"):
-        return 4, 4, 6
+        return (Form(4, cache=2),), 4, 6
     features = config.CPU_FEATURES  # none for processors that share compiled kernels
     if features is None:
         features = ",".join(f"+{name}" for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
     has_32_registers = "+avx512vl" in features.split(",")
-    return (8, 4, 6) if has_32_registers else (8, 3, 4)
+    narrow = Form(8, cache=2)
+    return ((narrow, Form(16, cache=1)), 4, 6) if has_32_registers else ((narrow,), 3, 4)
 
 
-LANES, OUTPUTS, ROWS = _sizes()
-"""Numbers that are multiplied at once; outputs of every tile; most rows of a tile."""
+FORMS, OUTPUTS, ROWS = _sizes()
+"""Forms of tiles, to be timed against each other; outputs of every tile; most rows of a tile.
+
+Processors differ in what suits them: on an AMD EPYC, vectors of 16 numbers took up to 20% longer, and fetching into the
+first cache was slower. On an Intel Xeon both gain (`docs/kernels.md`).
+"""
 
 
-def tile_of(rows: int) -> Any:
+def tile_of(rows: int, form: Form) -> Any:
     """A compiled function for tiles of `OUTPUTS` outputs and this many rows, for use in numba's functions.
 
     Its arguments are int64; addresses and distances are in bytes:
@@ -49,7 +60,7 @@ def tile_of(rows: int) -> Any:
     - `x`, `x_step`: the first row of numbers, float32, and the distance of the next row;
     - `out`, `out_step`, `out_row_step`: place of the sum of the first output and row, float32, and the distances of the next
       output's and of the next row's;
-    - `size`: bytes of the inputs to sum over, a multiple of `LANES` numbers; sums over none are 0;
+    - `size`: bytes of the inputs to sum over, a multiple of `form.lanes` numbers; sums over none are 0;
     - `ahead`, `ahead_step`: what is prefetched: the first output's following weights, and by how much that moves on with
       every vector. Outputs are `weight_step` apart here too.
     """
@@ -59,7 +70,7 @@ def tile_of(rows: int) -> Any:
     @intrinsic
     def tile(typing_context, weight, weight_step, x, x_step, out, out_step, out_row_step, size, ahead, ahead_step):
         def generate(context, builder, signature, arguments):
-            _Tile(builder, rows).write(*arguments)
+            _Tile(builder, rows, form).write(*arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 10), generate
@@ -82,68 +93,99 @@ def _uncompiled(rows: int) -> Any:
 
 
 class _Tile:
-    """Writes the instructions of one tile."""
+    """Writes the instructions of one tile.
 
-    def __init__(self, builder: ir.IRBuilder, rows: int) -> None:
+    Addresses in the loop are one moving address plus multiples of a distance. A register for every row and output would be
+    more than a processor has, and each that it lacks is another load.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, rows: int, form: Form) -> None:
         self._builder, self._rows = builder, rows
-        self._vector = ir.VectorType(_FLOAT, LANES)
+        self._lanes, self._locality = form.lanes, 4 - form.cache  # LLVM's locality of a prefetch: 3 is the first cache
+        self._vector = ir.VectorType(_FLOAT, form.lanes)
         self._places = [(output, row) for row in range(rows) for output in range(OUTPUTS)]
 
     def write(self, weight, weight_step, x, x_step, out, out_step, out_row_step, size, ahead, ahead_step):
         """Write it, given the arguments of `tile_of`."""
         builder = self._builder
-        weights, numbers = self._steps(weight, weight_step, OUTPUTS), self._steps(x, x_step, self._rows)
+        outputs, rows = self._multiples(weight_step, OUTPUTS), self._multiples(x_step, self._rows)
         begin, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        none, zeros = _INT(0), ir.Constant(self._vector, [0.0] * LANES)
-        builder.cbranch(builder.icmp_signed(">", size, none), loop, end)
+        zeros, vector = ir.Constant(self._vector, [0.0] * self._lanes), _INT(self._lanes * _ITEM_BYTES)
+        stop = builder.add(weight, size)
+        builder.cbranch(builder.icmp_signed(">", size, _INT(0)), loop, end)
 
         builder.position_at_end(loop)
-        at, far = builder.phi(_INT), builder.phi(_INT)
+        weights, numbers, far = builder.phi(_INT), builder.phi(_INT), builder.phi(_INT)
         sums = {place: builder.phi(self._vector) for place in self._places}
-        for line in self._steps(far, weight_step, OUTPUTS):
-            self._prefetch(line)
-        factors = [self._load(address, at) for address in weights]
+        for distance in outputs:
+            self._prefetch(builder.add(far, distance))
+        factors = [self._load(builder.add(weights, distance)) for distance in outputs]
         added = {}
-        for row, address in enumerate(numbers):
-            number = self._load(address, at)
+        for row, distance in enumerate(rows):
+            number = self._load(builder.add(numbers, distance))
             for output, factor in enumerate(factors):
                 product = builder.fmul(factor, number, flags=("contract",))
                 added[output, row] = builder.fadd(product, sums[output, row], flags=("contract",))
-        following = builder.add(at, _INT(LANES * _ITEM_BYTES))
+        following = builder.add(weights, vector)
         for value, first, later in (
-            (at, none, following),
+            (weights, weight, following),
+            (numbers, x, builder.add(numbers, vector)),
             (far, ahead, builder.add(far, ahead_step)),
             *((sums[place], zeros, added[place]) for place in self._places),
         ):
             value.add_incoming(first, begin)
             value.add_incoming(later, loop)
-        builder.cbranch(builder.icmp_signed("<", following, size), loop, end)
+        builder.cbranch(builder.icmp_signed("<", following, stop), loop, end)
 
         builder.position_at_end(end)
         totals = {place: builder.phi(self._vector) for place in self._places}
-        outs = self._steps(out, out_step, OUTPUTS)
-        for (output, row), total in totals.items():
+        for place, total in totals.items():
             total.add_incoming(zeros, begin)
-            total.add_incoming(added[output, row], loop)
-        for (output, row), total in totals.items():
-            place = builder.add(outs[output], builder.mul(out_row_step, _INT(row)))
-            builder.store(self._sum(total), builder.inttoptr(place, _FLOAT.as_pointer()))
+            total.add_incoming(added[place], loop)
+        for row, row_step in enumerate(self._multiples(out_row_step, self._rows)):
+            four = self._sums_of_four([totals[min(output, OUTPUTS - 1), row] for output in range(4)])
+            for output, step in enumerate(self._multiples(out_step, OUTPUTS)):
+                place = builder.add(builder.add(out, row_step), step)
+                builder.store(
+                    builder.extract_element(four, _SHORT(output)), builder.inttoptr(place, _FLOAT.as_pointer())
+                )
 
-    def _steps(self, first: ir.Value, step: ir.Value, count: int) -> list[ir.Value]:
-        return [self._builder.add(first, self._builder.mul(step, _INT(index))) for index in range(count)]
+    def _multiples(self, distance: ir.Value, count: int) -> list[ir.Value]:
+        return [self._builder.mul(distance, _INT(index)) for index in range(count)]
 
-    def _load(self, address: ir.Value, at: ir.Value) -> ir.Value:
-        pointer = self._builder.inttoptr(self._builder.add(address, at), self._vector.as_pointer())
+    def _sums_of_four(self, vectors: list[ir.Value]) -> ir.Value:
+        """Sums of each of four vectors, in one: in a third of the instructions that four sums take one by one.
+
+        Neighbours are added in pairs, twice, within every four numbers; then all fours are added.
+        """
+        first, second, third, fourth = vectors
+        pairs = self._added(first, second, (0, 1), (2, 3)), self._added(third, fourth, (0, 1), (2, 3))
+        fours, lanes = self._added(*pairs, (0, 2), (1, 3)), self._lanes
+        while lanes > 4:
+            lanes //= 2
+            halves = [self._picked(fours, fours, range(begin, begin + lanes)) for begin in (0, lanes)]
+            fours = self._builder.fadd(*halves)
+        return fours
+
+    def _added(self, left: ir.Value, right: ir.Value, *picks: tuple[int, int]) -> ir.Value:
+        """The sum of two vectors, each of which has some numbers of every four of `left`, then the same of `right`."""
+        fours = range(0, self._lanes, 4)
+        vectors = [
+            self._picked(left, right, [side + four + at for four in fours for side in (0, self._lanes) for at in pick])
+            for pick in picks
+        ]
+        return self._builder.fadd(*vectors)
+
+    def _picked(self, left: ir.Value, right: ir.Value, places: Iterable[int]) -> ir.Value:
+        chosen = list(places)
+        return self._builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(_SHORT, len(chosen)), chosen))
+
+    def _load(self, address: ir.Value) -> ir.Value:
+        pointer = self._builder.inttoptr(address, self._vector.as_pointer())
         return self._builder.load(pointer, align=_ITEM_BYTES)
 
     def _prefetch(self, address: ir.Value) -> None:
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _SHORT, _SHORT, _SHORT])
         call = cgutils.get_or_insert_function(self._builder.module, kind, "llvm.prefetch.p0")
         pointer = self._builder.inttoptr(address, cgutils.voidptr_t)
-        self._builder.call(call, [pointer, _SHORT(0), _SHORT(_SECOND_CACHE), _SHORT(1)])  # to read; data
-
-    def _sum(self, vector: ir.Value) -> ir.Value:
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, self._vector])
-        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-        call = cgutils.get_or_insert_function(self._builder.module, kind, name)
-        return self._builder.call(call, [_FLOAT(0.0), vector], fastmath=("reassoc",))
+        self._builder.call(call, [pointer, _SHORT(0), _SHORT(self._locality), _SHORT(1)])  # to read; data

@@ -88,7 +88,7 @@ def test_a_layer_returns_what_it_returns_otherwise(setting: str, bias: bool, dty
         assert (num_bytes > 0) == (may_pack and not any(enabled for _, enabled in AUTOCASTS[setting][-1:]))
 
 
-@pytest.mark.parametrize("route", [PLAIN, TURNED, DOUBLED, STREAMED, PACKED])
+@pytest.mark.parametrize("route", [PLAIN, TURNED, DOUBLED, *STREAMED, PACKED])
 def test_every_number_of_rows(route: str) -> None:
     linear = layer_of()
     with torch.no_grad():

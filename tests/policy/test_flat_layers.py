@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +19,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from atlas_rl.policy import cpu_linear, flat_layers, in_process
-from atlas_rl.policy.base import Segments, Taps
+from atlas_rl.policy.base import Taps
 from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.decoder_forms import AttentionForm, attention_form, is_decoder_layer
 from atlas_rl.policy.flat_layers import flat
@@ -29,9 +28,9 @@ from atlas_rl.policy.linear_routes import PACKED, STREAMED, TURNED, packed_type
 from atlas_rl.policy.threads import generating, replaced_forwards
 from tests.models import FACTORIES, SHAPE, build, tiny_llama
 from tests.policy.changes import ANOTHER, HOW, IN_PLACE, scale_weight
+from tests.policy.layer_steps import LENGTHS, same, steps
 from tests.routes import table_where
 
-LENGTHS = np.array([3, 1, 6]), np.array([1, 1, 1]), np.array([2, 1, 4]), np.array([1, 1, 1])
 KNOWN = ("llama", "qwen2", "qwen3", "mistral")
 
 
@@ -42,26 +41,6 @@ def experts(seed=0):
 
 
 MAKERS = {**FACTORIES, "qwen3_moe": experts}
-
-
-def steps(model, between=lambda: None, taps=Taps, context=nullcontext):
-    """Logits of prompts and of three ragged steps, with something done to the policy between them."""
-    runner, rng, out = InProcessRunner(model), np.random.default_rng(3), []
-    starts = np.zeros(3, np.int64)
-    runner.row_bytes(1)  # probes
-    with context(), runner.session(runner.new_cache(3, 64)):
-        for lengths in LENGTHS:
-            tokens = rng.integers(64, size=int(lengths.sum()))
-            tapped = taps()
-            out.append(runner.forward(Segments(tokens, 0, starts, lengths), np.arange(len(tokens)), tapped))
-            out += [tapped.layers[layer] for layer in sorted(tapped.layers)]
-            starts = starts + lengths
-            between()
-    return [each.clone() for each in out]
-
-
-def same(ours, expected):
-    return len(ours) == len(expected) and all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.fixture
@@ -317,7 +296,7 @@ def with_route(route, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with
-@pytest.mark.parametrize("route", [PACKED, TURNED, STREAMED, None])
+@pytest.mark.parametrize("route", [PACKED, TURNED, *STREAMED, None])
 def test_layers_that_multiply_the_same_rows_are_multiplied_together(
     name, route, by_modules, packed_weights, monkeypatch
 ):
@@ -329,7 +308,7 @@ def test_layers_that_multiply_the_same_rows_are_multiplied_together(
     packed_weights.clear()
     ours = steps(model)
     assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
-    if route in (TURNED, STREAMED):
+    if route in (TURNED, *STREAMED):
         assert not packed_weights
     else:
         assert together < set(packed_weights)
