@@ -33,8 +33,8 @@ from atlas_rl.policy.decoder_forms import attention_form, is_decoder_layer
 from atlas_rl.policy.guise import class_of
 from atlas_rl.policy.layer_forms import activation_form, is_gated, norm_form
 from atlas_rl.policy.parts import HasModules, kept
-from atlas_rl.policy.threads import replaced_forwards, stand_ins_of
-from atlas_rl.policy.whole_layers import WholeLayer, WorkingMemory
+from atlas_rl.policy.threads import num_changes, replaced_forwards, stand_ins_of
+from atlas_rl.policy.whole_layers import WholeLayer, WholeLayers
 
 _MOST_NUMBERS = 1 << 20  # of hidden states: above, torch's threads gain more than fewer passes
 _READ = ("attention_mask", "past_key_values", "scaling", "dropout", "sliding_window", "softcap", "s_aux")
@@ -89,8 +89,11 @@ class _Found:
         return self._without_routes
 
     def _made(self, linears: FastLinears) -> dict[Any, partial[torch.Tensor]]:
-        memory = WorkingMemory()
-        return {layer: partial(_forward, _Layer(layer, parts, linears, memory)) for layer, parts in self.parts.items()}
+        whole, angles = WholeLayers(linears), _Angles()
+        return {
+            layer: partial(_forward, _Layer(layer, parts, linears, whole, angles))
+            for layer, parts in self.parts.items()
+        }
 
 
 class _Known:
@@ -165,46 +168,75 @@ class _Parts:
         return [self.to_heads, *([] if self.act is None else [(self.mlp.gate_proj, self.mlp.up_proj)])]
 
 
+class _Angles:
+    """Checks the angles of rotations, once for all layers of a forward: they are given the same tuple."""
+
+    def __init__(self) -> None:
+        self._fit: tuple[Any, int, int] = None, 0, 0
+
+    def fit(self, angles: Any, num_tokens: int, dim: int) -> bool:
+        """Whether these are contiguous float32 cosines and sines `[1, num_tokens, dim]` on a CPU."""
+        known, *sizes = self._fit
+        if known is angles and sizes == [num_tokens, dim]:
+            return True
+        if (
+            type(angles) is not tuple
+            or len(angles) != 2
+            or not all(_are_angles(each, num_tokens, dim) for each in angles)
+        ):
+            return False
+        self._fit = angles, num_tokens, dim
+        return True
+
+
+def _are_angles(each: torch.Tensor, num_tokens: int, dim: int) -> bool:
+    fits = each.shape == (1, num_tokens, dim) and each.dtype == torch.float32
+    return fits and each.is_cpu and each.is_contiguous()
+
+
 class _Layer:
     """A decoder layer and its forward."""
 
-    def __init__(self, layer: nn.Module, parts: _Parts, linears: FastLinears, memory: WorkingMemory) -> None:
+    def __init__(
+        self, layer: nn.Module, parts: _Parts, linears: FastLinears, whole: WholeLayers, angles: _Angles
+    ) -> None:
         self.own, self.attention, self.window = parts.own, parts.attention, parts.window
         self.norms, self.head_norms = parts.norms, parts.head_norms
         self.to_heads = _multiplied(parts.to_heads, linears)
         self.to_out = _multiplied((parts.attention.o_proj,), linears)
         self.mlp = _mlp(parts, linears)
-        self.whole = _whole(parts, linears, memory)
+        self.whole, self._angles = _whole(parts, whole), angles
         self._modules = [part for part in layer.modules() if part is not layer]
         self.look()
 
     def look(self) -> None:
         """Remember as what the parts run now."""
-        self._run_as = stand_ins_of(self._modules)
+        self._run_as, self._looked_at = stand_ins_of(self._modules), num_changes()
+
+    def _run_as_before(self) -> bool:
+        if self._looked_at != num_changes():
+            if stand_ins_of(self._modules) != self._run_as:
+                return False
+            self._looked_at = num_changes()
+        return True
 
     def takes(self, hidden_states: torch.Tensor, angles: Any, others: dict[str, Any]) -> bool:
         """Whether these arguments are what the forward below takes; `others` are those by name."""
-        if type(angles) is not tuple or len(angles) != 2:
-            return False
         if any(others.get(name) is not None for name in _READ):
             return False
-        attention, (cos, sin), shape = self.attention, angles, hidden_states.shape
+        shape = hidden_states.shape
         return (
             len(shape) == 3
             and shape[0] == 1
             and hidden_states.numel() <= _MOST_NUMBERS
-            and cos.shape == sin.shape == (1, shape[1], attention.head_dim)
-            and hidden_states.dtype == cos.dtype == sin.dtype == torch.float32
+            and self._angles.fit(angles, shape[1], self.attention.head_dim)
+            and hidden_states.dtype == torch.float32
             and hidden_states.is_cpu
-            and cos.is_cpu
-            and sin.is_cpu
             and hidden_states.is_contiguous()
-            and cos.is_contiguous()
-            and sin.is_contiguous()
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
-            and attention.config._attn_implementation == ragged_attention.NAME
-            and stand_ins_of(self._modules) == self._run_as
+            and self.attention.config._attn_implementation == ragged_attention.NAME
+            and self._run_as_before()
         )
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -281,15 +313,15 @@ def _mlp(parts: _Parts, linears: FastLinears) -> _Rows:
     return gated
 
 
-def _whole(parts: _Parts, linears: FastLinears, memory: WorkingMemory) -> WholeLayer | None:
-    """The layer as one compiled function; None if one of its parts is called, or has no kernel."""
+def _whole(parts: _Parts, shared: WholeLayers) -> WholeLayer | None:
+    """The layer as one kernel; None if one of its parts is called, or has no kernel."""
     attention, mlp = parts.attention, parts.mlp
     if parts.act is not functional.silu:
         return None
     if not all(map(_is_plain, (*parts.to_heads, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))):
         return None
     norms = [(norm.module, norm.eps, norm.adds_one) for norm in (*parts.norms, *(parts.head_norms or ()))]
-    return WholeLayer(attention, mlp, norms, parts.window, linears, memory)
+    return WholeLayer(attention, mlp, norms, parts.window, shared)
 
 
 def _is_flat(rows: torch.Tensor) -> bool:

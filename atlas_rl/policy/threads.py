@@ -60,6 +60,7 @@ class _Changes:
         open: Present changes, in order.
         values: Derived from `open`: by the id of a thing and by kind, the values of its changes, in order.
         touched: Everything that may have a guise.
+        number: How often the changes have changed.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class _Changes:
         self.open: list[_Change] = []
         self.values: dict[int, dict[str, list[Any]]] = {}
         self.touched: dict[int, Any] = {}
+        self.number = 0
 
     def begin(self, change: _Change) -> None:
         self.touched.update((key, thing) for key, (thing, _) in change.things.items())
@@ -80,7 +82,7 @@ class _Changes:
     def restore(self) -> None:
         """Undo everything; may be interrupted and called again."""
         self.owner = None  # from here on guises do nothing
-        self.open, self.values = [], {}
+        self.open, self.values, self.number = [], {}, self.number + 1
         for thing in self.touched.values():
             put_class(thing, class_of(thing))
         self.touched = {}
@@ -91,6 +93,7 @@ class _Changes:
 
     def _follow(self, change: _Change) -> None:
         """Apply the changes in `open`."""
+        self.number += 1
         for key, (thing, _) in change.things.items():
             values: dict[str, list[Any]] = {}
             for each in self.open:
@@ -178,6 +181,11 @@ def stand_ins_of(modules: Iterable[nn.Module]) -> list[Callable[..., Any] | None
     """The latest present replacement of each module's forward in this thread; None for its own."""
     values = _changes.values if _changes.owner == threading.get_ident() else {}
     return [values.get(id(module), _NONE).get(_FORWARD, _OWN)[-1] for module in modules]
+
+
+def num_changes() -> int:
+    """How often replacements have begun or ended in this process: `stand_ins_of` is the same while this number is."""
+    return _changes.number
 
 
 @contextmanager

@@ -9,31 +9,71 @@ known: some layers of a forward run one way, some the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
+from operator import is_not
 from typing import Any
 
+import numpy as np
 import torch
 
-from atlas_kernels.decoder_layer_cpu import LayerCall, Norm, Projection, Shape, decoder_layer, fits
+from atlas_kernels.attend_cpu import Cache
+from atlas_kernels.decoder_layer_cpu import (
+    Norm,
+    Projection,
+    Shape,
+    Weights,
+    decoder_layer,
+    fits,
+    plan_of,
+    step_of,
+    weights_of,
+)
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.cpu_linear import FastLinears
-from atlas_rl.policy.linear_routes import timing
+from atlas_rl.policy.linear_routes import Contest, timing
 
 PARTS, WHOLE = "parts", "whole"
 """Routes of a layer: operation by operation, each by its fastest route; and in one kernel."""
 
 
-class WorkingMemory:
-    """Memory for what a layer computes on its way; one for all layers, because they run one after the other."""
+class WholeLayers:
+    """What the layers of a session share: plans for numbers of tokens, the present step, and working memory.
 
-    def __init__(self) -> None:
-        self._numbers = torch.empty(0, dtype=torch.float32, device="cpu")
+    Layers run one after the other, so one memory serves all.
 
-    def of(self, count: int) -> torch.Tensor:
-        """At least so many float32 numbers, of any content."""
-        if len(self._numbers) < count:
-            self._numbers = torch.empty(count, dtype=torch.float32, device="cpu")
-        return self._numbers
+    Args:
+        linears: Multiplies the linear layers; they are installed already.
+    """
+
+    def __init__(self, linears: FastLinears) -> None:
+        self.linears = linears
+        self._plans: dict[tuple[Shape, int], np.ndarray] = {}
+        self._work = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._step: tuple[tuple[Any, ...], np.ndarray] | None = None
+
+    def contest(self, shape: Shape, num_tokens: int) -> Contest:
+        """The contest between the routes of layers of a shape."""
+        return self.linears.contest(shape, num_tokens, (PARTS, WHOLE))
+
+    def plan(self, shape: Shape, num_tokens: int, forms: Callable[[], list[int] | None]) -> np.ndarray | None:
+        """See `decoder_layer_cpu.plan_of`; None if `forms` returns None. All layers of a shape have the same forms."""
+        plan = self._plans.get((shape, num_tokens))
+        if plan is not None or (found := forms()) is None:
+            return plan
+        count = num_tokens * shape.work_columns
+        if len(self._work) < count:
+            self._work = torch.empty(count, dtype=torch.float32, device="cpu")
+            self._plans.clear()  # they have the old one's address
+        plan = self._plans[shape, num_tokens] = plan_of(shape, num_tokens, found, self._work)
+        return plan
+
+    def step(self, shape: Shape, cos: torch.Tensor, sin: torch.Tensor, cache: Cache) -> np.ndarray:
+        """See `decoder_layer_cpu.step_of`."""
+        parts = shape, cos, sin, *cache[2:]
+        known = self._step
+        if known is None or known[0][0] != shape or any(map(is_not, known[0][1:], parts[1:])):
+            known = self._step = parts, step_of(shape, (cos, sin), cache)
+        return known[1]
 
 
 class WholeLayer:
@@ -45,8 +85,7 @@ class WholeLayer:
         norms: Of the input and of the first residual sum, and those of queries and keys if there are any: each a module with
             a weight, an epsilon, and whether one is added to the weight.
         window: Most cells that a query sees; None is all.
-        linears: Multiplies its linear layers; they are installed already.
-        memory: See `WorkingMemory`.
+        shared: See `WholeLayers`.
     """
 
     def __init__(
@@ -55,15 +94,15 @@ class WholeLayer:
         mlp: Any,
         norms: Sequence[tuple[Any, float, bool]],
         window: int | None,
-        linears: FastLinears,
-        memory: WorkingMemory,
+        shared: WholeLayers,
     ) -> None:
         to_heads, gate_and_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-        self._attention, self._norms, self._window = attention, norms, window
-        self._linears, self._memory = linears, memory
-        self._layers = (*to_heads, attention.o_proj, *gate_and_up, mlp.down_proj)
+        self._attention, self._norms, self._window, self._shared = attention, norms, window, shared
+        layers = (*to_heads, attention.o_proj, *gate_and_up, mlp.down_proj)
+        self._linear = [layer._parameters for layer in layers]
+        self._normed = [module._parameters for module, *_ in norms]
         groups = (to_heads, (attention.o_proj,), gate_and_up, (mlp.down_proj,))
-        self._forms = [linears.streamed(group) for group in groups]
+        self._form_of = [shared.linears.streamed(group) for group in groups]
         dim = attention.head_dim
         self._shape = Shape(
             hidden=attention.q_proj.in_features,
@@ -73,7 +112,7 @@ class WholeLayer:
             inner=mlp.gate_proj.out_features,
         )
         self._of_head = self._shape.kv_heads, dim
-        self._work_columns = sum(self._shape.work_columns)
+        self._known: tuple[list[int], float, Weights] | None = None
 
     def run(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, by_parts: Callable[[], torch.Tensor]
@@ -83,23 +122,44 @@ class WholeLayer:
         `by_parts` runs the layer operation by operation: for prompts, for other weights than the kernel takes, while the
         products' routes are timed, and if it is faster.
         """
-        contest = self._linears.contest(self._shape, len(x), (PARTS, WHOLE))
-        call = None if contest.winner == PARTS else self._call(len(x))
-        if call is None:
+        num_tokens = x.shape[0]
+        contest = self._shared.contest(self._shape, num_tokens)
+        cache = None if contest.winner == PARTS else ragged_attention.short_cache(self._attention)
+        if cache is None or cache.keys.shape[2:] != self._of_head:
             return by_parts()
-        route = contest.winner or contest.next(may_pack=False)
-        with timing(contest, route, len(x)) if contest.winner is None else nullcontext():
-            return by_parts() if route == PARTS else decoder_layer(x, (cos, sin), call)
+        plan, weights = self._shared.plan(self._shape, num_tokens, partial(self._forms, num_tokens)), self._weights()
+        if plan is None or weights is None:
+            return by_parts()
+        step = self._shared.step(self._shape, cos, sin, cache)
+        if contest.winner is not None:
+            return decoder_layer(x, cache.keys, cache.values, weights, plan, step)
+        with timing(contest, route := contest.next(may_pack=False), num_tokens):
+            return by_parts() if route == PARTS else decoder_layer(x, cache.keys, cache.values, weights, plan, step)
 
-    def _call(self, num_tokens: int) -> LayerCall | None:
-        """The kernel's arguments; None if it does not apply."""
-        cache = ragged_attention.short_cache(self._attention)
-        forms = [form for group in self._forms if (form := group(num_tokens)) is not None]
-        if cache is None or len(forms) < len(self._forms) or cache.keys.shape[2:] != self._of_head:
-            return None
-        projections = [Projection(layer.weight, layer.bias) for layer in self._layers]
-        norms = [Norm(module.weight, eps, adds_one) for module, eps, adds_one in self._norms]
+    def _forms(self, num_tokens: int) -> list[int] | None:
+        """Forms of the products; None while one of their routes is timed, or if the kernel takes no part."""
+        forms = [form for form_of in self._form_of if (form := form_of(num_tokens)) is not None]
+        return forms if len(forms) == len(self._form_of) else None
+
+    def _weights(self) -> Weights | None:
+        """The weights as they are now; None if the kernel does not take them."""
+        weights = [each["weight"] for each in (*self._linear, *self._normed)]
+        biases = [each["bias"] for each in self._linear]
+        scale = self._attention.scaling
+        places = [0 if each is None else each.data_ptr() for each in (*weights, *biases)]
+        known = self._known
+        # Memory that was given back has another address. What lies at the same one may still be seen in another form.
+        if known is not None and known[0] == places and known[1] == scale and self._have_their_shapes(weights):
+            return known[2]
+        projections = [Projection(*each) for each in zip(weights, biases, strict=False)]
+        norms = [Norm(each["weight"], eps, one) for each, (_, eps, one) in zip(self._normed, self._norms, strict=True)]
+        self._known = None
         if not fits(self._shape, projections, norms):
             return None
-        work = self._memory.of(num_tokens * self._work_columns)
-        return LayerCall(self._shape, projections, norms, cache, self._attention.scaling, self._window, forms, work)
+        made = weights_of(projections, norms, scale, self._window)
+        self._known = places, scale, made
+        return made
+
+    def _have_their_shapes(self, weights: list[torch.Tensor]) -> bool:
+        shapes = (*self._shape.weights, *self._shape.norms)
+        return all(each.shape == shape and each.is_contiguous() for each, shape in zip(weights, shapes, strict=False))

@@ -80,28 +80,12 @@ def attend_rows(
     (tokens, heads, dim), (_, kv_heads, value_dim) = query.shape, value.shape
     # The kernel writes float32 in the host's memory, whatever torch's default type and device are.
     out = torch.empty(tokens, heads, value_dim, dtype=torch.float32, device="cpu")
-    at = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
-    cache = Cache(keys, values, rows, positions, offsets, context)
-    call = attention_call(at, (heads, dim, value_dim), cache, window)
-    attend(np.array(call, np.int64), float(scale), num_parts(tokens * context * kv_heads * (dim + value_dim)))
+    at = [each.data_ptr() for each in (query, key, value, keys, values, rows, positions, offsets, out)]
+    sizes = tokens, heads, kv_heads, dim, value_dim
+    cache = *keys.shape[:2], *values.shape[:2], context, window or context, len(offsets) - 1
+    parts = num_parts(tokens * context * kv_heads * (dim + value_dim))
+    attend(np.array((*at, *sizes, *cache), np.int64), float(scale), parts)
     return out
-
-
-def attention_call(
-    at: tuple[int, int, int, int], sizes: tuple[int, int, int], cache: Cache, window: int | None
-) -> tuple[int, ...]:
-    """The numbers that `attend` is called with.
-
-    `at` are addresses of queries, keys, values and results, `sizes` the numbers of heads and of a head's key and value.
-    """
-    keys, values, rows, positions, offsets, context = cache
-    (query, key, value, out), (heads, dim, value_dim) = at, sizes
-    return (
-        *(query, key, value),
-        *(keys.data_ptr(), values.data_ptr(), rows.data_ptr(), positions.data_ptr(), offsets.data_ptr(), out),
-        *(rows.shape[0], heads, keys.shape[2], dim, value_dim),
-        *(*keys.shape[:2], *values.shape[:2], context, window or context, offsets.shape[0] - 1),
-    )
 
 
 def num_parts(numbers: int) -> int:
@@ -204,7 +188,12 @@ def _some_tasks(call, scale, begin, end):
 
 @cached_njit(nogil=True)
 def attend(call, scale, parts):
-    """Attend by several threads, or one; `call` is an int64 array of `attention_call`."""
+    """Attend by several threads, or one.
+
+    `call` is int64: addresses of `attend_rows`'s queries, keys, values, cached keys and values, rows, positions, offsets and
+    results; numbers of tokens, heads, key-value heads, and numbers of a head's key and value; rows and cells of the cached
+    keys, and of the values; context, window, and number of rows with tokens.
+    """
     if parts == 1:
         _some_tasks(call, scale, 0, call[11] * call[20])
     else:

@@ -8,7 +8,6 @@ kernels, in allocations. The kernels are the same ones here, in the same order (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +15,13 @@ import torch
 
 from atlas_kernels import attend_cpu, few_rows_cpu, gate_cpu
 from atlas_kernels.addresses import floats_at, weight_address
-from atlas_kernels.attend_cpu import Cache, attend, attention_call
+from atlas_kernels.attend_cpu import Cache, attend
 from atlas_kernels.few_rows_cpu import multiply
 from atlas_kernels.gate_cpu import multiply_gates
 from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.layer_cpu import add_and_norm_rows, norm_rows, rotate_tokens
 
 _BYTES = 4  # of a float32
-# Where the parts of a call begin: the calls of other kernels, seven biases with what they are added to, the rest.
-_TO_HEADS, _ATTENTION, _TO_OUT, _GATE_AND_UP, _DOWN, _BIASES, _REST = 0, 13, 34, 41, 51, 58, 79
 
 
 class Projection(NamedTuple):
@@ -65,10 +62,9 @@ class Shape(NamedTuple):
         return [(self.hidden,), (self.hidden,), (self.dim,), (self.dim,)]
 
     @property
-    def work_columns(self) -> tuple[int, ...]:
-        """Numbers per token of normed states, queries, keys, values, attention, gate, up, and of what down returns."""
-        queries, keys = self.heads * self.dim, self.kv_heads * self.dim
-        return self.hidden, queries, keys, keys, queries, self.inner, self.inner, self.hidden
+    def work_columns(self) -> int:
+        """Numbers of working memory per token."""
+        return 2 * (self.hidden + (self.heads + self.kv_heads) * self.dim + self.inner)
 
 
 def fits(shape: Shape, projections: Sequence[Projection], norms: Sequence[Norm]) -> bool:
@@ -83,128 +79,156 @@ def _is_plain(weight: torch.Tensor, shape: tuple[int, ...]) -> bool:
     return weight.shape == shape and weight.dtype is torch.float32 and weight.is_contiguous() and weight.is_cpu
 
 
-class LayerCall(NamedTuple):
-    """What a layer is run with.
+class Weights(NamedTuple):
+    """A layer's weights by their addresses, from `weights_of`; valid while the weights stay where they are."""
 
-    Attributes:
-        shape: Sizes of the layer.
-        projections: To queries, keys and values, attention's output, gate, up and down. See `fits`.
-        norms: Of the input and of the first residual sum; of each head's query and key, or without these two.
-        cache: Where keys and values are.
-        scale: Factor on the scores of attention.
-        window: Most cells that a query sees, its own included; None is all up to its own.
-        forms: Forms of tiles (`few_rows_cpu.few_rows_linear`) for the products that make queries, keys and values, then
-            attention's output, gate and up, and what down returns.
-        work: Working memory, float32, of `tokens * sum(shape.work_columns)` numbers at least; its content is lost.
-    """
-
-    shape: Shape
-    projections: Sequence[Projection]
-    norms: Sequence[Norm]
-    cache: Cache
-    scale: float
-    window: int | None
-    forms: Sequence[int]
-    work: torch.Tensor
+    addresses: np.ndarray
+    factors: np.ndarray
 
 
-def decoder_layer(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], layer: LayerCall) -> torch.Tensor:
-    """Run a layer and store its keys and values.
-
-    Nothing is checked, but that the memory of weights is there: memory is written by addresses.
+def weights_of(projections: Sequence[Projection], norms: Sequence[Norm], scale: float, window: int | None) -> Weights:
+    """What `decoder_layer` needs of a layer, for any number of calls. Nothing is checked but that memory is there.
 
     Args:
-        x: Contiguous float32 `[tokens, hidden]` on a CPU.
-        angles: Cosines and sines, likewise, `[tokens, dim]`.
-        layer: Its weights, its cache, and so on.
-
-    Returns:
-        `[tokens, hidden]`, in new memory.
+        projections: To queries, keys and values, attention's output, gate, up and down. See `fits`.
+        norms: Of the input and of the first residual sum; of each head's query and key, or without these two.
+        scale: Factor on the scores of attention.
+        window: Most cells that a query sees, its own included; None is all up to its own.
 
     Raises:
         RuntimeError: The memory of a weight was given back.
     """
-    shape, projections, norms, cache, scale, window, forms, work = layer
-    out = torch.empty_like(x)
-    tokens, (hidden, heads, kv_heads, dim, inner) = x.shape[0], shape
-    normed, query, key, value, attended, gate, up, down = (
-        work.data_ptr() + tokens * _BYTES * before for before in accumulate(shape.work_columns[:-1], initial=0)
-    )
-    outs = query, key, value, out.data_ptr(), gate, up, down
-    products = [
-        (weight_address(each.weight), to, each.weight.shape[0]) for each, to in zip(projections, outs, strict=True)
-    ]
-    seen = tokens * cache.context * kv_heads * 2 * dim
-    call = (
-        *(normed, tokens, hidden, forms[0], *products[0], *products[1], *products[2]),
-        *attention_call((query, key, value, attended), (heads, dim, dim), cache, window),
-        *(attended, tokens, heads * dim, forms[1], *products[3]),
-        *(normed, tokens, hidden, forms[2], *products[4], *products[5]),
-        *(gate, tokens, inner, forms[3], *products[6]),
-        *[
-            number
-            for each, (_, to, columns) in zip(projections, products, strict=True)
-            for number in (0 if each.bias is None else weight_address(each.bias), to, columns)
-        ],
-        *(x.data_ptr(), normed, angles[0].data_ptr(), angles[1].data_ptr(), out.data_ptr(), dim),
-        *(few_rows_cpu.num_parts((heads + 2 * kv_heads) * dim * hidden), attend_cpu.num_parts(seen)),
-        *(few_rows_cpu.num_parts(hidden * heads * dim), few_rows_cpu.num_parts(2 * hidden * inner)),
-        *(gate_cpu.num_parts(tokens * inner), few_rows_cpu.num_parts(hidden * inner)),
+    addresses = (
+        *[weight_address(each.weight) for each in projections],
+        *[0 if each.bias is None else weight_address(each.bias) for each in projections],
+        window or 0,
         *[weight_address(norm.weight) for norm in norms],
         *[int(norm.adds_one) for norm in norms],
     )
-    _run(np.array(call, np.int64), np.array([scale, *[norm.eps for norm in norms]]))
+    return Weights(np.array(addresses, np.int64), np.array([scale, *[norm.eps for norm in norms]]))
+
+
+def plan_of(shape: Shape, tokens: int, forms: Sequence[int], work: torch.Tensor) -> np.ndarray:
+    """What `decoder_layer` needs of a number of tokens, int64.
+
+    Args:
+        shape: Sizes of the layers.
+        tokens: Number of tokens.
+        forms: Forms of tiles (`few_rows_cpu.few_rows_linear`) for the products that make queries, keys and values, then
+            attention's output, gate and up, and what down returns.
+        work: Working memory, float32, of `tokens * shape.work_columns` numbers at least. Its content is lost. A plan does
+            not keep it alive.
+    """
+    hidden, heads, kv_heads, dim, inner = shape
+    parts = (
+        few_rows_cpu.num_parts((heads + 2 * kv_heads) * dim * hidden),
+        few_rows_cpu.num_parts(hidden * heads * dim),
+        few_rows_cpu.num_parts(2 * hidden * inner),
+        gate_cpu.num_parts(tokens * inner),
+        few_rows_cpu.num_parts(hidden * inner),
+    )
+    return np.array((tokens, *shape, work.data_ptr(), *forms, *parts), np.int64)
+
+
+def step_of(shape: Shape, angles: tuple[torch.Tensor, torch.Tensor], cache: Cache) -> np.ndarray:
+    """What `decoder_layer` needs of a forward, int64; its tensors must live on.
+
+    Args:
+        shape: Sizes of the layers.
+        angles: Cosines and sines, contiguous float32 `[tokens, dim]` on a CPU.
+        cache: Where the tokens go; keys and values are not looked at.
+    """
+    places = cache.rows, cache.positions, cache.offsets
+    parts = attend_cpu.num_parts(len(cache.rows) * cache.context * 2 * shape.kv_heads * shape.dim)
+    at = [each.data_ptr() for each in (*angles, *places)]
+    return np.array((*at, cache.context, len(cache.offsets) - 1, parts), np.int64)
+
+
+def decoder_layer(
+    x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, weights: Weights, plan: np.ndarray, step: np.ndarray
+) -> torch.Tensor:
+    """Run a layer and store its keys and values. Nothing is checked: memory is read and written by addresses.
+
+    Args:
+        x: Contiguous float32 `[tokens, hidden]` on a CPU.
+        keys: The layer's cache, see `attend_cpu.attend_rows`.
+        values: Likewise.
+        weights: From `weights_of`.
+        plan: From `plan_of`, for this number of tokens.
+        step: From `step_of`, for this forward.
+
+    Returns:
+        `[tokens, hidden]`, in new memory.
+    """
+    out = torch.empty_like(x)
+    at, sizes = (keys.data_ptr(), values.data_ptr()), (*keys.shape[:2], *values.shape[:2])
+    _run(x.data_ptr(), out.data_ptr(), (*at, *sizes), *weights, plan, step)
     return out
 
 
 def compile_layer() -> None:
     """Compile the kernel."""
-    _run(np.zeros(0, np.int64), np.zeros(0))
+    none = np.zeros(0, np.int64)
+    _run(0, 0, (0, 0, 0, 0, 0, 0), none, np.zeros(0), none, none)
 
 
 @cached_njit(nogil=True)
-def _run(call, factors):
-    """`call` is described above; `factors` are the scale of attention's scores, and the epsilon of each norm."""
-    if len(call) == 0:
+def _run(x, out, cache, weights, factors, plan, step):
+    if len(plan) == 0:
         return
-    to_heads, to_out = call[_TO_HEADS:_ATTENTION], call[_TO_OUT:_GATE_AND_UP]
-    gate_and_up, down = call[_GATE_AND_UP:_DOWN], call[_DOWN:_BIASES]
-    biases, rest = call[_BIASES:_REST], call[_REST:]
-    tokens, hidden, inner = to_heads[1], to_heads[2], down[2]
-    x, normed, cos, sin, out, dim = rest[0], rest[1], rest[2], rest[3], rest[4], rest[5]
-    parts, norms = rest[6:12], rest[12:]
-    count = len(norms) // 2
-    weights, adds_one = norms[:count], norms[count:] > 0
+    tokens, hidden, heads, kv_heads, dim, inner = plan[0], plan[1], plan[2], plan[3], plan[4], plan[5]
+    forms, parts, biases, window = plan[7:11], plan[11:], weights[7:14], weights[14]
+    cos, sin, rows, positions, offsets, context, batch = step[0], step[1], step[2], step[3], step[4], step[5], step[6]
+    count = (len(weights) - 15) // 2
+    norms, adds_one = weights[15 : 15 + count], weights[15 + count :] > 0
 
-    norm_rows(x, weights[0], normed, tokens, hidden, factors[1], adds_one[0])
-    multiply(to_heads, parts[0])
-    _add_biases(biases[:9], tokens)
-    for index in range(2):  # queries, keys
-        at, heads = to_heads[5 + 3 * index], to_heads[6 + 3 * index] // dim
-        if count > 2:
-            norm_rows(at, weights[2 + index], at, tokens * heads, dim, factors[3 + index], adds_one[2 + index])
-        rotate_tokens(at, cos, sin, tokens, heads, dim)
-    attend(call[_ATTENTION:_TO_OUT], factors[0], parts[1])
-    multiply(to_out, parts[2])
-    _add_biases(biases[9:12], tokens)
-    add_and_norm_rows(x, out, weights[1], normed, tokens, hidden, factors[2], adds_one[1])
-    multiply(gate_and_up, parts[3])
-    _add_biases(biases[12:18], tokens)
-    multiply_gates(gate_and_up[5], gate_and_up[8], tokens, inner, parts[4])
-    multiply(down, parts[5])
-    _add_biases(biases[18:], tokens)
-    _add(down[5], out, tokens * hidden)
+    queries, of_kv = heads * dim, kv_heads * dim
+    row = tokens * _BYTES
+    normed = plan[6]
+    query = normed + row * hidden
+    key = query + row * queries
+    value = key + row * of_kv
+    attended = value + row * of_kv
+    gate = attended + row * queries
+    up = gate + row * inner
+    down = up + row * inner
+
+    norm_rows(x, norms[0], normed, tokens, hidden, factors[1], adds_one[0])
+    to_heads = [normed, tokens, hidden, forms[0], weights[0], query, queries]
+    to_heads += [weights[1], key, of_kv, weights[2], value, of_kv]
+    multiply(np.array(to_heads), parts[0])
+    _add_bias(biases[0], query, tokens, queries)
+    _add_bias(biases[1], key, tokens, of_kv)
+    _add_bias(biases[2], value, tokens, of_kv)
+    if count > 2:
+        norm_rows(query, norms[2], query, tokens * heads, dim, factors[3], adds_one[2])
+        norm_rows(key, norms[3], key, tokens * kv_heads, dim, factors[4], adds_one[3])
+    rotate_tokens(query, cos, sin, tokens, heads, dim)
+    rotate_tokens(key, cos, sin, tokens, kv_heads, dim)
+    attention = [query, key, value, cache[0], cache[1], rows, positions, offsets, attended]
+    attention += [tokens, heads, kv_heads, dim, dim, cache[2], cache[3], cache[4], cache[5]]
+    attention += [context, window if window > 0 else context, batch]
+    attend(np.array(attention), factors[0], step[7])
+    multiply(np.array([attended, tokens, queries, forms[1], weights[3], out, hidden]), parts[1])
+    _add_bias(biases[3], out, tokens, hidden)
+    add_and_norm_rows(x, out, norms[1], normed, tokens, hidden, factors[2], adds_one[1])
+    gate_and_up = [normed, tokens, hidden, forms[2], weights[4], gate, inner, weights[5], up, inner]
+    multiply(np.array(gate_and_up), parts[2])
+    _add_bias(biases[4], gate, tokens, inner)
+    _add_bias(biases[5], up, tokens, inner)
+    multiply_gates(gate, up, tokens, inner, parts[3])
+    multiply(np.array([gate, tokens, inner, forms[3], weights[6], down, hidden]), parts[4])
+    _add_bias(biases[6], down, tokens, hidden)
+    _add(down, out, tokens * hidden)
 
 
 @cached_njit(nogil=True)
-def _add_biases(biases, tokens):
-    for index in range(0, len(biases), 3):
-        if biases[index] != 0:
-            columns = biases[index + 2]
-            bias, to = floats_at(biases[index], (columns,)), floats_at(biases[index + 1], (tokens, columns))
-            for token in range(tokens):
-                for column in range(columns):
-                    to[token, column] += bias[column]
+def _add_bias(bias_at, to_at, tokens, columns):
+    if bias_at != 0:
+        bias, to = floats_at(bias_at, (columns,)), floats_at(to_at, (tokens, columns))
+        for token in range(tokens):
+            for column in range(columns):
+                to[token, column] += bias[column]
 
 
 @cached_njit(nogil=True)

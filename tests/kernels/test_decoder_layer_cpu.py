@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 
 from atlas_kernels import attend_cpu, few_rows_cpu, gate_cpu
 from atlas_kernels.attend_cpu import Cache, attend_rows
-from atlas_kernels.decoder_layer_cpu import LayerCall, Norm, Projection, Shape, decoder_layer, fits
+from atlas_kernels.decoder_layer_cpu import Norm, Projection, Shape, decoder_layer, fits, plan_of, step_of, weights_of
 from atlas_kernels.few_rows_cpu import FORMS, few_rows_linear
 from atlas_kernels.gate_cpu import silu_times
 from atlas_kernels.layer_cpu import add_and_norm, rms_norm_cpu, rotate_in_place
@@ -25,6 +27,25 @@ def threads(request, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
+class Layer(NamedTuple):
+    """A layer's weights and cache, and how it is run."""
+
+    projections: list[Projection]
+    norms: list[Norm]
+    cache: Cache
+    scale: float
+    window: int | None
+    form: int
+
+
+def run(x, angles, layer):
+    """The layer as one kernel, with working memory of any content."""
+    work = torch.full((len(x) * SHAPE.work_columns,), float("nan"))
+    weights = weights_of(layer.projections, layer.norms, layer.scale, layer.window)
+    plan, step = plan_of(SHAPE, len(x), [layer.form] * 4, work), step_of(SHAPE, angles, layer.cache)
+    return decoder_layer(x, layer.cache.keys, layer.cache.values, weights, plan, step)
+
+
 def made(form=0, biases=True, head_norms=True, adds_one=False, window=None):
     """A layer of random weights and its cache."""
     torch.manual_seed(0)
@@ -38,8 +59,7 @@ def made(form=0, biases=True, head_norms=True, adds_one=False, window=None):
         offsets=torch.from_numpy(np.append(0, np.cumsum(LENGTHS)).astype(np.int32)),
         context=int((STARTS + LENGTHS).max()),
     )
-    return LayerCall(
-        shape=SHAPE,
+    return Layer(
         projections=[
             Projection(torch.randn(size) / 6, torch.randn(size[0]) if biases else None) for size in SHAPE.weights
         ],
@@ -50,8 +70,7 @@ def made(form=0, biases=True, head_norms=True, adds_one=False, window=None):
         cache=cache,
         scale=0.3,
         window=window,
-        forms=[form] * 4,
-        work=torch.full((LENGTHS.sum() * sum(SHAPE.work_columns),), float("nan")),
+        form=form,
     )
 
 
@@ -60,7 +79,7 @@ def one_by_one(x, angles, layer):
 
     def product(rows, *indices):
         each = [layer.projections[index] for index in indices]
-        outs = few_rows_linear(rows, [projection.weight for projection in each], layer.forms[0])
+        outs = few_rows_linear(rows, [projection.weight for projection in each], layer.form)
         return [out if of.bias is None else out + of.bias for out, of in zip(outs, each, strict=True)]
 
     def normed(rows, norm):
@@ -90,7 +109,7 @@ def test_it_is_its_operations_one_by_one(form, options):
     x, angles = torch.randn(LENGTHS.sum(), SHAPE.hidden), tuple(torch.randn(2, LENGTHS.sum(), SHAPE.dim))
     layer, same = made(form, **options), made(form, **options)
     given = x.clone()
-    ours, expected = decoder_layer(x, angles, layer), one_by_one(x, angles, same)
+    ours, expected = run(x, angles, layer), one_by_one(x, angles, same)
     assert torch.isfinite(ours).all()
     assert torch.equal(ours, expected)
     assert torch.equal(layer.cache.keys, same.cache.keys)
@@ -102,16 +121,16 @@ def test_every_weight_counts():
     """Each one of them changes the result, so that none is left out or used twice."""
     torch.manual_seed(1)
     x, angles = torch.randn(LENGTHS.sum(), SHAPE.hidden), tuple(torch.randn(2, LENGTHS.sum(), SHAPE.dim))
-    seen = [decoder_layer(x, angles, made())]
+    seen = [run(x, angles, made())]
     for tensors in ("weight", "bias"):
         for index in range(7):
             layer = made()
             getattr(layer.projections[index], tensors)[0] += 0.5
-            seen.append(decoder_layer(x, angles, layer))
+            seen.append(run(x, angles, layer))
     for index in range(4):
         layer = made()
         layer.norms[index].weight.mul_(1.5)
-        seen.append(decoder_layer(x, angles, layer))
+        seen.append(run(x, angles, layer))
     assert len({out.numpy().tobytes() for out in seen}) == len(seen) == 19
 
 
@@ -138,4 +157,4 @@ def test_a_weight_without_memory_is_not_read():
     layer.projections[4].weight.untyped_storage().resize_(0)
     x, angles = torch.zeros(LENGTHS.sum(), SHAPE.hidden), tuple(torch.zeros(2, LENGTHS.sum(), SHAPE.dim))
     with pytest.raises(RuntimeError, match="has no memory"):
-        decoder_layer(x, angles, layer)
+        run(x, angles, layer)
