@@ -7,7 +7,8 @@ The floor of a step is what its bytes and operations take at the rates that the 
 batch size: reading all weights of the policy's linear layers once (bytes/s), and multiplying large square matrices
 (operations/s). A step reads every weight once, writes and reads the logits, reads the cache; it multiplies every weight by
 one row per request. The two overlap at best, so the floor is the larger one. Time comes from the engine's own report; the
-forward is split by operator with torch's profiler, over a call of its own, less a call that runs the prompts alone.
+forward is split by operator with torch's profiler, over a call of its own, less a call that runs the prompts alone. In these
+calls no layer runs as one kernel, so the shares are those of a slower forward.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from atlas_kernels import layer
 from atlas_rl import AtlasRolloutEngine, progress
-from atlas_rl.policy import flat_layers, group_products, linear_routes, ragged_attention, short_rows
+from atlas_rl.policy import flat_layers, group_products, linear_routes, ragged_attention, short_rows, whole_layers
 from atlas_rl.report.report import PHASES
 from benchmarks.common import ROOT, environment, quantiles, write_result
 from benchmarks.rollout import demo_policy, unseen_prompts
@@ -163,9 +164,20 @@ def operator_shares(call: Callable[[], Any], prefill: Callable[[], Any]) -> dict
 
 def operator_us(call: Callable[[], Any]) -> Counter[str]:
     """Microseconds of each operator, without those that it calls."""
-    with named_kernels(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with (
+        by_parts(),
+        named_kernels(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+    ):
         call()
     return Counter({event.key: event.self_cpu_time_total for event in profile.key_averages()})
+
+
+@contextmanager
+def by_parts() -> Iterator[None]:
+    """Context in which layers run operation by operation."""
+    with mock.patch.object(whole_layers.WholeLayer, "run", lambda layer, x, cos, sin, parts: parts()):
+        yield
 
 
 @contextmanager
