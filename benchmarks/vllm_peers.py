@@ -44,7 +44,9 @@ def vllm_rows(cells: list[Cell], model: Any, tokenizer: Any, repeats: int) -> li
 
 def measure(cell: Cell, arm: str, peer: Peer, off: AtlasRolloutEngine, tokenizer: Any, repeats: int) -> dict[str, Any]:
     plain = engine_arm(off, group_of(cell), cell.max_new_tokens, cell.temperature)
-    peer.generate(cell, cell_prompts(cell, tokenizer, 20_000))  # compilation and caches, on its own prompts
+    others = cell_prompts(cell, tokenizer, 20_000)
+    peer.generate(cell, others)  # compilation and caches
+    plain(others, seed_of(cell, 20_000))  # likewise, and the routes of its layers
     found, base = [], []
     for repeat in range(repeats):
         prompts = cell_prompts(cell, tokenizer, repeat)
