@@ -118,7 +118,7 @@ class _Shape:
     def streamed_form(self, num_rows: int) -> int | None:
         """See `FastLinears.streamed`."""
         contest = self.contests[bucket_of(num_rows)]
-        if contest.winner is None or num_rows not in _rows_in_contests(_type(self)):
+        if contest.winner in (None, PACKED) or num_rows not in _rows_in_contests(_type(self)):
             return None
         timed = {contest.cost_s(route): form for route, form in STREAMED.items() if contest.seconds.get(route)}
         return timed[min(timed)] if timed else None
@@ -240,20 +240,26 @@ class FastLinears:
         shape = self._shape_of.get(group)
         return self._one_by_one if shape is None else shape.products
 
-    def streamed(self, group: Group) -> Callable[[int], int | None]:
+    def streamed(self, group: Group) -> Callable[[int], int | None] | None:
         """What tells the fastest form of our kernel's tiles for a group and a number of rows, in the present session.
 
-        It returns None while routes are timed, and for rows and types that the kernel has no part in.
+        It returns None while routes are timed, for rows and types that the kernel has no part in, and where a packed copy is
+        faster. There is nothing to tell it if the group has no routes.
         """
         shape = self._shape_of.get(group)
-        return (lambda num_rows: None) if shape is None else shape.streamed_form
+        return None if shape is None else shape.streamed_form
 
     def contest(self, key: Hashable, num_rows: int, routes: Sequence[str]) -> Contest:
         """The contest of a layer's own routes for a number of rows; it lasts as long as this object, and is not stored."""
-        name = key, bucket_of(num_rows)
+        name = key, bucket_of(num_rows), torch.get_num_threads()
         if name not in self._contests:
             self._contests[name] = Contest({route: [] for route in routes})
         return self._contests[name]
+
+    def note(self, contest: Contest, route: str, seconds: float, num_rows: int) -> None:
+        """Record a timing for a contest from `contest`; what a slower route took is work that is done once."""
+        contest.note(route, seconds)
+        self._once.seconds += max(0.0, seconds - contest.least_s(num_rows, may_pack=False))
 
     def _one_by_one(self, group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if len(group) == 1:

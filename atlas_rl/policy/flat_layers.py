@@ -3,7 +3,8 @@
 A decoder layer takes thirteen module calls, and some sixty calls of Python around its products. A decode step with a few
 rows spends a third of its time there. If the code of a layer and of its attention is known (`decoder_forms.py`), the
 function below does the same: the same products, norms, rotations and attention, in the same order, or all in one kernel
-where that is possible (`whole_layers.py`). Weights are read from the modules at every call, so nothing can be stale.
+where that is faster (`whole_layers.py`). Weights, or where they are, are read from the modules at every call, so nothing
+can be stale.
 
 A layer keeps its own code if one of its parts has hooks or was patched, for arguments that the kernels do not take, and
 while one of its parts runs as something else than when the session began, such as a copy in four bits that drafts. A
@@ -321,7 +322,11 @@ def _whole(parts: _Parts, shared: WholeLayers) -> WholeLayer | None:
     if not all(map(_is_plain, (*parts.to_heads, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))):
         return None
     norms = [(norm.module, norm.eps, norm.adds_one) for norm in (*parts.norms, *(parts.head_norms or ()))]
-    return WholeLayer(attention, mlp, norms, parts.window, shared)
+    groups = parts.to_heads, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+    form_of = [form for group in groups if (form := shared.linears.streamed(group)) is not None]
+    if len(form_of) < len(groups):
+        return None
+    return WholeLayer(attention, mlp, norms, parts.window, form_of, shared)
 
 
 def _is_flat(rows: torch.Tensor) -> bool:

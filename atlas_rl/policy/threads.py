@@ -60,7 +60,7 @@ class _Changes:
         open: Present changes, in order.
         values: Derived from `open`: by the id of a thing and by kind, the values of its changes, in order.
         touched: Everything that may have a guise.
-        number: How often the changes have changed.
+        number: How often replacements of forwards have begun or ended.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class _Changes:
 
     def _follow(self, change: _Change) -> None:
         """Apply the changes in `open`."""
-        self.number += 1
+        self.number += change.kind == _FORWARD and bool(change.things)
         for key, (thing, _) in change.things.items():
             values: dict[str, list[Any]] = {}
             for each in self.open:
@@ -184,7 +184,7 @@ def stand_ins_of(modules: Iterable[nn.Module]) -> list[Callable[..., Any] | None
 
 
 def num_changes() -> int:
-    """How often replacements have begun or ended in this process: `stand_ins_of` is the same while this number is."""
+    """How often replacements have begun or ended; `stand_ins_of` is the same in this thread while this number is."""
     return _changes.number
 
 

@@ -8,6 +8,7 @@ known: some layers of a forward run one way, some the other.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import is_not
@@ -19,7 +20,6 @@ import torch
 from atlas_kernels.attend_cpu import Cache
 from atlas_kernels.decoder_layer_cpu import (
     Norm,
-    Projection,
     Shape,
     Weights,
     decoder_layer,
@@ -30,7 +30,7 @@ from atlas_kernels.decoder_layer_cpu import (
 )
 from atlas_rl.policy import ragged_attention
 from atlas_rl.policy.cpu_linear import FastLinears
-from atlas_rl.policy.linear_routes import Contest, timing
+from atlas_rl.policy.linear_routes import Contest
 
 PARTS, WHOLE = "parts", "whole"
 """Routes of a layer: operation by operation, each by its fastest route; and in one kernel."""
@@ -47,7 +47,7 @@ class WholeLayers:
 
     def __init__(self, linears: FastLinears) -> None:
         self.linears = linears
-        self._plans: dict[tuple[Shape, int], np.ndarray] = {}
+        self._plans: dict[tuple[Shape, int, int], np.ndarray] = {}
         self._work = torch.empty(0, dtype=torch.float32, device="cpu")
         self._step: tuple[tuple[Any, ...], np.ndarray] | None = None
 
@@ -56,15 +56,16 @@ class WholeLayers:
         return self.linears.contest(shape, num_tokens, (PARTS, WHOLE))
 
     def plan(self, shape: Shape, num_tokens: int, forms: Callable[[], list[int] | None]) -> np.ndarray | None:
-        """See `decoder_layer_cpu.plan_of`; None if `forms` returns None. All layers of a shape have the same forms."""
-        plan = self._plans.get((shape, num_tokens))
+        """See `decoder_layer_cpu.plan_of`; None if `forms` returns None. Layers of a shape have the forms of the first."""
+        key = shape, num_tokens, torch.get_num_threads()
+        plan = self._plans.get(key)
         if plan is not None or (found := forms()) is None:
             return plan
         count = num_tokens * shape.work_columns
         if len(self._work) < count:
             self._work = torch.empty(count, dtype=torch.float32, device="cpu")
             self._plans.clear()  # they have the old one's address
-        plan = self._plans[shape, num_tokens] = plan_of(shape, num_tokens, found, self._work)
+        plan = self._plans[key] = plan_of(shape, num_tokens, found, self._work)
         return plan
 
     def step(self, shape: Shape, cos: torch.Tensor, sin: torch.Tensor, cache: Cache) -> np.ndarray:
@@ -77,7 +78,7 @@ class WholeLayers:
 
 
 class WholeLayer:
-    """A decoder layer whose projections are all plain, with a SiLU gate.
+    """A decoder layer whose projections are all plain and have routes, with a SiLU gate.
 
     Args:
         attention: Its attention layer.
@@ -85,6 +86,7 @@ class WholeLayer:
         norms: Of the input and of the first residual sum, and those of queries and keys if there are any: each a module with
             a weight, an epsilon, and whether one is added to the weight.
         window: Most cells that a query sees; None is all.
+        form_of: For each group of projections, from `FastLinears.streamed`.
         shared: See `WholeLayers`.
     """
 
@@ -94,15 +96,15 @@ class WholeLayer:
         mlp: Any,
         norms: Sequence[tuple[Any, float, bool]],
         window: int | None,
+        form_of: Sequence[Callable[[int], int | None]],
         shared: WholeLayers,
     ) -> None:
         to_heads, gate_and_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-        self._attention, self._norms, self._window, self._shared = attention, norms, window, shared
-        layers = (*to_heads, attention.o_proj, *gate_and_up, mlp.down_proj)
-        self._linear = [layer._parameters for layer in layers]
+        self._attention, self._norms, self._window = attention, norms, window
+        self._form_of, self._shared = form_of, shared
+        # Parameters, not attributes: those take three times as long to read.
+        self._linear = [each._parameters for each in (*to_heads, attention.o_proj, *gate_and_up, mlp.down_proj)]
         self._normed = [module._parameters for module, *_ in norms]
-        groups = (to_heads, (attention.o_proj,), gate_and_up, (mlp.down_proj,))
-        self._form_of = [shared.linears.streamed(group) for group in groups]
         dim = attention.head_dim
         self._shape = Shape(
             hidden=attention.q_proj.in_features,
@@ -122,19 +124,34 @@ class WholeLayer:
         `by_parts` runs the layer operation by operation: for prompts, for other weights than the kernel takes, while the
         products' routes are timed, and if it is faster.
         """
-        num_tokens = x.shape[0]
-        contest = self._shared.contest(self._shape, num_tokens)
-        cache = None if contest.winner == PARTS else ragged_attention.short_cache(self._attention)
-        if cache is None or cache.keys.shape[2:] != self._of_head:
+        contest = self._shared.contest(self._shape, x.shape[0])
+        if contest.winner == PARTS:
             return by_parts()
-        plan, weights = self._shared.plan(self._shape, num_tokens, partial(self._forms, num_tokens)), self._weights()
-        if plan is None or weights is None:
+        began_s = time.perf_counter()
+        call = self._call(x, cos, sin)
+        if call is None:
             return by_parts()
-        step = self._shared.step(self._shape, cos, sin, cache)
         if contest.winner is not None:
-            return decoder_layer(x, cache.keys, cache.values, weights, plan, step)
-        with timing(contest, route := contest.next(may_pack=False), num_tokens):
-            return by_parts() if route == PARTS else decoder_layer(x, cache.keys, cache.values, weights, plan, step)
+            return decoder_layer(x, *call)
+        if (route := contest.next(may_pack=False)) == PARTS:
+            began_s, out = time.perf_counter(), by_parts()
+        else:
+            out = decoder_layer(x, *call)
+        self._shared.linears.note(contest, route, time.perf_counter() - began_s, x.shape[0])
+        return out
+
+    def _call(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Weights, np.ndarray, np.ndarray] | None:
+        """The kernel's arguments; None if it does not apply."""
+        num_tokens, hidden = x.shape
+        cache = ragged_attention.short_cache(self._attention)
+        if cache is None or len(cache.rows) != num_tokens or cache.keys.shape[2:] != self._of_head:
+            return None
+        plan = self._shared.plan(self._shape, num_tokens, partial(self._forms, num_tokens))
+        if plan is None or hidden != self._shape.hidden or (weights := self._weights()) is None:
+            return None
+        return cache.keys, cache.values, weights, plan, self._shared.step(self._shape, cos, sin, cache)
 
     def _forms(self, num_tokens: int) -> list[int] | None:
         """Forms of the products; None while one of their routes is timed, or if the kernel takes no part."""
@@ -143,23 +160,15 @@ class WholeLayer:
 
     def _weights(self) -> Weights | None:
         """The weights as they are now; None if the kernel does not take them."""
-        weights = [each["weight"] for each in (*self._linear, *self._normed)]
-        biases = [each["bias"] for each in self._linear]
-        scale = self._attention.scaling
-        places = [0 if each is None else each.data_ptr() for each in (*weights, *biases)]
-        known = self._known
-        # Memory that was given back has another address. What lies at the same one may still be seen in another form.
-        if known is not None and known[0] == places and known[1] == scale and self._have_their_shapes(weights):
-            return known[2]
-        projections = [Projection(*each) for each in zip(weights, biases, strict=False)]
-        norms = [Norm(each["weight"], eps, one) for each, (_, eps, one) in zip(self._normed, self._norms, strict=True)]
-        self._known = None
-        if not fits(self._shape, projections, norms):
+        weights: list[Any] = [each.get("weight") for each in self._linear]
+        biases = [each.get("bias") for each in self._linear]
+        normed: list[Any] = [each.get("weight") for each in self._normed]
+        if not fits(self._shape, weights, biases, normed):
+            self._known = None
             return None
-        made = weights_of(projections, norms, scale, self._window)
-        self._known = places, scale, made
-        return made
-
-    def _have_their_shapes(self, weights: list[torch.Tensor]) -> bool:
-        shapes = (*self._shape.weights, *self._shape.norms)
-        return all(each.shape == shape and each.is_contiguous() for each, shape in zip(weights, shapes, strict=False))
+        scale = self._attention.scaling
+        places = [0 if each is None else each.data_ptr() for each in (*weights, *normed, *biases)]
+        if self._known is None or self._known[0] != places or self._known[1] != scale:
+            norms = [Norm(weight, eps, one) for weight, (_, eps, one) in zip(normed, self._norms, strict=True)]
+            self._known = places, scale, weights_of(weights, biases, norms, scale, self._window)
+        return self._known[2]

@@ -1,14 +1,14 @@
 """A decoder layer of Llama's form on a CPU in float32, as one compiled function: norms, products, rotations, attention.
 
-A decode step over a few rows spends a third of its time between the operations of its layers: in Python, in calls of the
-kernels, in allocations. The kernels are the same ones here, in the same order (`few_rows_cpu`, `layer_cpu`, `attend_cpu`,
-`gate_cpu`), so results are equal to the bit; only what is between them is compiled as well.
+A decode step over a few rows spends up to a quarter of its time between the operations of its layers: in Python, in calls of
+the kernels, in allocations. The kernels are the same ones here, in the same order (`few_rows_cpu`, `layer_cpu`,
+`attend_cpu`, `gate_cpu`), so results are equal to the bit; only what is between them is compiled as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +22,7 @@ from atlas_kernels.jit_cache import cached_njit
 from atlas_kernels.layer_cpu import add_and_norm_rows, norm_rows, rotate_tokens
 
 _BYTES = 4  # of a float32
-
-
-class Projection(NamedTuple):
-    """A linear layer: float32 `[out, in]`, and `[out]` or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+_PLAIN = torch.Tensor, torch.nn.Parameter  # others may have no address
 
 
 class Norm(NamedTuple):
@@ -67,30 +61,52 @@ class Shape(NamedTuple):
         return 2 * (self.hidden + (self.heads + self.kv_heads) * self.dim + self.inner)
 
 
-def fits(shape: Shape, projections: Sequence[Projection], norms: Sequence[Norm]) -> bool:
-    """Whether `decoder_layer` takes these weights: contiguous float32 on a CPU, of these shapes."""
-    return all(
-        _is_plain(each.weight, size) and (each.bias is None or _is_plain(each.bias, size[:1]))
-        for each, size in zip(projections, shape.weights, strict=True)
-    ) and all(_is_plain(norm.weight, size) for norm, size in zip(norms, shape.norms, strict=False))
+def fits(
+    shape: Shape,
+    weights: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
+    norms: Sequence[torch.Tensor | None],
+) -> bool:
+    """Whether `decoder_layer` takes these weights: contiguous float32 tensors on a CPU, of these shapes.
+
+    Weights and biases are those of the projections to queries, keys and values, attention's output, gate, up and down.
+    """
+    return (
+        all(map(_is_plain, weights, shape.weights))
+        and all(each is None or _is_plain(each, size[:1]) for each, size in zip(biases, shape.weights, strict=True))
+        and all(map(_is_plain, norms, shape.norms))
+    )
 
 
-def _is_plain(weight: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    return weight.shape == shape and weight.dtype is torch.float32 and weight.is_contiguous() and weight.is_cpu
+def _is_plain(weight: Any, shape: tuple[int, ...]) -> bool:
+    return (
+        type(weight) in _PLAIN
+        and weight.shape == shape
+        and weight.dtype is torch.float32
+        and weight.is_contiguous()
+        and weight.is_cpu
+    )
 
 
 class Weights(NamedTuple):
-    """A layer's weights by their addresses, from `weights_of`; valid while the weights stay where they are."""
+    """A layer's weights by their addresses, from `weights_of`; valid while they stay there, and `fits` is true of them."""
 
     addresses: np.ndarray
     factors: np.ndarray
 
 
-def weights_of(projections: Sequence[Projection], norms: Sequence[Norm], scale: float, window: int | None) -> Weights:
+def weights_of(
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    norms: Sequence[Norm],
+    scale: float,
+    window: int | None,
+) -> Weights:
     """What `decoder_layer` needs of a layer, for any number of calls. Nothing is checked but that memory is there.
 
     Args:
-        projections: To queries, keys and values, attention's output, gate, up and down. See `fits`.
+        weights: Of the projections, see `fits`.
+        biases: Likewise.
         norms: Of the input and of the first residual sum; of each head's query and key, or without these two.
         scale: Factor on the scores of attention.
         window: Most cells that a query sees, its own included; None is all up to its own.
@@ -99,8 +115,8 @@ def weights_of(projections: Sequence[Projection], norms: Sequence[Norm], scale: 
         RuntimeError: The memory of a weight was given back.
     """
     addresses = (
-        *[weight_address(each.weight) for each in projections],
-        *[0 if each.bias is None else weight_address(each.bias) for each in projections],
+        *map(weight_address, weights),
+        *[0 if bias is None else weight_address(bias) for bias in biases],
         window or 0,
         *[weight_address(norm.weight) for norm in norms],
         *[int(norm.adds_one) for norm in norms],
@@ -153,7 +169,7 @@ def decoder_layer(
         x: Contiguous float32 `[tokens, hidden]` on a CPU.
         keys: The layer's cache, see `attend_cpu.attend_rows`.
         values: Likewise.
-        weights: From `weights_of`.
+        weights: From `weights_of`, for weights that fit the plan's shape.
         plan: From `plan_of`, for this number of tokens.
         step: From `step_of`, for this forward.
 

@@ -10,7 +10,7 @@ import torch
 
 from atlas_kernels import attend_cpu, few_rows_cpu, gate_cpu
 from atlas_kernels.attend_cpu import Cache, attend_rows
-from atlas_kernels.decoder_layer_cpu import Norm, Projection, Shape, decoder_layer, fits, plan_of, step_of, weights_of
+from atlas_kernels.decoder_layer_cpu import Norm, Shape, decoder_layer, fits, plan_of, step_of, weights_of
 from atlas_kernels.few_rows_cpu import FORMS, few_rows_linear
 from atlas_kernels.gate_cpu import silu_times
 from atlas_kernels.layer_cpu import add_and_norm, rms_norm_cpu, rotate_in_place
@@ -27,6 +27,11 @@ def threads(request, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
+class Projection(NamedTuple):
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
 class Layer(NamedTuple):
     """A layer's weights and cache, and how it is run."""
 
@@ -41,7 +46,9 @@ class Layer(NamedTuple):
 def run(x, angles, layer):
     """The layer as one kernel, with working memory of any content."""
     work = torch.full((len(x) * SHAPE.work_columns,), float("nan"))
-    weights = weights_of(layer.projections, layer.norms, layer.scale, layer.window)
+    weights, biases = zip(*layer.projections, strict=True)
+    assert fits(SHAPE, weights, biases, [norm.weight for norm in layer.norms])
+    weights = weights_of(weights, biases, layer.norms, layer.scale, layer.window)
     plan, step = plan_of(SHAPE, len(x), [layer.form] * 4, work), step_of(SHAPE, angles, layer.cache)
     return decoder_layer(x, layer.cache.keys, layer.cache.values, weights, plan, step)
 
@@ -136,20 +143,33 @@ def test_every_weight_counts():
 
 def test_other_weights_do_not_fit():
     layer = made()
-    projections, norms = list(layer.projections), list(layer.norms)
-    assert fits(SHAPE, projections, norms)
-    assert fits(SHAPE, projections, norms[:2])
-    weight, bias = projections[2]
+    norms = [norm.weight for norm in layer.norms]
+
+    def fit(third=layer.projections[2], norms=norms):
+        projections = [*layer.projections[:2], third, *layer.projections[3:]]
+        return fits(SHAPE, *zip(*projections, strict=True), norms)
+
+    weight, bias = layer.projections[2]
+    assert fit()
+    assert fit(norms=norms[:2])
+    assert fit(Projection(torch.nn.Parameter(weight), None))
     for other in (
         Projection(weight.double(), bias),
         Projection(weight[:-1], bias),
         Projection(weight.t().contiguous().t(), bias),
+        Projection(None, bias),
         Projection(weight, bias.bfloat16()),
         Projection(weight, bias[:-1]),
+        Projection(weight, bias[:1].expand(len(bias))),
         Projection(weight.to("meta"), bias),
+        Projection(weight.as_subclass(Another), bias),
     ):
-        assert not fits(SHAPE, [*projections[:2], other, *projections[3:]], norms)
-    assert not fits(SHAPE, projections, [norms[0], Norm(torch.ones(41), 1e-6, False)])
+        assert not fit(other)
+    assert not fit(norms=[norms[0], torch.ones(41)])
+
+
+class Another(torch.Tensor):
+    """A tensor of another class, which may have no address."""
 
 
 def test_a_weight_without_memory_is_not_read():

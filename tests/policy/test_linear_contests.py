@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,25 @@ def test_a_damaged_file_is_as_good_as_none(text: str, tmp_path: Path) -> None:
             contest.note(route, 1.0)
     table.save()
     assert len(RouteTable._loaded(path, "mine").contests) == 1
+
+
+def test_what_a_machine_with_long_vectors_stored_is_kept_by_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines of both kinds may share a folder."""
+    path = tmp_path / "routes.json"
+    stored = {"seconds": {PLAIN: 2.0, "streamed": 1.0, "streamed wide": 0.5}, "pack_s": None}
+    path.write_text(json.dumps({"with long vectors": {"9x5 float32, 1": stored}}))
+    monkeypatch.delitem(linear_routes.STREAMED, "streamed wide", raising=False)
+    monkeypatch.delitem(linear_routes.ROUTES, "streamed wide", raising=False)
+    table = RouteTable._loaded(path, "without")
+    contest = table.contest(torch.empty(9, 5), False, 1)
+    assert "streamed wide" not in contest.seconds
+    for route in contest.seconds:
+        for _ in range(4):
+            contest.note(route, 1.0)
+    table.save()
+    assert set(json.loads(path.read_text())) == {"with long vectors", "without"}
 
 
 def test_a_disk_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:

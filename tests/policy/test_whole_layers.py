@@ -15,11 +15,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from atlas_rl.policy import in_process, whole_layers
+from atlas_rl.policy import flat_layers, in_process, whole_layers
 from atlas_rl.policy.base import Taps
 from atlas_rl.policy.cpu_linear import FastLinears
 from atlas_rl.policy.in_process import InProcessRunner
-from atlas_rl.policy.linear_routes import STREAMED, Contest
+from atlas_rl.policy.linear_routes import PACKED, STREAMED, Contest, packed_type
 from atlas_rl.policy.whole_layers import PARTS, WHOLE
 from tests.models import SHAPE, build
 from tests.policy.changes import HOW, scale_weight
@@ -150,6 +150,56 @@ def test_a_weight_of_another_layout_runs_by_parts(by, seen):
     changed = by(one, WHOLE, lambda: change(one))
     assert seen[0] == NUM_STEPS  # the other layer
     assert same(changed, expected)
+
+
+@pytest.mark.parametrize("tensor", ["self_attn.q_proj.bias", "mlp.down_proj.bias"])
+def test_a_bias_in_another_form_at_the_same_place_runs_by_parts(tensor, by, seen):
+    def change(model):
+        bias = model.model.layers[1].get_parameter(tensor)
+        bias.data = bias.data[:1].expand(len(bias))
+
+    name = "grouped heads and biases"
+    one, other = policy(name), policy(name)
+    expected = by(other, PARTS, lambda: change(other))
+    changed = by(one, WHOLE, lambda: change(one))
+    assert seen[0] == NUM_STEPS
+    assert same(changed, expected)
+
+
+def test_weights_that_are_no_parameters_run_by_parts(by, seen):
+    def frozen():
+        model = policy()
+        norm = model.model.layers[1].input_layernorm
+        weight = norm.weight.detach()
+        del norm.weight
+        norm.register_buffer("weight", weight)
+        return model
+
+    ours = by(frozen(), WHOLE)
+    assert seen[0] == NUM_STEPS  # the other layer
+    assert same(ours, by(policy(), PARTS))
+
+
+def test_packed_copies_that_are_faster_are_used(by, seen):
+    if packed_type(torch.float32) is None:
+        pytest.skip("this torch has no packed linear layers")
+    by(policy(), WHOLE, products=PACKED)
+    assert seen == [0]
+
+
+def test_what_the_parts_run_is_looked_at_once(by, monkeypatch):
+    """Every layer compares the stand-ins of its parts when they may have changed, not in every forward."""
+    looks, own = [0], flat_layers.stand_ins_of
+
+    def counted(modules):
+        looks[0] += 1
+        return own(modules)
+
+    monkeypatch.setattr(flat_layers, "stand_ins_of", counted)
+    after = []
+    by(policy(), WHOLE, lambda: after.append(looks[0]))
+    assert after[0] > 0
+    assert after[1] == after[-1]
 
 
 @pytest.mark.parametrize(
