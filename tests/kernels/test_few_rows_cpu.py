@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from atlas_kernels import few_rows_cpu
-from atlas_kernels.few_rows_cpu import few_rows_linear
+from atlas_kernels.few_rows_cpu import FORMS, few_rows_linear
 from tests import ROOT
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 64, 67)
@@ -44,8 +44,15 @@ def test_products_equal_torchs(inputs: int) -> None:
     for rows in ROWS:
         for outputs in OUTPUTS:
             x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
-            (ours,) = few_rows_linear(x, (weight,))
-            close(ours, x, weight)
+            for form in range(len(FORMS)):
+                (ours,) = few_rows_linear(x, (weight,), form)
+                close(ours, x, weight)
+
+
+@pytest.mark.parametrize("form", [-1, len(FORMS)])
+def test_a_form_that_the_processor_lacks_is_refused(form: int) -> None:
+    with pytest.raises(ValueError, match=f"form must be at least 0 and less than {len(FORMS)} on this processor, got"):
+        few_rows_linear(torch.ones(1, 3), (torch.ones(4, 3),), form)
 
 
 @pytest.mark.usefixtures("threads")

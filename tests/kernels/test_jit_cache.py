@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from numba.core import config
 
-from atlas_kernels.jit_cache import cache_folder
+from atlas_kernels.jit_cache import cache_folder, cached_njit
 from atlas_rl.policy import linear_routes
 from tests import ROOT
 
@@ -233,3 +233,14 @@ def test_kernels_lie_beside_what_else_is_known_of_the_machine(monkeypatch: pytes
     for name in ("ATLAS_RL_CACHE", "XDG_CACHE_HOME", "HOME"):
         assert cache_folder() == linear_routes.cache_folder() / "numba"
         monkeypatch.delenv(name)
+
+
+def test_a_function_that_takes_variables_from_around_it_is_refused():
+    """They would not be part of its key."""
+    factor = 2
+
+    def scaled(x):
+        return factor * x
+
+    with pytest.raises(TypeError, match="scaled must not take variables of a function around it"):
+        cached_njit()(scaled)
