@@ -8,6 +8,7 @@ the kernels, in allocations. The kernels are the same ones here, in the same ord
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,11 +72,18 @@ def fits(
 
     Weights and biases are those of the projections to queries, keys and values, attention's output, gate, up and down.
     """
+    sizes, norm_sizes = _sizes(shape)
     return (
-        all(map(_is_plain, weights, shape.weights))
-        and all(each is None or _is_plain(each, size[:1]) for each, size in zip(biases, shape.weights, strict=True))
-        and all(map(_is_plain, norms, shape.norms))
+        all(map(_is_plain, weights, sizes))
+        and all(each is None or _is_plain(each, size[:1]) for each, size in zip(biases, sizes, strict=True))
+        and all(map(_is_plain, norms, norm_sizes))
     )
+
+
+@cache
+def _sizes(shape: Shape) -> tuple[list[tuple[int, int]], list[tuple[int]]]:
+    """Shapes of weights and norms, made once: every layer of every forward asks for them."""
+    return shape.weights, shape.norms
 
 
 def _is_plain(weight: Any, shape: tuple[int, ...]) -> bool:

@@ -20,11 +20,12 @@ import torch
 from atlas_kernels.addresses import floats_at, weight_address
 from atlas_kernels.jit_cache import cached_njit, content_key
 from atlas_kernels.openmp import share_threads
-from atlas_kernels.tiles_cpu import FORMS, OUTPUTS, ROWS, tile_of
+from atlas_kernels.tiles_cpu import FORMS, OUTPUTS, ROWS, tile
 
 share_threads()  # before a parallel kernel is compiled
 
 _BYTES = 4  # of a float32
+_LANES = tuple([form.lanes for form in FORMS])
 _GRAIN = 1 << 16  # numbers of the weights that are worth another thread
 
 
@@ -120,54 +121,14 @@ def _some_rows(x, rows, inputs, form, whole, weight, out, outputs, output, strea
     """One output of each stream for all rows, tile by tile. All tiles together prefetch the streams' next outputs once."""
     width, tiles = inputs * _BYTES, (rows + ROWS - 1) // ROWS
     begin, row = weight + output * width, 0
-    for tile in range(tiles):
-        left = tiles - tile
+    for index in range(tiles):
+        left = tiles - index
         height = (rows - row + left - 1) // left
         place = out + (row * outputs + output) * _BYTES
-        ahead = begin + width + width * tile // tiles
+        ahead = begin + width + width * index // tiles
         call = begin, stream * width, x + row * width, width, place, stream * _BYTES, outputs * _BYTES
-        _one_tile(form, height, (*call, whole * _BYTES, ahead, _LANES[form] * _BYTES // tiles))
+        tile(form, height, *call, whole * _BYTES, ahead, _LANES[form] * _BYTES // tiles)
         row += height
-
-
-_LANES = tuple([form.lanes for form in FORMS])
-_HEIGHTS = [min(rows, ROWS) for rows in range(1, 7)]
-_one, _two, _three, _four, _five, _six = (tile_of(rows, FORMS[0]) for rows in _HEIGHTS)
-_last_one, _last_two, _last_three, _last_four, _last_five, _last_six = (tile_of(rows, FORMS[-1]) for rows in _HEIGHTS)
-
-
-@cached_njit(nogil=True)
-def _one_tile(form, rows, call):
-    if form > 0:
-        _tile_of_last_form(rows, call)
-    elif rows == 1:
-        _one(*call)
-    elif rows == 2:
-        _two(*call)
-    elif rows == 3:
-        _three(*call)
-    elif rows == 4:
-        _four(*call)
-    elif rows == 5:
-        _five(*call)
-    else:
-        _six(*call)
-
-
-@cached_njit(nogil=True)
-def _tile_of_last_form(rows, call):
-    if rows == 1:
-        _last_one(*call)
-    elif rows == 2:
-        _last_two(*call)
-    elif rows == 3:
-        _last_three(*call)
-    elif rows == 4:
-        _last_four(*call)
-    elif rows == 5:
-        _last_five(*call)
-    else:
-        _last_six(*call)
 
 
 @cached_njit(nogil=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -51,37 +51,10 @@ first cache was slower. On an Intel Xeon both gain (`docs/kernels.md`).
 """
 
 
-def tile_of(rows: int, form: Form) -> Any:
-    """A compiled function for tiles of `OUTPUTS` outputs and this many rows, for use in numba's functions.
+if config.DISABLE_JIT:
 
-    Its arguments are int64; addresses and distances are in bytes:
-
-    - `weight`, `weight_step`: the first output's weights, float32, and the distance of the next output's;
-    - `x`, `x_step`: the first row of numbers, float32, and the distance of the next row;
-    - `out`, `out_step`, `out_row_step`: place of the sum of the first output and row, float32, and the distances of the next
-      output's and of the next row's;
-    - `size`: bytes of the inputs to sum over, a multiple of `form.lanes` numbers; sums over none are 0;
-    - `ahead`, `ahead_step`: what is prefetched: the first output's following weights, and by how much that moves on with
-      every vector. Outputs are `weight_step` apart here too.
-    """
-    if config.DISABLE_JIT:
-        return _uncompiled(rows)
-
-    @intrinsic
-    def tile(typing_context, weight, weight_step, x, x_step, out, out_step, out_row_step, size, ahead, ahead_step):
-        def generate(context, builder, signature, arguments):
-            _Tile(builder, rows, form).write(*arguments)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 10), generate
-
-    return tile
-
-
-def _uncompiled(rows: int) -> Any:
-    """The same in numpy, without prefetches."""
-
-    def tile(weight, weight_step, x, x_step, out, out_step, out_row_step, size, ahead, ahead_step):
+    def tile(form, rows, weight, weight_step, x, x_step, out, out_step, out_row_step, size, ahead, ahead_step):
+        """The same in numpy, without prefetches; see below."""
         count = size // _ITEM_BYTES
         for output in range(OUTPUTS):
             factors = floats_at(weight + output * weight_step, (count,))
@@ -89,7 +62,55 @@ def _uncompiled(rows: int) -> Any:
                 numbers = floats_at(x + row * x_step, (count,))
                 floats_at(out + output * out_step + row * out_row_step, (1,))[0] = np.dot(factors, numbers)
 
-    return tile
+else:
+
+    @intrinsic
+    def tile(
+        typing_context,
+        form,
+        rows,
+        weight,
+        weight_step,
+        x,
+        x_step,
+        out,
+        out_step,
+        out_row_step,
+        size,
+        ahead,
+        ahead_step,
+    ):
+        """Compute one tile, for use in numba's functions.
+
+        Arguments are int64; addresses and distances are in bytes:
+
+        - `form`, `rows`: index in `FORMS`, and number of rows, 1 to `ROWS`; others are not checked;
+        - `weight`, `weight_step`: the first output's weights, float32, and the distance of the next output's;
+        - `x`, `x_step`: the first row of numbers, float32, and the distance of the next row;
+        - `out`, `out_step`, `out_row_step`: place of the sum of the first output and row, float32, and the distances of the
+          next output's and of the next row's;
+        - `size`: bytes of the inputs to sum over, a multiple of the form's lanes; sums over none are 0;
+        - `ahead`, `ahead_step`: what is prefetched: the first output's following weights, and by how much that moves on
+          with every vector. Outputs are `weight_step` apart here too.
+        """
+
+        def generate(context, builder, signature, arguments):
+            chosen, height, *others = arguments
+            wrong, end = builder.append_basic_block(), builder.append_basic_block()
+            choice = builder.switch(builder.add(builder.mul(chosen, _INT(ROWS)), height), wrong)
+            for index, each in enumerate(FORMS):
+                for count in range(1, ROWS + 1):
+                    block = builder.append_basic_block()
+                    choice.add_case(_INT(index * ROWS + count), block)
+                    builder.position_at_end(block)
+                    _Tile(builder, count, each).write(*others)
+                    builder.branch(end)
+            builder.position_at_end(wrong)
+            builder.unreachable()
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 12), generate
 
 
 class _Tile:
@@ -106,7 +127,7 @@ class _Tile:
         self._places = [(output, row) for row in range(rows) for output in range(OUTPUTS)]
 
     def write(self, weight, weight_step, x, x_step, out, out_step, out_row_step, size, ahead, ahead_step):
-        """Write it, given the arguments of `tile_of`."""
+        """Write it, given the arguments of `tile` after the first two."""
         builder = self._builder
         outputs, rows = self._multiples(weight_step, OUTPUTS), self._multiples(x_step, self._rows)
         begin, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
