@@ -32,3 +32,15 @@ def steps(model, between=lambda: None, taps=Taps, context=nullcontext):
 
 def same(ours, expected):
     return len(ours) == len(expected) and all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def with_hook(model, part):
+    """A policy whose second layer has a part with a hook that changes what it returns, and the modules that it saw."""
+    seen = []
+
+    def hook(module, args, out):
+        seen.append(module)
+        return (1.25 * out[0], *out[1:]) if isinstance(out, tuple) else 1.25 * out
+
+    model.model.layers[1].get_submodule(part).register_forward_hook(hook)
+    return model, seen

@@ -28,7 +28,7 @@ from atlas_rl.policy.linear_routes import PACKED, STREAMED, TURNED, packed_type
 from atlas_rl.policy.threads import generating, replaced_forwards
 from tests.models import FACTORIES, SHAPE, build, tiny_llama
 from tests.policy.changes import ANOTHER, HOW, IN_PLACE, scale_weight
-from tests.policy.layer_steps import LENGTHS, same, steps
+from tests.policy.layer_steps import LENGTHS, same, steps, with_hook
 from tests.routes import table_where
 
 KNOWN = ("llama", "qwen2", "qwen3", "mistral")
@@ -130,18 +130,7 @@ PARTS = ("", "input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.o_pr
 def test_hooks_of_every_part_run(part, by_modules):
     """A hook may replace what a module returns."""
 
-    def hooked():
-        model = tiny_llama(seed=3)
-        seen = []
-
-        def hook(module, args, out):
-            seen.append(module)
-            return (1.25 * out[0], *out[1:]) if isinstance(out, tuple) else 1.25 * out
-
-        model.model.layers[1].get_submodule(part).register_forward_hook(hook)
-        return model, seen
-
-    (one, ours), (other, theirs) = hooked(), hooked()
+    (one, ours), (other, theirs) = (with_hook(tiny_llama(seed=3), part) for _ in range(2))
     changed = steps(one)
     assert same(changed, by_modules(other))
     assert len(ours) == len(theirs) > 0

@@ -23,7 +23,7 @@ from atlas_rl.policy.linear_routes import PACKED, STREAMED, Contest, packed_type
 from atlas_rl.policy.whole_layers import PARTS, WHOLE
 from tests.models import SHAPE, build
 from tests.policy.changes import HOW, scale_weight
-from tests.policy.layer_steps import LENGTHS, same, steps
+from tests.policy.layer_steps import LENGTHS, same, steps, with_hook
 from tests.routes import table_where
 
 LARGE = SHAPE | {"hidden_size": 256, "intermediate_size": 300, "num_key_value_heads": 4}
@@ -181,10 +181,9 @@ def test_weights_that_are_no_parameters_run_by_parts(by, seen):
 
 
 def test_packed_copies_that_are_faster_are_used(by, seen):
-    if packed_type(torch.float32) is None:
-        pytest.skip("this torch has no packed linear layers")
     by(policy(), WHOLE, products=PACKED)
-    assert seen == [0]
+    # Without packed layers in this torch, another route has won.
+    assert seen == [0 if packed_type(torch.float32) else 2 * NUM_STEPS]
 
 
 def test_what_the_parts_run_is_looked_at_once(by, monkeypatch):
@@ -206,17 +205,7 @@ def test_what_the_parts_run_is_looked_at_once(by, monkeypatch):
     "part", ["input_layernorm", "self_attn", "self_attn.o_proj", "mlp", "mlp.act_fn", "mlp.up_proj"]
 )
 def test_hooks_of_a_part_run(part, by, seen):
-    def hooked():
-        model, calls = policy(), []
-
-        def hook(module, args, out):
-            calls.append(module)
-            return (1.25 * out[0], *out[1:]) if isinstance(out, tuple) else 1.25 * out
-
-        model.model.layers[1].get_submodule(part).register_forward_hook(hook)
-        return model, calls
-
-    (one, ours), (other, theirs) = hooked(), hooked()
+    (one, ours), (other, theirs) = (with_hook(policy(), part) for _ in range(2))
     changed = by(one, WHOLE)
     assert seen[0] == NUM_STEPS  # the layer without a hook
     assert same(changed, by(other, PARTS))
